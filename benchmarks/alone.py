@@ -34,7 +34,7 @@ from lib.short import parsed
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling, Stream
 from lorafold.engine.sampler import filtered, noise
-from lorafold.opening import Base
+from lorafold.resolve import Base
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.keys import Keys

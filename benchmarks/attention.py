@@ -21,7 +21,7 @@ from lib.short import parsed
 
 from lorafold.kernels import attention as native
 from lorafold.ops import attention as tiles
-from lorafold.ops.documents import Documents
+from lorafold.ops.packed_documents import Documents
 
 CPU = torch.device("cpu")
 CASES = {

@@ -28,16 +28,16 @@ from lib.work import Work, same_work, targets
 from transformers import PreTrainedModel
 
 import lorafold as lf
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.data import batches as sharing
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.evaluation.held_out import batches, row_losses
-from lorafold.step.branches import branching
-from lorafold.step.fused import fused
-from lorafold.step.losses import Completions
-from lorafold.step.preference_laws import Dpo
-from lorafold.step.preferences import Preferences
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import Completions
+from lorafold.training_step.preference_algorithms import Dpo
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 TOKENS = 8192  # of a packed sequence
 CPU = torch.device("cpu")

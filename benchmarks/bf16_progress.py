@@ -42,14 +42,14 @@ from lorafold.data.batches import Batches, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.evaluation import held_out_loss
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.adamw import make_optimizer
-from lorafold.step.fused import fused
-from lorafold.step.losses import Completions
+from lorafold.training_step.adamw import make_optimizer
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import Completions
 
 ROWS, HELD_OUT = 4, 32
 STORAGES = {

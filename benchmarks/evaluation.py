@@ -27,16 +27,16 @@ from rich.console import Console
 
 import lorafold as lf
 from lorafold.data.prompts import references
+from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS
-from lorafold.data.stored import Rows
 from lorafold.evaluation.rows import SPARE
 from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model
-from lorafold.models.storages import choose_storage
+from lorafold.models.quantizations import choose_storage
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.opening import Base
 from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
 from lorafold.quickstart.task import rows
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

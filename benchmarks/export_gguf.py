@@ -26,8 +26,8 @@ from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.proof import BUILT_IN, Ours, proof
 from lorafold.exporting.target import Subject
 from lorafold.methods import METHODS
-from lorafold.opening import base_for
 from lorafold.peft.saved import open_all
+from lorafold.resolve import base_for
 
 BASES = ("F32", "F16", "BF16", "Q8_0", "Q4_1")
 TYPES = ("F16", "BF16", "Q8_0")

@@ -30,8 +30,8 @@ from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.proof import Ours, proof
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_gguf import file_of, write_gguf
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 ENGINE = "llamacpp"
 

@@ -31,21 +31,21 @@ from torch import nn
 
 import lorafold as lf
 from lorafold.comparing.measure import forgetting
-from lorafold.core.modes import evaluating
-from lorafold.data.probes import probe_ids
+from lorafold.core.contexts import evaluating
+from lorafold.data.probe_texts import probe_ids
 from lorafold.evaluation import evaluate, held_out_loss
-from lorafold.machine.memory import KEPT, freed_blocks
 from lorafold.models.loading import load_model
-from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
-from lorafold.step.fused import fused
-from lorafold.training.display import Display
+from lorafold.resolve import Base
+from lorafold.runtime.memory import KEPT, freed_blocks
 from lorafold.training.loop import fit
+from lorafold.training.progress import Display
 from lorafold.training.request import Request
 from lorafold.training.setup import set_up
 from lorafold.training.start import prepare
+from lorafold.training_step.fused_modules import fused
 
 WATCHED, UNSEEN = 40, 100  # held-out rows along a run, and at its end
 QUIET = Console(quiet=True)

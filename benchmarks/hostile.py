@@ -74,7 +74,7 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     import faulthandler
     import logging
 
-    from lorafold.machine.tuning import all_set_aside, imports_set_aside
+    from lorafold.runtime.process_tuning import all_set_aside, imports_set_aside
     from serving_cases import running
 
     logging.basicConfig(filename=folder.parent / "server.log", level=logging.INFO)

@@ -29,9 +29,9 @@ from lib.results import keep
 from lib.short import parsed
 from lib.work import same_work
 
-from lorafold.machine.cores import usable_cores
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import load_tokenizer
+from lorafold.runtime.processor import usable_cores
 
 FEW = 1000
 PEOPLE = ("a clerk", "the night nurse", "an old sailor", "my neighbour", "the auditor", "the pilot")

@@ -29,7 +29,7 @@ print(sum(kept.values()))
 """
 IMPORTS = """
 from lorafold.models.loading import Storage, load_model
-from lorafold.bases.bitsandbytes import bitsandbytes
+from lorafold.layers.bitsandbytes import bitsandbytes
 from transformers.models.llama import modeling_llama
 bitsandbytes()
 """

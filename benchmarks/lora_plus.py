@@ -20,9 +20,9 @@ from lib.short import parsed
 from lib.work import Work, same_work, watched
 from rich.console import Console
 
-from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

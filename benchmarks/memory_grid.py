@@ -20,9 +20,9 @@ import transformers as tf
 from lib.results import keep
 from lib.short import parsed
 
+from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
-from lorafold.memory.modes import setting_of
-from lorafold.memory.terms import estimate
+from lorafold.memory.presets import setting_of
 from lorafold.memory.trace import Setting, nothing
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model

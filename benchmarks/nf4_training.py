@@ -23,16 +23,16 @@ from lib.work import Work, none, of_loss, same_work
 from rich.console import Console
 
 import lorafold as lf
-from lorafold.bases import is_linear
 from lorafold.core.targets import match
 from lorafold.data.examples import Example, encode
-from lorafold.machine.memory import KEPT, freed_blocks
+from lorafold.layers import is_linear
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows
-from lorafold.step.losses import Completions
+from lorafold.runtime.memory import KEPT, freed_blocks
+from lorafold.training_step.losses import Completions
 
 BASES = {"bf16": Storage(torch.bfloat16), "nf4": Storage(torch.bfloat16, "nf4")}
 

@@ -25,8 +25,8 @@ from lib.shapes import SHAPES
 from lib.short import parsed
 from lib.worker import Case, Worker, in_turn
 
-from lorafold.bases import is_linear, layer_of
 from lorafold.core.targets import match
+from lorafold.layers import is_linear, layer_of
 from lorafold.models.loading import load_model
 
 SETTINGS = {

@@ -42,11 +42,11 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.ops import reference
 from lorafold.ops.attention import document_attention
-from lorafold.ops.documents import Documents
+from lorafold.ops.packed_documents import Documents
 from lorafold.quickstart.task import rows
-from lorafold.step.documents import attend, document_mask, packed
-from lorafold.step.fused import fused
-from lorafold.step.losses import Completions
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import Completions
+from lorafold.training_step.packed_attention import attend, document_mask, packed
 
 # B, and its size
 ADAPTERS = (

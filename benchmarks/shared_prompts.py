@@ -20,10 +20,10 @@ from lib.work import same_work, targets
 import lorafold as lf
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.step.branches import branching
-from lorafold.step.fused import fused
-from lorafold.step.preference_laws import Dpo
-from lorafold.step.preferences import Preferences
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.preference_algorithms import Dpo
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 
 def pair(prompt: int, completion: int, seed: int) -> Branched:

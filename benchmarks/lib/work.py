@@ -136,7 +136,7 @@ def of_trainer(trainer: Any, work: Work) -> None:
 
 def main() -> None:
     """Run the command of the arguments, and print what it says with what it computed."""
-    from lorafold.machine.tuning import restart_tuned
+    from lorafold.runtime.process_tuning import restart_tuned
 
     restart_tuned()  # as the command does, before anything that is slow
     from lorafold.cli import main as command

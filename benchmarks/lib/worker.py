@@ -135,20 +135,20 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from rich.console import Console
 
     import lorafold as lf
+    from lorafold.data.classification import LabelledExample
     from lorafold.data.examples import Example
-    from lorafold.data.labelled import LabelledExample
-    from lorafold.machine.memory import KEPT, freed_blocks
     from lorafold.methods import make_spec
     from lorafold.models.tokenizer import load_tokenizer
     from lorafold.objectives.classify import Classify
     from lorafold.objectives.objective import Objective
     from lorafold.objectives.sft import Sft
-    from lorafold.opening import Base
     from lorafold.recipe.recipe import Recipe
-    from lorafold.step.activations import recompute
-    from lorafold.step.adamw import make_optimizer
-    from lorafold.step.fused import fused
-    from lorafold.step.optim import param_groups
+    from lorafold.resolve import Base
+    from lorafold.runtime.memory import KEPT, freed_blocks
+    from lorafold.training_step.activations import recompute
+    from lorafold.training_step.adamw import make_optimizer
+    from lorafold.training_step.fused_modules import fused
+    from lorafold.training_step.optim import param_groups
 
     rows, tokenizer = ids(case).tolist(), load_tokenizer("smollm2")
     base = Base(case.model, case.quantization or "bf16", case.device)
@@ -303,7 +303,7 @@ def serve(peer: str, case: Case) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "lorafold":
-        from lorafold.machine.tuning import restart_tuned
+        from lorafold.runtime.process_tuning import restart_tuned
 
         restart_tuned()  # as the command does
     serve(sys.argv[1], Case(**json.loads(sys.argv[2])))

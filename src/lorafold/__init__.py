@@ -45,14 +45,14 @@ if TYPE_CHECKING:
     from lorafold.methods import *  # noqa: F403  (the spec classes)
     from lorafold.models.tokenizer import load_tokenizer as load_tokenizer
     from lorafold.recipe.recipe import Recipe as Recipe
-    from lorafold.training.callback import AdapterCallback as AdapterCallback
+    from lorafold.training.trainer_callback import AdapterCallback as AdapterCallback
 
     __version__: str
 
 # where each function and class lies; the spec classes are those of lorafold.methods
 _HOME = {
     "Adapter": "adapter",
-    "AdapterCallback": "training.callback",
+    "AdapterCallback": "training.trainer_callback",
     "attach": "adapter",
     "load": "api.load",
     "only": "adapter",

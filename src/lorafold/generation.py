@@ -21,9 +21,9 @@ from lorafold.data.templates import template_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
 from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError
-from lorafold.machine.memory import free_bytes
-from lorafold.methods.parts.virtual import Sender
+from lorafold.methods.parts.virtual_tokens import Sender
 from lorafold.models.positions import positions_of
+from lorafold.runtime.memory import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -29,9 +29,9 @@ ROOT = Path(__file__).parent
 SOURCES = (".py", ".cpp", ".h")
 # The rooms that train a model or measure one, with all that they import.
 TRAINING = (
-    *("adapter", "bases", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
-    *("machine", "memory", "methods", "models", "objectives", "opening", "ops", "peft", "recipe"),
-    *("rewards", "step", "training"),
+    *("adapter", "layers", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
+    *("runtime", "memory", "methods", "models", "objectives", "resolve", "ops", "peft", "recipe"),
+    *("rewards", "training_step", "training"),
 )
 COMPUTED_WITH = ("torch", "transformers")
 

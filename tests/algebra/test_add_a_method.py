@@ -29,8 +29,8 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

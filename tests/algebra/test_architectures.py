@@ -27,7 +27,7 @@ from architectures import (
 )
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
-from lorafold.step.documents import isolates
+from lorafold.training_step.packed_attention import isolates
 from more_architectures import FAMILIES
 
 NAMES = list(ARCHITECTURES)

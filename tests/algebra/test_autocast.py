@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from laws import BASES, CASES, adapted, move, to
-from lorafold.bases import layer_of
+from lorafold.layers import layer_of
 from lorafold.methods import METHODS
-from lorafold.step.fused import fused
+from lorafold.training_step.fused_modules import fused
 from method_cases import IDS, attached, moved, spec_of
 from mixtures import CONFIGS
 

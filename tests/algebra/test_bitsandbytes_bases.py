@@ -18,21 +18,21 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 import lorafold as lf
 from conftest import ALIKE
 from lorafold.api.merge import merge
-from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.layers import layer_of, parameter_count
+from lorafold.layers.bitsandbytes import Quantized
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models import fingerprint
 from lorafold.models.loading import load_model, weights_of
+from lorafold.models.quantizations import STORAGES, Storage, choose_storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.storages import STORAGES, Storage, choose_storage
-from lorafold.opening import Base
 from lorafold.ops import nf4
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.fused import fused
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 from lorafold.training.run import train
+from lorafold.training_step.fused_modules import fused
 
 KINDS = ["nf4", "int8"]
 IDS = torch.arange(5, 25)[None]

@@ -12,11 +12,11 @@ import torch._dynamo.testing
 from torch import nn
 
 import lorafold as lf
-from lorafold.bases import layer_class, layer_of
-from lorafold.bases.dense import Linear
 from lorafold.core.attach import Selection, lay
 from lorafold.core.combine import Bank, Mix, PerExample, Slots, Stack
 from lorafold.core.delta import Delta, LowRank, Opaque
+from lorafold.layers import layer_class, layer_of
+from lorafold.layers.dense import Linear
 from lorafold.methods.bottleneck import BottleneckDelta
 from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.parts.bias import BiasDelta

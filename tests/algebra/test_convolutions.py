@@ -31,15 +31,15 @@ from transformers import WhisperForConditionalGeneration as Whisper
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from fresh_models import fresh_model
-from lorafold.bases import is_linear, layer_of
-from lorafold.bases.convolution import Convolution
 from lorafold.core.combine import Bank, PerExample, Slots
 from lorafold.core.spec import Spec
 from lorafold.inspecting.resize import resize
+from lorafold.layers import is_linear, layer_of
+from lorafold.layers.convolution import Convolution
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 from peft_cases import CLOSE, gap, move, save_theirs
 
 WEIGHTS = "adapter_model.safetensors"

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import lorafold as lf
-from lorafold.bases import LAYERS, layer_of
-from lorafold.bases.bitsandbytes import Quantized
 from lorafold.core.attach import adapted_modules, base_state
+from lorafold.layers import LAYERS, layer_of
+from lorafold.layers.bitsandbytes import Quantized
 
 
 def net() -> nn.Module:

@@ -13,18 +13,18 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.core.anatomy import Anatomy, of_attention
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
-from lorafold.models.quantizing import compute_in
-from lorafold.ops.demands import Place, as_on
+from lorafold.layers import layer_of, parameter_count
+from lorafold.layers.bitsandbytes import bitsandbytes
+from lorafold.models.quantize_on_load import compute_in
 from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
 from lorafold.ops.groups import Groups, grouped, step_of
-from lorafold.step.fused import fused
+from lorafold.ops.kernel_requirements import Place, as_on
+from lorafold.training_step.fused_modules import fused
 from mixtures import CONFIGS, FORMS, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -11,9 +11,9 @@ import torch
 import transformers as tf
 
 import lorafold as lf
-from lorafold.bases import is_linear
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.targets import all_linear, block_linears
+from lorafold.layers import is_linear
 from mixtures import MLA, SHAPE, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))

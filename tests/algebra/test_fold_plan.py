@@ -15,8 +15,8 @@ from lorafold.errors import NotMergeable
 from lorafold.fold.plan import plan_fold
 from lorafold.merging.plan import plan
 from lorafold.methods import METHODS
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 
 def moved(adapter: lf.Adapter) -> lf.Adapter:

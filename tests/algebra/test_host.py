@@ -5,7 +5,7 @@ which nothing can be read.
 import pytest
 import torch
 
-from lorafold.ops.host import on_host, picked, plus, rows_at, sent
+from lorafold.ops.host_tensors import on_host, picked, plus, rows_at, sent
 
 META = torch.device("meta")
 

@@ -10,8 +10,8 @@ import torch
 
 import lorafold as lf
 from laws import BASES, CASES, LAWS, adapted, move, to
-from lorafold.bases import layer_of
 from lorafold.core.delta import Dense
+from lorafold.layers import layer_of
 
 
 @pytest.mark.few(600)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import lorafold as lf
 from laws import BASES, METHODS, move, to
-from lorafold.bases.dense import Matrix
 from lorafold.core.layer import Layer
+from lorafold.layers.dense import Matrix
 
 LOW_RANK = ["lora", "rslora", "pissa", "olora", "adalora", "vera"]
 # VeRA without dropout shares a product among layers instead, as `test_methods_ops` tests

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
-from lorafold.bases import layer_of
+from lorafold.core.contexts import unchanged
 from lorafold.core.delta import LowRank
-from lorafold.core.modes import unchanged
 from lorafold.core.rounding import rounded
+from lorafold.layers import layer_of
 from lorafold.methods import make_spec
 from lorafold.methods.dora import DoRADelta
 from lorafold.ops.scale import scale, scaled

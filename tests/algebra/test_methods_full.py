@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.step.optim import matrices_in
+from lorafold.training_step.optim import matrices_in
 from mixtures import mixture
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorafold as lf
-from lorafold.bases import layer_of
 from lorafold.core.scatter_add import scatter_added
+from lorafold.layers import layer_of
 from lorafold.ops.attention import document_attention
-from lorafold.ops.documents import Documents, prefixed
-from lorafold.ops.memo import once
+from lorafold.ops.packed_documents import Documents, prefixed
+from lorafold.ops.shared_input import once
 from lorafold.ops.sparse import FEW, product_at, sparse_linear
 from lorafold.ops.two_sided_scaling import scaled_matrix, scaled_product
 

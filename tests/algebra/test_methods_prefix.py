@@ -26,11 +26,11 @@ from transformers import (
 )
 
 import lorafold as lf
-from lorafold.bases import layer_of
 from lorafold.data.batches import collate
 from lorafold.generation import complete
-from lorafold.step.documents import isolates, packed
-from lorafold.step.head import labelled_loss
+from lorafold.layers import layer_of
+from lorafold.training_step.lm_head_loss import labelled_loss
+from lorafold.training_step.packed_attention import isolates, packed
 
 N = 5
 SPECS = [

@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from lorafold.bases import bitsandbytes as quantized
-from lorafold.bases.bitsandbytes import PART, bitsandbytes, codes
+from lorafold.layers import bitsandbytes as quantized
+from lorafold.layers.bitsandbytes import PART, bitsandbytes, codes
 from lorafold.ops import nf4
 
 bnb = pytest.importorskip("bitsandbytes.functional")

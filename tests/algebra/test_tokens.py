@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
 
 import lorafold as lf
-from lorafold.bases import layer_of
 from lorafold.core.attach import Deltas, base_state
+from lorafold.layers import layer_of
 from lorafold.methods import METHODS
-from lorafold.methods.parts.token_rows import Tokens
+from lorafold.methods.parts.trainable_tokens import Tokens
 from lorafold.ops import reference
-from lorafold.step.head import labelled_loss, row_losses
+from lorafold.training_step.lm_head_loss import labelled_loss, row_losses
 
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
 TIED = ["gemma", "gpt2"]

@@ -15,10 +15,10 @@ import transformers as tf
 import lorafold as lf
 from architectures import ARCHITECTURES, GROUPED, MIXTURES, MULTIMODAL, TOWER, moved, near, run
 from conftest import lorafold, make_tokenizer
-from lorafold.adapter.reach import strays, unreached
-from lorafold.bases import is_linear
+from lorafold.adapter.coverage import strays, unreached
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.targets import PRESETS
+from lorafold.layers import is_linear
 
 HAVE_EXPERTS = {*MIXTURES, "jamba", "granite-hybrid", "qwen3-next"}
 

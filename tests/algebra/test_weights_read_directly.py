@@ -10,9 +10,9 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 
 import lorafold as lf
 from laws import METHODS, NOT_LAID, move
-from lorafold.bases import layer_class
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.served_weights import Reading
+from lorafold.layers import layer_class
 from lorafold.methods.bottleneck import BottleneckDelta
 from weight_readers import STORAGES, Past, Product, gradients, past, relative
 

@@ -14,10 +14,10 @@ import pytest
 from conversation_cases import WEATHER
 from families import embedded
 from families import tokenizer_of as family
+from lorafold.data.checks import account_of
 from lorafold.data.examples import encode, encode_row, identity_of
-from lorafold.data.findings import account_of
 from lorafold.data.templates import is_dated, on_day
-from lorafold.diagnosis.hardware import template as looked_at
+from lorafold.doctor.hardware import template as looked_at
 from lorafold.errors import LorafoldError
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.setup import set_up

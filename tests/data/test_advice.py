@@ -7,11 +7,11 @@ import torch
 
 import lorafold as lf
 from lorafold.advice import ELSEWHERE, OWNERS, advised
+from lorafold.config_import import axolotl, llamafactory, mlx, trl
+from lorafold.config_import.rules import Settings
 from lorafold.methods import make_spec
 from lorafold.recipe.fields import Fields
-from lorafold.recipe.reading import load_recipe
-from lorafold.translating import axolotl, llamafactory, mlx, trl
-from lorafold.translating.rules import Settings
+from lorafold.recipe.parsing import load_recipe
 
 TOOLS = {
     **trl.RULES,

@@ -19,11 +19,11 @@ from lorafold.api.arguments import as_rows, as_stream
 from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
-from lorafold.data.findings import Findings, look
-from lorafold.data.stored import Origins, Place, Rows
+from lorafold.data.checks import Findings, look
+from lorafold.data.row_store import Origins, Place, Rows
 from lorafold.errors import LorafoldError
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.preview import show
 from lorafold.training.request import Request
 

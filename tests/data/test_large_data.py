@@ -33,19 +33,19 @@ from large_cases import N, row, train, written
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
+from lorafold.data.classification import encode_labelled
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.examples import Completions, encode, in_pieces
-from lorafold.data.labelled import encode_labelled
 from lorafold.data.render import ensure_chat_template, render_trained
+from lorafold.data.row_store import ArrowRows, Part, Rows
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import CONVERSATIONS, shape_of
 from lorafold.data.sources import source_from
-from lorafold.data.stored import ArrowRows, Part, Rows
 from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
-from lorafold.machine.cores import usable_cores
+from lorafold.runtime.processor import usable_cores
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -443,7 +443,7 @@ elif where == "reading":
         kill()
     reading.write_rows = write
 elif where == "packing":
-    from lorafold.step import losses
+    from lorafold.training_step import losses
     losses.Completions.micro_batches = kill
 else:
     from lorafold.training import loop

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from conversation_cases import ROWS, said, user
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.preview import show
 from lorafold.training.request import Request
 

@@ -19,9 +19,9 @@ import lorafold as lf
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
+from lorafold.data.row_store import Part
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
-from lorafold.data.stored import Part
 from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lorafold.errors import LorafoldError
-from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.optim import set_learning_rates
+from lorafold.training_step.optim import set_learning_rates
 
 
 def written(tmp_path: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from lorafold.api.options import Fields
 from lorafold.cli import _load
-from lorafold.cli.build import built
+from lorafold.cli.commands import built
 from lorafold.recipe.fields import GROUPS
 from lorafold.recipe.recipe import Recipe
 

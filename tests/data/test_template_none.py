@@ -22,7 +22,7 @@ from lorafold.generation import complete, end_tokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import load_tokenizer, set_template, tokenizer_of
-from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.parsing import load_recipe
 from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.run import train

@@ -42,11 +42,11 @@ from lorafold.data.templates import Form, call, template_of
 from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
+from lorafold.models.built_in_templates import set_variables
 from lorafold.models.sources import resolve_model
-from lorafold.models.templates import set_variables
 from lorafold.models.tokenizer import set_template
 from lorafold.models.tokenizer import tokenizer_of as tokenizer_for
-from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("unestimated")

@@ -11,17 +11,17 @@ import yaml
 from rich.console import Console
 
 from conftest import lorafold, refused
+from lorafold.config_import import axolotl, llamafactory, mlx, trl
+from lorafold.config_import.rules import NOT_KNOWN
+from lorafold.config_import.run import TOOLS, Translation, translate, write
 from lorafold.errors import LorafoldError
-from lorafold.opening import Base
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.recipe.fitting import spec_of
-from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating import axolotl, llamafactory, mlx, trl
-from lorafold.translating.rules import NOT_KNOWN
-from lorafold.translating.run import TOOLS, Translation, translate, write
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
 pytestmark = pytest.mark.usefixtures("unestimated")

@@ -6,12 +6,12 @@ defaults are written, and they train.
 import pytest
 
 from lorafold.api.train import train
+from lorafold.config_import import axolotl_objectives, grpo
+from lorafold.config_import.rules import NOT_KNOWN
+from lorafold.config_import.run import write
 from lorafold.errors import LorafoldError
-from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating import axolotl_objectives, policies
-from lorafold.translating.rules import NOT_KNOWN
-from lorafold.translating.run import write
 from translation_cases import grpo_of, keys, remark, translated, trl_of
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -98,7 +98,7 @@ def test_an_axolotl_file_field_by_field(tmp_path):
         "trl.async_prefetch", "trl.oddity",
     }  # fmt: skip
     assert remark(found, "trl.oddity").startswith(NOT_KNOWN)
-    assert remark(found, "trl.use_vllm") == policies.OWN_DRAWS
+    assert remark(found, "trl.use_vllm") == grpo.OWN_DRAWS
     assert "rows of prompt, and of what the rewards read" in remark(found, "datasets")
     assert "lists of messages" in remark(found, "trl.reward_funcs")
     write(found, tmp_path / "recipe.yaml")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorafold.objectives.laws import chosen
+from lorafold.objectives.algorithms import chosen
 from policy_losses import LONGEST, check_loss_of_trl
 from translation_cases import trl_of
 

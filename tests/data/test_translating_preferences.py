@@ -16,16 +16,16 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, RewardConfig
 from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
+from lorafold.config_import.run import write
 from lorafold.errors import LorafoldError
-from lorafold.objectives.laws import law_of
-from lorafold.opening import Base
-from lorafold.recipe.reading import load_recipe
+from lorafold.objectives.algorithms import law_of
+from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.preference_laws import Scored
-from lorafold.step.preferences import Preferences
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating.run import write
+from lorafold.training_step.preference_algorithms import Scored
+from lorafold.training_step.preference_loss import Preferences
 from preference_cases import PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 

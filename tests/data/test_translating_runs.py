@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
 from lorafold.models.tokenizer import set_template
-from lorafold.step.optim import set_learning_rates
+from lorafold.training_step.optim import set_learning_rates
 from translation_cases import axolotl_of, llamafactory_of, remark, translated, trl_of
 
 TURNS = {

@@ -5,10 +5,10 @@ import json
 import pytest
 import yaml
 
+from lorafold.config_import import unsloth
+from lorafold.config_import.run import translate
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating import unsloth
-from lorafold.translating.run import translate
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
 MLX = {"model": "acme/tiny", "train": True, "fine_tune_type": "lora", "iters": 600}

@@ -22,10 +22,10 @@ from trl import (
 from trl.scripts.grpo import GRPOScriptArguments
 from trl.scripts.rloo import RLOOScriptArguments
 
+from lorafold.config_import.rules import NOT_KNOWN
+from lorafold.config_import.trl import RULES
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating.rules import NOT_KNOWN
-from lorafold.translating.trl import RULES
 from translation_cases import keys, remark, translated, trl_of
 
 with warnings.catch_warnings():  # both are experimental there

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.modes import unchanged
+from lorafold.core.contexts import unchanged
 from lorafold.ops.arithmetic import _copies, narrowed
 from shadow import Device, Shadow
 

@@ -10,7 +10,7 @@ import torch
 from device_cases import Case, apart, llama
 from lorafold.methods.lora import LoRADelta
 from lorafold.ops import attention, dropout
-from lorafold.ops.documents import Documents
+from lorafold.ops.packed_documents import Documents
 
 
 def case(p: float = 0.0, **config: Any) -> Case:

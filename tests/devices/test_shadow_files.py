@@ -11,7 +11,7 @@ import torch
 
 from device_cases import Case, apart, lfm2
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from mxfp4_cases import make_gpt_oss, make_mxfp4
 from quantized_cases import KINDS, make_compressed, make_fine_grained
 

@@ -15,10 +15,10 @@ import torch
 import lorafold as lf
 from device_cases import moved
 from lorafold.memory import trace as tracing
-from lorafold.memory.modes import llama
+from lorafold.memory.presets import llama
 from lorafold.memory.trace import Setting, trace
-from lorafold.models.storages import Storage
-from lorafold.ops.demands import Place
+from lorafold.models.quantizations import Storage
+from lorafold.ops.kernel_requirements import Place
 
 BF16 = Storage(torch.bfloat16)
 LORA, DORA = lf.LoRA(rank=16), lf.DoRA(lf.LoRA(rank=16))

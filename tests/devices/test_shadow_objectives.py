@@ -11,12 +11,12 @@ import transformers as tf
 
 from device_cases import Case, apart, llama
 from lorafold.data.branches import Branched
+from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import Example
-from lorafold.data.labelled import LabelledExample
-from lorafold.step.branches import branching
-from lorafold.step.classification import Classification
-from lorafold.step.preference_laws import Dpo, Hinge, Ipo, Kto, Orpo, Reward, Simpo
-from lorafold.step.preferences import Preferences
+from lorafold.training_step.classification_loss import Classification
+from lorafold.training_step.preference_algorithms import Dpo, Hinge, Ipo, Kto, Orpo, Reward, Simpo
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 LORA = {"dropout": 0.0}
 

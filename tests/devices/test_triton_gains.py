@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorafold.core.rounding import ODD
-from lorafold.kernels.gains import CONSTANTS, forms, kernels
+from lorafold.kernels.triton_scale import CONSTANTS, forms, kernels
 from lorafold.ops.scale import BACKWARD, SCALE
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")

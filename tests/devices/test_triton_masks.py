@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.kernels.masks import CONSTANTS, forms, kernel
+from lorafold.kernels.triton_dropout import CONSTANTS, forms, kernel
 from lorafold.ops.dropout import MASKED
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")

@@ -248,11 +248,11 @@ def test_over_quantized_weights_too_where_no_number_of_rows_is_steady(
     storage: str, names: tuple[str, ...], native: Operations, tiny_model_dir, tiny_model,
     tmp_path, monkeypatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("lorafold.engine.products.plain_products", lambda *_: ROWS[-1])
+    monkeypatch.setattr("lorafold.engine.mixed_adapters.plain_products", lambda *_: ROWS[-1])
     monkeypatch.setattr("lorafold.engine.runner.InBlocks", Entered)
     if names:  # adapters of the fp32 model, whose fingerprints fp32 tables rounded to bf16 have not
         bf16 = True, "as asked"
-        monkeypatch.setattr("lorafold.models.storages.native_bf16", lambda _: bf16)
+        monkeypatch.setattr("lorafold.models.quantizations.native_bf16", lambda _: bf16)
     methods = {name: METHODS[name] for name in names}
     paths = save_adapters(tiny_model("llama"), tmp_path, methods)
     model = lf.load_model(str(tiny_model_dir("llama")), storage=storage)

@@ -12,8 +12,8 @@ import torch
 
 from engine_cases import METHODS, prompt, save_adapters
 from lorafold.engine import Ended, Engine, Request
+from lorafold.engine.adapter_cache import checksum
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.residency import checksum
 from lorafold.errors import LorafoldError
 
 NAMES = ("lora", "dora", "ia3", "prompt")

@@ -13,14 +13,14 @@ from torch import nn
 
 import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters, together
-from lorafold.bases import layer_of
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.fast_path import Packed, packable
+from lorafold.engine.mixed_adapters import ActiveDeltas, Products
+from lorafold.engine.model_structure import Structure, probe
 from lorafold.engine.operations import Operations
-from lorafold.engine.products import ActiveDeltas, Products
-from lorafold.engine.structure import Structure, probe
+from lorafold.layers import layer_of
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 
 
 def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -
 
 def test_other_storages_are_left_alone() -> None:
     assert not packable(nn.Linear(8, 8).requires_grad_(False))
-    bitsandbytes = pytest.importorskip("lorafold.bases.bitsandbytes")
+    bitsandbytes = pytest.importorskip("lorafold.layers.bitsandbytes")
     quantized = bitsandbytes.nf4(torch.randn(64, 64).bfloat16())
     assert layer_of(quantized).linear
     assert not packable(quantized)

@@ -28,7 +28,7 @@ from transformers import (
 import lorafold as lf
 from conftest import GPT2_SIZE, SIZE
 from engine_cases import generated, prompt, together
-from lorafold.engine import Engine, Request, Sampling, Token, structure
+from lorafold.engine import Engine, Request, Sampling, Token, model_structure
 from lorafold.engine.sampler import noise
 from lorafold.errors import LorafoldError
 
@@ -151,24 +151,24 @@ def test_the_model_is_given_back_as_it_was() -> None:
 def test_a_model_is_probed_once_until_its_modules_or_what_is_active_change(monkeypatch) -> None:
     model, probed = model_of(FAMILIES["llama"]()), []
 
-    def probe(model: Any) -> structure.Structure:
+    def probe(model: Any) -> model_structure.Structure:
         probed.append(model)
         return found(model)
 
-    found = structure.probe
-    monkeypatch.setattr(structure, "probe", probe)
-    before = structure.structure_of(model)
+    found = model_structure.probe
+    monkeypatch.setattr(model_structure, "probe", probe)
+    before = model_structure.structure_of(model)
     with Engine(model, slots=2, length=32) as engine:
         assert engine.structure is before
     adapter = lf.attach(model, lf.IA3())
     with lf.only(model):
-        assert structure.structure_of(model) is before
+        assert model_structure.structure_of(model) is before
     assert len(probed) == 1
-    structure.structure_of(model)
+    model_structure.structure_of(model)
     adapter.detach()
     model.resize_token_embeddings(320)
-    assert structure.structure_of(model).shapes != before.shapes
-    assert structure.structure_of(model.bfloat16()).why == ""
+    assert model_structure.structure_of(model).shapes != before.shapes
+    assert model_structure.structure_of(model.bfloat16()).why == ""
     assert len(probed) == 4
 
 

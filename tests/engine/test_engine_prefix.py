@@ -13,7 +13,7 @@ import torch
 
 from engine_cases import METHODS, prompt, sampling, save_adapters, together
 from lorafold.engine import Ended, Engine, Request
-from lorafold.engine.slots import KeptPrefixes, Prefix, common
+from lorafold.engine.kv_cache import KeptPrefixes, Prefix, common
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
 

@@ -18,9 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import lorafold as lf
 from engine_cases import alone, prompt, save_adapters
 from lorafold.engine import Engine, Request, Stream
+from lorafold.engine.adapter_cache import Residency
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
-from lorafold.engine.residency import Residency
-from lorafold.engine.slots import common
+from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError
 
 SPECS = {

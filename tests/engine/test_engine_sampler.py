@@ -14,8 +14,8 @@ import torch
 from conftest import make_tokenizer
 from engine_cases import choose, processors, prompt, sampling
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.row import Text
 from lorafold.engine.sampler import NotFinite, Sampler, Unfit, filtered, noise
+from lorafold.engine.sequence import Text
 from lorafold.errors import LorafoldError
 
 V = 60

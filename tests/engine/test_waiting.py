@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from lorafold.machine import cores as waiting
-from lorafold.machine.cores import Neighbours, considerate, disband, gather
+from lorafold.runtime import processor as waiting
+from lorafold.runtime.processor import Neighbours, considerate, disband, gather
 
 SPIN = "while True: pass"
 
@@ -65,7 +65,7 @@ def test_a_team_is_gathered_and_disbanded() -> None:
 PROGRAM = """
 import sys, time
 import torch
-from lorafold.machine import cores as waiting
+from lorafold.runtime import cores as waiting
 from psutil import Process
 
 waiting.PAUSE, waiting.usable_cores = 0.2, lambda: 2

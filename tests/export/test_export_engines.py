@@ -17,8 +17,8 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.servers import ToSglang
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_mlx import keys_of, older_config
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 from mixtures import mixture
 
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}

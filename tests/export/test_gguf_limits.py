@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.gguf_metadata import architecture_of, name_of_rule
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.gguf_tensors import BLOCKS, type_of
-from lorafold.merging import folding
+from lorafold.merging import merged_tensors
 from lorafold.models.gguf_rules import PREFERRED, WHOLE_WORDS, rule_of
 
 WATCHED = """
@@ -162,7 +162,7 @@ def test_values_that_f16_has_not_are_refused(tmp_path):
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     base = saved("llama", tmp_path / "base")
     full = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(folding, "shutil", full)
+    monkeypatch.setattr(merged_tensors, "shutil", full)
     with pytest.raises(LorafoldError, match=r"the disk has 0\.0 GB left"):
         lf.export(base, out=tmp_path / "out", to="gguf-model", prove=False, device="cpu")
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import lorafold, refused
 from lorafold.cli import COMMANDS
-from lorafold.cli.build import emit
+from lorafold.cli.commands import emit
 
 HEAVY = {
     "torch",

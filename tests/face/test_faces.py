@@ -15,14 +15,14 @@ import lorafold as lf
 from adapter_cases import make_adapter
 from conftest import lorafold, refused, unestimating
 from lorafold.api.options import Declared, Docs, Fields, Option, Progress, declared
-from lorafold.cli import COMMANDS, _load, app, build, verb_of
-from lorafold.cli.reading import OLD_NAMES
+from lorafold.cli import COMMANDS, _load, app, commands, verb_of
+from lorafold.cli.parser import OLD_NAMES
 from lorafold.cli.recipe_options import fields_in
 from lorafold.cli.runners import RUNNERS
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import resize
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 
 NEW_KEY = "serve new-key"
 NAMES = [*COMMANDS, NEW_KEY]
@@ -55,7 +55,7 @@ CALLED = {
     "prompts": "--prompt", "prove": "--proof", "source": "--from", "open_page": "--open",
     "tenant": "TENANT",
 }  # fmt: skip
-CLI = Path(build.__file__).parent
+CLI = Path(commands.__file__).parent
 
 
 def options(verb: str) -> dict[str, list[str]]:
@@ -70,7 +70,7 @@ def command_of(name: str) -> Any:
 
 def declarations(name: str) -> list[tuple[str, Declared]]:
     """What a command declares, each with the place: its verb and what runs it."""
-    runner = RUNNERS.get(name, build.plain)
+    runner = RUNNERS.get(name, commands.plain)
     found = [("verb", one) for one in declared(verb_of(name))]
     found += [("runner", one) for one in declared(runner) if one.default is not Parameter.empty]
     return [(place, one) for place, one in found if getattr(one.option, "typed", True)]
@@ -169,7 +169,7 @@ def test_old_names_work_and_say_what_they_are_called_now(tiny_model_dir, tmp_pat
 
 
 def test_a_recipe_keeps_the_old_names_of_its_fields(tmp_path: Path, caplog) -> None:
-    from lorafold.recipe.reading import load_recipe
+    from lorafold.recipe.parsing import load_recipe
 
     file = tmp_path / "recipe.yaml"
     file.write_text("base: int8\n")

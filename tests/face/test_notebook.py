@@ -17,7 +17,7 @@ import lorafold as lf
 from adapter_cases import make_adapter
 from imports import FILES, name_of
 from lorafold.evaluation import Answer, Evaluation
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.inspecting.resize import Resized
 
 # completions, a conversation, and what serves until it ends

@@ -13,13 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafold.cli.pasted import this_command
-from lorafold.machine.cores import processor_name
-from lorafold.models.storages import Storage
+from lorafold.cli.next_commands import this_command
+from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.peft.saved import Saved
 from lorafold.quickstart import story as module
 from lorafold.quickstart.story import RECIPE, Story, computing, fastest, quickstart
+from lorafold.runtime.processor import processor_name
 
 CPU = torch.device("cpu")
 

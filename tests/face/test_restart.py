@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.machine.tuning import HUGE_PAGES, SWITCH, WISHES
+from lorafold.runtime.process_tuning import HUGE_PAGES, SWITCH, WISHES
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="there is nothing to set without glibc"
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 PROGRAM = """
 import os, sys
-from lorafold.machine.tuning import restart_tuned
+from lorafold.runtime.process_tuning import restart_tuned
 print("begun", flush=True)
 restart_tuned()
 kernels = os.environ.get("LRU_CACHE_CAPACITY")

@@ -35,7 +35,7 @@ def test_a_quantized_base_needs_no_compiler_and_its_import_leaves_the_compiler_a
     assert said("""
 import sys, torch
 before = torch.compile
-from lorafold.bases.bitsandbytes import bitsandbytes
+from lorafold.layers.bitsandbytes import bitsandbytes
 bitsandbytes()
 print("torch._inductor.compile_fx" in sys.modules, torch.compile is before)
 """) == "False True"
@@ -53,7 +53,7 @@ def test_what_other_libraries_import_on_the_way_says_nothing():
 def test_what_bitsandbytes_would_compile_is_compiled_by_its_first_call():
     assert said("""
 import torch
-from lorafold.bases.bitsandbytes import bitsandbytes
+from lorafold.layers.bitsandbytes import bitsandbytes
 made, real = [], torch.compile
 def compiler(function, **options):
     made.append((function.__name__, options))
@@ -96,7 +96,7 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
 
 SET_ASIDE = """
 import gc, sys, types, weakref
-from lorafold.machine.tuning import existing_set_aside, imports_set_aside
+from lorafold.runtime.process_tuning import existing_set_aside, imports_set_aside
 
 class Cycle:
     def __init__(self):
@@ -139,7 +139,7 @@ def test_an_interrupt_that_comes_in_a_callback_of_the_collector_is_not_lost():
     """While a command imports, every third Ctrl-C was told and passed over."""
     assert said("""
 import gc, signal, time
-from lorafold.machine.tuning import imports_set_aside
+from lorafold.runtime.process_tuning import imports_set_aside
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 def late(phase, about):
     gc.callbacks.remove(late)

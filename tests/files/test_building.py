@@ -15,7 +15,7 @@ from engine_cases import METHODS, save_adapters
 from lorafold.adapter.building import read
 from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import SETTINGS
-from lorafold.core.shells import skip_init
+from lorafold.core.shared_tensors import skip_init
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.peft.config import WEIGHTS

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from lorafold.errors import LorafoldError
-from lorafold.files.header import SIZES
+from lorafold.files.safetensors_header import SIZES
 from lorafold.models.weights import DTYPES, InMemory
 
 HERE = Path("adapter_model.safetensors")

@@ -24,8 +24,8 @@ import lorafold as lf
 from lorafold import identity
 from lorafold.comparing import measure
 from lorafold.comparing.run import key
+from lorafold.data import row_store, templates, tokenizing
 from lorafold.data import rows as reading
-from lorafold.data import stored, templates, tokenizing
 from lorafold.data.examples import encode
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
@@ -33,12 +33,12 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.identity import TRAINING, of_code
 from lorafold.inspecting import intrinsic, spectra
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
+from lorafold.robustness import run as undoing
+from lorafold.robustness import task as fragile
 from lorafold.training import loop
 from lorafold.training.request import Request
-from lorafold.undoing import run as undoing
-from lorafold.undoing import task as fragile
 from own_caches import shared
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -123,8 +123,8 @@ class World:
         """The figures and the tuning of a run."""
         task = fragile.Task(
             Base(self.model, self.recipe.storage), fragile.stacks_of(open_all([self.below])),
-            ROWS, ROWS, stored.Rows.of(self.rows), "rows", ("No",), ("Sure",), (1,), (2,), (1e-3,),
-            (0,), ("none",), recipe=self.recipe,
+            ROWS, ROWS, row_store.Rows.of(self.rows), "rows", ("No",), ("Sure",), (1,), (2,),
+            (1e-3,), (0,), ("none",), recipe=self.recipe,
         )  # fmt: skip
         [run] = task.runs(task.stacks[0])
         cells = undoing.Cells(task, self.root, lambda adapters: pytest.fail("opened"), print)
@@ -167,7 +167,7 @@ class World:
         lines = [f"{json.dumps(row)}\n" for row in self.rows * 10]
         (self.root / "rows.jsonl").write_text("".join(lines))
 
-    def rows_of(self) -> stored.Rows:
+    def rows_of(self) -> row_store.Rows:
         console = self.console()
         return read_rows(str(self.root / "rows.jsonl"), notice=console.print)
 
@@ -331,7 +331,7 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
         ("data/render.py", {*FIGURES, "reference", "parsed", "tokens"}),
         pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=SLOWLY),
         pytest.param("comparing/measure.py", {"compare"}, marks=SLOWLY),
-        pytest.param("undoing/measure.py", {"fragility"}, marks=SLOWLY),
+        pytest.param("robustness/measure.py", {"fragility"}, marks=SLOWLY),
     ],
 )
 def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
@@ -452,7 +452,7 @@ def rooms_of(files: list[Path]) -> set[str]:
         ((*TRAINING, "comparing", "merging"), set()),
         ((*TRAINING, "inspecting"), set()),
         ((*TRAINING, *fragile.ROOMS), {"comparing"}),  # how cells of a table are written
-        (tokenizing.ROOMS, {"machine", "models"}),  # how processes and files are opened
+        (tokenizing.ROOMS, {"runtime", "models"}),  # how processes and files are opened
     ],
 )
 def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besides) -> None:

@@ -18,8 +18,8 @@ from conftest import make_tokenizer
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.classifier import head_paths, load_classifier
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.storages import Storage
 from lorafold.objectives.classify import head_to_save
 from peft_cases import gap, ids, load_theirs, move
 

@@ -17,7 +17,7 @@ import lorafold as lf
 from lorafold.core.attach import selection_of
 from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
-from lorafold.models.in_files import codes_of
+from lorafold.models.quantized_files import codes_of
 from more_architectures import FAMILIES
 from peft_cases import CLOSE, gap, load_theirs, logits, move
 

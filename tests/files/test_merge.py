@@ -19,19 +19,19 @@ from adapter_cases import adapted_logits, logits, make_adapter, relative, resave
 from conftest import fast_only
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
-from lorafold.bases import layer_of
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.fold.plan import changes
-from lorafold.merging.folding import before_and_after, execute, need_space
+from lorafold.layers import layer_of
+from lorafold.merging.merged_tensors import before_and_after, execute, need_space
 from lorafold.merging.plan import plan
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.models.weights import read_tensors
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]

@@ -22,19 +22,19 @@ from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
-from lorafold.merging import folding
+from lorafold.merging import merged_tensors
 from lorafold.merging.plan import plan
 from lorafold.merging.run import Merged
 from lorafold.models.checkpoint import mapped_model_of
-from lorafold.models.converted import Conversion, OnDemand, Source
 from lorafold.models.fingerprint import of_model
 from lorafold.models.loading import load_model, weights_of
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.storages import Storage
+from lorafold.models.weight_conversion import Conversion, OnDemand, Source
 from lorafold.models.weights import read_container, write_container
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -206,7 +206,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
         lambda _: None,
         lambda *_: None,
     )
-    monkeypatch.setattr(folding, "KEPT", 1)
+    monkeypatch.setattr(merged_tensors, "KEPT", 1)
     for path in (base, odd):
         merge(path, [tmp_path / "a"], tmp_path / f"{path.name}-out", certificate=False)
     assert layout(tmp_path / "odd-out") == layout(odd)

@@ -17,13 +17,13 @@ import lorafold as lf
 from conftest import fast_only
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
-from lorafold.bases import layer_of
-from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError
 from lorafold.identity import of_model
+from lorafold.layers import layer_of
+from lorafold.layers.bitsandbytes import Quantized
 from lorafold.models.loading import load_model, weights_of
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.storages import Storage
 from lorafold.recipe.recipe import Recipe
 
 IDS = torch.arange(5, 25)[None]

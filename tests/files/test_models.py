@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from gguf_cases import write_gguf
 from lorafold.errors import LorafoldError
-from lorafold.machine.devices import choose_device
 from lorafold.models.loading import load_model
-from lorafold.models.quantizing import quantization_of
+from lorafold.models.quantizations import MADE, STORAGES, StorageName, choose_storage
+from lorafold.models.quantize_on_load import quantization_of
 from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storages import MADE, STORAGES, StorageName, choose_storage
 from lorafold.models.tokenizer import load_tokenizer
+from lorafold.runtime.devices import choose_device
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]
 

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 import lorafold as lf
 from conftest import lorafold
 from lorafold.api.merge import merge
-from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.expert_matrices import MXFP4
-from lorafold.bases.experts import Routed
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
+from lorafold.layers import layer_of, parameter_count
+from lorafold.layers.expert_matrices import MXFP4
+from lorafold.layers.experts import Routed
 from lorafold.memory.ledger import Ledger
 from lorafold.models.fingerprint import differences, of_model
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.models.weights import InMemory
 from mxfp4_cases import SETTINGS, SITES, change_config, make_gpt_oss, make_mxfp4
 from quantized_cases import (
@@ -119,7 +119,7 @@ def test_no_dequantized_parameter_is_made_while_loading(released):
 
 
 def test_one_expert_is_dequantized_at_a_time(released, monkeypatch):
-    from lorafold.bases import expert_matrices
+    from lorafold.layers import expert_matrices
 
     asked = []
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrai
 
 import lorafold as lf
 from lorafold.api.merge import merge
-from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.errors import LorafoldError
+from lorafold.layers import layer_of, parameter_count
+from lorafold.layers.compressed import Codes, CompressedLinear
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.ops.float8 import is_nan, values
 from lorafold.ops.mxfp4 import dequantize as mxfp4
 from quantized_cases import (

@@ -28,11 +28,11 @@ from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.saved import FILES
-from lorafold.screening import processes
-from lorafold.screening.opened import DEATHS, Opened
-from lorafold.screening.processes import Processes, Refused
-from lorafold.screening.screen import SECONDS, Screen, Verified
 from lorafold.serving.rendering import Renderer
+from lorafold.verification import worker_pool
+from lorafold.verification.adapter_tokenizer import DEATHS, Opened
+from lorafold.verification.checks import SECONDS, Screen, Verified
+from lorafold.verification.worker_pool import Processes, Refused
 from serving_cases import TOOL_TEMPLATE, saved
 
 ASK = [{"role": "user", "content": "Hello"}]
@@ -225,13 +225,13 @@ def test_a_busy_machine_is_no_mistake_of_a_template(screen, base, tmp_path, monk
     assert found is not None
     found.probed()
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "LEAST", 0.2)
-        patch.setattr(processes, "WALL", 0.01)
+        patch.setattr(worker_pool, "LEAST", 0.2)
+        patch.setattr(worker_pool, "WALL", 0.01)
         for _ in range(DEATHS):
             os.kill(screen._rendering._idle[-1]._process.id, signal.SIGSTOP)
             with pytest.raises(Busy, match="the machine is busy"):
                 render(ASK, found)
-            screen._rendering._idle.append(processes.Process(screen._rendering._first))
+            screen._rendering._idle.append(worker_pool.Process(screen._rendering._first))
     assert "Hello" in render(ASK, found)
 
 

@@ -28,12 +28,12 @@ from lorafold.inspecting.resize import extract
 from lorafold.inspecting.spectra import cached_svd
 from lorafold.models import fingerprint
 from lorafold.models.loading import load_model
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
-from lorafold.models.storages import Storage
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.opening import Base
-from lorafold.opening.base import known_classes
 from lorafold.peft.saved import FILES, Saved, open_all
+from lorafold.resolve import Base
+from lorafold.resolve.base import known_classes
 from lorafold.training.checkpoint import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("unestimated")

@@ -18,8 +18,8 @@ from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.classifier import load_classifier
 from lorafold.models.fingerprint import of_files
 from lorafold.models.loading import load_model
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.storages import Storage
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "plain": lambda path: load_model(path, torch.float32),

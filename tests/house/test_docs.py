@@ -27,8 +27,8 @@ from types import ModuleType
 import pytest
 
 from embedded_cases import embed_a_tiny_model
-from lorafold.bases import LAYERS
 from lorafold.cli import COMMANDS, _load, app
+from lorafold.layers import LAYERS
 from lorafold.methods import METHODS
 from lorafold.recipe.recipe import Recipe
 

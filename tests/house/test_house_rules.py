@@ -19,17 +19,17 @@ from imports import FILES, SRC, changed_elsewhere, imported, is_module, name_of,
 # From the top down. A package imports from the layers below its own, and from packages of its own
 # layer as long as these don't import it in turn.
 LAYERS = {
-    "face": ["__main__", "cli", "api", "diagnosis", "quickstart"],
+    "face": ["__main__", "cli", "api", "doctor", "quickstart"],
     "serving": ["serving"],
-    "results": ["undoing", "comparing", "composing", "exporting", "inspecting", "merging"],
-    "run": ["training", "memory", "translating", "recipe"],
+    "results": ["robustness", "comparing", "composing", "exporting", "inspecting", "merging"],
+    "run": ["training", "memory", "config_import", "recipe"],
     "objectives": ["objectives", "evaluation"],
-    "engine": ["conversation", "generation", "engine", "step"],
-    "inputs": ["screening", "opening", "rewards", "data"],
+    "engine": ["conversation", "generation", "engine", "training_step"],
+    "inputs": ["verification", "resolve", "rewards", "data"],
     "adapters": ["adapter", "fold", "identity", "peft"],
     "models": ["models"],
-    "algebra": ["kernels", "methods", "bases", "ops", "core"],
-    "ground": ["files", "machine", "advice", "errors"],
+    "algebra": ["kernels", "methods", "layers", "ops", "core"],
+    "ground": ["files", "runtime", "advice", "errors"],
 }
 LAYER = {package: layer for layer, packages in LAYERS.items() for package in packages}
 HEIGHT = {layer: height for height, layer in enumerate(reversed(LAYERS))}
@@ -109,7 +109,7 @@ def upward(name: str, imports: Iterable[str]) -> set[str]:
         ("import_module(f'{__name__}.{name}')", set()),
         ("__import__('lorafold.serving')", {"serving"}),
         ("TABLE = {'loss': 'lorafold.training.loop'}", {"training"}),
-        ("if sys.platform == 'linux':\n    from lorafold.step import losses", {"step"}),
+        ("if sys.platform == 'linux':\n    from lorafold.engine import row", {"engine"}),
         ("RECORD = 'lorafold.json'\nfrom lorafold.errors import LorafoldError", set()),
     ],
 )
@@ -119,14 +119,14 @@ def test_no_way_to_import_is_overlooked(text: str, found: set[str]) -> None:
 
 # what is imported under a name that only a run knows: the packages of others, which are examined,
 # and the files beside a table, which names them in its rows
-UNKNOWN = {"diagnosis.installation", "kernels.table"}
+UNKNOWN = {"doctor.installation", "kernels.table"}
 
 
 def test_what_is_imported_is_written_but_for_what_tables_name() -> None:
     assert {name_of(path) for path in FILES if "?" in imports(path)} == UNKNOWN
 
 
-BASES = "from lorafold.bases import LAYERS\n"
+BASES = "from lorafold.layers import LAYERS\n"
 
 
 @pytest.mark.parametrize(
@@ -150,22 +150,22 @@ def test_no_file_changes_another() -> None:
 
 # Imports that the layers allow and this project does not: who must not know of whom, and why.
 MUST_NOT: list[tuple[str, set[str], str]] = [
-    ("files", {"core", "ops", "bases", "methods", "machine"}, "a directory knows no tensors' use"),
+    ("files", {"core", "ops", "layers", "methods", "runtime"}, "a directory knows no tensors' use"),
     ("fold", {"methods"}, "folding asks every delta alike"),
-    ("kernels", {"methods", "bases"}, "an operator knows shapes and dtypes"),
-    ("screening", {"models", "peft", "adapter", "core"}, "what hostile files reach stays small"),
-    ("data", {"core", "methods", "bases", "fold", "peft", "adapter"}, "rows become tokens alone"),
-    ("step", {"peft", "adapter", "fold", "screening", "identity"}, "a step knows no files"),
-    ("engine", {"data", "screening", "memory", "translating"}, "it takes token ids"),
-    ("training", {"engine", "screening", "translating", "conversation"}, "it serves nobody"),
-    ("merging", {"training", "step", "evaluation", "engine", "methods"}, "it asks for folds only"),
+    ("kernels", {"methods", "layers"}, "an operator knows shapes and dtypes"),
+    ("verification", {"models", "peft", "adapter", "core"}, "what hostile files reach stays small"),
+    ("data", {"core", "methods", "layers", "fold", "peft", "adapter"}, "rows become tokens alone"),
+    ("training_step", {"peft", "adapter", "fold", "verification", "identity"}, "it has no files"),
+    ("engine", {"data", "verification", "memory", "config_import"}, "it takes token ids"),
+    ("training", {"engine", "verification", "config_import", "conversation"}, "it serves nobody"),
+    ("merging", {"training", "training_step", "evaluation", "engine", "methods"}, "it only folds"),
     ("comparing", {"merging", "composing", "inspecting", "engine"}, "a study stands alone"),
     ("inspecting", {"merging", "engine"}, "a study stands alone"),
     ("composing", {"merging", "engine"}, "a study stands alone"),
-    ("serving", {"training", "evaluation", "merging", "translating"}, "it answers requests"),
+    ("serving", {"training", "evaluation", "merging", "config_import"}, "it answers requests"),
     *(
-        ("methods", {f"bases.{storage}"}, "a method knows no storage")
-        for storage in ("bitsandbytes", "compressed", "convolution", "dequantized")
+        ("methods", {f"layers.{storage}"}, "a method knows no storage")
+        for storage in ("bitsandbytes", "compressed", "convolution", "quantization_config")
     ),
 ]
 
@@ -215,17 +215,17 @@ def test_core_and_ops_know_torch_alone(path):
 
 
 def test_what_serves_knows_of_the_engine_what_its_backend_says() -> None:
-    """So that another engine behind the server is another file beside `serving/in_process.py`."""
+    """So that another engine behind the server is a file beside `serving/engine_backend.py`."""
     serving = [path for path in FILES if room(path) == "serving"]
     knowing = {name_of(p) for p in serving if any("lorafold.engine" in n for n in imports(p))}
-    assert knowing == {"serving.backend", "serving.in_process"}
+    assert knowing == {"serving.backend", "serving.engine_backend"}
     reaching = {
         name_of(path)
         for path in serving
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "engine"
     }
-    assert reaching == {"serving.in_process"}
+    assert reaching == {"serving.engine_backend"}
 
 
 def modules(*rooms: str) -> list:
@@ -234,7 +234,7 @@ def modules(*rooms: str) -> list:
 
 
 def test_a_class_is_abstract_or_final_never_both():
-    rooms = modules("core", "methods", "bases")
+    rooms = modules("core", "methods", "layers")
     classes = {
         c
         for m in rooms

@@ -101,7 +101,7 @@ import lorafold as lf
 from pathlib import Path
 from rich.console import Console
 from lorafold.models.loading import load_model
-from lorafold.opening import Base
+from lorafold.resolve import Base
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafold.bases import layer_of
+from lorafold.layers import layer_of
 from lorafold.ops import cross_entropy
 from lorafold.ops.arithmetic import ROWS, linear
 from lorafold.ops.attention import document_attention
 from lorafold.ops.cross_entropy import LinearHead, linear_cross_entropy
-from lorafold.ops.documents import Documents
 from lorafold.ops.dropout import Dropped, emptied, keep_scale
 from lorafold.ops.frozen import frozen_linear, low_rank_linear
+from lorafold.ops.packed_documents import Documents
 
 T, IN, OUT, R = 2 * ROWS, 48, 40, 4
 

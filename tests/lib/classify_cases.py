@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 
 TEXTS = {

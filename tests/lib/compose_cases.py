@@ -9,10 +9,10 @@ from torch import Tensor
 
 import lorafold as lf
 from fresh_models import fresh_model
-from lorafold.composing.job import Request
+from lorafold.composing.request import Request
 from lorafold.composing.run import compose
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 
 ROUNDING = 1e-5
 Q = ["q_proj", "v_proj"]

@@ -6,8 +6,8 @@ from typing import Any
 
 from families import as_taken, tokenizer_of
 from lorafold.data.prompts import references
+from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS
-from lorafold.data.stored import Rows
 
 WEATHER = {
     "type": "function",

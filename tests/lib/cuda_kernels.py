@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.ops.demands import FLASH
+from lorafold.ops.kernel_requirements import FLASH
 from shadow import STANDINS, WHERE, Shadow
 
 aten = torch.ops.aten

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import lorafold as lf
+from lorafold.data import row_store
 from lorafold.data import rows as reading
-from lorafold.data import stored
 
 N = 2100  # three batches
 
 
 def lowered() -> None:
     """Let data of 100 kB be large, in this process."""
-    stored.LARGE = reading.LARGE = 100_000
+    row_store.LARGE = reading.LARGE = 100_000
 
 
 def row(n: int) -> dict:

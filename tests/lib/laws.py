@@ -16,11 +16,11 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Group
 from transformers.pytorch_utils import Conv1D
 
 import lorafold as lf
-from lorafold.bases import layer_of
-from lorafold.bases.bitsandbytes import set_compute_dtype
-from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.core.spec import Spec
-from lorafold.models.storages import QUANTIZED, STORAGES
+from lorafold.layers import layer_of
+from lorafold.layers.bitsandbytes import set_compute_dtype
+from lorafold.layers.compressed import Codes, CompressedLinear
+from lorafold.models.quantizations import QUANTIZED, STORAGES
 
 METHODS: dict[str, Spec] = {
     "lora": lf.LoRA(rank=3, dropout=0.0),

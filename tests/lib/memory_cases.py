@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers as tf
 
+from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
-from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import widens
 
 COMMON = {

@@ -13,12 +13,12 @@ from lorafold.comparing.measure import BASE, Measurement
 from lorafold.inspecting import history_page
 from lorafold.inspecting.history import History
 from lorafold.memory import report as memory
-from lorafold.memory.terms import TERMS, Estimate
+from lorafold.memory.estimate import TERMS, Estimate
 from lorafold.methods import METHODS
-from lorafold.undoing import report as undoing
-from lorafold.undoing.defences import DEFENCES
-from lorafold.undoing.measure import State
-from lorafold.undoing.result import Before, Fragility, Point, Way
+from lorafold.robustness import report as undoing
+from lorafold.robustness.defences import DEFENCES
+from lorafold.robustness.measure import State
+from lorafold.robustness.result import Before, Fragility, Point, Way
 
 LONG = r"a reward with a long $name$ & <more>"
 CHINESE = "检查回答是否使用中文并且没有任何语法错误的奖励函数"

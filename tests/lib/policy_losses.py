@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from lorafold.step.policy import Rollout
-from lorafold.step.policy_laws import Drawn, PolicyLaw
+from lorafold.training_step.policy_algorithms import Drawn, PolicyLaw
+from lorafold.training_step.policy_loss import Rollout
 
 LENGTHS = (3, 7, 1, 5)  # of the completions of two groups of two
 OF_TRL: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False}
@@ -38,7 +38,7 @@ def given(reference: bool = True) -> tuple[Drawn, Tensor]:
 
 
 def averaged(law: PolicyLaw, drawn: Drawn) -> Tensor:
-    """The loss over the step, as `step.policy` has it."""
+    """The loss over the step, as `training_step.policy_loss` has it."""
     losses, lengths = law.loss(drawn), torch.tensor(LENGTHS)
     if law.average == "tokens":
         return losses.mean()

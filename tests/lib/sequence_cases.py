@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from lorafold.step.head import labelled_loss
+from lorafold.training_step.lm_head_loss import labelled_loss
 
 VOCAB = 97
 COMMON = {

@@ -24,17 +24,17 @@ import pytest
 
 from engine_cases import save_adapters
 from fresh_models import fresh_model
-from lorafold.api.opened import opened
+from lorafold.api.loaded_model import opened
 from lorafold.engine import Engine
-from lorafold.opening import Base
-from lorafold.screening import screen
-from lorafold.screening.screen import Screen
+from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
-from lorafold.serving.in_process import InProcess
+from lorafold.serving.engine_backend import InProcess
 from lorafold.serving.keys import Keys, new_key
 from lorafold.serving.run import Http, listening, over_http, server_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
+from lorafold.verification import checks
+from lorafold.verification.checks import Screen
 
 ADMIN = "an admin key of enough letters"
 TOOL_TEMPLATE = (
@@ -169,7 +169,7 @@ def running(
     with listening(chosen) as at:
         port = at.getsockname()[1]
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
-        with mock.patch.multiple(screen, VERIFYING=processes, RENDERING=processes):
+        with mock.patch.multiple(checks, VERIFYING=processes, RENDERING=processes):
             parts = server_of(base, opened, Directory(folder), known, chosen)
         http = Http(over_http(parts))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))

@@ -5,7 +5,7 @@ GPU runs on them, where there is none.
         x = Shadow(torch.ones(3))        x.device is cuda:0, x.host a CPU tensor
         with device.counting():
             x.sum().item()
-        device.count.synchronizations    Counter({"item at step/losses.py:78": 1})
+        device.count.synchronizations    Counter({"item at training_step/losses.py:78": 1})
 
 An operation whose inputs lie on two devices fails as on a GPU. While it counts, each operation that
 would wait for the device or launch a kernel is counted with the line of lorafold that asked for it.

@@ -8,8 +8,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lorafold.cli import app
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 
 ROWS: list[dict[str, Any]] = [

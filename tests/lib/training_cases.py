@@ -14,8 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from conftest import lorafold
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.training.run import train

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from lorafold.translating.run import Translation, translate
+from lorafold.config_import.run import Translation, translate
 
 
 def translated(tmp_path: Path, text: str, kind: str | None = None) -> Translation:

@@ -26,16 +26,16 @@ import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
+from lorafold.data.row_store import Part
 from lorafold.data.shapes import CONVERSATIONS, PAIRS
-from lorafold.data.stored import Part
 from lorafold.errors import LorafoldError
 from lorafold.memory.before_run import planned
 from lorafold.memory.trace import Setting, trace
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration
-from lorafold.models.storages import Storage
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.objective import examples_of
-from lorafold.opening import Base
+from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import Request
@@ -59,14 +59,14 @@ from statistics import fmean
 
 import torch
 
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.data.examples import Completions
 from lorafold.data.examples import WHOLE, encoded, preview
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.objectives.objective import Objective, given_options
-from lorafold.step.documents import packed
-from lorafold.step.losses import Completions as CompletionLoss
+from lorafold.training_step.packed_attention import packed
+from lorafold.training_step.losses import Completions as CompletionLoss
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ SQUARED = '''"""Squared: the truncated quadratic of Tang et al. 2024 (arXiv 2402
 
 from pydantic.dataclasses import dataclass
 
-from lorafold.step.preference_laws import STRICT, Law, Positive
+from lorafold.training_step.preference_algorithms import STRICT, Law, Positive
 
 
 @dataclass(frozen=True, config=STRICT)

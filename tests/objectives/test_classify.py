@@ -35,7 +35,7 @@ import lorafold as lf
 from classify_cases import ROWS, TEXTS, quiet, request
 from lorafold.api.merge import merge
 from lorafold.cli import app
-from lorafold.data.labelled import classes_of, encode_labelled
+from lorafold.data.classification import classes_of, encode_labelled
 from lorafold.data.rows import check_rows
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate, held_out_loss, wilson
@@ -44,9 +44,9 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.classification import Classification
 from lorafold.training.preview import show
 from lorafold.training.run import train
+from lorafold.training_step.classification_loss import Classification
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 

@@ -18,15 +18,15 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from lorafold.core.attach import only
-from lorafold.data.to_complete import Prompt
+from lorafold.data.prompt_examples import Prompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
-from lorafold.objectives.laws import Drawing
+from lorafold.objectives.algorithms import Drawing
 from lorafold.objectives.policy import PolicyObjective
-from lorafold.step.branches import branching
-from lorafold.step.policy import Policy, Rollout
-from lorafold.step.policy_laws import Cispo, Drawn, Grpo, Gspo, PolicyLaw
 from lorafold.training import loop
+from lorafold.training_step.policy_algorithms import Cispo, Drawn, Grpo, Gspo, PolicyLaw
+from lorafold.training_step.policy_loss import Policy, Rollout
+from lorafold.training_step.shared_prefixes import branching
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 PROMPTS = ((5, 6, 7), (8, 9, 10, 11), (12,))

@@ -12,7 +12,7 @@ from conftest import SIZE
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import unsteady
 from lorafold.errors import LorafoldError
-from lorafold.step.head import token_losses
+from lorafold.training_step.lm_head_loss import token_losses
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 ROWS = [{"prompt": word} for word in ("r", "Say blue", "Say green, and then say gold", "Say red")]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import nanstd
 
 import lorafold as lf
-from lorafold.step.policy_laws import Cispo, Drawn, Grpo, Gspo, Ppo, Reinforce, Rloo
 from lorafold.training import loop
+from lorafold.training_step.policy_algorithms import Cispo, Drawn, Grpo, Gspo, Ppo, Reinforce, Rloo
 from policy_losses import check_loss_of_trl, gradient_of_trl
 
 CASES = {

@@ -25,21 +25,21 @@ from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 import lorafold as lf
 from conftest import lorafold
 from lorafold.core.attach import selection_of
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.data.branches import MismatchedExamples, encode_preferred
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
-from lorafold.machine.processes import ALONE
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.laws import law_of
+from lorafold.objectives.algorithms import law_of
 from lorafold.objectives.preference import Referenced, digest, referenced
-from lorafold.step import preference_laws
-from lorafold.step.branches import branching
-from lorafold.step.preference_laws import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
-from lorafold.step.preferences import Preferences
-from lorafold.step.replicated import Replicated
+from lorafold.runtime.processes import ALONE
 from lorafold.training import loop
+from lorafold.training_step import preference_algorithms
+from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.preference_algorithms import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 from own_caches import shared
 from preference_cases import JUDGED, PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
 
@@ -349,7 +349,7 @@ def test_options_of_objectives_are_checked() -> None:
     with pytest.raises(LorafoldError, match=r"objective dpo: beta: found 0.0, expected greater"):
         law_of(none.objective, none.beta, {})
     compared = [name for name, one in OBJECTIVES.items() if one.law and not one.draws]
-    laws = {law for law in vars(preference_laws).values() if inspect.isclass(law)}
+    laws = {law for law in vars(preference_algorithms).values() if inspect.isclass(law)}
     laws = {law for law in laws if issubclass(law, Law) and law is not Law}
     assert {type(law_of(name, None, {})) for name in compared} == laws
 

@@ -23,30 +23,30 @@ from trl import RewardConfig, RewardTrainer
 import lorafold as lf
 from conftest import lorafold
 from lorafold.api.merge import merge
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched, encode_preferred
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import wilson
 from lorafold.evaluation.scoring import reward_figures, score_rows, scores_of
-from lorafold.files.card import REWARD
+from lorafold.files.model_card import REWARD
+from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import measure
-from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.fake import fake_model
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
-from lorafold.models.storages import Storage
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.objectives.laws import law_of
-from lorafold.opening import Base
+from lorafold.objectives.algorithms import law_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.branches import Branching, branching
-from lorafold.step.preference_laws import Reward, Scored
-from lorafold.step.preferences import Preferences
+from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.training.run import train
+from lorafold.training_step.preference_algorithms import Reward, Scored
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import Branching, branching
 from serving_cases import running
 
 pytestmark = pytest.mark.usefixtures("unestimated")

@@ -22,7 +22,7 @@ from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.reward_adapter import RewardAdapter
 from lorafold.objectives.objective import Packing
-from lorafold.opening import Base
+from lorafold.resolve import Base
 from lorafold.rewards import Judged, Rewards
 from lorafold.training import loop
 

@@ -31,7 +31,7 @@ from trl import (
 
 import lorafold as lf
 from lorafold.errors import LorafoldError
-from lorafold.training.callback import check_reference
+from lorafold.training.trainer_callback import check_reference
 from method_cases import IDS, moved
 from preference_cases import JUDGED, PAIRS
 

@@ -13,7 +13,7 @@ import pytest
 
 import lorafold as lf
 from conftest import make_model_dir
-from lorafold.serving.next_turn import shortened
+from lorafold.serving.chat import shortened
 from serving_cases import TOOL_TEMPLATE, Running, running, saved
 
 CITY = {

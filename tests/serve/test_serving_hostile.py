@@ -21,10 +21,10 @@ from conftest import make_model_dir
 from hostile_adapters import CASES, MOVING, moving
 from hostile_adapters.siege import Siege, said
 from hostile_requests import ASK, asking, bodies, chain, hostile_schema
-from lorafold.machine.cores import STACK, stacks
-from lorafold.screening import screen as screening
-from lorafold.screening.processes import Processes
+from lorafold.runtime.processor import STACK, stacks
 from lorafold.serving.server import SMALL
+from lorafold.verification import checks as screening
+from lorafold.verification.worker_pool import Processes
 from serving_cases import TOOL_TEMPLATE, Running, raw, running, saved, until
 
 WORST = (

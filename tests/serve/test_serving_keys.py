@@ -18,8 +18,8 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
 from lorafold.serving.directory import Directory
+from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import HINT, KeyFile, Keys, new_key
-from lorafold.serving.refusal import Refusal
 from lorafold.serving.settings import read
 from serving_cases import ADMIN, Running, running, saved
 

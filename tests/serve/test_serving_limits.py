@@ -15,6 +15,7 @@ import pytest
 import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
+from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import (
     DAY,
     HINT,
@@ -26,7 +27,6 @@ from lorafold.serving.keys import (
     new_key,
     until,
 )
-from lorafold.serving.refusal import Refusal
 from lorafold.serving.settings import read
 from serving_cases import ADMIN, Running, running, saved
 from serving_cases import until as true

@@ -10,7 +10,7 @@ import pytest
 
 import lorafold as lf
 from conftest import make_model_dir
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.errors import Refusal
 from lorafold.serving.server import Record, told
 from serving_cases import TOOL_TEMPLATE, Answer, Running, running, saved
 

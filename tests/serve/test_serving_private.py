@@ -18,8 +18,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 import lorafold as lf
-from lorafold.engine.row import Text
 from lorafold.engine.runner import SlotRunner
+from lorafold.engine.sequence import Text
 from lorafold.serving import logs
 from lorafold.serving.app import Gate
 from serving_cases import ADMIN, Running, raw, running, saved, until

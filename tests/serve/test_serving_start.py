@@ -22,11 +22,11 @@ import lorafold as lf
 from engine_cases import with_large_weights
 from lorafold.engine import Engine
 from lorafold.errors import Busy
-from lorafold.screening import processes
 from lorafold.serving import verifier
 from lorafold.serving.backend import Found
 from lorafold.serving.registry import Sweep
 from lorafold.serving.verifier import Seen
+from lorafold.verification import worker_pool
 from serving_cases import ADMIN, counted, running, saved, until
 
 
@@ -167,9 +167,9 @@ def test_a_file_that_comes_late_makes_an_entry_an_adapter(folder, tiny_model_dir
 def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatch, caplog) -> None:
     """Neither file descriptors nor time on its processor."""
     with running(tiny_model_dir("llama"), folder) as server:
-        registry, wait = server.parts.registry, processes.LEAST
-        monkeypatch.setattr(processes, "LEAST", 0.0)
-        monkeypatch.setattr(processes, "WALL", 0.0)
+        registry, wait = server.parts.registry, worker_pool.LEAST
+        monkeypatch.setattr(worker_pool, "LEAST", 0.0)
+        monkeypatch.setattr(worker_pool, "WALL", 0.0)
         for process in registry.verifier._screen._verifying._idle:
             os.kill(process._process.id, signal.SIGSTOP)
         shutil.copytree(folder / "a", folder.parent / "c")
@@ -179,7 +179,7 @@ def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatc
         assert (refused.status, refused.code) == (503, "machine_busy")
         assert int(refused.headers["retry-after"]) > 0
         assert "c" not in registry.wrong
-        monkeypatch.setattr(processes, "LEAST", wait)
+        monkeypatch.setattr(worker_pool, "LEAST", wait)
         until(lambda: server.complete("c", "Hello").status == 200)
     monkeypatch.setattr(Sweep, "begin", lambda self: None)
     with running(tiny_model_dir("llama"), folder) as server:

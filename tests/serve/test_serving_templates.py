@@ -15,8 +15,8 @@ import lorafold as lf
 from conftest import make_model_dir, unestimating
 from lorafold.data.control_tokens import NOTE
 from lorafold.models.tokenizer import load_tokenizer, set_template, write_tokenizer
-from lorafold.serving.job import CONTENT, REASONING, PartReader
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.completion_job import CONTENT, REASONING, PartReader
+from lorafold.serving.errors import Refusal
 from lorafold.serving.registry import Target
 from lorafold.serving.rendering import Renderer
 from serving_cases import Running, running, saved

@@ -21,7 +21,7 @@ from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_adapter
 from lorafold.models.tokenizer import load_tokenizer, write_tokenizer
-from lorafold.screening.screen import Screen
+from lorafold.verification.checks import Screen
 from serving_cases import ADMIN, Running, counted, running, saved
 
 OLD = ("adapter_config.json", "adapter_model.safetensors", "lorafold.json", "manifest.json")

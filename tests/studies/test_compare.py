@@ -15,13 +15,13 @@ from lorafold.api.arguments import as_rows
 from lorafold.comparing.measure import Task, Variant, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare, in_own_process, key
-from lorafold.data.stored import Part, Rows
+from lorafold.data.row_store import Part, Rows
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 from lorafold.models.sources import resolve_model
-from lorafold.opening import Base
 from lorafold.recipe.fitting import fitting, spec_of, without
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 

@@ -17,14 +17,14 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import lorafold
-from lorafold.cli.build import varied
+from lorafold.cli.commands import varied
 from lorafold.comparing.measure import Measurement, Variant, variants
-from lorafold.comparing.paired import alike, chosen_apart, verdict
+from lorafold.comparing.paired_tests import alike, chosen_apart, verdict
 from lorafold.comparing.report import deciding, markdown, page
 from lorafold.comparing.run import key
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import loss_interval, ratio_interval
-from lorafold.files.page import markdown_table
+from lorafold.files.html_page import markdown_table
 from lorafold.recipe.recipe import Recipe
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -248,7 +248,7 @@ def test_the_settings_are_in_what_figures_are_kept_by(
     tiny_model_dir: Callable[[str], Path],
 ) -> None:
     from lorafold.comparing.measure import Task
-    from lorafold.opening import Base
+    from lorafold.resolve import Base
 
     base = Base(tiny_model_dir("llama"), device="cpu")
     keys = {

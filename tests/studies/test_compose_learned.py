@@ -24,17 +24,17 @@ from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.composing.interference import meetings, overlap
-from lorafold.composing.job import Job, Request
+from lorafold.composing.methods import BOUND, minimized, write_mixture
+from lorafold.composing.request import Job, Request
 from lorafold.composing.updates import names, read
-from lorafold.composing.ways import BOUND, minimized, write_mixture
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 
 GATINGS = ["global", "layer", "token"]
 WEIGHTS = "adapter_model.safetensors"

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.diagnosis.finding import Finding, Group, gigabytes, looked_at
-from lorafold.diagnosis.hardware import Hardware, findings, gflops, slow
-from lorafold.diagnosis.installation import extras, packages, size_of
-from lorafold.diagnosis.report import Report
+from lorafold.doctor.finding import Finding, Group, gigabytes, looked_at
+from lorafold.doctor.hardware import Hardware, findings, gflops, slow
+from lorafold.doctor.installation import extras, packages, size_of
+from lorafold.doctor.report import Report
 from lorafold.files.terminal import WIDTH
-from lorafold.machine.cores import busy_elsewhere, quota, usable_cores
-from lorafold.machine.devices import Gpu
+from lorafold.runtime.devices import Gpu
+from lorafold.runtime.processor import busy_elsewhere, quota, usable_cores
 
 FINE = Hardware(
     processor="a processor",

@@ -20,24 +20,24 @@ import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from conftest import lorafold, make_tokenizer
 from fresh_models import fresh_model
-from lorafold.bases.experts import Experts
 from lorafold.composing.interference import meetings
+from lorafold.composing.methods import BOUND
 from lorafold.composing.updates import read
-from lorafold.composing.ways import BOUND
 from lorafold.core.delta import Over
 from lorafold.core.matrices import module_at
-from lorafold.inspecting.against import TOP, across_experts
 from lorafold.inspecting.paths import scaling
 from lorafold.inspecting.report import sections, table
-from lorafold.inspecting.residual import gain, stream_of
+from lorafold.inspecting.residual_stream import gain, stream_of
 from lorafold.inspecting.resize import extract, resize
 from lorafold.inspecting.run import inspect
+from lorafold.inspecting.subspaces import TOP, across_experts
 from lorafold.inspecting.updates import sites
+from lorafold.layers.experts import Experts
 from lorafold.methods.parts.mixture import Mixture
-from lorafold.opening import Base
 from lorafold.ops.groups import grouped
 from lorafold.peft.saved import open_all
-from lorafold.undoing.defences import factors_of, laid, updates_of
+from lorafold.resolve import Base
+from lorafold.robustness.defences import factors_of, laid, updates_of
 from mixtures import SHAPE, mixture
 
 E = 4

@@ -21,18 +21,18 @@ from adapter_cases import make_adapter
 from conftest import lorafold, unestimating
 from fresh_models import fresh_model
 from lorafold.api.arguments import as_prompts
-from lorafold.api.opened import opened
+from lorafold.api.loaded_model import opened
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import Prompt, prompts_of
-from lorafold.data.stored import Rows
+from lorafold.data.row_store import Rows
 from lorafold.evaluation.intervals import student
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
-from lorafold.undoing import measure as module
-from lorafold.undoing.defences import DEFENCES, factors_of, laid, off, overlap, updates_of
-from lorafold.undoing.measure import (
+from lorafold.resolve import Base
+from lorafold.robustness import measure as module
+from lorafold.robustness.defences import DEFENCES, factors_of, laid, off, overlap, updates_of
+from lorafold.robustness.measure import (
     Bench,
     Probe,
     begins,
@@ -41,9 +41,9 @@ from lorafold.undoing.measure import (
     measure,
     probe_of,
 )
-from lorafold.undoing.report import deciding, markdown, page
-from lorafold.undoing.result import Before, Curve, Way, crossing, point
-from lorafold.undoing.task import RECIPE, Task, stacks_of
+from lorafold.robustness.report import deciding, markdown, page
+from lorafold.robustness.result import Before, Curve, Way, crossing, point
+from lorafold.robustness.task import RECIPE, Task, stacks_of
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
 CONTROLS = [{"prompt": f"Book a table for {n}"} for n in range(3)]

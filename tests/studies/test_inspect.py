@@ -20,8 +20,8 @@ from lorafold.inspecting import spectra
 from lorafold.inspecting.report import MAPS
 from lorafold.inspecting.run import inspect, of_intruders
 from lorafold.inspecting.updates import Svd, of_dense
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 from own_caches import shared
 from update_cases import orthonormal
 

@@ -10,7 +10,7 @@ import torch
 
 import lorafold as lf
 from conftest import lorafold
-from lorafold.inspecting.residual import Heads, heads_of, stream_of
+from lorafold.inspecting.residual_stream import Heads, heads_of, stream_of
 from lorafold.inspecting.updates import of_dense
 
 ATTENTION = "model.layers.1.self_attn"

@@ -17,8 +17,8 @@ from lorafold.cli import app
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.inspecting.run import inspect
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -10,13 +10,20 @@ from transformers import MixtralConfig, Olmo2Config
 import lorafold as lf
 from lorafold.core.delta import put
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.reads import Side, chance, largest_shares, nearest, read_vectors, shares
-from lorafold.inspecting.residual import gain, stream_of
+from lorafold.inspecting.residual_stream import gain, stream_of
 from lorafold.inspecting.run import inspect
+from lorafold.inspecting.token_directions import (
+    Side,
+    chance,
+    largest_shares,
+    nearest,
+    read_vectors,
+    shares,
+)
 from lorafold.inspecting.updates import of_factors
 from lorafold.models.checkpoint import build
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 
 LLAMA = {
     "self_attn.q_proj": "input_layernorm",

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from fresh_models import fresh_model
-from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import extract, resize
-from lorafold.opening import Base
+from lorafold.layers import layer_of
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 
 SPECS = {
     "lora": lf.LoRA(rank=6),

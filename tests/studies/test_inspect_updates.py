@@ -7,8 +7,6 @@ import torch
 
 import lorafold as lf
 from laws import move
-from lorafold.bases import layer_of
-from lorafold.inspecting.against import compared
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.spectra import (
     advice,
@@ -20,10 +18,12 @@ from lorafold.inspecting.spectra import (
     spectrum,
     stable_rank,
 )
+from lorafold.inspecting.subspaces import compared
 from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
+from lorafold.layers import layer_of
 from lorafold.methods import make_spec
-from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.resolve import Base
 from update_cases import orthonormal, planted
 
 RANKED = ["lora", "rslora", "pissa", "olora", "vera", "adalora"]

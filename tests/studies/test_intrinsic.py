@@ -17,8 +17,8 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate
 from lorafold.inspecting.intrinsic import Point, bare_loss, search
 from lorafold.models.classifier import load_classifier
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 
 pytestmark = pytest.mark.usefixtures("unestimated")

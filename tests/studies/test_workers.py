@@ -21,12 +21,12 @@ from filelock import SoftFileLease
 from rich.console import Console
 
 import lorafold as lf
-from lorafold.api.task import train_and_test
+from lorafold.api.task_rows import train_and_test
 from lorafold.comparing.measure import BASE, Task, measure
 from lorafold.files.claims import CLAIM, LEASE
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
-from lorafold.undoing.task import RECIPE
+from lorafold.resolve import Base
+from lorafold.robustness.task import RECIPE
 
 pytestmark = pytest.mark.slow
 

@@ -14,12 +14,12 @@ from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
 from lorafold.models.positions import positions_of, sequence_of
-from lorafold.step.branches import branching
-from lorafold.step.documents import packed
-from lorafold.step.losses import Completions
-from lorafold.step.preference_laws import Simpo
-from lorafold.step.preferences import Preferences
 from lorafold.training.checkpoint import RunDirectory
+from lorafold.training_step.losses import Completions
+from lorafold.training_step.packed_attention import packed
+from lorafold.training_step.preference_algorithms import Simpo
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 

@@ -20,14 +20,14 @@ import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
-from lorafold.ops import cross_entropy, documents, reference
+from lorafold.ops import cross_entropy, packed_documents, reference
 from lorafold.ops.attention import document_attention
-from lorafold.ops.documents import Documents
-from lorafold.step.activations import recompute
-from lorafold.step.branches import Branching, branching
-from lorafold.step.documents import packed
-from lorafold.step.fused import fused
-from lorafold.step.head import document_losses, labelled_loss
+from lorafold.ops.packed_documents import Documents
+from lorafold.training_step.activations import recompute
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
+from lorafold.training_step.packed_attention import packed
+from lorafold.training_step.shared_prefixes import Branching, branching
 from sequence_cases import COMMON, CONFIGS, GROUPED, VOCAB, assert_close, build, heads
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def one_by_one(
 def test_attention_and_its_specification_are_each_branch_alone_in_fp64(
     rows: str, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "TILE", 4)  # one, two and several tiles
+    monkeypatch.setattr(packed_documents, "TILE", 4)  # one, two and several tiles
     docs = layout(*LAYOUTS[rows], window)
     qkv = heads(sum(docs.own), (3, 5), queries=4, keys=2)
     expected = one_by_one(*qkv, LAYOUTS[rows], window, softcap)
@@ -92,7 +92,7 @@ def test_attention_and_its_specification_are_each_branch_alone_in_fp64(
 
 
 def test_gradcheck_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "TILE", 4)
+    monkeypatch.setattr(packed_documents, "TILE", 4)
     docs = layout([5, 2], [[3, 2], [2, 4, 1]], window=6)
     qkv = heads(sum(docs.own), (3, 2), queries=2, keys=1)
     assert torch.autograd.gradcheck(lambda *x: document_attention(*x, docs, 0.5, 2.0), qkv)
@@ -461,7 +461,7 @@ def test_the_general_head_equals_the_linear_one(monkeypatch: pytest.MonkeyPatch)
     found = []
     for linear in (True, False):
         if not linear:
-            monkeypatch.setattr("lorafold.step.head.linear_form", lambda *_: None)
+            monkeypatch.setattr("lorafold.training_step.lm_head_loss.linear_form", lambda *_: None)
         model.zero_grad()
         losses, _ = document_losses(model, labels, inputs, document, 5)
         losses.square().sum().backward()

@@ -28,14 +28,14 @@ from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
-from lorafold.opening import Base
 from lorafold.ops import attention
 from lorafold.ops.selective_checkpoint import keeping, kept
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.activations import recompute
+from lorafold.resolve import Base
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.training.start import sample_losses
+from lorafold.training_step.activations import recompute
 
 ROWS = [
     {"prompt": f"Book a table for {n} " * (1 + n % 3), "completion": f'{{"people": {n}}}'}

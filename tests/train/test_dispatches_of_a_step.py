@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorafold as lf
 from lorafold.data.batches import collate
 from lorafold.data.examples import Example
-from lorafold.step.documents import packed
-from lorafold.step.fused import fused
-from lorafold.step.head import labelled_loss
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.lm_head_loss import labelled_loss
+from lorafold.training_step.packed_attention import packed
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip

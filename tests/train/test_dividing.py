@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorafold.machine.processes import Processes
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
-from lorafold.step.sharding import Sharded
+from lorafold.models.quantizations import Storage
+from lorafold.runtime.processes import Processes
+from lorafold.training_step.sharding import Sharded
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Done, lorafold, refused
 from lorafold.memory import cheatsheet
-from lorafold.memory.terms import TERMS
+from lorafold.memory.estimate import TERMS
 from lorafold.models.sources import _embedded_gguf, configuration
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"

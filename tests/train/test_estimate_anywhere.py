@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
-from lorafold.data.stored import Part
+from lorafold.data.row_store import Part
 from lorafold.memory.before_run import planned, settle
+from lorafold.memory.estimate import Estimate, estimate
 from lorafold.memory.measure import measure
-from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.objectives.sft import Sft
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe

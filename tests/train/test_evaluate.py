@@ -27,8 +27,8 @@ from lorafold.evaluation import (
 )
 from lorafold.generation import complete
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.step.documents import packed
-from lorafold.step.losses import Completions
+from lorafold.training_step.losses import Completions
+from lorafold.training_step.packed_attention import packed
 
 ASKED = [
     "a table for four",
@@ -195,7 +195,7 @@ def test_an_evaluation_computes_as_the_adapter_was_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever this device would choose, if it multiplies both natively."""
-    for module in ("models.storages", "opening.base"):
+    for module in ("models.quantizations", "resolve.base"):
         monkeypatch.setattr(f"lorafold.{module}.native_bf16", lambda device: (True, "it can"))
     base = tiny_model_dir("llama")
     adapter = lf.attach(lf.load_model(base, storage=storage), lf.LoRA(rank=2))

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 import lorafold as lf
 from lorafold.data.batches import alike, forest
 from lorafold.data.branches import Branched
+from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.labelled import LabelledExample
-from lorafold.step.activations import recompute
-from lorafold.step.branches import branching
-from lorafold.step.classification import Classification
-from lorafold.step.fused import fused
-from lorafold.step.losses import Completions, RowsAlike
-from lorafold.step.preference_laws import Dpo
-from lorafold.step.preferences import Preferences
+from lorafold.training_step.activations import recompute
+from lorafold.training_step.classification_loss import Classification
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import Completions, RowsAlike
+from lorafold.training_step.preference_algorithms import Dpo
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build
 
 CPU = torch.device("cpu")

@@ -20,10 +20,10 @@ from fused_cases import adapted, assert_same_step, model_of, seeded_step, togeth
 from lorafold.data.batches import collate
 from lorafold.methods import METHODS, make_spec
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
-from lorafold.step.activations import recompute
-from lorafold.step.documents import packed
-from lorafold.step.fused import ROTARY, fused
+from lorafold.models.quantizations import Storage
+from lorafold.training_step.activations import recompute
+from lorafold.training_step.fused_modules import ROTARY, fused
+from lorafold.training_step.packed_attention import packed
 from sequence_cases import VOCAB, loss_and_gradients, rows
 
 ALL = ("MLP", "norms", "rotary embedding")

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import lorafold as lf
 from fused_cases import adapted, assert_same_step, model_of, seeded_step, together
 from lorafold.methods import make_spec
-from lorafold.step.documents import packed
-from lorafold.step.fused import ROTARY, fused
+from lorafold.training_step.fused_modules import ROTARY, fused
+from lorafold.training_step.packed_attention import packed
 from sequence_cases import COMMON, VOCAB, loss_and_gradients
 
 

@@ -22,8 +22,8 @@ from lorafold.ops.cross_entropy import (
     head_losses,
     linear_cross_entropy,
 )
-from lorafold.step import head as head_of_step
-from lorafold.step.head import labelled_loss, linear_form, row_losses
+from lorafold.training_step import lm_head_loss as head_of_step
+from lorafold.training_step.lm_head_loss import labelled_loss, linear_form, row_losses
 
 VOCAB, B, T = 97, 2, 11
 pytestmark = pytest.mark.usefixtures("each_form")

@@ -22,11 +22,11 @@ from torch import Tensor
 from conftest import unestimating
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import verify
-from lorafold.step.optim import parameters
 from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import Trained
 from lorafold.training.run import train
+from lorafold.training_step.optim import parameters
 from training_cases import ROWS, beginning, quiet, request
 
 METHODS = ("lora", "dora", "full")

@@ -18,22 +18,22 @@ from torch import nn
 import mixtures
 from architectures import MULTIMODAL
 from conftest import fast_only
-from lorafold.bases import LAYERS
-from lorafold.bases.bitsandbytes import Quantized
-from lorafold.cli.build import size
+from lorafold.cli.commands import size
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.memory.advice import advise
-from lorafold.memory.modes import llama, setting_of
+from lorafold.layers import LAYERS
+from lorafold.layers.bitsandbytes import Quantized
+from lorafold.memory.estimate import estimate
+from lorafold.memory.fit import advise
+from lorafold.memory.presets import llama, setting_of
 from lorafold.memory.report import verdict
-from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, nothing
 from lorafold.methods import make_spec
-from lorafold.methods.parts.token_rows import Tokens
+from lorafold.methods.parts.trainable_tokens import Tokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
-from lorafold.models.storages import MADE, STORAGES, Storage, StorageRow
+from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
 from lorafold.ops import attention
 from lorafold.recipe.recipe import Recipe
 from memory_cases import BF16, COMMON, CONFIGS, LORA, close

@@ -20,16 +20,16 @@ from transformers import PreTrainedModel
 import lorafold as lf
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
-from lorafold.data.stored import Part
-from lorafold.machine.memory import KEPT, RETURNED, free_bytes, freed_blocks
+from lorafold.data.row_store import Part
 from lorafold.memory.before_run import planned, settle
-from lorafold.memory.terms import estimate
+from lorafold.memory.estimate import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.objectives.sft import Sft
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
+from lorafold.runtime.memory import KEPT, RETURNED, free_bytes, freed_blocks
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
@@ -116,7 +116,7 @@ def test_a_run_asks_it(
     recomputed: bool,
 ) -> None:
     console = Console(file=io.StringIO(), width=400)
-    for module in ("step.adamw", "training.setup"):
+    for module in ("training_step.adamw", "training.setup"):
         monkeypatch.setattr(f"lorafold.{module}.free_bytes", lambda device: free)
     seen = []
     monkeypatch.setattr(

@@ -12,20 +12,20 @@ import transformers as tf
 import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.data.batches import StoredFeed
-from lorafold.data.stored import Part
-from lorafold.data.to_complete import Prompt
+from lorafold.data.prompt_examples import Prompt
+from lorafold.data.row_store import Part
 from lorafold.engine.fast_path import Packed
 from lorafold.engine.runner import SlotRunner
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
 from lorafold.memory.before_run import documents, planned
+from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import allocated, peak_of
-from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.fake import fake_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.objectives.policy import Drawing, PolicyObjective
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.policy_laws import Grpo
+from lorafold.training_step.policy_algorithms import Grpo
 from memory_cases import COMMON, CPU
 
 CONFIG = tf.LlamaConfig(**{**COMMON, "num_hidden_layers": 2})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import lorafold as lf
 from architectures import ARCHITECTURES, MULTIMODAL, near
 from conftest import Done, lorafold, make_tokenizer
-from lorafold.adapter.reach import text_alone
+from lorafold.adapter.coverage import text_alone
 from lorafold.models.architecture import auto_class
 
 pytestmark = pytest.mark.usefixtures("unestimated")

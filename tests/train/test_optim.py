@@ -17,19 +17,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lorafold as lf
-from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
+from lorafold.layers import layer_of
 from lorafold.methods import METHODS
 from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
-from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
-from lorafold.step import adamw
-from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
-from lorafold.step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
+from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.training.run import train
+from lorafold.training_step import adamw
+from lorafold.training_step.adamw import PAGED, choose, make_optimizer, state_bytes
+from lorafold.training_step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 

@@ -16,11 +16,11 @@ from transformers.models.inkling import modeling_inkling
 import lorafold as lf
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.data.batches import collate
-from lorafold.ops import documents, reference
+from lorafold.ops import packed_documents, reference
 from lorafold.ops.attention import document_attention
-from lorafold.ops.documents import Documents
-from lorafold.step.documents import NAME, attend, document_mask, isolates, packed
-from lorafold.step.fused import fused
+from lorafold.ops.packed_documents import Documents
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.packed_attention import NAME, attend, document_mask, isolates, packed
 from sequence_cases import (
     CONFIGS,
     GROUPED,
@@ -44,7 +44,7 @@ def test_attention_equals_its_specification_in_fp64(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the documents below then take one, two and several tiles
-    monkeypatch.setattr(documents, "TILE", 2)
+    monkeypatch.setattr(packed_documents, "TILE", 2)
     lens = (3, 3, 1, 5)
     qkv = heads(12, (3, 5), queries=4, keys=2)
 

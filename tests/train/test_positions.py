@@ -17,7 +17,7 @@ import lorafold as lf
 from conftest import lorafold, make_tokenizer, refused
 from lorafold.errors import LorafoldError
 from lorafold.models.positions import Positions, positions_in, positions_of, trained_on
-from lorafold.opening import Base
+from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import Request, with_length
 

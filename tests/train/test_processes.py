@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import nn
 
+from lorafold.config_import.unsloth import storage
 from lorafold.methods import METHODS, sparse
 from lorafold.training import loop, setup
-from lorafold.translating.unsloth import storage
 from mixtures import CONFIGS
 from process_cases import apart, rows, same_bytes, together
 

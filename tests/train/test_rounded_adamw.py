@@ -23,21 +23,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorafold.adapter import attach
 from lorafold.core.rounding import generator_of, turned
 from lorafold.errors import LorafoldError
-from lorafold.memory.advice import changes_of
+from lorafold.memory.estimate import estimate
+from lorafold.memory.fit import changes_of
 from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.memory.modes import setting_of
-from lorafold.memory.terms import estimate
+from lorafold.memory.presets import setting_of
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.ops import arithmetic
 from lorafold.recipe.recipe import Recipe
-from lorafold.step import adamw
-from lorafold.step.adamw import RoundedAdamW, make_optimizer, state_bytes
-from lorafold.step.fused import fused
-from lorafold.step.head import labelled_loss
-from lorafold.step.optim import optimizer_tensors, restore_optimizer, sum_in_fp32
 from lorafold.training.run import train
+from lorafold.training_step import adamw
+from lorafold.training_step.adamw import RoundedAdamW, make_optimizer, state_bytes
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.lm_head_loss import labelled_loss
+from lorafold.training_step.optim import optimizer_tensors, restore_optimizer, sum_in_fp32
 from memory_cases import COMMON, CONFIGS, LORA, close
 from rounding_cases import DTYPES, values
 from training_cases import killed, quiet, request, train_until_killed

@@ -24,13 +24,13 @@ from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
 from lorafold.merging.plan import declared
-from lorafold.methods.parts.token_rows import Tokens
+from lorafold.methods.parts.trainable_tokens import Tokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, tokenizer_of
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import Request

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
-from lorafold.machine.processes import ALONE
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.step.replicated import Replicated
+from lorafold.runtime.processes import ALONE
 from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
+from lorafold.training_step.data_parallel import Replicated
 from training_cases import (
     ROWS,
     beginning,

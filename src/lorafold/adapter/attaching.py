@@ -12,7 +12,6 @@ from torch import nn
 from lorafold.adapter.building import Built, build, read
 from lorafold.adapter.handle import Adapter
 from lorafold.advice import advised
-from lorafold.bases import layer_class
 from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.matrices import module_at
@@ -21,8 +20,9 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.identity import of_model
 from lorafold.kernels.table import TRAINING, use
+from lorafold.layers import layer_class
 from lorafold.methods.parts.extras import Bias
-from lorafold.methods.parts.token_rows import Tokens
+from lorafold.methods.parts.trainable_tokens import Tokens
 from lorafold.models.sources import known
 from lorafold.models.weights import Weights
 from lorafold.peft.saved import Saved

@@ -18,20 +18,20 @@ from pathlib import Path
 
 from torch import nn
 
-from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin, adapted_modules, selection_of
+from lorafold.core.contexts import keep_scale
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
-from lorafold.core.modes import keep_scale
-from lorafold.core.shells import skip_init
+from lorafold.core.shared_tensors import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.contents import Contents
+from lorafold.layers import is_linear, layer_of
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
-from lorafold.methods.parts.replace import ReplaceDelta, leaves
-from lorafold.methods.parts.token_rows import Tokens
+from lorafold.methods.parts.modules_to_save import ReplaceDelta, leaves
+from lorafold.methods.parts.trainable_tokens import Tokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import called
 from lorafold.models.weights import InMemory, Weights

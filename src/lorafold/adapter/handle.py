@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.adapter.reach import Unreached, counted, unreached
-from lorafold.bases import parameter_count
-from lorafold.bases.dequantized import record_dequantized
+from lorafold.adapter.coverage import Unreached, counted, unreached
 from lorafold.core.anatomy import joined
 from lorafold.core.attach import (
     Adapted,
@@ -28,12 +26,14 @@ from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
-from lorafold.files.card import CARD, VOCABULARY, Beside, training_card
+from lorafold.files.model_card import CARD, VOCABULARY, Beside, training_card
 from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
 from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
+from lorafold.layers import parameter_count
+from lorafold.layers.quantization_config import record_dequantized
 from lorafold.methods.parts.extras import vocabulary
-from lorafold.methods.parts.token_rows import TokenRows
+from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import called, forget, known

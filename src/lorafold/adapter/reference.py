@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 from torch import nn
 
 from lorafold.core.attach import adapted_modules, only, selection_of
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.errors import LorafoldError
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.api.options import Data, Named, Paths, Rewarding
+from lorafold.data.row_store import Rows
 from lorafold.data.rows import check_rows, read_rows, renamed
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
-from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, cut
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
-from lorafold.recipe.reading import check_trackers
+from lorafold.recipe.parsing import check_trackers
 from lorafold.rewards.judging import check_there
 
 if TYPE_CHECKING:

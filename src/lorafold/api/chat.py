@@ -50,12 +50,12 @@ def chat(
         /quit: the end, as Ctrl-D.
     """
     from lorafold.api.arguments import as_paths
-    from lorafold.api.opened import opened
+    from lorafold.api.loaded_model import opened
     from lorafold.conversation import Chat, unique_names
     from lorafold.data.control_tokens import allow
     from lorafold.engine import Sampling
-    from lorafold.opening import base_for
     from lorafold.peft.saved import open_all
+    from lorafold.resolve import base_for
 
     paths = as_paths(adapters)
     found = open_all(paths)

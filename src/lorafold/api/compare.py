@@ -78,19 +78,19 @@ def compare(
     from functools import partial
 
     from lorafold.api.arguments import as_page, as_path, as_recipe, or_quiet, with_rewards
-    from lorafold.api.task import train_and_test
+    from lorafold.api.task_rows import train_and_test
     from lorafold.comparing import run
     from lorafold.comparing.comparison import Comparison
     from lorafold.comparing.measure import Task, variants
-    from lorafold.comparing.paired import alike, chosen_apart
+    from lorafold.comparing.paired_tests import alike, chosen_apart
     from lorafold.comparing.report import page
     from lorafold.comparing.run import known_methods, methods_for, unfit
     from lorafold.files.atomic import check_folder, write_text
     from lorafold.files.claims import check_token
-    from lorafold.opening import Base
     from lorafold.quickstart.story import RECIPE
     from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
     from lorafold.recipe.recipe import Recipe
+    from lorafold.resolve import Base
     from lorafold.rewards.judging import check_judges
 
     place = as_page(html)

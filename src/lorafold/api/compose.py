@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _of_gates(_: Any) -> "Recipe":
-    from lorafold.composing.ways import RECIPE
+    from lorafold.composing.methods import RECIPE
 
     return RECIPE
 
@@ -105,13 +105,13 @@ def compose(
     from functools import partial
 
     from lorafold.api.arguments import as_path, as_paths, as_recipe, or_quiet
-    from lorafold.api.opened import opened
+    from lorafold.api.loaded_model import opened
     from lorafold.composing import run
-    from lorafold.composing.job import Request
-    from lorafold.composing.ways import RECIPE
-    from lorafold.opening import base_for
+    from lorafold.composing.methods import RECIPE
+    from lorafold.composing.request import Request
     from lorafold.peft.saved import open_all
     from lorafold.recipe.fitting import settled_length
+    from lorafold.resolve import base_for
 
     saved, console = open_all(as_paths(adapters)), or_quiet(console)
     base = base_for(model, saved, console, **opening)

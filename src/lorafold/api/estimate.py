@@ -11,7 +11,7 @@ from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
 if TYPE_CHECKING:
-    from lorafold.memory.forecast import Forecast
+    from lorafold.memory.result import Forecast
     from lorafold.recipe.recipe import Recipe
 
 
@@ -102,22 +102,22 @@ def estimate(
     from functools import partial
 
     from lorafold.api.arguments import as_page, as_recipe, or_quiet
-    from lorafold.api.rows_estimated import setting_on_rows
-    from lorafold.machine.devices import choose_device
-    from lorafold.memory import terms
-    from lorafold.memory.advice import advise, advise_on_rows
-    from lorafold.memory.forecast import Forecast
+    from lorafold.api.estimate_rows import setting_on_rows
+    from lorafold.memory import estimate
+    from lorafold.memory.fit import advise, advise_on_rows
     from lorafold.memory.measure import measure as measured_bytes
-    from lorafold.memory.modes import as_in_files, llama, setting_of
+    from lorafold.memory.presets import as_in_files, llama, setting_of
     from lorafold.memory.report import page
+    from lorafold.memory.result import Forecast
     from lorafold.models.loading import load_model
     from lorafold.models.positions import positions_in
     from lorafold.models.sources import EMBEDDED
-    from lorafold.opening import Base
     from lorafold.ops.arithmetic import widens
-    from lorafold.ops.demands import Place, place_of
+    from lorafold.ops.kernel_requirements import Place, place_of
     from lorafold.recipe.fitting import LENGTH, fitted_length
     from lorafold.recipe.recipe import Recipe
+    from lorafold.resolve import Base
+    from lorafold.runtime.devices import choose_device
 
     chart = as_page(html)
     if length is not None:
@@ -178,7 +178,7 @@ def estimate(
     place = asked_for if on is None else place_of(on)
     training = setting.spec is not None
     setting = replace(setting, place=place, resident=of_this_cpu and training and on is None)
-    found, advice, measured = terms.estimate(config, setting), None, None
+    found, advice, measured = estimate.estimate(config, setting), None, None
     if device_memory is not None:
         with console.status("searching for what fits, in about twenty settings"):
             looked_for = advise if data is None else advise_on_rows
@@ -243,7 +243,7 @@ def capability(given: str | None) -> tuple[int, int]:
 
     Raises LorafoldError for other text.
     """
-    from lorafold.machine.devices import AMPERE
+    from lorafold.runtime.devices import AMPERE
 
     if given is None:
         return AMPERE

@@ -11,10 +11,10 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.rewards.judging import FORMS
 
 if TYPE_CHECKING:
-    from lorafold.data.stored import Rows
+    from lorafold.data.row_store import Rows
     from lorafold.evaluation import Evaluation, RewardEvaluation
     from lorafold.peft.saved import Saved
-    from lorafold.step.preference_laws import Law
+    from lorafold.training_step.preference_algorithms import Law
 
 DRAWS = next(name for name, one in OBJECTIVES.items() if one.draws)  # all of them read rows alike
 REWARDS = "Rewards"
@@ -99,7 +99,7 @@ def evaluate(
     if judges:
         check_prompts(rows)
     from lorafold import evaluation
-    from lorafold.api.opened import at_hand, length_for, opened
+    from lorafold.api.loaded_model import at_hand, length_for, opened
     from lorafold.peft.saved import open_all
 
     found = open_all(as_paths(adapters))
@@ -107,7 +107,7 @@ def evaluate(
     labels = rows.give(LABELS) and not judges
     length = length_for(asked, max_length, found, console, head=labels)
     if judges:
-        from lorafold.objectives.laws import Drawing
+        from lorafold.objectives.algorithms import Drawing
         from lorafold.rewards import Rewards
 
         longest = Drawing.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -157,8 +157,8 @@ def law_of_adapters(adapters: Sequence["Saved"]) -> "Law":
     """The law of pairs that the last adapter was trained with, from its record; that of DPO if it
     was trained otherwise.
     """
-    from lorafold.objectives.laws import law_of
-    from lorafold.step.preference_laws import Dpo
+    from lorafold.objectives.algorithms import law_of
+    from lorafold.training_step.preference_algorithms import Dpo
 
     recipe = adapters[-1].recipe if adapters else {}
     objective = str(recipe.get("objective"))

@@ -58,8 +58,8 @@ def export(
     from lorafold.api.arguments import as_console, as_path, as_paths, missing
     from lorafold.exporting import run
     from lorafold.exporting.run import target_of
-    from lorafold.opening import base_for
     from lorafold.peft.saved import open_all
+    from lorafold.resolve import base_for
 
     if out is None:
         raise missing("out")

@@ -12,12 +12,12 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.opening import Base
     from lorafold.peft.saved import Saved
     from lorafold.recipe.recipe import Recipe
-    from lorafold.undoing import run
-    from lorafold.undoing.result import Fragility
-    from lorafold.undoing.task import Stack
+    from lorafold.resolve import Base
+    from lorafold.robustness import run
+    from lorafold.robustness.result import Fragility
+    from lorafold.robustness.task import Stack
 
 TUNING = "Tuning"
 OF_TUNING = ["alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"]
@@ -28,7 +28,7 @@ FORMS = (
 
 
 def _of_tuning(_: Any) -> "Recipe":
-    from lorafold.undoing.task import RECIPE
+    from lorafold.robustness.task import RECIPE
 
     return RECIPE
 
@@ -155,17 +155,17 @@ def fragility(
         or_quiet,
         source_of,
     )
-    from lorafold.api.opened import opened
-    from lorafold.data.stored import Rows
+    from lorafold.api.loaded_model import opened
+    from lorafold.data.row_store import Rows
     from lorafold.files.atomic import check_folder, write_json, write_text
     from lorafold.files.claims import check_token
-    from lorafold.opening import base_for
     from lorafold.peft.provenance import OwnBase
     from lorafold.peft.saved import open_all
     from lorafold.recipe.fitting import settled_length
-    from lorafold.undoing import run
-    from lorafold.undoing.report import markdown, page
-    from lorafold.undoing.task import RECIPE, Task, stacks_of
+    from lorafold.resolve import base_for
+    from lorafold.robustness import run
+    from lorafold.robustness.report import markdown, page
+    from lorafold.robustness.task import RECIPE, Task, stacks_of
 
     place, console = as_page(html), or_quiet(console)
     if problems := list(problems_of(out, data, tuned, bool(against_adapter), instead)):
@@ -252,7 +252,7 @@ def possible(stacks: Sequence["Stack"], mix: bool, tuned: bool) -> tuple[str, ..
         mix: Whether there are rows that refuse.
         tuned: Whether a finished adapter is measured.
     """
-    from lorafold.undoing.defences import DEFENCES
+    from lorafold.robustness.defences import DEFENCES
 
     aligned = all(stack.adapters for stack in stacks) and not tuned
     return tuple(

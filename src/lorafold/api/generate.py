@@ -97,7 +97,7 @@ def prepared(
     import copy
 
     from lorafold.api.arguments import as_paths
-    from lorafold.api.opened import at_hand, opened
+    from lorafold.api.loaded_model import at_hand, opened
     from lorafold.data.control_tokens import allow
     from lorafold.peft.saved import open_all
 

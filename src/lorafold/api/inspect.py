@@ -7,7 +7,7 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from lorafold.inspecting.inspection import Inspection
+    from lorafold.inspecting.result import Inspection
 
 
 @opt.verb
@@ -60,14 +60,14 @@ def inspect(
         straight line between their losses, in nats.
     """
     from lorafold.api.arguments import as_page, as_path, as_paths, as_rows, or_quiet
-    from lorafold.api.opened import length_for, opened
+    from lorafold.api.loaded_model import length_for, opened
     from lorafold.inspecting import run
-    from lorafold.inspecting.inspection import Inspection
     from lorafold.inspecting.paths import measured_paths
     from lorafold.inspecting.report import page
+    from lorafold.inspecting.result import Inspection
     from lorafold.inspecting.run import of_paths
-    from lorafold.opening import base_for
     from lorafold.peft.saved import Saved, open_all
+    from lorafold.resolve import base_for
 
     place, console, below = as_page(html), or_quiet(console), as_paths(over)
     if below and against is not None and data is not None:

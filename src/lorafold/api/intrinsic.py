@@ -52,16 +52,16 @@ def intrinsic(
     from functools import partial
 
     from lorafold.api.arguments import as_path, as_recipe, or_quiet
-    from lorafold.api.task import train_and_test
+    from lorafold.api.task_rows import train_and_test
     from lorafold.data.batches import epoch_size
-    from lorafold.data.stored import Rows
+    from lorafold.data.row_store import Rows
     from lorafold.files.atomic import check_folder
     from lorafold.files.claims import check_token
     from lorafold.inspecting.intrinsic import search
-    from lorafold.opening import Base
     from lorafold.quickstart.story import RECIPE
     from lorafold.recipe.fitting import settled_length
     from lorafold.recipe.recipe import Recipe
+    from lorafold.resolve import Base
     from lorafold.training.request import Request
 
     if smallest > largest:

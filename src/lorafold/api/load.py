@@ -10,9 +10,9 @@ from lorafold.adapter import Adapter
 from lorafold.adapter import load as load_on
 from lorafold.api.arguments import missing
 from lorafold.models.weights import Weights
-from lorafold.opening import base_for
-from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
+from lorafold.resolve import base_for
+from lorafold.resolve.base import check_language_model
 
 
 def load(

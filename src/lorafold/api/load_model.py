@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.opening import Base
+from lorafold.resolve import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

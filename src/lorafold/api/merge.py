@@ -52,8 +52,8 @@ def merge(
     """
     from lorafold.api.arguments import as_path, as_paths, missing
     from lorafold.merging import run
-    from lorafold.opening import base_for
     from lorafold.peft.saved import open_all
+    from lorafold.resolve import base_for
 
     if out is None:
         raise missing("out")

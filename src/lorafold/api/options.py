@@ -32,7 +32,7 @@ from typing import (
     is_typeddict,
 )
 
-from lorafold.models.storages import LISTED
+from lorafold.models.quantizations import LISTED
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -50,11 +50,11 @@ def resize(
     from dataclasses import replace
 
     from lorafold.api.arguments import as_path, as_paths, as_rows
-    from lorafold.api.opened import length_for, opened
+    from lorafold.api.loaded_model import length_for, opened
     from lorafold.inspecting import resize as best
     from lorafold.inspecting.paths import losses_of
-    from lorafold.opening import base_for
     from lorafold.peft.saved import Saved, open_all
+    from lorafold.resolve import base_for
 
     best.check_request(rank, energy)  # before any rows are read
     rows = None if data is None else as_rows(data, columns, console)
@@ -98,7 +98,7 @@ def extract(
         lorafold extract --tuned demo/merged --rank 2 --out rank-2 --json
     """
     from lorafold.inspecting import resize as best
-    from lorafold.opening import Base
+    from lorafold.resolve import Base
 
     after = Base(tuned, trust_remote_code=opening.get("trust_remote_code", False))
     return best.extract(Base(model, **opening), after, out, rank=rank, overwrite=overwrite)

@@ -52,7 +52,7 @@ def score(
         again = "; pass --overwrite to replace it" * place.is_file()
         raise LorafoldError(f"{place} {what}{again}")
     rows = as_rows(data, columns, console, objective=None)
-    from lorafold.api.opened import at_hand, length_for, opened
+    from lorafold.api.loaded_model import at_hand, length_for, opened
     from lorafold.evaluation.scoring import score_rows
     from lorafold.peft.saved import open_all
 

@@ -69,9 +69,9 @@ def serve(
     from functools import partial
 
     from lorafold.api.arguments import as_path, or_quiet
-    from lorafold.api.opened import opened
-    from lorafold.opening import base_for
+    from lorafold.api.loaded_model import opened
     from lorafold.peft.provenance import OwnBase
+    from lorafold.resolve import base_for
     from lorafold.serving import run
     from lorafold.serving.settings import read_settings
 

@@ -8,7 +8,7 @@ from lorafold.api import options as opt
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.data.findings import Findings
+    from lorafold.data.checks import Findings
     from lorafold.recipe.recipe import Recipe
     from lorafold.training.finish import Trained
     from lorafold.training.request import Request
@@ -84,8 +84,8 @@ def train(
     from rich.console import Console
 
     from lorafold.api.arguments import as_page, or_shown
-    from lorafold.machine.devices import own_device
-    from lorafold.machine.processes import launched, together
+    from lorafold.runtime.devices import own_device
+    from lorafold.runtime.processes import launched, together
 
     place = None if plot is None else as_page(plot, "plot")
     console, here = or_shown(console), launched()
@@ -176,8 +176,8 @@ def requested(
     )
     if held_out is not None:
         held_out = as_rows(held_out, columns, console, objective=run.objective)
-    from lorafold.opening import base_for
     from lorafold.peft.provenance import OwnBase
+    from lorafold.resolve import base_for
     from lorafold.training.request import Request
 
     stack, first = asked.pop("over", ()), asked.pop("init_adapter", None)

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from lorafold.cli.command_line import words
 from lorafold.cli.help import OTHERS, help_all_option, write_examples, write_lists
-from lorafold.cli.reading import Above, Command, Group
-from lorafold.cli.unknown import no_options
-from lorafold.cli.words import words
+from lorafold.cli.parser import Above, Command, Group
+from lorafold.cli.suggestions import no_options
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.machine.processes import Launched, launched
-from lorafold.machine.tuning import imports_set_aside, restart_tuned
+from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
+from lorafold.runtime.processes import Launched, launched
 
 # The function of each is `verb_of` its name; the text is its line in `lorafold --help`.
 GROUPS = {
@@ -58,11 +58,11 @@ GROUPS = {
 }
 # commands that are no verbs of Python, each with its file here and its function
 TOOLS = {
-    "quickstart": ("tools", "quickstart"),
-    "recipe": ("tools", "recipe"),
+    "quickstart": ("other_commands", "quickstart"),
+    "recipe": ("other_commands", "recipe"),
     "cache": ("cache", "cache"),
-    "doctor": ("tools", "doctor"),
-    "serve new-key": ("tools", "new_key"),
+    "doctor": ("other_commands", "doctor"),
+    "serve new-key": ("other_commands", "new_key"),
 }
 # verbs whose function has another name than its command or its file in api
 FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
@@ -124,11 +124,11 @@ def verb_of(name: str) -> Any:
 
 
 def _load(name: str) -> Any:
-    from lorafold.cli import build
+    from lorafold.cli import commands
     from lorafold.cli.runners import RUNNERS
 
-    def built(name: str, above: bool = False) -> build.Built:
-        return build.built(verb_of(name), RUNNERS.get(name, build.plain), above)
+    def built(name: str, above: bool = False) -> commands.Built:
+        return commands.built(verb_of(name), RUNNERS.get(name, commands.plain), above)
 
     one = typer.Typer(add_completion=False, rich_markup_mode=None)
     below = {whole.partition(" ")[2]: built(whole) for whole in TOOLS if f"{name} " in whole}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from lorafold.api.options import Option, verb
-from lorafold.cli.tools import Told
+from lorafold.cli.other_commands import Told
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import KINDS
 

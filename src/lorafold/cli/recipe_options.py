@@ -19,7 +19,7 @@ from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import COMMON, GROUPS
-from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 
 CONFIG = "A recipe in YAML. --set and the options below take precedence over it."

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from lorafold.api.options import Option
-from lorafold.cli.build import Json, emit, plain
+from lorafold.cli.commands import Json, emit, plain
 from lorafold.errors import LorafoldError
 
 Run = partial[Any]
@@ -66,7 +66,7 @@ def train(
         if html is not None:
             raise LorafoldError("--html writes the page of --preview; expected both")
         result = run()
-        from lorafold.cli.pasted import after_training
+        from lorafold.cli.next_commands import after_training
 
         told = [str(result), *after_training(result, asked["recipe"], asked.get("over", ()))]
         return emit(json, asdict(result), "\n".join(told))
@@ -216,7 +216,7 @@ def fragility(
         return on_cluster(run, on, workers)
     if fail_under is not None and "tuned" not in run.keywords:
         raise LorafoldError("--fail-under: needs --tuned, the finished adapter that it judges")
-    from lorafold.undoing.report import deciding, markdown
+    from lorafold.robustness.report import deciding, markdown
 
     found = run()
     told = f"{markdown(found) if wide else deciding(found)}\n\n{found}"

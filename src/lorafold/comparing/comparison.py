@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafold.comparing.measure import Measurement
-from lorafold.comparing.paired import Difference, over_base, verdict
+from lorafold.comparing.paired_tests import Difference, over_base, verdict
 from lorafold.comparing.report import markdown
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 
 
 @dataclass(frozen=True)

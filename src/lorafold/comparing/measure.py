@@ -37,20 +37,20 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.adapter import Adapter, load
-from lorafold.bases import parameter_count
-from lorafold.data.probes import probe_ids
+from lorafold.data.probe_texts import probe_ids
 from lorafold.data.sources import Row
 from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
+from lorafold.layers import parameter_count
 from lorafold.methods import known_options
-from lorafold.opening import Base
 from lorafold.peft.config import CONFIG
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
-from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.request import Request, day_written, objective_of, tokenizer_for
 from lorafold.training.run import train
 

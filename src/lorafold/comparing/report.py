@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafold.comparing.measure import BASE, Measurement
-from lorafold.comparing.paired import (
+from lorafold.comparing.paired_tests import (
     SEEDS,
     Difference,
     by_method,
@@ -27,7 +27,7 @@ from lorafold.comparing.paired import (
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.page import document, markdown_table, rendered
+from lorafold.files.html_page import document, markdown_table, rendered
 from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 

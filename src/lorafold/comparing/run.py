@@ -20,16 +20,16 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lorafold.comparing.measure import BASE, Measurement, Task, Variant, measure, recipe_of
-from lorafold.data.stored import Rows
+from lorafold.data.row_store import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
 from lorafold.files.claims import digest_of, kept, silent, tell_strangers
-from lorafold.machine.workers import end_with_parent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.rewards.judging import adapter_in
+from lorafold.runtime.workers import end_with_parent
 from lorafold.training.request import grounds
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import load
-from lorafold.composing.job import Composed, Job
+from lorafold.composing.request import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate

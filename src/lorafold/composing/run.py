@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 
 from lorafold.composing.interference import Interference, measure
-from lorafold.composing.job import Composed, Job, Opened, Request
+from lorafold.composing.methods import arithmetic, lorahub, mixture
+from lorafold.composing.request import Composed, Job, Opened, Request
 from lorafold.composing.updates import RULES, read
-from lorafold.composing.ways import arithmetic, lorahub, mixture
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.files.paths import check_kept
-from lorafold.opening.base import check_language_model
+from lorafold.resolve.base import check_language_model
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
     **{rule: partial(arithmetic, rule) for rule in RULES},

@@ -52,16 +52,16 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, load
-from lorafold.bases import layer_of
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError, as_one
 from lorafold.inspecting.updates import Factors, joined, matrix_names, unstacked
-from lorafold.opening import Base
+from lorafold.layers import layer_of
 from lorafold.ops.svd import best_of_rank, svd_of_product
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 

@@ -12,7 +12,7 @@ experts. Then W is (E, out, in), and so is whatever a delta has for each matrix.
 A layer under a delta is a layer (`delta.Over`), and so is a layer whose output is known
 (`combine.Given`). Therefore stacks and combinators need no special case. The layer at the bottom is
 the module itself, frozen (`Base`). How a module stores its matrix is known only to the subclasses
-of `Base` in `lorafold.bases`.
+of `Base` in `lorafold.layers`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.modes import recomputed
+from lorafold.core.contexts import recomputed
 from lorafold.core.rounding import rounded
 from lorafold.core.scatter_add import scatter_added
 from lorafold.errors import LorafoldError
@@ -227,7 +227,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 class Base(Layer):
-    """Abstract: the module itself, frozen. `lorafold.bases` has one final subclass per storage."""
+    """Abstract: the module itself, frozen. `lorafold.layers` has one final subclass per storage."""
 
     quantized = False  # whether it stores codes, which are dequantized for each use
     linear = False  # whether it is a matrix applied to activations, as "all-linear" means it

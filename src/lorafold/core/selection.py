@@ -34,7 +34,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.modes import in_backward
+from lorafold.core.contexts import in_backward
 from lorafold.errors import LorafoldError
 
 Names = tuple[str, ...]

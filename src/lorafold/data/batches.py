@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from lorafold.data.arrow import Array
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.row_store import Part, Rows
 from lorafold.data.shapes import Row
-from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
 
 
@@ -291,7 +291,7 @@ WINDOW = 1024  # rows among which those that begin alike are looked for, where n
 class Forest:
     """Of each token (T,): its id, position, target (-100 for none), how many rows train on it, and
     the first row that it is of. `places` are those of each row's tokens, `trained` of those that it
-    trains on. `lens` and `starts` are as `ops.documents.Documents` has them.
+    trains on. `lens` and `starts` are as `ops.packed_documents.Documents` has them.
     """
 
     ids: Array

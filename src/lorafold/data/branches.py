@@ -27,12 +27,12 @@ import numpy as np
 from lorafold.data.arrow import TURNS, Array, Judged, Lists, TableExamples, batch_of, digests
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import NO_LOSS, WHOLE, Completions, Example, example_of
-from lorafold.data.parsing import kind_of
+from lorafold.data.json_input import kind_of
 from lorafold.data.render import Rendering
+from lorafold.data.row_store import Part, Rows, named, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.sources import Row
-from lorafold.data.stored import Part, Rows, named, parts_of
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LISTED, LorafoldError, listed
 

@@ -35,7 +35,7 @@ from lorafold.data.messages import Message, Tool
 from lorafold.data.shapes import Conversation
 from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
-from lorafold.models.templates import JOINED
+from lorafold.models.built_in_templates import JOINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

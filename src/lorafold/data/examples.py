@@ -28,10 +28,10 @@ import numpy as np
 from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
 from lorafold.data.render import Rendered, Rendering, Span, Trained, render_trained
+from lorafold.data.row_store import Part, Rows, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
-from lorafold.data.stored import Part, Rows, parts_of
 from lorafold.data.templates import day_of, template_of
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lorafold.data.parsing import Row, kind_of, parsed
+from lorafold.data.json_input import Row, kind_of, parsed
 
 Message = dict[str, Any]
 Tool = dict[str, Any]

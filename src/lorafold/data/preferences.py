@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from lorafold.data.json_input import Row
 from lorafold.data.messages import (
     Message,
     Said,
@@ -25,7 +26,6 @@ from lorafold.data.messages import (
     turns_problems,
     turns_to_messages,
 )
-from lorafold.data.parsing import Row
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 SPOKEN = {"Human": "user", "Assistant": "assistant"}

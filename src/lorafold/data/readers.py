@@ -24,7 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.data.parsing import Found, as_row, decoded, loaded, row_of, suspect
+from lorafold.data.json_input import Found, as_row, decoded, loaded, row_of, suspect
 from lorafold.errors import LorafoldError
 from lorafold.files.paths import beside
 

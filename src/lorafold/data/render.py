@@ -53,7 +53,7 @@ from lorafold.data.templates import (
     template_of,
 )
 from lorafold.errors import LorafoldError
-from lorafold.models.templates import opening
+from lorafold.models.built_in_templates import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

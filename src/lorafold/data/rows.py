@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorafold.data.json_input import SPOKEN, Row, as_known, unusable
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
-from lorafold.data.parsing import SPOKEN, Row, as_known, unusable
 from lorafold.data.preferences import as_turns
+from lorafold.data.row_store import LARGE, ArrowRows, Origins, Part, Rows, write_rows
 from lorafold.data.shapes import PAIRS, PROMPTS, SHAPES, Shape, shape_of, shapes_for
 from lorafold.data.sources import Source, source_from
-from lorafold.data.stored import LARGE, ArrowRows, Origins, Part, Rows, write_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
+from lorafold.data.json_input import Row, kind_of
 from lorafold.data.messages import (
     CALLERS,
     REASONING,
@@ -51,7 +52,6 @@ from lorafold.data.messages import (
     turns_problems,
     turns_to_messages,
 )
-from lorafold.data.parsing import Row, kind_of
 from lorafold.data.preferences import (
     implicit_preference,
     implicit_problems,

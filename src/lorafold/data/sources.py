@@ -19,11 +19,11 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafold.data.parsing import Row
+from lorafold.data.json_input import Row
 from lorafold.data.readers import AS_CSV, KINDS, Numbered, Tell, kind_of_file, numbered
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.paths import beside
-from lorafold.machine.hub import asked_once
+from lorafold.runtime.hub_access import asked_once
 
 __all__ = ["Row", "Source", "source_from"]
 

@@ -21,7 +21,7 @@ from lorafold.data.arrow import Lists
 from lorafold.data.batches import Feed
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
-from lorafold.data.parsing import Row
+from lorafold.data.json_input import Row
 from lorafold.data.rows import Noticed, check_given, checked, renamed
 from lorafold.data.shapes import Shape, shapes_for
 from lorafold.data.sources import Source, source_from

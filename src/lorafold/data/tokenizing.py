@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
+from lorafold.data.row_store import CHUNK, LARGE, Rows, named
 from lorafold.data.rows import check_given
-from lorafold.data.stored import CHUNK, LARGE, Rows, named
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
-from lorafold.machine.workers import workers
+from lorafold.runtime.workers import workers
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
 
 TOKENS = "tokens.arrow"
-ROOMS = ("data", "models/templates")  # that make tokens
+ROOMS = ("data", "models/built_in_templates")  # that make tokens
 PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 

@@ -22,20 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.adapter.building import read
-from lorafold.bases import layer_of
 from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, Gained
 from lorafold.core.matrices import module_at
-from lorafold.core.shells import twin
-from lorafold.engine.structure import Shape, Structure
+from lorafold.core.shared_tensors import twin
+from lorafold.engine.model_structure import Shape, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
-from lorafold.files.header import check_numbers
 from lorafold.files.record import RECORD
+from lorafold.files.safetensors_header import check_numbers
 from lorafold.identity import joined, of_adapter
+from lorafold.layers import layer_of
 from lorafold.methods.parts.extras import vocabulary
-from lorafold.methods.parts.token_rows import TokenRows
+from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.weights import InMemory
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.provenance import COMPUTED, beside, not_found, parse

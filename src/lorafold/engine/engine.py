@@ -31,24 +31,24 @@ import torch
 from torch import Tensor
 
 from lorafold.core.attach import only
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
+from lorafold.engine.adapter_cache import Residency
 from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
 from lorafold.engine.fast_path import fast_path
+from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.model_structure import Structure, rows_apart, slotted, structure_of, taken
 from lorafold.engine.operations import Operations, available
 from lorafold.engine.request import EngineSettings, Reason, Request, Stream, check
-from lorafold.engine.residency import Residency
-from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.sampler import Choice, Grammars, NotFinite, Unfit, chosen
 from lorafold.engine.scheduler import Batch, Scheduler
-from lorafold.engine.slots import SlotCache
-from lorafold.engine.structure import Structure, rows_apart, slotted, structure_of, taken
+from lorafold.engine.sequence import Row
 from lorafold.errors import STOPS, LorafoldError, place
-from lorafold.machine.cores import considerate, disband, stacks
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
-from lorafold.ops.host import picked
-from lorafold.step.fused import fused
+from lorafold.ops.host_tensors import picked
+from lorafold.runtime.processor import considerate, disband, stacks
+from lorafold.training_step.fused_modules import fused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,13 +2,14 @@
 
     fast_path(model, structure, deltas, operations, rows=16, stack=stack)
 
-Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). Matrices of
-16 bits on a CPU are kept once more in the order that oneDNN's kernel wants, in bf16 where the
-processor has products in it and else in fp32, those that read the same tensor as one; what adapters
-add is the start of the kernel's sum: one product and one rounding. With 16 rows, the product with a
-matrix of 1536 x 576 takes 70 us and by `F.linear` 300 on two cores of an AMD EPYC, and with
-one of 3072 x 576 0.9 ms and 6.5 on one core of an EPYC without AVX-512. Whatever does not fit keeps
-its own code, so the plain path stays the specification.
+Norms, rotary embeddings and gated MLPs are those of training
+(`lorafold.training_step.fused_modules`). Matrices of 16 bits on a CPU are kept once more in the
+order that oneDNN's kernel wants, in bf16 where the processor has products in it and else in fp32,
+those that read the same tensor as one; what adapters add is the start of the kernel's sum: one
+product and one rounding. With 16 rows, the product with a matrix of 1536 x 576 takes 70 us and by
+`F.linear` 300 on two cores of an AMD EPYC, and with one of 3072 x 576 0.9 ms and 6.5 on one core of
+an EPYC without AVX-512. Whatever does not fit keeps its own code, so the plain path stays the
+specification.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import deltas_on
+from lorafold.engine.mixed_adapters import ActiveDeltas
+from lorafold.engine.model_structure import Structure
 from lorafold.engine.operations import Operations, random_rows, steady
-from lorafold.engine.products import ActiveDeltas
-from lorafold.engine.structure import Structure
+from lorafold.layers import is_linear, layer_of
 from lorafold.ops.arithmetic import FEW, HALF, multiplies_bf16
-from lorafold.step.fused import fused
+from lorafold.training_step.fused_modules import fused
 
 log = logging.getLogger(__name__)
 

@@ -41,10 +41,10 @@ from lorafold.kernels.table import DECODING, TRAINING, use
 from lorafold.ops.arithmetic import FEW, arithmetic
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
-from lorafold.ops.documents import Documents
 from lorafold.ops.fused import GATED, NORM, ROTARY
+from lorafold.ops.packed_documents import Documents
 from lorafold.ops.scale import SCALE, scaled
-from lorafold.step.documents import attend
+from lorafold.training_step.packed_attention import attend
 
 log = logging.getLogger(__name__)
 # a block has FEW rows where no number of them has an order of its own. Each number up to it is

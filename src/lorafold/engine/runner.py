@@ -3,7 +3,7 @@
 `SlotRunner` computes many rows in a pass. A pass that decodes one token a row runs over the slots
 from the first one on, as a view of the cache; slots in between that have nothing to decode are
 computed for nothing, at their own next position, which is written again before it is read. A slot
-whose request ended well is kept as it is (`lorafold.engine.slots`), behind those that run. With
+whose request ended well is kept as it is (`lorafold.engine.kv_cache`), behind those that run. With
 `each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
 chunks of one size, and whole slots are read. Experts have other numbers of tokens in every pass, so
 rows of a model with some decode one at a time too.
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import LoadedAdapter
+from lorafold.engine.kv_cache import KeptPrefixes, SlotCache, SlotView, common
+from lorafold.engine.mixed_adapters import ActiveDeltas, Plan, Products
+from lorafold.engine.model_structure import Structure, run
 from lorafold.engine.operations import InBlocks, Operations
-from lorafold.engine.products import ActiveDeltas, Plan, Products
 from lorafold.engine.request import EngineSettings
-from lorafold.engine.row import Row
-from lorafold.engine.slots import KeptPrefixes, SlotCache, SlotView, common
-from lorafold.engine.structure import Structure, run
+from lorafold.engine.sequence import Row
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
-from lorafold.ops.host import picked, sent
+from lorafold.ops.host_tensors import picked, sent
 
 
 class Runner(ABC):

@@ -35,7 +35,7 @@ from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
 from lorafold.errors import STOPS, LorafoldError, cut
-from lorafold.ops.host import picked
+from lorafold.ops.host_tensors import picked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

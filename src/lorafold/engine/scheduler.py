@@ -19,8 +19,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lorafold.engine.request import EngineSettings
-from lorafold.engine.row import Row
 from lorafold.engine.runner import together
+from lorafold.engine.sequence import Row
 
 COMPANY = 30.0  # seconds for which a tenant whose row came counts as one who shares the engine
 OUT = 2  # a token of a completion costs a pass, one of a prompt a part of one (paper, sec. 4)

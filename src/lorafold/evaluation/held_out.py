@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import PAYS, WINDOW, alike, forest
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
-from lorafold.step.branches import Branching, branching
-from lorafold.step.fused import fused
-from lorafold.step.losses import Completions, Loss, RowsAlike
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import Completions, Loss, RowsAlike
+from lorafold.training_step.shared_prefixes import Branching, branching
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from lorafold.data.arrow import lengths_of
-from lorafold.data.stored import Rows
-from lorafold.data.to_complete import Prompt, Prompts, prompt_data
+from lorafold.data.prompt_examples import Prompt, Prompts, prompt_data
+from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, cut
 from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
-from lorafold.files.card import within
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
+from lorafold.files.model_card import within
 from lorafold.generation import table_left
 from lorafold.rewards import Judged, Rewards
 

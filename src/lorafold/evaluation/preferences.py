@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.shapes import PAIRS
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.files.card import within
-from lorafold.step.preference_laws import Scored, moved
-from lorafold.step.preferences import Preferences
+from lorafold.files.model_card import within
+from lorafold.training_step.preference_algorithms import Scored, moved
+from lorafold.training_step.preference_loss import Preferences
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ from lorafold.models.checkpoint import original_weights
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
 from lorafold.models.loading import stored_in_files
 from lorafold.models.positions import positions_of
-from lorafold.opening import Base
-from lorafold.opening.base import REWARD_MODEL, kind_of
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
+from lorafold.resolve.base import REWARD_MODEL, kind_of
 from lorafold.rewards import Judged, Reward, Rewards
 from lorafold.rewards.judging import adapter_in, failure, parted
-from lorafold.step.branches import Branching, branching
-from lorafold.step.preferences import Preferences
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import Branching, branching
 
 if TYPE_CHECKING:
     from rich.console import Console

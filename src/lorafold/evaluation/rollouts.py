@@ -4,8 +4,9 @@
     rollouts.open(prompt=64, slots=64)
     rollouts.draw(prompts, key)             a group of completions of each prompt
 
-The engine has a second shell of the model (`core.shells`), so that both stay open. What trains is
-adopted anew for each step: the engine copies its factors and keeps nothing of earlier ones.
+The engine has a second shell of the model (`core.shared_tensors`), so that both stay open. What
+trains is adopted anew for each step: the engine copies its factors and keeps nothing of earlier
+ones.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import TYPE_CHECKING
 from torch.autograd.graph import increment_version
 
 from lorafold.core.attach import only, selection_of
-from lorafold.core.shells import twin
+from lorafold.core.shared_tensors import twin
 from lorafold.engine import Engine, Request, Sampling, Stream, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens, text_of
-from lorafold.machine.memory import free_bytes
 from lorafold.ops.dropout import key_of
+from lorafold.runtime.memory import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

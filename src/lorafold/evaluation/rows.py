@@ -22,23 +22,23 @@ from torch import Tensor
 from lorafold.core.attach import selection_of
 from lorafold.data.batches import labelled
 from lorafold.data.branches import encode_preferred
+from lorafold.data.classification import LabelledExample, encode_labelled
 from lorafold.data.examples import encode
-from lorafold.data.labelled import LabelledExample, encode_labelled
 from lorafold.data.prompts import references, without_reasoning
+from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
 from lorafold.evaluation.held_out import by_row, padding_of, progress_bar, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
-from lorafold.files.card import within
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
+from lorafold.files.model_card import within
 from lorafold.generation import complete
-from lorafold.step.branches import branching
-from lorafold.step.classification import Classification
-from lorafold.step.preference_laws import Dpo, Law
-from lorafold.step.preferences import Preferences
+from lorafold.training_step.classification_loss import Classification
+from lorafold.training_step.preference_algorithms import Dpo, Law
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.core.modes import evaluating
+from lorafold.core.contexts import evaluating
 from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched, continued, encode_preferred
 from lorafold.data.examples import encode
@@ -45,11 +45,11 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.held_out import padding_of, progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
-from lorafold.files.card import within
-from lorafold.files.page import Shown
-from lorafold.step.branches import branching
-from lorafold.step.preference_laws import Reward
-from lorafold.step.preferences import Preferences
+from lorafold.files.html_page import Shown
+from lorafold.files.model_card import within
+from lorafold.training_step.preference_algorithms import Reward
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -39,7 +39,7 @@ from lorafold.exporting.gguf_tensors import (
 )
 from lorafold.exporting.target import Progress
 from lorafold.generation import end_tokens
-from lorafold.merging.folding import need_space
+from lorafold.merging.merged_tensors import need_space
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import read_tokenizer

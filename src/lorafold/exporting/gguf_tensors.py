@@ -10,7 +10,7 @@ The parameters of a model with adapters folded in, computed one at a time.
 
     W' = fold_n(... fold_1(W)) in fp32, rounded by whoever writes it, once
 
-W is what the adapters were trained on, where the round trip (`merging.into`) is attached.
+W is what the adapters were trained on, where the round trip (`merging.merge_target`) is attached.
 
 Tied parameters are one, under the first of their names, unless adapters change them in different
 ways: then there are both.
@@ -35,8 +35,8 @@ from lorafold.exporting.gguf_metadata import Architecture
 from lorafold.exporting.target import DOWN, GATE_UP, Factors
 from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import plan_fold
-from lorafold.merging.folding import before_and_after
-from lorafold.models.converted import OnDemand
+from lorafold.merging.merged_tensors import before_and_after
+from lorafold.models.weight_conversion import OnDemand
 
 DELTAS = ".deltas."
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -22,19 +22,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lorafold.bases import layer_of
 from lorafold.core.attach import only, selection_of
 from lorafold.core.matrices import module_at
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.proof import Ours, divergences, last
 from lorafold.exporting.target import Factors, Progress, Subject, update_of
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.files.record import TRAINED_ON
 from lorafold.inspecting.updates import lora_of
-from lorafold.opening import Base
+from lorafold.layers import layer_of
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 NAME = "canonical"
 FILES = (WEIGHTS, CONFIG)

@@ -47,9 +47,9 @@ from lorafold.data.rows import read_rows
 from lorafold.data.shapes import PROMPTS
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.generation import complete_tokens, end_tokens, tokens_of
-from lorafold.merging.into import Distance
+from lorafold.merging.merge_target import Distance
 from lorafold.merging.run import adapted
 
 if TYPE_CHECKING:

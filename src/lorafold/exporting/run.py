@@ -26,14 +26,14 @@ from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
 from lorafold.exporting.to_mlx import ToMlx
 from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.files.paths import check_kept
-from lorafold.merging.into import ALIAS, Distance, Into, choose_into
+from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
 from lorafold.models.loading import stored_in_files
-from lorafold.opening import Base
-from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
+from lorafold.resolve.base import check_language_model
 
 TARGETS: dict[str, Target] = {
     target.name: target

@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 from lorafold.adapter import load
-from lorafold.bases import layer_of
 from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import Delta, on_meta
 from lorafold.core.layer import Base as ModuleLayer
@@ -42,11 +41,12 @@ from lorafold.inspecting.updates import (
     of_factors,
     unstacked,
 )
-from lorafold.merging.into import Into
-from lorafold.methods.parts.token_rows import TokenRows
+from lorafold.layers import layer_of
+from lorafold.merging.merge_target import Into
+from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorafold.bases import is_linear, layer_of
 from lorafold.core.attach import adapted_modules
 from lorafold.exporting.plain_lora import (
     OTHER_TEMPLATE,
@@ -50,6 +49,7 @@ from lorafold.exporting.target import (
 )
 from lorafold.files.atomic import read_object, write_json
 from lorafold.fold.plan import deltas_of
+from lorafold.layers import is_linear, layer_of
 from lorafold.methods.dora import DoRADelta
 
 MODEL_CONFIG, MANIFEST = "config.json", "manifest.json"

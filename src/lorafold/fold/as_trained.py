@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import layer_class, layer_of
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import Matrices, module_at
+from lorafold.layers import layer_class, layer_of
 from lorafold.models.loading import stored_in_files
-from lorafold.models.quantizing import packable
+from lorafold.models.quantizations import MADE, STORAGES
+from lorafold.models.quantize_on_load import packable
 from lorafold.models.sources import ModelSource
-from lorafold.models.storages import MADE, STORAGES
 from lorafold.peft.provenance import TrainedOn
 from lorafold.peft.saved import Saved, trained_on
 

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import layer_of
 from lorafold.core.anatomy import Anatomy, tied_parameters
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike, on_meta
 from lorafold.core.layer import bare
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.errors import NotMergeable, as_one, listed
+from lorafold.layers import layer_of
 
 WHOLE = "the model as a whole"
 NAMES = ("weight", "bias")

@@ -25,8 +25,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from lorafold.errors import LorafoldError, printable
 from lorafold.files.atomic import check_intact, read_object
-from lorafold.files.card import within
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
+from lorafold.files.model_card import within
 from lorafold.files.record import RECORD
 
 Values = Sequence[float | None]

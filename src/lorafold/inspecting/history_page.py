@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.card import within
-from lorafold.files.page import document, rendered
+from lorafold.files.html_page import document, rendered
+from lorafold.files.model_card import within
 from lorafold.files.plots import brief, number
 from lorafold.inspecting.history import SHARED, History, ends
 from lorafold.inspecting.plots import curves

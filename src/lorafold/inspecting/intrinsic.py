@@ -21,12 +21,12 @@ from typing import Any
 
 from rich.console import Console
 
-from lorafold.data.stored import Rows
+from lorafold.data.row_store import Rows
 from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, Figures, kept, shared, silent
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorafold.bases import layer_class
 from lorafold.core.attach import adapted_modules, lay, lift, only, selection_of
 from lorafold.core.combine import Mix, Stack
 from lorafold.core.delta import Delta
@@ -29,8 +28,9 @@ from lorafold.data.examples import encode
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
-from lorafold.methods.parts.token_rows import TokenRows
-from lorafold.step.losses import Completions
+from lorafold.layers import layer_class
+from lorafold.methods.parts.trainable_tokens import TokenRows
+from lorafold.training_step.losses import Completions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

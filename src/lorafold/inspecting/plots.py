@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafold.files import plots
-from lorafold.inspecting.against import kind_of
+from lorafold.inspecting.subspaces import kind_of
 
 POINTS = 300  # of a curve
 SCALE = "viridis"  # its lightness rises with the value

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.page import document, rendered
+from lorafold.files.html_page import document, rendered
 from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table
 from lorafold.inspecting import plots
-from lorafold.inspecting.against import by_kind, kind_of
+from lorafold.inspecting.subspaces import by_kind, kind_of
 from lorafold.inspecting.updates import largest, of_experts, site_of
 
 Figures = Mapping[str, Any]

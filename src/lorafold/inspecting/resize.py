@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from lorafold.adapter import Adapter, load
-from lorafold.bases import is_linear, layer_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import match
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import check_out
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.files.paths import check_kept
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.inspecting.spectra import effective_rank
@@ -43,12 +42,13 @@ from lorafold.inspecting.updates import (
     sites,
     unstacked,
 )
+from lorafold.layers import is_linear, layer_of
 from lorafold.methods.lora import LoRA, of_ranks
-from lorafold.opening import Base
-from lorafold.opening.base import check_language_model
 from lorafold.ops.svd import best_of_rank
 from lorafold.peft.provenance import BASE_IDENTITY
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
+from lorafold.resolve.base import check_language_model
 
 NAME = "resized"
 Cuts = dict[str, tuple[int, float, float]]  # rank, squared norms of the error and of the update

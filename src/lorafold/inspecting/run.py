@@ -27,12 +27,10 @@ from typing import Any
 import torch
 
 from lorafold.adapter import Adapter, load
-from lorafold.bases import layer_of
 from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
-from lorafold.inspecting import reads
-from lorafold.inspecting.against import SHOWN, across_experts, across_layers, compared
-from lorafold.inspecting.residual import evenness, gain, heads_of, stream_of
+from lorafold.inspecting import token_directions
+from lorafold.inspecting.residual_stream import evenness, gain, heads_of, stream_of
 from lorafold.inspecting.spectra import (
     COSINE,
     TOP,
@@ -42,10 +40,12 @@ from lorafold.inspecting.spectra import (
     pooled,
     spectrum,
 )
+from lorafold.inspecting.subspaces import SHOWN, across_experts, across_layers, compared
 from lorafold.inspecting.updates import Site, Svd, largest, load_below, of_experts, sites
-from lorafold.opening import Base
-from lorafold.opening.base import check_language_model
+from lorafold.layers import layer_of
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
+from lorafold.resolve.base import check_language_model
 
 INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference
 
@@ -302,14 +302,16 @@ def inspect(
     through = gain(mapped.model.get_submodule(norm), stream.size) if norm else None
     vocabulary = {"reads": (embedding.t(), None), "writes": (unembedding, through)}
     shown = {name: svds[name] for name in largest(figures)}
-    sides = reads.sides_of(mapped.model, stream, shown)
+    sides = token_directions.sides_of(mapped.model, stream, shown)
     if tokenizer is not None:
         for verb, ends in vocabulary.items():
-            named = reads.tables(sides[verb], *ends, lambda n: str(tokenizer.decode([n])))
+            named = token_directions.tables(
+                sides[verb], *ends, lambda n: str(tokenizer.decode([n]))
+            )
             for at, table in named.items():
                 figures[at][verb] = table
     if directions is not None:
-        vectors = reads.read_vectors(directions, len(embedding))
+        vectors = token_directions.read_vectors(directions, len(embedding))
         for verb, own in sides.items():
             for at, found in of_vectors(own, shown, *vectors).items():
                 figures[at] |= {f"{verb}_{what}": value for what, value in found.items()}
@@ -325,7 +327,7 @@ def inspect(
         "layers": across_layers(svds, stream),
         **({"experts": among, "experts_left_out": EXPERTS} if among else {}),
         **({"heads_left_out": FUSED} if figures.keys() & set(fused) else {}),
-        "chance_cosine": {verb: reads.chance(*ends) for verb, ends in vocabulary.items()},
+        "chance_cosine": {v: token_directions.chance(*ends) for v, ends in vocabulary.items()},
         "tokens_left_out": left_out,
     }
     if against is not None and other is not None:
@@ -385,7 +387,7 @@ def kept_of(site: Site, svd: Svd) -> Svd:
 
 
 def of_vectors(
-    sides: Mapping[str, reads.Side],
+    sides: Mapping[str, token_directions.Side],
     svds: Mapping[str, Svd],
     names: Sequence[str],
     vectors: torch.Tensor,
@@ -394,12 +396,13 @@ def of_vectors(
     largest shares of its update, by module path.
     """
     streams = {path: side for path, side in sides.items() if not side.of_tokens}
+    tables = token_directions.tables(streams, vectors, None, names.__getitem__)
     return {
         path: {
             "vectors": table,
-            "shares": reads.largest_shares(streams[path], svds[path].s, names, vectors),
+            "shares": token_directions.largest_shares(streams[path], svds[path].s, names, vectors),
         }
-        for path, table in reads.tables(streams, vectors, None, names.__getitem__).items()
+        for path, table in tables.items()
     }
 
 

@@ -29,9 +29,9 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
 from lorafold.methods.lora import of_ranks
-from lorafold.opening import Base
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 # of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
 # (E, r, in); r = 0 for an update that is zero

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.modes import is_fake
+from lorafold.core.contexts import is_fake
 from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
 from lorafold.ops.attention import Scores
-from lorafold.ops.documents import Documents
+from lorafold.ops.packed_documents import Documents
 
 SIZES = [P, *[N] * 7, P, P, F, F, F, INT]  # from the table of documents on
 SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES]}

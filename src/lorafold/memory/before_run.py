@@ -26,15 +26,15 @@ from transformers import PreTrainedConfig
 from lorafold.data.batches import PAYS, Feed, alike, forest, labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
-from lorafold.memory.advice import changes_of
-from lorafold.memory.terms import estimate
+from lorafold.memory.estimate import estimate
+from lorafold.memory.fit import changes_of
 from lorafold.memory.trace import Setting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
-from lorafold.ops.demands import place_of
+from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.adamw import in_words
+from lorafold.training_step.adamw import in_words
 
 LOOKED_AT = 64  # of the first steps, those with the most tokens
 SHARE = 0.9  # of the free memory: the rest is for what an estimate leaves out

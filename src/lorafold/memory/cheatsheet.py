@@ -1,6 +1,6 @@
 """The memory cheatsheet: common rules of thumb, our estimates beside them, and why the two differ.
 
-The estimates are those of `memory.terms` for Llama's shapes.
+The estimates are those of `memory.estimate` for Llama's shapes.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorafold.memory.modes import llama, setting_of
-from lorafold.memory.terms import estimate
-from lorafold.ops.demands import Place
+from lorafold.memory.estimate import estimate
+from lorafold.memory.presets import llama, setting_of
+from lorafold.ops.kernel_requirements import Place
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.adamw import in_words
+from lorafold.training_step.adamw import in_words
 
 # by the rules: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; and 16 bytes
 # for a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8

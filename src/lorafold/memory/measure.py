@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 from lorafold.data.branches import Branched
+from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.labelled import LabelledExample
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.memory.trace import Setting, attach_below
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.activations import recompute
-from lorafold.step.adamw import make_optimizer
-from lorafold.step.branches import branching
-from lorafold.step.classification import Classification
-from lorafold.step.documents import packed
-from lorafold.step.fused import fused
-from lorafold.step.losses import Completions, Loss
-from lorafold.step.optim import sum_in_fp32
-from lorafold.step.preference_laws import Reward
-from lorafold.step.preferences import Preferences
+from lorafold.training_step.activations import recompute
+from lorafold.training_step.adamw import make_optimizer
+from lorafold.training_step.classification_loss import Classification
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import Completions, Loss
+from lorafold.training_step.optim import sum_in_fp32
+from lorafold.training_step.packed_attention import packed
+from lorafold.training_step.preference_algorithms import Reward
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ def allocated(device: torch.device) -> int:
 
 def _tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
-    gc.unfreeze()  # what was set aside (`machine.tuning`) would not be listed
+    gc.unfreeze()  # what was set aside (`runtime.process_tuning`) would not be listed
     found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     if aside:
         gc.freeze()

@@ -7,12 +7,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lorafold.files.page import document, notes, section, table
+from lorafold.files.html_page import document, notes, section, table
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
-from lorafold.memory.advice import Advice
-from lorafold.memory.terms import TERMS, Estimate
+from lorafold.memory.estimate import TERMS, Estimate
+from lorafold.memory.fit import Advice
 from lorafold.memory.trace import Setting
-from lorafold.step.adamw import in_words
+from lorafold.training_step.adamw import in_words
 
 WIDTH = 40  # characters of the longest bar
 

@@ -28,25 +28,25 @@ from lorafold.core.attach import selection_of
 from lorafold.core.spec import Spec
 from lorafold.engine.adapters import attached
 from lorafold.engine.fast_path import packed_bytes
+from lorafold.engine.kv_cache import columns
 from lorafold.engine.request import EngineSettings
-from lorafold.engine.slots import columns
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
-from lorafold.machine.tuning import existing_set_aside
 from lorafold.memory.ledger import Ledger, Traced, distinct_bytes
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
-from lorafold.ops.demands import Place, as_on
-from lorafold.ops.documents import Documents, Tile
-from lorafold.step.activations import recompute
-from lorafold.step.adamw import state_bytes
-from lorafold.step.documents import attending
-from lorafold.step.fused import fused
-from lorafold.step.losses import next_token_loss
-from lorafold.step.optim import sum_in_fp32
+from lorafold.ops.kernel_requirements import Place, as_on
+from lorafold.ops.packed_documents import Documents, Tile
+from lorafold.runtime.process_tuning import existing_set_aside
+from lorafold.training_step.activations import recompute
+from lorafold.training_step.adamw import state_bytes
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import next_token_loss
+from lorafold.training_step.optim import sum_in_fp32
+from lorafold.training_step.packed_attention import attending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -34,11 +34,11 @@ from lorafold.models.checkpoint import (
     mapped_model,
     open_checkpoint,
 )
-from lorafold.models.converted import Conversion
 from lorafold.models.sources import HUB_FILES, remember
+from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import Entry
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
 
 
 def untied_config(

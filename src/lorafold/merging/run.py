@@ -33,22 +33,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.adapter import load
-from lorafold.data.probes import probe_ids
+from lorafold.data.probe_texts import probe_ids
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
 from lorafold.files.paths import check_kept
 from lorafold.fold.rounding import Rounding
-from lorafold.merging.folding import Folded, execute, write_shards
-from lorafold.merging.into import Distance, Into, check_saved, choose_into
+from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
+from lorafold.merging.merged_tensors import Folded, execute, write_shards
 from lorafold.merging.plan import plan
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model, stored_in_files
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 from lorafold.models.tokenizer import write_tokenizer
-from lorafold.opening import Base
-from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
+from lorafold.resolve import Base
+from lorafold.resolve.base import check_language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from lorafold.methods.fastfood import Fastfood as Fastfood
     from lorafold.methods.full import Full as Full
     from lorafold.methods.ia3 import IA3 as IA3
-    from lorafold.methods.inits import OLoRA as OLoRA
-    from lorafold.methods.inits import PiSSA as PiSSA
+    from lorafold.methods.linear_probe import LinearProbe as LinearProbe
     from lorafold.methods.loha import LoHa as LoHa
     from lorafold.methods.lokr import LoKr as LoKr
     from lorafold.methods.lora import LoRA as LoRA
+    from lorafold.methods.lora_inits import OLoRA as OLoRA
+    from lorafold.methods.lora_inits import PiSSA as PiSSA
     from lorafold.methods.prefix import Prefix as Prefix
-    from lorafold.methods.probe import LinearProbe as LinearProbe
     from lorafold.methods.prompt import Prompt as Prompt
     from lorafold.methods.sparse import LTSFT as LTSFT
     from lorafold.methods.sparse import FishMask as FishMask
@@ -91,8 +91,8 @@ METHODS = Methods(
     {
         "lora": "lora.LoRA",
         "rslora": ("lora.LoRA", {"rslora": True}),
-        "pissa": "inits.PiSSA",
-        "olora": "inits.OLoRA",
+        "pissa": "lora_inits.PiSSA",
+        "olora": "lora_inits.OLoRA",
         "dora": "dora.DoRA",
         "adalora": "adalora.AdaLoRA",
         "vera": "vera.VeRA",
@@ -107,7 +107,7 @@ METHODS = Methods(
         "pfeiffer": ("bottleneck.Bottleneck", {"after": "mlp"}),
         "prompt": "prompt.Prompt",
         "prefix": "prefix.Prefix",
-        "linear-probe": "probe.LinearProbe",
+        "linear-probe": "linear_probe.LinearProbe",
         "fastfood": "fastfood.Fastfood",
     }
 )

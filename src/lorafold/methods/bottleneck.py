@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.bases import output_width
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
+from lorafold.layers import output_width
 from lorafold.methods.parts.options import check
 
 Activation = Literal["gelu", "relu"]

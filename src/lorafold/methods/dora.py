@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.combine import up_names_in
+from lorafold.core.contexts import in_backward, scope
 from lorafold.core.delta import Additive, Delta, Gained
 from lorafold.core.layer import Layer
-from lorafold.core.modes import in_backward, scope
 from lorafold.core.spec import Losses, Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA

@@ -5,7 +5,7 @@
 The baseline of every other method. With its gradient and AdamW's moments, which are in fp32, a
 parameter takes 16 bytes on a base in fp32 and 12 on one in bf16. In bf16 most updates are under
 half a unit of the weight, so the optimizer has to round them stochastically, as
-`step.adamw` does. This method is an exception to two rules for adapters: `only(model)` is
+`training_step.adamw` does. This method is an exception to two rules for adapters: `only(model)` is
 the model as trained so far, since the old weights are gone, and `detach` keeps what was learned. It
 saves a plain model.
 """

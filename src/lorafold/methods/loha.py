@@ -19,9 +19,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lorafold.core.contexts import recomputed
 from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
-from lorafold.core.modes import recomputed
 from lorafold.core.spec import Spec
 from lorafold.methods.parts.options import check, kaiming, zeros
 from lorafold.ops.hadamard import hadamard

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.virtual import KeysAndValues, Sender, VirtualTokens
+from lorafold.methods.parts.virtual_tokens import KeysAndValues, Sender, VirtualTokens
 
 Init = Literal["activations", "random"]
 

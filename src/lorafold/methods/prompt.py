@@ -4,10 +4,10 @@
 
 Lester et al. 2021, arXiv 2104.08691. A causal decoder computes the same for E whatever follows, so
 E runs through it once for a whole batch, and every attention gets its keys and values in front of
-its own (`lorafold.methods.parts.virtual`). They are kept with the cache, if there is one, so that
-decoding computes them once. The method can't be folded, and no initialization leaves the base's
-outputs as they are. Use it where an adapter must be tiny (n d numbers) and the base is large: only
-for large models does it reach full fine-tuning (the paper's figure 1).
+its own (`lorafold.methods.parts.virtual_tokens`). They are kept with the cache, if there is one, so
+that decoding computes them once. The method can't be folded, and no initialization leaves the
+base's outputs as they are. Use it where an adapter must be tiny (n d numbers) and the base is
+large: only for large models does it reach full fine-tuning (the paper's figure 1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
-from lorafold.methods.parts.virtual import KeysAndValues, Seen, Sender, VirtualTokens
+from lorafold.methods.parts.virtual_tokens import KeysAndValues, Seen, Sender, VirtualTokens
 
 Init = Literal["vocabulary", "random"]
 

@@ -48,17 +48,17 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lorafold.bases.compressed import CompressedLinear
-from lorafold.bases.expert_matrices import BLOCKS, held
 from lorafold.core.anatomy import Anatomy, tied_parameters
 from lorafold.core.matrices import Matrices
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import MANIFEST, read_object
+from lorafold.layers.compressed import CompressedLinear
+from lorafold.layers.expert_matrices import BLOCKS, held
 from lorafold.models.architecture import auto_class
-from lorafold.models.converted import Conversion, Source
-from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
+from lorafold.models.quantized_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.sources import ModelSource, remember
+from lorafold.models.weight_conversion import Conversion, Source
 from lorafold.models.weights import (
     INDEX,
     MODEL_FILES,
@@ -167,8 +167,8 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
     """Build the model of a checkpoint over its mapped files.
 
-    Raises LorafoldError if the weights are quantized in another way than `models.in_files` reads,
-    and lists every weight that is missing or has another shape than the model expects.
+    Raises LorafoldError if the weights are quantized in another way than `models.quantized_files`
+    reads, and lists every weight that is missing or has another shape than the model expects.
     """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):

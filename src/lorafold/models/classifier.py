@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import adapted_modules, lift
-from lorafold.core.shells import twin
+from lorafold.core.shared_tensors import twin
 from lorafold.errors import LorafoldError
-from lorafold.files.card import REWARD
+from lorafold.files.model_card import REWARD
 from lorafold.models.load_errors import check_complete, loading
 from lorafold.models.loading import read_weights
+from lorafold.models.quantizations import Storage
 from lorafold.models.sources import ModelSource, known, remember
-from lorafold.models.storages import Storage
 from lorafold.models.weights import FileWeights, Weights, model_files
 
 if TYPE_CHECKING:

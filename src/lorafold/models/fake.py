@@ -5,7 +5,7 @@ values and without memory for them.
         model = fake_model(config, Storage(torch.bfloat16), blocks=2)
 
 A fake model is of transformers' own class, so code that runs on a model also runs on its fake
-model, unless it asks for values (`core.modes`).
+model, unless it asks for values (`core.contexts`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from lorafold.bases import layer_of
-from lorafold.bases.bitsandbytes import set_compute_dtype
-from lorafold.bases.expert_matrices import quantized
+from lorafold.core.contexts import is_fake
 from lorafold.core.matrices import expert_parameters
-from lorafold.core.modes import is_fake
 from lorafold.errors import LorafoldError
+from lorafold.layers import layer_of
+from lorafold.layers.bitsandbytes import set_compute_dtype
+from lorafold.layers.expert_matrices import quantized
 from lorafold.models.architecture import auto_class
 from lorafold.models.classifier import expect_poolers, widen_heads
-from lorafold.models.in_files import make_quantized, readable
 from lorafold.models.load_errors import loading
-from lorafold.models.quantizing import packable, route_quantized
-from lorafold.models.storages import IN_FILES, STORAGES, Storage
+from lorafold.models.quantizations import IN_FILES, STORAGES, Storage
+from lorafold.models.quantize_on_load import packable, route_quantized
+from lorafold.models.quantized_files import make_quantized, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -1,6 +1,6 @@
 """Loads a base model from the directory that `models.sources` finds for a name, on a device
-(`machine.devices`) and in a storage (`models.storages`), and checks that no file is damaged and no
-weight missing; and says how files and models store their weights.
+(`runtime.devices`) and in a storage (`models.quantizations`), and checks that no file is damaged
+and no weight missing; and says how files and models store their weights.
 
 `loaded_in_turn` has transformers read one tensor at a time, and `each_kept` is called for each, so
 that the model is never whole in memory.
@@ -21,14 +21,14 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from lorafold.core.modes import keep_scale
+from lorafold.core.contexts import keep_scale
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.architecture import auto_class
-from lorafold.models.in_files import readable, storage_in_files
 from lorafold.models.load_errors import check_complete, loading, tell_unread
-from lorafold.models.quantizing import compute_in, quantization_of, read_quantized
+from lorafold.models.quantizations import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
+from lorafold.models.quantize_on_load import compute_in, quantization_of, read_quantized
+from lorafold.models.quantized_files import readable, storage_in_files
 from lorafold.models.sources import ModelSource, remember, resolve_model
-from lorafold.models.storages import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
 from lorafold.models.weights import MODEL_FILES, SHARDS, Weights, model_files
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.errors import LorafoldError
-from lorafold.models.storages import Storage
+from lorafold.models.quantizations import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

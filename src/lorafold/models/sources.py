@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import check_intact, read_object, verify
-from lorafold.files.card import EMBEDDED
+from lorafold.files.model_card import EMBEDDED
 from lorafold.files.paths import beside
-from lorafold.machine.hub import asked_once, cache
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
 from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of, one_file
 from lorafold.models.load_errors import loading, one_line
+from lorafold.runtime.hub_access import asked_once, cache
 
 if TYPE_CHECKING:
     from torch import nn

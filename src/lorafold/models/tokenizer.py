@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer, listed, why_unread
+from lorafold.models.built_in_templates import NONE, TOOLS, joined, with_tools
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.templates import NONE, TOOLS, joined, with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object
-from lorafold.files.header import places
 from lorafold.files.paths import beside
+from lorafold.files.safetensors_header import places
 
 # by their names in safetensors
 DTYPES = {

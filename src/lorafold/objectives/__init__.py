@@ -17,7 +17,7 @@ from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
     from lorafold.objectives.objective import Objective
-    from lorafold.step.preference_laws import Law
+    from lorafold.training_step.preference_algorithms import Law
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Declared:
         `Objective` itself.
     about: What it does, as help says it.
     takes: What it reads in rows, of what shapes give.
-    law: For an objective over completions, its class in `step.preference_laws` or
-        `step.policy_laws`, by name or itself.
+    law: For an objective over completions, its class in `training_step.preference_algorithms` or
+        `training_step.policy_algorithms`, by name or itself.
     keys: Further keys that it reads in rows.
     unread: What a user is told who gives it pairs, if it leaves one of their completions out.
     streams: Its rows can be read while it trains.

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from lorafold.bases import is_linear
 from lorafold.core.attach import Adapted
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
-from lorafold.data.examples import WHOLE
-from lorafold.data.labelled import (
+from lorafold.data.classification import (
     LabelledData,
     LabelledExample,
     Labels,
@@ -24,11 +22,13 @@ from lorafold.data.labelled import (
     labelled,
     preview_labelled,
 )
+from lorafold.data.examples import WHOLE
 from lorafold.data.render import Rendering
-from lorafold.data.stored import Rows
+from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.card import CLASSES
+from lorafold.files.model_card import CLASSES
+from lorafold.layers import is_linear
 from lorafold.models.classifier import (
     head_paths,
     load_classifier,
@@ -37,11 +37,11 @@ from lorafold.models.classifier import (
     padding_id,
 )
 from lorafold.objectives.objective import Asked, Objective, Packing
-from lorafold.opening import Base
-from lorafold.opening.base import known_classes
-from lorafold.step.branches import branching
-from lorafold.step.classification import Classification
-from lorafold.step.losses import Loss
+from lorafold.resolve import Base
+from lorafold.resolve.base import known_classes
+from lorafold.training_step.classification_loss import Classification
+from lorafold.training_step.losses import Loss
+from lorafold.training_step.shared_prefixes import branching
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
 from lorafold.data.batches import Feed
+from lorafold.data.checks import account_of
 from lorafold.data.examples import WHOLE
-from lorafold.data.findings import account_of
 from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.row_store import Part, Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
-from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate, held_out_loss
 from lorafold.evaluation.rollouts import RolloutSize
 from lorafold.objectives import Declared
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
-from lorafold.step.losses import next_token_loss
-from lorafold.step.replicated import Replicated
+from lorafold.resolve import Base
+from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.losses import next_token_loss
 
 if TYPE_CHECKING:
     import pyarrow as pa

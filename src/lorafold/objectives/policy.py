@@ -20,36 +20,36 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 
-from lorafold.core.modes import undropped
+from lorafold.core.contexts import undropped
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import Feed, StoredFeed
 from lorafold.data.examples import WHOLE
+from lorafold.data.prompt_examples import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.render import Rendering
+from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PROMPTS
 from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
-from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
-from lorafold.files.card import JUDGED_BY, within
-from lorafold.machine.processes import ALONE, Processes
+from lorafold.files.model_card import JUDGED_BY, within
 from lorafold.objectives import Declared
-from lorafold.objectives.laws import Drawing, chosen, class_of
+from lorafold.objectives.algorithms import Drawing, chosen, class_of
 from lorafold.objectives.objective import Asked, OnPolicy, Packing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Rewards, digest_of
 from lorafold.rewards.judging import REWARDS, adapter_in, kind_of, parted
-from lorafold.step import policy_laws
-from lorafold.step.branches import Branching, branching
-from lorafold.step.policy import Policy, Rollout, StepRollouts
-from lorafold.step.policy_laws import PolicyLaw
-from lorafold.step.replicated import Replicated
+from lorafold.runtime.processes import ALONE, Processes
+from lorafold.training_step import policy_algorithms
+from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.policy_algorithms import PolicyLaw
+from lorafold.training_step.policy_loss import Policy, Rollout, StepRollouts
+from lorafold.training_step.shared_prefixes import Branching, branching
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,7 +113,7 @@ class PolicyObjective(OnPolicy):
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        kinds = (class_of(declared, policy_laws), Drawing)
+        kinds = (class_of(declared, policy_algorithms), Drawing)
         return {field.name: field.default for kind in kinds for field in fields(kind)}
 
     @property

@@ -28,20 +28,20 @@ from lorafold.data.batches import Feed, StoredFeed
 from lorafold.data.branches import Branched, BranchedExamples, Branches, PreferredData, preferred
 from lorafold.data.examples import WHOLE, preview
 from lorafold.data.render import Rendering
+from lorafold.data.row_store import Rows
 from lorafold.data.shapes import PAIRS
-from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.objectives import Declared
-from lorafold.objectives.laws import class_of, law_of
+from lorafold.objectives.algorithms import class_of, law_of
 from lorafold.objectives.objective import Asked, Objective, Packing
-from lorafold.step import preference_laws
-from lorafold.step.branches import branching
-from lorafold.step.preference_laws import Law
-from lorafold.step.preferences import Preferences
-from lorafold.step.replicated import Replicated
+from lorafold.training_step import preference_algorithms
+from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.preference_algorithms import Law
+from lorafold.training_step.preference_loss import Preferences
+from lorafold.training_step.shared_prefixes import branching
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,7 +65,7 @@ class Comparing(Objective):
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        law = class_of(declared, preference_laws)
+        law = class_of(declared, preference_algorithms)
         return {field.name: field.default for field in fields(law)}
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:

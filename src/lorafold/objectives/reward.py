@@ -20,15 +20,15 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.evaluation.scoring import reward_figures, scores_of
-from lorafold.files.card import REWARD
+from lorafold.files.model_card import REWARD
 from lorafold.models.classifier import load_classifier, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save
 from lorafold.objectives.objective import Asked
 from lorafold.objectives.preference import Comparing
-from lorafold.opening import Base
-from lorafold.opening.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
-from lorafold.step.preference_laws import Reward, Scored
-from lorafold.step.preferences import Preferences
+from lorafold.resolve import Base
+from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.training_step.preference_algorithms import Reward, Scored
+from lorafold.training_step.preference_loss import Preferences
 
 if TYPE_CHECKING:
     from torch import Tensor

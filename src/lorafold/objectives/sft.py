@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from lorafold.data.examples import WHOLE, Completions, Encoded, Example, encoded, preview
 from lorafold.data.render import Rendering
-from lorafold.data.stored import Rows
+from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.objectives.objective import Objective, Packing
-from lorafold.step.branches import branching
-from lorafold.step.losses import Completions as CompletionLoss
-from lorafold.step.losses import Loss
+from lorafold.training_step.losses import Completions as CompletionLoss
+from lorafold.training_step.losses import Loss
+from lorafold.training_step.shared_prefixes import branching
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,9 +18,9 @@ devices other than the CPU, always multiply 16-bit matrices in 16 bits.
 
 `narrowed` casts trained factors to the dtype of products. A layer of low rank multiplies in 16 bits
 with factors that are stored in fp32. On a GPU, cast where they are used, they are two launches in
-each layer and micro-batch. No factor changes between two updates of the optimizer (`core.modes`),
-so the first copy that is asked for in a step has all made again that the step before asked for, in
-a few launches for the whole model. A backward reads what its forward made.
+each layer and micro-batch. No factor changes between two updates of the optimizer
+(`core.contexts`), so the first copy that is asked for in a step has all made again that the step
+before asked for, in a few launches for the whole model. A backward reads what its forward made.
 
 1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16
 but without AMX 165 and 300, its gradient 165 and 280; the same restricted to AVX2 27 and 280, its
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafold.core.modes import Scope, in_backward, scope
+from lorafold.core.contexts import Scope, in_backward, scope
 from lorafold.ops.autocast import Exact
 
 HALF = (torch.bfloat16, torch.float16)

@@ -7,8 +7,8 @@ q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key h
 (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Documents are computed in tiles of
 at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again
 instead of keeping them. On CUDA, torch's flash attention (Dao 2023, arXiv 2307.08691) is used
-instead where it takes the inputs (`ops.demands`). Use it where documents are packed without
-padding. The specification is `reference.document_attention`.
+instead where it takes the inputs (`ops.kernel_requirements`). Use it where documents are packed
+without padding. The specification is `reference.document_attention`.
 
 At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and
 backward: five documents of 140 to 260 tokens take 0.4 of the time of torch's causal kernel over all
@@ -16,9 +16,9 @@ backward: five documents of 140 to 260 tokens take 0.4 of the time of torch's ca
 larger ones need fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256
 and 1.03 for the five.
 
-Documents may share their first tokens (`ops.documents`). Then k and v are gathered once for all
-tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens and two branches of
-40 take 0.78 of the time of twelve documents of 140; the gathering is 0.02 of that.
+Documents may share their first tokens (`ops.packed_documents`). Then k and v are gathered once for
+all tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens and two branches
+of 40 take 0.78 of the time of twelve documents of 140; the gathering is 0.02 of that.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic, multiplying
 from lorafold.ops.autocast import Exact, lower
-from lorafold.ops.demands import FLASH, takes
-from lorafold.ops.documents import Documents
+from lorafold.ops.kernel_requirements import FLASH, takes
 from lorafold.ops.operators import Operation, operator
+from lorafold.ops.packed_documents import Documents
 from lorafold.ops.selective_checkpoint import kept
 
 # From so many tokens of a document on, checkpointing keeps attention's output, which is no larger

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lorafold.core.selection import DrawSite
-from lorafold.ops.demands import kind_of
+from lorafold.ops.kernel_requirements import kind_of
 from lorafold.ops.operators import operator
 
 AT_ONCE = 1 << 16  # calls whose words are in memory together

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.modes import is_fake
+from lorafold.core.contexts import is_fake
 from lorafold.ops.arithmetic import HALF, arithmetic, narrowed
 from lorafold.ops.autocast import Exact
-from lorafold.ops.demands import GROUPED_UNIT
 from lorafold.ops.dropout import EMPTY, Dropped
 from lorafold.ops.groups import Groups
+from lorafold.ops.kernel_requirements import GROUPED_UNIT
 from lorafold.ops.scale import SCALE
 
 

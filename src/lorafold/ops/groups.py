@@ -18,9 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorafold.core.modes import is_fake
-from lorafold.ops.demands import groups_at_once
-from lorafold.ops.host import sent
+from lorafold.core.contexts import is_fake
+from lorafold.ops.host_tensors import sent
+from lorafold.ops.kernel_requirements import groups_at_once
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.ops.documents import Documents
+from lorafold.ops.packed_documents import Documents
 
 
 def document_attention(

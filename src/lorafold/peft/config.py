@@ -18,13 +18,13 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.paths import beside
 from lorafold.methods.parts.extras import Bias
-from lorafold.methods.parts.token_rows import TokenRows
+from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.sources import called
 from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import Form, renamed_patterns
-from lorafold.peft.format import Field, Method, Regex, Site
 from lorafold.peft.selection import Patterns, Selection, saved_leaves, task_of
 from lorafold.peft.table import METHODS, more_methods
+from lorafold.peft.table_types import Field, Method, Regex, Site
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorafold.models.weights import InMemory
-from lorafold.peft.format import Site
+from lorafold.peft.table_types import Site
 
 CORES = (".hada_t1", ".hada_t2", ".lokr_t2")
 

@@ -46,10 +46,10 @@ from lorafold.methods import METHODS
 from lorafold.methods.bitfit import BitFit
 from lorafold.methods.bottleneck import Bottleneck, BottleneckDelta
 from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
+from lorafold.methods.linear_probe import LinearProbe
 from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
-from lorafold.methods.probe import LinearProbe
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.format import Entries, Entry, Field, Method, Site, named
+from lorafold.peft.table_types import Entries, Entry, Field, Method, Site, named
 
 PREFIX = "LORAFOLD_"
 

@@ -38,17 +38,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lorafold.bases import is_linear, layer_class
-from lorafold.bases.dense import Conv1D
-from lorafold.bases.grouped import GroupedLinear
 from lorafold.core import matrices as base_matrices
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices, expert_parameters, module_at, parameter_path
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError, listed
-from lorafold.peft.format import Method
+from lorafold.layers import is_linear, layer_class
+from lorafold.layers.dense import Conv1D
+from lorafold.layers.grouped import GroupedLinear
 from lorafold.peft.table import METHODS, more_methods, over_experts
+from lorafold.peft.table_types import Method
 
 log = logging.getLogger(__name__)
 # PEFT refuses these targets of LoRA and AdaLoRA in models of these types, whose kernels may read

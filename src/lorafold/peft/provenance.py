@@ -21,8 +21,8 @@ from typing import Any
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError, shortened
 from lorafold.files.atomic import MANIFEST
-from lorafold.files.card import OVER
 from lorafold.files.contents import Contents, digest
+from lorafold.files.model_card import OVER
 from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint

@@ -36,24 +36,24 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import MANIFEST, atomic_directory, write_json
-from lorafold.files.card import CARD, CLASSES, OVER, REWARD, VOCABULARY, Beside, training_card
 from lorafold.files.contents import Contents
+from lorafold.files.model_card import CARD, CLASSES, OVER, REWARD, VOCABULARY, Beside, training_card
 from lorafold.files.record import BASE, RECORD, named_as_now
 from lorafold.methods.parts.extras import Bias
-from lorafold.methods.parts.replace import ReplaceDelta
+from lorafold.methods.parts.modules_to_save import ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads
-from lorafold.models.storages import PLAIN
+from lorafold.models.quantizations import PLAIN
 from lorafold.models.tokenizer import CONFIG as TOKENIZER
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft import tokens
 from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter, read_config, write_config
 from lorafold.peft.convolution import CORES, in_matrix_form
 from lorafold.peft.form import DROPOUT, PER_EXPERT, form_of, tell, with_dropout
-from lorafold.peft.format import ROOT
 from lorafold.peft.provenance import COMPUTED, OwnBase, TrainedOn, parse
 from lorafold.peft.selection import Selection, buffers_beneath, describe
+from lorafold.peft.table_types import ROOT
 from lorafold.peft.tensors import Parts, misfit, not_finite, saved_tensors, sites_of, stray
 
 FILES = (CONFIG, WEIGHTS, RECORD)

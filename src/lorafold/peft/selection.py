@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.bases import is_linear
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import base_state
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, listed
+from lorafold.layers import is_linear
 from lorafold.peft.form import Form, renamed_patterns, selected, shortest
 from lorafold.peft.tokens import Ids
 

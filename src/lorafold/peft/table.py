@@ -25,14 +25,14 @@ from lorafold.core.delta import Delta
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
 from lorafold.methods.parts.bias import BiasDelta
-from lorafold.methods.parts.replace import ReplaceDelta
-from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
-from lorafold.peft import derived, rows_lora, rows_others
+from lorafold.methods.parts.modules_to_save import ReplaceDelta
+from lorafold.methods.parts.trainable_tokens import EmbeddingRows, HeadRows
+from lorafold.peft import derived, table_lora, table_others
 from lorafold.peft.convolution import all_flat, as_channels
-from lorafold.peft.format import Entries, Entry, Method, Site
+from lorafold.peft.table_types import Entries, Entry, Method, Site
 from lorafold.peft.tokens import ROWS
 
-PLAIN = (*rows_lora.METHODS, *rows_others.METHODS)
+PLAIN = (*table_lora.METHODS, *table_others.METHODS)
 
 
 def inside(site: Site) -> Site:
@@ -63,7 +63,7 @@ OF_PEFT = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not
 METHODS: tuple[Method, ...] = (
     *OF_PEFT,
     *(over_experts(method) for method in OF_PEFT if method.of_peft),
-    *rows_others.VIRTUAL,
+    *table_others.VIRTUAL,
     *derived.OWN,
 )
 
@@ -116,8 +116,8 @@ def token_rows(site: Site) -> list[Entry]:
 
 
 TENSORS: dict[type[Delta], Entries] = {
-    **rows_lora.TENSORS,
-    **rows_others.TENSORS,
+    **table_lora.TENSORS,
+    **table_others.TENSORS,
     **derived.TENSORS,
     DoRADelta: dora,
     # the file holds the bias itself

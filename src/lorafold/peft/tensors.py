@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import layer_class
-from lorafold.bases.convolution import Convolution
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
+from lorafold.layers import layer_class
+from lorafold.layers.convolution import Convolution
 from lorafold.models import fingerprint
 from lorafold.models.weights import Weights
 from lorafold.peft import derived
 from lorafold.peft.form import turned, wrappers_over
-from lorafold.peft.format import ROOT, Entry, Site
-from lorafold.peft.rows_lora import WRAPPED
 from lorafold.peft.table import TENSORS
+from lorafold.peft.table_lora import WRAPPED
+from lorafold.peft.table_types import ROOT, Entry, Site
 from lorafold.peft.tokens import plain as plainly
 
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import layer_class
 from lorafold.core.anatomy import Anatomy, sharers
 from lorafold.errors import LorafoldError, listed
+from lorafold.layers import layer_class
 from lorafold.models import fingerprint
 from lorafold.models.weights import InMemory, Weights
-from lorafold.peft.format import ROOT
+from lorafold.peft.table_types import ROOT
 
 INDICES = "trainable_token_indices"
 ROWS = "token_adapter.trainable_tokens_delta"

@@ -25,17 +25,17 @@ from lorafold.files.atomic import check_out
 from lorafold.inspecting.report import page
 from lorafold.inspecting.run import inspect
 from lorafold.kernels.table import TRAINING, use
-from lorafold.machine.cores import processor_name, usable_cores
-from lorafold.machine.devices import choose_device, gpus
 from lorafold.merging.run import Wanted, merge
 from lorafold.models.loading import load_model
-from lorafold.models.storages import Storage, choose_storage
+from lorafold.models.quantizations import Storage, choose_storage
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
 from lorafold.peft.saved import open_all
 from lorafold.quickstart.task import rows
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
+from lorafold.runtime.devices import choose_device, gpus
+from lorafold.runtime.processor import processor_name, usable_cores
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorafold.methods import METHODS
-from lorafold.models import storages
+from lorafold.models import quantizations
 from lorafold.objectives import DEFAULT, in_words
 
 Positive = Annotated[float, Field(gt=0)]
@@ -144,11 +144,12 @@ class Fields(BaseModel):
         default={},
         description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
     )
-    storage: storages.StorageName = Field(
-        default=storages.DEFAULT,
+    storage: quantizations.StorageName = Field(
+        default=quantizations.DEFAULT,
         description=(
             "How the base stores its weights while the adapter is trained:"
-            f" {storages.LISTED}. auto is bf16 where the device multiplies it natively, else fp32."
+            f" {quantizations.LISTED}. auto is bf16 where the device multiplies it natively,"
+            " else fp32."
         ),
     )
 

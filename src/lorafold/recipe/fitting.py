@@ -18,12 +18,12 @@ from lorafold.errors import LorafoldError
 from lorafold.methods import known_options, make_spec
 from lorafold.models.loading import default_storage
 from lorafold.models.positions import Positions, positions_in
+from lorafold.models.quantizations import MADE, PLAIN, QUANTIZED
 from lorafold.models.sources import ModelSource
-from lorafold.models.storages import MADE, PLAIN, QUANTIZED
 from lorafold.objectives import OBJECTIVES
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 
 LENGTH: int = Recipe.model_fields["max_length"].default
 

@@ -1,6 +1,6 @@
 """The recipe: every choice of a training run in one frozen record.
 
-Use `Recipe(...)` from Python; `recipe.reading` makes one of a YAML file, `--set` and flags.
+Use `Recipe(...)` from Python; `recipe.parsing` makes one of a YAML file, `--set` and flags.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from lorafold.errors import LorafoldError, both_names, called_now, cut
 from lorafold.files.record import RENAMED
 from lorafold.objectives import OBJECTIVES, named
 from lorafold.recipe.fields import OF_METHOD, Fields
-from lorafold.recipe.problems import explain
+from lorafold.recipe.validation import explain
 
 STEPS = 100  # the least of `epochs="auto"`
 FEW = 30  # steps, by which a run learns little

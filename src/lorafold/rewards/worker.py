@@ -22,9 +22,9 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
-from lorafold.machine.killable import packed, read
 from lorafold.rewards.calling import Function, Item, Wrong
 from lorafold.rewards.kinds import KINDS
+from lorafold.runtime.killable_process import packed, read
 
 GRACE = 1.0  # seconds that a call may go on after nobody waits for it any more
 

@@ -32,12 +32,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from lorafold.errors import STOPS, LorafoldError, cut
-from lorafold.machine.memory import give_back
+from lorafold.runtime.memory import give_back
 from lorafold.serving import logs
 from lorafold.serving.backend import while_open
-from lorafold.serving.body import Body
-from lorafold.serving.next_turn import Chat
-from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.chat import Chat
+from lorafold.serving.errors import Refusal, wrong
+from lorafold.serving.request_body import Body
 from lorafold.serving.routes import completions, messages, models, page, responses
 from lorafold.serving.server import (
     Record,

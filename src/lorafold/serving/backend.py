@@ -5,9 +5,9 @@
         backend.submit(Request("1", prompt, 64, found.key))
         backend.cancel("1")
 
-`lorafold.serving.in_process` is the one implementation, over `lorafold.engine`; nothing else here
-knows more of an engine than this file says. Any thread may call; `length`, `ready` and `states`
-answer at once.
+`lorafold.serving.engine_backend` is the one implementation, over `lorafold.engine`; nothing else
+here knows more of an engine than this file says. Any thread may call; `length`, `ready` and
+`states` answer at once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
 from lorafold.engine.request import NUMBERS
-from lorafold.engine.row import Text, may_begin
 from lorafold.engine.sampler import NOT_FINITE, guidance
+from lorafold.engine.sequence import Text, may_begin
 from lorafold.serving.settings import Strict
 
 __all__ = [

@@ -27,17 +27,17 @@ from functools import partial
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError, passes, place
-from lorafold.machine.cores import alone, stacks
-from lorafold.screening.screen import Screen
+from lorafold.runtime.processor import alone, stacks
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
-from lorafold.serving.body import Completing
-from lorafold.serving.job import Asked, CompletionJob, Prompted, Reply
+from lorafold.serving.completion_job import Asked, CompletionJob, Prompted, Reply
+from lorafold.serving.errors import FIELDS, Refusal, check_number, wrong
 from lorafold.serving.keys import Caller, Spent
 from lorafold.serving.metrics import Metrics
-from lorafold.serving.refusal import FIELDS, Refusal, check_number, wrong
 from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import Chosen
+from lorafold.serving.request_body import Completing
 from lorafold.serving.settings import Settings
+from lorafold.verification.checks import Screen
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

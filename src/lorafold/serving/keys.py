@@ -39,7 +39,7 @@ from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, Posi
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.errors import Refusal
 from lorafold.serving.settings import Strict, content_of, kept, parsed, read, read_text
 
 log = logging.getLogger(__name__)

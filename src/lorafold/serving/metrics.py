@@ -25,7 +25,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lorafold.serving.backend import Ended, Found, States, Token
-from lorafold.serving.job import CompletionJob
+from lorafold.serving.completion_job import CompletionJob
 from lorafold.serving.keys import Keys
 
 if TYPE_CHECKING:

@@ -36,12 +36,12 @@ from pydantic import Field
 
 from lorafold.errors import Busy, LorafoldError, cut, printable
 from lorafold.files.atomic import write_text
-from lorafold.machine.cores import alone
 from lorafold.peft.provenance import OwnBase
+from lorafold.runtime.processor import alone
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import NAME, Directory
+from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import Caller
-from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.rendering import Chosen
 from lorafold.serving.settings import Strict, kept
 from lorafold.serving.verifier import Verifier

@@ -26,11 +26,11 @@ from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, t
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
-from lorafold.screening.screen import Screen
-from lorafold.screening.templates import variables_of
 from lorafold.serving.backend import Text, Token
-from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.schema import Compiles, check, held
+from lorafold.verification.checks import Screen
+from lorafold.verification.tokenizer_files import variables_of
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte

@@ -29,31 +29,31 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.data.control_tokens import allow
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
-from lorafold.machine.memory import free_bytes
-from lorafold.machine.tuning import all_set_aside
 from lorafold.models.loading import recorded_storage
 from lorafold.models.weights import InMemory
-from lorafold.opening import Base
 from lorafold.peft.provenance import OwnBase
-from lorafold.screening.screen import Screen
+from lorafold.resolve import Base
+from lorafold.runtime.memory import free_bytes
+from lorafold.runtime.process_tuning import all_set_aside
 from lorafold.serving import logs
 from lorafold.serving.app import application, bounded
 from lorafold.serving.directory import Directory
+from lorafold.serving.engine_backend import InProcess
+from lorafold.serving.errors import Refusal
 from lorafold.serving.host import Admission, Host
-from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys, Spent, beside
 from lorafold.serving.metrics import Gauges, Metrics
-from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import STATE, Registry
 from lorafold.serving.rendering import Chosen, Renderers
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.verifier import Seen, Verifier
+from lorafold.verification.checks import Screen
 
 # what an adapter that was verified once is known for, beside its files and the base
 ROOMS = (
-    "adapter", "bases", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
-    "peft", "screening", "serving",
+    "adapter", "layers", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
+    "peft", "verification", "serving",
 )  # fmt: skip
 # seconds for which a thread may keep the interpreter from the event loop, which asks for it again
 # after each call of the system

@@ -12,7 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.errors import Refusal, wrong
 
 GUIDANCE = "x-guidance"
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}

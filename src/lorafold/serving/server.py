@@ -18,13 +18,13 @@ from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
-from lorafold.serving.body import B, event, new_id, read_body
+from lorafold.serving.completion_job import Asked, Reply
+from lorafold.serving.errors import MESSAGES, Refusal, naming
 from lorafold.serving.host import Admission, Host
-from lorafold.serving.job import Asked, Reply
 from lorafold.serving.keys import Caller, Keys, Spent
 from lorafold.serving.metrics import Metrics
-from lorafold.serving.refusal import MESSAGES, Refusal, naming
 from lorafold.serving.registry import Registry
+from lorafold.serving.request_body import B, event, new_id, read_body
 from lorafold.serving.settings import Settings
 
 T = TypeVar("T")

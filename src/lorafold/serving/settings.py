@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from lorafold.errors import LorafoldError, why_unread
 from lorafold.files.contents import opened
-from lorafold.recipe.reading import parse_yaml
+from lorafold.recipe.parsing import parse_yaml
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -1,6 +1,6 @@
 """Whether an adapter may be served: its files, its tokenizer, and that it fits the base.
 
-What comes with it is read in processes that can be ended (`lorafold.screening`), which name the
+What comes with it is read in processes that can be ended (`lorafold.verification`), which name the
 digests of all its files and of those of the adapters below it; only then are its configuration and
 its record interpreted here, and its tokenizer opened, from bytes of these digests. Adapters that
 differ in nothing but their values fit the base if one of them does.
@@ -24,23 +24,23 @@ from pydantic import Field
 from lorafold.core.spec import Spec
 from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
 from lorafold.files.atomic import MANIFEST, write_text
-from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents, Marks
+from lorafold.files.model_card import OVER, VOCABULARY
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
 from lorafold.methods import name_of
-from lorafold.models.storages import MADE
+from lorafold.models.quantizations import MADE
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
 from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse
 from lorafold.peft.saved import FILES
-from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import Directory
 from lorafold.serving.rendering import Renderer, Renderers
 from lorafold.serving.settings import Strict, read
+from lorafold.verification.checks import Screen, Verified
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one

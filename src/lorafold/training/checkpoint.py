@@ -35,7 +35,7 @@ from lorafold.files.atomic import (
     verify,
 )
 from lorafold.models.weights import Piece, write_pieces
-from lorafold.step.policy import StepRollouts
+from lorafold.training_step.policy_loss import StepRollouts
 
 PATIENCE = 3  # measures in a row without a better one
 GRADIENT = "gradient norm"  # of a step, before it is clipped

@@ -22,15 +22,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
-from lorafold.adapter.reach import unreached
+from lorafold.adapter.coverage import unreached
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_intact, read_object, remove
-from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
-from lorafold.files.page import Shown
+from lorafold.files.html_page import Shown
+from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.record import RECORD, named_as_now
 from lorafold.identity import of_adapter
-from lorafold.machine.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
 from lorafold.peft.form import form_of
@@ -39,7 +38,7 @@ from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.tensors import saved_tensors, sites_of
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.optim import UP
+from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Plan, no_better
 from lorafold.training.request import (
@@ -50,6 +49,7 @@ from lorafold.training.request import (
     objective_of,
 )
 from lorafold.training.setup import Setup
+from lorafold.training_step.optim import UP
 
 LAST = 10  # steps, whose mean loss is told
 SKIPPED = "skipped"  # in a record: the steps without an update

@@ -26,20 +26,25 @@ from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
 from lorafold.core.attach import selection_of
-from lorafold.core.modes import evaluating, unchanged
+from lorafold.core.contexts import evaluating, unchanged
 from lorafold.core.selection import Draws, drawing
 from lorafold.data.batches import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
-from lorafold.machine.cores import considerate
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.losses import Loss
-from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates, warm_steps
-from lorafold.step.policy import StepRollouts
-from lorafold.step.replicated import Replicated
+from lorafold.runtime.processor import considerate
 from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
-from lorafold.training.display import Display
+from lorafold.training.progress import Display
+from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.losses import Loss
+from lorafold.training_step.optim import (
+    optimizer_tensors,
+    rng_state,
+    set_learning_rates,
+    warm_steps,
+)
+from lorafold.training_step.policy_loss import StepRollouts
 
 RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with guessing
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from lorafold.data.checks import Findings, account_of
 from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
-from lorafold.data.findings import Findings, account_of
 from lorafold.data.messages import Message, Tool
+from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream
-from lorafold.files.page import document, html_table, notes, section, table
+from lorafold.files.html_page import document, html_table, notes, section, table
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.saved import open_all
 from lorafold.training.request import (

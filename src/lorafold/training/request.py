@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafold.data.batches import Feed, StoredFeed, epoch_size, split
+from lorafold.data.checks import STREAMED, Findings, look
 from lorafold.data.control_tokens import ALL, allow
-from lorafold.data.findings import STREAMED, Findings, look
 from lorafold.data.render import Rendering
+from lorafold.data.row_store import Rows
 from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.data.templates import day_of
 from lorafold.files.contents import of_file
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
-from lorafold.models.templates import set_variables
+from lorafold.models.built_in_templates import set_variables
 from lorafold.models.tokenizer import BUILT_IN, Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Asked, Data, Objective, examples_of
-from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 from lorafold.training.checkpoint import FILES, RunDirectory
 
 if TYPE_CHECKING:

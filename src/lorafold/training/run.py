@@ -23,18 +23,18 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.files.paths import check_name
-from lorafold.machine.memory import KEPT, RETURNED, freed_blocks
-from lorafold.machine.processes import ALONE, Processes
-from lorafold.step.adamw import in_words
-from lorafold.step.fused import fused
-from lorafold.step.sharding import Sharded
+from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
+from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.display import Display, started
 from lorafold.training.finish import Trained, finish, finished
 from lorafold.training.loop import fit
+from lorafold.training.progress import Display, started
 from lorafold.training.request import Request
 from lorafold.training.setup import Setup, adapted_model, check_places, set_up
 from lorafold.training.start import in_common, prepare
+from lorafold.training_step.adamw import in_words
+from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.sharding import Sharded
 
 
 def train(request: Request, console: Console, processes: Processes = ALONE) -> Trained:

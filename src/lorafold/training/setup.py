@@ -19,37 +19,32 @@ import torch
 from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
-from lorafold.adapter.reach import strays, text_alone, unreached
+from lorafold.adapter.coverage import strays, text_alone, unreached
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.batches import Feed
 from lorafold.data.branches import Branched
-from lorafold.data.findings import Findings
+from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
-from lorafold.machine.memory import free_bytes
-from lorafold.machine.processes import ALONE, Processes
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
-from lorafold.methods.parts.token_rows import Tokens
+from lorafold.methods.parts.trainable_tokens import Tokens
 from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
-from lorafold.opening.base import check_language_model
 from lorafold.peft.provenance import mismatch, same
 from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
-from lorafold.step.activations import recompute
-from lorafold.step.adamw import bitsandbytes_optimizers, check_rounding
-from lorafold.step.branches import may_share
-from lorafold.step.replicated import Replicated
-from lorafold.step.sharding import Sharded
+from lorafold.resolve.base import check_language_model
+from lorafold.runtime.memory import free_bytes
+from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import (
     Request,
@@ -59,6 +54,11 @@ from lorafold.training.request import (
     tokenizer_for,
     with_length,
 )
+from lorafold.training_step.activations import recompute
+from lorafold.training_step.adamw import bitsandbytes_optimizers, check_rounding
+from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.sharding import Sharded
+from lorafold.training_step.shared_prefixes import may_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

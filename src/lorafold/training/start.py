@@ -18,14 +18,18 @@ from lorafold.core.delta import put
 from lorafold.data.batches import Feed
 from lorafold.data.control_tokens import NOTE
 from lorafold.errors import LorafoldError
-from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.rewards.judging import REWARDS, adapter_in
-from lorafold.step.adamw import described, make_optimizer, pick
-from lorafold.step.losses import Loss
-from lorafold.step.optim import (
+from lorafold.runtime.processes import Processes
+from lorafold.training.checkpoint import FILES, Progress, RunDirectory
+from lorafold.training.loop import Plan
+from lorafold.training.request import FREE_ON_RESUME, WHEN_MEASURED, depends_on
+from lorafold.training.setup import Setup
+from lorafold.training_step.adamw import described, make_optimizer, pick
+from lorafold.training_step.losses import Loss
+from lorafold.training_step.optim import (
     param_groups,
     parameters,
     rates,
@@ -33,11 +37,7 @@ from lorafold.step.optim import (
     restore_rng,
     sum_in_fp32,
 )
-from lorafold.step.sharding import Sharded
-from lorafold.training.checkpoint import FILES, Progress, RunDirectory
-from lorafold.training.loop import Plan
-from lorafold.training.request import FREE_ON_RESUME, WHEN_MEASURED, depends_on
-from lorafold.training.setup import Setup
+from lorafold.training_step.sharding import Sharded
 
 LOOKED_AT = 8  # steps, for what their rows have in common
 

@@ -20,7 +20,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
 from lorafold.methods.parts.bias import BiasDelta
-from lorafold.methods.parts.token_rows import TokenRows, Tokens, carried
+from lorafold.methods.parts.trainable_tokens import TokenRows, Tokens, carried
 
 Bias = Literal["none", "lora_only", "all"]
 

@@ -15,12 +15,12 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.serving.backend import Token
-from lorafold.serving.body import DONE, Body, Completing, Listed, as_json, event, finish
-from lorafold.serving.job import CONTENT, Asked, Prompted, Prompts, Reply
+from lorafold.serving.chat import AllSaid, Chat, NextTurn
+from lorafold.serving.completion_job import CONTENT, Asked, Prompted, Prompts, Reply
+from lorafold.serving.errors import Refusal, check_number, naming, wrong
 from lorafold.serving.keys import Caller
-from lorafold.serving.next_turn import AllSaid, Chat, NextTurn
-from lorafold.serving.refusal import Refusal, check_number, naming, wrong
 from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.request_body import DONE, Body, Completing, Listed, as_json, event, finish
 from lorafold.serving.server import Dialect, Server, answer, unless_left
 
 Ids = Listed[int]

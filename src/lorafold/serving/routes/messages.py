@@ -14,10 +14,10 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.serving.body import Body, Listed, event
-from lorafold.serving.job import REASONING, Reply
-from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
-from lorafold.serving.refusal import MESSAGES, naming, unsupported, wrong
+from lorafold.serving.chat import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.completion_job import REASONING, Reply
+from lorafold.serving.errors import MESSAGES, naming, unsupported, wrong
+from lorafold.serving.request_body import Body, Listed, event
 from lorafold.serving.server import Dialect, Server, answer
 
 Block = dict[str, Any]

@@ -24,11 +24,11 @@ from pydantic import Field
 
 from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.serving.backend import Found
-from lorafold.serving.body import Body, event
+from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import ADMIN, Caller
 from lorafold.serving.metrics import state_of
-from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import REASON, Registry, Target
+from lorafold.serving.request_body import Body, event
 from lorafold.serving.server import Server, answer, authorization, record_of
 
 K = TypeVar("K")

@@ -8,8 +8,8 @@ from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request, Response
 
+from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import Caller
-from lorafold.serving.refusal import Refusal
 from lorafold.serving.server import Server
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from lorafold.data.messages import without_nulls
 from lorafold.serving.backend import Token
-from lorafold.serving.body import Body, Listed, StreamOptions, event, new_id
-from lorafold.serving.job import CONTENT, REASONING, Reply
-from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
-from lorafold.serving.refusal import naming, wrong
+from lorafold.serving.chat import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.completion_job import CONTENT, REASONING, Reply
+from lorafold.serving.errors import naming, wrong
+from lorafold.serving.request_body import Body, Listed, StreamOptions, event, new_id
 from lorafold.serving.server import Dialect, Server, answer
 
 Item = dict[str, Any]

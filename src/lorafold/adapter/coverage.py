@@ -1,0 +1,188 @@
+"""What an adapter reaches of a model, and what stays frozen.
+
+    frozen in the blocks: experts 68.9%, router 0.3%, norms 0.1% of their 1,234,567 parameters;
+    beside them: vision tower 31.0% of the model's 2,345,678
+
+A parameter is reached if the module that has it, or the parameter itself, carries a delta. The
+blocks are those of the language model, and what is beside them are towers and connectors
+(`lorafold.core.anatomy`). The kinds follow from the structure: experts are matrices
+(E, out, in), a router is what has a row for each of them, an indexer chooses the positions that
+sparse attention reads, and a norm has a vector for its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from lorafold.core.anatomy import Anatomy, beneath
+from lorafold.core.matrices import Matrices, module_at
+from lorafold.core.targets import Matches
+from lorafold.errors import LorafoldError
+from lorafold.layers import is_linear, layer_of, parameter_sizes
+
+INPUTS = {"vision": "an image", "audio": "a sound"}
+KINDS = (
+    *("linears", "experts", "router", "indexers", "convolutions", "embeddings", "norms", "other"),
+)
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """The numbers of parameters that carry no delta.
+
+    blocks: those in the blocks, by kind.
+    of_blocks: the number of all parameters in the blocks.
+    beside: those of towers and connectors, by what they are.
+    of_model: the number of all parameters of the model.
+    """
+
+    blocks: dict[str, int]
+    of_blocks: int
+    beside: dict[str, int]
+    of_model: int
+
+    def as_json(self) -> dict[str, dict[str, float]]:
+        """The shares: `blocks` of the blocks' parameters, `beside` of the model's."""
+        return {
+            "blocks": {kind: n / self.of_blocks for kind, n in self.blocks.items()},
+            "beside": {what: n / self.of_model for what, n in self.beside.items()},
+        }
+
+    def __str__(self) -> str:
+        inside, around = (
+            ", ".join(
+                f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%"
+                for what, share in shares.items()
+            )
+            for shares in self.as_json().values()
+        )
+        line = f"frozen in the blocks: {inside or 'none'} of their {self.of_blocks:,} parameters"
+        if not around:
+            return line
+        return f"{line}; beside them: {around} of the model's {self.of_model:,}"
+
+
+def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
+    """Count what carries no delta, in the blocks and beside them.
+
+    Args:
+        model: the model; one without blocks counts as a block.
+        sites: the paths of the modules or parameters that carry a delta.
+    """
+    anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
+    in_block, beside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
+    kinds, around, of_blocks = Counter[str](), Counter[str](), 0
+    for path, module in anatomy.modules:
+        own = sizes.get(path, {})
+        left = sum(n for name, n in own.items() if not {path, f"{path}.{name}"} & {*sites})
+        if beside(path):
+            towers = (f"{k} tower" for root, k in anatomy.encoders.items() if beneath([root])(path))
+            around[next(towers, "connector")] += left
+        elif in_block(path):
+            kinds[_kind(path, module, anatomy)] += left
+            of_blocks += sum(own.values())
+    return Unreached(
+        {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+        of_blocks,
+        {what: n for what, n in around.items() if n},
+        sum(n for own in sizes.values() for n in own.values()),
+    )
+
+
+def counted(model: nn.Module, paths: Collection[str]) -> str:
+    """The number of sites in words, parameters of experts apart, and of those that are in a tower.
+
+    Args:
+        paths: the sites.
+    """
+    found = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
+    rest = len(paths) - len(found)
+    words = [f"{rest} modules"] * bool(rest or not found)
+    if found:
+        matrices = sum(layer_of(m).matrices[0] for m in found)
+        words.append(f"{len(found)} parameters of experts ({matrices:,} matrices)")
+    inside = sum(map(beneath(Anatomy.of(model).encoders), paths))
+    return " and ".join(words) + (f", {inside} of them in a tower" if inside else "")
+
+
+def strays(model: nn.Module, matches: Matches) -> str | None:
+    """One line about targets that are in a tower and do not name it; None if there are none.
+
+    Args:
+        matches: the matches of an adapter's targets.
+    """
+    anatomy = Anatomy.of(model)
+    roots, language = anatomy.encoders, anatomy.language
+    meant = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
+    found = {
+        pattern: inside
+        for pattern, paths in matches.by_pattern.items()
+        if (inside := [*filter(beneath(roots), paths)])
+        and not any(name in pattern for name in meant)
+    }
+    if not found:
+        return None
+    hit = {path for paths in found.values() for path in paths}
+    where = dict.fromkeys(kind for root, kind in roots.items() if any(map(beneath([root]), hit)))
+    counts = ", ".join(
+        f"{len(paths)} of the {len(matches.by_pattern[pattern])} modules of {pattern}"
+        for pattern, paths in found.items()
+    )
+    ends = {p.rsplit(".", 1)[-1] for t in found for p in matches.by_pattern[t] if p not in hit}
+    only = rf"{re.escape(language)}\..*\.({'|'.join(sorted(ends))})"
+    advice = f", or the regular expression {only}" if language and ends else ""
+    return (
+        f"targets in the {' tower and the '.join(where)} tower: {counts}; for the language"
+        f" model alone give a preset such as all-linear{advice}"
+    )
+
+
+def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
+    """The kind of a module with parameters of its own."""
+    weight, name = module._parameters.get("weight"), type(module).__name__.lower()
+    if isinstance(module, _ConvNd):
+        return "convolutions"
+    if path in anatomy.experts:  # also those of another form than transformers' interface
+        return "experts"
+    if path in anatomy.routers:
+        return "router"
+    if beneath(anatomy.indexers)(path):
+        return "indexers"
+    if is_linear(module):
+        return "linears"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    return "norms" if "norm" in name or (weight is not None and weight.dim() == 1) else "other"
+
+
+def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
+    """One line on the towers that get no input, since no row of text has an image or a sound; None
+    for a model without any.
+
+    Raises LorafoldError if everything that an adapter changes is in them or in the connectors.
+
+    Args:
+        sites: the module paths that carry a delta of the adapter.
+    """
+    anatomy = Anatomy.of(model)
+    kinds = list(dict.fromkeys(anatomy.encoders.values()))
+    if not kinds:
+        return None
+    idle = sum(map(beneath(anatomy.beside), sites))
+    where = " and ".join(f"{kind} tower" for kind in kinds)
+    why = f"no row has {' or '.join(INPUTS[kind] for kind in kinds)}"
+    if idle and idle == len(sites):
+        raise LorafoldError(
+            f"targets: found {idle} modules, all in the {where} or beside it, and {why}, so none of"
+            " them would get a gradient; expected modules of the language model, such as all-linear"
+        )
+    line = f"text alone is trained: {why}, so the {where} gets no input"
+    if idle:
+        line += f", and {idle} of the {len(sites)} adapted modules get no gradient"
+    return line

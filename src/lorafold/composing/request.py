@@ -1,0 +1,148 @@
+"""The input and the result of every way of composing adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from lorafold.composing.updates import RULES, Updates
+from lorafold.data.sources import Row
+from lorafold.errors import LorafoldError
+from lorafold.files.model_card import training_card
+from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
+from lorafold.methods.parts.mixture import Gating
+from lorafold.models.architecture import opened_by_name
+from lorafold.peft.form import form_of
+from lorafold.peft.provenance import BASE_IDENTITY, TrainedOn
+from lorafold.peft.saved import Saved, trained_on
+from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorafold.adapter import Adapter
+
+Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which adapters become one, in which ways, and the directory to write.
+
+    Each way has its own defaults for weights, density and rank. `tasks` has the rows of each task
+    to measure on, by name, and `examples` the rows that lorahub and mixture learn from. `recipe`
+    and `gates` are for mixture; `evaluations` is how many weights lorahub may try.
+    """
+
+    base: Base
+    adapters: tuple[Saved, ...]
+    ways: tuple[str, ...]
+    out: Path
+    weights: tuple[float, ...] = ()
+    rank: int | None = None
+    density: float | None = None
+    seed: int = 0
+    tasks: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    examples: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+    gates: Gating = "global"
+    evaluations: int = 40
+    completions: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One adapter made from several.
+
+    `weights` is None where gates depend on the input or the layer; `truncation_error` is a share of
+    the norm of the update.
+    """
+
+    weights: tuple[float, ...] | None
+    truncation_error: float
+    out: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with the updates of its adapters. `opened()` loads the model, with the adapters
+    attached as adapter1, adapter2 ..., when it is first needed.
+    """
+
+    request: Request
+    updates: Updates
+    opened: Callable[[], Opened]
+    console: Console
+
+    @property
+    def examples(self) -> Mapping[str, Sequence[Row]]:
+        """The rows to learn from, by task. Raises LorafoldError if there are none."""
+        if not self.request.examples:
+            raise LorafoldError(
+                "lorahub and mixture learn from rows, found none; give --examples, or --data, of"
+                " which they take half"
+            )
+        return self.request.examples
+
+    def _origin(self, how: str) -> dict[str, Any]:
+        """What the record says of adapters that were loaded on another base than theirs: if all
+        were trained on one, a sum of their updates is for that base too.
+        """
+        told = [one.other_base for one in self.updates.adapters if one.other_base]
+        prints = [one.own_base.fingerprint for one in self.request.adapters]
+        alike = bool(told) and all(one == prints[0] for one in prints)
+        own = {BASE: prints[0]} if alike and how in RULES else {}
+        return {OTHER_BASE: "; ".join(told), BASE_IDENTITY: "", **own} if told else {}
+
+    def save(
+        self,
+        adapter: Adapter,
+        out: Path,
+        about: Mapping[str, Any],
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write an adapter that is attached to the mapped model, and detach it. It contains the
+        adapters that it was made from, so it lies over none of them.
+
+        Args:
+            adapter: The composition.
+            out: The directory to write.
+            about: How it was composed, for the record and the card.
+            record: Further fields of the record, which also names the adapters and the storage of
+                their base.
+
+        Raises LorafoldError where the adapters were trained on different storages of the base and
+        the request does not choose one.
+        """
+        request, asked = self.request, self.request.base.storage
+        adapters = request.adapters
+        made_on = trained_on(adapters) if asked == "auto" else TrainedOn(asked)
+        own = any(one.own_tokenizer for one in adapters)
+        tokenizer = request.base.tokenizer(adapters) if own else None
+        trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
+        trained |= self._origin(about["how"])
+        adapter.over = ()
+        adapter.save(
+            out,
+            overwrite=request.overwrite,
+            tokenizer=tokenizer,
+            record={
+                **trained,
+                **(record or {}),
+                "composed": {"adapters": [*map(str, adapters)], **about},
+            },
+            card=training_card(
+                request.base.name,
+                {"recipe": {"adapters": ", ".join(self.updates.names), **about}},
+                {},
+                opened_by=opened_by_name(adapter.model),
+                in_peft=form_of(adapter.model, adapter.spec, adapter.matches.paths).in_peft,
+            ),
+        )
+        adapter.detach()

@@ -1,0 +1,461 @@
+"""axolotl's training YAML, with axolotl's own defaults. What it has where `rl` or `reward_model` is
+set stands in `axolotl_objectives`.
+
+Read off axolotl's configuration schema and its builders as of July 2026. A batch is counted for one
+GPU, as axolotl's own is. Where axolotl packs, its micro-batch counts packed sequences, and
+lorafold's batch counts rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorafold.advice import NO_FP16, boolean, integer, modules, names, number
+from lorafold.config_import import axolotl_objectives as objectives
+from lorafold.config_import import grpo, trainer
+from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
+from lorafold.config_import.preferences import rows_wanted
+from lorafold.config_import.rules import (
+    OFF,
+    PLACEHOLDER,
+    SAME,
+    Outcome,
+    Reader,
+    Rows,
+    Rule,
+    Settings,
+    Table,
+    cases,
+    changed,
+    choice,
+    either,
+    given_as_data,
+    is_off,
+    left,
+    of_hub,
+    refusing,
+    switch,
+    table,
+    taken,
+    to,
+)
+from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
+from lorafold.errors import LorafoldError
+from lorafold.models.quantizations import made_of
+
+SIGNS = (
+    "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
+    " sample_packing val_set_size lora_target_modules lora_model_dir"
+)
+# Weights of an adapter of PEFT, as axolotl names them
+OF_LORA = (
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    "base_model.model.model.layers.17.mlp.down_proj.lora_B.default.weight",
+)
+# What names the attention, by which axolotl keeps packed rows apart
+APART = (
+    "attn_implementation", "flash_attention", "flex_attention", "xformers_attention",
+    "sage_attention", "sdp_attention", "eager_attention", "sdpa_varlen",
+)  # fmt: skip
+NO_ADAPTER = "none, the whole model"  # what stands for a file without `adapter`
+OF_AXOLOTL = "axolotl.integrations."
+LEARNS_OTHERWISE = {
+    "densemixer": "passes gradients to the router through every expert",
+    "diffusion": "trains a model that fills in masks",
+    "grokfast": "filters the gradients of past steps",
+    "hatchery": "trains on another machine",
+    "kd": "learns a teacher's probabilities",
+    "llm_compressor": "keeps weights at zero",
+    "nemo_gym": "is rewarded by environments of its own",
+    "spectrum": "trains the layers with the most signal",
+}
+LEARNS_THE_SAME = (
+    "cut_cross_entropy", "expert_parallel", "kernels", "liger", "lm_eval", "swanlab"
+)  # fmt: skip
+# What is read of a dataset, and of one whose turns the chat template renders
+READ = {"path", "name", "split", "data_files", "ds_type", "type", "trust_remote_code"}
+OF_TURNS = {
+    "chat_template", "field_messages", "message_property_mappings", "message_field_role",
+    "message_field_content", "field_tools", "field_chosen", "field_rejected",
+}  # fmt: skip
+AS_HERE = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
+TURNS = (("role", "content"), ("from", "value"))
+FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that stand for data_files
+
+
+TOO_LONG = cases(
+    {"truncate": taken("longer rows are cut")},
+    changed("longer rows are cut here, and the run says how many; filter them out before"),
+)
+
+
+def is_lora(settings: Settings) -> bool:
+    """Whether an adapter is trained, and not the whole model."""
+    return bool(settings["adapter"] != NO_ADAPTER)
+
+
+def is_quantized(settings: Settings) -> bool:
+    """Whether the base is quantized."""
+    return bool(settings["load_in_4bit"] or settings["load_in_8bit"])
+
+
+def adapter(value: Any, settings: Settings) -> Outcome:
+    """`adapter` becomes the method; with none the whole model trains.
+
+    LorafoldError where a key is missing that axolotl asks for, and for combinations that lorafold
+    can't train.
+    """
+    if not is_lora(settings):
+        if settings["pretraining_dataset"]:
+            raise LorafoldError("found none and a pretraining_dataset: lorafold does not pretrain")
+        _require("learning_rate", settings)
+        return taken(method="full")
+    choice(value, "lora", "qlora")
+    if value == "qlora" and not settings["load_in_4bit"]:
+        raise LorafoldError("found qlora without load_in_4bit: true, which axolotl asks for")
+    afresh = objectives.starts_afresh(settings)
+    _require("learning_rate lora_r lora_alpha" if afresh else "learning_rate", settings)
+    where = [f"lora_target_{name}" for name in ("modules", "linear", "parameters")]
+    if afresh and not any(settings[key] for key in where):
+        raise LorafoldError(f"found {value}, expected one of {', '.join(where)} beside it")
+    peft = settings["peft"]
+    loftq = isinstance(peft, dict) and peft.get("loftq_config")
+    return trainer.kind_of_lora(
+        settings.on("peft_use_dora"),
+        settings.on("peft_use_rslora"),
+        settings["peft_init_lora_weights"] or ("loftq" if loftq else None),
+    )
+
+
+def _require(keys: str, settings: Settings) -> None:
+    if missing := [key for key in keys.split() if settings[key] is None]:
+        raise LorafoldError(f"{', '.join(missing)} missing, and axolotl has no default for it")
+
+
+def part_of_method(value: Any, settings: Settings) -> Outcome:
+    """A switch of the method, such as `peft_use_dora`, is read by the rule of `adapter`."""
+    return trainer.OF_METHOD if value else OFF
+
+
+def target_parameters(value: Any, settings: Settings) -> Outcome:
+    """`lora_target_parameters` become targets beside the modules."""
+    modules = "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"]
+    return trainer.target_parameters(modules, names(value))
+
+
+def bf16(value: Any, settings: Settings) -> Outcome | None:
+    """`bf16` becomes the base's storage, unless a quantized base, `fp16` or `float32` decides."""
+    if is_quantized(settings):
+        return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
+    if value not in ("full", True) and any(settings[key] for key in ("fp16", "float16", "float32")):
+        return None
+    if value == "auto":
+        return taken(storage="auto")
+    on = value == "full" or boolean(value) or bool(settings["bfloat16"])
+    return taken(storage="bf16" if on else "fp32")
+
+
+def unless_bf16(outcome: Outcome) -> Reader:
+    """The reader of another number format, unless the base is quantized or `bf16` is on."""
+
+    def read(value: Any, settings: Settings) -> Outcome | None:
+        if not boolean(value):
+            return OFF
+        decided = is_quantized(settings) or settings["bf16"] in (True, "full")
+        return None if decided else outcome
+
+    return read
+
+
+def batch(value: Any, settings: Settings) -> Outcome:
+    """`micro_batch_size` times accumulation becomes the batch, which counts rows."""
+    packed = "axolotl sequence_len" if settings["sample_packing"] else ""
+    return trainer.batch(integer(value) * accumulation(settings), "GPU", packed)
+
+
+def micro_batches(value: Any, settings: Settings) -> Outcome:
+    """`gradient_accumulation_steps` become the micro-batches of a step."""
+    return taken(accumulate=accumulation(settings))
+
+
+def sample_packing(value: Any, settings: Settings) -> Outcome:
+    """`sample_packing` becomes packing, except that a policy reads a prompt once for its group. Of
+    a file that names no attention axolotl lets packed rows see each other, with positions that
+    start anew.
+    """
+    if is_policy(settings):
+        return taken("a prompt is read once for all its completions")
+    mixed = boolean(value) and all(is_off(settings[key]) for key in APART)
+    why = "without an attn_implementation rows see each other there, and are kept apart here"
+    return changed(why if mixed else "", packing=boolean(value))
+
+
+def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_steps` becomes the warm-up; axolotl makes two steps of one."""
+    return trainer.warmed(2 if number(value) == 1 else number(value))
+
+
+def warmup_ratio(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_ratio` becomes the warm-up; of a run whose steps the file gives, axolotl takes the
+    steps rounded down, and at most 100 where the ratio is its own.
+    """
+    if settings["warmup_steps"] is not None:
+        return None
+    share, total = number(value), trainer.total_steps(settings)
+    if total is None:
+        return trainer.warmed(share, share=True)
+    steps = int(share * total)
+    if settings.given.get("warmup_ratio") is None:
+        steps = min(steps, 100)
+    return trainer.warmed(2 if steps == 1 else steps)
+
+
+def per_epoch(name: str) -> Reader:
+    """`evals_per_epoch` and `saves_per_epoch` become an interval in steps, by the share of the run
+    that axolotl computes from them.
+
+    `name` is the recipe field.
+    """
+    read = trainer.interval(name)
+
+    def of_count(value: Any, settings: Settings) -> Outcome | None:
+        count = number(value) * settings.read("num_epochs", number)
+        return OFF if count <= 0 else read(min(1 / count, 0.999), settings)
+
+    return of_count
+
+
+def checkpointing(value: Any, settings: Settings) -> Outcome:
+    """`gradient_checkpointing` becomes that of lorafold, which offloads nothing."""
+    if str(value).startswith(("offload", "unsloth")):
+        why = "activations are recomputed, and not offloaded"
+        return changed(why, gradient_checkpointing=True)
+    return taken(gradient_checkpointing=boolean(value))
+
+
+def chat_template(value: Any, settings: Settings) -> Outcome:
+    """`chat_template` is left, unless it is the model's own or `chat_template_jinja`'s."""
+    if value == "tokenizer_default":
+        return taken("the model's own template")
+    if value == "jinja":
+        return taken("it is chat_template_jinja's")
+    return left(
+        f"write the template {value} to a file and pass it as --chat-template FILE; without it the"
+        " model's own is used"
+    )
+
+
+def chat_template_jinja(value: Any, settings: Settings) -> Outcome:
+    """`chat_template_jinja` becomes the chat template where it is a file's path."""
+    if "{" not in str(value) and Path(str(value)).suffix:
+        return taken(chat_template=str(value))
+    return left("write the template to a file and pass it as --chat-template FILE")
+
+
+def chat_template_kwargs(value: Any, settings: Settings) -> Outcome:
+    """`chat_template_kwargs` become the variables of the chat template."""
+    if not isinstance(value, dict):
+        return left("expected an object of variables of the chat template")
+    return changed(
+        "a run refuses those that the model's chat template does not read", template_kwargs=value
+    )
+
+
+def unfrozen_parameters(value: Any, settings: Settings) -> Outcome:
+    """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
+    what no pattern matches after it has attached the adapter, whose weights are called
+    base_model.model.PATH.lora_A.default.weight. LorafoldError where the whole model trains.
+    """
+    if not is_lora(settings):
+        raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")
+    try:  # a dot is itself there, except before +
+        patterns = [re.compile(re.sub(r"\.(?!\+)", r"\\.", one)) for one in names(value)]
+    except re.error as error:
+        raise LorafoldError(f"found {value!r}, no regular expressions: {error}") from None
+    if all(any(pattern.match(name) for pattern in patterns) for name in OF_LORA):
+        return taken("they are the adapter's weights")
+    return left(
+        "axolotl freezes every weight of the adapter that none matches, by names such as"
+        f" {OF_LORA[0]}; here they all train, and of the base none: --set targets=REGEX"
+    )
+
+
+def new_tokens(value: Any, settings: Settings) -> Outcome:
+    """`tokens` become new tokens; a table of special tokens is left."""
+    if isinstance(value, dict):
+        return left("the tokenizer's own special tokens are used")
+    return changed("the base is not resized: their rows train beside it", new_tokens=names(value))
+
+
+def tracker(name: str) -> Reader:
+    """The reader of a tracker's switch, such as `use_wandb`, which becomes this tracker."""
+    return lambda value, settings: taken(trackers=(name,)) if value else OFF
+
+
+def plugins(value: Any, settings: Settings) -> Outcome:
+    """`plugins`. LorafoldError for one that lorafold has nothing in place of."""
+    others = []
+    for name in names(value):
+        part = name.removeprefix(OF_AXOLOTL).partition(".")[0]
+        own = name.startswith(OF_AXOLOTL)
+        if own and part in LEARNS_OTHERWISE:
+            raise LorafoldError(f"found {name}, which {LEARNS_OTHERWISE[part]}: lorafold does not")
+        if not own or part not in LEARNS_THE_SAME:
+            others.append(name)
+    if others:
+        return left(f"what {', '.join(others)} does there is not known and not done")
+    return left("they make steps faster there, measure or log, and do not change what is learned")
+
+
+def datasets(value: Any, settings: Settings) -> Outcome:
+    """`datasets` go to `--data` and `--columns`; what else one says is told with its path."""
+    wanted = rows_wanted(objectives.objective_of(settings))
+    found = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, Mapping) and one.get("path") for one in found):
+        return left(f"{wanted}: {value}", PLACEHOLDER)
+    return given_as_data([_rows(one) for one in found], wanted)
+
+
+def _rows(one: Mapping[str, Any]) -> Rows:
+    path, files = one["path"], one.get("data_files")
+    if path in FILES and files and isinstance(files, str):
+        path, files = files, None
+    at = of_hub(path, one.get("name"), one.get("split"), files)
+    said = [*at.said, *_said(one)]
+    return Rows(f"{path} ({one.get('type', 'no type')})", at.path, _columns(one), said)
+
+
+def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns by lorafold's names."""
+    kind, turns = one.get("type"), one.get("field_messages") or "messages"
+    if isinstance(kind, Mapping):
+        ours = ("instruction", "input", "output", "system")
+        return {name: kind.get(f"field_{name}") for name in ours}
+    if kind == "completion":
+        return {"text": one.get("field")}
+    if str(kind).startswith("chat_template."):  # of preferences
+        judged = {name: one.get(f"field_{name}") for name in ("chosen", "rejected")}
+        return {"prompt": turns, **judged}
+    if kind != "chat_template":
+        return {}
+    name = "conversations" if _properties(one) == TURNS[1] else "messages"
+    return {name: turns, "tools": one.get("field_tools")}
+
+
+def _properties(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a turn calls its role and its content."""
+    given = one.get("message_property_mappings") or {}
+    return tuple(str(given.get(k) or one.get(f"message_field_{k}") or k) for k in TURNS[0])
+
+
+def _said(one: Mapping[str, Any]) -> Iterator[str]:
+    """What a dataset says that has no counterpart."""
+    kind, template = one.get("type"), one.get("chat_template")
+    form, known = str(kind).split(".")[0], READ | {"chat_template"}
+    if isinstance(kind, Mapping):
+        yield "its prompt form is not written, but the model's chat template is"
+    elif form.split(":")[0] == "alpaca":
+        yield "its prompt form (### Instruction:) is not written, but the model's chat template is"
+    elif form == "chat_template":
+        known |= OF_TURNS
+        if _properties(one) not in TURNS:
+            named = " and ".join(_properties(one))
+            yield f"its turns have {named}: rename them to role and content"
+    if template not in (None, "tokenizer_default"):
+        yield f"its template {template}: write it to a file, --chat-template FILE"
+    known |= {"field"} if kind == "completion" else set()
+    rest = {k: v for k, v in one.items() if k not in known and not is_off(v)}
+    if others := [key for key, value in rest.items() if AS_HERE.get(key) != value]:
+        yield f"{', '.join(others)}: without a counterpart"
+
+
+OWN: Table = {
+    "adapter": (adapter, NO_ADAPTER),
+    "load_in_4bit": switch(taken(storage=made_of(4))),
+    "load_in_8bit": switch(taken(storage=made_of(8))),
+    "bf16": (bf16, "auto"),
+    "bfloat16": taken("bf16 decides"),
+    "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
+    "float32": unless_bf16(taken(storage="fp32")),
+    "learning_rate": to("lr", number),
+    "lr_scheduler": (trainer.schedule, "cosine"),
+    "optimizer": (trainer.optimizer, "adamw_torch_fused"),
+    "num_epochs": (SAME, 1.0),
+    "micro_batch_size": (of_policy(grpo.batch, batch), 1),
+    "gradient_accumulation_steps": (of_policy(grpo.accumulation, micro_batches), 1),
+    "batch_size": taken("accumulation follows from it"),
+    "sequence_len": (
+        either(
+            is_policy,
+            changed("axolotl does not cut prompts; here they may have as many tokens"),
+            to("max_length", integer),
+        ),
+        512,
+    ),
+    "excess_length_strategy": (
+        either(is_policy, changed("a run refuses prompts that are too long"), TOO_LONG),
+        "drop",
+    ),
+    "sample_packing": (sample_packing, False),
+    "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
+    "gradient_checkpointing": checkpointing,
+    "val_set_size": (trainer.held_out_rows, 0.0),
+    "evals_per_epoch": per_epoch("eval_every"),
+    "saves_per_epoch": per_epoch("save_every"),
+    "evaluation_strategy": trainer.interval_strategy,
+    "default_system_message": SYSTEM,
+    "tokens": new_tokens,
+    "chat_template": chat_template,
+    "chat_template_jinja": chat_template_jinja,
+    "chat_template_kwargs": chat_template_kwargs,
+    "use_wandb": tracker("wandb"),
+    "wandb_project": changed("the tracker's project is named lorafold", trackers=("wandb",)),
+    "use_tensorboard": tracker("tensorboard"),
+    "use_mlflow": tracker("mlflow"),
+    "use_comet": tracker("comet_ml"),
+    "use_trackio": tracker("trackio"),
+    "use_swanlab": tracker("swanlab"),
+    "base_model": "--model",
+    "model_revision revision_of_model": "--revision",
+    "datasets pretraining_dataset": datasets,
+    "test_datasets": trainer.EVAL_DATA,
+    "auto_resume_from_checkpoints": "pass --resume to go on with a run",
+    "reinit_weights": refusing("lorafold does not pretrain"),
+    "relora": refusing("lorafold does not restart LoRA"),
+    "unfrozen_parameters": unfrozen_parameters,
+    "qat": refusing("lorafold does not train for later quantization"),
+    "plugins": plugins,
+    "diffusion": refusing("lorafold does not train a model that fills in masks"),
+    "special_tokens": "the tokenizer's own are used; words that are to be tokens: --new-tokens",
+    **trainer.STEPS,
+    **AXOLOTL,
+}
+OF_METHOD: Table = {
+    "peft_use_dora peft_use_rslora": (part_of_method, False),
+    "peft_init_lora_weights peft": part_of_method,
+    "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": SAME,
+    "lora_dropout": (objectives.dropout, 0.0),
+    "lora_target_linear": switch(taken(targets="all-linear")),
+    "lora_target_modules": either(
+        lambda settings: settings["lora_target_linear"],
+        changed(
+            "lora_target_linear is on besides: all-linear has every linear layer of the blocks"
+        ),
+        to("targets", modules),
+    ),
+    "lora_target_parameters": target_parameters,
+    "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
+    "lora_fan_in_fan_out": taken("the base's storage decides"),
+}
+RULES: tuple[Rule, ...] = (
+    *table(OWN),
+    *table(OF_METHOD, is_lora),
+    *table(
+        {"warmup_steps": warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
+        lambda settings: bool(settings["lr_scheduler"] != "constant"),
+    ),
+    *objectives.RULES,
+)

@@ -1,0 +1,281 @@
+"""axolotl's values where `rl` or `reward_model` is set: the loss, beta, the weights, and the block
+`trl` where `rl` is grpo, whose keys are TRL's own and are called `trl.KEY` in a translation.
+
+axolotl hands them to TRL's trainers (1.8), whose losses are those of lorafold, apart from what the
+remarks say: supervised terms are means over all tokens of a micro-batch there, and over the tokens
+of each completion here. It hands over `max_completion_length` also where that is absent: as none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lorafold.advice import boolean, integer, names, number
+from lorafold.config_import import grpo
+from lorafold.config_import.preferences import (
+    DPO_LOSSES,
+    NO_DROPOUT,
+    ORPO_TERM,
+    law_option,
+    of_dpo,
+    smoothing_of_dpo,
+    supervised_as,
+)
+from lorafold.config_import.rules import (
+    OFF,
+    Outcome,
+    Reader,
+    Row,
+    Rule,
+    Settings,
+    Table,
+    changed,
+    choice,
+    either,
+    flagged,
+    is_off,
+    left,
+    refused,
+    refusing,
+    table,
+    taken,
+    unless,
+)
+from lorafold.errors import LorafoldError
+from lorafold.objectives import OBJECTIVES
+
+BLOCK = "trl"
+PREFIX = f"{BLOCK}."
+OTHERS = ("ipo", "orpo", "simpo", "kto")
+REFUSED = {"gdpo": grpo.SUMMED, "ebft": "lorafold has no energy-based objective"}
+DEFAULTS = {"max_completion_length": grpo.WITHOUT_LIMIT, "use_bias_correction_kl": False}
+# `beta` is read with the other keys that may hold it
+IN_BLOCK: Table = {
+    "rollout_func": refusing("lorafold draws completions itself, of one turn"),
+    "replay_buffer_size": refusing("what was drawn is not used again"),
+    "reroll_start_fraction": unless(1, "prompts are drawn in their order"),
+    "skip_zero_advantage_batches": taken("groups without a signal are always left out"),
+    "use_data_producer async_prefetch prefetch_depth vllm_sync_interval"
+    " streaming_partial_batch streaming_min_groups reward_num_workers"
+    " replay_recompute_logps reroll_max_groups vllm_lora_sync"
+    " reward_processing_classes": grpo.OWN_DRAWS,
+}
+OF_BLOCK = (
+    *(
+        replace(rule, default=DEFAULTS.get(rule.key, rule.default))
+        for rule in table(grpo.GRPO)
+        if rule.key != "beta"
+    ),
+    *table(IN_BLOCK),
+)
+
+
+def is_policy(settings: Settings) -> bool:
+    """Whether the file trains a policy on rewards."""
+    return settings["rl"] == "grpo"
+
+
+def is_reward_model(settings: Settings) -> bool:
+    """Whether `reward_model` is on, and `rl`, which decides, is not."""
+    return is_off(settings["rl"]) and not is_off(settings["reward_model"])
+
+
+def is_dpo(settings: Settings) -> bool:
+    """Whether TRL's DPOTrainer trains."""
+    return settings["rl"] == "dpo"
+
+
+def objective_of(settings: Settings) -> str | None:
+    """The objective of preferences or of a policy that the file trains, or None."""
+    found = str(settings["rl"])
+    if is_policy(settings):
+        return grpo.objective_of(as_trl(settings))
+    if found == "dpo":
+        return DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
+    if found in OTHERS:
+        return found
+    return "reward" if is_reward_model(settings) else None
+
+
+def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file with the keys of its block `trl` as keys `trl.KEY`, where it trains a policy."""
+    block = config.get(BLOCK)
+    if config.get("rl") != "grpo" or not isinstance(block, Mapping):
+        return config
+    rest = {key: value for key, value in config.items() if key != BLOCK}
+    return rest | {f"{PREFIX}{key}": value for key, value in block.items()}
+
+
+def accumulation(settings: Settings) -> int:
+    """The number of micro-batches in a step, which axolotl may also derive from `batch_size`."""
+    total = settings["batch_size"]
+    if total is not None and settings.given.get("gradient_accumulation_steps") is None:
+        return max(1, integer(total) // max(1, settings.read("micro_batch_size", integer)))
+    return settings.read("gradient_accumulation_steps", integer)
+
+
+def as_trl(settings: Settings) -> Settings:
+    """The block, with what stands outside of it, as settings of TRL's trainer."""
+    given = settings.given
+    block = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
+    outside = {
+        "beta": given.get(beta_key(settings), 0.0),
+        "per_device_train_batch_size": settings["micro_batch_size"],
+        "gradient_accumulation_steps": accumulation(settings),
+        "max_prompt_length": settings["sequence_len"],
+    }
+    present = {name: value for name, value in block.items() if value is not None}
+    return Settings(present | outside, {rule.key: rule.default for rule in OF_BLOCK})
+
+
+def beta_key(settings: Settings) -> str:
+    """The key that holds beta of a policy, the first that the file sets of those that may; empty
+    for none.
+    """
+    may = (f"{PREFIX}beta", "rl_beta", "orpo_alpha")
+    return next((key for key in may if settings.given.get(key) is not None), "")
+
+
+def of_policy(row: Reader, otherwise: Row = None) -> Reader:
+    """The reader of TRL's settings where the file trains a policy, and of the file's elsewhere."""
+    return either(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
+
+
+def rl(value: Any, settings: Settings) -> Outcome:
+    """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which.
+
+    LorafoldError for objectives that lorafold does not have, and for what axolotl refuses.
+    """
+    if is_off(value):
+        return OFF
+    if str(value) in REFUSED:
+        raise refused(value, REFUSED[str(value)])
+    choice(value, "dpo", *OTHERS, "grpo")
+    if settings["sample_packing"]:
+        raise LorafoldError(f"found {value!r} and sample_packing, which axolotl refuses together")
+    if value in ("dpo", "grpo"):
+        key = "dpo_loss_type" if value == "dpo" else "trl.loss_type"
+        return taken(f"{key} says which objective")
+    if value == "simpo" and settings["simpo_gamma"] is None:
+        raise LorafoldError("simpo_gamma missing, and axolotl has no default for it")
+    return changed(ORPO_TERM if value == "orpo" else "", objective=value)
+
+
+def loss_type(value: Any, settings: Settings) -> Outcome:
+    """`dpo_loss_type` becomes the objective and, where sft is its second, `sft_weight`, of which
+    `dpo_loss_weights` are the weights. LorafoldError for other losses and mixtures.
+    """
+    return of_dpo(names(value), settings["dpo_loss_weights"], "dpo_loss_weights")
+
+
+def loss_weights(value: Any, settings: Settings) -> Outcome:
+    """`dpo_loss_weights` are read with `dpo_loss_type`."""
+    if settings.given.get("dpo_loss_type") is None:
+        raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl asks for")
+    return taken("they are read with dpo_loss_type")
+
+
+def beta_of(key: str) -> Reader:
+    """The reader of a key that may hold beta: `trl`, `rl_beta`, `dpo_beta` or `orpo_alpha`, of
+    which the first that the file sets decides; of a policy `trl.beta` is the first.
+    """
+
+    def read(value: Any, settings: Settings) -> Outcome | None:
+        if is_policy(settings):
+            return grpo.beta(value, as_trl(settings)) if key == beta_key(settings) else None
+        if objective_of(settings) in (None, "reward"):
+            return None
+        values = {k: settings.given.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
+        inner = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
+        values["trl"] = inner
+        decides = next((k for k, v in values.items() if v is not None), "rl_beta")
+        if key != decides:
+            return None
+        return taken(beta=number(inner if key == "trl" else value))
+
+    return read
+
+
+def reward_model(value: Any, settings: Settings) -> Outcome | None:
+    """`reward_model` becomes the objective reward."""
+    if not boolean(value):
+        return OFF
+    return taken(objective="reward") if is_reward_model(settings) else None
+
+
+def center_rewards(value: Any, settings: Settings) -> Outcome:
+    """`center_rewards_coefficient` becomes `centre`."""
+    found = number(value)
+    return taken(objective_options={"centre": found}) if found else OFF
+
+
+def num_labels(value: Any, settings: Settings) -> Outcome:
+    """`num_labels` of a reward model is one; LorafoldError for more."""
+    if integer(value) != 1:
+        raise refused(value, "a reward model of lorafold gives one score")
+    return taken("a reward model gives one score")
+
+
+def dropout(value: Any, settings: Settings) -> Outcome:
+    """`lora_dropout` becomes the dropout, which TRL turns off for preferences, and which there is
+    none of where completions are drawn.
+    """
+    found, objective = number(value), objective_of(settings)
+    if found and objective is not None and OBJECTIVES[objective].draws:
+        return changed(grpo.NO_DROPOUT, dropout=0.0)
+    if found and objective is not None:
+        return taken(NO_DROPOUT, dropout=0.0)
+    return taken(dropout=found)
+
+
+def starts_afresh(settings: Settings) -> bool:
+    """Whether axolotl trains a fresh adapter, although `lora_model_dir` may name one."""
+    return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
+
+
+def lora_model_dir(value: Any, settings: Settings) -> Outcome:
+    """`lora_model_dir` goes to `--init-adapter`, except where axolotl does not load it."""
+    if not starts_afresh(settings):
+        return flagged("--init-adapter", value)
+    return left(
+        f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over the"
+        " base; to train over this one pass it as --over"
+    )
+
+
+OWN: Table = {
+    "lora_model_dir": lora_model_dir,
+    "rl": rl,
+    "trl": beta_of("trl"),
+    "trl.beta": beta_of("trl.beta"),
+    "vllm": grpo.OWN_DRAWS,
+    "rl_beta": (beta_of("rl_beta"), 0.1),
+    "dpo_beta": beta_of("dpo_beta"),
+    "orpo_alpha": beta_of("orpo_alpha"),
+    "dpo_use_weighting": refusing("lorafold weighs every pair alike"),
+    "rpo_alpha": refusing("axolotl refuses it; dpo_loss_type: [sigmoid, sft] has the term"),
+    "dpo_norm_loss": refusing("axolotl refuses it"),
+    "simpo_gamma": law_option("gamma", objective_of),
+    "kto_desirable_weight": law_option("desirable_weight", objective_of),
+    "kto_undesirable_weight": law_option("undesirable_weight", objective_of),
+    "reward_model": reward_model,
+    "process_reward_model": refusing("lorafold's reward models score whole texts"),
+}
+OF_DPO: Table = {
+    "dpo_loss_type": (loss_type, ["sigmoid"]),
+    "dpo_loss_weights": loss_weights,
+    "dpo_label_smoothing": smoothing_of_dpo,
+}
+RULES: tuple[Rule, ...] = (
+    *table(OWN),
+    *table(OF_DPO, is_dpo),
+    *table(
+        {"cpo_alpha": (supervised_as("simpo"), 1.0)}, lambda settings: settings["rl"] == "simpo"
+    ),
+    *table(
+        {"center_rewards_coefficient": center_rewards, "num_labels": num_labels}, is_reward_model
+    ),
+    *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in OF_BLOCK),
+)

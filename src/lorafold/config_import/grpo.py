@@ -1,0 +1,400 @@
+"""TRL's GRPOConfig and RLOOConfig, apart from what all trainers have: the law, its options, how
+completions are drawn, and the batch. axolotl's `trl` block has these keys too.
+
+Read off TRL 1.16. Where a step draws and learns once, ratios are 1, and what bounds them has no
+effect. A batch counts completions there, of one process, and here the prompts that each get a group
+of them.
+"""
+
+from __future__ import annotations
+
+from math import ceil, gcd
+from typing import Any
+
+from lorafold.advice import boolean, integer, names, number
+from lorafold.config_import.rules import (
+    OFF,
+    Outcome,
+    Reader,
+    Settings,
+    Table,
+    cases,
+    changed,
+    choice,
+    left,
+    read_with,
+    refused,
+    refusing,
+    switch,
+    taken,
+    to,
+    unless,
+)
+from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
+from lorafold.errors import LorafoldError
+
+# The average of a loss over tokens: of each loss_type that is the clipped surrogate
+AVERAGES = {
+    "dapo": "tokens",
+    "bnpo": "tokens",
+    "grpo": "per-sequence",
+    "dr_grpo": "longest",
+    "luspo": "sums",
+}
+WITHOUT_LIMIT = "no limit"  # what stands for a file that leaves the length of completions open
+LIMIT = 256  # the most tokens of one of theirs
+BESIDE = 1024  # the tokens that a prompt may have, where the file does not say
+NO_DROPOUT = "completions are drawn without dropout, and learned from without it"
+OWN_DRAWS = "completions are drawn in the process that trains, by the weights that train"
+PLAINLY = "completions are drawn at temperature 1 among all tokens"
+SUMMED = "lorafold sums rewards before it compares them"
+NO_PART = "tokens count alike here, and entropy has no part in the loss"
+RATIOS = "ratios are 1 where a step draws and learns once"
+STAYS = "lorafold's reference never moves"
+PLACE = "FILE.py:FUNCTION"
+INSTALLED = ("trl", "axolotl")  # packages whose modules are no files of the user
+TEXTS = (
+    "TRL gives completions of prompts that are messages as lists of messages; here they are texts,"
+    " and so completion[0]['content'] is completion"
+)
+
+
+def is_leave_one_out(settings: Settings) -> bool:
+    """Whether the settings are RLOO's, which has no loss_type."""
+    return "loss_type" not in settings.defaults
+
+
+def objective_of(settings: Settings) -> str:
+    """The objective that the settings train."""
+    if is_leave_one_out(settings):
+        return "rloo"
+    if settings["loss_type"] == "cispo":
+        return "cispo"
+    return "gspo" if settings["importance_sampling_level"] == "sequence" else "grpo"
+
+
+def loss_type(value: Any, settings: Settings) -> Outcome:
+    """`loss_type` becomes the objective and its average. LorafoldError for those that lorafold does
+    not have, and for a cispo whose `epsilon_high`, which bounds the ratio itself in TRL, leaves
+    every weight below 1, as TRL's own does.
+    """
+    if value in ("sapo", "vespo"):
+        raise refused(value, "lorafold has no such law of policies")
+    options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
+    if value == "cispo":
+        bound = upper(settings)
+        if bound <= 1:
+            raise LorafoldError(
+                f"found 'cispo' and {bound:g} as epsilon_high, to which TRL bounds the ratio"
+                " itself, so that no weight would be 1; expected more than 1, as 5"
+            )
+        options["clip_high"] = float(f"{bound - 1:.12g}")
+    why = "TRL averages over the tokens of a micro-batch, and lorafold over those of the step"
+    fields = {"objective": objective_of(settings), "objective_options": options}
+    return changed(why if value == "bnpo" else "", **fields)
+
+
+def importance_sampling_level(value: Any, settings: Settings) -> Outcome:
+    """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence.
+
+    LorafoldError where cispo has it.
+    """
+    if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
+        raise refused(value, "lorafold's cispo has a ratio for each token")
+    return read_with("loss_type")
+
+
+def epsilon(value: Any, settings: Settings) -> Outcome | None:
+    """`epsilon` becomes the clip; `epsilon_high`, where it is absent, is the same."""
+    if objective_of(settings) in ("rloo", "cispo"):
+        return None
+    return taken(objective_options={"clip": number(value), "clip_high": upper(settings)})
+
+
+def upper(settings: Settings) -> float:
+    """`epsilon_high`, which is `epsilon` where it is absent."""
+    return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
+
+
+def epsilon_high(value: Any, settings: Settings) -> Outcome | None:
+    """`epsilon_high` is read with `epsilon`, except that it bounds the weights of cispo."""
+    said = {"rloo": None, "cispo": taken("it is part of the bound")}
+    return said.get(objective_of(settings), taken("the upper"))
+
+
+def beta(value: Any, settings: Settings) -> Outcome:
+    """`beta` becomes beta, where it is not 0."""
+    found, why = number(value), ""
+    if not found:
+        return taken("there is no KL to a reference")
+    if is_leave_one_out(settings):
+        why = (
+            "TRL takes the KL of a completion off its reward, and lorafold adds that of each token"
+            " to its loss"
+        )
+    elif objective_of(settings) == "gspo" or not settings.on("use_bias_correction_kl"):
+        why = "lorafold weighs the KL of each token by its ratio, so that its gradient is the KL's"
+    return changed(why, beta=found)
+
+
+def sync_ref_model(value: Any, settings: Settings) -> Outcome | None:
+    """`sync_ref_model` moves the reference: LorafoldError where it is on and there is one."""
+    if not boolean(value):
+        return OFF
+    if not settings.read("beta", number):
+        return None
+    raise refused(value, STAYS)
+
+
+def scale_rewards(value: Any, settings: Settings) -> Outcome:
+    """`scale_rewards` becomes the scale, also as true (group) and false (none)."""
+    found = {"true": "group", "false": "none"}.get(str(value).lower(), value)
+    return taken(objective_options={"scale": choice(found, "group", "batch", "none")})
+
+
+def mask_truncated(value: Any, settings: Settings) -> Outcome:
+    """`mask_truncated_completions` becomes `truncated`."""
+    masked = boolean(value)
+    why = "TRL averages over them too, with a loss of 0; lorafold leaves them out of the mean"
+    same = not masked or settings["loss_type"] in ("dapo", "bnpo", "cispo")
+    options = {"truncated": "masked" if masked else "counted"}
+    return changed("" if same else why, objective_options=options)
+
+
+def group(value: Any, settings: Settings) -> Outcome:
+    """`num_generations` becomes the group; RLOO's objective has no key of its own."""
+    fields = {"objective": "rloo"} if is_leave_one_out(settings) else {}
+    return taken(**fields, objective_options={"group": integer(value)})
+
+
+def dropout(value: Any, settings: Settings) -> Outcome:
+    """`lora_dropout` is 0 where completions are drawn."""
+    return changed(NO_DROPOUT if number(value) else "", dropout=0.0)
+
+
+def completion_length(value: Any, settings: Settings) -> Outcome:
+    """`max_completion_length` becomes `max_new_tokens`, and with the prompt's the `max_length`."""
+    given, prompt = settings.given.get("max_completion_length", value), BESIDE
+    longest, said = LIMIT, [f"completions have no limit there, and {LIMIT} tokens here"]
+    if given not in (None, WITHOUT_LIMIT):
+        longest, said = integer(value), []
+    if settings["max_prompt_length"] is None:
+        said.append(f"prompts have none there; here a run refuses those of more than {BESIDE}")
+    else:
+        prompt = settings.read("max_prompt_length", integer)
+    options = {"max_new_tokens": longest}
+    return changed("; ".join(said), objective_options=options, max_length=longest + prompt)
+
+
+def num_iterations(value: Any, settings: Settings) -> Outcome:
+    """`num_iterations` becomes `updates`. LorafoldError for several of RLOO, whose ratios TRL clips
+    and lorafold does not have.
+    """
+    found = integer(value)
+    if found == 1:
+        return taken("a step draws and learns once")
+    if is_leave_one_out(settings):
+        raise refused(value, "lorafold's rloo clips no ratios")
+    return changed(
+        f"steps count draws here, and updates there: of {found} each, for max_steps too",
+        objective_options={"updates": found},
+    )
+
+
+def drawn_plainly(*neutral: float) -> Reader:
+    """The reader of what bends the distribution that completions are drawn from, as a temperature,
+    unless it has one of the neutral values.
+    """
+    bent = changed(f"{PLAINLY}: what draws is what learns")
+    return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
+
+
+def bound_of_ratios(least: float) -> Reader:
+    """The reader of a further bound of ratios, which has no effect where they are 1. LorafoldError
+    where they are not.
+
+    `least` is the least value of which that is so.
+    """
+
+    def read(value: Any, settings: Settings) -> Outcome:
+        if number(value) < least:
+            raise LorafoldError(f"found {value!r}, expected {least:g} or more")
+        if integer(settings["num_iterations"] or 1) != 1:
+            raise LorafoldError(f"found {value!r} with num_iterations, but there is no such bound")
+        return changed(f"lorafold has no such bound; {RATIOS}")
+
+    return read
+
+
+def reward_funcs(value: Any, settings: Settings) -> Outcome:
+    """`reward_funcs` become the rewards; those that are no functions of a file are left.
+
+    LorafoldError for a model that scores, and for others than one of `reward_weights` for each.
+    """
+    found, given = names(value), settings["reward_weights"]
+    if not found:
+        return left(f"pass what judges completions as --reward {PLACE}", f"--reward {PLACE}")
+    if models := [name for name in found if "/" in name]:
+        raise LorafoldError(
+            f"found {models[0]!r}, a model that scores, but lorafold's rewards are functions,"
+            " patterns, schemas and verifiers"
+        )
+    weights = given if isinstance(given, list | tuple) else [given]
+    weights = [1.0] * len(found) if given is None else weights
+    if len(weights) != len(found):
+        counts = f"{len(found)} functions and {len(weights)} reward_weights"
+        raise LorafoldError(f"found {counts}, one for each")
+    rewards, others, flags = list[str](), list[str](), list[str]()
+    for name, weight in zip(found, map(number, weights), strict=True):
+        scale = "" if weight == 1 else f"{weight:.12g}*"
+        module, _, function = name.rpartition(".")
+        if module and module.split(".")[0] not in INSTALLED:
+            rewards.append(f"{scale}{module.replace('.', '/')}.py:{function}")
+        else:
+            others.append(name)
+            flags.append(f"--reward {scale}{PLACE}")
+    said = f"no file of yours has {', '.join(others)}: write a function; " if others else ""
+    fields = {"objective_options": {"rewards": rewards}} if rewards else {}
+    return Outcome("changed" if rewards else "left", fields, f"{said}{TEXTS}", " ".join(flags))
+
+
+def reward_weights(value: Any, settings: Settings) -> Outcome:
+    """`reward_weights` are read with `reward_funcs`, without which they are left."""
+    if names(settings["reward_funcs"] or ()):
+        return taken("they are part of the rewards")
+    return left("write each before its reward, as in --reward 0.5*FILE.py:FUNCTION")
+
+
+def count(key: str, settings: Settings, least: int = 1) -> int:
+    """A number of things. LorafoldError names the key where it is less than `least`."""
+    found = settings.read(key, integer)
+    if found < least:
+        raise LorafoldError(f"{key}: found {found}, expected {least} or more")
+    return found
+
+
+def sizes(settings: Settings) -> tuple[int, int, int]:
+    """The completions of an optimizer step of one process, those of a prompt, and the prompts."""
+    micro = count("per_device_train_batch_size", settings)
+    found = micro * count("gradient_accumulation_steps", settings)
+    size = count("num_generations", settings, 2)
+    return found, size, ceil(found / size)
+
+
+def batch(value: Any, settings: Settings) -> Outcome:
+    """`per_device_train_batch_size` times accumulation, in groups, becomes the batch of prompts."""
+    found, size, rows = sizes(settings)
+    if found == rows * size:
+        return taken(f"{found} completions of one process, {size} a prompt", batch=rows)
+    return changed(
+        f"{found} completions of one process are not whole groups of {size}: for N processes"
+        f" --batch is N*{found}/{size}",
+        batch=rows,
+    )
+
+
+def accumulation(value: Any, settings: Settings) -> Outcome:
+    """`gradient_accumulation_steps` become micro-batches of whole groups."""
+    found, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
+    why = "a micro-batch has whole groups here" if rows % found else ""
+    return changed(why, accumulate=gcd(rows, found))
+
+
+def draws_for(factor: str) -> Reader:
+    """The reader of `steps_per_generation`, in micro-batches, or of `generation_batch_size`, in
+    completions: how many updates learn from what is drawn at once.
+
+    `factor` is the key whose value is that of one micro-batch; empty for one.
+    """
+
+    def read(value: Any, settings: Settings) -> Outcome:
+        drawn = integer(value) / (count(factor, settings) if factor else 1)
+        if drawn <= count("gradient_accumulation_steps", settings):
+            return taken("a step learns from what it draws")
+        return changed("several updates learn from one draw there; here each draws for itself")
+
+    return read
+
+
+REFERENCE: Table = {
+    "sync_ref_model": sync_ref_model,
+    "ref_model_mixup_alpha ref_model_sync_steps": read_with("sync_ref_model"),
+}
+SHARED: Table = {
+    "reward_funcs": (reward_funcs, ()),
+    "reward_weights": reward_weights,
+    "max_completion_length": (completion_length, 512),
+    "epsilon": (epsilon, 0.2),
+    "epsilon_high": epsilon_high,
+    "num_iterations": num_iterations,
+    "steps_per_generation": draws_for(""),
+    "generation_batch_size": draws_for("per_device_train_batch_size"),
+    "temperature top_p repetition_penalty": drawn_plainly(1),
+    "top_k": drawn_plainly(0, -1),
+    "min_p": drawn_plainly(0),
+    "generation_kwargs": PLAINLY,
+    "chat_template_kwargs": to("template_kwargs"),
+    "mask_truncated_completions": (mask_truncated, False),
+    **REFERENCE,
+    "disable_dropout": taken("there is no dropout here"),
+    "num_generations_eval": "held-out prompts have one completion each, and their reward its"
+    " interval",
+    "vllm_structured_outputs_regex vllm_guided_decoding_regex": refusing(
+        "completions are drawn among all tokens"
+    ),
+    "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url"
+    " vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
+    " vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size"
+    " vllm_importance_sampling_correction vllm_importance_sampling_mode"
+    " vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
+    " vllm_importance_sampling_cap ds3_gather_for_generation cache_implementation"
+    " use_transformers_continuous_batching transformers_continuous_batching_config"
+    " use_transformers_paged": OWN_DRAWS,
+    "log_completions log_multimodal num_completions_to_print log_unique_prompts"
+    " log_completions_hub_repo": LOGGING,
+    "pad_to_multiple_of": MEMORY,
+}
+GRPO: Table = {
+    **SHARED,
+    "loss_type": (loss_type, "dapo"),
+    "importance_sampling_level": (importance_sampling_level, "token"),
+    "num_generations": (group, 8),
+    "beta": (beta, 0.0),
+    "use_bias_correction_kl": (read_with("beta"), True),
+    "scale_rewards": (scale_rewards, "group"),
+    "multi_objective_aggregation": cases(
+        {
+            "sum_then_normalize": taken("rewards are summed, then compared"),
+            "normalize_then_sum": SUMMED,
+        }
+    ),
+    "delta": bound_of_ratios(1),
+    "off_policy_mask_threshold": bound_of_ratios(0),
+    "top_entropy_quantile": unless(1, NO_PART),
+    "entropy_coef": unless(0, NO_PART),
+    "use_adaptive_entropy": refusing(NO_PART),
+    "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
+    " sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg"
+    " vespo_lambda_neg": None,
+    "max_tool_calling_iterations": "a completion is one turn here, without tools that answer",
+    "cast_lm_head_to_fp32 use_liger_loss": NUMBERS,
+}
+RLOO: Table = {
+    **SHARED,
+    "num_generations": (group, 2),
+    "beta": (beta, 0.05),
+    "normalize_advantages": (
+        switch(
+            changed(
+                "TRL divides by the deviation of the batch's advantages, and lorafold by"
+                " that of its rewards",
+                objective_options={"scale": "batch"},
+            ),
+            taken(objective_options={"scale": "none"}),
+        ),
+        False,
+    ),
+    "reward_clip_range": refusing(
+        "rewards count as they are: clip in the function", lambda value: False
+    ),
+}

@@ -1,0 +1,478 @@
+"""LLaMA-Factory's training YAML, with its own defaults and those of the Trainer that it hands them
+to.
+
+Read off LLaMA-Factory's argument classes as of August 2026. A batch is counted for one device, as
+LLaMA-Factory's own is. Where it packs, its batch counts packed sequences, and lorafold's batch
+counts rows.
+
+Its losses of preferences are those of lorafold, equation by equation: log-probabilities are means
+over tokens for ipo, orpo and simpo and sums for the others, and `pref_ftx` weighs the mean over the
+tokens of each chosen completion. Its reference is the model without the adapter that trains.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorafold.advice import NO_FP16, boolean, integer, names, number
+from lorafold.config_import import trainer
+from lorafold.config_import.preferences import (
+    NO_SECOND_MODEL,
+    beta,
+    dropout,
+    has_reference,
+    law_option,
+    rows_wanted,
+    supervised,
+)
+from lorafold.config_import.rules import (
+    OFF,
+    SAME,
+    Outcome,
+    Rows,
+    Rule,
+    Settings,
+    Table,
+    cases,
+    changed,
+    choice,
+    flagged,
+    given_as_data,
+    is_off,
+    left,
+    of_hub,
+    read_with,
+    refused,
+    refusing,
+    switch,
+    table,
+    taken,
+    to,
+)
+from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import read_object
+from lorafold.models.quantizations import DEFAULT, MADE, STORAGES, made_of
+
+SIGNS = (
+    "finetuning_type stage cutoff_len lora_rank lora_target template quantization_bit dataset_dir"
+    " dataset pref_loss pref_beta adapter_name_or_path preprocessing_num_workers overwrite_cache"
+)
+LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+PREF_LOSS = cases(
+    {theirs: taken(objective=ours) for theirs, ours in LOSSES.items()}
+    | {"kto_pair": "lorafold's kto takes completions one by one, as stage kto does"}
+)
+FULL = cases(
+    {
+        **dict.fromkeys(("freeze", "oft"), "lorafold has no such method"),
+        "lora": OFF,
+        "full": taken(method="full"),
+    }
+)
+NO_TERM = "lorafold's losses have no such term"
+NEGLIGIBLE = 1e-6  # LLaMA-Factory leaves terms out that weigh no more
+INFO = "dataset_info.json"
+ONLINE = "ONLINE"  # a dataset_dir whose names are those of hub datasets
+READ = {
+    "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "subset", "split", "formatting",
+    "ranking", "columns", "tags",
+}  # fmt: skip
+# lorafold's columns by theirs, of both forms
+INSTRUCTIONS = {"instruction": "prompt", "input": "query", "output": "response"}
+JUDGED = {
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "label": "kto_tag",
+    "system": "system",
+    "tools": "tools",
+}
+LEFT = ("history", "images", "videos", "audios")
+
+
+def is_lora(settings: Settings) -> bool:
+    """Whether an adapter is trained, and not the whole model."""
+    return bool(settings["finetuning_type"] == "lora")
+
+
+def is_dpo(settings: Settings) -> bool:
+    """Whether the stage is that of pairs of completions."""
+    return bool(settings["stage"] == "dpo")
+
+
+def is_quantized(settings: Settings) -> bool:
+    """Whether the base is quantized."""
+    return settings["quantization_bit"] is not None
+
+
+def objective_of(settings: Settings) -> str | None:
+    """The objective of preferences that the file trains, or None."""
+    if is_dpo(settings):
+        return LOSSES.get(str(settings["pref_loss"]))
+    return {"kto": "kto", "rm": "reward"}.get(str(settings["stage"]))
+
+
+def compares(settings: Settings) -> bool:
+    """Whether the objective compares with a reference."""
+    return has_reference(objective_of(settings))
+
+
+def is_packed(settings: Settings) -> bool:
+    """Whether rows are packed, as LLaMA-Factory decides it: where `neat_packing` or `packing` is
+    on, and in pretraining unless `packing` is off. Rows of preferences are not.
+    """
+    found = settings["packing"]
+    by_stage = settings["stage"] == "pt"
+    if objective_of(settings) is not None:
+        return False
+    return settings.on("neat_packing") or (by_stage if found is None else boolean(found))
+
+
+def is_fresh(settings: Settings) -> bool:
+    """Whether a fresh adapter is trained over those that are named. On a quantized base
+    LLaMA-Factory goes on with the one that is named, whatever the file says.
+    """
+    return settings.on("create_new_adapter") and not is_quantized(settings)
+
+
+def of_supervised(value: Any, settings: Settings) -> bool:
+    """A switch. LorafoldError where one is on that LLaMA-Factory refuses outside supervised
+    training.
+    """
+    if objective_of(settings) is not None and boolean(value):
+        raise LorafoldError(
+            f"found {value!r}, which LLaMA-Factory refuses with stage {settings['stage']}"
+        )
+    return boolean(value)
+
+
+def stage(value: Any, settings: Settings) -> Outcome:
+    """`stage` becomes the objective; LorafoldError for those that lorafold does not have."""
+    whole = "lorafold reads plain text as rows of {text}, and cuts or packs them whole"
+    head = "its head there has a bias and a dropout of its own, and here neither"
+    choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto")
+    if value == "dpo":
+        return taken("pref_loss says which objective")
+    if value == "pt" and not is_lora(settings):
+        raise LorafoldError("found 'pt' of the whole model, but lorafold does not pretrain")
+    if value == "ppo":
+        raise LorafoldError(
+            "found 'ppo', whose reward is a model and whose value is learned, but lorafold's ppo"
+            " takes functions and has groups of completions"
+        )
+    ours = {"pt": "sft", "rm": "reward"}.get(value, value)
+    return changed({"pt": whole, "rm": head}.get(value, ""), objective=ours)
+
+
+def finetuning_type(value: Any, settings: Settings) -> Outcome | None:
+    """`finetuning_type` becomes the method, with the switches of LoRA's kinds."""
+    if not is_lora(settings):
+        return FULL(value, settings)
+    pissa = f"pissa_niter_{max(0, settings.read('pissa_iter', integer))}"
+    return trainer.kind_of_lora(
+        settings.on("use_dora"),
+        settings.on("use_rslora"),
+        pissa if settings.on("pissa_init") else None,
+    )
+
+
+def pissa_init(value: Any, settings: Settings) -> Outcome | None:
+    """`pissa_init` is read by the rule of `finetuning_type`; LorafoldError with a reference, as in
+    LLaMA-Factory, since the base that PiSSA changes would be the reference.
+    """
+    if boolean(value) and compares(settings):
+        raise LorafoldError(f"found {value!r}, which LLaMA-Factory refuses with a reference")
+    return trainer.OF_METHOD if boolean(value) else None
+
+
+def lora_alpha(value: Any, settings: Settings) -> Outcome:
+    """`lora_alpha` becomes alpha; 0 stands for twice the rank."""
+    return taken(alpha=number(value) or 2.0 * settings.read("lora_rank", integer))
+
+
+def lora_rank(value: Any, settings: Settings) -> Outcome:
+    """`lora_rank` becomes the rank, and gives alpha as twice the rank where the file has none."""
+    if settings.given.get("lora_alpha"):
+        return taken(rank=integer(value))
+    return taken("alpha is twice the rank there", rank=integer(value), alpha=2.0 * integer(value))
+
+
+def quantization_bit(value: Any, settings: Settings) -> Outcome:
+    """`quantization_bit` becomes a quantized base, the nearest of those that lorafold makes."""
+    by, kind = settings["quantization_method"], settings["quantization_type"]
+    found = made_of(integer(value))
+    nearest = found or DEFAULT
+    same = STORAGES[nearest].made.get("bnb_4bit_quant_type", kind) == kind
+    exact = found and same and by in ("bnb", "bitsandbytes")
+    why = f"lorafold quantizes with bitsandbytes, as {' or '.join(MADE)}, of which {nearest} is"
+    return changed("" if exact else f"{why} nearest", storage=nearest)
+
+
+def bf16(value: Any, settings: Settings) -> Outcome | None:
+    """`bf16` becomes the base's storage, unless that is quantized or `fp16` is on."""
+    if is_quantized(settings):
+        return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
+    if boolean(value) or settings.on("pure_bf16"):
+        if is_lora(settings) or settings.on("pure_bf16"):
+            return taken(storage="bf16")
+        return changed("weights that train are held in fp32 there, and so here", storage="fp32")
+    return None if settings.on("fp16") else taken(trainer.AUTO, storage="auto")
+
+
+def fp16(value: Any, settings: Settings) -> Outcome | None:
+    """`fp16` becomes a base in bf16, unless that is quantized or `bf16` is on."""
+    if not boolean(value) or is_quantized(settings) or settings.on("bf16"):
+        return None
+    return changed(NO_FP16, storage="bf16")
+
+
+def neat_packing(value: Any, settings: Settings) -> Outcome:
+    """`neat_packing` and `packing` become `packing`, where packed rows never see each other."""
+    neat, packed = of_supervised(value, settings), is_packed(settings)
+    why = "rows see each other there and are kept apart here" if packed and not neat else ""
+    return changed(why, packing=packed)
+
+
+def batch(value: Any, settings: Settings) -> Outcome:
+    """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
+    rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
+    packed = "LLaMA-Factory cutoff_len" if is_packed(settings) else ""
+    return trainer.batch(rows, "device", packed)
+
+
+def template(value: Any, settings: Settings) -> Outcome:
+    """`template` is left: the model's own chat template is used."""
+    return left(
+        f"the model's own template is used; for {value} write it to a file and pass it as"
+        " --chat-template FILE"
+    )
+
+
+def train_on_prompt(value: Any, settings: Settings) -> Outcome:
+    """`train_on_prompt` is left where it is on: the loss is on completions."""
+    return trainer.EVERY_TOKEN if of_supervised(value, settings) else trainer.COMPLETIONS
+
+
+def mask_history(value: Any, settings: Settings) -> Outcome:
+    """`mask_history` trains the last turn of the assistant alone, where it is on."""
+    if of_supervised(value, settings):
+        return taken(train_on="last")
+    return taken("every turn of the assistant is trained", train_on="all")
+
+
+def enable_thinking(value: Any, settings: Settings) -> Outcome:
+    """`enable_thinking` becomes a variable of the chat template, where it is given."""
+    return changed(
+        "a run refuses it where the model's chat template does not read it",
+        template_kwargs={"enable_thinking": boolean(value)},
+    )
+
+
+def pref_ftx(value: Any, settings: Settings) -> Outcome | None:
+    """`pref_ftx` becomes `sft_weight`; a reward model has no such term there."""
+    objective = objective_of(settings)
+    if objective == "reward":
+        return None
+    return supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
+
+
+def label_smoothing(value: Any, settings: Settings) -> Outcome:
+    """`dpo_label_smoothing` becomes `label_smoothing`, which only DPO's own loss has there too."""
+    if number(value) <= NEGLIGIBLE:
+        return OFF
+    if objective_of(settings) != "dpo":
+        raise refused(value, "LLaMA-Factory takes it with pref_loss: sigmoid only")
+    return taken(objective_options={"label_smoothing": number(value)})
+
+
+def bco_weight(value: Any, settings: Settings) -> Outcome | None:
+    """`pref_bco_weight` is a term that lorafold does not have, where the loss has a reference."""
+    if number(value) > NEGLIGIBLE and compares(settings) and is_dpo(settings):
+        raise refused(value, NO_TERM)
+    return None
+
+
+def adapters_below(settings: Settings) -> tuple[str, ...]:
+    """The adapters that stay as they are, beneath the one that trains; the lowest first."""
+    named = settings["adapter_name_or_path"]
+    if named is None or not is_lora(settings):
+        return ()
+    found = names(named)
+    return found if is_fresh(settings) else found[:-1]
+
+
+def named_adapters(value: Any, settings: Settings) -> Outcome | None:
+    """`adapter_name_or_path` goes to `--over`, for adapters below the one that trains, and to
+    `--init-adapter` for the one that goes on.
+    """
+    found, below = names(value), adapters_below(settings)
+    if not found:
+        return None
+    if not below:
+        return flagged("--init-adapter", found[-1])
+    flags = [f"--over {shlex.quote(name)}" for name in below]
+    flags += [f"--init-adapter {shlex.quote(name)}" for name in found[len(below) :]]
+    return left(
+        f"LLaMA-Factory merges {', '.join(below)} first; here nothing is merged, and the adapter"
+        " that trains lies over it",
+        " ".join(flags),
+    )
+
+
+def create_new_adapter(value: Any, settings: Settings) -> Outcome:
+    """`create_new_adapter` is read with `adapter_name_or_path`."""
+    if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings):
+        return taken("there a quantized base goes on with the adapter that is named")
+    return read_with("adapter_name_or_path")
+
+
+def ref_model(value: Any, settings: Settings) -> Outcome:
+    """`ref_model` is taken where it is what lies below the new adapter; else LorafoldError."""
+    theirs = names(settings["ref_model_adapters"] or ())
+    if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
+        return taken("it is what lies below the new adapter, and so lorafold's reference")
+    over = " over ".join((*reversed(theirs), str(value)))
+    raise LorafoldError(f"found {over} as the reference, but {NO_SECOND_MODEL}")
+
+
+def ref_model_quantization_bit(value: Any, settings: Settings) -> Outcome | None:
+    """The reference has the storage of the base beneath the adapter that trains."""
+    if settings["ref_model"] is None:
+        return None
+    own = settings["quantization_bit"]
+    if own is not None and integer(value) == integer(own):
+        return taken("the reference has the storage of the base")
+    return changed("the reference is the base itself, in the storage that it is trained in")
+
+
+def dataset(value: Any, settings: Settings) -> Outcome:
+    """`dataset` goes to `--data`, as `dataset_info.json` says where that can be read."""
+    folder = Path(str(settings["dataset_dir"] or "data"))
+    info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
+    found = [_rows(name, info.get(name), folder) for name in names(value)]
+    return given_as_data(found, rows_wanted(objective_of(settings)))
+
+
+def _rows(name: str, info: Any, folder: Path) -> Rows:
+    if str(folder) == ONLINE:
+        return Rows(name, name)
+    if not isinstance(info, Mapping):
+        return Rows(name, None, {}, [f"not found in {folder / INFO}"])
+    file = info.get("file_name")
+    path = info.get("hf_hub_url") or (str(folder / file) if file else None)
+    at = of_hub(path or name, info.get("subset"), info.get("split"))
+    return Rows(name, at.path if path else None, _columns(info), [*at.said, *_said(info)])
+
+
+def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
+    given, tags = info.get("columns") or {}, info.get("tags") or {}
+    judged = {name: given.get(key) for name, key in JUDGED.items()}
+    if info.get("formatting") != "sharegpt":
+        return {name: given.get(key) for name, key in INSTRUCTIONS.items()} | judged
+    is_openai = (tags.get("role_tag"), tags.get("content_tag")) == ("role", "content")
+    theirs = given.get("messages") or "conversations"
+    turns = {"messages" if is_openai else "conversations": theirs}
+    return turns | (judged if info.get("ranking") or "kto_tag" in given else {})
+
+
+def _said(info: Mapping[str, Any]) -> Iterator[str]:
+    tags, given = info.get("tags") or {}, info.get("columns") or {}
+    pair = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
+    if pair not in (("from", "value"), ("role", "content")):
+        yield f"its turns have {pair[0]} and {pair[1]}: rename them to role and content"
+    others = [key for key in LEFT if given.get(key)]
+    others += [key for key, value in info.items() if key not in READ and not is_off(value)]
+    if others:
+        yield f"{', '.join(others)}: without a counterpart"
+
+
+OWN: Table = {
+    "stage": (stage, "sft"),
+    "finetuning_type": (finetuning_type, "lora"),
+    "use_dora use_rslora": (switch(trainer.OF_METHOD, None), False),
+    "pissa_init": (pissa_init, False),
+    "pissa_iter": (
+        lambda value, settings: trainer.OF_METHOD if settings.on("pissa_init") else None,
+        16,
+    ),
+    "pissa_convert": taken("an adapter is always saved as LoRA over the plain base"),
+    "adapter_name_or_path": named_adapters,
+    "create_new_adapter": (create_new_adapter, False),
+    "pref_beta": (beta(objective_of), 0.1),
+    "pref_ftx": (pref_ftx, 0.0),
+    "pref_bco_weight": (bco_weight, 0.0),
+    "simpo_gamma": (law_option("gamma", objective_of), 0.5),
+    "kto_chosen_weight": (law_option("desirable_weight", objective_of), 1.0),
+    "kto_rejected_weight": (law_option("undesirable_weight", objective_of), 1.0),
+    "ref_model_adapters": lambda value, settings: (
+        None if settings["ref_model"] is None else read_with("ref_model")
+    ),
+    "quantization_bit": quantization_bit,
+    "bf16": (bf16, False),
+    "pure_bf16": (switch(taken("bf16 is read with it"), None), False),
+    "fp16": (fp16, False),
+    "learning_rate": (to("lr", number), 5e-5),
+    "per_device_train_batch_size": (batch, 8),
+    "gradient_accumulation_steps": (SAME, 1),
+    "cutoff_len": (SAME, 2048),
+    "packing": taken("neat_packing is read with it"),
+    "neat_packing": (neat_packing, False),
+    "train_on_prompt": train_on_prompt,
+    "mask_history": mask_history,
+    "enable_thinking": enable_thinking,
+    "disable_gradient_checkpointing": to(
+        "gradient_checkpointing", lambda value: not boolean(value)
+    ),
+    "gradient_checkpointing": taken("disable_gradient_checkpointing decides there"),
+    "val_size": (trainer.held_out_rows, 0.0),
+    "default_system": SYSTEM,
+    "use_swanlab": switch(taken(trackers=("swanlab",))),
+    "template": template,
+    "model_revision": "--revision",
+    "dataset": dataset,
+    "dataset_dir": read_with("dataset"),
+    "eval_dataset": trainer.EVAL_DATA,
+    "do_train": trainer.TRAINS,
+    "train_from_scratch": refusing("lorafold does not pretrain"),
+    "use_galore": refusing("lorafold has no GaLore"),
+    "use_apollo": refusing("lorafold has no APOLLO"),
+    "use_badam": refusing("lorafold has no BAdam"),
+    **trainer.ARGUMENTS,
+    **trainer.STEPS,
+    "evaluation_strategy": trainer.interval_strategy,
+    **LLAMAFACTORY,
+}
+OF_METHOD: Table = {
+    "lora_rank": (lora_rank, 8),
+    "lora_alpha": lora_alpha,
+    "lora_dropout": (dropout(lambda settings: settings["stage"] in ("dpo", "kto")), 0.0),
+    "lora_target": (SAME, "all"),
+    "additional_target": SAME,
+    "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
+}
+OF_PAIRS: Table = {
+    "pref_loss": (PREF_LOSS, "sigmoid"),
+    "ld_alpha": refusing(NO_TERM, lambda value: False),
+    "dpo_label_smoothing": (label_smoothing, 0.0),
+}
+OF_REFERENCE: Table = {
+    "ref_model": ref_model,
+    "ref_model_quantization_bit": ref_model_quantization_bit,
+}
+OF_QUANTIZED: Table = {
+    "quantization_method": (taken("it is part of the base"), "bnb"),
+    "quantization_type": (taken("it is part of the base"), "nf4"),
+    "double_quantization": switch(
+        taken("nf4 is always so"), changed("nf4 always quantizes its scales again here")
+    ),
+}
+RULES: tuple[Rule, ...] = (
+    *table(OWN),
+    *table(OF_METHOD, is_lora),
+    *table(OF_PAIRS, is_dpo),
+    *table(OF_REFERENCE, compares),
+    *table(OF_QUANTIZED, is_quantized),
+)

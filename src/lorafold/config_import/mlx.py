@@ -1,0 +1,306 @@
+"""mlx-lm's YAML of `mlx_lm.lora`, with its own defaults.
+
+Read off mlx-lm as of August 2026. mlx-lm adds scale B A x to a layer's output, so that alpha is
+scale times the rank. Its iterations are micro-batches. It clips no gradients and packs no rows.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil, sqrt
+from pathlib import PurePath
+from typing import Any
+
+from lorafold.advice import integer, names, number, product
+from lorafold.config_import import trainer
+from lorafold.config_import.preferences import rows_wanted
+from lorafold.config_import.rules import (
+    SAME,
+    Outcome,
+    Reader,
+    Rows,
+    Rule,
+    Settings,
+    Table,
+    changed,
+    choice,
+    flagged,
+    given_as_data,
+    left,
+    of_hub,
+    read_with,
+    switch,
+    table,
+    taken,
+    to,
+)
+from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
+from lorafold.errors import LorafoldError
+from lorafold.models.quantizations import made_of
+
+SIGNS = (
+    "fine_tune_type lora_parameters num_layers lora_layers iters steps_per_eval steps_per_report"
+    " adapter_path mask_prompt lr_schedule val_batches grad_checkpoint hf_dataset"
+)
+BLOCK = "lora_parameters"
+OF_BLOCK = ("rank", "scale", "dropout")
+ALL = "every linear layer"  # what stands for a file without keys
+BETAS = 0.9, 0.999
+CONSTANT = "constant"  # what stands for a file without a schedule
+SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
+FEATURES = {  # lorafold's columns by theirs
+    "prompt": "prompt_feature",
+    "completion": "completion_feature",
+    "messages": "chat_feature",
+    "text": "text_feature",
+}
+
+
+def is_lora(settings: Settings) -> bool:
+    """Whether an adapter is trained, and not whole layers."""
+    return bool(settings["fine_tune_type"] != "full")
+
+
+def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file with the keys of its block of LoRA as keys `lora_parameters.KEY`. LorafoldError
+    where it has one without the rank, scale or dropout that mlx-lm asks for.
+    """
+    block = config.get(BLOCK)
+    if block is None:
+        return config
+    if not isinstance(block, dict):
+        raise LorafoldError(f"{BLOCK}: found {block!r}, expected an object of rank, scale, dropout")
+    if missing := [key for key in OF_BLOCK if key not in block]:
+        raise LorafoldError(f"{BLOCK}: {', '.join(missing)} missing, and mlx-lm has no default")
+    rest = {key: value for key, value in config.items() if key != BLOCK}
+    return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
+
+
+def micro(settings: Settings) -> int:
+    """The iterations of an optimizer step."""
+    found = settings.read("grad_accumulation_steps", integer)
+    if found < 1:
+        raise LorafoldError(f"grad_accumulation_steps: found {found}, expected 1 or more")
+    return found
+
+
+def steps_of(key: str, settings: Settings) -> int:
+    """The optimizer steps that a number of iterations are."""
+    return max(1, ceil(settings.read(key, integer) / micro(settings)))
+
+
+def in_steps(name: str, key: str) -> Reader:
+    """The reader of a key, a number of iterations, which becomes one of optimizer steps."""
+    return lambda value, settings: taken(**{name: steps_of(key, settings)})
+
+
+def fine_tune_type(value: Any, settings: Settings) -> Outcome:
+    """`fine_tune_type` becomes the method. LorafoldError where only some layers train whole."""
+    if choice(value, "lora", "dora", "full") == "full" and settings["num_layers"] != -1:
+        raise LorafoldError(
+            f"found 'full' of the last {settings['num_layers']} layers (num_layers), but lorafold's"
+            " full method trains the whole model: num_layers: -1"
+        )
+    return taken(objective="sft", method=value)
+
+
+def alpha(value: Any, settings: Settings) -> Outcome:
+    """`scale` times the rank becomes alpha."""
+    scaled = product(value, settings[f"{BLOCK}.rank"])
+    return taken("alpha is scale times the rank", alpha=scaled)
+
+
+def num_layers(value: Any, settings: Settings) -> Outcome:
+    """`num_layers` is left, unless it is all: targets name modules, and not the last layers."""
+    if integer(value) < 0:
+        return taken("every layer")
+    return left(
+        f"there the last {integer(value)} layers are adapted, and here all: for fewer --set"
+        " targets=REGEX of their module paths"
+    )
+
+
+def optimizer(value: Any, settings: Settings) -> Outcome:
+    """The optimizer becomes adamw, with what `optimizer_config` says of it."""
+    name = str(value).lower()
+    choice(name, "adam", "adamw", "muon", "sgd", "adafactor")
+    config = settings["optimizer_config"] or {}
+    given = config.get(name) or {} if isinstance(config, dict) else None
+    if not isinstance(given, dict):
+        raise LorafoldError(f"found {name}, and optimizer_config: {config!r}, expected an object")
+    decay = number(given.get("weight_decay", 0.01)) if name == "adamw" else 0.0
+    fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": decay}
+    if name not in ("adam", "adamw"):
+        return changed(trainer.ADAMW, **fields)
+    if "betas" in given:
+        fields["betas"] = _betas(given["betas"])
+    if "eps" in given:
+        fields["eps"] = number(given["eps"])
+    corrected = given.get("bias_correction")
+    why = "" if corrected else _uncorrected(fields.get("betas", BETAS), settings)
+    return changed(why, **fields)
+
+
+def _betas(value: Any) -> tuple[float, ...]:
+    found = tuple(map(number, value)) if isinstance(value, list) else ()
+    if len(found) != 2 or not all(0 <= one < 1 for one in found):
+        raise LorafoldError(f"found betas {value!r}, expected two numbers from 0 to below 1")
+    return found
+
+
+def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
+    """What Adam without bias correction does: step k is (1 - beta1^k) / sqrt(1 - beta2^k) times as
+    large as with it. Empty where in the mean of the run that is nothing.
+    """
+    steps = steps_of("iters", settings)
+    first = range(1, min(steps, 20_000) + 1)  # later ones are as large as with it
+    more = sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first)
+    times = 1 + more / steps
+    if round(times, 1) == 1:
+        return ""
+    schedule = settings["lr_schedule"]
+    arguments = schedule.get("arguments") if isinstance(schedule, dict) else None
+    scheduled = isinstance(arguments, list) and arguments
+    rate = times * number(scheduled[0] if scheduled else settings["learning_rate"])
+    near = f"--lr {rate:.2g}" + (f" --lr-b {rate:.2g}" if is_lora(settings) else "")
+    return (
+        f"its moments are not corrected for their start there, which makes steps {times:.1f}"
+        f" times as large in the mean of {steps}: {near} comes nearer"
+    )
+
+
+def lr_schedule(value: Any, settings: Settings) -> Outcome:
+    """`lr_schedule` becomes the rate, the schedule and the warm-up, in optimizer steps."""
+    if value == CONSTANT:
+        return taken("there is no warm-up", schedule="constant", warmup=0.0)
+    arguments = value.get("arguments") if isinstance(value, dict) else None
+    if not isinstance(arguments, list) or not arguments or "name" not in value:
+        raise LorafoldError(f"found {value!r}, expected an object with name and arguments, a list")
+    name, rate = value["name"], trainer.rate(is_lora)(arguments[0], settings)
+    fields = {**(rate.fields if rate else {}), "schedule": SCHEDULES.get(name, "cosine")}
+    warm = integer(value.get("warmup") or 0)
+    fields |= {"warmup_steps": warm} if warm else {"warmup": 0.0}
+    said = [] if name in SCHEDULES else [f"lorafold has no {name}"]
+    if name in SCHEDULES:
+        rest = [*arguments[1:], 0, 0][:2]
+        length, end = rest if name == "cosine_decay" else reversed(rest)
+        steps = steps_of("iters", settings) - warm
+        if number(end):
+            said.append(f"it ends at {end} there, and at 0 here")
+        if integer(length) != steps:
+            said.append(f"it falls over {length} steps there, and over {steps} here")
+    if warm and number(value.get("warmup_init") or 0):
+        said.append(
+            f"the warm-up begins at {value['warmup_init']} there, and at a step's share here"
+        )
+    return changed("; ".join(said), **fields)
+
+
+def batch(value: Any, settings: Settings) -> Outcome:
+    """`batch_size` times accumulation becomes the batch."""
+    several = micro(settings)
+    fields = {"batch": integer(value) * several, "accumulate": several}
+    said = "; its micro-batches weigh alike there, and tokens here" if several > 1 else ""
+    return taken(
+        f"micro-batch times accumulation, of one machine{said}", **fields, packing=False, clip=0.0
+    )
+
+
+def data(value: Any, settings: Settings) -> Outcome:
+    """`data` goes to `--data`: a hub dataset, or a directory whose `train.jsonl` is taken."""
+    if settings["hf_dataset"]:
+        return taken("hf_dataset takes its place")
+    columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
+    rows = given_as_data([Rows(str(value), str(value), columns)], rows_wanted(None))
+    valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
+    said = f"{rows.remark}; of a directory train.jsonl is taken: --eval-data {valid}"
+    return replace(rows, remark=said)
+
+
+def hf_dataset(value: Any, settings: Settings) -> Outcome:
+    """`hf_dataset` goes to `--data` and `--columns`."""
+    found = []
+    for one in value if isinstance(value, list) else [value]:
+        if not isinstance(one, dict) or not one.get("path"):
+            raise LorafoldError(f"found {one!r}, expected an object with path")
+        rows = of_hub(one["path"], one.get("config"), one.get("train_split", "train[:80%]"))
+        columns = {ours: one.get(theirs) for ours, theirs in FEATURES.items()}
+        found.append(replace(rows, columns=columns))
+    return given_as_data(found, rows_wanted(None))
+
+
+def model(value: Any, settings: Settings) -> Outcome:
+    """`model` goes to `--model`, and is held as its files are; a quantized one of MLX has another
+    form.
+    """
+    bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
+    if bits is None:
+        passed = flagged("--model", value)
+        said = f"{trainer.AUTO}; {passed.remark}"
+        return replace(passed, how="taken", fields={"storage": "auto"}, remark=said)
+    return Outcome(
+        "changed",
+        {"storage": made_of(bits)},
+        f"{value} is quantized as MLX does it: pass the model that it was made of as --model",
+        "--model MODEL",
+    )
+
+
+OWN: Table = {
+    "fine_tune_type": (fine_tune_type, "lora"),
+    f"{BLOCK}.alpha": taken("scale decides"),
+    BLOCK: None,
+    "model": (model, "Qwen/Qwen3-0.6b"),
+    "optimizer": (optimizer, "adam"),
+    "optimizer_config": read_with("optimizer"),
+    "lr_schedule": (lr_schedule, CONSTANT),
+    "iters": (in_steps("steps", "iters"), 1000),
+    "batch_size": (batch, 4),
+    "grad_accumulation_steps": (taken("batch has it"), 1),
+    "max_seq_length": (SAME, 2048),
+    "mask_prompt": (
+        switch(
+            taken("the last message is trained", train_on="last"),
+            changed("there every token is trained; here the assistant's turns and {text} rows are"),
+        ),
+        False,
+    ),
+    "grad_checkpoint": (SAME, False),
+    "steps_per_eval": (in_steps("eval_every", "steps_per_eval"), 200),
+    "save_every": (in_steps("save_every", "save_every"), 100),
+    "seed": to("seed", integer),
+    "report_to": trainer.trackers,
+    "train": trainer.TRAINS,
+    "test": "lorafold eval measures the rows of test.jsonl",
+    "data": (data, "mlx-community/WikiSQL"),
+    "hf_dataset": hf_dataset,
+    " ".join(FEATURES.values()): read_with("data"),
+    "adapter_path": ("--out", "adapters"),
+    "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
+    "trust_remote_code": trainer.TRUST,
+    "config": "it is the file itself",
+    "project_name": NAMES_OF_RUNS,
+    "steps_per_report val_batches test_batches": LOGGING,
+    "clear_cache_threshold": MEMORY,
+}
+RATE: Table = {
+    f"{BLOCK}.rank": (to("rank", integer), 8),
+    f"{BLOCK}.scale": (alpha, 20.0),
+    f"{BLOCK}.dropout": (to("dropout", number), 0.0),
+    f"{BLOCK}.keys": (
+        to("targets", lambda value: "all-linear" if value == ALL else names(value)),
+        ALL,
+    ),
+    "num_layers": (num_layers, 16),
+    "lora_layers": num_layers,
+}
+RULES: tuple[Rule, ...] = (
+    *table(OWN),
+    *table(
+        {"learning_rate": (trainer.rate(is_lora), 1e-5)},
+        lambda settings: bool(settings["lr_schedule"] == CONSTANT),
+    ),
+    *table(RATE, is_lora),
+)

@@ -1,0 +1,149 @@
+"""PEFT's adapter_config.json: the table that reads adapters (`lorafold.peft`) says what each key
+means, so that none of PEFT's fields is listed again here.
+
+What is added are the keys that matter while training and not in a saved adapter: initializations
+that change the base, AdaLoRA's phases, dropouts that PEFT has in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lorafold.config_import.rules import NOT_KNOWN, Outcome, TranslatedKey, flagged, left, taken
+from lorafold.config_import.trainer import LOOKED_UP, kind_of_lora, target_parameters
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.methods import make_spec, name_of
+from lorafold.peft.config import (
+    ABOUT,
+    BIAS,
+    CONFIG,
+    PARAMETERS,
+    SELECTION,
+    is_neutral,
+    method_of,
+    read_config,
+)
+from lorafold.peft.table_types import Field, Method
+from lorafold.recipe.fields import OF_METHOD
+
+SIGNS = "peft_type"
+INIT = "init_lora_weights"
+TARGETS = "target_modules"
+# A saved adapter does not depend on these; they are options of the method while it trains.
+PHASES = ("tinit", "tfinal")
+OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
+STARTS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
+BESIDE = {
+    "exclude_modules": "write --set targets=REGEX that leaves them out",
+    "layers_to_transform": "write --set targets=REGEX of these layers",
+    "layers_pattern": "write --set targets=REGEX of these layers",
+    "trainable_token_indices": "name the words of these ids with --new-tokens",
+}
+
+
+def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+    """Every key of an adapter_config.json as an entry.
+
+    LorafoldError lists every value that can't be read, or that lorafold can't train.
+    """
+    method = method_of(config)
+    shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
+    shared += [PARAMETERS] * method.parameters
+    keys = {f.key for f in (*method.fields, *shared)} | ABOUT | set(method.marks)
+    understood = {k: v for k, v in config.items() if k in keys}
+    if method.preset is None and not (config.get(TARGETS) or config.get(PARAMETERS.key)):
+        understood[TARGETS] = "all-linear"  # only for the reader, which asks for some
+    start = config.get(INIT) if any(f.key == INIT for f in method.fields) else None
+    if start is not None:
+        understood[INIT] = True  # how it starts is read below
+    spec, selection, bias = read_config(understood)
+    beneath: Any = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
+    found = {**vars(selection), "bias": bias, **vars(beneath)}
+    outcomes = dict(_of_method(method, beneath, start))
+    outcomes |= {f.key: _of_selection(f, config.get(f.key), found) for f in shared}
+    outcomes |= {k: _about(k, config[k]) for k in config if k in ABOUT and k not in outcomes}
+    known = method.known | set(method.marks)
+    outcomes |= {
+        k: _of_rest(k, v, k in known or is_neutral(v), method)
+        for k, v in config.items()
+        if k not in outcomes
+    }
+    defaults = {f.key: f.default for f in (*method.fields, *shared)}
+    return tuple(
+        TranslatedKey(key, config.get(key, defaults.get(key)), config.get(key) is not None, outcome)
+        for key, outcome in outcomes.items()
+        if key in config or outcome.fields
+    )
+
+
+def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Outcome]]:
+    """The keys of the method's own fields; `spec` lies beneath DoRA, where that is on."""
+    dora = method.outer is not None
+    name = name_of(spec)
+    if start is not None:
+        kind = kind_of_lora(dora, name == "rslora", start)
+        yield INIT, Outcome(kind.how, {
+            k: v for k, v in kind.fields.items() if k == "options"
+        }, kind.remark or "it is part of the method")  # fmt: skip
+        full_name = kind.fields["method"]
+    else:
+        full_name = "dora" if dora else name
+    yield (
+        "peft_type",
+        taken(method=full_name, **({"options": {"over": name}} if dora and name != "lora" else {})),
+    )
+    usual = make_spec(name)
+    for field in method.fields:
+        value = getattr(spec, field.attribute)
+        if field.key == INIT:
+            if start is None:
+                continue
+        elif field.attribute in OF_METHOD:
+            yield field.key, taken(**{field.attribute: value})
+        elif value != getattr(usual, field.attribute) and value not in ((), None):
+            yield field.key, taken(options={field.attribute: value})
+        else:
+            yield field.key, taken(f"it is so in method {full_name}")
+
+
+def _of_selection(field: Field, value: Any, found: Mapping[str, Any]) -> Outcome:
+    if field.key in BESIDE:
+        return left(BESIDE[field.key]) if value not in (None, [], {}, "") else taken("it is off")
+    if field.key == PARAMETERS.key and value:
+        return target_parameters(found[TARGETS], found[field.attribute])
+    if field.key == TARGETS and not value and found[PARAMETERS.attribute]:
+        return taken("it is off")
+    if field.key == TARGETS and not value:
+        return LOOKED_UP
+    if not value:
+        return taken("it is off")
+    return taken(**{{TARGETS: "targets"}.get(field.key, field.key): found[field.attribute]})
+
+
+def _about(key: str, value: Any) -> Outcome:
+    if key == "base_model_name_or_path" and value:
+        return flagged("--model", value)
+    if key == "revision" and value:
+        return flagged("--revision", value)
+    if key != "task_type" or value is None:
+        return left("it says how the file was made") if value else taken("it is off")
+    if str(value) not in OBJECTIVES:
+        raise LorafoldError(
+            f"{CONFIG}: task_type: found {value!r}, but lorafold's objectives are sft (CAUSAL_LM)"
+            " and classify (SEQ_CLS)"
+        )
+    return taken(objective=OBJECTIVES[value])
+
+
+def _of_rest(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
+    if key in PHASES and key in method.known:
+        return taken(options={key: value})
+    if key in method.marks:
+        return taken("it is part of the method") if value else taken("it is off")
+    if key in STARTS or not value:
+        return taken("the base and the method decide") if value else taken("it is off")
+    if key in method.known:
+        return left("lorafold has no such option and trains without it")
+    return taken("it is off") if harmless else left(NOT_KNOWN)

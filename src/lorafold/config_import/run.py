@@ -1,0 +1,473 @@
+"""From another tool's file to a translation: a recipe, and what became of each field. As text it is
+the report; `to_yaml` gives the recipe's file, with a comment on every line that says where its
+value came from.
+
+A file is of a tool where it has one of its signs and, of all tools of which that is so, that tool
+leaves the fewest of its fields unknown. Where two leave as few, or the best leaves more than a
+third, the file is refused, and the user names the tool.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lorafold.config_import import (
+    axolotl,
+    axolotl_objectives,
+    llamafactory,
+    mlx,
+    peft_config,
+    trl,
+    unsloth,
+)
+from lorafold.config_import.rules import Outcome, Rule, Settings, TranslatedKey, by_rules, left
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import read_object, write_text
+from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.algorithms import chosen, law_of
+from lorafold.peft.config import CONFIG
+from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
+from lorafold.recipe.parsing import kind_of as in_words
+from lorafold.recipe.parsing import parse_yaml, text_of
+from lorafold.recipe.recipe import UNWORDED, Recipe
+
+WIDTH = 100
+HEADS = {
+    "taken": "taken",
+    "changed": "taken differently",
+    "left": "without a counterpart in the recipe",
+}
+
+
+AFTER_TURNS = (
+    "what the chat template writes after the end of a turn, often a newline, counts in the loss"
+    " there and not here"
+)
+NOTES = {
+    "trl-sft": f"{AFTER_TURNS}; a prompt and completion of plain text are joined there as they"
+    " stand: for such rows --chat-template none",
+    "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
+}
+STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
+    "compute_environment": "a file of accelerate's, which says how processes start and not what"
+    " they train: torchrun --nproc_per_node 2 -m lorafold train starts two",
+    "zero_optimization": "a file of DeepSpeed's, which says how weights are divided:"
+    " lorafold train --strategy fsdp divides them among processes",
+    "model_class": "a file of LLaMA-Factory's v1, of which nothing is read: expected the form that"
+    " has stage and finetuning_type",
+    "architectures": "a model's configuration, expected that of a training run",
+}
+SHOWN = 3  # the most fields that a line names
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Another tool: its name, its signs (keys, or key=value, separated by spaces), the function
+    that reads its files, the keys that it knows (None: every one), and a note on what such a file
+    never says.
+    """
+
+    name: str
+    signs: str
+    entries: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
+    known: frozenset[str] | None
+    note: str = ""
+
+    def signs_in(self, config: Mapping[str, Any]) -> int:
+        """How many of its signs a file has."""
+        return sum(_has(config, *sign.partition("=")) for sign in self.signs.split())
+
+    def unknown_in(self, config: Mapping[str, Any]) -> list[str]:
+        """The fields of a file that it does not know."""
+        return [] if self.known is None else [key for key in config if key not in self.known]
+
+
+def _by_rules(
+    name: str,
+    signs: str,
+    rules: Sequence[Rule],
+    flat: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    note: str = "",
+) -> Tool:
+    """A tool with a table of rules; `flat` gives the keys of its blocks as keys of the file."""
+    known = frozenset(rule.key for rule in rules)
+    return Tool(name, signs, lambda config: by_rules(rules, flat(config)), known, note)
+
+
+TOOLS: dict[str, Tool] = {
+    "axolotl": _by_rules("axolotl", axolotl.SIGNS, axolotl.RULES, axolotl_objectives.flat),
+    "llamafactory": _by_rules(
+        "LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES, note=AFTER_TURNS
+    ),
+    **{
+        kind: _by_rules(f"TRL's {name}", signs, trl.RULES[kind], note=NOTES.get(kind, ""))
+        for kind, (name, signs, _) in trl.TRAINERS.items()
+    },
+    "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx.flat, NOTES["mlx-lm"]),
+    "unsloth": Tool(
+        "Unsloth",
+        unsloth.SIGNS,
+        unsloth.entries,
+        unsloth.KNOWN,
+        "a script is read and not executed: what it does with its rows before it trains is not"
+        " seen, and is to be done to them before",
+    ),
+    "peft": Tool(
+        "PEFT",
+        peft_config.SIGNS,
+        peft_config.entries,
+        None,
+        "such a file says nothing of data, base, rates, batch and length: lorafold's defaults hold",
+    ),
+}
+# Switches that their tools read with another key, and what that is then
+SWITCHES = {
+    "bf16": ("dtype", "bfloat16"),
+    "fp16": ("dtype", "float16"),
+    "use_dora": ("use_peft", "true"),
+    "use_rslora": ("use_peft", "true"),
+}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A recipe and what became of each key: `taken`, `changed` and `left` hold every key of the
+    file once, and the tool's defaults that matter; `note` says what such a file never contains.
+    """
+
+    source: Path
+    tool: str
+    recipe: Recipe
+    taken: tuple[TranslatedKey, ...]
+    changed: tuple[TranslatedKey, ...]
+    left: tuple[TranslatedKey, ...]
+    note: str = ""
+
+    @property
+    def entries(self) -> tuple[TranslatedKey, ...]:
+        """All entries: those taken, then those taken differently, then those left."""
+        return (*self.taken, *self.changed, *self.left)
+
+    @property
+    def unread(self) -> list[TranslatedKey]:
+        """Those of a script whose value it computes, and that a recipe would have."""
+        return [e for e in self.left if isinstance(e.value, unsloth.Expression) and e.outcome.flag]
+
+    def written(self) -> dict[str, Any]:
+        """The recipe's fields that differ from its defaults, and `storage` wherever a key set it:
+        without that line the model's files would decide on the storage.
+        """
+        fields = self.recipe.model_dump(mode="json", exclude_unset=True)
+        defaults = Recipe().model_dump(mode="json")
+        order = [name for name in Recipe.model_fields if name in fields]
+        return {n: fields[n] for n in order if n == "storage" or fields[n] != defaults[n]}
+
+    def to_yaml(self, path: str = "recipe.yaml") -> str:
+        """The recipe's file, with a comment on every line that says where its value came from.
+
+        `path` is where the file will lie, for the command in its head.
+        """
+        lines = [
+            f"# {self.tool}'s {self.source.name}, translated by lorafold {version('lorafold')}.",
+            f"# {self.command(path)}",
+            *(f"# NOT READ: {_named(e)}: {e.outcome.remark}" for e in self.unread),
+        ]
+        for name, value in self.written().items():
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            line = f"{name}: {text.strip().removesuffix('...').strip()}"
+            sources = [entry for entry in self.entries if name in entry.outcome.fields]
+            for entry in sources:
+                if entry.outcome.how == "changed":
+                    lines.append(f"# {entry.outcome.remark}:")
+            comment = ", ".join(_named(entry) for entry in sources)
+            fits = len(line) + len(comment) + 4 <= WIDTH
+            lines += [f"{line}  # {comment}"] if fits else [f"# {comment}", line]
+        return "\n".join(lines) + "\n"
+
+    def command(self, config: str = "recipe.yaml") -> str:
+        """The command line that trains by the recipe; the user fills in what is in capitals."""
+        flags = {"--model": "", "--data": "--data DATA", "--eval-data": "", "--out": "--out OUT"}
+        given = [entry.outcome.flag for entry in self.entries if entry.outcome.flag]
+        flags |= {flag.partition(" ")[0]: flag for flag in given}
+        return " ".join(
+            ["lorafold train --config", shlex.quote(config), *filter(None, flags.values())]
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The translation as an object of JSON, which `--json` prints."""
+        return {
+            "source": str(self.source),
+            "tool": self.tool,
+            "recipe": self.written(),
+            "yaml": self.to_yaml(),
+            "command": self.command(),
+            **{how: [_as_json(e) for e in getattr(self, how)] for how in HEADS},
+            "note": self.note,
+        }
+
+    def report(self, config: str = "recipe.yaml") -> str:
+        """What became of each key, as lines of text.
+
+        `config` is where the recipe lies, for the command at the end.
+        """
+        lines = [f"{self.source}, of {self.tool}, as a recipe"]
+        for how, head in HEADS.items():
+            found = [e for e in getattr(self, how) if _speaks(e)]
+            if found:
+                lines += [f"{head}:", *_table(found)]
+        silent = [e.key for e in self.taken if not _speaks(e)]
+        if silent:
+            lines.append(f"off or not set: {', '.join(silent)}")
+        lines += [self.note] * bool(self.note)
+        return "\n".join([*lines, f"train with: {self.command(config)}"])
+
+    def __str__(self) -> str:
+        return self.report()
+
+
+def _speaks(entry: TranslatedKey) -> bool:
+    """Does the entry say more than that something is off?"""
+    off = entry.outcome.remark in ("it is off", "it is not set")
+    return entry.outcome.how != "taken" or bool(entry.outcome.fields) or not off
+
+
+def _named(entry: TranslatedKey) -> str:
+    return f"{entry.key}: {_shown(entry.value)}{'' if entry.given else ' (their default)'}"
+
+
+def _shown(value: Any) -> str:
+    as_text = isinstance(value, str)
+    text = value if as_text else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _table(entries: Sequence[TranslatedKey]) -> Iterator[str]:
+    left = [_named(e) for e in entries]
+    right = [", ".join(f"{k}: {_shown(v)}" for k, v in e.outcome.fields.items()) for e in entries]
+    wide = min(44, max(map(len, left)))
+    for entry, theirs, ours in zip(entries, left, right, strict=True):
+        said = "; ".join(filter(None, (ours, entry.outcome.remark)))
+        line = f"  {theirs:<{wide}}  {'->' if ours else ' -'} {said}"
+        yield textwrap.fill(
+            line, WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
+        )
+
+
+def _as_json(entry: TranslatedKey) -> dict[str, Any]:
+    return {
+        "key": entry.key,
+        "value": entry.value,
+        "given": entry.given,
+        "fields": dict(entry.outcome.fields),
+        "remark": entry.outcome.remark,
+        "flag": entry.outcome.flag,
+    }
+
+
+def translate(path: str | Path, kind: str | None = None) -> Translation:
+    """A configuration of another tool as a recipe, with a report on every key.
+
+    `kind` is the tool, a key of TOOLS; without it the file's own keys tell. LorafoldError names the
+    file and every value that can't be read, or can't be trained here.
+    """
+    if kind is not None and kind not in TOOLS:
+        raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
+    source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    config = _read(source, kind)
+    tool = TOOLS[kind or kind_of(source, config)]
+    try:
+        entries = tool.entries(config)
+        recipe = _recipe(entries)
+        if spec_of(recipe).trains_base:
+            trainable_storage(recipe)
+    except LorafoldError as error:
+        raise LorafoldError(f"{source}: {error}") from None
+    entries = tuple(_without(entry, left_out(recipe), recipe.method) for entry in entries)
+    by_outcome = {
+        how: tuple(entry for entry in entries if entry.outcome.how == how)
+        for how in ("taken", "changed", "left")
+    }
+    return Translation(source, tool.name, _recipe(entries), **by_outcome, note=tool.note)
+
+
+def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
+    """Write the recipe to a YAML file.
+
+    Args:
+        translation: The recipe and what became of each key.
+        overwrite: Whether a file that exists is replaced.
+
+    Raises:
+        LorafoldError: `out` exists and `overwrite` is off, or it is a directory.
+    """
+    check_free(out, overwrite)
+    write_text(out, translation.to_yaml(str(out)))
+
+
+def check_free(out: str | Path, overwrite: bool) -> None:
+    """Raise LorafoldError where `out` is a directory, or exists and `overwrite` is off."""
+    if Path(out).is_dir():
+        raise LorafoldError(f"{out}: found a directory, expected a file for the recipe")
+    if os.path.lexists(out) and not overwrite:
+        raise LorafoldError(f"{out} exists; pass --overwrite to replace it")
+
+
+def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
+    text = text_of(path, "a training configuration")
+    if not text.strip():
+        raise LorafoldError(f"{path}: found an empty file, expected a training configuration")
+    if path.suffix == ".py" or kind == "unsloth":
+        return unsloth.arguments_of(text, str(path))
+    if path.suffix == ".json":
+        return read_object(path)
+    found = parse_yaml(text, str(path))
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise LorafoldError(
+            f"{path}: found {in_words(found)}, expected `name: value` lines of a training"
+            " configuration"
+        )
+    return found
+
+
+def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
+    """The recipe of all entries' fields. LorafoldError names the keys of those it refuses."""
+    values: dict[str, Any] = {}
+    for entry in entries:
+        for name, value in entry.outcome.fields.items():
+            values[name] = _joined(values.get(name), value)
+    try:
+        recipe = Recipe.model_validate(values, context=UNWORDED)
+    except ValidationError as error:
+        problems: dict[str, str] = {}
+        for problem in error.errors(include_url=False):
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            keys = [e.key for e in entries if name in e.outcome.fields]
+            problems[name] = (
+                f"{', '.join(keys)}: found {values.get(name)!r} as recipe field {name};"
+                f" {problem['msg'].removeprefix('Value error, ').lower()}"
+            )
+        raise LorafoldError("; ".join(problems.values())) from None
+    declared = OBJECTIVES[recipe.objective]
+    if declared.law:
+        check = chosen if declared.draws else law_of
+        try:
+            check(recipe.objective, recipe.beta, recipe.objective_options)
+        except LorafoldError as error:
+            keys = [e.key for e in entries if {"beta", "objective_options"} & {*e.outcome.fields}]
+            raise LorafoldError(f"{', '.join(keys)}: {error}") from None
+    return recipe
+
+
+def _joined(before: Any, value: Any) -> Any:
+    """The later value; of trackers, tokens and options, to which two keys may add, both values."""
+    if isinstance(before, tuple) and isinstance(value, tuple) and before != value:
+        return (*before, *(one for one in value if one not in before))
+    return {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+
+
+def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> TranslatedKey:
+    """The entry without fields that the method has no option for."""
+    absent = [name for name in entry.outcome.fields if name in names]
+    if not absent:
+        return entry
+    rest = {k: v for k, v in entry.outcome.fields.items() if k not in absent}
+    told = left(f"method {method} has no option {', '.join(absent)}")
+    return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else told)
+
+
+def kind_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The tool that a file is of. LorafoldError where none fits well, or several as well."""
+    signs = {kind: tool.signs_in(config) for kind, tool in TOOLS.items()}
+    unknown = {kind: tool.unknown_in(config) for kind, tool in TOOLS.items()}
+    rank = {kind: (not signs[kind], len(unknown[kind]), -signs[kind]) for kind in TOOLS}
+    order = sorted(TOOLS, key=lambda kind: rank[kind])
+    best, *others = [kind for kind in order if rank[kind] == rank[order[0]]]
+    if signs[best] and not others and 3 * len(unknown[best]) <= len(config):
+        return best
+    own = [key for key in config if key in Recipe.model_fields]
+    if 2 * len(own) > len(config):
+        raise LorafoldError(
+            f"{path}: found a recipe of lorafold's own ({_some(own)}), expected another tool's"
+            f" file; train with: lorafold train --config {path}"
+        )
+    if stranger := next((told for key, told in STRANGERS.items() if key in config), None):
+        raise LorafoldError(f"{path}: found {stranger}")
+    # any key may stand in PEFT's, so it is near where its own do
+    kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
+    names = _some([TOOLS[kind].name for kind in kinds])
+    if len(kinds) > 1:
+        told = f"{names} know as many of them"
+    elif signs[best]:
+        told = f"{names} does not know {_some(unknown[best])}"
+    else:
+        told, kinds = "they are no tool's own", TOOLS
+    raise LorafoldError(
+        f"{path}: can't tell which tool's it is by its keys ({_some(list(config)) or 'none'}):"
+        f" {told}; expected --kind {', '.join(kinds)}"
+    )
+
+
+def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
+    found = config.get(key)
+    values = found if isinstance(found, list) else [found]
+    return key in config and (not equals or value in values)
+
+
+def _some(keys: Sequence[str]) -> str:
+    rest = len(keys) - SHOWN
+    return ", ".join(keys[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
+    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's,
+    axolotl's or mlx-lm's.
+
+    Args:
+        key: The option's name without dashes in front, as in lora_r.
+        given: The values of all options of that kind on the command line, by such names.
+
+    Returns None for what none of them has. LorafoldError for a value that the tool would refuse, or
+    that lorafold can't train.
+    """
+    name, value = SWITCHES.get(key, (key, given[key]))
+    for rules in _tables():
+        if rule := rules.get(name):
+            defaults = {one.key: one.default for one in rules.values()}
+            known = {rules[n].key: v for n, v in given.items() if n in rules}
+            found = rule.reader(value, Settings({**known, rule.key: value}, defaults))
+            # what has no effect among the others means something by itself
+            return found or rule.reader(value, Settings({rule.key: value}, defaults))
+    return None
+
+
+def _tables() -> Iterator[Mapping[str, Rule]]:
+    """The rules of each tool by the names of options; of several tools the first one counts."""
+    yield _by_name(trl.RULES["trl-sft"])
+    yield _by_name(unsloth.OWN, unsloth.LOADED, unsloth.ADAPTED)  # the arguments of PEFT's LoRA too
+    yield from (_by_name(rules) for rules in trl.RULES.values())
+    yield _by_name(llamafactory.RULES)
+    yield _by_name(axolotl.RULES)
+    yield _by_name(mlx.RULES)
+
+
+def _by_name(rules: Sequence[Rule], *calls: str) -> Mapping[str, Rule]:
+    """Rules by their keys, without the function that takes the argument in a script."""
+    starts = calls or ("",)
+    return {
+        rule.key.removeprefix(start): rule
+        for rule in rules
+        for start in starts
+        if rule.key.startswith(start)
+    }

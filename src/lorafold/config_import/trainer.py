@@ -1,0 +1,284 @@
+"""What several tools hand to Hugging Face's Trainer and to PEFT: schedules, optimizers, intervals,
+trackers, and which kind of LoRA it is.
+
+Read off transformers 5.24 and PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+from lorafold.advice import (
+    ELSEWHERE,
+    ONE_RATE,
+    OPTIMIZERS,
+    SCHEDULES,
+    integer,
+    names,
+    number,
+    product,
+)
+from lorafold.config_import.rules import (
+    SAME,
+    Condition,
+    Outcome,
+    Reader,
+    Row,
+    Settings,
+    Table,
+    cases,
+    changed,
+    left,
+    switch,
+    taken,
+    to,
+)
+from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
+from lorafold.errors import LorafoldError
+
+AUTO = "there as the model's files are; here bf16 where the device multiplies it, else fp32"
+RISES = "the first step has a rate of 0 there, and a share here"
+TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
+ADAMW = "lorafold trains with AdamW only, which may need another learning rate"
+COMPLETIONS = taken("the loss is on completions")
+EVERY_TOKEN = left("every token of {text} rows is trained, and completions of the other rows")
+OF_METHOD = taken("it is part of the method")
+LOOKED_UP = changed("PEFT looks them up by architecture, and lorafold by the method's own rule")
+
+
+def text(value: Any) -> str:
+    """The value, which must be text."""
+    if not isinstance(value, str):
+        raise LorafoldError(f"found {value!r}, expected text")
+    return value
+
+
+def schedule(value: Any, settings: Settings) -> Outcome:
+    """The scheduler becomes the schedule; cosine replaces those that lorafold does not have."""
+    if text(value) == "constant":
+        return taken("it has no warm-up there", schedule="constant", warmup=0.0)
+    known = value in SCHEDULES
+    why = "" if known else "lorafold has cosine, linear and constant, of which cosine is taken"
+    return changed(why, schedule=SCHEDULES.get(value, "cosine"))
+
+
+def optimizer(value: Any, settings: Settings) -> Outcome:
+    """The optimizer becomes one of lorafold's; adamw replaces those that it does not have."""
+    paged = value in ("paged_adamw_32bit", "paged_adamw")
+    why = "its fp32 state is not paged here" if paged else ADAMW
+    known = text(value) in OPTIMIZERS
+    return changed("" if known else why, optimizer=OPTIMIZERS.get(value, "adamw"))
+
+
+def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_steps` becomes the warm-up, unless it is off beside `warmup_ratio`."""
+    found, ratio = number(value), settings["warmup_ratio"]
+    if settings["lr_scheduler_type"] == "constant" or (found == 0 and ratio is not None):
+        return None
+    return warmed(found)
+
+
+def warmup_ratio(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_ratio` becomes the warm-up, unless `warmup_steps` says it."""
+    if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0:
+        return None
+    return warmed(number(value), share=True)
+
+
+def warmed(found: float, share: bool = False) -> Outcome:
+    """A warm-up of so many steps, or of a share of them: one below 1, as transformers 5 reads it,
+    or any that `share` says is one.
+    """
+    if found == 0:
+        return taken(warmup=0.0)
+    if share or found < 1:
+        return taken(RISES, warmup=found)
+    return taken(RISES, warmup_steps=integer(found))
+
+
+def total_steps(settings: Settings) -> int | None:
+    """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
+    found = integer(settings["max_steps"] or 0)
+    return found if found > 0 else None
+
+
+def max_steps(value: Any, settings: Settings) -> Outcome:
+    """`max_steps` becomes the number of steps, unless it leaves that to the epochs."""
+    return taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
+
+
+def interval(name: str) -> Reader:
+    """The reader of an interval, which the Trainer takes in steps or as a share of the run's steps.
+
+    `name` is the recipe field.
+    """
+    checkpoints = "there are about ten checkpoints a run"
+    otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
+
+    def read(value: Any, settings: Settings) -> Outcome:
+        found, total = number(value), total_steps(settings)
+        if found >= 1:
+            return taken(**{name: integer(value)})
+        if found <= 0:
+            return taken("it is off")
+        if total is None:
+            return left(f"intervals are in steps here: --set {name}=STEPS; without it {otherwise}")
+        return taken(**{name: ceil(found * total)})
+
+    return read
+
+
+def held_out_rows(value: Any, settings: Settings) -> Outcome:
+    """A share of held-out rows becomes `eval_fraction`; a count of them is left."""
+    found = number(value)
+    if found < 1:
+        return taken(eval_fraction=found)
+    return left(
+        f"rows are held out as a share here: --set eval_fraction=SHARE, {integer(value)} over all"
+        " rows, or give them as --eval-data"
+    )
+
+
+def trackers(value: Any, settings: Settings) -> Outcome:
+    """`report_to` becomes the trackers; names that lorafold does not have are left."""
+    found = (value,) if value in ("all", "none") else names(value)
+    if found == ("none",):
+        return taken("no tracker")
+    if unknown := [name for name in found if name not in TRACKERS]:
+        return left(
+            f"{', '.join(unknown)}: name trackers one by one, as in --set trackers=[tensorboard]"
+        )
+    return taken(trackers=found)
+
+
+def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
+    """Names of parameters become targets beside those of modules; a linear module is called by its
+    own name, and not by its weight's.
+
+    Args:
+        modules: The names of the modules, or a preset or a regular expression.
+    """
+    if modules == "all-linear":
+        return changed("all-linear has the matrices of experts too")
+    if isinstance(modules, str):
+        return left("write --set targets=REGEX that matches these parameters too")
+    own = tuple(name.removesuffix(".weight") for name in parameters)
+    bare = " or ".join(name for name in own if "." not in name)
+    return changed(f"modules called {bare} are targets too" if bare else "", targets=own)
+
+
+def loraplus_ratio(value: Any, settings: Settings) -> Outcome:
+    """The ratio of LoRA+ becomes the learning rate of B; without one PEFT trains both factors at
+    one rate, and lorafold with LoRA+.
+    """
+    remark = ONE_RATE if number(value) == 1 else ""
+    return taken(remark, lr_b=product(settings["learning_rate"], value))
+
+
+def rate(is_lora: Condition) -> Reader:
+    """The reader of a learning rate, of LoRA that of both factors."""
+
+    def read(value: Any, settings: Settings) -> Outcome:
+        both = ELSEWHERE["learning_rate"]
+        if is_lora(settings):
+            return taken(both.remark, **both.read(value, {}))
+        return taken(lr=number(value))
+
+    return read
+
+
+def save_total_limit(value: Any, settings: Settings) -> Outcome:
+    """`save_total_limit` becomes the number of checkpoints that are kept besides the best."""
+    if integer(value) > 0:
+        return taken("the best is kept besides", keep=integer(value))
+    return left("lorafold keeps 2 checkpoints and the best: --set keep=N")
+
+
+def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
+    """Rows of a micro-batch times accumulation become the batch.
+
+    Args:
+        of_one: What they are counted for, in words.
+        packed: Where rows are packed: the tool, and its key that a sequence fills.
+    """
+    if not packed:
+        return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
+    tool, _, fills = packed.partition(" ")
+    return changed(
+        f"{tool} counts packed sequences and lorafold counts rows: to see as many tokens a step"
+        f" raise batch by the rows that fill {fills}",
+        batch=rows,
+    )
+
+
+def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
+    """The kind of LoRA becomes `method` and `options`.
+
+    Args:
+        dora: Whether the update is weight-decomposed.
+        rslora: Whether the update is scaled by alpha over the square root of the rank.
+        init: PEFT's `init_lora_weights`.
+
+    Raises:
+        LorafoldError: lorafold does not have the combination.
+    """
+    beneath, options, why = "rslora" if rslora else "lora", dict[str, Any](), ""
+    if init in ("gaussian", "loftq"):
+        options = {"init": init}
+    elif init == "olora" or str(init).startswith("pissa"):
+        if rslora:
+            raise LorafoldError(f"initialization {init!r} can't be had with rsLoRA here")
+        beneath = "olora" if init == "olora" else "pissa"
+        if beneath == "pissa":
+            options["niter"] = integer(init.removeprefix("pissa_niter_").replace("pissa", "0"))
+    elif init not in (None, True, "true", "default"):
+        why = f"initialization {init!r} is not here; A is drawn uniformly and B is zero"
+    if dora and beneath != "lora":
+        options = {"over": beneath, **options}
+    fields = {"method": "dora" if dora else beneath, **({"options": options} if options else {})}
+    return changed(why, **fields)
+
+
+TRUST: Row = switch(left("pass --trust-remote-code", "--trust-remote-code"))
+TRAINS: Row = switch(
+    taken("lorafold train does it"), left("the file does not train; lorafold train does")
+)
+EVAL_DATA = left("pass its rows as --eval-data", "--eval-data EVAL_DATA")
+interval_strategy = cases(
+    {"steps": taken("the interval is in steps")},
+    left(
+        "checkpoints are written about ten times a run, and rows that are held out are evaluated"
+        " with each: --set save_every=STEPS, --set eval_every=STEPS"
+    ),
+)
+# Of the Trainer, whatever they are called before it
+STEPS: Table = {
+    "weight_decay": (to("weight_decay", number), 0.0),
+    "max_grad_norm": (SAME, 1.0),
+    "adam_beta1 adam_beta2 adam_epsilon": SAME,
+    "max_steps": max_steps,
+    "eval_steps": interval("eval_every"),
+    "save_steps": interval("save_every"),
+    "save_strategy eval_strategy": interval_strategy,
+    "save_total_limit": save_total_limit,
+    "seed": to("seed", integer),
+    "trust_remote_code": TRUST,
+    "output_dir": "--out",
+    "resume_from_checkpoint": "lorafold resumes runs of its own: --resume",
+    **TRAINER,
+}
+# Of its arguments, as they are called there
+ARGUMENTS: Table = {
+    "lr_scheduler_type": (schedule, "linear"),
+    "warmup_steps": (warmup_steps, 0),
+    "warmup_ratio": warmup_ratio,
+    "optim": (optimizer, "adamw_torch_fused"),
+    "num_train_epochs": (SAME, 3.0),
+    "use_cpu": switch(left("pass --device cpu", "--device cpu")),
+    "report_to": trackers,
+    "overwrite_output_dir": "pass --overwrite to replace what an earlier run wrote",
+    "model_name_or_path": "--model",
+    **TRANSFORMERS,
+}

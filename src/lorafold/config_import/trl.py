@@ -1,0 +1,471 @@
+"""TRL's files, one table a trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, the reward trainer, GRPO and
+RLOO. What is GRPO's and RLOO's own stands in `policies`.
+
+Read off TRL 1.16, of CPO and ORPO off its experimental part, and transformers 5.24. A file of a
+trainer's fields alone says nothing of the model: then LoRA is trained, lorafold's default, where
+`trl` would train the whole model. A batch is counted for one process, as TRL's own is. Where TRL
+packs, it counts packed sequences, and lorafold's batch counts rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorafold.advice import NO_FP16, boolean, integer, names, number, targets
+from lorafold.config_import import grpo, trainer
+from lorafold.config_import.preferences import (
+    DPO_LOSSES,
+    ORPO_TERM,
+    beta,
+    dropout,
+    law_option,
+    of_dpo,
+    rows_wanted,
+    smoothing_of_dpo,
+    supervised_as,
+)
+from lorafold.config_import.rules import (
+    OFF,
+    SAME,
+    Outcome,
+    Row,
+    Rows,
+    Settings,
+    Table,
+    cases,
+    changed,
+    choice,
+    either,
+    flagged,
+    given_as_data,
+    left,
+    of_hub,
+    read_with,
+    refusing,
+    switch,
+    table,
+    taken,
+    to,
+    unless,
+)
+from lorafold.config_import.unsupported import MEMORY, TRL
+from lorafold.errors import LorafoldError
+from lorafold.models.quantizations import made_of
+
+BY_ARCHITECTURE = "by architecture"  # what stands for a file without lora_target_modules
+HEAD = "score"  # what transformers calls the head of a reward model
+DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
+# The losses of DPOTrainer; those that DPO_LOSSES lacks are refused by name
+DPO_NAMES = (
+    *DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+NO_TEMPLATE = "the model's own template is used; write the other to a file: --chat-template FILE"
+
+
+def is_lora(settings: Settings) -> bool:
+    """Whether an adapter is trained, and not the whole model."""
+    return settings.on("use_peft") or settings["model_name_or_path"] is None
+
+
+def use_peft(value: Any, settings: Settings) -> Outcome:
+    """`use_peft` becomes the method, with the switches of LoRA's kinds."""
+    if not is_lora(settings):
+        return taken(method="full")
+    kind = trainer.kind_of_lora(settings.on("use_dora"), settings.on("use_rslora"), None)
+    return changed(
+        "" if boolean(value) else "the file names no model: LoRA is trained", **kind.fields
+    )
+
+
+def target_modules(value: Any, settings: Settings) -> Outcome:
+    """`lora_target_modules` become the targets; without them both have a rule of their own."""
+    return trainer.LOOKED_UP if value == BY_ARCHITECTURE else taken(targets=targets(value))
+
+
+def target_parameters(value: Any, settings: Settings) -> Outcome:
+    """`lora_target_parameters` become targets beside the modules."""
+    return trainer.target_parameters(settings["lora_target_modules"], names(value))
+
+
+def modules_to_save(value: Any, settings: Settings) -> Outcome:
+    """`lora_modules_to_save`, without the head that a reward model trains in any case."""
+    others = tuple(name for name in names(value) if name != HEAD)
+    said = f"{HEAD} is trained with a reward model in any case" if HEAD in names(value) else ""
+    return taken(said, modules_to_save=others) if others else taken(said)
+
+
+def dtype(value: Any, settings: Settings) -> Outcome | None:
+    """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
+    multiplies in bf16, unless `bf16` is off.
+    """
+    found = choice(value, *DTYPES)
+    if settings["load_in_4bit"] or settings["load_in_8bit"]:
+        return None
+    if found == "float16" or settings.on("fp16"):
+        return changed(NO_FP16, storage="bf16")
+    if found == "float32" and not is_lora(settings):
+        return taken("weights that train are kept in fp32", storage="fp32")
+    if found == "float32" and not settings.on("bf16"):
+        return taken(storage="fp32")
+    remarks = {"float32": "its products are in bf16 there", "auto": trainer.AUTO}
+    return taken(remarks.get(found, ""), storage=DTYPES[found])
+
+
+def load_in_4bit(value: Any, settings: Settings) -> Outcome:
+    """`load_in_4bit` becomes a base in nf4. LorafoldError for FP4."""
+    if not boolean(value):
+        return OFF
+    if settings["bnb_4bit_quant_type"] != "nf4":
+        raise LorafoldError("found 4 bits of fp4, but lorafold has nf4")
+    return taken(storage=made_of(4))
+
+
+def part_of(key: str) -> Row:
+    """The row of a switch that the rule of another key reads."""
+    return lambda value, settings: read_with(key) if value else OFF
+
+
+# Of the model: ModelConfig and what goes with it
+SWITCHES: Table = {
+    "use_peft": (use_peft, False),
+    "use_dora use_rslora": (part_of("use_peft"), False),
+    "lora_task_type": cases(
+        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("the objective decides"))
+    ),
+    "load_in_4bit": (load_in_4bit, False),
+    "load_in_8bit": (switch(taken(storage=made_of(8))), False),
+    "bnb_4bit_quant_type": (taken("it is part of the base"), "nf4"),
+    "use_bnb_nested_quant": taken("nf4 always quantizes its scales"),
+    "torch_dtype": dtype,
+    "bf16": (part_of("dtype"), True),
+    "fp16": (part_of("dtype"), False),
+    "gradient_checkpointing": (to("gradient_checkpointing", boolean), True),
+    "model_name_or_path": "--model",
+    "model_revision": lambda value, settings: (
+        taken("the model's own") if value == "main" else flagged("--revision", value)
+    ),
+    "trust_remote_code": trainer.TRUST,
+}
+OF_METHOD: Table = {
+    "lora_r": (SAME, 16),
+    "lora_alpha": (SAME, 32),
+    "lora_target_modules": (target_modules, BY_ARCHITECTURE),
+    "lora_target_parameters": target_parameters,
+    "lora_modules_to_save": modules_to_save,
+}
+MODEL = (
+    *table(SWITCHES),
+    *table({"dtype": (dtype, "float32")}, lambda settings: settings["torch_dtype"] is None),
+    *table(OF_METHOD, is_lora),
+)
+IN_MODEL = {rule.key for rule in MODEL}
+COMMON = (
+    *MODEL,
+    *(rule for rule in table({**trainer.STEPS, **trainer.ARGUMENTS}) if rule.key not in IN_MODEL),
+    *table(
+        {
+            "test_split_size": trainer.held_out_rows,
+            "do_train": taken("lorafold train does it"),
+            **TRL,
+        }
+    ),
+)
+
+
+def packing(value: Any, settings: Settings) -> Outcome:
+    """`packing` becomes packing, in which rows are always kept apart."""
+    on = boolean(value)
+    mixed = on and "flash" not in str(settings["attn_implementation"])
+    why = "without FlashAttention rows see each other there, and are kept apart here"
+    return changed(why if mixed else "", packing=on)
+
+
+def batch(value: Any, settings: Settings) -> Outcome:
+    """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
+    rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
+    packed = settings["packing"] and settings.on("packing")
+    return trainer.batch(rows, "process", "TRL max_length" if packed else "")
+
+
+def max_length(value: Any, settings: Settings) -> Outcome | None:
+    """`max_length` becomes max_length; null does not cut there."""
+    if settings["max_seq_length"] is not None:
+        return None
+    uncut = settings.given.get("max_length", value) is None
+    why = "there rows are not cut; here they are" if uncut else ""
+    return changed(why, max_length=integer(value))
+
+
+def dataset_text_field(value: Any, settings: Settings) -> Outcome:
+    """`dataset_text_field` is the column of plain text, which goes to `--columns`."""
+    if value == "text":
+        return taken("the column has lorafold's name")
+    return left("rows of plain text have it in that column", f"--columns text={value}")
+
+
+def chat_template_path(value: Any, settings: Settings) -> Outcome:
+    """`chat_template_path` becomes the chat template where it is a file's path."""
+    if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
+        return taken(chat_template=str(value))
+    return left(f"{NO_TEMPLATE}, that of {value}")
+
+
+def losses(settings: Settings) -> tuple[str, ...]:
+    """The losses of DPO; robust is sigmoid where labels are not smoothed."""
+    plain = not number(settings["label_smoothing"] or 0)
+    found = settings.read("loss_type", names)
+    return tuple("sigmoid" if name == "robust" and plain else name for name in found)
+
+
+def objective_of_dpo(settings: Settings) -> str | None:
+    """The objective that the losses of DPO train, or None for those that lorafold lacks."""
+    return DPO_LOSSES.get(next(iter(losses(settings)), ""))
+
+
+def dpo_loss(value: Any, settings: Settings) -> Outcome:
+    """`loss_type` of DPO becomes the objective; LorafoldError for others than lorafold's."""
+    return of_dpo(losses(settings), settings["loss_weights"], "loss_weights")
+
+
+def orpo_beta(value: Any, settings: Settings) -> Outcome:
+    """`beta` of ORPO, which has no field that names its loss, becomes the objective too."""
+    return changed(ORPO_TERM, objective="orpo", beta=number(value))
+
+
+def centre(value: Any, settings: Settings) -> Outcome:
+    """`center_rewards_coefficient` becomes `centre`, of the reward trainer, which has no field that
+    names its loss.
+    """
+    options = {"objective_options": {"centre": number(value)}} if number(value) else {}
+    return taken(objective="reward", **options)
+
+
+def data_rows(objective: str | None) -> Table:
+    """The rows of the script's fields that name rows, of a trainer with that objective."""
+
+    def name(value: Any, settings: Settings) -> Outcome:
+        if settings["datasets"]:
+            return taken("datasets takes its place")
+        found = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
+        return given_as_data([found], rows_wanted(objective))
+
+    def several(value: Any, settings: Settings) -> Outcome | None:
+        if not isinstance(value, list):
+            raise LorafoldError(f"found {value!r}, expected a list of objects with path")
+        found = [_of_mixture(one) for one in value]
+        return given_as_data(found, rows_wanted(objective)) if found else None
+
+    return {
+        "dataset_name": name,
+        "datasets": several,
+        "dataset_config dataset_train_split": read_with("dataset_name"),
+        "dataset_test_split": "pass its rows as --eval-data",
+    }
+
+
+def _of_mixture(one: Any) -> Rows:
+    if not isinstance(one, dict) or not one.get("path"):
+        raise LorafoldError(f"found {one!r}, expected an object with path")
+    files = one.get("data_files") or one.get("data_dir")
+    found = of_hub(one["path"], one.get("name"), one.get("split"), files)
+    said = [f"its columns {one['columns']} alone"] if one.get("columns") else []
+    return Rows(found.name, found.path, {}, [*found.said, *said])
+
+
+LORA_DROPOUT = dropout(
+    lambda settings: bool(settings["disable_dropout"]) and settings.on("disable_dropout")
+)
+RATE = trainer.rate(is_lora)
+GIVEN: Table = {
+    "per_device_train_batch_size": (batch, 8),
+    "gradient_accumulation_steps": (SAME, 1),
+    "max_length": (max_length, 1024),
+    "max_prompt_length max_completion_length": changed(
+        "prompt and completion are cut together here, at max_length"
+    ),
+    "truncation_mode": cases(
+        {
+            "keep_start": taken("the start of a row is kept"),
+            "keep_end": changed("the start of a row is kept here, and its end is cut"),
+        }
+    ),
+    "pad_to_multiple_of": MEMORY,
+}
+# Of preferences: dropout is off, and the reference is what lies beneath
+COMPARING: Table = {
+    "disable_dropout": (switch(taken("there is none"), taken("dropout is applied")), True),
+    "packing": (taken(packing=False), False),
+    "learning_rate": (RATE, 1e-6),
+    **GIVEN,
+}
+# Where completions are drawn, a batch counts completions and no dropout is applied
+DRAWING: Table = {
+    **data_rows("grpo"),
+    "learning_rate": (RATE, 1e-6),
+    "per_device_train_batch_size": (grpo.batch, 8),
+    "gradient_accumulation_steps": (grpo.accumulation, 1),
+    "max_prompt_length": changed(
+        "TRL cut longer prompts, and a run here refuses them; max_length has both"
+    ),
+    "reward_model_name_or_path": refusing(
+        "lorafold's rewards are functions, patterns, schemas and verifiers"
+    ),
+}
+REVERSE_KL = "lorafold's laws have its reverse KL"
+OTHER_STRATEGIES = ("bfd_split", "bfd-requeue", "wrapped")
+OF_POLICIES = (
+    "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
+    " generation_batch_size use_vllm"
+)
+# Of each trainer its name, its signs and its own keys
+TRAINERS: Mapping[str, tuple[str, str, Table]] = {
+    "trl-sft": (
+        "SFT",
+        "packing packing_strategy padding_free completion_only_loss assistant_only_loss"
+        " dataset_text_field dataset_kwargs eval_packing loss_type=nll loss_type=dft"
+        " loss_type=chunked_nll max_seq_length",
+        {
+            "loss_type": (
+                cases(
+                    {
+                        **dict.fromkeys(("nll", "chunked_nll"), taken(objective="sft")),
+                        "dft": "lorafold's sft has the mean of -log p alone",
+                    }
+                ),
+                "nll",
+            ),
+            "learning_rate": (RATE, 2e-5),
+            "packing": (packing, False),
+            "packing_strategy": either(
+                lambda settings: settings.on("packing"),
+                cases(
+                    {
+                        "bfd": taken("rows are packed by best fit"),
+                        **dict.fromkeys(
+                            OTHER_STRATEGIES,
+                            changed(
+                                "rows are packed by best fit, kept apart, and cut where they are"
+                                " too long"
+                            ),
+                        ),
+                    }
+                ),
+            ),
+            "eval_packing": taken("packing decides"),
+            "max_seq_length": SAME,
+            "completion_only_loss": switch(trainer.COMPLETIONS, trainer.EVERY_TOKEN),
+            "assistant_only_loss": (
+                switch(
+                    taken("the loss is on the assistant's turns"),
+                    changed(
+                        "TRL trains every token of {messages}; here the assistant's turns are"
+                        " trained"
+                    ),
+                ),
+                False,
+            ),
+            "dataset_text_field": dataset_text_field,
+            "chat_template_path": chat_template_path,
+            **data_rows(None),
+            **GIVEN,
+        },
+    ),
+    "trl-dpo": (
+        "DPO",
+        " ".join(f"loss_type={name}" for name in DPO_NAMES)
+        + " loss_weights f_divergence_type use_weighting discopop_tau ld_alpha",
+        {
+            "loss_type": (dpo_loss, ["sigmoid"]),
+            "loss_weights": taken("they are read with loss_type"),
+            "beta": (beta(objective_of_dpo), 0.1),
+            "label_smoothing": smoothing_of_dpo,
+            "f_divergence_type": cases(
+                {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL}: expected reverse_kl"
+            ),
+            "f_alpha_divergence_coef": read_with("f_divergence_type"),
+            "ld_alpha": unless(1, "lorafold weighs the tokens of both completions alike"),
+            "use_weighting": refusing("lorafold weighs every pair alike"),
+            "discopop_tau": None,
+            **data_rows("dpo"),
+            **grpo.REFERENCE,
+            **COMPARING,
+        },
+    ),
+    "trl-kto": (
+        "KTO",
+        "desirable_weight undesirable_weight loss_type=kto loss_type=apo_zero_unpaired",
+        {
+            "loss_type": (
+                cases(
+                    {
+                        "kto": changed(
+                            "z is a mean over a micro-batch there, and over the step here",
+                            objective="kto",
+                        )
+                    },
+                    "lorafold's kto has the loss kto alone",
+                ),
+                "kto",
+            ),
+            "beta": (to("beta", number), 0.1),
+            "desirable_weight": (law_option("desirable_weight", lambda _: "kto"), 1.0),
+            "undesirable_weight": (law_option("undesirable_weight", lambda _: "kto"), 1.0),
+            **data_rows("kto"),
+            **grpo.REFERENCE,
+            **COMPARING,
+        },
+    ),
+    "trl-orpo": ("ORPO", "", {"beta": (orpo_beta, 0.1), **data_rows("orpo"), **COMPARING}),
+    "trl-cpo": (
+        "CPO",
+        "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
+        {
+            "loss_type": (
+                cases(
+                    {"simpo": taken(objective="simpo")},
+                    "without a reference, of CPO's losses lorafold has simpo alone",
+                ),
+                "sigmoid",
+            ),
+            "beta": (to("beta", number), 0.1),
+            "simpo_gamma": (law_option("gamma", lambda _: "simpo"), 0.5),
+            "cpo_alpha": (supervised_as("simpo"), 1.0),
+            "alpha": unless(0, "lorafold's rewards are log-probabilities, without AlphaPO's power"),
+            "label_smoothing": unless(0, "lorafold's simpo has no such option"),
+            **data_rows("simpo"),
+            **COMPARING,
+        },
+    ),
+    "trl-reward": (
+        "reward trainer",
+        "center_rewards_coefficient",
+        {
+            "center_rewards_coefficient": (centre, 0.0),
+            "chat_template_path": chat_template_path,
+            **data_rows("reward"),
+            **COMPARING,
+            "learning_rate": (RATE, 1e-4),
+        },
+    ),
+    "trl-grpo": (
+        "GRPO",
+        f"{OF_POLICIES} num_iterations scale_rewards importance_sampling_level"
+        " multi_objective_aggregation delta loss_type=dapo loss_type=bnpo loss_type=dr_grpo"
+        " loss_type=grpo loss_type=luspo loss_type=cispo",
+        {**grpo.GRPO, **DRAWING},
+    ),
+    "trl-rloo": (
+        "RLOO",
+        f"{OF_POLICIES} normalize_advantages reward_clip_range",
+        {**grpo.RLOO, **DRAWING},
+    ),
+}
+DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
+DROPOUTS = {kind: grpo.dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
+RULES = {
+    kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
+    for kind, (_, _, rows) in TRAINERS.items()
+}

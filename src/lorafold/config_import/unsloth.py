@@ -1,0 +1,392 @@
+"""Unsloth's scripts: the keyword arguments of the functions that make its model, and of TRL's
+trainers, with the defaults that Unsloth puts in place of TRL's.
+
+    FastLanguageModel.from_pretrained(model_name="m", ...)     from_pretrained.model_name
+    FastLanguageModel.get_peft_model(model, r=16, ...)         get_peft_model.r
+    SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
+    load_dataset("acme/chats", split="train")                  load_dataset.path
+
+A script is read from its text, and nothing of it is executed. A value is a literal, or a name that
+the script gives one literal; every other one is an `Expression`, its text. Of several calls of one
+function the first counts. What a script does with its rows before it trains is not read. Read off
+Unsloth as of August 2026.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lorafold.advice import boolean, integer, modules, names, number
+from lorafold.config_import import trainer, trl
+from lorafold.config_import.preferences import rows_wanted
+from lorafold.config_import.rules import (
+    PLACEHOLDER,
+    Outcome,
+    Rule,
+    Settings,
+    Table,
+    TranslatedKey,
+    by_rules,
+    changed,
+    given_as_data,
+    left,
+    of_hub,
+    read_with,
+    table,
+    taken,
+    to,
+)
+from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS, ROWS
+from lorafold.errors import LorafoldError
+from lorafold.models.quantizations import made_of
+
+LOADED, ADAPTED, SET = "from_pretrained.", "get_peft_model.", "load_dataset."
+SIGNS = f"{LOADED}model_name {LOADED}max_seq_length {ADAPTED}r {ADAPTED}lora_alpha"
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
+# The trainers, by their kind among TRL's; each has a configuration called XConfig
+TRAINERS = {
+    "SFTTrainer": "trl-sft",
+    "UnslothTrainer": "trl-sft",
+    "DPOTrainer": "trl-dpo",
+    "KTOTrainer": "trl-kto",
+    "ORPOTrainer": "trl-orpo",
+    "CPOTrainer": "trl-cpo",
+    "RewardTrainer": "trl-reward",
+    "GRPOTrainer": "trl-grpo",
+    "RLOOTrainer": "trl-rloo",
+}
+CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
+    "TrainingArguments",
+    "UnslothTrainingArguments",
+}
+# Functions whose arguments are keys after their name, and the names of those without one
+FUNCTIONS = {
+    "from_pretrained": ("model_name",),
+    "get_peft_model": ("model",),
+    "load_dataset": ("path", "name"),
+    "get_chat_template": ("tokenizer", "chat_template"),
+    "train_on_responses_only": ("trainer",),
+}
+DEFAULTS = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "weight_decay": 0.001,
+    "seed": 3407,
+    "optim": "adamw_8bit",
+    "learning_rate": 5e-5,
+    "warmup_steps": 0.1,
+    "max_length": None,
+}
+OF_GRPO = {"loss_type": "bnpo", "beta": 0.001}
+# Fields of TRL that the functions of Unsloth have in their place
+OF_MODEL = {*trl.IN_MODEL, "lora_dropout", "learning_rate"}
+# What each trainer trains, where rows are not those of supervised training
+OBJECTIVES = {
+    "trl-dpo": "dpo",
+    "trl-kto": "kto",
+    "trl-orpo": "orpo",
+    "trl-cpo": "simpo",
+    "trl-reward": "reward",
+    "trl-grpo": "grpo",
+    "trl-rloo": "rloo",
+}
+OBJECTS = {
+    *("model", "tokenizer", "processing_class", "args", "data_collator", "trainer"),
+    *("train_dataset", "eval_dataset"),
+}
+
+
+def is_full(settings: Settings) -> bool:
+    """Whether the whole model is trained."""
+    return settings.on(f"{LOADED}full_finetuning")
+
+
+def is_lora(settings: Settings) -> bool:
+    """Whether an adapter is trained."""
+    return not is_full(settings)
+
+
+def method(value: Any, settings: Settings) -> Outcome:
+    """`full_finetuning` becomes the method, with the switches of LoRA's kinds."""
+    if boolean(value):
+        return taken(method="full")
+    start = settings[f"{ADAPTED}init_lora_weights"]
+    loftq = settings[f"{ADAPTED}loftq_config"]
+    rslora = settings.on(f"{ADAPTED}use_rslora")
+    return trainer.kind_of_lora(False, rslora, "loftq" if loftq else start)
+
+
+def storage(value: Any, settings: Settings) -> Outcome:
+    """`load_in_4bit`, on unless the script says, becomes the base's storage; other switches are
+    read with it.
+    """
+    if is_full(settings):
+        return changed("the whole model trains in bf16 where it can", storage="bf16")
+    if settings.on(f"{LOADED}load_in_8bit"):
+        return taken(storage=made_of(8))
+    if settings[f"{LOADED}load_in_fp8"]:
+        return changed("lorafold quantizes to nf4 or int8, of which int8 is taken", storage="int8")
+    if not boolean(value) or settings.on(f"{LOADED}load_in_16bit"):
+        return taken(storage="auto")
+    return taken(storage=made_of(4))
+
+
+def length(value: Any, settings: Settings) -> Outcome:
+    """`max_seq_length` of the model bounds the rows; the trainer's, where it is less, decides."""
+    own = [settings[key] for key in ("max_length", "max_seq_length")]
+    return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
+
+
+def checkpointing(value: Any, settings: Settings) -> Outcome:
+    """`use_gradient_checkpointing` becomes gradient_checkpointing; Unsloth's own is auto."""
+    if value == "unsloth":
+        return changed("activations are recomputed where a step would not fit, and not offloaded")
+    return taken(gradient_checkpointing=boolean(value))
+
+
+def target_parameters(value: Any, settings: Settings) -> Outcome:
+    """`target_parameters` become targets beside the modules."""
+    return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
+
+
+def wanted(settings: Settings) -> str:
+    """The rows that the script's trainer takes, in words."""
+    return rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
+
+
+def loaded_rows(value: Any, settings: Settings) -> Outcome:
+    """The first dataset that the script loads goes to `--data`."""
+    name, split, files = (settings[f"{SET}{key}"] for key in ("name", "split", "data_files"))
+    if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
+        return given_as_data([of_hub(files)], wanted(settings))
+    return given_as_data([of_hub(value, name, split, files)], wanted(settings))
+
+
+def train_dataset(value: Any, settings: Settings) -> Outcome:
+    """`train_dataset` is what the script loads, where that is read."""
+    if settings[f"{SET}path"]:
+        return taken("it is load_dataset's")
+    return left(wanted(settings), PLACEHOLDER)
+
+
+def get_chat_template(value: Any, settings: Settings) -> Outcome:
+    """The template of a name is left."""
+    return left(
+        f"the model's own template is used; write {value}'s to a file: --chat-template FILE"
+    )
+
+
+def _of(prefix: str, rows: Table) -> Table:
+    """The rows of the arguments of one function."""
+    return {" ".join(f"{prefix}{k}" for k in keys.split()): row for keys, row in rows.items()}
+
+
+AT_LOADING: Table = {
+    "full_finetuning": (method, False),
+    "model_name": "--model",
+    "load_in_4bit": (storage, True),
+    "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
+    "load_in_fp8": read_with("load_in_4bit"),
+    "dtype": "a base that is not quantized is stored as its files are",
+    "max_seq_length": (length, 2048),
+    "revision": "--revision",
+    "trust_remote_code": trainer.TRUST,
+    "use_gradient_checkpointing": taken("get_peft_model's decides"),
+    "token device_map rope_scaling fix_tokenizer resize_model_vocab"
+    " use_exact_model_name text_only auto_model quantization_config"
+    " return_logits": MODEL,
+    "attn_implementation": ATTENTION,
+    "float32_mixed_precision qat_scheme unsloth_tiled_mlp fullgraph unsloth_force_compile": NUMBERS,
+    "offload_embedding gpu_memory_utilization float8_kv_cache max_lora_rank"
+    " disable_log_stats fast_inference random_state": MEMORY,
+}
+AT_ADAPTING: Table = {
+    "use_gradient_checkpointing": (checkpointing, "unsloth"),
+    "random_state": taken("seed decides"),
+    "max_seq_length": None,
+    "model": taken("it is the base"),
+    "layers_to_transform layers_pattern finetune_last_n_layers"
+    " finetune_vision_layers finetune_audio_layers finetune_language_layers"
+    " finetune_attention_modules"
+    " finetune_mlp_modules": "write --set targets=REGEX of these modules",
+    "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
+}
+OF_LORA: Table = {
+    "r": (to("rank", integer), 16),
+    "lora_alpha": (to("alpha", number), 16),
+    "target_modules": (to("targets", modules), LINEARS),
+    "target_parameters": target_parameters,
+    "bias": to("bias"),
+    "modules_to_save": to("modules_to_save", names),
+    "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
+    "init_lora_weights": (read_with(f"{LOADED}full_finetuning"), True),
+    "loftq_config": read_with(f"{LOADED}full_finetuning"),
+}
+OWN: tuple[Rule, ...] = (
+    *table(
+        {
+            "trainer": taken("it says which objective"),
+            **_of(LOADED, AT_LOADING),
+            "max_length max_seq_length": read_with(f"{LOADED}max_seq_length"),
+            **_of(ADAPTED, AT_ADAPTING),
+            "gradient_checkpointing": taken("get_peft_model's decides"),
+            "bf16 fp16": taken("the base's storage decides"),
+            "embedding_learning_rate": ABSENT,
+            f"{SET}path": loaded_rows,
+            f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
+            "train_dataset": train_dataset,
+            "eval_dataset": trainer.EVAL_DATA,
+            "get_chat_template.chat_template": get_chat_template,
+            "get_chat_template.mapping get_chat_template.map_eos_token"
+            " get_chat_template.system_message": "the model's own template is used",
+            "model tokenizer processing_class args data_collator get_chat_template.tokenizer"
+            " train_on_responses_only.trainer": taken("lorafold makes its own"),
+            **_of(
+                "train_on_responses_only.",
+                {
+                    "instruction_part response_part tokenizer num_proc": taken(
+                        "the loss is on completions, by the template itself"
+                    )
+                },
+            ),
+            "ref_model": "the reference is what lies beneath the new adapter",
+            "formatting_func": "what it does is to be done to the rows themselves",
+            "callbacks compute_metrics": ROWS,
+        }
+    ),
+    *table(_of(ADAPTED, OF_LORA), is_lora),
+)
+
+
+def _rules(kind: str) -> tuple[Rule, ...]:
+    own = {rule.key for rule in OWN} | OF_MODEL
+    given = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
+    rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
+    return (
+        *OWN,
+        *table({"learning_rate": (trainer.rate(is_lora), given["learning_rate"])}),
+        *table({f"{ADAPTED}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
+        *(replace(rule, default=given.get(rule.key, rule.default)) for rule in rest),
+    )
+
+
+RULES = {kind: _rules(kind) for kind in dict.fromkeys(TRAINERS.values())}
+KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
+
+
+class Expression(str):
+    """The text of a value that is no literal."""
+
+
+def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+    """Every argument of a script as an entry; those that are no literals are told, and not read."""
+    rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
+    objects = {"bf16", "fp16", *(r.key for r in OWN if r.key.split(".")[-1] in OBJECTS)}
+    unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
+    found = by_rules(rules, {k: v for k, v in config.items() if k not in unread})
+    return (*(e for e in found if e.key not in unread), *_unread(unread, found))
+
+
+def _unread(
+    expressions: Mapping[str, Expression], found: tuple[TranslatedKey, ...]
+) -> Iterator[TranslatedKey]:
+    defaults = {entry.key: entry.outcome.fields for entry in found}
+    for key, text in expressions.items():
+        fields = defaults.get(key, ())
+        flag = " ".join(f"--{name.replace('_', '-')} {name.upper()}" for name in fields)
+        told = "no literal, so that it is not read" + (f": give {flag}" if flag else "")
+        yield TranslatedKey(key, text, True, left(told, flag))
+
+
+def arguments_of(text: str, where: str) -> Mapping[str, Any]:
+    """The arguments of a script, by their keys, and its trainer under `trainer`.
+
+    Args:
+        where: The file, for errors.
+
+    Raises:
+        LorafoldError: it is no Python, or calls no model of Unsloth's.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise LorafoldError(f"{where}: not Python{f' at line {line}' if line else ''}") from None
+    named = _literals(tree)
+    found: dict[str, Any] = {}
+    seen: set[str] = set()
+    for call in _calls(tree):
+        name, owner = _name_of(call.func)
+        if name in TRAINERS and "trainer" not in found:
+            found["trainer"] = name
+        elif name not in CONFIGS and name not in FUNCTIONS:
+            continue
+        if name in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
+            continue
+        seen.add(name)
+        prefix = f"{name}." if name in FUNCTIONS else ""
+        for key, node in _arguments(call, FUNCTIONS.get(name, ())):
+            if not (isinstance(node, ast.Call) and _name_of(node.func)[0] in CONFIGS):
+                found[f"{prefix}{key}"] = _value(node, named)
+    if not any(key.startswith("from_pretrained.") for key in found):
+        raise LorafoldError(
+            f"{where}: found no call of {', '.join(MODELS[:2])}.from_pretrained, expected a script"
+            " of Unsloth"
+        )
+    return found
+
+
+def _calls(tree: ast.AST) -> Iterator[ast.Call]:
+    """The calls in their order, without what stands under `if False`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
+            for other in node.orelse:
+                yield from _calls(other)
+            continue
+        if isinstance(node, ast.Call):
+            yield node
+        yield from _calls(node)
+
+
+def _name_of(function: ast.expr) -> tuple[str, str]:
+    """The name of a function, and what it is an attribute of; empty where that is no name."""
+    if isinstance(function, ast.Attribute):
+        return function.attr, getattr(function.value, "id", "")
+    return getattr(function, "id", ""), ""
+
+
+def _arguments(call: ast.Call, names: tuple[str, ...]) -> Iterator[tuple[str, ast.expr]]:
+    for index, node in enumerate(call.args):
+        yield names[index] if index < len(names) else f"argument {index + 1}", node
+    for keyword in call.keywords:
+        yield keyword.arg or f"**{ast.unparse(keyword.value)}", keyword.value
+
+
+def _literals(tree: ast.Module) -> Mapping[str, Any]:
+    """The names to which the script assigns once, and a literal."""
+    assigned: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            for one in ast.walk(target):
+                if isinstance(one, ast.Name):
+                    value = getattr(node, "value", target)
+                    found = value if isinstance(target, ast.Name) else target
+                    assigned.setdefault(one.id, []).append(found)
+    once = {name: nodes[0] for name, nodes in assigned.items() if len(nodes) == 1}
+    values = {name: _value(node, {}) for name, node in once.items()}
+    return {name: value for name, value in values.items() if not isinstance(value, Expression)}
+
+
+def _value(node: ast.expr, named: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name) and node.id in named:
+        return named[node.id]
+    try:
+        found = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return Expression(ast.unparse(node))
+    return list(found) if isinstance(found, tuple | set) else found

@@ -1,0 +1,282 @@
+"""A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
+
+    rows.origins.places([0, 17])      [Place("a.jsonl", 1), Place("b.jsonl", 5)]
+
+A file is memory-mapped: rows are parsed when they are asked for and take no memory of their own.
+`Rows` adds to either what a run must know of them all: their digest, how many are from each source,
+and where each is from, so that it is named as its user finds it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from lorafold.data.arrow import Array, open_table
+from lorafold.data.json_input import Row
+from lorafold.data.shapes import Shape, shape_of, shapes_for
+
+CHUNK = 1000  # rows of an Arrow record batch
+AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)
+SORTED = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
+LARGE = 16_000_000  # bytes of rows or of a file, from which on they are kept in Arrow files
+
+
+class Place(NamedTuple):
+    """A row: the name of its file, empty for rows given in Python, and its number there, from 1."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}" if self.file else f"row {self.row}"
+
+
+def named(places: Iterable[Place]) -> Iterator[str]:
+    """How places are called one after another: the file of the one before is not named again."""
+    before = None
+    for place in places:
+        yield f"row {place.row}" if place.file == before else str(place)
+        before = place.file
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where each row is from. `runs` are the name of a file, the number of a row in it, and how
+    many rows follow one another from there on; rows without any are numbered as they come. `chosen`
+    are the indices of the rows that were selected of all, (n,). What is kept are the runs of rows
+    that follow one another: one for most files, and one more after each blank line.
+    """
+
+    runs: tuple[tuple[str, int, int], ...] = ()
+    chosen: Array | None = field(default=None, compare=False)
+
+    def select(self, indices: Array) -> Origins:
+        """Those of the rows with these indices."""
+        return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
+
+    def places(self, rows: Iterable[int]) -> list[Place]:
+        """The places of the rows with these indices."""
+        run, after = self._runs(np.fromiter(rows, np.int64))
+        if not self.runs:
+            return [Place("", n + 1) for n in after.tolist()]
+        starts = [self.runs[n] for n in run.tolist()]
+        return [Place(s[0], s[1] + n) for s, n in zip(starts, after.tolist(), strict=True)]
+
+    def files(self, n: int) -> tuple[list[str], Array]:
+        """The names of the files, and the number of that which each of n rows is from, (n,)."""
+        if not self.runs:
+            return [""], np.zeros(n, np.int64)
+        numbers = dict[str, int]()
+        of_run = [numbers.setdefault(name, len(numbers)) for name, *_ in self.runs]
+        return [*numbers], np.array(of_run)[self._runs(np.arange(n))[0]]
+
+    def _runs(self, rows: Array) -> tuple[Array, Array]:
+        """The number of the run of each of some rows, and how far it is after its beginning."""
+        at = rows if self.chosen is None else self.chosen[rows]
+        starts = np.cumsum([0, *(count for *_, count in self.runs)])
+        run = np.searchsorted(starts, at, "right") - 1
+        return run, at - starts[run]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How many of the rows, or of the examples made of them, are from one source, and its weight:
+    how often an epoch goes through them.
+    """
+
+    size: int
+    weight: float = 1.0
+
+
+class ArrowRows(Sequence[Row]):
+    """The rows of a file that `write_rows` wrote: all, or those with the indices `chosen` (n,)."""
+
+    def __init__(self, path: Path, chosen: Array | None = None) -> None:
+        self._path, self._chosen, self._text = path, chosen, open_table(path).column("row")
+
+    def __reduce__(self) -> tuple[type[ArrowRows], tuple[Any, ...]]:
+        # another process opens the file itself
+        return ArrowRows, (self._path, self._chosen)
+
+    def __len__(self) -> int:
+        return len(self._text) if self._chosen is None else len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = index if self._chosen is None else int(self._chosen[index])
+        row: Row = json.loads(self._text[at].as_py())
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(json.loads, self.texts())
+
+    def texts(self) -> Iterator[str]:
+        """The rows as JSON text."""
+        if self._chosen is not None:
+            yield from (self._text[int(i)].as_py() for i in self._chosen)
+            return
+        for chunk in self._text.chunks:
+            yield from chunk.to_pylist()
+
+    def select(self, indices: Array) -> ArrowRows:
+        """The rows with these indices."""
+        return ArrowRows(self._path, indices if self._chosen is None else self._chosen[indices])
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
+    `known` is the digest and the bytes of large rows. `wanted` of what shapes give chose theirs,
+    `told` is what else there is to say of them, `files` has the rows of each file of a source that
+    is made of several, and `origins` says where each is from.
+    """
+
+    rows: Sequence[Row]
+    parts: tuple[Part, ...]
+    ignored: tuple[str, ...] = ()
+    known: tuple[str, int] | None = field(default=None, repr=False)
+    wanted: str = ""
+    told: tuple[str, ...] = ()
+    files: Mapping[str, int] = field(default_factory=dict)
+    origins: Origins = field(default_factory=Origins, repr=False)
+
+    @staticmethod
+    def of(rows: Sequence[Row], wanted: str = "") -> Rows:
+        """Rows of one source; those that are `Rows` already stay as they are."""
+        return rows if isinstance(rows, Rows) else Rows(rows, (Part(len(rows)),), wanted=wanted)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # another process finds their shapes again, which have functions that can't be sent
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        return list(self.rows[index]) if isinstance(index, slice) else self.rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the rows as JSON, so the same rows have one digest in every format."""
+        return self.measured[0]
+
+    @property
+    def identity(self) -> str:
+        """The digest, with the weights of the sources where an epoch does not take all rows once.
+        """
+        if all(part.weight == 1 for part in self.parts):
+            return self.measured[0]
+        return f"{self.measured[0]} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What an adapter's record says of them."""
+        found = {"rows": len(self.rows), "sha256": self.measured[0]}
+        return found | ({"files": dict(self.files)} if self.files else {})
+
+    @cached_property
+    def measured(self) -> tuple[str, int]:
+        """The digest of the rows, and their size as JSON in bytes."""
+        if self.known:
+            return self.known
+        digest, size = sha256(), 0
+        for row in self.rows:
+            text = SORTED.encode(row).encode()
+            digest.update(text)
+            size += len(text)
+        return digest.hexdigest(), size
+
+    @cached_property
+    def shapes(self) -> tuple[Shape | None, ...]:
+        """The shape of the rows of each source that has any; None for rows that are not checked and
+        have none.
+        """
+        starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
+        firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
+        return tuple(shape_of(row, shapes_for(self.wanted)) for row in firsts)
+
+    def give(self, what: str) -> bool:
+        """Whether the rows of the first source give this, a key of `Shape.gives`."""
+        return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
+
+    def given(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
+        """What the shapes of the rows give, a key of `Shape.gives` that all have.
+
+        Args:
+            some: Some of the rows, as they follow each other; None takes all.
+            first: The index of the first of them.
+        """
+        rows = self.rows if some is None else some
+        ends = np.cumsum([part.size for part in self.parts if part.size])
+        source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
+        shapes = [shape for shape in self.shapes if shape is not None]
+        return [shapes[n].given(what, row) for n, row in zip(source, rows, strict=True)]
+
+    def texts(self) -> Iterator[str]:
+        """The rows as JSON text."""
+        return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_IT_IS.encode, self)
+
+    def select(self, indices: Array) -> Rows:
+        """The rows with these indices, which ascend."""
+        parts, origins = parts_of(indices, self.parts), self.origins.select(indices)
+        of = replace(self, parts=parts, origins=origins)
+        if not isinstance(self.rows, ArrowRows):
+            return replace(of, rows=[self.rows[i] for i in indices])
+        # the rows themselves are not read again for the digest of some of them
+        digest = sha256(self.sha256.encode() + indices.astype(np.int64).tobytes()).hexdigest()
+        size = self.measured[1] * len(indices) // len(self.rows)
+        return replace(of, rows=self.rows.select(indices), known=(digest, size))
+
+
+def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """How many of some rows, or of examples made of them, are from each source.
+
+    Args:
+        rows: The indices of the rows, (n,), ascending.
+        parts: How many of all rows are from each source.
+    """
+    borders = np.cumsum([0, *(part.size for part in parts)])
+    sizes = np.diff(np.searchsorted(rows, borders))
+    return tuple(Part(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
+    """Write rows to an Arrow file as JSON text, whose keys keep their order; return what they are
+    `measured`.
+    """
+    import pyarrow as pa
+
+    schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0
+    remaining = iter(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while chunk := list(islice(remaining, CHUNK)):
+            text = "".join(map(SORTED.encode, chunk)).encode()
+            digest.update(text)
+            size += len(text)
+            texts = pa.array(map(AS_IT_IS.encode, chunk), pa.large_string())
+            writer.write_batch(pa.record_batch([texts], schema))
+    return digest.hexdigest(), size

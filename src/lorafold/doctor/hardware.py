@@ -1,0 +1,334 @@
+"""The processor, GPUs and memory, measured for about a second, and what lorafold uses of them.
+
+What would be slow on this machine, and why, in plain sentences with what to do about it.
+
+How many processes a launcher started of this command, or would start here.
+
+What completions, and the steps of training, are computed with on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from lorafold.doctor.finding import Finding, gigabytes
+from lorafold.errors import LorafoldError
+from lorafold.kernels.table import DECODING, TRAINING, use
+from lorafold.models.quantizations import MADE
+from lorafold.ops.arithmetic import CPU, widens
+from lorafold.ops.kernel_requirements import FLASH, Place, as_on, groups_at_once, takes
+from lorafold.runtime.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
+from lorafold.runtime.memory import free_bytes
+from lorafold.runtime.processes import launched
+from lorafold.runtime.processor import (
+    busy_elsewhere,
+    instruction_sets,
+    processor_name,
+    usable_cores,
+)
+
+SHAPE = (1024, 576, 1536)  # rows, in, out: an MLP's product of the embedded model
+GPU_SHAPE = (4096, 4096, 4096)
+
+
+def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+    """The rate of a product x W^T, in GFLOP/s.
+
+    It is that of the fastest product, since other processes can only slow one down.
+
+    Args:
+        dtype: The dtype of x (rows, in) and W (out, in).
+        device: Where it is computed; a GPU gets larger matrices (`GPU_SHAPE`).
+        seconds: How long products are timed, after one to warm up.
+    """
+    rows, width, out = SHAPE if device.type == "cpu" else GPU_SHAPE
+    x = torch.ones(rows, width, dtype=dtype, device=device)
+    w = torch.ones(out, width, dtype=dtype, device=device)
+    fastest, end = float("inf"), 0.0
+    with torch.inference_mode():
+        torch.nn.functional.linear(x, w)[0, 0].item()
+        begin = time.perf_counter()
+        while end < begin + seconds:
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)[0, 0].item()  # a GPU has finished once it answers
+            end = time.perf_counter()
+            fastest = min(fastest, end - start)
+    return 2 * rows * width * out / fastest / 1e9
+
+
+def paths(capability: tuple[int, int]) -> str:
+    """What such a card computes with, as a line.
+
+    Args:
+        capability: Its compute capability, major and minor.
+    """
+    native = capability >= AMPERE
+    x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
+    with as_on(Place("cuda", capability)):
+        flash, at_once = takes(FLASH, x, x), groups_at_once(x)
+    missing = use(TRAINING, "cuda")
+    parts = (
+        f"weights and products in {'bf16' if native else 'fp32'}",
+        f"attention of packed rows {'by flash attention' if flash else 'in tiles of plain torch'}",
+        f"experts {'in one product' if at_once else 'one after the other'}",
+        f"dropout and gains in {f'plain torch ({missing})' if missing else 'Triton'}",
+    )
+    return f"compute capability {'.'.join(map(str, capability))}: {'; '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What was found. Memory is in bytes, rates in GFLOP/s on `device`, the one that lorafold
+    chooses where none is named.
+    """
+
+    processor: str
+    cores: int  # that this process may use
+    threads: int  # that torch uses
+    instructions: tuple[str, ...]
+    busy: float  # cores that other processes keep busy
+    free: int
+    total: int
+    gpus: tuple[Gpu, ...]
+    unused_driver: str  # why torch uses no GPU although there is a driver for one; else empty
+    device: str
+    fp32: float
+    bf16: float
+    native_bf16: bool
+    native_why: str
+    widened: bool  # are 16-bit matrices multiplied in fp32?
+    kernels: bool | None  # has bitsandbytes a library for this machine? None: it is not there
+
+    @property
+    def rate(self) -> float:
+        """GFLOP/s in the numbers that lorafold computes in with `--storage auto`."""
+        return self.fp32 if self.widened or not self.native_bf16 else self.bf16
+
+
+def examine() -> Hardware:
+    """Look at this machine, and measure for about a second."""
+    device = choose_device()
+    busy = busy_elsewhere(0.3)  # before anything is measured, which would count
+    native, why = native_bf16(device)
+    return Hardware(
+        processor=processor_name(),
+        cores=usable_cores(),
+        threads=torch.get_num_threads(),
+        instructions=instruction_sets(),
+        busy=busy,
+        free=free_bytes(CPU),
+        total=psutil.virtual_memory().total,
+        gpus=tuple(gpus()),
+        unused_driver=_unused_driver(),
+        device=str(device),
+        fp32=gflops(torch.float32, device),
+        bf16=gflops(torch.bfloat16, device),
+        native_bf16=native,
+        native_why=why,
+        widened=widens(torch.bfloat16, device),
+        kernels=_has_kernels(),
+    )
+
+
+def findings(h: Hardware) -> Iterator[Finding]:
+    """The machine as findings, one a line of the report."""
+    sets = ", ".join(h.instructions) or "none of AVX2, AVX512, AMX"
+    cores = "core" if h.cores == 1 else "cores"
+    yield Finding("processor", f"{h.processor}, {h.cores} usable {cores}", h.processor)
+    yield Finding("instructions", sets, list(h.instructions))
+    memory = f"{gigabytes(h.free)} free of {gigabytes(h.total)}"
+    yield Finding("memory", memory, {"free": h.free, "total": h.total})
+    shown = "; ".join(
+        f"{gpu.device} {gpu.name}"
+        + (f", {gigabytes(gpu.free)} free of {gigabytes(gpu.total or 0)}" if gpu.free else "")
+        for gpu in h.gpus
+    )
+    yield Finding("GPUs", shown or "none that torch can use", [gpu._asdict() for gpu in h.gpus])
+    for gpu in h.gpus:
+        if gpu.capability:
+            yield Finding(f"path of {gpu.device}", paths(gpu.capability))
+    rates = f"fp32 {h.fp32:.0f} GFLOP/s, bf16 {h.bf16:.0f} GFLOP/s on {h.device}"
+    yield Finding("products", rates, {"device": h.device, "fp32": h.fp32, "bf16": h.bf16})
+    storage = "bf16" if h.native_bf16 else "fp32"
+    how = "in fp32" if h.widened else "as they are"
+    yield Finding(
+        "lorafold uses",
+        f"{h.device}; --storage auto holds weights in {storage}, as {h.native_why}; 16-bit matrices"
+        f" are multiplied {how}",
+        {"device": h.device, "storage": storage, "widened": h.widened, "cores": h.cores},
+    )
+
+
+def _unused_driver() -> str:
+    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
+    if not driver or torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the driver"
+
+
+def _has_kernels() -> bool | None:
+    from lorafold.layers.bitsandbytes import bitsandbytes
+
+    try:
+        library = bitsandbytes().cextension.lib
+    except Exception:  # the list of packages says what is wrong with it
+        return None
+    return "_lib" in vars(library)  # what stands in for a missing library has none
+
+
+FEW_CORES = 4
+BUSY = 0.5  # cores
+LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
+PARAMETERS, TOKENS = 1e9, 1024  # of the example
+FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
+
+
+def slow(
+    h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
+) -> Iterator[str]:
+    """The sentences that hold here, the weightiest first.
+
+    Args:
+        pages: To whom the kernel gives huge pages: always, madvise or never, or None.
+        threads: The environment variables that limit threads.
+        untuned: Is the tuning of training processes switched off?
+    """
+    on_processor = h.device == "cpu"
+    if h.unused_driver:
+        yield (
+            f"There is a driver for NVIDIA GPUs, but {h.unused_driver}, so models run on the"
+            " processor: install the build of torch that https://pytorch.org/get-started names for"
+            " this driver."
+        )
+    if on_processor:
+        seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)
+        yield (
+            f"Models run on the processor. At {h.rate:.0f} GFLOP/s a training step of a model of 1B"
+            f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model,"
+            " or a machine with a GPU."
+        )
+        if h.busy > BUSY:
+            yield (
+                f"Other processes keep {h.busy:.1f} of the processor's cores busy. lorafold shares"
+                " the cores with them, as did the products that were measured: end them, or wait."
+            )
+        if h.threads < h.cores:
+            limits = " and ".join(f"{name}={value}" for name, value in threads.items())
+            yield (
+                f"torch uses {h.threads} of {h.cores} usable cores"
+                + (f", as {limits} says: unset that." if limits else ".")
+            )
+        elif h.cores < FEW_CORES:
+            cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
+            yield f"Only {cores} usable: with twice as many a step takes about half the time."
+        if h.widened:
+            relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
+            yield (
+                f"bf16 products are {relation} fp32 ones here ({h.bf16:.0f} and {h.fp32:.0f}"
+                " GFLOP/s), so 16-bit weights are multiplied in fp32, widened at each use."
+            )
+        if untuned:
+            yield "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it."
+        if pages == "never":
+            yield (
+                "The kernel gives no huge pages, with which a step takes 0.88 of the time: let an"
+                " administrator write madvise to /sys/kernel/mm/transparent_hugepage/enabled."
+            )
+    if not h.native_bf16:
+        yield (
+            f"The storage bf16 saves memory here and no time, as {h.native_why}; --storage auto"
+            " takes fp32."
+        )
+    if h.kernels is False:
+        yield (
+            "bitsandbytes has no native library for this machine, so the storages"
+            f" {' and '.join(MADE)} are"
+            " unpacked by slower code: reinstall it (pip install --force-reinstall --no-deps"
+            " bitsandbytes), or take --storage bf16 or fp32."
+        )
+    if on_processor and h.free < LITTLE_MEMORY:
+        yield (
+            f"Only {gigabytes(h.free)} of memory are free: end other programs, and see with"
+            " lorafold estimate what fits."
+        )
+
+
+
+
+HF_HOME = "~/.cache/huggingface"
+CONFIG = "accelerate/default_config.yaml"
+
+
+def launchers() -> Iterator[Finding]:
+    """What started this process, and what torchrun, accelerate and srun would start."""
+    yield _this()
+    cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]
+    where = f"each a GPU, of which there are {len(cuda)}" if cuda else "all on the processor"
+    auto = len(cuda) or usable_cores()
+    yield Finding("torchrun", f"--nproc_per_node N starts N, {where}; auto starts {auto}", auto)
+    yield _accelerate(len(cuda))
+    tasks = os.environ.get("SLURM_NTASKS")
+    text = "no job of SLURM here" if tasks is None else f"{tasks} in this job, or -n of them"
+    yield Finding("srun", text, tasks and int(tasks))
+
+
+def _this() -> Finding:
+    try:
+        here = launched()
+    except LorafoldError as error:
+        return Finding("this process", "half started by a launcher", problem=str(error))
+    if here.world == 1:
+        return Finding("this process", "alone, no launcher started it", 1)
+    at = f"process 0 is at {here.address}:{here.port}"
+    return Finding("this process", f"{here.rank} of {here.world} of {here.by}; {at}", here.world)
+
+
+def _accelerate(cuda: int) -> Finding:
+    """One on processors, whatever it is asked for, but where mpirun starts them."""
+    if not cuda:
+        return Finding("accelerate launch", "1 on processors, whatever --num_processes says", 1)
+    file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
+    try:
+        asked = yaml.safe_load(file.read_text())["num_processes"]
+        told = f"{asked}, as {file} has it"
+    except (OSError, TypeError, KeyError, yaml.YAMLError):
+        asked, told = cuda, f"{cuda}, without a configuration"
+    return Finding("accelerate launch", f"{told}; --num_processes N starts N", asked)
+
+
+def engine() -> Iterator[Finding]:
+    """Whether the operations of the engine and of training can be compiled."""
+    for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
+        why = use(operations)
+        text = f"in torch, since they can't be compiled: {why}" if why else "compiled"
+        yield Finding(f"operations of {what}", text, {"compiled": not why, "why": why})
+
+
+def template(model: str, **how: Any) -> Iterator[Finding]:
+    """What a model's chat template does with a conversation.
+
+    Args:
+        model: Its tokenizer is read.
+        how: How it is opened, as fields of `resolve.base.Base`.
+    """
+    from lorafold.data.checks import account_of
+    from lorafold.resolve.base import Base
+
+    tokenizer = Base(model, **how).tokenizer()
+    if tokenizer.chat_template is None:
+        yield Finding("template", "none; a plain one is used (### User: / ### Assistant:)", "")
+        return
+    account = account_of(tokenizer)
+    yield Finding("template", "; ".join(account.lines), account.as_json())

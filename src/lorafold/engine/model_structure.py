@@ -1,0 +1,251 @@
+"""What the engine finds out about a model, by running it once: nothing depends on its name.
+
+    structure = structure_of(model)
+    structure.why           "" if rows at different positions can share a pass, else why not
+    structure.rowwise       the modules whose input and output have one row for each of the batch
+    structure.shapes        the matrices among them, by shape
+    structure.groups        the matrices that read the same tensor, such as those of q, k and v
+
+Three prompts of different lengths run in slots, in chunks and token by token; the logits must be
+those of each prompt alone. A model for which this fails (a recurrent state, positions that it
+counts itself, an attention of its own) computes one request at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.attach import Adapted, deltas_on, selection_of
+from lorafold.core.contexts import evaluating
+from lorafold.core.matrices import Matrices
+from lorafold.engine.kv_cache import SlotCache, SlotView
+from lorafold.engine.operations import Operations, slot_attention, slot_mask
+from lorafold.errors import LorafoldError
+from lorafold.layers import is_linear, layer_of
+from lorafold.training_step.packed_attention import attending
+
+NAME = "lorafold_slots"
+KEPT = "lorafold_structure"  # the attribute of a model
+LENGTHS, CHUNK = (11, 5, 8), 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Matrices (out, in) of one size, by module path in the order of the model."""
+
+    out: int
+    inn: int
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found: why the model has no slots, if so, its modules that take rows, and groups of
+    matrices that read the same tensor one after the other; every matrix is in one. `routed` says
+    whether it has experts, each of which multiplies its tokens of all rows at once.
+    """
+
+    why: str
+    rowwise: frozenset[str] = frozenset()
+    shapes: tuple[Shape, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    routed: bool = False
+
+    @cached_property
+    def where(self) -> dict[str, tuple[int, int]]:
+        """For each matrix, the index of its shape and its own among the shape's paths."""
+        return {
+            path: (i, at)
+            for i, shape in enumerate(self.shapes)
+            for at, path in enumerate(shape.paths)
+        }
+
+
+def structure_of(model: Any) -> Structure:
+    """What `probe` finds. It is kept with the model, for as long as that has the same modules and
+    the same kinds of deltas are active on them.
+    """
+    names = selection_of(model).names
+    modules = [
+        (
+            path,
+            getattr(type(module), "base_class", type(module)),
+            [p.shape for p in module._parameters.values() if p is not None],
+            [type(delta) for delta in deltas_on(module, names)],
+        )
+        for path, module in Anatomy.of(model).modules
+    ]
+    state = (model.dtype, model.device, modules)
+    kept: tuple[Any, Structure] | None = vars(model).get(KEPT)
+    if kept is None or kept[0] != state:
+        kept = vars(model)[KEPT] = (state, probe(model))
+    return kept[1]
+
+
+def slotted(model: Any, operations: Operations) -> Any:
+    """A context in which the model's attention takes rows at different positions."""
+    name = f"{NAME}_{operations.name}"
+    return attending(model, slot_mask, slot_attention(operations), name)
+
+
+def run(
+    model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
+) -> Tensor:  # (B, len(keep), V)
+    """The logits of a pass, (B, n, V), at the n indices that are kept.
+
+    Args:
+        model: a causal language model inside `slotted`.
+        view: the cache, aimed at the rows.
+        ids_BT: the tokens, padded on the right.
+        counts_B: how many of the T tokens of each row are no padding.
+        keep: the indices (n,) among the T tokens whose logits are wanted.
+    """
+    last_B1 = (view.start_B + counts_B - 1)[:, None]
+    positions_BT = torch.minimum(view.position_BT, last_B1)
+    out = model(
+        input_ids=ids_BT, position_ids=positions_BT, cache=view, use_cache=True, logits_to_keep=keep
+    )
+    return out.logits if out.logits.shape[1] == len(keep) else out.logits[:, keep]
+
+
+def probe(model: Any) -> Structure:
+    """Run a causal language model on short prompts and find out how it can be batched. The model
+    and the random state stay unchanged.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in LENGTHS]
+    with evaluating(model):
+        alone = torch.stack(
+            [
+                model(input_ids=p[None].to(model.device), use_cache=False).logits[0, -1]
+                for p in prompts
+            ]
+        ).float()
+        try:
+            with ExitStack() as stack, slotted(model, Operations()):
+                seen = _inputs_seen(model, stack)
+                together = _in_slots(model, prompts).float()
+        except Exception as error:
+            return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
+    eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
+    if not (together - alone).norm() <= eps * alone.norm():
+        return Structure("in slots it computes other logits than alone")
+    rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
+    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)  # of matrices at these paths
+    for path, module in Anatomy.of(model).modules:
+        if path in rowwise and is_linear(module):
+            sizes[layer_of(module).shape].append(path)
+    found = tuple(Shape(*size, tuple(paths)) for size, paths in sizes.items())
+    matrices = {path for shape in found for path in shape.paths}
+    routed = any(isinstance(module, Matrices) for _, module in Anatomy.of(model).modules)
+    return Structure("", rowwise, found, seen.groups(matrices), routed)
+
+
+def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
+    """The logits (B, V) after the last token of each prompt, which are fed in chunks and then one
+    at a time; short prompts repeat their last token, as rows do that have nothing to compute.
+    """
+    rows, device = len(prompts), model.device
+    view = SlotView(SlotCache(rows, max(LENGTHS), CHUNK, Operations()))
+    done, out = [0] * rows, {}
+    while any(done[b] < len(p) for b, p in enumerate(prompts)):
+        left = [len(p) - n for p, n in zip(prompts, done, strict=True)]
+        width = CHUNK if max(left) >= CHUNK else 1
+        counts = [max(0, min(width, n)) for n in left]
+        ids = torch.zeros(rows, width, dtype=torch.long)
+        for b, p in enumerate(prompts):
+            ids[b, : counts[b]] = p[done[b] : done[b] + counts[b]]
+        view.aim(slice(0, rows), torch.tensor(done, device=device), width)
+        counts_B = torch.tensor([max(1, n) for n in counts], device=device)
+        keep = torch.arange(width, device=device)
+        logits = run(model, view, ids.to(device), counts_B, keep)
+        for b, n in enumerate(counts):
+            done[b] += n
+            if n and done[b] == len(prompts[b]):
+                out[b] = logits[b, n - 1]
+    return torch.stack([out[b] for b in range(rows)])
+
+
+class _Seen:
+    """The inputs of the modules with a matrix in one or several passes: `rows` says of each whether
+    all its inputs have one row for each of the batch.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, bool] = {}
+        self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
+
+    def look(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """See what the module at a path reads, which has so many dimensions if it has rows."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
+        self.rows[path] = self.rows.get(path, True) and fits
+        self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
+
+    def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
+        """Those of the paths that read the same tensor, in the order of the first pass."""
+        found: list[tuple[str, ...]] = []
+        before: Any = None
+        known: set[str] = set()
+        for path, *read in self.calls:
+            if path in paths - known:
+                same = before is not None and read[0] is before[0] and read[1] == before[1]
+                found[-1:] = [(*found[-1], path)] if same else [*found[-1:], (path,)]
+                known.add(path)
+            before = read
+        return tuple(found)
+
+
+def _inputs_seen(model: nn.Module, stack: ExitStack) -> _Seen:
+    """What the modules with a matrix read, until the stack is closed."""
+    seen = _Seen()
+    for path, module in Anatomy.of(model).modules:
+        layer = layer_of(module)
+        if layer.linear or layer.takes_ids:
+            look = partial(seen.look, path, 2 if layer.takes_ids else 3)
+            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+    return seen
+
+
+# the attribute of a model that an engine has
+TAKEN = "lorafold_engine"
+
+
+def taken(model: Any, stack: ExitStack) -> None:
+    """Take a model for one engine, none of whose parameters asks for gradients then, until the
+    stack is closed. Raises LorafoldError if another one has it.
+    """
+    if TAKEN in vars(model):
+        raise LorafoldError(
+            "engine: found another one that has this model, expected that to be closed, or its"
+            " completion to be read to the end"
+        )
+    vars(model)[TAKEN] = True
+    stack.callback(vars(model).pop, TAKEN)
+    for p in model.parameters():
+        if p.requires_grad:
+            stack.callback(p.requires_grad_, True)
+            p.requires_grad_(False)
+
+
+def rows_apart(model: nn.Module, stack: ExitStack) -> None:
+    """Have every module of the model compute each row of its input apart, until the stack is
+    closed. bitsandbytes' int8 matmul chooses which inputs stay in 16 bits from all rows of a batch
+    (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339, section 3.2); the engine multiplies by the
+    dequantized matrix instead, as training does under adapters.
+    """
+    for _, module in Anatomy.of(model).modules:
+        layer: Any = layer_of(module)
+        apart = isinstance(module, Adapted)  # its own forward is that of the layer
+        if layer.mixes_rows and not apart and "forward" not in vars(module):
+            module.forward = layer
+            stack.callback(vars(module).pop, "forward", None)

@@ -1,0 +1,226 @@
+"""A request while it runs.
+
+Log-probabilities of prompt tokens come from the logits of the passes that read them, a few at a
+time. `Text` is the text of a completion while its tokens arrive, in pieces that are never taken
+back: a piece is held back while a character is incomplete, and while what stands at the end may be
+the beginning of a stop text. Only the tokens since the last complete character are decoded again,
+with as many before them as the decoder needs to know that they do not begin a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
+from lorafold.engine.kv_cache import Prefix
+from lorafold.engine.request import Ended, Reason, Request, Stream, Token
+from lorafold.engine.sampler import NOT_FINITE, Allowed, Choice, NotFinite, Sampler
+from lorafold.errors import STOPS, place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are in memory together
+# the log probability of a token, and those of the most likely ones in its place
+Score = tuple[float, tuple[tuple[int, float], ...]]
+
+
+class Row:
+    """One request: its tokens, how many of them the cache holds, its adapter and its slot.
+
+    Args:
+        entry: its adapter, or None for the base.
+        tokenizer: the engine's, for texts; None: events have no text, unless the request has one.
+        allowed: which tokens may follow; None: any.
+        ends: tokens that end the completion besides the request's.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        entry: KnownAdapter | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        allowed: Allowed | None,
+        ends: frozenset[int],
+    ) -> None:
+        self.request, self.entry, self.stream = request, entry, Stream(request)
+        self.sampler = Sampler(request.sampling, request.prompt, allowed)
+        self.ends = request.ends | ends
+        known = tokenizer if request.tokenizer is None else request.tokenizer
+        self.text = None if known is None else Text(known, request.sampling.stop)
+        self.tokens = list(request.prompt)
+        self.filled = 0  # of these tokens the cache has this many
+        self.scores: list[Score] = []  # of the prompt's tokens from the second one on
+        self.reader: Row | None = None  # who reads this prompt for it
+        self.cached = 0  # tokens of the prompt that a slot held already
+        self.held: LoadedAdapter | None = None
+        self.slot = -1
+        self.state: Any = None  # a cache of its own, where the model has no slots
+        self.cancelled = False
+
+    @property
+    def pending(self) -> int:
+        """How many tokens the model has not seen yet."""
+        return len(self.tokens) - self.filled
+
+    @property
+    def prefix(self) -> Prefix:
+        """What its keys and values follow from, beside its tokens."""
+        entry, tenant = self.entry, self.request.tenant
+        return Prefix(entry.digest, entry.generation, tenant) if entry else Prefix("", 0, tenant)
+
+    def reads_for(self, other: Row) -> bool:
+        """Whether it reads a prompt of which the other needs the same keys, values and logits."""
+        return (
+            self.reader is None
+            and len(self.tokens) == len(self.request.prompt)
+            and self.request.prompt == other.request.prompt
+            and (self.entry, self.prefix) == (other.entry, other.prefix)
+            and other.request.prompt_logprobs in (None, self.request.prompt_logprobs)
+        )
+
+    def to_score(self, n: int) -> int:
+        """After how many of the next n tokens one of the prompt stands whose score is wanted."""
+        wanted = self.request.prompt_logprobs is not None
+        return max(0, min(n, len(self.request.prompt) - 1 - self.filled)) if wanted else 0
+
+    def score(self, logits_TV: Tensor) -> None:
+        """Note the scores of as many tokens of the prompt, after those that the cache has.
+
+        Args:
+            logits_TV: the logits in whose place they stand.
+        """
+        del self.scores[self.filled :]
+        for logits_nV in logits_TV.split(AT_ONCE):
+            first = len(self.scores) + 1
+            own = self.tokens[first : first + len(logits_nV)]
+            logp_nV = torch.log_softmax(logits_nV.float(), -1)
+            ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
+            best = logp_nV.topk(self.request.prompt_logprobs or 0)
+            tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            pairs = [tuple(zip(*top, strict=True)) for top in tops]
+            self.scores += zip(logp_nV.gather(1, ids_n1)[:, 0].tolist(), pairs, strict=True)
+
+    def show_prompt(self) -> None:
+        """Put the scores of the prompt, if they are wanted. Raises NotFinite."""
+        request = self.request
+        if request.prompt_logprobs is None or self.stream.prompt:
+            return
+        if not all(isfinite(logprob) for logprob, _ in self.scores):
+            raise NotFinite(NOT_FINITE)
+        first, *others = request.prompt
+        shown = [Token(request.id, first)]
+        for token, (logprob, top) in zip(others, self.scores, strict=True):
+            shown.append(Token(request.id, token, "", logprob, top))
+        self.stream.prompt = tuple(shown)
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        """The tokens of the completion so far."""
+        return tuple(self.tokens[len(self.request.prompt) :])
+
+    def take(self, choice: Choice) -> Reason | None:
+        """Take the next token; the reason why the request ends with it, if it does."""
+        request = self.request
+        ends = choice.token in self.ends
+        if ends and not request.keep_end:
+            return "end"
+        self.tokens.append(choice.token)
+        piece = self.text.add(choice.token) if self.text and not ends else ""
+        found = (choice.logprob, choice.top, choice.drawn_logprob)
+        self.stream.put(Token(request.id, choice.token, piece, *found))
+        if ends:
+            return "end"
+        if self.text and self.text.stopped:
+            return "stop"
+        full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
+        return "length" if full else None
+
+    def end(self, reason: Reason, message: str = "", fault: str = "", setting: str = "") -> None:
+        """Put the last event.
+
+        Args:
+            fault: the same in words that have nothing of the request's texts.
+            setting: the setting that it follows from.
+        """
+        if self.text and reason != "failed":
+            try:
+                self.text.finish()
+            except STOPS:
+                raise
+            except BaseException as error:  # a panic in a tokenizer is no Exception
+                reason, message, fault = "failed", f"{type(error).__name__}: {error}", place(error)
+        text = self.text.text if self.text else ""
+        self.stream.put(
+            Ended(
+                self.request.id, reason, self.completion, text, message, self.cached, fault, setting
+            )
+        )
+
+
+class Text:
+    """The text of one completion.
+
+    Args:
+        stop: texts before which the completion ends.
+        special: show special tokens too, as of a prompt.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special: bool = False
+    ) -> None:
+        self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
+        self._ids: list[int] = []
+        self._from, self._read = 0, 0  # decoded from here; what lies before this has been read
+        self._held = ""
+        self.text, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """The piece of text that the token adds; sets `stopped` where a stop text is complete."""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._from : self._read])
+        after = self._decode(self._ids[self._from :])
+        if after.endswith(INCOMPLETE) or len(after) <= len(before):
+            return ""
+        self._from, self._read = self._read, len(self._ids)
+        return self._release(after[len(before) :], last=False)
+
+    def finish(self) -> str:
+        """The rest of the text, once no token follows."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._from : self._read])
+        rest = self._decode(self._ids[self._from :])[len(before) :]
+        self._read = len(self._ids)
+        return self._release(rest, last=True)
+
+    def _release(self, new: str, last: bool) -> str:
+        text = self._held + new
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, text, self._held = True, text[: min(found)], ""
+        else:
+            n = 0 if last else may_begin(text, self._stop)
+            text, self._held = text[: len(text) - n], text[len(text) - n :]
+        self.text += text
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def may_begin(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one of some marks."""
+    longest = min(max(map(len, marks), default=1) - 1, len(text))
+    ends = range(longest, 0, -1)
+    return next((n for n in ends if any(mark.startswith(text[-n:]) for mark in marks)), 0)

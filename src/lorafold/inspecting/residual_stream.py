@@ -1,0 +1,203 @@
+"""The modules that read the residual stream h, with the norm before each, and those that write to
+it. They are found by running a fake model, whatever the modules are called.
+
+    x = g * h / |h|_rms (+ b)       a module whose input is the output of a norm reads h; its input
+                                    direction v is the direction g * v of h
+    x = h                           a module whose input is a block's own input reads h too (in
+                                    models such as OLMo 2, whose norms come after)
+    h + W x                         a module that reads h in neither way, with outputs of h's size,
+                                    writes to h
+
+Of a module of experts, the first matrices read what the module reads, and the last ones write.
+
+Fake tensors have no values (`lorafold.models.fake`), so the run takes no memory and reads no
+weights. On the residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer
+Circuits".
+
+The attention heads that an update writes to and reads from.
+
+    share of head h = |dW_h|^2 / |dW|^2        dW_h the rows of q, k and v that make head h, or the
+                                               columns of the output projection that read it
+
+An even update has 1 / n at each of n heads. A projection is one of heads where it is part of an
+attention that says how large a head is, and its side away from the residual stream has as many as
+the configuration has of queries, or of keys and values. Fused projections are none of these: which
+of their rows belong to a head is not said anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.matrices import expert_parameters, module_at
+from lorafold.errors import NotMergeable
+from lorafold.inspecting.updates import Svd
+from lorafold.layers import layer_of
+from lorafold.models.fake import fake_model, without_values
+from lorafold.models.quantizations import Storage
+
+OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
+
+@dataclass(frozen=True)
+class Stream:
+    """The modules of the residual stream, by path. `readers` maps each module that reads it to the
+    norm before it, or to "" without one; `writers` write to it; `embedding` and `head` connect it
+    with the vocabulary; `size` is its dimension.
+    """
+
+    readers: dict[str, str]
+    writers: frozenset[str]
+    embedding: str
+    head: str
+    size: int
+
+    @property
+    def final_norm(self) -> str | None:
+        """The path of the norm before the head, or None."""
+        return self.readers.get(self.head) or None
+
+
+def stream_of(model: PreTrainedModel) -> Stream:
+    """The modules of the model's residual stream, from a run of a fake model on four tokens."""
+    config = model.config
+    # from a tensor's memory to the norm that computed it, or "" for a block's input
+    outputs: dict[int, str] = {}
+    readers: dict[str, str] = {}
+    seen: set[str] = set()
+    kept: list[Tensor] = []  # keeps memory from being reused, which would mix up `outputs`
+    with without_values(), torch.no_grad():
+        # in bf16, which mixtures of experts require
+        twin = fake_model(
+            config,
+            Storage(torch.bfloat16),
+            config.get_text_config().num_hidden_layers,
+            trust_remote_code=OWN_CODE in type(model).__module__,
+        ).eval()
+        names = {id(module): path for path, module in twin.named_modules()}
+        ends = twin.get_input_embeddings(), twin.get_output_embeddings()
+        embedding, head = (names[id(end)] for end in ends)
+        size = ends[0].weight.shape[1]
+
+        def came(path: str, x: Tensor) -> None:
+            kept.append(x)
+            outputs[x.untyped_storage()._cdata] = path
+
+        def normed(path: str, module: nn.Module, args: Any, output: Any) -> None:
+            came(path, output)
+
+        def entered(module: nn.Module, args: Any) -> None:
+            came("", args[0])
+
+        def read(
+            reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any
+        ) -> None:
+            seen.update(writes)
+            if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
+                readers.update(dict.fromkeys(reads, norm))
+
+        for path, module in twin.named_modules():
+            if is_norm(module, size):
+                module.register_forward_hook(partial(normed, path))
+            elif _shape(module):
+                module.register_forward_pre_hook(partial(read, [path], [path]))
+            elif parameters := expert_parameters(module):
+                *firsts, last = (f"{path}.{name}" for name in parameters)
+                writes = [last] * (not getattr(module, "has_post_expert_norm", False))
+                module.register_forward_pre_hook(partial(read, firsts, writes))
+        for path in Anatomy.of(twin).blocks:
+            twin.get_submodule(path).register_forward_pre_hook(entered)
+        with suppress(RuntimeError):  # fake tensors end the run at code that needs values
+            twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+        writers = {
+            path
+            for path in seen - readers.keys() - {head}
+            if layer_of(module_at(twin, path)).shape[0] == size
+        }
+    return Stream(readers, frozenset(writers), embedding, head, size)
+
+
+def is_norm(module: nn.Module, size: int) -> bool:
+    """Whether the module is a norm of the residual stream: it has only vectors of its size."""
+    shapes = {tuple(p.shape) for p in module.parameters()}
+    return shapes == {(size,)} and not any(True for _ in module.children())
+
+
+@torch.no_grad()
+def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
+    """The gain g of a norm, whatever parameter it is computed from (Gemma's is g - 1): half the
+    difference of the outputs for z and -z, of mean 0 and rms 1, in which a bias cancels.
+    """
+    z = torch.ones(size)
+    z[1::2] = -1
+    return (norm(z).float() - norm(-z).float()) / 2 * z
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A projection's heads: `n` of `size` each, on the side that it writes (`out`), or reads."""
+
+    n: int
+    size: int
+    out: bool
+
+    def shares(self, svd: Svd) -> list[float]:
+        """The share of the update's energy at each head; all are 0 for an update that is 0."""
+        side: Tensor = svd.u if self.out else svd.v  # (n * size, k)
+        energy = ((side * svd.s) ** 2).sum(1).reshape(self.n, self.size).sum(1)
+        whole = float(energy.sum())
+        return [float(e) / whole if whole else 0.0 for e in energy]
+
+
+def heads_of(model: PreTrainedModel, stream: Stream) -> tuple[dict[str, Heads], list[str]]:
+    """The heads of each projection, by module path, and the paths of projections of an attention
+    that has heads which can't be told apart.
+
+    Args:
+        stream: The modules of the model's residual stream.
+    """
+    config = model.config.get_text_config()
+    queries = getattr(config, "num_attention_heads", None)
+    counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
+    found, fused = dict[str, Heads](), list[str]()
+    for path, module in Anatomy.of(model).modules:
+        parent = model.get_submodule(path.rpartition(".")[0])
+        size = getattr(parent, "head_dim", None)
+        if not isinstance(size, int) or len(shape := _shape(module)) != 2:
+            continue
+        if path not in stream.readers and path not in stream.writers:
+            continue
+        out = path in stream.readers
+        n, rest = divmod(shape[0 if out else 1], size)
+        if not rest and n in counts:
+            found[path] = Heads(n, size, out)
+        elif not rest and out and n > max(c for c in counts if c):
+            fused.append(path)
+    return found, fused
+
+
+def evenness(sites: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, float, int] | None:
+    """(module path, head, its share, the number of heads) where the largest share is most times an
+    even one; None without heads.
+    """
+    known = [(path, site["heads"]) for path, site in sites.items() if any(site.get("heads", ()))]
+    if not known:
+        return None
+    path, shares = max(known, key=lambda one: max(one[1]) * len(one[1]))
+    return path, shares.index(max(shares)), max(shares), len(shares)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's matrix, or of experts' matrices; () for a module without one."""
+    try:
+        return tuple(layer_of(module).shape)
+    except NotMergeable:
+        return ()

@@ -1,0 +1,222 @@
+"""The tokens, and the user's own vectors, that a direction of an update reads and writes: those
+with the largest cosine to it. Singular vectors are projected to the vocabulary as in Millidge and
+Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are Highly
+Interpretable".
+
+    W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h
+        so g * v is compared with the vectors of the embedding E
+    W writes u to the residual stream:                          logits E' (g' * u)
+        so g' * u, with the gain g' of the final norm, is compared with the vectors of the
+        unembedding E'
+
+The inputs of the embedding and the outputs of the head are tokens already, so there the entries of
+v and u are shown, which are cosines as v and u have norm 1. A pair u, v is unique only up to a
+common sign, so both ends of a direction are shown: a token on the + side of what is read goes with
+the + side of what is written. The norm's division by |h| and subtraction of the mean are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorafold.errors import LorafoldError
+from lorafold.inspecting.residual_stream import Stream, gain
+from lorafold.inspecting.updates import Svd, site_of
+from lorafold.models.weights import FileWeights
+
+DIRECTIONS = 3  # the strongest directions of a module, which are shown
+DRAWN = 64  # random directions to compare with
+SHOWN = 6  # tokens at each end of a direction
+VECTORS = 10  # the user's vectors with the largest shares of a module's update
+CHUNK = 8192  # vectors of the vocabulary that are converted to fp32 at a time
+
+
+@dataclass(frozen=True)
+class Near:
+    """The largest and the smallest values along each direction: (values, indices) for both ends,
+    each (SHOWN, directions).
+    """
+
+    top: tuple[Tensor, Tensor]
+    bottom: tuple[Tensor, Tensor]
+
+    def named(self, name: Callable[[int], str]) -> list[dict[str, list[dict[str, Any]]]]:
+        """The two ends of each direction, with the name of each index; the values are cosines."""
+
+        def end(values: Tensor, indices: Tensor) -> list[list[dict[str, Any]]]:
+            pairs = zip(indices.t().tolist(), values.t().tolist(), strict=True)
+            return [
+                [{"name": name(i), "cosine": value} for i, value in zip(*pair, strict=True)]
+                for pair in pairs
+            ]
+
+        both = zip(end(*self.top), end(*self.bottom), strict=True)
+        return [{"positive": top, "negative": bottom} for top, bottom in both]
+
+
+def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:
+    """The vectors with the largest and the smallest cosine to each direction.
+
+    Args:
+        vectors: (V, d), of any length and dtype; CHUNK of them at a time are converted to fp32.
+        directions: (d, n), of any length.
+        shown: How many at each end.
+    """
+    unit = F.normalize(directions, dim=0)
+    near = [
+        extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * CHUNK)
+        for i, part in enumerate(vectors.split(CHUNK))
+    ]
+
+    def merged(ends: Sequence[tuple[Tensor, Tensor]], sign: int) -> tuple[Tensor, Tensor]:
+        values, indices = (torch.cat(parts) for parts in zip(*ends, strict=True))
+        best = (sign * values).topk(min(shown, len(values)), 0).indices
+        return values.gather(0, best), indices.gather(0, best)
+
+    return Near(merged([n.top for n in near], 1), merged([n.bottom for n in near], -1))
+
+
+def chance(vectors: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
+    """The mean cosine of a random direction, with the gain `through`, to the nearest of the
+    vectors. A direction means a token only if its cosine is above this.
+    """
+    directions = torch.randn(vectors.shape[1], DRAWN, generator=torch.Generator().manual_seed(0))
+    scaled = directions if through is None else through[:, None] * directions
+    return float(nearest(vectors, scaled, 1).top[0].mean())
+
+
+def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:
+    """The largest and the smallest values of each column.
+
+    Args:
+        values: (V, n).
+        shown: How many at each end.
+        first: The index of the first vector, which is added to all indices.
+    """
+    k = min(shown, len(values))
+    (top, at_top), (bottom, at_bottom) = values.topk(k, 0), values.topk(k, 0, largest=False)
+    return Near((top, at_top + first), (bottom, at_bottom + first))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a module: its singular directions (d, k) in the residual stream, or (V, k) over
+    the vocabulary if `of_tokens`.
+    """
+
+    directions: Tensor
+    of_tokens: bool
+
+
+def sides_of(
+    model: PreTrainedModel, stream: Stream, svds: Mapping[str, Svd]
+) -> dict[str, dict[str, Side]]:
+    """The sides of updates that read tokens or the residual stream, under `reads`, and those that
+    write logits or the residual stream, under `writes`, by module path.
+
+    Args:
+        model: Has the norm before each module.
+        stream: The modules of the residual stream.
+        svds: The SVD of each update, by module path or the name of a matrix of experts.
+    """
+    reads, writes = dict[str, Side](), dict[str, Side]()
+    for path, svd in svds.items():
+        norm = stream.readers.get(site_of(path))
+        if not len(svd.s):
+            continue
+        if path == stream.embedding:
+            reads[path] = Side(svd.v, True)
+        elif norm is not None:
+            g = gain(model.get_submodule(norm), stream.size)[:, None] if norm else 1
+            reads[path] = Side(g * svd.v, False)
+        if path == stream.head or site_of(path) in stream.writers:
+            writes[path] = Side(svd.u, path == stream.head)
+    return {"reads": reads, "writes": writes}
+
+
+def tables(
+    sides: Mapping[str, Side], vectors: Tensor, through: Tensor | None, name: Callable[[int], str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The nearest vectors to the first directions of each side, by module path. All sides share one
+    pass over the vectors.
+
+    Args:
+        sides: By module path.
+        vectors: (n, d): the vocabulary's, or the user's own.
+        through: (d,): the gain between a direction and the vectors, or None.
+        name: The name of a vector by its index.
+    """
+    top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
+    found = {
+        path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens
+    }
+    streams = {path: directions for path, directions in top.items() if path not in found}
+    if streams:
+        together = torch.cat(list(streams.values()), 1)
+        scaled = together if through is None else through[:, None] * together
+        named = iter(nearest(vectors, scaled).named(name))
+        found |= {
+            path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
+        }
+    return found
+
+
+def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
+    """Names and vectors (n, d) of a safetensors file. A tensor (d,) is one vector; (n, d) or (d,
+    n), as in the decoder of a sparse autoencoder, is n vectors, named by their numbers.
+
+    Raises LorafoldError with every tensor of another shape.
+    """
+    file, names, found = FileWeights([Path(path)]), list[str](), list[Tensor]()
+    problems = list[str]()
+    for name in sorted(file.names):
+        shape = file.shape(name)
+        if not file.is_floating(name) or len(shape) not in (1, 2) or size not in shape:
+            problems.append(f"{name}: shape {list(shape)}, expected [{size}] or [n, {size}]")
+            continue
+        tensor = file.get(name).float()
+        vectors = tensor[None] if tensor.dim() == 1 else tensor if shape[1] == size else tensor.t()
+        names += [name] if tensor.dim() == 1 else [f"{name}[{i}]" for i in range(len(vectors))]
+        found.append(vectors)
+    if problems or not found:
+        none = f"found no tensors, expected [{size}] or [n, {size}]"
+        raise LorafoldError(f"{path}: {'; '.join(problems) or none}")
+    return names, torch.cat(found)
+
+
+def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
+    """The share of an update's energy on each vector f of length 1: |dW f|^2 / |dW|^2 on the input
+    side, |f^T dW|^2 / |dW|^2 on the output side. A random f has 1 / d on average.
+
+    Args:
+        side: A side in the residual stream.
+        s: The singular values of the update, (k,).
+        vectors: (n, d), of any length.
+    """
+    along = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
+    return (along * s).square().sum(1) / s.square().sum()
+
+
+def largest_shares(
+    side: Side, s: Tensor, names: Sequence[str], vectors: Tensor
+) -> dict[str, float]:
+    """The vectors with the largest shares, in descending order.
+
+    Args:
+        side: A side in the residual stream.
+        s: The singular values of the update, (k,).
+        names: The names of the vectors.
+        vectors: (n, d), of any length.
+    """
+    found = shares(side, s, vectors)
+    values, indices = found.topk(min(VECTORS, len(found)))
+    return {names[i]: value for i, value in zip(indices.tolist(), values.tolist(), strict=True)}

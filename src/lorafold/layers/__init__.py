@@ -1,0 +1,107 @@
+"""How modules store their weight: a table from the class that defines a module's forward to the
+layer that reads it.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.attach import Adapted
+from lorafold.core.layer import Base
+from lorafold.core.matrices import Matrices
+from lorafold.errors import LorafoldError
+from lorafold.layers.bitsandbytes import Linear4bit, Linear8bit
+from lorafold.layers.compressed import Compressed
+from lorafold.layers.convolution import Convolution
+from lorafold.layers.dense import Conv1D, Embedding, Linear, Plain
+from lorafold.layers.experts import Experts
+from lorafold.layers.grouped import GroupedLinear
+
+# Names, not classes, so that nothing is imported for a storage that a model does not use.
+LAYERS: dict[str, type[Base]] = {
+    "torch.nn.modules.linear.Linear": Linear,
+    "transformers.pytorch_utils.Conv1D": Conv1D,
+    "torch.nn.modules.sparse.Embedding": Embedding,
+    "torch.nn.modules.conv.Conv1d": Convolution,
+    "torch.nn.modules.conv.Conv2d": Convolution,
+    "torch.nn.modules.conv.Conv3d": Convolution,
+    "bitsandbytes.nn.modules.Linear4bit": Linear4bit,
+    "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
+    "lorafold.layers.compressed.CompressedLinear": Compressed,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
+    "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear": GroupedLinear,
+    "lorafold.core.matrices.Matrices": Experts,
+}
+
+
+def layer_class(module: nn.Module) -> type[Base]:
+    """The layer class that reads this module's storage; `Plain` for a module without a matrix."""
+    cls = module.base_class if isinstance(module, Adapted) else type(module)
+    definer = next(c for c in cls.__mro__ if "forward" in vars(c))
+    if issubclass(cls, nn.Embedding) and hasattr(module, "embed_scale"):
+        return Embedding
+    return LAYERS.get(f"{definer.__module__}.{definer.__qualname__}", Plain)
+
+
+def layer_of(module: nn.Module, stored: Callable[[], Tensor] | None = None) -> Base:
+    """The module as a layer.
+
+    `stored` reads the weight (out, in) from plain files, where the module stores it quantized.
+    """
+    return layer_class(module)(module, stored)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module multiplies activations by a matrix, in any storage."""
+    return layer_class(module).linear
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The number of the base's parameters, tied ones once; a quantized weight (out, in) counts
+    out * in.
+    """
+    return sum(n for sizes in parameter_sizes(model).values() for n in sizes.values())
+
+
+def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The sizes of the base's parameters, by the path of their module and by name, as
+    `parameter_count` adds them.
+    """
+    found: dict[str, dict[str, int]] = {}
+    seen: set[int] = set()
+    for path, module in Anatomy.of(model).modules:
+        layer = layer_of(module)
+        if isinstance(module, Matrices):
+            sizes = found[path.removesuffix(module.name).removesuffix(".")]
+            sizes[module.name] = prod((*layer.matrices, *layer.shape))
+            continue
+        sizes = found[path] = {"weight": prod(layer.shape)} if layer.quantized else {}
+        for name, p in module._parameters.items():
+            codes = layer.quantized and name != "bias"
+            if p is not None and p.is_floating_point() and id(p) not in seen and not codes:
+                sizes[name] = p.numel()
+                seen.add(id(p))
+    return found
+
+
+def output_width(module: nn.Module) -> int:
+    """The output size of a part of a block: the hidden size of its config, or else the input size
+    of its first linear. Raises LorafoldError if it has neither.
+    """
+    for m in module.modules():
+        if hasattr(m, "config"):
+            return int(m.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        if is_linear(m):
+            return layer_of(m).shape[1]
+    raise LorafoldError(
+        f"{type(module).__name__}: its output size is unknown, since it has neither a config nor a"
+        " linear; choose other targets"
+    )
+
+
+__all__ = [
+    *("LAYERS", "is_linear", "layer_class", "layer_of", "output_width"),
+    *("parameter_count", "parameter_sizes"),
+]

@@ -1,0 +1,330 @@
+"""Modules whose matrix bitsandbytes quantizes to 4 or 8 bits.
+
+    Linear4bit      NF4 or FP4 codes with an 8-bit constant for every 64 of them: 4.13 bits a weight
+                    (Dettmers et al. 2023, arXiv 2305.14314; `ops.nf4` is the specification)
+    Linear8bit      int8 with one scale for each output (Dettmers et al. 2022, LLM.int8, arXiv
+                    2208.07339)
+
+W is the dequantized matrix, in the dtype that it was quantized from. It is dequantized for each use
+and never kept. The forwards of bitsandbytes do not run under a delta: the one for int8 rounds
+activations to 8 bits too, and the one for 4 bits converts the weights on some CPUs, with coarser
+constants, when it first runs without gradients. Quantized weights can't hold a change;
+`dequantize` makes the module a plain linear.
+
+`codes` quantizes to NF4 on a CPU with the same bytes as bitsandbytes (`ops.nf4`): code = 15 -
+#{k : w / c <= m_k}, m_k the middle of levels k and k + 1. Comparing parts that stay in the cache
+takes 1.1 s instead of 3.3 for SmolLM2-135M on one core.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial, wraps
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lorafold.core.attach import Adapted, adapted_class
+from lorafold.core.contexts import is_fake
+from lorafold.core.matrices import expert_parameters
+from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.layers.dense import Linear, Matrix
+from lorafold.ops.nf4 import levels
+
+OPERATION = "bitsandbytes::quantize_4bit"
+PART = 1 << 18  # weights: in fp32 1 MB
+
+
+def use_faster_codes() -> None:
+    """Make bitsandbytes quantize with `codes`, unless a kernel for the CPU is registered already:
+    this one, or its own.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
+        torch.library.register_kernel(OPERATION, "cpu", _quantize)
+
+
+def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(codes (n / 2, 1) in uint8, two a byte, the first in the high nibble; c (n / block,) in fp32)
+
+    Args:
+        w: n floats, of any shape; n is a multiple of the block, which is even.
+        block: The size of the blocks.
+    """
+    flat, level = w.detach().reshape(-1), levels()
+    middles = ((level[:-1] + level[1:]) / 2).tolist()
+    packed = torch.empty(len(flat) // 2, dtype=torch.uint8)
+    constants = torch.empty(len(flat) // block)
+    part = PART // block * block
+    below = torch.empty(min(part, len(flat)), dtype=torch.bool)
+    count = torch.empty_like(below, dtype=torch.uint8)
+    parts = (flat.split(part), packed.split(part // 2), constants.split(part // block))
+    for of, bytes_of, c in zip(*parts, strict=True):
+        x = of.float().view(-1, block)
+        torch.amax(x.abs(), 1, out=c)
+        x = (x * (1 / c.clamp(min=1e-38))[:, None]).view(-1)
+        hit, n = below[: len(x)], count[: len(x)].zero_()
+        for middle in middles:
+            n += torch.le(x, middle, out=hit).view(torch.uint8)
+        pairs = n.view(-1, 2)
+        # 16 (15 - first) + (15 - second)
+        torch.sub(255, pairs[:, 0] * 16 + pairs[:, 1], out=bytes_of)
+    return packed[:, None], constants
+
+
+def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The operation of bitsandbytes for the CPU: codes and constants of w, of any shape.
+
+    Args:
+        block: The size of the blocks.
+        kind: nf4 or fp4.
+        stored_as: The dtype that the bytes of the codes are seen as.
+    """
+    if kind == "nf4" and stored_as == torch.uint8 and w.numel() % block == 0:
+        return codes(w, block)
+    found: tuple[Tensor, Tensor] = torch.ops.bitsandbytes.quantize_4bit.default.redispatch(
+        torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd),
+        w, block, kind, stored_as,
+    )  # fmt: skip
+    return found
+
+
+def bitsandbytes() -> ModuleType:
+    """Import bitsandbytes, quietly. Raises ImportError if it is not installed."""
+    if (found := sys.modules.get("bitsandbytes")) is None:
+        with quietly():
+            found = importlib.import_module("bitsandbytes")
+    use_faster_codes()
+    return found
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Where bitsandbytes may be imported, by other libraries too: without its log messages below
+    errors, which recommend kernels to download, and without torch's compiler: it takes 1.5 s to
+    import, and is for kernels that run where bitsandbytes has none of its own.
+    """
+    logger = logging.getLogger("bitsandbytes")
+    level, compiler = logger.level, torch.compile
+    logger.setLevel(logging.ERROR)
+    torch.compile = partial(_when_called, compiler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        torch.compile = compiler
+
+
+def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
+    """What `compiler`, which is `torch.compile`, makes of a function with these options; it is made
+    by the first call. Without a function a decorator, as there.
+    """
+    if function is None:
+        return partial(_when_called, compiler, **options)
+    compiled = cache(partial(compiler, function, **options))
+    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+
+class Quantized(Matrix):
+    """Abstract: a frozen matrix that is dequantized for each use."""
+
+    frozen = True
+    quantized = True
+    _read: list[Tensor] | None = None  # what was dequantized in a `with` block that reads once
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        self._read = []
+        try:
+            yield
+        finally:
+            self._read = None
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dequantized matrix."""
+
+    @abstractmethod
+    def dequantized(self) -> Tensor:  # (out, in)
+        """W (out, in) in `dtype`."""
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        known = self._read
+        w = known[0] if known else self.dequantized()
+        if known == []:
+            known.append(w)
+        return w.to(dtype)
+
+    def weight(self) -> Tensor:
+        compute: torch.dtype | None = getattr(self.module, "compute_dtype", None)
+        return self.read(compute or self.dtype)
+
+    def original(self) -> Tensor:
+        if self.stored is None:
+            raise LorafoldError(
+                "its weight is quantized, and the weight before quantization is needed; give it as"
+                " `base`"
+            )
+        w = self.stored()
+        return w.t() if getattr(self.module, "source_cls", nn.Linear).__name__ == "Conv1D" else w
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features  # type: ignore[return-value]
+
+    def as_is(self, x: Tensor) -> bool:
+        return False
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        raise NotMergeable(
+            f"{type(self.module).__name__} stores a quantized weight, in which a change would be"
+            " lost to rounding; dequantize it first"
+        )
+
+    def dense_like(self) -> tuple[Tensor, Tensor | None]:
+        dtype = getattr(self.module, "compute_dtype", None) or self.dtype
+        b = self.bias
+        w = torch.empty(self.shape, dtype=dtype, device="meta")
+        return w, None if b is None else b.to("meta")
+
+    def plain(self) -> Linear:
+        return Linear(self.module)
+
+    def dequantize(self) -> None:
+        module, weight = self.module, self.weight()
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        for kept in ("quant_state", "state"):
+            module.__dict__.pop(kept, None)
+        module.__class__ = (
+            adapted_class(nn.Linear, Linear) if isinstance(module, Adapted) else nn.Linear
+        )
+
+
+class Linear4bit(Quantized):
+    """A linear of bitsandbytes in NF4 or FP4."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            _ = self._state
+        return super().run(*args, **kwargs)
+
+    @property
+    def _state(self) -> Any:
+        """The quantization state of the codes in their plain order.
+
+        For inference on a CPU the module reorders its codes, and then computes no gradients; the
+        order is restored here.
+        """
+        weight: Any = self.bare.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            back = bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
+            weight.data, weight.quant_state = back(weight.data, weight.quant_state)
+            self.module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return weight.quant_state
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._state.dtype
+        return dtype
+
+    def dequantized(self) -> Tensor:
+        state, ops = self._state, torch.ops.bitsandbytes
+        constants = state.absmax
+        if state.nested:
+            of = state.state2
+            constants = (
+                ops.dequantize_blockwise.default(
+                    constants, of.absmax, of.code, of.blocksize, of.dtype
+                )
+                + state.offset
+            )
+        # flattened if the input size is no multiple of the block: the CPU's AVX512 kernel would use
+        # the wrong constants there
+        shape = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
+        codes = self.bare.weight.data.view(torch.uint8)  # stored under any dtype
+        w: Tensor = ops.dequantize_4bit.default(
+            codes, constants, state.blocksize, state.quant_type, shape, state.dtype
+        )
+        return w.view(self.shape)
+
+
+class Linear8bit(Quantized):
+    """A linear of bitsandbytes in int8."""
+
+    mixes_rows = True
+    dtype = torch.bfloat16  # bitsandbytes does not record it
+
+    def dequantized(self) -> Tensor:
+        module = self.bare
+        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+        return (module.weight.data * (scale / 127)[:, None]).to(self.dtype)
+
+
+def nf4(w: Tensor) -> nn.Module:  # (out, in)
+    """A linear without bias that stores w, in bf16, as NF4 with quantized constants."""
+    module: Any = _empty("LinearNF4", w)
+    # in the order that this kernel of the CPU wants, the codes give no gradients and run no faster
+    module.support_avx512bf16_for_cpu = False
+    if not is_fake(w):
+        return _quantized(module, w)
+    functional = bitsandbytes().functional
+    with unset_fake_temporarily():
+        functional.quantize_blockwise(torch.zeros(1))  # makes its table, which needs real values
+    codes, state = functional.quantize_nf4(w.bfloat16(), compress_statistics=True)
+    return _with(module, codes, quant_state=state)
+
+
+def int8(w: Tensor) -> nn.Module:  # (out, in)
+    """A linear without bias that stores w, in bf16, as int8."""
+    module = _empty("Linear8bitLt", w, has_fp16_weights=False)
+    if not is_fake(w):
+        return _quantized(module, w)
+    codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(w.half())
+    return _with(module, codes, CB=codes, SCB=scales)
+
+
+def _empty(cls: str, w: Tensor, **options: Any) -> nn.Module:
+    with unset_fake_temporarily():
+        return getattr(bitsandbytes().nn, cls)(
+            w.shape[1], w.shape[0], bias=False, device="meta", **options
+        )
+
+
+def _quantized(module: nn.Module, w: Tensor) -> nn.Module:
+    old: Any = module.weight
+    module.weight = type(old)(w.detach().bfloat16().cpu(), requires_grad=False, **old.__dict__)
+    return module.to(w.device)
+
+
+def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
+    """Give the module a weight of fake codes, which the parameter class of bitsandbytes can't
+    hold.
+    """
+    weight = nn.Parameter(codes, requires_grad=False)
+    vars(weight).update(attributes)
+    module._parameters["weight"] = weight
+    return module
+
+
+def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make a module that stores quantized matrices compute in that dtype; one of bitsandbytes keeps
+    the order of its codes. Any other module is left as it is.
+    """
+    settings: Any = module
+    if "codes" in vars(module) or expert_parameters(module):
+        settings.compute_dtype = dtype
+    elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
+        (
+            settings.compute_dtype,
+            settings.compute_type_is_set,
+            settings.support_avx512bf16_for_cpu,
+        ) = (dtype, True, False)

@@ -1,0 +1,214 @@
+"""Linears whose matrix was quantized before training, as files of other tools have it.
+
+    W[i, j] = (codes[i, j] - z[i // r, j // c]) s[i // r, j // c]        W (out, in)
+
+    codes   float8_e4m3fn (out, in); int8 (out, in); or 4 or 8 bits each, packed into int32
+            (out, ceil(in bits / 32)) from the low bits on, each plus half its range
+    s       the scales (ceil(out / r), ceil(in / c)): one for the whole matrix, for a row, for a
+            group of c columns in a row, or for a block of r rows and c columns
+    z       the zero points, of the same shape, where codes are asymmetric; packed like the codes,
+            along the rows
+
+The names and layouts are those of compressed-tensors (vLLM project), formats float-quantized,
+int-quantized and pack-quantized, and of the fine-grained FP8 of DeepSeek-V3 (arXiv 2412.19437,
+section 3.3), whose scales are `weight_scale_inv`. W has the dtype of the scales, in which these
+formats multiply. It is dequantized for each use and never kept. Activations are not quantized,
+whatever the files ask for: with rounded activations a folded delta would compute something else
+than the delta itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.attach import Adapted, adapted_class
+from lorafold.layers.bitsandbytes import Quantized
+from lorafold.layers.dense import Linear
+from lorafold.ops.float8 import values
+
+WORD = 32  # bits of an int32
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How a matrix is stored.
+
+    kind: The type of codes: float or int.
+    rows, columns: The block of the matrix that shares a scale; 0 stands for all of them.
+    bits: The bits of a code.
+    packed: Whether codes are packed into int32.
+    symmetric: Whether there are no zero points.
+    scale: The name of the scales' parameter.
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    bits: int = 8
+    packed: bool = False
+    symmetric: bool = True
+    scale: str = "weight_scale"
+
+    def blocks(self, out: int, inn: int) -> tuple[int, int]:
+        """The shape of the scales of a matrix (out, in)."""
+        return -(-out // (self.rows or out)), -(-inn // (self.columns or inn))
+
+    def parameters(self, out: int, inn: int, scales: torch.dtype) -> dict[str, Tensor]:
+        """The parameters that store a matrix (out, in), by name, without values.
+
+        Args:
+            inn: The number of columns.
+        """
+        high, wide = self.blocks(out, inn)
+        shape = (1,) if (self.rows, self.columns) == (0, 0) else (high, wide)
+        found = {self.scale: torch.empty(shape, dtype=scales)}
+        if self.packed:
+            found["weight_packed"] = torch.empty(out, words(inn, self.bits), dtype=torch.int32)
+            found["weight_shape"] = torch.empty(2, dtype=torch.int64)
+        else:
+            dtype = torch.float8_e4m3fn if self.kind == "float" else torch.int8
+            found["weight"] = torch.empty(out, inn, dtype=dtype)
+        if not self.symmetric:
+            found["weight_zero_point"] = (
+                torch.empty(words(high, self.bits), wide, dtype=torch.int32)
+                if self.packed
+                else torch.empty(shape, dtype=torch.int8)
+            )
+        return found
+
+
+def words(n: int, bits: int) -> int:
+    """The number of int32 that n codes are packed into."""
+    return -(-n * bits // WORD)
+
+
+def unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The first n codes of each row, int8 (rows, n).
+
+    Args:
+        packed: int32 (rows, words), the first code in the lowest bits.
+        bits: 4 or 8.
+    """
+    codes = packed.contiguous().view(torch.uint8)
+    if bits == 4:  # both codes of a byte, each in a byte of an int16
+        pairs = codes.to(torch.int16)
+        codes = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    return codes[:, :n].view(torch.int8) - (1 << bits - 1)
+
+
+class CompressedLinear(nn.Module):
+    """Final: a linear that stores its weight as `Codes` say, under the parameters' names in files.
+
+    Its own forward computes what it computes under a delta.
+    """
+
+    def __init__(self, linear: nn.Linear, codes: Codes, scales: torch.dtype) -> None:
+        """Make the module for a linear, with its bias, without values, on its device.
+
+        Args:
+            linear: The linear as the architecture has it.
+            codes: How the weight is stored.
+        """
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.codes = codes
+        self.compute_dtype: torch.dtype | None = None
+        with linear.weight.device:
+            found = codes.parameters(self.out_features, self.in_features, scales)
+        for name, value in found.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self.register_parameter("bias", linear.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of any module, except that codes and scales keep their dtypes.
+
+        Args:
+            fn: Moves or converts a tensor of any shape.
+            recurse: Whether to apply it to the modules inside too.
+        """
+        own = {id(p) for name, p in self._parameters.items() if name != "bias"}
+
+        def apart(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if id(t) not in own or moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(apart, recurse)
+
+    def freeze(self) -> None:
+        """Have no gradients for codes and scales, which loading makes parameters like any other."""
+        for name, parameter in self._parameters.items():
+            if name != "bias" and parameter is not None:
+                parameter.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) W^T + b: (..., out)."""
+        y: Tensor = Compressed(self)(x)
+        return y
+
+    def extra_repr(self) -> str:
+        """Shape and storage, for `print`."""
+        return f"in={self.in_features}, out={self.out_features}, {self.codes.kind}{self.codes.bits}"
+
+
+class Compressed(Quantized):
+    """A `CompressedLinear` as a layer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        scale: Tensor = getattr(self.bare, self.bare.codes.scale)
+        return scale.dtype
+
+    def dequantized(self) -> Tensor:  # (out, in)
+        module, codes = self.bare, self.bare.codes
+        scale = getattr(module, codes.scale)
+        if codes.packed:
+            numbers = unpacked(module.weight_packed, codes.bits, self.shape[1])
+        else:
+            numbers = values(module.weight) if codes.kind == "float" else module.weight
+        w = numbers.to(scale.dtype)
+        if not codes.symmetric:
+            w = _by_block(w, self._zero_points().to(scale.dtype), codes, torch.sub)
+        return _by_block(w, scale, codes, torch.mul)
+
+    def _zero_points(self) -> Tensor:  # the shape of the scales
+        zero, codes = self.bare.weight_zero_point, self.bare.codes
+        if not codes.packed:
+            return zero
+        return unpacked(zero.t(), codes.bits, codes.blocks(*self.shape)[0]).t()
+
+    def dequantize(self) -> None:
+        module, weight, bias = self.module, self.weight(), self.bias
+        module._parameters.clear()
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        module._parameters["bias"] = bias  # type: ignore[assignment]
+        for kept in ("codes", "compute_dtype"):
+            module.__dict__.pop(kept)
+        module.__class__ = (
+            adapted_class(nn.Linear, Linear) if isinstance(module, Adapted) else nn.Linear
+        )
+
+
+def _by_block(w: Tensor, by: Tensor, codes: Codes, operation: Any) -> Tensor:
+    """w (out, in) with the number of its block applied to each element; w may be overwritten.
+
+    Args:
+        by: A number for each block, (blocks down, blocks across), or one for the matrix, (1,).
+        codes: The size of a block.
+        operation: torch.mul or torch.sub.
+    """
+    out, inn = w.shape
+    rows, columns = codes.rows or out, codes.columns or inn
+    high, wide = codes.blocks(out, inn)
+    by = by.view(high, wide)
+    if out % rows or inn % columns:  # the last blocks are cut short
+        spread = by.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inn]
+        operation(w, spread, out=w)
+        return w
+    blocks = w.view(high, rows, wide, columns)
+    operation(blocks, by[:, None, :, None], out=blocks)
+    return w

@@ -1,0 +1,249 @@
+"""How a parameter of experts stores its matrices.
+
+    Floats      a parameter (E, out, in), or (E, in, out) where they are transposed, and of two
+                dimensions where it is flat
+    NF4         the same in 4-bit codes of bitsandbytes (`ops.nf4`), 4.13 bits a weight
+    Int8        the same in 8 bits, with one scale for each row as it is stored
+    MXFP4       parameters `..._blocks` and `..._scales` in its place, each matrix (out, in), 4.25
+                bits a weight (`ops.mxfp4`)
+
+A matrix of quantized codes is dequantized alone, for each use.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.matrices import Matrices
+from lorafold.ops.mxfp4 import dequantize
+from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS
+
+BLOCKS, SCALES = "_blocks", "_scales"  # what the names of MXFP4's parameters end with
+GROUP = 32  # weights that share a scale of MXFP4
+
+
+class ExpertMatrices(ABC):
+    """Abstract: the matrices (E, out, in) of one parameter of experts."""
+
+    quantized = False
+    endings: tuple[str, ...] = ("",)  # of the names of the parameters, the matrices' first
+
+    def __init__(self, matrices: Matrices) -> None:
+        owner: Any = matrices.owner
+        self.names = [matrices.name + ending for ending in self.endings]
+        self.parameter: Any = owner._parameters[self.names[0]]
+        self.number, self.transposed = matrices.number, matrices.stored.transposed
+        self.flat = matrices.stored.flat
+        self.compute_dtype: torch.dtype | None = owner.__dict__.get("compute_dtype")
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of all matrices."""
+
+    @property
+    @abstractmethod
+    def sides(self) -> tuple[int, int]:
+        """The shape of a matrix as it is stored, (out, in) or (in, out)."""
+
+    @abstractmethod
+    def stored(self, e: int) -> Tensor:
+        """The matrix of expert e as it is stored, (out, in) or (in, out)."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, out, in)."""
+        a, b = self.sides
+        return (self.number, b, a) if self.transposed else (self.number, a, b)
+
+    def turned(self, w: Tensor) -> Tensor:
+        """Matrices (..., out, in) from stored ones or the reverse, a view of any shape."""
+        return w.mT if self.transposed else w
+
+    def as_stored(self, w: Tensor) -> Tensor:
+        """All matrices (E, out, in) in the shape of the parameter."""
+        return self.turned(w).flatten(0, 1) if self.flat else self.turned(w)
+
+    def matrix(self, e: int) -> Tensor:
+        """The matrix (out, in) of expert e."""
+        return self.turned(self.stored(e))
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """All matrices (E, out, in), in `dtype`."""
+
+    def dense_like(self) -> Tensor:
+        """All matrices (E, out, in) as `dense` gives them, on the meta device."""
+        return self.turned(torch.empty(self.number, *self.sides, dtype=self.dtype, device="meta"))
+
+
+class Floats(ExpertMatrices):
+    """Matrices in floating point."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.parameter.dtype
+        return dtype
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        b = self.parameter.shape[-1]
+        return self.parameter.numel() // (self.number * b), b
+
+    @property
+    def _matrices(self) -> Tensor:  # (E, a, b)
+        w: Tensor = self.parameter
+        return w.unflatten(0, (self.number, -1)) if self.flat else w
+
+    def stored(self, e: int) -> Tensor:
+        return self._matrices[e]
+
+    def dense(self) -> Tensor:
+        return self.turned(self._matrices)
+
+
+class Codes(ExpertMatrices):
+    """Abstract: matrices in codes."""
+
+    quantized = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype or torch.bfloat16
+
+    def dense(self) -> Tensor:
+        w = torch.empty(self.number, *self.sides, dtype=self.dtype, device=self.parameter.device)
+        for e in range(self.number):
+            w[e] = self.stored(e)
+        return self.turned(w)
+
+
+class NF4(Codes):
+    """Matrices in 4-bit codes of bitsandbytes, with the constants of all experts in one list."""
+
+    @property
+    def _state(self) -> Any:
+        return self.parameter.quant_state
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        rows, b = self._state.shape
+        return rows // self.number, b
+
+    def dense(self) -> Tensor:
+        state, ops = self._state, torch.ops.bitsandbytes
+        constants, rows = state.absmax, tuple(state.shape)
+        if state.nested:
+            of = state.state2
+            constants = ops.dequantize_blockwise.default(
+                constants, of.absmax, of.code, of.blocksize, of.dtype
+            ).add_(state.offset)
+        flat = rows if rows[1] % state.blocksize == 0 else (prod(rows),)
+        w: Tensor = ops.dequantize_4bit.default(
+            self.parameter.data.view(-1).view(torch.uint8)[:, None], constants, state.blocksize,
+            state.quant_type, flat, state.dtype,
+        )  # fmt: skip
+        return self.turned(w.view(self.number, *self.sides).to(self.dtype))
+
+    def stored(self, e: int) -> Tensor:
+        state, ops = self._state, torch.ops.bitsandbytes
+        shape = self.sides
+        size = prod(shape)
+        codes = self.parameter.data.view(-1).view(torch.uint8)[e * size // 2 : (e + 1) * size // 2]
+        count = size // state.blocksize
+        first, end = e * count, (e + 1) * count
+        constants = state.absmax[first:end]
+        if state.nested:
+            of, skipped = state.state2, first % BLOCK_OF_CONSTANTS
+            start = first - skipped
+            scales = of.absmax[start // BLOCK_OF_CONSTANTS : -(-end // BLOCK_OF_CONSTANTS)]
+            constants = (
+                ops.dequantize_blockwise.default(
+                    state.absmax[start:end], scales, of.code, of.blocksize, of.dtype
+                )[skipped:]
+                + state.offset
+            )
+        # flat where a row is no multiple of a block, as in `layers.bitsandbytes`
+        flat = shape if shape[1] % state.blocksize == 0 else (size,)
+        matrix: Tensor = ops.dequantize_4bit.default(
+            codes[:, None], constants, state.blocksize, state.quant_type, flat, state.dtype
+        )
+        return matrix.view(shape)
+
+
+class Int8(Codes):
+    """Matrices in 8 bits, with a scale for each of their stored rows."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        rows, b = self.parameter.shape
+        return rows // self.number, b
+
+    def stored(self, e: int) -> Tensor:
+        a, _ = self.sides
+        at = slice(e * a, (e + 1) * a)
+        scale = self.parameter.SCB[at] / 127
+        return (self.parameter.data[at] * scale[:, None]).bfloat16()
+
+
+class MXFP4(Codes):
+    """Matrices (out, in) in 4-bit floating point, with a power of two for 32 weights of a row."""
+
+    endings = (BLOCKS, SCALES)
+
+    def __init__(self, matrices: Matrices) -> None:
+        super().__init__(matrices)
+        self.scales: Any = matrices.owner._parameters[self.names[1]]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        _, out, groups, _ = self.parameter.shape
+        inn = groups * GROUP
+        return (inn, out) if self.transposed else (out, inn)
+
+    def stored(self, e: int) -> Tensor:
+        return self.turned(dequantize(self.parameter[e], self.scales[e], self.dtype))
+
+
+def held(matrices: Matrices) -> ExpertMatrices:
+    """How a parameter of experts stores its matrices."""
+    if matrices.name + BLOCKS in matrices.owner._parameters:
+        return MXFP4(matrices)
+    parameter: nn.Parameter = matrices.owner._parameters[matrices.name]  # type: ignore[assignment]
+    if hasattr(parameter, "quant_state"):
+        return NF4(matrices)
+    return Int8(matrices) if parameter.dtype is torch.int8 else Floats(matrices)
+
+
+def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
+    """The parameters (E, out, in / 32, 16) and (E, out, in / 32) that store them in MXFP4, by
+    name, without values, for matrices in floating point; in / 32 is rounded down.
+    """
+    floats = Floats(matrices)
+    number, out, inn = floats.shape
+    shape = (number, out, inn // GROUP)
+    return {
+        matrices.name + ending: nn.Parameter(
+            torch.empty(full, dtype=torch.uint8, device=floats.parameter.device),
+            requires_grad=False,
+        )
+        for ending, full in ((BLOCKS, (*shape, GROUP // 2)), (SCALES, shape))
+    }
+
+
+def quantized(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
+    """The parameter that stores w, in bf16, in codes: that of a linear (E a, b).
+
+    Args:
+        w: the matrices as they are stored, (E, a, b) or (E a, b).
+        pack: makes a linear of a matrix.
+    """
+    linear: Any = pack(w.flatten(0, -2))
+    parameter: nn.Parameter = linear.weight
+    return parameter

@@ -1,0 +1,162 @@
+"""Settings by name: the modes of using a model, and the sizes of Llama.
+
+    inference    no training; a base in bf16 unless the recipe sets it
+    full         every weight is trained, in fp32 unless the recipe sets bf16: 16 bytes a parameter
+                 with gradients and AdamW's moments
+    lora         LoRA over a base in bf16
+    qlora        LoRA over a base in NF4
+    any other    a method by its name, over the recipe's base
+
+`--params 7b, 13b, 70b` are the shapes of Llama 2 (Touvron et al. 2023, arXiv 2307.09288), `65b` and
+`33b` those of Llama (arXiv 2302.13971, table 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorafold.errors import LorafoldError
+from lorafold.memory.trace import Setting
+from lorafold.models.quantizations import DEFAULT, IN_FILES, QUANTIZED, Storage
+from lorafold.models.quantize_on_load import quantization_of
+from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
+from lorafold.recipe.fitting import spec_of, trainable_storage
+from lorafold.recipe.recipe import Recipe
+from lorafold.training_step.adamw import check_rounding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MODES: dict[str, dict[str, Any]] = {
+    "inference": {"storage": "bf16"},
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "storage": "bf16"},
+    "qlora": {"method": "lora", "storage": DEFAULT},
+}
+
+
+def setting_of(
+    mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
+) -> Setting:
+    """Return the setting for a mode and a recipe; the recipe's fields take precedence over those of
+    the mode.
+
+    Raises LorafoldError for an unknown mode, for recipe fields that an estimate does not use, for
+    more labels than there are tokens, and for an optimizer whose rounding would lose updates.
+
+    Args:
+        mode: inference, full, lora, qlora, or the name of a method.
+        recipe: The recipe, of which only fields that concern memory may be set.
+        batch: The rows that are computed at a time.
+        length: The tokens of a row.
+        labelled: The tokens of the batch that the loss counts; None: all that can.
+    """
+    check_fields(recipe, OF_MEMORY)
+    if labelled is not None and labelled > batch * (length - 1):
+        raise LorafoldError(
+            f"--labelled {labelled}: expected at most {batch * (length - 1)}, since {batch} rows of"
+            f" {length} tokens have no more tokens to predict"
+        )
+    recipe = recipe_in(mode, recipe)
+    if mode == "inference":
+        return Setting(stored(recipe.storage), rows=(length,) * batch)
+    optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
+    spec = spec_of(recipe)
+    base = stored(trainable_storage(recipe) if spec.trains_base else recipe.storage)
+    if spec.trains_base:
+        check_rounding(optimizer, [base.dtype])
+    return Setting(
+        base,
+        spec,
+        recipe.targets,
+        rows=(length,) * batch,
+        labelled=labelled,
+        optimizer=optimizer,
+        checkpointing=recipe.gradient_checkpointing is True,
+    )
+
+
+def check_fields(recipe: Recipe, known: set[str]) -> None:
+    """Raise LorafoldError for fields of a recipe that an estimate does not use.
+
+    Args:
+        recipe: What is asked for.
+        known: The fields that it uses.
+    """
+    if unread := sorted(recipe.model_fields_set - known):
+        more = sorted(OF_ROWS - known)
+        rows = f"; with --data also {', '.join(more)}" if more else ""
+        raise LorafoldError(
+            f"estimate: found {', '.join(unread)}, which an estimate does not use; expected fields"
+            f" among {', '.join(sorted(known))}{rows}"
+        )
+
+
+def recipe_in(mode: str, recipe: Recipe) -> Recipe:
+    """Return the recipe with the fields of the mode that it does not set."""
+    fields = MODES.get(mode, {"method": mode})
+    return Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
+
+
+def stored(base: str) -> Storage:
+    """Return the storage of that name. Quantized ones are dequantized to bf16; auto is bf16."""
+    dtype = torch.float32 if base == "fp32" else torch.bfloat16
+    return Storage(dtype, base if base in QUANTIZED else None)
+
+
+def as_in_files(
+    setting: Setting, config: PreTrainedConfig, name: str, asked: bool
+) -> Setting:
+    """Return the setting with the base as the model's files store it, if they are quantized.
+
+    Raises LorafoldError if another storage was asked for, and if the method trains the base's own
+    weights.
+
+    Args:
+        setting: What is estimated.
+        config: The configuration of the model.
+        name: The name of the model in messages.
+        asked: Whether the setting's storage was asked for, or is a mode's.
+    """
+    settings, base = getattr(config, "quantization_config", None), setting.base
+    stored_as = None if settings is None else quantization_of(settings, f"model {name}")
+    if stored_as is None and base.quantization not in IN_FILES:
+        return setting
+    trains = setting.spec is not None and setting.spec.trains_base
+    if stored_as not in QUANTIZED or trains or (asked and base.quantization != stored_as):
+        found = "not quantized" if stored_as is None else f"stored as {stored_as}"
+        wanted = "a method that trains the base" if trains else f"the base {base.name}"
+        raise LorafoldError(f"model {name}: its files are {found}, which does not fit {wanted}")
+    return replace(setting, base=Storage(torch.bfloat16, stored_as))
+
+
+LLAMA = {  # width, width of the MLP, blocks, heads, key heads, context
+    "7b": (4096, 11008, 32, 32, 32, 4096),
+    "13b": (5120, 13824, 40, 40, 40, 4096),
+    "33b": (6656, 17920, 60, 52, 52, 2048),
+    "65b": (8192, 22016, 80, 64, 64, 2048),
+    "70b": (8192, 28672, 80, 64, 8, 4096),
+}
+
+
+def llama(size: str) -> PreTrainedConfig:
+    """Return the configuration of the Llama of that size. Raises LorafoldError for other sizes."""
+    from transformers import LlamaConfig
+
+    if size.lower() not in LLAMA:
+        raise LorafoldError(f"--params {size}: expected one of {', '.join(LLAMA)}")
+    width, mlp, blocks, heads, key_heads, context = LLAMA[size.lower()]
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=context,
+        vocab_size=32000,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )

@@ -1,0 +1,200 @@
+"""The weights that an adapter is folded into, where its base was quantized in training. q is the
+round trip: it quantizes W and dequantizes it again.
+
+    trained         q(W) + dW           the weights that the adapter was trained on, dequantized to
+                                        16 bits; `dequantized` is an alias
+    original        W + dW              the weights before quantization, on which the adapter was
+                                        not trained
+    nf4, int8       q(W + dW)           quantized again: small, but rounded once more
+
+nf4 and int8 start from the original weights. The values of q(W) are levels of the quantization
+already, and quantizing them again would round away every change of less than half a level
+(measured: an adapter with 99% exact match fell to 0%). An adapter whose base was not quantized is
+folded into the original weights, and the result may be quantized. A model whose files are quantized
+has no original weights: its own, dequantized, are the only target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorafold.core.matrices import Matrices, module_at
+from lorafold.errors import LorafoldError, listed
+from lorafold.models.quantizations import MADE, PLAIN
+from lorafold.models.quantize_on_load import packable
+from lorafold.peft.provenance import TrainedOn
+from lorafold.peft.saved import Saved, trained_on
+
+TARGETS = ("trained", "original", *MADE)
+ALIAS = {"dequantized": "trained"}
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Distance:
+    """KL(one model, another) in nats a token, and the share of positions at which both have the
+    same likeliest token.
+    """
+
+    kl: float
+    same: float
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.1e} nats a token, same token {self.same:.1%}"
+
+
+@dataclass(frozen=True)
+class Into:
+    """`target` is one of TARGETS; `trained_on` is the quantization of the base in training, or None
+    if it was not quantized. `in_files`: the files of the base are quantized so. `asked`: the
+    storage that the base was said to have had in training; `recorded`: other ones that records say.
+    `base` is how the base was stored and computed in training; None where no record has it.
+    """
+
+    target: str
+    trained_on: str | None
+    in_files: bool = False
+    asked: str | None = None
+    recorded: tuple[str, ...] = ()
+    base: TrainedOn | None = None
+
+    @property
+    def round_trip(self) -> str | None:
+        """The quantization whose round trip W makes before adapters are folded into it."""
+        made = self.target == "trained" and not self.in_files
+        return self.trained_on if made else None
+
+    @property
+    def stored(self) -> str:
+        """The storage of the base in training, and fp32 where no record has it."""
+        known = self.base.storage if self.base else "fp32"
+        return self.trained_on or (known if known in PLAIN else "fp32")
+
+    @property
+    def unmade(self) -> str:
+        """The storage in training, if it was a quantized one that lorafold does not make."""
+        known = "" if self.base is None or self.in_files else self.base.storage
+        return "" if known in ("", "auto", "float16", *PLAIN, *MADE) else known
+
+    @property
+    def quantized(self) -> str | None:
+        """The quantization of the merged model."""
+        return self.target if self.target in MADE else None
+
+    def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
+        """One sentence: the base that was trained on, and how far from the model that was trained
+        are what was written and the adapters over the original weights.
+
+        Args:
+            name: The base.
+            here: What was written, in words.
+            file, other: Both distances; None where they were not measured.
+        """
+        if self.base is None:
+            said = "no record says how it was stored in training (--storage names it)"
+            over = f"the adapters over the original weights -> {here}: {file or NOT_MEASURED}"
+            return f"base {name}: {said}; {over}"
+        if self.unmade:
+            said = f"{self.base.storage} weights can't be made from these files"
+            return f"trained on {name} in {self.base}; {said}, so no distance is measured to {here}"
+        told, model = f"trained on {name} in {self.base}", "the model you trained"
+        if self.recorded:
+            said = " and ".join(self.recorded)
+            told = f"the record says trained on {said}; asked for {self.base}"
+            model = f"the adapters over {name} in {self.base}"
+        over = f"; -> the adapters over the original weights: {other or NOT_MEASURED}"
+        if self.in_files or not self.trained_on:  # there are no others
+            told, over = told + ", the weights of its files", ""
+        return f"{told}; {model} -> {here}: {file or NOT_MEASURED}{over}"
+
+    def __str__(self) -> str:
+        told, quantized = "the original weights", self.trained_on or self.unmade
+        if self.target == "trained":
+            told = f"the {self.trained_on} weights that the adapter was trained on, dequantized"
+        elif quantized:
+            told += f" (the adapter was trained on {quantized})"
+        if self.quantized:
+            told += f", quantized to {self.quantized}"
+        if self.recorded:
+            told += f"; storage {self.asked} as asked, although the adapter's record says"
+            told += f" {' and '.join(self.recorded)}"
+        return told
+
+
+def choose_into(
+    asked: str | None,
+    adapters: Sequence[Saved],
+    base: str = "auto",
+    in_files: str | None = None,
+) -> Into:
+    """The target that was asked for, else trained for a quantized base, else original.
+
+    Args:
+        asked: One of TARGETS, dequantized for trained, or None.
+        adapters: Their records say how the base stored its weights in training.
+        base: The storage of the base in training; auto takes it from the records.
+        in_files: The quantization of the base's files, or None.
+
+    Raises LorafoldError for an unknown target, for adapters that were trained on different
+    storages, for the trained weights where no record has their storage or it can't be made again,
+    and for anything else of a base whose files are quantized.
+    """
+    known = trained_on(adapters) if base == "auto" else TrainedOn(base)
+    given, asked = asked, ALIAS.get(asked or "", asked)
+    storage = known.storage if known else "auto"
+    if in_files is not None:
+        if base not in ("auto", in_files):
+            raise LorafoldError(
+                f"storage {base}: the model's files are stored as {in_files}; expected {in_files}"
+            )
+        if asked not in (None, "trained"):
+            lost = ", in which the update would be lost to rounding" * (asked == in_files)
+            raise LorafoldError(
+                f"into {asked}: the model's files have {in_files} weights{lost}, and no original"
+                " ones; expected trained, or as --model the model that it was quantized from"
+            )
+        return Into("trained", in_files, in_files=True, base=known)
+    made_on = storage if storage in MADE else None
+    if asked is not None and asked not in TARGETS:
+        raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
+    if asked == "trained" and storage == "auto":
+        raise LorafoldError(
+            f"into {given}: no adapter has a record of the storage of its base; merge into"
+            f" original, or name the storage with --storage {', '.join((*MADE, *PLAIN))}"
+        )
+    if asked == "trained" and storage not in (*PLAIN, *MADE, "float16"):
+        raise LorafoldError(
+            f"into {given}: the adapter was trained on {storage} weights, which these files do not"
+            " have and lorafold does not make; merge into original, or give as --model the files"
+            f" that are stored as {storage}"
+        )
+    records = [one.own_base.trained_on for one in adapters]
+    recorded = sorted({one.storage for one in records if one} - {"auto", storage})
+    target = asked or "trained"
+    if target == "trained" and made_on is None:
+        target = "original"  # the same weights
+    told = None if base == "auto" else base
+    return Into(target, made_on, asked=told, recorded=tuple(recorded), base=known)
+
+
+def check_saved(model: nn.Module, quantization: str) -> None:
+    """Raise LorafoldError for a model that can't be saved quantized: transformers has no form for
+    quantized experts in files.
+
+    Args:
+        quantization: nf4 or int8.
+    """
+    found = [
+        path
+        for path in packable(model)  # type: ignore[arg-type]
+        if isinstance(module_at(model, path), Matrices)
+    ]
+    if found:
+        raise LorafoldError(
+            f"into {quantization}: found experts ({listed(found)}), which"
+            f" transformers can't save as {quantization}; merge into original or"
+            f" trained weights and load them with --storage {quantization}"
+        )

@@ -1,0 +1,295 @@
+"""The new values of a checkpoint's tensors: folded, and rounded to their dtypes.
+
+    W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
+
+A parameter that transformers computes from several tensors of the files is folded once for all of
+them: computed, folded, converted back, and each tensor rounded as its own. Those that are not
+written yet are kept, rounded, for at most KEPT parameters, since the tensors of a block's experts
+lie side by side in files but those of its parameters alternate; a file that has them in another
+order costs time, as what was given up is folded again.
+
+Carries out the plan of a merge: folds tensor by tensor, for a writer of any format.
+
+    folded = execute(planned, partial(write_shards, out))
+
+Memory: the adapters, and at most three times the largest changed tensor in fp32, whatever the size
+of the model; where transformers computes a parameter from several tensors (`folding`), three and a
+half times that parameter, and the rounded tensors that are not written yet.
+
+Write a checkpoint with adapters folded in, one tensor at a time to safetensors files.
+
+Tensors that no adapter changes are copied byte for byte; names, dtypes and the division into files
+stay. Where two modules share a weight and adapters change only one of them, each module gets its
+own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.attach import Adapted
+from lorafold.core.matrices import module_at
+from lorafold.core.rounding import generator_of
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import write_json
+from lorafold.fold.as_trained import ROUND_TRIP
+from lorafold.fold.plan import deltas_of, fold
+from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
+from lorafold.layers import layer_of
+from lorafold.merging.plan import Plan
+from lorafold.models.weight_conversion import Conversion
+from lorafold.models.weights import INDEX, write_container
+
+# two parameters of a block's experts, and two whose tensors are divided between two files
+KEPT = 4
+
+
+@torch.no_grad()
+def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+    """The parameters by which the module would store a matrix, by name, in fp32 or wider. They are
+    new tensors, without values on the meta device; the module is not changed.
+
+    Args:
+        module: A module of any storage.
+        w: W, (out, in).
+        b: The bias, (out,), or None.
+    """
+    layer = layer_of(module)
+    found = {}
+    for name, value in layer.plain().encode(w, b).items():
+        own = value if layer.quantized else layer.parameter(name)
+        dtype = (layer.parameter("weight") if own is None else own).dtype
+        found[name] = torch.empty(
+            value.shape, dtype=torch.promote_types(dtype, torch.float32), device=value.device
+        ).copy_(value)
+    return found
+
+
+def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(target, original), both (n', k), equal in the vectors that adapters replace or append: there
+    both have the target's values, rounded to nearest.
+
+    Such a vector is not an update of a weight, which rounding could lose. Equal in both tensors, it
+    counts neither as update nor as noise in the figures for the others.
+
+    Args:
+        target: The folded weight, (n', k) with n' >= n.
+        original: The weight before, (n, k).
+        values: Indices of the vectors that adapters replace.
+    """
+    at = torch.tensor(
+        [*(i for i in values if i < len(original)), *range(len(original), len(target))],
+        dtype=torch.long,
+    )
+    if not len(at):
+        return target, original
+    nearest = target[at].to(original.dtype)
+    original = torch.cat(
+        [original, original.new_empty(len(target) - len(original), *original.shape[1:])]
+    )
+    return target.index_copy_(0, at, nearest.to(target.dtype)), original.index_copy_(0, at, nearest)
+
+
+class Folding:
+    """The new values by name, each asked for once.
+
+    Args:
+        plan: what changes.
+        rounding: nearest, stochastic or auto.
+        seed: the seed of stochastic rounding.
+
+    Attributes:
+        sums: the inner products of the update and its rounding errors, so far.
+        rounded: the number of tensors by the way they were rounded, so far.
+    """
+
+    def __init__(self, plan: Plan, rounding: Rounding, seed: int) -> None:
+        self.plan, self.rounding, self.seed = plan, rounding, seed
+        self.sums, self.rounded = Sums(), Counter[str]()
+        self._kept: dict[Conversion, dict[str, Rounded]] = {}
+
+    def new_values(self, name: str) -> Tensor | None:
+        """The new values of a tensor, of any shape in its dtype; None if it does not change.
+
+        Raises LorafoldError if a value does not fit the dtype.
+
+        Args:
+            name: the tensor's name in the files.
+        """
+        if (conversion := self.plan.converted.get(name)) is not None:
+            result = self._converted(conversion, name)
+        elif name in self.plan.changed:
+            result = self._rounded(name, *self._folded(self.plan.changed[name]))
+        elif name in self.plan.dequantized:
+            layer = layer_of(module_at(self.plan.model, self.plan.dequantized[name]))
+            return layer.plain().encode(*layer.dense())["weight"]
+        else:
+            return self.plan.zeros.get(name)
+        self.sums += result.sums
+        self.rounded[result.how] += 1
+        return result.tensor
+
+    def _folded(self, parameter: str) -> tuple[Tensor, Tensor]:
+        """(target, original) of a parameter, of any shape."""
+        path, leaf = self.plan.sites[parameter]
+        module: Adapted = module_at(self.plan.model, path)  # type: ignore[assignment]
+        before, after = before_and_after(module, self.plan.adapters, leaf)
+        values = [
+            i
+            for delta in deltas_of(module, self.plan.adapters)
+            for part in delta.parts()
+            for i in part.values_at()
+        ]
+        return settled(after, before, values if leaf == "weight" else ())
+
+    def _rounded(self, name: str, target: Tensor, original: Tensor) -> Rounded:
+        try:
+            return round_to(target, original, self.rounding, generator_of(self.seed, name))
+        except LorafoldError as e:
+            raise LorafoldError(f"{name}: {e}") from None
+
+    def _converted(self, conversion: Conversion, name: str) -> Rounded:
+        kept = self._kept.pop(conversion, {})
+        if name not in kept:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]  # the one used least recently
+            kept = self._all(conversion)
+        result = kept.pop(name)
+        if kept:
+            self._kept[conversion] = kept
+        return result
+
+    @torch.no_grad()
+    def _all(self, conversion: Conversion) -> dict[str, Rounded]:
+        """The tensors that the parameters of a conversion are made of, by name."""
+        targets, originals = dict[str, Tensor](), dict[str, Tensor]()
+        with conversion.made() as values:
+            for parameter, value in values.items():
+                targets[parameter], originals[parameter] = (
+                    self._folded(parameter) if parameter in self.plan.sites else (value, value)
+                )
+        before = conversion.reversed(originals)
+        originals.clear()
+        after = conversion.reversed(targets)
+        targets.clear()
+        return {name: self._rounded(name, after[name], before[name]) for name in after}
+
+
+@torch.no_grad()
+def before_and_after(
+    module: Adapted, adapters: Sequence[str], parameter: str
+) -> tuple[Tensor, Tensor]:
+    """A parameter in the module's layout, of any shape, before and after folding: (the value that
+    the adapters change, in the module's dtype; the changed value, in fp32 or wider).
+
+    Args:
+        module: With the adapters attached.
+        adapters: Their names, in the order of folding.
+        parameter: weight or bias.
+    """
+    layer = layer_of(module)
+    w, b = layer.dense()
+    before: Tensor = (
+        layer.plain().encode(w, b)[parameter] if layer.quantized else layer.parameter(parameter)
+    )
+    if ROUND_TRIP in module.deltas:
+        w, b = fold(module, [ROUND_TRIP], w, b)
+        before = as_stored(module, w, b)[parameter].to(before.dtype)
+    return before, as_stored(module, *fold(module, adapters, w, b))[parameter]
+
+
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+Values = Callable[[str], Tensor | None]  # new values by name; None: those of the plan's entry
+Written = Callable[[str, int], None]  # name and bytes of a tensor, after it was written
+# A format of merged models. It writes the tensors of `Plan.layout`, asks once for each of them, and
+# writes what else its format takes: `plan.config`, `plan.checkpoint.other_files()`.
+Writer = Callable[[Plan, Values, Written], None]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What was done: the inner products of the update and its rounding errors, the number of
+    tensors by the way they were rounded, the tensors added to untie weights, the biases added, and
+    the size of the vocabulary if it grew.
+    """
+
+    sums: Sums
+    rounded: dict[str, int]
+    untied: tuple[str, ...]
+    biases: tuple[str, ...]
+    vocabulary: int | None
+
+
+def execute(
+    plan: Plan,
+    writer: Writer,
+    rounding: Rounding = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Folded:
+    """Write the merged model.
+
+    Args:
+        plan: What changes, and in which files.
+        writer: Writes it in a format.
+        rounding: nearest, stochastic or auto.
+        seed: The seed of stochastic rounding.
+        progress: Called as progress(bytes written, bytes in all) after each tensor.
+
+    Raises LorafoldError if a folded value does not fit its dtype, and as the writer does.
+    """
+    folding, total, done = Folding(plan, rounding, seed), plan.weight_bytes, 0
+
+    def written(_: str, size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    writer(plan, folding.new_values, written)
+    biases = tuple(name for name, like in plan.added.items() if like.name == name)
+    untied = tuple(name for name in plan.added if name not in biases)
+    return Folded(folding.sums, dict(folding.rounded), untied, biases, plan.vocabulary)
+
+
+def write_shards(out: Path, plan: Plan, values: Values, written: Written) -> None:
+    """Write the merged model as a directory of transformers; a `Writer` but for `out`.
+
+    Args:
+        out: An empty directory.
+        plan: What changes, and in which files.
+        values: The new values of a tensor.
+        written: Called after each tensor.
+
+    Raises LorafoldError if the disk has no room.
+    """
+    carried = plan.checkpoint.other_files()
+    total = plan.weight_bytes
+    besides = sum((plan.checkpoint.path / path).stat().st_size for path in carried)
+    need_space(out.parent, total + besides, "the merged model")
+    for path in carried:
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.checkpoint.path / path, out / path)
+    write_json(out / "config.json", plan.config)
+    for file, container in plan.checkpoint.files.items():
+        write_container(out / file, plan.layout(file), container.metadata, values, written)
+    if plan.checkpoint.index is not None:
+        where = {name: file for file in plan.checkpoint.files for name, _ in plan.layout(file)}
+        metadata = {**plan.checkpoint.index.get("metadata", {}), "total_size": total}
+        write_json(out / INDEX, {"metadata": metadata, "weight_map": where})
+
+
+def need_space(directory: Path, size: int, what: str) -> None:
+    """Raises LorafoldError unless the disk of `directory` has room for so many bytes."""
+    if (free := shutil.disk_usage(directory).free) < size:
+        raise LorafoldError(
+            f"{directory}: the disk has {free / 1e9:.1f} GB left, {what} needs"
+            f" {size / 1e9:.1f} GB; free some space or choose another --out"
+        )

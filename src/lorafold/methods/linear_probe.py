@@ -1,0 +1,30 @@
+"""Linear probe: a trained head over a frozen decoder.
+
+    logits = W h + b                W (classes, d) and b (classes,) start as the model's own head; h
+                                    (T, d) is never changed
+
+Alain & Bengio 2016, arXiv 1610.01644. It measures what the base's representation contains already;
+a method that does better has changed that representation. For sequence classification; the head of
+`AutoModelForSequenceClassification` is found under any name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.methods.parts.modules_to_save import ReplaceDelta
+
+
+@dataclass(frozen=True)
+class LinearProbe(Spec):
+    """A linear probe, which has no options."""
+
+    targets: ClassVar[str] = "head"
+    lr: ClassVar[float] = 1e-3
+    head_alone: ClassVar[bool] = True
+
+    def build(self, layer: Layer) -> ReplaceDelta:
+        return ReplaceDelta(layer.module, type(layer.module).__name__)

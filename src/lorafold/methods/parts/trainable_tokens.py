@@ -1,0 +1,294 @@
+"""Token rows: the embedding and head rows of a few tokens are trained, together with any method.
+
+    embedding   y[t] = rows[i] where id_t is the i-th of the ids, else the layer's output
+                rows (k, d), ids (k,)
+    head        z[t, id_i] = x[t] . rows[i], else the layer's output            z (T, V + m)
+    fold        the matrix (V, d) with these rows at their ids; those of ids from V on are appended:
+                (V + m, d)
+
+They are for tokens that a tokenizer gains (roles of a conversation, say), and for known tokens that
+are to mean something else. The base is never resized: the m rows that it lacks belong to the delta,
+so the vocabulary is V + m while the adapter is active and V without it. If head and embedding have
+a tied weight, they share the rows, which are parameters of the embedding's delta alone; the head's
+delta has it as its `twin`.
+
+A row that the base has starts as it is. A new row starts as the mean of all rows, so that a new
+token's logit is the mean of the others' for any text, and its probability at most their average
+(Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); training makes new
+rows differ. The new entries of a head's bias are the mean of the bias, and are not trained. Rows
+are fp32, and rounded to the nearest before use, as a merged model stores them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import Anatomy, sharers
+from lorafold.core.attach import Adapted
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer, add, bare
+from lorafold.core.targets import no_match
+from lorafold.errors import LorafoldError, as_one
+from lorafold.layers import is_linear, layer_class, layer_of
+
+
+class TokenRows(Delta):
+    """Abstract: the rows (k, d), fp32, of the ids (k,) in the order given; its own parameters, or
+    those of the delta that is its twin.
+    """
+
+    setting_names = ("ids",)
+    order: Tensor  # (k,), the permutation that sorts the ids
+    ascending: Tensor  # (k,), the sorted ids
+
+    def __init__(self, ids: Sequence[int], rows: Tensor | TokenRows) -> None:
+        super().__init__()
+        self.ids = tuple(ids)
+        # in a tuple, so that it is no submodule: the rows are parameters of one delta only
+        self._owner = (rows,) if isinstance(rows, TokenRows) else ()
+        if isinstance(rows, Tensor):
+            self.rows = nn.Parameter(rows.detach().to(torch.float32, copy=True))
+        where = self.owner.rows.device
+        order = torch.tensor(
+            sorted(range(len(ids)), key=self.ids.__getitem__),
+            device="cpu" if where.type == "meta" else where,
+        )
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer(
+            "ascending", torch.tensor(self.ids, device=order.device)[order], persistent=False
+        )
+
+    @property
+    def owner(self) -> TokenRows:
+        """The delta that has the rows as its parameters."""
+        return self._owner[0] if self._owner else self
+
+    @property
+    def twin(self) -> Delta | None:
+        return self._owner[0] if self._owner else None
+
+    def borrowed(self) -> Iterable[nn.Parameter]:
+        return self._owner[0].parameters() if self._owner else ()
+
+    def values_at(self) -> Sequence[int]:
+        return self.ids
+
+    def sorted_rows(self, device: torch.device) -> Tensor:  # (k, d)
+        """The rows by ascending id."""
+        return self.owner.rows.to(device)[self.order.to(device)]
+
+    def beyond(self, size: int) -> int:
+        """The number of ids that are not below `size`, the vocabulary of a matrix.
+
+        Raises LorafoldError if appending their rows would leave a gap.
+        """
+        missing = sum(i >= size for i in self.ids)
+        if missing and max(self.ids) != size + missing - 1:
+            raise LorafoldError(gap(self.ids, size))
+        return missing
+
+    def placed(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d)
+        """The matrix with the rows at their ids, in the wider of the two dtypes."""
+        rows = self.sorted_rows(w.device)
+        dtype, old = torch.promote_types(w.dtype, rows.dtype), len(rows) - self.beyond(len(w))
+        w = torch.cat([w.to(dtype), rows[old:].to(dtype)])
+        return w.index_copy(0, self.ascending[:old].to(w.device), rows[:old].to(dtype))
+
+    @abstractmethod
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+
+
+class EmbeddingRows(TokenRows):
+    """Token rows of an embedding, W (d, V)."""
+
+    def forward(self, layer: Layer, ids: Tensor, onto: Tensor | None = None) -> Tensor:
+        ascending = self.ascending.to(ids.dtype)
+        at = torch.searchsorted(ascending, ids).clamp_max(len(self.ids) - 1)
+        ours = ascending[at] == ids
+        y: Tensor = layer(torch.where(ours, 0, ids), onto=onto)
+        rows = layer.op(at, self.sorted_rows(y.device).to(y.dtype).t())
+        return torch.where(ours[..., None], add(rows, onto).to(y.dtype), y)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.placed(w.t()).t(), b
+
+
+class HeadRows(TokenRows):
+    """Token rows of an output embedding, W (V, d)."""
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        z: Tensor = layer(x)
+        old = len(self.ids) - self.beyond(z.shape[-1])
+        ours = layer.op(x, self.sorted_rows(x.device))
+        if layer.module._parameters.get("bias") is not None:
+            b = layer.dense()[1]
+            assert b is not None
+            ours = ours + torch.cat([b[self.ascending[:old]], b.mean().expand(len(self.ids) - old)])
+        ours = ours.to(z.dtype)
+        if old < len(self.ids):
+            z = torch.cat([z, ours[..., old:]], -1)
+        if old:
+            z = z.index_copy(-1, self.ascending[:old], ours[..., :old])
+        return add(z, onto).to(z.dtype)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        missing = self.beyond(len(w))
+        if b is not None and missing:
+            b = torch.cat([b, b.mean().expand(missing)])
+        return self.placed(w), b
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens whose rows train.
+
+    Args:
+        ids: the ids for the embedding and the head, or ids by module name.
+        fresh: ids that start as the mean although the base has a row for them: matrices are often
+            longer than the vocabulary, and the rows beyond it are untrained.
+    """
+
+    ids: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    fresh: frozenset[int] = frozenset()
+
+    def deltas(self, model: nn.Module, active: Sequence[str]) -> dict[str, TokenRows]:
+        """The deltas by module path, to be attached above the active adapters of these names.
+
+        Raises LorafoldError with everything that is wrong.
+        """
+        by_path, problems = self._by_path(model)
+        found: dict[str, TokenRows] = {}
+        for path, ids in by_path.items():
+            module = model.get_submodule(path)
+            if not (is_linear(module) or _is_embedding(module)):
+                problems.append(
+                    f"{path}: found {type(module).__name__}, which has no rows for tokens; expected"
+                    " an embedding or the head"
+                )
+                continue
+            w = _rows_of(module.layer(*active) if isinstance(module, Adapted) else layer_of(module))
+            if wrong := self._wrong(ids, len(w)):
+                problems.append(f"{path}: {wrong}")
+                continue
+            rows = EmbeddingRows if _is_embedding(module) else HeadRows
+            found[path] = rows(ids, self._owner(model, path, by_path, found) or self._start(w, ids))
+        if problems := problems or self._one_sided(model, found):
+            raise LorafoldError(as_one(problems))
+        return found
+
+    def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """The ids by module path, and what is wrong with them.
+
+        Embeddings come first, each followed by the modules whose weight is tied to it, which get
+        the same ids unless the user gave them others.
+        """
+        problems: list[str] = []
+        if isinstance(self.ids, Mapping):
+            paths = [path for path, _ in Anatomy.of(model).modules]
+            named: dict[str, tuple[int, ...]] = {}
+            for name, ids in self.ids.items():
+                hits = [p for p in paths if p == name or p.endswith(f".{name}")]
+                problems += [] if hits else [no_match(name, model, is_linear)]
+                named |= dict.fromkeys(hits, tuple(ids))
+        else:
+            named = dict.fromkeys(Anatomy.of(model).vocabulary_ends, tuple(self.ids))
+            if not named:
+                problems.append(
+                    f"{type(model).__name__} does not say which module its embedding is; give the"
+                    " ids by module name"
+                )
+        by_path: dict[str, tuple[int, ...]] = {}
+        for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):
+            by_path.setdefault(path, named[path])
+            if _is_embedding(module := model.get_submodule(path)):
+                by_path |= {
+                    other: named.get(other, named[path])
+                    for other in sharers(model, module)
+                    if other not in by_path
+                }
+        return by_path, problems
+
+    @staticmethod
+    def _wrong(ids: Sequence[int], size: int) -> str | None:
+        if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+            return f"tokens {list(ids)}: expected ids from 0 up, each once"
+        beyond = [i for i in ids if i >= size]
+        return gap(ids, size) if beyond and max(beyond) != size + len(beyond) - 1 else None
+
+    @staticmethod
+    def _owner(
+        model: nn.Module,
+        path: str,
+        ids: Mapping[str, Sequence[int]],
+        found: Mapping[str, TokenRows],
+    ) -> TokenRows | None:
+        shared = sharers(model, model.get_submodule(path))
+        return next(
+            (
+                d.owner
+                for p, d in found.items()
+                if p in shared and isinstance(d, EmbeddingRows) and ids[p] == ids[path]
+            ),
+            None,
+        )
+
+    @staticmethod
+    def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
+        """What is wrong if embedding and head would have different vocabularies."""
+        ends = {path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends}
+        rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
+        sizes = dict(rows)
+        for path in rows:
+            held = [*carried(model.get_submodule(path)), *([found[path]] if path in found else [])]
+            sizes[path] = max([rows[path], *(i + 1 for delta in held for i in delta.ids)])
+        if sizes == rows or len(set(sizes.values())) == 1:
+            return []
+        have = ", ".join(f"{path} would have {n} tokens" for path, n in sizes.items())
+        return [
+            f"new tokens need rows in the embedding and in the head: {have}; give the ids for both,"
+            " or resize the base first"
+        ]
+
+    @torch.no_grad()
+    def _start(self, w: Tensor, ids: Sequence[int]) -> Tensor:  # (V, d) -> (k, d)
+        mean = (
+            w.mean(0, dtype=torch.float32)
+            if any(i >= len(w) or i in self.fresh for i in ids)
+            else None
+        )
+        rows = [
+            mean if mean is not None and (i >= len(w) or i in self.fresh) else w[i].float()
+            for i in ids
+        ]
+        return torch.stack(rows)
+
+
+def gap(ids: Sequence[int], size: int) -> str:
+    """The error message for ids that would leave a gap after a vocabulary of `size` tokens."""
+    beyond = sorted(i for i in ids if i >= size)
+    return (
+        f"tokens {beyond} leave a gap: the base's last token is {size - 1}; number new tokens from"
+        f" {size} on without gaps"
+    )
+
+
+def carried(module: nn.Module) -> Iterator[TokenRows]:
+    """Yield the token rows among the deltas attached to a module."""
+    deltas: Any = module.deltas.values() if isinstance(module, Adapted) else ()
+    return (part for delta in deltas for part in delta.parts() if isinstance(part, TokenRows))
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return layer_class(module).takes_ids
+
+
+@torch.no_grad()
+def _rows_of(layer: Layer) -> Tensor:  # (V, d)
+    w, _ = layer.dense()
+    return w.detach().t() if layer.takes_ids else w.detach()

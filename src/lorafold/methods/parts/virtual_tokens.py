@@ -1,0 +1,267 @@
+"""Virtual tokens in every attention: the common part of prompt and prefix tuning.
+
+    attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen
+                                                        by every query
+
+A delta on the decoder (the sender) gives every attention the keys and values of n virtual tokens,
+which come before the first real token; positions shift by n. They are passed as one keyword
+argument, which transformers' decoders pass on to their attentions. There a second delta (the
+receiver) takes it out, gives the attention a wrapper of its cache that prepends the virtual keys
+and values, and extends the mask by n columns. So the cache itself contains real tokens only:
+lengths, reordering, cropping and resuming work as usual, every packed document sees the virtual
+tokens, and gradient checkpointing passes the same tensors again when it recomputes.
+
+Virtual tokens stay visible under a sliding window. A model without attention layers, or whose
+decoder does not pass such arguments on, is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.delta import Opaque
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import check
+from lorafold.ops.host_tensors import plus, sent
+from lorafold.ops.packed_documents import Documents, prefixed
+
+# by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
+KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
+Seen = dict[int, tuple[Tensor, Tensor]]
+
+_KEYWORD = "virtual_tokens"
+_CACHE_NAMES = ("cache", "layer_past")  # the argument of an attention that is its cache
+
+
+class Virtual:
+    """What senders pass to the attentions: the keys and values of every sender so far, and a
+    dictionary in which to record a layer's own keys and values, or None.
+    """
+
+    def __init__(self, before: tuple[KeysAndValues, ...], seen: Seen | None) -> None:
+        self.before, self.seen = before, seen
+        self.reached: set[int] = set()
+        self._documents: tuple[Documents, Documents] | None = None
+
+    def at(self, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
+        """Each sender's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer; the layer is
+        recorded as reached.
+        """
+        self.reached.add(layer_idx)
+        return [kv[layer_idx] for kv in self.before]
+
+    def mask(self, mask: Any, n: int, x: Tensor) -> Any:
+        """`widened`; the documents that all layers are given are widened once for all of them.
+
+        Args:
+            mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
+            x: the input (B, T, d) of the attention.
+        """
+        if not isinstance(mask, Documents):
+            return widened(mask, n, x)
+        if self._documents is None or self._documents[0] is not mask:
+            found = widened(mask, n, x)
+            if not isinstance(found, Documents):
+                return found
+            self._documents = mask, found
+        return self._documents[1]
+
+
+class _Prepended:
+    """A wrapper of an attention's cache (None: no cache) that prepends the virtual tokens.
+
+    Without a mask, attention is causal over its own `tokens`; then the unused positions of a cache
+    of fixed size are cut off.
+    """
+
+    def __init__(
+        self, cache: Any, virtual: Virtual, before: list[tuple[Tensor, Tensor]], tokens: int | None
+    ) -> None:
+        self._cache, self._virtual, self._before, self._tokens = cache, virtual, before, tokens
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._virtual.seen is not None:
+            self._virtual.seen[layer_idx] = key, value
+        if self._cache is not None:
+            key, value = self._cache.update(key, value, layer_idx, *args, **kwargs)
+        keys = [k.to(key.dtype).expand(len(key), -1, -1, -1) for k, _ in self._before]
+        values = [v.to(value.dtype).expand(len(value), -1, -1, -1) for _, v in self._before]
+        own = slice(self._tokens)
+        return torch.cat([*keys, key[..., own, :]], -2), torch.cat(
+            [*values, value[..., own, :]], -2
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+class Receiver(Opaque):
+    """The delta on an attention that takes what a sender passed. It has no parameters."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.names = argument_names(attention)
+        if not any(name in self.names for name in _CACHE_NAMES):
+            raise LorafoldError(
+                f"{type(attention).__name__} takes no cache, through which virtual tokens are"
+                " given; choose another method"
+            )
+        self.cache_name = next(name for name in _CACHE_NAMES if name in self.names)
+
+    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        virtual: Virtual | None = kwargs.pop(_KEYWORD, None)
+        if virtual is None:
+            return layer(**kwargs)
+        before = virtual.at(layer.module.layer_idx)  # type: ignore[arg-type]
+        x, mask = kwargs["hidden_states"], kwargs.get("attention_mask")
+        tokens = x.shape[1] if mask is None and x.shape[1] > 1 else None
+        kwargs[self.cache_name] = _Prepended(kwargs.get(self.cache_name), virtual, before, tokens)
+        if n := sum(k.shape[-2] for k, _ in before):
+            kwargs["attention_mask"] = virtual.mask(mask, n, x)
+        return layer(**kwargs)
+
+
+def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
+    """An attention's mask with n columns in front that every query sees: (B, 1, T, n + Tk), boolean
+    or additive; documents with n keys in front; None if there is nothing to mask.
+
+    Raises LorafoldError for a mask of another kind.
+
+    Args:
+        mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
+        x: the input (B, T, d) of the attention.
+    """
+    if isinstance(mask, Documents):
+        if mask.window is None:
+            return prefixed(mask, n, len(x), x.device)
+        mask = mask.dense(len(x), x.device)
+    if mask is None:
+        # without a mask, attention is causal over T keys, or has one query, which sees all keys
+        t = x.shape[1]
+        return (
+            None
+            if t == 1
+            else torch.ones(t, n + t, dtype=torch.bool, device=x.device).tril(n)[None, None]
+        )
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise LorafoldError(
+            "virtual tokens need an attention whose mask is a tensor of 4 dimensions (sdpa or"
+            f" eager), found {type(mask).__name__}; load the model with attn_implementation='sdpa'"
+        )
+    return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the module is an attention: it has a `layer_idx`."""
+    return hasattr(module, "layer_idx")
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The names of the arguments of the module's own forward, in order."""
+    cls = type(module)
+    return list(inspect.signature(getattr(cls, "base_class", cls).forward).parameters)[1:]
+
+
+class Sender(Opaque):
+    """Abstract: the delta on the decoder, which knows the virtual tokens' keys and values in every
+    layer.
+    """
+
+    def __init__(self, body: nn.Module, layers: list[int]) -> None:
+        super().__init__()
+        self.names, self.layers = argument_names(body), layers
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """The positions that the virtual tokens take before each row."""
+
+    def send(
+        self,
+        run: Callable[..., Any],
+        inputs: dict[str, Any],
+        virtual: KeysAndValues | None,
+        n: int,
+        seen: Seen | None = None,
+    ) -> Any:
+        """Run the decoder with virtual tokens in front, and return its output.
+
+        Raises LorafoldError if they do not reach the attention of every layer.
+
+        Args:
+            virtual: keys (1, Hk, n, D) and values (1, Hk, n, Dv) by `layer_idx`, or None.
+            seen: a dictionary in which each layer's own keys and values are recorded, or None.
+        """
+        above: Virtual | None = inputs.get(_KEYWORD)
+        before = () if above is None else above.before
+        seen = above.seen if seen is None and above is not None else seen
+        own = Virtual((*before, virtual) if virtual is not None else before, seen)
+        output = run(**(inputs | {_KEYWORD: own, "position_ids": plus(positions(inputs), n)}))
+        if missed := [i for i in self.layers if i not in own.reached]:
+            raise LorafoldError(
+                "the decoder does not pass keyword arguments on to the attention of layers"
+                f" {missed}, so virtual tokens can't reach it; choose another method"
+            )
+        if above is not None:
+            above.reached |= own.reached
+        return output
+
+
+def positions(inputs: dict[str, Any]) -> Tensor:
+    """The positions (B or 1, T) of a decoder's input: those that it is given, or else those that
+    follow the tokens in its cache.
+    """
+    if (told := inputs.get("position_ids")) is not None:
+        return told
+    x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    past = 0 if cache is None else cache.get_seq_length()
+    return sent(torch.arange(past, past + x.shape[1])[None], x.device)
+
+
+class VirtualTokens(Spec):
+    """Abstract: n virtual tokens, with a sender on the decoder and a receiver on each attention."""
+
+    tokens: int
+    init: str
+    inits: ClassVar[tuple[str, ...]]  # what `init` may be
+
+    targets: ClassVar[str] = "decoder"
+    lr: ClassVar[float] = 1e-2
+
+    def __post_init__(self) -> None:
+        check(self, whole=("tokens",), one_of={"init": self.inits})
+
+    @property
+    def positions(self) -> int:  # type: ignore[override]
+        """Those of the virtual tokens."""
+        return self.tokens
+
+    def build(self, layer: Layer) -> Sender | Receiver:
+        module = layer.module
+        if is_attention(module):
+            return Receiver(module)
+        attentions = [module.get_submodule(path) for path in Anatomy.of(module).attentions]
+        if not attentions:
+            raise LorafoldError(
+                f"{type(self).__name__}: expected a decoder and its attentions (targets 'decoder'),"
+                f" found {type(module).__name__}"
+            )
+        return self.sender(layer, attentions)
+
+    @abstractmethod
+    def sender(self, layer: Layer, attentions: list[nn.Module]) -> Sender:
+        """The delta of the decoder, a layer over these attentions."""

@@ -1,0 +1,149 @@
+"""The storages: how a base may hold its weights, one row each, and the only file that names them.
+
+A row says how large a weight is, what quantizes to the storage, and how files say that they are
+stored so. `choose_storage` chooses one as was asked, or else by the device; `bases.LAYERS` has the
+layers that read their modules. A new storage is its layer in `bases`, its name in `StorageName`,
+and its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lorafold.errors import LorafoldError
+from lorafold.runtime.devices import native_bf16
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+StorageName = Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "auto"]
+
+
+@dataclass(frozen=True)
+class StorageRow:
+    """A storage.
+
+    bits: Of a weight, without the constants that it shares with others.
+    dtype: torch's name of the dtype, if a weight is a plain number.
+    made: What `BitsAndBytesConfig` is given to quantize a plain model to it as it is loaded; empty
+        where bitsandbytes has no such storage.
+    packer: The function that quantizes a matrix to it, `module:function`.
+    codes: The type of codes in files of compressed-tensors, and the formats that these may have.
+    method: The quant_method of files that are stored so whatever else they say.
+    """
+
+    bits: int
+    dtype: str = ""
+    made: dict[str, Any] = field(default_factory=dict)
+    packer: str = ""
+    codes: tuple[str, tuple[str, ...]] = ("", ())
+    method: str = ""
+
+    @property
+    def pack(self) -> Callable[[Tensor], nn.Module]:
+        """What makes a matrix (out, in) a linear without bias that stores it so."""
+        found: Callable[[Tensor], nn.Module] = resolve_name(self.packer)
+        return found
+
+
+STORAGES: dict[str, StorageRow] = {
+    # NormalFloat with constants in 8 bits (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
+    "nf4": StorageRow(
+        4,
+        made={
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        },
+        packer="lorafold.layers.bitsandbytes:nf4",
+    ),
+    # a scale for each output (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339)
+    "int8": StorageRow(
+        8,
+        made={"load_in_8bit": True},
+        packer="lorafold.layers.bitsandbytes:int8",
+        codes=("int", ("int-quantized", "naive-quantized", "pack-quantized")),
+    ),
+    # a scale for the matrix, a row or a block
+    "fp8": StorageRow(8, codes=("float", ("float-quantized", "naive-quantized")), method="fp8"),
+    # packed into int32, in rows or groups
+    "int4": StorageRow(4, codes=("int", ("pack-quantized",))),
+    # a power of two for 32 weights, of matrices of experts alone
+    "mxfp4": StorageRow(4, method="mxfp4"),
+    "bf16": StorageRow(16, dtype="bfloat16"),
+    "fp32": StorageRow(32, dtype="float32"),
+}
+PLAIN = tuple(name for name, row in STORAGES.items() if row.dtype)
+PLAIN_OF = {f"torch.{STORAGES[name].dtype}": name for name in PLAIN}
+MADE = tuple(name for name, row in STORAGES.items() if row.made)  # of plain files
+IN_FILES = tuple(name for name in STORAGES if name not in (*PLAIN, *MADE))  # and never made
+QUANTIZED = (*MADE, *IN_FILES)
+IN_CODES = tuple(name for name, row in STORAGES.items() if row.codes[0])  # of compressed-tensors
+DEFAULT: StorageName = "nf4"  # QLoRA's, and the least of those that are made
+LISTED = f"{', '.join((*MADE, *PLAIN))} (only as its files are stored: {', '.join(IN_FILES)})"
+
+
+def made_of(bits: int) -> str | None:
+    """The storage of so many bits that bitsandbytes makes, if there is one."""
+    return next((name for name in MADE if STORAGES[name].bits == bits), None)
+
+
+def of_method(method: Any) -> str | None:
+    """The storage that a quant_method of files stands for, if it stands for one."""
+    found = (name for name, row in STORAGES.items() if row.method == method)
+    return next(found, None) if method else None
+
+
+def of_codes(kind: str, bits: int) -> str | None:
+    """The storage of compressed-tensors' codes of this type, float or int, and of so many bits."""
+    rows = STORAGES.items()
+    return next((n for n, row in rows if (row.codes[0], row.bits) == (kind, bits)), None)
+
+
+class Storage(NamedTuple):
+    """How a base stores its weights: the dtype that is computed in, the quantization of its linears
+    if there is one, and the reason for the choice.
+    """
+
+    dtype: torch.dtype
+    quantization: str | None = None  # one of QUANTIZED
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        """The storage as `choose_storage` takes it."""
+        return self.quantization or PLAIN_OF.get(str(self.dtype), PLAIN[-1])
+
+
+def check_storage(name: str) -> None:
+    """Raise LorafoldError unless it is auto or a row of STORAGES."""
+    if name not in ("auto", *PLAIN, *QUANTIZED):
+        raise LorafoldError(
+            f"storage {name}: unknown; expected auto, {', '.join(PLAIN)}, {' or '.join(MADE)}, or"
+            f" {' or '.join(IN_FILES)} where its files are stored so"
+        )
+
+
+def choose_storage(base: str, device: torch.device | str) -> Storage:
+    """Return the storage for a base of auto or a row of STORAGES on this device, with the reason as
+    a line to print. Raises LorafoldError for other names.
+
+    auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
+    fp32. Quantized weights are dequantized to the dtype that auto would choose.
+    """
+    import torch
+
+    check_storage(base)
+    dtypes = {name: getattr(torch, STORAGES[name].dtype) for name in PLAIN}
+    native, why = native_bf16(torch.device(device))
+    best = "bf16" if native else "fp32"
+    if base in QUANTIZED:
+        return Storage(dtypes[best], base, f"{base}, computed in {best}: {why}")
+    if base == "auto":
+        return Storage(dtypes[best], None, f"{best}: {why}")
+    return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))

@@ -1,0 +1,262 @@
+"""Loads models while bitsandbytes quantizes their linears, one tensor at a time, and models whose
+files are quantized already, in the storages of `models.quantizations`.
+
+Every linear of the blocks is quantized, from bf16, and so are the matrices of experts; embeddings,
+norms, routers and heads stay in 16 bits: NF4 takes 0.26 of bf16's bytes, int8 0.50. Tensors are
+read from the files and not mapped, so the peak of memory is the quantized model and one tensor, or
+one block's experts. A model whose files are quantized already is loaded as it is
+(`models.quantized_files`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from lorafold.core.anatomy import Anatomy, beneath
+from lorafold.core.matrices import Matrices, form_of, module_at
+from lorafold.core.targets import block_linears
+from lorafold.errors import LorafoldError
+from lorafold.layers import is_linear, layer_of
+from lorafold.layers.bitsandbytes import bitsandbytes, set_compute_dtype
+from lorafold.layers.compressed import CompressedLinear
+from lorafold.layers.expert_matrices import Floats, held, quantized
+from lorafold.layers.experts import route
+from lorafold.models.quantizations import IN_CODES, IN_FILES, MADE, STORAGES, made_of
+from lorafold.models.quantized_files import (
+    as_in_files,
+    check_quantized,
+    make_mxfp4,
+    make_quantized,
+    readable,
+    remark,
+    storage_in_files,
+    stored_mxfp4,
+)
+from lorafold.models.weights import FileWeights, model_files
+from lorafold.ops.nf4 import BLOCK
+from lorafold.runtime.memory import RETURNED, freed_blocks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from lorafold.models.quantizations import Storage
+    from lorafold.models.sources import ModelSource
+
+log = logging.getLogger(__name__)
+
+# quant_method -> the package that transformers reads it with
+READ_BY = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
+
+
+def quantization_of(settings: Mapping[str, Any], what: str) -> str:
+    """Return the storage of a checkpoint by its `quantization_config`: a row of STORAGES, or fp4.
+
+    Raises LorafoldError, in a message that begins with `what`, if it is none of them, or if the
+    package that reads it is not installed.
+    """
+    if settings.get("load_in_4bit"):
+        return str(settings.get("bnb_4bit_quant_type", "fp4"))
+    if settings.get("load_in_8bit"):
+        return str(made_of(8))
+    if readable(settings):
+        return storage_in_files(settings, what)
+    method = str(settings.get("quant_method", "unknown"))
+    instead = "train on the model that it was quantized from instead"
+    package = READ_BY.get(method)
+    if package is None:
+        methods = (row.method for row in STORAGES.values())
+        raise LorafoldError(
+            f"{what}: unsupported quantization {method}; supported: compressed-tensors"
+            f" ({', '.join(IN_CODES)}), {', '.join(filter(None, methods))}, bitsandbytes"
+            f" ({', '.join(MADE)}); {instead}"
+        )
+    absent = importlib.util.find_spec(package) is None
+    raise LorafoldError(
+        f"{what}: its weights are quantized by {method}, which the package {package} reads"
+        f"{' (not installed)' * absent} and lorafold can't train over; {instead}"
+    )
+
+
+def packable(model: PreTrainedModel) -> list[str]:
+    """Return the sites whose matrices are quantized: those of the blocks whose number of inputs is
+    a multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules without an
+    adapter, computes others wrongly on some CPUs. Grouped linears have no quantized form.
+    """
+    anatomy = Anatomy.of(model)
+    inside = filter(beneath([anatomy.decoder]), block_linears(model, is_linear))
+    layers = {p: layer_of(module_at(model, p)) for p in inside if p != anatomy.head}
+    return [p for p, s in layers.items() if s.takes_vectors and s.shape[1] % BLOCK == 0]
+
+
+def read_quantized(
+    auto: Any,
+    source: ModelSource,
+    storage: Storage,
+    device: torch.device,
+    **config: Any,
+) -> tuple[Any, Any]:
+    """Load a quantized model, in evaluation mode, and return it with transformers' report on its
+    weights.
+
+    Raises LorafoldError if the files are quantized in another way, or lack what their quantization
+    takes; ImportError without bitsandbytes where that quantizes.
+
+    Args:
+        auto: One of transformers' auto classes.
+        storage: Quantized.
+        device: Where to load the model.
+        config: Fields that replace those of the model's configuration.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    path, quantization, trusted = source.path, storage.quantization, source.trust_remote_code
+    found = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **config)
+    settings: Any = getattr(found, "quantization_config", None)
+    if settings is not None and not isinstance(settings, dict):
+        settings = settings.to_dict()
+    what = f"model {source.name}"
+    stored = None if settings is None else quantization_of(settings, what)
+    if stored is None and quantization in IN_FILES:
+        raise LorafoldError(
+            f"{what}: found files that are not quantized, of which lorafold makes"
+            f" {' or '.join(MADE)}, not {quantization}"
+        )
+    if stored not in (None, quantization):
+        raise LorafoldError(
+            f"{what}: its weights are stored as {stored}, so it can't be loaded as"
+            f" {quantization}; expected the base {stored}"
+        )
+    own = stored is not None and readable(settings)
+    if own:
+        # transformers would round scales to `dtype`, and dequantize every weight on the first call
+        del found.quantization_config
+    else:
+        bitsandbytes()
+    with torch.device("meta"):
+        mapped = auto.from_config(found, trust_remote_code=trusted)
+    cls, how = type(mapped), {"dtype": torch.bfloat16}
+    quantizing: AbstractContextManager[Any] = nullcontext()
+    if own:
+        cls, how = _with_codes(mapped, settings, path, what), {"dtype": storage.dtype}
+    elif stored is None:
+        how["quantization_config"] = _by_bitsandbytes(mapped, str(quantization))
+        quantizing = experts_quantized(str(quantization))
+    weights = FileWeights(model_files(path), mapped=False)
+    with freed_blocks(RETURNED), quantizing:
+        model, info = cls.from_pretrained(
+            None,
+            config=found,
+            state_dict={n: weights.slice(n) for n in weights.names},
+            device_map={"": device},
+            output_loading_info=True,
+            **how,
+        )
+    route_quantized(model)
+    if own:
+        model.__class__ = type(mapped)
+        model.config.quantization_config = settings
+        check_quantized(model, what)
+        if (line := remark(settings, what)) is not None:
+            log.warning(line)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval(), info
+
+
+def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
+    """What tells transformers to quantize a plain model."""
+    from transformers import BitsAndBytesConfig
+
+    packed = set(packable(model))
+    others = [p for p, m in Anatomy.of(model).modules if is_linear(m) and p not in packed]
+    return BitsAndBytesConfig(**STORAGES[quantization].made, llm_int8_skip_modules=others)
+
+
+def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
+    """The class of a model without values, made with the linears and experts that its files are
+    for.
+    """
+    from lorafold.models.checkpoint import by_parameter, entries_of
+
+    make_quantized(model, settings, what)
+    as_in_files(model, by_parameter(model, entries_of(path))[0], what)
+    found = {p: m for p, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear)}
+
+    class Prepared(type(model)):  # type: ignore[misc]
+        """transformers loads files into what this makes."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for at, module in found.items():
+                parent, _, leaf = at.rpartition(".")
+                module._parameters["bias"] = self.get_submodule(at).bias
+                setattr(self.get_submodule(parent), leaf, module)
+            if stored_mxfp4(settings):
+                make_mxfp4(self, settings, what)
+
+    return Prepared
+
+
+@contextmanager
+def experts_quantized(quantization: str) -> Iterator[None]:
+    """Context in which parameters of experts are quantized when a module gets them, so that a model
+    that is being loaded never has more than one of them in 16 bits.
+    """
+
+    pack = STORAGES[quantization].pack
+
+    def quantize(module: Any, name: str, parameter: Any) -> Any:
+        form = form_of(module)
+        stored = None if form is None else form.parameters.get(name)
+        if stored is None or parameter.is_meta or parameter.dim() != 3 - stored.flat:
+            return None
+        if not parameter.is_floating_point() or Floats(Matrices(module, name)).shape[2] % BLOCK:
+            return None
+        made: Any = quantized(parameter, pack)
+        made._is_hf_initialized = True  # else transformers fills it with random numbers
+        return made
+
+    hook = register_module_parameter_registration_hook(quantize)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def route_quantized(model: torch.nn.Module) -> None:
+    """Make modules of experts that have quantized matrices compute with these."""
+    for _, module in Anatomy.of(model).modules:
+        if isinstance(module, Matrices) and held(module).quantized:
+            route(module.routed)
+
+
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make a quantized model compute in this dtype: its other weights are converted to it, and the
+    quantized ones are dequantized to it at each use.
+    """
+    for module in model.modules():
+        set_compute_dtype(module, dtype)
+        if isinstance(module, CompressedLinear):  # it was loaded in this dtype, but for its scales
+            module.freeze()
+            continue
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is None or hasattr(tensor, "quant_state"):
+                continue  # codes, which may be stored under any dtype
+            if tensor.dtype == torch.bfloat16 != dtype:
+                tensor.data = tensor.data.to(dtype)
+                # once more, for whoever keeps only a part of what modules get
+                if isinstance(tensor, torch.nn.Parameter):
+                    module.register_parameter(name, tensor)
+                else:
+                    lasts = name not in module._non_persistent_buffers_set
+                    module.register_buffer(name, tensor, lasts)
+    model.config.dtype = dtype

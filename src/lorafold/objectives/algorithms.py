@@ -1,0 +1,108 @@
+"""The law of an objective that has one, made of the options of a recipe: its class, by the row of
+the table, and for policies what they draw in each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import ModuleType
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from lorafold.errors import LorafoldError
+from lorafold.objectives import OBJECTIVES, Declared
+from lorafold.objectives.objective import given_options
+from lorafold.training_step import policy_algorithms, preference_algorithms
+from lorafold.training_step.policy_algorithms import STRICT, PolicyLaw
+from lorafold.training_step.preference_algorithms import Law
+
+L = TypeVar("L")
+
+
+def class_of(declared: Declared, laws: ModuleType) -> Any:
+    """The class of the law that a row of the table names, itself or by its name among `laws`."""
+    return getattr(laws, declared.law) if isinstance(declared.law, str) else declared.law
+
+
+def made(kind: type[L], given: Mapping[str, Any], objective: str, besides: Sequence[str] = ()) -> L:
+    """A law, or other checked options, with what is given.
+
+    Args:
+        besides: Options that the objective has elsewhere.
+
+    Raises LorafoldError for an option that it does not have, or a value out of its range.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := [name for name in given if name not in known]:
+        field = "" if unknown == ["beta"] else "objective_options: "
+        raise LorafoldError(
+            f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
+            f" {', '.join([*known, *besides])}"
+        )
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise LorafoldError(
+            f"objective {objective}: {'.'.join(map(str, first['loc']))}: found {first['input']!r},"
+            f" expected {first['msg'].removeprefix('Input should be ')}"
+        ) from None
+
+
+@checked(frozen=True, config=STRICT)
+class Drawing:
+    """What is drawn of a prompt, and what judges it.
+
+    Args:
+        group: completions of a prompt.
+        max_new_tokens: the most tokens of one.
+        fill: how often a group from which nothing is learned is drawn again.
+        updates: how often the weights are updated by the completions of a step.
+        truncated: whether completions that were cut off there count in the loss.
+        exact: draw bit by bit as the step computes, which takes longer.
+        rewards: names as `lorafold.rewards.reward_of` reads them.
+        reward_seconds: the seconds that a call of one may take.
+    """
+
+    group: Annotated[int, Field(ge=2)] = 8
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    fill: Annotated[int, Field(ge=0)] = 0
+    updates: Annotated[int, Field(ge=1)] = 1
+    truncated: Literal["counted", "masked"] = "counted"
+    exact: bool = False
+    rewards: tuple[str, ...] = ()
+    reward_seconds: Annotated[float, Field(gt=0)] = 30.0
+
+
+def chosen(
+    objective: str, beta: float | None, options: Mapping[str, Any]
+) -> tuple[PolicyLaw, Drawing]:
+    """The law of an objective of policies, and what it draws.
+
+    Raises LorafoldError for an option that neither has, or a value out of its range.
+    """
+    given = given_options(beta, options)
+    own = [field.name for field in fields(Drawing)]
+    drawing = made(Drawing, {k: v for k, v in given.items() if k in own}, objective)
+    kind: type[PolicyLaw] = class_of(OBJECTIVES[objective], policy_algorithms)
+    law = made(kind, {k: v for k, v in given.items() if k not in own}, objective, own)
+    return law, drawing
+
+
+def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
+    """The law of an objective.
+
+    Args:
+        objective: A name in OBJECTIVES, of one that has a law.
+        beta: Its beta; None takes the law's own.
+
+    Raises LorafoldError for an option that the law does not have, or a value out of its range.
+    """
+    law: Law = made(
+        class_of(OBJECTIVES[objective], preference_algorithms), given_options(beta, options),
+        objective
+    )
+    return law

@@ -1,0 +1,103 @@
+"""What kernels of other libraries demand of a GPU and of their inputs.
+
+    takes(FLASH, q, v)                      whether the kernel takes these inputs where they are
+    with as_on(Place("cuda")): ...          as if tensors were on such a card
+
+A path that uses a kernel asks here first, so that every card takes one that exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafold.runtime.devices import AMPERE
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Demand(NamedTuple):
+    """What a kernel of attention takes: the dtypes, the largest head size and what divides it, and
+    the least compute capability of the GPU.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    largest_head: int
+    head_unit: int
+    capability: tuple[int, int]
+
+
+# Dao 2023, arXiv 2307.08691, as torch builds it
+FLASH = Demand(HALF, 256, 8, AMPERE)
+
+
+class Place(NamedTuple):
+    """A kind of device, and the compute capability of a GPU, major and minor."""
+
+    kind: str
+    capability: tuple[int, int] = AMPERE
+
+
+def place_of(device: torch.device) -> Place:
+    """The kind of a device of this machine, with its compute capability if it is a GPU of CUDA."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Place(device.type)
+    return Place("cuda", torch.cuda.get_device_capability(device))
+
+
+_said: ContextVar[Place | None] = ContextVar("place", default=None)
+
+
+@contextmanager
+def as_on(place: Place) -> Iterator[None]:
+    """Have tensors computed as if they were on another device, until the `with` block ends, in this
+    thread. An estimate is of a device that may be elsewhere.
+    """
+    token = _said.set(place)
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
+def kind_of(x: Tensor) -> str:
+    """The kind of device, such as cpu or cuda, whose ways x, of any shape, is computed in."""
+    said = _said.get()
+    return x.device.type if said is None else said.kind
+
+
+# major numbers for which torch has one kernel for products of groups, by sizes on the device; it
+# loops on others, and asks for the sizes
+GROUPED = (9, 10)
+GROUPED_UNIT = 8  # what divides the sides of its matrices, in 16 bits
+
+
+def groups_at_once(x: Tensor) -> bool:
+    """Whether products of groups of rows can be one there, and the host need not know their sizes.
+
+    Args:
+        x: a tensor of any shape, of which only the place counts.
+    """
+    if kind_of(x) != "cuda":
+        return False
+    said = _said.get()
+    major, _ = said.capability if said else torch.cuda.get_device_capability(x.device)
+    return major in GROUPED
+
+
+def takes(demand: Demand, q: Tensor, v: Tensor) -> bool:
+    """Whether a kernel takes queries (..., D) and values (..., Dv), of one dtype and device."""
+    size, said = q.shape[-1], _said.get()
+    return (
+        kind_of(q) == "cuda"
+        and q.dtype in demand.dtypes
+        and size == v.shape[-1] <= demand.largest_head
+        and size % demand.head_unit == 0
+        and (said.capability if said else torch.cuda.get_device_capability(q.device))
+        >= demand.capability
+    )

@@ -1,0 +1,335 @@
+"""Documents that are packed end to end, and the tiles in which their attention is computed.
+
+    document i: keys key_at(i) + [0, lens[i]), queries at(i) + [0, lens[i] - starts[i])
+
+The query that is j-th in its document sees the keys (j - window, j] of it. Without shared tokens
+starts is 0 and every token is one query and one key. Documents that begin with the same tokens, as
+two completions of one prompt do, share them to any depth: the tokens are queries of the first
+document only, and keys of all of them, which `keys` lays end to end. No token is computed twice.
+
+Use it to tell `ops.attention.document_attention` what attends to what.
+
+Documents are computed in tiles: some queries of documents of one length against their keys.
+`prefixed` documents have keys in front that are no queries (virtual tokens of prompt and prefix
+tuning), so no (T, n + T) mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, groupby, repeat
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafold.errors import LorafoldError
+from lorafold.ops.host_tensors import on_host, sent
+
+TILE = 128
+
+
+class Tile(NamedTuple):
+    """Queries lo:hi against keys first:hi of each of n consecutive documents of one length, whose
+    own queries begin at `start`; those of the first begin at token `at`, its keys at key `key_at`.
+    """
+
+    at: int
+    key_at: int
+    n: int
+    start: int
+    length: int
+    lo: int
+    hi: int
+    first: int
+
+    def own(self, x_THD: Tensor) -> Tensor:
+        """The view (n, hi - lo, H, D) of the tile's queries in a tensor of all queries."""
+        each = self.length - self.start
+        return x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))[
+            :, self.lo - self.start : self.hi - self.start
+        ]
+
+    @property
+    def seen(self) -> slice:
+        """Its keys among those of a document."""
+        return slice(self.first, self.hi)
+
+    def _every(self, x_SHD: Tensor) -> Tensor:
+        """The view (n, Hk, length, D) of the documents' keys in a tensor of all keys."""
+        end = self.key_at + self.n * self.length
+        return x_SHD[self.key_at : end].unflatten(0, (self.n, self.length)).transpose(1, 2)
+
+    def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head
+        follow each other.
+
+        Args:
+            x_THD: the queries of all documents.
+            kv_heads: the number Hk of key heads.
+        """
+        by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(
+            self.n * kv_heads, -1, x_THD.shape[-1]
+        )
+
+    def keys(self, x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy (n * Hk, length, D), in that dtype, of all keys or values of its documents."""
+        every = self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format)
+        return every.flatten(0, 1)
+
+    def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
+        """Write part (n * Hk, G * t, D), laid out as by `queries`, to its place in x_THD."""
+        t, (heads, width) = self.hi - self.lo, x_THD.shape[1:]
+        by_group = part.view(self.n, -1, heads * self.n // len(part), t, width)
+        self.own(x_THD).copy_(by_group.permute(0, 3, 1, 2, 4).reshape(self.n, t, heads, width))
+
+    def put_keys(self, x_SHD: Tensor, every: Tensor) -> None:
+        """Write every (n * Hk, length, D), laid out as by `keys`, to its place in x_SHD."""
+        self._every(x_SHD).copy_(every.unflatten(0, (self.n, -1)))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents in a batch: `lens` are their lengths in tokens, sequence after sequence, with
+    sum B * T. With a window, query i sees the keys in (i - window, i].
+
+    Documents may share their first tokens. Then document i's own tokens are starts[i]:lens[i] of
+    it, these are laid end to end in one sequence of T tokens, and `keys` (S,), S = sum(lens), says
+    which of the T is each key of each document.
+    """
+
+    lens: tuple[int, ...]
+    window: int | None = None
+    starts: tuple[int, ...] | None = None
+    keys: Tensor | None = field(default=None, repr=False, compare=False)
+    # the same documents without tokens in front, and how many keys these add in all
+    behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
+    _ends: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _masks: dict[tuple[Any, ...], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def forest(
+        cls, lens: Sequence[int], starts: Sequence[int], device: torch.device
+    ) -> Documents:
+        """The documents of rows that lie end to end, each the first starts[i] tokens of the one
+        before and its own.
+
+        Raises LorafoldError for lengths that no such rows have.
+
+        Args:
+            lens: the number of tokens of each row.
+            starts: how many of them the row before has too, fewer than either has.
+            device: where `keys` is made.
+        """
+        if not any(starts):
+            return cls(tuple(lens))
+        keys, at, path = list[Tensor](), 0, torch.arange(0)
+        for row, (length, start) in enumerate(zip(lens, starts, strict=True)):
+            if not 0 <= start < length or start > max(0, len(path) - 1):
+                raise LorafoldError(
+                    f"packed row {row}: found {start} shared tokens of {length} and {len(path)},"
+                    " expected fewer than either row has"
+                )
+            path = torch.cat([path[:start], torch.arange(at, at := at + length - start)])
+            keys.append(path)
+        return cls(tuple(lens), None, tuple(starts), sent(torch.cat(keys), device))
+
+    def positions(self) -> Tensor:
+        """The position of each token in its document, (1, T), on the CPU."""
+        starts = repeat(0) if self.starts is None else self.starts
+        return torch.cat([torch.arange(*ends) for ends in zip(starts, self.lens, strict=False)])[
+            None
+        ]
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The number of each document's own tokens; their sum is that of all queries."""
+        if self.starts is None:
+            return self.lens
+        return tuple(n - start for n, start in zip(self.lens, self.starts, strict=True))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The tokens of queries and of keys before each document, its first own key and its length:
+        int64 (documents, 4), on the CPU.
+        """
+        lens, own = torch.tensor(self.lens), torch.tensor(self.own)
+        return torch.stack([own.cumsum(0) - own, lens.cumsum(0) - lens, lens - own, lens], 1)
+
+    def gathered(self, x_THD: Tensor) -> Tensor:
+        """The keys or values (S, Hk, D) of each document in turn; x_THD itself, where none shares
+        tokens.
+        """
+        return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
+
+    def gradient_like(self, x_SHD: Tensor) -> Tensor:
+        """Memory (S, Hk, D) for the gradient of `gathered` keys or values: in fp32 or wider where
+        `scattered` adds them up.
+        """
+        wide = torch.promote_types(x_SHD.dtype, torch.float32)
+        return torch.empty_like(x_SHD, dtype=x_SHD.dtype if self.keys is None else wide)
+
+    def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
+        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`.
+
+        Args:
+            x_SHD: what is at the keys.
+            tokens: the number of all, those in front among them.
+        """
+        if self.keys is None:
+            return x_SHD
+        return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
+
+    def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The attention (T, H, D) by the kernel of flash attention, in fp16 or bf16 on CUDA.
+
+        Args:
+            q: the queries (T, H, D).
+            k, v: the keys and values (S, Hk, D).
+            scale: the factor of the scores.
+        """
+        # This takes over a second to import, and only GPUs need it.
+        from torch.nn.attention.varlen import varlen_attn
+
+        of_keys, of_queries = self._borders(q.device)
+        back = -1 if self.window is None else self.window - 1
+        gqa = q.shape[1] != k.shape[1]
+        found = varlen_attn(
+            q,
+            k,
+            v,
+            of_queries,
+            of_keys,
+            max(self.own),
+            max(self.lens),
+            scale=scale,
+            window_size=(back, 0),
+            enable_gqa=gqa,
+        )
+        return found  # type: ignore[return-value]
+
+    def _borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where each document's keys begin, and its queries, with the end: int32 (documents + 1,)
+        each. They are copied once for all layers.
+        """
+        if device not in self._ends:
+            found = {
+                lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
+                for lens in {self.lens, self.own}
+            }
+            self._ends[device] = found[self.lens], found[self.own]
+        return self._ends[device]
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield tiles that contain every query once.
+
+        Consecutive documents of equal length, and of as many own tokens, share their tiles, so that
+        a batch of documents of one length is one batched product.
+        """
+        at = key_at = 0
+        starts = repeat(0) if self.starts is None else self.starts
+        for (length, start), equal in groupby(zip(self.lens, starts, strict=False)):
+            n = len(list(equal))
+            for lo in range(start, length, TILE):
+                first = 0 if self.window is None else max(0, lo + 1 - self.window)
+                yield Tile(at, key_at, n, start, length, lo, min(length, lo + TILE), first)
+            at, key_at = at + n * (length - start), key_at + n * length
+
+    def groups(self) -> Iterator[list[Tile]]:
+        """Yield the tiles of the same documents together."""
+        return (list(tiles) for _, tiles in groupby(self.tiles(), lambda tile: tile.key_at))
+
+    def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
+        """The mask (G * t, s), 0 or -inf, that is added to the scores of a tile's t queries and s
+        keys.
+
+        Aligned at the last key, all tiles of t queries have the same mask. So the widest one is
+        kept, for all layers of a model, and the others are its last columns.
+
+        Args:
+            groups: the number G of heads that share a key head.
+            like: a tensor, of any shape, with the mask's dtype and device.
+        """
+        t, columns, key = (
+            tile.hi - tile.lo,
+            tile.hi - tile.first,
+            (tile.hi - tile.lo, groups, like.dtype, like.device),
+        )
+        if key not in self._masks or self._masks[key].shape[1] < columns:
+            widest = tile.length if self.window is None else min(tile.length, t + self.window - 1)
+            i = torch.arange(widest - t, widest, device=like.device)[:, None]
+            j = torch.arange(widest, device=like.device)
+            hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)
+            self._masks[key] = (
+                like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+            )
+        return self._masks[key][:, -columns:]
+
+    def dense(self, batch: int, device: torch.device) -> Tensor:
+        """The whole mask, boolean (B, 1, T, T): True where a query sees a token; (B, 1, T, n + T)
+        with n tokens in front.
+
+        Args:
+            device: where the mask is made.
+        """
+        if self.behind is not None:
+            documents, front = self.behind
+            return F.pad(documents.dense(batch, device), (front // batch, 0), value=True)
+        lens = torch.tensor(self.lens, device=device)
+        document = torch.arange(len(lens), device=device).repeat_interleave(
+            lens, output_size=sum(self.lens)
+        )
+        if self.keys is not None:
+            return self._dense_shared(document, lens.cumsum(0) - lens, self.keys)
+        document = document.view(batch, 1, -1)
+        i = torch.arange(document.shape[-1], device=device)
+        seen = (document[..., :, None] == document[..., None, :]) & (i[:, None] >= i)
+        return seen if self.window is None else seen & (i[:, None] - self.window < i)
+
+    def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
+        """The whole mask (1, 1, T, T) of documents that share tokens.
+
+        Args:
+            document: the document (S,) of each key.
+            begins: the first key (documents,) of each document.
+            keys: the token (S,) of each key.
+        """
+        j = torch.arange(len(document), device=document.device)
+        own = begins + torch.tensor(self.starts, device=document.device)
+        i = j[j >= own[document]]  # (T,), each token's key in the document that it is of
+        seen = (document[i, None] == document) & (i[:, None] >= j)
+        if self.window is not None:
+            seen &= i[:, None] - self.window < j
+        # a token is a key of several documents, of which a query sees one
+        found = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
+        return found.index_add_(1, keys, seen.byte()).bool()[None, None]
+
+
+def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
+    """The documents behind n tokens each, those at the front of its sequence.
+
+    Args:
+        docs: the documents, which have no window.
+        device: where `keys` is made.
+    """
+    length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
+    keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
+    sequence = keys // length
+    front = sequence[lens.cumsum(0) - lens, None] * (n + length)
+    front = front + torch.arange(n)  # (documents, n)
+    parts = zip(front, (keys + n * (sequence + 1)).split(docs.lens), strict=True)
+    return Documents(
+        tuple(n + each for each in docs.lens),
+        None,
+        tuple(n + start for start in docs.starts or repeat(0, len(docs.lens))),
+        sent(torch.cat([part for pair in parts for part in pair]), device),
+        (docs, n * batch),
+    )

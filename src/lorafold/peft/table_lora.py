@@ -1,0 +1,305 @@
+"""LoRA and its relatives in PEFT's files, for `table.py`.
+
+    LoRA            r, lora_alpha ...           lora_A, lora_B
+    PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, with the factors [s (B - B0),
+                    s B0] and [A; A - A0] of the offset from the base; read as LoRA
+    AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
+                                                triplets that were dropped; at experts with all of
+                                                them, and lora_kept says which are kept
+    VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
+                                                if save_projection
+
+PEFT has the factors of all experts in one matrix each: A (E, r, in) as (E r, in), B (E, out, r) as
+(out, r E), or exchanged where it takes the inputs of a matrix for its outputs
+(`parameters.turned`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lorafold.core.delta import Delta
+from lorafold.errors import LorafoldError
+from lorafold.layers.dense import Conv1D
+from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
+from lorafold.methods.lora import LoRA, LoRADelta
+from lorafold.methods.lora_inits import OffsetDelta, OLoRA, PiSSA
+from lorafold.methods.vera import VeRA, VeRADelta
+from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
+from lorafold.peft.table_types import Entries, Entry, Field, Method, Regex, Site
+
+
+def flat_a(a: Tensor, site: Site) -> Tensor:
+    """A (E r, in) of all experts as PEFT has it, from A (E, r, in), or where it is turned PEFT's B
+    (in, r E).
+    """
+    return _beside(a.mT) if site.turned else a.flatten(0, 1)
+
+
+def flat_b(b: Tensor, site: Site) -> Tensor:
+    """B (out, r E) of all experts as PEFT has it, from B (E, out, r), or where it is turned PEFT's
+    A (E r, out).
+    """
+    return b.mT.flatten(0, 1) if site.turned else _beside(b)
+
+
+def stacked_a(a: Tensor, site: Site) -> Tensor:
+    """The reverse of `flat_a`: A (E, r, in)."""
+    shape = site.delta.A.shape
+    return _apart(a, shape[0]).mT.contiguous() if site.turned else a.view(shape)  # type: ignore
+
+
+def stacked_b(b: Tensor, site: Site) -> Tensor:
+    """The reverse of `flat_b`: B (E, out, r)."""
+    experts = len(site.delta.B)  # type: ignore[arg-type]
+    if site.turned:
+        return b.unflatten(0, (experts, -1)).mT.contiguous()
+    return _apart(b, experts).contiguous()
+
+
+def _beside(b: Tensor) -> Tensor:
+    """(k, r E) from factors (E, k, r)."""
+    return b.permute(1, 2, 0).flatten(1)
+
+
+def _apart(b: Tensor, experts: int) -> Tensor:
+    """The reverse of `_beside`."""
+    return b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+# Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
+# file has all values.
+INITS: dict[bool | str, str] = {
+    True: "kaiming",
+    False: "kaiming",
+    "gaussian": "gaussian",
+    "eva": "kaiming",
+    "orthogonal": "kaiming",
+    "mica": "kaiming",
+}
+
+
+def number(value: float) -> int | float:
+    """Return whole numbers as int, since PEFT writes them so."""
+    return int(value) if value == int(value) else value
+
+
+def numbers(values: Mapping[str, float]) -> dict[str, int | float]:
+    """Apply `number` to the values."""
+    return {key: number(value) for key, value in values.items()}
+
+
+def init_to_file(init: str) -> bool | str:
+    """Return the `init_lora_weights` of an initialization of ours."""
+    return next((value for value, name in INITS.items() if name == init), True)
+
+
+def init_from_file(value: bool | str) -> str:
+    """Return the initialization for an `init_lora_weights`.
+
+    Raises LorafoldError for those that change the base, which the file does not contain.
+    """
+    if value not in INITS:
+        raise LorafoldError(
+            f"init_lora_weights={value!r} is not supported: the adapter belongs to a base that this"
+            " initialization changed; save it again with PEFT's"
+            " path_initial_model_for_weight_conversion"
+        )
+    return INITS[value]
+
+
+def fan_in_fan_out(sites: Sequence[Site]) -> dict[str, bool]:
+    """Return PEFT's flag for modules whose weight is (in, out), as GPT-2's."""
+    return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}
+
+
+# the module's class decides the first; the others belong to options that are off, or to how A was
+# initialized
+LORA_IRRELEVANT = frozenset(
+    {
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    }
+)
+
+
+LORA = Method(
+    LoRA, "LORA",
+    (
+        Field("r", "rank", int, 8),
+        Field("lora_alpha", "alpha", float, 8, number),
+        Field("lora_dropout", "dropout", float, 0.0),
+        Field("use_rslora", "rslora", bool, False),
+        Field("init_lora_weights", "init", bool | str, True, init_to_file, init_from_file),
+        Field("rank_pattern", "rank_pattern", dict[Regex, int] | None, {}, dict, empty={}),
+        Field("alpha_pattern", "alpha_pattern", dict[Regex, float] | None, {}, numbers, empty={}),
+    ),
+    marks={"use_dora": False},
+    irrelevant=LORA_IRRELEVANT,
+    derived=fan_in_fan_out,
+    parameters=True,
+)  # fmt: skip
+
+
+def lora(site: Site) -> list[Entry]:
+    """Describe the factors of LoRA, which have other keys at an embedding, are kernels at a
+    convolution, and of all experts are one matrix.
+    """
+    if site.layer.takes_ids:
+        return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
+    down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
+    if site.window:
+        return [Entry("A", down, as_kernel, flat, not_down), Entry("B", up, as_points, flat)]
+    if site.wrappers is None:
+        return [Entry("A", down), Entry("B", up)]
+    if site.turned:
+        down, up = up, down
+    return [Entry("A", down, flat_a, stacked_a), Entry("B", up, flat_b, stacked_b)]
+
+
+def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
+    """Describe PiSSA or OLoRA, which are written as LoRA; a file of theirs is read as LoRA."""
+    return Method(
+        spec, "LORA",
+        (
+            Field("r", "rank", int, 8, lambda rank: 2 * rank),
+            Field("lora_alpha", "alpha", float, 8, lambda alpha: number(2 * alpha)),
+            Field("lora_dropout", "dropout", float, 0.0),
+        ),
+        marks={"use_dora": False, "use_rslora": False, "init_lora_weights": True},
+        derived=fan_in_fan_out,
+        parameters=True,
+    )  # fmt: skip
+
+
+def offset(site: Site) -> list[Entry]:
+    """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
+    a, b = lora(site)
+
+    def up(_: Tensor, site: Site) -> Tensor:  # (*matrices, out, 2 r)
+        delta: Any = site.delta
+        own = delta.factors()[0] / delta.scale
+        return b.to_file(own, site) if b.to_file else own
+
+    def down(_: Tensor, site: Site) -> Tensor:  # (*matrices, 2 r, in)
+        own: Tensor = site.delta.factors()[1]  # type: ignore[index]
+        return a.to_file(own, site) if a.to_file else own
+
+    return [replace(a, to_file=down), replace(b, to_file=up)]
+
+
+def ranks_from_file(pattern: dict[str, list[bool]] | None) -> dict[str, int]:
+    """Return the ranks by module of AdaLoRA's lists of kept triplets."""
+    return {
+        re.escape(key.removesuffix(".lora_E")): sum(kept) for key, kept in (pattern or {}).items()
+    }
+
+
+def adalora_derived(sites: Sequence[Site]) -> dict[str, Any]:
+    """Return the keys that PEFT needs to read a file: a whole schedule, and for each module a list,
+    as long as the initial rank, of the triplets that are kept.
+    """
+    deltas = {
+        site.path: site.delta
+        for site in sites
+        if isinstance(site.delta, AdaLoRADelta) and site.delta.kept.dim() == 1
+    }
+    pattern = {
+        f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n)
+        for p, d in deltas.items()
+    }
+    whole = all(all(kept) for kept in pattern.values())
+    return {
+        **fan_in_fan_out(sites),
+        "tinit": 0,
+        "tfinal": 0,
+        "total_step": 1,
+        "rank_pattern": None if whole else pattern,
+    }
+
+
+ADALORA = Method(
+    AdaLoRA,
+    "ADALORA",
+    (
+        Field("target_r", "rank", int, 8),
+        Field("init_r", "init_rank", int, 12),
+        Field("lora_alpha", "alpha", float, 8, number),
+        Field("lora_dropout", "dropout", float, 0.0),
+        Field("deltaT", "delta_t", int, 1),
+        Field("beta1", "beta1", float, 0.85),
+        Field("beta2", "beta2", float, 0.85),
+        Field("orth_reg_weight", "orth_reg", float, 0.5),
+        Field(
+            "rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {}, None, ranks_from_file
+        ),
+    ),
+    irrelevant=LORA_IRRELEVANT | {"r", "tinit", "tfinal", "total_step", "init_lora_weights"},
+    derived=adalora_derived,
+)
+
+
+def adalora(site: Site) -> list[Entry]:
+    """Describe the triplets of AdaLoRA that are kept; those of experts are all there, since each
+    expert keeps others.
+    """
+    if site.delta.kept.dim() > 1:  # type: ignore[operator]
+        return [
+            Entry("P", "{at}.lora_B"), Entry("E", "{at}.lora_E"), Entry("Q", "{at}.lora_A"),
+            Entry("kept", "{at}.lora_kept"),
+        ]  # fmt: skip
+
+    def kept(site: Site) -> Tensor:
+        return site.delta.kept  # type: ignore[return-value]
+
+    return [
+        Entry("P", "{at}.lora_B", lambda p, site: p[:, kept(site)]),
+        Entry("E", "{at}.lora_E", lambda e, site: e[kept(site), None], lambda e, site: e[:, 0]),
+        Entry("Q", "{at}.lora_A", lambda q, site: q[kept(site)]),
+    ]
+
+
+VERA = Method(
+    VeRA, "VERA",
+    (
+        Field("r", "rank", int, 256),
+        Field("vera_dropout", "dropout", float, 0.0),
+        Field("d_initial", "d_initial", float, 0.1),
+        Field("projection_prng_key", "projection_prng_key", int, 0),
+        Field("save_projection", "save_projection", bool, True),
+    ),
+    irrelevant=frozenset({"fan_in_fan_out", "init_weights"}),
+    derived=fan_in_fan_out,
+)  # fmt: skip
+
+
+def vera(site: Site) -> list[Entry]:
+    """Describe VeRA's vectors and, if they are saved, its shared projections."""
+    own = [Entry("b", "{at}.vera_lambda_b"), Entry("d", "{at}.vera_lambda_d")]
+    shared = [
+        Entry("projections.A", "base_model.vera_A"),
+        Entry("projections.B", "base_model.vera_B"),
+    ]
+    return own + shared * site.delta.projections.saved  # type: ignore[operator, union-attr]
+
+
+# the deltas that PEFT has for parameters too
+WRAPPED = (LoRADelta, OffsetDelta)
+METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
+
+TENSORS: dict[type[Delta], Entries] = {
+    LoRADelta: lora,
+    OffsetDelta: offset,
+    AdaLoRADelta: adalora,
+    VeRADelta: vera,
+}

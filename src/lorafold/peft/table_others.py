@@ -1,0 +1,223 @@
+"""LoHa, LoKr, IA3, prompt and prefix tuning in PEFT's files, for `table.py`.
+
+    LoHa    r, alpha                        hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b
+    LoKr    r, alpha, decompose_factor ...  lokr_w1 or lokr_w1_a and lokr_w1_b, lokr_w2 likewise
+    IA3     feedforward_modules             ia3_l, (out, 1), or (1, in) for feedforward modules
+
+Prompt and prefix tuning have one tensor, `prompt_embeddings`: (n, d), or (n, 2 L Hk D) with a
+virtual token's keys and values of all layers in order. There are no target modules. A prefix that
+PEFT trained through a projection is stored as the projection's output, so it is read like any
+other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lorafold.core.delta import Delta
+from lorafold.methods.ia3 import IA3, IA3Delta
+from lorafold.methods.loha import LoHa, LoHaDelta
+from lorafold.methods.lokr import LoKr, LoKrDelta
+from lorafold.methods.prefix import Prefix, PrefixDelta
+from lorafold.methods.prompt import Prompt, PromptDelta
+from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, whole
+from lorafold.peft.table_lora import fan_in_fan_out, number
+from lorafold.peft.table_types import Entries, Entry, Field, Method, Regex, Site, named
+
+# keys for convolutions, whose tensors say it too, for the initialization, and for dropouts that act
+# in training only
+LYCORIS_IRRELEVANT = frozenset(
+    {"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"}
+)
+
+LOHA = Method(
+    LoHa, "LOHA",
+    (Field("r", "rank", int, 8), Field("alpha", "alpha", float, 8, number)),
+    irrelevant=LYCORIS_IRRELEVANT,
+    biases=False,
+)  # fmt: skip
+
+LOKR = Method(
+    LoKr, "LOKR",
+    (
+        Field("r", "rank", int, 8),
+        Field("alpha", "alpha", float, 8, number),
+        Field("decompose_both", "decompose_both", bool, False),
+        Field("decompose_factor", "decompose_factor", int, -1),
+    ),
+    irrelevant=LYCORIS_IRRELEVANT,
+    biases=False,
+)  # fmt: skip
+PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
+# keys for encoder-decoders, for the initialization, and sizes that follow from the tensor
+IRRELEVANT = frozenset(
+    {
+        "encoder_hidden_size",
+        "init_weights",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "prefix_projection",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "token_dim",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    }
+)
+
+
+def prefixed(prefix: str) -> Entries:
+    """Describe a delta whose keys are its parameters' names with a prefix."""
+    return lambda site: [
+        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
+    ]
+
+
+def lokr(site: Site) -> list[Entry]:
+    """Describe the factors of LoKr; at a convolution a whole D is a kernel."""
+    entries = prefixed("lokr")(site)
+    if not site.window:
+        return entries
+    return [
+        replace(e, to_file=whole, from_file=flat, misfit=not_whole) if e.attribute == "w2" else e
+        for e in entries
+    ]
+
+
+def feedforward_modules(sites: Sequence[Site]) -> dict[str, Any]:
+    """Return a regular expression for the modules whose input IA3 scales: of the last parts of
+    their paths if no other module has these, else of whole paths.
+    """
+    scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
+    paths = [path for path, of_input in scaled.items() if of_input]
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    apart = all(of_input == (path.rsplit(".", 1)[-1] in names) for path, of_input in scaled.items())
+    regex = (
+        rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+        if apart
+        else "|".join(map(re.escape, paths))
+    )
+    return {**fan_in_fan_out(sites), "feedforward_modules": regex if paths else []}
+
+
+IA3_ROW = Method(
+    IA3,
+    "IA3",
+    (
+        Field(
+            "feedforward_modules",
+            "feedforward",
+            Regex | list[str] | None,
+            None,
+            from_file=lambda value: value or (),
+        ),
+    ),
+    irrelevant=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
+    derived=feedforward_modules,
+    biases=False,
+)
+
+
+def ia3(site: Site) -> list[Entry]:
+    """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of
+    experts are a matrix already.
+    """
+    if site.window:
+        return [Entry("l", "{at}.ia3_l", as_channels, all_flat)]
+    if site.delta.l.dim() > 1:  # type: ignore[operator]
+        return [Entry("l", "{at}.ia3_l")]
+
+    def to_file(v: Tensor, site: Site) -> Tensor:
+        return v[None, :] if site.delta.of_input else v[:, None]
+
+    return [Entry("l", "{at}.ia3_l", to_file, all_flat)]
+
+
+METHODS = (LOHA, LOKR, IA3_ROW)
+
+
+def delta_of(sites: Sequence[Site]) -> Any:
+    """Return the delta that has the prompt or the prefix."""
+    return next(site.delta for site in sites if isinstance(site.delta, PrefixDelta | PromptDelta))
+
+
+def of_prompt(sites: Sequence[Site]) -> Mapping[str, Any]:
+    """Return the sizes that PEFT's config of a prompt has."""
+    delta: PromptDelta = delta_of(sites)
+    width = delta.embeddings.shape[1]
+    return {
+        "token_dim": width,
+        "num_layers": len(delta.layers),
+        "num_attention_heads": 1,
+        "num_transformer_submodules": 1,
+    }
+
+
+def of_prefix(sites: Sequence[Site]) -> Mapping[str, Any]:
+    """Return the sizes that PEFT's config of a prefix has."""
+    delta: PrefixDelta = delta_of(sites)
+    heads, size = delta.shape
+    return {
+        "token_dim": heads * size,
+        "num_layers": len(delta.layers),
+        "num_attention_heads": heads,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": heads * size,
+        "prefix_projection": False,
+    }
+
+
+def read_as_random(_: Any) -> str:
+    """Return the initialization that is fastest, since the file's values replace it."""
+    return "random"
+
+
+TOKENS = Field("num_virtual_tokens", "tokens", int, None)
+
+VIRTUAL: tuple[Method, ...] = (
+    Method(
+        Prompt,
+        "PROMPT_TUNING",
+        (
+            TOKENS,
+            Field(
+                "prompt_tuning_init",
+                "init",
+                str,
+                "RANDOM",
+                PROMPT_INITS.__getitem__,
+                read_as_random,
+            ),
+        ),
+        irrelevant=IRRELEVANT,
+        derived=of_prompt,
+        biases=False,
+        preset=Prompt.targets,
+    ),
+    Method(
+        Prefix,
+        "PREFIX_TUNING",
+        (
+            TOKENS,
+            Field("init_weights", "init", str | None, None, lambda init: None, read_as_random),
+        ),
+        irrelevant=IRRELEVANT,
+        derived=of_prefix,
+        biases=False,
+        preset=Prefix.targets,
+    ),
+)
+
+TENSORS: dict[type[Delta], Entries] = {
+    LoHaDelta: prefixed("hada"),
+    LoKrDelta: lokr,
+    IA3Delta: ia3,
+    PromptDelta: named(embeddings="prompt_embeddings"),
+    PrefixDelta: named(prefix="prompt_embeddings"),
+}

@@ -1,0 +1,172 @@
+"""Reads a recipe from a YAML file, `--set key=value` pairs and flags, and lists every bad field
+with its source, what was found and what was expected.
+
+Precedence, weakest first: the defaults, the YAML file, `--set key=value`, explicit flags. Values
+are merged first and checked then.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
+from lorafold.files.record import RENAMED, named_as_now
+from lorafold.recipe.recipe import UNWORDED, Recipe
+from lorafold.recipe.validation import explain
+
+log = logging.getLogger(__name__)
+TRANSLATES = "lorafold recipe --from {} reads other tools' files"
+ALL = "all"  # accelerate's name for the trackers that are installed
+PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are not called as their package is
+MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
+
+
+def load_recipe(
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    defaults: Recipe | None = None,
+    **flags: Any,
+) -> Recipe:
+    """Make a recipe of a YAML file, `--set key=value` pairs and flags.
+
+    Raises LorafoldError that lists every bad field with its source, what was found and what was
+    expected.
+
+    Args:
+        config: A YAML file of recipe fields.
+        sets: `key=value` pairs, whose values are YAML. Up to its first dot, a key may name options,
+            template_kwargs, rank_pattern or alpha_pattern, and after it an entry of that field
+            (`options.init=gaussian`, `rank_pattern.0.q_proj=8`).
+        defaults: The recipe whose set fields apply where the others set nothing.
+        flags: Recipe fields; None means that the flag was not given.
+    """
+    values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
+    sources: dict[str, str] = dict.fromkeys(values, "the defaults")
+    problems: list[str] = []
+    for key, value in (_read(config) if config is not None else {}).items():
+        values[key], sources[key] = value, str(config)
+    named = {pair.partition("=")[0].strip() for pair in sets}
+    for old in RENAMED.keys() & named:
+        if (now := RENAMED[old]) in named:
+            problems.append(both_names(f"--set {old}", f"--set {now}"))
+        log.warning(called_now(f"--set {old}", f"--set {now}"))
+    for pair in sets:
+        key, equals, text = pair.partition("=")
+        field, dot, inner = key.strip().partition(".")
+        field = RENAMED.get(field, field)
+        value = parse_yaml(text, f"--set {pair}")
+        if not equals or not field:
+            problems.append(f"--set {pair}: expected key=value")
+        elif not dot:
+            values[field], sources[field] = value, "--set"
+        elif field in Recipe.model_fields and Recipe.model_fields[field].default != {}:
+            problems.append(
+                f"--set {pair}: found a dotted key, but {field} has no entries; expected"
+                f" {field}=value (only {', '.join(MAPPINGS[:-1])} and {MAPPINGS[-1]} have entries)"
+            )
+        else:
+            below = values.get(field)
+            values[field] = (below if isinstance(below, dict) else {}) | {inner: value}
+            sources[field] = (
+                f"{sources[field]} and --set"
+                if below and sources[field] not in ("--set", "the defaults")
+                else "--set"
+            )
+    for field, value in flags.items():
+        if value is not None:
+            values[field], sources[field] = value, "--" + field.replace("_", "-")
+    try:
+        recipe = Recipe.model_validate(values, context=UNWORDED)
+    except ValidationError as error:
+        problems += explain(error, values, sources)
+    if problems:
+        raise LorafoldError("recipe: " + "; ".join(problems))
+    return recipe
+
+
+def text_of(path: Path, what: str) -> str:
+    """The text of a file in UTF-8, as Windows writes it too. LorafoldError where it can't be read.
+
+    Args:
+        what: What it is expected to be.
+    """
+    try:
+        return path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = why_unread(error)
+        raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
+
+
+def kind_of(value: Any) -> str:
+    """What a value of YAML is, in words."""
+    names = {dict: "other keys than text", list: "a list", str: "a text", type(None): "nothing"}
+    return names.get(type(value), repr(value))
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that 3e-4 is a number (1.1 wants a dot and a sign)."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. LorafoldError names `where` it stands if it is none."""
+    try:
+        return yaml.load(text, _Yaml)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise LorafoldError(f"{where}: not YAML{place}: {reason}") from error
+
+
+def _read(config: Path) -> Mapping[str, Any]:
+    found = parse_yaml(text_of(config, "a recipe"), str(config))
+    if found is None:
+        log.warning("%s: it says nothing, so the defaults hold", config)
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise LorafoldError(
+            f"{config}: expected recipe fields as `name: value` lines, found {kind_of(found)};"
+            f" {TRANSLATES.format(config)}"
+        )
+    theirs = [name for name in found if name not in {*Recipe.model_fields, *RENAMED}]
+    if 2 * len(theirs) > len(found) and len(theirs) > 1:
+        raise LorafoldError(
+            f"{config}: found {listed(theirs, room=100)}, which are no fields of a recipe;"
+            f" {TRANSLATES.format(config)}"
+        )
+    try:
+        return named_as_now(found)
+    except LorafoldError as error:
+        raise LorafoldError(f"{config}: {error}") from None
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise LorafoldError for a name that is no tracker's, with the nearest ones, and for a tracker
+    that is not installed, with its package: accelerate leaves these out in silence. Call it before
+    any work is done.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [*map(str, LOGGER_TYPE_TO_CLASS)]
+    for name in names:
+        if name not in (*known, ALL):
+            near = get_close_matches(name.lower(), known, n=1) or sorted(known)
+            raise LorafoldError(f"trackers: found {name!r:.80}, expected {' or '.join(near)}")
+        if name != ALL and name not in map(str, get_available_trackers()):
+            package = PACKAGES.get(name, name)
+            raise LorafoldError(
+                f"trackers: {name} is not installed; pip install {package}, or leave it out"
+            )

@@ -1,0 +1,411 @@
+"""What a model does with prompts that it shall refuse, and with those that it shall not.
+
+    log-odds      log sum_r p(r | x) - log sum_c p(c | x), over the beginnings r of a refusal and c
+                  of compliance, as a mean over the prompts x; p(r | x) is the product of its
+                  tokens' probabilities
+    refusals      the share of greedy completions that begin with an r, case and the kind of
+                  apostrophe aside; Wilson's interval
+    KL            KL(before || after) of the next token, over the completions of the controls, in
+                  nats a token
+    loss          held-out loss on the benign rows, in nats a token
+
+Log-odds say how far a model is from changing its mind where the greedy completion does not change
+yet. Beginnings are fixed and few, so no completion has to be judged, and none is kept.
+
+A stack on a loaded model, on which states are measured one after the other.
+
+    bench.before()              the stack itself
+    bench.after(path, name)     with a tuning over it, under a defence
+    bench.alone(path, instead)  with a finished adapter over it, or in its place
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorafold.adapter import Adapter, load
+from lorafold.core.attach import only, selection_of
+from lorafold.core.contexts import evaluating
+from lorafold.data.examples import NO_LOSS, Example, encode
+from lorafold.data.prompts import Prompt, prompts_of
+from lorafold.data.templates import on_day
+from lorafold.errors import LorafoldError
+from lorafold.evaluation.held_out import batches, held_out_loss
+from lorafold.evaluation.intervals import Interval, mean_interval, wilson
+from lorafold.generation import complete, tokens_of
+from lorafold.inspecting.updates import of_factors
+from lorafold.peft.saved import Saved
+from lorafold.robustness.defences import DEFENCES, Updates, laid, overlap, updates_of
+from lorafold.robustness.task import Stack, Task
+from lorafold.training.request import rendering_of
+from lorafold.training_step.losses import Completions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GROUP = 8  # texts
+LEADING = 2  # tokens of whitespace before a refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class State:
+    """The figures of one state of the model, each with its 95% interval. `loss` is None without
+    held-out benign rows, `log_odds_interval` for a single prompt.
+    """
+
+    log_odds: float
+    log_odds_interval: Interval | None
+    refusals: float
+    refusals_interval: Interval
+    control_refusals: float
+    control_refusals_interval: Interval
+    kl: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is asked: rendered prompts to be refused, rendered controls, the beginnings of a refusal
+    and of compliance, and examples: `odds` are prompts with each beginning, `controls` those with
+    completions, `benign` the held-out rows.
+    """
+
+    refuse: tuple[str, ...]
+    answer: tuple[str, ...]
+    refusal: tuple[str, ...]
+    compliance: tuple[str, ...]
+    odds: tuple[Example, ...]
+    controls: tuple[Example, ...]
+    benign: Sequence[Example] = ()
+
+
+def completed(
+    controls: Sequence[Prompt],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+) -> list[tuple[str, str]]:
+    """Each control with its completion; those without one get the model's own, greedy.
+
+    Args:
+        model: In the state before the tuning.
+        max_new_tokens: The most tokens of a completion.
+    """
+    open_ended = [prompt.text for prompt in controls if prompt.reference is None]
+    own = iter(complete(model, tokenizer, open_ended, max_new_tokens))
+    return [(p.text, next(own) if p.reference is None else p.reference) for p in controls]
+
+
+def probe_of(
+    refuse: Sequence[Prompt],
+    controls: Sequence[tuple[str, str]],
+    refusal: Sequence[str],
+    compliance: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    benign: Sequence[Example] = (),
+) -> Probe:
+    """The probe.
+
+    Args:
+        controls: As `completed` gives them.
+        refusal, compliance: The beginnings of either.
+        tokenizer: The model's.
+        benign: Held-out benign rows, as examples.
+    """
+    continued = [
+        continuation(tokenizer, prompt, text)
+        for prompt, text in controls
+        if tokenizer(text, add_special_tokens=False).input_ids
+    ]
+    if not continued:
+        raise LorafoldError(
+            "controls: the model's completions of all of them are empty, so there is no token to"
+            " measure the KL divergence on; give rows with completions"
+        )
+    return Probe(
+        tuple(prompt.text for prompt in refuse),
+        tuple(prompt for prompt, _ in controls),
+        tuple(refusal),
+        tuple(compliance),
+        tuple(
+            continuation(tokenizer, prompt.text, beginning)
+            for prompt in refuse
+            for beginning in (*refusal, *compliance)
+        ),
+        tuple(continued),
+        benign,
+    )
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Example:
+    """A prompt and its continuation, whose tokens alone are labelled.
+
+    Args:
+        tokenizer: The model's.
+        prompt: As the chat template rendered it.
+        text: What follows; it is tokenized by itself, as a model generates it.
+    """
+    before, after = tokens_of(tokenizer, prompt), tokens_of(tokenizer, text)
+    return Example((*before, *after), (*(NO_LOSS,) * len(before), *after))
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probe: Probe,
+    before: Iterable[Tensor],
+) -> State:
+    """Measure the model with the adapters that are active on it.
+
+    Args:
+        model: A causal language model.
+        tokenizer: The model's.
+        probe: What is asked.
+        before: The `distributions` before the tuning, each (n, vocabulary).
+    """
+    loss = Completions(model, packed=False, pad_id=0)
+    odds = log_odds(log_probabilities(loss, probe.odds), probe)
+    mean = odds.mean().item()
+    if not math.isfinite(mean):
+        raise LorafoldError(
+            f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
+            " its adapters"
+        )
+    begun = refusals(model, tokenizer, probe)
+    refused, told = sum(begun[: len(probe.refuse)]), sum(begun[len(probe.refuse) :])
+    return State(
+        log_odds=mean,
+        log_odds_interval=mean_interval(odds.tolist()),
+        refusals=refused / len(probe.refuse),
+        refusals_interval=wilson(refused, len(probe.refuse)),
+        control_refusals=told / len(probe.answer),
+        control_refusals_interval=wilson(told, len(probe.answer)),
+        kl=divergence(before, distributions(model, probe.controls)),
+        loss=held_out_loss(loss, probe.benign) if len(probe.benign) else None,
+    )
+
+
+def log_probabilities(loss: Completions, examples: Sequence[Example]) -> Tensor:  # (n,)
+    """The log-probability of the labelled tokens of each example, in fp64."""
+    found = torch.zeros(len(examples), dtype=torch.float64)
+    with evaluating(loss):
+        for group in batches(examples):
+            found[group] = -loss.by_row([examples[i] for i in group]).cpu().double()
+    return found
+
+
+def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,) -> (prompts,)
+    """The log-odds of each prompt, from the log-probabilities of the beginnings after it."""
+    n = len(probe.refusal)
+    by_prompt = scores.view(len(probe.refuse), n + len(probe.compliance))
+    return by_prompt[:, :n].logsumexp(1) - by_prompt[:, n:].logsumexp(1)
+
+
+def refusals(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
+) -> list[bool]:
+    """Whether the greedy completion of each prompt begins with a refusal: first of those to be
+    refused, then of the controls.
+
+    Args:
+        model: A causal language model.
+        tokenizer: The model's.
+        probe: Has the prompts and the beginnings of a refusal.
+    """
+    longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
+    prompts = [*probe.refuse, *probe.answer]
+    texts = complete(model, tokenizer, prompts, longest + LEADING)
+    return [begins(text, probe.refusal) for text in texts]
+
+
+def begins(text: str, beginnings: Sequence[str]) -> bool:
+    """Whether a text begins with one of these, after whitespace; case and the kind of apostrophe
+    do not matter.
+    """
+    return plain(text).startswith(tuple(map(plain, beginnings)))
+
+
+def plain(text: str) -> str:
+    """The text as beginnings are compared."""
+    return text.lstrip().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold()
+
+
+def divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:  # each (n, vocabulary)
+    """KL(before || after) in nats a token, of log-probabilities."""
+    kl = tokens = 0.0
+    for p, q in zip(before, after, strict=True):
+        kl += (p.exp() * (p - q)).sum().item()
+        tokens += len(p)
+    return max(kl / tokens, 0.0)
+
+
+def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[Tensor]:
+    """The log-probabilities of the next token at the labelled positions, GROUP examples of similar
+    length at a time: (n, vocabulary) in fp32 each.
+    """
+    loss = Completions(model, packed=False, pad_id=0)
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    for i in range(0, len(ordered), GROUP):
+        inputs = loss.collate(ordered[i : i + GROUP], loss.device)
+        chosen = inputs.pop("labels") != NO_LOSS  # (B, T)
+        with evaluating(model):
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        yield logits[chosen].float().log_softmax(-1)
+
+
+TUNED = "tuned"
+KEPT = 1e9  # bytes of distributions
+Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+Opening = Callable[[Sequence[Saved]], Opened]  # loads the model with these adapters over it
+
+
+class Bench:
+    """A stack on its model. Raises LorafoldError for an adapter that does not fit."""
+
+    def __init__(self, task: Task, stack: Stack, opening: Opening) -> None:
+        self.task, self.stack = task, stack
+        self.model, tokenizer = opening(stack.adapters)
+        self.tokenizer = on_day(tokenizer, task.day)
+        self.names = selection_of(self.model).names
+        self._tuning: tuple[Path, Updates | None] | None = None
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What is asked; the completions of the controls are the stack's."""
+        task = self.task
+        held_out = task.held_out if len(task.rows) else []
+        rendering, length = rendering_of(task.recipe), task.recipe.max_length
+        benign = (
+            encode(held_out, self.tokenizer, length, None, rendering).examples
+            if len(held_out)
+            else ()
+        )
+        refuse, controls = (
+            prompts_of(rows, self.tokenizer, name)
+            for rows, name in ((task.refuse, "refuse"), (task.controls, "controls"))
+        )
+        with only(self.model, *self.names):  # whatever lies over the stack meanwhile
+            asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
+        return probe_of(
+            refuse, asked, task.refusal, task.compliance, self.tokenizer, benign
+        )
+
+    @cached_property
+    def alignment(self) -> Updates | None:
+        """The update of the stack's last adapter; None without one, or if it has no subspace."""
+        if not self.stack.adapters:
+            return None
+        with only(self.model, *self.names[:-1]):
+            adapter = self._load(self.stack.adapters[-1], "alignment")
+        found = updates_of(adapter)
+        adapter.detach()
+        return found
+
+    def check(self) -> None:
+        """Raises LorafoldError for a defence that the alignment is not fit for."""
+        needing = [name for name in self.task.defences if DEFENCES[name].lay]
+        if needing and self.alignment is None:
+            raise LorafoldError(
+                f"{self.stack.adapters[-1]}: found a change that is not added to a weight, expected"
+                f" an update that has a subspace, for --defence {', '.join(needing)}"
+            )
+
+    @cached_property
+    def _weights(self) -> Any:
+        return self.task.base.weights()
+
+    def before(self) -> dict[str, Any]:
+        """The figures of the stack itself under `before`, and under `without` those of the model
+        without the alignment; None if there is none.
+        """
+        without, found = self.names[:-1], {"before": asdict(self._measured()), "without": None}
+        if self.names:
+            with only(self.model, *without):
+                found["without"] = asdict(self._measured())
+        return found
+
+    def _measured(self) -> State:
+        return measure(self.model, self.tokenizer, self.probe, self._before or self._anew())
+
+    @cached_property
+    def _before(self) -> list[Tensor] | None:
+        """The stack's distributions on the controls, (n, vocabulary) each, if there is room."""
+        labels = sum(label != NO_LOSS for one in self.probe.controls for label in one.labels)
+        small = 4 * labels * self.model.get_output_embeddings().weight.shape[0] <= KEPT
+        return list(self._anew()) if small else None
+
+    def _anew(self) -> Iterator[Tensor]:
+        found = distributions(self.model, self.probe.controls)
+        while True:
+            with only(self.model, *self.names):
+                one = next(found, None)
+            if one is None:
+                return
+            yield one
+
+    def _load(self, saved: Path | Saved, name: str) -> Adapter:
+        allowed = self.task.base.allow_other_base
+        return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
+
+    def after(self, path: Path, defence: str) -> dict[str, Any]:
+        """The figures of a tuning over the stack, under a defence, by their names in the JSON.
+
+        Args:
+            path: The tuning's adapter.
+            defence: A name in DEFENCES.
+        """
+        lay = DEFENCES[defence].lay
+        if lay is None:
+            adapter = self._load(path, TUNED)
+            found = self._figures(self._updates(adapter, path))
+            adapter.detach()
+            return found
+        tuning, alignment = self.tuning(path), self.alignment
+        assert tuning is not None  # a run trains LoRA
+        assert alignment is not None  # checked
+        factors = lay(tuning, alignment)
+        with laid(self.model, factors):
+            return self._figures({at: of_factors(*pair) for at, pair in factors.items()})
+
+    def alone(self, path: Path, instead: bool) -> dict[str, Any]:
+        """The figures of a finished adapter over the stack, by their names in the JSON.
+
+        Args:
+            path: Its directory.
+            instead: In the place of the stack, and not over it; it then has no overlap.
+        """
+        with only(self.model, *(() if instead else self.names)):
+            adapter = self._load(path, TUNED)
+            found = self._figures(None if instead else updates_of(adapter))
+            adapter.detach()
+        return found
+
+    def tuning(self, path: Path) -> Updates | None:
+        """The update of a saved adapter; the last one is kept for its next defence."""
+        if self._tuning is None or self._tuning[0] != path:
+            adapter = self._load(path, TUNED)
+            self._updates(adapter, path)
+            adapter.detach()
+        assert self._tuning is not None
+        return self._tuning[1]
+
+    def _updates(self, adapter: Adapter, path: Path) -> Updates | None:
+        self._tuning = path, updates_of(adapter)
+        return self._tuning[1]
+
+    def _figures(self, tuning: Updates | None) -> dict[str, Any]:
+        """The figures of what is active, and where the tuning lies."""
+        found = asdict(self._measured())
+        lies = tuning and self.alignment and overlap(tuning, self.alignment)
+        return found | {"overlap": asdict(lies) if lies else None}

@@ -1,0 +1,227 @@
+"""The curves as a table of the figures that decide for a terminal, whole as Markdown, and as an
+HTML page that needs no other file.
+
+A line is one way of tuning, at its most examples; the page has a line for every number of examples
+too. Figures of several seeds are shown as the mean (lowest to highest), on a terminal as the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lorafold.comparing.paired_tests import Difference
+from lorafold.comparing.report import plus_minus
+from lorafold.evaluation.intervals import Interval
+from lorafold.files.html_page import document, markdown_table, rendered
+from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
+from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
+from lorafold.robustness.defences import DEFENCES
+from lorafold.robustness.measure import State
+from lorafold.robustness.result import Before, Curve, Fragility, Point, Way
+
+FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: value, format
+    "log-odds": (lambda p: p.measured.log_odds, "+.2f"),
+    "kept": (lambda p: p.kept, ".2f"),
+    "refusals": (lambda p: p.measured.refusals, ".0%"),
+    "refusals of controls": (lambda p: p.measured.control_refusals, ".0%"),
+    "KL on controls": (lambda p: p.measured.kl, ".3f"),
+    "benign loss": (lambda p: p.measured.loss, ".3f"),
+    "written overlap": (lambda p: getattr(p.overlap, "written", None), ".1%"),
+    "by chance": (lambda p: getattr(p.overlap, "written_by_chance", None), ".1%"),
+    "read overlap": (lambda p: getattr(p.overlap, "read", None), ".1%"),
+    "by chance ": (lambda p: getattr(p.overlap, "read_by_chance", None), ".1%"),
+}
+WAY = ("stack", "defence", "rank", "rate")
+
+
+def line(points: Sequence[Point]) -> list[str]:
+    """The cells of points that differ in nothing but the seed."""
+    figures = (spread(map(value, points), form) for value, form in FIGURES.values())
+    return [*ids(points[0].way), shown(points[0].examples, "d"), *figures]
+
+
+def ids(way: Way) -> list[str]:
+    """What the points of a curve have in common, as cells."""
+    return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
+
+
+def last_points(found: Fragility) -> list[list[Point]]:
+    """Each stack before, and each curve at its most examples, over the seeds."""
+    before = [[one] for name, stack in found.stacks.items() for one in untouched(name, stack)]
+    if not found.curves:
+        return [*before, [*found.points]]
+    return [*before, *(list(curve.by_examples.values())[-1] for curve in found.curves)]
+
+
+def lines(found: Fragility) -> list[list[str]]:
+    """The cells of each stack before, and of each curve at its most examples."""
+    return [*map(line, last_points(found))]
+
+
+def untouched(name: str, stack: Before) -> Iterator[Point]:
+    """A stack without its alignment and before any tuning, as points."""
+    states = {"no alignment": stack.without, "before": stack.before}
+    for what, measured in states.items():
+        if measured is not None:
+            way = Way(name, what, None, None)
+            yield Point(way, None, 0, stack.kept(measured.log_odds), measured, None)
+
+
+HEAD = (*WAY, "examples", *FIGURES)
+
+
+SHORT = ("kept", "refusals", "refusals of controls", "KL on controls", "benign loss")
+LEGEND = (
+    "log-odds: of refusal over compliance, with its 95% interval; above 0 the model rather refuses."
+    " kept: the share left of what the alignment added to them; 1 is all, 0 is nothing. refusals of"
+    " controls: should be few. KL: how far the controls' completions moved, in nats a token."
+    " benign loss: what the tuning learned; less is better. --wide has all figures."
+)
+
+
+def deciding(found: Fragility) -> str:
+    """The figures by which one judges, in a table of at most 80 columns, and what they mean. What
+    all lines have in common is said once, above it.
+    """
+    every = last_points(found)
+    ways = [_parts(points[0]) for points in every]
+    parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
+    varied = [len(of) > 1 for of in parts]  # of the defence always
+    common = [of[0] for of in parts if len(of) == 1]
+    figures = {name: FIGURES[name] for name in SHORT}
+    cells = [
+        [
+            " ".join(part for part, differs in zip(way, varied, strict=True) if part and differs),
+            _log_odds(points),
+            *(spread(map(value, points), form, False) for value, form in figures.values()),
+        ]
+        for way, points in zip(ways, every, strict=True)
+    ]
+    seeds = max(map(len, every))
+    about = f"Means over {seeds} seeds. {LEGEND}" if seeds > 1 else LEGEND
+    above = paragraph(f"{', '.join(common)}:") if common else []
+    made = text_table(("tuning", "log-odds", *SHORT), cells)
+    return "\n".join([*above, made, *paragraph(about)])
+
+
+def _parts(one: Point) -> tuple[str, ...]:
+    """The way of a point in words, empty where it has none."""
+    stack, defence, *numbers = ids(one.way)
+    named = zip(("rank ", "rate "), numbers, strict=True)
+    told = ["" if value == NOTHING else what + value for what, value in named]
+    return stack, defence, *told, f"{one.examples} examples" * bool(one.examples)
+
+
+def _log_odds(points: Sequence[Point]) -> str:
+    """The log-odds, with the interval over the prompts of a single seed."""
+    value, form = FIGURES["log-odds"]
+    if len(points) > 1:
+        return spread(map(value, points), form, False)
+    one = points[0].measured
+    return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
+
+
+def markdown(found: Fragility) -> str:
+    """Where each curve is halved, and the table, in Markdown."""
+    halved = [[*ids(curve.way), curve.halved] for curve in found.curves]
+    tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
+    return "\n".join([*tables, markdown_table(HEAD, lines(found))])
+
+
+def page(found: Fragility, path: str | Path) -> None:
+    """Write the curves and the tables as one HTML file that needs no other."""
+    curves = found.curves
+    used = dict.fromkeys(curve.way.defence for curve in curves)
+    content = rendered(
+        "robustness/fragility.html",
+        found=found,
+        curves=[*map(str, curves)],
+        plots=drawings(curves),
+        defences={name: DEFENCES[name].about for name in used},
+        head=HEAD,
+        last=lines(found),
+        every=[line(points) for curve in curves for points in curve.by_examples.values()],
+    )
+    document(f"Fragility of {', '.join(found.stacks)}", content, path)
+
+
+def drawings(curves: Sequence[Curve]) -> Iterator[str]:
+    """Two plots for each stack, rank and rate: log-odds and refusals, with a line a defence."""
+
+    def together(curve: Curve) -> tuple:
+        return curve.way.stack, curve.way.rank, curve.way.lr
+
+    for (stack, rank, lr), of in groupby(sorted(curves, key=together), key=together):
+        chosen = sorted(of, key=lambda curve: list(DEFENCES).index(curve.way.defence))
+        title = f"{stack}: rank {rank}, rate {lr:g}"
+        before, reference = chosen[0].stack.before, chosen[0].stack.reference
+        halfway = (before.log_odds + reference) / 2
+        yield plot(
+            title, "log-odds of refusal", chosen, "+.2f",
+            lambda m: (m.log_odds, m.log_odds_interval),
+            {"before": before.log_odds, "halfway": halfway, "without": reference},
+        )  # fmt: skip
+        yield plot(
+            title, "refusals", chosen, ".0%", lambda m: (m.refusals, m.refusals_interval),
+            {"before": before.refusals},
+        )  # fmt: skip
+
+
+def plot(
+    title: str,
+    label: str,
+    curves: Sequence[Curve],
+    form: str,
+    value: Callable[[State], tuple[float, Interval | None]],
+    levels: dict[str, float],
+) -> str:
+    """One figure over the number of examples.
+
+    Args:
+        label: The label of the figure's axis.
+        curves: One for each defence.
+        form: The format of the figure.
+        value: The figure, and its interval.
+        levels: Heights at which a line is drawn, by what they are.
+    """
+    means, bands = dict[str, list[float]](), dict[str, list[Interval]]()
+    for curve in curves:
+        after = [[p.measured for p in points] for points in curve.by_examples.values()]
+        states = [[curve.stack.before], *after]
+        means[curve.way.defence] = [fmean(value(m)[0] for m in seeds) for seeds in states]
+        bands[curve.way.defence] = [band([value(m) for m in seeds]) for seeds in states]
+
+    def draw(axes: Any) -> None:
+        ends = [End(height, name, FAINT) for name, height in levels.items()]
+        for height in levels.values():
+            axes.axhline(height, color=FAINT, linewidth=0.8, linestyle=":")
+        for curve in curves:
+            name, counts = curve.way.defence, [0, *curve.by_examples]
+            x, style = [math.log1p(k) for k in counts], series(list(DEFENCES).index(name))
+            axes.plot(x, means[name], **style)
+            low_high = zip(*bands[name], strict=True)
+            axes.fill_between(x, *low_high, color=style["color"], alpha=0.12, linewidth=0)
+            axes.set_xticks(x, list(map(str, counts)))
+            ends.append(End(means[name][-1], name, style["color"]))
+        axes.set(xlabel="benign examples", ylabel=label)
+        scaled(axes, y="linear")
+        at_ends(axes, ends)
+
+    most = max(max(curve.by_examples) for curve in curves)
+    ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
+    said = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
+    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", said)
+
+
+def band(seeds: Sequence[tuple[float, Interval | None]]) -> Interval:
+    """The interval of a single seed, or the range of several."""
+    if len(seeds) == 1:
+        value, interval = seeds[0]
+        return interval or (value, value)
+    values = [value for value, _ in seeds]
+    return min(values), max(values)

@@ -1,0 +1,194 @@
+"""The sweep: every run is trained over its stack, and every point is measured.
+
+    check -> the stacks before -> the runs -> the points
+
+The model is loaded once to measure a stack before anything is trained, and once more for its
+points; no two models are in memory at a time. Figures are in `<out>/figures`, tunings in
+`<out>/tuned`, each as soon as it is there, so the same call continues what was stopped, and several
+calls share the work. A tuning whose figures are all there is not needed any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
+
+from rich.console import Console
+
+from lorafold.data.examples import encode
+from lorafold.errors import Interrupted, LorafoldError
+from lorafold.files.claims import Figures, digest_of, kept, shared, silent, tell_strangers
+from lorafold.robustness.measure import Bench, Opening
+from lorafold.robustness.result import Before, Fragility, Point, Way, point
+from lorafold.robustness.task import Run, Stack, Task, check
+from lorafold.training.request import Request, rendering_of
+from lorafold.training.run import train
+
+Tell = Callable[[str, int, int], None]  # what is done, how many of them, of how many
+
+
+def sweep(
+    task: Task, out: Path, opening: Opening, tell: Tell, say: Callable[[str], object] = silent
+) -> Fragility:
+    """Train every run of the task and measure every point.
+
+    Args:
+        task: What is asked.
+        out: The directory of figures and tunings.
+        opening: Loads the model with adapters over it.
+        tell: Called as tell(what, done, total) after each run and each point.
+        say: Is told for which other workers this one waits.
+
+    Raises LorafoldError, before anything is trained, for anything wrong with the task, its rows and
+    its adapters; and Interrupted after SIGINT or SIGTERM in a run.
+    """
+    check(task)
+    for name in ("figures", "tuned"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    cells = Cells(task, out, opening, say)
+    measures = {cells.before_file(stack): partial(cells.before_of, stack) for stack in task.stacks}
+    runs = [run for stack in task.stacks for run in task.runs(stack)]
+    after = [file for run in runs for file in cells.files(run).values()]
+    tell_strangers([*measures, *map(cells.tuned, runs), *after], say)
+    before = [Before.of_stored(found) for found in kept(measures, say=say)]
+    cells.tune_all(runs, counted(tell, len(runs)))
+    told = counted(tell, len(after))
+    both = [*zip(task.stacks, before, strict=True)]
+    points = [point for pair in both for point in cells.points_of(*pair, told)]
+    stacks = {stack.name: found for stack, found in both}
+    return Fragility(task.base.name, task.source, stacks, tuple(points))
+
+
+def counted(tell: Tell, total: int) -> Callable[[str], None]:
+    """A function that tells what is done and counts it."""
+    done = count(1)
+    return lambda what: tell(what, next(done), total)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What a sweep makes: its task, the directory of figures and tunings, what loads the model with
+    adapters over it, and who is told for which other workers this one waits.
+    """
+
+    task: Task
+    out: Path
+    opening: Opening
+    say: Callable[[str], object]
+
+    def before_file(self, stack: Stack) -> Path:
+        """The file of the figures of a stack itself."""
+        task = self.task
+        digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
+        return self.out / "figures" / f"before-{digest}.json"
+
+    def before_of(self, stack: Stack) -> Figures:
+        """The figures of a stack; all that a run would stumble over later is checked with them."""
+        task, bench = self.task, Bench(self.task, stack, self.opening)
+        bench.check()
+        for rows in filter(None, (task.rows, task.mix)):
+            encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
+        return bench.before()
+
+    def files(self, run: Run) -> dict[str, Path]:
+        """The file of each point of a run, by its defence."""
+        probe = digest_of(run.task.probe_identity)
+        names = run.task.of_kind(run.mixed)
+        return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
+
+    def tuned(self, run: Run) -> Path:
+        """The directory of a run's adapter."""
+        return self.out / "tuned" / run.name
+
+    def tune_all(self, runs: Sequence[Run], tell: Callable[[str], None]) -> None:
+        """Have every run tuned whose figures are not all there, by this process or another; tell
+        after each.
+        """
+        needed = {}
+        for run in runs:
+            if all(file.is_file() for file in self.files(run).values()):
+                tell(f"tuned {described(run)}")
+            else:
+                needed[self.tuned(run)] = run
+        work = {path: partial(tune, run, path) for path, run in needed.items()}
+        shared(work, lambda path: tell(f"tuned {described(needed[path])}"), self.say)
+
+    def points_of(self, stack: Stack, before: Before, tell: Callable[[str], None]) -> list[Point]:
+        """The points of a stack, in the order of its runs; tell after each."""
+        bench = cache(partial(Bench, self.task, stack, self.opening))
+        asked = {
+            file: (run, defence)
+            for run in self.task.runs(stack)
+            for defence, file in self.files(run).items()
+        }
+
+        def measured(file: Path) -> Figures:
+            run, defence = asked[file]
+            return bench().after(self.tuned(run), defence)
+
+        def found(file: Path, stored: Figures) -> Point:
+            run, defence = asked[file]
+            way = Way(stack.name, defence, run.rank, run.lr)
+            return point(way, run.seed, run.examples, before, stored)
+
+        def there(file: Path, stored: Figures) -> None:
+            run, defence = asked[file]
+            odds = found(file, stored).measured.log_odds
+            tell(f"{described(run)}, {defence}: log-odds {odds:+.2f}")
+
+        measures = {file: partial(measured, file) for file in asked}
+        return [*map(found, asked, kept(measures, there, self.say))]
+
+
+def gate(task: Task, adapter: Path, instead: bool, opening: Opening) -> Fragility:
+    """Measure one stack before, and with a finished adapter over it.
+
+    Args:
+        task: What is asked; its runs are left out.
+        adapter: The finished adapter.
+        instead: It replaces the stack.
+        opening: Loads the model with adapters over it.
+
+    Raises LorafoldError for anything wrong with the task, its rows and the adapters.
+    """
+    check(task)
+    [stack] = task.stacks
+    bench = Bench(task, stack, opening)
+    before = Before.of_stored(bench.before())
+    way = Way(stack.name, "none", None, None)
+    found = point(way, None, None, before, bench.alone(adapter, instead))
+    return Fragility(task.base.name, str(adapter), {stack.name: before}, (found,))
+
+
+def tune(run: Run, path: Path) -> None:
+    """Train a run; one that was stopped goes on.
+
+    Args:
+        path: The directory of its adapter.
+    """
+    task = run.task
+    request = Request(
+        task.base,
+        path,
+        run.recipe,
+        run.rows,
+        task.source,
+        resume=True,
+        over=tuple(one.path for one in run.stack.adapters),
+        day=task.day,
+    )
+    try:
+        train(request, Console(quiet=True))
+    except Interrupted as stop:
+        raise Interrupted("stopped; the same command continues", stop.code) from None
+    except LorafoldError as error:
+        raise LorafoldError(f"{described(run)}: {error}") from error
+
+
+def described(run: Run) -> str:
+    """A run in words."""
+    mixed = " and refusals" * run.mixed
+    return f"rank {run.rank}, rate {run.lr:g}, seed {run.seed}, {run.examples} examples{mixed}"

@@ -1,0 +1,275 @@
+"""What is asked: which behaviour, over which adapters, and how it is tuned away.
+
+    stack       adapters over the base; the last one's update is the alignment
+    run         one tuning over a stack: its rank, rate, seed and number k of benign examples
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from lorafold.composing.updates import names
+from lorafold.data.prompts import asked_in
+from lorafold.data.row_store import Part, Rows
+from lorafold.data.sources import Row
+from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.files.claims import digest_of
+from lorafold.identity import of_adapter
+from lorafold.methods.lora import LoRA
+from lorafold.objectives import DEFAULT
+from lorafold.peft.saved import Saved
+from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
+from lorafold.robustness.defences import DEFENCES
+from lorafold.training.request import day_written, grounds
+
+HELD_OUT = 32  # benign rows at most, on which the loss is measured
+OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
+RECIPE = Recipe(epochs=5, batch=4)
+ROOMS = ("composing", "inspecting", "robustness")  # that measure
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Adapters over the base, lowest first, and a name for them."""
+
+    adapters: tuple[Saved, ...]
+    name: str
+
+    @cached_property
+    def identity(self) -> list[str]:
+        """The identities of the adapters."""
+        return [*map(of_adapter, self.adapters)]
+
+
+def stacks_of(*adapters: Sequence[Saved]) -> tuple[Stack, ...]:
+    """The stacks, named by the directories of their adapters, or by whole paths where two would
+    have one name. A stack of none is the base.
+    """
+    short = iter(names([one.path for stack in adapters for one in stack]))
+    return tuple(
+        Stack(tuple(stack), " + ".join(next(short) for _ in stack) or "base") for stack in adapters
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The prompts, the benign rows, the stacks, and what of each run is varied."""
+
+    base: Base
+    stacks: tuple[Stack, ...]
+    refuse: Sequence[Row]
+    controls: Sequence[Row]
+    rows: Rows
+    source: str  # of the benign rows, for the record
+    refusal: tuple[str, ...]
+    compliance: tuple[str, ...]
+    examples: tuple[int, ...]
+    ranks: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    defences: tuple[str, ...]
+    mix: Rows | None = None
+    recipe: Recipe = field(default_factory=lambda: RECIPE)
+    max_new_tokens: int = 32
+
+    @cached_property
+    def grounds(self) -> dict[str, Any]:
+        """The model's identity, how and where it is loaded, and the code."""
+        return grounds(self.base, self.recipe.chat_template, *ROOMS)
+
+    @cached_property
+    def day(self) -> str:
+        """What a chat template that asks for the date writes in all figures; else empty."""
+        templates = {None, self.recipe.chat_template}  # of what is measured, and of what is trained
+        each = product(templates, (stack.adapters for stack in self.stacks))
+        return next(filter(None, (day_written(self.base, *one) for one in each)), "")
+
+    @property
+    def probe_identity(self) -> list[Any]:
+        """What the figures of any state of the model depend on."""
+        asked = [Rows.of(list(rows)).sha256 for rows in (self.refuse, self.controls)]
+        held_out = Rows.of(list(self.held_out)).sha256 if self.rows else ""
+        beginnings = [self.refusal, self.compliance, self.max_new_tokens]
+        recipe = self.recipe.model_dump(mode="json")
+        return [self.grounds, self.day, recipe, *asked, held_out, *beginnings]
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return random.Random("held out").sample(range(len(self.rows)), len(self.rows))
+
+    @property
+    def held_out(self) -> Rows:
+        """The benign rows that no run trains on, at most HELD_OUT."""
+        n = min(HELD_OUT, len(self.rows) - max(self.examples, default=0))
+        return self.rows.select(np.sort(np.array(self._order[:n], np.int64)))
+
+    def benign(self, examples: int, seed: int) -> Rows:
+        """The first so many rows of the seed's order, so that more examples contain the fewer."""
+        rest = self._order[len(self.held_out) :]
+        chosen = random.Random(f"{seed}/benign").sample(rest, len(rest))[:examples]
+        return self.rows.select(np.sort(np.array(chosen, np.int64)))
+
+    def runs(self, stack: Stack) -> Iterator[Run]:
+        """Every run over a stack, as varied, without mixed refusals and then with them."""
+        kinds = [kind for kind in (False, True) if any(self.of_kind(kind))]
+        varied = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
+        for mixed, rank, lr, seed, examples in varied:
+            yield Run(self, stack, mixed, rank, lr, seed, examples)
+
+    def of_kind(self, mixed: bool) -> list[str]:
+        """The defences whose runs have refusals among their examples, or those whose have not."""
+        return [name for name in self.defences if DEFENCES[name].mixed is mixed]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tuning over a stack."""
+
+    task: Task
+    stack: Stack
+    mixed: bool
+    rank: int
+    lr: float
+    seed: int
+    examples: int
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows that are trained on; mixed ones have as many refusals, or all there are."""
+        benign, mix = self.task.benign(self.examples, self.seed), self.task.mix
+        if not self.mixed or mix is None:
+            return benign
+        order = random.Random(f"{self.seed}/mix").sample(range(len(mix)), len(mix))
+        more = mix.select(np.sort(np.array(order[: self.examples], np.int64)))
+        return Rows([*benign, *more], (Part(len(benign)), Part(len(more))))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run. B's rate is to A's as in LoRA's own rates. Mixed refusals make the
+        batches larger and not the steps more, so that a run differs from the one without them by
+        the refusals alone.
+        """
+        own, benign = self.task.recipe, self.examples
+        batch = min(own.batch, benign)
+        accumulate = own.accumulate if batch == own.batch else 1
+        changes = {
+            "rank": self.rank,
+            "lr": self.lr,
+            "lr_b": self.lr * LoRA.lr_b / LoRA.lr,
+            "seed": self.seed,
+            "batch": batch,
+            "accumulate": accumulate,
+        }
+        recipe = own.model_copy(update=changes)
+        # short runs are cheaper to repeat than to save
+        steps = recipe.total_steps(benign)
+        changes = {"save_every": steps}
+        if self.mixed:
+            batch = round(batch * len(self.rows) / benign)
+            accumulate = accumulate if batch % accumulate == 0 else 1
+            changes |= {"steps": steps, "batch": batch, "accumulate": accumulate}
+        return recipe.model_copy(update=changes)
+
+    @cached_property
+    def name(self) -> str:
+        """The name of its files, with a digest of all that the tuning depends on."""
+        task, recipe = self.task, self.recipe.model_dump(mode="json")
+        all_ = [task.grounds, task.day, self.stack.identity, self.rows.identity, recipe]
+        kind = "mixed-" if self.mixed else ""
+        return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(all_)}"
+
+
+def check(task: Task) -> None:
+    """Raises LorafoldError with everything that is wrong with what is asked itself."""
+    problems = [
+        f"--{option}: found none, expected at least one"
+        for option, given in (
+            ("refusal-prefix", task.refusal), ("compliance-prefix", task.compliance)
+        )
+        if not given
+    ]  # fmt: skip
+    problems += [*_overlapping(task), *_asked_and_trained(task)]
+    counts = {"examples": task.examples, "rank": task.ranks, "lr": task.rates}
+    problems += [
+        f"--{option}: found {', '.join(f'{v:g}' for v in values if v <= 0)}, expected numbers"
+        " above 0"
+        for option, values in counts.items()
+        if any(v <= 0 for v in values)
+    ]
+    if task.examples and max(task.examples) > len(task.rows):
+        problems.append(
+            f"{task.source}: found {len(task.rows)} rows, expected at least the"
+            f" {max(task.examples)} of --examples"
+        )
+    problems += [
+        f"--defence: found {name}, expected one of {', '.join(DEFENCES)}"
+        for name in task.defences
+        if name not in DEFENCES
+    ]
+    known = [name for name in task.defences if name in DEFENCES]
+    if (needing := [n for n in known if DEFENCES[n].lay]) and not all(
+        stack.adapters for stack in task.stacks
+    ):
+        problems.append(f"--defence {needing[0]}: needs --adapter, whose last one is the alignment")
+    if (needing := [n for n in known if DEFENCES[n].mixed]) and task.mix is None:
+        problems.append(f"--defence {needing[0]}: needs --mix, rows that refuse")
+    if fixed := [name for name in OWN if name in task.recipe.model_fields_set]:
+        problems.append(
+            f"recipe: found {', '.join(fixed)}, expected none of them: the tuning is LoRA, with"
+            " --rank, --lr and --seeds"
+        )
+    if task.recipe.streaming or task.recipe.new_tokens or task.recipe.objective != DEFAULT:
+        problems.append(
+            f"recipe: expected the objective {DEFAULT}, without streaming and new_tokens"
+        )
+    if problems:
+        raise LorafoldError(as_one(problems))
+
+
+def _overlapping(task: Task) -> Iterator[str]:
+    """What is wrong with the beginnings: they must exclude each other for their sum to be a
+    probability.
+    """
+    named = [("refusal-prefix", text) for text in task.refusal]
+    named += [("compliance-prefix", text) for text in task.compliance]
+    for option, text in named:
+        if not text.strip():
+            yield f"--{option}: found {text!r}, expected text"
+    for i, (option, text) in enumerate(named):
+        for j, (_, other) in enumerate(named):
+            if i != j and text.strip() and other.startswith(text) and (text != other or i < j):
+                yield f"--{option} {text!r}: {other!r} begins with it; leave out one of them"
+
+
+def _asked_and_trained(task: Task) -> Iterator[str]:
+    """The prompts that are asked and trained on as well, so that the figures would be of rows that
+    the model has seen.
+    """
+    asked = {
+        prompt: f"row {number} of --{option}"
+        for option, rows in (("controls", task.controls), ("refuse", task.refuse))
+        for number, row in enumerate(rows, 1)
+        for prompt in asked_in(row)[-1:]
+    }
+    for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
+        told = [
+            f"row {number} has the prompt of {asked[prompt]}"
+            for number, row in enumerate(rows, 1)
+            for prompt in asked_in(row)
+            if prompt in asked
+        ]
+        if told:
+            yield (
+                f"{name}: {listed(told, '; ')}; expected none that is asked"
+                " too, because the figures would be of what was trained; leave them out"
+            )
+
+

@@ -1,0 +1,126 @@
+"""The device that a model runs on, and whether it has instructions for bf16."""
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorafold.errors import LorafoldError
+from lorafold.runtime.processes import Launched
+
+if TYPE_CHECKING:
+    import torch
+
+
+AMPERE = (8, 0)  # the first compute capability with instructions for bf16
+
+
+class Gpu(NamedTuple):
+    """A device beside the processor, its memory in bytes; None where it shares the host's. Of
+    CUDA's there is a compute capability, major and minor.
+    """
+
+    device: str
+    name: str
+    free: int | None
+    total: int | None
+    capability: tuple[int, int] | None = None
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that torch can use."""
+    import torch
+
+    there = [
+        Gpu(
+            f"cuda:{i}",
+            torch.cuda.get_device_name(i),
+            *torch.cuda.mem_get_info(i),
+            torch.cuda.get_device_capability(i),
+        )
+        for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
+    return there + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
+
+
+def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":
+    """The device of that name (cpu, cuda, cuda:1, mps); without a name, CUDA if available, else
+    MPS, else the CPU.
+
+    Args:
+        absent: It may be one that this machine does not have.
+
+    Raises LorafoldError for an unknown name, or a device that this machine does not have.
+    """
+    named = isinstance(name, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name, re.ASCII)
+    if name is not None and not named:
+        raise LorafoldError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
+    import torch
+
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name is None:
+        return torch.device(next(kind for kind, there in present.items() if there))
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
+    if int(index or 0) >= count and not absent:
+        raise LorafoldError(
+            f"device {name}: not available on this machine, which has"
+            f" {', '.join(k for k, there in present.items() if there)}"
+        )
+    return torch.device(name)
+
+
+def own_device(name: str | None, here: Launched) -> str | None:
+    """The device of one of several processes: on GPUs the one of its own number on its machine.
+
+    Args:
+        name: As it was asked for.
+        here: Which process this is.
+
+    Raises LorafoldError as `choose_device`, for a GPU that is named for all, and where there are
+    fewer than processes.
+    """
+    import torch
+
+    if (found := choose_device(name)).type != "cuda":
+        return found.type
+    if found.index is not None:
+        raise LorafoldError(
+            f"device {name}: found {here.world} processes, expected cuda: each takes a GPU of its"
+            " own; CUDA_VISIBLE_DEVICES says which there are"
+        )
+    count = torch.cuda.device_count()
+    if here.by == "srun" and count == 1:
+        return "cuda:0"  # SLURM may give each process the sight of its own alone
+    if here.local_rank >= count:
+        raise LorafoldError(
+            f"device cuda: found {count} GPUs for process {here.rank}, number {here.local_rank} on"
+            " its machine; expected one for each process: start fewer, or use --device cpu"
+        )
+    return f"cuda:{here.local_rank}"
+
+
+def native_bf16(device: "torch.device") -> tuple[bool, str]:
+    """Whether the device has instructions for bf16, and the reason in words."""
+    import torch
+
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        first, its = ("{}.{}".format(*one) for one in (AMPERE, capability))
+        return capability >= AMPERE, (
+            f"{torch.cuda.get_device_name(device)} has compute capability {its}; bf16 is native"
+            f" from {first}"
+        )
+    if device.type == "cpu":
+        # torch.cpu.get_capabilities covers ARM too, but exists only from torch 2.13 on
+        supported = {
+            "AMX": torch.cpu._is_amx_tile_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        }
+        found = [name for name, there in supported.items() if there]
+        return bool(found), (
+            f"this CPU has {found[0]}" if found else "this CPU has neither AMX nor avx512_bf16"
+        )
+    return False, f"bf16 is not native on every {device.type} device"

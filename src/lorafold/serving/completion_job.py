@@ -1,0 +1,275 @@
+"""One completion, and all those of one request, as the event loop sees them.
+
+What a completion says is told apart as it comes: reasoning, content, calls of tools.
+
+    reader = PartReader(tokenizer, prompt, tools)
+    reader.add("Let me see. <tool_")        [("content", "Let me see.")]
+    reader.finish()                         the rest, and the calls
+
+Text is held back while it may be the beginning of a mark, and from the first call on, so that
+nothing is ever taken back. A call that can't be read is content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorafold.data.calls import grammar_of, parse_calls, special_words
+from lorafold.data.messages import Tool
+from lorafold.data.templates import template_of
+from lorafold.errors import LorafoldError
+from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
+from lorafold.serving.errors import FIELDS, Refusal, wrong
+from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.request_body import Completing
+from lorafold.serving.settings import Limits
+
+REASONING, CONTENT = "reasoning_content", "content"
+Part = tuple[str, str]  # the field of a message, and what is added to it
+Prompts = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """What the engine is asked for, once it is known under which adapter.
+
+    chosen: What it runs under.
+    text: The prompt in words, or all of them, for the log.
+    prompts: The tokens of each prompt.
+    sampling: The settings of all completions, but for the seed.
+    reader: Tells the parts of a completion apart; each has a copy. None for plain text.
+    prompt_logprobs: How many of the most likely tokens are listed beside each token of the prompts,
+        None for no log probabilities of those.
+    """
+
+    chosen: Chosen
+    text: object
+    prompts: Prompts
+    sampling: Sampling
+    reader: PartReader | None = None
+    prompt_logprobs: int | None = None
+
+
+class Asked(ABC):
+    """Abstract: one request, whatever its dialect.
+
+    Args:
+        field: the field with the prompts.
+        max_new_tokens: the most tokens of a completion (None: what is left of the length).
+    """
+
+    def __init__(self, body: Completing, field: str, max_new_tokens: int | None) -> None:
+        self.body, self.field, self.max_new_tokens = body, field, max_new_tokens
+
+    @abstractmethod
+    def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
+        """The prompts in words and in tokens. It may take its time. Raises Refusal."""
+
+    @abstractmethod
+    def prompted(self, chosen: Chosen) -> Prompted:
+        """What the engine is asked for. It may take its time. Raises Refusal."""
+
+
+@dataclass(eq=False)
+class CompletionJob:
+    """One completion: what was asked of the backend, and what came back so far. All times are by
+    time.monotonic.
+
+    Args:
+        adapter: the name of the adapter, or of the base.
+        asked: when its request came.
+        arrived: set whenever events arrive.
+        count: called with the number of tokens that arrive.
+    """
+
+    request: Request
+    adapter: str
+    asked: float
+    arrived: asyncio.Event
+    count: Callable[[int], None]
+    began: float | None = None  # when it got a slot
+    admitted: bool = False  # until then its request is one that is thought about
+    prompt: Sequence[Token] = ()  # with log probabilities, if they were asked for
+    tokens: int = 0  # that arrived
+    events: deque[Token | Ended] = field(default_factory=deque)
+    end: Ended | None = None
+    why: Refusal | None = None  # the server's reason to end it
+    before: float | None = None  # when events arrived before the last ones
+    times: Sequence[float] = ()  # of the first token and the last
+
+    def put(self, events: Sequence[Token | Ended]) -> None:
+        """Take what arrived."""
+        now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
+        self.events.extend(events)
+        self.tokens += new
+        self.count(new)
+        last = events[-1]
+        self.end = last if isinstance(last, Ended) else None
+        if self.end is not None and self.end.message == LOST:
+            self.why = Refusal(503, "engine_restarted", f"{LOST}; try again", retry_after=1)
+        self.before = self.times[-1] if self.times else None
+        if isinstance(events[0], Token):
+            self.times = [*self.times[:1], now]
+        self.arrived.set()
+
+    def late(self, now: float, limits: Limits) -> Refusal | None:
+        """Why it should end now, if it took longer than it may."""
+        waited = now - self.asked
+        if self.began is None and waited > limits.queue_seconds:
+            told = f"waited {limits.queue_seconds:g} s for a slot"
+            return Refusal(503, "queue_timeout", told, retry_after=round(limits.queue_seconds))
+        if not self.times and waited > limits.first_token_seconds:
+            told = f"no token after {limits.first_token_seconds:g} s"
+            return Refusal(504, "first_token_timeout", told)
+        if waited > limits.total_seconds:
+            return Refusal(504, "total_timeout", f"not complete after {limits.total_seconds:g} s")
+        return None
+
+    @property
+    def failed(self) -> Refusal | None:
+        """Why it has no completion, if it ended without."""
+        if self.end is None or self.end.reason not in ("failed", "cancelled"):
+            return None
+        if self.why is not None:
+            return self.why
+        if self.end.setting:
+            field = FIELDS.get(self.end.setting, self.end.setting)
+            return wrong(field, self.end.message.partition(": ")[2])
+        if self.end.message == NOT_FINITE:
+            told = f"{self.adapter}: the model's logits are not finite under it"
+            return Refusal(500, "adapter_numerics", told, "model")
+        if self.began is None:
+            told = f"{self.adapter} can't be read now; the server's log says why"
+            return Refusal(503, "adapter_unavailable", told, "model")
+        return Refusal(500, "not_computed", "the completion failed; the server's log says why")
+
+
+class Reply:
+    """The completions of one request, in the order in which they are answered.
+
+    Args:
+        id: the server's name of the request.
+    """
+
+    def __init__(self, id: str) -> None:
+        self.id, self.created = id, int(time.time())
+        self.arrived = asyncio.Event()
+        self.prompted: Prompted  # once it is admitted
+        self.jobs: list[CompletionJob] = []  # as many for each prompt
+
+    async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
+        """Every event with the number of its completion. Raises Refusal for one that fails."""
+        left = len(self.jobs)
+        while left:
+            await self.arrived.wait()
+            self.arrived.clear()
+            for i, job in enumerate(self.jobs):
+                while job.events:
+                    event = job.events.popleft()
+                    if isinstance(event, Ended):
+                        left -= 1
+                        if job.failed is not None:
+                            raise job.failed
+                    yield i, event
+
+    @property
+    def usage(self) -> dict[str, object]:
+        """The tokens of prompts and completions."""
+        each = len(self.jobs) // len(self.prompted.prompts)
+        prompts = sum(map(len, self.prompted.prompts))
+        ends = [job.end for job in self.jobs if job.end]
+        new = sum(len(end.tokens) for end in ends)
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": new,
+            "total_tokens": prompts + new,
+            "prompt_tokens_details": {"cached_tokens": sum(e.cached for e in ends[::each])},
+        }
+
+
+class PartReader:
+    """One completion.
+
+    Args:
+        tokenizer: the model's, whose chat template has the marks.
+        prompt: the rendered prompt, which may open the reasoning.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: str, tools: Sequence[Tool]
+    ) -> None:
+        self._tokenizer, self._tools, self._held = tokenizer, tools, ""
+        self.length = 0  # of what was added
+        block = template_of(tokenizer).block
+        self._opening, self._closing = block.opening, block.closing
+        opened = prompt.rstrip().endswith(block.opening)
+        self._state = "thinking" if opened else "start" if block.shown else "saying"
+        grammar = grammar_of(tokenizer) if tools else None
+        words = special_words(tokenizer)
+        self._call = grammar.without(words).before.strip() if grammar else ""
+        self._all = bool(grammar) and not self._call  # calls have no mark: all may be one
+
+    @property
+    def field(self) -> str:
+        """The field of the message that is being said, empty for calls."""
+        if self._state == "calling":
+            return ""
+        return REASONING if self._state == "thinking" else CONTENT
+
+    def add(self, piece: str) -> list[Part]:
+        """The parts that a piece of text completes."""
+        self._held += piece
+        self.length += len(piece)
+        parts: list[Part] = []
+        if self._state == "start":
+            text = self._held.lstrip()
+            if text.startswith(self._opening):
+                self._state, self._held = "thinking", text[len(self._opening) :].lstrip()
+            elif text and not self._opening.startswith(text):
+                self._state = "saying"
+        if self._state == "thinking":
+            before, found, after = self._held.partition(self._closing)
+            if found:
+                parts.append((REASONING, before.rstrip()))
+                self._state, self._held = "saying", after.lstrip()
+            else:
+                parts.append((REASONING, self._take(self._closing)))
+        if self._state == "saying" and not self._all:
+            at = self._held.find(self._call) if self._call else -1
+            if at >= 0:
+                parts.append((CONTENT, self._held[:at].rstrip()))
+                self._state, self._held = "calling", self._held[at:]
+            else:
+                parts.append((CONTENT, self._take(self._call)))
+        return [part for part in parts if part[1]]
+
+    def finish(self) -> tuple[list[Part], list[dict[str, Any]]]:
+        """The parts that are left, and the calls, in OpenAI's form with arguments as objects."""
+        calls: list[dict[str, Any]] = []
+        if self._state == "calling" or self._all:
+            try:
+                calls = parse_calls(self._held, self._tokenizer, self._tools)
+            except (LorafoldError, RecursionError, MemoryError):  # nested without end
+                calls = []
+        if calls or not self._held:
+            return [], calls
+        return [(REASONING if self._state == "thinking" else CONTENT, self._held)], []
+
+    def _take(self, mark: str) -> str:
+        """What can't be the beginning of a mark any more, nor whitespace before one."""
+        text = self._held
+        if not mark:
+            self._held = ""
+            return text
+        n = may_begin(text, [mark])
+        said = text[: len(text) - n].rstrip()
+        self._held = text[len(said) :]
+        return said

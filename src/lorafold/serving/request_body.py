@@ -1,0 +1,171 @@
+"""The body of a request, what all that ask for a completion share, and how a body is read; and what
+the bodies of answers share.
+
+A field that is not known is refused by its name, since it may change the answer. Those in HARMLESS
+never do, and are left out; those in NEUTRAL are accepted with the value that asks for nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import FailFast, Field, ValidationError
+from pydantic_core import from_json, to_json
+
+from lorafold.errors import LorafoldError
+from lorafold.serving.backend import NUMBERS, Ended, Sampling
+from lorafold.serving.errors import Refusal, unsupported, wrong
+from lorafold.serving.settings import Strict
+
+HARMLESS = {
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prediction", "cache_control", "max_tool_calls",
+}  # fmt: skip
+NEUTRAL = {
+    "store": (False,), "modalities": (["text"],), "echo": (False,), "best_of": (1,),
+    "background": (False,), "functions": ([],),
+}  # fmt: skip
+DONE = b"data: [DONE]\n\n"
+PIECE = 16384  # elements of a list that are written at a time
+ENTRIES = 8192  # of an object in a field; each may be an error of its own
+
+
+E = TypeVar("E")
+
+
+class First(FailFast):
+    """Ends with the first error of a list: one is told, and a million take seconds."""
+
+    __hash__ = object.__hash__  # for unions
+
+
+Listed = Annotated[list[E], First()]
+
+
+class Body(Strict, strict=True):
+    """A body in which unknown fields and values of another type are errors."""
+
+
+class StreamOptions(Body):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # no event is padded
+
+
+class Completing(Body):
+    """The fields of every request for a completion, with OpenAI's defaults."""
+
+    model: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    stop: str | Listed[str] = Field(default_factory=list)
+    seed: int | None = None
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which a completion ends."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, **more: Any) -> Sampling:
+        """The engine's settings. Raises Refusal for values out of range.
+
+        Args:
+            more: what the fields here do not say.
+        """
+        try:
+            biases = {int(token): value for token, value in self.logit_bias.items()}
+        except ValueError:
+            raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
+        given = {name: getattr(self, name) for name in NUMBERS}
+        try:
+            return Sampling(
+                **given, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
+            )
+        except LorafoldError as error:
+            found = Refusal(400, "invalid_value", str(error), str(error).partition(":")[0])
+            chat = "top_logprobs" in type(self).model_fields
+            raise found.sent_as({"logprobs": "top_logprobs"} if chat else {}) from None
+
+
+B = TypeVar("B", bound=Body)
+
+
+def read_body(kind: type[B], content: bytes) -> B:
+    """The body of a request. Raises Refusal, which names the first field that is wrong.
+
+    Args:
+        content: JSON of at most 200 levels.
+    """
+    try:
+        found = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refusal(400, "invalid_json", f"body: found no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise Refusal(400, "invalid_json", "body: expected a JSON object")
+    given = {}
+    for name, value in found.items():
+        known = name in kind.model_fields
+        if value is None or (not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))):
+            continue
+        if not known:
+            raise unsupported(name[:80], ", and the answer may change without it")
+        if isinstance(value, dict) and len(value) > ENTRIES:
+            raise wrong(name, f"found {len(value)} entries, expected at most {ENTRIES}")
+        given[name] = value
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise Refusal(400, "missing_parameter", f"{where}: expected a value", where) from None
+        raise wrong(where, f"{first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def new_id(kind: str) -> str:
+    """A name that nothing else has, such as `chatcmpl-...`."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event of a stream.
+
+    Args:
+        name: its type, where there is one.
+    """
+    named = f"event: {name}\n" if name else ""
+    return named.encode() + b"data: " + to_json(value) + b"\n\n"
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """JSON of an answer with long lists. They are written in pieces: no other thread runs while one
+    is written.
+    """
+
+    def written(field: Any) -> bytes:
+        if not isinstance(field, list | tuple) or len(field) <= PIECE:
+            return to_json(field)
+        pieces = [to_json(field[i : i + PIECE])[1:-1] for i in range(0, len(field), PIECE)]
+        return b"[" + b",".join(pieces) + b"]"
+
+    fields = [to_json(name) + b":" + written(field) for name, field in value.items()]
+    return b"{" + b",".join(fields) + b"}"
+
+
+def finish(end: Ended) -> str:
+    """Why a completion ends, in OpenAI's words."""
+    return "stop" if end.reason == "end" else end.reason

@@ -1,0 +1,347 @@
+"""A callback that keeps an adapter's work while Hugging Face's `Trainer` or TRL's `SFTTrainer` runs
+the steps.
+
+    adapter = lf.attach(model, lf.LoRA(rank=16))
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[lf.AdapterCallback(adapter)])
+    trainer.train(resume_from_checkpoint=lf.AdapterCallback.last_checkpoint(args.output_dir))
+
+    OUTPUT_DIR/checkpoint-N/adapter/         the adapter in PEFT's format
+    OUTPUT_DIR/checkpoint-N/adapter-state/   every tensor of the adapter as it is in memory
+    OUTPUT_DIR/checkpoint-N/...              Trainer's own: optimizer, schedule, random numbers
+    OUTPUT_DIR/adapter/                      the adapter at the end
+
+Each of the adapter's directories appears whole or not at all, with a manifest that is checked when
+the run is resumed. Trainer's checkpoints do not hold the base (`BaseKeptOut`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lorafold.adapter import Adapter
+from lorafold.adapter.reference import below
+from lorafold.core.attach import base_state, selection_of
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
+from lorafold.layers.bitsandbytes import quietly
+from lorafold.models.sources import called
+from lorafold.models.weights import SINGLE, InMemory
+from lorafold.peft.provenance import mismatch, same
+from lorafold.peft.saved import Saved
+
+with quietly():  # transformers imports PEFT here, and that bitsandbytes
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+ADAPTER, STATE = "adapter", "adapter-state"
+TENSORS, ABOUT = "adapter.safetensors", "about.json"
+TRAINER_STATE = "trainer_state.json"
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterCallback(TrainerCallback):
+    """Saves an adapter with every checkpoint of a `Trainer`, brings it back when the run is
+    resumed, and writes it at the end.
+
+    A run that is killed and resumed from a complete checkpoint ends with the bytes of one that was
+    not. Optimizer, learning rates, random numbers and the position in the data are Trainer's own.
+    With `load_best_model_at_end` the adapter of the best checkpoint is written at the end.
+
+    Trainer still writes the base into a checkpoint, which is then larger by all of the base's
+    weights, where the model is no `PreTrainedModel`, and with `save_strategy="best"`, which chooses
+    what to save too late. `trainer.save_model()`, called by hand, writes the base without the
+    adapter. Trainer itself refuses a quantized base under any adapter but PEFT's.
+
+    Args:
+        adapter: what `attach` or `load` returned, on the model that the trainer has.
+        out: where the adapter goes at the end (None: `OUTPUT_DIR/adapter`).
+        overwrite: an existing `out` of another run is replaced.
+        resume_from: the checkpoint that is resumed, if it does not lie in the trainer's own
+            `output_dir`; callbacks are not told by the trainer.
+        own_reference: a trainer that compares with a reference (DPO, KTO, GRPO) has the right one,
+            which was not made by `lorafold.reference`.
+
+    Every method raises LorafoldError: if the trainer's model does not carry the adapter, if a
+    trainer of TRL compares with a reference that lacks the adapters below this one, if something
+    else on the model trains as well (nothing would save it), if the method needs more
+    than a trainer's steps (it chooses entries first, prunes ranks, adds a penalty to the loss or
+    trains the base), and if the checkpoint to resume has no adapter, a damaged one or another one.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        out: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        resume_from: str | Path | None = None,
+        own_reference: bool = False,
+    ) -> None:
+        if not isinstance(adapter, Adapter):
+            raise LorafoldError(
+                f"AdapterCallback: found {type(adapter).__name__}, expected the adapter that"
+                " lorafold.attach or lorafold.load returned"
+            )
+        _check_method(adapter)
+        self.adapter, self.out, self.overwrite = adapter, out, overwrite
+        self.resume_from, self.own_reference = resume_from, own_reference
+        self._saved_step = -1
+        self._kept_out: BaseKeptOut | None = None
+
+    @staticmethod
+    def last_checkpoint(output_dir: str | Path) -> str | None:
+        """The newest checkpoint that both the trainer and this callback finished, for
+        `resume_from_checkpoint`; None, which starts afresh, if there is none.
+
+        Trainer's own choice (`True`) takes a checkpoint that a kill left half-written.
+        """
+        steps = {
+            int(number): path
+            for path in Path(output_dir).glob("checkpoint-*")
+            if (number := path.name.removeprefix("checkpoint-")).isdigit() and _complete(path)
+        }
+        return str(steps[max(steps)]) if steps else None
+
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
+        self._check_model(kwargs["model"])
+        # a run that is resumed loads the empty weights before it begins
+        self._kept_out = BaseKeptOut(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_hyper_param_search:
+            raise LorafoldError("AdapterCallback: a search over hyper-parameters is not supported")
+        self._check_model(kwargs["model"])
+        if not self.own_reference:
+            check_reference(self.adapter, args)
+        self._kept_out = self._kept_out or BaseKeptOut(kwargs["model"])
+        resumed = state.global_step > 0
+        if args.should_save:
+            check_out(self._out(args), self.overwrite or resumed)
+        if resumed:
+            self._restore(self._checkpoint(args, state))
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._base_stays_out(False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the adapter before the trainer writes the rest and removes older checkpoints."""
+        if control.should_save:
+            # the shorter the base is kept out the better: an evaluation may be interrupted
+            self._base_stays_out(not control.should_evaluate)
+            self._save(args, state)
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._base_stays_out(control.should_save)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._base_stays_out(False)
+        self._save(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._kept_out is not None:
+            self._kept_out.end()
+            self._kept_out = None
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._restore(Path(state.best_model_checkpoint))
+        if args.should_save:
+            self.adapter.save(self._out(args), overwrite=True)
+
+    def _out(self, args: TrainingArguments) -> Path:
+        return Path(self.out) if self.out is not None else Path(str(args.output_dir)) / ADAPTER
+
+    def _base_stays_out(self, yes: bool) -> None:
+        if self._kept_out is not None:
+            self._kept_out.switch(yes)
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not args.should_save or self._saved_step == state.global_step:
+            return
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.adapter.save(checkpoint / ADAPTER, overwrite=True)
+        with atomic_directory(checkpoint / STATE, overwrite=True) as tmp:
+            tensors = self.adapter.state_dict()
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp / TENSORS)
+            write_json(tmp / ABOUT, {"spec": repr(self.adapter.spec), "step": state.global_step})
+        write_empty_weights(checkpoint)
+        self._saved_step = state.global_step
+
+    def _check_model(self, model: nn.Module) -> None:
+        name, own = self.adapter.name, {id(p) for p in self.adapter.parameters()}
+        named = list(model.named_parameters())
+        if not own or not own <= {id(p) for _, p in named}:
+            raise LorafoldError(
+                f"AdapterCallback: the trainer's model does not carry the adapter {name!r}; attach"
+                " it to the model that the trainer gets, and leave it attached"
+            )
+        if others := [n for n, p in named if p.requires_grad and id(p) not in own]:
+            raise LorafoldError(
+                f"AdapterCallback saves the adapter {name!r} alone, and {len(others)} other"
+                f" parameters of the model train as well: {listed(others)}"
+                f"{', ...' * (len(others) > 3)}; freeze them (another adapter:"
+                " requires_grad_(False)), or make them part of this adapter (modules_to_save)"
+            )
+
+    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The checkpoint that the trainer resumed, which the state that it read there tells."""
+        own = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        path = own if self.resume_from is None else Path(self.resume_from)
+        try:
+            found = TrainerState.load_from_json(str(path / TRAINER_STATE))
+        except (OSError, ValueError, TypeError):
+            found = None
+        names = ("global_step", "epoch", "total_flos", "log_history")
+        if found is None or any(getattr(found, n) != getattr(state, n) for n in names):
+            raise LorafoldError(
+                f"AdapterCallback: the trainer resumed another checkpoint than {path}; name it:"
+                " AdapterCallback(adapter, resume_from=...)"
+            )
+        return path
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Gives the adapter the tensors of a checkpoint, in place, since the optimizer has them."""
+        for part in (ADAPTER, STATE):
+            if problems := verify(checkpoint / part):
+                good = self.last_checkpoint(checkpoint.parent)
+                where = f"the last complete checkpoint is {good}" * bool(good)
+                raise LorafoldError(
+                    f"{checkpoint / part}: no adapter that could be resumed:"
+                    f" {as_one(problems)}; {where or 'there is no complete checkpoint'}"
+                )
+        saved = Saved.open(checkpoint / ADAPTER)
+        model = self.adapter.model
+        wrong = saved.own_base.problems(InMemory.of_model(model), called(model))
+        if not same(saved.over, self.adapter.over):
+            wrong.append(mismatch(saved.over, self.adapter.over))
+        about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)
+        if about.get("spec") != spec:
+            wrong.append(f"it holds {about.get('spec')}, expected {spec}")
+        own, found = self.adapter.state_dict(), load_file(checkpoint / STATE / TENSORS)
+        wrong += [
+            f"{key}: shape {list(found[key].shape)}, expected {list(tensor.shape)}"
+            for key, tensor in own.items()
+            if key in found and found[key].shape != tensor.shape
+        ]
+        if wrong:
+            raise LorafoldError(f"{checkpoint / STATE}: another adapter: {as_one(wrong)}")
+        self.adapter.load_state_dict(found)
+        logger.info(f"The adapter was restored from {checkpoint}.")
+
+
+def _check_method(adapter: Adapter) -> None:
+    """LorafoldError for a method that lorafold's own loop does more for than a trainer does."""
+    spec, name = adapter.spec, type(adapter.spec).__name__
+    if spec.trains_base:
+        raise LorafoldError(
+            f"AdapterCallback: {name} trains the base itself, which the trainer's checkpoints hold"
+            " without a callback"
+        )
+    lowest: Any = spec
+    while isinstance(over := getattr(lowest, "over", None), Spec):
+        lowest = over
+    when = {
+        "prepare": "acts before the first step",
+        "after_step": "acts after each step",
+        "penalty": "adds a penalty to the loss",
+    }
+    own = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
+    if own:
+        raise LorafoldError(
+            f"AdapterCallback: {name} {' and '.join(own)}, which a trainer leaves out; train it"
+            " with lorafold's own loop (lorafold train)"
+        )
+
+
+def _complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not any(verify(checkpoint / part) for part in (ADAPTER, STATE))
+
+
+def check_reference(adapter: Adapter, args: Any) -> None:
+    """Raise LorafoldError if a trainer of TRL compares with a reference that lacks adapters; log a
+    warning if it loads one that the model has already.
+
+        DPOTrainer(model, lf.reference(model), ...)     the model under the adapters below
+        DPOTrainer(model, ...)                          a second model, by its name: the bare base
+
+    Callbacks don't see the trainer, but its configuration and whether `lf.reference` was called.
+
+    Args:
+        adapter: the adapter that trains.
+        args: the trainer's configuration.
+    """
+    compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
+    if not compares or getattr(args, "precompute_ref_log_probs", False):
+        return  # a reference that is computed ahead is the model as it starts
+    under = below(adapter.model)
+    if selection_of(adapter.model).referred == under:
+        return
+    config, own = type(args).__name__, "lorafold.reference(model)"
+    how = f"ref_model={own}, or for a trainer that takes none trainer.ref_model = {own}"
+    if under:
+        raise LorafoldError(
+            f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by the"
+            f" model's name, expected the model under {', '.join(under)}, over which the adapter"
+            f" {adapter.name!r} trains; give {how} (own_reference=True if yours is right)"
+        )
+    logger.warning(f"{config}: TRL loads the base once more as reference; {how} takes no memory.")
+
+
+class BaseKeptOut:
+    """While it is switched on, `save_pretrained` leaves the model's own weights out. Until it ends,
+    a state without any tensor can be loaded into the model without a warning.
+
+    `save_pretrained` leaves out what a model names in `_keys_to_ignore_on_save`, and with all of it
+    named writes no file. Trainer looks for a `model.safetensors` when it resumes a run and loads
+    it, so one without tensors takes its place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before: Any = getattr(model, "_keys_to_ignore_on_save", None)
+        self.handle = model.register_load_state_dict_post_hook(self._nothing_missing)
+
+    def switch(self, on: bool) -> None:
+        """Leave the model's weights out of what Trainer writes, or let them in again."""
+        if hasattr(self.model, "_keys_to_ignore_on_save"):
+            ignored: Any = set(self.model.state_dict()) if on else self.before
+            self.model._keys_to_ignore_on_save = ignored
+
+    def end(self) -> None:
+        """Leave the model as it was found."""
+        self.switch(False)
+        self.handle.remove()
+
+    @staticmethod
+    def _nothing_missing(model: nn.Module, incompatible: Any) -> None:
+        if set(incompatible.missing_keys) == set(base_state(model)):
+            incompatible.missing_keys.clear()
+
+
+def write_empty_weights(checkpoint: Path) -> None:
+    """Write a `model.safetensors` without tensors, unless there is one."""
+    path, partial = checkpoint / SINGLE, checkpoint / f".{SINGLE}.partial"
+    if not path.exists():
+        save_file({}, partial, metadata={"format": "pt"})
+        partial.replace(path)

@@ -1,0 +1,321 @@
+"""AdamW in three forms, which differ in how they store its two moments, and the choice among them.
+
+    adamw             moments in fp32, 8 bytes a parameter: torch's AdamW, or `RoundedAdamW` if
+                      16-bit parameters are trained (its seed is the recipe's)
+    adamw8bit         bitsandbytes' AdamW: moments in 8 bits with an fp32 scale for every 256 of
+                      them, 2.03 bytes a parameter (tensors under 4,096 elements: fp32)
+    paged-adamw8bit   the same in paged memory, which CUDA moves to the host when other tensors need
+                      the room (tensors from 100,000 elements)
+
+Dettmers et al. 2022, arXiv 2110.02861 (8 bits); Dettmers et al. 2023, arXiv 2305.14314, sec. 3
+(paging: a peak of activations waits for a transfer and does not end the run). `auto` takes fp32 as
+long as there is room for it. The 8-bit forms round every update to the nearest, so they are refused
+if 16-bit parameters are trained.
+
+Updates to 16-bit parameters are computed in fp32 and rounded stochastically (`RoundedAdamW`):
+
+    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2                      fp32, of the shape of W
+    W = round((1 - lr wd) W - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
+
+Loshchilov & Hutter 2019, arXiv 1711.05101; rounded by `core.rounding.turned`. At a learning rate of
+1e-5 nearly every update of a bf16 weight is under half a unit in the last place. torch's AdamW
+loses such updates: it rounds to the nearest, and stores its moments in the dtype of the weights. A
+weight takes 2 bytes and its moments 8, without a master copy or a compensation term. The random
+numbers follow from the seed, the parameter's number and the step, so a checkpoint stores no random
+state and no other generator is used. Parameters in fp32 are updated as torch's AdamW updates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import ceil
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
+
+from lorafold.core.rounding import generator_of, turned
+from lorafold.errors import LorafoldError
+from lorafold.layers.bitsandbytes import bitsandbytes
+from lorafold.runtime.memory import free_bytes
+from lorafold.runtime.processes import Processes
+from lorafold.training_step.optim import parameters
+
+PAGED = "paged-adamw8bit"
+SMALL = 4096  # bitsandbytes stores the moments of smaller tensors in fp32
+# fp32 moments may take a third of the free memory: gradients take half as much, which leaves half
+# for the activations
+SHARE = 3
+DEVICES = {"cpu": "the CPU", "mps": "MPS"}
+
+
+class Choice(NamedTuple):
+    """The name of an optimizer and why it was chosen (empty: the recipe asks for it)."""
+
+    name: str
+    why: str
+
+
+def choose(parameters: int, device: str, free: int) -> Choice:
+    """Choose the optimizer for `auto`.
+
+    Args:
+        device: The type of the device: cpu, cuda or mps.
+        free: The device's free memory in bytes.
+    """
+    if device != "cuda":
+        return Choice("adamw", f"{DEVICES.get(device, device)} has no paging")
+    state = 8 * parameters
+    if SHARE * state <= free:
+        return Choice("adamw", f"within a third of the {in_words(free)} free")
+    return Choice(
+        PAGED,
+        f"fp32 state, {in_words(state)}, would be more than a third of the {in_words(free)} free",
+    )
+
+
+def pick(
+    asked: str,
+    before: str,
+    groups: list[dict],
+    where: torch.device,
+    processes: Processes,
+    parts: int = 1,
+) -> Choice:
+    """Choose the optimizer of a run.
+
+    Args:
+        asked: The recipe's optimizer, possibly auto.
+        before: The optimizer that a resumed run had before it stopped, which auto keeps; empty for
+            a new run.
+        where: The device of the run.
+        processes: Those of the run, which must all choose the same.
+        parts: Among how many of them the state is divided.
+    """
+    device = where.type
+    if asked != "auto":
+        choice = Choice(asked, "")
+    elif before:
+        choice = Choice(before, "as before the stop")
+    elif any(p.itemsize == 2 for p in parameters(groups)):
+        choice = Choice("adamw", "16-bit weights are trained")
+    else:
+        count = sum(p.numel() for p in parameters(groups)) // parts
+        # all choose by the one that has the fewest bytes
+        choice = choose(count, device, min(processes.gather(free_bytes(where))))
+    if choice.name == PAGED and device != "cuda":
+        return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
+    return choice
+
+
+class Constants(Protocol):
+    """What AdamW takes besides learning rates; a `Recipe` has it."""
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The decay rates of the two moments."""
+
+    @property
+    def eps(self) -> float:
+        """What keeps the update finite."""
+
+    @property
+    def weight_decay(self) -> float:
+        """The decoupled weight decay of matrices."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of stochastic rounding."""
+
+
+def make_optimizer(name: str, groups: list[dict], constants: Constants) -> Optimizer:
+    """Make the optimizer.
+
+    Raises LorafoldError for an 8-bit optimizer if bitsandbytes is not installed, or if some
+    parameters have 16 bits.
+
+    Args:
+        name: adamw, adamw8bit or paged-adamw8bit.
+        groups: The parameter groups, each with its learning rate.
+        constants: Betas, eps, weight decay, and the seed of stochastic rounding.
+    """
+    check_rounding(name, (p.dtype for p in parameters(groups)))
+    options: dict[str, Any] = {
+        "betas": constants.betas,
+        "eps": constants.eps,
+        "weight_decay": constants.weight_decay,
+    }
+    if name == "adamw":
+        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters(groups))
+        if any(p.itemsize == 2 for p in parameters(groups)):
+            return RoundedAdamW(groups, seed=constants.seed, **options)
+        return AdamW(groups, **options)
+    optim = bitsandbytes_optimizers(name)
+    # on other devices bitsandbytes would warn, and not page either
+    paged = name == PAGED and all(p.is_cuda for p in parameters(groups))
+    return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **options)
+
+
+def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
+    """Raise LorafoldError if an 8-bit optimizer is asked for and one of the dtypes has 16 bits."""
+    found = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
+    if asked not in ("auto", "adamw") and found:
+        raise LorafoldError(
+            f"optimizer {asked} rounds updates to the nearest, and weights in {' and '.join(found)}"
+            " would lose those under half a unit; expected optimizer adamw, or base fp32"
+        )
+
+
+def bitsandbytes_optimizers(name: str) -> Any:
+    """Return bitsandbytes.optim. Raises LorafoldError, in which the optimizer is called `name`, if
+    bitsandbytes can't be imported.
+    """
+    try:
+        return bitsandbytes().optim
+    except ImportError as error:
+        raise LorafoldError(
+            f"optimizer {name} needs bitsandbytes, which can't be imported ({error});"
+            " pip install bitsandbytes, or choose optimizer adamw"
+        ) from None
+
+
+def described(choice: Choice, groups: list[dict], seed: int, parts: int = 1) -> str:
+    """Return a line that names the optimizer, the storage and size of its state, the reason for the
+    choice, and stochastic rounding if there is any.
+
+    Args:
+        seed: The seed of stochastic rounding.
+        parts: Among how many processes the state is divided.
+    """
+    trained = parameters(groups)
+    eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in trained)
+    kind = "8-bit" if eight and not small else "fp32"
+    narrow = any(p.itemsize == 2 for p in trained)
+    rounds = f"; updates rounded stochastically, seed {seed}" * narrow
+    why = [choice.why] * bool(choice.why) + [f"no tensor has {SMALL:,} elements"] * (
+        eight and small
+    )
+    size = in_words(state_bytes(choice.name, trained))
+    size += f" among {parts} processes" * (parts > 1)
+    return (
+        f"optimizer: {choice.name} with {kind} state, {size}"
+        + (f" ({'; '.join(why)})" if why else "")
+        + rounds
+    )
+
+
+def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
+    """Return the bytes of AdamW's two moments, for parameters of any shapes."""
+    if name == "adamw":
+        return sum(8 * p.numel() for p in parameters)
+    return sum(
+        8 * n if n < SMALL else 2 * n + 8 * ceil(n / 256) for n in (p.numel() for p in parameters)
+    )
+
+
+def in_words(n: int) -> str:
+    """Return a number of bytes as text, such as 39.1 MB."""
+    size, unit = next(
+        ((n / 10**power, unit) for power, unit in ((9, "GB"), (6, "MB")) if n >= 10**power),
+        (n / 1e3, "kB"),
+    )
+    return f"{size:.1f} {unit}"
+
+
+MOMENTS = "exp_avg", "exp_avg_sq"  # torch's names
+# elements that are updated at a time, with some 20 bytes each: on the CPU they fit a core's cache
+CHUNKS = {"cpu": 1 << 16}
+CHUNK = 1 << 22
+
+
+class RoundedAdamW(Optimizer):
+    """AdamW with stochastic rounding of 16-bit parameters. Its options and state have the names of
+    torch's AdamW; each group also has the seed of the rounding. The moments of 16-bit parameters
+    are in fp32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        fused: bool = False,
+        seed: int = 0,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options | {"fused": fused, "seed": seed})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once; return the loss of `closure`, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        numbers = {p: i for i, p in enumerate(parameters(self.param_groups))}
+        for group in self.param_groups:
+            found = [p for p in group["params"] if p.grad is not None]
+            _adamw(group, [(p, p.grad, *self._state(p, group)) for p in found if p.itemsize != 2])
+            for p in (p for p in found if p.itemsize == 2):
+                _update(group, numbers[p], (p, p.grad, *self._state(p, group)))
+        return loss
+
+    def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parameter's two moments and the number of its steps, made anew if needed."""
+        state = self.state[p]
+        if not state and p.itemsize == 2:
+            # contiguous, as the chunks are; the number of steps on the CPU, where it is read
+            state["step"] = torch.zeros(())
+            for name in MOMENTS:
+                state[name] = torch.zeros(p.shape, device=p.device)
+        elif not state:
+            state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(p)
+        return state["exp_avg"], state["exp_avg_sq"], state["step"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer, whose moments keep their dtypes."""
+        super().load_state_dict(state_dict)
+        # torch has just cast the moments to the dtype of their parameter
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for p, key in zip(parameters(self.param_groups), keys, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                self.state[p][name] = value.to(self.state[p][name].device, copy=True)
+
+
+def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
+    """Update (parameter, gradient, moment, moment, steps done) tuples in place, as torch does."""
+    if not parts:
+        return
+    params, grads, first, second, steps = map(list, zip(*parts, strict=True))
+    beta1, beta2 = group["betas"]
+    adamw(
+        params, grads, first, second, [], steps, fused=group["fused"], amsgrad=False,
+        beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+        eps=group["eps"], maximize=False,
+    )  # fmt: skip
+
+
+def _update(group: dict[str, Any], number: int, parts: tuple[Tensor, ...]) -> None:
+    """Update one such tuple, of a 16-bit parameter, some slices along its first axis at a time."""
+    p, g, m, v, step = parts
+    generator = generator_of(group["seed"], str(number), p.device)
+    tensors = [torch.atleast_1d(t) for t in (p, g, m, v)]
+    # slices in fours, since four values share a random draw: so the result does not depend on the
+    # size of the chunks
+    chunk = CHUNKS.get(p.device.type, CHUNK)
+    slices = max(1, chunk * len(tensors[0]) // max(1, 4 * p.numel())) * 4
+    for w, g_part, *moments in zip(*(t.split(slices) for t in tensors), strict=True):
+        wide, grad = (
+            t.to(torch.float32, memory_format=torch.contiguous_format) for t in (w, g_part)
+        )
+        done = torch.full((), step.item(), device=p.device if group["fused"] else "cpu")
+        _adamw(group, [(wide, grad, *moments, done)])
+        w.copy_(turned(wide, p.dtype, generator, int(step)))
+    step += 1

@@ -1,0 +1,76 @@
+"""The loss of classes, from the score of each class at the last token of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafold.data.batches import forest
+from lorafold.data.classification import LabelledExample
+from lorafold.ops.host_tensors import sent
+from lorafold.training_step.losses import RowsAlike
+from lorafold.training_step.score_head import at_head
+from lorafold.training_step.shared_prefixes import Branching, over
+
+
+class Classification(RowsAlike):
+    """The cross entropy of the class, in nats, for a model whose output has `.logits` (B, classes);
+    on padded sequences, or once for texts that begin alike.
+    """
+
+    # A step has one label a text, a completion one a token: at LoRA+'s full rate the noise of so
+    # few makes the last hidden states of all texts alike before the classes are learned.
+    pace_up = 2 / 15
+
+    def __init__(self, model: nn.Module, pad_id: int, how: Branching | None = None) -> None:
+        super().__init__(model, False, pad_id, how)
+
+    def count(self, example: LabelledExample) -> int:
+        return 1
+
+    def collate(
+        self, examples: Sequence[LabelledExample], device: torch.device
+    ) -> dict[str, Tensor]:
+        """labels (n,) and input_ids, attention_mask (n, T), padded at the right; or, of texts that
+        are computed once, input_ids, position_ids, document (1, T), lens, and `ends` (n,), where
+        each has its scores.
+        """
+        shared = self.shared_in(examples)
+        found = self._once(examples) if shared else self._padded(examples)
+        found["labels"] = torch.tensor([e.label for e in examples])
+        return {name: sent(x, device) for name, x in found.items()}
+
+    def _once(self, examples: Sequence[LabelledExample]) -> dict[str, Tensor]:
+        found = forest(examples)
+        # read where transformers reads it: at the last token that is none of padding
+        texts = zip(examples, found.places, strict=True)
+        ends = [int(place[self._end(e.ids)]) for e, place in texts]
+        names = ("input_ids", "position_ids", "document", "lens")
+        tensors = found.tensors()
+        return {name: tensors[name] for name in names} | {"ends": torch.tensor(ends)}
+
+    def _end(self, ids: Sequence[int]) -> int:
+        return max((i for i, token in enumerate(ids) if token != self.pad_id), default=0)
+
+    def _padded(self, examples: Sequence[LabelledExample]) -> dict[str, Tensor]:
+        ids = [torch.tensor(e.ids) for e in examples]
+        pad = nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
+        }
+
+    def logits(self, **inputs: Tensor) -> Tensor:
+        """Return the model's logits (n, classes), in fp32, for inputs as `collate` gives them."""
+        if (ends := inputs.pop("ends", None)) is None:
+            logits: Tensor = self.model(**inputs).logits
+            return logits.float()
+        del inputs["document"]
+        with over(self.how, inputs.pop("lens"), ends.device):
+            return at_head(self.model, inputs).output[0, ends].float()
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")

@@ -1,0 +1,262 @@
+"""Replaces a model's norms, rotary embeddings, gated MLPs and frozen linears by fused operations
+while the model trains.
+
+    with fused(model) as found:
+        print(found)                        # fast path: 30 of 30 blocks
+
+Parts are recognized by what they compute, never by a model's name: a part is replaced if it has
+the expected structure and computes the same outputs from random inputs as the fused operation does.
+Other parts keep their own code, as do parts that carry a delta or whose weight is trained. After
+the `with` block the model is as before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import Anatomy, beneath
+from lorafold.core.attach import Adapted
+from lorafold.core.contexts import evaluating, is_fake
+from lorafold.core.matrices import expert_parameters
+from lorafold.kernels.table import TRAINING, use
+from lorafold.layers import is_linear, layer_of
+from lorafold.ops.fused import ACTIVATIONS, gated, rms_norm, rotary
+
+ROTARY = "apply_rotary_pos_emb"  # the function's name in the model files of transformers
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """How many of the blocks run norms, MLP and rotary embedding fused, which of these parts run
+    the model's own code in the other blocks, and why operators run in torch and not in kernels of
+    lorafold (empty: they don't). The blocks of towers do not count.
+    """
+
+    fast: int
+    blocks: int
+    plain: tuple[str, ...]
+    in_torch: str = ""
+
+    def __str__(self) -> str:
+        lacking = f"; not fused: {', '.join(self.plain)}" if self.plain else ""
+        slower = f"; operators in torch: {self.in_torch}" if self.in_torch else ""
+        return f"fast path: {self.fast} of {self.blocks} blocks{lacking}{slower}"
+
+
+@contextmanager
+def fused(
+    model: nn.Module,
+    linears: bool = True,
+    norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary,
+    gate: Callable[[Tensor, Tensor, str], Tensor] = gated,
+) -> Iterator[FastPath]:
+    """Replace all parts that can be fused until the `with` block ends.
+
+    Args:
+        linears: whether frozen linears and the head are among the parts.
+        norm: what computes `lorafold.ops.fused.rms_norm` (..., d).
+        rotate: what computes `lorafold.ops.fused.rotary` (B, H, T, D).
+        gate: what computes `lorafold.ops.fused.gated` (..., k).
+    """
+    make: dict[str, Callable[[nn.Module], Forward | None]] = {
+        "norms": partial(_fused_norm, norm),
+        "MLP": partial(_fused_mlp, gate),
+    }
+    kinds = {p.device.type for p in model.parameters()}
+    why = "; ".join(filter(None, (use(TRAINING, kind) for kind in sorted(kinds))))
+    anatomy = Anatomy.of(model)
+    blocks, outer = {path: list[nn.Module]() for path in anatomy.blocks}, ""
+    for path, module in anatomy.modules:
+        outer = path if path in blocks else outer
+        if outer and f"{path}.".startswith(f"{outer}."):
+            blocks[outer].append(module)
+    inside = [*blocks.values()]
+    with ExitStack() as stack:
+        with evaluating(model):
+            found = [
+                {
+                    part
+                    for module in block
+                    if _free(module)
+                    for part, fuse in make.items()
+                    if _put(stack, module, "forward", fuse(module))
+                }
+                for block in inside
+            ]
+            for parts, block in zip(found, inside, strict=True):
+                if any([_put(stack, m, "_apply_gate", _fused_gate(gate, m)) for m in block]):
+                    parts.add("MLP")
+            if linears:
+                plain = [module for block in inside for module in block if _free(module)]
+                head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+                adapted = head is None or isinstance(head, Adapted)
+                if not adapted and "forward" not in vars(head):  # trained or not
+                    plain.append(head)
+                for module in filter(is_linear, plain):
+                    # multiplies in the dtype that is fastest on this processor, from any storage
+                    layer = layer_of(module)
+                    _put(stack, module, "forward", partial(layer.called, layer))
+            # the fused function for each of transformers'
+            rotation = cache(partial(_fused_rotary, rotate))
+            for parts, block in zip(found, inside, strict=True):
+                if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
+                    parts.add("rotary embedding")
+        wanted = {*make, "rotary embedding"}
+        counted = beneath(anatomy.language_blocks)
+        told = [parts for path, parts in zip(blocks, found, strict=True) if counted(path)]
+        lacking = set[str]().union(*(wanted - parts for parts in told))
+        fast = sum(parts == wanted for parts in told)
+        yield FastPath(fast, len(told), tuple(sorted(lacking)), why)
+
+
+def _free(module: nn.Module) -> bool:
+    """Tell whether the module is frozen, carries no delta, and runs its class's own forward on one
+    input.
+    """
+    trained = any(p is not None and p.requires_grad for p in module._parameters.values())
+    own = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
+    # one input: some norms take a gate as well, which the fused norm does not
+    return own and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bool:
+    """Set owner.name to `forward` until the stack unwinds. False if there is none to set."""
+    if forward is None:
+        return False
+    own, before = name in vars(owner), getattr(owner, name)
+    stack.callback(setattr, owner, name, before) if own else stack.callback(delattr, owner, name)
+    setattr(owner, name, forward)
+    return True
+
+
+def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
+    """Tell whether both compute the same outputs, up to the rounding of a few operations. Fake
+    tensors have no values to compare, so there a part with the right structure is fused.
+    """
+    if is_fake(inputs[0]):
+        return True
+    outputs = (f(*inputs) for f in (forward, plain))
+    found, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in outputs)
+    close = (
+        found.shape == expected.shape
+        and (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm()
+    )
+    return bool(close)
+
+
+def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
+    """Return the fused forward of a root mean square norm whose gain is its weight, or 1 + its
+    weight; None if the module is no such norm.
+    """
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    alone = len(module._parameters) == 1 and weight is not None and weight.dim() == 1
+    if weight is None or not alone or not isinstance(eps, float):
+        return None
+    inputs = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    # the second input is so small that eps matters
+    inputs *= torch.tensor([[1.0], [eps**0.5]]).to(weight)
+    for offset in (False, True):
+
+        def forward(x: Tensor, offset: bool = offset) -> Any:
+            return norm(x, 1 + weight.float() if offset else weight, eps)
+
+        if all(_agree(forward, module, x) for x in inputs):
+            return forward
+    return None
+
+
+def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
+    """Return the fused forward of down(act(gate(x)) * up(x)), whose parts have the names that
+    transformers gives them; None if the module is no such MLP.
+    """
+    parts = dict(module.named_children())
+    if set(parts) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    z = torch.linspace(-6, 6, 97)
+    known = next((name for name, own in ACTIVATIONS.items() if _agree(own.forward, act, z)), None)
+    width = getattr(gate, "in_features", None)
+    if known is None or not isinstance(width, int):
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        return down(gating(gate(x), up(x), known))
+
+    # a quantized MLP may have no floating-point parameter: its activations have 16 bits
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
+    x = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(module.parameters()).device, dtype)
+    return forward if _agree(forward, module, x) else None
+
+
+def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
+    """Return the fused act(gate) * up of experts, whose gates and ups are the halves of u (S, 2 k);
+    None if the module has no experts or their gate is another.
+    """
+    plain: Any = getattr(module, "_apply_gate", None)
+    if plain is None or not expert_parameters(module):
+        return None
+    if plain.__func__.__name__ != "_default_apply_gate":
+        return None
+    u = torch.linspace(-6, 6, 64).view(2, 32)
+    for known in ACTIVATIONS:
+
+        def forward(u: Tensor, known: str = known) -> Tensor:
+            gate, up = u.chunk(2, dim=-1)
+            fused: Tensor = gating(gate, up, known)
+            return fused
+
+        if _agree(forward, plain, u):
+            return forward
+    return None
+
+
+def _rotated(module: nn.Module, rotation: Callable[[Forward], Forward | None]) -> Forward | None:
+    """Return a copy of the attention's forward, for this module alone, that calls the fused
+    rotation instead of the function of its file; None if it can't be fused.
+    """
+    if isinstance(module, Adapted) or "forward" in vars(module):
+        return None
+    plain = inspect.unwrap(type(module).forward)  # without wrappers for deprecated arguments
+    known = isinstance(plain, FunctionType) and ROTARY in plain.__code__.co_names
+    if not known or (fused := rotation(plain.__globals__[ROTARY])) is None:
+        return None
+    names = {**plain.__globals__, ROTARY: fused}
+    own = FunctionType(plain.__code__, names, "forward", plain.__defaults__, plain.__closure__)
+    own.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(own, module)
+
+
+def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
+    """Return the fused function that rotates queries and keys, (B, H, T, D) or (B, T, H, D), by the
+    halves of D; None if `plain` computes something else.
+    """
+    if [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+        return None
+
+    def forward(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        if not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    q = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        agree = _agree(forward, plain, q[None], q[None], q + 1, q + 2)
+    except RuntimeError:  # its cos and sin have another size
+        agree = False
+    return forward if agree else None

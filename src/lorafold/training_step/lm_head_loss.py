@@ -1,0 +1,360 @@
+"""The next-token loss at labelled positions only, in chunks, so that the logits of all positions
+never exist at once.
+
+    loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
+                                              positions, f the model's head, y (n,)
+
+Models differ in f: Gemma caps its logits, Cohere and Granite scale them, and a head may be tied,
+biased, quantized or adapted. So f is computed by the model itself, in two stages:
+
+1. The model runs once. A hook stores the hidden states that its decoder returns and passes only the
+   last position on to the head.
+2. The model runs again for each chunk of hidden states. Its decoder is replaced by a function that
+   returns the chunk, so the model computes the head alone. Each chunk's gradients are computed at
+   once and its logits are freed. The losses of documents, whose weights in the gradient are not
+   known then, compute each chunk again in the backward instead.
+
+A frozen linear head whose logits agree with the model's at that last position is computed directly,
+without the model and without a graph. `ops.cross_entropy` computes either. Use it wherever a causal
+language model is trained or its loss is measured.
+
+The linear form of a head gives logits without the model. Whether both agree is checked once for
+each state of the head, because a GPU has to be waited for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.contexts import is_fake
+from lorafold.data.examples import NO_LOSS
+from lorafold.errors import LorafoldError
+from lorafold.ops.arithmetic import FEW
+from lorafold.ops.cross_entropy import (
+    LinearHead,
+    chunks,
+    head_cross_entropy,
+    head_losses,
+    linear_cross_entropy,
+)
+from lorafold.ops.host_tensors import on_host, rows_at, sent
+
+
+class _Known(NamedTuple):
+    """Whether a head's linear form agrees with the model, and what that follows from."""
+
+    model: ref[Any]
+    weight: ref[Tensor]
+    key: tuple[Any, ...]
+    agree: bool
+
+
+_agreed: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
+    """Return the linear form of the head, or None. The head has one if it is frozen and the form's
+    logits for h (1, d) agree with the `logits` that the model computed.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    plain = type(layer) is nn.Linear and isinstance(w := layer.weight, nn.Parameter)
+    if logits.requires_grad or not plain:
+        return None
+    if (w.dtype, w.device, layer.in_features) != (h.dtype, h.device, h.shape[-1]):
+        return None
+    scale = getattr(model, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+    linear = LinearHead(w, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    with torch.no_grad():
+        if is_fake(h):
+            return linear if logits.shape == linear.logits(h).shape else None
+        # the answer of the device is waited for once
+        key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
+        same = known is not None and known.model() is model and known.weight() is w
+        if known is None or not same or known.key != key:
+            found = linear.logits(h)
+            agree = found.shape == logits.shape
+            if agree:  # but for rounding
+                wide = torch.promote_types(found.dtype, torch.float32)
+                off = (found.to(wide) - logits.to(wide)).norm()
+                allowed = 4 * torch.finfo(found.dtype).eps * logits.to(wide).norm()
+                agree = bool(off <= allowed)
+            _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
+    return linear if known.agree else None
+
+
+def labelled_loss(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Return the loss in nats summed over the labelled positions, and their number n.
+
+    The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
+    config.output_router_logits is set, the sum includes the model's load-balancing loss, times its
+    coefficient and n. To train under DDP or FSDP, wrap a module whose forward calls this function.
+
+    Raises LorafoldError if the model has no decoder below a head, or lacks the load-balancing loss
+    that its configuration asks for.
+
+    Args:
+        model: A causal language model of transformers, or a module with its interface.
+        labels: (B, T), the target of each position (already shifted), or -100.
+        inputs: Keyword arguments of the model, among them input_ids (B, T).
+        counts: (B, T), how often each position counts; None: once.
+        rows: (B, T), how many rows have each position, for the load-balancing loss; None: one.
+    """
+    h, targets, linear, output = until_head(model, labels, inputs)
+    if linear is not None:
+        losses = linear_cross_entropy(h, targets, linear)
+    elif counts is not None:
+        losses = head_losses(h, targets, partial(head_of, model))
+    else:
+        with _short_circuit(model) as head:
+            losses = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
+    if counts is None:
+        loss, n = losses.sum(), len(targets)
+    else:
+        each = on_host(counts)[on_host(labels) != NO_LOSS]
+        loss, n = losses @ sent(each, h.device).to(losses.dtype), int(each.sum())
+    return loss + n * balancing_loss(model, output, rows), n
+
+
+def token_losses(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], own: bool = False
+) -> Tensor:
+    """Return the loss in nats of each labelled position, (n,), from the first row to the last.
+
+    The losses are differentiable once, and their gradients may have any weights. They never include
+    a load-balancing loss. A head that is trained or adapted is computed again in the backward,
+    under the adapters that are active then.
+
+    Raises LorafoldError if the model has no decoder below a head.
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
+        own: Compute a frozen linear head by the model too, as it rounds logits, and of few rows in
+            the order of many.
+    """
+    h, targets, linear, _ = until_head(model, labels, inputs)
+    if linear is not None and not own:
+        return linear_cross_entropy(h, targets, linear)
+    return head_losses(h, targets, partial(head_of, model, least=FEW if own else 0))
+
+
+def document_losses(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """Return the `token_losses` of each document, summed, and the number of its labelled positions:
+    (n,) and (n,).
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
+        document: (B, T), the document from 0 to n - 1 that each position counts for, or -1 for
+            none.
+    """
+    if is_fake(labels):
+        losses, of = token_losses(model, labels, inputs), document.flatten()
+    else:
+        own = on_host(labels).masked_fill(on_host(document) < 0, NO_LOSS)
+        losses = token_losses(model, sent(own, labels.device), inputs)
+        of = sent(at_labels(document, own), losses.device)
+    return (
+        losses.new_zeros(n).index_add(0, of, losses),
+        of.new_zeros(n).index_add(0, of, torch.ones_like(of)),
+    )
+
+
+@torch.no_grad()
+def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss in nats of each sequence, summed over its labelled positions: (B,), without
+    gradients. It never includes a load-balancing loss.
+
+    Raises LorafoldError if the model has no decoder below a head.
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
+    """
+    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    return document_losses(model, labels, inputs, row, len(labels))[0]
+
+
+def until_head(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
+    """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
+    form if it has one, and the model's output.
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
+    """
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any) -> Any:
+        h = output.last_hidden_state
+        # with the strides of h, torch would copy the whole head
+        output.last_hidden_state = last = h.detach()[0, -1].view(1, 1, -1)
+        caught.extend((h, last))
+        return output
+
+    handle = _decoder(model).register_forward_hook(catch)
+    try:
+        output = model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    h, last, *_ = caught
+    h = h[:, -labels.shape[1] :].flatten(0, 1)
+    if is_fake(labels):  # they have no values: all positions count as labelled
+        targets = labels.flatten()
+    else:
+        own = on_host(labels).flatten()
+        places = (own != NO_LOSS).nonzero()[:, 0]
+        h, targets = rows_at(h, sent(places, h.device)), sent(own[places], h.device)
+    return h, targets, linear_form(model, output.logits[0], last[0]), output
+
+
+def at_labels(x: Tensor, labels: Tensor) -> Tensor:
+    """What x (B, T) has at the labelled positions (n,), on the host.
+
+    Args:
+        labels: (B, T).
+    """
+    return on_host(x)[on_host(labels) != NO_LOSS]
+
+
+def _runs(h: Tensor) -> list[slice]:
+    """Return the chunks of positions whose logits exist at a time.
+
+    For fake tensors the last three are enough to find the peak of memory: all chunks but the last
+    are equally long.
+    """
+    return chunks(len(h))[-3:] if is_fake(h) else chunks(len(h))
+
+
+def _decoder(model: Any) -> Any:
+    """Return the module between the token ids and the head."""
+    anatomy = Anatomy.of(model)
+    if not anatomy.decoder or anatomy.head is None:
+        raise LorafoldError(
+            f"{type(model).__name__}: found no decoder with a head over it, expected a causal"
+            " language model"
+        )
+    return model.get_submodule(anatomy.decoder)
+
+
+class _Given:
+    """A decoder's output that has hidden states; every other attribute is None. A multimodal model
+    unpacks it with `**`.
+    """
+
+    def __init__(self, h: Tensor) -> None:
+        self.last_hidden_state = h
+
+    def __getitem__(self, index: int | str) -> Tensor | None:
+        return self.last_hidden_state if index in (0, "last_hidden_state") else None
+
+    def keys(self) -> tuple[str, ...]:
+        """The names that `**` unpacks."""
+        return ("last_hidden_state",)
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
+    given: list[Tensor] = []
+    decoder = _decoder(model)
+
+    def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _Given:
+        h = given.pop()
+        # a model with soft prompts before its input may cut as many positions from its output
+        prompts = 0 if inputs_embeds is None else inputs_embeds.shape[1] - len(h)
+        return _Given(F.pad(h, (0, 0, prompts, 0))[None])
+
+    def head(h: Tensor) -> Tensor:
+        given.append(h)
+        return model(inputs_embeds=h[None], use_cache=False).logits[0, -len(h) :]
+
+    replaced = decoder.__dict__.get("forward")  # accelerate's hooks are stored there
+    decoder.forward = forward
+    try:
+        yield head
+    finally:
+        del decoder.forward
+        if replaced is not None:
+            decoder.forward = replaced
+
+
+def head_of(model: Any, h: Tensor, least: int = 0) -> Tensor:
+    """Return the logits (n, V) of hidden states h (n, d), as the model computes `least` or more."""
+    with _short_circuit(model) as head:
+        return head(F.pad(h, (0, 0, 0, max(0, least - len(h)))))[: len(h)]
+
+
+def _leaves(y: Tensor) -> list[Tensor]:
+    """Return the leaf tensors that y depends on and that require gradients: the trained tensors of
+    the head, in whichever module they are.
+    """
+    found, seen, ahead = [], set(), [y.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        ahead.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def balances(model: Any) -> bool:
+    """Whether the model adds such a loss."""
+    config = getattr(model, "config", None)
+    return config is not None and getattr(config.get_text_config(), "output_router_logits", False)
+
+
+def weighs(model: Any) -> bool:
+    """Whether the loss can count a token as often as rows have it: transformers' function of it is
+    beside the model, and weights tokens by their mask.
+    """
+    return _own(model) is not None and hasattr(model, "num_experts_per_tok")
+
+
+def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tensor | float:
+    """The loss (), times its coefficient; 0 if the model would add none.
+
+    Raises LorafoldError if its configuration asks for one that the model does not return.
+
+    Args:
+        rows: (B, T), how many rows have each token; None: one.
+    """
+    if not balances(model):
+        return 0.0
+    config = model.config.get_text_config()
+    aux, coefficient = (
+        getattr(output, "aux_loss", None),
+        getattr(config, "router_aux_loss_coef", None),
+    )
+    if aux is None or coefficient is None:
+        raise LorafoldError(
+            f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux},"
+            f" router_aux_loss_coef {coefficient}; expected both. Set output_router_logits to false"
+            " to train without the router's loss"
+        )
+    if rows is not None and (function := _own(model)) is not None:
+        aux = function(output.router_logits, model.num_experts, model.num_experts_per_tok, rows)
+    return coefficient * aux
+
+
+def _own(model: Any) -> Callable[..., Any] | None:
+    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)

@@ -1,0 +1,234 @@
+"""Losses as modules: each has a model, takes the inputs of a micro-batch and returns their summed
+loss, so that accelerate wraps the whole computation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil, inf
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.selection import named
+from lorafold.data.arrow import Array
+from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
+from lorafold.data.examples import NO_LOSS, Example
+from lorafold.models.positions import sequence_of
+from lorafold.ops.host_tensors import on_host, sent
+from lorafold.runtime.processes import ALONE, Processes
+from lorafold.training_step.lm_head_loss import (
+    balances,
+    labelled_loss,
+    row_losses,
+    token_losses,
+    weighs,
+)
+from lorafold.training_step.shared_prefixes import Branching, over
+
+
+class Loss(nn.Module, ABC):
+    """Abstract: a loss that is summed, and not averaged, over what `count` counts, so that the sum
+    over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
+
+    `pace` is the share of a method's own learning rates that suits the loss, `pace_up` that of the
+    rate of its up factors. `counts` go with its checkpoints.
+    """
+
+    pace = 1.0
+    pace_up: float | None = None  # pace
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.counts: dict[str, float] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def count(self, example: Any) -> int:
+        """Return the weight of the example in the mean loss: its tokens, or 1 for a text."""
+
+    def learns(self, example: Any) -> bool:
+        """Whether the loss of the example has a gradient; one without only counts in the mean."""
+        return True
+
+    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
+        """Divide the examples of an optimizer step into micro-batches. Returns the indices of the
+        examples of each.
+
+        Args:
+            n: The number of micro-batches; there are more if packed ones would exceed `tokens`.
+            tokens: The most tokens of a packed sequence.
+        """
+        return micro_batches(range(len(examples)), n)
+
+    def computed(self, examples: Sequence[Any]) -> int:
+        """The tokens that are computed for a micro-batch, without padding."""
+        return sum(len(e.ids) for e in examples)
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """Return the arguments of `forward` for these examples, on the device: labels and inputs,
+        each (B, T), or labels (B,) for a classifier.
+        """
+
+    def of_step(
+        self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
+    ) -> dict[str, Tensor]:
+        """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
+        over its examples, (k,), without gradients, which add up over processes. There are none
+        unless the loss of an example depends on the others.
+
+        Args:
+            examples: Those of this process, which may have none.
+            idle: One that passes through the model, and counts nothing, where others pass more.
+            passes: Makes of the number of passes here the one that all processes make.
+        """
+        return {}
+
+    def figures(self, processes: Processes = ALONE) -> Mapping[str, float]:
+        """Return what the step that was just computed has to show besides its loss, by name, over
+        all processes. It is asked once a step.
+        """
+        return {}
+
+    def rows_of(self, examples: Sequence[Any]) -> list[Array]:
+        """Return for each example of a step the row that each of its tokens is named by, (t,): its
+        place in the whole batch, or, where tokens that begin several are computed once, that of the
+        first of them. It depends neither on micro-batches nor on the number of processes.
+        """
+        return [np.full(1, row) for row in range(len(examples))]
+
+    def names(
+        self, examples: Sequence[Any], rows: Sequence[Array], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the names (B, T) of the tokens of a micro-batch, which dropout follows from.
+
+        Args:
+            rows: Of each example, as `rows_of` gives them.
+            inputs: As `collate` gives them.
+        """
+        ids, own = inputs["input_ids"], inputs.get("position_ids")
+        if own is None:
+            document = torch.arange(len(ids))[:, None]
+            positions = torch.arange(ids.shape[1])
+        else:
+            positions = on_host(own)
+            shared = inputs.get("document")  # where tokens of several rows are computed once
+            document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
+        return sent(named(row_at(rows, document, positions), positions), ids.device)
+
+    @abstractmethod
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the loss in nats, (), summed over labels (B, T), or (B,) for a classifier.
+
+        `inputs` are the model's keyword arguments, each (B, T).
+        """
+
+
+def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor:
+    """The rows (B, T) that tokens are named by.
+
+    Args:
+        rows: Those of the tokens of each document, (t,); a last one counts for all after it.
+        document, positions: Of each token, on the host; they broadcast to (B, T).
+    """
+    table = np.stack([np.pad(of, (0, max(map(len, rows)) - len(of)), "edge") for of in rows])
+    of_tokens = torch.from_numpy(table)
+    return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
+
+
+class RowsAlike(Loss):
+    """Abstract: a loss over rows, of which those that begin alike share what they have in common,
+    where `how` has it so and it pays.
+    """
+
+    def __init__(
+        self, model: nn.Module, packed: bool, pad_id: int, how: Branching | None = None
+    ) -> None:
+        super().__init__(model)
+        self.packed, self.pad_id = packed, pad_id
+        self.balanced = balances(model)
+        shares = how is not None and how.across and (not self.balanced or weighs(model))
+        self.how = how if shares else None
+
+    def shared_in(self, examples: Sequence[Any]) -> bool:
+        """Whether rows that begin alike are computed once there."""
+        lengths, how = [len(e.ids) for e in examples], self.how
+        if how is None or not how.shares or max(lengths) > (how.longest or inf):
+            return False
+        return len(forest(examples).ids) <= PAYS * sum(lengths)
+
+    def computed(self, examples: Sequence[Any]) -> int:
+        if self.shared_in(examples):
+            return len(forest(examples).ids)
+        return sum(len(e.ids) for e in examples)
+
+    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
+        ids = [example.ids for example in examples]
+        rows, lengths = range(len(ids)), [*map(len, ids)]
+        capacity = min(tokens, sequence_of(self.model) or tokens)
+        if self.shared_in(examples):
+            return alike(rows, n, capacity, ids.__getitem__)
+        return micro_batches(rows, n, capacity if self.packed else None, lengths.__getitem__)
+
+    def rows_of(self, examples: Sequence[Any]) -> list[Array]:
+        return super().rows_of(examples) if self.how is None else leaders([e.ids for e in examples])
+
+
+class Completions(RowsAlike):
+    """The next-token loss at labelled positions, in nats; on packed or on padded sequences."""
+
+    def count(self, example: Example) -> int:
+        return labelled(example)
+
+    def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
+        if self.shared_in(examples):
+            made = forest(examples)
+            found = made.tensors() | ({"rows": made.rows()} if self.balanced else {})
+        else:
+            found = collate(examples, self.packed, self.pad_id)
+        return {name: sent(x, device) for name, x in found.items()}
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        inputs.pop("document", None)
+        counts, rows, lens = (inputs.pop(name, None) for name in ("counts", "rows", "lens"))
+        with over(self.how, lens, labels.device):
+            return labelled_loss(self.model, labels, inputs, counts, rows)[0]
+
+    @torch.no_grad()
+    def by_row(self, examples: Sequence[Example]) -> Tensor:
+        """The loss of each row, (n,), summed over its labelled positions, without gradients."""
+        inputs = self.collate(examples, self.device)
+        labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
+        if lens is None:
+            padded = collate(examples, False, self.pad_id)
+            padded = {name: sent(x, self.device) for name, x in padded.items()}
+            return row_losses(self.model, padded.pop("labels"), padded)
+        for name in ("document", "counts", "rows"):
+            inputs.pop(name, None)
+        with over(self.how, lens, labels.device):
+            losses = token_losses(self.model, labels, inputs)
+        place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
+        trained = forest(examples).trained
+        return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
+
+
+def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
+    """The loss of the next token, (), on tensors without values.
+
+    Args:
+        model: A language model without values.
+        inputs: input_ids with positions (1, T), or with a mask (B, T).
+        labelled: The tokens that the loss counts, divided evenly among padded rows.
+    """
+    ids = inputs["input_ids"]
+    labels = ids.new_zeros((len(ids), ceil(labelled / len(ids))))
+    return labelled_loss(model, labels, inputs)[0]

@@ -1,0 +1,329 @@
+"""Attention over documents that are packed into one sequence, each attending to itself alone.
+
+    with packed(model) as apart:
+        batch = collate(examples, packed=apart, pad_id=tokenizer.pad_token_id)
+
+It goes through transformers' public registries of attention and mask functions; no model class is
+changed. A packed batch consists of ids (1, T) and positions (1, T) that restart at 0 in each
+document. transformers finds the documents in the positions and gives our mask function a predicate:
+may query i see key j? Where it is false for j = i - 1, a document begins. So the mask function
+returns a `Documents` instead of a (T, T) mask, and the model's layers pass it on to our attention
+function. Everything else than plain causal documents (padding, decoding with a cache, custom masks,
+sinks, position bias, attention dropout) gets a mask and general attention, so generate() and
+gradient checkpointing work as usual.
+
+Some models let documents influence each other all the same: recurrent and convolutional ones, and
+those that ignore position_ids. `packed` tests the model first and yields False for these, which
+must train on padded batches.
+
+The masks that transformers derives from positions are found on the host, which sent the positions:
+to find packed documents transformers asks the device once for each mask, and we would ask three
+times more. The values that a mask's function reads are given to it in two forms: for indices on the
+host and for those on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from lorafold.core.contexts import evaluating
+from lorafold.errors import LorafoldError, cut
+from lorafold.ops.attention import document_attention
+from lorafold.ops.host_tensors import on_host
+from lorafold.ops.packed_documents import Documents
+from lorafold.training_step.score_head import at_head
+
+log = logging.getLogger(__name__)
+NAME = "lorafold_documents"
+HOST = torch.device("cpu")
+NO_LOSS = -100  # torch's ignore_index
+
+
+@contextmanager
+def packed(model: PreTrainedModel) -> Iterator[bool]:
+    """Keep the model's attention inside documents until the `with` block ends, and yield True; or
+    leave the model unchanged and yield False if its documents would influence each other.
+    """
+    if not isolates(model):
+        yield False
+        return
+    with attending(model, document_mask):
+        yield True
+
+
+def isolates(model: PreTrainedModel) -> bool:
+    """Test, with two short documents, whether the model computes a packed document as it computes
+    the document alone. The model and the random state stay unchanged.
+    """
+    n, m = 11, 13
+    first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
+    both = Documents((n, m))
+    try:
+        with evaluating(model):
+            rows = [packed_logits(model, row, Documents((len(row),))) for row in (first, second)]
+            with attending(model, document_mask):
+                together = packed_logits(model, torch.cat([first, second]), both)
+                changed = packed_logits(model, torch.cat([other, second]), both)
+    except (AttributeError, TypeError, LorafoldError) as error:
+        # the decoder computes with its masks, or no head is over its positions
+        why = f"{type(error).__name__}: {cut(str(error), 200)}"
+        log.warning("packed rows fail in this model (%s)", why)
+        return False
+    return near(model, changed[-m:], together[-m:], units=1) and near(
+        model, together, torch.cat(rows), units=8
+    )
+
+
+def random_ids(model: PreTrainedModel, n: int) -> Tensor:
+    """Return n token ids, (n,), the same each time, on the model's device."""
+    vocab = model.config.get_text_config().vocab_size
+    return torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
+    """Return the logits (T, V), in fp32, of packed documents.
+
+    A model without output embedding pools its logits; of it the hidden states (T, d) are returned
+    that its head is over. Raises LorafoldError where it is not over those of positions.
+
+    Args:
+        ids: The token ids, (T,).
+        docs: The documents, which say the position of each token.
+    """
+    inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
+    if model.get_output_embeddings() is None:
+        return at_head(model, inputs).hidden[0].float()
+    logits = model(**inputs, use_cache=False).logits
+    found: Tensor = logits[0].float()
+    return found
+
+
+def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) -> bool:
+    """Whether logits (T, V) agree to so many units of the model's dtype.
+
+    Norms are compared, since experts group the tokens of all documents together: sums then round
+    differently, even if no document influences another.
+
+    Args:
+        found, expected: The logits (T, V).
+    """
+    allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
+    return bool((found - expected).norm() <= allowed * expected.norm())
+
+
+@contextmanager
+def attending(
+    model: PreTrainedModel,
+    mask: Callable[..., Any],
+    attention: Callable[..., Any] | None = None,
+    name: str = NAME,
+) -> Iterator[None]:
+    """Set the model's attention function until the `with` block ends.
+
+    Args:
+        mask: makes the masks, a function of transformers' mask protocol.
+        attention: a function of transformers' attention protocol; None: `attend`.
+        name: the name of both in transformers' registries.
+    """
+    AttentionInterface.register(name, attention or attend)
+    AttentionMaskInterface.register(name, mask)
+    before = _implementations(model.config)
+    model.set_attn_implementation(_implementations(model.config, name))
+    _on_host.use(1)
+    try:
+        yield
+    finally:
+        _on_host.use(-1)
+        model.set_attn_implementation(before)
+
+
+def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
+    """Return the attention implementations as set_attn_implementation takes them: the model's own
+    under "", those of nested configurations by name. One that has none, as those of MPT and DBRX,
+    is of no model, and transformers can't set it back to none: it is left out.
+
+    Args:
+        config: The configuration.
+        name: What to have in the place of each.
+    """
+    nested = ((key, getattr(config, key)) for key in config.sub_configs)
+    return {"": name or config._attn_implementation} | {
+        key: _implementations(c, name)
+        for key, c in nested
+        if c is not None and c._attn_implementation is not None
+    }
+
+
+def document_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **protocol: Any,
+) -> Documents | Tensor | None:
+    """Return a `Documents` if the mask is that of causal documents, else a boolean mask (B, 1, Tq,
+    Tk); a function of transformers' mask protocol.
+
+    Args:
+        batch_size: B, the number of sequences.
+        q_length, kv_length: Tq and Tk, the numbers of queries and keys.
+        mask_function: Called as mask_function(b, head, i, j) on index tensors, it tells whether
+            query i of sequence b may see key j.
+        attention_mask: (B, Tk), False at padding; None if there is none.
+        protocol: The positions of the first query and the first key (`q_offset`, `kv_offset`), the
+            width of a sliding window (`local_size`), whether mask_function needs vmap, as custom
+            ones may, the device, and what concerns sdpa and eager masks only.
+    """
+    # an offset is a tensor if the cache is static
+    offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
+    whole = q_length == kv_length and all(isinstance(n, int) and n == 0 for n in offsets)
+    if attention_mask is None and not protocol.get("use_vmap") and whole:
+        places = HOST, torch.device(protocol.get("device") or HOST)
+        for where in dict.fromkeys(places):
+            b = torch.arange(batch_size, device=where)[:, None]
+            earlier, head = torch.arange(q_length - 1, device=where)[None], torch.zeros_like(b)
+            later = earlier + 1
+            try:
+                ahead = mask_function(b, head, earlier, later)
+                break
+            except RuntimeError:  # it reads tensors of the device, as that of chunks does
+                if where == places[-1]:
+                    raise
+        if not ahead.any():
+            same = mask_function(b, head, later, earlier).expand(batch_size, q_length - 1)
+            first = torch.cat([same.new_ones(batch_size, 1), ~same], 1).flatten()
+            begins = [*first.nonzero()[:, 0].tolist(), batch_size * q_length]
+            lens = tuple(end - begin for begin, end in pairwise(begins))
+            return Documents(lens, protocol.get("local_size"))
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **(protocol | {"allow_is_causal_skip": False}),
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Documents | Tensor | None,
+    scaling: float | None = None,
+    **protocol: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol.
+
+    Args:
+        module: The attention module, which says whether dropout is active.
+        query, key, value: (B, H, Tq, D), (B, Hk, Tk, D) and (B, Hk, Tk, Dv).
+        attention_mask: A `Documents`, a boolean mask, or a mask that is added to the scores, (B, 1,
+            Tq, Tk).
+        scaling: The factor of the scores; None: D^-0.5.
+        protocol: `dropout`, the probability with which an attention weight is dropped; `softcap`,
+            by which scores s become softcap * tanh(s / softcap); `s_aux` (H,), the scores of a
+            sink, which takes part in the softmax and has no value; `position_bias` (B or 1, H, Tq,
+            Tk), added to the scores; and what repeats what the mask says (windows, positions).
+            `isolates` finds models that pass anything else here.
+
+    Raises LorafoldError for keys beside those of the documents, as the compressed ones of
+    DeepSeek-V4.
+    """
+    asked = ("softcap", "s_aux", "position_bias")
+    softcap, s_aux, position_bias = map(protocol.get, asked)
+    dropout = protocol.get("dropout", 0.0)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(attention_mask, Documents):
+        virtual = attention_mask.behind is not None  # tokens in front, which are keys alone
+        if not virtual and query.shape[2] != key.shape[2]:
+            raise LorafoldError(
+                f"{type(module).__name__}: found {key.shape[2]} keys for {query.shape[2]} queries,"
+                " expected as many inside documents"
+            )
+        if dropout == 0.0 and s_aux is None and position_bias is None:
+            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+            y = document_attention(q, k, v, attention_mask, scale, softcap)
+            return y.unflatten(0, (len(query), -1)), None
+        attention_mask = attention_mask.dense(len(query), query.device)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.mT * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(
+            ~attention_mask[..., : key.shape[2]], torch.finfo(scores.dtype).min
+        )
+    elif attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[2]]
+    if s_aux is not None:
+        scores = torch.cat(
+            [scores, s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1
+        )
+    p = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
+    return (torch.dropout(p, dropout, module.training) @ value).transpose(1, 2).contiguous(), None
+
+
+@dataclass
+class _Both:
+    """Values (B, T) that are known on the host, for indices there and on a device."""
+
+    here: Tensor
+    device: torch.device
+
+    def __getitem__(self, at: tuple[Tensor, ...]) -> Tensor:
+        there = any(i.device.type != "cpu" for i in at)
+        return (self.here.to(self.device) if there else self.here)[at]
+
+
+class _OnHost:
+    """transformers' functions that find documents, and how many `with` blocks have ours in their
+    place. The positions are those of the mask that is being made.
+    """
+
+    def __init__(self) -> None:
+        self.users, self.known = 0, _Both(torch.empty(0), HOST)
+        self.theirs: dict[str, Any] = {}
+        self.ours: dict[str, Callable[..., Any]] = {
+            "find_packed_sequence_indices": self._found,
+            "remap_positions_for_packed_sequence": self._remapped,
+        }
+
+    def use(self, more: int) -> None:
+        """Count a `with` block that begins (1) or ends (-1)."""
+        if not self.users:
+            self.theirs = {name: vars(masking_utils).get(name) for name in self.ours}
+        self.users += more
+        if None not in self.theirs.values():  # a version that has others goes on as it does
+            vars(masking_utils).update(self.ours if self.users else self.theirs)
+
+    def _found(self, position_ids: Tensor) -> Any:
+        self.known = _Both(on_host(position_ids), position_ids.device)
+        numbers = self.theirs["find_packed_sequence_indices"](self.known.here)
+        return None if numbers is None else _Both(numbers, position_ids.device)
+
+    def _remapped(self, mask: Callable[..., Any], position_ids: Tensor) -> Any:
+        return self.theirs["remap_positions_for_packed_sequence"](mask, self.known)
+
+
+_on_host = _OnHost()

@@ -1,0 +1,250 @@
+"""The loss of a policy: a law over completions that it drew itself.
+
+    loss = Policy(model, Grpo(), how, pad_id, longest=256)
+    loss(**loss.collate(rollouts, device))
+
+The completions of a group meet their prompt as those of preferences do. The log-probabilities with
+which tokens were drawn are compared with those that the step computes: they are of the same weights
+in another order of sums, or the run ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.contexts import evaluating
+from lorafold.data.branches import Branched
+from lorafold.data.examples import NO_LOSS, Example
+from lorafold.errors import LorafoldError
+from lorafold.ops.host_tensors import sent
+from lorafold.runtime.processes import ALONE, Processes
+from lorafold.training_step.lm_head_loss import at_labels, token_losses
+from lorafold.training_step.policy_algorithms import Drawn, PolicyLaw
+from lorafold.training_step.shared_prefix_loss import BranchedLoss
+from lorafold.training_step.shared_prefixes import Branching
+
+log = logging.getLogger(__name__)
+
+# The mean difference of log-probabilities a token, in nats, from which on they are of other weights
+# by the bytes of the base's numbers: SmolLM2's rounding alone is 6e-6 in fp32 and 0.034 in bf16
+APART = {4: 1e-3, 2: 0.2}
+
+
+@dataclass(frozen=True)
+class Rollout(Branched):
+    """The completions of one prompt, with what they were given.
+
+    `drawn` are the log-probabilities (b,) with which the tokens of each were drawn, `advantages`
+    one number each, and `counted` whether it is part of the loss: one that was cut off may not be.
+    """
+
+    drawn: tuple[tuple[float, ...], ...] = ()
+    advantages: tuple[float, ...] = ()
+    counted: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        drawn: Sequence[Sequence[float]],
+        advantages: Sequence[float],
+        counted: Sequence[bool],
+    ) -> Rollout:
+        """The completions, tokens after those of a prompt."""
+        last = prompt[-1]
+        branches = tuple(Example((last, *ids), (NO_LOSS, *ids)) for ids in completions)
+        return cls(
+            tuple(prompt[:-1]), branches, drawn=tuple(map(tuple, drawn)),
+            advantages=tuple(advantages), counted=tuple(counted),
+        )  # fmt: skip
+
+
+class StepRollouts(list[Rollout]):
+    """The groups of completions that a step learns from, with what drawing them has to show.
+
+    Args:
+        silent: Why none of them has a signal, and what to try; empty if one has.
+        figures: Of the completions, by name.
+        tokens: How many were drawn.
+        seconds: By what they went into.
+        samples: Completions to read, as JSON.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Rollout],
+        silent: str,
+        figures: Mapping[str, float],
+        tokens: int,
+        seconds: Mapping[str, float],
+        samples: Sequence[Mapping[str, Any]],
+    ) -> None:
+        super().__init__(groups)
+        self.silent, self.figures = silent, figures
+        self.tokens, self.seconds, self.samples = tokens, seconds, samples
+
+
+class First(NamedTuple):
+    """Log-probabilities (n,) of a micro-batch before the first update from it: those of the policy
+    and of the reference, if that has a part.
+    """
+
+    logps: Tensor
+    reference: Tensor | None
+
+
+@dataclass
+class Seen:
+    """What a step saw of the tokens that it learned from: how many, and sums over them."""
+
+    tokens: int = 0  # in all updates
+    compared: int = 0  # with those that were drawn, in the first
+    largest: float = 0.0
+    apart: float = 0.0  # of the differences to the log-probabilities with which they were drawn
+    clipped: int = 0
+    kl: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence[Seen]) -> Seen:
+        """What several processes saw together."""
+        sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
+        return cls(**(sums | {"largest": max(part.largest for part in parts)}))
+
+    def figures(self, kl: bool) -> dict[str, float]:
+        """Means over the tokens, and the largest difference; nothing of a step without any."""
+        if not (n := self.tokens):
+            return {}
+        found = {"mismatch": self.apart / self.compared, "largest mismatch": self.largest}
+        return found | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
+
+
+class Policy(BranchedLoss):
+    """The loss of a law over groups of completions, in nats, summed over tokens or completions.
+
+    Args:
+        model: The model with its adapters, of which the highest trains.
+        how: How far the model goes with packed documents; None pads.
+        pad_id: The token that fills short sequences.
+        longest: The most tokens of a completion.
+        exact: Completions have the bits that this computes (`lorafold.engine.operations`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        law: PolicyLaw,
+        how: Branching | None,
+        pad_id: int,
+        longest: int,
+        exact: bool = False,
+    ) -> None:
+        super().__init__(model, how, pad_id)
+        self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
+        self.seen, self.first, self.at, self.inexact = Seen(), list[First](), 0, False
+        # factors in fp32 over a base in 16 bits meet what that has rounded
+        size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
+        self.bound = APART.get(size, APART[2])
+
+    def count(self, example: Rollout) -> int:
+        if self.law.average == "tokens":
+            counted = zip(example.drawn, example.counted, strict=True)
+            return sum(len(drawn) for drawn, counts in counted if counts)
+        return sum(example.counted)
+
+    def learns(self, example: Rollout) -> bool:
+        given = zip(example.advantages, example.counted, strict=True)
+        return any(counts and (advantage or self.law.beta > 0) for advantage, counts in given)
+
+    def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
+        """What `laid_out` has, with `drawn` (n,) a token, and `advantages` and `weights` (k,) a
+        completion: what its tokens count in the sum.
+        """
+        found = self.laid_out(examples)
+        drawn = torch.tensor([p for e in examples for own in e.drawn for p in own])
+        found["drawn"] = drawn[self.order(examples)]
+        found["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
+        lengths = torch.tensor([len(own) for e in examples for own in e.drawn])
+        over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
+        counted = torch.tensor([counts for e in examples for counts in e.counted])
+        found["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
+        return {name: sent(x, device) for name, x in found.items()}
+
+    def begin(self, update: int) -> None:
+        """Be told that the examples of a step come, for the first time (0) or again: then ratios
+        are those to the first.
+        """
+        self.at = 0
+        if not update:
+            self.first = []
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the loss in nats, (); arguments as `collate` gives them. Ratios are those to the
+        first update of the same examples.
+
+        Raises LorafoldError if the tokens were drawn by other weights than the model's.
+        """
+        document, lens = inputs.pop("document"), inputs.pop("lens", None)
+        given = inputs.pop("drawn"), inputs.pop("advantages"), inputs.pop("weights")
+        drawn, advantages, weights = given
+        logps = self._logps(labels, lens, inputs)
+        below = partial(self._below, labels, lens, inputs)
+        of = sent(at_labels(document, labels), logps.device)
+        if self.at == len(self.first):
+            self._compare(logps.detach(), drawn, below)
+            self.first.append(First(logps.detach(), below() if self.law.beta else None))
+        first, self.at = self.first[self.at], self.at + 1
+        found = Drawn(logps, *first, advantages[of], of)
+        self.seen.tokens += len(logps)
+        self.seen.clipped += int(self.law.clipped(found).sum())
+        if first.reference is not None:
+            self.seen.kl += float(found.kl.detach().sum())
+        return (self.law.loss(found) * weights[of]).sum()
+
+    def _logps(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        with self.over(labels, lens):
+            return -token_losses(self.model, labels, inputs, self.exact)
+
+    def figures(self, processes: Processes = ALONE) -> dict[str, float]:
+        """What the step saw in all processes, once."""
+        found, self.seen = Seen.of(processes.gather(self.seen)), Seen()
+        return found.figures(bool(self.law.beta))
+
+    def _below(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        with evaluating(self), torch.no_grad(), self.below():
+            return self._logps(labels, lens, inputs)
+
+    def _compare(self, logps: Tensor, drawn: Tensor, below: Callable[[], Tensor]) -> None:
+        """Add to what was seen. Raises LorafoldError where the mean difference is none of rounding,
+        naming what has log-probabilities nearer to those that were drawn.
+        """
+        apart = (logps - drawn).abs()
+        self.seen.compared += len(apart)
+        self.seen.apart += float(apart.sum())
+        self.seen.largest = max(self.seen.largest, float(apart.max()) if len(apart) else 0.0)
+        if self.exact and self.seen.largest and not self.inexact:
+            self.inexact = True
+            log.warning(
+                "exact: found log-probabilities that differ by %.3g, expected 0: experts, windows"
+                " shorter than the text and capped scores are summed in another order",
+                self.seen.largest,
+            )
+        if not len(apart) or float(apart.mean()) <= self.bound:
+            return
+        mean, other = float(apart.mean()), float((below() - drawn).abs().mean())
+        by = (
+            "the model without the adapter that trains"
+            if other <= self.bound
+            else "other weights, of another step, adapter or base"
+        )
+        raise LorafoldError(
+            f"completions were drawn by {by}: found log-probabilities that differ by {mean:.3g} a"
+            f" token from those of the weights that train, expected at most {self.bound:g}"
+        )

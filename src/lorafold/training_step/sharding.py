@@ -1,0 +1,297 @@
+"""A model whose large tensors are divided among the processes of a run.
+
+    with shards.reading():
+        with shards.loading(device):
+            model = load()                 each weight is divided as soon as the model gets it
+        ...                                operations find weights whole
+        (`training_step.sharded_reads`)
+        with shards.dividing(model):
+            loss(**inputs).backward()      in every process, as often as in the others
+            shards.add_gradients(parameters)
+
+Before a block runs, in the forward and in the backward, it is made whole, and the block before is
+let go: one block is whole at a time, or the embedding or the head (the scheme of ZeRO, stage 3:
+Rajbhandari et al. 2020, arXiv 1910.02054).
+
+- Of the storage of a *frozen* tensor a process keeps one part of the bytes, which are gathered as
+  they are: the codes of a quantized base are never cast.
+- A *trained* weight of the base has one owner, which keeps it whole, with its gradient and its
+  moments; the others get it, and give their gradients to the owner as soon as a block's backward
+  ends. What an optimizer computes of a parameter it computes of all of it, as in one process.
+
+A tensor stays the object that it was and only its storage is emptied and filled: whatever holds it,
+a delta, a fused operation or a graph, knows nothing of this. All processes must run the same blocks
+in the same order. The tensors of adapters stay whole in each; their moments have owners
+(`training_step.shards`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import Anatomy
+from lorafold.files.cache import cached, found_in_cache
+from lorafold.models.loading import each_kept, loaded_in_turn
+from lorafold.models.weights import Piece
+from lorafold.runtime.memory import RETURNED, freed_blocks
+from lorafold.runtime.processes import Processes
+from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.sharded_reads import Reading
+from lorafold.training_step.shards import (
+    Moments,
+    Owned,
+    Parted,
+    Shard,
+    divide,
+    held_by,
+    open_for,
+    owners,
+    parted_in,
+    parts_of,
+    trained_in,
+    unmap,
+)
+
+
+class Sharded(Replicated):
+    """The parts of a divided model, of which one is whole at a time."""
+
+    divides = True
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__(processes)
+        self.known: dict[int, Shard] = {}  # by the identity of the storage
+        self._mode = Reading(self.known)
+        self._parts: list[Sequence[Shard]] = []
+        self._current: Sequence[Shard] = ()
+        self._backward = False  # whether what is whole was made so by a backward pass
+        self._owned: dict[nn.Parameter, Owned] = {}
+        self._moments = Moments(processes)
+
+    @property
+    def _all(self) -> Iterator[Shard]:
+        return (shard for part in self._parts for shard in part)
+
+    @property
+    def whole(self) -> int:
+        """The bytes of all large tensors."""
+        return sum(shard.size for shard in self._all)
+
+    @property
+    def kept(self) -> int:
+        """The bytes of them that this process keeps."""
+        return sum(shard.kept for shard in self._all)
+
+    @property
+    def largest(self) -> int:
+        """The bytes of the largest part that is whole at a time."""
+        return max((sum(shard.size for shard in part) for part in self._parts), default=0)
+
+    @contextmanager
+    def loading(self, device: torch.device) -> Iterator[None]:
+        with freed_blocks(RETURNED), loaded_in_turn(), each_kept(self._keep_part(device)):
+            yield
+
+    def _keep_part(self, device: torch.device) -> Callable[[Tensor], None]:
+        def keep(t: Tensor) -> None:
+            if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # its values are there
+                divide(t, self.known, self.processes, device)
+
+        return keep
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with self._mode:
+            yield
+        self._mode.let_go()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        self._close()  # others would keep what they have whole while its owner writes to it
+        self._mode.let_go()
+        self._mode.shards = {}
+        yield
+        self._mode.shards = self.known
+
+    @contextmanager
+    def dividing(self, model: nn.Module) -> Iterator[None]:
+        """Divide what is not divided yet, and have each part whole while it computes, until the
+        `with` block ends. Then no process has them all, unless they were gathered.
+
+        Args:
+            model: With its adapters, the same in every process.
+        """
+        of = self._divided(model)
+        with ExitStack() as stack:
+            for path, part in of.items():
+                open_for(stack, model.get_submodule(path), partial(self.open, part))
+            # the loss reads the head itself, once the decoder has run
+            if len(ends := Anatomy.of(model).vocabulary_ends) > 1:
+                decoder = model.get_submodule(Anatomy.of(model).decoder)
+                opens = decoder.register_forward_hook(lambda *_: self.open(of[ends[-1]]))
+                stack.callback(opens.remove)
+            yield
+
+    @torch.no_grad()
+    def _divided(self, model: nn.Module) -> dict[str, Sequence[Shard]]:
+        """The shards of each part of the model, by its path."""
+        params, taken = set[nn.Parameter](), set[int]()
+        owner_of, ends = owners(model, self.processes.count), Anatomy.of(model).vocabulary_ends
+        of: dict[str, Sequence[Shard]] = {}
+        self._mode.let_go()
+        for path in parts_of(model):
+            part = model.get_submodule(path)
+            held = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
+            found = [*held, *parted_in(part, self.known, taken, self.processes)]
+            same = next((of[e] for e in ends if e in of and not found), None)  # tied ends
+            of[path] = found if same is None else same
+            if same is None:
+                for shard in found:
+                    shard.empty()
+                self._parts.append(found)
+        parts = {shard.storage._cdata: shard for shard in self._all}
+        there = held_by(model)
+        for place, shard in self.known.items():
+            # what is in no part stays whole, and what was converted since is nobody's
+            if place not in parts and place in there and isinstance(shard, Parted):
+                shard.restore()
+        self.known.clear()
+        self.known.update(parts)
+        unmap(model)
+        return of
+
+    def _own(self, p: nn.Parameter, owner: int) -> Owned:
+        before = self.known.pop(p.untyped_storage()._cdata, None)
+        parted = before if isinstance(before, Parted) else None
+        self._owned[p] = shard = Owned(p, owner, self.processes, parted)
+        return shard
+
+    def open(self, part: Sequence[Shard]) -> None:
+        """Make a part whole, and let the one before go."""
+        backward = torch._C._current_graph_task_id() != -1
+        # a forward pass that follows a backward one of the same part must not take its gradients
+        if part is not self._current or (self._backward and not backward):
+            self._close()
+            self._mode.let_go()
+            for shard in part:
+                shard.fill()
+            self._current = part
+        self._backward = backward
+
+    def _close(self) -> None:
+        for shard in self._current:
+            if self._backward:
+                shard.reduce_gradient()
+            shard.empty()
+        self._current, self._backward = (), False
+
+    def owns(self, p: nn.Parameter) -> bool:
+        return p not in self._owned or self._owned[p].mine
+
+    def updates(self, p: nn.Parameter) -> bool:
+        return self.owns(p) and self._moments.mine(p)
+
+    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say who updates which of the parameters, of any shapes, that are whole in all."""
+        self._moments.share_out(p for p in parameters if p not in self._owned)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        with self._moments.updating():
+            yield
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._close()
+        owned = [*self._owned.values()]
+        # a gradient that came after its block was let go; one of which no process knows
+        late, learned = (
+            torch.tensor(found, dtype=torch.int32)
+            for found in (
+                [not one.mine and one.p.grad is not None for one in owned],
+                [one.learned or one.p.grad is not None for one in owned],
+            )
+        )
+        self.processes.add([late, learned])
+        for one, came, had in zip(owned, late.tolist(), learned.tolist(), strict=True):
+            if came:
+                one.reduce_gradient()
+            if not had:
+                one.p.grad = None
+            one.learned = False
+        super().add_gradients([p for p in parameters if p not in self._owned])
+
+    def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
+        here = super().moves(parameters)
+        found = torch.tensor([1 + here[p] if p in here else 0 for p in parameters])
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return {p: n == 2 for p, n in zip(parameters, found.tolist(), strict=True) if n}
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        norms = torch.zeros(len(parameters), device=parameters[0].device)
+        for i, p in enumerate(parameters):
+            counts = self.processes.first if p not in self._owned else self.owns(p)
+            if p.grad is not None and counts:
+                norms[i] = torch.linalg.vector_norm(p.grad)
+        self.processes.add([norms])
+        kinds = {p.grad_dtype or p.dtype for p in parameters}  # torch's, of the norm of norms
+        return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
+
+    def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
+        others = {one.storage._cdata for one in self._owned.values() if not one.mine}
+        own = {
+            name: (tuple(t.shape), t.dtype)
+            for name, t in state.items()
+            if t.untyped_storage()._cdata not in others
+        }
+        found: dict[str, Piece] = {}
+        for index, there in enumerate(self.processes.gather(own)):
+            for name, (shape, dtype) in there.items():
+                if name not in found:
+                    found[name] = self._piece(state.get(name), shape, dtype, index)
+        return {name: found[name] for name in sorted(found)}
+
+    def _piece(self, here: Tensor | None, shape: Any, dtype: torch.dtype, index: int) -> Piece:
+        def get() -> Tensor:
+            if index == self.processes.index and here is not None:
+                if index:
+                    dist.send(here.detach().cpu().contiguous(), 0)
+                return here.detach().clone()  # whoever sees it as bytes fixes its storage's size
+            there = torch.empty(shape if self.processes.first else 0, dtype=dtype)
+            if self.processes.first:
+                dist.recv(there, index)
+            return there
+
+        return Piece(shape, dtype, get)
+
+    def cached(
+        self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
+    ) -> Path:
+        there = found_in_cache(kind, key)
+        if all(self.processes.gather(there is not None)) and there is not None:
+            return there
+        with TemporaryDirectory() as made:
+            write(Path(made))  # in all, since it passes through the model
+
+            def copy(to: Path) -> None:
+                copytree(made, to, dirs_exist_ok=True)
+
+            return cached(kind, key, copy, notice)
+
+    def gather_to_first(self) -> None:
+        self._close()
+        for shard in self._all:
+            shard.fill()
+            if self.processes.first:
+                shard.storage.resize_(shard.size)
+            else:
+                shard.empty()

@@ -1,0 +1,319 @@
+"""The large tensors of a model as they are divided among processes (`training_step.sharding`):
+frozen ones by their bytes, trained ones by who owns them.
+
+`Moments` shares out the parameters that every process holds whole, as ZeRO stage 1 does
+(Rajbhandari et al. 2020, arXiv 1910.02054): one process updates each and keeps its moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+
+from lorafold.core.anatomy import Anatomy
+from lorafold.runtime.processes import Processes
+
+LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
+UNIT = 64  # bytes that are not parted
+
+
+class Moments:
+    """The processes by the parameters that each updates; a parameter of no process is all's."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._of: dict[nn.Parameter, int] = {}
+
+    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have each parameter, of any shape, updated by one process."""
+        self._of = balanced(parameters, self.processes.count)
+
+    def mine(self, p: nn.Parameter) -> bool:
+        """Whether this process updates a parameter of any shape."""
+        return self._of.get(p, self.processes.index) == self.processes.index
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Let an optimizer see the gradients of this process's parameters alone in the `with`
+        block, and give all processes what each has updated.
+        """
+        learned = [p for p in self._of if p.grad is not None]
+        others = [(p, p.grad) for p in learned if not self.mine(p)]
+        for p, _ in others:
+            p.grad = None
+        yield
+        for p, grad in others:
+            p.grad = grad
+        for owner in range(self.processes.count):
+            self.processes.same([p.detach() for p in learned if self._of[p] == owner], owner)
+
+
+def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Parameter, int]:
+    """The process, of so many, that has each parameter: the largest first, each goes to the one
+    that has least.
+    """
+    loads, chosen = [0] * count, dict[nn.Parameter, int]()
+    for p in sorted(parameters, key=lambda p: -p.nbytes):
+        chosen[p] = loads.index(min(loads))
+        loads[chosen[p]] += p.nbytes
+    return chosen
+
+
+class Parted:
+    """A storage, and this process's part of its bytes.
+
+    Args:
+        content: The bytes (n,) of the storage, where it does not have them yet.
+    """
+
+    def __init__(
+        self, storage: torch.UntypedStorage, processes: Processes, content: Tensor | None = None
+    ) -> None:
+        self.storage, self.size = storage, storage.nbytes()
+        each = -(-self.size // (processes.count * UNIT)) * UNIT
+        self._index, self.padded, self.kept = processes.index, each * processes.count, each
+        self.own = torch.zeros(each, dtype=torch.uint8, device=storage.device)
+        self._keep(_bytes(storage) if content is None else content)
+        self.whole = True
+        self.written = False  # whether an operation wrote to it since it is whole
+
+    def _keep(self, content: Tensor) -> None:
+        first = self._index * self.kept
+        mine = content[first : min(first + self.kept, self.size)]
+        self.own[: len(mine)] = mine
+
+    def fill(self) -> None:
+        """Gather all bytes, in all processes at once."""
+        self.storage.resize_(self.padded)
+        self.whole = True
+        whole = _bytes(self.storage)
+        if whole.is_cuda:
+            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+            gather(whole, self.own)
+            return
+        for index, part in enumerate(whole.split(self.kept)):  # gloo would gather into a copy
+            if index == self._index:
+                part.copy_(self.own)
+            dist.broadcast(part, index)
+
+    def empty(self) -> None:
+        """Keep this process's part alone."""
+        if self.written:
+            self._keep(_bytes(self.storage))
+        self.storage.resize_(0)
+        self.whole = self.written = False
+
+    def restore(self) -> None:
+        """Make the storage what it was before it was divided."""
+        if not self.whole:
+            self.fill()
+        self.storage.resize_(self.size)
+
+    def give(self, owner: int, processes: Processes) -> None:
+        """Make the storage what it was in its owner alone; the others have none of it."""
+        if self.whole:
+            self.empty()
+        mine = owner == processes.index
+        self.storage.resize_(self.padded if mine else 0)
+        parts = [*_bytes(self.storage).split(self.kept)] if mine else None
+        dist.gather(self.own, parts, owner)
+        self.storage.resize_(self.size if mine else 0)
+
+    def reduce_gradient(self) -> None:
+        """Nothing: what is frozen has no gradient."""
+
+
+class Owned:
+    """A trained parameter, and the process that keeps it.
+
+    Args:
+        before: Its shard, where it is divided already.
+    """
+
+    def __init__(
+        self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
+    ) -> None:
+        if before is not None and before.size == p.nbytes:
+            before.give(owner, processes)
+        elif before is not None:
+            before.restore()
+        storage = p.untyped_storage()
+        if storage.nbytes() not in (0, p.nbytes) or not storage.resizable():
+            p.data = p.detach().clone()  # a part of a larger one, or of a file
+        self.p, self.owner, self.mine = p, owner, owner == processes.index
+        self.storage, self.size = p.untyped_storage(), p.nbytes
+        self.kept = self.size if self.mine else 0
+        self.learned = False  # whether it had a gradient here in this step
+        self.whole, self.written = True, False
+
+    def fill(self) -> None:
+        """Get it from its owner, in all processes at once."""
+        self.storage.resize_(self.size)
+        self.whole = True
+        dist.broadcast(_bytes(self.storage), self.owner)
+
+    def empty(self) -> None:
+        """Let it go where it is another's. What all wrote to it, its owner has."""
+        if not self.mine:
+            self.storage.resize_(0)
+        self.whole = self.written = False
+
+    def reduce_gradient(self) -> None:
+        """Add the gradients of all to the owner's."""
+        self.learned |= self.p.grad is not None
+        if self.p.grad is None:
+            self.p.grad = torch.zeros_like(self.p, dtype=self.p.grad_dtype)
+        grad = self.p.grad.contiguous()
+        dist.reduce(grad, self.owner)
+        self.p.grad = grad if self.mine else None
+
+
+Shard = Parted | Owned
+
+
+def divide(
+    t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
+) -> None:
+    """Divide a frozen tensor of any shape, and those that are its state if it is quantized, where
+    they are large. One that lies in a file, or on another device, gets a storage of its own on this
+    device, of which only this process's part is ever written.
+
+    Args:
+        known: What is divided, by the identity of the storage.
+    """
+    for one in _inside(t):
+        storage, content = one.untyped_storage(), None
+        own = storage.resizable()
+        if storage._cdata in known or (storage.nbytes() if own else one.nbytes) < LEAST:
+            continue
+        if not own or one.device != device:
+            if not one.is_contiguous():
+                continue
+            content = one.detach().view(-1).view(torch.uint8)
+            storage = torch.UntypedStorage(one.nbytes, device=device)
+            place = 0, one.size(), one.stride()
+            one.data = torch.empty(0, dtype=one.dtype, device=device).set_(storage, *place)
+        shard = known[storage._cdata] = Parted(storage, processes, content)
+        shard.empty()
+
+
+def parts_of(model: nn.Module) -> list[str]:
+    """The paths of what is whole at a time: the blocks, and the ends of the vocabulary."""
+    anatomy = Anatomy.of(model)
+    return [*anatomy.blocks, *anatomy.vocabulary_ends]
+
+
+def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
+    """The process, of so many, that owns each large trained weight of the base."""
+    taken, parts = set[nn.Parameter](), map(model.get_submodule, parts_of(model))
+    return balanced([p for part in parts for p in trained_in(part, taken)], count)
+
+
+def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
+    """The module's large trained parameters that are not taken, which then are."""
+    found = list[nn.Parameter]()
+    for _, one in Anatomy.of(module).modules:
+        for p in one._parameters.values():
+            if p is not None and p.requires_grad and p.nbytes >= LEAST and p not in taken:
+                taken.add(p)
+                found.append(p)
+    return found
+
+
+def parted_in(
+    module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
+) -> list[Shard]:
+    """The shards of the module's large frozen tensors that are not taken, which then are.
+
+    Args:
+        known: Those of what is divided already, by the identity of the storage.
+    """
+    found = list[Shard]()
+    unmap(module)
+    for t in _frozen(module):
+        storage = t.untyped_storage()
+        shard = known.get(storage._cdata)
+        if storage._cdata in taken or (shard is None and storage.nbytes() < LEAST):
+            continue
+        taken.add(storage._cdata)
+        found.append(Parted(storage, processes) if shard is None else shard)
+    return found
+
+
+def unmap(module: nn.Module) -> None:
+    """Copy what is mapped from a file, which can't be emptied: a file stays mapped as long as
+    anything is.
+    """
+    copies = dict[int, torch.UntypedStorage]()
+    for t in _frozen(module):
+        if not (storage := t.untyped_storage()).resizable():
+            if storage.data_ptr() not in copies:
+                copies[storage.data_ptr()] = storage.clone()
+            place = t.storage_offset(), t.size(), t.stride()
+            t.data = torch.empty(0, dtype=t.dtype).set_(copies[storage.data_ptr()], *place)
+
+
+def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> None:
+    """Have a part of the model made whole while a module of it runs, and when its backward begins.
+    It may begin inside the part, where another pass read what a block kept, as keys of virtual
+    tokens.
+
+    Args:
+        stack: Takes the hooks away again.
+        opens: Makes the part whole.
+    """
+
+    def before(*_: Any) -> None:
+        opens()
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        for t in tree_iter(output):
+            if isinstance(t, Tensor) and t.requires_grad:
+                t.register_hook(before)
+
+    for _, module in Anatomy.of(part).modules:
+        for handle in (
+            module.register_forward_pre_hook(before), module.register_forward_hook(after)
+        ):  # fmt: skip
+            stack.callback(handle.remove)
+
+
+def _frozen(part: nn.Module) -> Iterator[Tensor]:
+    """The frozen tensors of a part of a model, those of the state of quantized ones among them."""
+    for _, module in Anatomy.of(part).modules:
+        for t in _of(module):
+            if not t.requires_grad:
+                yield from _inside(t)
+
+
+def held_by(model: nn.Module) -> set[int]:
+    """The identities of the storages that a model has, those of its adapters among them."""
+    tensors = (t for module in model.modules() for t in _of(module))
+    return {one.untyped_storage()._cdata for t in tensors for one in _inside(t)}
+
+
+def _of(module: nn.Module) -> Iterator[Tensor]:
+    held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    return (t for t in held if isinstance(t, Tensor))
+
+
+def _inside(t: Tensor) -> Iterator[Tensor]:
+    yield t
+    left: list[Any] = [*vars(t).values()]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value).__module__.startswith("bitsandbytes."):
+            left += vars(value).values()
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    """All bytes of a storage (n,), which it shares."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,181 @@
+"""Packed rows whose documents share their first tokens, such as two completions of one prompt.
+
+    with branching(model) as branches:
+        docs = Documents.forest(lens=[140, 131], starts=[0, 100], device=model.device)
+        with branches.over(docs):
+            losses, counts = document_losses(model, labels, inputs, document, n)
+
+A document is the first s tokens of the one before and its own, at positions s, s + 1 ... Its own
+attend to all of them, so the shared tokens are computed once. transformers' mask functions see in
+the positions where documents end, but not what they share. So the mask function is told the layout
+of the batch, and where it finds the documents that the layout's positions imply, it returns the
+layout in their place. The backward may come after the block, with gradient checkpointing too, since
+the masks are arguments of the checkpointed layers.
+
+The last shared token has one hidden state and can predict one token only: let each branch begin
+with the last token of the prompt, and share the tokens before it. Use it for preference training
+and wherever several completions of a prompt are scored. A prompt of 128 tokens and two completions
+of 64 are 256 tokens instead of 384.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lorafold.core.contexts import evaluating
+from lorafold.errors import LorafoldError
+from lorafold.ops.host_tensors import on_host
+from lorafold.ops.packed_documents import Documents
+from lorafold.training_step.packed_attention import (
+    NAME,
+    attending,
+    document_mask,
+    isolates,
+    near,
+    packed_logits,
+    random_ids,
+)
+
+
+@dataclass(eq=False)
+class Branching:
+    """How far a model goes, and what tells its attention the layout of a batch.
+
+    packs: Packed documents do not influence each other.
+    shares: They may share their first tokens as well.
+    across: So may those of different rows, where that pays.
+    longest: The most tokens of a document that shares; None for any number. Where attention has
+        chunks, tokens after a border see none before it, shared or not, which no layout says.
+    """
+
+    packs: bool
+    shares: bool
+    longest: int | None = None
+    across: bool = False
+    _docs: Documents | None = None
+    _used: bool = False
+
+    @contextmanager
+    def over(self, docs: Documents) -> Iterator[None]:
+        """Let every forward of the model inside the `with` block be over these documents.
+
+        Raises LorafoldError if the model's batch has other documents, or its attention none.
+        """
+        self._docs, self._used = docs, False
+        try:
+            yield
+            if not self._used:
+                raise LorafoldError(
+                    "packed documents: found no attention of the model that was told the layout of"
+                    f" the batch, expected documents of {docs.own} own tokens; train without"
+                    " shared prompts"
+                )
+        finally:
+            self._docs = None
+
+    def mask(self, **protocol: Any) -> Documents | Tensor | None:
+        """Return the layout that was told for a batch of its tokens, else what `document_mask`
+        returns, such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
+
+        Raises LorafoldError if the mask's documents are not those of the layout.
+        """
+        found, docs = document_mask(**protocol), self._docs
+        if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):
+            return found
+        if protocol.get("local_size") == 0:  # Qwen2-MoE without windows makes it for no layer
+            return found
+        if not isinstance(found, Documents) or found.lens != docs.own:
+            seen = found.lens if isinstance(found, Documents) else "a mask that is not of documents"
+            raise LorafoldError(
+                f"packed documents: found {seen}, expected documents of {docs.own} own tokens, as"
+                " the layout of the batch has them; train without shared prompts"
+            )
+        self._used = True
+        return replace(docs, window=found.window)
+
+
+@contextmanager
+def branching(
+    model: PreTrainedModel, name: str = NAME, across: bool = False
+) -> Iterator[Branching]:
+    """Keep the model's attention inside documents, as `packed` does, until the `with` block ends,
+    and yield how far that goes: the model is unchanged if its documents would influence each other.
+
+    Args:
+        name: Its own among the models whose attention is kept so at a time: transformers has one
+            function of masks for each name.
+        across: Whether different rows are to share tokens too.
+    """
+    if not isolates(model):
+        yield Branching(packs=False, shares=False)
+        return
+    config = model.config.get_text_config()
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    chunk = config.attention_chunk_size if chunked else None  # in which attention stays: Llama 4
+    pays = shares(model)
+    found = Branching(True, pays, chunk, across and pays)
+    with attending(model, found.mask, name=name):
+        yield found
+
+
+def may_share(config: PreTrainedConfig) -> bool:
+    """Whether a configuration has nothing but attention to whole rows or to windows of them, so
+    that its model will most likely share: what can be known before there are weights.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    attends = getattr(text, "num_attention_heads", None) is not None
+    return attends and kinds <= {"full_attention", "sliding_attention"}
+
+
+@contextmanager
+def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Tell the model's attention the documents of a batch until the `with` block ends.
+
+    Args:
+        lens: (n, 2), the tokens of each and how many of them the one before has too; None where
+            none shares.
+        device: Of the batch.
+    """
+    if lens is None or how is None:
+        yield
+        return
+    lengths, starts = on_host(lens).t().tolist()
+    with how.over(Documents.forest(lengths, starts, device)):
+        yield
+
+
+def shares(model: PreTrainedModel) -> bool:
+    """Test, with rows that part at two depths, whether the model computes the tokens of each as it
+    computes them alone. The model and the random state stay unchanged.
+    """
+    lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
+    own = slice(starts[1], lens[0])  # what the first row shares with none
+    ids = random_ids(model, sum(lens) - sum(starts) + own.stop - own.start)
+    ids, others = ids[: own.start - own.stop], ids[own.start - own.stop :]
+    branches = Branching(packs=True, shares=True)
+    docs = Documents.forest(lens, starts, ids.device)
+    assert docs.keys is not None
+
+    try:
+        with evaluating(model):
+            rows = ids[docs.keys].split(lens)
+            alone = [packed_logits(model, row, Documents((len(row),))) for row in rows]
+            with attending(model, branches.mask), branches.over(docs):
+                found = packed_logits(model, ids, docs)
+                changed = torch.cat([ids[: own.start], others, ids[own.stop :]])
+                changed = packed_logits(model, changed, docs)
+    except (AttributeError, TypeError, LorafoldError):
+        return False  # the decoder computes with its masks, or has others than the documents'
+    expected = torch.cat([y[start:] for y, start in zip(alone, starts, strict=True)])
+    rest = slice(own.stop, None)
+    return near(model, changed[rest], found[rest], units=1) and near(
+        model, found, expected, units=8
+    )
