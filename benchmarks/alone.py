@@ -32,7 +32,7 @@ from lib.results import keep, markdown
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.engine import Engine, Request, Sampling, Stream
+from lorafold.engine import Engine, EventStream, Request, Sampling
 from lorafold.engine.sampler import filtered, noise
 from lorafold.resolve import Base
 from lorafold.serving.app import application
@@ -105,7 +105,7 @@ class Watched(Engine):
 
         self._choose = spied  # type: ignore[method-assign]
 
-    def company(self, requests: Sequence[Request], seed: int) -> dict[str, Stream]:
+    def company(self, requests: Sequence[Request], seed: int) -> dict[str, EventStream]:
         """The streams of these requests, and of as many that go on after them, all ended."""
         rng, waiting, streams = random.Random(seed), list(requests), {}
         going = self.step()

@@ -34,7 +34,7 @@ from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.evaluation.held_out import batches, row_losses
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
@@ -109,7 +109,7 @@ def ways(
 
         def padded() -> Work:
             done = 0
-            loss = Completions(model, False, 0)
+            loss = CompletionLoss(model, False, 0)
             with evaluating(loss), fused(model):
                 for group in batches(rows):
                     done += len(loss.by_row([rows[i] for i in group]))
@@ -127,9 +127,9 @@ def ways(
         losses = [Preferences(model, Dpo(), how, 0, TOKENS)] * 2
     else:
         given = (SFT | PAYS)[what]()
-        losses = [Completions(model, True, 0), Completions(model, True, 0, how)]
+        losses = [CompletionLoss(model, True, 0), CompletionLoss(model, True, 0, how)]
 
-    def step(loss: Completions | Preferences, across: bool) -> Work:
+    def step(loss: CompletionLoss | Preferences, across: bool) -> Work:
         work = {"rows": 0, "targets": 0}
         how.across, how.shares = across, across or what == OWN
         for part in loss.micro_batches(given, 1, TOKENS):
@@ -140,7 +140,7 @@ def ways(
         model.zero_grad()
         return work
 
-    def computed(loss: Completions | Preferences, across: bool) -> int:
+    def computed(loss: CompletionLoss | Preferences, across: bool) -> int:
         how.across, how.shares = across, across or what == OWN
         parts = loss.micro_batches(given, 1, TOKENS)
         return sum(loss.computed([given[i] for i in part]) for part in parts)

@@ -49,7 +49,7 @@ from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 
 ROWS, HELD_OUT = 4, 32
 STORAGES = {
@@ -110,10 +110,10 @@ def make(name: str, seed: int, spec: Spec) -> nn.Module:
 
 def measured(name: str, model: nn.Module, held_out: list[Example]) -> Losses:
     """The model is fp32 afterwards, if it can be."""
-    own = held_out_loss(Completions(model, False, 0), held_out)
+    own = held_out_loss(CompletionLoss(model, False, 0), held_out)
     if name == "fp32" or name.startswith("nf4"):
         return Losses(own, own if name == "fp32" else None)
-    return Losses(own, held_out_loss(Completions(model.float(), False, 0), held_out))
+    return Losses(own, held_out_loss(CompletionLoss(model.float(), False, 0), held_out))
 
 
 def train(

@@ -37,7 +37,7 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 
@@ -45,7 +45,7 @@ def trained(out: Path, steps: int) -> Path:
     """The quickstart's adapter."""
     recipe = RECIPE.model_copy(update={"steps": steps})
     data = rows("train", recipe.batch * steps, seed=0)
-    train(Request(Base(MODEL, device="cpu"), out, recipe, data, "rows"), Console(quiet=True))
+    train(RunRequest(Base(MODEL, device="cpu"), out, recipe, data, "rows"), Console(quiet=True))
     return out
 
 

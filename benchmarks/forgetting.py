@@ -42,7 +42,7 @@ from lorafold.resolve import Base
 from lorafold.runtime.memory import KEPT, freed_blocks
 from lorafold.training.loop import fit
 from lorafold.training.progress import Display
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.setup import set_up
 from lorafold.training.start import prepare
 from lorafold.training_step.fused_modules import fused
@@ -87,7 +87,9 @@ def trained(
     train_rows, unseen = rows("train", recipe.batch * steps, 0), rows("test", rows_, 0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder, "adapter")
-        request = Request(Base("smollm2"), out, recipe, train_rows, "", eval_rows=unseen[:WATCHED])
+        request = RunRequest(
+            Base("smollm2"), out, recipe, train_rows, "", eval_rows=unseen[:WATCHED]
+        )
         setup = set_up(request, QUIET)
         objective, tokenizer, held_out = setup.objective, setup.tokenizer, setup.held_out
         model = setup.request.base.load()

@@ -23,7 +23,7 @@ from rich.console import Console
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 HELD_OUT, EVERY = 40, 5  # rows, steps
@@ -41,7 +41,9 @@ def held_out(rate: float | None, steps: int) -> tuple[dict[int, float], Work]:
     with tempfile.TemporaryDirectory() as folder, watched() as work:
         out = Path(folder) / "adapter"
         train(
-            Request(Base(), out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows),
+            RunRequest(
+                Base(), out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows
+            ),
             Console(quiet=True),
         )
         evals = json.loads((out / "lorafold.json").read_text())["evals"]

@@ -32,7 +32,7 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows
 from lorafold.runtime.memory import KEPT, freed_blocks
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 
 BASES = {"bf16": Storage(torch.bfloat16), "nf4": Storage(torch.bfloat16, "nf4")}
 
@@ -60,7 +60,7 @@ def batches(tokenizer: object) -> dict[str, list[Example]]:
 
 
 def in_turn(
-    losses: dict[str, Completions], examples: list[Example], rounds: int
+    losses: dict[str, CompletionLoss], examples: list[Example], rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of each forward and backward, by base; two turns warm up."""
     times: dict[str, list[float]] = {base: [] for base in losses}

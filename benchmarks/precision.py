@@ -45,7 +45,7 @@ from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.quickstart.task import rows
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.packed_attention import attend, document_mask, packed
 
 # B, and its size
@@ -132,7 +132,7 @@ def of_model(exact: Tensor, examples: Sequence[Example], targets: Tensor) -> Ite
     with fused(model.train()), packed(model) as apart:
         assert apart
         found = errors(together(model, examples), exact, targets)
-        loss = Completions(model, True, 0)
+        loss = CompletionLoss(model, True, 0)
         trained = float(loss(**loss.collate(examples, torch.device("cpu")))) / sum(
             map(labelled, examples)
         )
@@ -157,7 +157,7 @@ def adapted(dtype: torch.dtype, seed: int) -> tuple[nn.Module, lf.Adapter]:
 def directions(examples: Sequence[Example], seed: int) -> dict[str, list[Tensor]]:
     """What every B is a multiple of, by kind."""
     model, adapter = adapted(torch.float32, seed)
-    loss = Completions(model, False, 0)
+    loss = CompletionLoss(model, False, 0)
     loss(**loss.collate(examples, torch.device("cpu"))).backward()
     return {
         "random": [torch.randn_like(p) for p in ups(adapter)],

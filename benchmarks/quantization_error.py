@@ -64,7 +64,7 @@ class Code:
         code = torch.bucketize(x, self.bound, out_int32=True)
         if self.double:
             constants = nf4.quantize(w).constants
-            assert isinstance(constants, nf4.Constants)
+            assert isinstance(constants, nf4.BlockConstants)
             c = constants.dense()
         return (self.level[code] * c[:, None]).flatten()[: w.numel()].view(w.shape), code.flatten()[
             : w.numel()

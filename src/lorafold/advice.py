@@ -75,7 +75,7 @@ def product(a: Any, b: Any) -> float:
 Fields = dict[str, Any]
 
 
-class Named(NamedTuple):
+class KnownName(NamedTuple):
     """What a name of other tools is called here.
 
     names: The fields that it may set.
@@ -91,15 +91,17 @@ class Named(NamedTuple):
     like: str = ""
 
 
-def _field(name: str, read: Callable[[Any], Any] = lambda value: value, remark: str = "") -> Named:
-    return Named((name,), lambda value, given: {name: read(value)}, remark)
+def _field(
+    name: str, read: Callable[[Any], Any] = lambda value: value, remark: str = ""
+) -> KnownName:
+    return KnownName((name,), lambda value, given: {name: read(value)}, remark)
 
 
-def _switch(name: str, on: str, remark: str = "") -> Named:
-    return Named((name,), lambda value, given: {name: on} if boolean(value) else {}, remark)
+def _switch(name: str, on: str, remark: str = "") -> KnownName:
+    return KnownName((name,), lambda value, given: {name: on} if boolean(value) else {}, remark)
 
 
-def _one_of(name: str, ours: Mapping[str, str]) -> Named:
+def _one_of(name: str, ours: Mapping[str, str]) -> KnownName:
     def read(value: Any) -> str:
         if str(value) not in ours:
             raise LorafoldError(f"found {value!r}, expected {' or '.join(ours)}")
@@ -161,18 +163,18 @@ NAMED = {
     "bf16 bfloat16": _switch("storage", "bf16"),
     "fp16 float16": _switch("storage", "bf16", NO_FP16),
     "dtype torch_dtype": _one_of("storage", DTYPES),
-    "learning_rate": Named(
+    "learning_rate": KnownName(
         ("lr", "lr_b"), lambda value, given: dict.fromkeys(("lr", "lr_b"), number(value)), ONE_RATE
     ),
     "lr_scheduler_type lr_scheduler": _one_of("schedule", SCHEDULES | {"constant": "constant"}),
     "warmup_ratio": _field("warmup", number),
     "optim": _one_of("optimizer", OPTIMIZERS),
     "max_grad_norm": _field("clip", lambda value: max(0.0, number(value))),
-    "adam_beta1 adam_beta2": Named(("betas",), _betas),
+    "adam_beta1 adam_beta2": KnownName(("betas",), _betas),
     "adam_epsilon": _field("eps", number),
     "num_train_epochs num_epochs": _field("epochs", number),
     "max_steps iters": _field("steps", integer),
-    "per_device_train_batch_size micro_batch_size batch_size": Named(
+    "per_device_train_batch_size micro_batch_size batch_size": KnownName(
         ("batch",), _rows, "micro-batch times accumulation, of one process"
     ),
     "gradient_accumulation_steps grad_accumulation_steps": _field("accumulate", integer),

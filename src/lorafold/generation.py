@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from lorafold.core.attach import only, selection_of
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.templates import template_of
-from lorafold.engine import Ended, Engine, Request, Sampling, Stream
+from lorafold.engine import Ended, Engine, EventStream, Request, Sampling
 from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.virtual_tokens import Sender
@@ -85,7 +85,7 @@ def complete_tokens(
     if not ids or max_new_tokens < 1:
         return completions
     waiting = deque(sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True))
-    running: dict[int, Stream] = {}
+    running: dict[int, EventStream] = {}
     slots = min(len(ids), BATCH)
     length = max(len(prompt) + n for prompt, n in zip(ids, most, strict=True))
     passes = max_new_tokens * -(-len(ids) // slots)

@@ -31,7 +31,7 @@ from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -190,7 +190,7 @@ def test_it_trains_merges_and_is_evaluated_from_python(
     asked = {"method": "scaled", "options": {"group": 2}, "storage": "fp32"}
     recipe = Recipe(steps=12, batch=12, lr=0.1, **asked)
     model_dir, out = tiny_model_dir("qwen2"), tmp_path / "a"
-    request = Request(Base(model_dir, device="cpu"), out, recipe, ROWS, "rows")
+    request = RunRequest(Base(model_dir, device="cpu"), out, recipe, ROWS, "rows")
     trained = train(request, Console(quiet=True))
     assert trained.losses[-1] < trained.losses[0] - 0.05
     model = fresh_model(model_dir)

@@ -30,7 +30,7 @@ from lorafold.ops import nf4
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step.fused_modules import fused
 
@@ -285,7 +285,7 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
         ),
     ):
         lf.attach(load_model(tiny_model_dir("llama-wide"), held("nf4")), lf.Full())
-    request = Request(
+    request = RunRequest(
         Base(tiny_model_dir("llama-wide")),
         tmp_path / "out",
         Recipe(method="full", storage="nf4"),
@@ -310,16 +310,16 @@ ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(
 def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path):
     model = str(tiny_model_dir("llama-wide"))
     lines = Console(record=True, quiet=True)
-    train(Request(Base(model), tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
+    train(RunRequest(Base(model), tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
     assert Saved.open(tmp_path / "a").record["recipe"]["storage"] == "nf4"
     train(
-        Request(
+        RunRequest(
             Base(model), tmp_path / "b", Recipe(steps=1, batch=4, storage="int8"), ROWS, "rows"
         ),
         lines,
     )
     train(
-        Request(
+        RunRequest(
             Base(model),
             tmp_path / "c",
             Recipe(steps=1, batch=4),
@@ -331,7 +331,7 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
     )
     assert Saved.open(tmp_path / "c").record["recipe"]["storage"] == "int8"
     train(
-        Request(
+        RunRequest(
             Base(model), tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"
         ),
         lines,
@@ -387,7 +387,7 @@ def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method)
     model = str(tiny_model_dir("llama-wide"))
     options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
     recipe = Recipe(method=method, steps=3, batch=4, options=options)
-    train(Request(Base(model), tmp_path / "a", recipe, ROWS, "rows"), Console(quiet=True))
+    train(RunRequest(Base(model), tmp_path / "a", recipe, ROWS, "rows"), Console(quiet=True))
     try:
         merged = merge(model, [tmp_path / "a"], tmp_path / "out")
     except NotMergeable:

@@ -23,7 +23,7 @@ from lorafold.layers.bitsandbytes import bitsandbytes
 from lorafold.models.quantize_on_load import compute_in
 from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
 from lorafold.ops.groups import Groups, grouped, step_of
-from lorafold.ops.kernel_requirements import Place, as_on
+from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.training_step.fused_modules import fused
 from mixtures import CONFIGS, FORMS, mixture
 
@@ -255,7 +255,7 @@ def test_gradients_of_grouped_products_are_right() -> None:
     assert check(lambda x, a, b: low_rank_product(x, frozen, a, b), (x, down, up))
 
 
-H100, A100 = Place("cuda", (9, 0)), Place("cuda", (8, 0))
+H100, A100 = DeviceKind("cuda", (9, 0)), DeviceKind("cuda", (8, 0))
 
 
 @pytest.mark.parametrize(("rows", "number"), [(3, 8), (40, 5), (400, 4), (1000, 3)])
@@ -263,7 +263,7 @@ def test_groups_whose_sizes_stay_on_the_device(rows: int, number: int) -> None:
     of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
     with as_on(H100):
         groups, taken, places = grouped(of, number)
-    for other in (A100, Place("cuda", (12, 0))):  # for which torch has no such kernel
+    for other in (A100, DeviceKind("cuda", (12, 0))):  # for which torch has no such kernel
         with as_on(other):
             assert grouped(of, number)[0].ends is None
     step = step_of(rows, number)

@@ -60,7 +60,7 @@ def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return w.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
 
 
-def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.Quantized, torch.Tensor]:
+def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.NF4Tensor, torch.Tensor]:
     """What bitsandbytes stores for w, in the reference's form, and what it makes of it.
 
     As one row: in version 0.50 the AVX-512 kernel takes the wrong constants if rows are no whole
@@ -70,9 +70,11 @@ def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.Quantized, torch
         w.flatten(), blocksize=64, compress_statistics=double, quant_type="nf4"
     )
     constants = (
-        nf4.Constants(state.absmax, state.state2.absmax, state.offset) if double else state.absmax
+        nf4.BlockConstants(state.absmax, state.state2.absmax, state.offset)
+        if double
+        else state.absmax
     )
-    return nf4.Quantized(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(
+    return nf4.NF4Tensor(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(
         bytes_, state
     ).view(w.shape)
 

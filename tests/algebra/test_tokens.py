@@ -18,7 +18,7 @@ import lorafold as lf
 from lorafold.core.attach import Deltas, base_state
 from lorafold.layers import layer_of
 from lorafold.methods import METHODS
-from lorafold.methods.parts.trainable_tokens import Tokens
+from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.ops import reference
 from lorafold.training_step.lm_head_loss import labelled_loss, row_losses
 
@@ -260,7 +260,7 @@ def test_new_tokens_start_as_the_average(kind: str, tiny_model) -> None:
 
 def test_a_fresh_id_starts_as_the_average_although_the_base_has_a_row(tiny_model) -> None:
     model = tiny_model("llama")
-    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=Tokens((299, 5), frozenset({299})))
+    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=TrainableTokens((299, 5), frozenset({299})))
     rows = adapter.deltas["model.embed_tokens"].rows
     weight = model.state_dict()["model.embed_tokens.weight"]
     assert torch.allclose(rows[0], weight.mean(0))

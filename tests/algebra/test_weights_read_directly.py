@@ -11,7 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 import lorafold as lf
 from laws import METHODS, NOT_LAID, move
 from lorafold.core.attach import lay, selection_of
-from lorafold.core.served_weights import Reading
+from lorafold.core.served_weights import WeightRead
 from lorafold.layers import layer_class
 from lorafold.methods.bottleneck import BottleneckDelta
 from weight_readers import STORAGES, Past, Product, gradients, past, relative
@@ -259,8 +259,8 @@ def test_t5_folds_nothing_and_mamba_what_it_reads(monkeypatch) -> None:
     mamba = MambaForCausalLM(MambaConfig(**size, state_size=4, time_step_rank=4))
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
     folded: list[str] = []
-    fold = Reading.folded
-    monkeypatch.setattr(Reading, "folded", lambda r: folded.append(r.site[-7:]) or fold(r))
+    fold = WeightRead.folded
+    monkeypatch.setattr(WeightRead, "folded", lambda r: folded.append(r.site[-7:]) or fold(r))
     for model, call, reads in (
         (t5, lambda: t5(input_ids=ids, decoder_input_ids=ids).logits, set()),
         (mamba, lambda: mamba(ids, use_cache=False).logits, {"dt_proj"}),

@@ -8,7 +8,7 @@ import torch
 import lorafold as lf
 from lorafold.advice import ELSEWHERE, OWNERS, advised
 from lorafold.config_import import axolotl, llamafactory, mlx, trl
-from lorafold.config_import.rules import Settings
+from lorafold.config_import.rules import ToolSettings
 from lorafold.methods import make_spec
 from lorafold.recipe.fields import Fields
 from lorafold.recipe.parsing import load_recipe
@@ -63,7 +63,7 @@ def test_the_table_agrees_with_what_files_of_other_tools_become(tool):
     rules = {rule.key: rule for rule in TOOLS[tool]}
     for key in rules.keys() & ELSEWHERE.keys():
         value = VALUES.get(key, 2)
-        settings = Settings({key: value}, {k: rule.default for k, rule in rules.items()})
+        settings = ToolSettings({key: value}, {k: rule.default for k, rule in rules.items()})
         try:
             outcome = rules[key].reader(value, settings)
         except lf.LorafoldError:  # it asks for another key beside it

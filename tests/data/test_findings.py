@@ -20,12 +20,12 @@ from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.checks import Findings, look
-from lorafold.data.row_store import Origins, Place, Rows
+from lorafold.data.row_store import Origins, RowPlace, Rows
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.preview import show
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 
 COUNTED = ("duplicates", "held_out_in_training", "empty_answers", "contradictions", "ends_lost",
            "untrained")  # fmt: skip
@@ -56,7 +56,7 @@ def found(
     given = as_stream if recipe.streaming else partial(as_rows, weighted=True)
     rows = given(data, None, None, objective=recipe.objective)
     held_out = eval_data and as_rows(eval_data, objective=recipe.objective)
-    request = Request(Base(base), Path("none"), recipe, rows, "rows.jsonl", held_out)
+    request = RunRequest(Base(base), Path("none"), recipe, rows, "rows.jsonl", held_out)
     findings = show(request, console, html=html)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for line in findings.lines:
@@ -300,12 +300,13 @@ def test_large_data_is_named_the_same_and_previewed_in_part(
 def test_places_of_rows() -> None:
     origins = Origins((("a", 1, 2), ("b", 3, 1), ("a", 4, 2)))
     assert origins.places(range(5)) == [
-        Place("a", 1), Place("a", 2), Place("b", 3), Place("a", 4), Place("a", 5)]  # fmt: skip
+        RowPlace(*place) for place in (("a", 1), ("a", 2), ("b", 3), ("a", 4), ("a", 5))
+    ]
     some = origins.select(np.array([1, 2, 4])).select(np.array([1, 2]))
-    assert some.places([0, 1]) == [Place("b", 3), Place("a", 5)]
+    assert some.places([0, 1]) == [RowPlace("b", 3), RowPlace("a", 5)]
     names, numbers = some.files(2)
     assert [names[n] for n in numbers] == ["b", "a"]
-    assert Origins().select(np.array([3, 5])).places([1]) == [Place("", 6)]
+    assert Origins().select(np.array([3, 5])).places([1]) == [RowPlace("", 6)]
 
 
 def test_the_page_has_what_was_found(tiny_model_dir: Any, tmp_path: Path) -> None:

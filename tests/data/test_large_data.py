@@ -35,9 +35,9 @@ from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.classification import encode_labelled
 from lorafold.data.control_tokens import ids_of
-from lorafold.data.examples import Completions, encode, in_pieces
+from lorafold.data.examples import CompletionEncoder, encode, in_pieces
 from lorafold.data.render import ensure_chat_template, render_trained
-from lorafold.data.row_store import ArrowRows, Part, Rows
+from lorafold.data.row_store import ArrowRows, Rows, SourcePart
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import CONVERSATIONS, shape_of
 from lorafold.data.sources import source_from
@@ -101,7 +101,7 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
     pieces = ["Book", " a", "\n", "\n\n", "###", " ", "  ", "é", "🙂", "<|im_end|>", "{", "tab"]
     texts = ["".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(600)]
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts[::2], texts[1::2], strict=True)]
-    found = Completions(tokenizer).encode(Rows.of(rows).given(CONVERSATIONS), 0).to_pylist()
+    found = CompletionEncoder(tokenizer).encode(Rows.of(rows).given(CONVERSATIONS), 0).to_pylist()
     for (prompt, _), example, data in zip(prompts(rows, tokenizer), found, rows, strict=True):
         alone = ids_of(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
@@ -129,7 +129,7 @@ def test_a_second_run_reads_and_tokenizes_nothing(
     def never(*args: object) -> None:
         raise AssertionError("it was made again")
 
-    monkeypatch.setattr(Completions, "encode", never)
+    monkeypatch.setattr(CompletionEncoder, "encode", never)
     monkeypatch.setattr(reading, "write_rows", never)
     assert list(encode(read_rows(str(large)), tokenizer, 80).examples) == list(first.examples)
     shorter = encode(read_rows(str(large)), tokenizer, 75)
@@ -269,17 +269,17 @@ def test_what_the_template_refuses_is_told_also_from_workers(large: Path) -> Non
 def test_an_error_in_a_worker_is_raised_here(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = read_rows(str(large))
 
-    def broken(self: Completions, rows: list, first: int) -> None:
+    def broken(self: CompletionEncoder, rows: list, first: int) -> None:
         if first:
             raise ZeroDivisionError(first)
         return whole(self, rows, first)
 
-    whole = Completions.encode
-    monkeypatch.setattr(Completions, "encode", broken)
+    whole = CompletionEncoder.encode
+    monkeypatch.setattr(CompletionEncoder, "encode", broken)
     with pytest.raises(ZeroDivisionError):
         encode(rows, make_tokenizer(), 80)
     killed = lambda self, rows, first: os._exit(1) if first else whole(self, rows, first)  # noqa: E731
-    monkeypatch.setattr(Completions, "encode", killed)
+    monkeypatch.setattr(CompletionEncoder, "encode", killed)
     if usable_cores() > 1 and sys.platform == "linux":
         with pytest.raises(LorafoldError, match="a worker process was killed"):
             encode(rows, make_tokenizer(), 80)
@@ -308,7 +308,7 @@ def test_only_training_rows_have_weights(tmp_path: Path) -> None:
 
 
 def test_an_epoch_takes_each_source_by_its_weight() -> None:
-    parts = [Part(10), Part(100, 0.3), Part(4, 2.0)]
+    parts = [SourcePart(10), SourcePart(100, 0.3), SourcePart(4, 2.0)]
     size = epoch_size(parts)
     assert size == 10 + 30 + 8
     order = [i for step in Batches(parts, size, 10, seed=1) for i in step]
@@ -318,7 +318,7 @@ def test_an_epoch_takes_each_source_by_its_weight() -> None:
         assert sum(taken[i] for i in range(10, 110)) == 30
         assert all(taken[i] == 2 for i in range(110, 114))
     assert all(Counter(order)[i] == 3 for i in range(10, 110)), "all of it in ten thirds"
-    assert list(Batches([Part(6), Part(4)], 4, 5, 3)) == list(Batches(10, 4, 5, 3))
+    assert list(Batches([SourcePart(6), SourcePart(4)], 4, 5, 3)) == list(Batches(10, 4, 5, 3))
     assert list(Batches(parts, 7, 30, 1))[:8] == list(Batches(parts, 7, 8, 1))
 
 
@@ -328,13 +328,13 @@ def test_sources_may_have_shapes_of_their_own(tmp_path: Path) -> None:
     chat = {"messages": [{"role": role, "content": content} for role, content in said]}
     second.write_text((json.dumps(chat | {"id": 1}) + "\n") * 10)
     rows = read_rows([str(first), f"{second}:0.5"])
-    assert rows.parts == (Part(20), Part(10, 0.5))
+    assert rows.parts == (SourcePart(20), SourcePart(10, 0.5))
     assert rows.ignored == ("id",)
     assert rows.identity == f"{rows.sha256} 20*1 10*0.5"
     found = encode(rows, make_tokenizer(), 80)
     assert found.parts == rows.parts
     held = rows.select(np.array([1, 2, 25]))
-    assert held.parts == (Part(2), Part(1, 0.5))
+    assert held.parts == (SourcePart(2), SourcePart(1, 0.5))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "folder"])

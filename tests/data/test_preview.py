@@ -17,14 +17,14 @@ from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.preview import show
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 
 
 def previewed(
     base: Path, rows: list[dict[str, Any]], html: Path | None = None, **fields: Any
 ) -> str:
     console, fields = Console(file=io.StringIO(), width=200), {"max_length": 1024} | fields
-    request = Request(Base(base), Path("none"), Recipe(**fields), rows, "rows.jsonl")
+    request = RunRequest(Base(base), Path("none"), Recipe(**fields), rows, "rows.jsonl")
     show(request, console, html=html)
     return console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -19,7 +19,7 @@ import lorafold as lf
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
-from lorafold.data.row_store import Part
+from lorafold.data.row_store import SourcePart
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
 from lorafold.data.stream import stream_of
@@ -113,7 +113,7 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
     path = folder(tmp_path / "d", a__jsonl=2, b__jsonl=3)
     (path / "c.jsonl").write_text(json.dumps(CHAT) + "\n")
     rows = read_rows(f"{path}:0.5")
-    assert rows.parts == (Part(5, 0.5), Part(1, 0.5))
+    assert rows.parts == (SourcePart(5, 0.5), SourcePart(1, 0.5))
     assert [str(shape) for shape in rows.shapes] == ["{prompt, completion}", "{messages}"]
     (path / "d.jsonl").write_text(LINE + json.dumps(CHAT) + "\n")
     message = refusal(path)

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lorafold.api.options import Fields
+from lorafold.api.options import RecipeOptions
 from lorafold.cli import _load
 from lorafold.cli.commands import built
 from lorafold.recipe.fields import GROUPS
@@ -17,7 +17,7 @@ from lorafold.recipe.recipe import Recipe
 FOUND: list[Recipe] = []
 
 
-def remember(recipe: Annotated[Recipe | None, Fields()] = None) -> None:
+def remember(recipe: Annotated[Recipe | None, RecipeOptions()] = None) -> None:
     """Remembers the recipe."""
     assert recipe is not None
     FOUND.append(recipe)

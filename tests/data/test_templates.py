@@ -13,7 +13,7 @@ from conversation_cases import HOW, ROME, ROWS, said, starting_points
 from families import as_taken, names, tokenizer_of
 from lorafold.data import templates
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
-from lorafold.data.render import Rendering, Trained, render_trained
+from lorafold.data.render import Rendering, TrainedRenderings, render_trained
 from lorafold.data.shapes import shape_of
 from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
@@ -50,12 +50,12 @@ FAMILIES = {
 }
 
 
-def encoded(name: str, kind: str) -> tuple[str, list[Example], Trained]:
+def encoded(name: str, kind: str) -> tuple[str, list[Example], TrainedRenderings]:
     """The examples of a row, or why the family's template refuses it."""
     try:
         return "", *encode_row(ROWS[kind], tokenizer_of(name))
     except LorafoldError as error:
-        return str(error), [], Trained(())
+        return str(error), [], TrainedRenderings(())
 
 
 def starts(labels: tuple[int, ...]) -> list[int]:

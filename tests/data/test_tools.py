@@ -38,7 +38,7 @@ from lorafold.data.messages import normalized, tools_of
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import PAIRS, Compared, Conversation, shape_of
-from lorafold.data.templates import Form, call, template_of
+from lorafold.data.templates import MessageForm, call, template_of
 from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
@@ -253,18 +253,18 @@ def test_a_template_may_trim_quote_and_escape() -> None:
     ("template", "form"),
     [
         ("{{ messages[1].tool_calls[0].function.name }}"
-         "{{ messages[1].tool_calls[0].function.arguments | tojson }}", Form()),
+         "{{ messages[1].tool_calls[0].function.arguments | tojson }}", MessageForm()),
         ("{{ messages[1].tool_calls[0].function.name + ' ' +"
-         " messages[1].tool_calls[0].function.arguments }}", Form(text=True)),
+         " messages[1].tool_calls[0].function.arguments }}", MessageForm(text=True)),
         ("{{ messages[1].tool_calls[0].function.name }}"
-         "{{ messages[1].tool_calls[0].function.arguments }}", Form(text=True)),
+         "{{ messages[1].tool_calls[0].function.arguments }}", MessageForm(text=True)),
         ("{{ '' + messages[1].content }}{{ messages[1].tool_calls[0].function.name }}"
-         "{{ messages[1].tool_calls[0].function.arguments | tojson }}", Form(empty=True)),
+         "{{ messages[1].tool_calls[0].function.arguments | tojson }}", MessageForm(empty=True)),
         ("{% for m in messages %}{% for p in m.content %}{{ p['text'] }}{% endfor %}{% endfor %}",
-         Form(parts=True)),
+         MessageForm(parts=True)),
     ],
 )  # fmt: skip
-def test_the_form_of_a_template_is_found_by_rendering(template: str, form: Form) -> None:
+def test_the_form_of_a_template_is_found_by_rendering(template: str, form: MessageForm) -> None:
     tokenizer = copy.deepcopy(embedded())
     tokenizer.chat_template = template
     assert template_of(tokenizer).form == form

@@ -20,7 +20,7 @@ from lorafold.recipe.fitting import spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
@@ -473,7 +473,9 @@ def test_a_translated_recipe_trains(tool, tiny_model_dir, tmp_path):
     recipe = load_recipe(tmp_path / "recipe.yaml")
     rows = [{"prompt": f"Book a table for {n}", "completion": f'{{"n": {n}}}'} for n in range(8)]
     result = train(
-        Request(Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, rows, "rows"),
+        RunRequest(
+            Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, rows, "rows"
+        ),
         Console(quiet=True),
     )
     assert result.steps == 2

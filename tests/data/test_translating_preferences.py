@@ -22,7 +22,7 @@ from lorafold.objectives.algorithms import law_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step.preference_algorithms import Scored
 from lorafold.training_step.preference_loss import Preferences
@@ -399,7 +399,7 @@ def test_a_translated_recipe_of_preferences_trains(tool, tiny_model_dir, tmp_pat
     write(found, tmp_path / "recipe.yaml")
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["objective"] == "dpo"
-    request = Request(
+    request = RunRequest(
         Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, PAIRS * 2, "rows"
     )
     result = train(request, Console(quiet=True))

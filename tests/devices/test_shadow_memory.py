@@ -18,7 +18,7 @@ from lorafold.memory import trace as tracing
 from lorafold.memory.presets import llama
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.quantizations import Storage
-from lorafold.ops.kernel_requirements import Place
+from lorafold.ops.kernel_requirements import DeviceKind
 
 BF16 = Storage(torch.bfloat16)
 LORA, DORA = lf.LoRA(rank=16), lf.DoRA(lf.LoRA(rank=16))
@@ -72,7 +72,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bytes_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, setting = llama("7b"), replace(SETTINGS[name], place=Place("cuda", (9, 0)))
+    config, setting = llama("7b"), replace(SETTINGS[name], place=DeviceKind("cuda", (9, 0)))
     expected = trace(config, setting, 2)
     gc.collect()
     there(monkeypatch)

@@ -14,7 +14,15 @@ from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import Example
 from lorafold.training_step.classification_loss import Classification
-from lorafold.training_step.preference_algorithms import Dpo, Hinge, Ipo, Kto, Orpo, Reward, Simpo
+from lorafold.training_step.preference_algorithms import (
+    BradleyTerry,
+    Dpo,
+    Hinge,
+    Ipo,
+    Kto,
+    Orpo,
+    Simpo,
+)
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
 
@@ -90,6 +98,8 @@ def test_classes() -> None:
 
 def test_rewards() -> None:
     cls, config = tf.AutoModelForSequenceClassification, llama(num_labels=1)
-    case = Case("lora", LORA, "fp32", config, objective=by_law(Reward()), examples=pairs(), cls=cls)
+    case = Case(
+        "lora", LORA, "fp32", config, objective=by_law(BradleyTerry()), examples=pairs(), cls=cls
+    )
     case.beside = {"modules_to_save": ["score"]}
     assert apart(*case.both()) <= 1e-5

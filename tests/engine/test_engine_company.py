@@ -17,7 +17,7 @@ from engine_cases import METHODS, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import ROWS, InBlocks, Operations
 from lorafold.kernels.table import DECODING, use
-from lorafold.ops.decoding import STORED, Part
+from lorafold.ops.decoding import STORED, SlotFactors
 from lorafold.ops.fused import ACTIVATIONS
 
 T = torch.Tensor
@@ -41,7 +41,7 @@ B, TOKENS, D = 5, 6, 44
 
 def low_rank(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
     down, up = random_of(4, 3, D, dtype=dtype), random_of(4, 3, 37, dtype=dtype, seed=1)
-    part, slots = Part(down, up, torch.full((4,), 3), 37), torch.tensor([2, 0, 2, 3, 1])
+    part, slots = SlotFactors(down, up, torch.full((4,), 3), 37), torch.tensor([2, 0, 2, 3, 1])
     x = random_of(B, TOKENS, D, dtype=dtype, seed=2)
     return lambda rows, tokens: of.low_rank([part], slots[rows])(x[rows, tokens])
 

@@ -11,7 +11,7 @@ import torch
 import lorafold as lf
 from conftest import make_tokenizer
 from engine_cases import METHODS, processors, prompt, save_adapters
-from lorafold.engine import Ended, Engine, Request, Sampling, Stream, Token
+from lorafold.engine import Ended, Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.sampler import NOT_FINITE
 from lorafold.errors import LorafoldError
 
@@ -33,7 +33,7 @@ def logp(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
     return logits(model, ids).log_softmax(-1)
 
 
-def ran(engine: Engine, *requests: Request) -> list[Stream]:
+def ran(engine: Engine, *requests: Request) -> list[EventStream]:
     streams = [engine.submit(request) for request in requests]
     engine.run()
     engine.check()
@@ -41,7 +41,7 @@ def ran(engine: Engine, *requests: Request) -> list[Stream]:
     return streams
 
 
-def tokens_of(stream: Stream) -> list[Token]:
+def tokens_of(stream: EventStream) -> list[Token]:
     return [event for event in stream.so_far() if isinstance(event, Token)]
 
 
@@ -112,7 +112,7 @@ def test_the_distribution_drawn_from_is_transformers_processors(model) -> None:
             )
 
 
-def scores_of(stream: Stream) -> list[float | None]:
+def scores_of(stream: EventStream) -> list[float | None]:
     assert [one.token for one in stream.prompt] == list(stream.request.prompt)
     return [one.logprob for one in stream.prompt]
 

@@ -15,7 +15,7 @@ import torch
 from lorafold.engine.operations import Operations, available
 from lorafold.files.cache import entries
 from lorafold.kernels.table import DECODING, FORMS, _made, use
-from lorafold.ops.decoding import Part
+from lorafold.ops.decoding import SlotFactors
 from lorafold.ops.operators import Operation, plainly
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,9 +59,9 @@ def test_low_rank(native: Operations, dtype: torch.dtype, n: int, rank: int, wid
 
     def product(operations: Operations, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         parts = [
-            Part(down.to(dtype), up.to(dtype), ranks, width),
-            Part(None, None, torch.zeros(5, dtype=torch.long), 7),
-            Part(other[0].to(dtype), other[1].to(dtype), torch.full((5,), 2), 33),
+            SlotFactors(down.to(dtype), up.to(dtype), ranks, width),
+            SlotFactors(None, None, torch.zeros(5, dtype=torch.long), 7),
+            SlotFactors(other[0].to(dtype), other[1].to(dtype), torch.full((5,), 2), 33),
         ]
         return operations.low_rank(parts, slots[rows])(x[rows].to(dtype))
 
@@ -134,7 +134,7 @@ def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Operatio
     one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
     up = x.to(torch.bfloat16).view(1, 1, -1)
     at = torch.tensor([0])
-    found = native.low_rank([Part(one, up, at + 1, 48)], at)(one)
+    found = native.low_rank([SlotFactors(one, up, at + 1, 48)], at)(one)
     assert torch.equal(found.isnan(), up.isnan())
     assert torch.equal(found.nan_to_num(), up.nan_to_num())
 

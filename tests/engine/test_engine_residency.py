@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import lorafold as lf
 from engine_cases import alone, prompt, save_adapters
-from lorafold.engine import Engine, Request, Stream
+from lorafold.engine import Engine, EventStream, Request
 from lorafold.engine.adapter_cache import Residency
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.kv_cache import common
@@ -78,7 +78,7 @@ def test_the_machine(model, paths, tokens) -> None:
             self.engine = Engine(model, slots=3, length=32, chunk=5, budget=10, adapter_bytes=room)
             self.versions: dict[str, str] = {}
             self.pinned: set[str] = set()
-            self.streams: list[tuple[Stream, str | None, int, bool]] = []
+            self.streams: list[tuple[EventStream, str | None, int, bool]] = []
             self.generations: list[int] = []
 
         @rule(version=st.sampled_from(sorted(paths)), wait=st.booleans())

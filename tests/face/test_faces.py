@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import lorafold as lf
 from adapter_cases import make_adapter
 from conftest import lorafold, refused, unestimating
-from lorafold.api.options import Declared, Docs, Fields, Option, Progress, declared
+from lorafold.api.options import DeclaredOption, Docs, Option, Progress, RecipeOptions, declared
 from lorafold.cli import COMMANDS, _load, app, commands, verb_of
 from lorafold.cli.parser import OLD_NAMES
 from lorafold.cli.recipe_options import fields_in
@@ -68,7 +68,7 @@ def command_of(name: str) -> Any:
     return _load(first).commands[below[0]] if below else _load(first)
 
 
-def declarations(name: str) -> list[tuple[str, Declared]]:
+def declarations(name: str) -> list[tuple[str, DeclaredOption]]:
     """What a command declares, each with the place: its verb and what runs it."""
     runner = RUNNERS.get(name, commands.plain)
     found = [("verb", one) for one in declared(verb_of(name))]
@@ -95,7 +95,7 @@ def test_an_option_is_declared_once(name: str) -> None:
     """
     places = declarations(name)
     assert len({one.name for _, one in places}) == len(places)
-    recipes = [one for _, one in places if isinstance(one.option, Fields)]
+    recipes = [one for _, one in places if isinstance(one.option, RecipeOptions)]
     plain = {one.name: one for _, one in places if one not in recipes}
     expected = set[str]()
     for n, one in plain.items():
@@ -106,7 +106,7 @@ def test_an_option_is_declared_once(name: str) -> None:
         assert flag in ("", CALLED.get(n)), n
         expected |= {flag or f"--{n.replace('_', '-')}", *(option.beside or ())[:1]} - {"TENANT"}
     for one in recipes:
-        assert isinstance(one.option, Fields)
+        assert isinstance(one.option, RecipeOptions)
         expected |= {f"--{n.replace('_', '-')}" for n in ("set", *fields_in(one.option))}
         expected |= {"--config"} if one.option.config else set()
     found = {p.opts[0] for p in command_of(name).params if p.param_type_name == "option"}
@@ -120,7 +120,7 @@ def test_the_text_of_an_option_stands_once() -> None:
     texts: dict[tuple[str, str], set[int]] = {}
     for name in NAMES:
         for _, one in declarations(name):
-            if not isinstance(one.option, Fields):
+            if not isinstance(one.option, RecipeOptions):
                 shared = id(one.option.help) if one.option.help else hash(name)
                 texts.setdefault((one.name, one.help), set()).add(shared)
     assert {key: places for key, places in texts.items() if len(places) > 1} == {}
@@ -128,7 +128,7 @@ def test_the_text_of_an_option_stands_once() -> None:
         p.name for p in CLI.glob("*.py") if re.search(r"typer\.(Option|Argument)\(", p.read_text())
     }
     of_help = {"help.py", "__init__.py"}  # --help-all, --version
-    assert declaring - of_help == {"build.py", "parameters.py", "recipe_options.py"}
+    assert declaring - of_help == {"commands.py", "parameters.py", "recipe_options.py"}
 
 
 def test_what_would_be_declared_twice_is_found() -> None:

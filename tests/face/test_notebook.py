@@ -17,7 +17,7 @@ import lorafold as lf
 from adapter_cases import make_adapter
 from imports import FILES, name_of
 from lorafold.evaluation import Answer, Evaluation
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.inspecting.resize import Resized
 
 # completions, a conversation, and what serves until it ends
@@ -54,7 +54,7 @@ def test_every_verb_returns_what_a_notebook_shows() -> None:
     for path in FILES:
         if (name := name_of(path)) not in ("", "__main__"):
             importlib.import_module(f"lorafold.{name}")
-    known = {kind.__name__ for kind in Shown.__subclasses__()}
+    known = {kind.__name__ for kind in ShownInNotebooks.__subclasses__()}
     face = "lorafold.api."
     verbs = {n for n in dir(lf) if n.islower() and getattr(lf, n).__module__.startswith(face)}
     for verb in verbs - OTHERWISE - {"load", "load_model"}:

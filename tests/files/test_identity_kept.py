@@ -38,7 +38,7 @@ from lorafold.resolve import Base
 from lorafold.robustness import run as undoing
 from lorafold.robustness import task as fragile
 from lorafold.training import loop
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from own_caches import shared
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -104,14 +104,14 @@ class World:
     def compare(self) -> bool:
         """The figures of a method."""
         base, rows = Base(self.model, device="cpu"), self.rows
-        task = measure.Task(base, rows, rows, "rows", self.recipe)
+        task = measure.ComparisonTask(base, rows, rows, "rows", self.recipe)
         return self.same("compare", {key(task, "lora")})
 
     def intrinsic(self) -> bool:
         """The losses of a search."""
         recipe, rows = self.recipe.model_copy(update={"steps": 3, "lr": 1e-2}), self.rows
         base, out = Base(self.model, device="cpu"), self.root / "search"
-        asked = Request(base, out, recipe, rows, "rows", eval_rows=rows)
+        asked = RunRequest(base, out, recipe, rows, "rows", eval_rows=rows)
         there = set(out.glob("*.json"))
         try:
             intrinsic.search(asked, 1, 1, 1.0, lambda point: None)
@@ -121,7 +121,7 @@ class World:
 
     def fragility(self) -> bool:
         """The figures and the tuning of a run."""
-        task = fragile.Task(
+        task = fragile.FragilityTask(
             Base(self.model, self.recipe.storage), fragile.stacks_of(open_all([self.below])),
             ROWS, ROWS, row_store.Rows.of(self.rows), "rows", ("No",), ("Sure",), (1,), (2,),
             (1e-3,), (0,), ("none",), recipe=self.recipe,
@@ -362,7 +362,7 @@ def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeyp
         (own / "refs" / name).write_text(commit)
         shutil.copytree(world.model, own / "snapshots" / commit)
     edited(own / "snapshots" / commits["other"] / "config.json", rms_norm_eps=0.1)
-    asked = Request(Base("owner/name", device="cpu"), world.root / "hub", RECIPE, ROWS, "rows")
+    asked = RunRequest(Base("owner/name", device="cpu"), world.root / "hub", RECIPE, ROWS, "rows")
     from lorafold.training.run import train
 
     with pytest.raises(GoesOn):

@@ -30,7 +30,7 @@ from lorafold.models.fingerprint import of_model
 from lorafold.models.loading import load_model, weights_of
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
-from lorafold.models.weight_conversion import Conversion, OnDemand, Source
+from lorafold.models.weight_conversion import Conversion, OnDemand, SourceTensor
 from lorafold.models.weights import read_container, write_container
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
@@ -393,9 +393,9 @@ def test_a_conversion_that_cant_be_reversed_is_refused(op, message, moe, monkeyp
         ".experts.*.w2.weight", ".experts.down_proj", [MergeModulelist(dim=0), op]
     )
     pattern = ".experts.*.w2.weight"
-    sources = [Source(s.entry, s.values, pattern, s.renamed) for s in real.sources]
+    sources = [SourceTensor(s.entry, s.values, pattern, s.renamed) for s in real.sources]
     if isinstance(op, Chunk):
-        sources = [Source(s.entry, s.values, pattern, f"{s.renamed}.x") for s in real.sources]
+        sources = [SourceTensor(s.entry, s.values, pattern, f"{s.renamed}.x") for s in real.sources]
     conversion = Conversion(mapped.model, converter, name, sources)
     with pytest.raises(LorafoldError, match=message):
         conversion.check_reversible()

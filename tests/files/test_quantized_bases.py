@@ -19,7 +19,7 @@ import lorafold as lf
 from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of, parameter_count
-from lorafold.layers.compressed import Codes, CompressedLinear
+from lorafold.layers.compressed import CompressedLinear, QuantizationFormat
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.ops.float8 import is_nan, values
@@ -461,7 +461,7 @@ def test_every_fp8_code_has_torch_s_value():
 
 @pytest.mark.parametrize(
     "codes",
-    [Codes("float", 24, 20), Codes("int", 24, 20, symmetric=False)],
+    [QuantizationFormat("float", 24, 20), QuantizationFormat("int", 24, 20, symmetric=False)],
     ids=["fp8", "int8-asymmetric"],
 )
 def test_blocks_may_be_cut_short_at_both_edges(codes):

@@ -31,8 +31,8 @@ from lorafold.peft.saved import FILES
 from lorafold.serving.rendering import Renderer
 from lorafold.verification import worker_pool
 from lorafold.verification.adapter_tokenizer import DEATHS, Opened
-from lorafold.verification.checks import SECONDS, Screen, Verified
-from lorafold.verification.worker_pool import Processes, Refused
+from lorafold.verification.checks import SECONDS, Screen, VerifiedFiles
+from lorafold.verification.worker_pool import Refused, WorkerPool
 from serving_cases import TOOL_TEMPLATE, saved
 
 ASK = [{"role": "user", "content": "Hello"}]
@@ -62,7 +62,7 @@ def adapter(tiny_model_dir, tmp_path) -> Path:
     return saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, tmp_path / "in") / "a"
 
 
-def verified(screen: Screen, path: Path) -> Verified:
+def verified(screen: Screen, path: Path) -> VerifiedFiles:
     return screen.verify(path, FILES, "adapter_config.json", "lorafold.json", ("base", "over"))
 
 
@@ -142,7 +142,7 @@ def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> N
     process = screen._verifying._idle[0]._process
     maps = Path(f"/proc/{process.id}/maps").read_text()
     assert "libtorch" not in maps
-    others = Processes(lambda: {"modules": []}, 1)
+    others = WorkerPool(lambda: {"modules": []}, 1)
     given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
     with pytest.raises(Refused, match="found no c"):
         others.call("verify", (5, 1 << 29), **given)
@@ -301,7 +301,7 @@ def test_closing_does_not_wait_for_what_runs(adapter):
     content = json.loads(file.read_text()) | {"exclude_modules": "(([a-z._0-9])+)+X"}
     (adapter / "manifest.json").unlink()
     file.write_text(json.dumps(content))
-    others = Processes(lambda: {"modules": NAMES}, 1)
+    others = WorkerPool(lambda: {"modules": NAMES}, 1)
     endless: dict[str, Any] = {
         "path": str(adapter), "files": FILES, "config": file.name, "record": "", "told": [],
     }  # fmt: skip

@@ -17,7 +17,7 @@ from conftest import fast_only, lorafold
 from engine_cases import alone, generated
 from fresh_models import fresh_model
 from lorafold.core.attach import selection_of
-from lorafold.engine import Request as EngineRequest
+from lorafold.engine import RunRequest as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.models.loading import load_model
@@ -27,7 +27,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
 from lorafold.training import loop, run, setup
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training_step.activations import recompute
 from training_cases import ROWS, quiet, weights
 
@@ -37,12 +37,12 @@ IDS = torch.arange(5, 29).view(2, 12)
 TRAINED = {"steps": 4, "batch": 4, "storage": "fp32", "lr": 1e-2}
 
 
-def request(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Request:
+def request(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> RunRequest:
     extra = {
         k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields
     }
     recipe = Recipe(**TRAINED | fields)
-    return Request(Base(model, device="cpu"), out, recipe, ROWS, "rows", over=over, **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", over=over, **extra)
 
 
 def trained(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Path:
@@ -307,7 +307,7 @@ def test_what_training_over_refuses(base: Path, sft: Path, dpo: Path, tmp_path: 
 def test_an_adapter_over_others_is_trained_further(
     base: Path, sft: Path, dpo: Path, tmp_path: Path
 ) -> None:
-    run.train(Request(
+    run.train(RunRequest(
         Base(base, device="cpu"), tmp_path / "more",
         Recipe(steps=2, batch=4, storage="fp32"), ROWS, "rows",
         init_adapter=dpo, over=(sft,),
@@ -359,7 +359,7 @@ def test_a_classifier_below_gives_its_classes_and_head(base: Path, tmp_path: Pat
     rows = [{"text": f"Row {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(8)]
     fields = {"objective": "classify", "steps": 2, "batch": 4, "storage": "fp32"}
     for out, over, some in (("first", (), rows), ("second", (tmp_path / "first",), rows[:4])):
-        asked = Request(
+        asked = RunRequest(
             Base(base, device="cpu"), tmp_path / out, Recipe(**fields), some, "rows", over=over
         )
         run.train(asked, quiet())

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 
 TEXTS = {
     "booking": ["Book a table for {}", "A table for {} please", "Book the corner for {} tonight"],
@@ -30,14 +30,14 @@ ROWS = [
 ]
 
 
-def request(model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> Request:
+def request(model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> RunRequest:
     extra = {
         k: fields.pop(k)
         for k in ("resume", "overwrite", "eval_rows", "init_adapter")
         if k in fields
     }
     recipe = Recipe(**{"objective": "classify", "steps": 6, "batch": 9, "storage": "fp32"} | fields)
-    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lorafold as lf
 from fresh_models import fresh_model
-from lorafold.composing.request import Request
+from lorafold.composing.request import ComposeRequest
 from lorafold.composing.run import compose
 from lorafold.peft.saved import open_all
 from lorafold.resolve import Base
@@ -24,7 +24,7 @@ def run(
     def unopened() -> Any:
         raise AssertionError("arithmetic asked for the model")
 
-    request = Request(Base(model), open_all(adapters), (word,), out, **options)
+    request = ComposeRequest(Base(model), open_all(adapters), (word,), out, **options)
     return compose(request, unopened, Console(quiet=True)).composed[word]
 
 

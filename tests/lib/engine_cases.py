@@ -22,7 +22,7 @@ from transformers import (
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.sampler import Choice, Sampler, chosen
+from lorafold.engine.sampler import SampledToken, Sampler, chosen
 
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4),
@@ -139,7 +139,7 @@ def processors(s: Sampling) -> LogitsProcessorList:
     return LogitsProcessorList(found)
 
 
-def choose(sampler: Sampler, logits_V: torch.Tensor) -> Choice:
+def choose(sampler: Sampler, logits_V: torch.Tensor) -> SampledToken:
     """The next token of one row."""
     (found,) = chosen([sampler], logits_V[None])
     if isinstance(found, Exception):

@@ -19,7 +19,7 @@ import lorafold as lf
 from lorafold.core.spec import Spec
 from lorafold.layers import layer_of
 from lorafold.layers.bitsandbytes import set_compute_dtype
-from lorafold.layers.compressed import Codes, CompressedLinear
+from lorafold.layers.compressed import CompressedLinear, QuantizationFormat
 from lorafold.models.quantizations import QUANTIZED, STORAGES
 
 METHODS: dict[str, Spec] = {
@@ -55,7 +55,7 @@ def packed(kind: str) -> nn.Module:
     return module
 
 
-def compressed(codes: Codes) -> nn.Module:
+def compressed(codes: QuantizationFormat) -> nn.Module:
     """A linear with random codes and scales, as files have them."""
     module = CompressedLinear(nn.Linear(16, 32), codes, torch.bfloat16)
     for name, p in module.named_parameters():
@@ -104,11 +104,11 @@ BASES = {
     "nf4": (lambda: packed("nf4"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "int8": (lambda: packed("int8"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "fp8": (
-        lambda: compressed(Codes("float", 8, 8)),
+        lambda: compressed(QuantizationFormat("float", 8, 8)),
         lambda g: torch.randn(3, 5, 16, generator=g),
     ),
     "int4": (
-        lambda: compressed(Codes("int", 1, 8, bits=4, packed=True)),
+        lambda: compressed(QuantizationFormat("int", 1, 8, bits=4, packed=True)),
         lambda g: torch.randn(3, 5, 16, generator=g),
     ),
 }

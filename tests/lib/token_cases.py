@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from lorafold.cli import app
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -25,7 +25,7 @@ ROWS: list[dict[str, Any]] = [
 
 def request(
     model: Path | str, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any
-) -> Request:
+) -> RunRequest:
     extra = {k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields}
     fields = {
         "steps": 8,
@@ -34,7 +34,7 @@ def request(
         "new_tokens": ("<|user|>", "<|assistant|>"),
     } | fields
     recipe = Recipe(**{name: value for name, value in fields.items() if value is not None})
-    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:

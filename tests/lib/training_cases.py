@@ -17,20 +17,20 @@ from conftest import lorafold
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 
 
-def request(model: Path, out: Path, **fields) -> Request:
+def request(model: Path, out: Path, **fields) -> RunRequest:
     extra = {
         k: fields.pop(k)
         for k in ("resume", "overwrite", "eval_rows", "init_adapter")
         if k in fields
     }
     recipe = Recipe(**{"steps": 6, "batch": 4, "storage": "fp32"} | fields)
-    return Request(Base(model, device="cpu"), out, recipe, ROWS, "rows", **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", **extra)
 
 
 def quiet() -> Console:

@@ -26,7 +26,7 @@ import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
-from lorafold.data.row_store import Part
+from lorafold.data.row_store import SourcePart
 from lorafold.data.shapes import CONVERSATIONS, PAIRS
 from lorafold.errors import LorafoldError
 from lorafold.memory.before_run import planned
@@ -38,7 +38,7 @@ from lorafold.objectives.objective import examples_of
 from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.preview import show
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -175,10 +175,10 @@ def squared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module.Squared
 
 
-def request(model: Path, out: Path, objective: str, rows: list[dict], **fields: Any) -> Request:
+def request(model: Path, out: Path, objective: str, rows: list[dict], **fields: Any) -> RunRequest:
     given = {"batch": 4, "steps": 4, "rank": 2, "lr": 1e-2, "storage": "fp32", "save_every": 2}
     recipe = lf.Recipe(**(given | {"objective": objective} | fields))
-    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", eval_rows=rows)
+    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", eval_rows=rows)
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -260,7 +260,7 @@ def test_its_rows_are_shown_and_its_memory_estimated(
     show(asked, Console(file=said, width=200), rows=1)
     assert '⟦{"people": 0}' in said.getvalue()
     example = SimpleNamespace(ids=range(32), labels=range(32))
-    feed = StoredFeed([example] * 4, [Part(4)], 4, 1, 0)
+    feed = StoredFeed([example] * 4, [SourcePart(4)], 4, 1, 0)
     setting = Setting(Storage(torch.float32), lf.LoRA(rank=2))
     config = configuration(str(model))
     own = trace(config, planned(asked.recipe, feed, hardest(), setting), 2)

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from lorafold.core.attach import only
-from lorafold.data.prompt_examples import Prompt
+from lorafold.data.prompt_examples import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
-from lorafold.objectives.algorithms import Drawing
+from lorafold.objectives.algorithms import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.training import loop
 from lorafold.training_step.policy_algorithms import Cispo, Drawn, Grpo, Gspo, PolicyLaw
@@ -271,7 +271,9 @@ class Lengths:
 
 
 def test_an_object_that_judges_is_known_in_another_process() -> None:
-    identities = [PolicyObjective(Grpo(), Drawing(), (Lengths(),)).identity for _ in range(2)]
+    identities = [
+        PolicyObjective(Grpo(), SamplingOptions(), (Lengths(),)).identity for _ in range(2)
+    ]
     assert identities[0] == identities[1]
 
 
@@ -584,7 +586,7 @@ ANSWERED: dict[str, tuple[dict[str, Any], Any, str | None]] = {
 @pytest.mark.parametrize("case", ANSWERED)
 def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> None:
     row, prompt, answer = ANSWERED[case]
-    found = Prompt((1,), row, "row 1")
+    found = TokenizedPrompt((1,), row, "row 1")
     assert found.asked == prompt
     assert found.besides.get("answer") == answer
 

@@ -42,9 +42,9 @@ from lorafold.objectives.algorithms import law_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
-from lorafold.training_step.preference_algorithms import Reward, Scored
+from lorafold.training_step.preference_algorithms import BradleyTerry, Scored
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import Branching, branching
 from serving_cases import running
@@ -64,11 +64,11 @@ ROWS = [
 JUDGED = {"prompt": "a", "completion": "b", "label": True}
 
 
-def request(model: Path, out: Path, rows: Any = ROWS, **fields: Any) -> Request:
+def request(model: Path, out: Path, rows: Any = ROWS, **fields: Any) -> RunRequest:
     names = ("resume", "eval_rows", "init_adapter", "over")
     extra = {k: fields.pop(k) for k in names if k in fields}
     recipe = Recipe(**{"objective": "reward", "steps": 6, "batch": 4, "storage": "fp32"} | fields)
-    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:
@@ -160,13 +160,17 @@ def test_the_law_s_closed_forms() -> None:
     scores = torch.tensor([[1.5, 0.5], [-0.2, 0.3]], dtype=torch.float64)
     pairs = Scored(scores, None, torch.ones(2, 2))
     d = scores[:, 0] - scores[:, 1]
-    assert torch.allclose(Reward().loss(pairs), torch.log1p(torch.exp(-d)))
-    assert torch.allclose(Reward(margin=0.4).loss(pairs), torch.log1p(torch.exp(0.4 - d)))
-    centred = Reward(margin=0.4, centre=0.1).loss(pairs) - Reward(margin=0.4).loss(pairs)
+    assert torch.allclose(BradleyTerry().loss(pairs), torch.log1p(torch.exp(-d)))
+    assert torch.allclose(BradleyTerry(margin=0.4).loss(pairs), torch.log1p(torch.exp(0.4 - d)))
+    centred = BradleyTerry(margin=0.4, centre=0.1).loss(pairs) - BradleyTerry(margin=0.4).loss(
+        pairs
+    )
     assert torch.allclose(centred, torch.tensor([0.1 * 2.0**2, 0.1 * 0.1**2], dtype=torch.float64))
     # the middle of a pair moves by the centring alone
     moved = Scored(scores + 3, None, torch.ones(2, 2))
-    assert torch.allclose(Reward(margin=0.4).loss(moved), Reward(margin=0.4).loss(pairs))
+    assert torch.allclose(
+        BradleyTerry(margin=0.4).loss(moved), BradleyTerry(margin=0.4).loss(pairs)
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_r
     torch.testing.assert_close(expected, scored_alone(model, [ids[:-1] for ids in documents]))
     with branching(model) as how, evaluating(model):
         chosen = {"shared": how, "packed": Branching(True, False), "padded": None}[way]
-        found = Preferences(model, Reward(), chosen, end).scored(examples)
+        found = Preferences(model, BradleyTerry(), chosen, end).scored(examples)
     torch.testing.assert_close(found.logps.flatten(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -407,7 +411,7 @@ def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, tiny_model_dir) -> No
     draw = np.random.default_rng(0).integers(5, 200, (400, 9)).tolist()
     examples = [Branched((), (Example(tuple(ids), tuple(ids)),)) for ids in draw]
     with branching(model) as how:
-        loss = Preferences(model, Reward(), how if packs else None, pad)
+        loss = Preferences(model, BradleyTerry(), how if packs else None, pad)
         scores, _ = scores_of(loss, examples)
     assert len(np.unique(scores)) >= 399
 

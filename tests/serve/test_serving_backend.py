@@ -13,7 +13,7 @@ import pytest
 
 import lorafold as lf
 from lorafold.serving import run
-from lorafold.serving.backend import Backend, Found, News, Request, States, Until
+from lorafold.serving.backend import AdapterFiles, Backend, News, Request, States, Until
 from serving_cases import ADMIN, Running, running, saved
 
 CALLS = {"submit", "cancel", "events", "load", "unload", "pin", "states", "length", "ready"}
@@ -47,7 +47,7 @@ class Relay(Backend):
     def cancel(self, id: str) -> None:
         self._to("cancel")(id)
 
-    def load(self, found: Found, until: Until) -> None:
+    def load(self, found: AdapterFiles, until: Until) -> None:
         self._to("load")(found, until)
 
     def unload(self, key: str) -> None:

@@ -24,7 +24,7 @@ from hostile_requests import ASK, asking, bodies, chain, hostile_schema
 from lorafold.runtime.processor import STACK, stacks
 from lorafold.serving.server import SMALL
 from lorafold.verification import checks as screening
-from lorafold.verification.worker_pool import Processes
+from lorafold.verification.worker_pool import WorkerPool
 from serving_cases import TOOL_TEMPLATE, Running, raw, running, saved, until
 
 WORST = (
@@ -143,7 +143,7 @@ def test_a_chain_that_is_not_seen_ends_a_process_once(server: Running, monkeypat
     first = ask(server, path, body)
     assert (first.status, first.json["error"]["param"]) == (400, "response_format")
     assert b"compiling it takes more than" in first.content
-    monkeypatch.setattr(Processes, "call", None)
+    monkeypatch.setattr(WorkerPool, "call", None)
     assert ask(server, path, body).content == first.content
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from browser_cases import CONTRASTS, open_browser
 from engine_cases import METHODS
-from lorafold.serving.registry import Target
+from lorafold.serving.registry import AliasTarget
 from lorafold.serving.routes import models as routes
 from serving_cases import Running, running, saved
 
@@ -40,7 +40,7 @@ def adapters(tiny_model_dir: Any, tmp_path_factory: Any) -> Path:
 @pytest.fixture(scope="module")
 def site(tiny_model_dir: Any, adapters: Path, often: None) -> Iterator[Running]:
     with running(tiny_model_dir("llama"), adapters) as server:
-        server.parts.registry.point("newest", (Target(adapter="lora"),))
+        server.parts.registry.point("newest", (AliasTarget(adapter="lora"),))
         yield server
 
 

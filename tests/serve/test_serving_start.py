@@ -23,9 +23,9 @@ from engine_cases import with_large_weights
 from lorafold.engine import Engine
 from lorafold.errors import Busy
 from lorafold.serving import verifier
-from lorafold.serving.backend import Found
+from lorafold.serving.backend import AdapterFiles
 from lorafold.serving.registry import Sweep
-from lorafold.serving.verifier import Seen
+from lorafold.serving.verifier import VerifiedCache
 from lorafold.verification import worker_pool
 from serving_cases import ADMIN, counted, running, saved, until
 
@@ -70,11 +70,11 @@ def test_what_is_known_is_not_read_again_unless_it_was_touched(
 
 def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch) -> None:
     file, write, threads = tmp_path / "seen.json", verifier.write_text, list[threading.Thread]()
-    known = Seen(file, "this base")
+    known = VerifiedCache(file, "this base")
 
     def put(name: str) -> None:
         numbers = {"old": "0" * 64, "digest": "0" * 64, "manifest": True, "stack": ()}
-        known.put(Found(name=name, path=tmp_path, method="lora", **numbers), {})
+        known.put(AdapterFiles(name=name, path=tmp_path, method="lora", **numbers), {})
         known.save()
 
     def overtaken(path: Path, text: str) -> None:
@@ -87,14 +87,14 @@ def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(verifier, "write_text", overtaken)
     put("a")
     threads[0].join()
-    assert set(Seen(file, "this base").digests) == {"a", "b"}
+    assert set(VerifiedCache(file, "this base").digests) == {"a", "b"}
     file.unlink()
     file.mkdir()  # what can't be written is written later
     put("c")
     file.rmdir()
     known.save()
-    assert set(Seen(file, "this base").digests) == {"a", "b", "c"}
-    other = Seen(file, "another base")  # for which nothing was verified
+    assert set(VerifiedCache(file, "this base").digests) == {"a", "b", "c"}
+    other = VerifiedCache(file, "another base")  # for which nothing was verified
     assert other.adapters["c"].marks == {}
 
 

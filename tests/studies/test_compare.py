@@ -12,10 +12,10 @@ import pytest
 import lorafold as lf
 from conftest import lorafold
 from lorafold.api.arguments import as_rows
-from lorafold.comparing.measure import Task, Variant, measure
+from lorafold.comparing.measure import ComparisonTask, Variant, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare, in_own_process, key
-from lorafold.data.row_store import Part, Rows
+from lorafold.data.row_store import Rows, SourcePart
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 from lorafold.models.sources import resolve_model
@@ -34,8 +34,8 @@ def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
     source = resolve_model(tiny_model_dir("llama"))
     keys = set()
     for weight in (1.0, 0.5, 4.0):
-        rows = Rows(ROWS, (Part(6), Part(6, weight)))
-        task = Task(Base(source, device="cpu"), rows, ROWS[:4], "rows", RECIPE)
+        rows = Rows(ROWS, (SourcePart(6), SourcePart(6, weight)))
+        task = ComparisonTask(Base(source, device="cpu"), rows, ROWS[:4], "rows", RECIPE)
         keys.add(key(task, "lora"))
         pickle.dumps(task)  # methods are measured in processes of their own
     assert len(keys) == 3
@@ -55,7 +55,9 @@ def test_what_is_compared_is_what_an_evaluation_of_the_adapter_says(
 ) -> None:
     """The rows are rendered with the recipe's template, as they were in training."""
     base, recipe = tiny_model_dir("llama"), RECIPE.model_copy(update={"chat_template": "none"})
-    found = measure(Task(Base(base, device="cpu"), ROWS, ROWS[:4], "rows", recipe), "lora", 0)
+    found = measure(
+        ComparisonTask(Base(base, device="cpu"), ROWS, ROWS[:4], "rows", recipe), "lora", 0
+    )
     lf.train(recipe, data=ROWS, model=base, out=tmp_path / "a", device="cpu")
     evaluated = lf.evaluate(base, ROWS[:4], adapters=tmp_path / "a", max_length=64, device="cpu")
     assert (found.loss, found.exact_match) == (evaluated.loss, evaluated.exact_match)
@@ -63,7 +65,7 @@ def test_what_is_compared_is_what_an_evaluation_of_the_adapter_says(
 
 @pytest.mark.slow
 def test_a_process_that_ends_before_it_is_done_is_told() -> None:
-    class Ends(Task):
+    class Ends(ComparisonTask):
         def __reduce__(self) -> tuple[Any, ...]:
             return os._exit, (1,)
 
@@ -75,9 +77,9 @@ def test_a_process_that_ends_before_it_is_done_is_told() -> None:
 def test_the_recipe_says_how_much_is_held_out_once(
     tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, seen = tiny_model_dir("llama"), list[Task]()
+    model, seen = tiny_model_dir("llama"), list[ComparisonTask]()
 
-    def none(task: Task, *_: Any) -> list[Any]:
+    def none(task: ComparisonTask, *_: Any) -> list[Any]:
         seen.append(task)
         raise LorafoldError("seen")
 
@@ -98,7 +100,9 @@ def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
         for n in range(12)
     ]
     recipe = RECIPE.model_copy(update={"objective": "classify"})
-    task = Task(Base(tiny_model_dir("llama"), device="cpu"), texts, texts[:4], "texts", recipe)
+    task = ComparisonTask(
+        Base(tiny_model_dir("llama"), device="cpu"), texts, texts[:4], "texts", recipe
+    )
     both = [Variant("linear-probe"), Variant("lora")]
     base, probe, lora = compare(task, both, [0], tmp_path, lambda *_: None)
     assert (base.method, base.trainable_parameters) == ("base", None)
@@ -143,7 +147,9 @@ def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout:
 
 @pytest.mark.slow
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
-    task = Task(Base(tiny_model_dir("llama"), device="cpu"), ROWS, ROWS[:4], "rows", RECIPE)
+    task = ComparisonTask(
+        Base(tiny_model_dir("llama"), device="cpu"), ROWS, ROWS[:4], "rows", RECIPE
+    )
     told: list[str] = []
     three = [Variant("lora"), Variant("houlsby"), Variant("full")]
     rows = compare(
@@ -198,7 +204,7 @@ def test_a_quantized_base_whose_files_are_whole_is_recognized(tiny_model_dir) ->
     """The embedding that the fingerprint has is that of the files, not the dtype of the run."""
     recipe = Recipe(steps=1, batch=2, storage="nf4", max_length=64)
     rows = [{"prompt": f"Book a table for {i}", "completion": f" {i}"} for i in range(6)]
-    task = Task(Base(tiny_model_dir("llama-wide")), rows[:4], rows[4:], "rows", recipe)
+    task = ComparisonTask(Base(tiny_model_dir("llama-wide")), rows[:4], rows[4:], "rows", recipe)
     found = measure(task, "lora", 0)
     assert found.forgetting_kl is not None
     assert found.forgetting_kl >= 0

@@ -247,12 +247,12 @@ def test_settings_are_measured_as_their_recipes_are_alone(
 def test_the_settings_are_in_what_figures_are_kept_by(
     tiny_model_dir: Callable[[str], Path],
 ) -> None:
-    from lorafold.comparing.measure import Task
+    from lorafold.comparing.measure import ComparisonTask
     from lorafold.resolve import Base
 
     base = Base(tiny_model_dir("llama"), device="cpu")
     keys = {
-        key(Task(base, ROWS, ROWS[:4], "rows", one.of(RECIPE)), "lora")
+        key(ComparisonTask(base, ROWS, ROWS[:4], "rows", one.of(RECIPE)), "lora")
         for one in variants(RECIPE, ["lora"], {"rank": [4, 8], "lr": [1e-3, 1e-2]})
     }
     assert len(keys) == 4

@@ -25,7 +25,7 @@ from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.composing.interference import meetings, overlap
 from lorafold.composing.methods import BOUND, minimized, write_mixture
-from lorafold.composing.request import Job, Request
+from lorafold.composing.request import ComposeRequest, Job
 from lorafold.composing.updates import names, read
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
@@ -73,7 +73,9 @@ def tasks(tmp_path_factory) -> list[Path]:
 
 
 def job(model: Path, adapters: list[Path], **options: Any) -> Job:
-    request = Request(Base(model), open_all(adapters), ("mixture",), Path("unused"), **options)
+    request = ComposeRequest(
+        Base(model), open_all(adapters), ("mixture",), Path("unused"), **options
+    )
     opened = (fresh_model(model), load_tokenizer(model))
     return Job(request, read(Base(model), request.adapters), lambda: opened, Console(quiet=True))
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.doctor.finding import Finding, Group, gigabytes, looked_at
+from lorafold.doctor.finding import Finding, FindingGroup, gigabytes, looked_at
 from lorafold.doctor.hardware import Hardware, findings, gflops, slow
 from lorafold.doctor.installation import extras, packages, size_of
-from lorafold.doctor.report import Report
+from lorafold.doctor.report import DoctorReport
 from lorafold.files.terminal import WIDTH
 from lorafold.runtime.devices import Gpu
 from lorafold.runtime.processor import busy_elsewhere, quota, usable_cores
@@ -185,17 +185,17 @@ def test_a_report_marks_problems_and_keeps_its_columns() -> None:
     long = "words " * 60
     fine, wrong = Finding("one", "1.0"), Finding("three", long, problem=long)
     groups = (
-        Group("a", "Compact", (fine, wrong, Finding("two", "2.0")), compact=True),
-        Group("b", "Own lines", (fine, Finding("lorafold's cache", "x", {"bytes": 1}))),
+        FindingGroup("a", "Compact", (fine, wrong, Finding("two", "2.0")), compact=True),
+        FindingGroup("b", "Own lines", (fine, Finding("lorafold's cache", "x", {"bytes": 1}))),
     )
-    text = str(Report(groups, (long,)))
+    text = str(DoctorReport(groups, (long,)))
     assert "  one 1.0, two 2.0\n! three  words" in text
     assert text.endswith("\n\n1 problem is marked with ! above; lorafold works all the same.")
     assert max(map(len, text.splitlines())) <= WIDTH
-    told = Report(groups, ()).as_json()
+    told = DoctorReport(groups, ()).as_json()
     assert told["b"] == {"one": "1.0", "lorafold_cache": {"bytes": 1}}
     assert told["problems"] == [f"three: {long}"]
-    assert "The machine could not be examined." in str(Report((), None))
+    assert "The machine could not be examined." in str(DoctorReport((), None))
 
 
 def test_sizes_count_each_file_once(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fresh_models import fresh_model
 from lorafold.api.arguments import as_prompts
 from lorafold.api.loaded_model import opened
 from lorafold.core.attach import adapted_modules, selection_of
-from lorafold.data.prompts import Prompt, prompts_of
+from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.row_store import Rows
 from lorafold.evaluation.intervals import student
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
@@ -43,7 +43,7 @@ from lorafold.robustness.measure import (
 )
 from lorafold.robustness.report import deciding, markdown, page
 from lorafold.robustness.result import Before, Curve, Way, crossing, point
-from lorafold.robustness.task import RECIPE, Task, stacks_of
+from lorafold.robustness.task import RECIPE, FragilityTask, stacks_of
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
 CONTROLS = [{"prompt": f"Book a table for {n}"} for n in range(3)]
@@ -73,8 +73,8 @@ def policy(model_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def task(model_dir, policy) -> Task:
-    return Task(
+def task(model_dir, policy) -> FragilityTask:
+    return FragilityTask(
         Base(model_dir, storage="fp32"), stacks_of(open_all([policy])), REFUSE, CONTROLS,
         Rows.of(BENIGN), "benign",
         ("I can't", "No"), ("Sure",), (1, 3), (2,), (1e-3,), (0,), ("none",),
@@ -82,7 +82,7 @@ def task(model_dir, policy) -> Task:
     )  # fmt: skip
 
 
-def bench_of(task: Task) -> Bench:
+def bench_of(task: FragilityTask) -> Bench:
     return Bench(task, task.stacks[0], partial(opened, task.base))
 
 
@@ -105,7 +105,7 @@ def test_prompts_need_no_completion_and_keep_the_one_they_have(model_dir) -> Non
         ({"messages": [asked, answer]}, "Hi"),
         ({"prompt": "Hello", "completion": "Hi"}, "Hi"),
     ):
-        assert prompts_of(as_prompts([row]), tokenizer, "rows") == [Prompt(text, reference)]
+        assert prompts_of(as_prompts([row]), tokenizer, "rows") == [PromptRow(text, reference)]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,9 @@ def test_an_adapter_at_its_identity_changes_no_figure(model_dir) -> None:
 
 
 @pytest.mark.few(1)
-def test_distributions_that_have_no_room_are_computed_anew(task: Task, monkeypatch) -> None:
+def test_distributions_that_have_no_room_are_computed_anew(
+    task: FragilityTask, monkeypatch
+) -> None:
     bench = bench_of(task)
     kept = bench.before()["without"]
     monkeypatch.setattr(module, "KEPT", 0)
@@ -202,7 +204,9 @@ def test_distributions_that_have_no_room_are_computed_anew(task: Task, monkeypat
     assert kept["kl"] > 0
 
 
-def test_the_controls_completions_are_the_stack_s(task: Task, model_dir, tmp_path: Path) -> None:
+def test_the_controls_completions_are_the_stack_s(
+    task: FragilityTask, model_dir, tmp_path: Path
+) -> None:
     """Also where they are first asked for with a tuning over it."""
     make_adapter(model_dir, tmp_path / "strong", size=1.0)
     one, other = bench_of(task), bench_of(task)
@@ -216,9 +220,9 @@ def test_the_controls_completions_are_the_stack_s(task: Task, model_dir, tmp_pat
 
 def test_references_are_the_completions_of_controls(model_dir) -> None:
     model, tokenizer = fresh_model(model_dir), load_tokenizer(str(model_dir))
-    controls = [Prompt("Book", " a table"), Prompt("Call", " me")]
+    controls = [PromptRow("Book", " a table"), PromptRow("Call", " me")]
     asked = completed(controls, model, tokenizer, 6)
-    probe = probe_of([Prompt("x", None)], asked, ["No"], ["Yes"], tokenizer)
+    probe = probe_of([PromptRow("x", None)], asked, ["No"], ["Yes"], tokenizer)
     for example, (prompt, text) in zip(probe.controls, controls, strict=True):
         labelled = [label for label in example.labels if label >= 0]
         assert tokenizer.decode(labelled) == text
@@ -315,7 +319,9 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
     assert {name for _, m in adapted_modules(model) for name in m.deltas} == {"p", "t", "again"}
 
 
-def test_an_adapter_that_is_no_sum_has_no_subspace(model_dir, tmp_path: Path, task: Task) -> None:
+def test_an_adapter_that_is_no_sum_has_no_subspace(
+    model_dir, tmp_path: Path, task: FragilityTask
+) -> None:
     make_adapter(model_dir, tmp_path / "dora", spec=lf.DoRA(lf.LoRA(rank=2)))
     asked = replace(task, stacks=stacks_of(open_all([tmp_path / "dora"])), defences=("projected",))
     bench = bench_of(asked)
@@ -362,7 +368,7 @@ def test_kept_is_a_share_of_what_was_added() -> None:
 # sweeps
 
 
-def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: Task) -> None:
+def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: FragilityTask) -> None:
     [one], [three] = ([r for r in task.runs(task.stacks[0]) if r.examples == k] for k in (1, 3))
     assert [row for row in three.rows if row in list(one.rows)] == list(one.rows)
     seen = {row["prompt"] for seed in range(20) for row in task.benign(3, seed)}
@@ -458,8 +464,10 @@ def test_stacks_are_named_apart(model_dir: Path, tmp_path: Path) -> None:
     assert [stack.name for stack in stacks_of([a], [b])] == [str(a), str(b)]
 
 
-def test_another_seed_or_prompt_measures_anew(swept, model_dir, policy, task: Task) -> None:
-    def names(asked: Task) -> set[str]:
+def test_another_seed_or_prompt_measures_anew(
+    swept, model_dir, policy, task: FragilityTask
+) -> None:
+    def names(asked: FragilityTask) -> set[str]:
         return {run.name for run in asked.runs(asked.stacks[0])}
 
     more = replace(task, seeds=(0, 1))

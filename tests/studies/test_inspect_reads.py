@@ -13,7 +13,7 @@ from lorafold.errors import LorafoldError
 from lorafold.inspecting.residual_stream import gain, stream_of
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.token_directions import (
-    Side,
+    Directions,
     chance,
     largest_shares,
     nearest,
@@ -172,7 +172,7 @@ def test_shares_of_vectors_are_those_of_the_dense_update():
     svd, dense = of_factors(up, down), up @ down
     unit = torch.nn.functional.normalize(vectors, dim=1)
     expected = (dense @ unit.t()).square().sum(0) / dense.square().sum()
-    side = Side(svd.v, False)
+    side = Directions(svd.v, False)
     assert torch.allclose(shares(side, svd.s, vectors), expected, atol=1e-5)
     basis = torch.linalg.qr(torch.randn(12, 12))[0]
     assert float(shares(side, svd.s, basis).sum()) == pytest.approx(1, rel=1e-4)

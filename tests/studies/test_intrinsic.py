@@ -15,11 +15,11 @@ import torch
 
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate
-from lorafold.inspecting.intrinsic import Point, bare_loss, search
+from lorafold.inspecting.intrinsic import SubspaceRun, bare_loss, search
 from lorafold.models.classifier import load_classifier
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -30,16 +30,16 @@ ROWS = [
 
 
 @pytest.fixture
-def request_(tiny_model_dir: Any, tmp_path: Path) -> Request:
+def request_(tiny_model_dir: Any, tmp_path: Path) -> RunRequest:
     recipe = Recipe(steps=4, batch=4, lr=3e-2, storage="fp32", max_length=32, warmup=0.0)
-    return Request(
+    return RunRequest(
         Base(tiny_model_dir("llama")), tmp_path / "search", recipe, ROWS, "test", eval_rows=ROWS
     )
 
 
 @pytest.mark.slow
-def test_the_smallest_power_of_two_that_gets_there(request_: Request) -> None:
-    seen: list[Point] = []
+def test_the_smallest_power_of_two_that_gets_there(request_: RunRequest) -> None:
+    seen: list[SubspaceRun] = []
     found = search(request_, 1, 64, 1e-6, seen.append)
     assert found.full_loss < found.base_loss
     assert [p.dimension for p in found.points] == sorted(p.dimension for p in seen)
@@ -60,7 +60,7 @@ def test_the_smallest_power_of_two_that_gets_there(request_: Request) -> None:
     }
 
 
-def test_it_goes_on_from_what_is_there(request_: Request) -> None:
+def test_it_goes_on_from_what_is_there(request_: RunRequest) -> None:
     before = search(request_, 4, 16, 2.0, lambda p: None)
     assert before.dimension is None
     assert [p.dimension for p in before.points] == [16]
@@ -71,7 +71,7 @@ def test_it_goes_on_from_what_is_there(request_: Request) -> None:
         search(replace(request_, rows=ROWS[:2]), 4, 16, 2.0, lambda p: None)
 
 
-def test_a_directory_of_something_else_is_left_alone(request_: Request) -> None:
+def test_a_directory_of_something_else_is_left_alone(request_: RunRequest) -> None:
     request_.out.mkdir()
     (request_.out / "mine.txt").write_text("x")
     with pytest.raises(LorafoldError, match="found files that are not from a search"):
@@ -79,7 +79,7 @@ def test_a_directory_of_something_else_is_left_alone(request_: Request) -> None:
     assert [p.name for p in request_.out.iterdir()] == ["mine.txt"]
 
 
-def test_the_base_has_the_loss_of_the_objective(request_: Request) -> None:
+def test_the_base_has_the_loss_of_the_objective(request_: RunRequest) -> None:
     """Before the first step: log 2 of pairs, and of classes that of the head that runs draw."""
     pairs = [row | {"chosen": row["completion"], "rejected": " no"} for row in ROWS]
     pairs = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in pairs]
@@ -97,7 +97,7 @@ def test_the_base_has_the_loss_of_the_objective(request_: Request) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_tokens_that_the_base_does_not_have_are_refused(request_: Request) -> None:
+def test_tokens_that_the_base_does_not_have_are_refused(request_: RunRequest) -> None:
     recipe = request_.recipe.model_copy(update={"new_tokens": ("<a>",)})
     with pytest.raises(LorafoldError, match="recipe: new_tokens: found <a>, expected none"):
         search(replace(request_, recipe=recipe), 4, 16, 0.9, lambda p: None)

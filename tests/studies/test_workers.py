@@ -22,7 +22,7 @@ from rich.console import Console
 
 import lorafold as lf
 from lorafold.api.task_rows import train_and_test
-from lorafold.comparing.measure import BASE, Task, measure
+from lorafold.comparing.measure import BASE, ComparisonTask, measure
 from lorafold.files.claims import CLAIM, LEASE
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
@@ -105,7 +105,7 @@ def test_two_workers_compare_six_cells(tiny_model_dir: Callable[..., Path], tmp_
     assert found[0] == found[1]
     assert (len(written), {len(stamps) for stamps in written.values()}) == (6, {1})
     rows, held_out, source = train_and_test(data, None, recipe, None, Console(quiet=True))
-    task = Task(Base(model, device="cpu"), rows, held_out, source, recipe)
+    task = ComparisonTask(Base(model, device="cpu"), rows, held_out, source, recipe)
     kept = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
     methods = [BASE, "lora", "lora", "ia3", "bitfit", "full"]
     ranks = [{}, {"rank": 4}, {"rank": 8}, {}, {}, {}]

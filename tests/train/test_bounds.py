@@ -15,7 +15,7 @@ from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
 from lorafold.models.positions import positions_of, sequence_of
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.preference_algorithms import Simpo
 from lorafold.training_step.preference_loss import Preferences
@@ -61,11 +61,11 @@ def test_packed_rows_beyond_tables_and_chunks_are_as_they_are_padded(make: Any) 
     """GPT-Neo reads its mask from a buffer of 24 x 24; Llama 4 has chunks of 18."""
     model = make()
     examples = rows(20, 5, 21, 9, 22, 7)
-    alone = Completions(model, False, 0)
+    alone = CompletionLoss(model, False, 0)
     expected = total(alone, [[example] for example in examples])
     with packed(model) as apart:
         assert apart
-        loss = Completions(model, apart, 0)
+        loss = CompletionLoss(model, apart, 0)
         parts = loss.micro_batches(examples, 1, 1024)
         batches = [[examples[i] for i in part] for part in parts]
         assert total(loss, batches) == pytest.approx(expected, rel=1e-4)

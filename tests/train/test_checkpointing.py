@@ -32,7 +32,7 @@ from lorafold.ops import attention
 from lorafold.ops.selective_checkpoint import keeping, kept
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from lorafold.training.start import sample_losses
 from lorafold.training_step.activations import recompute
@@ -258,7 +258,7 @@ def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> Non
             )
             out = tmp_path / f"{objective}-{on}"
             train(
-                Request(Base(tiny_model_dir("llama"), device="cpu"), out, recipe, rows, "rows"),
+                RunRequest(Base(tiny_model_dir("llama"), device="cpu"), out, recipe, rows, "rows"),
                 quiet(),
             )
             found.append((out / "adapter_model.safetensors").read_bytes())
@@ -302,7 +302,9 @@ def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(
         ),
     ):
         train(
-            Request(Base(tmp_path / "model", device="cpu"), tmp_path / "a", recipe, ROWS, "rows"),
+            RunRequest(
+                Base(tmp_path / "model", device="cpu"), tmp_path / "a", recipe, ROWS, "rows"
+            ),
             quiet(),
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

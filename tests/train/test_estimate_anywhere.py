@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
-from lorafold.data.row_store import Part
+from lorafold.data.row_store import SourcePart
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.estimate import Estimate, estimate
 from lorafold.memory.measure import measure
@@ -85,7 +85,7 @@ def test_tensors_that_die_meanwhile_do_not_count() -> None:
 def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     def plan(device: str, base: Storage = BF16) -> Setting:
         examples = [Example(tuple(range(96)), tuple(range(96)))]
-        feed = StoredFeed(examples, [Part(1)], 8, 1, 0)
+        feed = StoredFeed(examples, [SourcePart(1)], 8, 1, 0)
         return planned(Recipe(), feed, Sft(), Setting(base, LORA), device=torch.device(device))
 
     assert plan("cpu").widened is each_arithmetic

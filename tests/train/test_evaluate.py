@@ -27,7 +27,7 @@ from lorafold.evaluation import (
 )
 from lorafold.generation import complete
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.packed_attention import packed
 
 ASKED = [
@@ -86,14 +86,14 @@ def test_held_out_loss_is_the_same_packed_or_padded_and_leaves_the_mode(
     assert sum(len(e.ids) for e in examples) > 2 * 2048
     expected = reference_loss(model, tokenizer, ROWS)
     model.train()
-    assert held_out_loss(Completions(model, packed=False, pad_id=0), examples) == pytest.approx(
+    assert held_out_loss(CompletionLoss(model, packed=False, pad_id=0), examples) == pytest.approx(
         expected, rel=1e-5
     )
     with packed(model) as apart:
         assert apart
-        assert held_out_loss(Completions(model, packed=True, pad_id=0), examples) == pytest.approx(
-            expected, rel=1e-5
-        )
+        assert held_out_loss(
+            CompletionLoss(model, packed=True, pad_id=0), examples
+        ) == pytest.approx(expected, rel=1e-5)
     assert model.training
 
 

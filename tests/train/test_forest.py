@@ -23,7 +23,7 @@ from lorafold.data.examples import NO_LOSS, Example
 from lorafold.training_step.activations import recompute
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import Completions, RowsAlike
+from lorafold.training_step.losses import CompletionLoss, RowsAlike
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
@@ -116,7 +116,7 @@ def stepped(loss: RowsAlike, batches: list[list[Any]]) -> tuple[float, dict[str,
 )
 def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> None:
     model, given = adapted(name), ROWS[rows]
-    apart = stepped(Completions(model, False, 0), [[one] for one in given])
+    apart = stepped(CompletionLoss(model, False, 0), [[one] for one in given])
     if way == "checkpointed":
         recompute(model)
     with (
@@ -124,7 +124,7 @@ def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> Non
         branching(model, across=True) as how,
     ):
         assert how.across
-        loss = Completions(model, True, 0, how)
+        loss = CompletionLoss(model, True, 0, how)
         assert loss.shared_in(given) == (rows != "apart")
         together = stepped(loss, [given])
     same_step(together, apart)
@@ -160,8 +160,8 @@ def test_a_router_is_balanced_over_the_tokens_of_all_rows(
     lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
     given = ROWS[rows]
     with branching(model, across=True) as how:
-        apart = stepped(Completions(model, True, 0), [given])
-        loss = Completions(model, True, 0, how)
+        apart = stepped(CompletionLoss(model, True, 0), [given])
+        loss = CompletionLoss(model, True, 0, how)
         assert loss.shared_in(given)
         same_step(stepped(loss, [given]), apart)
 
@@ -221,9 +221,9 @@ def test_a_tree_may_have_more_tokens_than_the_model_has_positions() -> None:
     head = torch.randint(1, VOCAB, (most - 20,), generator=torch.Generator().manual_seed(1))
     ends = torch.randint(1, VOCAB, (6, 20), generator=torch.Generator().manual_seed(0))
     rows = [Example((ids := (*head.tolist(), *end)), ids) for end in ends.tolist()]
-    apart = stepped(Completions(model, False, 0), [[one] for one in rows])
+    apart = stepped(CompletionLoss(model, False, 0), [[one] for one in rows])
     with branching(model, across=True) as how:
-        loss = Completions(model, True, 0, how)
+        loss = CompletionLoss(model, True, 0, how)
         [order] = loss.micro_batches(rows, 1, 10**6)
         part = [rows[i] for i in order]
         assert len(forest(part).ids) > most
@@ -235,7 +235,7 @@ def test_a_token_that_begins_rows_draws_as_the_first_of_them() -> None:
     model = adapted("llama", dropout=0.5)
     given = [row("abcdef", 4), row("abcdxy", 4)]
     with branching(model, across=True) as how:
-        loss, own = Completions(model, True, 0, how), Completions(model, True, 0)
+        loss, own = CompletionLoss(model, True, 0, how), CompletionLoss(model, True, 0)
         rows = loss.rows_of(given)
         names = loss.names(given, rows, loss.collate(given, CPU))
         [second] = loss.names(given[1:], rows[1:], loss.collate(given[1:], CPU)).tolist()

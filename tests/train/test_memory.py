@@ -30,7 +30,7 @@ from lorafold.memory.presets import llama, setting_of
 from lorafold.memory.report import verdict
 from lorafold.memory.trace import Setting, nothing
 from lorafold.methods import make_spec
-from lorafold.methods.parts.trainable_tokens import Tokens
+from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
 from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
@@ -225,7 +225,10 @@ def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
 
 
 def test_what_is_trained_beside_the_method() -> None:
-    beside = {"modules_to_save": ["norm"], "tokens": Tokens((500, 501, 7), frozenset({500, 501}))}
+    beside = {
+        "modules_to_save": ["norm"],
+        "tokens": TrainableTokens((500, 501, 7), frozenset({500, 501})),
+    }
     close(CONFIGS["llama"], replace(LORA, beside=lambda model: beside))
 
 

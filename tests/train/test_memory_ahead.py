@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import lorafold as lf
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
-from lorafold.data.row_store import Part
+from lorafold.data.row_store import SourcePart
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.estimate import estimate
 from lorafold.memory.trace import Setting
@@ -30,7 +30,7 @@ from lorafold.objectives.sft import Sft
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEPT, RETURNED, free_bytes, freed_blocks
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 CONFIG = tf.LlamaConfig(
@@ -86,7 +86,9 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
 
     def plan(**fields: Any) -> Setting:
         recipe = Recipe(epochs=1, **fields)
-        feed = StoredFeed(examples, [Part(4)], recipe.batch, recipe.total_steps(4), recipe.seed)
+        feed = StoredFeed(
+            examples, [SourcePart(4)], recipe.batch, recipe.total_steps(4), recipe.seed
+        )
         return planned(recipe, feed, Sft(), SETTING, shares=True)
 
     whole = plan(batch=4, packing=True)
@@ -124,7 +126,9 @@ def test_a_run_asks_it(
     )
     recipe = Recipe(steps=1, batch=2, storage="fp32", max_length=32)
     rows = [{"prompt": "a b", "completion": " c"}] * 4
-    train(Request(Base(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console)
+    train(
+        RunRequest(Base(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console
+    )
     assert (
         any(
             p.device.type == "cpu" and type(p) is torch.nn.Parameter
@@ -207,7 +211,7 @@ def test_a_run_on_a_cpu_counts_its_process() -> None:
 
     def plan(device: str) -> bool:
         examples = [Example((1, 2), (-100, 2))] * 4
-        feed = StoredFeed(examples, [Part(4)], 2, 2, 0)
+        feed = StoredFeed(examples, [SourcePart(4)], 2, 2, 0)
         where = torch.device(device)
         return planned(Recipe(epochs=1), feed, Sft(), SETTING, device=where).resident
 

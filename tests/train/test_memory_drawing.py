@@ -12,8 +12,8 @@ import transformers as tf
 import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.data.batches import StoredFeed
-from lorafold.data.prompt_examples import Prompt
-from lorafold.data.row_store import Part
+from lorafold.data.prompt_examples import TokenizedPrompt
+from lorafold.data.row_store import SourcePart
 from lorafold.engine.fast_path import Packed
 from lorafold.engine.runner import SlotRunner
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
@@ -86,8 +86,8 @@ def test_the_peak_is_that_of_the_step_or_of_drawing() -> None:
 def test_shorter_completions_fill_a_sequence() -> None:
     """Planned are those that are as long as they may be, of which fewer fit."""
     drawing = PolicyObjective(Grpo(), Drawing(group=4, max_new_tokens=20))
-    prompts = [Prompt((1,) * n, {}, "") for n in (10, 12, 14)]
-    feed = StoredFeed(prompts, [Part(3)], 3, 1, 0)
+    prompts = [TokenizedPrompt((1,) * n, {}, "") for n in (10, 12, 14)]
+    feed = StoredFeed(prompts, [SourcePart(3)], 3, 1, 0)
     found = [
         planned(Recipe(batch=3, steps=1, max_length=n), feed, drawing, setting(torch.float32, None))
         for n in (150, 1000)

@@ -25,7 +25,7 @@ from lorafold.methods.lora import LoRA
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step import adamw
 from lorafold.training_step.adamw import PAGED, choose, make_optimizer, state_bytes
@@ -40,7 +40,7 @@ GB, MB = 10**9, 10**6
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-def request(model: Path, out: Path, resume: bool = False, **fields) -> Request:
+def request(model: Path, out: Path, resume: bool = False, **fields) -> RunRequest:
     # rank 64 on the tiny model: some factors are above the 4,096 elements from which state is
     # 8-bit, some below
     recipe = Recipe(
@@ -55,7 +55,7 @@ def request(model: Path, out: Path, resume: bool = False, **fields) -> Request:
         }
         | fields
     )
-    return Request(Base(model, device="cpu"), out, recipe, ROWS, "rows", resume=resume)
+    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", resume=resume)
 
 
 def quiet() -> Console:
@@ -126,7 +126,7 @@ def test_auto_is_fp32_unless_memory_is_short_on_cuda(
 def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() -> None:
     def line(name: str, dtype: torch.dtype) -> str:
         parameters = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
-        return adamw.described(adamw.Choice(name, "why"), [{"params": parameters}], 7)
+        return adamw.described(adamw.OptimizerChoice(name, "why"), [{"params": parameters}], 7)
 
     assert (
         line("adamw8bit", torch.float32)
@@ -260,7 +260,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         restore_optimizer(other, optimizer_tensors(one))
 
 
-def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: Request) -> None:
+def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: RunRequest) -> None:
     """A run that fails in step `at`, as one does that is killed: its checkpoints stay."""
 
     def failing(plan: loop.Plan, rows: list, i: int) -> float:
@@ -349,7 +349,7 @@ def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
         request(tiny_model_dir("llama"), tmp_path / "straight", optimizer="adamw8bit"), quiet()
     )
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
-        patch.setattr(adamw, "choose", lambda *_: adamw.Choice("adamw8bit", "short"))
+        patch.setattr(adamw, "choose", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
         stopped(monkeypatch, 6, request(tiny_model_dir("llama"), tmp_path / "a"))
     resumed = train(
         request(tiny_model_dir("llama"), tmp_path / "a", resume=True),

@@ -19,7 +19,7 @@ from lorafold.errors import LorafoldError
 from lorafold.models.positions import Positions, positions_in, positions_of, trained_on
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.request import Request, with_length
+from lorafold.training.request import RunRequest, with_length
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -282,7 +282,7 @@ def test_a_run_is_resumed_with_the_length_that_it_began_with(
 ) -> None:
     """Also one of an earlier version, which began with more than the model has positions."""
     rows = [{"prompt": "a", "completion": " fox"}]
-    request = Request(
+    request = RunRequest(
         Base(tiny_model_dir("gpt2")), tmp_path / "a", lf.Recipe(), rows, "rows", resume=True
     )
     quiet = Console(quiet=True)

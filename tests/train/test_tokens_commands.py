@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
-from lorafold.comparing.measure import Task, Variant
+from lorafold.comparing.measure import ComparisonTask, Variant
 from lorafold.comparing.run import compare
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
 from lorafold.merging.plan import declared
-from lorafold.methods.parts.trainable_tokens import Tokens
+from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, tokenizer_of
@@ -33,7 +33,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
 from lorafold.training.preview import show
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from token_cases import ROWS, lorafold, quiet, request, said
 
@@ -242,7 +242,7 @@ def test_padded_and_packed_and_accumulated_give_the_same_losses(
 def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     tiny_model_dir, template: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    def asked(name: str, **more: Any) -> Request:
+    def asked(name: str, **more: Any) -> RunRequest:
         return request(
             tiny_model_dir("gpt2"),
             tmp_path / name,
@@ -500,7 +500,7 @@ def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
     with pytest.raises(LorafoldError, match="tokens: Full trains the base's own weights"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
     base = Base(tiny_model_dir("llama"), device="cpu")
-    task = Task(base, ROWS, ROWS, "rows", Recipe(new_tokens=("<|user|>",)))
+    task = ComparisonTask(base, ROWS, ROWS, "rows", Recipe(new_tokens=("<|user|>",)))
     with pytest.raises(
         LorafoldError,
         match=r"new_tokens: found <\|user\|>, expected none",
@@ -610,7 +610,9 @@ def test_a_tied_weight_that_is_stored_twice_stays_one(tiny_model_dir, tmp_path: 
 def test_other_ids_for_a_tied_head_untie_it(tiny_model_dir, tmp_path: Path) -> None:
     base = tiny_model_dir("gpt2")
     model = fresh_model(base)
-    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=Tokens({"wte": (300, 7), "lm_head": (300,)}))
+    adapter = lf.attach(
+        model, lf.LoRA(rank=2), tokens=TrainableTokens({"wte": (300, 7), "lm_head": (300,)})
+    )
     for p in adapter.parameters():
         p.data += 0.1
     adapter.save(tmp_path / "a")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorafold.adapter.building import Built, build, read
+from lorafold.adapter.building import BuiltAdapter, build, read
 from lorafold.adapter.handle import Adapter
 from lorafold.advice import advised
 from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
@@ -22,7 +22,7 @@ from lorafold.identity import of_model
 from lorafold.kernels.table import TRAINING, use
 from lorafold.layers import layer_class
 from lorafold.methods.parts.extras import Bias
-from lorafold.methods.parts.trainable_tokens import Tokens
+from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.sources import known
 from lorafold.models.weights import Weights
 from lorafold.peft.saved import Saved
@@ -39,7 +39,7 @@ def attach(
     *,
     bias: Bias = "none",
     modules_to_save: Sequence[str] | Matches = (),
-    tokens: Sequence[int] | Mapping[str, Sequence[int]] | Tokens = (),
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
     base: Weights | None = None,
 ) -> Adapter:
     """Attach an adapter to a model, above those that are active, freeze the base and make the
@@ -98,7 +98,7 @@ def load(
     return _place(model, built, name, trainable).requires_grad_(trainable)
 
 
-def _other_files(model: nn.Module, built: Built) -> str | None:
+def _other_files(model: nn.Module, built: BuiltAdapter) -> str | None:
     """A line that says that the base, which has the fingerprint of the one that the adapter was
     trained on, was read from other files; None if it was not, or if that is not known.
     """
@@ -119,7 +119,7 @@ def _check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapter:
+def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
     if trainable and any(p.is_cpu for p in model.parameters()):
         use(TRAINING)  # before the first step, so that compiling is no part of it
     selection = selection_of(model)

@@ -31,19 +31,19 @@ from lorafold.files.contents import Contents
 from lorafold.layers import is_linear, layer_of
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.modules_to_save import ReplaceDelta, leaves
-from lorafold.methods.parts.trainable_tokens import Tokens
+from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import called
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same
-from lorafold.peft.saved import Chosen, Saved
+from lorafold.peft.saved import AdapterConfig, Saved
 
 log = logging.getLogger(__name__)
 ROOM = 1 << 26  # numbers that every adapter may have
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltAdapter:
     """An adapter for one model: what was chosen, and by module path the parts of its deltas, the
     lowest first. `over` are the adapters that it lies over, and `files`
     the directory that it was read from and its digest. `base_identity` is that of the files of the
@@ -51,7 +51,7 @@ class Built:
     another one.
     """
 
-    chosen: Chosen
+    chosen: AdapterConfig
     parts: Mapping[str, list[Delta]]
     over: tuple[Origin, ...]
     files: tuple[str, str] = ("", "")
@@ -66,9 +66,9 @@ def build(
     *,
     bias: Bias = "none",
     modules_to_save: Sequence[str] | Matches = (),
-    tokens: Sequence[int] | Mapping[str, Sequence[int]] | Tokens = (),
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
     base: Weights | None = None,
-) -> Built:
+) -> BuiltAdapter:
     """Build a new adapter. Raises LorafoldError as `attach` does, whose arguments these are.
 
     Args:
@@ -111,12 +111,12 @@ def build(
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
-    rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+    rows = tokens if isinstance(tokens, TrainableTokens) else TrainableTokens(tokens)
     if rows.ids or any(adapted_modules(model)):
         add_token_rows(model, spec, rows, names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
-    chosen = Chosen(spec, matches, bias, tuple(saved.by_pattern))
-    return Built(chosen, deltas, selection.active)
+    chosen = AdapterConfig(spec, matches, bias, tuple(saved.by_pattern))
+    return BuiltAdapter(chosen, deltas, selection.active)
 
 
 def _of_router(model: nn.Module, path: str) -> str | None:
@@ -147,7 +147,7 @@ def read(
     allow_other_base: bool = False,
     base: Weights | None = None,
     below: Sequence[Origin] | None = None,
-) -> Built:
+) -> BuiltAdapter:
     """Read a saved adapter. Raises LorafoldError as `load` does, whose arguments these are.
 
     Args:

@@ -26,7 +26,7 @@ from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
-from lorafold.files.model_card import CARD, VOCABULARY, Beside, training_card
+from lorafold.files.model_card import CARD, VOCABULARY, ResultFiles, training_card
 from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
 from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
@@ -39,7 +39,7 @@ from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import called, forget, known
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft.provenance import BASE_IDENTITY, digest_written, listed, recorded
-from lorafold.peft.saved import Chosen, write
+from lorafold.peft.saved import AdapterConfig, write
 
 
 class Adapter:
@@ -51,7 +51,7 @@ class Adapter:
         self,
         model: nn.Module,
         name: str,
-        chosen: Chosen,
+        chosen: AdapterConfig,
         over: tuple[Origin, ...] = (),
         other_base: str = "",
     ) -> None:
@@ -192,7 +192,7 @@ class Adapter:
         below = recorded(self.over) if self.over else {}
         about = {**trained, **other, **(record or {}), **grown, **below}
         about = {name: value for name, value in about.items() if value is not None}
-        beside = Beside(about, card, tokenizer, overwrite)
+        beside = ResultFiles(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
             return _write_whole(path, self.model, self.spec, beside)
         parts = {path: list(delta.parts()) for path, delta in self.deltas.items()}
@@ -252,7 +252,7 @@ class Adapter:
         )
 
 
-def _write_whole(path: Path, model: Any, spec: Spec, beside: Beside) -> Path:
+def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:
     """Write a model whose own weights were trained, completely or not at all.
 
     Raises LorafoldError if the path exists and may not be replaced, or if the model is not one of

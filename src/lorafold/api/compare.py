@@ -28,7 +28,7 @@ def compare(
     ] = None,
     seeds: Annotated[int, opt.Option(min=1)] = 1,
     recipe: Annotated[
-        "Recipe | None", opt.Fields(without=("method", "seed"), defaults=opt.of_quickstart)
+        "Recipe | None", opt.RecipeOptions(without=("method", "seed"), defaults=opt.of_quickstart)
     ] = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
@@ -81,7 +81,7 @@ def compare(
     from lorafold.api.task_rows import train_and_test
     from lorafold.comparing import run
     from lorafold.comparing.comparison import Comparison
-    from lorafold.comparing.measure import Task, variants
+    from lorafold.comparing.measure import ComparisonTask, variants
     from lorafold.comparing.paired_tests import alike, chosen_apart
     from lorafold.comparing.report import page
     from lorafold.comparing.run import known_methods, methods_for, unfit
@@ -117,7 +117,7 @@ def compare(
     fitted = [fitting(one.of(recipe), one.method) for one in asked]
     before = max(spec_of(one).positions for one in fitted)
     recipe = settled_length(recipe, base, before, console)
-    task = Task(base, rows, held_out, source, recipe)
+    task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # what is wrong with rewards is told first
     check_judges(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():

@@ -38,7 +38,7 @@ class Learning:
     evaluations: Annotated[int, opt.Option(min=1)] = 40
     recipe: Annotated[
         "Recipe | None",
-        opt.Fields(
+        opt.RecipeOptions(
             names=(),
             config=False,
             sets="A field of the recipe by which a mixture's gates are trained, as in steps=40.",
@@ -108,7 +108,7 @@ def compose(
     from lorafold.api.loaded_model import opened
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
-    from lorafold.composing.request import Request
+    from lorafold.composing.request import ComposeRequest
     from lorafold.peft.saved import open_all
     from lorafold.recipe.fitting import settled_length
     from lorafold.resolve import base_for
@@ -117,7 +117,7 @@ def compose(
     base = base_for(model, saved, console, **opening)
     before = sum(one.spec.positions for one in saved)
     recipe = settled_length(as_recipe(learning.recipe, RECIPE), base, before, console)
-    request = Request(
+    request = ComposeRequest(
         base,
         saved,
         (how,) if isinstance(how, str) else tuple(how),

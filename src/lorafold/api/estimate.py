@@ -28,7 +28,7 @@ def estimate(
     max_length: Annotated[int | None, opt.Option(min=2)] = None,
     labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
     recipe: Annotated[
-        "Recipe | None", opt.Fields((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
+        "Recipe | None", opt.RecipeOptions((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
     ] = None,
     gpus: Annotated[int, opt.Option(min=1)] = 1,
     strategy: str = "fsdp",
@@ -113,7 +113,7 @@ def estimate(
     from lorafold.models.positions import positions_in
     from lorafold.models.sources import EMBEDDED
     from lorafold.ops.arithmetic import widens
-    from lorafold.ops.kernel_requirements import Place, place_of
+    from lorafold.ops.kernel_requirements import DeviceKind, place_of
     from lorafold.recipe.fitting import LENGTH, fitted_length
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
@@ -147,7 +147,7 @@ def estimate(
             f"--compute-capability: found {found_too} too, expected it alone: it is of a GPU of"
             " CUDA that is not asked"
         )
-    asked_for = Place(kind, capability(compute_capability))
+    asked_for = DeviceKind(kind, capability(compute_capability))
     choose_device(device, absent=True)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None
     trusted = opening.get("trust_remote_code", False)

@@ -46,11 +46,11 @@ def setting_on_rows(
     check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
     recipe, functions = with_rewards(recipe_in(mode, recipe), rewards)
     rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
-    from lorafold.training.request import Request
+    from lorafold.training.request import RunRequest
     from lorafold.training.setup import largest_setting, set_up
 
     with TemporaryDirectory() as folder:
         out = Path(folder) / "adapter"
-        request = Request(base, out, recipe, rows, source_of(data), rewards=functions)
+        request = RunRequest(base, out, recipe, rows, source_of(data), rewards=functions)
         found = largest_setting(set_up(request, console))
     return replace(found, checkpointing=recipe.gradient_checkpointing is True)

@@ -107,10 +107,10 @@ def evaluate(
     labels = rows.give(LABELS) and not judges
     length = length_for(asked, max_length, found, console, head=labels)
     if judges:
-        from lorafold.objectives.algorithms import Drawing
+        from lorafold.objectives.algorithms import SamplingOptions
         from lorafold.rewards import Rewards
 
-        longest = Drawing.max_new_tokens if max_new_tokens is None else max_new_tokens
+        longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
         settings = evaluation.RewardSettings(length, longest, **drawn)
         with Rewards.of(*judges, **limit) as judging:
             loaded, tokenizer = opened(asked, found, tokenizer, console=console)

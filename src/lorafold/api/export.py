@@ -72,5 +72,7 @@ def export(
     asked = None if prompts is None else as_path(prompts, "prompts")
     found = open_all(as_paths(adapters))
     base = base_for(model, found, console, **opening)
-    wanted = run.Wanted(to, tensors, as_lora, prove, asked, python, engine_url, overwrite, into)
+    wanted = run.ExportOptions(
+        to, tensors, as_lora, prove, asked, python, engine_url, overwrite, into
+    )
     return run.export(base, found, place, wanted, console)

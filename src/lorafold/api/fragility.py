@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorafold.resolve import Base
     from lorafold.robustness import run
     from lorafold.robustness.result import Fragility
-    from lorafold.robustness.task import Stack
+    from lorafold.robustness.task import AdapterStack
 
 TUNING = "Tuning"
 OF_TUNING = ["alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"]
@@ -97,7 +97,9 @@ def fragility(
     instead: Annotated[bool, opt.Option(rare=True)] = False,
     tuning: Tuning = Tuning(),
     defending: Defending = Defending(),
-    recipe: Annotated["Recipe | None", opt.Fields(names=OF_TUNING, defaults=_of_tuning)] = None,
+    recipe: Annotated[
+        "Recipe | None", opt.RecipeOptions(names=OF_TUNING, defaults=_of_tuning)
+    ] = None,
     columns: opt.Columns = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
@@ -165,7 +167,7 @@ def fragility(
     from lorafold.resolve import base_for
     from lorafold.robustness import run
     from lorafold.robustness.report import markdown, page
-    from lorafold.robustness.task import RECIPE, Task, stacks_of
+    from lorafold.robustness.task import RECIPE, FragilityTask, stacks_of
 
     place, console = as_page(html), or_quiet(console)
     if problems := list(problems_of(out, data, tuned, bool(against_adapter), instead)):
@@ -186,7 +188,7 @@ def fragility(
     before = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
     recipe = settled_length(recipe, base, before, console)
     mix = None if defending.mix is None else as_rows(defending.mix, columns, console)
-    task = Task(
+    task = FragilityTask(
         base=base,
         stacks=stacks,
         refuse=as_prompts(probes.refuse, columns),
@@ -245,7 +247,7 @@ def problems_of(
             yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave it out"
 
 
-def possible(stacks: Sequence["Stack"], mix: bool, tuned: bool) -> tuple[str, ...]:
+def possible(stacks: Sequence["AdapterStack"], mix: bool, tuned: bool) -> tuple[str, ...]:
     """The defences that can be measured with what is given.
 
     Args:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Prompts = TypeVar("Prompts", str, list[str])  # a prompt gives a completion, a list a list
 
 
-class Prepared(NamedTuple):
+class RenderedPrompts(NamedTuple):
     """A model, its tokenizer, and the prompts as the chat template renders them."""
 
     model: "PreTrainedModel"
@@ -92,7 +92,7 @@ def prepared(
     allow_control_tokens: bool = False,
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
-) -> Prepared:
+) -> RenderedPrompts:
     """What `generate` computes with, from its arguments. Raises LorafoldError as it does."""
     import copy
 
@@ -108,7 +108,9 @@ def prepared(
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
         allow(own)
-    return Prepared(loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts])
+    return RenderedPrompts(
+        loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts]
+    )
 
 
 def rendered(

@@ -6,7 +6,7 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from lorafold.inspecting.intrinsic import Intrinsic, Point
+    from lorafold.inspecting.intrinsic import Intrinsic, SubspaceRun
     from lorafold.recipe.recipe import Recipe
 
 
@@ -22,7 +22,7 @@ def intrinsic(
     largest: Annotated[int, opt.Option(min=1)] = 65536,
     share: Annotated[float, opt.Option(min=0.0, max=1.0)] = 0.9,
     recipe: Annotated[
-        "Recipe | None", opt.Fields(without=("method",), defaults=opt.of_quickstart)
+        "Recipe | None", opt.RecipeOptions(without=("method",), defaults=opt.of_quickstart)
     ] = None,
     console: opt.Progress = None,
     **opening: Unpack[opt.Computing],
@@ -62,7 +62,7 @@ def intrinsic(
     from lorafold.recipe.fitting import settled_length
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
-    from lorafold.training.request import Request
+    from lorafold.training.request import RunRequest
 
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
@@ -77,13 +77,13 @@ def intrinsic(
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))
     recipe = recipe.model_copy(update={"steps": steps})
 
-    def tell(point: "Point") -> None:
+    def tell(point: "SubspaceRun") -> None:
         console.print(
             f"dimension {point.dimension}: loss {point.loss:.4f}, {point.reached:.1%} of the"
             " improvement of full training",
             highlight=False,
         )
 
-    request = Request(base, as_path(out), recipe, rows, source, eval_rows=held_out)
+    request = RunRequest(base, as_path(out), recipe, rows, source, eval_rows=held_out)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     return search(request, smallest, largest, share, tell, say)

@@ -21,7 +21,7 @@ from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitted_length
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
-from lorafold.training_step.preference_algorithms import Reward
+from lorafold.training_step.preference_algorithms import BradleyTerry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that a verb was given. The Python files of its tokenizer run if they are trusted."""
 
     model: PreTrainedModel
@@ -41,7 +41,7 @@ def at_hand(
     adapters: Sequence[Saved],
     console: Console | None = None,
     **how: Any,
-) -> Base | Loaded:
+) -> Base | LoadedModel:
     """What a verb was given as its model: the model itself if it is loaded, else the base as
     `base_for` finds it.
 
@@ -64,11 +64,11 @@ def at_hand(
             " model's name, or give storage, device and revision to lf.load_model, adapters and"
             " allow_other_base to lf.load"
         )
-    return Loaded(model, how.get("trust_remote_code", False))
+    return LoadedModel(model, how.get("trust_remote_code", False))
 
 
 def opened(
-    model: Base | Loaded,
+    model: Base | LoadedModel,
     adapters: Sequence[Saved] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -91,7 +91,7 @@ def opened(
     expected: a language model, a classifier or a reward model.
     """
     console = or_quiet(console)
-    if isinstance(model, Loaded):
+    if isinstance(model, LoadedModel):
         loaded, trusted = model.model, model.trust_remote_code
         tokenizer = tokenizer or load_tokenizer(str(loaded.name_or_path), None, trusted)
         return loaded, tokenizer if classify else prepared(tokenizer, Sft(), console)
@@ -108,7 +108,7 @@ def opened(
             f" this data or command{hint}"
         )
     objective: Objective = (
-        RewardModel(Reward()) if reward else Sft() if classes is None else Classify(classes)
+        RewardModel(BradleyTerry()) if reward else Sft() if classes is None else Classify(classes)
     )
     tokenizer = prepared(tokenizer, objective, console)
     base = model.stored_as_trained(adapters)
@@ -121,7 +121,7 @@ def opened(
 
 
 def length_for(
-    model: Base | Loaded,
+    model: Base | LoadedModel,
     asked: int | None,
     adapters: Sequence[Saved],
     console: Console | None,
@@ -140,7 +140,7 @@ def length_for(
         console: For a line where the positions bound it; None is quiet.
         head: Expect a classifier or a reward model instead of a language model.
     """
-    if isinstance(model, Loaded):
+    if isinstance(model, LoadedModel):
         found = positions_of(model.model)
     else:
         found = positions_in(model.config(), head, model.trust_remote_code)

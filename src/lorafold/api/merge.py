@@ -60,5 +60,5 @@ def merge(
     if not (found := open_all(as_paths(adapters))):
         raise LorafoldError("adapters: found no adapter, expected at least one to merge")
     base = base_for(model, found, console, **opening)
-    wanted = run.Wanted(into, rounding, seed, certificate, probe, overwrite)
+    wanted = run.MergeOptions(into, rounding, seed, certificate, probe, overwrite)
     return run.merge(base, found, as_path(out), wanted, console)

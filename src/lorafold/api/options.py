@@ -82,7 +82,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Fields:
+class RecipeOptions:
     """A recipe, of which the command takes fields as options, `--set` and, if so, `--config`.
 
     names: The fields; None for all but `without`.
@@ -124,7 +124,7 @@ class Docs(NamedTuple):
         return cls(about.strip(), entries, (*examples,), parts.get("Notes", "").strip())
 
 
-class Declared(NamedTuple):
+class DeclaredOption(NamedTuple):
     """A parameter of a verb or of a group of its parameters.
 
     group: The name of the parameter that the group is, and its class; None outside of groups.
@@ -133,12 +133,12 @@ class Declared(NamedTuple):
     name: str
     hint: Any
     default: Any
-    option: Option | Fields
+    option: Option | RecipeOptions
     help: str
     group: tuple[str, type] | None = None
 
 
-def declared(verb: Any) -> Iterator[Declared]:
+def declared(verb: Any) -> Iterator[DeclaredOption]:
     """The parameters of a verb, with those of groups in the place of the groups."""
     docs = Docs.of(verb)
     for name, parameter in inspect.signature(verb, follow_wrapped=False).parameters.items():
@@ -147,22 +147,24 @@ def declared(verb: Any) -> Iterator[Declared]:
         if is_typeddict(group):
             for inner, one in get_type_hints(group, include_extras=True).items():
                 option = _option(one)
-                yield Declared(inner, one, option.default, option, option.help)
+                yield DeclaredOption(inner, one, option.default, option, option.help)
         elif is_dataclass(group) and isinstance(group, type):
             entries = Docs.of(group).args
             for field in fields(group):
                 option, empty = _option(field.type), field.default is MISSING
                 default = Parameter.empty if empty else field.default
                 text = getattr(option, "help", "") or entries.get(field.name, "")
-                yield Declared(field.name, field.type, default, option, text, (name, group))
+                yield DeclaredOption(field.name, field.type, default, option, text, (name, group))
         else:
             option = _option(hint)
             text = getattr(option, "help", "") or docs.args.get(name, "")
-            yield Declared(name, hint, parameter.default, option, text)
+            yield DeclaredOption(name, hint, parameter.default, option, text)
 
 
 def _option(hint: Any) -> Any:
-    return next((one for one in get_args(hint) if isinstance(one, (Option, Fields))), Option())
+    return next(
+        (one for one in get_args(hint) if isinstance(one, (Option, RecipeOptions))), Option()
+    )
 
 
 def verb(function: Verb) -> Verb:

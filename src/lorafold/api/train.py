@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from lorafold.data.checks import Findings
     from lorafold.recipe.recipe import Recipe
     from lorafold.training.finish import Trained
-    from lorafold.training.request import Request
+    from lorafold.training.request import RunRequest
 
-OfRun = Annotated["Recipe | None", opt.Fields()]
+OfRun = Annotated["Recipe | None", opt.RecipeOptions()]
 Shown = Annotated[
     "Console | Literal[False] | None",
     opt.Option(
@@ -24,7 +24,7 @@ Shown = Annotated[
 ]
 
 
-class Asked(opt.Stacking, total=False):
+class RunInputs(opt.Stacking, total=False):
     """What a run is made of besides its recipe, its base and its rows."""
 
     eval_data: Annotated[
@@ -59,7 +59,7 @@ def train(
     resume: bool = False,
     overwrite: opt.Overwrite = False,
     console: Shown = None,
-    **asked: Unpack[Asked],
+    **asked: Unpack[RunInputs],
 ) -> "Trained":
     """Train one adapter on your data and write it in PEFT's format.
 
@@ -117,7 +117,7 @@ def preview(
     model: opt.Model = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **asked: Unpack[Asked],
+    **asked: Unpack[RunInputs],
 ) -> "Findings":
     """Print the first rows as the model will see them, with their tools and turns, mark the tokens
     that count in the loss, and return what is found in all rows. Nothing is trained.
@@ -142,10 +142,10 @@ def requested(
     data: opt.Data,
     out: str | Path,
     model: opt.Model,
-    asked: Asked,
+    asked: RunInputs,
     console: "Console",
     **more: Any,
-) -> "Request":
+) -> "RunRequest":
     """The request for a run.
 
     Args:
@@ -178,14 +178,14 @@ def requested(
         held_out = as_rows(held_out, columns, console, objective=run.objective)
     from lorafold.peft.provenance import OwnBase
     from lorafold.resolve import base_for
-    from lorafold.training.request import Request
+    from lorafold.training.request import RunRequest
 
     stack, first = asked.pop("over", ()), asked.pop("init_adapter", None)
     over = () if stack == () else tuple(as_paths(stack))
     start = None if first is None else as_path(first, "init_adapter")
     below = [] if model else [*map(OwnBase.read, (*over, *([start] if start else [])))]
     base = base_for(model, below, console, **asked)
-    return Request(
+    return RunRequest(
         base,
         as_path(out),
         run,

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from lorafold.cli.command_line import words
 from lorafold.cli.help import OTHERS, help_all_option, write_examples, write_lists
-from lorafold.cli.parser import Above, Command, Group
+from lorafold.cli.parser import Above, Command, CommandGroup
 from lorafold.cli.suggestions import no_options
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
@@ -76,7 +76,7 @@ TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
 SEVERAL = {"train", "doctor"}  # which several processes may be started of
 
 
-class Commands(Group):
+class Commands(CommandGroup):
     """A group that lists COMMANDS in --help and imports a command's module when it is called."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -127,7 +127,7 @@ def _load(name: str) -> Any:
     from lorafold.cli import commands
     from lorafold.cli.runners import RUNNERS
 
-    def built(name: str, above: bool = False) -> commands.Built:
+    def built(name: str, above: bool = False) -> commands.BuiltCommand:
         return commands.built(verb_of(name), RUNNERS.get(name, commands.plain), above)
 
     one = typer.Typer(add_completion=False, rich_markup_mode=None)

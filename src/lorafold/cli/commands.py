@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from lorafold.api.options import Declared, Docs, Fields, Option, declared
+from lorafold.api.options import DeclaredOption, Docs, Option, RecipeOptions, declared
 from lorafold.cli.columns import columns_of
 from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
@@ -37,12 +37,12 @@ UNITS = {
 class Taken(NamedTuple):
     """One argument of the verb, what is typed for it, and how it is read."""
 
-    of: Declared
+    of: DeclaredOption
     shown: list[Parameter]
     read: Callable[[Typed], Any]
 
 
-class Built(NamedTuple):
+class BuiltCommand(NamedTuple):
     """A function that Typer makes a command of, examples of the command, and what ends its help."""
 
     function: Callable[..., None]
@@ -78,7 +78,7 @@ def messages() -> "Console":
     return Console(stderr=True)
 
 
-def built(verb: Any, runner: Any = plain, above: bool = False) -> Built:
+def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
     """The command of a verb.
 
     Args:
@@ -86,7 +86,9 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> Built:
         above: Whether there are commands below it, of which one may be called instead.
     """
     own = [*declared(verb)]
-    taken = [_taken(one) for one in sorted(own, key=lambda one: isinstance(one.option, Fields))]
+    taken = [
+        _taken(one) for one in sorted(own, key=lambda one: isinstance(one.option, RecipeOptions))
+    ]
     printed = [_taken(one) for one in declared(runner) if one.default is not Parameter.empty]
     shown = [parameter for one in (*taken, *printed) for parameter in one.shown]
     flags = {
@@ -124,7 +126,7 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> Built:
         shown.insert(0, context)
     command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in shown}
-    return Built(command, docs.examples, as_typed(docs.notes))
+    return BuiltCommand(command, docs.examples, as_typed(docs.notes))
 
 
 def _info(parameter: Parameter) -> Any:
@@ -136,9 +138,9 @@ def _flag(parameter: Parameter) -> str:
     return str(names[0]).split("/")[0]
 
 
-def _taken(one: Declared) -> Taken:
+def _taken(one: DeclaredOption) -> Taken:
     option, name = one.option, one.name
-    if isinstance(option, Fields):
+    if isinstance(option, RecipeOptions):
         from lorafold.cli.recipe_options import options_of, recipe_of
 
         return Taken(one, options_of(option), partial(recipe_of, option))
@@ -151,11 +153,11 @@ def _taken(one: Declared) -> Taken:
     if option.beside:
         flag, text = option.beside
         more = Option(text, flag=flag, rare=True)
-        shown.append(parameter_of(Declared(name, one.hint, (), more, text)))
+        shown.append(parameter_of(DeclaredOption(name, one.hint, (), more, text)))
     return Taken(one, shown, lambda typed: read(*(typed[p.name] for p in shown)))
 
 
-def _adapters(one: Declared) -> list[Parameter]:
+def _adapters(one: DeclaredOption) -> list[Parameter]:
     metavar, text = "[ADAPTER]...", one.help
     argument = typer.Argument(metavar=metavar, show_default=False, help=text)
     by_name = typer.Option(..., "--adapter", help="The same by name.")

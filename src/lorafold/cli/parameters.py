@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from lorafold.api.options import Declared, Option
+from lorafold.api.options import DeclaredOption, Option
 
 
-def parameter_of(one: Declared) -> Parameter:
+def parameter_of(one: DeclaredOption) -> Parameter:
     """A parameter of the function that Typer reads, with its option."""
     option, help = one.option, one.help
     assert isinstance(option, Option)

@@ -25,7 +25,7 @@ OLD_NAMES = {
 }
 
 
-class Reading(Panels):
+class CommandLine(Panels):
     """A command line that is read as the house has it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -88,11 +88,11 @@ def _as_now(args: Sequence[str], params: Sequence[Any]) -> list[str]:
     return [*found, *rest]
 
 
-class Command(Reading, TyperCommand):
+class Command(CommandLine, TyperCommand):
     """A command."""
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """A command with commands below it, which tells one that there is not in one line."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
@@ -103,7 +103,7 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-class Above(Reading, Group):
+class Above(CommandLine, CommandGroup):
     """A command that does something by itself, and whose help lists the commands below it last."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

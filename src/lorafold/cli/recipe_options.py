@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from lorafold.api.options import Declared, Fields, Option
+from lorafold.api.options import DeclaredOption, Option, RecipeOptions
 from lorafold.cli.help import PLACEHOLDERS
 from lorafold.cli.parameters import parameter_of, parts_of
 from lorafold.errors import LorafoldError
@@ -26,14 +26,14 @@ CONFIG = "A recipe in YAML. --set and the options below take precedence over it.
 WIDEST = 50  # characters of choices as a placeholder
 
 
-def options_of(declared: Fields) -> list[Parameter]:
+def options_of(declared: RecipeOptions) -> list[Parameter]:
     """The options of a recipe: of each of its fields, --set and, if asked for, --config."""
     names = fields_in(declared)
     panel = "Recipe" if names else None
     one = Option(kind=list[str], flag="--set", metavar="FIELD=VALUE", panel=panel, rare=bool(names))
-    shown = [parameter_of(Declared("sets", None, None, one, declared.sets))]
+    shown = [parameter_of(DeclaredOption("sets", None, None, one, declared.sets))]
     if declared.config:
-        config = Declared("config", Path, None, Option(panel=panel), CONFIG)
+        config = DeclaredOption("config", Path, None, Option(panel=panel), CONFIG)
         shown.insert(0, parameter_of(config))
     for name in Recipe.model_fields:
         panel = f"Recipe, {GROUPS[name]}" if name in GROUPS else panel
@@ -41,7 +41,7 @@ def options_of(declared: Fields) -> list[Parameter]:
     return shown
 
 
-def recipe_of(declared: Fields, typed: Mapping[str, Any]) -> Recipe:
+def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
     """The recipe of the file, the pairs and the options.
 
     Raises LorafoldError as `load_recipe`.
@@ -60,7 +60,7 @@ def recipe_of(declared: Fields, typed: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def fields_in(declared: Fields) -> list[str]:
+def fields_in(declared: RecipeOptions) -> list[str]:
     """The names of the fields that are options."""
     every = Recipe.model_fields if declared.names is None else declared.names
     return [name for name in Recipe.model_fields if name in every and name not in declared.without]

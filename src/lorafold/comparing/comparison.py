@@ -8,11 +8,11 @@ from typing import Any
 from lorafold.comparing.measure import Measurement
 from lorafold.comparing.paired_tests import Difference, over_base, verdict
 from lorafold.comparing.report import markdown
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 
 
 @dataclass(frozen=True)
-class Comparison(Shown):
+class Comparison(ShownInNotebooks):
     """The figures of every method, setting and seed, in the order asked for, and what they were
     measured on. Those of the base come first.
     """

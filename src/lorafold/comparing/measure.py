@@ -51,7 +51,7 @@ from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import Request, day_written, objective_of, tokenizer_for
+from lorafold.training.request import RunRequest, day_written, objective_of, tokenizer_for
 from lorafold.training.run import train
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ def quality(found: Evaluation | RewardEvaluation) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Task:
+class ComparisonTask:
     """What all methods have in common: model, data, and a recipe but for its method."""
 
     base: Base
@@ -321,17 +321,17 @@ class Task:
         """What the objective depends on besides recipe, rows and model, such as rewards' files."""
         return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
-    def request(self, out: Path, recipe: Recipe) -> Request:
+    def request(self, out: Path, recipe: Recipe) -> RunRequest:
         """The request for one run.
 
         Args:
             out: Where it writes.
             recipe: That of its method and seed.
         """
-        return Request(self.base, out, recipe, self.rows, self.source, day=self.day)
+        return RunRequest(self.base, out, recipe, self.rows, self.source, day=self.day)
 
 
-def measure(task: Task, method: str, seed: int) -> Measurement:
+def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
     """Train one method and measure it, or measure the base.
 
     Args:
@@ -394,7 +394,7 @@ class Models:
     call loads one.
     """
 
-    def __init__(self, request: Request, bare: Base) -> None:
+    def __init__(self, request: RunRequest, bare: Base) -> None:
         self.objective, self.seed = objective_of(request), request.recipe.seed
         self.bare, self.whole = bare, replace(bare, model=request.out, revision=None)
         self.saved = Saved.open(request.out) if (request.out / CONFIG).is_file() else None
@@ -406,7 +406,9 @@ class Models:
         self.tokenizer = on_day(tokenizer, request.day)
         self.length = request.recipe.max_length
 
-    def evaluation(self, model: PreTrainedModel, task: Task) -> Evaluation | RewardEvaluation:
+    def evaluation(
+        self, model: PreTrainedModel, task: ComparisonTask
+    ) -> Evaluation | RewardEvaluation:
         """What methods are compared by, of one of the models. To be called once."""
         return self.objective.evaluate(model, self.tokenizer, task.held_out, self.length)
 

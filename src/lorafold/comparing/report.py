@@ -138,7 +138,7 @@ def ranking(quality: Quality, names: Sequence[str]) -> str:
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
-        plots.rows(axes, shown, [plots.Marks("", values, intervals)], max(map(len, shown)))
+        plots.rows(axes, shown, [plots.Series("", values, intervals)], max(map(len, shown)))
         if quality.base is not None:
             plots.level(axes, "base", x=quality.base)
         axes.set_xlabel(quality.label, loc="right")  # beside long names there is little room
@@ -191,7 +191,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
     names.
     """
     marks = [
-        plots.Marks(name, values, [None] * len(values))
+        plots.Series(name, values, [None] * len(values))
         for name, values in both.items()
         if any(value is not None for value in values)
     ]
@@ -203,7 +203,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
         plots.scaled(axes, x="linear")
         return left_out
 
-    def told(one: plots.Marks) -> str:
+    def told(one: plots.Series) -> str:
         known = sorted((v, n) for v, n in zip(one.values, names, strict=True) if v is not None)
         (low, fast), (high, slow) = known[0], known[-1]
         between = f"{low:.2f} ({fast}) to {high:.2f} ({slow})" if len(known) > 1 else f"{low:.2f}"

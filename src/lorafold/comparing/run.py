@@ -19,7 +19,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lorafold.comparing.measure import BASE, Measurement, Task, Variant, measure, recipe_of
+from lorafold.comparing.measure import (
+    BASE,
+    ComparisonTask,
+    Measurement,
+    Variant,
+    measure,
+    recipe_of,
+)
 from lorafold.data.row_store import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
@@ -67,7 +74,7 @@ def unfit(recipe: Recipe, method: str) -> str | None:
 
 
 def compare(
-    task: Task,
+    task: ComparisonTask,
     asked: Sequence[Variant],
     seeds: Sequence[int],
     out: Path,
@@ -138,7 +145,7 @@ def compare(
     return measurements
 
 
-def measured_anew(task: Task, method: str, seed: int) -> dict[str, Any]:
+def measured_anew(task: ComparisonTask, method: str, seed: int) -> dict[str, Any]:
     """The figures of one method, as a file has them.
 
     Args:
@@ -149,7 +156,7 @@ def measured_anew(task: Task, method: str, seed: int) -> dict[str, Any]:
     return asdict(in_own_process(task, method, seed))
 
 
-def in_own_process(task: Task, method: str, seed: int) -> Measurement:
+def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
     """`measure` in a new process, so that the peak of memory is that of one method.
 
     Args:
@@ -171,7 +178,7 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
         ) from None
 
 
-def key(task: Task, method: str) -> str:
+def key(task: ComparisonTask, method: str) -> str:
     """A digest, of twelve letters, of everything that the figures depend on: the model, the rows,
     the recipe with the defaults of the method, the files of rewards, the device, the storage and
     the code.

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lorafold.adapter import attach, load
 from lorafold.composing.request import Composed, Job
-from lorafold.composing.updates import RULES, Factors, Rule, cut, inner, rank_of
+from lorafold.composing.updates import RULES, ComposeWay, Factors, cut, inner, rank_of
 from lorafold.core.attach import only
 from lorafold.core.targets import Matches
 from lorafold.data.examples import encode
@@ -47,7 +47,7 @@ from lorafold.methods.parts.mixture import Gating, Mixture
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.training import run
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 
 
 def arithmetic(rule: str, job: Job, out: Path) -> Composed:
@@ -64,7 +64,7 @@ def arithmetic(rule: str, job: Job, out: Path) -> Composed:
     return apply(by, rule, job.request.weights or (1 / n if by.mean else 1.0,) * n, job, out)
 
 
-def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
+def apply(by: ComposeWay, way: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
     """Apply a rule at every site and write the adapter.
 
     Args:
@@ -110,7 +110,7 @@ def mixture(job: Job, out: Path) -> Composed:
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"
         error = write_mixture(job, start, request.gates)
-        asked = run.Request(
+        asked = run.RunRequest(
             base,
             trained,
             recipe,
@@ -189,7 +189,7 @@ def search(job: Job) -> tuple[float, ...]:
         encode(rows[:SHOTS], tokenizer, job.request.recipe.max_length).examples
         for rows in job.examples.values()
     ]
-    loss = Completions(model, packed=False, pad_id=0)
+    loss = CompletionLoss(model, packed=False, pad_id=0)
     with TemporaryDirectory() as folder:
         write_mixture(job, Path(folder) / "search", "global")
         # the fingerprints of its parts were checked when they were read

@@ -31,7 +31,7 @@ Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
 @dataclass(frozen=True)
-class Request:
+class ComposeRequest:
     """Which adapters become one, in which ways, and the directory to write.
 
     Each way has its own defaults for weights, density and rank. `tasks` has the rows of each task
@@ -75,7 +75,7 @@ class Job:
     attached as adapter1, adapter2 ..., when it is first needed.
     """
 
-    request: Request
+    request: ComposeRequest
     updates: Updates
     opened: Callable[[], Opened]
     console: Console

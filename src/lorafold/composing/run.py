@@ -16,12 +16,12 @@ from rich.console import Console
 
 from lorafold.composing.interference import Interference, measure
 from lorafold.composing.methods import arithmetic, lorahub, mixture
-from lorafold.composing.request import Composed, Job, Opened, Request
+from lorafold.composing.request import Composed, ComposeRequest, Job, Opened
 from lorafold.composing.updates import RULES, read
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_kept
 from lorafold.resolve.base import check_language_model
 
@@ -34,7 +34,7 @@ LEARNED = ("lorahub", "mixture")  # the ways that learn from examples
 
 
 @dataclass(frozen=True)
-class Composition(Shown):
+class Composition(ShownInNotebooks):
     """What `lf.compose` made: an adapter for each way, and the interference if there were tasks."""
 
     composed: dict[str, Composed]
@@ -67,7 +67,7 @@ class Composition(Shown):
         return "\n".join(lines)
 
 
-def compose(request: Request, opened: Callable[[], Opened], console: Console) -> Composition:
+def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
     """Compose the adapters in every way of the request and, if it has tasks, measure the results.
 
     Args:
@@ -108,7 +108,7 @@ def make(way: str, job: Job, out: Path) -> Composed:
         return COMPOSITIONS[way](job, out)
 
 
-def check(request: Request) -> None:
+def check(request: ComposeRequest) -> None:
     """Raises LorafoldError with everything that is wrong with the request itself."""
     problems = [
         f"--how: found {way}, expected one of {', '.join(COMPOSITIONS)}"
@@ -136,7 +136,7 @@ def check(request: Request) -> None:
         raise LorafoldError("; ".join(problems))
 
 
-def set_apart(request: Request) -> Request:
+def set_apart(request: ComposeRequest) -> ComposeRequest:
     """The request with rows for the ways that learn: its own, or half of each task's rows. In that
     case the other half is measured on.
     """

@@ -67,7 +67,7 @@ Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 
 @dataclass(frozen=True)
-class Site:
+class ModuleUpdates:
     """One adapted module, or the matrices of experts, with the update of each adapter, None where
     an adapter has none there. `names` are those of its matrices.
     """
@@ -102,7 +102,7 @@ class Updates:
     names: tuple[str, ...]
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[ModuleUpdates, ...]:
         """Every site that an adapter changes, in the order of the model's modules."""
         by_adapter = [adapter.own_deltas for adapter in self.adapters]
         modules = Anatomy.of(self.model).modules
@@ -110,11 +110,11 @@ class Updates:
         numbers = {path: layer_of(module_at(self.model, path)).matrices for path in paths}
         updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
         return tuple(
-            Site(path, tuple(matrix_names(path, numbers[path])), tuple(updates[path]))
+            ModuleUpdates(path, tuple(matrix_names(path, numbers[path])), tuple(updates[path]))
             for path in paths
         )
 
-    def watched(self, what: str, console: Console) -> Iterable[Site]:
+    def watched(self, what: str, console: Console) -> Iterable[ModuleUpdates]:
         """The sites one after the other, with a bar on a terminal."""
         quiet = not console.is_terminal
         return track(self.sites, what, console=console, transient=True, disable=quiet)
@@ -259,7 +259,7 @@ def inner(a: Change, b: Change) -> float:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ComposeWay:
     """One way of composing, with its defaults: whether the weights of n adapters are 1/n or 1, the
     `rank(ranks)` of a site from those of its updates, and the `density` of the entries that are
     kept.
@@ -277,7 +277,7 @@ class Rule:
 
     @torch.no_grad()
     def at(
-        self, site: Site, weights: Sequence[float], density: float | None, seed: int
+        self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int
     ) -> Iterator[Change]:
         """Yield the composition of each matrix of a site.
 
@@ -305,12 +305,12 @@ def rank_of(update: Additive, path: str) -> int:
     return factors[1].shape[-2]
 
 
-RULES: dict[str, Rule] = {
-    "linear": Rule(summed, True),
-    "task-arithmetic": Rule(summed, False),
-    "svd": Rule(summed, True, max),
-    "ties": Rule(disjoint_mean, False, kept=trim, density=0.2),
-    "dare": Rule(summed, True, kept=drop, density=0.5),
-    "dare-ties": Rule(disjoint_mean, False, kept=drop, density=0.5),
-    "magnitude": Rule(summed, True, kept=trim, density=0.2),
+RULES: dict[str, ComposeWay] = {
+    "linear": ComposeWay(summed, True),
+    "task-arithmetic": ComposeWay(summed, False),
+    "svd": ComposeWay(summed, True, max),
+    "ties": ComposeWay(disjoint_mean, False, kept=trim, density=0.2),
+    "dare": ComposeWay(summed, True, kept=drop, density=0.5),
+    "dare-ties": ComposeWay(disjoint_mean, False, kept=drop, density=0.5),
+    "magnitude": ComposeWay(summed, True, kept=trim, density=0.2),
 }

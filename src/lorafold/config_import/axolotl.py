@@ -24,10 +24,10 @@ from lorafold.config_import.rules import (
     SAME,
     Outcome,
     Reader,
-    Rows,
     Rule,
-    Settings,
+    SourceRows,
     Table,
+    ToolSettings,
     cases,
     changed,
     choice,
@@ -92,17 +92,17 @@ TOO_LONG = cases(
 )
 
 
-def is_lora(settings: Settings) -> bool:
+def is_lora(settings: ToolSettings) -> bool:
     """Whether an adapter is trained, and not the whole model."""
     return bool(settings["adapter"] != NO_ADAPTER)
 
 
-def is_quantized(settings: Settings) -> bool:
+def is_quantized(settings: ToolSettings) -> bool:
     """Whether the base is quantized."""
     return bool(settings["load_in_4bit"] or settings["load_in_8bit"])
 
 
-def adapter(value: Any, settings: Settings) -> Outcome:
+def adapter(value: Any, settings: ToolSettings) -> Outcome:
     """`adapter` becomes the method; with none the whole model trains.
 
     LorafoldError where a key is missing that axolotl asks for, and for combinations that lorafold
@@ -130,23 +130,23 @@ def adapter(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def _require(keys: str, settings: Settings) -> None:
+def _require(keys: str, settings: ToolSettings) -> None:
     if missing := [key for key in keys.split() if settings[key] is None]:
         raise LorafoldError(f"{', '.join(missing)} missing, and axolotl has no default for it")
 
 
-def part_of_method(value: Any, settings: Settings) -> Outcome:
+def part_of_method(value: Any, settings: ToolSettings) -> Outcome:
     """A switch of the method, such as `peft_use_dora`, is read by the rule of `adapter`."""
     return trainer.OF_METHOD if value else OFF
 
 
-def target_parameters(value: Any, settings: Settings) -> Outcome:
+def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_target_parameters` become targets beside the modules."""
     modules = "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"]
     return trainer.target_parameters(modules, names(value))
 
 
-def bf16(value: Any, settings: Settings) -> Outcome | None:
+def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     """`bf16` becomes the base's storage, unless a quantized base, `fp16` or `float32` decides."""
     if is_quantized(settings):
         return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
@@ -161,7 +161,7 @@ def bf16(value: Any, settings: Settings) -> Outcome | None:
 def unless_bf16(outcome: Outcome) -> Reader:
     """The reader of another number format, unless the base is quantized or `bf16` is on."""
 
-    def read(value: Any, settings: Settings) -> Outcome | None:
+    def read(value: Any, settings: ToolSettings) -> Outcome | None:
         if not boolean(value):
             return OFF
         decided = is_quantized(settings) or settings["bf16"] in (True, "full")
@@ -170,18 +170,18 @@ def unless_bf16(outcome: Outcome) -> Reader:
     return read
 
 
-def batch(value: Any, settings: Settings) -> Outcome:
+def batch(value: Any, settings: ToolSettings) -> Outcome:
     """`micro_batch_size` times accumulation becomes the batch, which counts rows."""
     packed = "axolotl sequence_len" if settings["sample_packing"] else ""
     return trainer.batch(integer(value) * accumulation(settings), "GPU", packed)
 
 
-def micro_batches(value: Any, settings: Settings) -> Outcome:
+def micro_batches(value: Any, settings: ToolSettings) -> Outcome:
     """`gradient_accumulation_steps` become the micro-batches of a step."""
     return taken(accumulate=accumulation(settings))
 
 
-def sample_packing(value: Any, settings: Settings) -> Outcome:
+def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     """`sample_packing` becomes packing, except that a policy reads a prompt once for its group. Of
     a file that names no attention axolotl lets packed rows see each other, with positions that
     start anew.
@@ -193,12 +193,12 @@ def sample_packing(value: Any, settings: Settings) -> Outcome:
     return changed(why if mixed else "", packing=boolean(value))
 
 
-def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
+def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     """`warmup_steps` becomes the warm-up; axolotl makes two steps of one."""
     return trainer.warmed(2 if number(value) == 1 else number(value))
 
 
-def warmup_ratio(value: Any, settings: Settings) -> Outcome | None:
+def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
     """`warmup_ratio` becomes the warm-up; of a run whose steps the file gives, axolotl takes the
     steps rounded down, and at most 100 where the ratio is its own.
     """
@@ -221,14 +221,14 @@ def per_epoch(name: str) -> Reader:
     """
     read = trainer.interval(name)
 
-    def of_count(value: Any, settings: Settings) -> Outcome | None:
+    def of_count(value: Any, settings: ToolSettings) -> Outcome | None:
         count = number(value) * settings.read("num_epochs", number)
         return OFF if count <= 0 else read(min(1 / count, 0.999), settings)
 
     return of_count
 
 
-def checkpointing(value: Any, settings: Settings) -> Outcome:
+def checkpointing(value: Any, settings: ToolSettings) -> Outcome:
     """`gradient_checkpointing` becomes that of lorafold, which offloads nothing."""
     if str(value).startswith(("offload", "unsloth")):
         why = "activations are recomputed, and not offloaded"
@@ -236,7 +236,7 @@ def checkpointing(value: Any, settings: Settings) -> Outcome:
     return taken(gradient_checkpointing=boolean(value))
 
 
-def chat_template(value: Any, settings: Settings) -> Outcome:
+def chat_template(value: Any, settings: ToolSettings) -> Outcome:
     """`chat_template` is left, unless it is the model's own or `chat_template_jinja`'s."""
     if value == "tokenizer_default":
         return taken("the model's own template")
@@ -248,14 +248,14 @@ def chat_template(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def chat_template_jinja(value: Any, settings: Settings) -> Outcome:
+def chat_template_jinja(value: Any, settings: ToolSettings) -> Outcome:
     """`chat_template_jinja` becomes the chat template where it is a file's path."""
     if "{" not in str(value) and Path(str(value)).suffix:
         return taken(chat_template=str(value))
     return left("write the template to a file and pass it as --chat-template FILE")
 
 
-def chat_template_kwargs(value: Any, settings: Settings) -> Outcome:
+def chat_template_kwargs(value: Any, settings: ToolSettings) -> Outcome:
     """`chat_template_kwargs` become the variables of the chat template."""
     if not isinstance(value, dict):
         return left("expected an object of variables of the chat template")
@@ -264,7 +264,7 @@ def chat_template_kwargs(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def unfrozen_parameters(value: Any, settings: Settings) -> Outcome:
+def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
     what no pattern matches after it has attached the adapter, whose weights are called
     base_model.model.PATH.lora_A.default.weight. LorafoldError where the whole model trains.
@@ -283,7 +283,7 @@ def unfrozen_parameters(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def new_tokens(value: Any, settings: Settings) -> Outcome:
+def new_tokens(value: Any, settings: ToolSettings) -> Outcome:
     """`tokens` become new tokens; a table of special tokens is left."""
     if isinstance(value, dict):
         return left("the tokenizer's own special tokens are used")
@@ -295,7 +295,7 @@ def tracker(name: str) -> Reader:
     return lambda value, settings: taken(trackers=(name,)) if value else OFF
 
 
-def plugins(value: Any, settings: Settings) -> Outcome:
+def plugins(value: Any, settings: ToolSettings) -> Outcome:
     """`plugins`. LorafoldError for one that lorafold has nothing in place of."""
     others = []
     for name in names(value):
@@ -310,7 +310,7 @@ def plugins(value: Any, settings: Settings) -> Outcome:
     return left("they make steps faster there, measure or log, and do not change what is learned")
 
 
-def datasets(value: Any, settings: Settings) -> Outcome:
+def datasets(value: Any, settings: ToolSettings) -> Outcome:
     """`datasets` go to `--data` and `--columns`; what else one says is told with its path."""
     wanted = rows_wanted(objectives.objective_of(settings))
     found = value if isinstance(value, list) else [value]
@@ -319,13 +319,13 @@ def datasets(value: Any, settings: Settings) -> Outcome:
     return given_as_data([_rows(one) for one in found], wanted)
 
 
-def _rows(one: Mapping[str, Any]) -> Rows:
+def _rows(one: Mapping[str, Any]) -> SourceRows:
     path, files = one["path"], one.get("data_files")
     if path in FILES and files and isinstance(files, str):
         path, files = files, None
     at = of_hub(path, one.get("name"), one.get("split"), files)
     said = [*at.said, *_said(one)]
-    return Rows(f"{path} ({one.get('type', 'no type')})", at.path, _columns(one), said)
+    return SourceRows(f"{path} ({one.get('type', 'no type')})", at.path, _columns(one), said)
 
 
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:

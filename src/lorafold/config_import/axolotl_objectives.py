@@ -29,8 +29,8 @@ from lorafold.config_import.rules import (
     Reader,
     Row,
     Rule,
-    Settings,
     Table,
+    ToolSettings,
     changed,
     choice,
     either,
@@ -72,22 +72,22 @@ OF_BLOCK = (
 )
 
 
-def is_policy(settings: Settings) -> bool:
+def is_policy(settings: ToolSettings) -> bool:
     """Whether the file trains a policy on rewards."""
     return settings["rl"] == "grpo"
 
 
-def is_reward_model(settings: Settings) -> bool:
+def is_reward_model(settings: ToolSettings) -> bool:
     """Whether `reward_model` is on, and `rl`, which decides, is not."""
     return is_off(settings["rl"]) and not is_off(settings["reward_model"])
 
 
-def is_dpo(settings: Settings) -> bool:
+def is_dpo(settings: ToolSettings) -> bool:
     """Whether TRL's DPOTrainer trains."""
     return settings["rl"] == "dpo"
 
 
-def objective_of(settings: Settings) -> str | None:
+def objective_of(settings: ToolSettings) -> str | None:
     """The objective of preferences or of a policy that the file trains, or None."""
     found = str(settings["rl"])
     if is_policy(settings):
@@ -108,7 +108,7 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | {f"{PREFIX}{key}": value for key, value in block.items()}
 
 
-def accumulation(settings: Settings) -> int:
+def accumulation(settings: ToolSettings) -> int:
     """The number of micro-batches in a step, which axolotl may also derive from `batch_size`."""
     total = settings["batch_size"]
     if total is not None and settings.given.get("gradient_accumulation_steps") is None:
@@ -116,7 +116,7 @@ def accumulation(settings: Settings) -> int:
     return settings.read("gradient_accumulation_steps", integer)
 
 
-def as_trl(settings: Settings) -> Settings:
+def as_trl(settings: ToolSettings) -> ToolSettings:
     """The block, with what stands outside of it, as settings of TRL's trainer."""
     given = settings.given
     block = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
@@ -127,10 +127,10 @@ def as_trl(settings: Settings) -> Settings:
         "max_prompt_length": settings["sequence_len"],
     }
     present = {name: value for name, value in block.items() if value is not None}
-    return Settings(present | outside, {rule.key: rule.default for rule in OF_BLOCK})
+    return ToolSettings(present | outside, {rule.key: rule.default for rule in OF_BLOCK})
 
 
-def beta_key(settings: Settings) -> str:
+def beta_key(settings: ToolSettings) -> str:
     """The key that holds beta of a policy, the first that the file sets of those that may; empty
     for none.
     """
@@ -143,7 +143,7 @@ def of_policy(row: Reader, otherwise: Row = None) -> Reader:
     return either(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
 
 
-def rl(value: Any, settings: Settings) -> Outcome:
+def rl(value: Any, settings: ToolSettings) -> Outcome:
     """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which.
 
     LorafoldError for objectives that lorafold does not have, and for what axolotl refuses.
@@ -163,14 +163,14 @@ def rl(value: Any, settings: Settings) -> Outcome:
     return changed(ORPO_TERM if value == "orpo" else "", objective=value)
 
 
-def loss_type(value: Any, settings: Settings) -> Outcome:
+def loss_type(value: Any, settings: ToolSettings) -> Outcome:
     """`dpo_loss_type` becomes the objective and, where sft is its second, `sft_weight`, of which
     `dpo_loss_weights` are the weights. LorafoldError for other losses and mixtures.
     """
     return of_dpo(names(value), settings["dpo_loss_weights"], "dpo_loss_weights")
 
 
-def loss_weights(value: Any, settings: Settings) -> Outcome:
+def loss_weights(value: Any, settings: ToolSettings) -> Outcome:
     """`dpo_loss_weights` are read with `dpo_loss_type`."""
     if settings.given.get("dpo_loss_type") is None:
         raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl asks for")
@@ -182,7 +182,7 @@ def beta_of(key: str) -> Reader:
     which the first that the file sets decides; of a policy `trl.beta` is the first.
     """
 
-    def read(value: Any, settings: Settings) -> Outcome | None:
+    def read(value: Any, settings: ToolSettings) -> Outcome | None:
         if is_policy(settings):
             return grpo.beta(value, as_trl(settings)) if key == beta_key(settings) else None
         if objective_of(settings) in (None, "reward"):
@@ -198,27 +198,27 @@ def beta_of(key: str) -> Reader:
     return read
 
 
-def reward_model(value: Any, settings: Settings) -> Outcome | None:
+def reward_model(value: Any, settings: ToolSettings) -> Outcome | None:
     """`reward_model` becomes the objective reward."""
     if not boolean(value):
         return OFF
     return taken(objective="reward") if is_reward_model(settings) else None
 
 
-def center_rewards(value: Any, settings: Settings) -> Outcome:
+def center_rewards(value: Any, settings: ToolSettings) -> Outcome:
     """`center_rewards_coefficient` becomes `centre`."""
     found = number(value)
     return taken(objective_options={"centre": found}) if found else OFF
 
 
-def num_labels(value: Any, settings: Settings) -> Outcome:
+def num_labels(value: Any, settings: ToolSettings) -> Outcome:
     """`num_labels` of a reward model is one; LorafoldError for more."""
     if integer(value) != 1:
         raise refused(value, "a reward model of lorafold gives one score")
     return taken("a reward model gives one score")
 
 
-def dropout(value: Any, settings: Settings) -> Outcome:
+def dropout(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_dropout` becomes the dropout, which TRL turns off for preferences, and which there is
     none of where completions are drawn.
     """
@@ -230,12 +230,12 @@ def dropout(value: Any, settings: Settings) -> Outcome:
     return taken(dropout=found)
 
 
-def starts_afresh(settings: Settings) -> bool:
+def starts_afresh(settings: ToolSettings) -> bool:
     """Whether axolotl trains a fresh adapter, although `lora_model_dir` may name one."""
     return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
 
 
-def lora_model_dir(value: Any, settings: Settings) -> Outcome:
+def lora_model_dir(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_model_dir` goes to `--init-adapter`, except where axolotl does not load it."""
     if not starts_afresh(settings):
         return flagged("--init-adapter", value)

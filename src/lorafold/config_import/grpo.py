@@ -16,8 +16,8 @@ from lorafold.config_import.rules import (
     OFF,
     Outcome,
     Reader,
-    Settings,
     Table,
+    ToolSettings,
     cases,
     changed,
     choice,
@@ -59,12 +59,12 @@ TEXTS = (
 )
 
 
-def is_leave_one_out(settings: Settings) -> bool:
+def is_leave_one_out(settings: ToolSettings) -> bool:
     """Whether the settings are RLOO's, which has no loss_type."""
     return "loss_type" not in settings.defaults
 
 
-def objective_of(settings: Settings) -> str:
+def objective_of(settings: ToolSettings) -> str:
     """The objective that the settings train."""
     if is_leave_one_out(settings):
         return "rloo"
@@ -73,7 +73,7 @@ def objective_of(settings: Settings) -> str:
     return "gspo" if settings["importance_sampling_level"] == "sequence" else "grpo"
 
 
-def loss_type(value: Any, settings: Settings) -> Outcome:
+def loss_type(value: Any, settings: ToolSettings) -> Outcome:
     """`loss_type` becomes the objective and its average. LorafoldError for those that lorafold does
     not have, and for a cispo whose `epsilon_high`, which bounds the ratio itself in TRL, leaves
     every weight below 1, as TRL's own does.
@@ -94,7 +94,7 @@ def loss_type(value: Any, settings: Settings) -> Outcome:
     return changed(why if value == "bnpo" else "", **fields)
 
 
-def importance_sampling_level(value: Any, settings: Settings) -> Outcome:
+def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
     """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence.
 
     LorafoldError where cispo has it.
@@ -104,25 +104,25 @@ def importance_sampling_level(value: Any, settings: Settings) -> Outcome:
     return read_with("loss_type")
 
 
-def epsilon(value: Any, settings: Settings) -> Outcome | None:
+def epsilon(value: Any, settings: ToolSettings) -> Outcome | None:
     """`epsilon` becomes the clip; `epsilon_high`, where it is absent, is the same."""
     if objective_of(settings) in ("rloo", "cispo"):
         return None
     return taken(objective_options={"clip": number(value), "clip_high": upper(settings)})
 
 
-def upper(settings: Settings) -> float:
+def upper(settings: ToolSettings) -> float:
     """`epsilon_high`, which is `epsilon` where it is absent."""
     return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
 
 
-def epsilon_high(value: Any, settings: Settings) -> Outcome | None:
+def epsilon_high(value: Any, settings: ToolSettings) -> Outcome | None:
     """`epsilon_high` is read with `epsilon`, except that it bounds the weights of cispo."""
     said = {"rloo": None, "cispo": taken("it is part of the bound")}
     return said.get(objective_of(settings), taken("the upper"))
 
 
-def beta(value: Any, settings: Settings) -> Outcome:
+def beta(value: Any, settings: ToolSettings) -> Outcome:
     """`beta` becomes beta, where it is not 0."""
     found, why = number(value), ""
     if not found:
@@ -137,7 +137,7 @@ def beta(value: Any, settings: Settings) -> Outcome:
     return changed(why, beta=found)
 
 
-def sync_ref_model(value: Any, settings: Settings) -> Outcome | None:
+def sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
     """`sync_ref_model` moves the reference: LorafoldError where it is on and there is one."""
     if not boolean(value):
         return OFF
@@ -146,13 +146,13 @@ def sync_ref_model(value: Any, settings: Settings) -> Outcome | None:
     raise refused(value, STAYS)
 
 
-def scale_rewards(value: Any, settings: Settings) -> Outcome:
+def scale_rewards(value: Any, settings: ToolSettings) -> Outcome:
     """`scale_rewards` becomes the scale, also as true (group) and false (none)."""
     found = {"true": "group", "false": "none"}.get(str(value).lower(), value)
     return taken(objective_options={"scale": choice(found, "group", "batch", "none")})
 
 
-def mask_truncated(value: Any, settings: Settings) -> Outcome:
+def mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
     """`mask_truncated_completions` becomes `truncated`."""
     masked = boolean(value)
     why = "TRL averages over them too, with a loss of 0; lorafold leaves them out of the mean"
@@ -161,18 +161,18 @@ def mask_truncated(value: Any, settings: Settings) -> Outcome:
     return changed("" if same else why, objective_options=options)
 
 
-def group(value: Any, settings: Settings) -> Outcome:
+def group(value: Any, settings: ToolSettings) -> Outcome:
     """`num_generations` becomes the group; RLOO's objective has no key of its own."""
     fields = {"objective": "rloo"} if is_leave_one_out(settings) else {}
     return taken(**fields, objective_options={"group": integer(value)})
 
 
-def dropout(value: Any, settings: Settings) -> Outcome:
+def dropout(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_dropout` is 0 where completions are drawn."""
     return changed(NO_DROPOUT if number(value) else "", dropout=0.0)
 
 
-def completion_length(value: Any, settings: Settings) -> Outcome:
+def completion_length(value: Any, settings: ToolSettings) -> Outcome:
     """`max_completion_length` becomes `max_new_tokens`, and with the prompt's the `max_length`."""
     given, prompt = settings.given.get("max_completion_length", value), BESIDE
     longest, said = LIMIT, [f"completions have no limit there, and {LIMIT} tokens here"]
@@ -186,7 +186,7 @@ def completion_length(value: Any, settings: Settings) -> Outcome:
     return changed("; ".join(said), objective_options=options, max_length=longest + prompt)
 
 
-def num_iterations(value: Any, settings: Settings) -> Outcome:
+def num_iterations(value: Any, settings: ToolSettings) -> Outcome:
     """`num_iterations` becomes `updates`. LorafoldError for several of RLOO, whose ratios TRL clips
     and lorafold does not have.
     """
@@ -216,7 +216,7 @@ def bound_of_ratios(least: float) -> Reader:
     `least` is the least value of which that is so.
     """
 
-    def read(value: Any, settings: Settings) -> Outcome:
+    def read(value: Any, settings: ToolSettings) -> Outcome:
         if number(value) < least:
             raise LorafoldError(f"found {value!r}, expected {least:g} or more")
         if integer(settings["num_iterations"] or 1) != 1:
@@ -226,7 +226,7 @@ def bound_of_ratios(least: float) -> Reader:
     return read
 
 
-def reward_funcs(value: Any, settings: Settings) -> Outcome:
+def reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
     """`reward_funcs` become the rewards; those that are no functions of a file are left.
 
     LorafoldError for a model that scores, and for others than one of `reward_weights` for each.
@@ -258,14 +258,14 @@ def reward_funcs(value: Any, settings: Settings) -> Outcome:
     return Outcome("changed" if rewards else "left", fields, f"{said}{TEXTS}", " ".join(flags))
 
 
-def reward_weights(value: Any, settings: Settings) -> Outcome:
+def reward_weights(value: Any, settings: ToolSettings) -> Outcome:
     """`reward_weights` are read with `reward_funcs`, without which they are left."""
     if names(settings["reward_funcs"] or ()):
         return taken("they are part of the rewards")
     return left("write each before its reward, as in --reward 0.5*FILE.py:FUNCTION")
 
 
-def count(key: str, settings: Settings, least: int = 1) -> int:
+def count(key: str, settings: ToolSettings, least: int = 1) -> int:
     """A number of things. LorafoldError names the key where it is less than `least`."""
     found = settings.read(key, integer)
     if found < least:
@@ -273,7 +273,7 @@ def count(key: str, settings: Settings, least: int = 1) -> int:
     return found
 
 
-def sizes(settings: Settings) -> tuple[int, int, int]:
+def sizes(settings: ToolSettings) -> tuple[int, int, int]:
     """The completions of an optimizer step of one process, those of a prompt, and the prompts."""
     micro = count("per_device_train_batch_size", settings)
     found = micro * count("gradient_accumulation_steps", settings)
@@ -281,7 +281,7 @@ def sizes(settings: Settings) -> tuple[int, int, int]:
     return found, size, ceil(found / size)
 
 
-def batch(value: Any, settings: Settings) -> Outcome:
+def batch(value: Any, settings: ToolSettings) -> Outcome:
     """`per_device_train_batch_size` times accumulation, in groups, becomes the batch of prompts."""
     found, size, rows = sizes(settings)
     if found == rows * size:
@@ -293,7 +293,7 @@ def batch(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def accumulation(value: Any, settings: Settings) -> Outcome:
+def accumulation(value: Any, settings: ToolSettings) -> Outcome:
     """`gradient_accumulation_steps` become micro-batches of whole groups."""
     found, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
     why = "a micro-batch has whole groups here" if rows % found else ""
@@ -307,7 +307,7 @@ def draws_for(factor: str) -> Reader:
     `factor` is the key whose value is that of one micro-batch; empty for one.
     """
 
-    def read(value: Any, settings: Settings) -> Outcome:
+    def read(value: Any, settings: ToolSettings) -> Outcome:
         drawn = integer(value) / (count(factor, settings) if factor else 1)
         if drawn <= count("gradient_accumulation_steps", settings):
             return taken("a step learns from what it draws")

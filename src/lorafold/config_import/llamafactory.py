@@ -32,10 +32,10 @@ from lorafold.config_import.rules import (
     OFF,
     SAME,
     Outcome,
-    Rows,
     Rule,
-    Settings,
+    SourceRows,
     Table,
+    ToolSettings,
     cases,
     changed,
     choice,
@@ -93,34 +93,34 @@ JUDGED = {
 LEFT = ("history", "images", "videos", "audios")
 
 
-def is_lora(settings: Settings) -> bool:
+def is_lora(settings: ToolSettings) -> bool:
     """Whether an adapter is trained, and not the whole model."""
     return bool(settings["finetuning_type"] == "lora")
 
 
-def is_dpo(settings: Settings) -> bool:
+def is_dpo(settings: ToolSettings) -> bool:
     """Whether the stage is that of pairs of completions."""
     return bool(settings["stage"] == "dpo")
 
 
-def is_quantized(settings: Settings) -> bool:
+def is_quantized(settings: ToolSettings) -> bool:
     """Whether the base is quantized."""
     return settings["quantization_bit"] is not None
 
 
-def objective_of(settings: Settings) -> str | None:
+def objective_of(settings: ToolSettings) -> str | None:
     """The objective of preferences that the file trains, or None."""
     if is_dpo(settings):
         return LOSSES.get(str(settings["pref_loss"]))
     return {"kto": "kto", "rm": "reward"}.get(str(settings["stage"]))
 
 
-def compares(settings: Settings) -> bool:
+def compares(settings: ToolSettings) -> bool:
     """Whether the objective compares with a reference."""
     return has_reference(objective_of(settings))
 
 
-def is_packed(settings: Settings) -> bool:
+def is_packed(settings: ToolSettings) -> bool:
     """Whether rows are packed, as LLaMA-Factory decides it: where `neat_packing` or `packing` is
     on, and in pretraining unless `packing` is off. Rows of preferences are not.
     """
@@ -131,14 +131,14 @@ def is_packed(settings: Settings) -> bool:
     return settings.on("neat_packing") or (by_stage if found is None else boolean(found))
 
 
-def is_fresh(settings: Settings) -> bool:
+def is_fresh(settings: ToolSettings) -> bool:
     """Whether a fresh adapter is trained over those that are named. On a quantized base
     LLaMA-Factory goes on with the one that is named, whatever the file says.
     """
     return settings.on("create_new_adapter") and not is_quantized(settings)
 
 
-def of_supervised(value: Any, settings: Settings) -> bool:
+def of_supervised(value: Any, settings: ToolSettings) -> bool:
     """A switch. LorafoldError where one is on that LLaMA-Factory refuses outside supervised
     training.
     """
@@ -149,7 +149,7 @@ def of_supervised(value: Any, settings: Settings) -> bool:
     return boolean(value)
 
 
-def stage(value: Any, settings: Settings) -> Outcome:
+def stage(value: Any, settings: ToolSettings) -> Outcome:
     """`stage` becomes the objective; LorafoldError for those that lorafold does not have."""
     whole = "lorafold reads plain text as rows of {text}, and cuts or packs them whole"
     head = "its head there has a bias and a dropout of its own, and here neither"
@@ -167,7 +167,7 @@ def stage(value: Any, settings: Settings) -> Outcome:
     return changed({"pt": whole, "rm": head}.get(value, ""), objective=ours)
 
 
-def finetuning_type(value: Any, settings: Settings) -> Outcome | None:
+def finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
     """`finetuning_type` becomes the method, with the switches of LoRA's kinds."""
     if not is_lora(settings):
         return FULL(value, settings)
@@ -179,7 +179,7 @@ def finetuning_type(value: Any, settings: Settings) -> Outcome | None:
     )
 
 
-def pissa_init(value: Any, settings: Settings) -> Outcome | None:
+def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
     """`pissa_init` is read by the rule of `finetuning_type`; LorafoldError with a reference, as in
     LLaMA-Factory, since the base that PiSSA changes would be the reference.
     """
@@ -188,19 +188,19 @@ def pissa_init(value: Any, settings: Settings) -> Outcome | None:
     return trainer.OF_METHOD if boolean(value) else None
 
 
-def lora_alpha(value: Any, settings: Settings) -> Outcome:
+def lora_alpha(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_alpha` becomes alpha; 0 stands for twice the rank."""
     return taken(alpha=number(value) or 2.0 * settings.read("lora_rank", integer))
 
 
-def lora_rank(value: Any, settings: Settings) -> Outcome:
+def lora_rank(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_rank` becomes the rank, and gives alpha as twice the rank where the file has none."""
     if settings.given.get("lora_alpha"):
         return taken(rank=integer(value))
     return taken("alpha is twice the rank there", rank=integer(value), alpha=2.0 * integer(value))
 
 
-def quantization_bit(value: Any, settings: Settings) -> Outcome:
+def quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
     """`quantization_bit` becomes a quantized base, the nearest of those that lorafold makes."""
     by, kind = settings["quantization_method"], settings["quantization_type"]
     found = made_of(integer(value))
@@ -211,7 +211,7 @@ def quantization_bit(value: Any, settings: Settings) -> Outcome:
     return changed("" if exact else f"{why} nearest", storage=nearest)
 
 
-def bf16(value: Any, settings: Settings) -> Outcome | None:
+def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     """`bf16` becomes the base's storage, unless that is quantized or `fp16` is on."""
     if is_quantized(settings):
         return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
@@ -222,28 +222,28 @@ def bf16(value: Any, settings: Settings) -> Outcome | None:
     return None if settings.on("fp16") else taken(trainer.AUTO, storage="auto")
 
 
-def fp16(value: Any, settings: Settings) -> Outcome | None:
+def fp16(value: Any, settings: ToolSettings) -> Outcome | None:
     """`fp16` becomes a base in bf16, unless that is quantized or `bf16` is on."""
     if not boolean(value) or is_quantized(settings) or settings.on("bf16"):
         return None
     return changed(NO_FP16, storage="bf16")
 
 
-def neat_packing(value: Any, settings: Settings) -> Outcome:
+def neat_packing(value: Any, settings: ToolSettings) -> Outcome:
     """`neat_packing` and `packing` become `packing`, where packed rows never see each other."""
     neat, packed = of_supervised(value, settings), is_packed(settings)
     why = "rows see each other there and are kept apart here" if packed and not neat else ""
     return changed(why, packing=packed)
 
 
-def batch(value: Any, settings: Settings) -> Outcome:
+def batch(value: Any, settings: ToolSettings) -> Outcome:
     """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
     packed = "LLaMA-Factory cutoff_len" if is_packed(settings) else ""
     return trainer.batch(rows, "device", packed)
 
 
-def template(value: Any, settings: Settings) -> Outcome:
+def template(value: Any, settings: ToolSettings) -> Outcome:
     """`template` is left: the model's own chat template is used."""
     return left(
         f"the model's own template is used; for {value} write it to a file and pass it as"
@@ -251,19 +251,19 @@ def template(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def train_on_prompt(value: Any, settings: Settings) -> Outcome:
+def train_on_prompt(value: Any, settings: ToolSettings) -> Outcome:
     """`train_on_prompt` is left where it is on: the loss is on completions."""
     return trainer.EVERY_TOKEN if of_supervised(value, settings) else trainer.COMPLETIONS
 
 
-def mask_history(value: Any, settings: Settings) -> Outcome:
+def mask_history(value: Any, settings: ToolSettings) -> Outcome:
     """`mask_history` trains the last turn of the assistant alone, where it is on."""
     if of_supervised(value, settings):
         return taken(train_on="last")
     return taken("every turn of the assistant is trained", train_on="all")
 
 
-def enable_thinking(value: Any, settings: Settings) -> Outcome:
+def enable_thinking(value: Any, settings: ToolSettings) -> Outcome:
     """`enable_thinking` becomes a variable of the chat template, where it is given."""
     return changed(
         "a run refuses it where the model's chat template does not read it",
@@ -271,7 +271,7 @@ def enable_thinking(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def pref_ftx(value: Any, settings: Settings) -> Outcome | None:
+def pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
     """`pref_ftx` becomes `sft_weight`; a reward model has no such term there."""
     objective = objective_of(settings)
     if objective == "reward":
@@ -279,7 +279,7 @@ def pref_ftx(value: Any, settings: Settings) -> Outcome | None:
     return supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
 
 
-def label_smoothing(value: Any, settings: Settings) -> Outcome:
+def label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
     """`dpo_label_smoothing` becomes `label_smoothing`, which only DPO's own loss has there too."""
     if number(value) <= NEGLIGIBLE:
         return OFF
@@ -288,14 +288,14 @@ def label_smoothing(value: Any, settings: Settings) -> Outcome:
     return taken(objective_options={"label_smoothing": number(value)})
 
 
-def bco_weight(value: Any, settings: Settings) -> Outcome | None:
+def bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
     """`pref_bco_weight` is a term that lorafold does not have, where the loss has a reference."""
     if number(value) > NEGLIGIBLE and compares(settings) and is_dpo(settings):
         raise refused(value, NO_TERM)
     return None
 
 
-def adapters_below(settings: Settings) -> tuple[str, ...]:
+def adapters_below(settings: ToolSettings) -> tuple[str, ...]:
     """The adapters that stay as they are, beneath the one that trains; the lowest first."""
     named = settings["adapter_name_or_path"]
     if named is None or not is_lora(settings):
@@ -304,7 +304,7 @@ def adapters_below(settings: Settings) -> tuple[str, ...]:
     return found if is_fresh(settings) else found[:-1]
 
 
-def named_adapters(value: Any, settings: Settings) -> Outcome | None:
+def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
     """`adapter_name_or_path` goes to `--over`, for adapters below the one that trains, and to
     `--init-adapter` for the one that goes on.
     """
@@ -322,14 +322,14 @@ def named_adapters(value: Any, settings: Settings) -> Outcome | None:
     )
 
 
-def create_new_adapter(value: Any, settings: Settings) -> Outcome:
+def create_new_adapter(value: Any, settings: ToolSettings) -> Outcome:
     """`create_new_adapter` is read with `adapter_name_or_path`."""
     if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings):
         return taken("there a quantized base goes on with the adapter that is named")
     return read_with("adapter_name_or_path")
 
 
-def ref_model(value: Any, settings: Settings) -> Outcome:
+def ref_model(value: Any, settings: ToolSettings) -> Outcome:
     """`ref_model` is taken where it is what lies below the new adapter; else LorafoldError."""
     theirs = names(settings["ref_model_adapters"] or ())
     if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
@@ -338,7 +338,7 @@ def ref_model(value: Any, settings: Settings) -> Outcome:
     raise LorafoldError(f"found {over} as the reference, but {NO_SECOND_MODEL}")
 
 
-def ref_model_quantization_bit(value: Any, settings: Settings) -> Outcome | None:
+def ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | None:
     """The reference has the storage of the base beneath the adapter that trains."""
     if settings["ref_model"] is None:
         return None
@@ -348,7 +348,7 @@ def ref_model_quantization_bit(value: Any, settings: Settings) -> Outcome | None
     return changed("the reference is the base itself, in the storage that it is trained in")
 
 
-def dataset(value: Any, settings: Settings) -> Outcome:
+def dataset(value: Any, settings: ToolSettings) -> Outcome:
     """`dataset` goes to `--data`, as `dataset_info.json` says where that can be read."""
     folder = Path(str(settings["dataset_dir"] or "data"))
     info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
@@ -356,15 +356,15 @@ def dataset(value: Any, settings: Settings) -> Outcome:
     return given_as_data(found, rows_wanted(objective_of(settings)))
 
 
-def _rows(name: str, info: Any, folder: Path) -> Rows:
+def _rows(name: str, info: Any, folder: Path) -> SourceRows:
     if str(folder) == ONLINE:
-        return Rows(name, name)
+        return SourceRows(name, name)
     if not isinstance(info, Mapping):
-        return Rows(name, None, {}, [f"not found in {folder / INFO}"])
+        return SourceRows(name, None, {}, [f"not found in {folder / INFO}"])
     file = info.get("file_name")
     path = info.get("hf_hub_url") or (str(folder / file) if file else None)
     at = of_hub(path or name, info.get("subset"), info.get("split"))
-    return Rows(name, at.path if path else None, _columns(info), [*at.said, *_said(info)])
+    return SourceRows(name, at.path if path else None, _columns(info), [*at.said, *_said(info)])
 
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from lorafold.config_import.rules import (
     SAME,
     Outcome,
     Reader,
-    Rows,
     Rule,
-    Settings,
+    SourceRows,
     Table,
+    ToolSettings,
     changed,
     choice,
     flagged,
@@ -58,7 +58,7 @@ FEATURES = {  # lorafold's columns by theirs
 }
 
 
-def is_lora(settings: Settings) -> bool:
+def is_lora(settings: ToolSettings) -> bool:
     """Whether an adapter is trained, and not whole layers."""
     return bool(settings["fine_tune_type"] != "full")
 
@@ -78,7 +78,7 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
 
 
-def micro(settings: Settings) -> int:
+def micro(settings: ToolSettings) -> int:
     """The iterations of an optimizer step."""
     found = settings.read("grad_accumulation_steps", integer)
     if found < 1:
@@ -86,7 +86,7 @@ def micro(settings: Settings) -> int:
     return found
 
 
-def steps_of(key: str, settings: Settings) -> int:
+def steps_of(key: str, settings: ToolSettings) -> int:
     """The optimizer steps that a number of iterations are."""
     return max(1, ceil(settings.read(key, integer) / micro(settings)))
 
@@ -96,7 +96,7 @@ def in_steps(name: str, key: str) -> Reader:
     return lambda value, settings: taken(**{name: steps_of(key, settings)})
 
 
-def fine_tune_type(value: Any, settings: Settings) -> Outcome:
+def fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
     """`fine_tune_type` becomes the method. LorafoldError where only some layers train whole."""
     if choice(value, "lora", "dora", "full") == "full" and settings["num_layers"] != -1:
         raise LorafoldError(
@@ -106,13 +106,13 @@ def fine_tune_type(value: Any, settings: Settings) -> Outcome:
     return taken(objective="sft", method=value)
 
 
-def alpha(value: Any, settings: Settings) -> Outcome:
+def alpha(value: Any, settings: ToolSettings) -> Outcome:
     """`scale` times the rank becomes alpha."""
     scaled = product(value, settings[f"{BLOCK}.rank"])
     return taken("alpha is scale times the rank", alpha=scaled)
 
 
-def num_layers(value: Any, settings: Settings) -> Outcome:
+def num_layers(value: Any, settings: ToolSettings) -> Outcome:
     """`num_layers` is left, unless it is all: targets name modules, and not the last layers."""
     if integer(value) < 0:
         return taken("every layer")
@@ -122,7 +122,7 @@ def num_layers(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def optimizer(value: Any, settings: Settings) -> Outcome:
+def optimizer(value: Any, settings: ToolSettings) -> Outcome:
     """The optimizer becomes adamw, with what `optimizer_config` says of it."""
     name = str(value).lower()
     choice(name, "adam", "adamw", "muon", "sgd", "adafactor")
@@ -150,7 +150,7 @@ def _betas(value: Any) -> tuple[float, ...]:
     return found
 
 
-def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
+def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     """What Adam without bias correction does: step k is (1 - beta1^k) / sqrt(1 - beta2^k) times as
     large as with it. Empty where in the mean of the run that is nothing.
     """
@@ -171,7 +171,7 @@ def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
     )
 
 
-def lr_schedule(value: Any, settings: Settings) -> Outcome:
+def lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
     """`lr_schedule` becomes the rate, the schedule and the warm-up, in optimizer steps."""
     if value == CONSTANT:
         return taken("there is no warm-up", schedule="constant", warmup=0.0)
@@ -198,7 +198,7 @@ def lr_schedule(value: Any, settings: Settings) -> Outcome:
     return changed("; ".join(said), **fields)
 
 
-def batch(value: Any, settings: Settings) -> Outcome:
+def batch(value: Any, settings: ToolSettings) -> Outcome:
     """`batch_size` times accumulation becomes the batch."""
     several = micro(settings)
     fields = {"batch": integer(value) * several, "accumulate": several}
@@ -208,18 +208,18 @@ def batch(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def data(value: Any, settings: Settings) -> Outcome:
+def data(value: Any, settings: ToolSettings) -> Outcome:
     """`data` goes to `--data`: a hub dataset, or a directory whose `train.jsonl` is taken."""
     if settings["hf_dataset"]:
         return taken("hf_dataset takes its place")
     columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
-    rows = given_as_data([Rows(str(value), str(value), columns)], rows_wanted(None))
+    rows = given_as_data([SourceRows(str(value), str(value), columns)], rows_wanted(None))
     valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
     said = f"{rows.remark}; of a directory train.jsonl is taken: --eval-data {valid}"
     return replace(rows, remark=said)
 
 
-def hf_dataset(value: Any, settings: Settings) -> Outcome:
+def hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
     """`hf_dataset` goes to `--data` and `--columns`."""
     found = []
     for one in value if isinstance(value, list) else [value]:
@@ -231,7 +231,7 @@ def hf_dataset(value: Any, settings: Settings) -> Outcome:
     return given_as_data(found, rows_wanted(None))
 
 
-def model(value: Any, settings: Settings) -> Outcome:
+def model(value: Any, settings: ToolSettings) -> Outcome:
     """`model` goes to `--model`, and is held as its files are; a quantized one of MLX has another
     form.
     """

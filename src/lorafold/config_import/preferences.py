@@ -14,7 +14,7 @@ from lorafold.config_import.rules import (
     OFF,
     Outcome,
     Reader,
-    Settings,
+    ToolSettings,
     changed,
     either,
     left,
@@ -42,7 +42,7 @@ ORPO_TERM = (
     " lorafold's learns each chosen completion"
 )
 # Of a file's settings, the objective of preferences that it trains; None: another, or one refused
-ObjectiveOf = Callable[[Settings], str | None]
+ObjectiveOf = Callable[[ToolSettings], str | None]
 
 
 def has_reference(objective: str | None) -> bool:
@@ -68,7 +68,7 @@ def beta(objective_of: ObjectiveOf) -> Reader:
 def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
     """The reader of a key that becomes the option `name`, of the objectives that have it."""
 
-    def read(value: Any, settings: Settings) -> Outcome | None:
+    def read(value: Any, settings: ToolSettings) -> Outcome | None:
         found = options_of(objective_of(settings))
         if name not in found:
             return None
@@ -132,7 +132,7 @@ def of_dpo(found: Sequence[str], given: Any, key: str) -> Outcome:
     return changed(SUPERVISED if fields else "", objective=objective, **fields)
 
 
-def smoothing_of_dpo(value: Any, settings: Settings) -> Outcome | None:
+def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
     """TRL's DPOTrainer reads `label_smoothing` for other losses than those of lorafold only."""
     found = number(value)
     told = "TRL 1 does not read it for this loss; for cDPO pass --objective-options label_smoothing"
@@ -151,10 +151,10 @@ def rows_wanted(objective: str | None) -> str:
     return f"pass rows of {rows} as --data"
 
 
-def dropout(turned_off: Callable[[Settings], bool]) -> Reader:
+def dropout(turned_off: Callable[[ToolSettings], bool]) -> Reader:
     """The reader of a dropout, which tools turn off with some settings."""
 
-    def read(value: Any, settings: Settings) -> Outcome:
+    def read(value: Any, settings: ToolSettings) -> Outcome:
         found = number(value)
         off = bool(found) and turned_off(settings)
         return taken(NO_DROPOUT if off else "", dropout=0.0 if off else found)

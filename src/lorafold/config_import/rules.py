@@ -55,7 +55,7 @@ class TranslatedKey:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ToolSettings:
     """The value of each key: the file's or, where that is absent or null, the tool's default."""
 
     given: Mapping[str, Any]
@@ -78,7 +78,7 @@ class Settings:
 
 
 # Says what becomes of a value; None: the key is off or has no effect
-Reader = Callable[[Any, Settings], Outcome | None]
+Reader = Callable[[Any, ToolSettings], Outcome | None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Rule:
 # goes to; or why there is no counterpart; or SAME
 Row = Reader | Outcome | str | None
 Table = Mapping[str, Row | tuple[Row, Any]]  # by keys, with the tool's default
-Condition = Callable[[Settings], bool]
+Condition = Callable[[ToolSettings], bool]
 
 
 def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
@@ -167,7 +167,7 @@ def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") 
     for a value that is not there.
     """
 
-    def read(value: Any, settings: Settings) -> Outcome:
+    def read(value: Any, settings: ToolSettings) -> Outcome:
         found = outcomes.get(str(value), otherwise)
         if not found:
             choice(value, *(key for key, one in outcomes.items() if not isinstance(one, str)))
@@ -196,7 +196,7 @@ def refused(value: Any, why: str) -> LorafoldError:
 def refusing(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
     """The reader of a key that asks for what lorafold can't train: LorafoldError, unless off."""
 
-    def read(value: Any, settings: Settings) -> Outcome:
+    def read(value: Any, settings: ToolSettings) -> Outcome:
         if is_neutral(value):
             return OFF
         raise refused(value, why)
@@ -223,7 +223,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
     the file's are left. LorafoldError lists the values that can't be read, or that lorafold can't
     train.
     """
-    settings = Settings(config, {rule.key: rule.default for rule in rules})
+    settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
     entries: list[TranslatedKey] = []
     problems: list[str] = []
     for rule in rules:
@@ -266,7 +266,7 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """The rows of one source. `path`: a file, a directory or a hub dataset, or None where no
     option can name them; `columns`: theirs by lorafold's names; `said`: what differs.
     """
@@ -280,7 +280,7 @@ class Rows:
         return f"{self.name} ({'; '.join(self.said)})" if self.said else self.name
 
 
-def given_as_data(found: Sequence[Rows], wanted: str) -> Outcome:
+def given_as_data(found: Sequence[SourceRows], wanted: str) -> Outcome:
     """Rows are left, and the command names them and the columns with other names than lorafold's.
 
     Args:
@@ -303,7 +303,7 @@ def given_as_data(found: Sequence[Rows], wanted: str) -> Outcome:
     return left(f"{wanted}: {listed}", " ".join([*dict.fromkeys(flags), *named]) or PLACEHOLDER)
 
 
-def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) -> Rows:
+def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) -> SourceRows:
     """The rows of a path or hub dataset, of which lorafold reads the default configuration and the
     split train.
 
@@ -317,4 +317,4 @@ def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) 
     said += [f"its files {files}"] if files else []
     if said:
         said[-1] += ": save these rows to a file, as --data reads the default and train"
-    return Rows(str(path), None if said or path is None else str(path), {}, said)
+    return SourceRows(str(path), None if said or path is None else str(path), {}, said)

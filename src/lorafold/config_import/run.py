@@ -31,7 +31,7 @@ from lorafold.config_import import (
     trl,
     unsloth,
 )
-from lorafold.config_import.rules import Outcome, Rule, Settings, TranslatedKey, by_rules, left
+from lorafold.config_import.rules import Outcome, Rule, ToolSettings, TranslatedKey, by_rules, left
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
@@ -446,9 +446,9 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}
             known = {rules[n].key: v for n, v in given.items() if n in rules}
-            found = rule.reader(value, Settings({**known, rule.key: value}, defaults))
+            found = rule.reader(value, ToolSettings({**known, rule.key: value}, defaults))
             # what has no effect among the others means something by itself
-            return found or rule.reader(value, Settings({rule.key: value}, defaults))
+            return found or rule.reader(value, ToolSettings({rule.key: value}, defaults))
     return None
 
 

@@ -26,8 +26,8 @@ from lorafold.config_import.rules import (
     Outcome,
     Reader,
     Row,
-    Settings,
     Table,
+    ToolSettings,
     cases,
     changed,
     left,
@@ -55,7 +55,7 @@ def text(value: Any) -> str:
     return value
 
 
-def schedule(value: Any, settings: Settings) -> Outcome:
+def schedule(value: Any, settings: ToolSettings) -> Outcome:
     """The scheduler becomes the schedule; cosine replaces those that lorafold does not have."""
     if text(value) == "constant":
         return taken("it has no warm-up there", schedule="constant", warmup=0.0)
@@ -64,7 +64,7 @@ def schedule(value: Any, settings: Settings) -> Outcome:
     return changed(why, schedule=SCHEDULES.get(value, "cosine"))
 
 
-def optimizer(value: Any, settings: Settings) -> Outcome:
+def optimizer(value: Any, settings: ToolSettings) -> Outcome:
     """The optimizer becomes one of lorafold's; adamw replaces those that it does not have."""
     paged = value in ("paged_adamw_32bit", "paged_adamw")
     why = "its fp32 state is not paged here" if paged else ADAMW
@@ -72,7 +72,7 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
     return changed("" if known else why, optimizer=OPTIMIZERS.get(value, "adamw"))
 
 
-def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
+def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     """`warmup_steps` becomes the warm-up, unless it is off beside `warmup_ratio`."""
     found, ratio = number(value), settings["warmup_ratio"]
     if settings["lr_scheduler_type"] == "constant" or (found == 0 and ratio is not None):
@@ -80,7 +80,7 @@ def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
     return warmed(found)
 
 
-def warmup_ratio(value: Any, settings: Settings) -> Outcome | None:
+def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
     """`warmup_ratio` becomes the warm-up, unless `warmup_steps` says it."""
     if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0:
         return None
@@ -98,13 +98,13 @@ def warmed(found: float, share: bool = False) -> Outcome:
     return taken(RISES, warmup_steps=integer(found))
 
 
-def total_steps(settings: Settings) -> int | None:
+def total_steps(settings: ToolSettings) -> int | None:
     """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
     found = integer(settings["max_steps"] or 0)
     return found if found > 0 else None
 
 
-def max_steps(value: Any, settings: Settings) -> Outcome:
+def max_steps(value: Any, settings: ToolSettings) -> Outcome:
     """`max_steps` becomes the number of steps, unless it leaves that to the epochs."""
     return taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
 
@@ -117,7 +117,7 @@ def interval(name: str) -> Reader:
     checkpoints = "there are about ten checkpoints a run"
     otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
-    def read(value: Any, settings: Settings) -> Outcome:
+    def read(value: Any, settings: ToolSettings) -> Outcome:
         found, total = number(value), total_steps(settings)
         if found >= 1:
             return taken(**{name: integer(value)})
@@ -130,7 +130,7 @@ def interval(name: str) -> Reader:
     return read
 
 
-def held_out_rows(value: Any, settings: Settings) -> Outcome:
+def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
     """A share of held-out rows becomes `eval_fraction`; a count of them is left."""
     found = number(value)
     if found < 1:
@@ -141,7 +141,7 @@ def held_out_rows(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def trackers(value: Any, settings: Settings) -> Outcome:
+def trackers(value: Any, settings: ToolSettings) -> Outcome:
     """`report_to` becomes the trackers; names that lorafold does not have are left."""
     found = (value,) if value in ("all", "none") else names(value)
     if found == ("none",):
@@ -169,7 +169,7 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
     return changed(f"modules called {bare} are targets too" if bare else "", targets=own)
 
 
-def loraplus_ratio(value: Any, settings: Settings) -> Outcome:
+def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
     """The ratio of LoRA+ becomes the learning rate of B; without one PEFT trains both factors at
     one rate, and lorafold with LoRA+.
     """
@@ -180,7 +180,7 @@ def loraplus_ratio(value: Any, settings: Settings) -> Outcome:
 def rate(is_lora: Condition) -> Reader:
     """The reader of a learning rate, of LoRA that of both factors."""
 
-    def read(value: Any, settings: Settings) -> Outcome:
+    def read(value: Any, settings: ToolSettings) -> Outcome:
         both = ELSEWHERE["learning_rate"]
         if is_lora(settings):
             return taken(both.remark, **both.read(value, {}))
@@ -189,7 +189,7 @@ def rate(is_lora: Condition) -> Reader:
     return read
 
 
-def save_total_limit(value: Any, settings: Settings) -> Outcome:
+def save_total_limit(value: Any, settings: ToolSettings) -> Outcome:
     """`save_total_limit` becomes the number of checkpoints that are kept besides the best."""
     if integer(value) > 0:
         return taken("the best is kept besides", keep=integer(value))

@@ -31,9 +31,9 @@ from lorafold.config_import.rules import (
     SAME,
     Outcome,
     Row,
-    Rows,
-    Settings,
+    SourceRows,
     Table,
+    ToolSettings,
     cases,
     changed,
     choice,
@@ -65,12 +65,12 @@ DPO_NAMES = (
 NO_TEMPLATE = "the model's own template is used; write the other to a file: --chat-template FILE"
 
 
-def is_lora(settings: Settings) -> bool:
+def is_lora(settings: ToolSettings) -> bool:
     """Whether an adapter is trained, and not the whole model."""
     return settings.on("use_peft") or settings["model_name_or_path"] is None
 
 
-def use_peft(value: Any, settings: Settings) -> Outcome:
+def use_peft(value: Any, settings: ToolSettings) -> Outcome:
     """`use_peft` becomes the method, with the switches of LoRA's kinds."""
     if not is_lora(settings):
         return taken(method="full")
@@ -80,24 +80,24 @@ def use_peft(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def target_modules(value: Any, settings: Settings) -> Outcome:
+def target_modules(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_target_modules` become the targets; without them both have a rule of their own."""
     return trainer.LOOKED_UP if value == BY_ARCHITECTURE else taken(targets=targets(value))
 
 
-def target_parameters(value: Any, settings: Settings) -> Outcome:
+def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_target_parameters` become targets beside the modules."""
     return trainer.target_parameters(settings["lora_target_modules"], names(value))
 
 
-def modules_to_save(value: Any, settings: Settings) -> Outcome:
+def modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_modules_to_save`, without the head that a reward model trains in any case."""
     others = tuple(name for name in names(value) if name != HEAD)
     said = f"{HEAD} is trained with a reward model in any case" if HEAD in names(value) else ""
     return taken(said, modules_to_save=others) if others else taken(said)
 
 
-def dtype(value: Any, settings: Settings) -> Outcome | None:
+def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
     """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
     multiplies in bf16, unless `bf16` is off.
     """
@@ -114,7 +114,7 @@ def dtype(value: Any, settings: Settings) -> Outcome | None:
     return taken(remarks.get(found, ""), storage=DTYPES[found])
 
 
-def load_in_4bit(value: Any, settings: Settings) -> Outcome:
+def load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
     """`load_in_4bit` becomes a base in nf4. LorafoldError for FP4."""
     if not boolean(value):
         return OFF
@@ -175,7 +175,7 @@ COMMON = (
 )
 
 
-def packing(value: Any, settings: Settings) -> Outcome:
+def packing(value: Any, settings: ToolSettings) -> Outcome:
     """`packing` becomes packing, in which rows are always kept apart."""
     on = boolean(value)
     mixed = on and "flash" not in str(settings["attn_implementation"])
@@ -183,14 +183,14 @@ def packing(value: Any, settings: Settings) -> Outcome:
     return changed(why if mixed else "", packing=on)
 
 
-def batch(value: Any, settings: Settings) -> Outcome:
+def batch(value: Any, settings: ToolSettings) -> Outcome:
     """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
     packed = settings["packing"] and settings.on("packing")
     return trainer.batch(rows, "process", "TRL max_length" if packed else "")
 
 
-def max_length(value: Any, settings: Settings) -> Outcome | None:
+def max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     """`max_length` becomes max_length; null does not cut there."""
     if settings["max_seq_length"] is not None:
         return None
@@ -199,43 +199,43 @@ def max_length(value: Any, settings: Settings) -> Outcome | None:
     return changed(why, max_length=integer(value))
 
 
-def dataset_text_field(value: Any, settings: Settings) -> Outcome:
+def dataset_text_field(value: Any, settings: ToolSettings) -> Outcome:
     """`dataset_text_field` is the column of plain text, which goes to `--columns`."""
     if value == "text":
         return taken("the column has lorafold's name")
     return left("rows of plain text have it in that column", f"--columns text={value}")
 
 
-def chat_template_path(value: Any, settings: Settings) -> Outcome:
+def chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     """`chat_template_path` becomes the chat template where it is a file's path."""
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
         return taken(chat_template=str(value))
     return left(f"{NO_TEMPLATE}, that of {value}")
 
 
-def losses(settings: Settings) -> tuple[str, ...]:
+def losses(settings: ToolSettings) -> tuple[str, ...]:
     """The losses of DPO; robust is sigmoid where labels are not smoothed."""
     plain = not number(settings["label_smoothing"] or 0)
     found = settings.read("loss_type", names)
     return tuple("sigmoid" if name == "robust" and plain else name for name in found)
 
 
-def objective_of_dpo(settings: Settings) -> str | None:
+def objective_of_dpo(settings: ToolSettings) -> str | None:
     """The objective that the losses of DPO train, or None for those that lorafold lacks."""
     return DPO_LOSSES.get(next(iter(losses(settings)), ""))
 
 
-def dpo_loss(value: Any, settings: Settings) -> Outcome:
+def dpo_loss(value: Any, settings: ToolSettings) -> Outcome:
     """`loss_type` of DPO becomes the objective; LorafoldError for others than lorafold's."""
     return of_dpo(losses(settings), settings["loss_weights"], "loss_weights")
 
 
-def orpo_beta(value: Any, settings: Settings) -> Outcome:
+def orpo_beta(value: Any, settings: ToolSettings) -> Outcome:
     """`beta` of ORPO, which has no field that names its loss, becomes the objective too."""
     return changed(ORPO_TERM, objective="orpo", beta=number(value))
 
 
-def centre(value: Any, settings: Settings) -> Outcome:
+def centre(value: Any, settings: ToolSettings) -> Outcome:
     """`center_rewards_coefficient` becomes `centre`, of the reward trainer, which has no field that
     names its loss.
     """
@@ -246,13 +246,13 @@ def centre(value: Any, settings: Settings) -> Outcome:
 def data_rows(objective: str | None) -> Table:
     """The rows of the script's fields that name rows, of a trainer with that objective."""
 
-    def name(value: Any, settings: Settings) -> Outcome:
+    def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
             return taken("datasets takes its place")
         found = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
         return given_as_data([found], rows_wanted(objective))
 
-    def several(value: Any, settings: Settings) -> Outcome | None:
+    def several(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
             raise LorafoldError(f"found {value!r}, expected a list of objects with path")
         found = [_of_mixture(one) for one in value]
@@ -266,13 +266,13 @@ def data_rows(objective: str | None) -> Table:
     }
 
 
-def _of_mixture(one: Any) -> Rows:
+def _of_mixture(one: Any) -> SourceRows:
     if not isinstance(one, dict) or not one.get("path"):
         raise LorafoldError(f"found {one!r}, expected an object with path")
     files = one.get("data_files") or one.get("data_dir")
     found = of_hub(one["path"], one.get("name"), one.get("split"), files)
     said = [f"its columns {one['columns']} alone"] if one.get("columns") else []
-    return Rows(found.name, found.path, {}, [*found.said, *said])
+    return SourceRows(found.name, found.path, {}, [*found.said, *said])
 
 
 LORA_DROPOUT = dropout(

@@ -26,8 +26,8 @@ from lorafold.config_import.rules import (
     PLACEHOLDER,
     Outcome,
     Rule,
-    Settings,
     Table,
+    ToolSettings,
     TranslatedKey,
     by_rules,
     changed,
@@ -100,17 +100,17 @@ OBJECTS = {
 }
 
 
-def is_full(settings: Settings) -> bool:
+def is_full(settings: ToolSettings) -> bool:
     """Whether the whole model is trained."""
     return settings.on(f"{LOADED}full_finetuning")
 
 
-def is_lora(settings: Settings) -> bool:
+def is_lora(settings: ToolSettings) -> bool:
     """Whether an adapter is trained."""
     return not is_full(settings)
 
 
-def method(value: Any, settings: Settings) -> Outcome:
+def method(value: Any, settings: ToolSettings) -> Outcome:
     """`full_finetuning` becomes the method, with the switches of LoRA's kinds."""
     if boolean(value):
         return taken(method="full")
@@ -120,7 +120,7 @@ def method(value: Any, settings: Settings) -> Outcome:
     return trainer.kind_of_lora(False, rslora, "loftq" if loftq else start)
 
 
-def storage(value: Any, settings: Settings) -> Outcome:
+def storage(value: Any, settings: ToolSettings) -> Outcome:
     """`load_in_4bit`, on unless the script says, becomes the base's storage; other switches are
     read with it.
     """
@@ -135,30 +135,30 @@ def storage(value: Any, settings: Settings) -> Outcome:
     return taken(storage=made_of(4))
 
 
-def length(value: Any, settings: Settings) -> Outcome:
+def length(value: Any, settings: ToolSettings) -> Outcome:
     """`max_seq_length` of the model bounds the rows; the trainer's, where it is less, decides."""
     own = [settings[key] for key in ("max_length", "max_seq_length")]
     return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
-def checkpointing(value: Any, settings: Settings) -> Outcome:
+def checkpointing(value: Any, settings: ToolSettings) -> Outcome:
     """`use_gradient_checkpointing` becomes gradient_checkpointing; Unsloth's own is auto."""
     if value == "unsloth":
         return changed("activations are recomputed where a step would not fit, and not offloaded")
     return taken(gradient_checkpointing=boolean(value))
 
 
-def target_parameters(value: Any, settings: Settings) -> Outcome:
+def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`target_parameters` become targets beside the modules."""
     return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
 
 
-def wanted(settings: Settings) -> str:
+def wanted(settings: ToolSettings) -> str:
     """The rows that the script's trainer takes, in words."""
     return rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
 
 
-def loaded_rows(value: Any, settings: Settings) -> Outcome:
+def loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
     """The first dataset that the script loads goes to `--data`."""
     name, split, files = (settings[f"{SET}{key}"] for key in ("name", "split", "data_files"))
     if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
@@ -166,14 +166,14 @@ def loaded_rows(value: Any, settings: Settings) -> Outcome:
     return given_as_data([of_hub(value, name, split, files)], wanted(settings))
 
 
-def train_dataset(value: Any, settings: Settings) -> Outcome:
+def train_dataset(value: Any, settings: ToolSettings) -> Outcome:
     """`train_dataset` is what the script loads, where that is read."""
     if settings[f"{SET}path"]:
         return taken("it is load_dataset's")
     return left(wanted(settings), PLACEHOLDER)
 
 
-def get_chat_template(value: Any, settings: Settings) -> Outcome:
+def get_chat_template(value: Any, settings: ToolSettings) -> Outcome:
     """The template of a name is left."""
     return left(
         f"the model's own template is used; write {value}'s to a file: --chat-template FILE"

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from lorafold.core.delta import SETTINGS, Delta, Over, check_settings, written
-from lorafold.core.layer import Base, Layer
+from lorafold.core.layer import BaseLayer, Layer
 from lorafold.core.selection import Loading, OnlyBlock, Selection
 from lorafold.core.selection import Origin as Origin
-from lorafold.core.served_weights import NAMES, Read
+from lorafold.core.served_weights import NAMES, WeightDescriptor
 from lorafold.errors import LorafoldError, listed
 
 _base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
@@ -106,12 +106,12 @@ class Adapted(nn.Module):
     """
 
     base_class: ClassVar[type[nn.Module]]
-    layer_class: ClassVar[type[Base]]
+    layer_class: ClassVar[type[BaseLayer]]
     deltas: Deltas
     selection: Selection
     site: str = ""
 
-    def layer(self, *names: str, base: Base | None = None) -> Layer:
+    def layer(self, *names: str, base: BaseLayer | None = None) -> Layer:
         """The module as a layer under those of the named deltas that are attached to it.
 
         Args:
@@ -129,7 +129,7 @@ class Adapted(nn.Module):
 
 
 @functools.cache
-def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted]:
+def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Adapted]:
     """Make the subclass of `cls` that modules of class `cls` are swapped to.
 
     It has the name of `cls`, since model files record that name.
@@ -137,7 +137,7 @@ def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted
 
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer(*self.selection.running(self.training))
-        if isinstance(layer, Base):
+        if isinstance(layer, BaseLayer):
             return layer(*args, **kwargs)
         return layer_class.called(layer, *args, **kwargs)
 
@@ -145,14 +145,14 @@ def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted
         "forward": functools.wraps(cls.forward)(forward),
         "base_class": cls,
         "layer_class": layer_class,
-        **{name: Read(name) for name in NAMES if not hasattr(cls, name)},
+        **{name: WeightDescriptor(name) for name in NAMES if not hasattr(cls, name)},
     }
     swapped = type(cls.__name__, (Adapted, cls), body)
     swapped.__module__, swapped.__qualname__ = cls.__module__, cls.__qualname__
     return swapped
 
 
-def _rebuild(cls: type[nn.Module], layer_class: type[Base]) -> Adapted:
+def _rebuild(cls: type[nn.Module], layer_class: type[BaseLayer]) -> Adapted:
     swapped = adapted_class(cls, layer_class)  # type: ignore[arg-type]
     return swapped.__new__(swapped)
 
@@ -205,7 +205,7 @@ def selection_of(model: nn.Module) -> Selection:
 
 
 def lay(
-    module: nn.Module, layer_class: type[Base], name: str, delta: Delta, selection: Selection,
+    module: nn.Module, layer_class: type[BaseLayer], name: str, delta: Delta, selection: Selection,
     site: str = "",
 ) -> None:  # fmt: skip
     """Attach one delta to a module, above those that are attached already.

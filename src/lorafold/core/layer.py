@@ -11,8 +11,8 @@ experts. Then W is (E, out, in), and so is whatever a delta has for each matrix.
 
 A layer under a delta is a layer (`delta.Over`), and so is a layer whose output is known
 (`combine.Given`). Therefore stacks and combinators need no special case. The layer at the bottom is
-the module itself, frozen (`Base`). How a module stores its matrix is known only to the subclasses
-of `Base` in `lorafold.layers`.
+the module itself, frozen (`BaseLayer`). How a module stores its matrix is known only to the
+subclasses of `BaseLayer` in `lorafold.layers`.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def bare(module: nn.Module) -> nn.Module:
     return twin
 
 
-class Base(Layer):
+class BaseLayer(Layer):
     """Abstract: the module itself, frozen. `lorafold.layers` has one final subclass per storage."""
 
     quantized = False  # whether it stores codes, which are dequantized for each use
@@ -287,7 +287,7 @@ class Base(Layer):
         w, b = self.dense()
         return w.to("meta"), None if b is None else b.to("meta")
 
-    def plain(self) -> Base:
+    def plain(self) -> BaseLayer:
         """The layer that this becomes by `dequantize`."""
         return self
 

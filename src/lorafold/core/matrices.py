@@ -8,8 +8,8 @@ path of the parameter. The `Matrices` becomes a child of its owner, under the pa
 it gets its first delta; until then it is made where it is asked for. It has no parameters, since
 the owner keeps its own.
 
-A `Form` says which parameters these are, which way round, and how the forward that multiplies by
-them learns which rows are of which expert:
+A `ExpertsForm` says which parameters these are, which way round, and how the forward that
+multiplies by them learns which rows are of which expert:
 
     CHOSEN     forward(x, experts, weights)    the experts of each token (T, k), and their weights
     WEIGHED    forward(x)                      its `router` gives the scores (T, E) of its `top_k`
@@ -50,7 +50,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Form:
+class ExpertsForm:
     """How a module holds the matrices of experts.
 
     parameters: how each of its parameters stores its matrices, in the order in which they are
@@ -69,21 +69,21 @@ class Form:
 
 
 # Names, not classes, so that nothing is imported for a form that a model does not use.
-FORMS: dict[str, Form] = {
-    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": Form(
+FORMS: dict[str, ExpertsForm] = {
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": ExpertsForm(
         {"gate_up_proj": Stored(transposed=True), "down_proj": Stored(transposed=True)},
         WEIGHED,
         around=True,
         activation="act_fn",
     ),
-    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": Form(
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": ExpertsForm(
         {"gate_up_proj": Stored("total_experts"), "down_proj": Stored("num_routed_experts")},
         activation="act_fn",
     ),
-    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Form(
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": ExpertsForm(
         {"weight": Stored()}, SORTED
     ),
-    "transformers.models.dbrx.modeling_dbrx.DbrxExpertGLU": Form(
+    "transformers.models.dbrx.modeling_dbrx.DbrxExpertGLU": ExpertsForm(
         {
             "w1": Stored("moe_num_experts", flat=True),
             "v1": Stored("moe_num_experts", flat=True),
@@ -95,11 +95,13 @@ FORMS: dict[str, Form] = {
 }
 
 
-def form_of(module: nn.Module) -> Form | None:
+def form_of(module: nn.Module) -> ExpertsForm | None:
     """The form in which a module holds matrices of experts; None for any other module."""
     if "is_transposed" in module.__dict__ and "has_gate" in module.__dict__:
         stored = Stored(transposed=bool(module.is_transposed))
-        return Form({"gate_up_proj" if module.has_gate else "up_proj": stored, "down_proj": stored})
+        return ExpertsForm(
+            {"gate_up_proj" if module.has_gate else "up_proj": stored, "down_proj": stored}
+        )
     kind = type(module)
     return FORMS.get(f"{kind.__module__}.{kind.__qualname__}")
 
@@ -117,7 +119,7 @@ class Matrices(nn.Module):
         self.training = owner.training
 
     @property
-    def form(self) -> Form:
+    def form(self) -> ExpertsForm:
         """How the owner holds the matrices."""
         form = form_of(self.owner)
         assert form is not None

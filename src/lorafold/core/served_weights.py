@@ -36,7 +36,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_map_only
 
 from lorafold.core.delta import Delta, on_meta
-from lorafold.core.layer import Base
+from lorafold.core.layer import BaseLayer
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 
@@ -79,12 +79,12 @@ WRITES = frozenset(
 class Served(Tensor):
     """The stand-in for a folded tensor. It has no values."""
 
-    reading: Reading
+    reading: WeightRead
     which: str
     _is_param = True  # isinstance(module.weight, nn.Parameter)
 
     @staticmethod
-    def of(reading: Reading, name: str) -> Served:
+    def of(reading: WeightRead, name: str) -> Served:
         """The stand-in for the "weight" or the "bias" of a module."""
         like = reading.like(name)
         served = Tensor._make_wrapper_subclass(
@@ -166,7 +166,7 @@ class _Deferred(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, reading: Reading, name: str, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, reading: WeightRead, name: str, *leaves: Tensor) -> Tensor:
         ctx.reading, ctx.name = reading, name
         ctx.save_for_backward(*leaves)
         return Served.of(reading, name)
@@ -194,7 +194,7 @@ def _traced() -> bool:
     )
 
 
-class Read:
+class WeightDescriptor:
     """The descriptor for the attribute `weight` or `bias` on the class of an adapted module."""
 
     def __init__(self, name: str) -> None:
@@ -220,7 +220,7 @@ class Read:
         active = {name: delta for name, delta in carried.items() if not delta.in_place}
         if not active:
             return own
-        reading = Reading(module.layer_class(module), active, module.site)
+        reading = WeightRead(module.layer_class(module), active, module.site)
         if _traced():
             return reading.folded()(self.name)
         if own is None and reading.gained() is None:
@@ -245,12 +245,12 @@ NAMES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
-class Reading:
+class WeightRead:
     """A module, its path `site`, and the deltas that were active when its weight or bias was read,
     by the adapter's name, lowest first.
     """
 
-    base: Base
+    base: BaseLayer
     deltas: dict[str, Delta]
     site: str
 

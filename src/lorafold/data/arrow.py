@@ -97,7 +97,7 @@ def digests(*columns: Iterable[Any]) -> Array:
     return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
 
 
-class Judged(NamedTuple):
+class Judgements(NamedTuple):
     """What examples judge and how: a digest of each subject (n,), and the number of a verdict on it
     (n,). `contrary` says in words that a row judges a subject otherwise than another does, and
     `labels` how many examples have each of the labels that there may be.
@@ -118,7 +118,7 @@ class TableExamples(Sequence[E]):
     """
 
     told_by: tuple[Iterable[Any], ...]
-    judged: Judged | None = None  # what they judge, if they judge anything
+    judged: Judgements | None = None  # what they judge, if they judge anything
     ends_lost: Array | None = None  # whether the end of an answer is cut off each, (n,), if known
 
     def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:

@@ -1,7 +1,8 @@
 """Batches: which examples each optimizer step trains on, which rows are held out, which examples
 are packed into one sequence (best fit decreasing), and the tensors made of them.
 
-    for examples in feed.after(step): ...        a `Feed`: the examples of each step, from any on
+    for examples in feed.after(step): ...        a `BatchFeed`: the examples of each step, from any
+    on
 
 `Batches` and feeds depend on nothing but their arguments, so a resumed run computes its batches
 again and a checkpoint stores none.
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from lorafold.data.arrow import Array
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.row_store import Part, Rows
+from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.shapes import Row
 from lorafold.errors import LorafoldError
 
@@ -47,7 +48,9 @@ class Batches(Sequence[list[int]]):
     round(w n) of its n examples, in an order of their own that also goes on from epoch to epoch.
     """
 
-    def __init__(self, parts: int | Sequence[Part], batch: int, steps: int, seed: int) -> None:
+    def __init__(
+        self, parts: int | Sequence[SourcePart], batch: int, steps: int, seed: int
+    ) -> None:
         """Raises LorafoldError if there are no examples.
 
         Args:
@@ -55,7 +58,7 @@ class Batches(Sequence[list[int]]):
             batch: Examples of an optimizer step.
             steps: The number of optimizer steps.
         """
-        self._parts = [Part(parts)] if isinstance(parts, int) else list(parts)
+        self._parts = [SourcePart(parts)] if isinstance(parts, int) else list(parts)
         self._taken = [epoch_size([part]) for part in self._parts]
         self._batch, self._steps, self._seed = batch, steps, seed
         if not sum(self._taken):
@@ -92,7 +95,7 @@ class Batches(Sequence[list[int]]):
         return found[rng.sample(range(len(found)), len(found))]
 
 
-def epoch_size(parts: Sequence[Part]) -> int:
+def epoch_size(parts: Sequence[SourcePart]) -> int:
     """How many examples an epoch has; of a source that has any it takes at least one."""
     return sum(max(1, round(part.weight * part.size)) for part in parts if part.size)
 
@@ -215,7 +218,7 @@ def labelled(example: Example) -> int:
     return sum(label != -100 for label in example.labels[1:])
 
 
-class Feed(ABC):
+class BatchFeed(ABC):
     """Abstract: the examples of each of `steps` optimizer steps. `foreseen` is how many of them can
     be looked at in advance at little cost.
     """
@@ -239,7 +242,7 @@ class Feed(ABC):
         """
 
 
-class StoredFeed(Feed):
+class StoredFeed(BatchFeed):
     """Examples that are all at hand; `passes` is how often each comes in a run."""
 
     foreseen = 1000
@@ -247,7 +250,7 @@ class StoredFeed(Feed):
     def __init__(
         self,
         examples: Sequence[Any],
-        parts: Sequence[Part],
+        parts: Sequence[SourcePart],
         batch: int,
         steps: int,
         seed: int,
@@ -279,7 +282,9 @@ class StoredFeed(Feed):
             yield [self.examples[i] for start, end in ends for i in range(start, end)]
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        return StoredFeed(self.examples, [Part(len(self._borders) - 1)], size, n, seed).after(0)
+        return StoredFeed(self.examples, [SourcePart(len(self._borders) - 1)], size, n, seed).after(
+            0
+        )
 
 
 R = TypeVar("R")

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, Judged, Lists, TableExamples, batch_of, digests
+from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, batch_of, digests
 from lorafold.data.control_tokens import MARKED
-from lorafold.data.examples import NO_LOSS, WHOLE, Completions, Example, example_of
+from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.json_input import kind_of
 from lorafold.data.render import Rendering
-from lorafold.data.row_store import Part, Rows, named, parts_of
+from lorafold.data.row_store import Rows, SourcePart, named, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.sources import Row
@@ -93,8 +93,8 @@ class Branches(Encoder):
     """Makes examples of preferences; it takes `data.shapes.PAIRS` or `JUDGED`.
 
     Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
-    starts and ends of trained spans in them, `desirable`, `turns` as `Completions` has them, those
-    of the prompt once, and `problem`.
+    starts and ends of trained spans in them, `desirable`, `turns` as `CompletionEncoder` has them,
+    those of the prompt once, and `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ class Branches(Encoder):
 
     def __post_init__(self) -> None:
         # what makes the ids of a prompt with one completion
-        self._completions = Completions(self.tokenizer, self.rendering)
+        self._completions = CompletionEncoder(self.tokenizer, self.rendering)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Branches(Encoder):
         """The columns of one example.
 
         Args:
-            documents: What each completion gave: its entries in the table of `Completions`.
+            documents: What each completion gave: its entries in the table of `CompletionEncoder`.
         """
         problem = ""
         if not isinstance(one.desirable, bool):
@@ -212,7 +212,7 @@ class BranchedExamples(TableExamples[Branched]):
         return lost
 
     @cached_property
-    def judged(self) -> Judged:  # type: ignore[override]
+    def judged(self) -> Judgements:  # type: ignore[override]
         """Of two answers one is preferred: the first of the pair, as their digests are sorted, or
         the second.
         """
@@ -220,7 +220,7 @@ class BranchedExamples(TableExamples[Branched]):
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
         contrary = "choose the answer that an earlier one rejects, and reject its chosen one"
         subjects = digests(*(of.tolist() for of in ordered))
-        return Judged(subjects, chosen < rejected, contrary)
+        return Judgements(subjects, chosen < rejected, contrary)
 
     def _documents(self, branch: int) -> Iterator[bytes]:
         """The bytes of the ids of one document of each example, whole."""
@@ -261,11 +261,11 @@ class MismatchedExamples(BranchedExamples):
         self.lengths = self.shared + self.own.sum(1)
 
     @cached_property
-    def judged(self) -> Judged:  # type: ignore[override]
+    def judged(self) -> Judgements:  # type: ignore[override]
         contrary = "have the prompt and the answer of an earlier one, and the other label"
         true = sum(self._desirable)
         labels = {"true": true, "false": len(self) - true}
-        return Judged(digests(self._ids), np.array(self._desirable), contrary, labels)
+        return Judgements(digests(self._ids), np.array(self._desirable), contrary, labels)
 
     def _example(self, entry: int) -> Branched:
         own, other = super()._example(entry), super()._example((entry or len(self)) - 1)
@@ -319,7 +319,7 @@ class PreferredData:
 
     examples: Sequence[Branched]
     report: PreferenceReport
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
 
 
 def encode_preferred(

@@ -37,7 +37,7 @@ from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
 from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.messages import Message
 from lorafold.data.render import render_trained
-from lorafold.data.row_store import Place, Rows, named
+from lorafold.data.row_store import RowPlace, Rows, named
 from lorafold.data.shapes import Conversation
 from lorafold.data.templates import (
     ASKED,
@@ -206,7 +206,7 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @dataclass(frozen=True)
-class Finding:
+class DataFinding:
     """How many of some rows have something in common, what, and the first of them, each with the
     row that it is compared with, if any.
     """
@@ -214,7 +214,7 @@ class Finding:
     count: int
     of: int
     said: str
-    first: tuple[tuple[Place, Place | None], ...] = ()
+    first: tuple[tuple[RowPlace, RowPlace | None], ...] = ()
 
     def __str__(self) -> str:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
@@ -237,7 +237,7 @@ class Findings:
     """
 
     rows: int
-    found: Mapping[str, Finding] = field(default_factory=dict)
+    found: Mapping[str, DataFinding] = field(default_factory=dict)
     labels: Mapping[str, int] = field(default_factory=dict)
     roles: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     silent: Mapping[str, int] = field(default_factory=dict)
@@ -337,7 +337,7 @@ def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
 
 def _finding(
     name: str, rows: Rows, found: Pairs, told: Any = "", like: Rows | None = None
-) -> Finding:
+) -> DataFinding:
     """What was found of some of the rows.
 
     Args:
@@ -349,12 +349,12 @@ def _finding(
     said, others = SAID[name].format(told), found[1]
     chosen, at = np.unique(found[0], return_index=True)  # each once
     if not len(chosen):
-        return Finding(0, len(rows), said)
+        return DataFinding(0, len(rows), said)
     first = rows.origins.places(chosen[:SHOWN])
-    compared: list[Place | None] = [None] * len(first)
+    compared: list[RowPlace | None] = [None] * len(first)
     if others is not None:
         compared = [*(like or rows).origins.places(others[at[:SHOWN]])]
-    return Finding(len(chosen), len(rows), said, tuple(zip(first, compared, strict=True)))
+    return DataFinding(len(chosen), len(rows), said, tuple(zip(first, compared, strict=True)))
 
 
 def turns_of(

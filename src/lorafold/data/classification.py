@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Judged, Lists, TableExamples, batch_of, column, digests
+from lorafold.data.arrow import Judgements, Lists, TableExamples, batch_of, column, digests
 from lorafold.data.examples import NO_LOSS, identity_of
-from lorafold.data.row_store import Part, Rows
+from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.rows import as_checked, check_given
 from lorafold.data.shapes import LABELS, Labelled
 from lorafold.data.sources import Row
@@ -80,7 +80,7 @@ class LabelledData:
 
     examples: Sequence[LabelledExample]
     report: LabelledReport
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -155,10 +155,10 @@ class LabelledExamples(TableExamples[LabelledExample]):
         self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 
     @cached_property
-    def judged(self) -> Judged:  # type: ignore[override]
+    def judged(self) -> Judgements:  # type: ignore[override]
         """What the labels judge: rows with the text of another and a different label."""
         contrary = "have the text of an earlier one, and another label"
-        return Judged(digests(self._ids), self._labels, contrary, self.counts)
+        return Judgements(digests(self._ids), self._labels, contrary, self.counts)
 
     def _example(self, entry: int) -> LabelledExample:
         # the text is cut before the special tokens that end it, which stay

@@ -110,7 +110,7 @@ def allowed(template: str) -> frozenset[str] | None:
     return ALL if words is True else frozenset(words)
 
 
-class Found(NamedTuple):
+class ControlTokenFinder(NamedTuple):
     """What finds the control tokens in the contents of all roles but the assistant's, and in its
     own. `first` are the characters with which they begin.
     """
@@ -160,7 +160,7 @@ def variables_as_text(
 
 
 @lru_cache(maxsize=KNOWN)
-def _found(template: Template) -> Found | None:
+def _found(template: Template) -> ControlTokenFinder | None:
     """What finds control tokens; None where contents may have all of them."""
     free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
@@ -176,10 +176,10 @@ def _found(template: Template) -> Found | None:
     first = sorted(words, key=lambda word: (-len(word), word))  # the longest
     both = first, [word for word in first if word in own]
     all_, its = (re.compile("|".join(map(re.escape, some)) or "(?!)") for some in both)
-    return Found(all_, its, tuple({word[:1] for word in words}))
+    return ControlTokenFinder(all_, its, tuple({word[:1] for word in words}))
 
 
-def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
+def _mark(value: Any, words: re.Pattern[str], found: ControlTokenFinder) -> Any:
     if isinstance(value, str):
         if not any(character in value for character in (OPENING, CLOSING, *found.first)):
             return value  # as nearly all are

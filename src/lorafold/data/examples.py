@@ -27,8 +27,8 @@ import numpy as np
 
 from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
-from lorafold.data.render import Rendered, Rendering, Span, Trained, render_trained
-from lorafold.data.row_store import Part, Rows, parts_of
+from lorafold.data.render import Rendered, Rendering, Span, TrainedRenderings, render_trained
+from lorafold.data.row_store import Rows, SourcePart, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
@@ -51,7 +51,7 @@ OPENINGS = 1000  # ends of prompts whose ids are kept
 
 
 @dataclass
-class Piece:
+class PendingExample:
     """One example in the making: the text of a row with its trained spans of characters, or of a
     row of plain text; then its token ids, with the starts and ends of the spans of tokens.
     """
@@ -69,7 +69,7 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Completions(Encoder):
+class CompletionEncoder(Encoder):
     """Makes examples whose completions are trained on.
 
     Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
@@ -109,7 +109,7 @@ class Completions(Encoder):
                     " offsets; expected a fast tokenizer (one with a tokenizer.json)"
                 )
             found |= zip(some, encodings, strict=True)
-        made = list[Piece]()
+        made = list[PendingExample]()
         for n, piece in enumerate(pieces):
             if (encoding := found.get(n)) is None:
                 made.append(piece)
@@ -124,15 +124,17 @@ class Completions(Encoder):
         numbers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
         return batch_of(entries, numbers, lists, ("marked",), (TURNS, "problem"))
 
-    def _pieces(self, given: Conversation, number: int) -> list[Piece]:
+    def _pieces(self, given: Conversation, number: int) -> list[PendingExample]:
         if not given.messages:
             turns = f"text{TRAINED if given.text.strip() else EMPTY}"
-            return [Piece(number, turns=turns, text=given.text)]
+            return [PendingExample(number, turns=turns, text=given.text)]
         try:
             trained = render_trained(given, self.tokenizer, self.rendering)
         except LorafoldError as error:
-            return [Piece(number, problem=str(error))]
-        pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
+            return [PendingExample(number, problem=str(error))]
+        pieces = [
+            PendingExample(number, rendered=found, text=found.text) for found in trained.renderings
+        ]
         became_of = []
         for n, message in enumerate(given.messages):
             said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
@@ -143,7 +145,7 @@ class Completions(Encoder):
         pieces[0].turns = "\n".join(became_of)
         return pieces
 
-    def _examples(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
+    def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
         """The examples of a rendered piece, with their ids and trained spans: one, and one more for
         each turn before which a token would span the border.
         """
@@ -151,7 +153,7 @@ class Completions(Encoder):
         rendered, text, together = piece.rendered, piece.text, list[Span]()
         if OPENING in text:
             encoding = pieces_of(text, self.tokenizer)
-        apart: list[Piece] = []
+        apart: list[PendingExample] = []
         ids, added = encoding.ids, template_of(self.tokenizer).added
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
@@ -169,7 +171,7 @@ class Completions(Encoder):
                 continue
             final = following > len(text)
             cut = Rendered(text if final else text[: spans[-1][1]], tuple(spans), (border,))
-            apart.append(Piece(piece.row))
+            apart.append(PendingExample(piece.row))
             apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
         if together or not apart:
             places = [
@@ -177,7 +179,7 @@ class Completions(Encoder):
                 for span in together
                 for n, at in enumerate(span)
             ]
-            apart.append(Piece(piece.row, ids=ids, spans=places))
+            apart.append(PendingExample(piece.row, ids=ids, spans=places))
         first = apart[0]
         return [replace(piece, ids=first.ids, spans=first.spans), *apart[1:]]
 
@@ -248,7 +250,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Report:
+class EncodingReport:
     """What `encode` made of the rows; `str` gives it as lines of text.
 
     `rows` counts all rows, `tokens` and `labelled` the tokens of the examples. `longest` is the
@@ -307,12 +309,12 @@ class Encoded:
     """
 
     examples: Examples
-    report: Report
-    parts: tuple[Part, ...]
+    report: EncodingReport
+    parts: tuple[SourcePart, ...]
 
 
 class Examples(TableExamples[Example]):
-    """The examples of a table that have a token to train on; `Completions` made the table."""
+    """The examples of a table that have a token to train on; `CompletionEncoder` made the table."""
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
@@ -374,11 +376,13 @@ def encode(
         rendering: What of a conversation is trained on.
     """
     rows = as_checked(rows, CONVERSATIONS)
-    return encoded(tokenized(rows, Completions(tokenizer, rendering), console), rows, max_length)
+    return encoded(
+        tokenized(rows, CompletionEncoder(tokenizer, rendering), console), rows, max_length
+    )
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-    """The examples of a table that `Completions` made.
+    """The examples of a table that `CompletionEncoder` made.
 
     Args:
         rows: What it was made of.
@@ -399,7 +403,7 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
             f" {', and '.join(found) or 'they have no answer of an assistant that may train'};"
             " expected answers within max_length"
         )
-    report = Report(
+    report = EncodingReport(
         len(rows),
         int(examples.lengths.sum()),
         int(examples.labelled.sum()),
@@ -417,7 +421,7 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
 
 def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-) -> tuple[list[Example], Trained]:
+) -> tuple[list[Example], TrainedRenderings]:
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
 
     Args:
@@ -426,14 +430,14 @@ def encode_row(
 
     Raises LorafoldError if the chat template refuses the row.
     """
-    encoder = Completions(tokenizer, rendering)
+    encoder = CompletionEncoder(tokenizer, rendering)
     given = Rows.of([row], encoder.takes).given(encoder.takes)
     found = encoder.encode(given, 0).to_pylist()
     if problem := found[0]["problem"]:
         raise LorafoldError(problem)
     examples = [example_of(entry["ids"], entry["spans"]) for entry in found]
     counts = (sum(entry[name] for entry in found) for name in ("left_out", "hidden"))
-    return examples, Trained((), *counts)
+    return examples, TrainedRenderings((), *counts)
 
 
 def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -18,7 +18,7 @@ from lorafold.data.arrow import TableExamples, batch_of
 from lorafold.data.control_tokens import MARKED, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.render import prompt_of
-from lorafold.data.row_store import Part, Rows
+from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.shapes import PROMPTS, Conversation, Shape, shape_of, shapes_for
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
@@ -31,7 +31,7 @@ ASKED = ("prompt", "messages", "conversations")  # the keys of a row that hold i
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """A tokenized prompt: `ids` (T,), its row, and where that is, for messages."""
 
     ids: tuple[int, ...]
@@ -91,13 +91,13 @@ class PromptReport:
 class PromptData:
     """One example for each row, the report, and how many are from each source."""
 
-    examples: Sequence[Prompt]
+    examples: Sequence[TokenizedPrompt]
     report: PromptReport
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts(Encoder):
+class PromptEncoder(Encoder):
     """Makes examples of prompts. Columns: `row`, `ids` (T,), `marked` whether control tokens in its
     contents are text, and `problem`.
     """
@@ -127,22 +127,22 @@ class Prompts(Encoder):
         return {"ids": ids, "marked": is_marked(text), "problem": problem}
 
 
-class PromptExamples(TableExamples[Prompt]):
-    """The examples of a table that `Prompts` made."""
+class PromptExamples(TableExamples[TokenizedPrompt]):
+    """The examples of a table that `PromptEncoder` made."""
 
     def __init__(self, table: pa.Table, rows: Rows) -> None:
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
         self._rows, self.told_by = rows, (self._ids,)
 
-    def _example(self, entry: int) -> Prompt:
+    def _example(self, entry: int) -> TokenizedPrompt:
         number = int(self.rows[entry])
         [place] = self._rows.origins.places([number])
-        return Prompt(tuple(self._ids[entry].tolist()), self._rows[number], str(place))
+        return TokenizedPrompt(tuple(self._ids[entry].tolist()), self._rows[number], str(place))
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:
-    """The examples of a table that `Prompts` made. Raises LorafoldError for a prompt that is too
-    long.
+    """The examples of a table that `PromptEncoder` made. Raises LorafoldError for a prompt that is
+    too long.
 
     Args:
         most: The most tokens of a prompt.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.data.control_tokens import as_text, ids_of
-from lorafold.data.render import Drawing, check_able, check_shown, prompt_of
+from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
 from lorafold.data.rows import checked, renamed
 from lorafold.data.shapes import (
     CONVERSATIONS,
@@ -100,7 +100,7 @@ def reference_of(
     messages = conversation.messages[: last + 1]
     check_able(conversation, tokenizer)
     given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
-    drawing = Drawing(given, tokenizer)
+    drawing = ConversationRenderings(given, tokenizer)
     prompt, message = apply(drawing.formed[:last], tokenizer, given.tools, True), messages[last]
     asked = messages[last - 1].get("content", "")
     if not message.get("tool_calls"):
@@ -118,7 +118,7 @@ def reference_of(
     return Reference(asked, prompt, str(text))
 
 
-class Prompt(NamedTuple):
+class PromptRow(NamedTuple):
     """A prompt as the chat template renders it for generation, and the completion that its row has,
     or None.
     """
@@ -167,7 +167,7 @@ def asked_in(row: Row) -> list[str]:
 
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
-) -> list[Prompt]:
+) -> list[PromptRow]:
     """The rendered prompts of rows that `read_prompts` checked.
 
     Args:
@@ -182,13 +182,13 @@ def prompts_of(
             given = _asked(row)
             last = len(given.messages) - 1
             if given.messages[last]["role"] != "assistant":
-                found.append(Prompt(prompt_of(given, tokenizer), None))
+                found.append(PromptRow(prompt_of(given, tokenizer), None))
                 continue
             if not last:
                 what = "found no message before the assistant's turn, expected a prompt"
                 raise LorafoldError(what)
             reference = reference_of(given, last, tokenizer)
-            found.append(Prompt(reference.prompt, reference.text))
+            found.append(PromptRow(reference.prompt, reference.text))
         except LorafoldError as error:
             raise LorafoldError(f"{name}: row {number}: {error}") from error
     return found

@@ -192,7 +192,7 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRenderings:
     """The examples of one conversation. `left_out` assistant turns are not trained on, and the
     text of `hidden` trained turns lacks their reasoning, or what they say beside a call, since the
     template leaves it out. `turns` are the indices of the messages that are trained on.
@@ -217,7 +217,7 @@ class TrainedTurn:
     marks: tuple[Span, ...] | None
 
 
-class Drawing:
+class ConversationRenderings:
     """The renderings of one conversation."""
 
     def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -295,7 +295,7 @@ def render_trained(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering = Rendering(),
-) -> Trained:
+) -> TrainedRenderings:
     """Render a conversation and find the spans of its trained assistant turns.
 
     A conversation of which nothing is trained on gives its whole text, without spans.
@@ -310,7 +310,7 @@ def render_trained(
     """
     check_able(conversation, tokenizer)
     conversation = as_text(conversation, tokenizer)
-    drawing, messages = Drawing(conversation, tokenizer), conversation.messages
+    drawing, messages = ConversationRenderings(conversation, tokenizer), conversation.messages
     drawn_whole = whole, _ = drawing.draw(drawing.formed)
     turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
@@ -358,7 +358,7 @@ def render_trained(
         if spans
     ]
     shown = tuple(renderings[::-1]) or (Rendered(whole, ()),)
-    return Trained(shown, left_out, lost, frozenset(kept))
+    return TrainedRenderings(shown, left_out, lost, frozenset(kept))
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

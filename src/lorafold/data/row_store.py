@@ -30,7 +30,7 @@ SORTED = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 LARGE = 16_000_000  # bytes of rows or of a file, from which on they are kept in Arrow files
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """A row: the name of its file, empty for rows given in Python, and its number there, from 1."""
 
     file: str
@@ -40,7 +40,7 @@ class Place(NamedTuple):
         return f"{self.file}: row {self.row}" if self.file else f"row {self.row}"
 
 
-def named(places: Iterable[Place]) -> Iterator[str]:
+def named(places: Iterable[RowPlace]) -> Iterator[str]:
     """How places are called one after another: the file of the one before is not named again."""
     before = None
     for place in places:
@@ -63,13 +63,13 @@ class Origins:
         """Those of the rows with these indices."""
         return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
 
-    def places(self, rows: Iterable[int]) -> list[Place]:
+    def places(self, rows: Iterable[int]) -> list[RowPlace]:
         """The places of the rows with these indices."""
         run, after = self._runs(np.fromiter(rows, np.int64))
         if not self.runs:
-            return [Place("", n + 1) for n in after.tolist()]
+            return [RowPlace("", n + 1) for n in after.tolist()]
         starts = [self.runs[n] for n in run.tolist()]
-        return [Place(s[0], s[1] + n) for s, n in zip(starts, after.tolist(), strict=True)]
+        return [RowPlace(s[0], s[1] + n) for s, n in zip(starts, after.tolist(), strict=True)]
 
     def files(self, n: int) -> tuple[list[str], Array]:
         """The names of the files, and the number of that which each of n rows is from, (n,)."""
@@ -88,7 +88,7 @@ class Origins:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """How many of the rows, or of the examples made of them, are from one source, and its weight:
     how often an epoch goes through them.
     """
@@ -146,7 +146,7 @@ class Rows(Sequence[Row]):
     """
 
     rows: Sequence[Row]
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
     ignored: tuple[str, ...] = ()
     known: tuple[str, int] | None = field(default=None, repr=False)
     wanted: str = ""
@@ -157,7 +157,9 @@ class Rows(Sequence[Row]):
     @staticmethod
     def of(rows: Sequence[Row], wanted: str = "") -> Rows:
         """Rows of one source; those that are `Rows` already stay as they are."""
-        return rows if isinstance(rows, Rows) else Rows(rows, (Part(len(rows)),), wanted=wanted)
+        return (
+            rows if isinstance(rows, Rows) else Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # another process finds their shapes again, which have functions that can't be sent
@@ -252,7 +254,7 @@ class Rows(Sequence[Row]):
         return replace(of, rows=self.rows.select(indices), known=(digest, size))
 
 
-def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
+def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]:
     """How many of some rows, or of examples made of them, are from each source.
 
     Args:
@@ -261,7 +263,7 @@ def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
     """
     borders = np.cumsum([0, *(part.size for part in parts)])
     sizes = np.diff(np.searchsorted(rows, borders))
-    return tuple(Part(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
+    return tuple(SourcePart(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:

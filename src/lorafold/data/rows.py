@@ -24,9 +24,9 @@ from typing import Any
 from lorafold.data.json_input import SPOKEN, Row, as_known, unusable
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
 from lorafold.data.preferences import as_turns
-from lorafold.data.row_store import LARGE, ArrowRows, Origins, Part, Rows, write_rows
+from lorafold.data.row_store import LARGE, ArrowRows, Origins, Rows, SourcePart, write_rows
 from lorafold.data.shapes import PAIRS, PROMPTS, SHAPES, Shape, shape_of, shapes_for
-from lorafold.data.sources import Source, source_from
+from lorafold.data.sources import DataSource, source_from
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached
@@ -308,7 +308,7 @@ def check_given(shapes: Iterable[Shape | None], what: str) -> None:
 
 
 def _reading(
-    sources: Sequence[Source],
+    sources: Sequence[DataSource],
     columns: Mapping[str, str],
     wanted: str,
     notice: Notice,
@@ -393,7 +393,7 @@ def read_rows(
         path = cached("rows", key, write, notice)
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
         rows, known = ArrowRows(path / "rows.arrow"), (about["sha256"], about["bytes"])
-    parts = tuple(Part(count, named[n].weight) for n, count in about["parts"])
+    parts = tuple(SourcePart(count, named[n].weight) for n, count in about["parts"])
     for guessed in about["guessed"]:
         log.warning(guessed)
     counts = [count for _, count in about["files"]]
@@ -430,6 +430,6 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
         if not runs or place != sum(runs[-1]):
             runs.append([place, 0])
         runs[-1][1] += 1
-    parts, origins = (Part(len(found)),), Origins(tuple(("", first, n) for first, n in runs))
+    parts, origins = (SourcePart(len(found)),), Origins(tuple(("", first, n) for first, n in runs))
     ignored = tuple(noticed.ignored)
     return Rows(found, parts, ignored, None, wanted, noticed.told, origins=origins)

@@ -25,7 +25,7 @@ from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.paths import beside
 from lorafold.runtime.hub_access import asked_once
 
-__all__ = ["Row", "Source", "source_from"]
+__all__ = ["DataSource", "Row", "source_from"]
 
 log = logging.getLogger(__name__)
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
@@ -39,7 +39,7 @@ SPLITS = {
 ABOUT = ("dataset_info.json", "dataset_infos.json")  # which `datasets` writes beside rows
 
 
-class Files(NamedTuple):
+class RowFiles(NamedTuple):
     """The files of rows, and the reasons why others, by name, are none of them."""
 
     paths: list[Path]
@@ -58,7 +58,7 @@ def is_pattern(name: str) -> bool:
     return has_magic(name) and not Path(name).exists()
 
 
-def files_of(name: str) -> Files:
+def files_of(name: str) -> RowFiles:
     """The files of rows that a directory or a pattern stands for.
 
     Raises LorafoldError if there is none, and for splits of which none is for training.
@@ -96,10 +96,10 @@ def files_of(name: str) -> Files:
             f" train; a pattern such as {directory / f'*{known[0]}*'} takes one"
         )
     if not splits:
-        beside = f" ({Files([], left_out)})" if left_out else ""
+        beside = f" ({RowFiles([], left_out)})" if left_out else ""
         what = "no file that matches" if matched else "no file of rows"
         raise LorafoldError(f"{name}: found {what}{beside}, expected {KINDS}")
-    return Files([*splits], left_out)
+    return RowFiles([*splits], left_out)
 
 
 def shown(names: Iterable[str]) -> str:
@@ -120,7 +120,7 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where rows come from, and how often an epoch goes through them."""
 
     name: str
@@ -138,14 +138,14 @@ class Source:
         )
 
     @cached_property
-    def files(self) -> tuple[Source, ...]:
+    def files(self) -> tuple[DataSource, ...]:
         """The files that it is made of, in their order; itself, if it is one file or a dataset.
 
         Raises LorafoldError for a directory or a pattern without files of rows.
         """
         if not self.several:
             return (self,)
-        return tuple(Source(str(path), self.weight) for path in self._files.paths)
+        return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
 
     def told(self, counts: Mapping[str, int] | None = None) -> str:
         """Which files it is made of, and which it leaves out.
@@ -204,7 +204,7 @@ class Source:
         return not self._path.is_dir() and kind_of_file(self._path) is not None
 
     @cached_property
-    def _files(self) -> Files:
+    def _files(self) -> RowFiles:
         return files_of(self.name)
 
     @cached_property
@@ -212,7 +212,7 @@ class Source:
         return _dataset(self.name, self._path)
 
 
-def source_from(text: str) -> Source:
+def source_from(text: str) -> DataSource:
     """The source that a user names: a file, directory or hub dataset, with `:WEIGHT` or without.
 
     Raises LorafoldError for a weight that is not above 0.
@@ -220,10 +220,10 @@ def source_from(text: str) -> Source:
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
-        return Source(text)
+        return DataSource(text)
     if not 0 < float(weight) < float("inf"):
         raise LorafoldError(f"--data {text}: found weight {weight}, expected a number above 0")
-    return Source(name, float(weight))
+    return DataSource(name, float(weight))
 
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:

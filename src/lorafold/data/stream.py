@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.data.arrow import Lists
-from lorafold.data.batches import Feed
+from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
 from lorafold.data.json_input import Row
 from lorafold.data.rows import Noticed, check_given, checked, renamed
 from lorafold.data.shapes import Shape, shapes_for
-from lorafold.data.sources import Source, source_from
+from lorafold.data.sources import DataSource, source_from
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
@@ -38,7 +38,7 @@ class RowStream:
     them, as for `read_rows`.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     columns: Mapping[str, str]
     wanted: str = ""
 
@@ -89,7 +89,7 @@ class RowStream:
                 pass
         return found
 
-    def _endless(self, source: Source, noticed: Noticed | None = None) -> Iterator[Named]:
+    def _endless(self, source: DataSource, noticed: Noticed | None = None) -> Iterator[Named]:
         noticed, shapes = noticed or Noticed(self.wanted), shapes_for(self.wanted)
         while True:
             found = None
@@ -117,7 +117,7 @@ def stream_of(
 
 
 @dataclass(eq=False)
-class StreamFeed(Feed):
+class StreamFeed(BatchFeed):
     """The examples of rows that are read as they are needed; `batch` rows a step.
 
     rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.

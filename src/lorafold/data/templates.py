@@ -85,7 +85,7 @@ CALLED: Message = {
 
 
 @dataclass(frozen=True)
-class Form:
+class MessageForm:
     """How a template takes messages: `text`: arguments as JSON text; `empty`: an empty content
     beside calls; `parts`: content as a list of parts.
     """
@@ -183,27 +183,30 @@ class Template:
         self.marks_own = bool(OWN_SPANS.search(self.text))  # whether it marks spans itself
 
     @cached_property
-    def form(self) -> Form:
+    def form(self) -> MessageForm:
         """The form in which it takes messages."""
         asked = str(ASKED["content"])
-        shown = [asked in attempt(Form(parts=p).of([ASKED]), self.tokenizer) for p in (False, True)]
+        shown = [
+            asked in attempt(MessageForm(parts=p).of([ASKED]), self.tokenizer)
+            for p in (False, True)
+        ]
         parts = shown == [False, True]
         if "tool_calls" in self.text:
             arguments = {KEY: VALUE}
             message = {"role": "assistant", "tool_calls": [call(NAME, arguments)]}
             quoted = json.dumps(json.dumps(arguments))[1:-1]
-            for form in (Form(n > 1, n % 2 > 0, parts) for n in range(4)):
+            for form in (MessageForm(n > 1, n % 2 > 0, parts) for n in range(4)):
                 text = attempt(form.of([ASKED, message]), self.tokenizer, [PROBE_TOOL])
                 after = text.rpartition(NAME)[2]
                 odd = quoted in after or str(arguments) in after
                 if KEY in after and VALUE in after and not odd:
                     return form
-        return Form(parts=parts)
+        return MessageForm(parts=parts)
 
     @cached_property
     def block(self) -> Block:
         """How it encloses reasoning."""
-        form = Form(parts=template_of(self.tokenizer).form.parts)
+        form = MessageForm(parts=template_of(self.tokenizer).form.parts)
         texts = [
             attempt(form.of([ASKED, turn]), self.tokenizer)
             for turn in (SAID | {"reasoning_content": THOUGHT}, SAID)

@@ -34,7 +34,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Group:
+class FindingGroup:
     """Findings under a title (in JSON, a key). In a `compact` group those without a problem share
     a line.
     """

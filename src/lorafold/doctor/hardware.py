@@ -26,7 +26,7 @@ from lorafold.errors import LorafoldError
 from lorafold.kernels.table import DECODING, TRAINING, use
 from lorafold.models.quantizations import MADE
 from lorafold.ops.arithmetic import CPU, widens
-from lorafold.ops.kernel_requirements import FLASH, Place, as_on, groups_at_once, takes
+from lorafold.ops.kernel_requirements import FLASH, DeviceKind, as_on, groups_at_once, takes
 from lorafold.runtime.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import launched
@@ -74,7 +74,7 @@ def paths(capability: tuple[int, int]) -> str:
     """
     native = capability >= AMPERE
     x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
-    with as_on(Place("cuda", capability)):
+    with as_on(DeviceKind("cuda", capability)):
         flash, at_once = takes(FLASH, x, x), groups_at_once(x)
     missing = use(TRAINING, "cuda")
     parts = (

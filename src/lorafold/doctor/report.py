@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from lorafold.doctor.finding import Finding, Group, looked_at, unexamined
+from lorafold.doctor.finding import Finding, FindingGroup, looked_at, unexamined
 from lorafold.files.terminal import paragraph
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """`slow` is None where the machine could not be examined."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[FindingGroup, ...]
     slow: tuple[str, ...] | None
 
     @property
@@ -57,7 +57,7 @@ class Report:
         return f"{what} marked with ! above; {works}."
 
 
-def diagnose(model: str = "smollm2", **how: Any) -> Report:
+def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
     """Look at everything: some ten seconds, most of them for importing each package.
 
     Args:
@@ -65,22 +65,22 @@ def diagnose(model: str = "smollm2", **how: Any) -> Report:
         how: How it is opened, as fields of `resolve.base.Base`.
     """
     before = (
-        Group("packages", "Packages", _found("installation", "packages"), compact=True),
-        Group("optional", "Optional packages", _found("installation", "extras")),
+        FindingGroup("packages", "Packages", _found("installation", "packages"), compact=True),
+        FindingGroup("optional", "Optional packages", _found("installation", "extras")),
     )
     machine, sentences = _machine()
     after = (
-        Group("models", "Models and caches", _found("installation", "models")),
-        Group("training", "Processes that train", _found("installation", "tuning")),
-        Group("processes", "Several processes of one run", _found("hardware", "launchers")),
-        Group("generating", "Completions on the processor", _found("hardware", "engine")),
-        Group(
+        FindingGroup("models", "Models and caches", _found("installation", "models")),
+        FindingGroup("training", "Processes that train", _found("installation", "tuning")),
+        FindingGroup("processes", "Several processes of one run", _found("hardware", "launchers")),
+        FindingGroup("generating", "Completions on the processor", _found("hardware", "engine")),
+        FindingGroup(
             "template",
             f"The chat template of {model}",
             _found("hardware", "template", model, **how),
         ),
     )
-    return Report((*before, Group("machine", "Machine", machine), *after), sentences)
+    return DoctorReport((*before, FindingGroup("machine", "Machine", machine), *after), sentences)
 
 
 def _found(module: str, name: str, *given: Any, **how: Any) -> tuple[Finding, ...]:

@@ -1,6 +1,6 @@
 """Continuous batching: requests with any mixture of adapters share each pass, each as if alone."""
 
 from lorafold.engine.engine import Engine
-from lorafold.engine.request import Ended, EngineSettings, Request, Sampling, Stream, Token
+from lorafold.engine.request import Ended, EngineSettings, EventStream, Request, Sampling, Token
 
-__all__ = ["Ended", "Engine", "EngineSettings", "Request", "Sampling", "Stream", "Token"]
+__all__ = ["Ended", "Engine", "EngineSettings", "EventStream", "Request", "Sampling", "Token"]

@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, Verified
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, VerifiedAdapter
 from lorafold.errors import LorafoldError
 from lorafold.runtime.processor import alone
 
 Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
-class State:
+class ResidentAdapter:
     """One entry: what is in memory, who needs it, and what went wrong with it."""
 
     def __init__(self, references: int = 0) -> None:
@@ -91,14 +91,16 @@ class Residency:
         self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
         self._lock = threading.RLock()
         self._names: dict[str, KnownAdapter] = {}
-        self._states: dict[KnownAdapter, State] = {}
+        self._states: dict[KnownAdapter, ResidentAdapter] = {}
         self._pinned: set[str] = set()
         # read in vain: there was no room until something leaves
         self._blocked: set[KnownAdapter] = set()
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
-    def load(self, name: str, path: str | Path, stack: Sequence[Verified] = ()) -> Future[None]:
+    def load(
+        self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter] = ()
+    ) -> Future[None]:
         """Make an adapter known under a name and read it; the future has the error if that fails,
         and then the name is what it was.
 
@@ -114,10 +116,10 @@ class Residency:
             if known is not None and (known.path, known.stack) == (Path(path), found):
                 return self._start(known)
             entry = KnownAdapter(name, Path(path), found, next(self._generations))
-            self._states[entry] = State(references=1)  # until it has its name
+            self._states[entry] = ResidentAdapter(references=1)  # until it has its name
             return self._start(entry, naming=True)
 
-    def know(self, name: str, path: str | Path, stack: Sequence[Verified]) -> None:
+    def know(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
         """Make an adapter known without reading it, which a request will.
 
         Args:
@@ -125,12 +127,12 @@ class Residency:
         """
         with self._lock:
             entry = KnownAdapter(name, Path(path), tuple(stack), next(self._generations))
-            self._put(entry, State())
+            self._put(entry, ResidentAdapter())
 
     def adopt(self, name: str, make: Callable[[KnownAdapter], LoadedAdapter]) -> None:
         """Make an adapter without files known under a name; it stays in memory until `unload`."""
         with self._lock:
-            entry, state = KnownAdapter(name, None, (), next(self._generations)), State()
+            entry, state = KnownAdapter(name, None, (), next(self._generations)), ResidentAdapter()
             state.hold(make(entry), next(self._clock))
             self._put(entry, state)
 
@@ -277,7 +279,7 @@ class Residency:
         """Stop the worker."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _put(self, entry: KnownAdapter, state: State) -> None:
+    def _put(self, entry: KnownAdapter, state: ResidentAdapter) -> None:
         self._states[entry] = state
         old, self._names[entry.name] = self._names.get(entry.name), entry
         if old is not None:

@@ -27,7 +27,7 @@ from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, Gained
 from lorafold.core.matrices import module_at
 from lorafold.core.shared_tensors import twin
-from lorafold.engine.model_structure import Shape, Structure
+from lorafold.engine.model_structure import MatrixShapes, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
@@ -46,7 +46,7 @@ BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
 RANK = 64
 
 
-class Verified(NamedTuple):
+class VerifiedAdapter(NamedTuple):
     """The identity of an adapter's files that were verified, and their bytes."""
 
     identity: str
@@ -63,7 +63,7 @@ class KnownAdapter:
 
     name: str
     path: Path | None
-    stack: tuple[Verified, ...]
+    stack: tuple[VerifiedAdapter, ...]
     generation: int
 
     @property
@@ -149,7 +149,7 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
     return contents
 
 
-def _check(found: Sequence[Contents], verified: Sequence[Verified]) -> None:
+def _check(found: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
     """Raise LorafoldError unless what was read, the lowest first, is what was verified."""
     stack = [one.identity for one in verified]
     named = [contents.named for contents in found]
@@ -202,7 +202,7 @@ class Reader:
         held = self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
         return replace(held, seconds=time.perf_counter() - began)
 
-    def verified(self, path: str | Path) -> tuple[Verified, ...]:
+    def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
         """What an entry's `stack` is now for the adapter in a directory. One that has to be below
         and is not there is left out: `read` says so. Raises LorafoldError if there is no adapter,
         and for weights that take more memory than there is for adapters, before they are read.
@@ -211,12 +211,12 @@ class Reader:
         below = [at for o in origins if ((at := beside(o, Path(path))) / CONFIG).is_file()]
         return tuple(self._verified(at) for at in (*below, Path(path)))
 
-    def _verified(self, path: Path) -> Verified:
+    def _verified(self, path: Path) -> VerifiedAdapter:
         files = [file for name in FILES if (file := path / name).is_file()]
         if self.numbers is not None and path / WEIGHTS in files:
             check_numbers(path / WEIGHTS, self.numbers)
         nbytes = sum(file.stat().st_size for file in files)
-        return Verified(of_adapter(path, words=False), nbytes)
+        return VerifiedAdapter(of_adapter(path, words=False), nbytes)
 
     def _needed(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
         """The adapters below one that are read with it. Those that are active on the model belong
@@ -301,7 +301,7 @@ class Reader:
 
 
 def factors_of(
-    shape: Shape, found: Sequence[tuple[int, Tensor, Tensor]], dtype: torch.dtype
+    shape: MatrixShapes, found: Sequence[tuple[int, Tensor, Tensor]], dtype: torch.dtype
 ) -> Factors:
     """Factors in a dtype from the index, the up factor (out, r) and the down factor (r, in) of each
     of some matrices of a shape.

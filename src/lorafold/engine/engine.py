@@ -33,14 +33,14 @@ from torch import Tensor
 from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
 from lorafold.engine.adapter_cache import Residency
-from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
+from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, attached, parts_of
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.model_structure import Structure, rows_apart, slotted, structure_of, taken
 from lorafold.engine.operations import Operations, available
-from lorafold.engine.request import EngineSettings, Reason, Request, Stream, check
+from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, check
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
-from lorafold.engine.sampler import Choice, Grammars, NotFinite, Unfit, chosen
+from lorafold.engine.sampler import Grammars, NotFinite, SampledToken, Unfit, chosen
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.engine.sequence import Row
 from lorafold.errors import STOPS, LorafoldError, place
@@ -126,7 +126,12 @@ class Engine:
         return not self.structure.why
 
     def load(
-        self, name: str, path: str | Path, *, stack: Sequence[Verified] = (), wait: bool = True
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        stack: Sequence[VerifiedAdapter] = (),
+        wait: bool = True,
     ) -> None:
         """Read and verify an adapter, and make it known under a name. Requests that run go on with
         what they have. Raises LorafoldError if it can't be read (if it waits).
@@ -166,7 +171,7 @@ class Engine:
         """Forget an adapter. Raises LorafoldError for an unknown name."""
         self.adapters.unload(name)
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request) -> EventStream:
         """Queue a request; its events come in the stream. Raises LorafoldError if it is refused."""
         entry, sampling = None, request.sampling
         try:
@@ -382,7 +387,7 @@ class Engine:
         choices = chosen([row.sampler for _, row in rows], picked(logits_BV, [b for b, _ in rows]))
         for (_, row), choice in zip(rows, choices, strict=True):
 
-            def take(row: Row = row, choice: Choice | Exception = choice) -> None:
+            def take(row: Row = row, choice: SampledToken | Exception = choice) -> None:
                 if isinstance(choice, Exception):
                     raise choice
                 if (reason := row.take(choice)) is not None:

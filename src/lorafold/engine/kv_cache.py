@@ -12,8 +12,8 @@ since 0 times a stale NaN in a masked position would be NaN.
 `KeptPrefixes` knows what free slots still hold, so that a request whose prompt begins the same goes
 on from there. Keys and values follow from the base, the adapter and the tokens before. Tokens alone
 would give one adapter's cache to another (vLLM #30931), and names that of files which were replaced
-(#42125); so a beginning is found under its own `Prefix` only. The last token of a prompt is always
-computed, since its logits are needed.
+(#42125); so a beginning is found under its own `PrefixKey` only. The last token of a prompt is
+always computed, since its logits are needed.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class SlotView(Cache):
 
 
 @dataclass(frozen=True)
-class Prefix:
+class PrefixKey:
     """What keys and values were computed with, beside their tokens and the engine's one base. No
     name is part of it.
 
@@ -195,7 +195,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class _Slot:
-    prefix: Prefix
+    prefix: PrefixKey
     tokens: tuple[int, ...]
     since: int
 
@@ -207,7 +207,7 @@ class KeptPrefixes:
         self.slots: dict[int, _Slot] = {}
         self._clock = count(1)
 
-    def keep(self, slot: int, prefix: Prefix, tokens: Sequence[int]) -> None:
+    def keep(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
         """Remember what a slot holds.
 
         Args:
@@ -217,7 +217,7 @@ class KeptPrefixes:
         """
         self.slots[slot] = _Slot(prefix, tuple(tokens), next(self._clock))
 
-    def find(self, prefix: Prefix, prompt: Sequence[int]) -> tuple[int, int]:
+    def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:
         """The slot that has most of the prompt's first tokens, and how many; (-1, 0) if none has
         any.
         """

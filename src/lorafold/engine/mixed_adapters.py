@@ -33,11 +33,11 @@ from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import module_at
 from lorafold.engine.adapters import Factors, LoadedAdapter
-from lorafold.engine.model_structure import Shape, Structure
+from lorafold.engine.model_structure import MatrixShapes, Structure
 from lorafold.engine.operations import InBlocks, Operations, plain_products
 from lorafold.layers import layer_class
 from lorafold.ops.arithmetic import FEW
-from lorafold.ops.decoding import Part, Product
+from lorafold.ops.decoding import Product, SlotFactors
 from lorafold.ops.host_tensors import sent
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # stacks, and wh
 NOBODY = 0  # the place of rows of the base, which stays zero
 
 
-class Plan:
+class AdapterRows:
     """Which adapter each row of a pass has.
 
     Args:
@@ -132,7 +132,7 @@ class Products:
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
-        self.plan, self._slots, self._room = Plan([], {}), slots, NOBODY + 1
+        self.plan, self._slots, self._room = AdapterRows([], {}), slots, NOBODY + 1
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
         self.places: dict[LoadedAdapter, int] = {}  # of those
         self._least: dict[torch.dtype, int] = {}
@@ -232,12 +232,12 @@ class Products:
         c = None if stacks.offsets is None else stacks.offsets[index][at]
         return self.operations.scale(y, stacks.gains[index][at], c)
 
-    def _part(self, path: str) -> Part:
+    def _part(self, path: str) -> SlotFactors:
         shape, index = self.where[path]
         stacks = self.stacks[shape]
         if path not in self.plan.products or stacks.down is None or stacks.up is None:
-            return Part(None, None, torch.zeros_like(stacks.ranks), stacks.shape.out)
-        return Part(stacks.down[index], stacks.up[index], stacks.ranks, stacks.shape.out)
+            return SlotFactors(None, None, torch.zeros_like(stacks.ranks), stacks.shape.out)
+        return SlotFactors(stacks.down[index], stacks.up[index], stacks.ranks, stacks.shape.out)
 
     def _by_row(self, path: str, layer: Layer, x: Tensor) -> Tensor:
         shape, index = self.where[path]
@@ -256,7 +256,7 @@ class Stacks:
     copied there when an adapter's first request gets its slot.
     """
 
-    def __init__(self, shape: Shape, operations: Operations) -> None:
+    def __init__(self, shape: MatrixShapes, operations: Operations) -> None:
         self.shape, self.operations = shape, operations
         self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
         self.down: Tensor | None = None  # (n, places, r, in)
@@ -355,7 +355,7 @@ class ActiveDeltas:
                     self._lift(path, held.entry.key)
 
     @contextmanager
-    def mixed(self, plan: Plan) -> Iterator[None]:
+    def mixed(self, plan: AdapterRows) -> Iterator[None]:
         """A pass whose rows have the adapters of the plan."""
         self.products.plan, self.mixing = plan, True
         try:

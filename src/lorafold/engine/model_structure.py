@@ -38,7 +38,7 @@ LENGTHS, CHUNK = (11, 5, 8), 4
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatrixShapes:
     """Matrices (out, in) of one size, by module path in the order of the model."""
 
     out: int
@@ -55,7 +55,7 @@ class Structure:
 
     why: str
     rowwise: frozenset[str] = frozenset()
-    shapes: tuple[Shape, ...] = ()
+    shapes: tuple[MatrixShapes, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
     routed: bool = False
 
@@ -144,7 +144,7 @@ def probe(model: Any) -> Structure:
     for path, module in Anatomy.of(model).modules:
         if path in rowwise and is_linear(module):
             sizes[layer_of(module).shape].append(path)
-    found = tuple(Shape(*size, tuple(paths)) for size, paths in sizes.items())
+    found = tuple(MatrixShapes(*size, tuple(paths)) for size, paths in sizes.items())
     matrices = {path for shape in found for path in shape.paths}
     routed = any(isinstance(module, Matrices) for _, module in Anatomy.of(model).modules)
     return Structure("", rowwise, found, seen.groups(matrices), routed)

@@ -134,8 +134,9 @@ class Request:
         keep_end: the token of `ends` that ends the completion is its last one, with its log
             probability, and adds no text.
         prompt_logprobs: how many of the most likely tokens are reported with each token of the
-            prompt, in `Stream.prompt`, where a prompt that is there already is read again (None: no
-            logprobs; 0: those of the token itself alone). With it max_new_tokens may be 0.
+            prompt, in `EventStream.prompt`, where a prompt that is there already is read again
+            (None: no logprobs; 0: those of the token itself alone). With it max_new_tokens may be
+            0.
     """
 
     id: str
@@ -185,7 +186,7 @@ class Ended:
     setting: str = field(default="", compare=False)
 
 
-class Stream:
+class EventStream:
     """The events of one request in their order, which end with its `Ended`. Any threads may read,
     each from the first event on. `prompt` has the tokens of the prompt with their log
     probabilities, if those are asked for, from before the first event on; the first one has none.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorafold.engine.adapters import LoadedAdapter
 from lorafold.engine.kv_cache import KeptPrefixes, SlotCache, SlotView, common
-from lorafold.engine.mixed_adapters import ActiveDeltas, Plan, Products
+from lorafold.engine.mixed_adapters import ActiveDeltas, AdapterRows, Products
 from lorafold.engine.model_structure import Structure, run
 from lorafold.engine.operations import InBlocks, Operations
 from lorafold.engine.request import EngineSettings
@@ -98,7 +98,7 @@ class SlotRunner(Runner):
         self.deltas = ActiveDeltas(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
-        self._plan: tuple[Any, Plan] = (None, Plan([], {}))
+        self._plan: tuple[Any, AdapterRows] = (None, AdapterRows([], {}))
 
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
@@ -118,7 +118,7 @@ class SlotRunner(Runner):
             elif row.held not in self._views:
                 self._views[row.held] = SlotView(self.cache)
         self.rows[row.slot] = row
-        self._plan = (None, Plan([], {}))
+        self._plan = (None, AdapterRows([], {}))
 
     def _found(self, row: Row) -> tuple[int, int]:
         """The slot, a free one or a running row's, that has most of the first tokens of a row, and
@@ -151,7 +151,7 @@ class SlotRunner(Runner):
             if row.held not in {r.held for r in self.rows if r is not None}:
                 self._views.pop(row.held, None)
         row.slot = -1
-        self._plan = (None, Plan([], {}))
+        self._plan = (None, AdapterRows([], {}))
 
     def check(self, rows: Sequence[Row]) -> None:
         assert [r for r in self.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
@@ -194,7 +194,7 @@ class SlotRunner(Runner):
             self.products.place(target, row.held)
         self.products.clear(source)
         self.rows[source], self.rows[target], row.slot = None, row, target
-        self._plan = (None, Plan([], {}))
+        self._plan = (None, AdapterRows([], {}))
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -267,7 +267,7 @@ class SlotRunner(Runner):
         helds = [None if row is None else row.held for row in taken]
         key = [id(one) for one in helds]
         if held is None and self._plan[0] != key:
-            self._plan = (key, Plan(helds, self.products.places, self.each))
+            self._plan = (key, AdapterRows(helds, self.products.places, self.each))
         context = self.deltas.alone(held) if held else self.deltas.mixed(self._plan[1])
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
@@ -314,7 +314,9 @@ class SoloRunner(Runner):
         # transformers leaves out what a cache has seen, except where it holds states alone
         states = [*getattr(row.state, "is_linear", ())]
         seen = row.filled if states and all(states) else 0
-        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None], {}))
+        context = (
+            self.deltas.alone(row.held) if row.held else self.deltas.mixed(AdapterRows([None], {}))
+        )
         with torch.no_grad(), context:
             step = self.model.generate(
                 ids_1T[:, seen:],

@@ -65,7 +65,7 @@ class Unfit(LorafoldError):
         self.setting = setting
 
 
-class Choice(NamedTuple):
+class SampledToken(NamedTuple):
     """A token, its log probability, those of the most likely tokens, and its own in the
     distribution that it was drawn from, if asked for.
     """
@@ -129,33 +129,33 @@ class Sampler:
         return logits_V
 
 
-def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exception]:
+def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
     """The token that follows in each row, which is recorded, or the error that ends the row.
 
     Args:
         samplers: one for each row.
         logits_BV: the rows' logits.
     """
-    found: dict[int, Choice | Exception] = {}
+    found: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
     if plain:
         logits_nV = picked(logits_BV, plain).float()
         both = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
         for b, token, well in zip(plain, *both.tolist(), strict=True):
-            found[b] = Choice(token) if well else NotFinite(NOT_FINITE)
+            found[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
     for start in range(0, len(others), AT_ONCE):
         some = others[start : start + AT_ONCE]
         logits_nV = picked(logits_BV, some).to("cpu", torch.float32)
         found |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
     for b, choice in found.items():
-        if isinstance(choice, Choice):
+        if isinstance(choice, SampledToken):
             samplers[b].tokens.append(choice.token)
     return [found[b] for b in range(len(samplers))]
 
 
-def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exception]:
-    found: list[Choice | Exception | None] = [None] * len(samplers)
+def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
+    found: list[SampledToken | Exception | None] = [None] * len(samplers)
     changed_BV, well = logits_BV.clone(), torch.isfinite(logits_BV.sum(-1)).tolist()
     for b, sampler in enumerate(samplers):
         try:
@@ -185,14 +185,14 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exc
     return [one for one in found if one is not None]
 
 
-def _reported(n: int | None, logits_V: Tensor, drawn_V: Tensor | None, token: int) -> Choice:
+def _reported(n: int | None, logits_V: Tensor, drawn_V: Tensor | None, token: int) -> SampledToken:
     if n is None:
-        return Choice(token)
+        return SampledToken(token)
     logp_V = torch.log_softmax(logits_V, -1)
     best = logp_V.topk(n) if n else None
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
     drawn = 0.0 if drawn_V is None else float(torch.log_softmax(drawn_V, -1)[token])
-    return Choice(token, float(logp_V[token]), tuple(pairs), drawn)
+    return SampledToken(token, float(logp_V[token]), tuple(pairs), drawn)
 
 
 def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
-from lorafold.engine.kv_cache import Prefix
-from lorafold.engine.request import Ended, Reason, Request, Stream, Token
-from lorafold.engine.sampler import NOT_FINITE, Allowed, Choice, NotFinite, Sampler
+from lorafold.engine.kv_cache import PrefixKey
+from lorafold.engine.request import Ended, EventStream, Reason, Request, Token
+from lorafold.engine.sampler import NOT_FINITE, Allowed, NotFinite, SampledToken, Sampler
 from lorafold.errors import STOPS, place
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Row:
         allowed: Allowed | None,
         ends: frozenset[int],
     ) -> None:
-        self.request, self.entry, self.stream = request, entry, Stream(request)
+        self.request, self.entry, self.stream = request, entry, EventStream(request)
         self.sampler = Sampler(request.sampling, request.prompt, allowed)
         self.ends = request.ends | ends
         known = tokenizer if request.tokenizer is None else request.tokenizer
@@ -70,10 +70,12 @@ class Row:
         return len(self.tokens) - self.filled
 
     @property
-    def prefix(self) -> Prefix:
+    def prefix(self) -> PrefixKey:
         """What its keys and values follow from, beside its tokens."""
         entry, tenant = self.entry, self.request.tenant
-        return Prefix(entry.digest, entry.generation, tenant) if entry else Prefix("", 0, tenant)
+        return (
+            PrefixKey(entry.digest, entry.generation, tenant) if entry else PrefixKey("", 0, tenant)
+        )
 
     def reads_for(self, other: Row) -> bool:
         """Whether it reads a prompt of which the other needs the same keys, values and logits."""
@@ -125,7 +127,7 @@ class Row:
         """The tokens of the completion so far."""
         return tuple(self.tokens[len(self.request.prompt) :])
 
-    def take(self, choice: Choice) -> Reason | None:
+    def take(self, choice: SampledToken) -> Reason | None:
         """Take the next token; the reason why the request ends with it, if it does."""
         request = self.request
         ends = choice.token in self.ends

@@ -13,7 +13,7 @@ from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import Completions, Loss, RowsAlike
+from lorafold.training_step.losses import CompletionLoss, Loss, RowsAlike
 from lorafold.training_step.shared_prefixes import Branching, branching
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def row_losses(
         step: called as step(done, total).
     """
 
-    def loss_of(how: Branching | None) -> Completions:
-        return Completions(model, how is not None, 0, how)
+    def loss_of(how: Branching | None) -> CompletionLoss:
+        return CompletionLoss(model, how is not None, 0, how)
 
     return by_row(model, examples, loss_of, lambda loss, some: loss.by_row(some).tolist(), step)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafold.data.arrow import lengths_of
-from lorafold.data.prompt_examples import Prompt, Prompts, prompt_data
+from lorafold.data.prompt_examples import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
@@ -28,7 +28,7 @@ from lorafold.errors import LorafoldError, RewardFailed, cut
 from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
 from lorafold.generation import table_left
 from lorafold.rewards import Judged, Rewards
@@ -43,7 +43,7 @@ KEPT = 2000  # characters of a prompt, and of a completion, that a shortened sam
 
 
 @dataclass(frozen=True)
-class Sample:
+class PolicySample:
     """One completion to read: what it answers, where that stands, and what it is worth; with
     several rewards also to each of those that apply.
     """
@@ -80,7 +80,7 @@ class Rewarded:
     @classmethod
     def of(
         cls,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[TokenizedPrompt],
         groups: Sequence[Sequence[Completion]],
         rewards: Rewards,
         at_once: int | None = None,
@@ -169,7 +169,7 @@ class Rewarded:
         """Some of the best completions, and of the worst, shortened."""
         return [one.shortened() for one in self.samples(READ, READ)]
 
-    def samples(self, best: int, worst: int) -> list[Sample]:
+    def samples(self, best: int, worst: int) -> list[PolicySample]:
         """Completions of the highest and of the lowest rewards, from the best to the worst."""
         drawn = [one for group in self.groups for one in group]
         found = self.rewards.flatten().tolist()
@@ -181,7 +181,7 @@ class Rewarded:
             {*range(len(order))[:best], *range(len(order))[max(0, len(order) - worst) :]}
         )
         return [
-            Sample(
+            PolicySample(
                 one.where, one.prompt, one.completion, found[at], drawn[at].ended,
                 {name: x[at] for name, x in each.items() if not math.isnan(x[at])},
             )
@@ -258,7 +258,7 @@ class MeanReward:
 
 
 @dataclass(frozen=True)
-class RewardEvaluation(Shown):
+class RewardEvaluation(ShownInNotebooks):
     """What completions are worth, `group` of each of n prompts: the mean of their weighted sums of
     rewards, and each reward by its name.
 
@@ -284,7 +284,7 @@ class RewardEvaluation(Shown):
     entropy: float
     groups_without_signal: float | None
     prompt_rewards: tuple[float | None, ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[PolicySample, ...]
 
     def as_json(self) -> dict[str, Any]:
         """All figures and samples."""
@@ -331,7 +331,7 @@ def evaluate_rewards(
             " language model for rewards"
         )
     length = min(table_left(model) or settings.max_length, settings.max_length)
-    table = tokenized(rows, Prompts(tokenizer), console)
+    table = tokenized(rows, PromptEncoder(tokenizer), console)
     data = prompt_data(table, rows, length - settings.max_new_tokens)
     if console:
         console.print(str(data.report), highlight=False)
@@ -361,7 +361,7 @@ def evaluate_rewards(
     )
 
 
-def _told(one: Sample) -> str:
+def _told(one: PolicySample) -> str:
     asked = f" {_short(one.prompt)} ->" if isinstance(one.prompt, str) else ""
     end = "" if one.ended else ", cut off"
     return f"{one.reward:8.4g}  {one.where}:{asked} {_short(one.completion)}{end}"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from lorafold.adapter import load
 from lorafold.core.attach import Adapted
 from lorafold.data.branches import Branched, continued
-from lorafold.data.examples import Completions, example_of
+from lorafold.data.examples import CompletionEncoder, example_of
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.shapes import PROMPT_ALONE, PROMPTS, Conversation
@@ -157,7 +157,7 @@ class AdapterReward:
     ) -> None:  # fmt: skip
         self.name, self.weight, self.shell = name, weight, shell
         self._loss = Preferences(shell, BRADLEY_TERRY, how, padding_id(tokenizer))
-        self._encoder = Completions(tokenizer, WHOLE_CONVERSATION)
+        self._encoder = CompletionEncoder(tokenizer, WHOLE_CONVERSATION)
         self._most = positions_of(shell).table or math.inf
 
     def __call__(self, judged: Sequence[Judged]) -> list[float]:

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from lorafold.core.attach import only, selection_of
 from lorafold.core.shared_tensors import twin
-from lorafold.engine import Engine, Request, Sampling, Stream, Token
+from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens, text_of
@@ -179,14 +179,14 @@ class Rollouts:
         """
         return self.draw(prompts, key_of(seed, HELD_OUT), group, progress)
 
-    def _stream(self, prompt: Sequence[int], key: int, n: int) -> Stream:
+    def _stream(self, prompt: Sequence[int], key: int, n: int) -> EventStream:
         sampling = replace(self.sampling, logprobs=0, seed=key_of(key, n))
         asked = Request(
             str(n), tuple(prompt), self.longest, POLICY, sampling, self.ends, keep_end=True
         )
         return self.engine.submit(asked)
 
-    def _completion(self, stream: Stream) -> Completion:
+    def _completion(self, stream: EventStream) -> Completion:
         end = stream.result()
         if end.reason == "failed":
             raise LorafoldError(f"a completion can't be computed: {end.message}")

@@ -32,7 +32,7 @@ from lorafold.data.sources import Row
 from lorafold.evaluation.held_out import by_row, padding_of, progress_bar, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
 from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
@@ -85,7 +85,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Evaluation(Shown):
+class Evaluation(ShownInNotebooks):
     """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
     rows. Exact match is None for rows without references, the loss interval for a single row.
     Rows of preferences have both for their chosen completions, and `preference` besides. `losses`

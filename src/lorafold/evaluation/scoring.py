@@ -45,9 +45,9 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.held_out import padding_of, progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
-from lorafold.training_step.preference_algorithms import Reward
+from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BINS = 10  # of c, from a half to 1
-BRADLEY_TERRY = Reward()
+BRADLEY_TERRY = BradleyTerry()
 WHOLE_CONVERSATION = Rendering("last")  # up to the last turn of the assistant
 
 
@@ -247,7 +247,7 @@ class RowScore:
 
 
 @dataclass(frozen=True)
-class ScoredRows(Shown):
+class ScoredRows(ShownInNotebooks):
     """The scores of n rows, and for pairs the figures of the preference. `score` is the mean of
     other rows, with its 95% interval (None for a single row) and Spearman's correlation of their
     scores with the tokens of their completions.

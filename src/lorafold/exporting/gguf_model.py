@@ -30,7 +30,7 @@ from lorafold.exporting.gguf_metadata import (
 from lorafold.exporting.gguf_tensors import (
     EMBEDDING,
     OUTPUT,
-    Folded,
+    MergedParameter,
     encoded,
     folded,
     size_of,
@@ -100,7 +100,7 @@ class Described:
     """
 
     writer: gguf.GGUFWriter
-    tensors: Sequence[Folded]
+    tensors: Sequence[MergedParameter]
     notes: Sequence[str]
 
     @property
@@ -162,7 +162,7 @@ def described(content: Content, tensors: str) -> Described:
     notes = add_metadata(writer, config, row)
     beside = add_positions(writer, config, row)
     placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
-    placed += [Folded.known(name, tensor) for name, tensor in beside.items()]
+    placed += [MergedParameter.known(name, tensor) for name, tensor in beside.items()]
     shapes = {one.path: one.shape for one in placed}
     if row.name in ONE_MATRIX and OUTPUT in shapes:
         raise LorafoldError(

@@ -50,7 +50,7 @@ SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
-class Folded:
+class MergedParameter:
     """A parameter: its dotted name, its shape, and its values when they are asked for."""
 
     path: str
@@ -58,20 +58,20 @@ class Folded:
     values: Callable[[], Tensor]
 
     @classmethod
-    def known(cls, path: str, values: Tensor) -> Folded:
+    def known(cls, path: str, values: Tensor) -> MergedParameter:
         """A tensor that is there, of any shape."""
         return cls(path, tuple(values.shape), lambda: values)
 
-    def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> Folded:
+    def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> MergedParameter:
         """What a function makes of the values (*, in), or (n,) of a vector.
 
         Args:
             shape: of what it makes.
         """
-        return Folded(self.path, tuple(shape), lambda: of(self.values()))
+        return MergedParameter(self.path, tuple(shape), lambda: of(self.values()))
 
 
-def folded(model: nn.Module, names: Sequence[str]) -> Iterator[Folded]:
+def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
     """The parameters of a model under adapters; the model is not changed.
 
     Raises NotMergeable with every reason for which they have no form in weight space.
@@ -100,11 +100,11 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[Folded]:
             continue
         seen.add(id(parameter))
         if shape is None:
-            yield Folded(path, tuple(parameter.shape), partial(same, parameter))
+            yield MergedParameter(path, tuple(parameter.shape), partial(same, parameter))
         else:
-            yield Folded(path, shape, partial(changed, path))
+            yield MergedParameter(path, shape, partial(changed, path))
     for path, shape in left.items():  # biases that there were not
-        yield Folded(path, shape, partial(changed, path))
+        yield MergedParameter(path, shape, partial(changed, path))
 
 
 def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
@@ -156,7 +156,9 @@ def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(kinds[row.name], layers)
 
 
-def tensors_of(parameters: Iterable[Folded], config: Any, row: Architecture) -> Iterator[Folded]:
+def tensors_of(
+    parameters: Iterable[MergedParameter], config: Any, row: Architecture
+) -> Iterator[MergedParameter]:
     """The tensors of the file, by their names there, from the parameters of a model.
 
     Raises LorafoldError for a parameter that has no name there.

@@ -28,7 +28,7 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.proof import Ours, divergences, last
 from lorafold.exporting.target import Factors, Progress, Subject, update_of
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
 from lorafold.inspecting.updates import lora_of
 from lorafold.layers import layer_of
@@ -154,7 +154,7 @@ POWERS = [2**n for n in range(LARGEST.bit_length())]  # the ranks that are tried
 
 
 @dataclass(frozen=True)
-class Cut(Shown):
+class Cut(ShownInNotebooks):
     """A cut to a rank: `error` is relative to the norm of the updates, `sites` has that of each
     matrix. `kl` in nats and `share` are None where nothing was proved; `enough` is the smallest
     power of two whose share is below 1%, None where no rank up to 128 is.

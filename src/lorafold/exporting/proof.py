@@ -47,7 +47,7 @@ from lorafold.data.rows import read_rows
 from lorafold.data.shapes import PROMPTS
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.generation import complete_tokens, end_tokens, tokens_of
 from lorafold.merging.merge_target import Distance
 from lorafold.merging.run import adapted
@@ -64,7 +64,7 @@ PAST = 1.5  # how far a state is moved, of what makes the two equal
 
 
 @dataclass(frozen=True)
-class Prompts:
+class ProofPrompts:
     """Rendered prompts, their tokens, and the chats that they are of, as a server takes them."""
 
     texts: tuple[str, ...]
@@ -83,7 +83,9 @@ class Answers:
     greedy: tuple[tuple[int, ...], ...]
 
 
-def prompts_of(tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None) -> Prompts:
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None
+) -> ProofPrompts:
     """The prompts, as the chat template renders them for a completion.
 
     Raises LorafoldError for rows that are no prompts.
@@ -102,7 +104,7 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, source: str | Path | None = N
     given = rows.given(PROMPTS)
     texts = tuple(prompt_of(one, tokenizer) for one in given)
     chats = tuple({"messages": one.messages, "tools": one.tools} for one in given)
-    return Prompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
+    return ProofPrompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
 
 
 @torch.inference_mode()
@@ -170,7 +172,7 @@ class Ours:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    prompts: Prompts
+    prompts: ProofPrompts
     answers: Answers
 
     @classmethod
@@ -199,7 +201,7 @@ class Ours:
     def first(self, n: int) -> Ours:
         """The same of the first n prompts."""
         asked = self.prompts
-        prompts = Prompts(asked.texts[:n], asked.ids[:n], asked.chats[:n])
+        prompts = ProofPrompts(asked.texts[:n], asked.ids[:n], asked.chats[:n])
         found = self.answers
         few = Answers(found.adapted[:n], found.base[:n], found.greedy[:n])
         return replace(self, prompts=prompts, answers=few)
@@ -251,7 +253,7 @@ class Theirs:
 
 
 @dataclass(frozen=True)
-class Proof(Shown):
+class Proof(ShownInNotebooks):
     """The figures above, over so many prompts. `top` counts those with the same likeliest token,
     `greedy` the same greedy texts, `near` those that part where ours has two as good as equal.
     `gap` is the largest difference of log-probabilities among our most likely tokens.

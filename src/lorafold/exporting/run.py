@@ -26,7 +26,7 @@ from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
 from lorafold.exporting.to_mlx import ToMlx
 from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_kept
 from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
@@ -61,7 +61,7 @@ INSTEAD = (
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExportOptions:
     """The choices of `lf.export` besides the model and the adapters."""
 
     to: str
@@ -76,7 +76,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Exported(Shown):
+class Exported(ShownInNotebooks):
     """What was written, as `export.json` has it. `proof` is None where `unproved` says why;
     `beside` has figures that are told alone, or why there are none, by what they are of. `into` are
     the weights that the files are for; `away` and `from_original` are how far from the model that
@@ -147,7 +147,7 @@ def export(
     base: Base,
     adapters: Sequence[Saved],
     out: Path,
-    wanted: Wanted,
+    wanted: ExportOptions,
     console: Console | None = None,
 ) -> Exported:
     """Write adapters over a base, or the base alone, for another engine, as `lf.export`, whose
@@ -233,7 +233,9 @@ def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:
     return {one: told for one, told in said.items() if told and names[one] != Path(base.name).name}
 
 
-def _check_said(target: Target, subject: Subject, wanted: Wanted, progress: Progress) -> None:
+def _check_said(
+    target: Target, subject: Subject, wanted: ExportOptions, progress: Progress
+) -> None:
     """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
     if problems := target.problems(subject):
         dense = not target.merged and subject.update.dense and not subject.update.beside
@@ -259,7 +261,7 @@ def _into(base: Base, adapters: Sequence[Saved], target: Target, asked: str | No
 
 
 def _proof(
-    ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: Wanted
+    ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: ExportOptions
 ) -> tuple[Proof, Tensor]:
     """The figures, and the engine's log-probabilities (prompts, vocabulary)."""
     theirs = ask(engine, ours.job(own, directory), wanted.engine_python)
@@ -274,7 +276,7 @@ def _tensors(target: Target, asked: str | None) -> str | None:
     return asked or next(iter(target.tensors), None)
 
 
-def _engine(target: Target, wanted: Wanted) -> str | None:
+def _engine(target: Target, wanted: ExportOptions) -> str | None:
     """What proves. Raises LorafoldError for a URL where no server is asked."""
     if wanted.engine_url is None:
         return target.engine
@@ -288,7 +290,7 @@ def _engine(target: Target, wanted: Wanted) -> str | None:
     return target.server
 
 
-def _unproved(target: Target, wanted: Wanted) -> str:
+def _unproved(target: Target, wanted: ExportOptions) -> str:
     """Why nothing is proved, or nothing."""
     if not wanted.prove:
         return "--no-proof was given"

@@ -28,7 +28,7 @@ from torch import nn
 from lorafold.adapter import load
 from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import Delta, on_meta
-from lorafold.core.layer import Base as ModuleLayer
+from lorafold.core.layer import BaseLayer as ModuleLayer
 from lorafold.errors import NotMergeable
 from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of

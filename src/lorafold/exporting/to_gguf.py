@@ -37,7 +37,7 @@ from lorafold.exporting.gguf_model import (
     write_described,
     write_model,
 )
-from lorafold.exporting.gguf_tensors import PLAIN, Folded, tensors_of_update
+from lorafold.exporting.gguf_tensors import PLAIN, MergedParameter, tensors_of_update
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, elsewhere, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
 from lorafold.models.loading import stored_in_files
@@ -77,7 +77,7 @@ class GgufAdapter(Target):
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-        placed = [Folded.known(name, tensor) for name, tensor in tensors.items()]
+        placed = [MergedParameter.known(name, tensor) for name, tensor in tensors.items()]
         made = Described(writer, placed, ())
         notes = [*write_described(made, directory / FILE, str(subject.tensors), progress)]
         source, options, files = subject.base.source.gguf, ["--jinja"], [FILE]

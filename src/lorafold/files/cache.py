@@ -29,7 +29,7 @@ KINDS = ("digests", "models", "native", "reference", "rows", "svd", "tokens")
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """One directory of the cache; `used` is when it was last written or read, in seconds since
     1970.
     """
@@ -80,7 +80,7 @@ def _place(kind: str, key: str) -> Path:
     return cache_directory() / kind / name
 
 
-def entries() -> list[Entry]:
+def entries() -> list[CacheEntry]:
     """Everything in the cache, by kind, what was used last first; also what killed processes left,
     but not what is being written.
     """
@@ -90,11 +90,11 @@ def entries() -> list[Entry]:
             if path.is_dir() and (path.name[0] != "." or is_abandoned(path.name)):
                 files = [p.stat() for p in path.rglob("*") if p.is_file()]
                 size, used = sum(f.st_size for f in files), path.stat().st_mtime
-                found.append(Entry(kind, path, size, used))
+                found.append(CacheEntry(kind, path, size, used))
     return sorted(found, key=lambda e: (e.kind, -e.used))
 
 
-def clear(chosen: Iterable[Entry]) -> list[Entry]:
+def clear(chosen: Iterable[CacheEntry]) -> list[CacheEntry]:
     """Remove these entries, and return those that stay because a process is making them.
 
     A process that has an entry open keeps its data until it ends. Raises LorafoldError for what

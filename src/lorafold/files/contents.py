@@ -140,7 +140,7 @@ class Contents:
         return as_object(self.files[name], self.path / name)
 
 
-class Marks(NamedTuple):
+class FileStamp(NamedTuple):
     """What tells a file that was not touched since from any other; times in nanoseconds."""
 
     device: int
@@ -150,7 +150,7 @@ class Marks(NamedTuple):
     changed: int
 
     @classmethod
-    def of(cls, about: os.stat_result) -> Marks:
+    def of(cls, about: os.stat_result) -> FileStamp:
         """The marks in what the system says of a file."""
         times = about.st_mtime_ns, about.st_ctime_ns
         return cls(about.st_dev, about.st_ino, about.st_size, *times)
@@ -165,7 +165,7 @@ def of_file(path: Path) -> tuple[int, str]:
     """(bytes, SHA-256 in hexadecimal) of a file. Raises LorafoldError if it can't be read."""
     try:
         real = path.resolve(strict=True)
-        marks = Marks.of(real.stat())
+        marks = FileStamp.of(real.stat())
         if real.parent.name == "blobs" and HUB.fullmatch(real.name):
             return marks.size, real.name
         entry = cache_directory() / "digests" / "known" / f"{marks.device:x}-{marks.inode:x}"
@@ -174,7 +174,7 @@ def of_file(path: Path) -> tuple[int, str]:
             if kept["marks"] == list(marks):
                 return marks.size, str(kept["sha256"])
         found = file_sha256(real)
-        unchanged = Marks.of(real.stat()) == marks
+        unchanged = FileStamp.of(real.stat()) == marks
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
     if unchanged and marks.settled:
@@ -206,7 +206,7 @@ def of_files(
     return digest((name, *own) for name, own in zip(shown, entries, strict=True))
 
 
-def _keep(entry: Path, marks: Marks, found: str) -> None:
+def _keep(entry: Path, marks: FileStamp, found: str) -> None:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_text(entry, json.dumps({"marks": marks, "sha256": found}))

@@ -4,8 +4,8 @@ A page follows the light or dark of its reader, fits a phone, and needs no colou
 sentences, figures in cards, tables that scroll in a box of their own, and the pictures of
 `files.plots`.
 
-A result in a notebook (`Shown`) has its figures as tables without styles, so that they have the
-notebook's own colours, dark ones too.
+A result in a notebook (`ShownInNotebooks`) has its figures as tables without styles, so that they
+have the notebook's own colours, dark ones too.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def document(title: str, body: str, path: str | Path) -> None:
     )
 
 
-class Shown:
+class ShownInNotebooks:
     """A dataclass that notebooks show as tables: the figures of its `as_json`, or its fields."""
 
     def _repr_html_(self) -> str:

@@ -72,7 +72,7 @@ model = {auto}.from_pretrained("path/to/this/directory")
 
 
 @dataclass(frozen=True)
-class Beside:
+class ResultFiles:
     """What is written beside the weights of a result, and whether it may replace another one."""
 
     record: Mapping[str, Any]  # how it was made, for lorafold.json

@@ -215,7 +215,7 @@ def level(axes: Any, name: str, **at: float) -> None:
         axes.annotate(name, (1, value), xycoords=axes.get_yaxis_transform(), va="center", **text)
 
 
-class Marks(NamedTuple):
+class Series(NamedTuple):
     """One figure of each row, and its interval."""
 
     name: str
@@ -223,7 +223,7 @@ class Marks(NamedTuple):
     intervals: Sequence[Interval | None]
 
 
-def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks], most: int = WIDE) -> str:
+def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = WIDE) -> str:
     """Figures of named rows as points with their intervals, from left to right. Where there are
     several figures, their names stand beside the points of the first row that has them; a sentence
     says for how many there is no room. Names have at most the width `most`, or what tells them

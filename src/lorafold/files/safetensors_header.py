@@ -25,7 +25,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A tensor of a file: its dtype as safetensors names it, and where its data begins and ends,
     in bytes from the beginning of the file.
     """
@@ -71,7 +71,7 @@ def check_numbers(
 
 def places(
     content: bytearray, read: Callable[[bytes], Any] = json.loads, end: int | None = None
-) -> dict[str, Place]:
+) -> dict[str, TensorPlace]:
     """The tensors of a file by name, in the order of their data. Raises LorafoldError, without the
     file's name, for a header that does not fit the file exactly.
 
@@ -109,7 +109,7 @@ def places(
     return found
 
 
-def _place(name: str, about: Any, begin: int) -> Place:
+def _place(name: str, about: Any, begin: int) -> TensorPlace:
     about = about if isinstance(about, dict) else {}
     dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
     if dtype not in (*SIZES,):
@@ -127,4 +127,4 @@ def _place(name: str, about: Any, begin: int) -> Place:
             f"{name!r:.200}: found {offsets[1] - offsets[0]:,} bytes, expected {size:,} for"
             f" dtype {dtype} and shape {shape!r:.80}"
         )
-    return Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+    return TensorPlace(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])

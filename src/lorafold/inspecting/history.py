@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from lorafold.errors import LorafoldError, printable
 from lorafold.files.atomic import check_intact, read_object
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
 from lorafold.files.record import RECORD
 
@@ -146,7 +146,7 @@ def bounded(value: float) -> float:
 Figure = Annotated[float, Field(allow_inf_nan=False), AfterValidator(bounded)]
 
 
-class Read(BaseModel):
+class RecordedCompletion(BaseModel):
     """A completion to read, as a record has it."""
 
     where: str
@@ -157,14 +157,14 @@ class Read(BaseModel):
     each: dict[str, Figure] = {}
 
 
-class Side(BaseModel):
+class SampleSet(BaseModel):
     """The completions of one measure."""
 
     step: int
-    samples: list[Read]
+    samples: list[RecordedCompletion]
 
 
-class Kept(BaseModel):
+class RunRecord(BaseModel):
     """What a record keeps of a run, under its names there; adapters may be anybody's."""
 
     recipe: dict[str, Any]
@@ -174,7 +174,7 @@ class Kept(BaseModel):
     steps: dict[str, list[Figure | None]] = {}
     held_out: dict[str, list[int | Figure | tuple[Figure, Figure] | None]] = {}
     judged_by: dict[str, Figure] = {}
-    samples: dict[Literal["first", "last"], Side] = {}
+    samples: dict[Literal["first", "last"], SampleSet] = {}
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -198,7 +198,7 @@ class Kept(BaseModel):
 
 
 @dataclass(frozen=True)
-class History(Shown):
+class History(ShownInNotebooks):
     """The figures of a run by step.
 
     Attributes:
@@ -295,7 +295,7 @@ def read_history(path: str | Path) -> History:
     if not (path / RECORD).is_file():
         raise LorafoldError(f"{path}: found no {RECORD}, expected what `lorafold train` wrote")
     try:
-        kept = Kept.model_validate(read_object(path / RECORD))
+        kept = RunRecord.model_validate(read_object(path / RECORD))
     except ValidationError as error:
         wrong = "; ".join(
             ": ".join([*[".".join(map(str, one["loc"]))] * bool(one["loc"]), told])

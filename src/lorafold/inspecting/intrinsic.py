@@ -26,14 +26,14 @@ from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, Figures, kept, shared, silent
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import FILES, RunDirectory
 from lorafold.training.request import (
-    Request,
+    RunRequest,
     day_written,
     grounds,
     objective_of,
@@ -46,7 +46,7 @@ SEARCH = "search.json"
 
 
 @dataclass(frozen=True)
-class Point:
+class SubspaceRun:
     """A run in a subspace: its dimension, its final held-out loss in nats, and the share that it
     reached of the improvement of full training.
     """
@@ -57,7 +57,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Intrinsic(Shown):
+class Intrinsic(ShownInNotebooks):
     """The result: `dimension` is None if even the largest one that was tried does not reach
     `share`; `points` has all runs in ascending order of dimension.
     """
@@ -66,7 +66,7 @@ class Intrinsic(Shown):
     share: float
     base_loss: float
     full_loss: float
-    points: list[Point]
+    points: list[SubspaceRun]
 
     def as_json(self) -> dict[str, Any]:
         """All fields."""
@@ -82,11 +82,11 @@ class Intrinsic(Shown):
 
 
 def search(
-    request: Request,
+    request: RunRequest,
     smallest: int,
     largest: int,
     share: float,
-    tell: Callable[[Point], None],
+    tell: Callable[[SubspaceRun], None],
     say: Callable[[str], object] = silent,
 ) -> Intrinsic:
     """Find the smallest power of 2 that reaches a share of the improvement of full training.
@@ -153,13 +153,13 @@ def search(
     }
     kept(first | in_subspace(2**high), there, say)
     base, full = losses["base"], losses["full"]
-    points: dict[int, Point] = {}
+    points: dict[int, SubspaceRun] = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
         kept(in_subspace(d), there, say)
         loss = losses[str(d)]
-        points[d] = Point(d, loss, (base - loss) / (base - full))
+        points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
         tell(points[d])
         return points[d].reached >= share
 
@@ -200,7 +200,7 @@ def check(out: Path, identity: dict) -> None:
         )
 
 
-def run(request: Request, recipe: Recipe, out: Path, method: str, **options: float) -> Figures:
+def run(request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float) -> Figures:
     """The held-out loss at the end of a run, as it is kept; the files of the run are removed.
 
     Args:
@@ -230,7 +230,7 @@ def run(request: Request, recipe: Recipe, out: Path, method: str, **options: flo
     return {"loss": trained.eval_loss}
 
 
-def bare_loss(request: Request, recipe: Recipe) -> Figures:
+def bare_loss(request: RunRequest, recipe: Recipe) -> Figures:
     """The held-out loss of the base, in nats, as its runs measure it and as it is kept: that of the
     objective, and with the head that they start from.
     """

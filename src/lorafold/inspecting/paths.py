@@ -30,7 +30,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
 from lorafold.layers import layer_class
 from lorafold.methods.parts.trainable_tokens import TokenRows
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def loss_on(
     Raises LorafoldError for bad rows.
     """
     data = encode(rows, tokenizer, max_length)
-    return partial(held_out_loss, Completions(model, packed=False, pad_id=0), data.examples)
+    return partial(held_out_loss, CompletionLoss(model, packed=False, pad_id=0), data.examples)
 
 
 def losses_of(

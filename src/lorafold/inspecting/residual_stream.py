@@ -48,7 +48,7 @@ from lorafold.models.quantizations import Storage
 OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """The modules of the residual stream, by path. `readers` maps each module that reads it to the
     norm before it, or to "" without one; `writers` write to it; `embedding` and `head` connect it
     with the vocabulary; `size` is its dimension.
@@ -66,7 +66,7 @@ class Stream:
         return self.readers.get(self.head) or None
 
 
-def stream_of(model: PreTrainedModel) -> Stream:
+def stream_of(model: PreTrainedModel) -> ResidualStream:
     """The modules of the model's residual stream, from a run of a fake model on four tokens."""
     config = model.config
     # from a tensor's memory to the norm that computed it, or "" for a block's input
@@ -122,7 +122,7 @@ def stream_of(model: PreTrainedModel) -> Stream:
             for path in seen - readers.keys() - {head}
             if layer_of(module_at(twin, path)).shape[0] == size
         }
-    return Stream(readers, frozenset(writers), embedding, head, size)
+    return ResidualStream(readers, frozenset(writers), embedding, head, size)
 
 
 def is_norm(module: nn.Module, size: int) -> bool:
@@ -157,7 +157,7 @@ class Heads:
         return [float(e) / whole if whole else 0.0 for e in energy]
 
 
-def heads_of(model: PreTrainedModel, stream: Stream) -> tuple[dict[str, Heads], list[str]]:
+def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
     """The heads of each projection, by module path, and the paths of projections of an attention
     that has heads which can't be told apart.
 

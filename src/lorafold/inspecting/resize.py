@@ -28,7 +28,7 @@ from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import match
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import check_out
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_kept
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.inspecting.spectra import effective_rank
@@ -55,7 +55,7 @@ Cuts = dict[str, tuple[int, float, float]]  # rank, squared norms of the error a
 
 
 @dataclass(frozen=True)
-class Resized(Shown):
+class Resized(ShownInNotebooks):
     """A written adapter: `sites` has rank and relative error by module path, for experts those of
     each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the
     relative difference of tensors that differ between two models and that an adapter of linear

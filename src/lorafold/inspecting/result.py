@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 
 
 @dataclass(frozen=True)
-class Inspection(Shown):
+class Inspection(ShownInNotebooks):
     """The figures of one adapter; `lorafold.inspecting` defines each.
 
     `sites` has the figures of every module path, and of each matrix of experts as

@@ -41,7 +41,7 @@ from lorafold.inspecting.spectra import (
     spectrum,
 )
 from lorafold.inspecting.subspaces import SHOWN, across_experts, across_layers, compared
-from lorafold.inspecting.updates import Site, Svd, largest, load_below, of_experts, sites
+from lorafold.inspecting.updates import AdaptedModule, Svd, largest, load_below, of_experts, sites
 from lorafold.layers import layer_of
 from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
@@ -339,7 +339,7 @@ def inspect(
     return {**result, "advice": sentences(result)}
 
 
-def of_matrix(site: Site, svd: Svd, w: torch.Tensor, full: bool) -> Figures:
+def of_matrix(site: AdaptedModule, svd: Svd, w: torch.Tensor, full: bool) -> Figures:
     """The figures of a matrix.
 
     Args:
@@ -379,7 +379,7 @@ def of_whole(sites: Mapping[str, Figures]) -> Figures:
     }
 
 
-def kept_of(site: Site, svd: Svd) -> Svd:
+def kept_of(site: AdaptedModule, svd: Svd) -> Svd:
     """The SVD of a dense update cut to its top directions, so that those of all sites fit in
     memory; one of factors is small and stays whole.
     """
@@ -387,7 +387,7 @@ def kept_of(site: Site, svd: Svd) -> Svd:
 
 
 def of_vectors(
-    sides: Mapping[str, token_directions.Side],
+    sides: Mapping[str, token_directions.Directions],
     svds: Mapping[str, Svd],
     names: Sequence[str],
     vectors: torch.Tensor,

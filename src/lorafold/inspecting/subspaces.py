@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.inspecting.residual_stream import Stream
+from lorafold.inspecting.residual_stream import ResidualStream
 from lorafold.inspecting.spectra import phi
 from lorafold.inspecting.updates import Svd, of_experts, site_of
 
@@ -76,7 +76,7 @@ def compared(a: Mapping[str, Svd], b: Mapping[str, Svd]) -> dict[str, Any]:
     }
 
 
-def across_layers(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str, Any]]:
+def across_layers(svds: Mapping[str, Svd], stream: ResidualStream) -> dict[str, dict[str, Any]]:
     """phi of the top directions of every two blocks, by kind of module: near 1 where an adapter
     makes the same change at every depth. Only the side in the residual stream, which all blocks
     share, can be compared. Experts are left out, since those of one number in two blocks have
@@ -95,7 +95,7 @@ def across_layers(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str
     return found
 
 
-def across_experts(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str, Any]]:
+def across_experts(svds: Mapping[str, Svd], stream: ResidualStream) -> dict[str, dict[str, Any]]:
     """phi of the top directions of every two experts, by site: its mean, lowest and highest value,
     near 1 where the experts of a block make the same change. Only the side in the residual stream
     is compared, which they share.

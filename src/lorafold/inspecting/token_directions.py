@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.residual_stream import Stream, gain
+from lorafold.inspecting.residual_stream import ResidualStream, gain
 from lorafold.inspecting.updates import Svd, site_of
 from lorafold.models.weights import FileWeights
 
@@ -108,7 +108,7 @@ def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:
 
 
 @dataclass(frozen=True)
-class Side:
+class Directions:
     """One side of a module: its singular directions (d, k) in the residual stream, or (V, k) over
     the vocabulary if `of_tokens`.
     """
@@ -118,8 +118,8 @@ class Side:
 
 
 def sides_of(
-    model: PreTrainedModel, stream: Stream, svds: Mapping[str, Svd]
-) -> dict[str, dict[str, Side]]:
+    model: PreTrainedModel, stream: ResidualStream, svds: Mapping[str, Svd]
+) -> dict[str, dict[str, Directions]]:
     """The sides of updates that read tokens or the residual stream, under `reads`, and those that
     write logits or the residual stream, under `writes`, by module path.
 
@@ -128,23 +128,26 @@ def sides_of(
         stream: The modules of the residual stream.
         svds: The SVD of each update, by module path or the name of a matrix of experts.
     """
-    reads, writes = dict[str, Side](), dict[str, Side]()
+    reads, writes = dict[str, Directions](), dict[str, Directions]()
     for path, svd in svds.items():
         norm = stream.readers.get(site_of(path))
         if not len(svd.s):
             continue
         if path == stream.embedding:
-            reads[path] = Side(svd.v, True)
+            reads[path] = Directions(svd.v, True)
         elif norm is not None:
             g = gain(model.get_submodule(norm), stream.size)[:, None] if norm else 1
-            reads[path] = Side(g * svd.v, False)
+            reads[path] = Directions(g * svd.v, False)
         if path == stream.head or site_of(path) in stream.writers:
-            writes[path] = Side(svd.u, path == stream.head)
+            writes[path] = Directions(svd.u, path == stream.head)
     return {"reads": reads, "writes": writes}
 
 
 def tables(
-    sides: Mapping[str, Side], vectors: Tensor, through: Tensor | None, name: Callable[[int], str]
+    sides: Mapping[str, Directions],
+    vectors: Tensor,
+    through: Tensor | None,
+    name: Callable[[int], str],
 ) -> dict[str, list[dict[str, Any]]]:
     """The nearest vectors to the first directions of each side, by module path. All sides share one
     pass over the vectors.
@@ -193,7 +196,7 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
     return names, torch.cat(found)
 
 
-def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
+def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
     """The share of an update's energy on each vector f of length 1: |dW f|^2 / |dW|^2 on the input
     side, |f^T dW|^2 / |dW|^2 on the output side. A random f has 1 / d on average.
 
@@ -207,7 +210,7 @@ def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
 
 
 def largest_shares(
-    side: Side, s: Tensor, names: Sequence[str], vectors: Tensor
+    side: Directions, s: Tensor, names: Sequence[str], vectors: Tensor
 ) -> dict[str, float]:
     """The vectors with the largest shares, in descending order.
 

@@ -106,7 +106,7 @@ def largest(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Site:
+class AdaptedModule:
     """One module, or the matrices of experts, with the delta that is attached to it."""
 
     path: str
@@ -147,7 +147,7 @@ class Site:
         return zip(self.names, svds_of(self.delta, self.layer, self.path), strict=True)
 
 
-def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
+def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
     """The modules with the deltas of the adapter's method, without trained biases, modules to save
     and embeddings of tokens.
 
@@ -166,7 +166,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
                 f"{path}: {type(delta).__name__} does not change a matrix ({e}), so it has no"
                 " spectrum"
             ) from None
-        yield Site(path, delta, layer)
+        yield AdaptedModule(path, delta, layer)
 
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
-from lorafold.ops.decoding import Part, low_rank
+from lorafold.ops.decoding import SlotFactors, low_rank
 
 SIGNATURES = {
     "low_rank": [P, P, N, P, P, N, N, N, N, INT],
@@ -39,7 +39,7 @@ class _Forms:
     def stored(self, factors: Tensor) -> Any:
         return factors.dtype if taken(factors) else NotImplemented
 
-    def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Any:
+    def low_rank(self, parts: Sequence[SlotFactors], slots: Tensor) -> Any:
         factors = [t for part in parts for t in part[:2] if t is not None]
         if not taken(*factors) or not all(t.is_contiguous() for t in factors):
             return NotImplemented

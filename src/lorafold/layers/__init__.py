@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted
-from lorafold.core.layer import Base
+from lorafold.core.layer import BaseLayer
 from lorafold.core.matrices import Matrices
 from lorafold.errors import LorafoldError
 from lorafold.layers.bitsandbytes import Linear4bit, Linear8bit
@@ -20,7 +20,7 @@ from lorafold.layers.experts import Experts
 from lorafold.layers.grouped import GroupedLinear
 
 # Names, not classes, so that nothing is imported for a storage that a model does not use.
-LAYERS: dict[str, type[Base]] = {
+LAYERS: dict[str, type[BaseLayer]] = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
     "torch.nn.modules.sparse.Embedding": Embedding,
@@ -36,7 +36,7 @@ LAYERS: dict[str, type[Base]] = {
 }
 
 
-def layer_class(module: nn.Module) -> type[Base]:
+def layer_class(module: nn.Module) -> type[BaseLayer]:
     """The layer class that reads this module's storage; `Plain` for a module without a matrix."""
     cls = module.base_class if isinstance(module, Adapted) else type(module)
     definer = next(c for c in cls.__mro__ if "forward" in vars(c))
@@ -45,7 +45,7 @@ def layer_class(module: nn.Module) -> type[Base]:
     return LAYERS.get(f"{definer.__module__}.{definer.__qualname__}", Plain)
 
 
-def layer_of(module: nn.Module, stored: Callable[[], Tensor] | None = None) -> Base:
+def layer_of(module: nn.Module, stored: Callable[[], Tensor] | None = None) -> BaseLayer:
     """The module as a layer.
 
     `stored` reads the weight (out, in) from plain files, where the module stores it quantized.

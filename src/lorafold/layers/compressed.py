@@ -35,7 +35,7 @@ WORD = 32  # bits of an int32
 
 
 @dataclass(frozen=True)
-class Codes:
+class QuantizationFormat:
     """How a matrix is stored.
 
     kind: The type of codes: float or int.
@@ -102,12 +102,13 @@ def unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 class CompressedLinear(nn.Module):
-    """Final: a linear that stores its weight as `Codes` say, under the parameters' names in files.
+    """Final: a linear that stores its weight as `QuantizationFormat` say, under the parameters'
+    names in files.
 
     Its own forward computes what it computes under a delta.
     """
 
-    def __init__(self, linear: nn.Linear, codes: Codes, scales: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, codes: QuantizationFormat, scales: torch.dtype) -> None:
         """Make the module for a linear, with its bias, without values, on its device.
 
         Args:
@@ -193,7 +194,7 @@ class Compressed(Quantized):
         )
 
 
-def _by_block(w: Tensor, by: Tensor, codes: Codes, operation: Any) -> Tensor:
+def _by_block(w: Tensor, by: Tensor, codes: QuantizationFormat, operation: Any) -> Tensor:
     """w (out, in) with the number of its block applied to each element; w may be overwritten.
 
     Args:

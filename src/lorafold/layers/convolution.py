@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.core.layer import Base
+from lorafold.core.layer import BaseLayer
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 from lorafold.ops.autocast import autocasting, lowered
@@ -36,7 +36,7 @@ from lorafold.ops.scale import scaled
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Convolution(Base):
+class Convolution(BaseLayer):
     """A convolution over one, two or three dimensions: weight (out, in / groups, *window)."""
 
     takes_vectors = False

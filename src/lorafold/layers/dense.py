@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.layer import Base, add
+from lorafold.core.layer import BaseLayer, add
 from lorafold.core.selection import DrawSite, site_of
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear, narrowed, product
@@ -30,7 +30,7 @@ from lorafold.ops.shared_input import once
 from lorafold.ops.sparse import sparse_linear
 
 
-class Vectors(Base):
+class Vectors(BaseLayer):
     """Abstract: a layer whose outputs are vectors (..., out)."""
 
     def scale(

@@ -108,7 +108,7 @@ class Floats(ExpertMatrices):
         return self.turned(self._matrices)
 
 
-class Codes(ExpertMatrices):
+class QuantizedMatrices(ExpertMatrices):
     """Abstract: matrices in codes."""
 
     quantized = True
@@ -124,7 +124,7 @@ class Codes(ExpertMatrices):
         return self.turned(w)
 
 
-class NF4(Codes):
+class NF4(QuantizedMatrices):
     """Matrices in 4-bit codes of bitsandbytes, with the constants of all experts in one list."""
 
     @property
@@ -177,7 +177,7 @@ class NF4(Codes):
         return matrix.view(shape)
 
 
-class Int8(Codes):
+class Int8(QuantizedMatrices):
     """Matrices in 8 bits, with a scale for each of their stored rows."""
 
     @property
@@ -192,7 +192,7 @@ class Int8(Codes):
         return (self.parameter.data[at] * scale[:, None]).bfloat16()
 
 
-class MXFP4(Codes):
+class MXFP4(QuantizedMatrices):
     """Matrices (out, in) in 4-bit floating point, with a power of two for 32 weights of a row."""
 
     endings = (BLOCKS, SCALES)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.attach import Adapted
-from lorafold.core.layer import Base, Layer, add
+from lorafold.core.layer import BaseLayer, Layer, add
 from lorafold.core.matrices import STORED, Matrices, expert_parameters, matrices_of, parameter_path
 from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import LorafoldError, NotMergeable
@@ -32,7 +32,7 @@ from lorafold.ops.groups import Groups
 from lorafold.ops.scale import scale
 
 
-class Experts(Base):
+class Experts(BaseLayer):
     """The matrices (E, out, in) of a parameter of experts. Its rows x (S, in) are in the order of
     their experts, which `groups` says.
     """

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafold.core.layer import Base
+from lorafold.core.layer import BaseLayer
 from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import linear
@@ -24,7 +24,7 @@ from lorafold.ops.dropout import dropout
 from lorafold.ops.scale import scaled
 
 
-class GroupedLinear(Base):
+class GroupedLinear(BaseLayer):
     """A linear with groups: weight (out, in), inputs (..., g, in)."""
 
     linear = True

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from lorafold.data.batches import PAYS, Feed, alike, forest, labelled, micro_batches
+from lorafold.data.batches import PAYS, BatchFeed, alike, forest, labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.estimate import estimate
@@ -42,7 +42,7 @@ SHARE = 0.9  # of the free memory: the rest is for what an estimate leaves out
 
 def planned(
     recipe: Recipe,
-    feed: Feed,
+    feed: BatchFeed,
     objective: Objective,
     asked: Setting,
     processes: int = 1,

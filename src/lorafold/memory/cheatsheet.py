@@ -11,7 +11,7 @@ from typing import Any
 
 from lorafold.memory.estimate import estimate
 from lorafold.memory.presets import llama, setting_of
-from lorafold.ops.kernel_requirements import Place
+from lorafold.ops.kernel_requirements import DeviceKind
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.adamw import in_words
 
@@ -134,7 +134,7 @@ def table() -> Iterator[tuple[str, ...]]:
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "of the rule", "why"
     for case in CASES:
         setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
-        total = estimate(llama(case.size), replace(setting, place=Place("cuda"))).total
+        total = estimate(llama(case.size), replace(setting, place=DeviceKind("cuda"))).total
         mode = case.mode + ", checkpointing" * bool(case.recipe)
         of_rule = f"{total / (case.rule * 1e9):.0%}"
         yield (

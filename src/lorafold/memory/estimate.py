@@ -79,7 +79,7 @@ class Estimate:
     """Bytes by term, and their sum. `sent` is what one of several processes sends."""
 
     terms: dict[str, int]
-    sent: Sent | None = None
+    sent: Traffic | None = None
 
     @property
     def total(self) -> int:
@@ -138,7 +138,7 @@ def terms_of(traced: Traced) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Sent:
+class Traffic:
     """What a process sends in a step of one micro-batch.
 
     bytes: All of it; as much is received.
@@ -160,7 +160,7 @@ class Sent:
 def shared(
     whole: Traced, block: Traced, blocks: int, strategy: str, processes: int, *, owned: bool,
     tied: bool,
-) -> tuple[Traced, Sent]:
+) -> tuple[Traced, Traffic]:
     """(what one of the processes holds, what it sends).
 
     Args:
@@ -176,7 +176,9 @@ def shared(
     operations = whole.forward_operations + whole.backward_operations
     if strategy == DDP:
         summed = 2 * part * whole.gradients
-        return replace(whole, exchanged=min(BUCKET, whole.gradients)), Sent(int(summed), operations)
+        return replace(whole, exchanged=min(BUCKET, whole.gradients)), Traffic(
+            int(summed), operations
+        )
     outside = whole.weights - blocks * block.weights
     largest = outside if tied else outside // 2
     gradients, beside = n * whole.gradients, 0
@@ -191,4 +193,4 @@ def shared(
     )
     ends = outside * (2 if tied else 1) * (1.5 if owned else 1)
     learned = gradients if owned else 2 * whole.gradients + whole.adapter
-    return held, Sent(int(part * (2 * blocks * block.weights + ends + learned)), operations)
+    return held, Traffic(int(part * (2 * blocks * block.weights + ends + learned)), operations)

@@ -25,10 +25,10 @@ from lorafold.training_step.activations import recompute
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
-from lorafold.training_step.losses import Completions, Loss
+from lorafold.training_step.losses import CompletionLoss, Loss
 from lorafold.training_step.optim import sum_in_fp32
 from lorafold.training_step.packed_attention import packed
-from lorafold.training_step.preference_algorithms import Reward
+from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
 
@@ -105,13 +105,13 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
     """Yield the loss that a run with this setting uses."""
     if setting.classes and setting.packed:
         with branching(model) as how:
-            yield Preferences(model, Reward(), how, 0)
+            yield Preferences(model, BradleyTerry(), how, 0)
         return
     if not setting.packed:
-        yield Classification(model, 0) if setting.classes else Completions(model, False, 0)
+        yield Classification(model, 0) if setting.classes else CompletionLoss(model, False, 0)
         return
     with packed(model) as apart:
-        yield Completions(model, apart, 0)
+        yield CompletionLoss(model, apart, 0)
 
 
 def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:

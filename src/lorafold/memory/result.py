@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.memory import report
 from lorafold.memory.estimate import SPEED, Estimate
 from lorafold.memory.fit import Advice
@@ -13,7 +13,7 @@ from lorafold.memory.trace import Setting
 
 
 @dataclass(frozen=True)
-class Forecast(Shown):
+class Forecast(ShownInNotebooks):
     """The memory of a setting at its peak, in bytes by term.
 
     `advice` says whether it fits a device's memory and what would, if that was asked; `measured`

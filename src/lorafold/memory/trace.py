@@ -38,7 +38,7 @@ from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
-from lorafold.ops.kernel_requirements import Place, as_on
+from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.ops.packed_documents import Documents, Tile
 from lorafold.runtime.process_tuning import existing_set_aside
 from lorafold.training_step.activations import recompute
@@ -51,7 +51,7 @@ from lorafold.training_step.packed_attention import attending
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ON_CPU = Place("cpu")
+ON_CPU = DeviceKind("cpu")
 DDP, FSDP = "ddp", "fsdp"
 STRATEGIES = (FSDP, DDP)
 SETTINGS = EngineSettings()  # those of the tokens of prompts that are read in one pass
@@ -110,7 +110,7 @@ class Setting:
     accumulating: bool = False
     draws: RolloutSize | None = None
     widened: bool = False
-    place: Place = ON_CPU
+    place: DeviceKind = ON_CPU
     below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
     trust_remote_code: bool = False
     processes: int = 1

@@ -43,7 +43,7 @@ from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
 from lorafold.layers import layer_of
-from lorafold.merging.plan import Plan
+from lorafold.merging.plan import MergePlan
 from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import INDEX, write_container
 
@@ -97,7 +97,7 @@ def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Te
     return target.index_copy_(0, at, nearest.to(target.dtype)), original.index_copy_(0, at, nearest)
 
 
-class Folding:
+class MergedValues:
     """The new values by name, each asked for once.
 
     Args:
@@ -110,7 +110,7 @@ class Folding:
         rounded: the number of tensors by the way they were rounded, so far.
     """
 
-    def __init__(self, plan: Plan, rounding: Rounding, seed: int) -> None:
+    def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
         self.sums, self.rounded = Sums(), Counter[str]()
         self._kept: dict[Conversion, dict[str, Rounded]] = {}
@@ -208,13 +208,13 @@ def before_and_after(
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 Values = Callable[[str], Tensor | None]  # new values by name; None: those of the plan's entry
 Written = Callable[[str, int], None]  # name and bytes of a tensor, after it was written
-# A format of merged models. It writes the tensors of `Plan.layout`, asks once for each of them, and
-# writes what else its format takes: `plan.config`, `plan.checkpoint.other_files()`.
-Writer = Callable[[Plan, Values, Written], None]
+# A format of merged models. It writes the tensors of `MergePlan.layout`, asks once for each of
+# them, and writes what else its format takes: `plan.config`, `plan.checkpoint.other_files()`.
+Writer = Callable[[MergePlan, Values, Written], None]
 
 
 @dataclass(frozen=True)
-class Folded:
+class MergeResult:
     """What was done: the inner products of the update and its rounding errors, the number of
     tensors by the way they were rounded, the tensors added to untie weights, the biases added, and
     the size of the vocabulary if it grew.
@@ -228,12 +228,12 @@ class Folded:
 
 
 def execute(
-    plan: Plan,
+    plan: MergePlan,
     writer: Writer,
     rounding: Rounding = "auto",
     seed: int = 0,
     progress: Progress | None = None,
-) -> Folded:
+) -> MergeResult:
     """Write the merged model.
 
     Args:
@@ -245,7 +245,7 @@ def execute(
 
     Raises LorafoldError if a folded value does not fit its dtype, and as the writer does.
     """
-    folding, total, done = Folding(plan, rounding, seed), plan.weight_bytes, 0
+    folding, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
 
     def written(_: str, size: int) -> None:
         nonlocal done
@@ -256,10 +256,10 @@ def execute(
     writer(plan, folding.new_values, written)
     biases = tuple(name for name, like in plan.added.items() if like.name == name)
     untied = tuple(name for name in plan.added if name not in biases)
-    return Folded(folding.sums, dict(folding.rounded), untied, biases, plan.vocabulary)
+    return MergeResult(folding.sums, dict(folding.rounded), untied, biases, plan.vocabulary)
 
 
-def write_shards(out: Path, plan: Plan, values: Values, written: Written) -> None:
+def write_shards(out: Path, plan: MergePlan, values: Values, written: Written) -> None:
     """Write the merged model as a directory of transformers; a `Writer` but for `out`.
 
     Args:

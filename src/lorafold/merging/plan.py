@@ -36,7 +36,7 @@ from lorafold.models.checkpoint import (
 )
 from lorafold.models.sources import HUB_FILES, remember
 from lorafold.models.weight_conversion import Conversion
-from lorafold.models.weights import Entry
+from lorafold.models.weights import TensorEntry
 from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
 
@@ -87,7 +87,7 @@ def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
 
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
-) -> tuple[dict[str, Any], dict[str, Entry]]:
+) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     """(content of the config file, entries of added biases by parameter).
 
     The model gets the biases that its files lack, as zeros.
@@ -134,7 +134,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """What will be written.
 
     `changed` maps the names of changed tensors to their parameters, and `converted` those of
@@ -152,7 +152,7 @@ class Plan:
     adapters: tuple[str, ...]
     changed: dict[str, str]
     converted: dict[str, Conversion]
-    added: dict[str, Entry]
+    added: dict[str, TensorEntry]
     zeros: dict[str, Tensor]
     dequantized: dict[str, str]
     config: dict[str, Any]
@@ -161,7 +161,7 @@ class Plan:
     vocabulary: int | None
     other_base: tuple[str, ...] = ()
 
-    def layout(self, file: str) -> list[tuple[str, Entry]]:
+    def layout(self, file: str) -> list[tuple[str, TensorEntry]]:
         """The names and entries of the tensors to write to this file, in their order."""
         entries = [
             *self.checkpoint.files[file].entries.items(),
@@ -177,7 +177,7 @@ class Plan:
 
 def plan(
     base: Base, adapters: Sequence[Saved], *, round_trip: str | None = None
-) -> Plan:
+) -> MergePlan:
     """Attach the adapters to the model and find what they change. Nothing is computed or written.
 
     Args:
@@ -203,7 +203,7 @@ def plan(
         problems[reason].append(path)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    biases: dict[str, Entry] = {}
+    biases: dict[str, TensorEntry] = {}
     with _among(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
     untied: list[str] = []
@@ -227,7 +227,7 @@ def plan(
         for name, entry in biases.items()
         if entry.name not in changed
     }
-    return Plan(
+    return MergePlan(
         checkpoint,
         mapped.model,
         names,
@@ -283,7 +283,7 @@ def _among(problems: Problems, path: str) -> Iterator[None]:
         problems[str(error)].append(path)
 
 
-def _entry(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:
+def _entry(mapped: MappedModel, parameter: str) -> tuple[str, TensorEntry]:
     """The name under which a parameter is written, and the entry with its values: its own, or that
     of a parameter that it is tied to.
     """
@@ -298,7 +298,7 @@ def _entry(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:
     return (entry.name if parameter in mapped.entries else parameter), entry
 
 
-def _check_dtypes(entries: Sequence[Entry]) -> None:
+def _check_dtypes(entries: Sequence[TensorEntry]) -> None:
     found = sorted({entry.dtype for entry in entries})
     if len(found) > 1 or found[0] not in FLOATS:
         raise NotMergeable(

@@ -36,11 +36,11 @@ from lorafold.adapter import load
 from lorafold.data.probe_texts import probe_ids
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_kept
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
-from lorafold.merging.merged_tensors import Folded, execute, write_shards
+from lorafold.merging.merged_tensors import MergeResult, execute, write_shards
 from lorafold.merging.plan import plan
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model, stored_in_files
@@ -157,7 +157,7 @@ INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pr
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MergeOptions:
     """The choices of `lf.merge` besides the model and the adapters."""
 
     into: str | None = None
@@ -169,7 +169,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Merged(Shown):
+class Merged(ShownInNotebooks):
     """A merged model, as `merge.json` describes it. `gap` is None without the certificate;
     `from_original` is how far the adapters over the original weights are from the model that was
     trained, where these are others; `other_base` has a line for each adapter that was trained on
@@ -177,7 +177,7 @@ class Merged(Shown):
     """
 
     gap: Gap | None
-    folded: Folded
+    folded: MergeResult
     into: Into
     rounding: Rounding
     seed: int
@@ -260,7 +260,7 @@ def merge(
     base: Base,
     adapters: Sequence[Saved],
     out: Path,
-    wanted: Wanted,
+    wanted: MergeOptions,
     console: Console | None = None,
 ) -> Merged:
     """Fold saved adapters into their base and write a plain Hugging Face model, as `lf.merge`,

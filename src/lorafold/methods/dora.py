@@ -40,7 +40,7 @@ def squares(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrices, out)
     ).square()
 
 
-class Kept:
+class CachedValue:
     """A value computed from tensors, which is computed again once one of these was replaced, moved
     or written to. A copy, and a file, has no value.
     """
@@ -50,8 +50,8 @@ class Kept:
         self.state: list[Any] = []
         self.value: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()
+    def __reduce__(self) -> tuple[type[CachedValue], tuple[()]]:
+        return CachedValue, ()
 
     def get(
         self, sources: Sequence[Tensor], make: Callable[[], Tensor], during: Any = None
@@ -83,7 +83,7 @@ class DoRADelta(Delta):
         self.inner = inner
         self.up_names = up_names_in(self)
         self.run_names = tuple(f"inner.{name}" for name in inner.run_names)
-        self.own, self.norms = Kept(), Kept()
+        self.own, self.norms = CachedValue(), CachedValue()
         self.during: object | None = None
         self.magnitude = nn.Parameter(squares(layer.dense()[0].detach()).sqrt())
 

@@ -58,16 +58,16 @@ from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.quantized_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.sources import ModelSource, remember
-from lorafold.models.weight_conversion import Conversion, Source
+from lorafold.models.weight_conversion import Conversion, SourceTensor
 from lorafold.models.weights import (
     INDEX,
     MODEL_FILES,
     NAMES,
     SINGLE,
     Container,
-    Entry,
     FileWeights,
     InMemory,
+    TensorEntry,
     Weights,
     model_files,
     read_container,
@@ -103,7 +103,7 @@ class Checkpoint:
         return self.source.path
 
     @property
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, TensorEntry]:
         """The tensors of all files, by name."""
         return {name: entry for file in self.files.values() for name, entry in file.entries.items()}
 
@@ -133,7 +133,7 @@ class MappedModel:
     """
 
     model: PreTrainedModel
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     tied: dict[str, tuple[str, ...]]
     converted: dict[str, Conversion]
 
@@ -220,7 +220,7 @@ def mapped_model_of(source: ModelSource) -> MappedModel:
     return mapped
 
 
-def entries_of(path: Path) -> dict[str, Entry]:
+def entries_of(path: Path) -> dict[str, TensorEntry]:
     """The tensors of all weight files of a model directory, by name."""
     return {
         name: entry
@@ -231,12 +231,12 @@ def entries_of(path: Path) -> dict[str, Entry]:
 
 # a parameter and what it is computed with -> the entries that it is computed from, each with the
 # pattern of its name there and its name before the conversion
-Parts = dict[tuple[str, WeightConverter], list[tuple[Entry, str, str]]]
+Parts = dict[tuple[str, WeightConverter], list[tuple[TensorEntry, str, str]]]
 
 
 def by_parameter(
-    model: PreTrainedModel, entries: dict[str, Entry]
-) -> tuple[dict[str, Entry], Parts]:
+    model: PreTrainedModel, entries: dict[str, TensorEntry]
+) -> tuple[dict[str, TensorEntry], Parts]:
     """Return the tensors of the files by the model's names for them, among them such as the model
     does not have, and those from which transformers computes parameters.
     """
@@ -276,7 +276,9 @@ def conversions(
     converted: dict[str, Conversion] = {}
     problems = {}
     for (name, converter), group in parts.items():
-        sources = [Source(e, tensors[e.name], pattern, renamed) for e, pattern, renamed in group]
+        sources = [
+            SourceTensor(e, tensors[e.name], pattern, renamed) for e, pattern, renamed in group
+        ]
         try:
             conversion = Conversion(model, converter, name, sources)
         except (RuntimeError, ValueError, LookupError, TypeError) as e:
@@ -289,7 +291,7 @@ def conversions(
     return converted, problems
 
 
-def mapped_tensors(entries: Iterable[Entry]) -> dict[str, Tensor]:
+def mapped_tensors(entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
     """The tensors of entries, of any shape, by their names, mapped from the files."""
     by_file = defaultdict(list)
     for entry in entries:
@@ -298,7 +300,7 @@ def mapped_tensors(entries: Iterable[Entry]) -> dict[str, Tensor]:
 
 
 def _parameters(
-    entries: dict[str, Entry],
+    entries: dict[str, TensorEntry],
     tensors: Mapping[str, Tensor],
     converted: dict[str, Conversion],
     tied: dict[str, tuple[str, ...]],
@@ -379,7 +381,7 @@ def as_plain(
     for path, module, parameter, own, shape in _quantized(mapped):
         codes = entries[own[0]]
         name = codes.name.removesuffix("_packed").removesuffix(BLOCKS)
-        plain = Entry(
+        plain = TensorEntry(
             name,
             NAMES[dtype],
             shape,

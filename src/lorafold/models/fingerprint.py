@@ -35,7 +35,7 @@ TENSORS, VECTORS, VALUES = 32, 7, 16
 STRIDE = 2_654_435_761
 
 
-class Sample(BaseModel, extra="forbid"):
+class TensorSample(BaseModel, extra="forbid"):
     """The shape, dtype and sampled values of one tensor, as `lorafold.json` stores them."""
 
     shape: list[PositiveInt]
@@ -46,7 +46,7 @@ class Sample(BaseModel, extra="forbid"):
 def parse(value: Any) -> Fingerprint:
     """Check a fingerprint that was read from JSON. Raises LorafoldError if it is malformed."""
     try:
-        TypeAdapter(dict[str, Sample]).validate_python(value, strict=True)
+        TypeAdapter(dict[str, TensorSample]).validate_python(value, strict=True)
     except ValidationError as e:
         place = ".".join(map(str, e.errors()[0]["loc"]))
         raise LorafoldError(

@@ -26,12 +26,12 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import expert_parameters, matrices_of
 from lorafold.errors import LorafoldError, as_one
 from lorafold.layers import layer_class
-from lorafold.layers.compressed import Codes, CompressedLinear
+from lorafold.layers.compressed import CompressedLinear, QuantizationFormat
 from lorafold.layers.dense import Linear
 from lorafold.layers.expert_matrices import BLOCKS, GROUP, SCALES, mxfp4_parameters
 from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import IN_CODES, STORAGES, of_codes, of_method
-from lorafold.models.weights import DTYPES, NAMES, Entry
+from lorafold.models.weights import DTYPES, NAMES, TensorEntry
 from lorafold.ops.float8 import is_nan
 from lorafold.ops.mxfp4 import NAN
 
@@ -75,7 +75,7 @@ def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
         compress(model, settings, what, torch.bfloat16)
 
 
-def as_in_files(model: nn.Module, entries: Mapping[str, Entry], what: str) -> None:
+def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
     """Give the scales of a model on the meta device the dtypes of the files.
 
     Raises LorafoldError with every tensor that a quantized weight lacks or that does not fit it.
@@ -219,7 +219,7 @@ def compress(model: Any, settings: Mapping[str, Any], what: str, scales: torch.d
         setattr(model.get_submodule(parent), name, CompressedLinear(module, codes, scales))
 
 
-def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, Codes]:
+def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, QuantizationFormat]:
     """Return how the quantized linears of a model are stored, by path.
 
     Args:
@@ -227,7 +227,7 @@ def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, Co
         settings: The `quantization_config` of its files.
         what: What messages begin with.
     """
-    found: dict[str, Codes] = {}
+    found: dict[str, QuantizationFormat] = {}
     for codes, targets in _groups(settings, what):
         found |= {path: codes for path in _matched(model, settings, targets) if path not in found}
     head = model.get_output_embeddings()
@@ -244,7 +244,7 @@ def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, Co
     return found
 
 
-def scales_as_in_files(model: nn.Module, entries: Mapping[str, Entry]) -> None:
+def scales_as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
     """Give the scales of a model on the meta device the dtypes of the files.
 
     Args:
@@ -287,7 +287,7 @@ def check_values(model: nn.Module, what: str) -> None:
             )
 
 
-def misfits(model: nn.Module, entries: Mapping[str, Entry]) -> Iterator[str]:
+def misfits(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
     """Say of each tensor of a quantized weight that it is missing, or not of its dtype and shape.
 
     Args:
@@ -327,11 +327,11 @@ def _activations(settings: Mapping[str, Any]) -> bool:
     return any(not isinstance(g, Mapping) or any(map(g.get, asked)) for g in groups.values())
 
 
-def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[Codes, list[str]]]:
+def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFormat, list[str]]]:
     """How the weights are stored, and patterns of modules for which that is so."""
     if _fine_grained(settings):
         rows, columns = settings.get("weight_block_size", (128, 128)) or (0, 0)
-        return [(Codes("float", rows, columns, scale="weight_scale_inv"), [])]
+        return [(QuantizationFormat("float", rows, columns, scale="weight_scale_inv"), [])]
     config = _configuration(settings, what)
     for field, value in (
         ("transform_config", settings.get("transform_config")),
@@ -349,7 +349,7 @@ def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[Codes, list[st
     ]
 
 
-def _codes(group: Any, form: str, what: str) -> Codes:
+def _codes(group: Any, form: str, what: str) -> QuantizationFormat:
     weights, form = group.weights, str(getattr(group.format or form, "value", group.format or form))
     blocks = {
         "tensor": (0, 0),
@@ -369,7 +369,9 @@ def _codes(group: Any, form: str, what: str) -> Codes:
         )
     rows, columns = blocks[strategy]
     packed = form == PACKED
-    return Codes(weights.type, rows, columns, weights.num_bits, packed, weights.symmetric)
+    return QuantizationFormat(
+        weights.type, rows, columns, weights.num_bits, packed, weights.symmetric
+    )
 
 
 def _configuration(settings: Mapping[str, Any], what: str) -> Any:

@@ -29,16 +29,16 @@ from transformers.core_model_loading import (
 )
 
 from lorafold.errors import LorafoldError
-from lorafold.models.weights import Entry
+from lorafold.models.weights import TensorEntry
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceTensor:
     """A tensor that a parameter is made of: its entry, the values, which are mapped from the file,
     the pattern of its name in the converter, and the name that the reverse conversion gives it.
     """
 
-    entry: Entry
+    entry: TensorEntry
     values: Tensor
     pattern: str
     renamed: str
@@ -59,14 +59,14 @@ class Conversion:
         model: PreTrainedModel,
         converter: WeightConverter,
         name: str,
-        sources: Sequence[Source],
+        sources: Sequence[SourceTensor],
     ) -> None:
         self.model, self.converter, self.name = model, converter, name
         self.sources = sorted(sources, key=lambda source: dot_natural_key(source.entry.name))
         self.like = self._convert(lambda values: values.to("meta"))
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         """The tensors of the files."""
         return [source.entry for source in self.sources]
 

@@ -230,7 +230,7 @@ def model_files(directory: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: its name and dtype as the file writes them, its shape, and the offset
     and number of its bytes.
     """
@@ -242,7 +242,7 @@ class Entry:
     offset: int
     size: int
 
-    def shaped(self, shape: tuple[int, ...]) -> Entry:
+    def shaped(self, shape: tuple[int, ...]) -> TensorEntry:
         """Return the entry of a tensor of another shape and the same dtype."""
         return (
             self
@@ -252,7 +252,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PendingTensor:
     """A tensor to be written, of which the values are got when its turn comes."""
 
     shape: tuple[int, ...]
@@ -264,7 +264,7 @@ class Piece:
 class Container:
     """A safetensors file: its tensors by name, in the order of their bytes, and its metadata."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     metadata: dict[str, str]
 
 
@@ -285,7 +285,7 @@ def read_container(path: Path) -> Container:
     entries = {}
     for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1][0]):
         dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
-        entries[name] = Entry(name, dtype, shape, path, 8 + length + start, end - start)
+        entries[name] = TensorEntry(name, dtype, shape, path, 8 + length + start, end - start)
     return Container(entries, metadata)
 
 
@@ -297,7 +297,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 def write_container(
     path: Path,
-    layout: Sequence[tuple[str, Entry]],
+    layout: Sequence[tuple[str, TensorEntry]],
     metadata: dict[str, str],
     changed: Callable[[str], Tensor | None],
     written: Callable[[str, int], None],
@@ -344,7 +344,7 @@ def check_finite(name: str, t: Tensor) -> Tensor:
     return t
 
 
-def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
+def write_pieces(path: Path, pieces: Mapping[str, PendingTensor]) -> None:
     """Write a safetensors file of which one tensor is in memory at a time. Raises LorafoldError if
     one is not finite.
 
@@ -353,7 +353,10 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
         pieces: By name.
     """
     entries = [
-        (name, Entry(name, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
+        (
+            name,
+            TensorEntry(name, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize),
+        )
         for name, p in pieces.items()
     ]
 
@@ -363,7 +366,7 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
     write_container(path, entries, {}, got, lambda *_: None)
 
 
-def _copy_bytes(entry: Entry, out: BinaryIO) -> None:
+def _copy_bytes(entry: TensorEntry, out: BinaryIO) -> None:
     left = entry.size
     with entry.file.open("rb") as source:
         source.seek(entry.offset)

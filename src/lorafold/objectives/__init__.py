@@ -96,7 +96,9 @@ OBJECTIVES: dict[str, Declared] = {
     ),
     "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
     "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
-    "reward": Declared("reward.RewardModel", "score completions", PAIRS, law="Reward", head=True),
+    "reward": Declared(
+        "reward.RewardModel", "score completions", PAIRS, law="BradleyTerry", head=True
+    ),
     **{
         law.lower(): Declared(POLICY, REWARDED, PROMPTS, law=law, compared=True, draws=True)
         for law in ("Reinforce", "Rloo", "Ppo", "Grpo", "Gspo", "Cispo")

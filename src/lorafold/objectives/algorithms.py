@@ -53,7 +53,7 @@ def made(kind: type[L], given: Mapping[str, Any], objective: str, besides: Seque
 
 
 @checked(frozen=True, config=STRICT)
-class Drawing:
+class SamplingOptions:
     """What is drawn of a prompt, and what judges it.
 
     Args:
@@ -79,14 +79,14 @@ class Drawing:
 
 def chosen(
     objective: str, beta: float | None, options: Mapping[str, Any]
-) -> tuple[PolicyLaw, Drawing]:
+) -> tuple[PolicyLaw, SamplingOptions]:
     """The law of an objective of policies, and what it draws.
 
     Raises LorafoldError for an option that neither has, or a value out of its range.
     """
     given = given_options(beta, options)
-    own = [field.name for field in fields(Drawing)]
-    drawing = made(Drawing, {k: v for k, v in given.items() if k in own}, objective)
+    own = [field.name for field in fields(SamplingOptions)]
+    drawing = made(SamplingOptions, {k: v for k, v in given.items() if k in own}, objective)
     kind: type[PolicyLaw] = class_of(OBJECTIVES[objective], policy_algorithms)
     law = made(kind, {k: v for k, v in given.items() if k not in own}, objective, own)
     return law, drawing

@@ -36,7 +36,7 @@ from lorafold.models.classifier import (
     new_poolers,
     padding_id,
 )
-from lorafold.objectives.objective import Asked, Objective, Packing
+from lorafold.objectives.objective import Objective, ObjectiveRequest, Packing
 from lorafold.resolve import Base
 from lorafold.resolve.base import known_classes
 from lorafold.training_step.classification_loss import Classification
@@ -59,7 +59,7 @@ class Classify(Objective):
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, asked: Asked) -> Self:
+    def of(cls, asked: ObjectiveRequest) -> Self:
         """That of the classes that the model or an adapter knows, else of those of the rows."""
         asked.refuse_options()
         found = classes_of(asked.rows)

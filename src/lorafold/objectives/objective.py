@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
-from lorafold.data.batches import Feed
+from lorafold.data.batches import BatchFeed
 from lorafold.data.checks import account_of
 from lorafold.data.examples import WHOLE
 from lorafold.data.render import Rendering, ensure_chat_template
-from lorafold.data.row_store import Part, Rows
+from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoder, tokenized
@@ -49,12 +49,12 @@ class Data(Protocol):
         """What became of the rows; `str` gives it as lines of text."""
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SourcePart, ...]:
         """How many rows with examples are from each source."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class ObjectiveRequest:
     """What a run asks for: an objective by its name, for rows, a model and the saved adapters that
     will be loaded on it, with the recipe's `beta` (None: its own) and `objective_options`, rewards
     that are functions of Python, and the recipe's seed.
@@ -92,7 +92,7 @@ class Objective(ABC):
     identity: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def of(cls, asked: Asked) -> Self:
+    def of(cls, asked: ObjectiveRequest) -> Self:
         """The objective of a run.
 
         Raises LorafoldError for options that it does not have, and for rows, a model or adapters
@@ -213,9 +213,9 @@ class Objective(ABC):
         return {}
 
     def refer(
-        self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
+        self, loss: Any, feed: BatchFeed, held_out: Any, below: Sequence[str], console: Console,
         layout: Replicated,
-    ) -> tuple[Feed, Any]:
+    ) -> tuple[BatchFeed, Any]:
         """The same examples with what the objective has to know of them under the untrained model.
 
         Args:
@@ -264,7 +264,7 @@ class OnPolicy(Objective):
     """
 
     @abstractmethod
-    def draws(self, feed: Feed, held_out: Any) -> RolloutSize:
+    def draws(self, feed: BatchFeed, held_out: Any) -> RolloutSize:
         """The completions that steps draw at a time, for which an engine is beside the model.
 
         Args:

@@ -22,9 +22,9 @@ from rich.console import Console
 
 from lorafold.core.contexts import undropped
 from lorafold.data.arrow import lengths_of
-from lorafold.data.batches import Feed, StoredFeed
+from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
-from lorafold.data.prompt_examples import Prompt, PromptData, Prompts, prompt_data
+from lorafold.data.prompt_examples import PromptData, PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
@@ -38,8 +38,8 @@ from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.model_card import JUDGED_BY, within
 from lorafold.objectives import Declared
-from lorafold.objectives.algorithms import Drawing, chosen, class_of
-from lorafold.objectives.objective import Asked, OnPolicy, Packing
+from lorafold.objectives.algorithms import SamplingOptions, chosen, class_of
+from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Rewards, digest_of
@@ -92,13 +92,13 @@ class PolicyObjective(OnPolicy):
     """Learning from rewards, by a law."""
 
     law: PolicyLaw
-    drawing: Drawing
+    drawing: SamplingOptions
     given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
     seed: int = 0
     adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
 
     @classmethod
-    def of(cls, asked: Asked) -> Self:
+    def of(cls, asked: ObjectiveRequest) -> Self:
         law, drawing = chosen(asked.name, asked.beta, asked.options)
         if not (drawing.rewards or asked.rewards):
             raise LorafoldError(
@@ -113,7 +113,7 @@ class PolicyObjective(OnPolicy):
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        kinds = (class_of(declared, policy_algorithms), Drawing)
+        kinds = (class_of(declared, policy_algorithms), SamplingOptions)
         return {field.name: field.default for kind in kinds for field in fields(kind)}
 
     @property
@@ -139,7 +139,7 @@ class PolicyObjective(OnPolicy):
         return math.inf  # a loss of advantages says nothing
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        return Prompts(tokenizer)
+        return PromptEncoder(tokenizer)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
@@ -149,18 +149,18 @@ class PolicyObjective(OnPolicy):
             loss.begin(update)
             yield examples
 
-    def draws(self, feed: Feed, held_out: Any) -> RolloutSize:
+    def draws(self, feed: BatchFeed, held_out: Any) -> RolloutSize:
         assert isinstance(feed, StoredFeed)
         lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
         slots = min(SLOTS, feed.batch * self.drawing.group)
         return RolloutSize(slots, self.drawing.group, max(lengths), self.drawing.max_new_tokens)
 
-    def trained(self, example: Prompt) -> Rollout:
+    def trained(self, example: TokenizedPrompt) -> Rollout:
         """A group of completions of that prompt, as long as they may be."""
         own, k = (0,) * self.drawing.max_new_tokens, self.drawing.group
         return Rollout.of(example.ids, [own] * k, [()] * k, [0.0] * k, [True] * k)
 
-    def preview(self, example: Prompt, tokenizer: PreTrainedTokenizerBase) -> Text:
+    def preview(self, example: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
 
         text = tokenizer.decode(list(example.ids), skip_special_tokens=False)
@@ -197,9 +197,9 @@ class PolicyObjective(OnPolicy):
             yield Playing(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
     def refer(
-        self, loss: Playing, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
+        self, loss: Playing, feed: BatchFeed, held_out: Any, below: Sequence[str], console: Console,
         layout: Replicated,
-    ) -> tuple[Feed, Any]:
+    ) -> tuple[BatchFeed, Any]:
         """Open what draws, for the longest prompt of both."""
         loss.processes = layout.processes
         drawn = self.draws(feed, held_out)
@@ -208,13 +208,17 @@ class PolicyObjective(OnPolicy):
             console.print(f"{told} differences of rounding remain", highlight=False)
         return feed, held_out
 
-    def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> StepRollouts:
+    def examples(
+        self, step: int, planned: Sequence[TokenizedPrompt], loss: Playing
+    ) -> StepRollouts:
         """The groups that the model draws of the planned prompts. Those whose rewards are alike
         count in the mean too, as in TRL. Process 0 judges for all: another may judge otherwise.
         """
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 
-    def _rollouts(self, step: int, planned: Sequence[Prompt], loss: Playing) -> StepRollouts:
+    def _rollouts(
+        self, step: int, planned: Sequence[TokenizedPrompt], loss: Playing
+    ) -> StepRollouts:
         key, seconds, again = key_of(self.seed, step), defaultdict[str, float](float), 0
         found = first = self._drawn(planned, key, loss, seconds)
         tokens = first.tokens
@@ -283,7 +287,7 @@ class PolicyObjective(OnPolicy):
         return rewards_over(model, given, self.adapters, limit, packing, console)
 
     def _drawn(
-        self, prompts: Sequence[Prompt], key: int, loss: Playing, seconds: dict[str, float]
+        self, prompts: Sequence[TokenizedPrompt], key: int, loss: Playing, seconds: dict[str, float]
     ) -> Rewarded:
         """Groups of completions with their rewards; adds the seconds that both took."""
         start = time.perf_counter()

@@ -24,7 +24,7 @@ from torch import nn
 
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array
-from lorafold.data.batches import Feed, StoredFeed
+from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.branches import Branched, BranchedExamples, Branches, PreferredData, preferred
 from lorafold.data.examples import WHOLE, preview
 from lorafold.data.render import Rendering
@@ -36,7 +36,7 @@ from lorafold.evaluation.preferences import preference_figures
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.objectives import Declared
 from lorafold.objectives.algorithms import class_of, law_of
-from lorafold.objectives.objective import Asked, Objective, Packing
+from lorafold.objectives.objective import Objective, ObjectiveRequest, Packing
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.preference_algorithms import Law
@@ -59,7 +59,7 @@ class Comparing(Objective):
     law: Law
 
     @classmethod
-    def of(cls, asked: Asked) -> Self:
+    def of(cls, asked: ObjectiveRequest) -> Self:
         """The objective with the law that its row of the table names, and its options."""
         return cls(law_of(asked.name, asked.beta, asked.options))
 
@@ -217,9 +217,14 @@ class Preference(Comparing):
     """
 
     def refer(
-        self, loss: Preferences, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
+        self,
+        loss: Preferences,
+        feed: BatchFeed,
+        held_out: Any,
+        below: Sequence[str],
+        console: Console,
         layout: Replicated,
-    ) -> tuple[Feed, Any]:
+    ) -> tuple[BatchFeed, Any]:
         if not self.law.has_reference:
             return feed, held_out
         if isinstance(feed, StoredFeed) and (moves(loss.model) or feed.passes >= 1):

@@ -4,7 +4,7 @@
 
 The model is transformers' sequence classifier with one output (PEFT's SEQ_CLS). The head is drawn
 from the seed, trained whole in fp32 beside the method's own update, and saved with the adapter. The
-loss is the law `Reward` (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155).
+loss is the law `BradleyTerry` (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lorafold.evaluation.scoring import reward_figures, scores_of
 from lorafold.files.model_card import REWARD
 from lorafold.models.classifier import load_classifier, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save
-from lorafold.objectives.objective import Asked
+from lorafold.objectives.objective import ObjectiveRequest
 from lorafold.objectives.preference import Comparing
 from lorafold.resolve import Base
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
-from lorafold.training_step.preference_algorithms import Reward, Scored
+from lorafold.training_step.preference_algorithms import BradleyTerry, Scored
 from lorafold.training_step.preference_loss import Preferences
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ class RewardModel(Comparing):
     """A head that scores texts; every method trains the whole head too."""
 
     outputs = 1
-    law: Reward
+    law: BradleyTerry
 
     @classmethod
-    def of(cls, asked: Asked) -> Self:
+    def of(cls, asked: ObjectiveRequest) -> Self:
         made = super().of(asked)
         if known_classes(asked.base, asked.adapters):
             raise LorafoldError(

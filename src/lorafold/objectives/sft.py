@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorafold.data.examples import WHOLE, Completions, Encoded, Example, encoded, preview
+from lorafold.data.examples import WHOLE, CompletionEncoder, Encoded, Example, encoded, preview
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.objectives.objective import Objective, Packing
-from lorafold.training_step.losses import Completions as CompletionLoss
+from lorafold.training_step.losses import CompletionLoss as CompletionLoss
 from lorafold.training_step.losses import Loss
 from lorafold.training_step.shared_prefixes import branching
 
@@ -26,7 +26,7 @@ class Sft(Objective):
     """Supervised fine-tuning: the next token of completions."""
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
-        return Completions(tokenizer, rendering)
+        return CompletionEncoder(tokenizer, rendering)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         return encoded(table, rows, max_length)

@@ -25,7 +25,7 @@ from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.operators import Operation
 
 
-class Part(NamedTuple):
+class SlotFactors(NamedTuple):
     """Factors in slots, down (slots, r, in) and up (slots, r, width), of which ranks (slots,) are
     not zero, int64 on the CPU; None where no slot has any.
     """
@@ -44,7 +44,7 @@ def stored(factors: Tensor) -> torch.dtype:
     return torch.float32 if factors.device.type == "cpu" else factors.dtype
 
 
-def low_rank(parts: Sequence[Part], slots: Tensor) -> Product:
+def low_rank(parts: Sequence[SlotFactors], slots: Tensor) -> Product:
     """A function of x that multiplies the tokens of each of B rows with the factors in its slot,
     and lays the outputs of all parts side by side.
 
@@ -60,7 +60,7 @@ def low_rank(parts: Sequence[Part], slots: Tensor) -> Product:
     return product if len(parts) > 1 else products[0]
 
 
-def _low_rank(part: Part, slots: Tensor) -> Product:
+def _low_rank(part: SlotFactors, slots: Tensor) -> Product:
     down, up, _, width = part
     if down is None or up is None:
         return lambda x: x.new_zeros(*x.shape[:2], width)

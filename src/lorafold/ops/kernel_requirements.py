@@ -36,25 +36,25 @@ class Demand(NamedTuple):
 FLASH = Demand(HALF, 256, 8, AMPERE)
 
 
-class Place(NamedTuple):
+class DeviceKind(NamedTuple):
     """A kind of device, and the compute capability of a GPU, major and minor."""
 
     kind: str
     capability: tuple[int, int] = AMPERE
 
 
-def place_of(device: torch.device) -> Place:
+def place_of(device: torch.device) -> DeviceKind:
     """The kind of a device of this machine, with its compute capability if it is a GPU of CUDA."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return Place(device.type)
-    return Place("cuda", torch.cuda.get_device_capability(device))
+        return DeviceKind(device.type)
+    return DeviceKind("cuda", torch.cuda.get_device_capability(device))
 
 
-_said: ContextVar[Place | None] = ContextVar("place", default=None)
+_said: ContextVar[DeviceKind | None] = ContextVar("place", default=None)
 
 
 @contextmanager
-def as_on(place: Place) -> Iterator[None]:
+def as_on(place: DeviceKind) -> Iterator[None]:
     """Have tensors computed as if they were on another device, until the `with` block ends, in this
     thread. An estimate is of a device that may be elsewhere.
     """

@@ -76,7 +76,7 @@ def nearest(x: Tensor, level: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Constants:
+class BlockConstants:
     """Block constants in 8 bits."""
 
     codes: Tensor  # (blocks,) uint8
@@ -90,16 +90,16 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class NF4Tensor:
     """A tensor of `shape` in NF4."""
 
     codes: Tensor  # (elements / 2,) uint8, the first of two elements in the high nibble
-    constants: Constants | Tensor  # (blocks,)
+    constants: BlockConstants | Tensor  # (blocks,)
     shape: torch.Size
     block: int
 
 
-def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> Quantized:
+def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> NF4Tensor:
     """Quantize w to NF4.
 
     Args:
@@ -110,17 +110,17 @@ def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> Quantized:
     x, c = normalized(w, block)
     # the last byte of an odd number of elements is padded with the code of zero
     code = nearest(x, levels()).flatten()[: w.numel() + w.numel() % 2]
-    constants: Constants | Tensor = c
+    constants: BlockConstants | Tensor = c
     if double:
         y, d = normalized(c - c.mean(), BLOCK_OF_CONSTANTS)
-        constants = Constants(nearest(y, dynamic_map()).flatten()[: len(c)], d, c.mean())
-    return Quantized(code[::2] << 4 | code[1::2], constants, w.shape, block)
+        constants = BlockConstants(nearest(y, dynamic_map()).flatten()[: len(c)], d, c.mean())
+    return NF4Tensor(code[::2] << 4 | code[1::2], constants, w.shape, block)
 
 
-def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:  # (any shape)
+def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:  # (any shape)
     """The tensor of `q.shape` that the codes represent, computed in fp32 and rounded once."""
     code = torch.stack([q.codes >> 4, q.codes & 15], 1).flatten()[: q.shape.numel()]
-    c = q.constants.dense() if isinstance(q.constants, Constants) else q.constants
+    c = q.constants.dense() if isinstance(q.constants, BlockConstants) else q.constants
     level = levels().to(code.device)[code.int()]
     return (level * c.repeat_interleave(q.block)[: len(level)]).view(q.shape).to(dtype)
 

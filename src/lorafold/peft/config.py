@@ -21,10 +21,10 @@ from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.sources import called
 from lorafold.peft.derived import PREFIX
-from lorafold.peft.form import Form, renamed_patterns
-from lorafold.peft.selection import Patterns, Selection, saved_leaves, task_of
+from lorafold.peft.form import WrittenForm, renamed_patterns
+from lorafold.peft.selection import Patterns, PeftSelection, saved_leaves, task_of
 from lorafold.peft.table import METHODS, more_methods
-from lorafold.peft.table_types import Field, Method, Regex, Site
+from lorafold.peft.table_types import Field, Method, Regex, TargetModule
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
@@ -107,8 +107,8 @@ def no_adapter(path: Path) -> LorafoldError:
 
 
 def write_config(
-    model: nn.Module, spec: Spec, sites: Sequence[Site], selection: Selection, bias: Bias,
-    form: Form,
+    model: nn.Module, spec: Spec, sites: Sequence[TargetModule], selection: PeftSelection,
+    bias: Bias, form: WrittenForm,
 ) -> dict[str, Any]:  # fmt: skip
     """The config of an adapter on `model`, ready for JSON.
 
@@ -158,7 +158,7 @@ def write_config(
     return dict(sorted(config.items()))
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
+def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
     """LorafoldError lists every field that has a wrong value or is not supported."""
     method = method_of(config)
     spec, problems = method.read(config)
@@ -187,7 +187,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     if problems or spec is None:
         raise LorafoldError(f"{CONFIG}: {as_one(problems)}")
     bias: Bias = shared.pop("bias")
-    return spec, Selection(**shared), bias
+    return spec, PeftSelection(**shared), bias
 
 
 def method_of(config: Mapping[str, Any]) -> Method:

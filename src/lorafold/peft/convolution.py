@@ -23,37 +23,37 @@ import torch
 from torch import Tensor
 
 from lorafold.models.weights import InMemory
-from lorafold.peft.table_types import Site
+from lorafold.peft.table_types import TargetModule
 
 CORES = (".hada_t1", ".hada_t2", ".lokr_t2")
 
 
-def as_kernel(m: Tensor, site: Site) -> Tensor:
+def as_kernel(m: Tensor, site: TargetModule) -> Tensor:
     """A matrix (k, c * prod(window)) as a kernel (k, c, *window)."""
     return m.unflatten(1, (-1, *site.window))
 
 
-def as_points(m: Tensor, site: Site) -> Tensor:
+def as_points(m: Tensor, site: TargetModule) -> Tensor:
     """A matrix (out, r) as a kernel of window 1: (out, r, 1, ...)."""
     return m.view(*m.shape, *(1,) * len(site.window))
 
 
-def as_channels(v: Tensor, site: Site) -> Tensor:
+def as_channels(v: Tensor, site: TargetModule) -> Tensor:
     """A vector (out,) that broadcasts to outputs: (1, out, 1, ...)."""
     return v.view(1, -1, *(1,) * len(site.window))
 
 
-def flat(kernel: Tensor, site: Site) -> Tensor:
+def flat(kernel: Tensor, site: TargetModule) -> Tensor:
     """A kernel (k, ...) as a matrix (k, columns)."""
     return kernel.flatten(1)
 
 
-def all_flat(v: Tensor, site: Site) -> Tensor:
+def all_flat(v: Tensor, site: TargetModule) -> Tensor:
     """A vector (out,) of any form."""
     return v.flatten()
 
 
-def not_down(a: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+def not_down(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a lora_A of a file, or None. PEFT's has all input channels where the
     convolution has groups: an update that mixes them, which the weight can't hold.
 
@@ -71,14 +71,14 @@ def not_down(a: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
     )
 
 
-def whole(w2: Tensor, site: Site) -> Tensor:
+def whole(w2: Tensor, site: TargetModule) -> Tensor:
     """LoKr's whole D, a matrix (o2, i2 * prod(window)), as the file has it: (o2, i2, *window), or
     the matrix itself over a Conv1d.
     """
     return w2 if len(site.window) == 1 else as_kernel(w2, site)
 
 
-def not_whole(w2: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a lokr_w2 of a file, or None.
 
     PEFT 0.21 multiplies a w2 (o2, i2, k) of a Conv1d in another order, kron(w2, w1), than its own

@@ -49,7 +49,7 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.linear_probe import LinearProbe
 from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.table_types import Entries, Entry, Field, Method, Site, named
+from lorafold.peft.table_types import Entries, Field, FileTensor, Method, TargetModule, named
 
 PREFIX = "LORAFOLD_"
 
@@ -83,12 +83,12 @@ def methods(known: Collection[type[Spec]]) -> list[Method]:
     return [row for _, row in rows.values()]
 
 
-def entries(site: Site) -> list[Entry]:
+def entries(site: TargetModule) -> list[FileTensor]:
     """The tensors of a delta that has no row."""
     delta = site.delta
     prefix = type(delta).__name__.lower().removesuffix("delta")
     names = [name for name in delta.state_dict() if name not in delta.run_names]
-    return [Entry(name, f"{{at}}.{prefix}_{name}") for name in names]
+    return [FileTensor(name, f"{{at}}.{prefix}_{name}") for name in names]
 
 
 def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
@@ -117,7 +117,7 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
     return Field(field.name, field.name, Any, default, to_file, from_file)
 
 
-def not_positions(at: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+def not_positions(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the positions of a sparse delta's entries, or None. The file decides how
     many there are.
 
@@ -133,7 +133,7 @@ def not_positions(at: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | N
     return f"expected ascending int64 positions in a weight of {' x '.join(map(str, shape))}"
 
 
-def not_values(values: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+def not_values(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the values of a sparse delta's entries, or None.
 
     Args:
@@ -147,22 +147,22 @@ def not_values(values: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | 
     return None
 
 
-def sparse(site: Site) -> list[Entry]:
+def sparse(site: TargetModule) -> list[FileTensor]:
     """The tensors of a sparse delta: positions and values."""
     return [
-        Entry("at", "{at}.sparse_at", misfit=not_positions),
-        Entry("values", "{at}.sparse_values", misfit=not_values),
+        FileTensor("at", "{at}.sparse_at", misfit=not_positions),
+        FileTensor("values", "{at}.sparse_values", misfit=not_values),
     ]
 
 
-def subspace(site: Site) -> list[Entry]:
+def subspace(site: TargetModule) -> list[FileTensor]:
     """The tensors of a Fastfood delta: its scale and, at the first module, the shared vector."""
     own = isinstance(site.delta.subspace, Subspace)
-    vector = [Entry("subspace.vector", "{at}.fastfood_vector")] * own
-    return [Entry("scale", "{at}.fastfood_scale"), *vector]
+    vector = [FileTensor("subspace.vector", "{at}.fastfood_vector")] * own
+    return [FileTensor("scale", "{at}.fastfood_scale"), *vector]
 
 
-def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the numbers of the adapters that a mixture's columns belong to, or None.
     The file decides how many there are.
 
@@ -177,12 +177,12 @@ def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | N
     return f"expected int64 numbers of {n} adapters, from 0"
 
 
-def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str | None]:
+def not_frozen(dim: int) -> Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]:
     """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in):
     dimension `dim`, -1 or -2, has a column for each owner, and the others are those of the layer.
     """
 
-    def misfit(factor: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    def misfit(factor: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
         owner = file.get(f"{site.at}.mixture_owner")
         laid: Any = site.delta
         expected = list((laid.up if dim == -1 else laid.down).shape)
@@ -200,26 +200,26 @@ def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str |
     return misfit
 
 
-def mixture(site: Site) -> list[Entry]:
+def mixture(site: TargetModule) -> list[FileTensor]:
     """The frozen factors of a mixture, and which adapter each column belongs to."""
     return [
-        Entry("up", "{at}.mixture_up", misfit=not_frozen(-1)),
-        Entry("down", "{at}.mixture_down", misfit=not_frozen(-2)),
-        Entry("owner", "{at}.mixture_owner", misfit=not_owners),
+        FileTensor("up", "{at}.mixture_up", misfit=not_frozen(-1)),
+        FileTensor("down", "{at}.mixture_down", misfit=not_frozen(-2)),
+        FileTensor("owner", "{at}.mixture_owner", misfit=not_owners),
     ]
 
 
-def gated(site: Site) -> list[Entry]:
+def gated(site: TargetModule) -> list[FileTensor]:
     """The tensors of a mixture with gates, which are in the file once if they are shared."""
     delta = site.delta
     key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
     # shared ones are there once
-    return [*mixture(site), *[Entry("gates.values", key)] * ("gates" in delta._modules)]
+    return [*mixture(site), *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]
 
 
-def routed(site: Site) -> list[Entry]:
+def routed(site: TargetModule) -> list[FileTensor]:
     """The tensors of a mixture with a router."""
-    return [*mixture(site), Entry("router", "{at}.mixture_router")]
+    return [*mixture(site), FileTensor("router", "{at}.mixture_router")]
 
 
 OWN: tuple[Method, ...] = (

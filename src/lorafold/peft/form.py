@@ -76,7 +76,7 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True)
-class Form:
+class WrittenForm:
     """How an adapter is written.
 
     method: The row of the table.
@@ -105,7 +105,7 @@ class Form:
         return self.method.of_peft and not self.refused
 
 
-def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Form:
+def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenForm:
     """The form of an adapter. Raises LorafoldError for a method that is not registered.
 
     Args:
@@ -133,18 +133,18 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Form:
     refused = tuple(sorted(REFUSED & ends)) if refusing else ()
     past = tuple(sorted(ends.intersection(PAST.get(kind, ())).difference(refused)))
     if not method.of_peft:
-        return Form(method, {}, renamed)
+        return WrittenForm(method, {}, renamed)
     if not parameters:
-        return Form(method, {}, renamed, refused=refused, past=past)
+        return WrittenForm(method, {}, renamed, refused=refused, past=past)
     # the matrices of which PEFT would take for one
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
-        return Form(over_experts(method), {}, own=True)
+        return WrittenForm(over_experts(method), {}, own=True)
     dropout: float = spec.dropout  # type: ignore[attr-defined]
-    return Form(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
+    return WrittenForm(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
 
 
-def tell(form: Form, path: object) -> None:
+def tell(form: WrittenForm, path: object) -> None:
     """Log what the form means to a user of PEFT.
 
     Args:

@@ -37,7 +37,15 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import MANIFEST, atomic_directory, write_json
 from lorafold.files.contents import Contents
-from lorafold.files.model_card import CARD, CLASSES, OVER, REWARD, VOCABULARY, Beside, training_card
+from lorafold.files.model_card import (
+    CARD,
+    CLASSES,
+    OVER,
+    REWARD,
+    VOCABULARY,
+    ResultFiles,
+    training_card,
+)
 from lorafold.files.record import BASE, RECORD, named_as_now
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.modules_to_save import ReplaceDelta
@@ -52,7 +60,7 @@ from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter, read_config, write
 from lorafold.peft.convolution import CORES, in_matrix_form
 from lorafold.peft.form import DROPOUT, PER_EXPERT, form_of, tell, with_dropout
 from lorafold.peft.provenance import COMPUTED, OwnBase, TrainedOn, parse
-from lorafold.peft.selection import Selection, buffers_beneath, describe
+from lorafold.peft.selection import PeftSelection, buffers_beneath, describe
 from lorafold.peft.table_types import ROOT
 from lorafold.peft.tensors import Parts, misfit, not_finite, saved_tensors, sites_of, stray
 
@@ -64,7 +72,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class AdapterConfig:
     """What of a model an adapter changes, and how: its method, the adapted modules by the pattern
     with which the user selected them, the biases that train too, and the names with which the user
     selected modules to train whole.
@@ -83,7 +91,7 @@ class Saved:
     path: Path
     spec: Spec
     bias: Bias
-    selection: Selection
+    selection: PeftSelection
     weights: InMemory
     own_base: OwnBase  # what it says of the base that it was trained on
     over: tuple[Origin, ...]  # what it was trained over
@@ -243,10 +251,10 @@ class Saved:
 def write(
     path: str | Path,
     model: nn.Module,
-    chosen: Chosen,
+    chosen: AdapterConfig,
     parts: Parts,
     base: Weights,
-    beside: Beside,
+    beside: ResultFiles,
 ) -> Path:
     """Write the directory, completely or not at all.
 

@@ -26,7 +26,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, listed
 from lorafold.layers import is_linear
-from lorafold.peft.form import Form, renamed_patterns, selected, shortest
+from lorafold.peft.form import WrittenForm, renamed_patterns, selected, shortest
 from lorafold.peft.tokens import Ids
 
 Patterns = str | tuple[str, ...]
@@ -42,7 +42,7 @@ TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Selection:
+class PeftSelection:
     """The fields of a PEFT config that select modules, under PEFT's names. `targets` and `saved`
     find the modules in a model.
     """
@@ -115,7 +115,7 @@ class Selection:
         found = {name: tuple(p for p in paths if p.endswith(name)) for name in self.modules_to_save}
         return Matches({name: hits for name, hits in found.items() if hits})
 
-    def under(self, roots: Mapping[str, str]) -> Selection:
+    def under(self, roots: Mapping[str, str]) -> PeftSelection:
         """Return the same selection of a part of a model, where the whole one's module paths have
         other roots.
 
@@ -155,8 +155,8 @@ def describe(
     patterns: Sequence[str],
     saved: Sequence[str],
     names: Sequence[str],
-    form: Form,
-) -> Selection:
+    form: WrittenForm,
+) -> PeftSelection:
     """Return the simplest selection of exactly these modules.
 
     Raises LorafoldError if, by PEFT's rule, names of the modules to save match other modules too.
@@ -180,7 +180,7 @@ def describe(
             f"modules to save {listed(names)}: PEFT's format can't name them without"
             f" {listed(extra)}; save these too"
         )
-    like = Selection((), whole, experts=not form.method.of_peft)
+    like = PeftSelection((), whole, experts=not form.method.of_peft)
     chosen = form.parameters.values()
     parameters = shortest(model, chosen) if chosen else ()
     modules = [path for path in targets if path not in form.parameters]
@@ -216,10 +216,10 @@ def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     put a wrapper around both, and has no key for the inner one.
     """
     _, heads = task_of(model)
-    paths = Selection((), heads).saved(model).paths
+    paths = PeftSelection((), heads).saved(model).paths
 
     def whole(name: str) -> str:
-        found = Selection((), (name,)).saved(model).paths
+        found = PeftSelection((), (name,)).saved(model).paths
         around = {h for h in paths for p in found if p.startswith(f"{h}.")}
         inside = found and all(p.startswith(tuple(f"{h}." for h in around)) for p in found)
         return next(iter(around)) if inside and len(around) == 1 else name
@@ -231,7 +231,7 @@ def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the paths of all modules with parameters at or below the modules that PEFT finds for
     these `modules_to_save`.
     """
-    roots = tuple(f"{path}." for path in Selection((), tuple(names)).saved(model).paths)
+    roots = tuple(f"{path}." for path in PeftSelection((), tuple(names)).saved(model).paths)
     modules = Anatomy.of(model).modules
     return [path for path, m in modules if m._parameters and f"{path}.".startswith(roots)]
 
@@ -240,7 +240,7 @@ def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
     """The floating-point buffers in a model's state, of any shape, by name, of the modules that
     PEFT finds for these `modules_to_save`, and of those below.
     """
-    roots = tuple(f"{path}." for path in Selection((), tuple(names)).saved(model).paths)
+    roots = tuple(f"{path}." for path in PeftSelection((), tuple(names)).saved(model).paths)
     state = base_state(model)
     return {
         name: buffer

@@ -29,13 +29,13 @@ from lorafold.methods.parts.modules_to_save import ReplaceDelta
 from lorafold.methods.parts.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.peft import derived, table_lora, table_others
 from lorafold.peft.convolution import all_flat, as_channels
-from lorafold.peft.table_types import Entries, Entry, Method, Site
+from lorafold.peft.table_types import Entries, FileTensor, Method, TargetModule
 from lorafold.peft.tokens import ROWS
 
 PLAIN = (*table_lora.METHODS, *table_others.METHODS)
 
 
-def inside(site: Site) -> Site:
+def inside(site: TargetModule) -> TargetModule:
     """The site with the delta that DoRA lies over, if its delta is DoRA."""
     return replace(site, delta=site.delta.inner) if isinstance(site.delta, DoRADelta) else site
 
@@ -74,33 +74,35 @@ def more_methods() -> tuple[Method, ...]:
     return (*more, *map(dora_over, more))
 
 
-def dora(site: Site) -> list[Entry]:
+def dora(site: TargetModule) -> list[FileTensor]:
     """The tensors of DoRA: its magnitudes, and those of the delta that it lies over."""
-    def of_inner(change: Any) -> Callable[[Tensor, Site], Tensor] | None:
+    def of_inner(change: Any) -> Callable[[Tensor, TargetModule], Tensor] | None:
         return change and (lambda tensor, site: change(tensor, inside(site)))
 
     within = inside(site)
     entries = TENSORS.get(type(within.delta), derived.entries)(within)
     of_channels = (as_channels, all_flat) if site.window else ()
-    return [Entry("magnitude", "{at}.lora_magnitude_vector", *of_channels)] + [
-        Entry(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
+    return [FileTensor("magnitude", "{at}.lora_magnitude_vector", *of_channels)] + [
+        FileTensor(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
         for e in entries
     ]
 
 
-def with_bias(offset: Tensor, site: Site) -> Tensor:
+def with_bias(offset: Tensor, site: TargetModule) -> Tensor:
     """The bias itself (out,), from the offset (out,) that is trained."""
     own = site.own("bias")
     return offset if own is None else offset + own.to(offset)
 
 
-def without_bias(bias: Tensor, site: Site) -> Tensor:
+def without_bias(bias: Tensor, site: TargetModule) -> Tensor:
     """The offset (out,) that is trained, from the bias (out,) of a file."""
     own = site.own("bias")
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 
-def unlike_base(name: str, found: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+def unlike_base(
+    name: str, found: Tensor, site: TargetModule, file: Mapping[str, Tensor]
+) -> str | None:
     """What is wrong with a buffer of a module that is trained whole, of any shape, or None. Nothing
     trains it, and a merged model has that of its base.
     """
@@ -110,9 +112,9 @@ def unlike_base(name: str, found: Tensor, site: Site, file: Mapping[str, Tensor]
     return f"a buffer that differs from this base's, of shape {list(own.shape)}"
 
 
-def token_rows(site: Site) -> list[Entry]:
+def token_rows(site: TargetModule) -> list[FileTensor]:
     """The token rows of an embedding or head; tied ones are in the file once."""
-    return [Entry("rows", f"{{at}}.{ROWS}")] * (site.delta.twin is None)
+    return [FileTensor("rows", f"{{at}}.{ROWS}")] * (site.delta.twin is None)
 
 
 TENSORS: dict[type[Delta], Entries] = {
@@ -121,9 +123,9 @@ TENSORS: dict[type[Delta], Entries] = {
     **derived.TENSORS,
     DoRADelta: dora,
     # the file holds the bias itself
-    BiasDelta: lambda site: [Entry("offset", "{under}.bias", with_bias, without_bias)],
+    BiasDelta: lambda site: [FileTensor("offset", "{under}.bias", with_bias, without_bias)],
     ReplaceDelta: lambda site: [
-        Entry(n, f"{{at}}.{own}", misfit=None if n in trained else partial(unlike_base, own))
+        FileTensor(n, f"{{at}}.{own}", misfit=None if n in trained else partial(unlike_base, own))
         for trained in [dict(site.delta.named_parameters())]
         for n in site.delta.state_dict()
         for own in [n.removeprefix("copy.")]

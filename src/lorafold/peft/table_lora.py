@@ -31,30 +31,30 @@ from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.lora_inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.vera import VeRA, VeRADelta
 from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
-from lorafold.peft.table_types import Entries, Entry, Field, Method, Regex, Site
+from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule
 
 
-def flat_a(a: Tensor, site: Site) -> Tensor:
+def flat_a(a: Tensor, site: TargetModule) -> Tensor:
     """A (E r, in) of all experts as PEFT has it, from A (E, r, in), or where it is turned PEFT's B
     (in, r E).
     """
     return _beside(a.mT) if site.turned else a.flatten(0, 1)
 
 
-def flat_b(b: Tensor, site: Site) -> Tensor:
+def flat_b(b: Tensor, site: TargetModule) -> Tensor:
     """B (out, r E) of all experts as PEFT has it, from B (E, out, r), or where it is turned PEFT's
     A (E r, out).
     """
     return b.mT.flatten(0, 1) if site.turned else _beside(b)
 
 
-def stacked_a(a: Tensor, site: Site) -> Tensor:
+def stacked_a(a: Tensor, site: TargetModule) -> Tensor:
     """The reverse of `flat_a`: A (E, r, in)."""
     shape = site.delta.A.shape
     return _apart(a, shape[0]).mT.contiguous() if site.turned else a.view(shape)  # type: ignore
 
 
-def stacked_b(b: Tensor, site: Site) -> Tensor:
+def stacked_b(b: Tensor, site: TargetModule) -> Tensor:
     """The reverse of `flat_b`: B (E, out, r)."""
     experts = len(site.delta.B)  # type: ignore[arg-type]
     if site.turned:
@@ -113,7 +113,7 @@ def init_from_file(value: bool | str) -> str:
     return INITS[value]
 
 
-def fan_in_fan_out(sites: Sequence[Site]) -> dict[str, bool]:
+def fan_in_fan_out(sites: Sequence[TargetModule]) -> dict[str, bool]:
     """Return PEFT's flag for modules whose weight is (in, out), as GPT-2's."""
     return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}
 
@@ -151,20 +151,23 @@ LORA = Method(
 )  # fmt: skip
 
 
-def lora(site: Site) -> list[Entry]:
+def lora(site: TargetModule) -> list[FileTensor]:
     """Describe the factors of LoRA, which have other keys at an embedding, are kernels at a
     convolution, and of all experts are one matrix.
     """
     if site.layer.takes_ids:
-        return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
+        return [FileTensor("A", "{at}.lora_embedding_A"), FileTensor("B", "{at}.lora_embedding_B")]
     down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
     if site.window:
-        return [Entry("A", down, as_kernel, flat, not_down), Entry("B", up, as_points, flat)]
+        return [
+            FileTensor("A", down, as_kernel, flat, not_down),
+            FileTensor("B", up, as_points, flat),
+        ]
     if site.wrappers is None:
-        return [Entry("A", down), Entry("B", up)]
+        return [FileTensor("A", down), FileTensor("B", up)]
     if site.turned:
         down, up = up, down
-    return [Entry("A", down, flat_a, stacked_a), Entry("B", up, flat_b, stacked_b)]
+    return [FileTensor("A", down, flat_a, stacked_a), FileTensor("B", up, flat_b, stacked_b)]
 
 
 def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
@@ -182,16 +185,16 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
     )  # fmt: skip
 
 
-def offset(site: Site) -> list[Entry]:
+def offset(site: TargetModule) -> list[FileTensor]:
     """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
     a, b = lora(site)
 
-    def up(_: Tensor, site: Site) -> Tensor:  # (*matrices, out, 2 r)
+    def up(_: Tensor, site: TargetModule) -> Tensor:  # (*matrices, out, 2 r)
         delta: Any = site.delta
         own = delta.factors()[0] / delta.scale
         return b.to_file(own, site) if b.to_file else own
 
-    def down(_: Tensor, site: Site) -> Tensor:  # (*matrices, 2 r, in)
+    def down(_: Tensor, site: TargetModule) -> Tensor:  # (*matrices, 2 r, in)
         own: Tensor = site.delta.factors()[1]  # type: ignore[index]
         return a.to_file(own, site) if a.to_file else own
 
@@ -205,7 +208,7 @@ def ranks_from_file(pattern: dict[str, list[bool]] | None) -> dict[str, int]:
     }
 
 
-def adalora_derived(sites: Sequence[Site]) -> dict[str, Any]:
+def adalora_derived(sites: Sequence[TargetModule]) -> dict[str, Any]:
     """Return the keys that PEFT needs to read a file: a whole schedule, and for each module a list,
     as long as the initial rank, of the triplets that are kept.
     """
@@ -249,23 +252,25 @@ ADALORA = Method(
 )
 
 
-def adalora(site: Site) -> list[Entry]:
+def adalora(site: TargetModule) -> list[FileTensor]:
     """Describe the triplets of AdaLoRA that are kept; those of experts are all there, since each
     expert keeps others.
     """
     if site.delta.kept.dim() > 1:  # type: ignore[operator]
         return [
-            Entry("P", "{at}.lora_B"), Entry("E", "{at}.lora_E"), Entry("Q", "{at}.lora_A"),
-            Entry("kept", "{at}.lora_kept"),
+            FileTensor("P", "{at}.lora_B"), FileTensor("E", "{at}.lora_E"),
+            FileTensor("Q", "{at}.lora_A"), FileTensor("kept", "{at}.lora_kept"),
         ]  # fmt: skip
 
-    def kept(site: Site) -> Tensor:
+    def kept(site: TargetModule) -> Tensor:
         return site.delta.kept  # type: ignore[return-value]
 
     return [
-        Entry("P", "{at}.lora_B", lambda p, site: p[:, kept(site)]),
-        Entry("E", "{at}.lora_E", lambda e, site: e[kept(site), None], lambda e, site: e[:, 0]),
-        Entry("Q", "{at}.lora_A", lambda q, site: q[kept(site)]),
+        FileTensor("P", "{at}.lora_B", lambda p, site: p[:, kept(site)]),
+        FileTensor(
+            "E", "{at}.lora_E", lambda e, site: e[kept(site), None], lambda e, site: e[:, 0]
+        ),
+        FileTensor("Q", "{at}.lora_A", lambda q, site: q[kept(site)]),
     ]
 
 
@@ -283,12 +288,12 @@ VERA = Method(
 )  # fmt: skip
 
 
-def vera(site: Site) -> list[Entry]:
+def vera(site: TargetModule) -> list[FileTensor]:
     """Describe VeRA's vectors and, if they are saved, its shared projections."""
-    own = [Entry("b", "{at}.vera_lambda_b"), Entry("d", "{at}.vera_lambda_d")]
+    own = [FileTensor("b", "{at}.vera_lambda_b"), FileTensor("d", "{at}.vera_lambda_d")]
     shared = [
-        Entry("projections.A", "base_model.vera_A"),
-        Entry("projections.B", "base_model.vera_B"),
+        FileTensor("projections.A", "base_model.vera_A"),
+        FileTensor("projections.B", "base_model.vera_B"),
     ]
     return own + shared * site.delta.projections.saved  # type: ignore[operator, union-attr]
 

@@ -27,7 +27,7 @@ from lorafold.methods.prefix import Prefix, PrefixDelta
 from lorafold.methods.prompt import Prompt, PromptDelta
 from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, whole
 from lorafold.peft.table_lora import fan_in_fan_out, number
-from lorafold.peft.table_types import Entries, Entry, Field, Method, Regex, Site, named
+from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule, named
 
 # keys for convolutions, whose tensors say it too, for the initialization, and for dropouts that act
 # in training only
@@ -75,11 +75,11 @@ IRRELEVANT = frozenset(
 def prefixed(prefix: str) -> Entries:
     """Describe a delta whose keys are its parameters' names with a prefix."""
     return lambda site: [
-        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
+        FileTensor(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
     ]
 
 
-def lokr(site: Site) -> list[Entry]:
+def lokr(site: TargetModule) -> list[FileTensor]:
     """Describe the factors of LoKr; at a convolution a whole D is a kernel."""
     entries = prefixed("lokr")(site)
     if not site.window:
@@ -90,7 +90,7 @@ def lokr(site: Site) -> list[Entry]:
     ]
 
 
-def feedforward_modules(sites: Sequence[Site]) -> dict[str, Any]:
+def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
     """Return a regular expression for the modules whose input IA3 scales: of the last parts of
     their paths if no other module has these, else of whole paths.
     """
@@ -124,30 +124,30 @@ IA3_ROW = Method(
 )
 
 
-def ia3(site: Site) -> list[Entry]:
+def ia3(site: TargetModule) -> list[FileTensor]:
     """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of
     experts are a matrix already.
     """
     if site.window:
-        return [Entry("l", "{at}.ia3_l", as_channels, all_flat)]
+        return [FileTensor("l", "{at}.ia3_l", as_channels, all_flat)]
     if site.delta.l.dim() > 1:  # type: ignore[operator]
-        return [Entry("l", "{at}.ia3_l")]
+        return [FileTensor("l", "{at}.ia3_l")]
 
-    def to_file(v: Tensor, site: Site) -> Tensor:
+    def to_file(v: Tensor, site: TargetModule) -> Tensor:
         return v[None, :] if site.delta.of_input else v[:, None]
 
-    return [Entry("l", "{at}.ia3_l", to_file, all_flat)]
+    return [FileTensor("l", "{at}.ia3_l", to_file, all_flat)]
 
 
 METHODS = (LOHA, LOKR, IA3_ROW)
 
 
-def delta_of(sites: Sequence[Site]) -> Any:
+def delta_of(sites: Sequence[TargetModule]) -> Any:
     """Return the delta that has the prompt or the prefix."""
     return next(site.delta for site in sites if isinstance(site.delta, PrefixDelta | PromptDelta))
 
 
-def of_prompt(sites: Sequence[Site]) -> Mapping[str, Any]:
+def of_prompt(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
     """Return the sizes that PEFT's config of a prompt has."""
     delta: PromptDelta = delta_of(sites)
     width = delta.embeddings.shape[1]
@@ -159,7 +159,7 @@ def of_prompt(sites: Sequence[Site]) -> Mapping[str, Any]:
     }
 
 
-def of_prefix(sites: Sequence[Site]) -> Mapping[str, Any]:
+def of_prefix(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
     """Return the sizes that PEFT's config of a prefix has."""
     delta: PrefixDelta = delta_of(sites)
     heads, size = delta.shape

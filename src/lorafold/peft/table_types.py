@@ -20,7 +20,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base
+from lorafold.core.layer import BaseLayer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.models.weights import Weights
@@ -45,11 +45,11 @@ Regex = Annotated[str, AfterValidator(compiles)]
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetModule:
     """A delta at a module.
 
     path: The module's path.
-    layer: The class of its `Base`, which knows how the module stores its matrix.
+    layer: The class of its `BaseLayer`, which knows how the module stores its matrix.
     target: The method adapts this module, so PEFT moves the module itself to `base_layer`.
     base: The base's weights.
     at: The module's path in PEFT's names.
@@ -61,7 +61,7 @@ class Site:
 
     path: str
     delta: Delta
-    layer: type[Base]
+    layer: type[BaseLayer]
     target: bool
     base: Weights
     at: str
@@ -109,7 +109,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileTensor:
     """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
     and `under`, the path in PEFT's names of the module with the base's own weights.
 
@@ -121,17 +121,17 @@ class Entry:
 
     attribute: str
     template: str
-    to_file: Callable[[Tensor, Site], Tensor] | None = None
-    from_file: Callable[[Tensor, Site], Tensor] | None = None
-    misfit: Callable[[Tensor, Site, Mapping[str, Tensor]], str | None] | None = None
+    to_file: Callable[[Tensor, TargetModule], Tensor] | None = None
+    from_file: Callable[[Tensor, TargetModule], Tensor] | None = None
+    misfit: Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None] | None = None
 
 
-Entries = Callable[[Site], list[Entry]]  # those of the site's delta
+Entries = Callable[[TargetModule], list[FileTensor]]  # those of the site's delta
 
 
 def named(**templates: str) -> Entries:
     """Describe a delta whose entries are the same at every module: templates by tensor name."""
-    entries = [Entry(attribute, template) for attribute, template in templates.items()]
+    entries = [FileTensor(attribute, template) for attribute, template in templates.items()]
     return lambda site: entries
 
 
@@ -154,7 +154,7 @@ class Method:
     fields: tuple[Field, ...]
     marks: Mapping[str, Any] = field(default_factory=dict)
     irrelevant: frozenset[str] = frozenset()
-    derived: Callable[[Sequence[Site]], Mapping[str, Any]] = lambda sites: {}
+    derived: Callable[[Sequence[TargetModule]], Mapping[str, Any]] = lambda sites: {}
     outer: type[Spec] | None = None
     biases: bool = True
     preset: str | None = None
@@ -171,7 +171,7 @@ class Method:
             return type(spec) is self.spec
         return type(spec) is self.outer and type(spec.over) is self.spec  # type: ignore[attr-defined]
 
-    def config(self, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
+    def config(self, spec: Spec, sites: Sequence[TargetModule]) -> dict[str, Any]:
         """Return the config of an adapter with this spec at these sites."""
         own = spec if self.outer is None else spec.over  # type: ignore[attr-defined]
         mapped = {f.key: getattr(own, f.attribute) for f in self.fields}

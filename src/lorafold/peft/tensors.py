@@ -24,7 +24,7 @@ from lorafold.peft import derived
 from lorafold.peft.form import turned, wrappers_over
 from lorafold.peft.table import TENSORS
 from lorafold.peft.table_lora import WRAPPED
-from lorafold.peft.table_types import ROOT, Entry, Site
+from lorafold.peft.table_types import ROOT, FileTensor, TargetModule
 from lorafold.peft.tokens import plain as plainly
 
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there
@@ -34,8 +34,8 @@ Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached ther
 class SavedTensor:
     """A tensor of a delta, of any shape, and the entry that describes it in the file."""
 
-    site: Site
-    entry: Entry
+    site: TargetModule
+    entry: FileTensor
     own: Tensor
 
     def encoded(self) -> Tensor:
@@ -62,7 +62,7 @@ class SavedTensor:
         )
 
 
-def saved_tensors(sites: Iterable[Site]) -> dict[str, SavedTensor]:
+def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
     """Return every tensor of the deltas by its key in the file; a tensor that deltas share has one
     key.
 
@@ -84,7 +84,9 @@ def saved_tensors(sites: Iterable[Site]) -> dict[str, SavedTensor]:
     return found
 
 
-def sites_of(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> list[Site]:
+def sites_of(
+    model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
+) -> list[TargetModule]:
     """Return every delta of the adapter with its module.
 
     Args:
@@ -102,7 +104,9 @@ def sites_of(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weigh
             if wrappers is not None:
                 at = f"{ROOT}.{path.rpartition('.')[0]}{'.base_layer' * wrappers}"
                 exchanged = turned(module)
-            site = Site(path, delta, layer, path in aimed, base, at, wrappers, window, exchanged)
+            site = TargetModule(
+                path, delta, layer, path in aimed, base, at, wrappers, window, exchanged
+            )
             found.append(site)
     return found
 

@@ -25,7 +25,7 @@ from lorafold.files.atomic import check_out
 from lorafold.inspecting.report import page
 from lorafold.inspecting.run import inspect
 from lorafold.kernels.table import TRAINING, use
-from lorafold.merging.run import Wanted, merge
+from lorafold.merging.run import MergeOptions, merge
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage, choose_storage
 from lorafold.models.tokenizer import load_tokenizer
@@ -36,7 +36,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.devices import choose_device, gpus
 from lorafold.runtime.processor import processor_name, usable_cores
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
@@ -152,7 +152,7 @@ def quickstart(
     console.rule("1  before: the base without an adapter")
     before = measure(test_rows, None, storage, where, console)
     console.rule("2  training: LoRA on every linear layer of the blocks")
-    request = Request(
+    request = RunRequest(
         Base(MODEL, device=device),
         out / "adapter",
         RECIPE.model_copy(update={"storage": base}),
@@ -172,10 +172,12 @@ def quickstart(
         console.print(sentence, highlight=False, markup=False)
     console.print(f"all figures: {out / 'adapter.html'}", highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
-    merged = merge(Base(MODEL), adapters, out / "merged", Wanted(overwrite=overwrite), console)
+    merged = merge(
+        Base(MODEL), adapters, out / "merged", MergeOptions(overwrite=overwrite), console
+    )
     console.print(merged.summary(), highlight=False)
     console.rule("6  export: the adapter for llama.cpp, proved there")
-    wanted = exporting.Wanted("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
+    wanted = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
     exported = exporting.export(Base(MODEL), adapters, out / "gguf", wanted, console)
     console.print(exported.summary(), highlight=False, markup=False, soft_wrap=True)
 

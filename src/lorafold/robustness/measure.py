@@ -35,7 +35,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only, selection_of
 from lorafold.core.contexts import evaluating
 from lorafold.data.examples import NO_LOSS, Example, encode
-from lorafold.data.prompts import Prompt, prompts_of
+from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import batches, held_out_loss
@@ -44,9 +44,9 @@ from lorafold.generation import complete, tokens_of
 from lorafold.inspecting.updates import of_factors
 from lorafold.peft.saved import Saved
 from lorafold.robustness.defences import DEFENCES, Updates, laid, overlap, updates_of
-from lorafold.robustness.task import Stack, Task
+from lorafold.robustness.task import AdapterStack, FragilityTask
 from lorafold.training.request import rendering_of
-from lorafold.training_step.losses import Completions
+from lorafold.training_step.losses import CompletionLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class Probe:
 
 
 def completed(
-    controls: Sequence[Prompt],
+    controls: Sequence[PromptRow],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
@@ -108,7 +108,7 @@ def completed(
 
 
 def probe_of(
-    refuse: Sequence[Prompt],
+    refuse: Sequence[PromptRow],
     controls: Sequence[tuple[str, str]],
     refusal: Sequence[str],
     compliance: Sequence[str],
@@ -174,7 +174,7 @@ def measure(
         probe: What is asked.
         before: The `distributions` before the tuning, each (n, vocabulary).
     """
-    loss = Completions(model, packed=False, pad_id=0)
+    loss = CompletionLoss(model, packed=False, pad_id=0)
     odds = log_odds(log_probabilities(loss, probe.odds), probe)
     mean = odds.mean().item()
     if not math.isfinite(mean):
@@ -196,7 +196,7 @@ def measure(
     )
 
 
-def log_probabilities(loss: Completions, examples: Sequence[Example]) -> Tensor:  # (n,)
+def log_probabilities(loss: CompletionLoss, examples: Sequence[Example]) -> Tensor:  # (n,)
     """The log-probability of the labelled tokens of each example, in fp64."""
     found = torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss):
@@ -254,7 +254,7 @@ def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterat
     """The log-probabilities of the next token at the labelled positions, GROUP examples of similar
     length at a time: (n, vocabulary) in fp32 each.
     """
-    loss = Completions(model, packed=False, pad_id=0)
+    loss = CompletionLoss(model, packed=False, pad_id=0)
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for i in range(0, len(ordered), GROUP):
         inputs = loss.collate(ordered[i : i + GROUP], loss.device)
@@ -273,7 +273,7 @@ Opening = Callable[[Sequence[Saved]], Opened]  # loads the model with these adap
 class Bench:
     """A stack on its model. Raises LorafoldError for an adapter that does not fit."""
 
-    def __init__(self, task: Task, stack: Stack, opening: Opening) -> None:
+    def __init__(self, task: FragilityTask, stack: AdapterStack, opening: Opening) -> None:
         self.task, self.stack = task, stack
         self.model, tokenizer = opening(stack.adapters)
         self.tokenizer = on_day(tokenizer, task.day)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from lorafold.errors import LorafoldError
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.robustness.defences import Overlap
 from lorafold.robustness.measure import State
 
@@ -164,7 +164,7 @@ def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Fragility(Shown):
+class Fragility(ShownInNotebooks):
     """The figures of every stack before, by its name, and of every point."""
 
     model: str

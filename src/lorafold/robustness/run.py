@@ -23,15 +23,19 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.claims import Figures, digest_of, kept, shared, silent, tell_strangers
 from lorafold.robustness.measure import Bench, Opening
 from lorafold.robustness.result import Before, Fragility, Point, Way, point
-from lorafold.robustness.task import Run, Stack, Task, check
-from lorafold.training.request import Request, rendering_of
+from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
+from lorafold.training.request import RunRequest, rendering_of
 from lorafold.training.run import train
 
 Tell = Callable[[str, int, int], None]  # what is done, how many of them, of how many
 
 
 def sweep(
-    task: Task, out: Path, opening: Opening, tell: Tell, say: Callable[[str], object] = silent
+    task: FragilityTask,
+    out: Path,
+    opening: Opening,
+    tell: Tell,
+    say: Callable[[str], object] = silent,
 ) -> Fragility:
     """Train every run of the task and measure every point.
 
@@ -74,18 +78,18 @@ class Cells:
     adapters over it, and who is told for which other workers this one waits.
     """
 
-    task: Task
+    task: FragilityTask
     out: Path
     opening: Opening
     say: Callable[[str], object]
 
-    def before_file(self, stack: Stack) -> Path:
+    def before_file(self, stack: AdapterStack) -> Path:
         """The file of the figures of a stack itself."""
         task = self.task
         digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
         return self.out / "figures" / f"before-{digest}.json"
 
-    def before_of(self, stack: Stack) -> Figures:
+    def before_of(self, stack: AdapterStack) -> Figures:
         """The figures of a stack; all that a run would stumble over later is checked with them."""
         task, bench = self.task, Bench(self.task, stack, self.opening)
         bench.check()
@@ -116,7 +120,9 @@ class Cells:
         work = {path: partial(tune, run, path) for path, run in needed.items()}
         shared(work, lambda path: tell(f"tuned {described(needed[path])}"), self.say)
 
-    def points_of(self, stack: Stack, before: Before, tell: Callable[[str], None]) -> list[Point]:
+    def points_of(
+        self, stack: AdapterStack, before: Before, tell: Callable[[str], None]
+    ) -> list[Point]:
         """The points of a stack, in the order of its runs; tell after each."""
         bench = cache(partial(Bench, self.task, stack, self.opening))
         asked = {
@@ -143,7 +149,7 @@ class Cells:
         return [*map(found, asked, kept(measures, there, self.say))]
 
 
-def gate(task: Task, adapter: Path, instead: bool, opening: Opening) -> Fragility:
+def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:
     """Measure one stack before, and with a finished adapter over it.
 
     Args:
@@ -170,7 +176,7 @@ def tune(run: Run, path: Path) -> None:
         path: The directory of its adapter.
     """
     task = run.task
-    request = Request(
+    request = RunRequest(
         task.base,
         path,
         run.recipe,

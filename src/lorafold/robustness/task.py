@@ -17,7 +17,7 @@ import numpy as np
 
 from lorafold.composing.updates import names
 from lorafold.data.prompts import asked_in
-from lorafold.data.row_store import Part, Rows
+from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.claims import digest_of
@@ -37,7 +37,7 @@ ROOMS = ("composing", "inspecting", "robustness")  # that measure
 
 
 @dataclass(frozen=True)
-class Stack:
+class AdapterStack:
     """Adapters over the base, lowest first, and a name for them."""
 
     adapters: tuple[Saved, ...]
@@ -49,22 +49,23 @@ class Stack:
         return [*map(of_adapter, self.adapters)]
 
 
-def stacks_of(*adapters: Sequence[Saved]) -> tuple[Stack, ...]:
+def stacks_of(*adapters: Sequence[Saved]) -> tuple[AdapterStack, ...]:
     """The stacks, named by the directories of their adapters, or by whole paths where two would
     have one name. A stack of none is the base.
     """
     short = iter(names([one.path for stack in adapters for one in stack]))
     return tuple(
-        Stack(tuple(stack), " + ".join(next(short) for _ in stack) or "base") for stack in adapters
+        AdapterStack(tuple(stack), " + ".join(next(short) for _ in stack) or "base")
+        for stack in adapters
     )
 
 
 @dataclass(frozen=True)
-class Task:
+class FragilityTask:
     """The prompts, the benign rows, the stacks, and what of each run is varied."""
 
     base: Base
-    stacks: tuple[Stack, ...]
+    stacks: tuple[AdapterStack, ...]
     refuse: Sequence[Row]
     controls: Sequence[Row]
     rows: Rows
@@ -117,7 +118,7 @@ class Task:
         chosen = random.Random(f"{seed}/benign").sample(rest, len(rest))[:examples]
         return self.rows.select(np.sort(np.array(chosen, np.int64)))
 
-    def runs(self, stack: Stack) -> Iterator[Run]:
+    def runs(self, stack: AdapterStack) -> Iterator[Run]:
         """Every run over a stack, as varied, without mixed refusals and then with them."""
         kinds = [kind for kind in (False, True) if any(self.of_kind(kind))]
         varied = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
@@ -133,8 +134,8 @@ class Task:
 class Run:
     """One tuning over a stack."""
 
-    task: Task
-    stack: Stack
+    task: FragilityTask
+    stack: AdapterStack
     mixed: bool
     rank: int
     lr: float
@@ -149,7 +150,7 @@ class Run:
             return benign
         order = random.Random(f"{self.seed}/mix").sample(range(len(mix)), len(mix))
         more = mix.select(np.sort(np.array(order[: self.examples], np.int64)))
-        return Rows([*benign, *more], (Part(len(benign)), Part(len(more))))
+        return Rows([*benign, *more], (SourcePart(len(benign)), SourcePart(len(more))))
 
     @property
     def recipe(self) -> Recipe:
@@ -187,7 +188,7 @@ class Run:
         return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(all_)}"
 
 
-def check(task: Task) -> None:
+def check(task: FragilityTask) -> None:
     """Raises LorafoldError with everything that is wrong with what is asked itself."""
     problems = [
         f"--{option}: found none, expected at least one"
@@ -234,7 +235,7 @@ def check(task: Task) -> None:
         raise LorafoldError(as_one(problems))
 
 
-def _overlapping(task: Task) -> Iterator[str]:
+def _overlapping(task: FragilityTask) -> Iterator[str]:
     """What is wrong with the beginnings: they must exclude each other for their sum to be a
     probability.
     """
@@ -249,7 +250,7 @@ def _overlapping(task: Task) -> Iterator[str]:
                 yield f"--{option} {text!r}: {other!r} begins with it; leave out one of them"
 
 
-def _asked_and_trained(task: Task) -> Iterator[str]:
+def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
     """The prompts that are asked and trained on as well, so that the figures would be of rows that
     the model has seen.
     """

@@ -35,7 +35,7 @@ from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.runtime.memory import give_back
 from lorafold.serving import logs
 from lorafold.serving.backend import while_open
-from lorafold.serving.chat import Chat
+from lorafold.serving.chat import ChatBody
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.request_body import Body
 from lorafold.serving.routes import completions, messages, models, page, responses
@@ -51,16 +51,16 @@ from lorafold.serving.server import (
 from lorafold.serving.settings import Limits
 
 BODIES: dict[str, type[Body]] = {
-    "/v1/chat/completions": Chat,
-    "/v1/completions": completions.Completion,
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": completions.CompletionsBody,
     "/v1/responses": responses.Respond,
     "/v1/responses/input_tokens": responses.InputTokens,
     "/v1/messages": messages.Ask,
     "/v1/messages/count_tokens": messages.CountTokens,
     "/tokenize": completions.Tokenize,
     "/detokenize": completions.Detokenize,
-    "/v1/load_lora_adapter": models.Loaded,
-    "/v1/unload_lora_adapter": models.Named,
+    "/v1/load_lora_adapter": models.LoadBody,
+    "/v1/unload_lora_adapter": models.UnloadBody,
     "/admin/aliases/{name}": models.Pointed,
 }
 KEY = {"key": {"type": "http", "scheme": "bearer"}}

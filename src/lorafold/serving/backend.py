@@ -27,15 +27,29 @@ from lorafold.engine.sequence import Text, may_begin
 from lorafold.serving.settings import Strict
 
 __all__ = [
-    "LOST", "NOT_FINITE", "NUMBERS", "Backend", "Ended", "Found", "News", "Request", "Sampling",
-    "States", "Text", "Token", "Until", "guidance", "may_begin", "while_open",
+    "LOST",
+    "NOT_FINITE",
+    "NUMBERS",
+    "AdapterFiles",
+    "Backend",
+    "Ended",
+    "News",
+    "Request",
+    "Sampling",
+    "States",
+    "Text",
+    "Token",
+    "Until",
+    "guidance",
+    "may_begin",
+    "while_open",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one
 Until = Literal["checked", "known", "begun", "resident"]
 
 
-class Found(Strict):
+class AdapterFiles(Strict):
     """An adapter's files: where they are, what they are by digest, and what they say it is.
 
     `digest` is its identity together with those of the adapters below, and `old` the digest of its
@@ -143,7 +157,7 @@ class Backend(ABC):
         """End a request within a step, if there is one of that name."""
 
     @abstractmethod
-    def load(self, found: Found, until: Until) -> None:
+    def load(self, found: AdapterFiles, until: Until) -> None:
         """Make an adapter known under its key, so that requests may name it, whatever becomes of
         the process that computes. Requests that run go on with what they have.
 

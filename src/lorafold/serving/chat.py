@@ -30,9 +30,16 @@ from lorafold.data.messages import (
     tools_of,
 )
 from lorafold.serving.backend import Ended, Token
-from lorafold.serving.completion_job import Asked, Part, PartReader, Prompted, Prompts, Reply
+from lorafold.serving.completion_job import (
+    DialectRequest,
+    Part,
+    PartReader,
+    Prompted,
+    Prompts,
+    Reply,
+)
 from lorafold.serving.errors import check_number, unsupported, wrong
-from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.rendering import Renderer, ServedModel
 from lorafold.serving.request_body import Completing, Listed, new_id
 from lorafold.serving.schema import check_founded, schema_of
 from lorafold.serving.server import Server
@@ -42,7 +49,7 @@ FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "annotations"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class Chat(Completing):
+class ChatBody(Completing):
     """The body of `POST /v1/chat/completions`."""
 
     messages: Listed[dict[str, Any]]
@@ -157,7 +164,7 @@ def chat_of(
     tools: Sequence[dict[str, Any]],
     names: Mapping[str, str],
     **asked: Any,
-) -> tuple[Chat, dict[str, str]]:
+) -> tuple[ChatBody, dict[str, str]]:
     """What another dialect asks for, and the names that a chat's fields have there. Raises Refusal
     under these.
 
@@ -171,7 +178,7 @@ def chat_of(
         **{f"tools[{i}].function": f"tools[{i}]" for i in range(len(tools))},
     }
     try:
-        return Chat(messages=[message for _, message in given], tools=[*tools], **asked), names
+        return ChatBody(messages=[message for _, message in given], tools=[*tools], **asked), names
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         found = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
@@ -274,7 +281,7 @@ class AllSaid:
         self.end, self.calls = said.end, said.calls
 
 
-class NextTurn(Asked):
+class NextTurn(DialectRequest):
     """One turn. Raises Refusal for a conversation that can't have one.
 
     Args:
@@ -283,12 +290,12 @@ class NextTurn(Asked):
         shorten: whether the oldest messages may be left out.
     """
 
-    body: Chat
+    body: ChatBody
 
     def __init__(
         self,
         server: Server,
-        body: Chat,
+        body: ChatBody,
         field: str = "messages",
         wishes: Mapping[str, Any] | None = None,
         shorten: bool = False,
@@ -325,7 +332,7 @@ class NextTurn(Asked):
         text, tokens = render(messages)
         return text, (tokens,)
 
-    def prompted(self, chosen: Chosen) -> Prompted:
+    def prompted(self, chosen: ServedModel) -> Prompted:
         renderer = chosen.renderer
         text, prompts = self.rendered(renderer)
         lark = self._grammar(renderer)

@@ -28,7 +28,7 @@ from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
 from lorafold.serving.errors import FIELDS, Refusal, wrong
-from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.rendering import Renderer, ServedModel
 from lorafold.serving.request_body import Completing
 from lorafold.serving.settings import Limits
 
@@ -50,7 +50,7 @@ class Prompted:
         None for no log probabilities of those.
     """
 
-    chosen: Chosen
+    chosen: ServedModel
     text: object
     prompts: Prompts
     sampling: Sampling
@@ -58,7 +58,7 @@ class Prompted:
     prompt_logprobs: int | None = None
 
 
-class Asked(ABC):
+class DialectRequest(ABC):
     """Abstract: one request, whatever its dialect.
 
     Args:
@@ -74,7 +74,7 @@ class Asked(ABC):
         """The prompts in words and in tokens. It may take its time. Raises Refusal."""
 
     @abstractmethod
-    def prompted(self, chosen: Chosen) -> Prompted:
+    def prompted(self, chosen: ServedModel) -> Prompted:
         """What the engine is asked for. It may take its time. Raises Refusal."""
 
 

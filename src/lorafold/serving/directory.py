@@ -22,7 +22,7 @@ from pathlib import Path
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.files.contents import FRESH, Contents, Marks
+from lorafold.files.contents import FRESH, Contents, FileStamp
 from lorafold.identity import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
@@ -80,11 +80,11 @@ class Directory:
                 if entry.name not in names and not entry.name.startswith(".") and entry.is_dir()
             )  # fmt: skip
 
-    def marks(self, path: Path) -> dict[str, Marks]:
+    def marks(self, path: Path) -> dict[str, FileStamp]:
         """The marks of all files of an adapter, by names with that of its directory. Raises
         LorafoldError if there are too many entries.
         """
-        found = dict[str, Marks]()
+        found = dict[str, FileStamp]()
         for place in (path, path / TEMPLATES):
             if not place.is_dir():
                 continue
@@ -99,7 +99,7 @@ class Directory:
                     continue
                 if stat.S_ISREG(about.st_mode):
                     where = Path(entry.path).relative_to(path)
-                    found[_shown(f"{path.name}/{where}")] = Marks.of(about)
+                    found[_shown(f"{path.name}/{where}")] = FileStamp.of(about)
         return found
 
     def touch(self, name: str) -> object:

@@ -18,9 +18,9 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
-from lorafold.engine.adapters import KnownAdapter, Verified
-from lorafold.serving.backend import LOST, Backend, Found, News, States, Until, while_open
+from lorafold.engine import Ended, Engine, EngineSettings, EventStream, Request, Token
+from lorafold.engine.adapters import KnownAdapter, VerifiedAdapter
+from lorafold.serving.backend import LOST, AdapterFiles, Backend, News, States, Until, while_open
 from lorafold.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ LASTS = 60.0  # seconds after which a start counts as one that lasts
 
 
 @dataclass
-class Sent:
+class ActiveRequest:
     """A request that the engine has, and how much of its news was handed over."""
 
-    stream: Stream | None = None  # until the engine took it
+    stream: EventStream | None = None  # until the engine took it
     passed_on: int = 0
     began: float | None = None
 
@@ -83,8 +83,8 @@ class InProcess(Backend):
         self.engine, self._restarted = self._open(), restarted
         self._late = settings.heartbeat_seconds
         self._lock = threading.Lock()
-        self._sent: dict[str, Sent] = {}
-        self._known: dict[str, Found] = {}
+        self._sent: dict[str, ActiveRequest] = {}
+        self._known: dict[str, AdapterFiles] = {}
         self._pinned: set[str] = set()
         self._resident: set[str] = set()
         self._silent = 0.0  # seconds without a step, as far as this process ran
@@ -113,7 +113,7 @@ class InProcess(Backend):
             await asyncio.to_thread(self.engine.close)
 
     def submit(self, request: Request) -> None:
-        engine, sent = self.engine, Sent()
+        engine, sent = self.engine, ActiveRequest()
         with self._lock:
             self._sent[request.id] = sent
         try:
@@ -127,7 +127,7 @@ class InProcess(Backend):
     def cancel(self, id: str) -> None:
         self.engine.cancel(id)
 
-    def load(self, found: Found, until: Until) -> None:
+    def load(self, found: AdapterFiles, until: Until) -> None:
         if until == "checked":
             self.engine.verify(KnownAdapter(found.key, found.path, _stack(found), 0))
             return
@@ -224,6 +224,6 @@ class InProcess(Backend):
         engine.start(self._hand_over)
 
 
-def _stack(found: Found) -> tuple[Verified, ...]:
+def _stack(found: AdapterFiles) -> tuple[VerifiedAdapter, ...]:
     """What is read for an adapter, as the engine has to find it."""
-    return tuple(map(Verified, found.stack, found.sizes))
+    return tuple(map(VerifiedAdapter, found.stack, found.sizes))

@@ -29,12 +29,12 @@ from typing import TypeVar
 from lorafold.errors import LorafoldError, passes, place
 from lorafold.runtime.processor import alone, stacks
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
-from lorafold.serving.completion_job import Asked, CompletionJob, Prompted, Reply
+from lorafold.serving.completion_job import CompletionJob, DialectRequest, Prompted, Reply
 from lorafold.serving.errors import FIELDS, Refusal, check_number, wrong
 from lorafold.serving.keys import Caller, Spent
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.registry import Registry
-from lorafold.serving.rendering import Chosen
+from lorafold.serving.rendering import ServedModel
 from lorafold.serving.request_body import Completing
 from lorafold.serving.settings import Settings
 from lorafold.verification.checks import Screen
@@ -216,7 +216,7 @@ class Admission:
         check_number("stop", len(body.stops), self.limits.stops)
         check_number("logit_bias", len(body.logit_bias), self.limits.biases)
 
-    async def admit(self, caller: Caller, id: str, since: float, asked: Asked) -> Reply:
+    async def admit(self, caller: Caller, id: str, since: float, asked: DialectRequest) -> Reply:
         """The reply to a request, whose completions are on their way. Raises Refusal, and then
         nothing is computed.
 
@@ -237,7 +237,9 @@ class Admission:
         self.spent.add(caller.tenant, sum(map(len, reply.prompted.prompts)))
         return reply
 
-    def _submit(self, caller: Caller, since: float, asked: Asked, reply: Reply) -> Prompted:
+    def _submit(
+        self, caller: Caller, since: float, asked: DialectRequest, reply: Reply
+    ) -> Prompted:
         """Choose, render and submit. It takes its time, and calls nothing of the event loop."""
         count = partial(self.spent.add, caller.tenant)
         for _ in range(RETRIES):
@@ -269,7 +271,7 @@ class Admission:
         raise Refusal(503, "adapter_changed", told, retry_after=1)
 
     def _requests(
-        self, id: str, tenant: str, asked: Asked, prompted: Prompted
+        self, id: str, tenant: str, asked: DialectRequest, prompted: Prompted
     ) -> Iterator[Request]:
         """The requests to the engine. Raises Refusal for a prompt that leaves no room."""
         body, renderer = asked.body, prompted.chosen.renderer
@@ -289,7 +291,7 @@ class Admission:
         """Raise LorafoldError for a setting and its text that no engine could compile safely."""
         self._screen.compile(guidance(grammar))
 
-    async def count(self, caller: Caller, asked: Asked) -> int:
+    async def count(self, caller: Caller, asked: DialectRequest) -> int:
         """The tokens of a request's prompts. Raises Refusal as `admit` does."""
         self.check_room(caller.tenant, 1)
 
@@ -328,7 +330,7 @@ class Admission:
                 told = f"{found} completions {what} already, expected at most {limit} with these"
                 raise Refusal(429, code, told, retry_after=host.seconds_to_wait)
 
-    def _new_tokens(self, asked: Asked, prompt: Sequence[int], least: int) -> int:
+    def _new_tokens(self, asked: DialectRequest, prompt: Sequence[int], least: int) -> int:
         length = self.host.backend.length
         if not prompt:
             raise wrong(asked.field, "found no tokens, expected at least one")
@@ -346,7 +348,7 @@ class Admission:
             raise Refusal(400, "context_length_exceeded", told, asked.field)
         return new
 
-    def _refusal(self, error: LorafoldError, asked: Asked, chosen: Chosen) -> Refusal:
+    def _refusal(self, error: LorafoldError, asked: DialectRequest, chosen: ServedModel) -> Refusal:
         if why := self.host.ready:
             return Refusal(503, "not_ready", why, retry_after=1)
         told = str(error).partition(": ")[2]  # without the request's name

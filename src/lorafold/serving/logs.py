@@ -58,7 +58,7 @@ class Lines(logging.Formatter):
         return json.dumps(found | error_of, ensure_ascii=False, default=str)
 
 
-class Folding(logging.StreamHandler[TextIO]):
+class RepeatFilter(logging.StreamHandler[TextIO]):
     """Writes a line once in EACH seconds; how often it was repeated meanwhile is written with
     whatever is logged next. A request's line is always written.
     """
@@ -90,7 +90,7 @@ def set_up(as_json: bool, texts: bool = False) -> None:
         as_json: one JSON object a line, instead of text for people.
         texts: show the messages of errors, which may quote what clients sent.
     """
-    handler = Folding()
+    handler = RepeatFilter()
     handler.setFormatter(Lines(as_json, texts))
     for name in ("lorafold", "uvicorn", "asyncio", "sse_starlette"):
         logger = logging.getLogger(name)

@@ -24,7 +24,7 @@ from prometheus_client import Counter as Count
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorafold.serving.backend import Ended, Found, States, Token
+from lorafold.serving.backend import AdapterFiles, Ended, States, Token
 from lorafold.serving.completion_job import CompletionJob
 from lorafold.serving.keys import Keys
 
@@ -210,7 +210,7 @@ class Gauges(Collector):
         yield load
 
 
-def state_of(registry: Registry, found: Found, now: States) -> tuple[str, int]:
+def state_of(registry: Registry, found: AdapterFiles, now: States) -> tuple[str, int]:
     """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
 
     Args:

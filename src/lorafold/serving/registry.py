@@ -38,11 +38,11 @@ from lorafold.errors import Busy, LorafoldError, cut, printable
 from lorafold.files.atomic import write_text
 from lorafold.peft.provenance import OwnBase
 from lorafold.runtime.processor import alone
-from lorafold.serving.backend import Backend, Found
+from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import Caller
-from lorafold.serving.rendering import Chosen
+from lorafold.serving.rendering import ServedModel
 from lorafold.serving.settings import Strict, kept
 from lorafold.serving.verifier import Verifier
 
@@ -58,7 +58,7 @@ WON_T = "which lorafold 0.3 won't understand"
 MAY_BE = "or of another version without a tokenizer, so that it stands for nothing now"
 
 
-class Target(Strict, strict=True):
+class AliasTarget(Strict, strict=True):
     """Where a part of an alias's requests goes: an adapter, and its version if that matters."""
 
     adapter: str
@@ -69,8 +69,8 @@ class Target(Strict, strict=True):
 class Alias(Strict):
     """What a name stands for, and what it stood for before."""
 
-    targets: tuple[Target, ...] = Field(min_length=1, max_length=16)
-    previous: tuple[Target, ...] = ()
+    targets: tuple[AliasTarget, ...] = Field(min_length=1, max_length=16)
+    previous: tuple[AliasTarget, ...] = ()
 
 
 class ServerState(Strict):
@@ -95,13 +95,18 @@ class Registry:
     """
 
     def __init__(
-        self, plain: Chosen, directory: Directory, file: Path, verifier: Verifier, backend: Backend
+        self,
+        plain: ServedModel,
+        directory: Directory,
+        file: Path,
+        verifier: Verifier,
+        backend: Backend,
     ) -> None:
         self.plain, self.directory, self.file = plain, directory, file
         self.verifier, self._backend, self.kept = verifier, backend, kept(file, ServerState)
         self._told: set[str] = set()  # versions of which it was said that a digest is an old one
         self.created = int(time.time())
-        self.found: dict[str, Found] = {}
+        self.found: dict[str, AdapterFiles] = {}
         self.wrong: dict[str, str] = {}
         self._marks: dict[str, object] = {}  # of the files of those that are wrong
         self.sweep = Sweep(self)
@@ -131,7 +136,7 @@ class Registry:
                 self.wrong.pop(name, None)
         return self.listed
 
-    def ready(self, name: str) -> Found | None:
+    def ready(self, name: str) -> AdapterFiles | None:
         """The adapter of a name, verified now if it was not before; None if there is none, or it is
         wrong. Raises Busy where the machine lacks what that needs: then it is as it was.
         """
@@ -152,14 +157,14 @@ class Registry:
                 log.warning("not served: %s: %s", printable(name), self.wrong[name])
                 return None
 
-    def choose(self, caller: Caller, model: str) -> Chosen:
+    def choose(self, caller: Caller, model: str) -> ServedModel:
         """What a request for this model runs under. Raises Refusal for one that does not exist, or
         that the caller may not use: the answer is the same, so that nobody learns a name.
         """
         if model == self.base and caller.base:
             return self.plain
         alias = self.kept.aliases.get(model) if caller.may(model) else None
-        found: Found | None
+        found: AdapterFiles | None
         if alias is None:
             found = self.version(caller, model)
         else:
@@ -174,13 +179,13 @@ class Registry:
             why = self.kept.quarantined[name][1]
             raise Refusal(423, "adapter_quarantined", f"{name} is in quarantine: {why}", "model")
         try:
-            return Chosen(name, found.key, self.verifier.renderer(found), self.plain.base)
+            return ServedModel(name, found.key, self.verifier.renderer(found), self.plain.base)
         except LorafoldError as error:
             log.error("%s", error)
             told = f"{name} can't be read now; the server's log says why"
             raise Refusal(503, "adapter_unavailable", told, "model") from None
 
-    def version(self, caller: Caller, model: str) -> Found:
+    def version(self, caller: Caller, model: str) -> AdapterFiles:
         """The adapter that NAME or NAME@DIGEST stands for. Raises Refusal as `choose` does."""
         name, at, digest = model.partition("@")
         found = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
@@ -189,7 +194,7 @@ class Registry:
             raise Refusal(404, "model_not_found", told, "model")
         return found
 
-    def fits(self, found: Found, given: str, unsure: bool = False) -> bool:
+    def fits(self, found: AdapterFiles, given: str, unsure: bool = False) -> bool:
         """Whether a digest, or the first digits of one, is that of a version, in either form.
 
         Args:
@@ -208,12 +213,12 @@ class Registry:
             )  # fmt: skip
         return found.manifest or unsure
 
-    def serves(self, chosen: Chosen) -> bool:
+    def serves(self, chosen: ServedModel) -> bool:
         """Whether what was chosen is what its name stands for still."""
         found = self.found.get(chosen.name)
         return chosen.key is None or (found is not None and found.key == chosen.key)
 
-    def load(self, name: str) -> Found:
+    def load(self, name: str) -> AdapterFiles:
         """Read the files of an adapter, new or changed, and lift its quarantine. Raises
         LorafoldError if they are wrong; then everything is as it was.
         """
@@ -264,7 +269,7 @@ class Registry:
                 self.kept = self.kept.model_copy(update={"quarantined": refused})
                 log.error("the quarantine of %s can't be kept: %s", name, error)
 
-    def point(self, name: str, targets: tuple[Target, ...]) -> Alias:
+    def point(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
         """Let an alias stand for these targets from the next request on."""
         for target in targets:
             self.known(target.adapter)
@@ -306,7 +311,7 @@ class Registry:
             self.ready(name)
         self.served(name)
 
-    def served(self, name: str) -> Found:
+    def served(self, name: str) -> AdapterFiles:
         """The adapter that is served under a name. Raises Refusal if there is none."""
         found = self.found.get(name)
         if found is None:
@@ -317,12 +322,12 @@ class Registry:
         """The names of all adapters that were not unloaded."""
         return self.directory.names() - set(self.kept.unloaded)
 
-    def _verified(self, name: str, afresh: bool = False) -> Found:
+    def _verified(self, name: str, afresh: bool = False) -> AdapterFiles:
         if name == self.base or name in self.kept.aliases:
             raise LorafoldError(f"found {name!r}, the name of the base or an alias")
         return self.verifier.find(name, afresh)
 
-    def _take(self, found: Found, loaded: bool = False) -> Found:
+    def _take(self, found: AdapterFiles, loaded: bool = False) -> AdapterFiles:
         """Serve a version from now on, which may have been loaded, instead of the one before."""
         name = found.name
         with self.lock:
@@ -347,7 +352,7 @@ class Registry:
             log.warning("%s: %s", name, found.note)
         return found
 
-    def _forget(self, found: Found) -> None:
+    def _forget(self, found: AdapterFiles) -> None:
         with suppress(LorafoldError):
             self._backend.unload(found.key)
 

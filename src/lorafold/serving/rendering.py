@@ -38,8 +38,8 @@ BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # a
 MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
 
 
-class Tokens:
-    """Tokens as texts, for log probabilities."""
+class TokenTexts:
+    """TokenTexts as texts, for log probabilities."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._texts = tokenizer, dict[int, str]()  # at most the vocabulary's
@@ -130,7 +130,7 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
-        self.tokenizer, self.ends, self.shown = tokenizer, ends, Tokens(tokenizer)
+        self.tokenizer, self.ends, self.shown = tokenizer, ends, TokenTexts(tokenizer)
         self.variables = variables
 
     def probe(self) -> None:
@@ -237,7 +237,7 @@ class Renderer:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ServedModel:
     """What a request runs under: the adapter's name, or the base's, its version in the engine, None
     for the base, what renders it, and the base's identity.
     """

@@ -35,13 +35,13 @@ ENTRIES = 8192  # of an object in a field; each may be an error of its own
 E = TypeVar("E")
 
 
-class First(FailFast):
+class FirstError(FailFast):
     """Ends with the first error of a list: one is told, and a million take seconds."""
 
     __hash__ = object.__hash__  # for unions
 
 
-Listed = Annotated[list[E], First()]
+Listed = Annotated[list[E], FirstError()]
 
 
 class Body(Strict, strict=True):

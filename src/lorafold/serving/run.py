@@ -44,10 +44,10 @@ from lorafold.serving.host import Admission, Host
 from lorafold.serving.keys import Keys, Spent, beside
 from lorafold.serving.metrics import Gauges, Metrics
 from lorafold.serving.registry import STATE, Registry
-from lorafold.serving.rendering import Chosen, Renderers
+from lorafold.serving.rendering import Renderers, ServedModel
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
-from lorafold.serving.verifier import Seen, Verifier
+from lorafold.serving.verifier import VerifiedCache, Verifier
 from lorafold.verification.checks import Screen
 
 # what an adapter that was verified once is known for, beside its files and the base
@@ -154,9 +154,9 @@ def server_of(
     settings = settings.model_copy(update={"adapter_bytes": room})
     screen = Screen(modules, tokenizer, free, room // model.dtype.itemsize)
     renderers = Renderers(model, tokenizer, screen)
-    plain = Chosen(name, None, renderers.base, identity)
+    plain = ServedModel(name, None, renderers.base, identity)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])
-    seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
+    seen = VerifiedCache(state.with_name(f"{state.stem}-verified.json"), known_for)
     metrics, weights = Metrics(), InMemory.of_model(model) if allowed else None
     backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
     stored = (recorded_storage(model) or {}).get("storage", "auto")

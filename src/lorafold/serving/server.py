@@ -18,7 +18,7 @@ from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
-from lorafold.serving.completion_job import Asked, Reply
+from lorafold.serving.completion_job import DialectRequest, Reply
 from lorafold.serving.errors import MESSAGES, Refusal, naming
 from lorafold.serving.host import Admission, Host
 from lorafold.serving.keys import Caller, Keys, Spent
@@ -59,7 +59,9 @@ class Dialect(ABC):
         names: our names of fields with the client's.
     """
 
-    def __init__(self, body: Any, asked: Asked, names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, body: Any, asked: DialectRequest, names: Mapping[str, str] | None = None
+    ) -> None:
         self.body, self.asked, self.names = body, asked, names or {}
 
     @abstractmethod
@@ -124,7 +126,10 @@ class Server:
         return await unless_left(request, self.host.think(made, caller.tenant))
 
     async def count(
-        self, request: Request, kind: type[B], then: Callable[[B], tuple[Asked, Mapping[str, str]]]
+        self,
+        request: Request,
+        kind: type[B],
+        then: Callable[[B], tuple[DialectRequest, Mapping[str, str]]],
     ) -> int:
         """The tokens of the prompts of a request.
 

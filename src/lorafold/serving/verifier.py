@@ -5,8 +5,8 @@ digests of all its files and of those of the adapters below it; only then are it
 its record interpreted here, and its tokenizer opened, from bytes of these digests. Adapters that
 differ in nothing but their values fit the base if one of them does.
 
-`Seen` keeps what was found between runs, so that a start reads no adapter again. An entry holds for
-as long as every file of the adapter, and of those below it, has the marks that it had
+`VerifiedCache` keeps what was found between runs, so that a start reads no adapter again. An entry
+holds for as long as every file of the adapter, and of those below it, has the marks that it had
 (`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code that
 verified it. Whoever reads an adapter compares its digest all the same.
 """
@@ -24,7 +24,7 @@ from pydantic import Field
 from lorafold.core.spec import Spec
 from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
 from lorafold.files.atomic import MANIFEST, write_text
-from lorafold.files.contents import Contents, Marks
+from lorafold.files.contents import Contents, FileStamp
 from lorafold.files.model_card import OVER, VOCABULARY
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
@@ -36,11 +36,11 @@ from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
 from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse
 from lorafold.peft.saved import FILES
-from lorafold.serving.backend import Backend, Found
+from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import Directory
 from lorafold.serving.rendering import Renderer, Renderers
 from lorafold.serving.settings import Strict, read
-from lorafold.verification.checks import Screen, Verified
+from lorafold.verification.checks import Screen, VerifiedFiles
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one
@@ -53,8 +53,8 @@ TOLD = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 class SeenAdapter(Strict):
     """An adapter, and the marks that its files had, and those of the adapters below."""
 
-    found: Found
-    marks: dict[str, Marks]
+    found: AdapterFiles
+    marks: dict[str, FileStamp]
 
 
 class SeenFile(Strict):
@@ -64,7 +64,7 @@ class SeenFile(Strict):
     adapters: dict[str, SeenAdapter] = Field({})
 
 
-class Seen:
+class VerifiedCache:
     """The adapters that were verified. Any thread may call it.
 
     Args:
@@ -88,7 +88,7 @@ class Seen:
                 marks = one.marks if content.identity == identity else {}
                 self.adapters[name] = SeenAdapter(found=one.found, marks=marks)
 
-    def put(self, found: Found, marks: Mapping[str, Marks]) -> None:
+    def put(self, found: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
         """Note an adapter that was verified, without the marks of files that were written just now:
         they could be written again without another one, and so are read again.
         """
@@ -124,15 +124,15 @@ class Verifier:
     """
 
     def __init__(
-        self, directory: Directory, screen: Screen, renderers: Renderers, seen: Seen, base: str,
-        backend: Backend, weights: Weights | None = None, storage: str = "auto",
+        self, directory: Directory, screen: Screen, renderers: Renderers, seen: VerifiedCache,
+        base: str, backend: Backend, weights: Weights | None = None, storage: str = "auto",
     ) -> None:  # fmt: skip
         self._weights, self._storage = weights, storage
         self.directory, self.seen, self._backend = directory, seen, backend
         self._screen, self._renderers, self._base = screen, renderers, base
         self._forms = {one.found.form for one in seen.adapters.values() if one.marks}
 
-    def find(self, name: str, afresh: bool = False) -> Found:
+    def find(self, name: str, afresh: bool = False) -> AdapterFiles:
         """The adapter of a name, verified. Raises LorafoldError for one that can't be served, Busy
         where the machine lacks what that needs, and nothing else, whatever reading it raises.
 
@@ -151,8 +151,8 @@ class Verifier:
             log.exception("%s can't be read", name)
             raise LorafoldError(f"it can't be read ({place(error)})") from None
 
-    def _found(self, name: str, afresh: bool) -> Found:
-        path, marks = self.directory.locate(name), dict[str, Marks]()
+    def _found(self, name: str, afresh: bool) -> AdapterFiles:
+        path, marks = self.directory.locate(name), dict[str, FileStamp]()
         known = None if afresh else self.seen.adapters.get(name)
         if known is not None and self._marks(path, *known.found.over) == known.marks:
             return self._noted(known.found)
@@ -163,7 +163,7 @@ class Verifier:
         self.seen.put(found, marks)
         return self._noted(found)
 
-    def renderer(self, found: Found) -> Renderer:
+    def renderer(self, found: AdapterFiles) -> Renderer:
         """What renders the adapter's requests. Raises LorafoldError if its tokenizer is another one
         by now.
         """
@@ -181,15 +181,15 @@ class Verifier:
         self._screen.close()
         self.seen.save()
 
-    def _marks(self, *paths: Path) -> dict[str, Marks]:
+    def _marks(self, *paths: Path) -> dict[str, FileStamp]:
         return {name: mark for path in paths for name, mark in self.directory.marks(path).items()}
 
-    def _verified(self, path: Path, marks: dict[str, Marks]) -> Verified:
+    def _verified(self, path: Path, marks: dict[str, FileStamp]) -> VerifiedFiles:
         marks |= self._marks(path)
         files = (*FILES, *self.directory.words(path))
         return self._screen.verify(path, files, CONFIG, RECORD, TOLD)
 
-    def _read(self, name: str, path: Path, marks: dict[str, Marks]) -> Found:
+    def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
         """What an adapter says it is, from the bytes that were verified; adds the marks that its
         files had before, and those of the adapters below.
         """
@@ -229,7 +229,7 @@ class Verifier:
         each = [stack[at] for at in (*below, path)]
         identities = [one.digest_of(one.files.keys() - {MANIFEST}) for one in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
-        found = Found(
+        found = AdapterFiles(
             name=name, path=path, digest=joined(identities),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
@@ -247,7 +247,7 @@ class Verifier:
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
         return found
 
-    def _opened(self, path: Path, verified: Verified) -> str:
+    def _opened(self, path: Path, verified: VerifiedFiles) -> str:
         """The digest of an adapter's tokenizer, opened from the bytes that were verified."""
         words = self.directory.tokenizer(path)
         if words.named != verified.digest_of(verified.files.keys() - {*FILES, MANIFEST}):
@@ -255,7 +255,7 @@ class Verifier:
         self._renderers.of(words)
         return words.named
 
-    def _noted(self, found: Found) -> Found:
+    def _noted(self, found: AdapterFiles) -> AdapterFiles:
         """With a line for an adapter that was trained on another base or quantization, or names
         another base and has no fingerprint to tell by.
         """

@@ -34,7 +34,7 @@ from lorafold.files.atomic import (
     remove,
     verify,
 )
-from lorafold.models.weights import Piece, write_pieces
+from lorafold.models.weights import PendingTensor, write_pieces
 from lorafold.training_step.policy_loss import StepRollouts
 
 PATIENCE = 3  # measures in a row without a better one
@@ -247,8 +247,8 @@ class RunDirectory:
     def save(
         self,
         progress: Progress,
-        adapter: Mapping[str, Piece],
-        optimizer: Mapping[str, Piece],
+        adapter: Mapping[str, PendingTensor],
+        optimizer: Mapping[str, PendingTensor],
         keep: int,
     ) -> Path:
         """Write the checkpoint of `progress.step`, and remove old ones. Raises LorafoldError if a

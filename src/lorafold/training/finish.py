@@ -26,7 +26,7 @@ from lorafold.adapter.coverage import unreached
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_intact, read_object, remove
-from lorafold.files.html_page import Shown
+from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.record import RECORD, named_as_now
 from lorafold.identity import of_adapter
@@ -44,7 +44,7 @@ from lorafold.training.loop import Plan, no_better
 from lorafold.training.request import (
     FREE_ON_RESUME,
     WHEN_MEASURED,
-    Request,
+    RunRequest,
     depends_on,
     objective_of,
 )
@@ -61,7 +61,7 @@ MOMENTS = ("exp_avg", "absmax1", "state1")  # of a gradient, as optimizers call 
 
 
 @dataclass(frozen=True)
-class Trained(Shown):
+class Trained(ShownInNotebooks):
     """The result of a run.
 
     Losses are means in nats over labelled tokens (over texts, for a classifier); `train_loss` is
@@ -320,7 +320,7 @@ def _learned(optimizer: Optimizer, p: Tensor) -> bool:
     return moment is not None and bool(moment.any())
 
 
-def finished(request: Request, console: Console) -> Trained | None:
+def finished(request: RunRequest, console: Console) -> Trained | None:
     """The result of the run, if it is to be resumed and is finished; None if there is a run to do.
 
     Args:
@@ -351,7 +351,7 @@ def finished(request: Request, console: Console) -> Trained | None:
     return _in_record(record, out)
 
 
-def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
+def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     """What the finished run had in another way."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     asked = request.recipe

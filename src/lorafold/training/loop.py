@@ -28,7 +28,7 @@ from lorafold.adapter import Adapter
 from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating, unchanged
 from lorafold.core.selection import Draws, drawing
-from lorafold.data.batches import Feed
+from lorafold.data.batches import BatchFeed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
@@ -70,7 +70,7 @@ class Plan:
     loss: Loss
     device: torch.device
     optimizer: Optimizer
-    feed: Feed
+    feed: BatchFeed
     held_out: Data | None
     guessing: float | None
     run: RunDirectory

@@ -28,7 +28,7 @@ from lorafold.files.html_page import document, html_table, notes, section, table
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.saved import open_all
 from lorafold.training.request import (
-    Request,
+    RunRequest,
     objective_of,
     rendering_of,
     sides,
@@ -51,7 +51,7 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Shown:
+class PreviewExample:
     """One example of a row: what heads it, the row's conversation, and its text, in which what
     counts in the loss has a bold style.
     """
@@ -61,7 +61,9 @@ class Shown:
     text: Text
 
 
-def show(request: Request, console: Console, rows: int = 3, html: Path | None = None) -> Findings:
+def show(
+    request: RunRequest, console: Console, rows: int = 3, html: Path | None = None
+) -> Findings:
     """Print the first rows as the model will see them, and mark the tokens that count in the loss.
     Returns what was found in all rows, of large data in the first ones.
 
@@ -106,7 +108,7 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
 
 
 def _found(
-    request: Request, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
+    request: RunRequest, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Findings:
     """What there is to know of the rows, as a run finds it: of all, or of the first ones where all
     tokens would take long to make.
@@ -134,17 +136,17 @@ def _few(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def _shown(
-    request: Request,
+    request: RunRequest,
     rows: Sequence[Row],
     train: Data,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[Shown]:
+) -> Iterator[PreviewExample]:
     if not isinstance(train, Encoded):
         examples: Sequence[Any] = train.examples
         for number, one in enumerate(examples, 1):
             text = objective.preview(one, tokenizer)
-            yield Shown(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
+            yield PreviewExample(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
         return
     limit = request.recipe.max_length
     conversations = Rows.of(rows).given(CONVERSATIONS)
@@ -160,7 +162,7 @@ def _shown(
                 f"row {number}{of}: {counted} of {len(example.ids)} tokens are trained on{ended}"
                 f"{left}"
             )
-            yield Shown(heading, given, objective.preview(cut, tokenizer))
+            yield PreviewExample(heading, given, objective.preview(cut, tokenizer))
 
 
 def _line(tool: Tool) -> str:
@@ -190,7 +192,7 @@ def _short(text: str, length: int = 72) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def _section(one: Shown) -> str:
+def _section(one: PreviewExample) -> str:
     """One example of the page."""
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorafold.data.batches import Feed, StoredFeed, epoch_size, split
+from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
 from lorafold.data.checks import STREAMED, Findings, look
 from lorafold.data.control_tokens import ALL, allow
 from lorafold.data.render import Rendering
@@ -26,7 +26,7 @@ from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.models.built_in_templates import set_variables
 from lorafold.models.tokenizer import BUILT_IN, Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
-from lorafold.objectives.objective import Asked, Data, Objective, examples_of
+from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
@@ -44,7 +44,7 @@ WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """What to train, on which rows, and where to write the adapter.
 
     `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
@@ -97,7 +97,7 @@ def rendering_of(recipe: Recipe) -> Rendering:
     return Rendering(recipe.train_on, recipe.mask_reasoning, recipe.end_of_turn)
 
 
-def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
+def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
     """The run's objective for its model and the adapters that it loads.
 
     Raises LorafoldError for rows of other shapes than the objective takes, for options that it does
@@ -107,13 +107,13 @@ def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
     options = recipe.beta, recipe.objective_options
-    asked = Asked(
+    asked = ObjectiveRequest(
         recipe.objective, rows, request.base, saved, *options, request.rewards, recipe.seed
     )
     return OBJECTIVES[recipe.objective].kind.of(asked)
 
 
-def with_length(request: Request, saved: Sequence[Saved], console: Console) -> Request:
+def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -> RunRequest:
     """The request with the length that rows are cut to: that of the run to resume, if the recipe
     does not set one, else as `settled_length` finds it.
 
@@ -133,7 +133,7 @@ def with_length(request: Request, saved: Sequence[Saved], console: Console) -> R
 
 
 def tokenizer_for(
-    request: Request, objective: Objective, console: Console, saved: Sequence[Saved] = ()
+    request: RunRequest, objective: Objective, console: Console, saved: Sequence[Saved] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
     """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
     template and new tokens, and the ids of these tokens.
@@ -159,7 +159,7 @@ def tokenizer_for(
     return tokenizer, words
 
 
-def sides(request: Request) -> tuple[Sequence[Row], Sequence[Row] | None]:
+def sides(request: RunRequest) -> tuple[Sequence[Row], Sequence[Row] | None]:
     """The rows to train on, and those to measure on, if any; not of rows that are streamed."""
     assert not isinstance(request.rows, RowStream)
     held_out, recipe = request.eval_rows, request.recipe
@@ -169,8 +169,8 @@ def sides(request: Request) -> tuple[Sequence[Row], Sequence[Row] | None]:
 
 
 def tokenized(
-    request: Request, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
-) -> tuple[Feed, Data | None, Findings]:
+    request: RunRequest, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
+) -> tuple[BatchFeed, Data | None, Findings]:
     """The feed of the run, the examples to measure on, which may be None, and what there is to know
     of the rows; all are reported.
 
@@ -185,7 +185,7 @@ def tokenized(
     recipe, rendering = request.recipe, rendering_of(request.recipe)
     made = tokenizer, recipe.max_length, console, rendering
     if isinstance(request.rows, RowStream):
-        feed: Feed = StreamFeed(
+        feed: BatchFeed = StreamFeed(
             partial(request.rows.rows, buffer=recipe.shuffle_buffer),
             objective.encoder(tokenizer, rendering),
             recipe.max_length,
@@ -212,7 +212,7 @@ def tokenized(
     return feed, measured, findings
 
 
-def depends_on(request: Request, objective: Objective) -> dict[str, Any]:
+def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
     """What the result of a run depends on besides its recipe, model, adapters and training rows:
     held-out rows, the file of a chat template, and what the objective names.
     """

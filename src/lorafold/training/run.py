@@ -29,7 +29,7 @@ from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import Trained, finish, finished
 from lorafold.training.loop import fit
 from lorafold.training.progress import Display, started
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.setup import Setup, adapted_model, check_places, set_up
 from lorafold.training.start import in_common, prepare
 from lorafold.training_step.adamw import in_words
@@ -37,7 +37,7 @@ from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.sharding import Sharded
 
 
-def train(request: Request, console: Console, processes: Processes = ALONE) -> Trained:
+def train(request: RunRequest, console: Console, processes: Processes = ALONE) -> Trained:
     """Train one adapter and write it to `request.out`.
 
     A run that is to be resumed and is finished is left as it is.

@@ -24,7 +24,7 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
-from lorafold.data.batches import Feed
+from lorafold.data.batches import BatchFeed
 from lorafold.data.branches import Branched
 from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, is_dated, on_day
@@ -33,7 +33,7 @@ from lorafold.files.atomic import check_out
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
-from lorafold.methods.parts.trainable_tokens import Tokens
+from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
@@ -47,7 +47,7 @@ from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import (
-    Request,
+    RunRequest,
     depends_on,
     objective_of,
     tokenized,
@@ -70,7 +70,7 @@ SHOWN = 40  # characters of a value
 class Setup:
     """The choices of a run that need no model; in `request` the storage of the base is settled."""
 
-    request: Request
+    request: RunRequest
     spec: Spec
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ class Setup:
     files: dict[str, dict[str, str]]
     saved: list[Saved]  # the adapters to load, lowest first; none once they are loaded
     own_tokenizer: bool  # whether the run's tokenizer differs from the base's
-    feed: Feed
+    feed: BatchFeed
     held_out: Data | None
     findings: Findings
     layout: Replicated  # how tensors lie among the processes
@@ -94,7 +94,7 @@ class Setup:
         return [*read, base.held.name, str(base.held.dtype), base.where.type]
 
 
-def check_request(request: Request, console: Console, processes: Processes) -> Spec:
+def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
     """The spec of the recipe's method; a notice names the recipe's fields that it leaves out.
 
     Raises LorafoldError for an output that exists or is one of the adapters to load, a stopped run
@@ -136,7 +136,7 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
     return spec
 
 
-def check_places(request: Request, besides: Iterable[tuple[str, Path]] = ()) -> None:
+def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) -> None:
     """Raise LorafoldError if what the run writes is, contains or lies in what it reads.
 
     Args:
@@ -157,7 +157,7 @@ def check_places(request: Request, besides: Iterable[tuple[str, Path]] = ()) -> 
                 )
 
 
-def saved_adapters(request: Request) -> list[Saved]:
+def saved_adapters(request: RunRequest) -> list[Saved]:
     """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
     trained on another base, or over others than those of `over` that are below it.
     """
@@ -173,7 +173,7 @@ def saved_adapters(request: Request) -> list[Saved]:
     return found
 
 
-def set_up(request: Request, console: Console, processes: Processes = ALONE) -> Setup:
+def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
     """Check the request, choose device and storage, and tokenize the rows.
 
     Raises LorafoldError for anything wrong with the request or its rows, and where the processes
@@ -366,5 +366,7 @@ def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     recipe, words = setup.request.recipe, setup.words
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
     saved = (*recipe.modules_to_save, *untrained(model, needed))
-    tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
+    tokens = TrainableTokens(
+        tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new)
+    )
     return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import put
-from lorafold.data.batches import Feed
+from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import NOTE
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
@@ -43,7 +43,12 @@ LOOKED_AT = 8  # steps, for what their rows have in common
 
 
 def prepare(
-    setup: Setup, adapter: Adapter, loss: Loss, feed: Feed, held_out: Data | None, console: Console
+    setup: Setup,
+    adapter: Adapter,
+    loss: Loss,
+    feed: BatchFeed,
+    held_out: Data | None,
+    console: Console,
 ) -> tuple[Plan, Progress]:
     """The plan of the steps, and how far they have come: a fresh run or a resumed one.
 
@@ -100,7 +105,7 @@ def prepare(
 
 
 def begin(
-    setup: Setup, adapter: Adapter, loss: Loss, feed: Feed, console: Console
+    setup: Setup, adapter: Adapter, loss: Loss, feed: BatchFeed, console: Console
 ) -> tuple[Progress, dict[str, Tensor] | None]:
     """Load the last checkpoint of a run that is resumed into the adapter, or have the method
     prepare a fresh one. Returns how far the run is, and the tensors of its optimizer: none before
@@ -148,7 +153,7 @@ def take_first(adapter: Adapter, processes: Processes) -> None:
     processes.same([p.detach() for p in adapter.tensors()])
 
 
-def in_common(setup: Setup, loss: Loss, feed: Feed) -> str | None:
+def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
     """What of the first steps is computed once for several rows, as a line; None if little is, or
     what is computed is not known yet.
     """
@@ -197,7 +202,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
 
 
 def sample_losses(
-    loss: Loss, feed: Feed, recipe: Recipe, n: int, rows: int | None = None
+    loss: Loss, feed: BatchFeed, recipe: Recipe, n: int, rows: int | None = None
 ) -> Iterator[Tensor]:
     """Mean losses of n batches, each a scalar in nats, drawn as training draws them but with a seed
     of their own.

@@ -51,14 +51,14 @@ SHARE = 3
 DEVICES = {"cpu": "the CPU", "mps": "MPS"}
 
 
-class Choice(NamedTuple):
+class OptimizerChoice(NamedTuple):
     """The name of an optimizer and why it was chosen (empty: the recipe asks for it)."""
 
     name: str
     why: str
 
 
-def choose(parameters: int, device: str, free: int) -> Choice:
+def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
     """Choose the optimizer for `auto`.
 
     Args:
@@ -66,11 +66,11 @@ def choose(parameters: int, device: str, free: int) -> Choice:
         free: The device's free memory in bytes.
     """
     if device != "cuda":
-        return Choice("adamw", f"{DEVICES.get(device, device)} has no paging")
+        return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} has no paging")
     state = 8 * parameters
     if SHARE * state <= free:
-        return Choice("adamw", f"within a third of the {in_words(free)} free")
-    return Choice(
+        return OptimizerChoice("adamw", f"within a third of the {in_words(free)} free")
+    return OptimizerChoice(
         PAGED,
         f"fp32 state, {in_words(state)}, would be more than a third of the {in_words(free)} free",
     )
@@ -83,7 +83,7 @@ def pick(
     where: torch.device,
     processes: Processes,
     parts: int = 1,
-) -> Choice:
+) -> OptimizerChoice:
     """Choose the optimizer of a run.
 
     Args:
@@ -96,21 +96,21 @@ def pick(
     """
     device = where.type
     if asked != "auto":
-        choice = Choice(asked, "")
+        choice = OptimizerChoice(asked, "")
     elif before:
-        choice = Choice(before, "as before the stop")
+        choice = OptimizerChoice(before, "as before the stop")
     elif any(p.itemsize == 2 for p in parameters(groups)):
-        choice = Choice("adamw", "16-bit weights are trained")
+        choice = OptimizerChoice("adamw", "16-bit weights are trained")
     else:
         count = sum(p.numel() for p in parameters(groups)) // parts
         # all choose by the one that has the fewest bytes
         choice = choose(count, device, min(processes.gather(free_bytes(where))))
     if choice.name == PAGED and device != "cuda":
-        return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
+        return OptimizerChoice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
     return choice
 
 
-class Constants(Protocol):
+class AdamWOptions(Protocol):
     """What AdamW takes besides learning rates; a `Recipe` has it."""
 
     @property
@@ -130,7 +130,7 @@ class Constants(Protocol):
         """The seed of stochastic rounding."""
 
 
-def make_optimizer(name: str, groups: list[dict], constants: Constants) -> Optimizer:
+def make_optimizer(name: str, groups: list[dict], constants: AdamWOptions) -> Optimizer:
     """Make the optimizer.
 
     Raises LorafoldError for an 8-bit optimizer if bitsandbytes is not installed, or if some
@@ -181,7 +181,7 @@ def bitsandbytes_optimizers(name: str) -> Any:
         ) from None
 
 
-def described(choice: Choice, groups: list[dict], seed: int, parts: int = 1) -> str:
+def described(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
     """Return a line that names the optimizer, the storage and size of its state, the reason for the
     choice, and stochastic rounding if there is any.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.files.cache import cached
-from lorafold.models.weights import Piece
+from lorafold.models.weights import PendingTensor
 from lorafold.runtime.processes import Processes
 
 
@@ -73,12 +73,12 @@ class Replicated:
         """The norm () of all gradients together, the same in all processes."""
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
+    def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
         """The tensors of a state, of any shapes, as process 0 writes them. All processes get each
         in turn, and process 0 alone has it then.
         """
         return {
-            name: Piece(tuple(t.shape), t.dtype, t.detach)
+            name: PendingTensor(tuple(t.shape), t.dtype, t.detach)
             for name, t in (state.items() if self.processes.first else ())
         }
 

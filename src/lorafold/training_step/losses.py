@@ -183,7 +183,7 @@ class RowsAlike(Loss):
         return super().rows_of(examples) if self.how is None else leaders([e.ids for e in examples])
 
 
-class Completions(RowsAlike):
+class CompletionLoss(RowsAlike):
     """The next-token loss at labelled positions, in nats; on packed or on padded sequences."""
 
     def count(self, example: Example) -> int:

@@ -92,7 +92,7 @@ class StepRollouts(list[Rollout]):
         self.tokens, self.seconds, self.samples = tokens, seconds, samples
 
 
-class First(NamedTuple):
+class OldLogps(NamedTuple):
     """Log-probabilities (n,) of a micro-batch before the first update from it: those of the policy
     and of the reference, if that has a part.
     """
@@ -102,7 +102,7 @@ class First(NamedTuple):
 
 
 @dataclass
-class Seen:
+class StepStatistics:
     """What a step saw of the tokens that it learned from: how many, and sums over them."""
 
     tokens: int = 0  # in all updates
@@ -113,7 +113,7 @@ class Seen:
     kl: float = 0.0
 
     @classmethod
-    def of(cls, parts: Sequence[Seen]) -> Seen:
+    def of(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
         """What several processes saw together."""
         sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
         return cls(**(sums | {"largest": max(part.largest for part in parts)}))
@@ -148,7 +148,7 @@ class Policy(BranchedLoss):
     ) -> None:
         super().__init__(model, how, pad_id)
         self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
-        self.seen, self.first, self.at, self.inexact = Seen(), list[First](), 0, False
+        self.seen, self.first, self.at, self.inexact = StepStatistics(), list[OldLogps](), 0, False
         # factors in fp32 over a base in 16 bits meet what that has rounded
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.bound = APART.get(size, APART[2])
@@ -199,7 +199,7 @@ class Policy(BranchedLoss):
         of = sent(at_labels(document, labels), logps.device)
         if self.at == len(self.first):
             self._compare(logps.detach(), drawn, below)
-            self.first.append(First(logps.detach(), below() if self.law.beta else None))
+            self.first.append(OldLogps(logps.detach(), below() if self.law.beta else None))
         first, self.at = self.first[self.at], self.at + 1
         found = Drawn(logps, *first, advantages[of], of)
         self.seen.tokens += len(logps)
@@ -214,7 +214,7 @@ class Policy(BranchedLoss):
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
         """What the step saw in all processes, once."""
-        found, self.seen = Seen.of(processes.gather(self.seen)), Seen()
+        found, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
         return found.figures(bool(self.law.beta))
 
     def _below(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -225,7 +225,7 @@ class Kto(Law):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Reward(Law):
+class BradleyTerry(Law):
     """A reward model of the preferences (Bradley and Terry 1952; Ouyang et al. 2022, arXiv
     2203.02155, eq. 1).
 

@@ -31,7 +31,7 @@ from lorafold.training_step.shared_prefix_loss import BranchedLoss
 from lorafold.training_step.shared_prefixes import Branching
 
 
-class Beside(NamedTuple):
+class ReferenceComparison(NamedTuple):
     """The losses of the model and of the other at n labelled positions, (n,) each, and the KL of
     the model to the other summed over them, (), all in nats.
     """
@@ -47,7 +47,7 @@ def beside(
     labels: Tensor,
     inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
-) -> Beside:
+) -> ReferenceComparison:
     """Compare the model with what it is in the context `other()`.
 
     Args:
@@ -68,7 +68,7 @@ def beside(
         losses[run] = F.nll_loss(log_p, targets[run], reduction="none")
         others[run] = F.nll_loss(log_q, targets[run], reduction="none")
         kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return Beside(losses, others, kl)
+    return ReferenceComparison(losses, others, kl)
 
 
 class Preferences(BranchedLoss):

@@ -24,7 +24,7 @@ from lorafold.training_step.shards import Shard
 ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
-class Reading(TorchDispatchMode):
+class ShardedReads(TorchDispatchMode):
     """The mode in which operations find divided tensors whole.
 
     Args:

@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from lorafold.core.anatomy import Anatomy
 from lorafold.files.cache import cached, found_in_cache
 from lorafold.models.loading import each_kept, loaded_in_turn
-from lorafold.models.weights import Piece
+from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURNED, freed_blocks
 from lorafold.runtime.processes import Processes
 from lorafold.training_step.data_parallel import Replicated
-from lorafold.training_step.sharded_reads import Reading
+from lorafold.training_step.sharded_reads import ShardedReads
 from lorafold.training_step.shards import (
     Moments,
     Owned,
@@ -71,7 +71,7 @@ class Sharded(Replicated):
     def __init__(self, processes: Processes) -> None:
         super().__init__(processes)
         self.known: dict[int, Shard] = {}  # by the identity of the storage
-        self._mode = Reading(self.known)
+        self._mode = ShardedReads(self.known)
         self._parts: list[Sequence[Shard]] = []
         self._current: Sequence[Shard] = ()
         self._backward = False  # whether what is whole was made so by a backward pass
@@ -246,21 +246,23 @@ class Sharded(Replicated):
         kinds = {p.grad_dtype or p.dtype for p in parameters}  # torch's, of the norm of norms
         return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
 
-    def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
+    def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
         others = {one.storage._cdata for one in self._owned.values() if not one.mine}
         own = {
             name: (tuple(t.shape), t.dtype)
             for name, t in state.items()
             if t.untyped_storage()._cdata not in others
         }
-        found: dict[str, Piece] = {}
+        found: dict[str, PendingTensor] = {}
         for index, there in enumerate(self.processes.gather(own)):
             for name, (shape, dtype) in there.items():
                 if name not in found:
                     found[name] = self._piece(state.get(name), shape, dtype, index)
         return {name: found[name] for name in sorted(found)}
 
-    def _piece(self, here: Tensor | None, shape: Any, dtype: torch.dtype, index: int) -> Piece:
+    def _piece(
+        self, here: Tensor | None, shape: Any, dtype: torch.dtype, index: int
+    ) -> PendingTensor:
         def get() -> Tensor:
             if index == self.processes.index and here is not None:
                 if index:
@@ -271,7 +273,7 @@ class Sharded(Replicated):
                 dist.recv(there, index)
             return there
 
-        return Piece(shape, dtype, get)
+        return PendingTensor(shape, dtype, get)
 
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]

@@ -16,7 +16,7 @@ from lorafold.errors import LorafoldError, cut
 from lorafold.files.contents import Contents, digest
 from lorafold.verification.adapter_tokenizer import Opened
 from lorafold.verification.tokenizer_files import backend_of, write
-from lorafold.verification.worker_pool import Processes, Refused
+from lorafold.verification.worker_pool import Refused, WorkerPool
 
 # processes of each kind: two for what is verified in the background, one for what a request waits
 # for
@@ -29,7 +29,7 @@ VERDICTS = 4096  # grammars of which it is known whether they can be compiled
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedFiles:
     """Files that were verified: (bytes, SHA-256 in hexadecimal) of each by name, the digest of what
     adapters have in common which differ in nothing but their values, and the largest dimension of a
     tensor.
@@ -62,11 +62,11 @@ class Screen:
         numbers: int | None = None,
     ) -> None:  # fmt: skip
         self._tokenizer, self._numbers = tokenizer, numbers
-        self._verifying = Processes(lambda: {"modules": list(modules())}, VERIFYING)
-        self._rendering = Processes(
+        self._verifying = WorkerPool(lambda: {"modules": list(modules())}, VERIFYING)
+        self._rendering = WorkerPool(
             lambda: {"vocabulary": tokenizer.get_vocab(), "allow": allow}, RENDERING
         )
-        self._compiling = Processes(
+        self._compiling = WorkerPool(
             lambda: {
                 "tokenizer": tokenizer.backend_tokenizer.to_str(), "end": tokenizer.eos_token_id,
             },
@@ -79,7 +79,7 @@ class Screen:
 
     def verify(
         self, path: Path, files: Sequence[str], config: str, record: str, told: Sequence[str]
-    ) -> Verified:
+    ) -> VerifiedFiles:
         """What the files of an adapter are. Raises LorafoldError for those that are wrong.
 
         Args:
@@ -93,7 +93,7 @@ class Screen:
             numbers=self._numbers,
         )  # fmt: skip
         entries = {name: (size, sha256) for name, (size, sha256) in found["files"].items()}
-        return Verified(entries, found["form"], found["widest"])
+        return VerifiedFiles(entries, found["form"], found["widest"])
 
     def open(self, contents: Contents) -> Opened | None:
         """The tokenizer of these files; None if it is the base's. Raises LorafoldError for one that

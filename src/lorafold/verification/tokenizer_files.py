@@ -31,7 +31,7 @@ TEMPLATE = 1 << 20  # letters of all templates
 NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
 
 
-class Files(TypedDict):
+class TokenizerFiles(TypedDict):
     """The files of a tokenizer, and the digest that they have to have, as `Contents` has it."""
 
     path: str
@@ -52,7 +52,7 @@ class Templates:
         self._words = {number: word for word, number in vocabulary.items()}
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
-    def open(self, files: Files) -> dict[str, Any]:
+    def open(self, files: TokenizerFiles) -> dict[str, Any]:
         """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be
         read, or gives a token of the base another number.
         """
@@ -90,7 +90,7 @@ class Templates:
         }
 
     def render(
-        self, files: Files, messages: list[Any], tools: Any, add_generation_prompt: bool,
+        self, files: TokenizerFiles, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
         """A conversation, as the template writes it. Raises as the template does.
@@ -116,7 +116,7 @@ class Templates:
             raise LorafoldError(f"found {len(text):,} letters, expected at most {LETTERS:,}")
         return text
 
-    def tokens(self, files: Files, text: str, special: bool, marked: bool) -> list[int]:
+    def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
         """The tokens of a text.
 
         Args:
@@ -133,7 +133,7 @@ class Templates:
             raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
 
-    def opened(self, files: Files, **_: object) -> Any:
+    def opened(self, files: TokenizerFiles, **_: object) -> Any:
         """The tokenizer of these files, which is kept."""
         digest = files["digest"]
         if digest in self._kept:

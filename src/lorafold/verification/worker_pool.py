@@ -78,7 +78,7 @@ class Process:
         self._process.kill()
 
 
-class Processes:
+class WorkerPool:
     """As many processes as are used at a time, at most.
 
     Args:

@@ -26,7 +26,7 @@ from lorafold.exporting.proof import Theirs
 
 
 @dataclass(frozen=True)
-class Engine:
+class ExternalEngine:
     """An engine: its name for people, the module that has it, and what installs it."""
 
     title: str
@@ -39,12 +39,12 @@ class Engine:
         return find_spec(self.module) is not None
 
 
-ENGINES: dict[str, Engine] = {
-    "mlx": Engine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux mlx-cpu too"),
-    "peft": Engine("PEFT", "peft", "pip install peft"),
-    "llamacpp": Engine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
-    "vllm_url": Engine("vLLM", "numpy", "vllm serve"),
-    "vllm": Engine("vLLM", "vllm", "pip install vllm, elsewhere: --engine-python"),
+ENGINES: dict[str, ExternalEngine] = {
+    "mlx": ExternalEngine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux mlx-cpu too"),
+    "peft": ExternalEngine("PEFT", "peft", "pip install peft"),
+    "llamacpp": ExternalEngine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
+    "vllm_url": ExternalEngine("vLLM", "numpy", "vllm serve"),
+    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm, elsewhere: --engine-python"),
 }
 
 

@@ -44,7 +44,7 @@ NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprob
 
 def llamacpp(job: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp's answers."""
-    found: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("in_llamacpp.py")))
+    found: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("llamacpp.py")))
     answered: dict[str, Any] = found["answers"](job)
     return answered
 

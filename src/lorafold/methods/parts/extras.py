@@ -20,7 +20,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
 from lorafold.methods.parts.bias import BiasDelta
-from lorafold.methods.parts.trainable_tokens import TokenRows, Tokens, carried
+from lorafold.methods.parts.trainable_tokens import TokenRows, TrainableTokens, carried
 
 Bias = Literal["none", "lora_only", "all"]
 
@@ -44,7 +44,7 @@ def add_biases(
 
 
 def add_token_rows(
-    model: nn.Module, spec: Spec, tokens: Tokens, active: Sequence[str],
+    model: nn.Module, spec: Spec, tokens: TrainableTokens, active: Sequence[str],
     deltas: dict[str, list[Delta]],
 ) -> None:  # fmt: skip
     """Add the deltas that train the embedding rows of tokens.

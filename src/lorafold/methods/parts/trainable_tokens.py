@@ -145,7 +145,7 @@ class HeadRows(TokenRows):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TrainableTokens:
     """The tokens whose rows train.
 
     Args:

@@ -15,11 +15,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.serving.backend import Token
-from lorafold.serving.chat import AllSaid, Chat, NextTurn
-from lorafold.serving.completion_job import CONTENT, Asked, Prompted, Prompts, Reply
+from lorafold.serving.chat import AllSaid, ChatBody, NextTurn
+from lorafold.serving.completion_job import CONTENT, DialectRequest, Prompted, Prompts, Reply
 from lorafold.serving.errors import Refusal, check_number, naming, wrong
 from lorafold.serving.keys import Caller
-from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.rendering import Renderer, ServedModel
 from lorafold.serving.request_body import DONE, Body, Completing, Listed, as_json, event, finish
 from lorafold.serving.server import Dialect, Server, answer, unless_left
 
@@ -32,12 +32,14 @@ def routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         """A model's next message in a conversation."""
-        return await server.complete(request, Chat, partial(ChatAnswer, server), "chatcmpl")
+        return await server.complete(request, ChatBody, partial(ChatAnswer, server), "chatcmpl")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """What follows a prompt, given as text or as tokens, or several."""
-        return await server.complete(request, Completion, partial(Answer, server), "cmpl")
+        return await server.complete(
+            request, CompletionsBody, partial(CompletionsReply, server), "cmpl"
+        )
 
 
 def tokens(app: FastAPI, server: Server) -> None:
@@ -67,7 +69,7 @@ def tokens(app: FastAPI, server: Server) -> None:
             if body.prompt is not None:
                 found = renderer.tokens(body.prompt, body.add_special_tokens)
             else:
-                chat = Chat(model="", messages=body.messages or [], tools=body.tools)
+                chat = ChatBody(model="", messages=body.messages or [], tools=body.tools)
                 limits = server.settings.limits
                 text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
                 found = renderer.prompt_tokens(text)
@@ -96,7 +98,7 @@ def tokens(app: FastAPI, server: Server) -> None:
         return answer({"prompt": found})
 
 
-class Completion(Completing):
+class CompletionsBody(Completing):
     """The body of `POST /v1/completions`."""
 
     prompt: str | Ids | Listed[str] | Listed[Ids]
@@ -124,12 +126,12 @@ class Detokenize(Body):
     tokens: Annotated[Ids, Field(max_length=1 << 16)]  # a text that one call makes at once
 
 
-class PlainPrompts(Asked):
+class PlainPrompts(DialectRequest):
     """Plain prompts."""
 
-    body: Completion
+    body: CompletionsBody
 
-    def __init__(self, server: Server, body: Completion) -> None:
+    def __init__(self, server: Server, body: CompletionsBody) -> None:
         super().__init__(body, "prompt", body.max_tokens)
         server.admission.check(body)
         given = body.prompt
@@ -145,7 +147,7 @@ class PlainPrompts(Asked):
             for one in self.given
         )
 
-    def prompted(self, chosen: Chosen) -> Prompted:
+    def prompted(self, chosen: ServedModel) -> Prompted:
         scores = self.body.logprobs if self.body.echo else None
         text, prompts = self.rendered(chosen.renderer)
         return Prompted(chosen, text, prompts, self._sampling, prompt_logprobs=scores)
@@ -192,12 +194,12 @@ class Choices(Dialect):
         }
 
 
-class Answer(Choices):
+class CompletionsReply(Choices):
     """Completions of plain prompts, as OpenAI's older clients have them."""
 
-    body: Completion
+    body: CompletionsBody
 
-    def __init__(self, server: Server, body: Completion) -> None:
+    def __init__(self, server: Server, body: CompletionsBody) -> None:
         self.prompts = PlainPrompts(server, body)
         super().__init__(body, self.prompts)
 
@@ -261,10 +263,10 @@ def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> d
 class ChatAnswer(Choices):
     """A turn as chat completions have it."""
 
-    body: Chat
+    body: ChatBody
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, server: Server, body: Chat) -> None:
+    def __init__(self, server: Server, body: ChatBody) -> None:
         with naming(body.names):
             self.turn = NextTurn(server, body)
         super().__init__(body, self.turn, body.names)

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.serving.chat import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.chat import AllSaid, ChatBody, NextTurn, call_of, chat_of, text_of
 from lorafold.serving.completion_job import REASONING, Reply
 from lorafold.serving.errors import MESSAGES, naming, unsupported, wrong
 from lorafold.serving.request_body import Body, Listed, event
@@ -49,7 +49,7 @@ def routes(app: FastAPI, server: Server) -> None:
     @app.post(MESSAGES)
     async def messages(request: Request) -> Response:
         """A model's next message in a conversation, in Anthropic's dialect."""
-        return await server.complete(request, Ask, partial(Answer, server), "msg")
+        return await server.complete(request, Ask, partial(MessagesReply, server), "msg")
 
     @app.post(f"{MESSAGES}/count_tokens")
     async def count(request: Request) -> Response:
@@ -69,7 +69,7 @@ class CountTokens(Body):
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
 
-    def chat(self) -> tuple[Chat, dict[str, str]]:
+    def chat(self) -> tuple[ChatBody, dict[str, str]]:
         """The same as a chat completion, and the names of its fields here. Raises Refusal for what
         is not supported.
         """
@@ -145,7 +145,7 @@ def turned(server: Server, body: CountTokens) -> tuple[NextTurn, dict[str, str]]
         return NextTurn(server, chat, wishes=wishes), names
 
 
-class Answer(Dialect):
+class MessagesReply(Dialect):
     """A turn as messages have it."""
 
     body: Ask

@@ -23,11 +23,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.errors import STOPS, LorafoldError, cut
-from lorafold.serving.backend import Found
+from lorafold.serving.backend import AdapterFiles
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import ADMIN, Caller
 from lorafold.serving.metrics import state_of
-from lorafold.serving.registry import REASON, Registry, Target
+from lorafold.serving.registry import REASON, AliasTarget, Registry
 from lorafold.serving.request_body import Body, event
 from lorafold.serving.server import Server, answer, authorization, record_of
 
@@ -41,7 +41,7 @@ OURS = ""  # the name of no tenant, as which the feed thinks
 
 def routes(app: FastAPI, server: Server) -> None:
     """Add them."""
-    feed, registry = Feed(server), server.registry
+    feed, registry = ModelChanges(server), server.registry
     held = defaultdict[str, set[str]](set)  # the streams that are open, by tenant
     most = server.settings.limits.tenant_streams
 
@@ -183,7 +183,7 @@ class Look:
         about = self._model(name, parent=None, state="resident", max_model_len=length)
         return about | self._use(name)
 
-    def adapter(self, found: Found) -> dict[str, Any]:
+    def adapter(self, found: AdapterFiles) -> dict[str, Any]:
         """An adapter, as the list has it."""
         state, nbytes = state_of(self.registry, found, self.states)
         about = self._model(
@@ -243,7 +243,7 @@ class View:
         self.next = asyncio.Event()
 
 
-class Feed:
+class ModelChanges:
     """The changes of one server's models."""
 
     def __init__(self, server: Server) -> None:
@@ -332,14 +332,14 @@ class Feed:
         return now, found
 
 
-class Named(Body):
+class UnloadBody(Body):
     """The body of vLLM's route that forgets an adapter. vLLM's number of it has no use here."""
 
     lora_name: str
     lora_int_id: int | None = None
 
 
-class Loaded(Named):
+class LoadBody(UnloadBody):
     """The body of vLLM's route that reads one. Its base is the one that is served, which the files
     are checked against.
     """
@@ -368,14 +368,14 @@ class Pointed(Body):
     targets: list[dict[str, Any]] = Field(default_factory=list, max_length=16)
     rollback: bool = False
 
-    def read(self) -> tuple[Target, ...]:
+    def read(self) -> tuple[AliasTarget, ...]:
         """The targets. Raises Refusal for none, or for both kinds."""
         if (self.target is None) == (not self.targets):
             raise wrong("target", "expected one of target, targets and rollback")
         name, _, digest = (self.target or "").partition("@")
         given = self.targets or [{"adapter": name, "digest": digest or None}]
         try:
-            return tuple(Target(**one) for one in given)
+            return tuple(AliasTarget(**one) for one in given)
         except (ValueError, TypeError) as error:
             raise wrong("targets", " ".join(str(error).split())) from None
 
@@ -397,10 +397,10 @@ def administration(app: FastAPI, server: Server) -> None:
     async def load(request: Request) -> Response:
         """Read the files of an adapter of the directory, new or changed."""
         caller = server.admin(request)
-        body = await server.body(request, caller, Loaded, lambda body: body)
+        body = await server.body(request, caller, LoadBody, lambda body: body)
         name = body.lora_name
 
-        def load_now() -> Found:
+        def load_now() -> AdapterFiles:
             body.check(registry)
             return registry.load(name)
 
@@ -411,7 +411,7 @@ def administration(app: FastAPI, server: Server) -> None:
     async def unload(request: Request) -> Response:
         """Forget an adapter until it is loaded again. Requests that run finish with it."""
         caller = server.admin(request)
-        name = await server.body(request, caller, Named, lambda body: body.lora_name)
+        name = await server.body(request, caller, UnloadBody, lambda body: body.lora_name)
         await done(lambda: registry.unload(name))
         return answer({"id": name, "status": "unloaded"})
 

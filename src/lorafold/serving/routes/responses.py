@@ -15,7 +15,7 @@ from pydantic import Field
 
 from lorafold.data.messages import without_nulls
 from lorafold.serving.backend import Token
-from lorafold.serving.chat import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.chat import AllSaid, ChatBody, NextTurn, call_of, chat_of, text_of
 from lorafold.serving.completion_job import CONTENT, REASONING, Reply
 from lorafold.serving.errors import naming, wrong
 from lorafold.serving.request_body import Body, Listed, StreamOptions, event, new_id
@@ -41,7 +41,7 @@ def routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
         """A model's next message, and its calls, in a conversation given as items."""
-        return await server.complete(request, Respond, partial(Answer, server), "resp")
+        return await server.complete(request, Respond, partial(ResponsesReply, server), "resp")
 
     @app.post("/v1/responses/input_tokens")
     async def count(request: Request) -> Response:
@@ -63,7 +63,7 @@ class InputTokens(Body):
     reasoning: dict[str, Any] = Field(default_factory=dict)
     truncation: Literal["auto", "disabled"] = "disabled"
 
-    def chat(self) -> tuple[Chat, dict[str, str]]:
+    def chat(self) -> tuple[ChatBody, dict[str, str]]:
         """The same as a chat completion, and the names of its fields here. Raises Refusal for an
         item that is not supported.
         """
@@ -148,7 +148,7 @@ def turned(server: Server, body: InputTokens) -> tuple[NextTurn, dict[str, str]]
         return NextTurn(server, chat, "input", shorten=body.truncation == "auto"), names
 
 
-class Answer(Dialect):
+class ResponsesReply(Dialect):
     """A turn as responses have it."""
 
     body: Respond
