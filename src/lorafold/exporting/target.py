@@ -28,7 +28,7 @@ from torch import nn
 from lorafold.adapter import load
 from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import Delta, on_meta
-from lorafold.core.layer import BaseLayer as ModuleLayer
+from lorafold.core.layer import BaseLayer
 from lorafold.errors import NotMergeable
 from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of
@@ -121,7 +121,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
     return Update(factors, dense, beside, lost)
 
 
-def _beside(layer: ModuleLayer, deltas: Sequence[Delta]) -> str:
+def _beside(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
     """What the deltas change that is no matrix of the layer's shape, or nothing."""
     try:
         w, b = layer.dense_like()
@@ -149,7 +149,7 @@ def _product(deltas: Sequence[Delta]) -> Factors | None:
     return torch.cat(ups, -1).float(), torch.cat(downs, -2).float()
 
 
-def _of_change(layer: ModuleLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
+def _of_change(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
     """The SVD of what the deltas add to each matrix of the layer."""
     w, b = layer.dense()
     own = changed = w.float()

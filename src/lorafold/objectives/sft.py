@@ -11,7 +11,7 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.objectives.objective import Objective, Packing
-from lorafold.training_step.losses import CompletionLoss as CompletionLoss
+from lorafold.training_step.losses import CompletionLoss
 from lorafold.training_step.losses import Loss
 from lorafold.training_step.shared_prefixes import branching
 
