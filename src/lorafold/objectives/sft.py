@@ -11,8 +11,7 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.objectives.objective import Objective, Packing
-from lorafold.training_step.losses import CompletionLoss
-from lorafold.training_step.losses import Loss
+from lorafold.training_step.losses import CompletionLoss, Loss
 from lorafold.training_step.shared_prefixes import branching
 
 if TYPE_CHECKING:
