@@ -17,7 +17,7 @@ import lorafold as lf
 from lorafold.core.attach import selection_of
 from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
-from lorafold.models.quantized_files import codes_of
+from lorafold.models.quantized_files import make_quantized
 from more_architectures import FAMILIES
 from peft_cases import CLOSE, gap, load_theirs, logits, move
 
@@ -72,7 +72,7 @@ def test_what_takes_single_vectors_is_refused() -> None:
 def test_files_that_quantize_it_are_refused() -> None:
     config = {"quant_method": "fp8", "weight_block_size": [4, 4]}
     with pytest.raises(lf.LorafoldError, match="o_a_proj, of class DeepseekV4GroupedLinear"):
-        codes_of(ROW.model(), config, "model x")
+        make_quantized(ROW.model(), config, "model x")
 
 
 def test_dropout_follows_from_the_token() -> None:

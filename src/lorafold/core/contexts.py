@@ -84,8 +84,7 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return run(*args)
-    y: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-    return y
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(eq=False)

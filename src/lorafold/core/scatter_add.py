@@ -46,5 +46,4 @@ def scatter_added(w: Tensor, values: Tensor, at: Tensor) -> Tensor:
         values: what is added (k,).
         at: the ascending positions (k,) in the flattened matrix.
     """
-    y: Tensor = _Scattered.apply(w, values, at)
-    return y
+    return _Scattered.apply(w, values, at)

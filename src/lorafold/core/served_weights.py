@@ -256,8 +256,7 @@ class WeightRead:
 
     def stored(self, name: str) -> Tensor | None:  # own shape
         """The parameter of that name as the module stores it; None if there is none."""
-        found: Tensor | None = self.base.parameter(name)
-        return found
+        return self.base.parameter(name)
 
     def like(self, name: str) -> Tensor:
         """A tensor, of any shape, with the dtype and device of the parameter of that name."""

@@ -90,11 +90,10 @@ def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple
     """
     if kind == "nf4" and stored_as == torch.uint8 and w.numel() % block == 0:
         return codes(w, block)
-    found: tuple[Tensor, Tensor] = torch.ops.bitsandbytes.quantize_4bit.default.redispatch(
+    return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(
         torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd),
         w, block, kind, stored_as,
     )  # fmt: skip
-    return found
 
 
 def bitsandbytes() -> ModuleType:
@@ -233,8 +232,7 @@ class Linear4bit(Quantized):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._state.dtype
-        return dtype
+        return self._state.dtype
 
     def dequantized(self) -> Tensor:
         state, ops = self._state, torch.ops.bitsandbytes

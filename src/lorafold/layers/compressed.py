@@ -148,8 +148,7 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T + b: (..., out)."""
-        y: Tensor = Compressed(self)(x)
-        return y
+        return Compressed(self)(x)
 
     def extra_repr(self) -> str:
         """Shape and storage, for `print`."""

@@ -51,8 +51,7 @@ class Convolution(BaseLayer):
                 " (weight norm or another parametrization), expected a stored one; remove the"
                 " parametrization, or leave the module out of the targets"
             )
-        kernel: Tensor = self.bare.weight
-        return kernel
+        return self.bare.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -85,16 +84,14 @@ class Convolution(BaseLayer):
         With groups, k must be out: the rows belong to the groups as those of W do.
         """
         kernel = m.to(x.dtype).reshape(len(m), -1, *self.bare.kernel_size)
-        y: Tensor = self.bare._conv_forward(x, kernel, None)
-        return y
+        return self.bare._conv_forward(x, kernel, None)
 
     def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
         if self.bare.groups > 1:
             return self.op(self.drop(x, p), up @ down)
         u = self.op(self.drop(x, p), down)
         places = len(self.bare.kernel_size)
-        y: Tensor = FUNCTIONS[places](u, up.to(u.dtype).reshape(*up.shape, *(1,) * places))
-        return y
+        return FUNCTIONS[places](u, up.to(u.dtype).reshape(*up.shape, *(1,) * places))
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x

@@ -178,8 +178,7 @@ def lookup(ids: Tensor, w: Tensor, padding: int | None = None) -> Tensor:
     rounds = w.requires_grad and w.itemsize == 2 and w.device.type == "cpu"
     if not rounds or torch.compiler.is_compiling():
         return F.embedding(ids, w, padding)
-    y: Tensor = _Lookup.apply(ids, w, -1 if padding is None else padding)
-    return y
+    return _Lookup.apply(ids, w, -1 if padding is None else padding)
 
 
 class Embedding(Vectors):

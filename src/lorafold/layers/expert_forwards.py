@@ -40,8 +40,7 @@ def chosen(
     index, weights = (*args, *kwargs.values())
     tokens = hidden.reshape(-1, hidden.shape[-1])
     mixed = lowered(functools.partial(_mixed, holder, layers, index), tokens)
-    summed: Tensor = (mixed * weights[..., None]).sum(1).to(hidden.dtype).view(hidden.shape)
-    return summed
+    return (mixed * weights[..., None]).sum(1).to(hidden.dtype).view(hidden.shape)
 
 
 def weighed(
@@ -78,8 +77,7 @@ def in_order(
     of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
     groups, taken, places = grouped(of, len(sizes))
     (layer,) = layers(groups, None, (0, 1))
-    y: Tensor = lowered(lambda x: layer(x[taken]).index_select(0, places), rows)
-    return y
+    return lowered(lambda x: layer(x[taken]).index_select(0, places), rows)
 
 
 CALLED: dict[str, Callable[..., Any]] = {CHOSEN: chosen, WEIGHED: weighed, SORTED: in_order}
@@ -128,8 +126,6 @@ def _activated(holder: Any, u: list[Tensor]) -> Tensor:
     form = form_of(holder)
     assert form is not None
     if not form.activation:
-        inner: Tensor = holder._apply_gate(*u) if holder.has_gate else holder.act_fn(*u)
-        return inner
+        return holder._apply_gate(*u) if holder.has_gate else holder.act_fn(*u)
     gate, up = u if len(u) == 2 else u[0].chunk(2, -1)
-    gated: Tensor = getattr(holder, form.activation)(gate) * up
-    return gated
+    return getattr(holder, form.activation)(gate) * up

@@ -88,8 +88,7 @@ class Floats(ExpertMatrices):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.parameter.dtype
-        return dtype
+        return self.parameter.dtype
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -245,5 +244,4 @@ def quantized(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
         pack: makes a linear of a matrix.
     """
     linear: Any = pack(w.flatten(0, -2))
-    parameter: nn.Parameter = linear.weight
-    return parameter
+    return linear.weight

@@ -84,8 +84,7 @@ class Experts(BaseLayer):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.held.parameter.device
-        return device
+        return self.held.parameter.device
 
     @property
     def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -100,8 +99,7 @@ class Experts(BaseLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.parameter("bias")
-        return bias
+        return self.parameter("bias")
 
     def sources(self) -> list[Tensor] | None:
         return [t for t in (self.held.parameter, self.bias) if t is not None]

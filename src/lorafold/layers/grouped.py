@@ -44,8 +44,7 @@ class GroupedLinear(BaseLayer):
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         w = self.bare.weight
         if onto is None and (autocasting(x) or x.dtype is w.dtype):
-            y: Tensor = self.run(x)
-            return y
+            return self.run(x)
         return self._product(x, w, onto)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:

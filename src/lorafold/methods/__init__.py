@@ -83,8 +83,7 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
 def _imported(place: str) -> "type[Spec]":
     """The class that `module.Class` names, in this package."""
     module, _, name = place.partition(".")
-    cls: type[Spec] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    return cls
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 METHODS = Methods(

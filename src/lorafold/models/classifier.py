@@ -116,14 +116,12 @@ def new_heads(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules of a head that the files of the model do not have: drawn from
     a seed in the dtype of the body, so that no one finds them again in another one.
     """
-    found: tuple[str, ...] = model.__dict__.get("new_heads", ())
-    return found
+    return model.__dict__.get("new_heads", ())
 
 
 def new_poolers(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules of a pooler that the files of the model do not have."""
-    found: tuple[str, ...] = model.__dict__.get("new_poolers", ())
-    return found
+    return model.__dict__.get("new_poolers", ())
 
 
 def expect_poolers(model: Any) -> None:

@@ -47,19 +47,19 @@ def without_values() -> AbstractContextManager[Any]:
 
 
 class _Fake(FakeTensorMode):
-    """torch gives the shape of a grouped product in bf16 alone, though its kernels also take fp32.
+    """torch infers the shape of a grouped matmul in bf16 alone, though its kernels also take fp32.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is GROUPED and (dtype := args[0].dtype) != torch.bfloat16:
-            bf16 = [factor.to(torch.bfloat16) for factor in args[:2]]
-            found: Any = super().__torch_dispatch__(func, types, (*bf16, *args[2:]), kwargs)
-            return found.to(dtype)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        if func is not GROUPED:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        bf16 = [factor.to(torch.bfloat16) for factor in args[:2]]
+        shape = super().__torch_dispatch__(func, types, (*bf16, *args[2:]), kwargs)
+        return shape.to(args[0].dtype)
 
 
 def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
-    """Return the configuration of the model's first `blocks` blocks."""
+    """The configuration of the model's first `blocks` blocks."""
     short = deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = blocks
@@ -70,15 +70,12 @@ def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
 
 
 def period(config: PreTrainedConfig) -> int:
-    """Return after how many blocks the types of blocks repeat: 1 if all are alike, 2 if sliding
-    windows and full attention alternate.
+    """After how many blocks the types of blocks repeat: 1 if all are alike, 2 if sliding windows
+    and full attention alternate.
     """
-    kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
-    return next(
-        n
-        for n in range(1, len(kinds) + 1)
-        if all(kind == kinds[i % n] for i, kind in enumerate(kinds))
-    )
+    kinds = [*(getattr(config.get_text_config(), "layer_types", None) or [""])]
+    size = len(kinds)
+    return next(n for n in range(1, size + 1) if kinds == [kinds[i % n] for i in range(size)])
 
 
 def fake_model(
@@ -88,17 +85,8 @@ def fake_model(
     classes: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Make a frozen model; inside `without_values` a fake one, else one with random weights.
-
-    Raises LorafoldError if transformers has no such model, or if the configuration is not that of a
-    model whose files are stored so.
-
-    Args:
-        config: The configuration of the model.
-        storage: How the model stores its weights.
-        blocks: The number of blocks, from the first.
-        classes: The number of classes of a classifier; 0 for a language model.
-        trust_remote_code: Run the model's own Python files.
+    """A frozen model of the first `blocks` blocks; inside `without_values` a fake one, else one
+    with random weights. With `classes` it is a classifier.
     """
     import transformers as tf
 
@@ -137,10 +125,9 @@ def fake_model(
         pack = STORAGES[storage.quantization].pack
         for path in packable(model):
             parent, _, name = path.rpartition(".")
-            owner = model.get_submodule(parent)
+            owner: Any = model.get_submodule(parent)
             if name in expert_parameters(owner):
-                own: Any = owner._parameters[name]
-                owner._parameters[name] = quantized(own, pack)
+                owner._parameters[name] = quantized(owner._parameters[name], pack)
                 continue
             w, b = layer_of(owner.get_submodule(name)).dense()
             linear: Any = pack(w)
@@ -151,8 +138,8 @@ def fake_model(
 
 
 def _even(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-    """What JetMoe's router returns for x (T, H), with as many rows for each expert: its own forward
-    counts them, for which it needs values.
+    """What JetMoe's router returns for x (T, H), with an equal number of rows for each expert: its
+    own forward needs values to count them.
     """
     logits = router.layer(x).float()  # (T, E)
     gates = logits.topk(router.top_k, dim=1)[0].softmax(1).type_as(x)  # (T, k)

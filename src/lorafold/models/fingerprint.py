@@ -52,8 +52,7 @@ def parse(value: Any) -> Fingerprint:
         raise LorafoldError(
             f"field base: not a valid fingerprint ({place}: {e.errors()[0]['msg'].lower()})"
         ) from None
-    fingerprint: Fingerprint = value
-    return fingerprint
+    return value
 
 
 def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:

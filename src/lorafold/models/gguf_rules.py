@@ -253,5 +253,4 @@ def _as_llama3(config: Any, tensor: Any, what: str) -> dict[str, Any]:
             f"{what}: its tensor {FREQUENCIES} scales rotary positions in another way than Llama"
             " 3's, the only one that is known here; use the model in Hugging Face's format"
         )
-    found: dict[str, Any] = scaled.rope_parameters
-    return found
+    return scaled.rope_parameters

@@ -1,5 +1,5 @@
-"""Loads models and tokenizers with transformers without its progress bars and notices, and with one
-line for each error, for weights that are missing and for tensors that are left over.
+"""One-line errors for loading models and tokenizers with transformers, whose progress bars and
+notices are silenced; for weights that are missing and tensors that are left over too.
 """
 
 import logging
@@ -59,14 +59,10 @@ def check_complete(
     what: str, missing: Sequence[str], misfits: Iterable[tuple[str, Any, Any]] = ()
 ) -> None:
     """Raise LorafoldError, in a message that begins with `what`, if weights are missing, or if some
-    have another shape than the model, which transformers fills with random numbers.
-
-    Args:
-        what: the model.
-        missing: the names of the weights that its files do not have.
-        misfits: a name, the shape in the files and that of the model, for each that does not fit.
+    have another shape than the model, which transformers fills with random numbers. The misfits are
+    a name, the shape in the files and that of the model.
     """
-    if wrong := [f"{n}: shape {list(own)}, expected {list(ours)}" for n, own, ours in misfits]:
+    if wrong := [f"{n}: shape {list(a)}, expected {list(b)}" for n, a, b in misfits]:
         raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")
     if missing:
         raise LorafoldError(
@@ -74,10 +70,10 @@ def check_complete(
         )
 
 
-def tell_unread(what: str, names: Sequence[str]) -> None:
-    """Log, in a line that begins with `what`, the tensors of files that the model has no place for.
-    """
-    log.warning(
-        "%s: %d tensors of its files are not read, since the model has no place for them: %s",
-        what, len(names), listed(names),
-    )  # fmt: skip
+def warn_unread(what: str, names: Sequence[str]) -> None:
+    """Log the tensors of files that the model has no place for, if there are any."""
+    if names:
+        log.warning(
+            "%s: %d tensors of its files are not read, since the model has no place for them: %s",
+            what, len(names), listed(names),
+        )  # fmt: skip

@@ -1,9 +1,9 @@
 """Loads a base model from the directory that `models.sources` finds for a name, on a device
-(`runtime.devices`) and in a storage (`models.quantizations`), and checks that no file is damaged
-and no weight missing; and says how files and models store their weights.
+(`runtime.devices`) and in a storage (`models.quantizations`). Checks that no file is damaged and no
+weight missing, and returns how files and models store their weights.
 
-`loaded_in_turn` has transformers read one tensor at a time, and `each_kept` is called for each, so
-that the model is never whole in memory.
+`loaded_in_turn` makes transformers read one tensor at a time, and `each_kept` calls a function with
+each, so that the model is never whole in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from torch.nn.modules.module import (
 from lorafold.core.contexts import keep_scale
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.architecture import auto_class
-from lorafold.models.load_errors import check_complete, loading, tell_unread
+from lorafold.models.load_errors import check_complete, loading, warn_unread
 from lorafold.models.quantizations import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
 from lorafold.models.quantize_on_load import compute_in, quantization_of, read_quantized
 from lorafold.models.quantized_files import readable, storage_in_files
@@ -41,44 +41,40 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def loaded_in_turn() -> Iterator[None]:
-    """Have transformers read a tensor when a module is to get it, and not before."""
+    """Make transformers read a tensor when a module gets it, and not before."""
     before = os.environ.get(IN_TURN)
     os.environ[IN_TURN] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[IN_TURN]
-        else:
+        del os.environ[IN_TURN]
+        if before is not None:
             os.environ[IN_TURN] = before
 
 
 @contextmanager
 def each_kept(keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `keep` with each parameter and buffer, of any shape, that a module gets, once the next
-    one comes or the block ends: until then other hooks may still put another one in its place.
+    """Call `keep` with each parameter and buffer that a module gets, once the next one comes or the
+    block ends: until then other hooks may still replace it.
     """
     last: list[tuple[Any, str]] = []
 
-    def before(module: Any, name: str, _: Any) -> None:
+    def finish() -> None:
         while last:
-            owner, own = last.pop()
-            found = owner._parameters.get(own, owner._buffers.get(own))
-            if found is not None:
-                keep(found)
-        if module is not None:
-            last.append((module, name))
+            owner, name = last.pop()
+            tensor = owner._parameters.get(name, owner._buffers.get(name))
+            if tensor is not None:
+                keep(tensor)
 
-    hooks = [
-        register_module_parameter_registration_hook(before),
-        register_module_buffer_registration_hook(before),
-    ]
-    try:
+    def register(module: Any, name: str, _: Any) -> None:
+        finish()
+        last.append((module, name))
+
+    with ExitStack() as hooks:
+        hooks.callback(register_module_parameter_registration_hook(register).remove)
+        hooks.callback(register_module_buffer_registration_hook(register).remove)
         yield
-        before(None, "", None)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        finish()
 
 
 def load_model(
@@ -86,8 +82,7 @@ def load_model(
     storage: Storage | torch.dtype,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load a language model (`models.architecture` says which), in evaluation mode. Its
-    `name_or_path` is the name asked for.
+    """Load a language model, in evaluation mode. Its `name_or_path` is the requested name.
 
     Raises LorafoldError as `resolve_model` does; if transformers can't load the directory; if the
     files lack weights (which transformers would fill with random numbers); and if lorafold wrote
@@ -101,16 +96,11 @@ def load_model(
     source = resolve_model(source)
     what = f"model {source.name}"
     with loading(what):
-        from transformers import AutoConfig
-
         source.intact("config.json")
-        trusted = source.trust_remote_code
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
-        auto = auto_class(config, what)
+        auto = auto_class(source.hf_config(), what)
         model, report = read_weights(auto, source, storage, device)
         check_complete(what, sorted(report["missing_keys"]), report["mismatched_keys"])
-        if unread := sorted(report["unexpected_keys"]):
-            tell_unread(what, unread)
+        warn_unread(what, sorted(report["unexpected_keys"]))
         return model
 
 
@@ -121,24 +111,19 @@ def read_weights(
     device: torch.device | str,
     **config: Any,
 ) -> tuple[Any, Any]:
-    """Load a model, in evaluation mode, and return it with transformers' report on its weights:
-    which are missing in the files, which have other shapes, and which it has no place for.
+    """Load a model in evaluation mode, with an auto class of transformers and with these fields of
+    its configuration replaced. Returns it with transformers' report on weights that are missing in
+    the files, have other shapes, or have no place in the model.
 
     Raises LorafoldError if files are damaged or missing, or if their weights are quantized and the
     storage is not.
-
-    Args:
-        auto: One of transformers' auto classes.
-        storage: How the base stores its weights; a dtype for weights that are not quantized.
-        device: Where to load the model.
-        config: Fields that replace those of the model's configuration.
     """
     import torch
 
     source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
-    read = model_files(source.path)
+    files = model_files(source.path)
     # of another save than the index, or beside a file that has the whole model
-    if left_out := sorted(one.name for one in source.path.glob(SHARDS) if one not in read):
+    if left_out := sorted(file.name for file in source.path.glob(SHARDS) if file not in files):
         log.warning(
             "model %s: %d files beside its weights are not read: %s",
             source.name, len(left_out), listed(left_out),
@@ -184,34 +169,34 @@ def recorded_storage(model: nn.Module) -> dict[str, str] | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return {"storage": dtype, "dtype": dtype}
-    told = settings if isinstance(settings, dict) else settings.to_dict()
-    storage = str(told.get("quant_method", "unknown"))
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    storage = str(settings.get("quant_method", "unknown"))
     with suppress(LorafoldError):  # one that lorafold does not read is called as its files call it
-        storage = quantization_of(told, "model")
+        storage = quantization_of(settings, "model")
     made = STORAGES[storage].made if storage in MADE else {}
-    if any(told.get(key) != made[key] for key in made.keys() & {"bnb_4bit_use_double_quant"}):
+    if any(settings.get(key) != made[key] for key in made.keys() & {"bnb_4bit_use_double_quant"}):
         storage += " without double quantization"
     return {"storage": storage, "dtype": dtype}
 
 
 def default_storage(source: ModelSource) -> str:
-    """Return the quantization of the files if they have one, else auto."""
-    in_files = source.config().get("quantization_config")
-    name = quantization_of(in_files, f"model {source.name}") if in_files is not None else None
+    """The quantization of the files if they have one, else auto."""
+    settings = source.config().get("quantization_config")
+    name = None if settings is None else quantization_of(settings, f"model {source.name}")
     return name if name in QUANTIZED else "auto"
 
 
 def stored_in_files(source: ModelSource) -> str | None:
-    """Return the storage of files that are quantized and that adapters are folded into,
-    dequantized; None if they are not.
+    """The storage of files that are quantized and that adapters are merged into, dequantized; None
+    if they are not.
     """
     settings = source.config().get("quantization_config") or {}
     return storage_in_files(settings, f"model {source.name}") if readable(settings) else None
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """Return the base's original weights, read from its files, if the model's are quantized and
-    they are in the files; else None. `load_model` must have checked the files.
+    """The base's original weights, read from its files, if the model's are quantized and the files
+    have them; else None. `load_model` must have checked the files.
     """
     if storage.quantization is None or stored_in_files(source) is not None:
         return None

@@ -46,8 +46,7 @@ class StorageRow:
     @property
     def pack(self) -> Callable[[Tensor], nn.Module]:
         """What makes a matrix (out, in) a linear without bias that stores it so."""
-        found: Callable[[Tensor], nn.Module] = resolve_name(self.packer)
-        return found
+        return resolve_name(self.packer)
 
 
 STORAGES: dict[str, StorageRow] = {

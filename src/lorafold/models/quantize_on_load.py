@@ -70,19 +70,19 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
     if readable(settings):
         return storage_in_files(settings, what)
     method = str(settings.get("quant_method", "unknown"))
-    instead = "train on the model that it was quantized from instead"
+    advice = "train on the model that it was quantized from instead"
     package = READ_BY.get(method)
     if package is None:
         methods = (row.method for row in STORAGES.values())
         raise LorafoldError(
             f"{what}: unsupported quantization {method}; supported: compressed-tensors"
             f" ({', '.join(IN_CODES)}), {', '.join(filter(None, methods))}, bitsandbytes"
-            f" ({', '.join(MADE)}); {instead}"
+            f" ({', '.join(MADE)}); {advice}"
         )
     absent = importlib.util.find_spec(package) is None
     raise LorafoldError(
         f"{what}: its weights are quantized by {method}, which the package {package} reads"
-        f"{' (not installed)' * absent} and lorafold can't train over; {instead}"
+        f"{' (not installed)' * absent} and lorafold can't train over; {advice}"
     )
 
 
@@ -93,34 +93,23 @@ def packable(model: PreTrainedModel) -> list[str]:
     """
     anatomy = Anatomy.of(model)
     inside = filter(beneath([anatomy.decoder]), block_linears(model, is_linear))
-    layers = {p: layer_of(module_at(model, p)) for p in inside if p != anatomy.head}
-    return [p for p, s in layers.items() if s.takes_vectors and s.shape[1] % BLOCK == 0]
+    layers = ((p, layer_of(module_at(model, p))) for p in inside if p != anatomy.head)
+    return [p for p, layer in layers if layer.takes_vectors and layer.shape[1] % BLOCK == 0]
 
 
 def read_quantized(
-    auto: Any,
-    source: ModelSource,
-    storage: Storage,
-    device: torch.device,
-    **config: Any,
+    auto: Any, source: ModelSource, storage: Storage, device: torch.device, **config: Any
 ) -> tuple[Any, Any]:
-    """Load a quantized model, in evaluation mode, and return it with transformers' report on its
-    weights.
+    """Load a quantized model in evaluation mode, with an auto class of transformers and with these
+    fields of its configuration replaced, and return it with transformers' report on its weights.
 
-    Raises LorafoldError if the files are quantized in another way, or lack what their quantization
-    takes; ImportError without bitsandbytes where that quantizes.
-
-    Args:
-        auto: One of transformers' auto classes.
-        storage: Quantized.
-        device: Where to load the model.
-        config: Fields that replace those of the model's configuration.
+    Raises ImportError if bitsandbytes has to quantize and is not installed.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
     path, quantization, trusted = source.path, storage.quantization, source.trust_remote_code
-    found = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **config)
-    settings: Any = getattr(found, "quantization_config", None)
+    configuration = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **config)
+    settings: Any = getattr(configuration, "quantization_config", None)
     if settings is not None and not isinstance(settings, dict):
         settings = settings.to_dict()
     what = f"model {source.name}"
@@ -135,71 +124,64 @@ def read_quantized(
             f"{what}: its weights are stored as {stored}, so it can't be loaded as"
             f" {quantization}; expected the base {stored}"
         )
-    own = stored is not None and readable(settings)
-    if own:
+    codes_in_files = stored is not None and readable(settings)
+    if codes_in_files:
         # transformers would round scales to `dtype`, and dequantize every weight on the first call
-        del found.quantization_config
+        del configuration.quantization_config
     else:
         bitsandbytes()
     with torch.device("meta"):
-        mapped = auto.from_config(found, trust_remote_code=trusted)
-    cls, how = type(mapped), {"dtype": torch.bfloat16}
+        empty = auto.from_config(configuration, trust_remote_code=trusted)
+    cls, options = type(empty), {"dtype": torch.bfloat16}
     quantizing: AbstractContextManager[Any] = nullcontext()
-    if own:
-        cls, how = _with_codes(mapped, settings, path, what), {"dtype": storage.dtype}
+    if codes_in_files:
+        cls, options = _with_codes(empty, settings, path, what), {"dtype": storage.dtype}
     elif stored is None:
-        how["quantization_config"] = _by_bitsandbytes(mapped, str(quantization))
+        packed = set(packable(empty))
+        plain = [p for p, m in Anatomy.of(empty).modules if is_linear(m) and p not in packed]
+        made = STORAGES[str(quantization)].made
+        options["quantization_config"] = BitsAndBytesConfig(**made, llm_int8_skip_modules=plain)
         quantizing = experts_quantized(str(quantization))
     weights = FileWeights(model_files(path), mapped=False)
     with freed_blocks(RETURNED), quantizing:
         model, info = cls.from_pretrained(
             None,
-            config=found,
+            config=configuration,
             state_dict={n: weights.slice(n) for n in weights.names},
             device_map={"": device},
             output_loading_info=True,
-            **how,
+            **options,
         )
     route_quantized(model)
-    if own:
-        model.__class__ = type(mapped)
+    if codes_in_files:
+        model.__class__ = type(empty)
         model.config.quantization_config = settings
         check_quantized(model, what)
-        if (line := remark(settings, what)) is not None:
+        if line := remark(settings, what):
             log.warning(line)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), info
 
 
-def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
-    """What tells transformers to quantize a plain model."""
-    from transformers import BitsAndBytesConfig
-
-    packed = set(packable(model))
-    others = [p for p, m in Anatomy.of(model).modules if is_linear(m) and p not in packed]
-    return BitsAndBytesConfig(**STORAGES[quantization].made, llm_int8_skip_modules=others)
-
-
 def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
-    """The class of a model without values, made with the linears and experts that its files are
-    for.
+    """A subclass of a model's class that is built with quantized linears and experts, as the files
+    have them.
     """
     from lorafold.models.checkpoint import by_parameter, entries_of
 
     make_quantized(model, settings, what)
     as_in_files(model, by_parameter(model, entries_of(path))[0], what)
-    found = {p: m for p, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear)}
+    linears = {p: m for p, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear)}
 
     class Prepared(type(model)):  # type: ignore[misc]
         """transformers loads files into what this makes."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            for at, module in found.items():
-                parent, _, leaf = at.rpartition(".")
+            for at, module in linears.items():
                 module._parameters["bias"] = self.get_submodule(at).bias
-                setattr(self.get_submodule(parent), leaf, module)
+                self.set_submodule(at, module)
             if stored_mxfp4(settings):
                 make_mxfp4(self, settings, what)
 
@@ -208,10 +190,9 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
 
 @contextmanager
 def experts_quantized(quantization: str) -> Iterator[None]:
-    """Context in which parameters of experts are quantized when a module gets them, so that a model
-    that is being loaded never has more than one of them in 16 bits.
+    """Quantize parameters of experts when a module gets them, so that a model that is being loaded
+    never has more than one of them in 16 bits.
     """
-
     pack = STORAGES[quantization].pack
 
     def quantize(module: Any, name: str, parameter: Any) -> Any:
@@ -221,9 +202,9 @@ def experts_quantized(quantization: str) -> Iterator[None]:
             return None
         if not parameter.is_floating_point() or Floats(Matrices(module, name)).shape[2] % BLOCK:
             return None
-        made: Any = quantized(parameter, pack)
-        made._is_hf_initialized = True  # else transformers fills it with random numbers
-        return made
+        codes: Any = quantized(parameter, pack)
+        codes._is_hf_initialized = True  # else transformers fills it with random numbers
+        return codes
 
     hook = register_module_parameter_registration_hook(quantize)
     try:
@@ -240,8 +221,8 @@ def route_quantized(model: torch.nn.Module) -> None:
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a quantized model compute in this dtype: its other weights are converted to it, and the
-    quantized ones are dequantized to it at each use.
+    """Make a quantized model compute in this dtype: quantized weights are dequantized to it at each
+    use, the others converted.
     """
     for module in model.modules():
         set_compute_dtype(module, dtype)
@@ -257,6 +238,6 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 if isinstance(tensor, torch.nn.Parameter):
                     module.register_parameter(name, tensor)
                 else:
-                    lasts = name not in module._non_persistent_buffers_set
-                    module.register_buffer(name, tensor, lasts)
+                    persistent = name not in module._non_persistent_buffers_set
+                    module.register_buffer(name, tensor, persistent)
     model.config.dtype = dtype

@@ -1,6 +1,5 @@
-"""Models whose files are quantized by another tool: by compressed-tensors, as fine-grained FP8, or
-in MXFP4, as gpt-oss is released: which matrices are, how, and whether the files have what that
-takes.
+"""Models whose files another tool quantized: compressed-tensors, fine-grained FP8, or MXFP4 as in
+gpt-oss. Finds which matrices are quantized, and checks that the files have their tensors.
 
     fp8      float8_e4m3fn with a scale for the matrix, a row, or a block    0.50 of bf16's bytes
     int8     8-bit integers                                                  0.50
@@ -44,194 +43,56 @@ PARTS = (
 )
 
 
-def readable(settings: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` is one that lorafold itself reads."""
-    return stored_compressed(settings) or stored_mxfp4(settings)
-
-
-def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
-    """Return the storage of a readable `quantization_config`.
-
-    Raises LorafoldError, in messages that begin with `what`, as `compressed.storage_of` does.
+def _codes_by_method(settings: Mapping[str, Any]) -> str | None:
+    """The type of codes that the quant_method alone implies: float for fine-grained FP8, empty for
+    MXFP4; None for every other method.
     """
-    if stored_mxfp4(settings):
-        return str(of_method(settings["quant_method"]))
-    return storage_of(settings, what)
-
-
-def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
-    """Make what the files have quantized so in a model without values.
-
-    Raises LorafoldError if the configuration does not fit the model.
-
-    Args:
-        model: The model as its architecture has it.
-        settings: The `quantization_config` of its files.
-        what: What messages begin with.
-    """
-    if stored_mxfp4(settings):
-        make_mxfp4(model, settings, what)
-    else:
-        compress(model, settings, what, torch.bfloat16)
-
-
-def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
-    """Give the scales of a model on the meta device the dtypes of the files.
-
-    Raises LorafoldError with every tensor that a quantized weight lacks or that does not fit it.
-
-    Args:
-        model: After `make_quantized`.
-        entries: The tensors of the files by the model's names.
-        what: What messages begin with.
-    """
-    problems = [*misfits(model, entries)]
-    if problems:
-        raise LorafoldError(f"{what}: {as_one(problems)}")
-    scales_as_in_files(model, entries)
-
-
-def check_quantized(model: nn.Module, what: str) -> None:
-    """Raise LorafoldError for codes and scales that no weight can have, by name.
-
-    Args:
-        model: The model with its values.
-        what: What messages begin with.
-    """
-    check_values(model, what)
-    check_scales(model, what)
-
-
-def stored_mxfp4(settings: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` is one that this module reads."""
     name = of_method(settings.get("quant_method"))
-    return name is not None and not STORAGES[name].codes[0]
-
-
-def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
-    """Give the experts of a model parameters for blocks and scales, without values.
-
-    Raises LorafoldError if there are no experts to give them to, or if rows are no whole groups.
-
-    Args:
-        model: The model as its architecture has it.
-        settings: The `quantization_config` of its files.
-        what: What messages begin with.
-    """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    plain, found = settings.get("modules_to_not_convert"), False
-    for path, module in Anatomy.of(model).modules:
-        if not expert_parameters(module) or not should_convert_module(path, plain):
-            continue
-        for name, matrices in matrices_of(module).items():
-            made = mxfp4_parameters(matrices)
-            floats: Any = module._parameters.pop(name)
-            inn = floats.shape[1 if matrices.stored.transposed else 2]
-            if inn % GROUP:
-                raise LorafoldError(
-                    f"{what}: {path}.{name}: found rows of {inn} weights, expected a multiple of"
-                    f" {GROUP}, the weights that share a scale of MXFP4"
-                )
-            module._parameters.update(made)
-        # its own initialization asks for parameters that it has no longer
-        module._is_hf_initialized = True  # type: ignore[assignment]
-        found = True
-    if not found:
-        raise LorafoldError(f"{what}: its quantization_config matches no experts of the model")
-
-
-def check_scales(model: nn.Module, what: str) -> None:
-    """Raise LorafoldError for scales of values that are not numbers, with the name of the tensor.
-
-    Args:
-        model: The model with its values.
-        what: What messages begin with.
-    """
-    for name, parameter in _parameters(model):
-        if name.endswith(SCALES) and (lost := int((parameter == NAN).sum())):
-            raise LorafoldError(
-                f"{what}: {name}: found {NAN}, which stands for not-a-number ({lost} such scales),"
-                f" expected at most {NAN - 1}"
-            )
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, module in Anatomy.of(model).modules:
-        for matrices in expert_parameters(module):
-            for name in (matrices + BLOCKS, matrices + SCALES):
-                if (parameter := module._parameters.get(name)) is not None:
-                    yield f"{path}.{name}", parameter
-
-
-def stored_compressed(settings: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` is one of those that this module reads."""
-    return settings.get("quant_method") == COMPRESSED or _fine_grained(settings)
+    return None if name is None else STORAGES[name].codes[0]
 
 
 def _fine_grained(settings: Mapping[str, Any]) -> bool:
-    name = of_method(settings.get("quant_method"))
-    return name is not None and STORAGES[name].codes[0] == "float"
+    return _codes_by_method(settings) == "float"
 
 
-def storage_of(settings: Mapping[str, Any], what: str) -> str:
-    """Return the storage of a `quantization_config`: fp8, int8 or int4.
+def stored_mxfp4(settings: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` describes experts in MXFP4."""
+    return _codes_by_method(settings) == ""
 
-    Raises LorafoldError, in messages that begin with `what`, if it is none of them, or mixed, or if
-    compressed-tensors is not installed.
+
+def readable(settings: Mapping[str, Any]) -> bool:
+    """Whether lorafold itself reads files with this `quantization_config`."""
+    return settings.get("quant_method") == COMPRESSED or _codes_by_method(settings) is not None
+
+
+def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
+    """The storage of a readable `quantization_config`. Raises LorafoldError, in a message that
+    begins with `what`, for one that mixes several.
     """
-    found = sorted({str(of_codes(c.kind, c.bits)) for c, _ in _groups(settings, what)})
-    if len(found) != 1:
+    if stored_mxfp4(settings):
+        return str(of_method(settings["quant_method"]))
+    names = sorted({str(of_codes(c.kind, c.bits)) for c, _ in _groups(settings, what)})
+    if len(names) != 1:
         raise LorafoldError(
-            f"{what}: its weights are stored in {len(found)} ways ({', '.join(found)}), expected"
+            f"{what}: its weights are stored in {len(names)} ways ({', '.join(names)}), expected"
             f" one of {', '.join(IN_CODES)}"
         )
-    return found[0]
+    return names[0]
 
 
-def remark(settings: Mapping[str, Any], what: str) -> str | None:
-    """A line on what the files ask for and training does not do, or None; it begins with `what`."""
-    asked = [
-        *["activations"] * (_activations(settings)),
-        *["the cache of keys and values"] * bool(settings.get("kv_cache_scheme")),
-    ]
-    if not asked:
-        return None
-    return (
-        f"{what}: its files ask to quantize {' and '.join(asked)} too, which are computed"
-        " unquantized, since a merged adapter would compute something else otherwise"
-    )
-
-
-def compress(model: Any, settings: Mapping[str, Any], what: str, scales: torch.dtype) -> None:
-    """Make the quantized linears of a model without values `CompressedLinear`.
-
-    Raises LorafoldError if something else than a linear is quantized.
-
-    Args:
-        model: The model as its architecture has it.
-        settings: The `quantization_config` of its files.
-        what: What messages begin with.
+def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
+    """Replace the linears or experts of a model without values by quantized ones, as its files
+    store them. Raises LorafoldError if the `quantization_config` does not fit the model.
     """
-    for path, codes in codes_of(model, settings, what).items():
-        parent, _, name = path.rpartition(".")
-        module: Any = model.get_submodule(path)
-        setattr(model.get_submodule(parent), name, CompressedLinear(module, codes, scales))
-
-
-def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, QuantizationFormat]:
-    """Return how the quantized linears of a model are stored, by path.
-
-    Args:
-        model: The model as its architecture has it.
-        settings: The `quantization_config` of its files.
-        what: What messages begin with.
-    """
-    found: dict[str, QuantizationFormat] = {}
+    if stored_mxfp4(settings):
+        return make_mxfp4(model, settings, what)
+    formats: dict[str, QuantizationFormat] = {}
     for codes, targets in _groups(settings, what):
-        found |= {path: codes for path in _matched(model, settings, targets) if path not in found}
+        formats = dict.fromkeys(_matched(model, settings, targets), codes) | formats
+    if not formats:
+        raise LorafoldError(f"{what}: its quantization_config matches no linear of the model")
     head = model.get_output_embeddings()
-    for path in found:
+    for path, codes in formats.items():
         module = model.get_submodule(path)
         if layer_class(module) is not Linear or module is head:
             kind = "the head" if module is head else f"of class {type(module).__name__}"
@@ -239,63 +100,115 @@ def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, Qu
                 f"{what}: its quantization_config quantizes {path}, {kind}; expected linears of the"
                 " blocks"
             )
-    if not found:
-        raise LorafoldError(f"{what}: its quantization_config matches no linear of the model")
-    return found
+        model.set_submodule(path, CompressedLinear(module, codes, torch.bfloat16))
 
 
-def scales_as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
-    """Give the scales of a model on the meta device the dtypes of the files.
-
-    Args:
-        model: After `compress`.
-        entries: The tensors of the files by the model's names, without `misfits`.
+def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
+    """Give the scales of a model on the meta device, after `make_quantized`, the dtypes of the
+    files. Raises LorafoldError with every tensor that a quantized weight lacks or that does not fit
+    it.
     """
+    problems = [*misfits(model, entries)]
+    if problems:
+        raise LorafoldError(f"{what}: {as_one(problems)}")
     for path, module in _compressed(model):
         entry = entries[f"{path}.{module.codes.scale}"]
         empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
         module._parameters[module.codes.scale] = nn.Parameter(empty, requires_grad=False)
 
 
-def check_values(model: nn.Module, what: str) -> None:
-    """Raise LorafoldError for scales that are zero or not finite, for codes that are not numbers,
-    and for recorded shapes that are not those of the model, with the names of the tensors.
-
-    Args:
-        model: The model with its values.
-        what: What messages begin with.
+def check_quantized(model: nn.Module, what: str) -> None:
+    """Raise LorafoldError, with the tensor's name, for scales that are zero or not finite, codes
+    that are not numbers, and recorded shapes that are not the model's.
     """
     for path, module in _compressed(model):
-        name = module.codes.scale
-        scale = module._parameters[name].detach()  # type: ignore[union-attr]
-        wrong = scale[~(scale.isfinite() & (scale != 0))]
+        name, codes, own = module.codes.scale, module.codes, module._parameters
+        scale: Any = own[name]
+        wrong = scale.detach()[~(scale.isfinite() & (scale != 0))]
         if len(wrong):
             raise LorafoldError(
                 f"{what}: {path}.{name}: found {wrong[0].item():g} ({len(wrong)} such scales),"
                 " expected finite numbers other than 0"
             )
-        codes: Any = module._parameters.get("weight")
-        if module.codes.kind == "float" and (lost := int(is_nan(codes).sum())):
+        if codes.kind == "float" and (lost := int(is_nan(own["weight"]).sum())):  # type: ignore
             raise LorafoldError(
                 f"{what}: {path}.weight: found {lost} values that are not numbers, expected none"
             )
-        recorded = module._parameters.get("weight_shape")
-        shape = [module.out_features, module.in_features]
+        recorded, shape = own.get("weight_shape"), [module.out_features, module.in_features]
         if recorded is not None and recorded.tolist() != shape:
             raise LorafoldError(
                 f"{what}: {path}.weight_shape: found {recorded.tolist()}, expected {shape}"
             )
+    for name, parameter in _mxfp4_parameters(model):
+        if name.endswith(SCALES) and (lost := int((parameter == NAN).sum())):
+            raise LorafoldError(
+                f"{what}: {name}: found {NAN}, which stands for not-a-number ({lost} such scales),"
+                f" expected at most {NAN - 1}"
+            )
+
+
+def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
+    """Give the experts of a model parameters for blocks and scales, without values. Raises
+    LorafoldError if the model has no such experts, or if a row is not a whole number of groups.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    plain, quantized = settings.get("modules_to_not_convert"), 0
+    for path, module in Anatomy.of(model).modules:
+        if not expert_parameters(module) or not should_convert_module(path, plain):
+            continue
+        for name, matrices in matrices_of(module).items():
+            parameters = mxfp4_parameters(matrices)
+            floats: Any = module._parameters.pop(name)
+            inn = floats.shape[1 if matrices.stored.transposed else 2]
+            if inn % GROUP:
+                raise LorafoldError(
+                    f"{what}: {path}.{name}: found rows of {inn} weights, expected a multiple of"
+                    f" {GROUP}, the weights that share a scale of MXFP4"
+                )
+            module._parameters.update(parameters)
+        # its own initialization asks for parameters that it has no longer
+        module._is_hf_initialized = True  # type: ignore[assignment]
+        quantized += 1
+    if not quantized:
+        raise LorafoldError(f"{what}: its quantization_config matches no experts of the model")
+
+
+def _mxfp4_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, module in Anatomy.of(model).modules:
+        for matrices in expert_parameters(module):
+            for name in (matrices + BLOCKS, matrices + SCALES):
+                if (parameter := module._parameters.get(name)) is not None:
+                    yield f"{path}.{name}", parameter
+
+
+def remark(settings: Mapping[str, Any], what: str) -> str | None:
+    """A line, which begins with `what`, about quantization that the files ask for and training
+    leaves out; None if there is none.
+    """
+    groups = (settings.get("config_groups") or {}).values()
+    sides = ("input_activations", "output_activations")
+    activations = _fine_grained(settings) or any(
+        not isinstance(group, Mapping) or any(map(group.get, sides)) for group in groups
+    )
+    left_out = [
+        *["activations"] * activations,
+        *["the cache of keys and values"] * bool(settings.get("kv_cache_scheme")),
+    ]
+    if not left_out:
+        return None
+    return (
+        f"{what}: its files ask to quantize {' and '.join(left_out)} too, which are computed"
+        " unquantized, since a merged adapter would compute something else otherwise"
+    )
 
 
 def misfits(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    """Say of each tensor of a quantized weight that it is missing, or not of its dtype and shape.
-
-    Args:
-        model: After `make_quantized`.
-        entries: The tensors of the files by the model's names.
+    """Yield a line for each tensor of a quantized weight that is missing, or has another dtype or
+    shape.
     """
     known = dict(model.named_parameters(remove_duplicate=False))
-    expected = [(name, p, ["U8"], False) for name, p in _parameters(model)]
+    expected = [(name, p, ["U8"], False) for name, p in _mxfp4_parameters(model)]
     for path, module in _compressed(model):
         for name, p in module._parameters.items():
             if name != "bias" and p is not None:
@@ -319,20 +232,22 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
     return ((path, m) for path, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear))
 
 
-def _activations(settings: Mapping[str, Any]) -> bool:
-    if _fine_grained(settings):
-        return True
-    groups = settings.get("config_groups") or {}
-    asked = ("input_activations", "output_activations")
-    return any(not isinstance(g, Mapping) or any(map(g.get, asked)) for g in groups.values())
-
-
 def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFormat, list[str]]]:
-    """How the weights are stored, and patterns of modules for which that is so."""
+    """The formats of the weights, each with the patterns of the modules that have it."""
     if _fine_grained(settings):
         rows, columns = settings.get("weight_block_size", (128, 128)) or (0, 0)
         return [(QuantizationFormat("float", rows, columns, scale="weight_scale_inv"), [])]
-    config = _configuration(settings, what)
+    try:
+        from compressed_tensors.quantization import QuantizationConfig
+
+        config: Any = QuantizationConfig.model_validate(dict(settings))
+    except ImportError:
+        raise LorafoldError(
+            f"{what}: its weights are stored by compressed-tensors, and that package is not"
+            " installed; install lorafold[quantized]"
+        ) from None
+    except ValueError as error:
+        raise LorafoldError(f"{what}: quantization_config: {one_line(error)}") from None
     for field, value in (
         ("transform_config", settings.get("transform_config")),
         ("sparsity_config", (settings.get("sparsity_config") or {}).get("format", "dense")),
@@ -357,35 +272,19 @@ def _codes(group: Any, form: str, what: str) -> QuantizationFormat:
         "group": (1, weights.group_size),
         "block": tuple(weights.block_structure or ()),
     }
-    stored = of_codes(weights.type, weights.num_bits)
-    strategy = str(weights.strategy)
-    apart = not weights.symmetric and (weights.type == "float" or strategy == "tensor")
-    if stored is None or form not in STORAGES[stored].codes[1] or strategy not in blocks or apart:
+    stored, strategy = of_codes(weights.type, weights.num_bits), str(weights.strategy)
+    known = stored is not None and form in STORAGES[stored].codes[1] and strategy in blocks
+    zero_points = not weights.symmetric
+    if not known or (zero_points and (weights.type == "float" or strategy == "tensor")):
         raise LorafoldError(
             f"{what}: found weights in the format {form} ({weights.num_bits}-bit {weights.type}, a"
-            f" scale for each {strategy}{', zero points' * (not weights.symmetric)}), expected"
+            f" scale for each {strategy}{', zero points' * zero_points}), expected"
             " float-quantized, int-quantized or pack-quantized ones of 8 or 4 bits, a scale for"
             f" each {', '.join(blocks)}"
         )
-    rows, columns = blocks[strategy]
-    packed = form == PACKED
     return QuantizationFormat(
-        weights.type, rows, columns, weights.num_bits, packed, weights.symmetric
+        weights.type, *blocks[strategy], weights.num_bits, form == PACKED, weights.symmetric
     )
-
-
-def _configuration(settings: Mapping[str, Any], what: str) -> Any:
-    try:
-        from compressed_tensors.quantization import QuantizationConfig
-    except ImportError:
-        raise LorafoldError(
-            f"{what}: its weights are stored by compressed-tensors, and that package is not"
-            " installed; install lorafold[quantized]"
-        ) from None
-    try:
-        return QuantizationConfig.model_validate(dict(settings))
-    except ValueError as error:
-        raise LorafoldError(f"{what}: quantization_config: {one_line(error)}") from None
 
 
 def _matched(model: Any, settings: Mapping[str, Any], targets: list[str]) -> list[str]:

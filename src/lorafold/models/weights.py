@@ -189,8 +189,7 @@ class FileWeights(Weights):
         )
 
     def get(self, name: str) -> Tensor:
-        tensor: Tensor = self._file[name].get_tensor(name)
-        return tensor
+        return self._file[name].get_tensor(name)
 
     def slice(self, name: str) -> Any:
         """Return safetensors' view of a tensor, which reads the data when it is indexed."""
