@@ -69,16 +69,7 @@ def build(
     tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
     base: Weights | None = None,
 ) -> BuiltAdapter:
-    """Build a new adapter. Raises LorafoldError as `attach` does, whose arguments these are.
-
-    Args:
-        spec: the method with its hyperparameters.
-        targets: the modules to adapt.
-        bias: which biases train too.
-        modules_to_save: modules to train whole.
-        tokens: the ids whose rows train.
-        base: the base's own weights, if the model does not have them.
-    """
+    """Build a new adapter."""
     keep_scale(model)
     selection = selection_of(model)
     names = selection.names
@@ -148,14 +139,7 @@ def read(
     base: Weights | None = None,
     below: Sequence[Origin] | None = None,
 ) -> BuiltAdapter:
-    """Read a saved adapter. Raises LorafoldError as `load` does, whose arguments these are.
-
-    Args:
-        path: the adapter's directory, or what was read of it already.
-        allow_other_base: accept a base with another fingerprint, and other adapters below.
-        base: the base's own weights, if the model does not have them or they are at hand.
-        below: what it will be over; None: the model's active adapters.
-    """
+    """Read a saved adapter."""
     keep_scale(model)
     saved = (path if isinstance(path, Saved) else Saved.open(path)).within(model)
     if saved.over:  # one of those replaces the head that was drawn for this model

@@ -69,12 +69,7 @@ class Unreached:
 
 
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
-    """Count what carries no delta, in the blocks and beside them.
-
-    Args:
-        model: the model; one without blocks counts as a block.
-        sites: the paths of the modules or parameters that carry a delta.
-    """
+    """Count what carries no delta, in the blocks and beside them."""
     anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
     in_block, beside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
     kinds, around, of_blocks = Counter[str](), Counter[str](), 0
@@ -97,9 +92,6 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
 
 def counted(model: nn.Module, paths: Collection[str]) -> str:
     """The number of sites in words, parameters of experts apart, and of those that are in a tower.
-
-    Args:
-        paths: the sites.
     """
     found = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
     rest = len(paths) - len(found)
@@ -112,11 +104,7 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
 
 
 def strays(model: nn.Module, matches: Matches) -> str | None:
-    """One line about targets that are in a tower and do not name it; None if there are none.
-
-    Args:
-        matches: the matches of an adapter's targets.
-    """
+    """One line about targets that are in a tower and do not name it; None if there are none."""
     anatomy = Anatomy.of(model)
     roots, language = anatomy.encoders, anatomy.language
     meant = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
@@ -164,11 +152,6 @@ def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
 def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
     """One line on the towers that get no input, since no row of text has an image or a sound; None
     for a model without any.
-
-    Raises LorafoldError if everything that an adapter changes is in them or in the connectors.
-
-    Args:
-        sites: the module paths that carry a delta of the adapter.
     """
     anatomy = Anatomy.of(model)
     kinds = list(dict.fromkeys(anatomy.encoders.values()))

@@ -253,11 +253,7 @@ class Adapter:
 
 
 def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:
-    """Write a model whose own weights were trained, completely or not at all.
-
-    Raises LorafoldError if the path exists and may not be replaced, or if the model is not one of
-    transformers.
-    """
+    """Write a model whose own weights were trained, completely or not at all."""
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(
             f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"

@@ -41,11 +41,7 @@ class Deltas(nn.ModuleDict):
         self.register_load_state_dict_post_hook(self._forgive)
 
     def train(self, mode: bool = True) -> Self:
-        """Put the deltas in training mode, except those in which nothing is trained.
-
-        Args:
-            mode: training mode, or evaluation mode for all of them.
-        """
+        """Put the deltas in training mode, except those in which nothing is trained."""
         super().train(mode)
         delta: Any
         for delta in self.values() if mode else ():
@@ -112,12 +108,7 @@ class Adapted(nn.Module):
     site: str = ""
 
     def layer(self, *names: str, base: BaseLayer | None = None) -> Layer:
-        """The module as a layer under those of the named deltas that are attached to it.
-
-        Args:
-            *names: the names of the adapters, lowest first.
-            base: the layer at the bottom, if it is made already.
-        """
+        """The module as a layer under those of the named deltas that are attached to it."""
         layer: Layer = base or self.layer_class(self)
         for name in names:
             if name in self.deltas:
@@ -180,10 +171,9 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """Return the one selection of a model, a new one if the model has none.
-
-    Where parts of the model were adapted before they were joined, their selections become one, in
-    the order in which they are found. Raises LorafoldError if two of them share an adapter's name.
+    """The one selection of a model, a new one if the model has none. Where parts of the model were
+    adapted before they were joined, their selections become one, in the order in which they are
+    found.
     """
     found = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
     if not found:
@@ -208,14 +198,7 @@ def lay(
     module: nn.Module, layer_class: type[BaseLayer], name: str, delta: Delta, selection: Selection,
     site: str = "",
 ) -> None:  # fmt: skip
-    """Attach one delta to a module, above those that are attached already.
-
-    Args:
-        module: the module; its class is swapped if it has no delta yet.
-        layer_class: the layer that reads the module's storage.
-        name: the name of the adapter that the delta belongs to.
-        site: the module path, which error messages name.
-    """
+    """Attach one delta to a module, above those that are attached already."""
     if not isinstance(module, Adapted):
         if hasattr(module, "deltas"):
             raise LorafoldError(

@@ -33,13 +33,8 @@ from lorafold.errors import LorafoldError
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Put the model in evaluation mode, without gradients, until the `with` block ends.
-
-    Afterwards each of its modules is in the mode that it was in before.
-
-    Args:
-        gradients: leave torch's switch for them as it is; it belongs to the thread, so a generator
-            can't hold it between two of its values.
+    """Put the model in evaluation mode, without gradients, until the `with` block ends. Afterwards
+    each of its modules is in the mode that it was in before.
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -77,11 +72,7 @@ def _drops(module: nn.Module, name: str) -> bool:
 
 
 def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """run(*args), a tensor of any shape. `run` draws no random numbers.
-
-    Args:
-        run: the function; it may use other tensors as well, whose gradients it gives.
-    """
+    """run(*args), a tensor of any shape. `run` draws no random numbers."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return run(*args)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
@@ -126,14 +117,11 @@ def is_fake(x: Tensor) -> bool:
 
 def keep_scale(model: nn.Module) -> None:
     """Undo the division of weights that a model divides in place for inference and multiplies again
-    for training, and let it happen no more.
-
-    RWKV halves the hidden states every `rescale_every` blocks, and with them the two matrices of
-    each later block that add to them, so that float16 does not overflow. A delta would not be
-    divided with its matrix, and what is folded would be off by a power of two. Both ways compute
-    the same but for the epsilon of norms (2e-5 of the logits of a tiny model in fp32).
-
-    Raises LorafoldError where quantized weights were divided, which can't be undone.
+    for training, and let it happen no more. RWKV halves the hidden states every `rescale_every`
+    blocks, and with them the two matrices of each later block that add to them, so that float16
+    does not overflow. A delta would not be divided with its matrix, and what is folded would be off
+    by a power of two. Both ways compute the same but for the epsilon of norms (2e-5 of the logits
+    of a tiny model in fp32).
     """
     for module in model.modules():
         own: Any = module

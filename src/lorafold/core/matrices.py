@@ -137,9 +137,7 @@ class Matrices(nn.Module):
 
     @property
     def routed(self) -> nn.Module:
-        """The module whose forward learns which rows are of which expert. Raises LorafoldError if
-        it is around a module that stands alone.
-        """
+        """The module whose forward learns which rows are of which expert."""
         if not self.form.around:
             return self.owner
         if self.around is None:
@@ -185,11 +183,7 @@ def expert_counts(module: nn.Module) -> set[int]:
 
 
 def matrices_of(module: nn.Module, around: nn.Module | None = None) -> dict[str, Matrices]:
-    """The matrices of a module of experts, by the names of its parameters.
-
-    Args:
-        around: the module that the module is a child of.
-    """
+    """The matrices of a module of experts, by the names of its parameters."""
     return {
         name: module._modules.get(name) or Matrices(module, name, around)  # type: ignore[misc]
         for name in expert_parameters(module)
@@ -211,11 +205,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def parameter_path(module: nn.Module, path: str, name: str) -> str:
-    """The path of a parameter in the model.
-
-    Args:
-        name: the parameter's name, "weight" or "bias".
-    """
+    """The path of a parameter in the model."""
     if isinstance(module, Matrices):
         return path if name == "weight" else f"{path}_{name}"
     return f"{path}.{name}" if path else name

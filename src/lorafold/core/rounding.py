@@ -65,11 +65,7 @@ def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random generator of one tensor, which does not depend on the file it is stored in.
-
-    Args:
-        seed: the seed of the whole run.
-    """
+    """The random generator of one tensor, which does not depend on the file it is stored in."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -104,12 +104,7 @@ class Loading:
     forgiven: dict[str, list[str]] = field(default_factory=dict)
 
     def passed(self, prefix: str, given: set[str]) -> None:
-        """One module's deltas were loaded.
-
-        Args:
-            prefix: what the names of their tensors begin with.
-            given: the adapters that the state has tensors of for this module.
-        """
+        """One module's deltas were loaded."""
         self.given |= given
         for name in self.given & self.forgiven.keys():
             self.missing += self.forgiven.pop(name)
@@ -152,10 +147,7 @@ class Selection:
         return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
 
     def enter(self, names: Names) -> OnlyBlock:
-        """Make these names the active ones, until `leave` with the entry that is returned.
-
-        Raises LorafoldError within an entry of another thread or task.
-        """
+        """Make these names the active ones, until `leave` with the entry that is returned."""
         with self._lock:
             if self._entries and self._entries[-1] not in _inside.get():
                 other = ", ".join(map(repr, self._entries[-1].names)) or "no adapter"
@@ -199,11 +191,6 @@ class Selection:
     def running(self, training: bool) -> Names:
         """The names of the adapters that a module runs under now: the active ones, and in the
         replay of a checkpointed segment those of its forward.
-
-        Raises LorafoldError for a replay whose names are not known.
-
-        Args:
-            training: whether the module is in training mode.
         """
         if torch.compiler.is_compiling():
             return self.names
@@ -286,23 +273,12 @@ def drawing(selection: Selection, draws: Draws) -> Iterator[None]:
 
 
 def named(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:
-    """The names of tokens (B, T), int64. The arguments broadcast to that shape.
-
-    Args:
-        rows: the row of each token, its place in the whole batch of the step.
-        positions: where in its row the token is.
-        branches: which of a row's continuations the token belongs to; 0 for those before them.
-    """
+    """The names of tokens (B, T), int64. The arguments broadcast to that shape."""
     return (rows.long() << (BRANCH + 8)) + (torch.as_tensor(branches) << BRANCH) + positions
 
 
 def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
-    """The names (S,) of rows that experts compute, each of a token and one of its k experts.
-
-    Args:
-        names: of the tokens (T,).
-        at: of each row its index (S,) in the tokens' experts (T, k).
-    """
+    """The names (S,) of rows that experts compute, each of a token and one of its k experts."""
     return names[at // k] + (at % k << SLOT)
 
 

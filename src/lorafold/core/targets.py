@@ -72,12 +72,8 @@ def pattern_matches(pattern: str, path: str) -> bool:
 def match(
     model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear
 ) -> Matches:
-    """Resolve targets to module paths.
-
-    Raises NoTarget with every pattern that matches no module, and similar names.
-
-    Args:
-        targets: a preset, a regular expression, or names; matches are returned as they are.
+    """Resolve targets to module paths. Raises NoTarget with every pattern that matches no module,
+    and similar names.
     """
     if isinstance(targets, Matches):
         return targets
@@ -107,11 +103,7 @@ def match(
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
-    """The error message for a pattern that matches no module.
-
-    Args:
-        model: the model, whose linears, embeddings and convolutions with similar names are listed.
-    """
+    """The error message for a pattern that matches no module."""
     names = sorted(
         {
             path.rsplit(".", 1)[-1]
@@ -154,9 +146,6 @@ def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
 def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The linear modules inside the blocks of the encoders beside the language model, or all those
     of an encoder without blocks.
-
-    Args:
-        kind: what the encoders take in: vision or audio.
     """
     return [
         f"{path}.{inner}"

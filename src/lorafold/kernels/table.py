@@ -45,12 +45,7 @@ TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 @cache
 def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
     """Compile the forms of operations, unless they are in the cache, and have them compute from now
-    on, in this process, where it is done once.
-
-    Returns why they can't be had, or nothing.
-
-    Args:
-        device: torch's name of the kind of device.
+    on, in this process, where it is done once. Returns why they can't be had, or nothing.
     """
     files = {of: FORMS[of][device] for of in operations if device in FORMS[of]}
     made = {file: _made(file) for file in dict.fromkeys(files.values())}

@@ -19,12 +19,12 @@ tl: Any = None  # Triton's language, once it is imported
 
 
 def forms() -> Any:
-    """The operations by their names. Raises LorafoldError where Triton is missing."""
+    """The operations by their names."""
     return _Forms()
 
 
 def kernel() -> Any:
-    """The kernel, which Triton compiles at its first call. Raises LorafoldError without Triton."""
+    """The kernel, which Triton compiles at its first call."""
     global tl
     try:
         import triton

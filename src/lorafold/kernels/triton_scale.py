@@ -18,12 +18,12 @@ tl: Any = None  # Triton's language, once it is imported
 
 
 def forms() -> Any:
-    """The operations by their names. Raises LorafoldError where Triton is missing."""
+    """The operations by their names."""
     return _Forms()
 
 
 def kernels() -> Any:
-    """Both kernels, which Triton compiles at their first call. Raises LorafoldError without it."""
+    """Both kernels, which Triton compiles at their first call."""
     global tl
     try:
         import triton

@@ -88,7 +88,7 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
 
 def output_width(module: nn.Module) -> int:
     """The output size of a part of a block: the hidden size of its config, or else the input size
-    of its first linear. Raises LorafoldError if it has neither.
+    of its first linear.
     """
     for m in module.modules():
         if hasattr(m, "config"):

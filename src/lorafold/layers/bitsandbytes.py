@@ -54,10 +54,6 @@ def use_faster_codes() -> None:
 
 def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """(codes (n / 2, 1) in uint8, two a byte, the first in the high nibble; c (n / block,) in fp32)
-
-    Args:
-        w: n floats, of any shape; n is a multiple of the block, which is even.
-        block: The size of the blocks.
     """
     flat, level = w.detach().reshape(-1), levels()
     middles = ((level[:-1] + level[1:]) / 2).tolist()
@@ -81,13 +77,7 @@ def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The operation of bitsandbytes for the CPU: codes and constants of w, of any shape.
-
-    Args:
-        block: The size of the blocks.
-        kind: nf4 or fp4.
-        stored_as: The dtype that the bytes of the codes are seen as.
-    """
+    """The operation of bitsandbytes for the CPU: codes and constants of w, of any shape."""
     if kind == "nf4" and stored_as == torch.uint8 and w.numel() % block == 0:
         return codes(w, block)
     return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(

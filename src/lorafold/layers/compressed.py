@@ -59,11 +59,7 @@ class QuantizationFormat:
         return -(-out // (self.rows or out)), -(-inn // (self.columns or inn))
 
     def parameters(self, out: int, inn: int, scales: torch.dtype) -> dict[str, Tensor]:
-        """The parameters that store a matrix (out, in), by name, without values.
-
-        Args:
-            inn: The number of columns.
-        """
+        """The parameters that store a matrix (out, in), by name, without values."""
         high, wide = self.blocks(out, inn)
         shape = (1,) if (self.rows, self.columns) == (0, 0) else (high, wide)
         found = {self.scale: torch.empty(shape, dtype=scales)}
@@ -88,12 +84,7 @@ def words(n: int, bits: int) -> int:
 
 
 def unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The first n codes of each row, int8 (rows, n).
-
-    Args:
-        packed: int32 (rows, words), the first code in the lowest bits.
-        bits: 4 or 8.
-    """
+    """The first n codes of each row, int8 (rows, n)."""
     codes = packed.contiguous().view(torch.uint8)
     if bits == 4:  # both codes of a byte, each in a byte of an int16
         pairs = codes.to(torch.int16)
@@ -109,12 +100,7 @@ class CompressedLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, codes: QuantizationFormat, scales: torch.dtype) -> None:
-        """Make the module for a linear, with its bias, without values, on its device.
-
-        Args:
-            linear: The linear as the architecture has it.
-            codes: How the weight is stored.
-        """
+        """Make the module for a linear, with its bias, without values, on its device."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.codes = codes
@@ -126,12 +112,7 @@ class CompressedLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As of any module, except that codes and scales keep their dtypes.
-
-        Args:
-            fn: Moves or converts a tensor of any shape.
-            recurse: Whether to apply it to the modules inside too.
-        """
+        """As of any module, except that codes and scales keep their dtypes."""
         own = {id(p) for name, p in self._parameters.items() if name != "bias"}
 
         def apart(t: Tensor) -> Tensor:
@@ -194,13 +175,7 @@ class Compressed(Quantized):
 
 
 def _by_block(w: Tensor, by: Tensor, codes: QuantizationFormat, operation: Any) -> Tensor:
-    """w (out, in) with the number of its block applied to each element; w may be overwritten.
-
-    Args:
-        by: A number for each block, (blocks down, blocks across), or one for the matrix, (1,).
-        codes: The size of a block.
-        operation: torch.mul or torch.sub.
-    """
+    """w (out, in) with the number of its block applied to each element; w may be overwritten."""
     out, inn = w.shape
     rows, columns = codes.rows or out, codes.columns or inn
     high, wide = codes.blocks(out, inn)

@@ -48,11 +48,6 @@ def weighed(
 ) -> tuple[Tensor, Tensor]:
     """The output (T, hidden) of the experts and of the one that all tokens meet, summed; and what
     the router computes. Scores weigh the inputs, and those of experts that were not chosen are 0.
-
-    Args:
-        routed: the module whose forward it is.
-        holder: the module that has the matrices.
-        hidden: the tokens (..., hidden), T in all.
     """
     tokens = hidden.reshape(-1, hidden.shape[-1])
     scores, logits = routed.router(tokens)
@@ -65,14 +60,7 @@ def weighed(
 def in_order(
     routed: Any, holder: nn.Module, layers: Layers, rows: Tensor, sizes: Sequence[int]
 ) -> Tensor:
-    """The rows (S, in), each times the matrix of its expert: (S, out).
-
-    Args:
-        routed: the module whose forward it is.
-        holder: the module that has the matrices.
-        rows: sorted by expert.
-        sizes: how many are of each expert.
-    """
+    """The rows (S, in), each times the matrix of its expert: (S, out)."""
     each, count = torch.tensor(sizes), len(rows)  # its sum, which can't be read without values
     of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
     groups, taken, places = grouped(of, len(sizes))
@@ -86,11 +74,7 @@ CALLED: dict[str, Callable[..., Any]] = {CHOSEN: chosen, WEIGHED: weighed, SORTE
 def _mixed(
     holder: nn.Module, layers: Layers, index: Tensor, hidden: Tensor, weights: Tensor | None = None
 ) -> Tensor:  # (T, k, hidden)
-    """The output of each expert of each token; experts without a matrix give back their input.
-
-    Args:
-        weights: of the inputs (T, k).
-    """
+    """The output of each expert of each token; experts without a matrix give back their input."""
     of, (tokens, k) = index.reshape(-1), index.shape
     most, number = _numbers(holder)
     at = None

@@ -237,11 +237,6 @@ def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
 
 
 def quantized(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
-    """The parameter that stores w, in bf16, in codes: that of a linear (E a, b).
-
-    Args:
-        w: the matrices as they are stored, (E, a, b) or (E a, b).
-        pack: makes a linear of a matrix.
-    """
+    """The parameter that stores w, in bf16, in codes: that of a linear (E a, b)."""
     linear: Any = pack(w.flatten(0, -2))
     return linear.weight

@@ -62,7 +62,7 @@ class Experts(BaseLayer):
 
     @property
     def rows(self) -> Groups:
-        """Which rows are of which expert. Raises LorafoldError outside of the experts' forward."""
+        """Which rows are of which expert."""
         if self.groups is None:
             raise LorafoldError(
                 f"{self.name}: found no rows sorted by expert, expected to be called by the"
@@ -229,9 +229,6 @@ def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
 def route(routed: nn.Module) -> None:
     """Make the forward that computes experts run over `Experts`, as it must with deltas over their
     matrices or with quantized ones.
-
-    Args:
-        routed: the module whose forward it is.
     """
     if not isinstance(routed, Routed):
         routed.__class__ = routed_class(type(routed))  # type: ignore[arg-type]
@@ -249,10 +246,6 @@ def leave(routed: nn.Module) -> None:
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """What the module computes: by its own forward where nothing is active or quantized, else over
     layers.
-
-    Args:
-        self: the module.
-        *args, **kwargs: what its own forward takes (`core.matrices`).
     """
     _, holder = _holder(self)
     own = matrices_of(holder, self)

@@ -115,8 +115,6 @@ METHODS = Methods(
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
     """The names of the options that `make_spec` takes for a method, where it lies over another one
     (`over`, a name; None: the method's own choice) those of that one too.
-
-    LorafoldError for an unknown name.
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
@@ -129,12 +127,8 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
 
 
 def make_spec(method: str, **options: Any) -> "Spec":
-    """The spec of a method by its name.
-
-    LorafoldError for an unknown name, or options that the method does not have.
-
-    A method that lies over another (`dora`) takes that one's name as `over`, and its options with
-    its own.
+    """The spec of a method by its name. A method that lies over another (`dora`) takes that one's
+    name as `over`, and its options with its own.
     """
     from lorafold.core.spec import Spec
 

@@ -143,7 +143,7 @@ class AdaLoRA(Spec):
 
     def phases(self, total: int) -> tuple[int, int]:
         """The last step at full rank, and the step of the last allocation, of a run of `total`
-        steps. Raises LorafoldError if tinit and tfinal leave no step between them.
+        steps.
         """
         first, final = (round(n * total) if n < 1 else int(n) for n in (self.tinit, self.tfinal))
         if first >= total - final:
@@ -154,14 +154,7 @@ class AdaLoRA(Spec):
         return first, total - final
 
     def budget(self, step: int, total: int, full: int, target: int) -> int:
-        """b(t), eq. 13: the number of triplets of the whole adapter that are kept after a step.
-
-        Args:
-            step: the number of the step, from 1.
-            total: the number of steps of the run.
-            full: the number of triplets at start.
-            target: the number of triplets at the end.
-        """
+        """b(t), eq. 13: the number of triplets of the whole adapter that are kept after a step."""
         first, last = self.phases(total)
         left = 1 - min(max((step - first) / (last - first), 0), 1)
         return int((full - target) * left**3 + target)

@@ -56,12 +56,7 @@ class CachedValue:
     def get(
         self, sources: Sequence[Tensor], make: Callable[[], Tensor], during: Any = None
     ) -> Tensor:  # any shape
-        """The value that `make` computes from the sources, kept while they stay the same.
-
-        Args:
-            sources: what the value depends on, of any shapes.
-            during: another object than the last time has the value computed again.
-        """
+        """The value that `make` computes from the sources, kept while they stay the same."""
         if any(s.is_inference() for s in sources):  # these have no version
             return make()
         state = [during, *((s._version, s.device, s.dtype) for s in sources)]

@@ -84,12 +84,7 @@ class FastfoodDelta(Dense):
         self.subspace = None
 
     def join(self, first: FastfoodDelta, generator: torch.Generator, device: torch.device) -> None:
-        """Draw G, and refer to the delta that has the subspace.
-
-        Args:
-            first: the adapter's first delta.
-            device: the device of G.
-        """
+        """Draw G, and refer to the delta that has the subspace."""
         self._first = (first,)  # in a tuple, so that it is no submodule of every delta
         length = len(first.subspace.signs)  # type: ignore[union-attr]
         gaussians = torch.randn(

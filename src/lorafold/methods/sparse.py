@@ -75,12 +75,7 @@ class _Sparse(Spec):
     asks_losses: ClassVar[bool] = True
 
     def check(self, *wrong: str, whole: str) -> None:
-        """Raise LorafoldError with all that is wrong with the options.
-
-        Args:
-            wrong: what is wrong already.
-            whole: the option that is a whole number.
-        """
+        """Raise LorafoldError with all that is wrong with the options."""
         if not 0 < self.density <= 1:
             wrong = (f"density: found {self.density!r}, expected above 0, at most 1", *wrong)
         check(self, *wrong, whole=(whole,))

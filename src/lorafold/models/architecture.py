@@ -94,14 +94,7 @@ def _task(cls: type) -> str:
 
 
 def auto_class(config: PreTrainedConfig, what: str) -> Any:
-    """Return the auto class of a language model with this configuration.
-
-    Raises LorafoldError if the model needs more than text.
-
-    Args:
-        config: The configuration of the model.
-        what: The name of the model in messages.
-    """
+    """The auto class of a language model with this configuration."""
     auto = opened_by(config)
     cls = auto._model_mapping.get(type(config), None)
     if auto.__name__ != CAUSAL and cls and (needed := _beside_text(config, cls)):
@@ -114,9 +107,8 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
 
 
 def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
-    """Return the auto class that has a model for this configuration, whatever that model needs,
-    first the one that makes it of a class; the causal one, whose error lists what there is, if none
-    has.
+    """The auto class that has a model for this configuration, whatever that model needs, first the
+    one that makes it of a class; the causal one, whose error lists what there is, if none has.
     """
     import transformers as tf
 
@@ -128,8 +120,8 @@ def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
 
 
 def opened_by_name(model: Any) -> str:
-    """Return the name of the auto class that opens a model again, for its model card: whole, where
-    the model is a part for text.
+    """The name of the auto class that opens a model again, for its model card: whole, where the
+    model is a part for text.
     """
     whole = whole_of(model)
     shown = model if whole is None else whole.model

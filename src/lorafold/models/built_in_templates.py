@@ -84,11 +84,7 @@ GLOBALS = {"raise_exception", "strftime_now", "range", "dict", "namespace", "lip
 
 
 def joined(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the template for this tokenizer.
-
-    Raises LorafoldError if the tokenizer has no end-of-sequence token, without which no completion
-    would end.
-    """
+    """The template for this tokenizer."""
     if tokenizer.eos_token is None:
         raise LorafoldError(
             f"chat template {NONE}: the tokenizer has no end-of-sequence token, so completions"
@@ -98,8 +94,8 @@ def joined(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the beginning of a template for this tokenizer: its beginning-of-sequence token, if it
-    puts that before texts.
+    """The beginning of a template for this tokenizer: its beginning-of-sequence token, if it puts
+    that before texts.
     """
     starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
         tokenizer.bos_token_id
@@ -108,10 +104,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the template for this tokenizer.
-
-    Raises LorafoldError if the tokenizer has neither ChatML's tokens nor an end-of-sequence token.
-    """
+    """The template for this tokenizer."""
     words = tokenizer.added_tokens_encoder
     if START in words and END in words:
         # a beginning of sequence that is ChatML's own stands before the role already
@@ -129,11 +122,7 @@ def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
-    """Give variables of the tokenizer's chat template values.
-
-    Raises LorafoldError for a variable that the template never reads, and for a value that is
-    neither true, false, null, a number, text, nor a list or object of these.
-    """
+    """Give variables of the tokenizer's chat template values."""
     template: Any = tokenizer.chat_template
     if template is None:
         raise LorafoldError(
@@ -157,9 +146,7 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
 
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The variables of the tokenizer's chat templates that a caller may set. Raises LorafoldError
-    for a template that can't be parsed.
-    """
+    """The variables of the tokenizer's chat templates that a caller may set."""
     template: Any = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
     known = {name for text in texts for name in _read(text)}

@@ -108,8 +108,8 @@ class Checkpoint:
         return {name: entry for file in self.files.values() for name, entry in file.entries.items()}
 
     def other_files(self) -> list[Path]:
-        """Return the paths, relative to the directory, of all files but weights of any format:
-        config, tokenizer, chat template and so on.
+        """The paths, relative to the directory, of all files but weights of any format: config,
+        tokenizer, chat template and so on.
         """
         found = (
             p.relative_to(self.path)
@@ -139,11 +139,8 @@ class MappedModel:
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
-    """Read the headers of all weight files of a model directory.
-
-    `patterns` says which files are going to be read and must be undamaged. Raises LorafoldError if
-    there are no weight files, if a file that the index names is missing, or if a file was damaged
-    since it was written.
+    """Read the headers of all weight files of a model directory. `patterns` says which files are
+    going to be read and must be undamaged.
     """
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
@@ -152,8 +149,7 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a language model on the meta device from its configuration, frozen and without
-    weights. Raises LorafoldError if transformers can't, or if the model needs more than text.
+    """Build a language model on the meta device from its configuration, frozen and without weights.
     """
     auto = auto_class(config, "the model's architecture")
     with loading("the model's architecture"), torch.device("meta"):
@@ -165,11 +161,7 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
-    """Build the model of a checkpoint over its mapped files.
-
-    Raises LorafoldError if the weights are quantized in another way than `models.quantized_files`
-    reads, and lists every weight that is missing or has another shape than the model expects.
-    """
+    """Build the model of a checkpoint over its mapped files."""
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trusted)
@@ -237,8 +229,8 @@ Parts = dict[tuple[str, WeightConverter], list[tuple[TensorEntry, str, str]]]
 def by_parameter(
     model: PreTrainedModel, entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], Parts]:
-    """Return the tensors of the files by the model's names for them, among them such as the model
-    does not have, and those from which transformers computes parameters.
+    """The tensors of the files by the model's names for them, among them such as the model does not
+    have, and those from which transformers computes parameters.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
@@ -336,13 +328,7 @@ def _place(
 
 
 def original_weights(source: ModelSource) -> Weights:
-    """The weights in the files of a model.
-
-    Raises LorafoldError if transformers can't compute a parameter from them.
-
-    Args:
-        source: The model, whose files must have been checked.
-    """
+    """The weights in the files of a model."""
     settings = source.config()
     kinds = {settings.get("model_type"), settings.get("text_config", {}).get("model_type")}
     rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
@@ -365,14 +351,9 @@ def original_weights(source: ModelSource) -> Weights:
 def as_plain(
     checkpoint: Checkpoint, mapped: MappedModel
 ) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
-    """Return the checkpoint and the model's entries as those of a plain model, and the sites
-    that have the values of dequantized tensors, by the names of these.
-
-    The sites then dequantize to the dtype that the config names, else to bf16.
-
-    Args:
-        checkpoint: The files.
-        mapped: The model over them.
+    """The checkpoint and the model's entries as those of a plain model, and the sites that have the
+    values of dequantized tensors, by the names of these. The sites then dequantize to the dtype
+    that the config names, else to bf16.
     """
     dtype = mapped.model.config.dtype
     dtype = dtype if dtype in PLAIN else torch.bfloat16

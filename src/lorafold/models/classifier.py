@@ -89,10 +89,8 @@ def load_classifier(
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules with parameters that are neither part of the model's body nor
-    of towers and connectors beside it, and of a new pooler inside its body.
-
-    Raises LorafoldError if there are none.
+    """The paths of the modules with parameters that are neither part of the model's body nor of
+    towers and connectors beside it, and of a new pooler inside its body.
     """
     anatomy = Anatomy.of(model)
     body = anatomy.decoder
@@ -113,23 +111,20 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def new_heads(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules of a head that the files of the model do not have: drawn from
-    a seed in the dtype of the body, so that no one finds them again in another one.
+    """The paths of the modules of a head that the files of the model do not have: drawn from a seed
+    in the dtype of the body, so that no one finds them again in another one.
     """
     return model.__dict__.get("new_heads", ())
 
 
 def new_poolers(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules of a pooler that the files of the model do not have."""
+    """The paths of the modules of a pooler that the files of the model do not have."""
     return model.__dict__.get("new_poolers", ())
 
 
 def expect_poolers(model: Any) -> None:
     """Take the pooler of a classifier for new if the class that its configuration names, of which
     its files are, has none.
-
-    Args:
-        model: A classifier that was made from the configuration, without files.
     """
     import transformers as tf
 
@@ -151,13 +146,7 @@ def _poolers(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
-    """Let the heads of a classifier compute in fp32 if they are in 16 bits.
-
-    Args:
-        model: A classifier without adapters.
-        files: Has the values of the heads as they were before the model took 16 bits of them; None
-            for new heads.
-    """
+    """Let the heads of a classifier compute in fp32 if they are in 16 bits."""
     for path in head_paths(model):
         head = model.get_submodule(path)
         own = list(head.named_parameters(recurse=False))
@@ -171,13 +160,13 @@ def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
 
 
 def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of a forward, with activations in fp32; a hook of torch."""
+    """The arguments of a forward, with activations in fp32; a hook of torch."""
     return tuple(x.float() if isinstance(x, Tensor) else x for x in args)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that fills short texts: the tokenizer's padding token, or else its
-    end-of-sequence token. Raises LorafoldError if it has neither.
+    """The id of the token that fills short texts: the tokenizer's padding token, or else its
+    end-of-sequence token.
     """
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if found is None:
@@ -189,8 +178,8 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
-    """Return the names of the outputs of a model that has a head for texts already, or None if it
-    has none.
+    """The names of the outputs of a model that has a head for texts already, or None if it has
+    none.
     """
     config = source.config()
     if not any(
@@ -205,13 +194,6 @@ def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
 def scoring_shell(model: Any, pad_id: int) -> Any:
     """A sequence classifier with one output over the model's own tensors, without its adapters, in
     evaluation mode.
-
-    Raises LorafoldError if transformers has no classifier around this decoder, or if an adapter of
-    the model trains the base's own weights.
-
-    Args:
-        model: A language model, which stays as it is.
-        pad_id: The token that fills short texts, at the right.
     """
     of_base = twin(model)
     for path, module in [*adapted_modules(of_base)]:

@@ -44,7 +44,7 @@ class TensorSample(BaseModel, extra="forbid"):
 
 
 def parse(value: Any) -> Fingerprint:
-    """Check a fingerprint that was read from JSON. Raises LorafoldError if it is malformed."""
+    """Check a fingerprint that was read from JSON."""
     try:
         TypeAdapter(dict[str, TensorSample]).validate_python(value, strict=True)
     except ValidationError as e:
@@ -56,24 +56,20 @@ def parse(value: Any) -> Fingerprint:
 
 
 def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
-    """Return the fingerprint of a model's base weights, without its adapters.
-
-    `without` gives the paths of modules that are not part of the base, such as a new head.
+    """The fingerprint of a model's base weights, without its adapters. `without` gives the paths of
+    modules that are not part of the base, such as a new head.
     """
     return of(InMemory.of_model(model), without)
 
 
 def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
-    """Return the fingerprint of the safetensors files of a model directory.
-
-    Raises LorafoldError if there are none, or if one can't be read or was damaged.
-    """
+    """The fingerprint of the safetensors files of a model directory."""
     check_intact(directory, MODEL_FILES)
     return of(FileWeights(model_files(Path(directory))), without)
 
 
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
-    """Return the fingerprint of named weights; `without` as `of_model` takes it."""
+    """The fingerprint of named weights; `without` as `of_model` takes it."""
     inside = tuple(f"{path}." for path in without)
     shapes = {n: weights.shape(n) for n in weights.names if not n.startswith(inside)}
     # a scalar, such as the temperature of two encoders, has no positions to compare
@@ -101,9 +97,8 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:
-    """Return a line that says how the weights differ from a fingerprint, or no line if they agree.
-
-    Tensors that are missing here (tied, or under another name) are skipped, unless all are missing.
+    """A line that says how the weights differ from a fingerprint, or no line if they agree. Tensors
+    that are missing here (tied, or under another name) are skipped, unless all are missing.
     """
     here = {name: found for name in expected if (found := weights.find(name)) is not None}
     if expected and not here:

@@ -29,13 +29,13 @@ from lorafold.files.contents import digest, of_file
 from lorafold.files.paths import cache_directory
 from lorafold.models.gguf_files import SUFFIX, join, read, value
 from lorafold.models.gguf_rules import FREQUENCIES, SCALED, scale_positions, split_as_learned
-from lorafold.models.load_errors import check_complete, loading, tell_unread
+from lorafold.models.load_errors import check_complete, loading, warn_unread
 
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
 
-HALF = re.compile(r"(.+\.ffn_)(gate|up)(_exps\..+)")
+HALF = re.compile(r"^(.+\.ffn_)(gate|up)(_exps\..+)$")
 OTHER_HALF = {"gate": "up", "up": "gate"}
 BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # old files have those positions' angles
 log = logging.getLogger(__name__)
@@ -44,27 +44,9 @@ PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EXACT = {*PLAIN, "Q8_0"}  # what a copy has as it is in the file
 
 
-def missing_halves(readers: Sequence[GGUFReader]) -> list[str]:
-    """The tensors of experts that are missing, by the file's names, although the ones are there
-    that transformers joins them to.
-    """
-    names = set(_names(readers))
-    halves = [found.groups() for found in map(HALF.fullmatch, sorted(names)) if found]
-    others = [before + OTHER_HALF[own] + after for before, own, after in halves]
-    return [name for name in others if name not in names]
-
-
 def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Log the tensors that transformers passes over.
-
-    Raises LorafoldError for those of the model's own blocks, without which it computes something
-    else than the file's model.
-
-    Args:
-        model: what it made of the files.
-        report: its own, which has those that it knows of.
-        readers: the files.
-        what: what messages begin with.
+    """Warn about tensors that transformers does not read. Raises LorafoldError if they are in the
+    model's own blocks, since it would compute something else without them.
     """
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
@@ -75,15 +57,14 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
 
     architecture = value(readers[0], "general.architecture")
     if is_gguf_arch_supported(architecture):
-        if unread := sorted(report["unexpected_keys"]):
-            tell_unread(what, unread)
-        return
+        return warn_unread(what, sorted(report["unexpected_keys"]))
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
-    read = {*get_gguf_hf_weights_map(model, processor)}
+    known = {*get_gguf_hf_weights_map(model, processor)}
     if model.config.model_type in SCALED:
-        read.add(FREQUENCIES)
+        known.add(FREQUENCIES)
     # those of experts are known to it without their ending
-    unread = [n for n in _names(readers) if not {n, n.removesuffix(".weight")} & read]
+    names = [tensor.name for tensor in _tensors(readers)]
+    unread = [n for n in names if not {n, n.removesuffix(".weight")} & known]
     blocks = model.config.get_text_config().num_hidden_layers
     inside = [n for n in unread if (at := BLOCK.match(n)) and int(at[1]) < blocks]
     if inside:
@@ -91,17 +72,16 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
             f"{what}: {type(model).__name__} has no place for {len(inside)} tensors of its blocks,"
             f" without which it is another model: {listed(inside)}"
         )
-    if unread:
-        tell_unread(what, unread)
+    warn_unread(what, unread)
 
 
-def _names(readers: Sequence[GGUFReader]) -> list[str]:
-    return [tensor.name for reader in readers for tensor in reader.tensors]
+def _tensors(readers: Sequence[GGUFReader]) -> Iterator[Any]:
+    return (tensor for reader in readers for tensor in reader.tensors)
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """The GGUF files of a model, in their order, and whether fp32 is asked of its copy."""
+    """The GGUF files of a model, in their order, and whether its copy keeps fp32."""
 
     files: tuple[Path, ...]
     fp32: bool = False
@@ -131,10 +111,8 @@ def gguf_of(files: Sequence[Path], fp32: bool = False) -> Gguf:
 
 
 def unpacked(gguf: Gguf) -> Path:
-    """Return the directory of the copy of a model, which is made if there is none.
-
-    Processes that run this at the same time make one copy. Raises LorafoldError if transformers
-    can't read the files, if they lack weights, or if the cache can't be written.
+    """The directory of the copy of a model, which is made if there is none; processes that run this
+    at the same time make one copy.
     """
     copy = gguf.copy
     if not (copy / MANIFEST).is_file():
@@ -182,20 +160,25 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         kind, pre = (value(readers[0], f"tokenizer.ggml.{key}") for key in ("model", "pre"))
         split_as_learned(tokenizer, kind, pre, what)
-        dense = GgufConfig(dequantize=True)
         model, info = auto.from_pretrained(
             file.parent,
             gguf_file=file.name,
-            quantization_config=dense,
+            quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        missing = [*sorted(info["missing_keys"]), *missing_halves(readers)]
+        names = sorted(tensor.name for tensor in _tensors(readers))
+        # of the two that transformers joins, where the file has one alone
+        halves = [HALF.sub(lambda m: m[1] + OTHER_HALF[m[2]] + m[3], n) for n in names]
+        missing = [*sorted(info["missing_keys"]), *(n for n in halves if n not in names)]
         check_complete(what, missing, info["mismatched_keys"])
         check_read(model, info, readers, what)
         scale_positions(model.config, readers, what)
-        _narrow(model, in_file)
+        for parameter in model.parameters():  # unless a value would be rounded
+            narrow = parameter.data.to(in_file)
+            if narrow.to(parameter.dtype).equal(parameter.data):
+                parameter.data = narrow
         if len(readers) > 1:
             file.unlink()
         model.save_pretrained(tmp)
@@ -203,7 +186,7 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
 
 
 def _types(readers: Sequence[GGUFReader]) -> set[str]:
-    return {tensor.tensor_type.name for reader in readers for tensor in reader.tensors}
+    return {tensor.tensor_type.name for tensor in _tensors(readers)}
 
 
 def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
@@ -211,18 +194,7 @@ def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
     import torch
 
     if not types <= EXACT:
-        wanted = torch.float32 if fp32 else torch.bfloat16
-        return wanted, wanted
+        return (torch.float32 if fp32 else torch.bfloat16,) * 2
     # vectors, and the matrices of routers, are F32 in every file
     matrices = types - {"F32"} if len(types) > 1 else types
     return torch.float32, getattr(torch, PLAIN.get("".join(matrices), "float32"))
-
-
-def _narrow(model: Any, dtype: torch.dtype) -> None:
-    """Store the parameters in this dtype, but for those with values that it does not have."""
-    import torch
-
-    for parameter in model.parameters():
-        narrow = parameter.data.to(dtype)
-        if torch.equal(narrow.to(parameter.dtype), parameter.data):
-            parameter.data = narrow

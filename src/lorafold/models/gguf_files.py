@@ -29,9 +29,7 @@ BESIDE = "mmproj"  # how the files of a model's towers begin
 
 
 def files_of(file: Path) -> tuple[Path, ...]:
-    """The files of the model that one of its files belongs to, in their order. Raises LorafoldError
-    with the names of those that are missing.
-    """
+    """The files of the model that one of its files belongs to, in their order."""
     named = PART.fullmatch(file.name)
     if named is None:
         return (file,)
@@ -45,25 +43,23 @@ def files_of(file: Path) -> tuple[Path, ...]:
 
 
 def models_of(names: Iterable[str]) -> list[list[str]]:
-    """The files of each model among those of a repository, in their order, without towers'."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    """The files of each model among those of a repository, in their order, without encoders'."""
+    models: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(names):
         path = PurePosixPath(name)
         if path.suffix == SUFFIX and not path.name.startswith(BESIDE):
             part = PART.fullmatch(path.name)
-            own = (path.name,) if part is None else (part[1], part[3])
-            found.setdefault((str(path.parent), *own), []).append(name)
-    return list(found.values())
+            key = (path.name,) if part is None else (part[1], part[3])
+            models.setdefault((str(path.parent), *key), []).append(name)
+    return list(models.values())
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:
-    """The files of the only model in a folder; none if it has no GGUF files. Raises LorafoldError
-    if it has several models, or not all files of one.
-    """
-    found = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(BESIDE))
-    models = list(dict.fromkeys(map(files_of, found)))
+    """The files of the only model in a folder; none if it has no GGUF files."""
+    files = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(BESIDE))
+    models = list(dict.fromkeys(map(files_of, files)))
     if len(models) > 1:
-        names = listed(files[0].name for files in models)
+        names = listed(parts[0].name for parts in models)
         raise LorafoldError(
             f"model {folder}: found {len(models)} GGUF models in it, expected one of them: {names}"
         )
@@ -71,10 +67,8 @@ def files_in(folder: Path) -> tuple[Path, ...]:
 
 
 def read(files: Sequence[Path]) -> list[GGUFReader]:
-    """Read the metadata of the files of a model.
-
-    Raises LorafoldError for one that is no GGUF file, was cut short, has a header that its bytes do
-    not agree with, or is none of these files.
+    """Read the metadata of the files of a model, and check that each is a whole GGUF file at its
+    place in their order.
     """
     from gguf import GGUFReader
 
@@ -103,9 +97,9 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
 
 
 def check_places(reader: GGUFReader, file: Path) -> None:
-    """Raise LorafoldError unless the tensors fill a file from the end of its header on, each after
-    the one before it. A header that says another number of them, or other types or places, would
-    have bytes read as numbers that they are not.
+    """Raise LorafoldError unless the tensors fill a file from the end of its header on without
+    gaps. With a wrong number, type or offset in the header, bytes would be read as values that they
+    are not.
     """
     end = 0
     for tensor in reader.tensors:
@@ -125,7 +119,7 @@ def check_places(reader: GGUFReader, file: Path) -> None:
 
 
 def value(reader: GGUFReader, key: str) -> Any:
-    """What the metadata of a file has under a key; None if it has nothing."""
+    """The value of a key of a file's metadata; None if there is none."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
@@ -133,22 +127,17 @@ def value(reader: GGUFReader, key: str) -> Any:
 @contextmanager
 def one_file(files: Sequence[Path]) -> Iterator[Path]:
     """A file with the metadata and the names of all tensors of a model, but not all values."""
-    if len(files) == 1:
-        yield files[0]
-        return
     with tempfile.TemporaryDirectory() as folder:
-        joined = Path(folder) / f"joined{SUFFIX}"
-        join(read(files), joined, values=False)
-        yield joined
+        file = files[0]
+        if len(files) > 1:
+            file = Path(folder) / f"joined{SUFFIX}"
+            join(read(files), file, values=False)
+        yield file
 
 
 def join(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> None:
-    """Write the files of a model as one.
-
-    Args:
-        readers: the files, in their order.
-        out: the file to write.
-        values: write the tensors' values; else there is a hole of their size.
+    """Write the files of a model, in their order, as one; without `values` it has holes of their
+    size.
     """
     import numpy as np
 
@@ -161,15 +150,15 @@ def join(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> No
         file.write(first.data[:before].tobytes())
         file.write(np.array([len(tensors)], count.dtype).tobytes())
         file.write(first.data[before + count.nbytes : metadata].tobytes())
-        places, end = [], 0
+        offsets, end = [], 0
         for tensor in tensors:
-            *about, offset = tensor.field.parts
-            places.append(end)
-            file.writelines(part.tobytes() for part in about)
+            *header, offset = tensor.field.parts
+            offsets.append(end)
+            file.writelines(part.tobytes() for part in header)
             file.write(np.array([end], offset.dtype).tobytes())
             end += -(-tensor.n_bytes // alignment) * alignment
         start = -(-file.tell() // alignment) * alignment
-        for tensor, place in zip(tensors, places, strict=True) if values else ():
-            file.seek(start + place)
+        for tensor, offset in zip(tensors, offsets, strict=True) if values else ():
+            file.seek(start + offset)
             tensor.data.tofile(file)
         file.truncate(start + end)

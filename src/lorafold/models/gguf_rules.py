@@ -112,16 +112,7 @@ UNKNOWN = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multi
 def split_as_learned(
     tokenizer: PreTrainedTokenizerBase, kind: str, pre: str | None, what: str
 ) -> None:
-    """Make a tokenizer that transformers read from a GGUF file split text by the file's rule.
-
-    Raises LorafoldError for a rule that neither transformers nor this file knows.
-
-    Args:
-        tokenizer: its rule is replaced.
-        kind: of its vocabulary, `tokenizer.ggml.model` in the file.
-        pre: the name of the rule; None if the file has none.
-        what: what messages begin with.
-    """
+    """Make a tokenizer that transformers read from a GGUF file split text by the file's rule."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     if kind != BYTE_LEVEL:
@@ -193,15 +184,7 @@ def _has_each_digit_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Have a model scale its rotary positions as its file does.
-
-    Raises LorafoldError for a scaling that is not known here.
-
-    Args:
-        config: the model's; it gets the scaling.
-        readers: the files.
-        what: what the message begins with.
-    """
+    """Have a model scale its rotary positions as its file does."""
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
         return  # it has no such positions, or several kinds of them, or transformers read it

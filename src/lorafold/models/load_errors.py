@@ -50,7 +50,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
-    """Return the error's message without line breaks, cut to `limit` characters."""
+    """The error's message without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -114,9 +114,6 @@ def read_weights(
     """Load a model in evaluation mode, with an auto class of transformers and with these fields of
     its configuration replaced. Returns it with transformers' report on weights that are missing in
     the files, have other shapes, or have no place in the model.
-
-    Raises LorafoldError if files are damaged or missing, or if their weights are quantized and the
-    storage is not.
     """
     import torch
 

@@ -45,10 +45,7 @@ class Positions:
     trained: int | None
 
     def after(self, before: int) -> Positions:
-        """What is left of a table for a row that comes after so many positions.
-
-        Raises LorafoldError where that is no row.
-        """
+        """What is left of a table for a row that comes after so many positions."""
         if self.table is None:
             return self
         if self.table - before < SHORTEST:
@@ -61,12 +58,6 @@ class Positions:
     def fitted(self, asked: int | None, usual: int) -> tuple[int, str | None]:
         """The length that rows are cut to, and a line to tell if the positions bound it or do not
         reach as far.
-
-        Raises LorafoldError for a length that was asked for and is beyond a table.
-
-        Args:
-            asked: The length that was asked for; None: the usual one, if it fits.
-            usual: The length where nobody asks for one.
         """
         table, trained = self.table, self.trained
         if asked is None:
@@ -111,10 +102,6 @@ def positions_in(
 ) -> Positions:
     """The positions of the model that a configuration is of, of which one block is made without
     values, unless its positions are rotary or its configuration names none.
-
-    Args:
-        classifies: It is a classifier or a reward model, and else a language model.
-        trust_remote_code: Run the model's own Python files.
     """
     from lorafold.models.fake import fake_model, without_values
 
@@ -138,13 +125,9 @@ def sequence_of(model: nn.Module) -> int | None:
 
 
 def trained_on(config: PreTrainedConfig) -> int | None:
-    """How many positions a model with rotary ones was trained on; None for other models.
-
-    A factor stretches the positions before it, which some configurations name beside those after
-    it, and some name alone.
-
-    Args:
-        config: The configuration of the language model.
+    """How many positions a model with rotary ones was trained on; None for other models. A factor
+    stretches the positions before it, which some configurations name beside those after it, and
+    some name alone.
     """
     given, rotary = _given(config), getattr(config, "rope_parameters", None)
     if given is None or not isinstance(rotary, Mapping) or getattr(config, "alibi", False):

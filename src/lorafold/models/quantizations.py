@@ -129,11 +129,9 @@ def check_storage(name: str) -> None:
 
 
 def choose_storage(base: str, device: torch.device | str) -> Storage:
-    """Return the storage for a base of auto or a row of STORAGES on this device, with the reason as
-    a line to print. Raises LorafoldError for other names.
-
-    auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
-    fp32. Quantized weights are dequantized to the dtype that auto would choose.
+    """The storage for a base of auto or a row of STORAGES on this device, with the reason as a line
+    to print. auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is
+    slower than fp32. Quantized weights are dequantized to the dtype that auto would choose.
     """
     import torch
 

@@ -58,11 +58,7 @@ READ_BY = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
 
 
 def quantization_of(settings: Mapping[str, Any], what: str) -> str:
-    """Return the storage of a checkpoint by its `quantization_config`: a row of STORAGES, or fp4.
-
-    Raises LorafoldError, in a message that begins with `what`, if it is none of them, or if the
-    package that reads it is not installed.
-    """
+    """The storage of a checkpoint by its `quantization_config`: a row of STORAGES, or fp4."""
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     if settings.get("load_in_8bit"):
@@ -87,8 +83,8 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
 
 
 def packable(model: PreTrainedModel) -> list[str]:
-    """Return the sites whose matrices are quantized: those of the blocks whose number of inputs is
-    a multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules without an
+    """The sites whose matrices are quantized: those of the blocks whose number of inputs is a
+    multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules without an
     adapter, computes others wrongly on some CPUs. Grouped linears have no quantized form.
     """
     anatomy = Anatomy.of(model)

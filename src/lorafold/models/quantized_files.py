@@ -66,9 +66,7 @@ def readable(settings: Mapping[str, Any]) -> bool:
 
 
 def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
-    """The storage of a readable `quantization_config`. Raises LorafoldError, in a message that
-    begins with `what`, for one that mixes several.
-    """
+    """The storage of a readable `quantization_config`."""
     if stored_mxfp4(settings):
         return str(of_method(settings["quant_method"]))
     names = sorted({str(of_codes(c.kind, c.bits)) for c, _ in _groups(settings, what)})
@@ -82,7 +80,7 @@ def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
 
 def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
     """Replace the linears or experts of a model without values by quantized ones, as its files
-    store them. Raises LorafoldError if the `quantization_config` does not fit the model.
+    store them.
     """
     if stored_mxfp4(settings):
         return make_mxfp4(model, settings, what)
@@ -105,8 +103,7 @@ def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
 
 def as_in_files(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
     """Give the scales of a model on the meta device, after `make_quantized`, the dtypes of the
-    files. Raises LorafoldError with every tensor that a quantized weight lacks or that does not fit
-    it.
+    files.
     """
     problems = [*misfits(model, entries)]
     if problems:
@@ -148,9 +145,7 @@ def check_quantized(model: nn.Module, what: str) -> None:
 
 
 def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
-    """Give the experts of a model parameters for blocks and scales, without values. Raises
-    LorafoldError if the model has no such experts, or if a row is not a whole number of groups.
-    """
+    """Give the experts of a model parameters for blocks and scales, without values."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     plain, quantized = settings.get("modules_to_not_convert"), 0

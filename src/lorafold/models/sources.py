@@ -47,10 +47,7 @@ class ModelSource:
 
     def intact(self, *patterns: str) -> Path:
         """Check that files which match the patterns were not damaged since they were written, and
-        return `path`.
-
-        A damaged copy of GGUF files is made anew. Raises LorafoldError for other damaged
-        directories.
+        return `path`. A damaged copy of GGUF files is made anew.
         """
         if self.gguf is None:
             check_intact(self.path, patterns)
@@ -59,7 +56,7 @@ class ModelSource:
         return self.path
 
     def config(self) -> dict[str, Any]:
-        """The contents of config.json. Raises LorafoldError if it is damaged or not JSON."""
+        """The contents of config.json."""
         return read_object(self.intact("config.json") / "config.json")
 
     def hf_config(self) -> "PreTrainedConfig":
@@ -79,16 +76,10 @@ def resolve_model(
     trust_remote_code: bool = False,
     fp32: bool = False,
 ) -> ModelSource:
-    """Find a model on this machine, or download it from the hub; a `ModelSource` is returned as it
-    is.
-
-    `revision` is a branch, tag or commit of a hub model; `fp32` unpacks a quantized GGUF file
-    without rounding to bf16. Raises LorafoldError if there is no such model, or if its weights are
-    neither safetensors nor GGUF.
+    """Find a model on this machine, or download it from the hub. `revision` is a branch, tag or
+    commit of a hub model; `fp32` unpacks a quantized GGUF file without rounding to bf16. Raises
+    LorafoldError if there is no such model, or if its weights are neither safetensors nor GGUF.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
     if isinstance(name, ModelSource):
         return name
     text, path = str(name), Path(name).expanduser()
@@ -102,6 +93,9 @@ def resolve_model(
         if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
             what = "not a model" if path.exists() else "no such file or directory"
             raise LorafoldError(f"model {text}: {what}; {meant(text) or ACCEPTED}")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HTTPError
+
         with asked_once() as away:
             try:
                 path = Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
@@ -174,7 +168,7 @@ def gguf_at(path: Path) -> tuple[Path, ...]:
 
 def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
     """The GGUF files of the only model in a repository of the hub, which are downloaded if they are
-    not on this machine; none if it has no such files. Raises LorafoldError for several models.
+    not on this machine; none if it has no such files.
     """
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HTTPError

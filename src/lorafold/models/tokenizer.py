@@ -56,7 +56,7 @@ class Words:
     new: frozenset[str]
 
     def __str__(self) -> str:
-        """Return a line that lists the words, empty if there are none."""
+        """A line that lists the words, empty if there are none."""
         new = ", ".join(f"{word} {i}" for word, i in self.ids.items() if word in self.new)
         known = [
             f"{word} is a token already ({i}), its embedding is trained too"
@@ -69,8 +69,6 @@ class Words:
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words:
     """Make each word a single token of the tokenizer. A new word becomes a special token, which is
     left out of the text of completions.
-
-    Raises LorafoldError if a word is blank or given twice.
     """
     from transformers import AddedToken
 
@@ -90,8 +88,7 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Set the tokenizer's chat template to the Jinja template of a file, or for "none" to that of
-    `joined` and for "tools" to that of `with_tools`. Raises LorafoldError if the file can't be read
-    or is not a valid template.
+    `joined` and for "tools" to that of `with_tools`.
     """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
@@ -122,14 +119,6 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
 def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with its chat template, of the last adapter that has one. It gets the new
     tokens of all adapters.
-
-    Raises LorafoldError for a tokenizer that is damaged or missing, and if two adapters use one id
-    for different tokens, as adapters that were trained separately may.
-
-    Args:
-        source: The base model.
-        own: The directories of the adapters that have a tokenizer of their own, at least one, in
-            order.
     """
     *earlier, last = (_load(source, path) for path in own)
     words = _by_id(last)
@@ -169,14 +158,9 @@ def load_tokenizer(
 
 
 def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory.
-
-    Raises NoTokenizer if there is no vocabulary (depending on the class, transformers would make an
-    empty tokenizer or fail), and LorafoldError if a file is damaged or can't be loaded.
-
-    Args:
-        source: The directory.
-        what: The name of the tokenizer's owner in messages; else "model gpt2", for example.
+    """Load the tokenizer of a directory. Raises NoTokenizer if there is no vocabulary (depending on
+    the class, transformers would make an empty tokenizer or fail), and LorafoldError if a file is
+    damaged or can't be loaded.
     """
     what = what or f"model {source.name}"
     source.intact(*TOKENIZER_FILES)

@@ -60,7 +60,7 @@ class Weights(ABC):
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
+        """The shape of a tensor."""
 
     @abstractmethod
     def is_floating(self, name: str) -> bool:
@@ -68,16 +68,16 @@ class Weights(ABC):
 
     @abstractmethod
     def at(self, name: str, where: Tensor) -> Tensor:
-        """Return the elements at indices (n, rank) of a tensor: (n,), on the CPU, in its dtype."""
+        """The elements at indices (n, rank) of a tensor: (n,), on the CPU, in its dtype."""
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
-        """Return a whole tensor, of any shape."""
+        """A whole tensor, of any shape."""
 
     def find(self, name: str) -> str | None:
-        """Return the name here of a tensor that is called `name` elsewhere, or None. Files often
-        lack the first part of the model's names ("transformer.", "model."), and a part for text
-        that was loaded alone the second one ("model.language_model.").
+        """The name here of a tensor that is called `name` elsewhere, or None. Files often lack the
+        first part of the model's names ("transformer.", "model."), and a part for text that was
+        loaded alone the second one ("model.language_model.").
         """
         if name in self.names:
             return name
@@ -106,15 +106,13 @@ class InMemory(Weights):
         those on the meta device, count as absent.
         """
         state = base_state(model)
-        own = [
-            name
-            for named in (model.named_parameters, model.named_buffers)
-            for name, _ in named(remove_duplicate=False)
-        ]
-        found = {k: state[k] for k in own if k in state}
+        parameters, buffers = (
+            named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers)
+        )
+        tensors = {name: state[name] for name, _ in (*parameters, *buffers) if name in state}
         return cls({
-            k: t
-            for k, t in found.items()
+            name: t
+            for name, t in tensors.items()
             if t.is_floating_point() and t.itemsize > 1 and not t.is_meta
         })  # fmt: skip
 
@@ -122,14 +120,9 @@ class InMemory(Weights):
     def read(cls, content: bytearray, path: Path) -> InMemory:
         """The tensors of a safetensors file that was read into memory, which they share: `load` of
         safetensors copies it all, and no other thread runs meanwhile. They must not be written to.
-        Raises LorafoldError for one that can't be read.
-
-        Args:
-            content: the bytes of the file.
-            path: where they are from, for the message.
         """
         try:
-            found = places(content)
+            entries = places(content)
         except LorafoldError as e:
             raise unreadable(path, e) from None
         return cls({
@@ -138,13 +131,13 @@ class InMemory(Weights):
             ).view(place.shape)
             if place.stop > place.start
             else torch.empty(place.shape, dtype=DTYPES[place.dtype])
-            for name, place in found.items()
+            for name, place in entries.items()
         })  # fmt: skip
 
     def with_others(self, hidden: Collection[str], others: Mapping[str, Tensor]) -> InMemory:
         """The same without the `hidden` ones, and with others, of any shape, by name."""
-        found = {name: t for name, t in self.tensors.items() if name not in hidden}
-        return InMemory(found | dict(others))
+        shown = {name: t for name, t in self.tensors.items() if name not in hidden}
+        return InMemory(shown | dict(others))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
@@ -176,14 +169,14 @@ class FileWeights(Weights):
         self.names = self._file.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file[name].get_slice(name).get_shape())
+        return tuple(self.slice(name).get_shape())
 
     def is_floating(self, name: str) -> bool:
-        dtype: str = self._file[name].get_slice(name).get_dtype()
+        dtype = self.slice(name).get_dtype()
         return dtype.startswith(("F", "BF")) and not dtype.startswith("F8")
 
     def at(self, name: str, where: Tensor) -> Tensor:
-        lazy = self._file[name].get_slice(name)
+        lazy = self.slice(name)
         return torch.cat(
             [lazy[tuple(slice(i, i + 1) for i in index)].flatten() for index in where.tolist()]
         )
@@ -206,9 +199,7 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """Return the weight files of a model directory, those that transformers reads. Raises
-    LorafoldError if there are none, or with the names of those that are missing.
-    """
+    """The weight files of a model directory, those that transformers reads."""
     if (single := directory / SINGLE).is_file():
         return [single]
     if (index := directory / INDEX).is_file():
@@ -242,7 +233,7 @@ class TensorEntry:
     size: int
 
     def shaped(self, shape: tuple[int, ...]) -> TensorEntry:
-        """Return the entry of a tensor of another shape and the same dtype."""
+        """The entry of a tensor of another shape and the same dtype."""
         return (
             self
             if shape == self.shape
@@ -268,7 +259,7 @@ class Container:
 
 
 def read_container(path: Path) -> Container:
-    """Read the header of a file. Raises LorafoldError if it is not a complete safetensors file."""
+    """Read the header of a complete safetensors file."""
     try:
         with safe_open(path, framework="pt"):  # checks the header and the length
             pass
@@ -279,12 +270,12 @@ def read_container(path: Path) -> Container:
         raise LorafoldError(
             f"{path}: expected a safetensors file, but it can't be read as one: {e}"
         ) from None
-    metadata = header.pop("__metadata__", {})
-    offsets = {name: about["data_offsets"] for name, about in header.items()}
-    entries = {}
-    for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1][0]):
-        dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
-        entries[name] = TensorEntry(name, dtype, shape, path, 8 + length + start, end - start)
+    metadata, entries = header.pop("__metadata__", {}), {}
+    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        (start, end), shape = tensor["data_offsets"], tuple(tensor["shape"])
+        entries[name] = TensorEntry(
+            name, tensor["dtype"], shape, path, 8 + length + start, end - start
+        )
     return Container(entries, metadata)
 
 
@@ -336,7 +327,9 @@ def write_container(
 
 
 def check_finite(name: str, t: Tensor) -> Tensor:
-    """A tensor of any shape. Raises LorafoldError, which names it, if it has NaN or infinity."""
+    """Return t, of any shape, unless it has NaN or infinity, which raises LorafoldError with its
+    name.
+    """
     counts = t.is_floating_point() and t.itemsize > 1 and t.numel()
     if counts and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
         raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
@@ -344,36 +337,23 @@ def check_finite(name: str, t: Tensor) -> Tensor:
 
 
 def write_pieces(path: Path, pieces: Mapping[str, PendingTensor]) -> None:
-    """Write a safetensors file of which one tensor is in memory at a time. Raises LorafoldError if
-    one is not finite.
-
-    Args:
-        path: The file to write.
-        pieces: By name.
-    """
+    """Write a safetensors file of which one tensor is in memory at a time."""
     entries = [
-        (
-            name,
-            TensorEntry(name, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize),
-        )
-        for name, p in pieces.items()
+        (n, TensorEntry(n, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
+        for n, p in pieces.items()
     ]
-
-    def got(name: str) -> Tensor:
-        return check_finite(name, pieces[name].get().cpu())
-
-    write_container(path, entries, {}, got, lambda *_: None)
+    write_container(
+        path, entries, {}, lambda n: check_finite(n, pieces[n].get().cpu()), lambda *_: None
+    )
 
 
 def _copy_bytes(entry: TensorEntry, out: BinaryIO) -> None:
-    left = entry.size
     with entry.file.open("rb") as source:
         source.seek(entry.offset)
+        left = entry.size
         while left:
-            block = source.read(min(left, BLOCK))
-            if not block:
+            if not (block := source.read(min(left, BLOCK))):
                 raise LorafoldError(
                     f"{entry.file}: ends inside the tensor {entry.name}, so it was cut short"
                 )
-            out.write(block)
-            left -= len(block)
+            left -= out.write(block)

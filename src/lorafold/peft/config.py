@@ -110,18 +110,7 @@ def write_config(
     model: nn.Module, spec: Spec, sites: Sequence[TargetModule], selection: PeftSelection,
     bias: Bias, form: WrittenForm,
 ) -> dict[str, Any]:  # fmt: skip
-    """The config of an adapter on `model`, ready for JSON.
-
-    Args:
-        model: The adapted model, whose class decides on PEFT's task type.
-        spec: The method with its options.
-        sites: The deltas with their module paths.
-        selection: Targets, modules trained whole, and token rows.
-        bias: Which biases are trained.
-        form: The form of the files.
-
-    LorafoldError for a method that has an option with the name of a key that all methods share.
-    """
+    """The config of an adapter on `model`, ready for JSON."""
     method = form.method
     if taken := sorted({f.key for f in method.fields} & SHARED):
         raise LorafoldError(
@@ -191,7 +180,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
-    """The row of the table that a config is read by. LorafoldError where there is none."""
+    """The row of the table that a config is read by."""
     kind = config.get("peft_type")
     of_kind = [m for m in METHODS if m.peft_type == kind]
     of_kind = of_kind or [m for m in more_methods() if m.peft_type == kind]

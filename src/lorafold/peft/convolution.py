@@ -56,11 +56,6 @@ def all_flat(v: Tensor, site: TargetModule) -> Tensor:
 def not_down(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a lora_A of a file, or None. PEFT's has all input channels where the
     convolution has groups: an update that mixes them, which the weight can't hold.
-
-    Args:
-        a: The tensor of the file.
-        site: The delta with its module.
-        file: All tensors of the file that belong to the adapter.
     """
     expected = as_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
     if a.shape == expected and a.is_floating_point():
@@ -79,16 +74,9 @@ def whole(w2: Tensor, site: TargetModule) -> Tensor:
 
 
 def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a lokr_w2 of a file, or None.
-
-    PEFT 0.21 multiplies a w2 (o2, i2, k) of a Conv1d in another order, kron(w2, w1), than its own
-    factors, its Conv2d and LyCORIS. Such a file is refused, and ours has the matrix, which PEFT
-    refuses: neither is misread.
-
-    Args:
-        w2: The tensor of the file.
-        site: The delta with its module.
-        file: All tensors of the file that belong to the adapter.
+    """What is wrong with a lokr_w2 of a file, or None. PEFT 0.21 multiplies a w2 (o2, i2, k) of a
+    Conv1d in another order, kron(w2, w1), than its own factors, its Conv2d and LyCORIS. Such a file
+    is refused, and ours has the matrix, which PEFT refuses: neither is misread.
     """
     expected = whole(site.delta.w2, site).shape  # type: ignore[arg-type]
     if w2.shape == expected and w2.is_floating_point():

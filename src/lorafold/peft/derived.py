@@ -63,8 +63,6 @@ def method(spec: type[Spec], peft_type: str) -> Method:
 def methods(known: Collection[type[Spec]]) -> list[Method]:
     """The rows of the registered methods that are not `known`. Those that train the base have none:
     they are saved as models.
-
-    LorafoldError where two of them would have one name in files.
     """
     names: dict[type[Spec], str] = {}
     for name in METHODS:

@@ -106,13 +106,7 @@ class WrittenForm:
 
 
 def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenForm:
-    """The form of an adapter. Raises LorafoldError for a method that is not registered.
-
-    Args:
-        model: The adapted model.
-        spec: The method with its options.
-        targets: The sites that the method adapts.
-    """
+    """The form of an adapter."""
     method = next((m for m in METHODS if m.holds(spec)), None)
     method = method or next((m for m in more_methods() if m.holds(spec)), None)
     if method is None:
@@ -145,12 +139,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
 
 
 def tell(form: WrittenForm, path: object) -> None:
-    """Log what the form means to a user of PEFT.
-
-    Args:
-        form: The form of an adapter.
-        path: Where it was written.
-    """
+    """Log what the form means to a user of PEFT."""
     if form.own:
         log.warning(
             f"{path}: PEFT adapts experts and grouped linears with LoRA alone, and experts in"
@@ -176,12 +165,7 @@ def tell(form: WrittenForm, path: object) -> None:
 
 
 def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
-    """The spec of a config, with the dropout of the record. Raises LorafoldError if that is none.
-
-    Args:
-        spec: The spec that was read from the config.
-        record: The record beside it; empty where PEFT wrote the adapter.
-    """
+    """The spec of a config, with the dropout of the record."""
     if DROPOUT not in record:
         return spec
     if type(value := record[DROPOUT]) is not float:
@@ -230,8 +214,7 @@ def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
 
 def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The sites that PEFT's `target_parameters` select, by name; a name that matches no parameter
-    has none. Raises LorafoldError for parameters that are neither the matrices of experts nor the
-    weights of linear modules.
+    has none.
     """
     found: dict[str, list[str]] = {name: [] for name in names}
     wrong = []
@@ -258,10 +241,6 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
 def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -> dict[str, V]:
     """The values by pattern, with more of them where a path would get another value under its
     second name than under its first.
-
-    Args:
-        values: Ranks or alphas by regular expression, as PEFT matches them.
-        pairs: The first and the second name of each path.
     """
     def of(path: str) -> Any:
         return next((v for key, v in values.items() if pattern_matches(key, path)), None)

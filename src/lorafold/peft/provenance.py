@@ -50,7 +50,7 @@ class TrainedOn:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> TrainedOn | None:
-        """From a record. Raises LorafoldError for a malformed field."""
+        """From a record."""
         found = record.get(TRAINED_ON)
         if found is None:
             storage = named_as_now(record.get("recipe") or {}).get("storage")
@@ -90,7 +90,7 @@ class OwnBase:
 
     @classmethod
     def of(cls, adapter: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> OwnBase:
-        """From the contents of both files. Raises LorafoldError for a malformed fingerprint."""
+        """From the contents of both files."""
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         return cls(
             adapter,
@@ -103,9 +103,7 @@ class OwnBase:
 
     @classmethod
     def read(cls, adapter: Path) -> OwnBase:
-        """From the files of an adapter that is not opened. Raises LorafoldError for files that
-        can't be read.
-        """
+        """From the files of an adapter that is not opened."""
         if not (adapter / CONFIG).exists():
             raise no_adapter(adapter)
         contents = Contents(adapter, (CONFIG, RECORD), BYTES)
@@ -133,21 +131,14 @@ class OwnBase:
 
     def without(self, paths: Sequence[str]) -> OwnBase:
         """The same with a fingerprint that has nothing of these modules, which are not the base's.
-
-        Args:
-            paths: of modules.
         """
         inside = tuple(f"{path}." for path in paths)
         found = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
         return replace(self, fingerprint=found)
 
     def problems(self, base: Weights, called: str) -> list[str]:
-        """Return a line that says that a base is another one, or no line. An adapter without a
-        fingerprint fits any base.
-
-        Args:
-            base: The weights of the base that the adapter is loaded on.
-            called: The name of that base.
+        """A line that says that a base is another one, or no line. An adapter without a fingerprint
+        fits any base.
         """
         if not (found := fingerprint.differences(self.fingerprint, base)):
             return []
@@ -173,9 +164,6 @@ class OwnBase:
     def hint(self, called: str) -> str:
         """What a message about a base that does not fit ends with, if the adapter has no
         fingerprint and names another one.
-
-        Args:
-            called: The name of the base that it does not fit.
         """
         if self.fingerprint or self.name in ("", called):
             return ""
@@ -205,9 +193,7 @@ def recorded(over: Sequence[Origin]) -> dict[str, Any]:
 
 
 def parse(record: Mapping[str, Any]) -> tuple[Origin, ...]:
-    """The adapters that a record says its adapter lies over, lowest first. Raises LorafoldError for
-    a field of another form.
-    """
+    """The adapters that a record says its adapter lies over, lowest first."""
     entries = record.get(OVER, [])
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and all(isinstance(e.get(k), str) for k in ("adapter", "sha256"))
@@ -224,10 +210,6 @@ def beside(origin: Origin, over: Path) -> Path:
     """Where an adapter has to be for an engine or a server to find it: beside the one that lies
     over it, under the last part of its path. A record comes with an adapter, and may not choose
     what is read.
-
-    Args:
-        origin: The adapter to find.
-        over: The directory of the one that lies over it.
     """
     return over.resolve().parent / Path(origin.path).name
 
@@ -248,12 +230,7 @@ def same(needed: Sequence[Origin], found: Sequence[Origin]) -> bool:
 
 
 def mismatch(needed: Sequence[Origin], found: Sequence[Origin]) -> str:
-    """What is wrong where an adapter does not fit.
-
-    Args:
-        needed: What its record says, lowest first.
-        found: The adapters that would be below it, lowest first.
-    """
+    """What is wrong where an adapter does not fit."""
     return (
         f"it was trained over {listed(needed)}; found {listed(found) or 'nothing'}"
         " below it"
@@ -261,12 +238,7 @@ def mismatch(needed: Sequence[Origin], found: Sequence[Origin]) -> str:
 
 
 def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
-    """How to load an adapter over those that it needs.
-
-    Args:
-        path: The adapter's directory.
-        needed: What its record says, lowest first.
-    """
+    """How to load an adapter over those that it needs."""
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
     first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (

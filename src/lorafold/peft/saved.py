@@ -103,11 +103,7 @@ class Saved:
 
     @classmethod
     def open(cls, path: str | Path | Contents) -> Saved:
-        """Read an adapter directory, or take what was read of it.
-
-        Raises LorafoldError that lists all damaged files, or everything that is missing, can't be
-        read or is not supported.
-        """
+        """Read an adapter directory, or take what was read of it."""
         contents = path if isinstance(path, Contents) else Contents(path, FILES)
         if CONFIG not in contents.files:
             raise no_adapter(contents.path)
@@ -171,7 +167,7 @@ class Saved:
         return bool(heads) and self.weights.shape(heads[0])[0] == 1
 
     def within(self, model: nn.Module) -> Saved:
-        """Return the adapter with the module paths that this model has."""
+        """The adapter with the module paths that this model has."""
         modules = {path for path, _ in Anatomy.of(model).modules}
         own = [name.removeprefix(START) for name in self.weights.names if name.startswith(START)]
         roots = {".".join(path.split(".")[:2]) for path in own}
@@ -185,9 +181,7 @@ class Saved:
         return replace(self, selection=self.selection.under(whole.paths), weights=weights)
 
     def targets(self, model: nn.Module) -> Matches:
-        """Return the modules of this model to adapt. Raises LorafoldError if the file has tensors
-        for each expert and the model has the matrices of all experts in one parameter.
-        """
+        """The modules of this model to adapt."""
         each = [key for key in self.weights.names if PER_EXPERT.search(key)]
         if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
             raise LorafoldError(
@@ -198,7 +192,7 @@ class Saved:
         return self.selection.targets(model)
 
     def beside(self, model: nn.Module) -> dict[str, Any]:
-        """Return the arguments of `attach` for this model besides the spec and the tokens."""
+        """The arguments of `attach` for this model besides the spec and the tokens."""
         return {
             "targets": self.targets(model),
             "bias": self.bias,
@@ -206,8 +200,8 @@ class Saved:
         }
 
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Saved]:
-        """Return the ids of the tokens whose vectors the adapter has, as its selection says that it
-        has some, by module path, and the adapter with exactly these vectors among its weights.
+        """The ids of the tokens whose vectors the adapter has, as its selection says that it has
+        some, by module path, and the adapter with exactly these vectors among its weights.
         """
         resolved = tokens.resolve(model, self.selection.tokens)
         ids, weights = tokens.completed(model, resolved, self.weights, base)
@@ -223,15 +217,6 @@ class Saved:
     ) -> None:
         """Give attached deltas the adapter's values, in fp32, on the devices of their modules (the
         CPU for modules on the meta device).
-
-        Raises LorafoldError, without the adapter's path, that lists `problems` and all tensors that
-        are unknown, missing, of a wrong shape or not finite; then nothing is changed.
-
-        Args:
-            model: The model that the deltas are attached to.
-            parts: The deltas by module path.
-            targets: The paths of the adapted modules.
-            problems: Lines to begin the list of errors with.
         """
         expected = saved_tensors(sites_of(model, parts, targets, base))
         found = set(self.weights.names)
@@ -256,16 +241,7 @@ def write(
     base: Weights,
     beside: ResultFiles,
 ) -> Path:
-    """Write the directory, completely or not at all.
-
-    Raises LorafoldError if the path exists and may not be replaced, if PEFT's format can't express
-    the adapter, or if a value is not finite.
-
-    Args:
-        path: The directory to write.
-        model: The model that the adapter is attached to.
-        parts: The adapter's deltas by module path.
-    """
+    """Write the directory, completely or not at all."""
     spec, matches = chosen.spec, chosen.matches
     targets = matches.paths
     replaced = [
@@ -322,7 +298,7 @@ def write(
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
-    """The adapters in these directories. Raises LorafoldError with all that can't be opened."""
+    """The adapters in these directories."""
     problems: list[str] = []
     found = [_attempt(problems, partial(Saved.open, path)) for path in paths]
     if problems:
@@ -333,9 +309,6 @@ def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
 def trained_on(adapters: Sequence[Saved | OwnBase]) -> TrainedOn | None:
     """How the base of these adapters stored its weights in training; None if no record has it, and
     where they were trained on plain weights of different dtypes.
-
-    Raises LorafoldError if the adapters differ in it and one of them was trained on quantized
-    weights.
     """
     own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
     found = {str(one.adapter): one.trained_on for one in own if one.trained_on}
@@ -380,8 +353,8 @@ def _weights(contents: Contents) -> InMemory:
 def _about(
     contents: Contents, config: Mapping[str, Any]
 ) -> tuple[OwnBase, tuple[Origin, ...], Mapping[str, Any]]:
-    """Return what the adapter says of its base, what it lies over, and the record; PEFT's
-    directories have none.
+    """What the adapter says of its base, what it lies over, and the record; PEFT's directories have
+    none.
     """
     record = contents.record
     try:

@@ -58,9 +58,7 @@ class PeftSelection:
     experts: bool = False  # target_modules name matrices of experts too, as PEFT's do not
 
     def targets(self, model: nn.Module) -> Matches:
-        """Return the modules to adapt, by pattern. Patterns that match no module are left out.
-        Raises LorafoldError if no pattern matches any.
-        """
+        """The modules to adapt, by pattern. Patterns that match no module are left out."""
         if self.preset is not None:
             return match(model, self.preset, is_linear)
         asked = self.target_modules
@@ -94,8 +92,8 @@ class PeftSelection:
         return Matches({pattern: hits for pattern, hits in found.items() if hits})
 
     def spec_in(self, model: nn.Module, spec: Spec) -> Spec:
-        """Return the spec that gives each site the rank and alpha that PEFT gives it in this model:
-        it looks those of a module's weight up by the path of the weight.
+        """The spec that gives each site the rank and alpha that PEFT gives it in this model: it
+        looks those of a module's weight up by the path of the weight.
         """
         if not self.target_parameters:
             return spec
@@ -108,19 +106,16 @@ class PeftSelection:
         return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[type-var]
 
     def saved(self, model: nn.Module) -> Matches:
-        """Return the modules to save whole, by name. Names that match no module are left out: PEFT
-        lists the heads of all architectures in the config of a classifier.
+        """The modules to save whole, by name. Names that match no module are left out: PEFT lists
+        the heads of all architectures in the config of a classifier.
         """
         paths = [p for p, _ in Anatomy.of(model).modules if p]
         found = {name: tuple(p for p in paths if p.endswith(name)) for name in self.modules_to_save}
         return Matches({name: hits for name, hits in found.items() if hits})
 
     def under(self, roots: Mapping[str, str]) -> PeftSelection:
-        """Return the same selection of a part of a model, where the whole one's module paths have
-        other roots.
-
-        Args:
-            roots: The root in the whole model by that in the part.
+        """The same selection of a part of a model, where the whole one's module paths have other
+        roots.
         """
 
         def inner(value: Any) -> Any:
@@ -157,17 +152,7 @@ def describe(
     names: Sequence[str],
     form: WrittenForm,
 ) -> PeftSelection:
-    """Return the simplest selection of exactly these modules.
-
-    Raises LorafoldError if, by PEFT's rule, names of the modules to save match other modules too.
-
-    Args:
-        targets: The paths of the modules to adapt.
-        patterns: The patterns with which the user selected them.
-        saved: The paths of the leaf modules to train whole.
-        names: The names with which the user selected those.
-        form: The form of the files.
-    """
+    """The simplest selection of exactly these modules."""
     whole: tuple[str, ...] | None = ()
     if saved or names:
         ends = tuple(sorted({path.rpartition(".")[2] for path in saved}))
@@ -228,8 +213,8 @@ def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the paths of all modules with parameters at or below the modules that PEFT finds for
-    these `modules_to_save`.
+    """The paths of all modules with parameters at or below the modules that PEFT finds for these
+    `modules_to_save`.
     """
     roots = tuple(f"{path}." for path in PeftSelection((), tuple(names)).saved(model).paths)
     modules = Anatomy.of(model).modules

@@ -95,15 +95,12 @@ def numbers(values: Mapping[str, float]) -> dict[str, int | float]:
 
 
 def init_to_file(init: str) -> bool | str:
-    """Return the `init_lora_weights` of an initialization of ours."""
+    """The `init_lora_weights` of an initialization of ours."""
     return next((value for value, name in INITS.items() if name == init), True)
 
 
 def init_from_file(value: bool | str) -> str:
-    """Return the initialization for an `init_lora_weights`.
-
-    Raises LorafoldError for those that change the base, which the file does not contain.
-    """
+    """The initialization for an `init_lora_weights`."""
     if value not in INITS:
         raise LorafoldError(
             f"init_lora_weights={value!r} is not supported: the adapter belongs to a base that this"
@@ -202,15 +199,15 @@ def offset(site: TargetModule) -> list[FileTensor]:
 
 
 def ranks_from_file(pattern: dict[str, list[bool]] | None) -> dict[str, int]:
-    """Return the ranks by module of AdaLoRA's lists of kept triplets."""
+    """The ranks by module of AdaLoRA's lists of kept triplets."""
     return {
         re.escape(key.removesuffix(".lora_E")): sum(kept) for key, kept in (pattern or {}).items()
     }
 
 
 def adalora_derived(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """Return the keys that PEFT needs to read a file: a whole schedule, and for each module a list,
-    as long as the initial rank, of the triplets that are kept.
+    """The keys that PEFT needs to read a file: a whole schedule, and for each module a list, as
+    long as the initial rank, of the triplets that are kept.
     """
     deltas = {
         site.path: site.delta

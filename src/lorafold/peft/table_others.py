@@ -91,8 +91,8 @@ def lokr(site: TargetModule) -> list[FileTensor]:
 
 
 def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """Return a regular expression for the modules whose input IA3 scales: of the last parts of
-    their paths if no other module has these, else of whole paths.
+    """A regular expression for the modules whose input IA3 scales: of the last parts of their paths
+    if no other module has these, else of whole paths.
     """
     scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
     paths = [path for path, of_input in scaled.items() if of_input]
@@ -143,12 +143,12 @@ METHODS = (LOHA, LOKR, IA3_ROW)
 
 
 def delta_of(sites: Sequence[TargetModule]) -> Any:
-    """Return the delta that has the prompt or the prefix."""
+    """The delta that has the prompt or the prefix."""
     return next(site.delta for site in sites if isinstance(site.delta, PrefixDelta | PromptDelta))
 
 
 def of_prompt(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
-    """Return the sizes that PEFT's config of a prompt has."""
+    """The sizes that PEFT's config of a prompt has."""
     delta: PromptDelta = delta_of(sites)
     width = delta.embeddings.shape[1]
     return {
@@ -160,7 +160,7 @@ def of_prompt(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
 
 
 def of_prefix(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
-    """Return the sizes that PEFT's config of a prefix has."""
+    """The sizes that PEFT's config of a prefix has."""
     delta: PrefixDelta = delta_of(sites)
     heads, size = delta.shape
     return {
@@ -174,7 +174,7 @@ def of_prefix(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
 
 
 def read_as_random(_: Any) -> str:
-    """Return the initialization that is fastest, since the file's values replace it."""
+    """The initialization that is fastest, since the file's values replace it."""
     return "random"
 
 

@@ -33,7 +33,7 @@ PEFT_TYPES = frozenset(
 
 
 def compiles(pattern: str) -> str:
-    """Return the pattern; raises ValueError if it is not a regular expression."""
+    """The pattern; raises ValueError if it is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as e:
@@ -70,7 +70,7 @@ class TargetModule:
     turned: bool = False
 
     def own(self, name: str) -> Tensor | None:
-        """Return the module's parameter of this name in the base, of any shape, or None."""
+        """The module's parameter of this name in the base, of any shape, or None."""
         found = self.base.find(f"{self.path}.{name}")
         return None if found is None else self.base.get(found)
 
@@ -95,7 +95,7 @@ class Field:
         return TypeAdapter(self.type)
 
     def read(self, config: Mapping[str, Any]) -> Any:
-        """Return the field's value from a config. Raises LorafoldError if it has another type."""
+        """The field's value from a config."""
         value = config.get(self.key, self.default)
         try:
             found = self._checked.validate_python(value, strict=True)
@@ -172,14 +172,14 @@ class Method:
         return type(spec) is self.outer and type(spec.over) is self.spec  # type: ignore[attr-defined]
 
     def config(self, spec: Spec, sites: Sequence[TargetModule]) -> dict[str, Any]:
-        """Return the config of an adapter with this spec at these sites."""
+        """The config of an adapter with this spec at these sites."""
         own = spec if self.outer is None else spec.over  # type: ignore[attr-defined]
         mapped = {f.key: getattr(own, f.attribute) for f in self.fields}
         mapped |= {f.key: f.to_file(mapped[f.key]) for f in self.fields if f.to_file}
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:
-        """Return the spec of a config and no lines, or None and a line for each wrong field."""
+        """The spec of a config and no lines, or None and a line for each wrong field."""
         values, problems = {}, []
         for f in self.fields:
             try:

@@ -39,7 +39,7 @@ class SavedTensor:
     own: Tensor
 
     def encoded(self) -> Tensor:
-        """Return the tensor, of any shape, as the file stores it: in fp32, or as integers."""
+        """The tensor, of any shape, as the file stores it: in fp32, or as integers."""
         tensor = self.own.detach()
         if self.entry.to_file is not None:
             tensor = self.entry.to_file(tensor, self.site)
@@ -63,11 +63,7 @@ class SavedTensor:
 
 
 def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
-    """Return every tensor of the deltas by its key in the file; a tensor that deltas share has one
-    key.
-
-    Raises LorafoldError for a delta with a tensor that the format has no place for.
-    """
+    """Every tensor of the deltas by its key in the file; a tensor that deltas share has one key."""
     found = {}
     for site in sites:
         delta, entries = site.delta, TENSORS.get(type(site.delta), derived.entries)(site)
@@ -87,12 +83,7 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
 def sites_of(
     model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
 ) -> list[TargetModule]:
-    """Return every delta of the adapter with its module.
-
-    Args:
-        parts: The adapter's deltas by module path.
-        targets: The paths of the modules that the method adapts.
-    """
+    """Every delta of the adapter with its module."""
     found, aimed, above = [], set(targets), wrappers_over(model, targets)
     for path, deltas in parts.items():
         module: Any = module_at(model, path)
@@ -114,13 +105,7 @@ def sites_of(
 def misfit(
     key: str, tensor: Tensor, saved: SavedTensor, file: Mapping[str, Tensor]
 ) -> str | None:
-    """What is wrong with a tensor of the file, of any shape, or None.
-
-    Args:
-        key: Its key in the file.
-        saved: The adapter's own tensor of this key.
-        file: All tensors of the file that belong to the adapter.
-    """
+    """What is wrong with a tensor of the file, of any shape, or None."""
     if saved.entry.misfit is not None:
         wrong = saved.entry.misfit(tensor, saved.site, file)
         return not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
@@ -145,10 +130,6 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
     """What is wrong with a tensor that belongs to no delta, or None if it is a copy of a base
     weight or of another tensor of the file, as PEFT saves some. What the adapter replaces whole may
     end with other rows than the base's: a vocabulary's new ones begin at random.
-
-    Args:
-        key: Its key in the file.
-        stored: The tensors of the file.
     """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):

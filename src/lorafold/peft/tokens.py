@@ -35,8 +35,8 @@ Ids = tuple[int, ...] | ByPath
 
 
 def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Return the config's key for token vectors of these ids, by module path: a list if only the
-    input embedding has vectors of its own, else lists by module name.
+    """The config's key for token vectors of these ids, by module path: a list if only the input
+    embedding has vectors of its own, else lists by module name.
     """
     if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
@@ -49,7 +49,7 @@ def all_of(ids: Ids) -> frozenset[int]:
 
 
 def resolve(model: nn.Module, ids: Ids) -> ByPath:
-    """Return the config's ids by module path. Raises LorafoldError if a name matches no module."""
+    """The config's ids by module path."""
     if not isinstance(ids, Mapping):
         # PEFT looks for embed_tokens if the model does not name its embedding
         embedding, *_ = *Anatomy.of(model).vocabulary_ends, "embed_tokens"
@@ -64,13 +64,8 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
 def completed(
     model: nn.Module, ids: ByPath, file: InMemory, base: Weights
 ) -> tuple[ByPath, InMemory]:
-    """Return the ids by module path and the file's tensors, with the token vectors of resized
-    matrices added to both.
-
-    Args:
-        model: The model that the adapter is loaded into.
-        ids: The config's ids by module path.
-        file: The tensors of the file.
+    """The ids by module path and the file's tensors, with the token vectors of resized matrices
+    added to both.
     """
     found, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
     trained = {i for some in ids.values() for i in some}
@@ -105,7 +100,7 @@ def completed(
 
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
-    """Return the path of the embedding whose weight, and so whose vectors, a module shares."""
+    """The path of the embedding whose weight, and so whose vectors, a module shares."""
     if layer_class(model.get_submodule(path)).takes_ids:
         return None
     shared = sharers(model, model.get_submodule(path))
@@ -113,8 +108,8 @@ def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
 
 
 def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | None:
-    """Return the ids of the vectors of the file's matrix that the base's lacks or that differ from
-    it; None if the file's is not the base's matrix, resized for these tokens.
+    """The ids of the vectors of the file's matrix that the base's lacks or that differ from it;
+    None if the file's is not the base's matrix, resized for these tokens.
     """
     if (
         matrix.dim() != 2
@@ -129,15 +124,15 @@ def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | Non
 
 
 def plain(key: str) -> str:
-    """Return the key of a base weight without the names of PEFT's wrapper modules."""
+    """The key of a base weight without the names of PEFT's wrapper modules."""
     for wrapper in ("token_adapter", "base_layer", "original_module"):
         key = key.replace(f".{wrapper}.", ".")
     return key
 
 
 def _name(model: nn.Module, path: str) -> str:
-    """Return the shortest end of the path, in whole parts, with which no other module's path ends:
-    PEFT matches ends of paths.
+    """The shortest end of the path, in whole parts, with which no other module's path ends: PEFT
+    matches ends of paths.
     """
     paths, parts = [p for p, _ in Anatomy.of(model).modules], path.split(".")
     ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))

@@ -39,14 +39,6 @@ def base_for(
     **how: Any,
 ) -> Base:
     """The base that is named, or else that of the adapters, or without adapters the embedded model.
-
-    Raises LorafoldError for adapters of different bases, and for a base that is not found.
-
-    Args:
-        model: A name or path; None takes the adapters' own.
-        adapters: All that are loaded on it.
-        console: Is told which base is taken, where none was named; None is quiet.
-        how: The other fields of `Base`.
     """
     if model is not None:
         return Base(model, **how)

@@ -75,7 +75,7 @@ class Base:
 
     @cached_property
     def source(self) -> ModelSource:
-        """Its files. Raises LorafoldError as `resolve_model`."""
+        """Its files."""
         asked = self.storage == "fp32"
         return resolve_model(self.model, self.revision, self.trust_remote_code, asked)
 
@@ -138,7 +138,7 @@ class Base:
 
     def load(self) -> PreTrainedModel:
         """A language model, in evaluation mode, whose weights are rounded to its storage whatever
-        it computes in. Raises LorafoldError as `load_model`.
+        it computes in.
         """
         if self.storage in PLAIN and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
@@ -177,10 +177,7 @@ class Base:
 
 
 def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | None:
-    """The classes of the adapters, or else of the model, or None if neither has classes.
-
-    Raises LorafoldError if the adapters' classes differ.
-    """
+    """The classes of the adapters, or else of the model, or None if neither has classes."""
     found = {str(one): classes for one in adapters if (classes := one.classes)}
     if len(set(found.values())) > 1:
         raise LorafoldError(
@@ -194,9 +191,7 @@ def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | No
 
 
 def kind_of(base: Base, adapters: Sequence[Saved]) -> str:
-    """In words: a language model, a reward model, or a classifier of its classes. Raises
-    LorafoldError as `known_classes` does.
-    """
+    """In words: a language model, a reward model, or a classifier of its classes."""
     if classes := known_classes(base, adapters):
         return f"a classifier of {listed(classes, room=60)}"
     scores = any(one.scores for one in adapters) or len(outputs_of_model(base.source) or ()) == 1
@@ -204,11 +199,7 @@ def kind_of(base: Base, adapters: Sequence[Saved]) -> str:
 
 
 def check_language_model(base: Base, adapters: Sequence[Saved], advice: str = "") -> None:
-    """Raise LorafoldError unless the adapters are those of a language model.
-
-    Args:
-        advice: What to do instead, for the message.
-    """
+    """Raise LorafoldError unless the adapters are those of a language model."""
     if (kind := kind_of(base, adapters)) != LANGUAGE_MODEL:
         raise LorafoldError(
             f"{listed(adapters)}: found {kind}, expected an adapter of a language"

@@ -28,13 +28,7 @@ Bias = Literal["none", "lora_only", "all"]
 def add_biases(
     model: nn.Module, matches: Matches, bias: Bias, deltas: dict[str, list[Delta]]
 ) -> None:
-    """Add a delta for every bias that is to be trained, but those of experts and their routers.
-
-    Args:
-        matches: the modules that the method adapts.
-        bias: train the biases of these modules ("lora_only") or of all ("all").
-        deltas: the adapter's deltas by module path, to which they are added.
-    """
+    """Add a delta for every bias that is to be trained, but those of experts and their routers."""
     left_out = Anatomy.of(model).routers
     every = (path for path, _ in Anatomy.of(model).modules if path not in left_out)
     for path in {"lora_only": matches.paths, "all": every}[bias]:
@@ -47,15 +41,7 @@ def add_token_rows(
     model: nn.Module, spec: Spec, tokens: TrainableTokens, active: Sequence[str],
     deltas: dict[str, list[Delta]],
 ) -> None:  # fmt: skip
-    """Add the deltas that train the embedding rows of tokens.
-
-    Raises LorafoldError if another delta of the same module excludes them.
-
-    Args:
-        tokens: the tokens whose rows train.
-        active: the names of the active adapters, lowest first.
-        deltas: the adapter's deltas by module path, to which they are added.
-    """
+    """Add the deltas that train the embedding rows of tokens."""
     rows = tokens.deltas(model, active) if tokens.ids else {}
     if rows and spec.trains_base:
         raise LorafoldError(

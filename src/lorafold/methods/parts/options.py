@@ -17,14 +17,7 @@ def check(
     below_one: Sequence[str] = (),
     one_of: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Raise LorafoldError with all that is wrong with the options of a spec, if anything is.
-
-    Args:
-        wrong: what is wrong already, as an error says it.
-        whole: the options that are whole numbers from 1; of a pattern, its values.
-        below_one: those that are probabilities below 1.
-        one_of: the choices of an option.
-    """
+    """Raise LorafoldError with all that is wrong with the options of a spec, if anything is."""
     found = []
     for name in whole:
         value = getattr(spec, name)

@@ -84,10 +84,7 @@ class TokenRows(Delta):
         return self.owner.rows.to(device)[self.order.to(device)]
 
     def beyond(self, size: int) -> int:
-        """The number of ids that are not below `size`, the vocabulary of a matrix.
-
-        Raises LorafoldError if appending their rows would leave a gap.
-        """
+        """The number of ids that are not below `size`, the vocabulary of a matrix."""
         missing = sum(i >= size for i in self.ids)
         if missing and max(self.ids) != size + missing - 1:
             raise LorafoldError(gap(self.ids, size))
@@ -158,10 +155,7 @@ class TrainableTokens:
     fresh: frozenset[int] = frozenset()
 
     def deltas(self, model: nn.Module, active: Sequence[str]) -> dict[str, TokenRows]:
-        """The deltas by module path, to be attached above the active adapters of these names.
-
-        Raises LorafoldError with everything that is wrong.
-        """
+        """The deltas by module path, to be attached above the active adapters of these names."""
         by_path, problems = self._by_path(model)
         found: dict[str, TokenRows] = {}
         for path, ids in by_path.items():

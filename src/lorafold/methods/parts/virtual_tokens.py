@@ -137,12 +137,6 @@ class Receiver(Opaque):
 def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
     """An attention's mask with n columns in front that every query sees: (B, 1, T, n + Tk), boolean
     or additive; documents with n keys in front; None if there is nothing to mask.
-
-    Raises LorafoldError for a mask of another kind.
-
-    Args:
-        mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
-        x: the input (B, T, d) of the attention.
     """
     if isinstance(mask, Documents):
         if mask.window is None:
@@ -197,14 +191,7 @@ class Sender(Opaque):
         n: int,
         seen: Seen | None = None,
     ) -> Any:
-        """Run the decoder with virtual tokens in front, and return its output.
-
-        Raises LorafoldError if they do not reach the attention of every layer.
-
-        Args:
-            virtual: keys (1, Hk, n, D) and values (1, Hk, n, Dv) by `layer_idx`, or None.
-            seen: a dictionary in which each layer's own keys and values are recorded, or None.
-        """
+        """Run the decoder with virtual tokens in front, and return its output."""
         above: Virtual | None = inputs.get(_KEYWORD)
         before = () if above is None else above.before
         seen = above.seen if seen is None and above is not None else seen
