@@ -32,7 +32,7 @@ def test_only_the_chosen_experts_of_a_token_are_computed(monkeypatch: pytest.Mon
     seen: list[int] = []
     plain = groups.grouped
     monkeypatch.setattr(
-        "lorafold.layers.expert_forwards.grouped",
+        "lorafold.layers.experts.grouped",
         lambda of, number: seen.append(len(of)) or plain(of, number),
     )
     model, _ = adapted("llama4")

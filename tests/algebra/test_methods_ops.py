@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorafold as lf
-from lorafold.core.scatter_add import scatter_added
+from lorafold.core.rounding import scatter_added
 from lorafold.layers import layer_of
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents, prefixed

@@ -357,7 +357,7 @@ def test_prefix_begins_with_activations_of_real_tokens(tiny_model) -> None:
     ids = torch.randint(model.config.vocab_size, (4,))
     with lf.only(model), torch.no_grad():
         cache = model(ids[None], use_cache=True).cache
-    for layer, (keys, values) in delta.keys_and_values().items():
+    for layer, (keys, values) in delta.keys_and_values(None, None).items():
         torch.testing.assert_close(keys, cache.layers[layer].keys)
         torch.testing.assert_close(values, cache.layers[layer].values)
     random = (

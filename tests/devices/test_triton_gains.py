@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorafold.core.rounding import ODD
-from lorafold.kernels.triton_scale import CONSTANTS, forms, kernels
+from lorafold.kernels.triton_kernels import SCALE_CONSTANTS, TritonScale
 from lorafold.ops.scale import BACKWARD, SCALE
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return forms()
+    return TritonScale()
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 20), (70, 576), (1, 3)], ids=str)
@@ -52,11 +52,12 @@ def test_they_compile_in_registers(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"size": "i64", "width": "i32"}
-    forward, backward = kernels()
+    kernels = TritonScale()
+    forward, backward = kernels.forward, kernels.backward
     inputs = {"y": "*bf16", "g": "*fp32", "c": "*fp32", "onto": "*bf16", "out": "*bf16"}
-    of_forward = CONSTANTS | {"ODD": ODD, "OFFSET": True, "ONTO": True}
+    of_forward = SCALE_CONSTANTS | {"ODD": ODD, "OFFSET": True, "ONTO": True}
     back = {"z": "*bf16", "y": "*bf16", "g": "*fp32", "found": "*bf16", "parts": "*fp32"}
-    of_backward = CONSTANTS | {"OFFSET": True}
+    of_backward = SCALE_CONSTANTS | {"OFFSET": True}
     for kernel, tensors, constants in (
         (forward, inputs, of_forward), (backward, back, of_backward),
     ):  # fmt: skip

@@ -5,7 +5,7 @@ theirs.
 import itertools
 import shutil
 import sys
-from importlib import import_module
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from lorafold.engine.operations import Operations, available
 from lorafold.files.cache import entries
-from lorafold.kernels.table import DECODING, FORMS, _made, use
+from lorafold.kernels.table import DECODING, FORMS, _forms, use
 from lorafold.ops.decoding import SlotFactors
 from lorafold.ops.operators import Operation, plainly
 
@@ -162,13 +162,13 @@ def test_where_it_cannot_be_compiled_it_says_why_and_torch_computes(
     monkeypatch: pytest.MonkeyPatch, native: Operations, variable: str, value: str, says: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    _made.cache_clear()
+    _forms.cache_clear()
     use.cache_clear()
     try:
         assert says in use(DECODING)
         assert available("cpu").name == "plain"
     finally:
-        _made.cache_clear()
+        _forms.cache_clear()
         use.cache_clear()
 
 
@@ -193,5 +193,5 @@ def test_a_new_form_is_a_file_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_each_row_names_a_file_that_has_the_form(native: Operations) -> None:
     for of, row in FORMS.items():
-        for file in row.values():
-            assert callable(getattr(import_module(f"lorafold.kernels.{file}")._Forms, of.name))
+        for place in row.values():
+            assert callable(getattr(resolve_name(f"lorafold.kernels.{place}"), of.name))

@@ -12,7 +12,7 @@ from torch import nn
 
 import lorafold as lf
 from engine_cases import METHODS, save_adapters
-from lorafold.adapter.building import read
+from lorafold.adapter.attaching import read
 from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import SETTINGS
 from lorafold.core.shared_tensors import skip_init

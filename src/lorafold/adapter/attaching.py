@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from lorafold.adapter.building import BuiltAdapter, build, read
 from lorafold.adapter.handle import Adapter
 from lorafold.advice import advised
-from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lay, selection_of
 from lorafold.core.combine import Stack
-from lorafold.core.matrices import module_at
+from lorafold.core.contexts import keep_scale
+from lorafold.core.delta import Delta
+from lorafold.core.matrices import expert_parameters, module_at, parameter_path
+from lorafold.core.shared_tensors import skip_init
 from lorafold.core.spec import Spec
-from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError
+from lorafold.core.targets import Matches, match
+from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.files.contents import Contents
 from lorafold.identity import of_model
 from lorafold.kernels.table import TRAINING, use
-from lorafold.layers import layer_class
-from lorafold.methods.parts.extras import Bias
+from lorafold.layers import is_linear, layer_class, layer_of
+from lorafold.methods.parts.extras import Bias, ReplaceDelta, add_biases, add_token_rows, leaves
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
-from lorafold.models.sources import known
-from lorafold.models.weights import Weights
-from lorafold.peft.saved import Saved
+from lorafold.models.classifier import new_heads
+from lorafold.models.sources import called, known
+from lorafold.models.weights import InMemory, Weights
+from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same
+from lorafold.peft.saved import AdapterConfig, Saved
 
 log = logging.getLogger(__name__)
 
@@ -130,3 +138,151 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
     selection.add(name)
     selection.origins[name] = Origin(name, *built.files)
     return Adapter(model, name, built.chosen, built.over, built.other_base)
+
+
+log = logging.getLogger(__name__)
+ROOM = 1 << 26  # numbers that every adapter may have
+
+
+@dataclass(frozen=True)
+class BuiltAdapter:
+    """An adapter for one model: what was chosen, and by module path the parts of its deltas, the
+    lowest first. `over` are the adapters that it lies over, and `files`
+    the directory that it was read from and its digest. `base_identity` is that of the files of the
+    base that it was trained on, if its record has it, and `other_base` says that the model is
+    another one.
+    """
+
+    chosen: AdapterConfig
+    parts: Mapping[str, list[Delta]]
+    over: tuple[Origin, ...]
+    files: tuple[str, str] = ("", "")
+    base_identity: str = ""
+    other_base: str = ""
+
+
+def build(
+    model: nn.Module,
+    spec: Spec,
+    targets: str | Sequence[str] | Matches | None = None,
+    *,
+    bias: Bias = "none",
+    modules_to_save: Sequence[str] | Matches = (),
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
+    base: Weights | None = None,
+) -> BuiltAdapter:
+    """Build a new adapter."""
+    keep_scale(model)
+    selection = selection_of(model)
+    names = selection.names
+    saved = match(model, modules_to_save, is_linear)
+    whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(module_at(model, p), p))
+    matches = match(model, spec.targets if targets is None else targets, is_linear)
+    if whole:
+        matches = matches.without(whole)
+    if not matches.paths:
+        raise LorafoldError(
+            f"modules_to_save includes every target ({listed(matches.by_pattern)}); leave some"
+            " modules to the method"
+        )
+    deltas: dict[str, list[Delta]] = {}
+    for path in matches.paths:
+        module = module_at(model, path)
+        if isinstance(module, Adapted):
+            layer = module.layer(*names)
+        else:
+            named = None if base is None else base.find(parameter_path(module, path, "weight"))
+            stored = None if base is None or named is None else partial(base.get, named)
+            layer = layer_of(module, stored)
+        try:
+            deltas[path] = [spec.at(path).build(layer)]
+        except LorafoldError as e:
+            what = type(spec).__name__
+            raise LorafoldError(
+                f"{path}: {what} can't adapt it: {_of_router(model, path) or e}"
+            ) from None
+    if bias != "none":
+        add_biases(model, matches, bias, deltas)
+    deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
+    rows = tokens if isinstance(tokens, TrainableTokens) else TrainableTokens(tokens)
+    if rows.ids or any(adapted_modules(model)):
+        add_token_rows(model, spec, rows, names, deltas)
+    spec.join({path: deltas[path][0] for path in matches.paths})
+    chosen = AdapterConfig(spec, matches, bias, tuple(saved.by_pattern))
+    return BuiltAdapter(chosen, deltas, selection.active)
+
+
+def _of_router(model: nn.Module, path: str) -> str | None:
+    """What to do instead, if the module at the path is a router of experts."""
+    if path not in Anatomy.of(model).routers:
+        return None
+    found = ((p, expert_parameters(m)) for p, m in Anatomy.of(model).modules)
+    owner, name = next((p, names[0]) for p, names in found if names)
+    short = f"{owner.rpartition('.')[2]}.{name}"
+    return (
+        f"it is a router, which chooses the experts of a token; to train it too, give it as"
+        f" --modules-to-save (modules_to_save); the experts themselves are targets such as {short}"
+    )
+
+
+def _most(model: nn.Module, weights: Weights) -> int:
+    """How many numbers an adapter may have, by those in its file. Some methods draw others, at most
+    about as many as the base has, or as random projections of its largest ranks.
+    """
+    found = sum(math.prod(weights.shape(name)) for name in weights.names)
+    return 4 * found + max(ROOM, sum(p.numel() for p in model.parameters()))
+
+
+def read(
+    model: nn.Module,
+    path: str | Path | Contents | Saved,
+    *,
+    allow_other_base: bool = False,
+    base: Weights | None = None,
+    below: Sequence[Origin] | None = None,
+) -> BuiltAdapter:
+    """Read a saved adapter."""
+    keep_scale(model)
+    saved = (path if isinstance(path, Saved) else Saved.open(path)).within(model)
+    if saved.over:  # one of those replaces the head that was drawn for this model
+        saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
+    base, problems = base or InMemory.of_model(model), []
+    below = selection_of(model).active if below is None else tuple(below)
+    fits = same(saved.over, below)
+    if not (allow_other_base or fits):
+        advice = loading_advice(saved.path, saved.over)
+        problems.append(f"{mismatch(saved.over, below)}; {advice}")
+    told = ""
+    if allow_other_base:
+        told = saved.own_base.other(base)
+        if told:
+            log.warning(told)
+        if not fits:
+            other = mismatch(saved.over, below)
+            log.warning("adapter %s: %s; loaded all the same (%s)", saved, other, ALLOWED)
+    else:
+        problems += saved.own_base.problems(base, called(model))
+    try:
+        tokens: Mapping[str, Sequence[int]] = {}
+        if saved.selection.tokens:
+            tokens, saved = saved.token_rows(model, base)
+        spec = saved.selection.spec_in(model, saved.spec)
+        with skip_init(_most(model, saved.weights)):
+            built = build(model, spec, tokens=tokens, **saved.beside(model))
+    except LorafoldError as e:
+        raise _refused(saved, model, as_one([*problems, e])) from None
+    try:
+        saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
+    except LorafoldError as e:
+        raise _refused(saved, model, str(e)) from None
+    over = below if saved.over and fits else saved.over
+    files, trained_on = (str(saved), saved.sha256), saved.own_base.identity
+    return replace(built, over=over, files=files, base_identity=trained_on, other_base=told)
+
+
+def _refused(saved: Saved, model: nn.Module, told: str) -> LorafoldError:
+    """The error for an adapter that does not fit a model, whose path is cut for the base's sake."""
+    path, hint = str(saved), saved.own_base.hint(called(model))
+    if told.startswith(OTHER):
+        path = shortened(path, max(40, MOST - len(told)))
+    return LorafoldError(f"{path}: {told}{hint}")

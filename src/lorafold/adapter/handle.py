@@ -31,7 +31,7 @@ from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
 from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
 from lorafold.layers import parameter_count
-from lorafold.layers.quantization_config import record_dequantized
+from lorafold.layers.compressed import record_dequantized
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.architecture import opened_by_name

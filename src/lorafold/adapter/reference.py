@@ -10,12 +10,12 @@ the same model, run under these alone.
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import cache
 from typing import Any, Self, TypeVar
 
 from torch import nn
 
-from lorafold.core.attach import adapted_modules, only, selection_of
+from lorafold.core.attach import adapted_modules, only, renamed_subclass, selection_of
 from lorafold.core.contexts import evaluating
 from lorafold.errors import LorafoldError
 
@@ -121,6 +121,4 @@ def _reference_class(cls: type[nn.Module]) -> type[_Reference]:
         with only(model, *self._under), evaluating(module):
             return module.forward(*args, **kwargs)  # what a trainer made of it since
 
-    made = type(cls.__name__, (_Reference, cls), {"forward": wraps(cls.forward)(forward)})
-    made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__
-    return made
+    return renamed_subclass(_Reference, cls, forward)

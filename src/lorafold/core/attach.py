@@ -116,15 +116,28 @@ class Adapted(nn.Module):
         return layer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.base_class, self.layer_class), self.__dict__
+        return blank, (adapted_class, self.base_class, self.layer_class), self.__dict__
+
+
+def renamed_subclass(mixin: type, cls: type[nn.Module], forward: Any, **body: Any) -> Any:
+    """A subclass of `cls` that runs another forward. It has the name of `cls`, since model files
+    record that name.
+    """
+    body["forward"] = functools.wraps(cls.forward)(forward)
+    subclass = type(cls.__name__, (mixin, cls), body)
+    subclass.__module__, subclass.__qualname__ = cls.__module__, cls.__qualname__
+    return subclass
+
+
+def blank(make_class: Any, *args: Any) -> Any:
+    """An object without state of a class that a function makes, for pickle."""
+    cls = make_class(*args)
+    return cls.__new__(cls)
 
 
 @functools.cache
 def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Adapted]:
-    """Make the subclass of `cls` that modules of class `cls` are swapped to.
-
-    It has the name of `cls`, since model files record that name.
-    """
+    """The subclass of `cls` that modules of class `cls` are swapped to."""
 
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer(*self.selection.running(self.training))
@@ -132,20 +145,9 @@ def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Ad
             return layer(*args, **kwargs)
         return layer_class.called(layer, *args, **kwargs)
 
-    body = {
-        "forward": functools.wraps(cls.forward)(forward),
-        "base_class": cls,
-        "layer_class": layer_class,
-        **{name: WeightDescriptor(name) for name in NAMES if not hasattr(cls, name)},
-    }
-    swapped = type(cls.__name__, (Adapted, cls), body)
-    swapped.__module__, swapped.__qualname__ = cls.__module__, cls.__qualname__
-    return swapped
-
-
-def _rebuild(cls: type[nn.Module], layer_class: type[BaseLayer]) -> Adapted:
-    swapped = adapted_class(cls, layer_class)  # type: ignore[arg-type]
-    return swapped.__new__(swapped)
+    served: Any = {name: WeightDescriptor(name) for name in NAMES if not hasattr(cls, name)}
+    own: Any = {"base_class": cls, "layer_class": layer_class}
+    return renamed_subclass(Adapted, cls, forward, **own, **served)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -171,14 +173,12 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The one selection of a model, a new one if the model has none. Where parts of the model were
-    adapted before they were joined, their selections become one, in the order in which they are
+    """The one selection of a model, a new one if the model has none. Parts of a model that were
+    adapted before they were joined have several: they become one, in the order in which they are
     found.
     """
     found = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
-    if not found:
-        return Selection()
-    first, *others = found
+    first, *others = found or [Selection()]
     for other in others:
         if clash := set(first.names) & set(other.names):
             raise LorafoldError(
@@ -198,15 +198,17 @@ def lay(
     module: nn.Module, layer_class: type[BaseLayer], name: str, delta: Delta, selection: Selection,
     site: str = "",
 ) -> None:  # fmt: skip
-    """Attach one delta to a module, above those that are attached already."""
+    """Attach one delta, of the adapter `name`, to a module at the path `site`, above those that are
+    attached already. Its class is swapped if it has no delta yet.
+    """
     if not isinstance(module, Adapted):
         if hasattr(module, "deltas"):
             raise LorafoldError(
                 f"{site or type(module).__name__}: found an attribute `deltas` of its own, where"
                 " adapters are kept; leave the module out of the targets"
             )
-        deltas = Deltas(selection)
-        module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
+        deltas, swapped = Deltas(selection), adapted_class(type(module), layer_class)  # type: ignore
+        module.__class__ = swapped
         assert isinstance(module, Adapted)
         module.deltas, module.selection, module.site = deltas, selection, site
         layer_class.entered(module)

@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.contexts import recomputed
-from lorafold.core.rounding import rounded
-from lorafold.core.scatter_add import scatter_added
+from lorafold.core.rounding import rounded, scatter_added
 from lorafold.errors import LorafoldError
 
 

@@ -116,3 +116,35 @@ def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int)
     carried = u.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
     # a carry can turn NaN or infinity into a number; adding 0 x makes it NaN again
     return carried.add_(x, alpha=0).bfloat16()
+
+
+class _Scattered(Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, values: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.dtypes = w.dtype, values.dtype
+        changed = w.clone(memory_format=torch.contiguous_format)
+        flat = changed.view(-1)
+        return flat.index_copy_(0, at, rounded(flat[at] + values, w.dtype)).view(w.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (at,) = ctx.saved_tensors
+        need_w, need_values, _ = ctx.needs_input_grad
+        own, small = ctx.dtypes
+        return (
+            g.to(own) if need_w else None,
+            g.reshape(-1)[at].to(small) if need_values else None,
+            None,
+        )
+
+
+def scatter_added(w: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """W with the values added, in W's shape and dtype; rounded as `rounded` does.
+
+    Args:
+        w: the matrix, of any shape.
+        values: what is added (k,).
+        at: the ascending positions (k,) in the flattened matrix.
+    """
+    return _Scattered.apply(w, values, at)

@@ -27,14 +27,9 @@ SIZES = [P, *[N] * 7, P, P, F, F, F, INT]  # from the table of documents on
 SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES]}
 
 
-def forms() -> Any:
-    """The operations by their names, with the parameters of their plain forms. Raises Unavailable
-    where they can't be compiled.
-    """
-    return _Forms()
+class CppAttention:
+    """The operations of attention by their names, with the parameters of their plain forms."""
 
-
-class _Forms:
     def __init__(self) -> None:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
 

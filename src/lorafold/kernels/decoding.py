@@ -25,14 +25,9 @@ SIGNATURES = {
 }
 
 
-def forms() -> Any:
-    """The operations by their names, with the parameters of their plain forms. Raises Unavailable
-    where they can't be compiled.
-    """
-    return _Forms()
+class CppDecoding:
+    """The operations of an engine's pass by their names, with the parameters of the plain forms."""
 
-
-class _Forms:
     def __init__(self) -> None:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
 

@@ -1,9 +1,9 @@
-"""The table *operation x kind of device*: the file of this package that has a form of its own.
+"""The table *operation x kind of device*: the class of this package that has a faster form.
 
-    why = use(TRAINING)        from now on they compute so; or why they can't
+    reason = use(TRAINING)     from now on they compute so; or the reason why they can't
 
-An operation without a row, or on another kind of device, is computed by its plain form. A new
-form is a file whose `forms()` has it under the operation's name, and a word in a row.
+An operation without a row, or on another kind of device, is computed by its plain form. A new form
+is a method, under the operation's name, of a class that a row names.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from lorafold.ops import attention, cross_entropy, decoding, dropout, fused, sca
 from lorafold.ops.operators import Operation
 
 FORMS: dict[Operation, dict[str, str]] = {
-    fused.NORM: {"cpu": "training"},
-    fused.NORM_BACKWARD: {"cpu": "training"},
-    fused.GATED: {"cpu": "training"},
-    fused.GATED_BACKWARD: {"cpu": "training"},
-    fused.ROTARY: {"cpu": "training"},
-    attention.SOFTMAX: {"cpu": "training"},
-    attention.BACKWARD: {"cpu": "training"},
-    attention.FORWARD: {"cpu": "attention"},
-    attention.GRADIENTS: {"cpu": "attention"},
-    dropout.PLACES: {"cpu": "training"},
-    dropout.MASKED: {"cuda": "triton_dropout"},
-    dropout.EMPTY: {"cpu": "training"},
-    cross_entropy.LOSSES: {"cpu": "training"},
-    scale.SCALE: {"cpu": "training", "cuda": "triton_scale"},
-    scale.BACKWARD: {"cpu": "training", "cuda": "triton_scale"},
-    decoding.STORED: {"cpu": "decoding"},
-    decoding.LOW_RANK: {"cpu": "decoding"},
-    decoding.ATTEND: {"cpu": "decoding"},
-    decoding.WRITE: {"cpu": "decoding"},
+    fused.NORM: {"cpu": "training.CppTraining"},
+    fused.NORM_BACKWARD: {"cpu": "training.CppTraining"},
+    fused.GATED: {"cpu": "training.CppTraining"},
+    fused.GATED_BACKWARD: {"cpu": "training.CppTraining"},
+    fused.ROTARY: {"cpu": "training.CppTraining"},
+    attention.SOFTMAX: {"cpu": "training.CppTraining"},
+    attention.BACKWARD: {"cpu": "training.CppTraining"},
+    attention.FORWARD: {"cpu": "attention.CppAttention"},
+    attention.GRADIENTS: {"cpu": "attention.CppAttention"},
+    dropout.PLACES: {"cpu": "training.CppTraining"},
+    dropout.MASKED: {"cuda": "triton_kernels.TritonDropout"},
+    dropout.EMPTY: {"cpu": "training.CppTraining"},
+    cross_entropy.LOSSES: {"cpu": "training.CppTraining"},
+    scale.SCALE: {"cpu": "training.CppTraining", "cuda": "triton_kernels.TritonScale"},
+    scale.BACKWARD: {"cpu": "training.CppTraining", "cuda": "triton_kernels.TritonScale"},
+    decoding.STORED: {"cpu": "decoding.CppDecoding"},
+    decoding.LOW_RANK: {"cpu": "decoding.CppDecoding"},
+    decoding.ATTEND: {"cpu": "decoding.CppDecoding"},
+    decoding.WRITE: {"cpu": "decoding.CppDecoding"},
 }
 OF_PASSES = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
 DECODING = (*OF_PASSES, fused.NORM, fused.ROTARY, fused.GATED, scale.SCALE)
@@ -44,24 +44,24 @@ TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 
 @cache
 def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
-    """Compile the forms of operations, unless they are in the cache, and have them compute from now
-    on, in this process, where it is done once. Returns why they can't be had, or nothing.
+    """Compile the forms of operations for a kind of device, unless they are in the cache, and use
+    them in this process from now on. Returns why they are not available, or nothing.
     """
-    files = {of: FORMS[of][device] for of in operations if device in FORMS[of]}
-    made = {file: _made(file) for file in dict.fromkeys(files.values())}
-    for found in made.values():
+    places = {of: FORMS[of][device] for of in operations if device in FORMS[of]}
+    forms = {place: _forms(place) for place in dict.fromkeys(places.values())}
+    for found in forms.values():
         if isinstance(found, LorafoldError):
             return str(found)
-    for of, file in files.items():
-        of.implement(device, getattr(made[file], of.name))
+    for of, place in places.items():
+        of.implement(device, getattr(forms[place], of.name))
     return ""
 
 
 @cache
-def _made(file: str) -> Any:
-    """The forms of a file, or the error that they can't be had by; it is found out once a process.
-    """
+def _forms(place: str) -> Any:
+    """The object that has the operations, made once a process, or the error that prevents it."""
+    module, _, name = place.partition(".")
     try:
-        return import_module(f"{__package__}.{file}").forms()
+        return getattr(import_module(f"{__package__}.{module}"), name)()
     except LorafoldError as error:
         return error

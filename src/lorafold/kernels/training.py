@@ -36,14 +36,9 @@ SIGNATURES = {
 threads = torch.get_num_threads
 
 
-def forms() -> Any:
-    """The operations by their names, with the parameters of their plain forms. Raises Unavailable
-    where they can't be compiled.
-    """
-    return _Forms()
+class CppTraining:
+    """The operations of a training step by their names, with the plain forms' parameters."""
 
-
-class _Forms:
     def __init__(self) -> None:
         half = "scale", "scale_backward"
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES, half)

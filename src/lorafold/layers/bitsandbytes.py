@@ -38,18 +38,10 @@ from lorafold.core.contexts import is_fake
 from lorafold.core.matrices import expert_parameters
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.dense import Linear, Matrix
-from lorafold.ops.nf4 import levels
+from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS, levels
 
 OPERATION = "bitsandbytes::quantize_4bit"
 PART = 1 << 18  # weights: in fp32 1 MB
-
-
-def use_faster_codes() -> None:
-    """Make bitsandbytes quantize with `codes`, unless a kernel for the CPU is registered already:
-    this one, or its own.
-    """
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
-        torch.library.register_kernel(OPERATION, "cpu", _quantize)
 
 
 def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -87,12 +79,15 @@ def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple
 
 
 def bitsandbytes() -> ModuleType:
-    """Import bitsandbytes, quietly. Raises ImportError if it is not installed."""
-    if (found := sys.modules.get("bitsandbytes")) is None:
+    """Import bitsandbytes, quietly, and make it quantize with `codes` unless a kernel for the CPU
+    is registered already: this one, or its own. Raises ImportError if it is not installed.
+    """
+    if (module := sys.modules.get("bitsandbytes")) is None:
         with quietly():
-            found = importlib.import_module("bitsandbytes")
-    use_faster_codes()
-    return found
+            module = importlib.import_module("bitsandbytes")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
+        torch.library.register_kernel(OPERATION, "cpu", _quantize)
+    return module
 
 
 @contextmanager
@@ -120,6 +115,38 @@ def _when_called(compiler: Callable[..., Any], function: Any = None, **options: 
         return partial(_when_called, compiler, **options)
     compiled = cache(partial(compiler, function, **options))
     return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+
+def constants_of(state: Any, blocks: slice = slice(None)) -> Tensor:
+    """The constant of each block (blocks,) of 4-bit codes, of those in a slice."""
+    constants = state.absmax[blocks]
+    if not state.nested:
+        return constants
+    nested, skipped = state.state2, (blocks.start or 0) % BLOCK_OF_CONSTANTS
+    start, end = (blocks.start or 0) - skipped, blocks.stop or len(state.absmax)
+    scales = nested.absmax[start // BLOCK_OF_CONSTANTS : -(-end // BLOCK_OF_CONSTANTS)]
+    values = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        state.absmax[start:end], scales, nested.code, nested.blocksize, nested.dtype
+    )
+    return values[skipped:].add_(state.offset)
+
+
+def dequantized_4bit(
+    codes: Tensor, constants: Tensor, state: Any, shape: tuple[int, ...]
+) -> Tensor:
+    """The matrix of that shape of 4-bit codes (..., 1), which may be stored under any dtype."""
+    # flattened if the input size is no multiple of the block: the CPU's AVX512 kernel would use
+    # the wrong constants there
+    flat = shape if shape[-1] % state.blocksize == 0 else (prod(shape),)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes.view(torch.uint8), constants, state.blocksize, state.quant_type, flat, state.dtype
+    ).view(shape)
+
+
+def make_linear(module: nn.Module) -> None:
+    """Make a module whose weight is no longer quantized a plain linear."""
+    adapted = isinstance(module, Adapted)
+    module.__class__ = adapted_class(nn.Linear, Linear) if adapted else nn.Linear
 
 
 class Quantized(Matrix):
@@ -191,11 +218,9 @@ class Quantized(Matrix):
     def dequantize(self) -> None:
         module, weight = self.module, self.weight()
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        for kept in ("quant_state", "state"):
-            module.__dict__.pop(kept, None)
-        module.__class__ = (
-            adapted_class(nn.Linear, Linear) if isinstance(module, Adapted) else nn.Linear
-        )
+        for attribute in ("quant_state", "state"):
+            module.__dict__.pop(attribute, None)
+        make_linear(module)
 
 
 class Linear4bit(Quantized):
@@ -225,24 +250,8 @@ class Linear4bit(Quantized):
         return self._state.dtype
 
     def dequantized(self) -> Tensor:
-        state, ops = self._state, torch.ops.bitsandbytes
-        constants = state.absmax
-        if state.nested:
-            of = state.state2
-            constants = (
-                ops.dequantize_blockwise.default(
-                    constants, of.absmax, of.code, of.blocksize, of.dtype
-                )
-                + state.offset
-            )
-        # flattened if the input size is no multiple of the block: the CPU's AVX512 kernel would use
-        # the wrong constants there
-        shape = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
-        codes = self.bare.weight.data.view(torch.uint8)  # stored under any dtype
-        w: Tensor = ops.dequantize_4bit.default(
-            codes, constants, state.blocksize, state.quant_type, shape, state.dtype
-        )
-        return w.view(self.shape)
+        state = self._state
+        return dequantized_4bit(self.bare.weight.data, constants_of(state), state, self.shape)
 
 
 class Linear8bit(Quantized):

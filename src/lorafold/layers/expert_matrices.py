@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.matrices import Matrices
+from lorafold.layers.bitsandbytes import constants_of, dequantized_4bit
 from lorafold.ops.mxfp4 import dequantize
-from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS
 
 BLOCKS, SCALES = "_blocks", "_scales"  # what the names of MXFP4's parameters end with
 GROUP = 32  # weights that share a scale of MXFP4
@@ -127,53 +127,25 @@ class NF4(QuantizedMatrices):
     """Matrices in 4-bit codes of bitsandbytes, with the constants of all experts in one list."""
 
     @property
-    def _state(self) -> Any:
-        return self.parameter.quant_state
-
-    @property
     def sides(self) -> tuple[int, int]:
-        rows, b = self._state.shape
+        rows, b = self.parameter.quant_state.shape
         return rows // self.number, b
 
+    @property
+    def _codes(self) -> Tensor:  # (bytes, 1)
+        return self.parameter.data.view(-1).view(torch.uint8)[:, None]
+
     def dense(self) -> Tensor:
-        state, ops = self._state, torch.ops.bitsandbytes
-        constants, rows = state.absmax, tuple(state.shape)
-        if state.nested:
-            of = state.state2
-            constants = ops.dequantize_blockwise.default(
-                constants, of.absmax, of.code, of.blocksize, of.dtype
-            ).add_(state.offset)
-        flat = rows if rows[1] % state.blocksize == 0 else (prod(rows),)
-        w: Tensor = ops.dequantize_4bit.default(
-            self.parameter.data.view(-1).view(torch.uint8)[:, None], constants, state.blocksize,
-            state.quant_type, flat, state.dtype,
-        )  # fmt: skip
+        state = self.parameter.quant_state
+        w = dequantized_4bit(self._codes, constants_of(state), state, tuple(state.shape))
         return self.turned(w.view(self.number, *self.sides).to(self.dtype))
 
     def stored(self, e: int) -> Tensor:
-        state, ops = self._state, torch.ops.bitsandbytes
-        shape = self.sides
-        size = prod(shape)
-        codes = self.parameter.data.view(-1).view(torch.uint8)[e * size // 2 : (e + 1) * size // 2]
-        count = size // state.blocksize
-        first, end = e * count, (e + 1) * count
-        constants = state.absmax[first:end]
-        if state.nested:
-            of, skipped = state.state2, first % BLOCK_OF_CONSTANTS
-            start = first - skipped
-            scales = of.absmax[start // BLOCK_OF_CONSTANTS : -(-end // BLOCK_OF_CONSTANTS)]
-            constants = (
-                ops.dequantize_blockwise.default(
-                    state.absmax[start:end], scales, of.code, of.blocksize, of.dtype
-                )[skipped:]
-                + state.offset
-            )
-        # flat where a row is no multiple of a block, as in `layers.bitsandbytes`
-        flat = shape if shape[1] % state.blocksize == 0 else (size,)
-        matrix: Tensor = ops.dequantize_4bit.default(
-            codes[:, None], constants, state.blocksize, state.quant_type, flat, state.dtype
-        )
-        return matrix.view(shape)
+        state, size = self.parameter.quant_state, prod(self.sides)
+        blocks = size // state.blocksize
+        constants = constants_of(state, slice(e * blocks, (e + 1) * blocks))
+        codes = self._codes[e * size // 2 : (e + 1) * size // 2]
+        return dequantized_4bit(codes, constants, state, self.sides)
 
 
 class Int8(QuantizedMatrices):

@@ -5,7 +5,7 @@
 
 A delta over `gate_up_proj` or `down_proj` changes a layer (S, in) -> (S, out), S being k times the
 tokens. The forms that a module may have are in `core.matrices`, and the forwards over such
-layers in `layers.expert_forwards`; the module's own runs where no delta is active and nothing is
+layers in `layers.experts`; the module's own runs where no delta is active and nothing is
 quantized.
 """
 
@@ -13,22 +13,33 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.attach import Adapted
+from lorafold.core.attach import Adapted, blank, renamed_subclass
+from lorafold.core.contexts import is_fake
 from lorafold.core.layer import BaseLayer, Layer, add
-from lorafold.core.matrices import STORED, Matrices, expert_parameters, matrices_of, parameter_path
+from lorafold.core.matrices import (
+    CHOSEN,
+    SORTED,
+    STORED,
+    WEIGHED,
+    Matrices,
+    expert_parameters,
+    form_of,
+    matrices_of,
+    parameter_path,
+)
 from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.layers.expert_forwards import CALLED
 from lorafold.layers.expert_matrices import ExpertMatrices, held
+from lorafold.ops.autocast import lowered
 from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
-from lorafold.ops.groups import Groups
+from lorafold.ops.groups import Groups, grouped
 from lorafold.ops.scale import scale
 
 
@@ -198,21 +209,13 @@ class Routed(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.base_class,), self.__dict__
+        return blank, (routed_class, self.base_class), self.__dict__
 
 
 @functools.cache
 def routed_class(cls: type[nn.Module]) -> type[Routed]:
     """The subclass of a class, with its name, whose forward runs over `Experts`."""
-    body = {"forward": functools.wraps(cls.forward)(forward), "base_class": cls}
-    swapped = type(cls.__name__, (Routed, cls), body)
-    swapped.__module__, swapped.__qualname__ = cls.__module__, cls.__qualname__
-    return swapped
-
-
-def _rebuild(cls: type[nn.Module]) -> Routed:
-    swapped = routed_class(cls)  # type: ignore[arg-type]
-    return swapped.__new__(swapped)
+    return renamed_subclass(Routed, cls, forward, base_class=cls)
 
 
 def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
@@ -221,9 +224,8 @@ def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
     """
     if expert_parameters(routed):
         return "", routed
-    return next(
-        (f"{name}.", m) for name, m in routed._modules.items() if m and expert_parameters(m)
-    )
+    children = routed._modules.items()
+    return next((f"{name}.", m) for name, m in children if m and expert_parameters(m))
 
 
 def route(routed: nn.Module) -> None:
@@ -237,37 +239,117 @@ def route(routed: nn.Module) -> None:
 def leave(routed: nn.Module) -> None:
     """Give the module its own forward again, if nothing needs another."""
     own = matrices_of(_holder(routed)[1], routed).values()
-    if isinstance(routed, Routed) and not any(
-        isinstance(s, Adapted) or held(s).quantized for s in own
-    ):
+    needed = any(isinstance(m, Adapted) or held(m).quantized for m in own)
+    if isinstance(routed, Routed) and not needed:
         routed.__class__ = routed.base_class  # type: ignore[assignment]
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the module computes: by its own forward where nothing is active or quantized, else over
-    layers.
+    """What a module computes from the arguments of its own forward (`core.matrices`): by that one
+    where nothing is active or quantized, else over layers.
     """
     _, holder = _holder(self)
     own = matrices_of(holder, self)
-    adapted = [s for s in own.values() if isinstance(s, Adapted)]
+    adapted = [m for m in own.values() if isinstance(m, Adapted)]
     names = adapted[0].selection.running(self.training) if adapted else ()
-    active = any(n in s.deltas for s in adapted for n in names)
-    if not active and not any(held(s).quantized for s in own.values()):
+    active = any(n in m.deltas for m in adapted for n in names)
+    if not active and not any(held(m).quantized for m in own.values()):
         return self.base_class.forward(self, *args, **kwargs)
-    called = next(iter(own.values())).form.called
-    return CALLED[called](self, holder, functools.partial(_layers, own, names), *args, **kwargs)
+
+    def layers(groups: Groups, at: Tensor | None, experts: tuple[int, int]) -> list[Layer]:
+        found: list[Layer] = []
+        for matrices in own.values():
+            base = Experts(matrices)
+            base.groups, base.at, base.experts = groups, at, experts
+            over = isinstance(matrices, Adapted)
+            found.append(matrices.layer(*names, base=base) if over else base)  # type: ignore
+        return found
+
+    called: Any = CALLED[next(iter(own.values())).form.called]
+    return called(self, holder, layers, *args, **kwargs)
 
 
-def _layers(
-    own: dict[str, Matrices],
-    names: tuple[str, ...],
-    groups: Groups,
-    at: Tensor | None,
-    experts: tuple[int, int],
-) -> list[Layer]:
-    found: list[Layer] = []
-    for matrices in own.values():
-        base = Experts(matrices)
-        base.groups, base.at, base.experts = groups, at, experts
-        found.append(matrices.layer(*names, base=base) if isinstance(matrices, Adapted) else base)
-    return found
+# the layers over groups of rows; of each row its index (S,) in the tokens' experts (T, k), if that
+# is known; and T, k
+Layers = Callable[[Groups, Tensor | None, tuple[int, int]], list[Layer]]
+
+
+def chosen(
+    routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The output of the experts, of the shape of the input: each token's, weighted and summed.
+
+    Args:
+        routed: the module whose forward it is.
+        holder: the module that has the matrices.
+        hidden: the tokens (..., hidden), T in all.
+        *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
+    """
+    index, weights = (*args, *kwargs.values())
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    mixed = lowered(functools.partial(_mixed, holder, layers, index), tokens)
+    return (mixed * weights[..., None]).sum(1).to(hidden.dtype).view(hidden.shape)
+
+
+def weighed(
+    routed: Any, holder: nn.Module, layers: Layers, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The output (T, hidden) of the experts and of the one that all tokens meet, summed; and what
+    the router computes. Scores weigh the inputs, and those of experts that were not chosen are 0.
+    """
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    scores, logits = routed.router(tokens)
+    weights, index = scores.topk(routed.top_k, 1)
+    mixed = lowered(functools.partial(_mixed, holder, layers, index), tokens, weights)
+    shared: Tensor = routed.shared_expert(tokens)
+    return shared + mixed.sum(1).to(shared.dtype), logits
+
+
+def in_order(
+    routed: Any, holder: nn.Module, layers: Layers, rows: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """The rows (S, in), each times the matrix of its expert: (S, out)."""
+    each, count = torch.tensor(sizes), len(rows)  # its sum, which can't be read without values
+    of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
+    groups, taken, places = grouped(of, len(sizes))
+    (layer,) = layers(groups, None, (0, 1))
+    return lowered(lambda x: layer(x[taken]).index_select(0, places), rows)
+
+
+CALLED: dict[str, Callable[..., Any]] = {CHOSEN: chosen, WEIGHED: weighed, SORTED: in_order}
+
+
+def _mixed(
+    holder: Any, layers: Layers, index: Tensor, hidden: Tensor, weights: Tensor | None = None
+) -> Tensor:  # (T, k, hidden)
+    """The output of each expert of each token, whose inputs are weighed by (T, k) `weights`;
+    experts without a matrix give back their input.
+    """
+    form = form_of(holder)
+    assert form is not None
+    of, (tokens, k) = index.reshape(-1), index.shape
+    counts = [int(getattr(holder, stored.number)) for stored in form.parameters.values()]
+    number, at = counts[-1], None
+    if number < max(counts):  # without values, each token is sent to k that have matrices
+        at = torch.arange(len(of)) if is_fake(of) else (of < number).nonzero()[:, 0]
+        if not len(at):
+            return hidden[:, None].expand(-1, k, -1)
+    groups, rows, places = grouped(of if at is None else of[at], number)
+    rows = rows if at is None else at[rows]
+    x = hidden.index_select(0, rows // k)  # whose backward is faster than that of indexing
+    if weights is not None:
+        x = x * weights.reshape(-1, 1).index_select(0, rows)
+    *firsts, last = layers(groups, rows, (tokens, k))
+    u = [first(x) for first in firsts]
+    if form.activation:
+        gate, up = u if len(u) == 2 else u[0].chunk(2, -1)
+        inner = getattr(holder, form.activation)(gate) * up
+    else:
+        inner = holder._apply_gate(*u) if holder.has_gate else holder.act_fn(*u)
+    y = last(inner)
+    if getattr(holder, "has_post_expert_norm", False):
+        y = holder.post_expert_norm(y)
+    y = y.index_select(0, places)
+    if at is not None:
+        y = hidden.repeat_interleave(k, 0).to(y.dtype).index_copy(0, at, y)
+    return y.view(tokens, k, -1)

@@ -35,7 +35,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, zeros
+from lorafold.methods.parts.options import check, set_alpha, zeros
 
 PARTS = ("P", "E", "Q")
 AVERAGES = ("sensitivity", "uncertainty")
@@ -67,9 +67,8 @@ class AdaLoRADelta(LowRank):
         self.register_buffer("kept", torch.ones_like(self.E, dtype=torch.bool))
         for part in PARTS:
             for name in AVERAGES:
-                self.register_buffer(
-                    f"{name}_{part}", torch.zeros_like(getattr(self, part)).detach()
-                )
+                zero = torch.zeros_like(getattr(self, part)).detach()
+                self.register_buffer(f"{name}_{part}", zero)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.P * (self.scale * self.E[..., None, :]), self.Q
@@ -114,7 +113,7 @@ class AdaLoRA(Spec):
     def __post_init__(self) -> None:
         first = (3 * self.rank + 1) // 2 if self.init_rank is None else self.init_rank
         object.__setattr__(self, "init_rank", first)
-        object.__setattr__(self, "alpha", float(2 * first if self.alpha is None else self.alpha))
+        set_alpha(self, 2 * first)
         checks = {
             f"init_rank: found {self.init_rank!r}, expected at least rank, {self.rank}": (
                 self.init_rank >= self.rank  # type: ignore[operator]
@@ -131,12 +130,8 @@ class AdaLoRA(Spec):
         check(self, *wrong, whole=("rank", "delta_t"), below_one=("dropout",))
 
     def at(self, path: str) -> Self:
-        return replace(
-            self,
-            rank_pattern=dict(
-                [hit for hit in self.rank_pattern.items() if pattern_matches(hit[0], path)][:1]
-            ),
-        )
+        hits = [hit for hit in self.rank_pattern.items() if pattern_matches(hit[0], path)]
+        return replace(self, rank_pattern=dict(hits[:1]))
 
     def build(self, layer: Layer) -> AdaLoRADelta:
         return AdaLoRADelta(layer, self)
@@ -232,15 +227,12 @@ def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
 @torch.no_grad()
 def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
     """Keep the `budget` triplets with the highest scores among those of all deltas."""
-    found = scores(deltas)
-    each = torch.cat([one.flatten() for one in found])
-    worst = len(each) - budget
-    threshold = each.kthvalue(worst).values if worst else each.new_tensor(float("-inf"))
-    kept = (each > threshold).split([one.numel() for one in found])
-    pairs = zip(deltas, kept, strict=True)
-    torch._foreach_copy_(
-        [delta.kept for delta in deltas], [now.view(delta.kept.shape) for delta, now in pairs]
-    )
+    each = [score.flatten() for score in scores(deltas)]
+    every = torch.cat(each)
+    worst = len(every) - budget
+    threshold = every.kthvalue(worst).values if worst else every.new_tensor(float("-inf"))
+    kept = [(score > threshold).view(d.kept.shape) for d, score in zip(deltas, each, strict=True)]
+    torch._foreach_copy_([delta.kept for delta in deltas], kept)
 
 
 def number_of_matrices(delta: Any) -> int:

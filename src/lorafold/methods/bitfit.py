@@ -18,7 +18,7 @@ from typing import ClassVar
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.bias import BiasDelta
+from lorafold.methods.parts.extras import BiasDelta
 
 
 @dataclass(frozen=True)

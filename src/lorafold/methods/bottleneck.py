@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.layers import output_width
-from lorafold.methods.parts.options import check
+from lorafold.methods.parts.options import check, kaiming, zeros
 
 Activation = Literal["gelu", "relu"]
 After = Literal["both", "mlp"]
@@ -40,11 +40,9 @@ class BottleneckDelta(Opaque):
     def __init__(self, dim: int, size: int, activation: Activation, device: torch.device) -> None:
         super().__init__()
         self.activation = activation
-        self.down = nn.Parameter(torch.empty(size, dim, device=device, dtype=torch.float32))
-        self.down_bias = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
-        self.up = nn.Parameter(torch.zeros(dim, size, device=device, dtype=torch.float32))
-        self.up_bias = nn.Parameter(torch.zeros(dim, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+        self.down, self.down_bias = zeros((size, dim), device), zeros((size,), device)
+        self.up, self.up_bias = zeros((dim, size), device), zeros((dim,), device)
+        kaiming(self.down)
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         output = layer(*args, **kwargs)
@@ -54,11 +52,10 @@ class BottleneckDelta(Opaque):
 
     def adapt(self, y: Tensor) -> Tensor:  # (..., d)
         """y (..., d) plus the output of the small network."""
-        down, down_bias, up, up_bias = (
-            p.to(y.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias)
-        )
-        h = F.linear(y, down, down_bias)
-        return y + F.linear(F.gelu(h) if self.activation == "gelu" else F.relu(h), up, up_bias)
+        own = (self.down, self.down_bias, self.up, self.up_bias)
+        down, down_bias, up, up_bias = (p.to(y.dtype) for p in own)
+        h = getattr(F, self.activation)(F.linear(y, down, down_bias))
+        return y + F.linear(h, up, up_bias)
 
 
 @dataclass(frozen=True)

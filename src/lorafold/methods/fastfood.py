@@ -47,12 +47,9 @@ class Subspace(nn.Module):
         length = 1 << (len(vector) - 1).bit_length()
         self.vector = nn.Parameter(vector)
         signs = torch.randint(0, 2, (length,), generator=generator) * 2.0 - 1
-        self.register_buffer("signs", signs.to(device), persistent=False)
-        self.register_buffer(
-            "order", torch.randperm(length, generator=generator).to(device), persistent=False
-        )
-        for name, half in zip(("left", "right"), halves(length), strict=True):
-            self.register_buffer(name, half.to(device), persistent=False)
+        tensors = signs, torch.randperm(length, generator=generator), *halves(length)
+        for name, tensor in zip(("signs", "order", "left", "right"), tensors, strict=True):
+            self.register_buffer(name, tensor.to(device), persistent=False)
 
     def transformed(self, x: Tensor) -> Tensor:  # (..., L)
         """sqrt(L) times the Walsh-Hadamard transform of x (..., L): sums whose signs are exact in
@@ -87,9 +84,8 @@ class FastfoodDelta(Dense):
         """Draw G, and refer to the delta that has the subspace."""
         self._first = (first,)  # in a tuple, so that it is no submodule of every delta
         length = len(first.subspace.signs)  # type: ignore[union-attr]
-        gaussians = torch.randn(
-            ceil(prod(self.shape) / length), length, generator=generator
-        ).bfloat16()
+        blocks = ceil(prod(self.shape) / length)
+        gaussians = torch.randn(blocks, length, generator=generator).bfloat16()
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
 
     def delta(self) -> Tensor:  # (*matrices, out, in)

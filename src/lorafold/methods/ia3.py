@@ -48,11 +48,9 @@ class IA3Delta(Delta):
         return None if self.of_input else Gained(None, self.l, None)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return (
-            layer(layer.scale(x, self.l), onto=onto)
-            if self.of_input
-            else layer.scale(layer(x), self.l, onto=onto)
-        )
+        if self.of_input:
+            return layer(layer.scale(x, self.l), onto=onto)
+        return layer.scale(layer(x), self.l, onto=onto)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.of_input:

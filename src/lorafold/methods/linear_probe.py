@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.modules_to_save import ReplaceDelta
+from lorafold.methods.parts.extras import ReplaceDelta
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lorafold.core.contexts import recomputed
 from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import check, kaiming, zeros
+from lorafold.methods.parts.options import check, kaiming, set_alpha, zeros
 from lorafold.ops.hadamard import hadamard
 
 
@@ -78,7 +78,7 @@ class LoHa(Spec):
 
     def __post_init__(self) -> None:
         check(self, whole=("rank",))
-        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
+        set_alpha(self, self.rank)
 
     def build(self, layer: Layer) -> LoHaDelta:
         return LoHaDelta(layer, self.rank, self.alpha / self.rank)  # type: ignore[operator]

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lorafold.core.delta import Additive
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import check, kaiming, zeros
+from lorafold.methods.parts.options import check, kaiming, set_alpha, zeros
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
@@ -66,14 +66,8 @@ class LoKrDelta(Additive):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """scale C (*matrices, o1, i1) and D (*matrices, o2, i2)."""
-        c, d = (
-            (
-                getattr(self, n)
-                if hasattr(self, n)
-                else getattr(self, f"{n}_a") @ getattr(self, f"{n}_b")
-            )
-            for n in ("w1", "w2")
-        )
+        own: Any = self._parameters
+        c, d = (own[n] if n in own else own[f"{n}_a"] @ own[f"{n}_b"] for n in ("w1", "w2"))
         return self.scale * c, d
 
     def delta(self) -> Tensor:
@@ -113,7 +107,7 @@ class LoKr(Spec):
         factor = self.decompose_factor
         told = f"decompose_factor: found {factor!r}, expected a whole number from 1, or -1"
         check(self, *[told] * (factor != -1 and factor < 1), whole=("rank",))
-        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
+        set_alpha(self, self.rank)
 
     def build(self, layer: Layer) -> LoKrDelta:
         out, inn, window = *layer.shape, layer.window

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, kaiming
+from lorafold.methods.parts.options import check, kaiming, set_alpha, zeros
 from lorafold.ops.svd import best_of_rank
 
 Init = Literal["kaiming", "gaussian", "loftq"]
@@ -48,8 +48,7 @@ class LoRADelta(LowRank):
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         shape = (*matrices, rank, inn)
         self.A = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
-        shape = (*matrices, out, rank)
-        self.B = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
+        self.B = zeros((*matrices, out, rank), device)
         if init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)
         else:
@@ -89,9 +88,7 @@ class LoRA(Spec):
     lr_b: ClassVar[float] = 3e-3
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha)
-        )
+        set_alpha(self, 2 * self.rank)
         check(
             self, whole=("rank", "rank_pattern"), below_one=("dropout",),
             one_of={"init": get_args(Init)},
@@ -103,14 +100,12 @@ class LoRA(Spec):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)  # type: ignore[operator]
 
     def at(self, path: str) -> Self:
+        def first(pattern: Mapping[str, Any], default: Any) -> Any:
+            return next((v for key, v in pattern.items() if pattern_matches(key, path)), default)
+
         if not (self.rank_pattern or self.alpha_pattern):
             return self
-        rank = next(
-            (r for key, r in self.rank_pattern.items() if pattern_matches(key, path)), self.rank
-        )
-        alpha = next(
-            (a for key, a in self.alpha_pattern.items() if pattern_matches(key, path)), self.alpha
-        )
+        rank, alpha = first(self.rank_pattern, self.rank), first(self.alpha_pattern, self.alpha)
         return replace(self, rank=rank, alpha=alpha)
 
     def build(self, layer: Layer) -> LoRADelta:
@@ -122,11 +117,8 @@ class LoRA(Spec):
                     f" most {min(layer.shape)}"
                 )
             with torch.no_grad():
-                b, a = best_of_rank(
-                    layer.original().to(layer.device).float() - layer.dense()[0].float(),
-                    self.rank,
-                    self.scale,
-                )
+                error = layer.original().to(layer.device).float() - layer.dense()[0].float()
+                b, a = best_of_rank(error, self.rank, self.scale)
                 delta.B.copy_(b)
                 delta.A.copy_(a)
         return delta

@@ -26,7 +26,7 @@ from lorafold.core.delta import LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check
+from lorafold.methods.parts.options import check, set_alpha
 from lorafold.ops.svd import best_of_rank
 
 
@@ -49,9 +49,8 @@ class OffsetDelta(LowRank):
         self.register_buffer("B0", b.clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:  # up (out, 2 r), down (2 r, in)
-        return self.scale * torch.cat([self.B - self.B0, self.B0], -1), torch.cat(
-            [self.A, self.A - self.A0], -2
-        )
+        up = self.scale * torch.cat([self.B - self.B0, self.B0], -1)
+        return up, torch.cat([self.A, self.A - self.A0], -2)
 
 
 class FromWeight(Spec):
@@ -63,7 +62,7 @@ class FromWeight(Spec):
 
     def __post_init__(self) -> None:
         check(self, whole=("rank",), below_one=("dropout",))
-        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
+        set_alpha(self, self.rank)
 
     @property
     def scale(self) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import zeros
 from lorafold.methods.parts.virtual_tokens import KeysAndValues, Sender, VirtualTokens
 
 Init = Literal["activations", "random"]
@@ -36,28 +37,21 @@ class PrefixDelta(Sender):
         super().__init__(body, layers)
         self.shape = shape  # (Hk, D)
         size = 2 * len(layers) * shape[0] * shape[1]
-        self.prefix = nn.Parameter(
-            torch.zeros(tokens, size, device=next(body.parameters()).device, dtype=torch.float32)
-        )
+        self.prefix = zeros((tokens, size), next(body.parameters()).device)
 
     def by_layer(self) -> Tensor:  # (L, 2, Hk, n, D)
         """The keys and values of each layer, as a view of the prefix."""
-        return self.prefix.view(len(self.prefix), len(self.layers), 2, *self.shape).permute(
-            1, 2, 3, 0, 4
-        )
+        split = self.prefix.view(len(self.prefix), len(self.layers), 2, *self.shape)
+        return split.permute(1, 2, 3, 0, 4)
 
     @property
     def positions(self) -> int:
         """n."""
         return len(self.prefix)
 
-    def keys_and_values(self) -> KeysAndValues:
+    def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
         """The keys (1, Hk, n, D) and the values (1, Hk, n, D) by `layer_idx`."""
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
-
-    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        return self.send(layer, inputs, self.keys_and_values(), self.positions)
 
     @torch.no_grad()
     def begin_with(self, layer: Layer, ids: Tensor) -> None:  # (n,)
@@ -94,11 +88,8 @@ class Prefix(VirtualTokens):
         layers: list[Any] = [m.layer_idx for m in attentions]
         delta = PrefixDelta(body, self.tokens, shapes.pop(), layers)
         if self.init == "activations":
-            embedding = body.get_input_embeddings()  # type: ignore[operator]
-            delta.begin_with(
-                layer,
-                torch.randint(embedding.num_embeddings, (self.tokens,)).to(delta.prefix.device),
-            )
+            embedding: Any = body.get_input_embeddings()  # type: ignore[operator]
+            delta.begin_with(layer, self.random_ids(embedding).to(delta.prefix.device))
         else:
             nn.init.normal_(delta.prefix, std=0.02)
         return delta
@@ -107,8 +98,6 @@ class Prefix(VirtualTokens):
 def key_shape(attention: nn.Module) -> tuple[int, int]:
     """The number Hk of an attention's key heads, and their size D."""
     config: Any = attention.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return (
-        heads,
-        getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
+    queries = config.num_attention_heads
+    size = getattr(attention, "head_dim", None) or config.hidden_size // queries
+    return getattr(config, "num_key_value_heads", None) or queries, size

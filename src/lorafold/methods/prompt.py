@@ -36,36 +36,20 @@ class PromptDelta(Sender):
         """n."""
         return len(self.embeddings)
 
-    def keys_and_values(self, layer: Layer) -> KeysAndValues:
-        """The keys and values that the decoder's attentions compute from the embeddings at
-        positions 0 to n - 1.
+    def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
+        """Those of positions 0 to n - 1. A cache keeps them since its first token; they are
+        computed if there is no cache, or it is empty.
         """
+        kept = getattr(cache, "virtual_tokens", {})
+        if cache is not None and cache.get_seq_length() and id(self) in kept:
+            return kept[id(self)]
         seen: Seen = {}
         dtype = layer.module.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        self.send(
-            layer,
-            {"inputs_embeds": self.embeddings.to(dtype)[None], "use_cache": False},
-            None,
-            0,
-            seen,
-        )
+        embeddings = self.embeddings.to(dtype)[None]
+        self.send(layer, {"inputs_embeds": embeddings, "use_cache": False}, None, 0, seen)
+        if cache is not None:
+            cache.virtual_tokens = kept | {id(self): seen}
         return seen
-
-    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        kept = self.kept_with(inputs.get("cache"), layer)
-        return self.send(layer, inputs, kept, self.positions)
-
-    def kept_with(self, cache: Any, layer: Layer) -> KeysAndValues:
-        """The keys and values that are kept with a cache since its first token; they are computed
-        if there is no cache, or it is empty.
-        """
-        if cache is None:
-            return self.keys_and_values(layer)
-        kept = getattr(cache, "virtual_tokens", {})
-        if cache.get_seq_length() == 0 or id(self) not in kept:
-            cache.virtual_tokens = kept = kept | {id(self): self.keys_and_values(layer)}
-        return kept[id(self)]
 
 
 @dataclass(frozen=True)
@@ -86,17 +70,13 @@ class Prompt(VirtualTokens):
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> PromptDelta:
         body = layer.module
         layers: list[Any] = [m.layer_idx for m in attentions]
-        start = self.start(body.get_input_embeddings())  # type: ignore[operator]
-        return PromptDelta(body, start, layers)
+        return PromptDelta(body, self.start(body.get_input_embeddings()), layers)  # type: ignore
 
     @torch.no_grad()
     def start(self, embedding: nn.Embedding) -> Tensor:  # (n, d)
         """The embeddings at start, by `init`."""
         weight = embedding.weight
         if self.init == "vocabulary":
-            return embedding(
-                torch.randint(embedding.num_embeddings, (self.tokens,)).to(weight.device)
-            )
-        return (
-            torch.randn(self.tokens, weight.shape[1], device=weight.device) * weight.float().std()
-        )
+            return embedding(self.random_ids(embedding))
+        random = torch.randn(self.tokens, weight.shape[1], device=weight.device)
+        return random * weight.float().std()

@@ -27,7 +27,7 @@ from torch.optim import AdamW
 from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
-from lorafold.methods.parts.options import check
+from lorafold.methods.parts.options import check, zeros
 
 
 class SparseDelta(Dense):
@@ -43,7 +43,7 @@ class SparseDelta(Dense):
         super().__init__()
         self.shape = shape
         self.register_buffer("at", at)
-        self.values = nn.Parameter(torch.zeros(len(at), device=at.device, dtype=torch.float32))
+        self.values = zeros((len(at),), at.device)
 
     def delta(self) -> Tensor:
         if self.at is None:

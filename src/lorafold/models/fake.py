@@ -54,7 +54,7 @@ class _Fake(FakeTensorMode):
         if func is not GROUPED:
             return super().__torch_dispatch__(func, types, args, kwargs)
         bf16 = [factor.to(torch.bfloat16) for factor in args[:2]]
-        shape = super().__torch_dispatch__(func, types, (*bf16, *args[2:]), kwargs)
+        shape: Any = super().__torch_dispatch__(func, types, (*bf16, *args[2:]), kwargs)
         return shape.to(args[0].dtype)
 
 

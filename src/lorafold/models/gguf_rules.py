@@ -20,7 +20,6 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.models.gguf_files import value
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -107,6 +106,12 @@ YARN = {
     "scaling.yarn_beta_slow": "beta_slow",
 }
 UNKNOWN = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")
+
+
+def value(reader: GGUFReader, key: str) -> Any:
+    """The value of a key of a file's metadata; None if there is none."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
 
 
 def split_as_learned(

@@ -128,7 +128,7 @@ def read_quantized(
         bitsandbytes()
     with torch.device("meta"):
         empty = auto.from_config(configuration, trust_remote_code=trusted)
-    cls, options = type(empty), {"dtype": torch.bfloat16}
+    cls, options = type(empty), dict[str, Any](dtype=torch.bfloat16)
     quantizing: AbstractContextManager[Any] = nullcontext()
     if codes_in_files:
         cls, options = _with_codes(empty, settings, path, what), {"dtype": storage.dtype}

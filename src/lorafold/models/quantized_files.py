@@ -261,7 +261,7 @@ def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFo
 
 def _codes(group: Any, form: str, what: str) -> QuantizationFormat:
     weights, form = group.weights, str(getattr(group.format or form, "value", group.format or form))
-    blocks = {
+    blocks: dict[str, Any] = {
         "tensor": (0, 0),
         "channel": (1, 0),
         "group": (1, weights.group_size),
@@ -277,8 +277,9 @@ def _codes(group: Any, form: str, what: str) -> QuantizationFormat:
             " float-quantized, int-quantized or pack-quantized ones of 8 or 4 bits, a scale for"
             f" each {', '.join(blocks)}"
         )
+    rows, columns = blocks[strategy]
     return QuantizationFormat(
-        weights.type, *blocks[strategy], weights.num_bits, form == PACKED, weights.symmetric
+        weights.type, rows, columns, weights.num_bits, form == PACKED, weights.symmetric
     )
 
 

@@ -15,8 +15,17 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import check_intact, read_object, verify
 from lorafold.files.model_card import EMBEDDED
 from lorafold.files.paths import beside
-from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
-from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of, one_file
+from lorafold.models.gguf import (
+    SUFFIX,
+    Gguf,
+    files_in,
+    files_of,
+    gguf_of,
+    models_of,
+    one_file,
+    renew,
+    unpacked,
+)
 from lorafold.models.load_errors import loading, one_line
 from lorafold.runtime.hub_access import asked_once, cache
 

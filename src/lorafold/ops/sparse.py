@@ -4,7 +4,7 @@
     gx = g W',  gvalues[e] = sum_t g[t, i_e] x[t, j_e]      (i_e, j_e) the row and column of entry e
 
 The gradient of few entries is computed at these alone, from rows of the transposed g and x, and
-never as a matrix. W' is built again in the backward (`core.scatter_add`), so a step never holds
+never as a matrix. W' is built again in the backward (`core.rounding`), so a step never holds
 more than one; x, the values and their places are kept. LT-SFT and FISH mask use it.
 
 1024 x 576 times 576 x 1536 in bf16, one CPU thread, k = 0.5% of the entries: their gradient takes
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.scatter_add import scatter_added
+from lorafold.core.rounding import scatter_added
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.autocast import Exact
 from lorafold.ops.frozen import Read

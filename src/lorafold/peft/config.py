@@ -7,22 +7,29 @@ the adapter computes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from torch import nn
+from torch import Tensor, nn
 
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.attach import base_state
+from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
+from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.paths import beside
+from lorafold.layers import is_linear
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.sources import called
 from lorafold.peft.derived import PREFIX
-from lorafold.peft.form import WrittenForm, renamed_patterns
-from lorafold.peft.selection import Patterns, PeftSelection, saved_leaves, task_of
+from lorafold.peft.form import WrittenForm, renamed_patterns, selected, shortest
 from lorafold.peft.table import METHODS, more_methods
 from lorafold.peft.table_types import Field, Method, Regex, TargetModule
 from lorafold.peft.tokens import INDICES, Ids, describe
@@ -200,3 +207,218 @@ def method_of(config: Mapping[str, Any]) -> Method:
 def is_neutral(value: Any) -> bool:
     """Does this value of a key that is not understood leave unchanged what the adapter computes?"""
     return value is None or value is False or value in ("", [], {})
+
+
+Patterns = str | tuple[str, ...]
+# By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
+# modules to save.
+TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("ForCausalLM", "CAUSAL_LM", ()),
+    ("LMHeadModel", "CAUSAL_LM", ()),
+    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
+    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
+    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
+)
+
+
+@dataclass(frozen=True)
+class PeftSelection:
+    """The fields of a PEFT config that select modules, under PEFT's names. `targets` and `saved`
+    find the modules in a model.
+    """
+
+    target_modules: Patterns
+    modules_to_save: tuple[str, ...] = ()
+    exclude_modules: Patterns = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    tokens: Ids = ()
+    target_parameters: tuple[str, ...] = ()
+    preset: str | None = None  # what the method always adapts, instead of target_modules
+    experts: bool = False  # target_modules name matrices of experts too, as PEFT's do not
+
+    def targets(self, model: nn.Module) -> Matches:
+        """The modules to adapt, by pattern. Patterns that match no module are left out."""
+        if self.preset is not None:
+            return match(model, self.preset, is_linear)
+        asked = self.target_modules
+        modules = {
+            p: m
+            for p, m in Anatomy.of(model).modules
+            if p and (self.experts or not isinstance(m, Matrices))
+        }
+        if self.exclude_modules or self.modules_to_save:
+            modules = {p: m for p, m in modules.items() if not self._excluded(p)}
+        if asked == "all-linear":
+            head = getattr(model, "get_output_embeddings", lambda: None)()
+            found = {asked: tuple(p for p, m in modules.items() if is_linear(m) and m is not head)}
+        elif isinstance(asked, str):
+            found = {asked: tuple(p for p in modules if _matches(asked, p))}
+        else:
+            hits: dict[str, list[str]] = {pattern: [] for pattern in asked}
+            for p in filter(self._in_layers, modules) if self.layers_to_transform else modules:
+                first = next((t for t in asked if p == t or p.endswith(f".{t}")), None)
+                if first is not None:
+                    hits[first].append(p)
+            found = {pattern: tuple(paths) for pattern, paths in hits.items()}
+        if self.target_parameters:
+            for name, sites in selected(model, self.target_parameters).items():
+                found[name] = tuple(dict.fromkeys((*found.get(name, ()), *sites)))
+        if not any(found.values()):
+            named = {"target_modules": self.target_modules} if self.target_modules else {}
+            named |= {"target_parameters": self.target_parameters} if self.target_parameters else {}
+            shown = " and ".join(f"{key} {_shown(names)}" for key, names in named.items())
+            raise LorafoldError(f"{shown or 'target_modules'} match no module of this model")
+        return Matches({pattern: hits for pattern, hits in found.items() if hits})
+
+    def spec_in(self, model: nn.Module, spec: Spec) -> Spec:
+        """The spec that gives each site the rank and alpha that PEFT gives it in this model: it
+        looks those of a module's weight up by the path of the weight.
+        """
+        if not self.target_parameters:
+            return spec
+        sites = [p for hits in selected(model, self.target_parameters).values() for p in hits]
+        pairs = [(f"{p}.weight", p) for p in sites if not isinstance(module_at(model, p), Matrices)]
+        ranks, alphas = (
+            renamed_patterns(values, pairs)
+            for values in (spec.rank_pattern, spec.alpha_pattern)  # type: ignore[attr-defined]
+        )
+        return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[type-var]
+
+    def saved(self, model: nn.Module) -> Matches:
+        """The modules to save whole, by name. Names that match no module are left out: PEFT lists
+        the heads of all architectures in the config of a classifier.
+        """
+        paths = [p for p, _ in Anatomy.of(model).modules if p]
+        found = {name: tuple(p for p in paths if p.endswith(name)) for name in self.modules_to_save}
+        return Matches({name: hits for name, hits in found.items() if hits})
+
+    def under(self, roots: Mapping[str, str]) -> PeftSelection:
+        """The same selection of a part of a model, where the whole one's module paths have other
+        roots.
+        """
+
+        def inner(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {inner(name): ids for name, ids in value.items()}
+            if isinstance(value, tuple):
+                return tuple(map(inner, value))
+            for a, b in roots.items() if isinstance(value, str) else ():
+                for old, new in ((f"{b}.", f"{a}."), (re.escape(f"{b}."), re.escape(f"{a}."))):
+                    value = value.replace(old, new)
+            return value
+
+        named = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
+        return replace(self, **{name: inner(getattr(self, name)) for name in (*named, "tokens")})
+
+    def _excluded(self, path: str) -> bool:
+        return _matches(self.exclude_modules, path) or any(
+            re.match(rf"(^|.*\.){m}($|\..*)", path) for m in self.modules_to_save
+        )
+
+    def _in_layers(self, path: str) -> bool:
+        heads = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [
+            r".*?\.[^.]*\.(\d+)\."
+        ]
+        number = next((m.group(1) for head in heads if (m := re.match(head, path))), None)
+        return number is not None and int(number) in self.layers_to_transform
+
+
+def simplest_selection(
+    model: nn.Module,
+    targets: Sequence[str],
+    patterns: Sequence[str],
+    saved: Sequence[str],
+    names: Sequence[str],
+    form: WrittenForm,
+) -> PeftSelection:
+    """The simplest selection of exactly these modules."""
+    whole: tuple[str, ...] | None = ()
+    if saved or names:
+        ends = tuple(sorted({path.rpartition(".")[2] for path in saved}))
+        tried = (_with_heads(model, names), tuple(names), ends, tuple(saved))
+        same = (s for s in tried if set(saved_leaves(model, s)) == set(saved))
+        whole = next(same, None)
+    if whole is None:
+        extra = sorted(set(saved_leaves(model, saved)) - set(saved))
+        raise LorafoldError(
+            f"modules to save {listed(names)}: PEFT's format can't name them without"
+            f" {listed(extra)}; save these too"
+        )
+    like = PeftSelection((), whole, experts=not form.method.of_peft)
+    chosen = form.parameters.values()
+    parameters = shortest(model, chosen) if chosen else ()
+    modules = [path for path in targets if path not in form.parameters]
+    if not modules:
+        return replace(like, target_parameters=parameters)
+    ends = tuple(sorted({path.rpartition(".")[2] for path in modules}))
+    candidates: list[Patterns] = [ends, tuple(sorted(modules))]
+    if not form.renamed:
+        candidates.append("|".join(re.escape(p) for p in sorted(modules)))
+        if len(patterns) == 1 and patterns[0] not in targets:
+            candidates.insert(1, patterns[0])
+    for candidate in candidates:
+        selection = replace(like, target_modules=candidate)
+        with suppress(LorafoldError):
+            if set(selection.targets(model).paths) == set(modules):
+                return replace(selection, target_parameters=parameters)
+    raise LorafoldError(
+        "PEFT's format can't name the target modules of this model without others: one path is the"
+        " end of another"
+    )
+
+
+def task_of(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
+    """PEFT's task for the model, and the names of the heads that PEFT then saves; None and no names
+    for a model of which it knows none.
+    """
+    name = type(model).__name__
+    return next(((task, heads) for end, task, heads in TASKS if name.endswith(end)), (None, ()))
+
+
+def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """These names with the head that PEFT saves as a whole in place of those of its parts: it would
+    put a wrapper around both, and has no key for the inner one.
+    """
+    _, heads = task_of(model)
+    paths = PeftSelection((), heads).saved(model).paths
+
+    def whole(name: str) -> str:
+        found = PeftSelection((), (name,)).saved(model).paths
+        around = {h for h in paths for p in found if p.startswith(f"{h}.")}
+        inside = found and all(p.startswith(tuple(f"{h}." for h in around)) for p in found)
+        return next(iter(around)) if inside and len(around) == 1 else name
+
+    return tuple(dict.fromkeys(map(whole, names)))
+
+
+def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The paths of all modules with parameters at or below the modules that PEFT finds for these
+    `modules_to_save`.
+    """
+    roots = tuple(f"{path}." for path in PeftSelection((), tuple(names)).saved(model).paths)
+    modules = Anatomy.of(model).modules
+    return [path for path, m in modules if m._parameters and f"{path}.".startswith(roots)]
+
+
+def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The floating-point buffers in a model's state, of any shape, by name, of the modules that
+    PEFT finds for these `modules_to_save`, and of those below.
+    """
+    roots = tuple(f"{path}." for path in PeftSelection((), tuple(names)).saved(model).paths)
+    state = base_state(model)
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.startswith(roots) and name in state and buffer.is_floating_point()
+    }
+
+
+def _matches(patterns: Patterns, path: str) -> bool:
+    if isinstance(patterns, str):
+        return bool(patterns) and re.fullmatch(patterns, path) is not None
+    return any(path == p or path.endswith(f".{p}") for p in patterns)
+
+
+def _shown(patterns: Patterns) -> str:
+    return repr(patterns) if isinstance(patterns, str) else ", ".join(patterns)

@@ -54,16 +54,20 @@ def all_flat(v: Tensor, site: TargetModule) -> Tensor:
 
 
 def not_down(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a lora_A of a file, or None. PEFT's has all input channels where the
-    convolution has groups: an update that mixes them, which the weight can't hold.
+    """What is wrong with a lora_A (r, channels, ...) of a file, or None. PEFT's has all input
+    channels if the convolution has groups: an update that mixes them, which the weight can't hold.
     """
     expected = as_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
-    if a.shape == expected and a.is_floating_point():
-        return None
     mixes = a.dim() == len(expected) and a.shape[1] > expected[1]
-    return f"{a.dtype}, shape {list(a.shape)}, expected numbers of shape {list(expected)}" + (
-        "; an update that mixes the groups of a convolution is not supported" * mixes
-    )
+    hint = "; an update that mixes the groups of a convolution is not supported" * mixes
+    return _misfit(a, expected, hint)
+
+
+def _misfit(found: Tensor, expected: torch.Size, hint: str) -> str | None:
+    if found.shape == expected and found.is_floating_point():
+        return None
+    shape = f"{found.dtype}, shape {list(found.shape)}"
+    return f"{shape}, expected numbers of shape {list(expected)}{hint}"
 
 
 def whole(w2: Tensor, site: TargetModule) -> Tensor:
@@ -74,23 +78,23 @@ def whole(w2: Tensor, site: TargetModule) -> Tensor:
 
 
 def not_whole(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a lokr_w2 of a file, or None. PEFT 0.21 multiplies a w2 (o2, i2, k) of a
-    Conv1d in another order, kron(w2, w1), than its own factors, its Conv2d and LyCORIS. Such a file
-    is refused, and ours has the matrix, which PEFT refuses: neither is misread.
+    """What is wrong with a lokr_w2 of a file, or None.
+
+    PEFT 0.21 multiplies a w2 (o2, i2, k) of a Conv1d in another order, kron(w2, w1), than its own
+    factors, its Conv2d and LyCORIS. Such a file is refused, and ours has the matrix, which PEFT
+    refuses: neither is misread.
     """
-    expected = whole(site.delta.w2, site).shape  # type: ignore[arg-type]
-    if w2.shape == expected and w2.is_floating_point():
-        return None
     other = len(site.window) == 1 and w2.dim() == 3
-    return f"{w2.dtype}, shape {list(w2.shape)}, expected numbers of shape {list(expected)}" + (
+    hint = (
         "; PEFT multiplies a whole lokr_w2 of a Conv1d in another order than LyCORIS, which is not"
         " supported (a rank below half the larger side of w2 gives lokr_w2_a and lokr_w2_b)" * other
     )
+    return _misfit(w2, whole(site.delta.w2, site).shape, hint)  # type: ignore[arg-type]
 
 
 def in_matrix_form(file: InMemory) -> InMemory:
     """The tensors of a file with Tucker cores, which are multiplied into their factors."""
-    hidden, made = set[str](), dict[str, Tensor]()
+    hidden, factors = set[str](), dict[str, Tensor]()
     for core in [name for name in file.names if name.endswith(CORES)]:
         stem = f"{core[:-2]}w{core[-1]}"
         names = core, f"{stem}_a", f"{stem}_b"
@@ -100,6 +104,6 @@ def in_matrix_form(file: InMemory) -> InMemory:
         if t.dim() < 3 or t.shape[:2] != (len(a), len(b)):
             continue
         hidden.update(names)
-        made[names[1]] = a.t().float().contiguous()
-        made[names[2]] = torch.einsum("ij...,jc->ic...", t, b).flatten(1).float().contiguous()
-    return file.with_others(hidden, made)
+        factors[names[1]] = a.t().float().contiguous()
+        factors[names[2]] = torch.einsum("ij...,jc->ic...", t, b).flatten(1).float().contiguous()
+    return file.with_others(hidden, factors)

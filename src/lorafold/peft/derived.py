@@ -49,28 +49,28 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.linear_probe import LinearProbe
 from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.table_types import Entries, Field, FileTensor, Method, TargetModule, named
+from lorafold.peft.table_types import Entries, Field, FileTensor, Method, TargetModule, fixed, named
 
 PREFIX = "LORAFOLD_"
 
 
 def method(spec: type[Spec], peft_type: str) -> Method:
     """The row of a spec's class, from its fields."""
-    own = [field for field in fields(spec) if field.init]  # type: ignore[arg-type]
-    return Method(spec, peft_type, tuple(_field(spec, field) for field in own))
+    own = (_field(spec, field) for field in fields(spec) if field.init)  # type: ignore[arg-type]
+    return Method(spec, peft_type, tuple(own))
 
 
 def methods(known: Collection[type[Spec]]) -> list[Method]:
     """The rows of the registered methods that are not `known`. Those that train the base have none:
     they are saved as models.
     """
-    names: dict[type[Spec], str] = {}
+    rows: dict[str, tuple[str, Method]] = {}
+    seen = {*known}
     for name in METHODS:
         cls = METHODS.spec(name)
-        if cls not in known and not cls.trains_base:
-            names.setdefault(cls, name)
-    rows: dict[str, tuple[str, Method]] = {}
-    for cls, name in names.items():
+        if cls in seen or cls.trains_base:
+            continue
+        seen.add(cls)
         peft_type = PREFIX + re.sub(r"[^A-Z0-9]+", "_", name.upper())
         if peft_type in rows:
             raise LorafoldError(
@@ -116,41 +116,22 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
 
 
 def not_positions(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the positions of a sparse delta's entries, or None. The file decides how
-    many there are.
-
-    Args:
-        at: The positions (k,) in a weight in row-major order.
-        site: The delta with its module path.
-        file: All tensors of the file that belong to the adapter.
+    """What is wrong with the positions (k,) of a sparse delta's entries, in a weight in row-major
+    order, or None. The file decides how many there are.
     """
-    shape: tuple[int, ...] = site.delta.shape  # type: ignore[assignment]
-    fine = at.dim() == 1 and at.dtype == torch.int64 and bool((at[1:] > at[:-1]).all())
-    if fine and (not len(at) or (at[0] >= 0 and at[-1] < prod(shape))):
+    shape: Any = site.delta.shape
+    ascending = at.dim() == 1 and at.dtype == torch.int64 and bool((at[1:] > at[:-1]).all())
+    if ascending and (not len(at) or (at[0] >= 0 and at[-1] < prod(shape))):
         return None
     return f"expected ascending int64 positions in a weight of {' x '.join(map(str, shape))}"
 
 
 def not_values(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the values of a sparse delta's entries, or None.
-
-    Args:
-        values: The values (k,), one for each position.
-        site: The delta with its module path.
-        file: All tensors of the file that belong to the adapter.
-    """
+    """What is wrong with the values (k,) of a sparse delta's entries, or None."""
     at = file.get(f"{site.at}.sparse_at")
-    if not values.is_floating_point() or at is None or values.shape != at.shape:
-        return f"shape {list(values.shape)}, expected a number for each position of sparse_at"
-    return None
-
-
-def sparse(site: TargetModule) -> list[FileTensor]:
-    """The tensors of a sparse delta: positions and values."""
-    return [
-        FileTensor("at", "{at}.sparse_at", misfit=not_positions),
-        FileTensor("values", "{at}.sparse_values", misfit=not_values),
-    ]
+    if values.is_floating_point() and at is not None and values.shape == at.shape:
+        return None
+    return f"shape {list(values.shape)}, expected a number for each position of sparse_at"
 
 
 def subspace(site: TargetModule) -> list[FileTensor]:
@@ -161,15 +142,10 @@ def subspace(site: TargetModule) -> list[FileTensor]:
 
 
 def not_owners(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the numbers of the adapters that a mixture's columns belong to, or None.
-    The file decides how many there are.
-
-    Args:
-        owner: The numbers (R,).
-        site: The delta with its module path.
-        file: All tensors of the file that belong to the adapter.
+    """What is wrong with the numbers (R,) of the adapters that a mixture's columns belong to, or
+    None. The file decides how many there are.
     """
-    n: int = site.delta.n  # type: ignore[assignment]
+    n: Any = site.delta.n
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
         return None
     return f"expected int64 numbers of {n} adapters, from 0"
@@ -198,26 +174,19 @@ def not_frozen(dim: int) -> Callable[[Tensor, TargetModule, Mapping[str, Tensor]
     return misfit
 
 
-def mixture(site: TargetModule) -> list[FileTensor]:
-    """The frozen factors of a mixture, and which adapter each column belongs to."""
-    return [
-        FileTensor("up", "{at}.mixture_up", misfit=not_frozen(-1)),
-        FileTensor("down", "{at}.mixture_down", misfit=not_frozen(-2)),
-        FileTensor("owner", "{at}.mixture_owner", misfit=not_owners),
-    ]
+# the frozen factors of a mixture, and which adapter each column belongs to
+MIXTURE = (
+    FileTensor("up", "{at}.mixture_up", misfit=not_frozen(-1)),
+    FileTensor("down", "{at}.mixture_down", misfit=not_frozen(-2)),
+    FileTensor("owner", "{at}.mixture_owner", misfit=not_owners),
+)
 
 
 def gated(site: TargetModule) -> list[FileTensor]:
     """The tensors of a mixture with gates, which are in the file once if they are shared."""
     delta = site.delta
     key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
-    # shared ones are there once
-    return [*mixture(site), *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]
-
-
-def routed(site: TargetModule) -> list[FileTensor]:
-    """The tensors of a mixture with a router."""
-    return [*mixture(site), FileTensor("router", "{at}.mixture_router")]
+    return [*MIXTURE, *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]
 
 
 OWN: tuple[Method, ...] = (
@@ -235,8 +204,11 @@ TENSORS: dict[type[Delta], Entries] = {
         down="{at}.bottleneck_down.weight", down_bias="{at}.bottleneck_down.bias",
         up="{at}.bottleneck_up.weight", up_bias="{at}.bottleneck_up.bias",
     ),
-    SparseDelta: sparse,
+    SparseDelta: fixed(
+        FileTensor("at", "{at}.sparse_at", misfit=not_positions),
+        FileTensor("values", "{at}.sparse_values", misfit=not_values),
+    ),
     FastfoodDelta: subspace,
     MixtureDelta: gated,
-    RoutedDelta: routed,
+    RoutedDelta: fixed(*MIXTURE, FileTensor("router", "{at}.mixture_router")),
 }  # fmt: skip

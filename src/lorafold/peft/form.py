@@ -49,6 +49,7 @@ from lorafold.layers.dense import Conv1D
 from lorafold.layers.grouped import GroupedLinear
 from lorafold.peft.table import METHODS, more_methods, over_experts
 from lorafold.peft.table_types import Method
+from lorafold.peft.tokens import ends
 
 log = logging.getLogger(__name__)
 # PEFT refuses these targets of LoRA and AdaLoRA in models of these types, whose kernels may read
@@ -165,7 +166,7 @@ def tell(form: WrittenForm, path: object) -> None:
 
 
 def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
-    """The spec of a config, with the dropout of the record."""
+    """The spec of a config, with the dropout of the record beside it."""
     if DROPOUT not in record:
         return spec
     if type(value := record[DROPOUT]) is not float:
@@ -190,11 +191,11 @@ def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
     for path in targets:
         if isinstance(module := module_at(model, path), Matrices) and not module.stored.flat:
             owned[module.owner][module.name] = path
-    found = {}
-    for owner, sites in owned.items():
-        order = [sites[name] for name in reversed(expert_parameters(owner)) if name in sites]
-        found.update({path: above for above, path in enumerate(order)})
-    return found
+    return {
+        sites[name]: above
+        for owner, sites in owned.items()
+        for above, name in enumerate(n for n in reversed(expert_parameters(owner)) if n in sites)
+    }
 
 
 def turned(module: nn.Module) -> bool:
@@ -206,9 +207,9 @@ def turned(module: nn.Module) -> bool:
 
 def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
     """The shortest ends of paths, in whole parts, that name exactly the chosen parameters."""
-    every = Counter(end for path, *_ in _parameters(model) for end in _ends(path))
-    own = Counter(end for path in chosen for end in _ends(path))
-    names = (next(e for e in _ends(p) if own[e] == every[e] or e == p) for p in chosen)
+    every = Counter(end for path, *_ in _parameters(model) for end in ends(path))
+    own = Counter(end for path in chosen for end in ends(path))
+    names = (next(e for e in ends(p) if own[e] == every[e] or e == p) for p in chosen)
     return tuple(sorted(set(names)))
 
 
@@ -239,8 +240,8 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
 
 
 def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -> dict[str, V]:
-    """The values by pattern, with more of them where a path would get another value under its
-    second name than under its first.
+    """The values (ranks or alphas by regular expression, as PEFT matches them) with more of them
+    for each pair of names of a path, where the second name would get another value than the first.
     """
     def of(path: str) -> Any:
         return next((v for key, v in values.items() if pattern_matches(key, path)), None)
@@ -259,9 +260,3 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
         matrices = expert_parameters(module) if path in anatomy.experts else ()
         for name in dict.fromkeys([*matrices, *own]):
             yield f"{path}.{name}" if path else name, path, module, name
-
-
-def _ends(path: str) -> Iterator[str]:
-    """Yield the ends of a path in whole parts, the shortest first."""
-    parts = path.split(".")
-    return (".".join(parts[-n:]) for n in range(1, len(parts) + 1))

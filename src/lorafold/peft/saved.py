@@ -47,8 +47,7 @@ from lorafold.files.model_card import (
     training_card,
 )
 from lorafold.files.record import BASE, RECORD, named_as_now
-from lorafold.methods.parts.extras import Bias
-from lorafold.methods.parts.modules_to_save import ReplaceDelta
+from lorafold.methods.parts.extras import Bias, ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads
@@ -56,11 +55,19 @@ from lorafold.models.quantizations import PLAIN
 from lorafold.models.tokenizer import CONFIG as TOKENIZER
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft import tokens
-from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter, read_config, write_config
+from lorafold.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    PeftSelection,
+    buffers_beneath,
+    no_adapter,
+    read_config,
+    simplest_selection,
+    write_config,
+)
 from lorafold.peft.convolution import CORES, in_matrix_form
 from lorafold.peft.form import DROPOUT, PER_EXPERT, form_of, tell, with_dropout
 from lorafold.peft.provenance import COMPUTED, OwnBase, TrainedOn, parse
-from lorafold.peft.selection import PeftSelection, buffers_beneath, describe
 from lorafold.peft.table_types import ROOT
 from lorafold.peft.tensors import Parts, misfit, not_finite, saved_tensors, sites_of, stray
 
@@ -251,7 +258,7 @@ def write(
     form, whole = form_of(model, spec, targets), whole_of(model)
     named = whole.outward if whole else str
     of_parameters = {named(p): named(parameter) for p, parameter in form.parameters.items()}
-    selection = describe(
+    selection = simplest_selection(
         whole.model if whole else model, [named(p) for p in targets if p],
         tuple(matches.by_pattern), [*map(named, saved)], chosen.modules_to_save,
         replace(form, parameters=of_parameters),

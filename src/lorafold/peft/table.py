@@ -24,8 +24,7 @@ from torch import Tensor
 from lorafold.core.delta import Delta
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
-from lorafold.methods.parts.bias import BiasDelta
-from lorafold.methods.parts.modules_to_save import ReplaceDelta
+from lorafold.methods.parts.extras import BiasDelta, ReplaceDelta
 from lorafold.methods.parts.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.peft import derived, table_lora, table_others
 from lorafold.peft.convolution import all_flat, as_channels

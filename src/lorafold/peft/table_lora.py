@@ -10,8 +10,7 @@
                                                 if save_projection
 
 PEFT has the factors of all experts in one matrix each: A (E, r, in) as (E r, in), B (E, out, r) as
-(out, r E), or exchanged where it takes the inputs of a matrix for its outputs
-(`parameters.turned`).
+(out, r E), or exchanged if it takes the inputs of a matrix for its outputs (`form.turned`).
 """
 
 from __future__ import annotations
@@ -34,42 +33,30 @@ from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
 from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule
 
 
-def flat_a(a: Tensor, site: TargetModule) -> Tensor:
-    """A (E r, in) of all experts as PEFT has it, from A (E, r, in), or where it is turned PEFT's B
-    (in, r E).
-    """
-    return _beside(a.mT) if site.turned else a.flatten(0, 1)
+def _side(factors: Tensor, site: TargetModule) -> Tensor:
+    return factors.mT if site.turned else factors
 
 
-def flat_b(b: Tensor, site: TargetModule) -> Tensor:
-    """B (out, r E) of all experts as PEFT has it, from B (E, out, r), or where it is turned PEFT's
-    A (E r, out).
-    """
-    return b.mT.flatten(0, 1) if site.turned else _beside(b)
+def as_rows(factors: Tensor, site: TargetModule) -> Tensor:
+    """PEFT's A (E r, in) of all experts, from factors (E, r, in), or (E, in, r) if turned."""
+    return _side(factors, site).flatten(0, 1)
 
 
-def stacked_a(a: Tensor, site: TargetModule) -> Tensor:
-    """The reverse of `flat_a`: A (E, r, in)."""
-    shape = site.delta.A.shape
-    return _apart(a, shape[0]).mT.contiguous() if site.turned else a.view(shape)  # type: ignore
+def as_columns(factors: Tensor, site: TargetModule) -> Tensor:
+    """PEFT's B (out, r E) of all experts, from factors (E, out, r), or (E, r, out) if turned."""
+    return _side(factors, site).permute(1, 2, 0).flatten(1)
 
 
-def stacked_b(b: Tensor, site: TargetModule) -> Tensor:
-    """The reverse of `flat_b`: B (E, out, r)."""
+def from_rows(a: Tensor, site: TargetModule) -> Tensor:
+    """The reverse of `as_rows`: (E, r, in), or (E, in, r)."""
     experts = len(site.delta.B)  # type: ignore[arg-type]
-    if site.turned:
-        return b.unflatten(0, (experts, -1)).mT.contiguous()
-    return _apart(b, experts).contiguous()
+    return _side(a.unflatten(0, (experts, -1)), site).contiguous()
 
 
-def _beside(b: Tensor) -> Tensor:
-    """(k, r E) from factors (E, k, r)."""
-    return b.permute(1, 2, 0).flatten(1)
-
-
-def _apart(b: Tensor, experts: int) -> Tensor:
-    """The reverse of `_beside`."""
-    return b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+def from_columns(b: Tensor, site: TargetModule) -> Tensor:
+    """The reverse of `as_columns`: (E, out, r), or (E, r, out)."""
+    experts = len(site.delta.B)  # type: ignore[arg-type]
+    return _side(b.unflatten(1, (-1, experts)).permute(2, 0, 1), site).contiguous()
 
 
 # Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
@@ -149,26 +136,24 @@ LORA = Method(
 
 
 def lora(site: TargetModule) -> list[FileTensor]:
-    """Describe the factors of LoRA, which have other keys at an embedding, are kernels at a
-    convolution, and of all experts are one matrix.
+    """The factors of LoRA, which have other keys at an embedding, are kernels at a convolution, and
+    of all experts are one matrix.
     """
     if site.layer.takes_ids:
         return [FileTensor("A", "{at}.lora_embedding_A"), FileTensor("B", "{at}.lora_embedding_B")]
     down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
     if site.window:
-        return [
-            FileTensor("A", down, as_kernel, flat, not_down),
-            FileTensor("B", up, as_points, flat),
-        ]
+        a = FileTensor("A", down, as_kernel, flat, not_down)
+        return [a, FileTensor("B", up, as_points, flat)]
     if site.wrappers is None:
         return [FileTensor("A", down), FileTensor("B", up)]
-    if site.turned:
-        down, up = up, down
-    return [FileTensor("A", down, flat_a, stacked_a), FileTensor("B", up, flat_b, stacked_b)]
+    rows, columns = (down, as_rows, from_rows), (up, as_columns, from_columns)
+    of_a, of_b = (columns, rows) if site.turned else (rows, columns)
+    return [FileTensor("A", *of_a), FileTensor("B", *of_b)]
 
 
 def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
-    """Describe PiSSA or OLoRA, which are written as LoRA; a file of theirs is read as LoRA."""
+    """The row of PiSSA or OLoRA, which are written as LoRA; a file of theirs is read as LoRA."""
     return Method(
         spec, "LORA",
         (
@@ -183,7 +168,7 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
 
 
 def offset(site: TargetModule) -> list[FileTensor]:
-    """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
+    """An offset from initial factors, as the factors of one LoRA of twice the rank."""
     a, b = lora(site)
 
     def up(_: Tensor, site: TargetModule) -> Tensor:  # (*matrices, out, 2 r)
@@ -209,15 +194,12 @@ def adalora_derived(sites: Sequence[TargetModule]) -> dict[str, Any]:
     """The keys that PEFT needs to read a file: a whole schedule, and for each module a list, as
     long as the initial rank, of the triplets that are kept.
     """
-    deltas = {
-        site.path: site.delta
-        for site in sites
-        if isinstance(site.delta, AdaLoRADelta) and site.delta.kept.dim() == 1
-    }
-    pattern = {
-        f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n)
-        for p, d in deltas.items()
-    }
+    pattern = {}
+    for site in sites:
+        delta: Any = site.delta
+        if isinstance(delta, AdaLoRADelta) and delta.kept.dim() == 1:
+            rank = int(delta.kept.sum())
+            pattern[f"{site.path}.lora_E"] = [True] * rank + [False] * (delta.init_rank - rank)
     whole = all(all(kept) for kept in pattern.values())
     return {
         **fan_in_fan_out(sites),
@@ -250,24 +232,17 @@ ADALORA = Method(
 
 
 def adalora(site: TargetModule) -> list[FileTensor]:
-    """Describe the triplets of AdaLoRA that are kept; those of experts are all there, since each
-    expert keeps others.
-    """
-    if site.delta.kept.dim() > 1:  # type: ignore[operator]
+    """The kept triplets of AdaLoRA; all of them for experts, since each expert keeps others."""
+    kept: Any = site.delta.kept
+    if kept.dim() > 1:
         return [
             FileTensor("P", "{at}.lora_B"), FileTensor("E", "{at}.lora_E"),
             FileTensor("Q", "{at}.lora_A"), FileTensor("kept", "{at}.lora_kept"),
         ]  # fmt: skip
-
-    def kept(site: TargetModule) -> Tensor:
-        return site.delta.kept  # type: ignore[return-value]
-
     return [
-        FileTensor("P", "{at}.lora_B", lambda p, site: p[:, kept(site)]),
-        FileTensor(
-            "E", "{at}.lora_E", lambda e, site: e[kept(site), None], lambda e, site: e[:, 0]
-        ),
-        FileTensor("Q", "{at}.lora_A", lambda q, site: q[kept(site)]),
+        FileTensor("P", "{at}.lora_B", lambda p, site: p[:, kept]),
+        FileTensor("E", "{at}.lora_E", lambda e, site: e[kept, None], lambda e, site: e[:, 0]),
+        FileTensor("Q", "{at}.lora_A", lambda q, site: q[kept]),
     ]
 
 
@@ -286,13 +261,11 @@ VERA = Method(
 
 
 def vera(site: TargetModule) -> list[FileTensor]:
-    """Describe VeRA's vectors and, if they are saved, its shared projections."""
-    own = [FileTensor("b", "{at}.vera_lambda_b"), FileTensor("d", "{at}.vera_lambda_d")]
-    shared = [
-        FileTensor("projections.A", "base_model.vera_A"),
-        FileTensor("projections.B", "base_model.vera_B"),
-    ]
-    return own + shared * site.delta.projections.saved  # type: ignore[operator, union-attr]
+    """VeRA's vectors and, if they are saved, its shared projections."""
+    names = {"b": "{at}.vera_lambda_b", "d": "{at}.vera_lambda_d"}
+    if site.delta.projections.saved:  # type: ignore[union-attr]
+        names |= {f"projections.{m}": f"base_model.vera_{m}" for m in "AB"}
+    return [FileTensor(name, key) for name, key in names.items()]
 
 
 # the deltas that PEFT has for parameters too

@@ -73,14 +73,14 @@ IRRELEVANT = frozenset(
 
 
 def prefixed(prefix: str) -> Entries:
-    """Describe a delta whose keys are its parameters' names with a prefix."""
+    """The entries of a delta whose keys are its parameters' names with a prefix."""
     return lambda site: [
         FileTensor(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
     ]
 
 
 def lokr(site: TargetModule) -> list[FileTensor]:
-    """Describe the factors of LoKr; at a convolution a whole D is a kernel."""
+    """The factors of LoKr; at a convolution a whole D is a kernel."""
     entries = prefixed("lokr")(site)
     if not site.window:
         return entries
@@ -125,8 +125,8 @@ IA3_ROW = Method(
 
 
 def ia3(site: TargetModule) -> list[FileTensor]:
-    """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of
-    experts are a matrix already.
+    """IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of experts
+    are a matrix already.
     """
     if site.window:
         return [FileTensor("l", "{at}.ia3_l", as_channels, all_flat)]
@@ -142,34 +142,18 @@ def ia3(site: TargetModule) -> list[FileTensor]:
 METHODS = (LOHA, LOKR, IA3_ROW)
 
 
-def delta_of(sites: Sequence[TargetModule]) -> Any:
-    """The delta that has the prompt or the prefix."""
-    return next(site.delta for site in sites if isinstance(site.delta, PrefixDelta | PromptDelta))
-
-
-def of_prompt(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
-    """The sizes that PEFT's config of a prompt has."""
-    delta: PromptDelta = delta_of(sites)
-    width = delta.embeddings.shape[1]
-    return {
-        "token_dim": width,
-        "num_layers": len(delta.layers),
-        "num_attention_heads": 1,
-        "num_transformer_submodules": 1,
-    }
-
-
-def of_prefix(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
-    """The sizes that PEFT's config of a prefix has."""
-    delta: PrefixDelta = delta_of(sites)
-    heads, size = delta.shape
-    return {
+def virtual_sizes(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
+    """The sizes that PEFT's config of a prompt or a prefix has."""
+    deltas = (site.delta for site in sites)
+    delta: Any = next(delta for delta in deltas if isinstance(delta, PrefixDelta | PromptDelta))
+    of_prefix = isinstance(delta, PrefixDelta)
+    heads, size = delta.shape if of_prefix else (1, delta.embeddings.shape[1])
+    prefix = {"encoder_hidden_size": heads * size, "prefix_projection": False} if of_prefix else {}
+    return prefix | {
         "token_dim": heads * size,
         "num_layers": len(delta.layers),
         "num_attention_heads": heads,
         "num_transformer_submodules": 1,
-        "encoder_hidden_size": heads * size,
-        "prefix_projection": False,
     }
 
 
@@ -196,7 +180,7 @@ VIRTUAL: tuple[Method, ...] = (
             ),
         ),
         irrelevant=IRRELEVANT,
-        derived=of_prompt,
+        derived=virtual_sizes,
         biases=False,
         preset=Prompt.targets,
     ),
@@ -208,7 +192,7 @@ VIRTUAL: tuple[Method, ...] = (
             Field("init_weights", "init", str | None, None, lambda init: None, read_as_random),
         ),
         irrelevant=IRRELEVANT,
-        derived=of_prefix,
+        derived=virtual_sizes,
         biases=False,
         preset=Prefix.targets,
     ),

@@ -103,9 +103,8 @@ class Field:
                 return self.empty
             return self.from_file(found) if self.from_file else found
         except ValidationError as e:
-            raise LorafoldError(
-                f"{self.key}: found {value!r}; {e.errors()[0]['msg'].lower()}"
-            ) from None
+            message = e.errors()[0]["msg"].lower()
+            raise LorafoldError(f"{self.key}: found {value!r}; {message}") from None
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,14 @@ class FileTensor:
 Entries = Callable[[TargetModule], list[FileTensor]]  # those of the site's delta
 
 
+def fixed(*entries: FileTensor) -> Entries:
+    """The entries of a delta that has the same ones at every module."""
+    return lambda site: [*entries]
+
+
 def named(**templates: str) -> Entries:
-    """Describe a delta whose entries are the same at every module: templates by tensor name."""
-    entries = [FileTensor(attribute, template) for attribute, template in templates.items()]
-    return lambda site: entries
+    """The same, as templates by tensor name."""
+    return fixed(*(FileTensor(attribute, key) for attribute, key in templates.items()))
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,11 @@ class Method:
                 values[f.attribute] = f.read(config)
             except LorafoldError as e:
                 problems.append(str(e))
+        if problems:
+            return None, problems
         try:
-            spec = None if problems else self.spec(**values)
-            if spec is not None and self.outer is not None:
-                spec = self.outer(spec)
-            return spec, problems
+            spec = self.spec(**values)
+            return self.outer(spec) if self.outer else spec, []
         except LorafoldError as e:
             return None, [str(e)]
 

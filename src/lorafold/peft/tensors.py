@@ -40,26 +40,21 @@ class SavedTensor:
 
     def encoded(self) -> Tensor:
         """The tensor, of any shape, as the file stores it: in fp32, or as integers."""
-        tensor = self.own.detach()
-        if self.entry.to_file is not None:
-            tensor = self.entry.to_file(tensor, self.site)
+        tensor, to_file = self.own.detach(), self.entry.to_file
+        tensor = to_file(tensor, self.site) if to_file else tensor
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def assign(self, tensor: Tensor) -> None:
         """Replace the delta's tensor by a copy of this one of the file, of any shape, in the
         delta's dtype and on its device (the CPU if it is on the meta device).
         """
-        if self.entry.from_file is not None:
-            tensor = self.entry.from_file(tensor, self.site)
-        own = self.own
+        own, from_file = self.own, self.entry.from_file
+        tensor = from_file(tensor, self.site) if from_file else tensor
         value = tensor.to("cpu" if own.is_meta else own.device, own.dtype, copy=True)
+        if isinstance(own, nn.Parameter):
+            value = nn.Parameter(value, own.requires_grad)
         path, _, name = self.entry.attribute.rpartition(".")
-        module = self.site.delta.get_submodule(path)
-        setattr(
-            module,
-            name,
-            nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value,
-        )
+        setattr(self.site.delta.get_submodule(path), name, value)
 
 
 def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
@@ -83,8 +78,10 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
 def sites_of(
     model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
 ) -> list[TargetModule]:
-    """Every delta of the adapter with its module."""
-    found, aimed, above = [], set(targets), wrappers_over(model, targets)
+    """Every delta of the adapter, by module path in `parts`, with its module; the method adapts the
+    modules at `targets`.
+    """
+    sites, aimed, above = [], set(targets), wrappers_over(model, targets)
     for path, deltas in parts.items():
         module: Any = module_at(model, path)
         layer = layer_class(module)
@@ -95,11 +92,11 @@ def sites_of(
             if wrappers is not None:
                 at = f"{ROOT}.{path.rpartition('.')[0]}{'.base_layer' * wrappers}"
                 exchanged = turned(module)
-            site = TargetModule(
-                path, delta, layer, path in aimed, base, at, wrappers, window, exchanged
+            target = path in aimed
+            sites.append(
+                TargetModule(path, delta, layer, target, base, at, wrappers, window, exchanged)
             )
-            found.append(site)
-    return found
+    return sites
 
 
 def misfit(
@@ -151,14 +148,9 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
             f"{key}: a base weight of shape {list(tensor.shape)}, where this base has"
             f" {list(base.shape(own))}"
         )
-    return (
-        None
-        if fingerprint.same(tensor, base.get(own)) or (whole and _begins(tensor, base.get(own)))
-        else f"{key}: a base weight that differs from this base's"
-    )
-
-
-def _begins(tensor: Tensor, own: Tensor) -> bool:  # (rows, columns), both
-    """Whether most rows are the same, and those that differ are at the end."""
-    differs = (~fingerprint.equal(tensor, own).flatten(1).all(1)).nonzero().flatten().tolist()
-    return not differs or 2 * differs[0] > len(own)
+    differs = ~fingerprint.equal(tensor, base.get(own)).reshape(rows, -1).all(1)
+    first = differs.nonzero().flatten().tolist()[:1]
+    # most rows are the same, and those that differ are at the end
+    if not first or (whole and 2 * first[0] > rows):
+        return None
+    return f"{key}: a base weight that differs from this base's"

@@ -13,7 +13,8 @@ the base's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -36,11 +37,18 @@ Ids = tuple[int, ...] | ByPath
 
 def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
     """The config's key for token vectors of these ids, by module path: a list if only the input
-    embedding has vectors of its own, else lists by module name.
+    embedding has vectors of its own, else lists by module name. PEFT matches ends of paths, so a
+    name is the shortest end, in whole parts, that no other path has.
     """
     if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
-    return {INDICES: {_name(model, path): ids for path, ids in own.items()}}
+    paths = [p for p, _ in Anatomy.of(model).modules]
+
+    def shortest(path: str) -> str:
+        alone = (end for end in ends(path) if sum(p.endswith(end) for p in paths) == 1)
+        return next(alone, path)
+
+    return {INDICES: {shortest(path): ids for path, ids in own.items()}}
 
 
 def all_of(ids: Ids) -> frozenset[int]:
@@ -64,39 +72,30 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
 def completed(
     model: nn.Module, ids: ByPath, file: InMemory, base: Weights
 ) -> tuple[ByPath, InMemory]:
-    """The ids by module path and the file's tensors, with the token vectors of resized matrices
-    added to both.
+    """The config's ids by module path and the file's tensors, with the token vectors of resized
+    matrices added to both.
     """
-    found, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
+    all_ids, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
     trained = {i for some in ids.values() for i in some}
     for path in dict.fromkeys([*ids, *Anatomy.of(model).vocabulary_ends]):
         owner, key = _owner(model, path, ids), f"{ROOT}.{path}.{ROWS}"
-        if (
-            owner is not None
-            and key in file.names
-            and torch.equal(file.get(key), file.get(f"{ROOT}.{owner}.{ROWS}"))
-        ):
+        given = [file.get(key)] if key in file.names else []
+        if owner and given and given[0].equal(file.get(f"{ROOT}.{owner}.{ROWS}")):
             hidden.add(key)
         matrix = next((n for n in file.names if plain(n) == f"{ROOT}.{path}.weight"), None)
-        own = base.find(f"{path}.weight") or (
-            base.find(f"{owner}.weight") if owner is not None else None
-        )
-        new = (
-            None
-            if matrix is None or own is None
-            else _new_rows(file.get(matrix), base.get(own), trained)
-        )
-        if matrix is None or new is None:
+        own = base.find(f"{path}.weight") or (base.find(f"{owner}.weight") if owner else None)
+        if matrix is None or own is None:
+            continue
+        values, before = file.get(matrix), ids.get(path, ())
+        new = _new_rows(values, base.get(own), trained)
+        if new is None:
             continue
         hidden.add(matrix)
-        more, given = (
-            [i for i in new if i not in ids.get(path, ())],
-            [file.get(key)] if path in ids and key in file.names else [],
-        )
-        if more and owner is None and all(t.shape[1:] == file.shape(matrix)[1:] for t in given):
-            found[path] = (*ids.get(path, ()), *more)
-            rows[key] = torch.cat([t.float() for t in (*given, file.get(matrix)[more])])
-    return found, file.with_others(hidden, rows)
+        given, more = given if path in ids else [], [i for i in new if i not in before]
+        if more and owner is None and all(t.shape[1:] == values.shape[1:] for t in given):
+            all_ids[path] = (*before, *more)
+            rows[key] = torch.cat([t.float() for t in (*given, values[more])])
+    return all_ids, file.with_others(hidden, rows)
 
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
@@ -111,29 +110,21 @@ def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | Non
     """The ids of the vectors of the file's matrix that the base's lacks or that differ from it;
     None if the file's is not the base's matrix, resized for these tokens.
     """
-    if (
-        matrix.dim() != 2
-        or matrix.shape[1:] != own.shape[1:]
-        or len(matrix) < len(own)
-        or not matrix.is_floating_point()
-    ):
+    old = len(own)
+    same_width = matrix.dim() == 2 and matrix.shape[1:] == own.shape[1:]
+    if not same_width or len(matrix) < old or not matrix.is_floating_point():
         return None
-    differs = ~fingerprint.equal(matrix[: len(own)], own).all(1)
-    new = [*differs.nonzero()[:, 0].tolist(), *range(len(own), len(matrix))]
+    differs = ~fingerprint.equal(matrix[:old], own).all(1)
+    new = [*differs.nonzero()[:, 0].tolist(), *range(old, len(matrix))]
     return new if not new or (new[0] in trained and 2 * len(new) < len(matrix)) else None
 
 
 def plain(key: str) -> str:
     """The key of a base weight without the names of PEFT's wrapper modules."""
-    for wrapper in ("token_adapter", "base_layer", "original_module"):
-        key = key.replace(f".{wrapper}.", ".")
-    return key
+    return re.sub(r"\.(token_adapter|base_layer|original_module)(?=\.)", "", key)
 
 
-def _name(model: nn.Module, path: str) -> str:
-    """The shortest end of the path, in whole parts, with which no other module's path ends: PEFT
-    matches ends of paths.
-    """
-    paths, parts = [p for p, _ in Anatomy.of(model).modules], path.split(".")
-    ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    return next((end for end in ends if sum(p.endswith(end) for p in paths) == 1), path)
+def ends(path: str) -> Iterator[str]:
+    """Yield the ends of a path in whole parts, the shortest first."""
+    parts = path.split(".")
+    return (".".join(parts[-n:]) for n in range(1, len(parts) + 1))

@@ -5,5 +5,5 @@
     base_for(None, [saved])     the base that an adapter says it was trained on
 """
 
-from lorafold.resolve.adapter_base import base_for as base_for
 from lorafold.resolve.base import Base as Base
+from lorafold.resolve.base import base_for as base_for

@@ -167,7 +167,7 @@ def _in_time(field: str, since: float, most: float) -> None:
 
 
 def _forms(field: str, pattern: str) -> tuple[str, ...]:
-    """The pattern as `lorafold.peft.selection` and `lorafold.core.targets` have it, to be matched
+    """The pattern as `lorafold.peft.config` and `lorafold.core.targets` have it, to be matched
     from the beginning of a path.
     """
     whole = rf"(?:{pattern})\Z"

@@ -6,20 +6,24 @@ They are added to a dictionary from module path to a list of deltas, the lowest 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.attach import adapted_modules
+from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta
-from lorafold.core.layer import bare
+from lorafold.core.layer import Layer, add, bare
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
-from lorafold.methods.parts.bias import BiasDelta
+from lorafold.layers import layer_of
+from lorafold.layers.dense import Plain
 from lorafold.methods.parts.trainable_tokens import TokenRows, TrainableTokens, carried
 
 Bias = Literal["none", "lora_only", "all"]
@@ -74,3 +78,59 @@ def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | No
     ends: dict[str, Any] = {path: bare(module_at(model, path)) for path in ids}
     sizes = {path: max(own) + 1 for path, own in ids.items()}
     return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)
+
+
+class BiasDelta(Delta):
+    """c (out,), fp32. Folding adds it to the layer's bias, or makes it the bias of one without."""
+
+    def __init__(self, out: int, device: torch.device) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(out, device=device, dtype=torch.float32))
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
+        return layer(x, onto=add(layer.each(self.offset), onto))
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w, add(self.offset, b)
+
+
+def leaves(module: nn.Module, path: str) -> list[str]:
+    """The paths, at and under `path`, of the modules that have parameters of their own."""
+    return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
+
+
+class ReplaceDelta(Delta):
+    """fp32 copies of the module's parameters, which compute in the module's own dtype."""
+
+    whole = True
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__()
+        if isinstance(module, Adapted):
+            raise LorafoldError(
+                f"{path} has another adapter attached, which a module to save must not have; merge"
+                " or detach that one first"
+            )
+        if others := [n for n in module._parameters if n not in ("weight", "bias")]:
+            raise LorafoldError(
+                f"{path} can't be a module to save: found parameters {', '.join(others)}, expected"
+                " only weight and bias"
+            )
+        self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+        layer_of(self.copy).dequantize()
+        self.multiplies = not isinstance(layer_of(self.copy), Plain)
+        self.dtype = next(self.copy.parameters()).dtype
+        for owner in self.copy.modules():
+            for name, p in owner.named_parameters(recurse=False):
+                setattr(owner, name, nn.Parameter(p.detach().to(torch.float32, copy=True)))
+
+    def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
+        dtype = self.dtype
+        if self.multiplies and args[0].is_floating_point():  # autocast's dtype may be another one
+            dtype = args[0].dtype
+        own = {n: p.to(dtype) for n, p in self.copy.named_parameters()}
+        y = functional_call(self.copy, own, args, kwargs)
+        return y if onto is None else y + onto
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return layer_of(self.copy).dense()

@@ -28,7 +28,7 @@ from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check
+from lorafold.methods.parts.options import check, zeros
 
 # the key in the file for the gates that all layers of an adapter share
 GATES = "base_model.mixture_gates"
@@ -100,8 +100,7 @@ class RoutedDelta(Opaque):
     def __init__(self, layer: Layer, n: int) -> None:
         super().__init__()
         self.n = n
-        start = torch.zeros(*layer.matrices, n, layer.shape[1], dtype=torch.float32)
-        self.router = nn.Parameter(start.to(layer.device))
+        self.router = zeros((*layer.matrices, n, layer.shape[1]), layer.device)
         add_factor_buffers(self, layer)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,34 @@ def check(
     below_one: Sequence[str] = (),
     one_of: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Raise LorafoldError with all that is wrong with the options of a spec, if anything is."""
-    found = []
+    """Raise LorafoldError with all that is wrong with the options of a spec, if anything is:
+    `whole` are whole numbers from 1 (the values of a pattern), `below_one` probabilities below 1,
+    `one_of` choices, and `wrong` are lines for other options.
+    """
+    lines = []
     for name in whole:
         value = getattr(spec, name)
         for n in value.values() if isinstance(value, Mapping) else (value,):
             if not isinstance(n, int) or n < 1:
-                found.append(f"{name}: found {n!r}, expected a whole number from 1")
+                lines.append(f"{name}: found {n!r}, expected a whole number from 1")
     for name in below_one:
         if not 0 <= (value := getattr(spec, name)) < 1:
-            found.append(f"{name}: found {value!r}, expected 0 or more, below 1")
+            lines.append(f"{name}: found {value!r}, expected 0 or more, below 1")
     for name, choices in (one_of or {}).items():
         if (value := getattr(spec, name)) not in choices:
-            found.append(f"{name}: found {value!r}, expected {' or '.join(choices)}")
-    if found := [*found, *wrong]:
-        raise LorafoldError(f"{type(spec).__name__}: {'; '.join(found)}")
+            lines.append(f"{name}: found {value!r}, expected {' or '.join(choices)}")
+    if lines := [*lines, *wrong]:
+        raise LorafoldError(f"{type(spec).__name__}: {'; '.join(lines)}")
 
 
 def zeros(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
     """A parameter of zeros of that shape, fp32."""
     return nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
+
+
+def set_alpha(spec: Any, default: float) -> None:
+    """Set the alpha of a frozen spec, if it is None, to a default, and make it a float."""
+    object.__setattr__(spec, "alpha", float(default if spec.alpha is None else spec.alpha))
 
 
 def kaiming(factor: Tensor) -> None:

@@ -158,11 +158,6 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
     return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether the module is an attention: it has a `layer_idx`."""
-    return hasattr(module, "layer_idx")
-
-
 def argument_names(module: nn.Module) -> list[str]:
     """The names of the arguments of the module's own forward, in order."""
     cls = type(module)
@@ -182,6 +177,17 @@ class Sender(Opaque):
     @abstractmethod
     def positions(self) -> int:
         """The positions that the virtual tokens take before each row."""
+
+    @abstractmethod
+    def keys_and_values(self, layer: Layer, cache: Any) -> KeysAndValues:
+        """The virtual tokens' keys (1, Hk, n, D) and values (1, Hk, n, Dv), by `layer_idx`; a cache
+        may keep them.
+        """
+
+    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        virtual = self.keys_and_values(layer, inputs.get("cache"))
+        return self.send(layer, inputs, virtual, self.positions)
 
     def send(
         self,
@@ -239,7 +245,7 @@ class VirtualTokens(Spec):
 
     def build(self, layer: Layer) -> Sender | Receiver:
         module = layer.module
-        if is_attention(module):
+        if hasattr(module, "layer_idx"):
             return Receiver(module)
         attentions = [module.get_submodule(path) for path in Anatomy.of(module).attentions]
         if not attentions:
@@ -248,6 +254,11 @@ class VirtualTokens(Spec):
                 f" found {type(module).__name__}"
             )
         return self.sender(layer, attentions)
+
+    def random_ids(self, embedding: nn.Embedding) -> Tensor:  # (n,)
+        """n random tokens of the vocabulary."""
+        ids = torch.randint(embedding.num_embeddings, (self.tokens,))
+        return ids.to(embedding.weight.device)
 
     @abstractmethod
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> Sender:

@@ -1,5 +1,8 @@
-"""Gains on CUDA in Triton: one pass over the output of a layer and one back, where the plain form
-writes it to memory in fp32 six times.
+"""Operations on CUDA in Triton.
+
+    dropout     one launch, where the plain form has more than a hundred
+    gains       one pass over the output of a layer and one back, where the plain form writes it to
+                memory in fp32 six times
 """
 
 from __future__ import annotations
@@ -11,36 +14,80 @@ from torch import Tensor
 
 from lorafold.core.rounding import ODD
 from lorafold.errors import LorafoldError
+from lorafold.ops.dropout import FACTORS, ROUNDS, STEPS, WORD, source, threshold
 
-FEATURES, ROWS = 256, 32  # of a program
-CONSTANTS = {"FEATURES": FEATURES, "ROWS": ROWS}
+CALLS = 128  # of Philox in a program, each for 8 elements
+DROPOUT_CONSTANTS = {
+    "FIRST": FACTORS[0], "SECOND": FACTORS[1], "STEP": STEPS[0], "OTHER": STEPS[1],
+    "ROUNDS": ROUNDS, "CALLS": CALLS,
+}  # fmt: skip
+FEATURES, ROWS = 256, 32  # of a program for gains
+SCALE_CONSTANTS = {"FEATURES": FEATURES, "ROWS": ROWS}
 tl: Any = None  # Triton's language, once it is imported
 
 
-def forms() -> Any:
-    """The operations by their names."""
-    return _Forms()
-
-
-def kernels() -> Any:
-    """Both kernels, which Triton compiles at their first call."""
+def jit(kernel: Any, *unspecialized: str) -> Any:
+    """The kernel, which Triton compiles at its first call."""
     global tl
     try:
         import triton
         import triton.language as tl
     except ImportError:
         raise LorafoldError("Triton is not installed") from None
-    jit = triton.jit(do_not_specialize=["size", "width", "each"])
-    return jit(_scale), jit(_backward)
+    return triton.jit(do_not_specialize=unspecialized)(kernel)
 
 
-def _grid(rows: int, width: int) -> tuple[int, int]:
-    return -(-rows // ROWS), -(-width // FEATURES)
+class TritonDropout:
+    """The operations of dropout by their names."""
 
-
-class _Forms:
     def __init__(self) -> None:
-        self._scale, self._backward = kernels()
+        self.kernel = jit(_masked, "width", "limit", "low", "high", "site")
+
+    def masked(self, x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Any:
+        names, key = source(x, names, key)
+        width, x = x.shape[-1], x.contiguous()
+        kept, where = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+        grid = len(names), -(-width // (8 * CALLS))
+        tensors = names.contiguous(), x, kept, where.view(torch.uint8)
+        words = key & WORD, key >> 32 & WORD
+        self.kernel[grid](*tensors, width, threshold(p), *words, site, **DROPOUT_CONSTANTS)
+        return kept, where
+
+
+def _masked(  # type: ignore[no-untyped-def]
+    names, x, kept, where, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    STEP: tl.constexpr, OTHER: tl.constexpr, ROUNDS: tl.constexpr, CALLS: tl.constexpr,
+):  # fmt: skip
+    """One row of elements and CALLS calls of Philox a program (`ops.dropout`)."""
+    row = tl.program_id(0).to(tl.int64)
+    calls = tl.program_id(1) * CALLS + tl.arange(0, CALLS)
+    name = tl.load(names + row)
+    a = calls.to(tl.uint32)
+    zero = a & 0
+    first, second = zero + FIRST, zero + SECOND
+    b = zero + (name & 0xFFFFFFFF).to(tl.uint32)
+    c = zero + (name >> 32).to(tl.uint32)
+    d = zero + site.to(tl.uint32)
+    k, m = zero + low.to(tl.uint32), zero + high.to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        v, w = tl.umulhi(a, first), tl.umulhi(c, second)
+        a, b, c, d = w ^ b ^ k, c * second, v ^ d ^ m, a * first
+        k, m = k + STEP, m + OTHER
+    start = row * width
+    for i in tl.static_range(8):
+        word = a if i // 2 == 0 else b if i // 2 == 1 else c if i // 2 == 2 else d
+        drop = (word >> 16 if i % 2 else word & 0xFFFF) < limit
+        at, inside = start + calls * 8 + i, calls * 8 + i < width
+        value = tl.load(x + at, mask=inside)
+        tl.store(kept + at, tl.where(drop, 0.0, value).to(value.dtype), mask=inside)
+        tl.store(where + at, drop.to(tl.int8), mask=inside)
+
+
+class TritonScale:
+    """The operations of gains by their names."""
+
+    def __init__(self) -> None:
+        self.forward, self.backward = (jit(k, "size", "width", "each") for k in (_scale, _backward))
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Any:
         if g.dim() not in (1, 3) or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
@@ -53,7 +100,8 @@ class _Forms:
         top = y if onto is None else onto.expand_as(y).contiguous()
         tensors = y, g.contiguous(), offsets.contiguous(), top, out
         sizes = y.numel(), width, rows // gains
-        self._scale[_grid(rows, width)](*tensors, *sizes, ODD=ODD, **added, **CONSTANTS)
+        grid = -(-rows // ROWS), -(-width // FEATURES)
+        self.forward[grid](*tensors, *sizes, ODD=ODD, **added, **SCALE_CONSTANTS)
         return out
 
     def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:
@@ -61,10 +109,10 @@ class _Forms:
             return NotImplemented
         z, y, found = z.contiguous(), y.contiguous(), torch.empty_like(y)
         rows, width = y.numel() // len(g), len(g)
-        grid = _grid(rows, width)
+        grid = -(-rows // ROWS), -(-width // FEATURES)
         parts = g.new_empty((2 if offset else 1, grid[0], width))
         tensors = z, y, g.contiguous(), found, parts
-        self._backward[grid](*tensors, y.numel(), width, OFFSET=offset, **CONSTANTS)
+        self.backward[grid](*tensors, y.numel(), width, OFFSET=offset, **SCALE_CONSTANTS)
         sums = parts.sum(1)
         return found.view(z.shape), sums[0], sums[1] if offset else g.new_empty(0)
 
