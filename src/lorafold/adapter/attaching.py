@@ -99,24 +99,15 @@ def load(
     """
     _check_name(model, name)
     built = read(model, path, allow_other_base=allow_other_base, base=base)
-    if not allow_other_base and (told := _other_files(model, built)):
-        log.warning(told)
+    source = None if allow_other_base else known(model)
+    if source and built.base_identity and built.base_identity != of_model(source):
+        log.warning(
+            f"{built.files[0]}: the base {source.name} has other files than the one that it was"
+            " trained on: the same weights stored otherwise, or changed ones"
+        )
     if trainable and not built.over:
         built = replace(built, over=selection_of(model).active)
     return _place(model, built, name, trainable).requires_grad_(trainable)
-
-
-def _other_files(model: nn.Module, built: BuiltAdapter) -> str | None:
-    """A line that says that the base, which has the fingerprint of the one that the adapter was
-    trained on, was read from other files; None if it was not, or if that is not known.
-    """
-    read_from = known(model)
-    if read_from is None or built.base_identity in ("", of_model(read_from)):
-        return None
-    return (
-        f"{built.files[0]}: the base {read_from.name} has other files than the one that it was"
-        " trained on: the same weights stored otherwise, or changed ones"
-    )
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -146,11 +137,10 @@ ROOM = 1 << 26  # numbers that every adapter may have
 
 @dataclass(frozen=True)
 class BuiltAdapter:
-    """An adapter for one model: what was chosen, and by module path the parts of its deltas, the
-    lowest first. `over` are the adapters that it lies over, and `files`
-    the directory that it was read from and its digest. `base_identity` is that of the files of the
-    base that it was trained on, if its record has it, and `other_base` says that the model is
-    another one.
+    """An adapter for one model: by module path the parts of its deltas, the lowest first. `over`
+    are the adapters that it lies over, `files` the directory that it was read from and its digest,
+    `base_identity` that of the files of the base that it was trained on, if its record has it;
+    `other_base` says that the model is another one.
     """
 
     chosen: AdapterConfig
@@ -171,15 +161,13 @@ def build(
     tokens: Sequence[int] | Mapping[str, Sequence[int]] | TrainableTokens = (),
     base: Weights | None = None,
 ) -> BuiltAdapter:
-    """Build a new adapter."""
+    """Build a new adapter from the arguments of `attach`."""
     keep_scale(model)
     selection = selection_of(model)
-    names = selection.names
     saved = match(model, modules_to_save, is_linear)
     whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(module_at(model, p), p))
     matches = match(model, spec.targets if targets is None else targets, is_linear)
-    if whole:
-        matches = matches.without(whole)
+    matches = matches.without(whole) if whole else matches
     if not matches.paths:
         raise LorafoldError(
             f"modules_to_save includes every target ({listed(matches.by_pattern)}); leave some"
@@ -189,48 +177,33 @@ def build(
     for path in matches.paths:
         module = module_at(model, path)
         if isinstance(module, Adapted):
-            layer = module.layer(*names)
+            layer = module.layer(*selection.names)
         else:
-            named = None if base is None else base.find(parameter_path(module, path, "weight"))
-            stored = None if base is None or named is None else partial(base.get, named)
-            layer = layer_of(module, stored)
+            found = base.find(parameter_path(module, path, "weight")) if base else None
+            layer = layer_of(module, partial(base.get, found) if base and found else None)
         try:
             deltas[path] = [spec.at(path).build(layer)]
         except LorafoldError as e:
-            what = type(spec).__name__
-            raise LorafoldError(
-                f"{path}: {what} can't adapt it: {_of_router(model, path) or e}"
-            ) from None
+            reason, anatomy = str(e), Anatomy.of(model)
+            if path in anatomy.routers:
+                experts = ((p, expert_parameters(m)) for p, m in anatomy.modules)
+                owner, parameter = next((p, names[0]) for p, names in experts if names)
+                reason = (
+                    "it is a router, which chooses the experts of a token; to train it too, give it"
+                    " as --modules-to-save (modules_to_save); the experts themselves are targets"
+                    f" such as {owner.rpartition('.')[2]}.{parameter}"
+                )
+            name = type(spec).__name__
+            raise LorafoldError(f"{path}: {name} can't adapt it: {reason}") from None
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
     rows = tokens if isinstance(tokens, TrainableTokens) else TrainableTokens(tokens)
     if rows.ids or any(adapted_modules(model)):
-        add_token_rows(model, spec, rows, names, deltas)
+        add_token_rows(model, spec, rows, selection.names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
     chosen = AdapterConfig(spec, matches, bias, tuple(saved.by_pattern))
     return BuiltAdapter(chosen, deltas, selection.active)
-
-
-def _of_router(model: nn.Module, path: str) -> str | None:
-    """What to do instead, if the module at the path is a router of experts."""
-    if path not in Anatomy.of(model).routers:
-        return None
-    found = ((p, expert_parameters(m)) for p, m in Anatomy.of(model).modules)
-    owner, name = next((p, names[0]) for p, names in found if names)
-    short = f"{owner.rpartition('.')[2]}.{name}"
-    return (
-        f"it is a router, which chooses the experts of a token; to train it too, give it as"
-        f" --modules-to-save (modules_to_save); the experts themselves are targets such as {short}"
-    )
-
-
-def _most(model: nn.Module, weights: Weights) -> int:
-    """How many numbers an adapter may have, by those in its file. Some methods draw others, at most
-    about as many as the base has, or as random projections of its largest ranks.
-    """
-    found = sum(math.prod(weights.shape(name)) for name in weights.names)
-    return 4 * found + max(ROOM, sum(p.numel() for p in model.parameters()))
 
 
 def read(
@@ -241,33 +214,35 @@ def read(
     base: Weights | None = None,
     below: Sequence[Origin] | None = None,
 ) -> BuiltAdapter:
-    """Read a saved adapter."""
+    """Read a saved adapter from the arguments of `load`; `below` are the adapters that it will be
+    over (None: the model's active ones).
+    """
     keep_scale(model)
     saved = (path if isinstance(path, Saved) else Saved.open(path)).within(model)
     if saved.over:  # one of those replaces the head that was drawn for this model
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
     base, problems = base or InMemory.of_model(model), []
     below = selection_of(model).active if below is None else tuple(below)
-    fits = same(saved.over, below)
-    if not (allow_other_base or fits):
-        advice = loading_advice(saved.path, saved.over)
-        problems.append(f"{mismatch(saved.over, below)}; {advice}")
-    told = ""
+    fits, other_base = same(saved.over, below), ""
     if allow_other_base:
-        told = saved.own_base.other(base)
-        if told:
-            log.warning(told)
+        if other_base := saved.own_base.other(base):
+            log.warning(other_base)
         if not fits:
-            other = mismatch(saved.over, below)
-            log.warning("adapter %s: %s; loaded all the same (%s)", saved, other, ALLOWED)
+            reason = mismatch(saved.over, below)
+            log.warning("adapter %s: %s; loaded all the same (%s)", saved, reason, ALLOWED)
     else:
+        if not fits:
+            advice = loading_advice(saved.path, saved.over)
+            problems.append(f"{mismatch(saved.over, below)}; {advice}")
         problems += saved.own_base.problems(base, called(model))
     try:
         tokens: Mapping[str, Sequence[int]] = {}
         if saved.selection.tokens:
             tokens, saved = saved.token_rows(model, base)
         spec = saved.selection.spec_in(model, saved.spec)
-        with skip_init(_most(model, saved.weights)):
+        # some methods draw as many numbers as the base has, or as random projections of its ranks
+        in_file = sum(math.prod(saved.weights.shape(name)) for name in saved.weights.names)
+        with skip_init(4 * in_file + max(ROOM, sum(p.numel() for p in model.parameters()))):
             built = build(model, spec, tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
         raise _refused(saved, model, as_one([*problems, e])) from None
@@ -277,12 +252,12 @@ def read(
         raise _refused(saved, model, str(e)) from None
     over = below if saved.over and fits else saved.over
     files, trained_on = (str(saved), saved.sha256), saved.own_base.identity
-    return replace(built, over=over, files=files, base_identity=trained_on, other_base=told)
+    return replace(built, over=over, files=files, base_identity=trained_on, other_base=other_base)
 
 
-def _refused(saved: Saved, model: nn.Module, told: str) -> LorafoldError:
-    """The error for an adapter that does not fit a model, whose path is cut for the base's sake."""
+def _refused(saved: Saved, model: nn.Module, reason: str) -> LorafoldError:
+    """The error for an adapter that does not fit a model; its path is cut if the base differs."""
     path, hint = str(saved), saved.own_base.hint(called(model))
-    if told.startswith(OTHER):
-        path = shortened(path, max(40, MOST - len(told)))
-    return LorafoldError(f"{path}: {told}{hint}")
+    if reason.startswith(OTHER):
+        path = shortened(path, max(40, MOST - len(reason)))
+    return LorafoldError(f"{path}: {reason}{hint}")

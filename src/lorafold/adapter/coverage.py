@@ -104,25 +104,26 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
 
 
 def strays(model: nn.Module, matches: Matches) -> str | None:
-    """One line about targets that are in a tower and do not name it; None if there are none."""
+    """One line about an adapter's targets that are in a tower and do not name it; None if there are
+    none.
+    """
     anatomy = Anatomy.of(model)
     roots, language = anatomy.encoders, anatomy.language
-    meant = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
-    found = {
-        pattern: inside
+    named = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
+    inside = {
+        pattern: hits
         for pattern, paths in matches.by_pattern.items()
-        if (inside := [*filter(beneath(roots), paths)])
-        and not any(name in pattern for name in meant)
+        if (hits := [*filter(beneath(roots), paths)]) and not any(n in pattern for n in named)
     }
-    if not found:
+    if not inside:
         return None
-    hit = {path for paths in found.values() for path in paths}
+    hit = {path for paths in inside.values() for path in paths}
     where = dict.fromkeys(kind for root, kind in roots.items() if any(map(beneath([root]), hit)))
     counts = ", ".join(
         f"{len(paths)} of the {len(matches.by_pattern[pattern])} modules of {pattern}"
-        for pattern, paths in found.items()
+        for pattern, paths in inside.items()
     )
-    ends = {p.rsplit(".", 1)[-1] for t in found for p in matches.by_pattern[t] if p not in hit}
+    ends = {p.rsplit(".", 1)[-1] for t in inside for p in matches.by_pattern[t] if p not in hit}
     only = rf"{re.escape(language)}\..*\.({'|'.join(sorted(ends))})"
     advice = f", or the regular expression {only}" if language and ends else ""
     return (

@@ -20,7 +20,6 @@ from lorafold.core.attach import (
     freeze,
     lift,
     selection_of,
-    thaw,
 )
 from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
 from lorafold.core.spec import Spec
@@ -229,7 +228,9 @@ class Adapter:
         if any(adapted_modules(self.model)):
             freeze(self.model, selection)
         else:
-            thaw(selection)
+            for parameter in selection.frozen:
+                parameter.requires_grad_(True)
+            selection.frozen = []
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())

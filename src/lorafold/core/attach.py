@@ -227,19 +227,12 @@ def lift(module: Adapted, name: str) -> None:
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Freeze the base. The selection keeps what was trainable, so that `thaw` restores it."""
+    """Freeze the base. The selection keeps what was trainable, so that `Adapter.detach` restores it."""
     of_deltas = {id(p) for m in model.modules() if isinstance(m, Deltas) for p in m.parameters()}
     for p in model.parameters():
         if p.requires_grad and id(p) not in of_deltas:
             p.requires_grad_(False)
             selection.frozen.append(p)
-
-
-def thaw(selection: Selection) -> None:
-    """Make the parameters trainable again that `freeze` froze."""
-    for p in selection.frozen:
-        p.requires_grad_(True)
-    selection.frozen = []
 
 
 class only:

@@ -48,14 +48,19 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 @contextmanager
 def undropped(model: nn.Module) -> Iterator[float]:
-    """Take every dropout of the model and its adapters as 0 until the `with` block ends: its layers
+    """Set every dropout of the model and its adapters to 0 until the `with` block ends: its layers
     of dropout, and the probabilities that other modules keep by that name. Yields the largest.
     """
+
+    def drops(module: nn.Module, name: str) -> bool:
+        layer = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+        return layer or "dropout" in name or name.endswith("pdrop")
+
     found = [
         (module, name, p)
         for module in model.modules()
         for name, p in vars(module).items()
-        if isinstance(p, float) and p > 0 and _drops(module, name)
+        if isinstance(p, float) and p > 0 and drops(module, name)
     ]
     for module, name, _ in found:
         setattr(module, name, 0.0)
@@ -64,11 +69,6 @@ def undropped(model: nn.Module) -> Iterator[float]:
     finally:
         for module, name, p in found:
             setattr(module, name, p)
-
-
-def _drops(module: nn.Module, name: str) -> bool:
-    layer = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
-    return layer or "dropout" in name or name.endswith("pdrop")
 
 
 def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:

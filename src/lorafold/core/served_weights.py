@@ -24,7 +24,7 @@ served weight has no dropout, since the dropout of a delta is on its branch in t
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ class Served(Tensor):
             Served, reading.shape(name), dtype=like.dtype, device=like.device
         )
         served.__dict__.update(reading=reading, which=name)
-        _see_ties()
+        _register_ties()
         return served
 
     @property
@@ -183,17 +183,6 @@ class _Deferred(Function):
         )
 
 
-def _traced() -> bool:
-    """Whether a compiler, a tracer or a functional transform is at work, which need the folded
-    tensor itself.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 class WeightDescriptor:
     """The descriptor for the attribute `weight` or `bias` on the class of an adapted module."""
 
@@ -221,7 +210,9 @@ class WeightDescriptor:
         if not active:
             return own
         reading = WeightRead(module.layer_class(module), active, module.site)
-        if _traced():
+        # compilers, tracers and functional transforms need the folded tensor itself
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or torch._C._are_functorch_transforms_active():
             return reading.folded()(self.name)
         if own is None and reading.gained() is None:
             return None
@@ -231,14 +222,14 @@ class WeightDescriptor:
         return Served.of(reading, self.name)
 
 
-def _tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
-    """The stored parameter, where a stand-in is registered as the parameter of another module."""
-    return parameter.stored if isinstance(parameter, Served) else None
-
-
 @cache
-def _see_ties() -> None:
-    register_module_parameter_registration_hook(_tied)  # type: ignore[arg-type]
+def _register_ties() -> None:
+    """Have a stand-in that is registered as a parameter of another module be the stored one."""
+
+    def tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
+        return parameter.stored if isinstance(parameter, Served) else None
+
+    register_module_parameter_registration_hook(tied)  # type: ignore[arg-type]
 
 
 NAMES = ("weight", "bias")
@@ -274,10 +265,12 @@ class WeightRead:
             w, b = self.base.dense()
         except NotMergeable as e:
             raise self._refused(str(e)) from None
-        start = dict(zip(NAMES, (_wide(w), None if b is None else _wide(b)), strict=True))
-        with _exact(w.device):
-            w, b = self._fold(start["weight"], start["bias"])  # type: ignore[arg-type]
-        end = dict(zip(NAMES, (w, b), strict=True))
+        w, b = (t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in (w, b))
+        start, kind = {"weight": w, "bias": b}, w.device.type
+        autocast = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            w, b = self._fold(w, b)  # type: ignore[arg-type]
+        end = {"weight": w, "bias": b}
 
         def as_stored(name: str) -> Tensor | None:
             if end[name] is start[name]:
@@ -333,12 +326,3 @@ class WeightRead:
         parts = (part for delta in self.deltas.values() for part in delta.parts())
         rows = max((i + 1 for part in parts for i in part.values_at()), default=0)
         return torch.Size(max(n, rows) if axis == 0 else n for axis, n in enumerate(like.shape))
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()

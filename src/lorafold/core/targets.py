@@ -55,11 +55,8 @@ class Matches:
 
     def without(self, paths: Collection[str]) -> Matches:
         """The matches without these paths; a pattern may have none left."""
-        left = {
-            pattern: tuple(path for path in hits if path not in paths)
-            for pattern, hits in self.by_pattern.items()
-        }
-        return Matches(left)
+        by_pattern = self.by_pattern.items()
+        return Matches({t: tuple(p for p in hits if p not in paths) for t, hits in by_pattern})
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
@@ -72,34 +69,30 @@ def pattern_matches(pattern: str, path: str) -> bool:
 def match(
     model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear
 ) -> Matches:
-    """Resolve targets to module paths. Raises NoTarget with every pattern that matches no module,
-    and similar names.
+    """Resolve targets (a preset, a regular expression, or names; matches are returned as they are)
+    to module paths. Raises NoTarget with every pattern that matches no module, and similar names.
     """
     if isinstance(targets, Matches):
         return targets
     paths = [path for path, _ in Anatomy.of(model).modules if path]
-    if isinstance(targets, str) and targets in PRESETS:
+    if not isinstance(targets, str):
+        found = {t: [p for p in paths if p == t or p.endswith(f".{t}")] for t in targets}
+    elif targets in PRESETS:
         found = {targets: PRESETS[targets](model, is_linear)}
         if not found[targets]:
             raise NoTarget(
                 f"targets {targets!r}: {type(model).__name__} has no modules of this preset; name"
                 " the modules instead"
             )
-    elif isinstance(targets, str):
+    else:
         try:
             found = {targets: [p for p in paths if re.fullmatch(targets, p)]}
         except re.error as e:
             raise NoTarget(f"targets {targets!r} is not a regular expression: {e}") from None
-    else:
-        found = {t: [p for p in paths if p == t or p.endswith(f".{t}")] for t in targets}
     if missing := [t for t in found if not found[t]]:
         raise NoTarget(listed((no_match(t, model, is_linear) for t in missing), "; "))
-    seen: set[str] = set()
-    by_pattern = {}
-    for pattern, hits in found.items():
-        by_pattern[pattern] = tuple(p for p in hits if p not in seen)
-        seen.update(hits)
-    return Matches(by_pattern)
+    first = {path: pattern for pattern in reversed(found) for path in found[pattern]}
+    return Matches({t: tuple(p for p in hits if first[p] == t) for t, hits in found.items()})
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
@@ -155,14 +148,9 @@ def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str
     ]
 
 
-def attention(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules of the blocks that are inside an attention."""
-    return [path for path in all_linear(model, is_linear) if of_attention(path)]
-
-
-def mlp(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules of the blocks that are not inside an attention."""
-    return [path for path in all_linear(model, is_linear) if not of_attention(path)]
+def by_attention(inside: bool, model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules of the blocks that are inside an attention, or those that are not."""
+    return [path for path in all_linear(model, is_linear) if of_attention(path) is inside]
 
 
 def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -185,9 +173,7 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The sublayers that are no attention."""
-    return [
-        path for path in sublayers(model, is_linear) if not of_attention(path.rsplit(".", 1)[-1])
-    ]
+    return [p for p in sublayers(model, is_linear) if not of_attention(p.rsplit(".", 1)[-1])]
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -206,13 +192,12 @@ def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
 def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """Every module with parameters of its own; tied parameters count for the first module only."""
     seen: set[int] = set()
-    found = []
+    paths = []
     for path, module in Anatomy.of(model).language_modules:
         own = {id(p) for p in module._parameters.values() if p is not None}
-        if own - seen:
-            found.append(path)
+        paths += [path] * bool(own - seen)
         seen |= own
-    return found
+    return paths
 
 
 def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -232,8 +217,8 @@ def head(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 PRESETS: dict[str, Callable[[nn.Module, IsLinear], list[str]]] = {
     "all-linear": all_linear,
-    "attention": attention,
-    "mlp": mlp,
+    "attention": partial(by_attention, True),
+    "mlp": partial(by_attention, False),
     "sublayers": sublayers,
     "mlp-sublayers": mlp_sublayers,
     "biases": biases,

@@ -45,15 +45,12 @@ class GroupedLinear(BaseLayer):
         w = self.bare.weight
         if onto is None and (autocasting(x) or x.dtype is w.dtype):
             return self.run(x)
-        return self._product(x, w, onto)
+        return self.op(x, w, onto)
 
-    def op(self, x: Tensor, m: Tensor) -> Tensor:
+    def op(self, x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:
         """The product of each group of x (..., g, in) and its rows of m (k, in), k a multiple of g:
-        (..., g, k / g).
+        (..., g, k / g), onto a tensor of that shape.
         """
-        return self._product(x, m)
-
-    def _product(self, x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:
         rows = m.to(x.dtype).unflatten(0, (self.groups, -1)).mT  # (g, in, k / g)
         shape = (*x.shape[:-1], rows.shape[-1])
         of_groups = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)  # (g, n, in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -231,15 +232,15 @@ def base_for(
     own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
     if not own:
         return Base(**how)
-    base, told = _opened(_agreed(own), how)
+    base, line = _opened(_agreed(own), how)
     if console is not None:
-        console.print(f"base: {told}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"base: {line}", highlight=False, markup=False, soft_wrap=True)
     return base
 
 
 def _agreed(own: Sequence[OwnBase]) -> OwnBase:
-    """The base of all adapters, as that one says it which says most. Those that say nothing of it
-    fit any.
+    """The base of all adapters, as the record with the most information has it. Adapters without
+    any fit every base.
     """
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
@@ -250,7 +251,7 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
     first = known[0]
     if other := next((one for one in known if not first.same_as(one)), None):
         one, another = (
-            f"{shortened(str(each.adapter), SHORT)} on {shortened(_called(each), SHORT)}"
+            f"{shortened(str(each.adapter), SHORT)} on {shortened(_name(each), SHORT)}"
             for each in (first, other)
         )
         raise LorafoldError(
@@ -260,58 +261,54 @@ def _agreed(own: Sequence[OwnBase]) -> OwnBase:
     return first
 
 
-def _called(own: OwnBase) -> str:
+def _name(own: OwnBase) -> str:
     return own.name or "a base without a name"
 
 
 def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
-    """The base, and the line that says which it is."""
-    said = f", as {own.said_by} says"
+    """The base, and the line that names it."""
+
+    def line(path: str, found_by: str = "") -> str:
+        if path == own.name:
+            return f"{path}, as {own.said_by} says"
+        return f"{path}{found_by}; {own.said_by} says {_name(own)}"
+
     if own.name == EMBEDDED:
-        return Base(**how), f"{EMBEDDED}{said}"
+        return Base(**how), line(EMBEDDED)
     named = [*_named(own)]
     for path in named:
         if gguf_at(path) or not own.fingerprint or fits(path, own):
-            return Base(str(path), **how), _told(str(path), own)
+            return Base(str(path), **how), line(str(path))
     by_hub = bool(HUB_ID.fullmatch(own.name)) and not Path(own.name).exists()
-    asked = how.get("revision") or (own.revision if by_hub else None)
-    here = {**how, "revision": asked}
-    snapshot = _in_cache(own.name, asked) if by_hub else None
-    if snapshot and (asked or not own.fingerprint or fits(snapshot, own)):
-        return Base(own.name, **here), f"{own.name}{said}"
+    revision = how.get("revision") or (own.revision if by_hub else None)
+    of_hub = Base(own.name, **{**how, "revision": revision}) if by_hub else None
+    if of_hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(own.name, "config.json", revision=revision)
+        known = isinstance(cached, str) and (revision or not own.fingerprint)
+        if known or (isinstance(cached, str) and fits(Path(cached).parent, own)):
+            return of_hub, line(own.name)
     if own.fingerprint and not how.get("revision"):
         for path, name in _elsewhere(own):
             if fits(path, own):
                 trusted = bool(how.get("trust_remote_code"))
                 source = ModelSource(path, name, trust_remote_code=trusted)
-                return Base(source, **how), _told(name, own, "its fingerprint")
+                return Base(source, **how), line(name, ", found by its fingerprint")
     if named:  # with other weights: loading says by how much they differ
-        return Base(str(named[0]), **how), _told(str(named[0]), own)
-    if not by_hub:
-        raise LorafoldError(_not_found(own))
-    base = Base(own.name, **here)
-    try:
-        return replace(base, model=base.source), f"{own.name}{said}"
-    except LorafoldError as error:
-        reason = str(error).rpartition(" the hub: ")[2].partition(";")[0]
-        told = f"and it can't be had from the hub: {shortened(reason, 60)}"
-        raise LorafoldError(f"{_not_found(own)}; {told}") from error
-
-
-def _told(found: str, own: OwnBase, by: str = "") -> str:
-    if found == own.name:
-        return f"{found}, as {own.said_by} says"
-    found_by = f", found by {by}" * bool(by)
-    return f"{found}{found_by}; {own.said_by} says {_called(own)}"
-
-
-def _not_found(own: OwnBase) -> str:
-    beside = shortened(str(own.adapter.absolute().parent), SHORT)
-    return (
-        f"{shortened(str(own.adapter), SHORT)}: its base {shortened(_called(own), SHORT)} is"
-        f" neither there, nor beside it in {beside}, nor in {shortened(cache(), SHORT)};"
-        " expected --model PATH (model)"
+        return Base(str(named[0]), **how), line(str(named[0]))
+    place, name = (shortened(str(p), SHORT) for p in (own.adapter.absolute().parent, _name(own)))
+    missing = (
+        f"{shortened(str(own.adapter), SHORT)}: its base {name} is neither there, nor beside it in"
+        f" {place}, nor in {shortened(cache(), SHORT)}; expected --model PATH (model)"
     )
+    if of_hub is None:
+        raise LorafoldError(missing)
+    try:
+        return replace(of_hub, model=of_hub.source), line(own.name)
+    except LorafoldError as error:
+        reason = shortened(str(error).rpartition(" the hub: ")[2].partition(";")[0], 60)
+        raise LorafoldError(f"{missing}; and it can't be had from the hub: {reason}") from error
 
 
 def fits(path: Path, own: OwnBase) -> bool:
@@ -322,21 +319,16 @@ def fits(path: Path, own: OwnBase) -> bool:
         return False
 
 
-def _is_model(path: Path) -> bool:
-    try:
-        return (path / "config.json").is_file() or bool(gguf_at(path))
-    except (LorafoldError, OSError):
-        return False
-
-
 def _named(own: OwnBase) -> Iterator[Path]:
     """The models at the places that the name may mean, nearest to its words first."""
     if not own.name:
         return
     at, adapter = Path(own.name).expanduser(), own.adapter.absolute()
     above = (adapter.parent, adapter)
-    places = [at, *(place / at for place in above), *(place / at.name for place in above)]
-    yield from (place for place in dict.fromkeys(places) if _is_model(place))
+    for place in dict.fromkeys([at, *(p / at for p in above), *(p / at.name for p in above)]):
+        with suppress(LorafoldError, OSError):
+            if (place / "config.json").is_file() or gguf_at(place):
+                yield place
 
 
 def _elsewhere(own: OwnBase) -> Iterator[tuple[Path, str]]:
@@ -363,11 +355,3 @@ def _inside(place: Path) -> list[Path]:
         return sorted(path for path in place.iterdir() if path.is_dir())
     except OSError:
         return []
-
-
-def _in_cache(repo: str, revision: str | None) -> Path | None:
-    """The directory of a model in the hub's cache, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repo, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
