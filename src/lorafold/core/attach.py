@@ -227,7 +227,7 @@ def lift(module: Adapted, name: str) -> None:
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Freeze the base. The selection keeps what was trainable, so that `Adapter.detach` restores it."""
+    """Freeze the base. The selection keeps what was trainable, which detaching restores."""
     of_deltas = {id(p) for m in model.modules() if isinstance(m, Deltas) for p in m.parameters()}
     for p in model.parameters():
         if p.requires_grad and id(p) not in of_deltas:

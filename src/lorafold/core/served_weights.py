@@ -265,7 +265,8 @@ class WeightRead:
             w, b = self.base.dense()
         except NotMergeable as e:
             raise self._refused(str(e)) from None
-        w, b = (t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in (w, b))
+        wide = torch.promote_types(w.dtype, torch.float32)
+        w, b = w.to(wide), None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
         start, kind = {"weight": w, "bias": b}, w.device.type
         autocast = torch.amp.is_autocast_available(kind)
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -109,17 +109,12 @@ class Checkpoint:
 
     def other_files(self) -> list[Path]:
         """The paths, relative to the directory, of all files but weights of any format: config,
-        tokenizer, chat template and so on.
+        tokenizer, chat template and so on. Hidden files and the manifest are left out.
         """
-        found = (
-            p.relative_to(self.path)
-            for p in sorted(self.path.rglob("*"))
-            if p.is_file() and not p.name.endswith(WEIGHTS)
-        )
+        files = (p for p in sorted(self.path.rglob("*")) if p.is_file())
+        paths = (p.relative_to(self.path) for p in files if not p.name.endswith(WEIGHTS))
         return [
-            p
-            for p in found
-            if str(p) != MANIFEST and not any(part.startswith(".") for part in p.parts)
+            p for p in paths if str(p) != MANIFEST and not any(x.startswith(".") for x in p.parts)
         ]
 
 
@@ -161,14 +156,17 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
-    """Build the model of a checkpoint over its mapped files."""
+    """Build the model of a checkpoint over its mapped files. Raises LorafoldError with every weight
+    that is missing or has another shape than the model expects.
+    """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trusted)
+        config: Any = checkpoint.source.hf_config()
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
         if not isinstance(settings, dict) or not readable(settings):
+            named = isinstance(settings, dict)
+            method = settings.get("quant_method", "unknown") if named else settings
             raise LorafoldError(
                 f"{checkpoint.path}: its weights are quantized ({method}); merge into the model"
                 " that it was quantized from"
@@ -180,20 +178,19 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
     entries, parts = by_parameter(model, checkpoint.entries)
     if settings is not None:
         as_in_files(model, entries, what)
-    tensors = mapped_tensors(checkpoint.entries.values())
-    converted, failed = conversions(model, parts, tensors)
+    tensors, converted, failed = conversions(model, parts, checkpoint.entries.values())
     tied, problems = tied_parameters(model), list(failed.values())
+    known = {*entries, *converted, *failed}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        own, expected = entries.get(name), tuple(parameter.shape)
-        found = own.shape if own else None
+        own, shape, expected = entries.get(name), None, tuple(parameter.shape)
         if name in converted:
-            found = tuple(converted[name].like[name].shape)
-        if found is not None and found != expected:
+            shape = tuple(converted[name].like[name].shape)
+        elif own:
+            shape = own.shape
+        if shape is not None and shape != expected:
             label = own.name if own else name
-            problems.append(f"{label}: shape {list(found)}, expected {list(expected)}")
-        elif not any(
-            n in entries or n in converted or n in failed for n in (name, *tied.get(name, ()))
-        ):
+            problems.append(f"{label}: shape {list(shape)}, expected {list(expected)}")
+        elif known.isdisjoint((name, *tied.get(name, ()))):
             problems.append(f"{name}: found in no weight file")
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {as_one(problems)}")
@@ -256,15 +253,17 @@ def by_parameter(
 
 
 def conversions(
-    model: PreTrainedModel, parts: Parts, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Conversion], dict[str, str]]:
-    """Return the conversions by the parameters that they make, and what is wrong with the tensors
-    of others.
-
-    Args:
-        parts: What each parameter is computed from.
-        tensors: The values of the files' tensors, of any shape, by name.
+    model: PreTrainedModel, parts: Parts, entries: Iterable[TensorEntry]
+) -> tuple[dict[str, Tensor], dict[str, Conversion], dict[str, str]]:
+    """The tensors of the files, of any shape, by name, mapped; the conversions by the parameters
+    that they make of `parts`; and a line for each parameter that can't be made.
     """
+    by_file = defaultdict(list)
+    for entry in entries:
+        by_file[entry.file].append(entry.name)
+    tensors: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        tensors |= read_tensors(file, names)
     converted: dict[str, Conversion] = {}
     problems = {}
     for (name, converter), group in parts.items():
@@ -280,15 +279,7 @@ def conversions(
             )
         else:
             converted |= dict.fromkeys(conversion.like, conversion)
-    return converted, problems
-
-
-def mapped_tensors(entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
-    """The tensors of entries, of any shape, by their names, mapped from the files."""
-    by_file = defaultdict(list)
-    for entry in entries:
-        by_file[entry.file].append(entry.name)
-    return {n: t for file, names in by_file.items() for n, t in read_tensors(file, names).items()}
+    return tensors, converted, problems
 
 
 def _parameters(
@@ -298,10 +289,7 @@ def _parameters(
     tied: dict[str, tuple[str, ...]],
 ) -> dict[str, nn.Parameter]:
     """The parameters that the files have, by name; two tied ones with equal tensors are one."""
-    parameters = {
-        name: nn.Parameter(tensors[entry.name], requires_grad=False)
-        for name, entry in entries.items()
-    }
+    parameters = {n: nn.Parameter(tensors[entry.name], False) for n, entry in entries.items()}
     # the files have a tensor for both names: transformers ties these if they are equal
     for name in tied.keys() & parameters.keys():
         first = min(n for n in (name, *tied[name]) if n in parameters)
@@ -328,24 +316,23 @@ def _place(
 
 
 def original_weights(source: ModelSource) -> Weights:
-    """The weights in the files of a model."""
-    settings = source.config()
-    kinds = {settings.get("model_type"), settings.get("text_config", {}).get("model_type")}
+    """The weights in the files of a model, which must have been checked, under the names of its
+    parameters.
+    """
+    config = source.config()
+    kinds = {config.get("model_type"), config.get("text_config", {}).get("model_type")}
     rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
     if not any(isinstance(rule, WeightConverter) for rule in rules):
         return FileWeights(model_files(source.path))
     with loading(f"model {source.name}"):
-        trusted = source.trust_remote_code
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
-        model = build(config, trusted)
+        model = build(source.hf_config(), source.trust_remote_code)
     entries = entries_of(source.path)
-    tensors = mapped_tensors(entries.values())
-    found, parts = by_parameter(model, entries)
-    converted, problems = conversions(model, parts, tensors)
+    own, parts = by_parameter(model, entries)
+    tensors, converted, problems = conversions(model, parts, entries.values())
     if problems:
         raise LorafoldError(f"model {source.name}: {listed(problems.values(), '; ')}")
-    own = {name: tensors[entry.name] for name, entry in found.items()}
-    return InMemory(own | {name: c.parameter(name) for name, c in converted.items()})
+    plain = {name: tensors[entry.name] for name, entry in own.items()}
+    return InMemory(plain | {name: c.parameter(name) for name, c in converted.items()})
 
 
 def as_plain(
@@ -357,33 +344,21 @@ def as_plain(
     """
     dtype = mapped.model.config.dtype
     dtype = dtype if dtype in PLAIN else torch.bfloat16
-    entries, by_file = dict(mapped.entries), {e.name: e for e in checkpoint.entries.values()}
+    entries, by_name = dict(mapped.entries), checkpoint.entries
     paths: dict[str, str] = {}
     for path, module, parameter, own, shape in _quantized(mapped):
         codes = entries[own[0]]
         name = codes.name.removesuffix("_packed").removesuffix(BLOCKS)
-        plain = TensorEntry(
-            name,
-            NAMES[dtype],
-            shape,
-            codes.file,
-            codes.offset,
-            prod(shape) * dtype.itemsize,
-        )
+        size = prod(shape) * dtype.itemsize
+        plain = TensorEntry(name, NAMES[dtype], shape, codes.file, codes.offset, size)
         module.compute_dtype = dtype
         for part in own:
-            del by_file[entries.pop(part).name]
-        entries[parameter] = by_file[name] = plain
+            del by_name[entries.pop(part).name]
+        entries[parameter] = by_name[name] = plain
         paths[name] = path
+    ordered = sorted(by_name.values(), key=lambda e: e.offset)
     files = {
-        name: Container(
-            {
-                e.name: e
-                for e in sorted(by_file.values(), key=lambda e: e.offset)
-                if e.file.name == name
-            },
-            container.metadata,
-        )
+        name: Container({e.name: e for e in ordered if e.file.name == name}, container.metadata)
         for name, container in checkpoint.files.items()
     }
     return replace(checkpoint, files=files), replace(mapped, entries=entries), paths

@@ -90,29 +90,29 @@ def load_classifier(
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
     """The paths of the modules with parameters that are neither part of the model's body nor of
-    towers and connectors beside it, and of a new pooler inside its body.
+    encoders and connectors beside it, and of a new pooler inside its body.
     """
     anatomy = Anatomy.of(model)
     body = anatomy.decoder
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         body = str(model.base_model_prefix)  # with the encoder beside the decoder
     inside = beneath([body, *anatomy.beside])
-    found = [
+    heads = tuple(
         p
         for p, m in anatomy.modules
         if any(p is not None for p in m._parameters.values())
         and (not inside(p) or p in new_poolers(model))
-    ]
-    if not body or not found:
+    )
+    if not body or not heads:
         raise LorafoldError(
             f"{type(model).__name__}: found no head beside its body, expected a classifier"
         )
-    return tuple(found)
+    return heads
 
 
 def new_heads(model: nn.Module) -> tuple[str, ...]:
-    """The paths of the modules of a head that the files of the model do not have: drawn from a seed
-    in the dtype of the body, so that no one finds them again in another one.
+    """The paths of the modules of a head that the files of the model do not have: initialized from
+    a seed in the dtype of the body, so that another dtype gives other values.
     """
     return model.__dict__.get("new_heads", ())
 
@@ -123,44 +123,45 @@ def new_poolers(model: nn.Module) -> tuple[str, ...]:
 
 
 def expect_poolers(model: Any) -> None:
-    """Take the pooler of a classifier for new if the class that its configuration names, of which
-    its files are, has none.
+    """Treat the pooler of a classifier, made from a configuration without files, as new if the
+    class that the configuration names has none.
     """
     import transformers as tf
 
-    found = _poolers(name for name, _ in model.named_parameters())
-    named: Any = [getattr(tf, name, None) for name in model.config.architectures or ()]
-    if not (found and named and named[0] is not None):
+    poolers = _poolers(name for name, _ in model.named_parameters())
+    cls: Any = getattr(tf, next(iter(model.config.architectures or ()), ""), None)
+    if not poolers or cls is None:
         return
     with torch.device("meta"):
-        stored = named[0]._from_config(model.config)
+        stored = cls._from_config(model.config)
     if not _poolers(name for name, _ in stored.named_parameters()):
-        model.new_poolers = found
+        model.new_poolers = poolers
 
 
 def _poolers(names: Iterable[str]) -> tuple[str, ...]:
     """The paths of the modules of a pooler among parameters with these names."""
-    return tuple(
-        sorted({name.rpartition(".")[0] for name in names if POOLER in name.split(".")[:-1]})
-    )
+    paths = {name.rpartition(".")[0] for name in names}
+    return tuple(sorted(path for path in paths if POOLER in path.split(".")))
 
 
 def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
-    """Let the heads of a classifier compute in fp32 if they are in 16 bits."""
+    """Make the heads of a classifier without adapters compute in fp32 if they are in 16 bits. For
+    heads that are not new, `files` have the values before the model rounded them.
+    """
     for path in head_paths(model):
         head = model.get_submodule(path)
         own = list(head.named_parameters(recurse=False))
         if not any(p.dtype in (torch.bfloat16, torch.float16) for _, p in own):
             continue
         for name, p in own:
-            found = files.find(f"{path}.{name}") if files is not None else None
-            value = p.detach() if files is None or found is None else files.get(found).to(p.device)
+            found = files.find(f"{path}.{name}") if files else None
+            value = files.get(found).to(p.device) if files and found else p.detach()
             setattr(head, name, nn.Parameter(value.to(torch.float32, copy=True), p.requires_grad))
         head.register_forward_pre_hook(_widened)
 
 
 def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a forward, with activations in fp32; a hook of torch."""
+    """A hook of torch that gives a forward its activations in fp32."""
     return tuple(x.float() if isinstance(x, Tensor) else x for x in args)
 
 
@@ -182,13 +183,12 @@ def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
     none.
     """
     config = source.config()
-    if not any(
-        name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
-    ):
+    names = config.get("architectures") or ()
+    if not any(name.endswith("ForSequenceClassification") for name in names):
         return None
     # transformers does not write its default to the file
-    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    return tuple(names[key] for key in sorted(names, key=int))
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(labels[key] for key in sorted(labels, key=int))
 
 
 def scoring_shell(model: Any, pad_id: int) -> Any:

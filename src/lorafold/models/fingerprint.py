@@ -48,9 +48,10 @@ def parse(value: Any) -> Fingerprint:
     try:
         TypeAdapter(dict[str, TensorSample]).validate_python(value, strict=True)
     except ValidationError as e:
-        place = ".".join(map(str, e.errors()[0]["loc"]))
+        error = e.errors()[0]
+        place = ".".join(map(str, error["loc"]))
         raise LorafoldError(
-            f"field base: not a valid fingerprint ({place}: {e.errors()[0]['msg'].lower()})"
+            f"field base: not a valid fingerprint ({place}: {error['msg'].lower()})"
         ) from None
     return value
 
@@ -70,30 +71,28 @@ def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
 
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     """The fingerprint of named weights; `without` as `of_model` takes it."""
-    inside = tuple(f"{path}." for path in without)
-    shapes = {n: weights.shape(n) for n in weights.names if not n.startswith(inside)}
+    outside = tuple(f"{path}." for path in without)
+    shapes = {n: weights.shape(n) for n in weights.names if not n.startswith(outside)}
     # a scalar, such as the temperature of two encoders, has no positions to compare
     names = [n for n, s in shapes.items() if s and 0 not in s and weights.is_floating(n)]
     # the order of hashes mixes types of modules and depths
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
     matrices = [n for n in names if len(shapes[n]) > 1]
     # only a few of the vectors are taken: norms and biases may be all ones and zeros
-    vectors = [n for n in names if n not in matrices]
+    vectors = [n for n in names if len(shapes[n]) == 1]
     # in a quantized base only the vectors and the largest matrix, usually the embedding, can be
     # compared: all its linears are quantized
     largest = sorted(matrices, key=lambda n: math.prod(shapes[n]))[-1:]
-    chosen = dict.fromkeys(
-        [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
-    )
-    found = {}
-    for name in list(chosen)[:TENSORS]:
+    chosen = [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
+    fingerprint = {}
+    for name in [*dict.fromkeys(chosen)][:TENSORS]:
         values = weights.at(name, _positions(shapes[name]))
-        found[name] = {
+        fingerprint[name] = {
             "shape": list(shapes[name]),
             "dtype": str(values.dtype).removeprefix("torch."),
             "values": values.float().numpy().tobytes().hex(),
         }
-    return found
+    return fingerprint
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:
@@ -106,12 +105,8 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
             f"none of its {len(expected)} fingerprinted weights was found:"
             f" {', '.join(list(expected)[:3])}, ..."
         ]
-    wrong = [
-        text
-        for name, found in here.items()
-        if (text := _difference(expected[name], weights, found))
-    ]
-    if not wrong:
+    lines = (_difference(expected[name], weights, found) for name, found in here.items())
+    if not (wrong := [line for line in lines if line]):
         return []
     return [
         f"{len(wrong)} of {len(here)} fingerprinted weights differ:"
@@ -120,16 +115,13 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
 
 
 def fits(expected: Fingerprint, weights: Weights) -> bool:
-    """Tell whether the weights are those of a fingerprint. For another model little is read: all
-    shapes are compared before any values, and the small tensors' values first, up to the first
-    that differ (among 50 models of one shape, not yet in the page cache: 0.6 s instead of 54).
+    """Whether the weights are those of a fingerprint. For another model little is read: all shapes
+    are compared before any values, and the small tensors' values first, up to the first that differ
+    (among 50 models of one shape, not yet in the page cache: 0.6 s instead of 54).
     """
-    here = dict[str, str]()
-    for name, sample in expected.items():
-        if found := weights.find(name):
-            if _misshapen(list(weights.shape(found)), sample["shape"]):
-                return False
-            here[name] = found
+    here = {name: found for name in expected if (found := weights.find(name))}
+    if any(_misshapen([*weights.shape(n)], expected[name]["shape"]) for name, n in here.items()):
+        return False
     by_size = sorted(here, key=lambda name: math.prod(expected[name]["shape"]))
     return bool(here) and not any(_difference(expected[n], weights, here[n]) for n in by_size)
 
@@ -143,8 +135,8 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two floating-point tensors of the same shape, any shape, are equal after both
-    are rounded to the narrower of their dtypes.
+    """Whether two floating-point tensors of the same shape, any shape, are equal after both are
+    rounded to the narrower of their dtypes.
     """
     return bool(equal(a, b).all())
 
@@ -154,16 +146,10 @@ def equal(a: Tensor, b: Tensor) -> Tensor:
     narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
     # if one fp32 number was rounded to bf16 and to fp16, rounding the latter to bf16 may differ by
     # one unit (at a tie), and more among fp16's subnormals
-    rtol, atol = (
-        (2**-7, 2**-24) if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16} else (0.0, 0.0)
-    )
-    return torch.isclose(
-        a.to(narrow).float(),
-        b.to(a.device).to(narrow).float(),
-        rtol=rtol,
-        atol=atol,
-        equal_nan=True,
-    )
+    both_halves = {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}
+    rtol, atol = (2**-7, 2**-24) if both_halves else (0.0, 0.0)
+    a, b = (t.to(a.device).to(narrow).float() for t in (a, b))
+    return torch.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
@@ -182,12 +168,10 @@ def _values(sample: dict[str, Any]) -> Tensor:  # (16,)
 
 
 def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | None:
-    shape, asked = list(weights.shape(name)), expected["shape"]
-    if _misshapen(shape, asked):
-        return f"{name} (shape {shape}, expected {asked})"
-    positions = _positions(asked)
+    shape, wanted = list(weights.shape(name)), expected["shape"]
+    if _misshapen(shape, wanted):
+        return f"{name} (shape {shape}, expected {wanted})"
+    positions = _positions(wanted)
     both = positions[:, 0] < shape[0]  # of a resized vocabulary, the tokens that both have
-    wanted = _values(expected)
-    return (
-        None if same(weights.at(name, positions[both]), wanted[both]) else f"{name} (other values)"
-    )
+    agrees = same(weights.at(name, positions[both]), _values(expected)[both])
+    return None if agrees else f"{name} (other values)"
