@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lorafold.core.anatomy import Anatomy, beneath
+from lorafold.core.anatomy import Anatomy, beneath, last_part
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
@@ -109,7 +109,7 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     """
     anatomy = Anatomy.of(model)
     roots, language = anatomy.encoders, anatomy.language
-    named = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
+    named = {last_part(root) for root in roots} | {f"{k}-linear" for k in roots.values()}
     inside = {
         pattern: hits
         for pattern, paths in matches.by_pattern.items()
@@ -123,7 +123,7 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
         f"{len(paths)} of the {len(matches.by_pattern[pattern])} modules of {pattern}"
         for pattern, paths in inside.items()
     )
-    ends = {p.rsplit(".", 1)[-1] for t in inside for p in matches.by_pattern[t] if p not in hit}
+    ends = {last_part(p) for t in inside for p in matches.by_pattern[t] if p not in hit}
     only = rf"{re.escape(language)}\..*\.({'|'.join(sorted(ends))})"
     advice = f", or the regular expression {only}" if language and ends else ""
     return (

@@ -93,7 +93,7 @@ class Anatomy:
             tree.append((path, ref(module)))
             for name, child in reversed(module._modules.items()):
                 if child is not None and not isinstance(child, Deltas | Matrices):
-                    left.append((f"{path}.{name}" if path else name, child))
+                    left.append((joined(path, name), child))
         known = _made.get(model)
         if known is None or known._tree != tree:
             known = _made[model] = Anatomy(model, tree)
@@ -232,6 +232,16 @@ class Anatomy:
 def joined(path: str, name: str) -> str:
     """The dotted name of a child or a tensor of the module at `path`."""
     return f"{path}.{name}" if path else name
+
+
+def last_part(path: str) -> str:
+    """The last part of a dotted path."""
+    return path.rpartition(".")[2]
+
+
+def ends_in(path: str, name: str) -> bool:
+    """Whether the path is the name, or ends in it in whole parts."""
+    return f".{path}".endswith(f".{name}")
 
 
 def beneath(roots: Iterable[str]) -> Callable[[str], bool]:

@@ -237,6 +237,10 @@ class BaseLayer(Layer):
         self.bare: Any = bare(module)
 
     @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.bare, "bias", None)
+
+    @property
     def has_bias(self) -> bool:
         return self.parameter("bias") is not None
 

@@ -33,7 +33,7 @@ from functools import partial
 
 from torch import nn
 
-from lorafold.core.anatomy import Anatomy, beneath, of_attention
+from lorafold.core.anatomy import Anatomy, beneath, ends_in, last_part, of_attention
 from lorafold.core.matrices import Matrices
 from lorafold.errors import NoTarget, listed, shortened
 
@@ -76,7 +76,7 @@ def match(
         return targets
     paths = [path for path, _ in Anatomy.of(model).modules if path]
     if not isinstance(targets, str):
-        found = {t: [p for p in paths if p == t or p.endswith(f".{t}")] for t in targets}
+        found = {t: [p for p in paths if ends_in(p, t)] for t in targets}
     elif targets in PRESETS:
         found = {targets: PRESETS[targets](model, is_linear)}
         if not found[targets]:
@@ -99,12 +99,12 @@ def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
     """The error message for a pattern that matches no module."""
     names = sorted(
         {
-            path.rsplit(".", 1)[-1]
+            last_part(path)
             for path, m in Anatomy.of(model).modules
             if is_linear(m) or isinstance(m, NAMED)
         }
     )
-    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names
+    near = difflib.get_close_matches(last_part(pattern), names, n=3, cutoff=0.4) or names
     given, similar = shortened(repr(pattern), 80), listed(near, room=100) or "none"
     if "," in pattern:
         each = [name.strip() for name in pattern.split(",")]
@@ -165,7 +165,7 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
             for name, m in model.get_submodule(block).named_children()
             if any(True for _ in m.children())
         ]
-        if {of_attention(part.rsplit(".", 1)[-1]) for part in parts} != {True, False}:
+        if {of_attention(last_part(part)) for part in parts} != {True, False}:
             return []
         found += parts
     return found
@@ -173,7 +173,7 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The sublayers that are no attention."""
-    return [p for p in sublayers(model, is_linear) if not of_attention(p.rsplit(".", 1)[-1])]
+    return [p for p in sublayers(model, is_linear) if not of_attention(last_part(p))]
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:

@@ -54,10 +54,6 @@ class Convolution(BaseLayer):
         return self.bare.weight
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.bare.bias
-
-    @property
     def shape(self) -> tuple[int, int]:
         out, *columns = self.kernel.shape
         return out, prod(columns)

@@ -66,10 +66,6 @@ class Matrix(Vectors):
         return not self.weight().requires_grad
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.bare.bias
-
-    @property
     def shape(self) -> tuple[int, int]:
         out, inn = self.weight().shape
         return out, inn

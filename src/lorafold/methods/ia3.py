@@ -23,6 +23,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lorafold.core.anatomy import ends_in
 from lorafold.core.delta import Delta, Gained
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -81,7 +82,7 @@ class IA3(Spec):
         elif isinstance(self.feedforward, str):
             last = re.fullmatch(self.feedforward, path) is not None
         else:
-            last = any(path == name or path.endswith(f".{name}") for name in self.feedforward)
+            last = any(ends_in(path, name) for name in self.feedforward)
         return replace(self, feedforward=(path,) if last else ())
 
     def build(self, layer: Layer) -> IA3Delta:

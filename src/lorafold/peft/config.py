@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import Anatomy
+from lorafold.core.anatomy import Anatomy, ends_in, last_part
 from lorafold.core.attach import base_state
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
@@ -257,7 +257,7 @@ class PeftSelection:
         else:
             hits: dict[str, list[str]] = {pattern: [] for pattern in asked}
             for p in filter(self._in_layers, modules) if self.layers_to_transform else modules:
-                first = next((t for t in asked if p == t or p.endswith(f".{t}")), None)
+                first = next((t for t in asked if ends_in(p, t)), None)
                 if first is not None:
                     hits[first].append(p)
             found = {pattern: tuple(paths) for pattern, paths in hits.items()}
@@ -335,7 +335,7 @@ def simplest_selection(
     """The simplest selection of exactly these modules."""
     whole: tuple[str, ...] | None = ()
     if saved or names:
-        ends = tuple(sorted({path.rpartition(".")[2] for path in saved}))
+        ends = tuple(sorted({last_part(path) for path in saved}))
         tried = (_with_heads(model, names), tuple(names), ends, tuple(saved))
         same = (s for s in tried if set(saved_leaves(model, s)) == set(saved))
         whole = next(same, None)
@@ -351,7 +351,7 @@ def simplest_selection(
     modules = [path for path in targets if path not in form.parameters]
     if not modules:
         return replace(like, target_parameters=parameters)
-    ends = tuple(sorted({path.rpartition(".")[2] for path in modules}))
+    ends = tuple(sorted({last_part(path) for path in modules}))
     candidates: list[Patterns] = [ends, tuple(sorted(modules))]
     if not form.renamed:
         candidates.append("|".join(re.escape(p) for p in sorted(modules)))
@@ -417,7 +417,7 @@ def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
 def _matches(patterns: Patterns, path: str) -> bool:
     if isinstance(patterns, str):
         return bool(patterns) and re.fullmatch(patterns, path) is not None
-    return any(path == p or path.endswith(f".{p}") for p in patterns)
+    return any(ends_in(path, p) for p in patterns)
 
 
 def _shown(patterns: Patterns) -> str:

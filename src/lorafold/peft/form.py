@@ -39,7 +39,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lorafold.core import matrices as base_matrices
-from lorafold.core.anatomy import Anatomy
+from lorafold.core.anatomy import Anatomy, ends_in, joined, last_part
 from lorafold.core.matrices import Matrices, expert_parameters, module_at, parameter_path
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
@@ -120,10 +120,10 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
     parameters, modules = dict[str, str](), [module_at(model, path) for path in targets]
     for path, module in zip(targets, modules, strict=True):
         alone = isinstance(module, Matrices) or layer_class(module) is GroupedLinear
-        if alone or (renamed and path.rpartition(".")[2] in RENAMED):
+        if alone or (renamed and last_part(path) in RENAMED):
             parameters[path] = parameter_path(module, path, "weight")
-    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
-    ends = {path.rpartition(".")[2] for path in targets if path not in parameters}
+    kind = _model_type(model)
+    ends = {last_part(path) for path in targets if path not in parameters}
     refusing = kind in REFUSING and method.peft_type in ("LORA", "ADALORA")
     refused = tuple(sorted(REFUSED & ends)) if refusing else ()
     past = tuple(sorted(ends.intersection(PAST.get(kind, ())).difference(refused)))
@@ -174,13 +174,17 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
     return replace(spec, dropout=value)  # type: ignore[type-var]
 
 
+def _model_type(model: nn.Module) -> Any:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def renames(model: nn.Module) -> bool:
     """Whether PEFT takes some target modules of LoRA in this model, which has experts, for
     parameters of these: it looks the model's type up in transformers' table of families.
     """
     from transformers import conversion_mapping
 
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = _model_type(model)
     table: Mapping[Any, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return kind == "mixtral" or table.get(kind) in FAMILIES
 
@@ -220,7 +224,7 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
     found: dict[str, list[str]] = {name: [] for name in names}
     wrong = []
     for path, owner, module, leaf in _parameters(model):
-        name = next((n for n in names if path == n or path.endswith(f".{n}")), None)
+        name = next((n for n in names if ends_in(path, n)), None)
         if name is None:
             continue
         matrix = is_linear(module) and not issubclass(layer_class(module), Conv1D)
@@ -259,4 +263,4 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
         own = [name for name, parameter in module._parameters.items() if parameter is not None]
         matrices = expert_parameters(module) if path in anatomy.experts else ()
         for name in dict.fromkeys([*matrices, *own]):
-            yield f"{path}.{name}" if path else name, path, module, name
+            yield joined(path, name), path, module, name

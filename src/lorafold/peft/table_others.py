@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorafold.core.anatomy import last_part
 from lorafold.core.delta import Delta
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
@@ -96,11 +97,11 @@ def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
     """
     scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
     paths = [path for path, of_input in scaled.items() if of_input]
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    apart = all(of_input == (path.rsplit(".", 1)[-1] in names) for path, of_input in scaled.items())
+    names = sorted({last_part(path) for path in paths})
+    alone = all(of_input == (last_part(path) in names) for path, of_input in scaled.items())
     regex = (
         rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
-        if apart
+        if alone
         else "|".join(map(re.escape, paths))
     )
     return {**fan_in_fan_out(sites), "feedforward_modules": regex if paths else []}

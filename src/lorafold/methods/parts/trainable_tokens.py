@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import Anatomy, sharers
+from lorafold.core.anatomy import Anatomy, ends_in, sharers
 from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add, bare
@@ -187,7 +187,7 @@ class TrainableTokens:
             paths = [path for path, _ in Anatomy.of(model).modules]
             named: dict[str, tuple[int, ...]] = {}
             for name, ids in self.ids.items():
-                hits = [p for p in paths if p == name or p.endswith(f".{name}")]
+                hits = [p for p in paths if ends_in(p, name)]
                 problems += [] if hits else [no_match(name, model, is_linear)]
                 named |= dict.fromkeys(hits, tuple(ids))
         else:
