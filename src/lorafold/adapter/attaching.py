@@ -173,7 +173,7 @@ def build(
             f"modules_to_save includes every target ({listed(matches.by_pattern)}); leave some"
             " modules to the method"
         )
-    deltas: dict[str, list[Delta]] = {}
+    deltas = {}
     for path in matches.paths:
         module = module_at(model, path)
         if isinstance(module, Adapted):

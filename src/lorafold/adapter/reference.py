@@ -68,7 +68,7 @@ def below(model: nn.Module) -> tuple[str, ...]:
 
 def _twin(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -> Any:
     """A module of a model, or the model itself, as it runs under these adapters."""
-    twin: Any = object.__new__(_reference_class(type(module)))  # type: ignore[arg-type]
+    twin = object.__new__(_reference_class(type(module)))  # type: ignore[arg-type]
     state = {name: value for name, value in vars(module).items() if name not in OWN}
     twin.__dict__.update(state, _reference_of=(module,), _model=(model,), _under=under, _parts={})
     return twin
@@ -87,7 +87,7 @@ class _Reference(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        found: Any = super().__getattr__(name)
+        found = super().__getattr__(name)
         if not isinstance(found, nn.Module):
             return found
         part = self._parts.get(name)

@@ -82,9 +82,9 @@ class Anatomy:
     @staticmethod
     def of(model: nn.Module) -> Anatomy:
         """The anatomy of a model as it is now."""
-        seen: set[int] = set()
-        tree: Tree = []
-        left: list[tuple[str, nn.Module]] = [("", model)]
+        seen = set()
+        tree = []
+        left = [("", model)]
         while left:
             path, module = left.pop()
             if id(module) in seen:
@@ -303,6 +303,6 @@ def _generates(model: Any, part: nn.Module) -> bool:
 
 def _takes(module: nn.Module) -> list[str]:
     """What the module takes in beside text: "vision", "audio"; none for a connector, or text."""
-    named: Any = getattr(module, "input_modalities", ())
+    named = getattr(module, "input_modalities", ())
     names = [named] if isinstance(named, str) else named
     return list(dict.fromkeys(MODALITIES[name] for name in names if name in MODALITIES))

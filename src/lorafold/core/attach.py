@@ -145,8 +145,8 @@ def adapted_class(cls: type[nn.Module], layer_class: type[BaseLayer]) -> type[Ad
             return layer(*args, **kwargs)
         return layer_class.called(layer, *args, **kwargs)
 
-    served: Any = {name: WeightDescriptor(name) for name in NAMES if not hasattr(cls, name)}
-    own: Any = {"base_class": cls, "layer_class": layer_class}
+    served = {name: WeightDescriptor(name) for name in NAMES if not hasattr(cls, name)}
+    own = {"base_class": cls, "layer_class": layer_class}
     return renamed_subclass(Adapted, cls, forward, **own, **served)
 
 
@@ -154,7 +154,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model, tensors of any shapes by name, without its adapters."""
     token = _base_alone.set(True)
     try:
-        state: dict[str, Tensor] = model.state_dict()
+        state = model.state_dict()
     finally:
         _base_alone.reset(token)
     return state

@@ -180,7 +180,7 @@ class Given(Upon):
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if x is self.x:
             return add(self.y, onto)
-        y: Tensor = self.under(x, onto=onto)
+        y = self.under(x, onto=onto)
         return y.to(torch.promote_types(y.dtype, self.y.dtype))
 
     def dense(self) -> tuple[Tensor, Tensor | None]:

@@ -213,10 +213,10 @@ def bare(module: nn.Module) -> nn.Module:
     """The module as it is without deltas: an object of its own class with the same state, whose
     `weight` and `bias` are the stored ones (`lorafold.core.served_weights`).
     """
-    cls: type[nn.Module] | None = getattr(type(module), "base_class", None)
+    cls = getattr(type(module), "base_class", None)
     if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
         return module
-    twin: nn.Module = object.__new__(cls)
+    twin = object.__new__(cls)
     if torch.compiler.is_compiling():  # torch before 2.13 can't trace that one dict is set
         for name, value in module.__dict__.items():
             object.__setattr__(twin, name, value)

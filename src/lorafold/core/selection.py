@@ -243,7 +243,7 @@ def _recorded(selection: Selection, hook: Any) -> tuple[Recorded | None, bool]:
             frame = held() if replaying else held
             if not hasattr(frame, "recompute_fn"):
                 break
-            known: dict[Selection, Recorded] = vars(frame).setdefault("lorafold_names", {})
+            known = vars(frame).setdefault("lorafold_names", {})
             return known.setdefault(selection, Recorded()), replaying
     return None, False
 
@@ -291,7 +291,7 @@ def site_of(
     Args:
         of: makes of the tokens' names (T,) those of the rows of its input (S,).
     """
-    selection: Any = vars(module).get("selection")
+    selection = vars(module).get("selection")
     if not isinstance(selection, Selection) or (draws := selection.draws) is None:
         return None
     names = draws.names.flatten()

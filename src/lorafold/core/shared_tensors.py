@@ -23,7 +23,7 @@ def twin(model: M) -> M:
     both. Its parameters ask for no gradients, and those that train have versions of their own, so
     that a backward of the model does not take what is done to the twin's for a change of its own.
     """
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    memo = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(tensor): tensor for module in model.modules() for tensor in _kept(module)}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.data, requires_grad=False) if p.requires_grad else p

@@ -181,7 +181,7 @@ class Quantized(Matrix):
         return w.to(dtype)
 
     def weight(self) -> Tensor:
-        compute: torch.dtype | None = getattr(self.module, "compute_dtype", None)
+        compute = getattr(self.module, "compute_dtype", None)
         return self.read(compute or self.dtype)
 
     def original(self) -> Tensor:
@@ -238,7 +238,7 @@ class Linear4bit(Quantized):
         For inference on a CPU the module reorders its codes, and then computes no gradients; the
         order is restored here.
         """
-        weight: Any = self.bare.weight
+        weight = self.bare.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             back = bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
             weight.data, weight.quant_state = back(weight.data, weight.quant_state)

@@ -141,7 +141,7 @@ class Compressed(Quantized):
 
     @property
     def dtype(self) -> torch.dtype:
-        scale: Tensor = getattr(self.bare, self.bare.codes.scale)
+        scale = getattr(self.bare, self.bare.codes.scale)
         return scale.dtype
 
     def dequantized(self) -> Tensor:  # (out, in)

@@ -35,7 +35,7 @@ class ExpertMatrices(ABC):
     endings: tuple[str, ...] = ("",)  # of the names of the parameters, the matrices' first
 
     def __init__(self, matrices: Matrices) -> None:
-        owner: Any = matrices.owner
+        owner = matrices.owner
         self.names = [matrices.name + ending for ending in self.endings]
         self.parameter: Any = owner._parameters[self.names[0]]
         self.number, self.transposed = matrices.number, matrices.stored.transposed
@@ -97,7 +97,7 @@ class Floats(ExpertMatrices):
 
     @property
     def _matrices(self) -> Tensor:  # (E, a, b)
-        w: Tensor = self.parameter
+        w = self.parameter
         return w.unflatten(0, (self.number, -1)) if self.flat else w
 
     def stored(self, e: int) -> Tensor:

@@ -257,7 +257,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.base_class.forward(self, *args, **kwargs)
 
     def layers(groups: Groups, at: Tensor | None, experts: tuple[int, int]) -> list[Layer]:
-        found: list[Layer] = []
+        found = []
         for matrices in own.values():
             base = Experts(matrices)
             base.groups, base.at, base.experts = groups, at, experts
@@ -265,7 +265,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             found.append(matrices.layer(*names, base=base) if over else base)  # type: ignore
         return found
 
-    called: Any = CALLED[next(iter(own.values())).form.called]
+    called = CALLED[next(iter(own.values())).form.called]
     return called(self, holder, layers, *args, **kwargs)
 
 
@@ -301,7 +301,7 @@ def weighed(
     scores, logits = routed.router(tokens)
     weights, index = scores.topk(routed.top_k, 1)
     mixed = lowered(functools.partial(_mixed, holder, layers, index), tokens, weights)
-    shared: Tensor = routed.shared_expert(tokens)
+    shared = routed.shared_expert(tokens)
     return shared + mixed.sum(1).to(shared.dtype), logits
 
 

@@ -63,7 +63,7 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
 
     def spec(self, name: str) -> "type[Spec]":
         """The class of a method's specs."""
-        maker: Any = self[name]
+        maker = self[name]
         cls = getattr(maker, "func", maker)
         return cls if isinstance(cls, type) else type(maker())
 

@@ -69,7 +69,7 @@ class Prompt(VirtualTokens):
 
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> PromptDelta:
         body = layer.module
-        layers: list[Any] = [m.layer_idx for m in attentions]
+        layers = [m.layer_idx for m in attentions]
         return PromptDelta(body, self.start(body.get_input_embeddings()), layers)  # type: ignore
 
     @torch.no_grad()

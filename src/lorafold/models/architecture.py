@@ -75,7 +75,7 @@ def whole_of(model: nn.Module) -> Whole | None:
         return None
     if config.get_text_config() is config or isinstance(own, type(config)):
         return None
-    cls: Any = getattr(tf, next(iter(config.architectures or ()), ""), None)
+    cls = getattr(tf, next(iter(config.architectures or ()), ""), None)
     if cls is None or isinstance(model, cls) or _task(cls) == _task(type(model)):
         return None
     with torch.device("meta"):
@@ -112,7 +112,7 @@ def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
     """
     import transformers as tf
 
-    kinds: tuple[Any, ...] = tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
+    kinds = tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
     coded = getattr(config, "auto_map", None) or {}
     exact = [a for a in kinds if cls and a._model_mapping.get(type(config), None) is cls]
     found = [a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping]
@@ -125,7 +125,7 @@ def opened_by_name(model: Any) -> str:
     """
     whole = whole_of(model)
     shown = model if whole is None else whole.model
-    config: Any = getattr(shown, "config", None)
+    config = getattr(shown, "config", None)
     return CAUSAL if config is None else str(opened_by(config, type(shown)).__name__)
 
 

@@ -123,7 +123,7 @@ def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
     """Give variables of the tokenizer's chat template values."""
-    template: Any = tokenizer.chat_template
+    template = tokenizer.chat_template
     if template is None:
         raise LorafoldError(
             f"template_kwargs: found {', '.join(values)}, but the model has no chat template that"
@@ -147,7 +147,7 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The variables of the tokenizer's chat templates that a caller may set."""
-    template: Any = tokenizer.chat_template
+    template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
     known = {name for text in texts for name in _read(text)}
     return known - GIVEN - GLOBALS - set(tokenizer.special_tokens_map)

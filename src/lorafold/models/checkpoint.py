@@ -161,7 +161,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
     """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
-        config: Any = checkpoint.source.hf_config()
+        config = checkpoint.source.hf_config()
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
         if not isinstance(settings, dict) or not readable(settings):
@@ -345,7 +345,7 @@ def as_plain(
     dtype = mapped.model.config.dtype
     dtype = dtype if dtype in PLAIN else torch.bfloat16
     entries, by_name = dict(mapped.entries), checkpoint.entries
-    paths: dict[str, str] = {}
+    paths = {}
     for path, module, parameter, own, shape in _quantized(mapped):
         codes = entries[own[0]]
         name = codes.name.removesuffix("_packed").removesuffix(BLOCKS)
@@ -378,7 +378,7 @@ def _quantized(
         if isinstance(module, CompressedLinear):
             codes = f"{path}.{'weight_packed' if module.codes.packed else 'weight'}"
             others = [n for n in beside[path] if n not in (codes, f"{path}.bias")]
-            shape: tuple[int, ...] = (module.out_features, module.in_features)
+            shape = (module.out_features, module.in_features)
             yield path, module, f"{path}.weight", [codes, *others], shape
         elif isinstance(module, Matrices) and (stored := held(module)).quantized:
             own = [path.removesuffix(module.name) + name for name in stored.names]

@@ -68,7 +68,7 @@ def load_classifier(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             names, numbers = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
-            config: dict[str, Any] = {"id2label": names, "label2id": numbers}
+            config = {"id2label": names, "label2id": numbers}
             if len(classes) == 1:
                 config["problem_type"] = "regression"
             auto = AutoModelForSequenceClassification
@@ -129,7 +129,7 @@ def expect_poolers(model: Any) -> None:
     import transformers as tf
 
     poolers = _poolers(name for name, _ in model.named_parameters())
-    cls: Any = getattr(tf, next(iter(model.config.architectures or ()), ""), None)
+    cls = getattr(tf, next(iter(model.config.architectures or ()), ""), None)
     if not poolers or cls is None:
         return
     with torch.device("meta"):

@@ -316,7 +316,7 @@ def join(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> No
     import numpy as np
 
     first, tensors = readers[0], [tensor for reader in readers for tensor in reader.tensors]
-    count: Any = first.fields["GGUF.tensor_count"].parts[0]
+    count = first.fields["GGUF.tensor_count"].parts[0]
     metadata = max(f.offset + sum(p.nbytes for p in f.parts) for f in first.fields.values())
     alignment = int(first.alignment)
     before = 4 + 4  # the magic and the version

@@ -155,8 +155,8 @@ def recorded_storage(model: nn.Module) -> dict[str, str] | None:
     """How a loaded transformers model stores its weights and which dtype it computes in, by the
     names that records use; None for any other model.
     """
-    config: Any = getattr(model, "config", None)
-    find: Any = getattr(model, "get_input_embeddings", None)
+    config = getattr(model, "config", None)
+    find = getattr(model, "get_input_embeddings", None)
     weight = None
     with suppress(NotImplementedError):  # transformers', of a model of two encoders
         weight = getattr(find() if config and find else None, "weight", None)

@@ -86,7 +86,7 @@ def positions_of(model: PreTrainedModel) -> Positions:
     for path, module in anatomy.language_modules if given else ():
         if path == anatomy.embedding or hasattr(module, ENDLESS):
             continue
-        tables: list[Tensor | None] = [*module._buffers.values()]
+        tables = [*module._buffers.values()]
         tables += [module._parameters["weight"]] if isinstance(module, nn.Embedding) else []
         for rows in (len(t) for t in tables if t is not None and t.ndim == 2):
             if given <= rows <= given + OFFSET:
@@ -106,7 +106,7 @@ def positions_in(
     from lorafold.models.fake import fake_model, without_values
 
     text, fp32 = config.get_text_config(), Storage(torch.float32)
-    named: list[str] = [*(config.architectures or []), config.model_type]
+    named = [*(config.architectures or []), config.model_type]
     trained = trained_on(text)
     known = Positions(named[0], None, trained)
     if trained is not None or _given(text) is None:
@@ -142,5 +142,5 @@ def trained_on(config: PreTrainedConfig) -> int | None:
 
 
 def _given(config: PreTrainedConfig) -> int | None:
-    found: Any = getattr(config, "max_position_embeddings", None)
+    found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None

@@ -235,7 +235,7 @@ def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFo
     try:
         from compressed_tensors.quantization import QuantizationConfig
 
-        config: Any = QuantizationConfig.model_validate(dict(settings))
+        config = QuantizationConfig.model_validate(dict(settings))
     except ImportError:
         raise LorafoldError(
             f"{what}: its weights are stored by compressed-tensors, and that package is not"

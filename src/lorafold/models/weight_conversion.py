@@ -133,7 +133,7 @@ class Conversion:
             return None
         if joined is not None and not (isinstance(joined, Concatenate) and joined.dim > 0):
             return None
-        lists: dict[str, list[Tensor]] = defaultdict(list)
+        lists = defaultdict(list)
         for s in self.sources:
             lists[s.pattern].append(s.values)
         ordered = [lists[p] for p in self.converter.source_patterns if p in lists]

@@ -135,7 +135,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
         return WrittenForm(over_experts(method), {}, own=True)
-    dropout: float = spec.dropout  # type: ignore[attr-defined]
+    dropout = spec.dropout  # type: ignore[attr-defined]
     return WrittenForm(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
 
 
@@ -185,7 +185,7 @@ def renames(model: nn.Module) -> bool:
     from transformers import conversion_mapping
 
     kind = _model_type(model)
-    table: Mapping[Any, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    table = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return kind == "mixtral" or table.get(kind) in FAMILIES
 
 

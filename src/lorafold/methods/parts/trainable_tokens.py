@@ -108,7 +108,7 @@ class EmbeddingRows(TokenRows):
         ascending = self.ascending.to(ids.dtype)
         at = torch.searchsorted(ascending, ids).clamp_max(len(self.ids) - 1)
         ours = ascending[at] == ids
-        y: Tensor = layer(torch.where(ours, 0, ids), onto=onto)
+        y = layer(torch.where(ours, 0, ids), onto=onto)
         rows = layer.op(at, self.sorted_rows(y.device).to(y.dtype).t())
         return torch.where(ours[..., None], add(rows, onto).to(y.dtype), y)
 
@@ -120,7 +120,7 @@ class HeadRows(TokenRows):
     """Token rows of an output embedding, W (V, d)."""
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        z: Tensor = layer(x)
+        z = layer(x)
         old = len(self.ids) - self.beyond(z.shape[-1])
         ours = layer.op(x, self.sorted_rows(x.device))
         if layer.module._parameters.get("bias") is not None:

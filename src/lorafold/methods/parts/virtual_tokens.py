@@ -198,7 +198,7 @@ class Sender(Opaque):
         seen: Seen | None = None,
     ) -> Any:
         """Run the decoder with virtual tokens in front, and return its output."""
-        above: Virtual | None = inputs.get(_KEYWORD)
+        above = inputs.get(_KEYWORD)
         before = () if above is None else above.before
         seen = above.seen if seen is None and above is not None else seen
         own = Virtual((*before, virtual) if virtual is not None else before, seen)
