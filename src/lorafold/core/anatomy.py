@@ -70,7 +70,7 @@ class Anatomy:
                 self.indexers.append(path)
             if path and getattr(module, "is_causal", False) and hasattr(module, "layer_idx"):
                 self.attentions.append(path)
-        own: Any = model
+        own = model
         try:
             embedding = getattr(own, "get_input_embeddings", lambda: None)()
         except NotImplementedError:  # what transformers raises for two encoders side by side

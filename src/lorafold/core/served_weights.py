@@ -270,7 +270,7 @@ class WeightRead:
         start, kind = {"weight": w, "bias": b}, w.device.type
         autocast = torch.amp.is_autocast_available(kind)
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            w, b = self._fold(w, b)  # type: ignore[arg-type]
+            w, b = self._fold(w, b)
         end = {"weight": w, "bias": b}
 
         def as_stored(name: str) -> Tensor | None:

@@ -144,7 +144,7 @@ def make_spec(method: str, **options: Any) -> "Spec":
 
         raise unknown_names(f"method {method}", options, known)
     try:
-        spec: Spec = maker(**options)
+        spec = maker(**options)
     except TypeError as e:
         raise LorafoldError(f"method {method}: {e}") from None
     return spec

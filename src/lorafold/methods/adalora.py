@@ -55,7 +55,7 @@ class AdaLoRADelta(LowRank):
     def __init__(self, layer: Layer, spec: AdaLoRA) -> None:
         super().__init__(spec.dropout)
         first: Any = spec.init_rank
-        alpha: Any = spec.alpha
+        alpha = spec.alpha
         rank = next(iter(spec.rank_pattern.values()), first)
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         self.init_rank = first

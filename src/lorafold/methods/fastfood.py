@@ -100,7 +100,7 @@ class FastfoodDelta(Dense):
         subspace: Any = self._first[0].subspace
         spread = subspace.spread().to(self.gaussians.device)
         gains = spread * self.scale / self.gaussians.numel() ** 0.5
-        blocks: Tensor = subspace.transformed(self.gaussians.to(dtype) * gains.to(dtype))
+        blocks = subspace.transformed(self.gaussians.to(dtype) * gains.to(dtype))
         return blocks.flatten()[: prod(self.shape)].view(self.shape)
 
 

@@ -88,7 +88,7 @@ class Prefix(VirtualTokens):
         layers: list[Any] = [m.layer_idx for m in attentions]
         delta = PrefixDelta(body, self.tokens, shapes.pop(), layers)
         if self.init == "activations":
-            embedding: Any = body.get_input_embeddings()  # type: ignore[operator]
+            embedding = body.get_input_embeddings()  # type: ignore[operator]
             delta.begin_with(layer, self.random_ids(embedding).to(delta.prefix.device))
         else:
             nn.init.normal_(delta.prefix, std=0.02)

@@ -111,7 +111,7 @@ class VeRA(Spec):
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
         out, inn = (max(delta.shape[i] for delta in ours) for i in (0, 1))
-        by_device: dict[torch.device, Projections] = {}
+        by_device = {}
         for delta in ours:
             # drawn even where parameters are on the meta device, since files may not contain them
             device = torch.device("cpu") if delta.b.is_meta else delta.b.device

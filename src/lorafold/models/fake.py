@@ -125,7 +125,7 @@ def fake_model(
         pack = STORAGES[storage.quantization].pack
         for path in packable(model):
             parent, _, name = path.rpartition(".")
-            owner: Any = model.get_submodule(parent)
+            owner = model.get_submodule(parent)
             if name in expert_parameters(owner):
                 owner._parameters[name] = quantized(owner._parameters[name], pack)
                 continue

@@ -182,7 +182,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
     problems += [f"{k}={shortened(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:
         raise LorafoldError(f"{CONFIG}: {as_one(problems)}")
-    bias: Bias = shared.pop("bias")
+    bias = shared.pop("bias")
     return spec, PeftSelection(**shared), bias
 
 

@@ -177,7 +177,7 @@ def offset(site: TargetModule) -> list[FileTensor]:
         return b.to_file(own, site) if b.to_file else own
 
     def down(_: Tensor, site: TargetModule) -> Tensor:  # (*matrices, 2 r, in)
-        own: Tensor = site.delta.factors()[1]  # type: ignore[index]
+        own = site.delta.factors()[1]  # type: ignore[index]
         return a.to_file(own, site) if a.to_file else own
 
     return [replace(a, to_file=down), replace(b, to_file=up)]
