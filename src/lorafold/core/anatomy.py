@@ -181,7 +181,12 @@ class Anatomy:
                 config = part.config
                 decodes = getattr(config, "is_decoder", False) or not config.is_encoder_decoder
                 half = model.config.is_encoder_decoder and decodes  # of an encoder-decoder
-                return "" if half or not _generates(model, part) else path
+                # its layers have places in a cache, and look back alone or have an output embedding
+                # over them: an encoder beside another has neither
+                numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]
+                causal = any(getattr(m, "is_causal", True) for m in numbered)
+                generates = causal or (numbered and model.get_output_embeddings() is not None)
+                return path if generates and not half else ""
         return ""
 
     @cached_property
@@ -290,15 +295,6 @@ def _of_text(module: nn.Module) -> bool:
     if not hasattr(config, "get_text_config"):
         return False
     return not config.sub_configs or config.get_text_config(decoder=True) is config
-
-
-def _generates(model: Any, part: nn.Module) -> bool:
-    """Whether the layers of the part have places in a cache, and look back alone or have an output
-    embedding over them: an encoder beside another has neither.
-    """
-    numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]
-    causal = any(getattr(m, "is_causal", True) for m in numbered)
-    return causal or (bool(numbered) and model.get_output_embeddings() is not None)
 
 
 def _takes(module: nn.Module) -> list[str]:

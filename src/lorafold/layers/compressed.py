@@ -148,19 +148,16 @@ class Compressed(Quantized):
         module, codes = self.bare, self.bare.codes
         scale = getattr(module, codes.scale)
         if codes.packed:
-            numbers = unpacked(module.weight_packed, codes.bits, self.shape[1])
+            integers = unpacked(module.weight_packed, codes.bits, self.shape[1])
         else:
-            numbers = values(module.weight) if codes.kind == "float" else module.weight
-        w = numbers.to(scale.dtype)
+            integers = values(module.weight) if codes.kind == "float" else module.weight
+        w = integers.to(scale.dtype)
         if not codes.symmetric:
-            w = _by_block(w, self._zero_points().to(scale.dtype), codes, torch.sub)
+            zero = module.weight_zero_point  # the shape of the scales, packed along the rows
+            if codes.packed:
+                zero = unpacked(zero.t(), codes.bits, codes.blocks(*self.shape)[0]).t()
+            w = _by_block(w, zero.to(scale.dtype), codes, torch.sub)
         return _by_block(w, scale, codes, torch.mul)
-
-    def _zero_points(self) -> Tensor:  # the shape of the scales
-        zero, codes = self.bare.weight_zero_point, self.bare.codes
-        if not codes.packed:
-            return zero
-        return unpacked(zero.t(), codes.bits, codes.blocks(*self.shape)[0]).t()
 
     def dequantize(self) -> None:
         module, weight, bias = self.module, self.weight(), self.bias

@@ -53,15 +53,6 @@ class PrefixDelta(Sender):
         """The keys (1, Hk, n, D) and the values (1, Hk, n, D) by `layer_idx`."""
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
 
-    @torch.no_grad()
-    def begin_with(self, layer: Layer, ids: Tensor) -> None:  # (n,)
-        """Set the prefix to the decoder's keys and values for these tokens at positions 0 to n - 1.
-        """
-        cache = layer(input_ids=ids[None], use_cache=True).cache
-        for i, kv in zip(self.layers, self.by_layer(), strict=True):
-            kv.copy_(torch.cat([cache.layers[i].keys, cache.layers[i].values]))
-
-
 @dataclass(frozen=True)
 class Prefix(VirtualTokens):
     """Prefix tuning. Raises LorafoldError for values out of range; building does so on a model
@@ -78,8 +69,13 @@ class Prefix(VirtualTokens):
     inits: ClassVar[tuple[str, ...]] = get_args(Init)
 
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> PrefixDelta:
-        body = layer.module
-        shapes = {key_shape(m) for m in attentions}
+        body: Any = layer.module
+        shapes = set()  # the number Hk of an attention's key heads, and their size D
+        for attention in attentions:
+            config: Any = attention.config
+            queries = config.num_attention_heads
+            size = getattr(attention, "head_dim", None) or config.hidden_size // queries
+            shapes.add((getattr(config, "num_key_value_heads", None) or queries, size))
         if len(shapes) > 1:
             raise LorafoldError(
                 f"Prefix: expected attentions of one shape, but those of {type(body).__name__}"
@@ -87,17 +83,12 @@ class Prefix(VirtualTokens):
             )
         layers: list[Any] = [m.layer_idx for m in attentions]
         delta = PrefixDelta(body, self.tokens, shapes.pop(), layers)
-        if self.init == "activations":
-            embedding = body.get_input_embeddings()  # type: ignore[operator]
-            delta.begin_with(layer, self.random_ids(embedding).to(delta.prefix.device))
-        else:
+        if self.init == "random":
             nn.init.normal_(delta.prefix, std=0.02)
+            return delta
+        ids = self.random_ids(body.get_input_embeddings()).to(delta.prefix.device)
+        with torch.no_grad():  # the decoder's keys and values at positions 0 to n - 1
+            cache = layer(input_ids=ids[None], use_cache=True).cache
+            for i, kv in zip(layers, delta.by_layer(), strict=True):
+                kv.copy_(torch.cat([cache.layers[i].keys, cache.layers[i].values]))
         return delta
-
-
-def key_shape(attention: nn.Module) -> tuple[int, int]:
-    """The number Hk of an attention's key heads, and their size D."""
-    config: Any = attention.config
-    queries = config.num_attention_heads
-    size = getattr(attention, "head_dim", None) or config.hidden_size // queries
-    return getattr(config, "num_key_value_heads", None) or queries, size

@@ -15,6 +15,7 @@ from the first token on, others beyond their first context.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -171,21 +172,14 @@ def _rule(
             f" {pre} (tokenizer.ggml.pre), and another rule gives other tokens than the model was"
             " trained on; use the model in Hugging Face's format, which has its tokenizer"
         )
-    guessed = _has_each_digit_alone(tokenizer)
+    learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    guessed = not any(len(token) > 1 and re.search("[0-9]", token) for token in learned)
     log.warning(
         "%s: it does not say by which rule its tokenizer splits text (tokenizer.ggml.pre); it is"
         " split as GPT-2 does%s",
         what, ", with every digit alone, as in its vocabulary" if guessed else "",
     )  # fmt: skip
     return each_digit if guessed else as_gpt2
-
-
-def _has_each_digit_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether no token that was learned joins a digit with another character."""
-    learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-    return not any(
-        len(token) > 1 and any(digit in token for digit in "0123456789") for token in learned
-    )
 
 
 def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> None:

@@ -247,8 +247,12 @@ class PeftSelection:
             for p, m in Anatomy.of(model).modules
             if p and (self.experts or not isinstance(m, Matrices))
         }
-        if self.exclude_modules or self.modules_to_save:
-            modules = {p: m for p, m in modules.items() if not self._excluded(p)}
+        saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in self.modules_to_save]
+        modules = {
+            p: m
+            for p, m in modules.items()
+            if not (_matches(self.exclude_modules, p) or any(r.match(p) for r in saved))
+        }
         if asked == "all-linear":
             head = getattr(model, "get_output_embeddings", lambda: None)()
             found = {asked: tuple(p for p, m in modules.items() if is_linear(m) and m is not head)}
@@ -256,7 +260,13 @@ class PeftSelection:
             found = {asked: tuple(p for p in modules if _matches(asked, p))}
         else:
             hits: dict[str, list[str]] = {pattern: [] for pattern in asked}
-            for p in filter(self._in_layers, modules) if self.layers_to_transform else modules:
+            of_layers = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
+            of_layers = of_layers or [r".*?\.[^.]*\.(\d+)\."]
+            for p in modules:
+                if self.layers_to_transform:
+                    number = next((m[1] for head in of_layers if (m := re.match(head, p))), None)
+                    if number is None or int(number) not in self.layers_to_transform:
+                        continue
                 first = next((t for t in asked if ends_in(p, t)), None)
                 if first is not None:
                     hits[first].append(p)
@@ -310,19 +320,6 @@ class PeftSelection:
 
         named = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
         return replace(self, **{name: inner(getattr(self, name)) for name in (*named, "tokens")})
-
-    def _excluded(self, path: str) -> bool:
-        return _matches(self.exclude_modules, path) or any(
-            re.match(rf"(^|.*\.){m}($|\..*)", path) for m in self.modules_to_save
-        )
-
-    def _in_layers(self, path: str) -> bool:
-        heads = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [
-            r".*?\.[^.]*\.(\d+)\."
-        ]
-        number = next((m.group(1) for head in heads if (m := re.match(head, path))), None)
-        return number is not None and int(number) in self.layers_to_transform
-
 
 def simplest_selection(
     model: nn.Module,

@@ -183,13 +183,6 @@ def offset(site: TargetModule) -> list[FileTensor]:
     return [replace(a, to_file=down), replace(b, to_file=up)]
 
 
-def ranks_from_file(pattern: dict[str, list[bool]] | None) -> dict[str, int]:
-    """The ranks by module of AdaLoRA's lists of kept triplets."""
-    return {
-        re.escape(key.removesuffix(".lora_E")): sum(kept) for key, kept in (pattern or {}).items()
-    }
-
-
 def adalora_derived(sites: Sequence[TargetModule]) -> dict[str, Any]:
     """The keys that PEFT needs to read a file: a whole schedule, and for each module a list, as
     long as the initial rank, of the triplets that are kept.
@@ -223,12 +216,16 @@ ADALORA = Method(
         Field("beta2", "beta2", float, 0.85),
         Field("orth_reg_weight", "orth_reg", float, 0.5),
         Field(
-            "rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {}, None, ranks_from_file
+            "rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {},
+            from_file=lambda pattern: {
+                re.escape(key.removesuffix(".lora_E")): sum(kept)
+                for key, kept in (pattern or {}).items()
+            },
         ),
     ),
     irrelevant=LORA_IRRELEVANT | {"r", "tinit", "tfinal", "total_step", "init_lora_weights"},
     derived=adalora_derived,
-)
+)  # fmt: skip
 
 
 def adalora(site: TargetModule) -> list[FileTensor]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -49,11 +48,6 @@ def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
         return next(alone, path)
 
     return {INDICES: {shortest(path): ids for path, ids in own.items()}}
-
-
-def all_of(ids: Ids) -> frozenset[int]:
-    """The ids, of whichever module."""
-    return frozenset(ids if isinstance(ids, tuple) else chain.from_iterable(ids.values()))
 
 
 def resolve(model: nn.Module, ids: Ids) -> ByPath:

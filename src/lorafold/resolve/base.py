@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.peft.provenance import ALLOWED, OwnBase
 from lorafold.peft.saved import Saved, trained_on
-from lorafold.peft.tokens import all_of
 from lorafold.runtime.devices import choose_device, native_bf16
 from lorafold.runtime.hub_access import cache
 
@@ -156,7 +156,10 @@ class Base:
         """
         own = [one.path for one in adapters if one.own_tokenizer]
         tokenizer = tokenizer_of(self.source, own) if own else read_tokenizer(self.source)
-        trained = {i for one in adapters for i in all_of(one.selection.tokens)}
+        ids = (one.selection.tokens for one in adapters)
+        trained = {
+            i for some in ids for i in (some if isinstance(some, tuple) else chain(*some.values()))
+        }
         if trained:
             allow(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
         return tokenizer
