@@ -1,4 +1,10 @@
-"""Attaching a new adapter to a model, and loading a saved one."""
+"""Attaching a new adapter to a model, and loading a saved one.
+
+    built = build(model, lf.LoRA(rank=16), "all-linear")      built = read(model, "adapter")
+    built.parts             {module path: the parts of its delta}; the model is as it was
+
+The engine, whose worker reads adapters while the model computes, needs the deltas alone.
+"""
 
 from __future__ import annotations
 

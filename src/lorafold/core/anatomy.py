@@ -5,17 +5,12 @@
     anatomy.decoder         "model"
     anatomy.experts         {"model.layers.0.mlp.experts": {8}}
     anatomy.encoders        {"model.vision_tower": "vision"}
-    model.get_submodule(anatomy.decoder)
 
-Modules are named by dotted paths, as `named_modules` gives them. The anatomy follows from the
-structure and from what the model says of itself (its embeddings, its configuration), never from its
-name. It is made once for a model, and again if modules were replaced, added or taken away; deltas
-are no part of it.
-
-The language model of a multimodal model is the outermost part on the way to the input embedding
-whose configuration is one of text alone. An encoder is a part that takes images, video or audio in.
-An encoder-decoder (Whisper, an image encoder under a text decoder) is one model, and so are two
-encoders side by side (CLIP): neither half is an encoder beside the other.
+It follows from the structure and from the model's embeddings and configuration, never from its
+name. It is made once for a model, and again if modules were replaced, added or removed; deltas are
+no part of it. The language model of a multimodal model is the outermost part on the way to the
+input embedding whose configuration is one of text alone. An encoder-decoder is one model, and so
+are two encoders side by side (CLIP).
 """
 
 from __future__ import annotations

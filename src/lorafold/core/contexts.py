@@ -1,18 +1,12 @@
 """Contexts of a model: evaluation mode, no dropout, no change of parameters, and recomputation.
 
-    with unchanged():
-        for batch in micro_batches:
-            loss(batch).backward()
-    optimizer.step()
-
 In `unchanged`, values that follow from parameters alone are computed once for all micro-batches of
-a step. A parameter's version would not do: fused optimizers and bitsandbytes' change parameters
-without changing it. A checkpointed block runs again inside the backward, perhaps in another thread,
-which does not know of the scope; no parameter changes there either.
+a step. A parameter's version would not do: fused optimizers change parameters without changing it.
+A checkpointed block runs again inside the backward, perhaps in another thread, outside the scope;
+no parameter changes there either.
 
 Fake tensors are torch's tensors with shape, dtype and device but no values. An estimate runs a step
-on them to find how much memory it takes (`lorafold.memory`); code that branches on values asks
-`is_fake`.
+on them to find how much memory it takes; code that branches on values asks `is_fake`.
 """
 
 from __future__ import annotations

@@ -2,14 +2,10 @@
 
     experts.gate_up_proj    a parameter (E, 2 I, H)  ->  a `Matrices` at `...experts.gate_up_proj`
 
-A mixture of experts in transformers has one module for the experts of a block, whose parameters
-have one matrix for each expert. No module is called for such a parameter, so a site there is the
-path of the parameter. The `Matrices` becomes a child of its owner, under the parameter's name, when
-it gets its first delta; until then it is made where it is asked for. It has no parameters, since
-the owner keeps its own.
-
-A `ExpertsForm` says which parameters these are, which way round, and how the forward that
-multiplies by them learns which rows are of which expert:
+transformers has one module for the experts of a block, whose parameters have one matrix for each
+expert. A site there is the path of the parameter. The `Matrices` becomes a child of the parameter's
+owner when it gets its first delta; it has no parameters. An `ExpertsForm` says which parameters
+these are, which way round, and how the forward learns which rows are of which expert:
 
     CHOSEN     forward(x, experts, weights)    the experts of each token (T, k), and their weights
     WEIGHED    forward(x)                      its `router` gives the scores (T, E) of its `top_k`
@@ -17,8 +13,7 @@ multiplies by them learns which rows are of which expert:
                                                is added
     SORTED     forward(rows, sizes)            rows (S, in) that lie sorted by expert
 
-Transformers' interface for experts (`use_experts_implementation`) says of itself what its form is.
-A class that has another is a row of the table `FORMS`.
+transformers' interface for experts describes its own form; other classes are rows of `FORMS`.
 """
 
 from __future__ import annotations

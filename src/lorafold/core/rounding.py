@@ -1,28 +1,23 @@
 """Rounding to 16 bits that keeps small changes: v is rounded up with frequency (v - below) /
-(above - below), where below and above are its two neighbours in the 16-bit dtype. The three
-functions differ in the bits that decide:
+(above - below), where below and above are its two neighbours in the 16-bit dtype.
 
-    dithered      the value's own bits: for sums and products that are computed again and again
+    dithered      the value's own bits decide: for sums and products that are computed again
     stochastic    fp32 random numbers: for a weight that is folded once (Gupta et al. 2015, arXiv
                   1502.02551)
     turned        16 random bits a value, shifted at every step: for weights that training stores at
                   every step
 
-**dithered.** W + dW and g y change a tensor that is bf16 already, so rounding them to the nearest
-drops every dW and every gain under half a unit. A dither keeps them on average. Its bits are the
-value's own upper half times an odd constant, so the same value always rounds the same way: a
-replayed checkpoint, another place in the batch, decoding and prefill agree. A value that bf16 can
-represent stays as it is.
-
+**dithered.** Rounding W + dW to the nearest drops every dW under half a unit; a dither keeps it on
+average. Its bits are the value's own upper half times an odd constant, so the same value always
+rounds the same way: a replayed checkpoint, another place in the batch, decoding and prefill agree.
 Elements times a gain 1 + e, 1024 x 1536, compared with rounding to the nearest. Survival of the
 change (its projection on the exact one): e near 1e-4: 1.01 (nearest 0.00), noise 6.7e-4 of |y|; e
 near 1e-2: 1.00 (nearest 1.00), noise 2.3e-3 (nearest 1.7e-3).
 
 **turned.** A weight that receives an update of p units goes up if u + t ODD / 2^16 (mod 1) lies in
-an interval of length p, where u is the weight's own random number and t the step. At any t, that
-happens with probability p. Over the steps it is a Kronecker sequence of the golden ratio
-(Niederreiter 1992, ch. 3): the sum of T equal updates is off by O(log T) units, where independent
-random numbers are off by sqrt(T p (1 - p)), so the weight stays closer to its value in fp32.
+an interval of length p, where u is the weight's own random number and t the step. Over the steps
+that is a Kronecker sequence of the golden ratio (Niederreiter 1992, ch. 3): the sum of T equal
+updates is off by O(log T) units, where independent random numbers are off by sqrt(T p (1 - p)).
 """
 
 from __future__ import annotations

@@ -5,20 +5,14 @@ again in a backward.
         loss = model(**batch).loss      checkpointed blocks record the names that they run under
     loss.backward()                     and are computed again under these, whatever is active now
 
-`torch.utils.checkpoint` keeps one frame for each checkpointed segment, which its hooks refer to in
-the forward and in the replay; the names are kept there, in the order in which modules asked. The
-reentrant form (`use_reentrant=True`) has no such frame, nor has a checkpoint inside another one
-while that is replayed. There a replay is refused if modules ran under other names than the active
-ones since the last backward.
+`torch.utils.checkpoint` keeps one frame for each checkpointed segment, where the names are recorded
+in the order in which modules ask. The reentrant form and a checkpoint inside another one that is
+replayed have none: there a replay is refused if modules ran under other names than the active ones
+since the last backward.
 
-The selection also holds what the random draws of a training step follow from:
-
-    with drawing(selection, Draws(key, names)):      names (B, T), of the tokens of the batch
-        loss(batch).backward()
-
-A token's name says of which row of the step it is, and where in it, so that a draw is the same for
-a row that is packed, padded, or alone. A checkpointed block, which may run again in another thread,
-finds them here.
+The selection also holds what the random draws of a training step follow from (`drawing`): a key,
+and for each token (B, T) a name of its row and its place there, so that a draw is the same for a
+row that is packed, padded, or alone, and for a checkpointed block that runs again.
 """
 
 from __future__ import annotations

@@ -3,22 +3,14 @@
     module.weight, module.bias      round(fold_n(... fold_1(W, b))), in the layout that the module
                                     stores
 
-Some models compute with a module's `weight` themselves: `nn.MultiheadAttention` with that of its
-`out_proj`, Mamba with that of its `dt_proj`, a head with the embedding's. The module's forward does
-not run then, and neither do its deltas. So while a delta is active, reading the attribute returns a
-stand-in for the folded tensor, through which gradients reach the deltas. The law therefore holds
-for any model, whatever its modules are called. If a delta has no weight-space form, computing with
-the stand-in raises NotMergeable.
-
-The stand-in knows shape, dtype and device without any computation. Any other torch function gets
-the folded tensor in its place, summed in fp32 or wider and rounded with a dither to the stored
-dtype. Each use costs a fold, with a dense dW, whereas the module's own forward multiplies by the
-small factors. Code below the level of torch functions (a custom autograd function, an operator
-called from C++) gets the folded tensor from `__torch_dispatch__`, and its gradient costs another
-fold. Compilers, tracers and torch.func get the folded tensor itself.
-
-Writes go to the stored parameter: in-place operations, `.data`, and tying it to another module. A
-served weight has no dropout, since the dropout of a delta is on its branch in the forward.
+`nn.MultiheadAttention` reads the weight of its `out_proj`, Mamba that of its `dt_proj`, a head the
+embedding's. So while a delta is active, reading the attribute returns a stand-in for the folded
+tensor, through which gradients reach the deltas; if a delta has no weight-space form, computing
+with it raises NotMergeable. The stand-in knows shape, dtype and device. Any other torch function,
+and code below that level (`__torch_dispatch__`), gets the folded tensor, summed in fp32 or wider
+and rounded with a dither to the stored dtype; each use costs a fold. Compilers, tracers and
+torch.func get the folded tensor itself. Writes (in-place operations, `.data`, tying) go to the
+stored parameter. A served weight has no dropout.
 """
 
 from __future__ import annotations

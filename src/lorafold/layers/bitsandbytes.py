@@ -5,15 +5,11 @@
     Linear8bit      int8 with one scale for each output (Dettmers et al. 2022, LLM.int8, arXiv
                     2208.07339)
 
-W is the dequantized matrix, in the dtype that it was quantized from. It is dequantized for each use
-and never kept. The forwards of bitsandbytes do not run under a delta: the one for int8 rounds
-activations to 8 bits too, and the one for 4 bits converts the weights on some CPUs, with coarser
-constants, when it first runs without gradients. Quantized weights can't hold a change;
-`dequantize` makes the module a plain linear.
-
-`codes` quantizes to NF4 on a CPU with the same bytes as bitsandbytes (`ops.nf4`): code = 15 -
-#{k : w / c <= m_k}, m_k the middle of levels k and k + 1. Comparing parts that stay in the cache
-takes 1.1 s instead of 3.3 for SmolLM2-135M on one core.
+W is dequantized for each use, in the dtype that it was quantized from, and never kept. The forwards
+of bitsandbytes do not run under a delta: int8 rounds activations too, and 4 bits converts the
+weights on some CPUs. `codes` quantizes to NF4 on a CPU with the same bytes as bitsandbytes: code =
+15 - #{k : w / c <= m_k}, m_k the middle of levels k and k + 1; 1.1 s instead of 3.3 for
+SmolLM2-135M on one core.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
 """Which of transformers' auto classes opens a configuration as a model that continues text.
 
-    AutoModelForCausalLM        wherever transformers has a causal class for it
+    AutoModelForCausalLM        if transformers has a causal class for it
     AutoModelForMultimodalLM    for others that take images or sounds beside text (LLaVA, SmolVLM,
-                                Qwen2.5-VL, Qwen2-Audio); of text alone they compute what their
-                                language model does
+                                Qwen2.5-VL, Qwen2-Audio)
 
-transformers' own mappings decide, so a new architecture needs nothing here. A model that can't run
-on text alone is refused before its weights are read.
-
-A language model can be loaded alone from the files of a multimodal one; adapter files then have the
-module paths of the class that config.json names, as other programs expect.
+A model that can't run on text alone is refused before its weights are read. A language model can be
+loaded alone from the files of a multimodal one; adapter files then have the module paths of the
+class that config.json names, as other programs expect.
 """
 
 from __future__ import annotations

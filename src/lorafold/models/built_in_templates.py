@@ -1,22 +1,16 @@
-"""The chat templates that lorafold brings: `none` and `tools`, Jinja like any other.
+"""The chat templates that lorafold has itself, and variables of templates.
 
     none     <bos> content content <eos> content content <eos>, for base models and for prompts that
              contain all their formatting; <bos> if the tokenizer begins texts with it, <eos> after
              assistant turns
-    tools    ChatML with tools and calls, for models whose own template knows none:
+    tools    ChatML with tools and calls, for models whose own template has none:
              <tools> one JSON object a line </tools> in the system turn, <tool_call> {...}
              </tool_call>, <tool_response> ... </tool_response>
 
-Reasoning stands in <think></think> before the content of every turn, so that no turn is rewritten
-when another follows. A tokenizer without the tokens of ChatML has `### Role:` before a message and
-its end-of-sequence token after it.
-
-`set_variables` gives variables of any template values, set in the template itself:
-
-    {%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}...
-
-So everything that renders with the tokenizer later, in this package and in others, has them without
-being told, and whoever passes another value still gets it.
+Reasoning is in <think></think> before the content of every turn, so that no turn is rewritten when
+another follows. A tokenizer without ChatML's tokens has `### Role:` before a message and its
+end-of-sequence token after it. `set_variables` sets default values in a template itself, so that
+everything that renders with the tokenizer later uses them.
 """
 
 from __future__ import annotations

@@ -1,27 +1,15 @@
 """Opens a model directory as a model whose weights stay in its files.
 
 The architecture is built on the meta device, and every parameter is replaced by the file's tensor,
-which is memory-mapped and not read. So attaching adapters takes only the memory of the adapters.
-transformers' own rules turn names in the files into names in the model, and tensors of the files
-into parameters where it does not take them as they are (`converted`).
-
-`original_weights` are those of a quantized base under the names of its parameters:
+memory-mapped and not read. transformers' own rules rename tensors and combine them to parameters:
 
     block_sparse_moe.gate.weight                    ->  mlp.gate.weight
     experts.0.w1.weight, experts.0.w3.weight, ...   ->  experts.gate_up_proj
 
-Where transformers computes parameters from several tensors, so the fingerprint of a base, and a
-method that starts from its weights, find the experts by the names that the model has for them. The
-files of other models are read as they are, since their names are the model's but for a prefix.
-
-`as_plain` has the files of a quantized model as those of a plain one: the same tensors in the same
-order, each quantized weight with its dequantized shape and dtype in the place of its codes, and no
-scales.
-
-    q_proj.weight_packed, .weight_scale                  ->  q_proj.weight            (out, in)
-    experts.gate_up_proj_blocks, .gate_up_proj_scales    ->  experts.gate_up_proj     (E, in, out)
-
-Nothing is dequantized here. Whoever writes the files asks the site for its matrix, one at a time.
+`original_weights` are those of a quantized base under the names of its parameters. `as_plain`
+presents the files of a quantized model as those of a plain one: the same tensors in the same order,
+each quantized weight with its dequantized shape and dtype in the place of its codes, and no scales.
+Nothing is dequantized here: whoever writes the files asks each site for its matrix.
 """
 
 from __future__ import annotations

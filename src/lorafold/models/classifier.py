@@ -3,16 +3,11 @@
     logits = head(h at the last token)          (classes,); some architectures pool the hidden
                                                 states in another way
 
-`AutoModelForSequenceClassification` builds it from any base. If the model's files have no head, it
-is initialized at random from a seed, trained whole, and saved with the adapter. The names of the
-classes are stored in the config (`id2label`) and in the adapter's `lorafold.json`. A reward model
-is such a model with one output: transformers' form of a regression, and PEFT's SEQ_CLS. The head
-computes in fp32 over a body of any storage: a score in bf16 has 8 significant bits, so that many
-texts would have the same one. Files of a model for masked tokens have no pooler, through which some
-bodies (BERT's) reach the head: it is new then too, and a part of the head.
-
-`scoring_shell` builds a reward model over the decoder of a language model that is loaded already:
-its modules are its own, its tensors the model's, and its head (1, d) is zeros.
+`AutoModelForSequenceClassification` builds it from any base. A head that the files lack is
+initialized at random from a seed, trained whole, and saved with the adapter; so is a pooler. A
+reward model is such a model with one output. The head computes in fp32 over a body of any storage,
+since a score in bf16 has only 8 significant bits. `scoring_shell` builds a reward model over the
+decoder of a language model that is loaded already, with a head (1, d) of zeros.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Unpacks GGUF files to plain models, once, in the user's cache.
+"""GGUF files: found, one or several for a model, and unpacked to plain models once, in the cache.
 
     the file's tensors                  the copy's
     F32, F16, BF16, and Q8_0 as F32     every value as it is in the file
-    any fewer bits, as in Q4_1          bf16, or fp32 where that was asked for
+    any fewer bits, as in Q4_1          bf16, or fp32 on request
 
-A quantized GGUF file can't be trained as it is, and unpacking it takes tens of seconds
-(SmolLM2-135M: 25 s). So the first use writes a safetensors copy, with tokenizer and generation
-config, to `$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`. Later uses
-read the copy. Its name contains the digest of the GGUF file. A damaged copy is made anew.
+Unpacking takes tens of seconds (SmolLM2-135M: 25 s), so the first use writes a safetensors copy,
+whose name contains the digest of the file, with tokenizer and generation config to
+`$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`. A damaged copy is made
+anew. Split files (`model-00001-of-00003.gguf`) are joined first, since transformers reads one file
+and fills the rest with random numbers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
 """adapter_config.json, both ways: the method's fields by its row of the table, and those that all
-methods share.
+methods share. A field that is not understood must be neutral (null, false, empty).
 
-A field that is not understood must be neutral (null, false, empty): anything else would change what
-the adapter computes.
+    target_modules     a list: paths, or ends of paths; a string: a regular expression over whole
+                       paths, or "all-linear" (all linears but the output layer)
+    exclude_modules    the same forms, for modules to leave out; modules to save are left out too
+    layers_to_transform, layers_pattern    adapt only modules in the blocks of these numbers
+    modules_to_save    names with which paths end, even inside a part of a path
+    target_parameters, trainable_token_indices    see `form.py` and `tokens.py`
 """
 
 from __future__ import annotations

@@ -1,28 +1,13 @@
-"""The row of a method that has none written out: what its files hold follows from its own code.
+"""Methods without a row of their own: their files follow from their code.
 
-    peft_type    LORAFOLD_<NAME>, the method's first name in `lorafold.methods.METHODS`; no method
-                 of PEFT's has such a name
+    peft_type    LORAFOLD_<NAME>, the method's first name in `lorafold.methods.METHODS`
     keys         the fields of the spec, under their names, with their types and defaults
     tensors      {at}.<delta>_<tensor> for everything in the delta's state dict but its `run_names`:
                  the tensor `scale` of a `ScaledDelta` is `{at}.scaled_scale`
 
-So a new method needs no row here. It needs one where PEFT has the method too, where a file has
-other names than the code, or where the file and not the spec decides on the size of a tensor.
-
-OWN and TENSORS are those that were written before, under names that stay as they are:
-
-    BOTTLENECK               {at}.bottleneck_down.weight (m, d), .bias (m,),
-                             {at}.bottleneck_up.weight (d, m), .bias (d,)
-    LT_SFT, FISH_MASK        {at}.sparse_at (k,) int64, ascending in row-major W (out, in),
-                             {at}.sparse_values (k,)
-    FASTFOOD                 {at}.fastfood_scale (), and with the first module {at}.fastfood_vector
-                             (d,)
-    MIXTURE                  {at}.mixture_up (out, R), .mixture_down (R, in), .mixture_owner (R,)
-                             int64; {at}.mixture_gates (n,), or
-                             once base_model.mixture_gates, or {at}.mixture_router (n, in)
-    BITFIT, LINEAR_PROBE     the biases, and the head, under the base's own names
-
-Their keys are the fields of their specs.
+A new method needs a row only if PEFT has it too, if its file has other names than the code, or if
+the file and not the spec decides on the size of a tensor. OWN and TENSORS are methods that had
+names in files before this rule.
 """
 
 from __future__ import annotations

@@ -1,30 +1,17 @@
 """The form in which an adapter is written: PEFT's, or one of our own that PEFT refuses.
 
-PEFT adapts the matrices of experts and of grouped linears as parameters, with LoRA alone, without
-dropout, and experts in parameters of three dimensions. So dropout is 0 in the config of such an
-adapter and stands in its record, where lorafold finds it again; any other method over them, and
-LoRA over experts of two dimensions, has the layout of PEFT's files under a peft_type of our own.
-
-Sites that PEFT adapts as parameters and not as modules (`target_parameters`):
-
-    ...experts.gate_up_proj (E, 2 I, H)     the matrices of experts, for which there is no module
-    ...self_attn.o_a_proj.weight (out, in)  that of a grouped linear: PEFT's layer for linears would
-                                            add outputs of all groups to those of each
-    ...mlp.down_proj.weight (out, in)       a linear's weight; only for LoRA in models whose experts
-                                            transformers 4 had as modules (`renames`)
+PEFT adapts the matrices of experts and of grouped linears as parameters (`target_parameters`), with
+LoRA alone, without dropout, and experts in parameters of three dimensions. So the dropout of such
+an adapter is in its record; any other method over them has a peft_type of our own. A model whose
+experts transformers 4 had as modules has some linears named by their weights too (`renames`).
 
 PEFT puts a wrapper over the module for each of its parameters, the last registered outermost:
 
     ...experts.lora_A.weight                of down_proj
     ...experts.base_layer.lora_A.weight     of gate_up_proj, if down_proj is adapted too
 
-A module without the attribute `is_transposed` has matrices (out, in) for it, so those of Llama 4,
-which are (in, out), have its factors exchanged. What has two dimensions is one matrix for it, so
-for flat matrices of experts it has no form.
-
-It takes the names gate_proj, up_proj, down_proj, w1 ... among the target modules of such a model
-for parameters of its experts, and a regular expression or "all-linear" for the last parts of the
-paths that match; so there these linears are named by their weights, and all others in a list.
+For a module without the attribute `is_transposed` PEFT assumes matrices (out, in), so those of
+Llama 4, which are (in, out), have their factors exchanged (`turned`).
 """
 
 from __future__ import annotations

@@ -3,18 +3,13 @@
     adapter_config.json            method, targets, bias, modules to save
     adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module
                                    path>.lora_A.weight ...
-    lorafold.json                  the base's fingerprint, what it lies over, how it was made
-    README.md                      the model card
-    tokenizer.json ...             the tokenizer, if the adapter has one of its own
+    lorafold.json                  the base's fingerprint, the adapters below, how it was made
+    README.md, tokenizer.json ...  the model card; the tokenizer, if the adapter has its own
 
-A directory is opened and verified once, as a `Saved`; below that the value travels, not its path.
-Reading is strict: if anything in a directory is not understood, missing or left over, an error
-lists all of it and the model stays unchanged. Directories written by PEFT are read in the same way
-(they have no record, and so no fingerprint). `table.py` says what each method looks like in these
-files.
-
-Where the model is a part of the one that other programs load, files have the module paths of the
-whole (`models.architecture`). Files that have the part's own paths are read too.
+Reading is strict: an error lists everything in a directory that is not understood, missing or left
+over, and the model stays unchanged. Directories written by PEFT have no record. If the model is a
+part of the one that other programs load, files have the module paths of the whole
+(`models.architecture`); files with the part's own paths are read too.
 """
 
 from __future__ import annotations

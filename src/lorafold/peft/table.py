@@ -1,14 +1,11 @@
-"""Methods in PEFT's files: one table, read both ways.
-
-A method is a row of each; nothing else in `peft` knows which there are.
+"""Methods in PEFT's files: one table, read both ways. Nothing else in `peft` knows the methods.
 
     METHODS    spec class   <->  adapter_config.json
     TENSORS    delta class  <->  keys of adapter_model.safetensors
 
-The rows stand in `rows_*.py`; here they come together, with those that lie over others (DoRA) and
-beside them. Checked against PEFT 0.21.2, which is the oracle of the tests. A method that PEFT lacks
-has the same layout under a peft_type of our own, and a method without a row one that follows from
-its code (`derived.py`).
+The rows are in `table_lora.py`, `table_others.py` and `derived.py`; DoRA, which lies over others,
+biases and modules trained whole are here. Checked against PEFT 0.21.2. A method that PEFT lacks has
+a peft_type of our own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""The types with which `table.py` describes what each method looks like in PEFT's files.
+"""The types with which `table.py` describes each method in PEFT's files, for reading and writing.
 
-    Field      a config key  <->  a field of the spec
-    Entry      a key in the tensor file  <->  a tensor of a delta
-    Method     a peft_type with its fields
-
-Each description serves both reading and writing; a pair of functions converts values that the file
-writes in another form.
+    Field         a config key  <->  a field of the spec
+    FileTensor    a key in the tensor file  <->  a tensor of a delta
+    Method        a peft_type with its fields
 """
 
 from __future__ import annotations

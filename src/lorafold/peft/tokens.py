@@ -5,10 +5,8 @@
     {at}.token_adapter.trainable_tokens_delta      (k, d), the vectors themselves (despite the
                                                    name), in the order of the ids
 
-If the vocabulary was resized, PEFT also writes the whole embedding and head, and the vectors of a
-tied head a second time. Vectors of such a matrix that this base lacks, or that differ from the
-base's, are read as vectors of the adapter, whether they were trained or not. All others must equal
-the base's.
+For a resized vocabulary PEFT also writes the whole embedding and head. Vectors there that this base
+lacks, or that differ from the base's, are read as vectors of the adapter.
 """
 
 from __future__ import annotations

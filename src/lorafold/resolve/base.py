@@ -1,4 +1,10 @@
-"""A base model: which files it is read from, and how; and what it is with its adapters."""
+"""A base model: its files and how they are read; and the base that saved adapters name.
+
+`base_for` looks for the base of adapters by the name in them: a path, as it is, relative to the
+adapter and beside it, or a model of the hub. If that leads to no model, or to one with other
+weights, it compares the adapter's fingerprint with the models beside the adapter, in the directory
+of the name, and in the hub's cache. It asks nothing of the network.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""The deltas that an adapter can have in addition to those of its method: trained biases, and the
-embedding rows of tokens.
+"""The deltas that an adapter can have in addition to those of its method.
 
-They are added to a dictionary from module path to a list of deltas, the lowest first.
+    BiasDelta       y = layer(x) + c        c (out,), zero at start: a trained bias as an offset,
+                                            added before the layer's rounding, the bias after it
+    ReplaceDelta    y = copy(x)             a trained copy in the module's place (PEFT's
+                                            `modules_to_save`), for a new head or norms
+    token rows      see `trainable_tokens.py`
 """
 
 from __future__ import annotations
