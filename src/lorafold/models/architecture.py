@@ -39,18 +39,18 @@ class Whole:
     paths: Mapping[str, str]
 
     def outward(self, path: str) -> str:
-        """The path in the whole model of what the language model has at a path."""
-        return moved(path, self.paths.items())
+        """The path in the whole model of a path in the language model."""
+        return _moved(path, self.paths.items())
 
     def inward(self, path: str) -> str:
         """The reverse; a path that the whole model does not have is left as it is."""
-        return moved(path, ((b, a) for a, b in self.paths.items()))
+        return _moved(path, ((b, a) for a, b in self.paths.items()))
 
 
-def moved(path: str, roots: Iterable[tuple[str, str]]) -> str:
+def _moved(path: str, roots: Iterable[tuple[str, str]]) -> str:
     """The path with its root, if it is the first of a pair, replaced by the second."""
     for a, b in roots:
-        if path == a or path.startswith(f"{a}."):
+        if f"{path}.".startswith(f"{a}."):
             return b + path[len(a) :]
     return path
 
@@ -59,12 +59,12 @@ def whole_of(model: nn.Module) -> Whole | None:
     """The whole that a language model was loaded out of; None for any other model."""
     import transformers as tf
 
-    found, own = known(model), getattr(model, "config", None)
-    name = found.path if found else getattr(own, "_name_or_path", "")
-    trusted = found is not None and found.trust_remote_code  # left open, transformers asks on stdin
+    source, own = known(model), getattr(model, "config", None)
+    name = source.path if source else getattr(own, "_name_or_path", "")
+    trusted = source is not None and source.trust_remote_code  # unset, transformers asks on stdin
     if not name:
         return None
-    try:  # the configuration in the files that it was read from, where they are at hand
+    try:  # the configuration in the files that it was read from, if they are here
         config: PreTrainedConfig = tf.AutoConfig.from_pretrained(
             name, local_files_only=True, trust_remote_code=trusted
         )
@@ -72,22 +72,20 @@ def whole_of(model: nn.Module) -> Whole | None:
         return None
     if config.get_text_config() is config or isinstance(own, type(config)):
         return None
-    cls = getattr(tf, next(iter(config.architectures or ()), ""), None)
-    if cls is None or isinstance(model, cls) or _task(cls) == _task(type(model)):
+    cls: Any = getattr(tf, next(iter(config.architectures or ()), ""), None)
+    # what a model of a class is for, such as ForCausalLM
+    task, of_model = (c and c.__name__[c.__name__.rfind("For") :] for c in (cls, type(model)))
+    if cls is None or isinstance(model, cls) or task == of_model:
         return None
     with torch.device("meta"):
         whole = cls(config)
-    path = Anatomy.of(model).decoder
-    body = model.get_submodule(path)
-    inner = [p for p, m in Anatomy.of(whole).modules if p and isinstance(body, type(m))]
-    ends = Anatomy.of(model).head, Anatomy.of(whole).head
-    own_ends = {ends[0]: ends[1]} if ends[0] and ends[1] else {}
-    return Whole(whole, {path: inner[0], **own_ends}) if path and inner else None
-
-
-def _task(cls: type) -> str:
-    """What a model of a class is for, from its name: "ForCausalLM", "ForSequenceClassification"."""
-    return cls.__name__[cls.__name__.rfind("For") :]
+    anatomy, around = Anatomy.of(model), Anatomy.of(whole)
+    body = model.get_submodule(anatomy.decoder)
+    inner = next((p for p, m in around.modules if p and isinstance(body, type(m))), None)
+    if not anatomy.decoder or inner is None:
+        return None
+    heads = {anatomy.head: around.head} if anatomy.head and around.head else {}
+    return Whole(whole, {anatomy.decoder: inner, **heads})
 
 
 def auto_class(config: PreTrainedConfig, what: str) -> Any:
@@ -109,11 +107,11 @@ def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
     """
     import transformers as tf
 
-    kinds = tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
+    kinds: tuple[Any, ...] = tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
     coded = getattr(config, "auto_map", None) or {}
     exact = [a for a in kinds if cls and a._model_mapping.get(type(config), None) is cls]
-    found = [a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping]
-    return [*exact, *found, kinds[0]][0]
+    able = [a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping]
+    return [*exact, *able, kinds[0]][0]
 
 
 def opened_by_name(model: Any) -> str:
@@ -127,15 +125,13 @@ def opened_by_name(model: Any) -> str:
 
 
 def _beside_text(config: PreTrainedConfig, cls: Any) -> str:
-    """What the model needs that text alone does not give; empty if nothing."""
+    """What the model needs in addition to text; empty if nothing."""
+    takes = signature(cls.forward).parameters
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
-    takes = signature(cls.forward).parameters
     if "input_ids" not in takes:
         return "its forward takes no input_ids"
-    given = {"self", "input_ids"}
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    needed = [
-        n for n, p in takes.items() if n not in given and p.kind in named and p.default is p.empty
-    ]
+    required = {n for n, p in takes.items() if p.kind in named and p.default is p.empty}
+    needed = [n for n in takes if n in required - {"self", "input_ids"}]
     return f"its forward needs {', '.join(needed)}" if needed else ""

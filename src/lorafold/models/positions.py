@@ -56,15 +56,15 @@ class Positions:
         return replace(self, table=self.table - before)
 
     def fitted(self, asked: int | None, usual: int) -> tuple[int, str | None]:
-        """The length that rows are cut to, and a line to tell if the positions bound it or do not
-        reach as far.
+        """The length that rows are cut to, for a requested length or, if there is none, the usual
+        one, and a line about it if the positions bound it or do not reach as far.
         """
         table, trained = self.table, self.trained
         if asked is None:
             most = min(n for n in (usual, table, trained) if n is not None)
             has = "has" if most == table else "was trained on"
-            told = f"max_length {most} instead of {usual}: {self.owner} {has} {most} positions"
-            return most, told if most < usual else None
+            line = f"max_length {most} instead of {usual}: {self.owner} {has} {most} positions"
+            return most, line if most < usual else None
         if table is not None and asked > table:
             raise LorafoldError(
                 f"max_length {asked}: expected at most {table}, the positions that {self.owner} has"
@@ -79,10 +79,10 @@ class Positions:
 
 def positions_of(model: PreTrainedModel) -> Positions:
     """The positions of a model. Its tables are those in its language model that have about as many
-    rows as its configuration says that there are positions; a table bounds rows by what it has.
+    rows as its configuration has positions; a table bounds rows by its own size.
     """
     config, anatomy = model.config.get_text_config(), Anatomy.of(model)
-    given, found = _given(config) or 0, [sequence_of(model)]
+    given, bounds = _given(config) or 0, [sequence_of(model)]
     for path, module in anatomy.language_modules if given else ():
         if path == anatomy.embedding or hasattr(module, ENDLESS):
             continue
@@ -92,8 +92,8 @@ def positions_of(model: PreTrainedModel) -> Positions:
             if given <= rows <= given + OFFSET:
                 padding = getattr(module, "padding_idx", None)
                 before = getattr(module, "offset", 0 if padding is None else padding + 1)
-                found.append(min(rows - int(before), given))
-    table = min((n for n in found if n is not None), default=None)
+                bounds.append(min(rows - int(before), given))
+    table = min((n for n in bounds if n is not None), default=None)
     return Positions(type(model).__name__, table, None if table else trained_on(config))
 
 

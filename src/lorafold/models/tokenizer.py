@@ -63,7 +63,7 @@ class Words:
             for word, i in self.ids.items()
             if word not in self.new
         ]
-        return "; ".join([*([f"new tokens: {new}"] if new else []), *known])
+        return "; ".join([*[f"new tokens: {new}"] * bool(new), *known])
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words:
@@ -117,27 +117,33 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
 
 
 def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with its chat template, of the last adapter that has one. It gets the new
-    tokens of all adapters.
+    """Load the tokenizer, with its chat template, of the last of these adapters that have one. It
+    gets the new tokens of all. Raises LorafoldError if two adapters use one id for different
+    tokens, as adapters that were trained separately may.
     """
-    *earlier, last = (_load(source, path) for path in own)
-    words = _by_id(last)
+    *earlier, last = (
+        read_tokenizer(replace(source, path=p, name=str(p), gguf=None), f"tokenizer of {p}")
+        for p in own
+    )
+
+    def by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+        return {i: word for word, i in tokenizer.get_vocab().items()}
+
+    words = by_id(last)
     for path, other in zip(own, earlier, strict=False):
-        theirs = _by_id(other)
+        theirs, pair = by_id(other), f"{path} and {own[-1]}"
         if differing := [i for i in sorted(theirs.keys() & words.keys()) if theirs[i] != words[i]]:
             some = listed(f"{i} is {theirs[i]} and {words[i]}" for i in differing)
             raise LorafoldError(
-                f"{path} and {own[-1]}: their tokenizers differ: {some}; these adapters can't"
-                " be used together"
+                f"{pair}: their tokenizers differ: {some}; these adapters can't be used together"
             )
         if missing := sorted(theirs.keys() - words.keys()):  # the last one may have fewer tokens
             last.add_tokens([other.added_tokens_decoder.get(i, theirs[i]) for i in missing])
-            words = _by_id(last)
+            words = by_id(last)
             if any(words.get(i) != theirs[i] for i in missing):
                 raise LorafoldError(
-                    f"{path} and {own[-1]}: the tokens of the first adapter's tokenizer can't be"
-                    " added to the second's under the same ids; these adapters can't be used"
-                    " together"
+                    f"{pair}: the tokens of the first adapter's tokenizer can't be added to the"
+                    " second's under the same ids; these adapters can't be used together"
                 )
     return last
 
@@ -189,12 +195,3 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
     tokenizer.save_pretrained(directory)
-
-
-def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    return {i: word for word, i in tokenizer.get_vocab().items()}
-
-
-def _load(source: ModelSource, path: Path) -> PreTrainedTokenizerBase:
-    own = replace(source, path=path, name=str(path), gguf=None)
-    return read_tokenizer(own, f"tokenizer of {path}")

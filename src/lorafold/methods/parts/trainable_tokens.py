@@ -86,8 +86,8 @@ class TokenRows(Delta):
     def beyond(self, size: int) -> int:
         """The number of ids that are not below `size`, the vocabulary of a matrix."""
         missing = sum(i >= size for i in self.ids)
-        if missing and max(self.ids) != size + missing - 1:
-            raise LorafoldError(gap(self.ids, size))
+        if missing and (wrong := gap(self.ids, size)):
+            raise LorafoldError(wrong)
         return missing
 
     def placed(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d)
@@ -154,33 +154,46 @@ class TrainableTokens:
     ids: Sequence[int] | Mapping[str, Sequence[int]] = ()
     fresh: frozenset[int] = frozenset()
 
+    @torch.no_grad()
     def deltas(self, model: nn.Module, active: Sequence[str]) -> dict[str, TokenRows]:
-        """The deltas by module path, to be attached above the active adapters of these names."""
+        """The deltas by module path, to be attached above the active adapters of these names.
+        Raises LorafoldError with everything that is wrong.
+        """
         by_path, problems = self._by_path(model)
         found: dict[str, TokenRows] = {}
         for path, ids in by_path.items():
             module = model.get_submodule(path)
-            if not (is_linear(module) or _is_embedding(module)):
+            of_embedding = _is_embedding(module)
+            if not (is_linear(module) or of_embedding):
                 problems.append(
                     f"{path}: found {type(module).__name__}, which has no rows for tokens; expected"
                     " an embedding or the head"
                 )
                 continue
-            w = _rows_of(module.layer(*active) if isinstance(module, Adapted) else layer_of(module))
-            if wrong := self._wrong(ids, len(w)):
+            layer = module.layer(*active) if isinstance(module, Adapted) else layer_of(module)
+            w = layer.dense()[0].detach()
+            w = w.t() if layer.takes_ids else w  # (V, d)
+            if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+                problems.append(f"{path}: tokens {list(ids)}: expected ids from 0 up, each once")
+            elif wrong := gap(ids, len(w)):
                 problems.append(f"{path}: {wrong}")
-                continue
-            rows = EmbeddingRows if _is_embedding(module) else HeadRows
-            found[path] = rows(ids, self._owner(model, path, by_path, found) or self._start(w, ids))
+            else:
+                shared = sharers(model, module)
+                tied = (
+                    d.owner
+                    for p, d in found.items()
+                    if p in shared and isinstance(d, EmbeddingRows) and by_path[p] == ids
+                )
+                rows = next(tied, None) or self._start(w, ids)
+                found[path] = (EmbeddingRows if of_embedding else HeadRows)(ids, rows)
         if problems := problems or self._one_sided(model, found):
             raise LorafoldError(as_one(problems))
         return found
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-        """The ids by module path, and what is wrong with them.
-
-        Embeddings come first, each followed by the modules whose weight is tied to it, which get
-        the same ids unless the user gave them others.
+        """The ids by module path, and what is wrong with them. Embeddings come first, each followed
+        by the modules whose weight is tied to it, which get the same ids unless the user gave them
+        others.
         """
         problems: list[str] = []
         if isinstance(self.ids, Mapping):
@@ -201,36 +214,9 @@ class TrainableTokens:
         for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):
             by_path.setdefault(path, named[path])
             if _is_embedding(module := model.get_submodule(path)):
-                by_path |= {
-                    other: named.get(other, named[path])
-                    for other in sharers(model, module)
-                    if other not in by_path
-                }
+                for other in sharers(model, module):
+                    by_path.setdefault(other, named.get(other, named[path]))
         return by_path, problems
-
-    @staticmethod
-    def _wrong(ids: Sequence[int], size: int) -> str | None:
-        if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
-            return f"tokens {list(ids)}: expected ids from 0 up, each once"
-        beyond = [i for i in ids if i >= size]
-        return gap(ids, size) if beyond and max(beyond) != size + len(beyond) - 1 else None
-
-    @staticmethod
-    def _owner(
-        model: nn.Module,
-        path: str,
-        ids: Mapping[str, Sequence[int]],
-        found: Mapping[str, TokenRows],
-    ) -> TokenRows | None:
-        shared = sharers(model, model.get_submodule(path))
-        return next(
-            (
-                d.owner
-                for p, d in found.items()
-                if p in shared and isinstance(d, EmbeddingRows) and ids[p] == ids[path]
-            ),
-            None,
-        )
 
     @staticmethod
     def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
@@ -249,23 +235,17 @@ class TrainableTokens:
             " or resize the base first"
         ]
 
-    @torch.no_grad()
     def _start(self, w: Tensor, ids: Sequence[int]) -> Tensor:  # (V, d) -> (k, d)
-        mean = (
-            w.mean(0, dtype=torch.float32)
-            if any(i >= len(w) or i in self.fresh for i in ids)
-            else None
-        )
-        rows = [
-            mean if mean is not None and (i >= len(w) or i in self.fresh) else w[i].float()
-            for i in ids
-        ]
-        return torch.stack(rows)
+        new = [i >= len(w) or i in self.fresh for i in ids]
+        mean = w.mean(0, dtype=torch.float32) if any(new) else None
+        return torch.stack([mean if n else w[i].float() for n, i in zip(new, ids, strict=True)])
 
 
-def gap(ids: Sequence[int], size: int) -> str:
+def gap(ids: Sequence[int], size: int) -> str | None:
     """The error message for ids that would leave a gap after a vocabulary of `size` tokens."""
     beyond = sorted(i for i in ids if i >= size)
+    if not beyond or beyond[-1] == size + len(beyond) - 1:
+        return None
     return (
         f"tokens {beyond} leave a gap: the base's last token is {size - 1}; number new tokens from"
         f" {size} on without gaps"
@@ -280,9 +260,3 @@ def carried(module: nn.Module) -> Iterator[TokenRows]:
 
 def _is_embedding(module: nn.Module) -> bool:
     return layer_class(module).takes_ids
-
-
-@torch.no_grad()
-def _rows_of(layer: Layer) -> Tensor:  # (V, d)
-    w, _ = layer.dense()
-    return w.detach().t() if layer.takes_ids else w.detach()
