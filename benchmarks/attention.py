@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--longest", type=int, default=4096, help="tokens of a case, at most")
     asked = parsed(parser, rounds=1, longest=800)
-    forms, scores, table = native.CppAttention(), tiles.Scores(64**-0.5, None), []
+    forms, scores, table = native._CppAttention(), tiles.Scores(64**-0.5, None), []
     for name, docs in CASES.items():
         if (n := sum(docs.own)) > asked.longest:
             continue

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorafold.core.rounding import ODD
-from lorafold.kernels.triton_kernels import SCALE_CONSTANTS, TritonScale
+from lorafold.kernels.triton_kernels import SCALE_CONSTANTS, _TritonScale
 from lorafold.ops.scale import BACKWARD, SCALE
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return TritonScale()
+    return _TritonScale()
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 20), (70, 576), (1, 3)], ids=str)
@@ -52,7 +52,7 @@ def test_they_compile_in_registers(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"size": "i64", "width": "i32"}
-    kernels = TritonScale()
+    kernels = _TritonScale()
     forward, backward = kernels.forward, kernels.backward
     inputs = {"y": "*bf16", "g": "*fp32", "c": "*fp32", "onto": "*bf16", "out": "*bf16"}
     of_forward = SCALE_CONSTANTS | {"ODD": ODD, "OFFSET": True, "ONTO": True}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.kernels.triton_kernels import DROPOUT_CONSTANTS, TritonDropout
+from lorafold.kernels.triton_kernels import DROPOUT_CONSTANTS, _TritonDropout
 from lorafold.ops.dropout import MASKED
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -19,7 +19,7 @@ KEY, SITE = 0x723456789ABCDEF1, 0xFEDCBA98
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return TritonDropout()
+    return _TritonDropout()
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 1e-4])
@@ -44,7 +44,7 @@ def test_it_compiles_in_registers(
     numbers = dict.fromkeys(("low", "high", "site"), "i64") | {"width": "i32", "limit": "i32"}
     tensors = {"names": "*i64", "x": "*bf16", "kept": "*bf16", "where": "*u8"}
     types = {**tensors, **numbers} | dict.fromkeys(DROPOUT_CONSTANTS, "constexpr")
-    source = ASTSource(fn=TritonDropout().kernel, signature=types, constexprs=DROPOUT_CONSTANTS)
+    source = ASTSource(fn=_TritonDropout().kernel, signature=types, constexprs=DROPOUT_CONSTANTS)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert ".local" not in made.asm["ptx"]  # nothing is spilled
     assert "mul.hi.u32" in made.asm["ptx"]  # words of 32 bits, as on the CPU

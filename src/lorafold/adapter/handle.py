@@ -24,20 +24,21 @@ from lorafold.core.attach import (
 from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.files.atomic import MANIFEST, atomic_directory, read_object, write_json
+from lorafold.files.contents import digest
 from lorafold.files.model_card import CARD, VOCABULARY, ResultFiles, training_card
 from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
 from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
 from lorafold.layers import parameter_count
-from lorafold.layers.compressed import record_dequantized
+from lorafold.layers.quantization_config import record_dequantized
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import called, forget, known
 from lorafold.models.weights import InMemory, Weights
-from lorafold.peft.provenance import BASE_IDENTITY, digest_written, listed, recorded
+from lorafold.peft.provenance import BASE_IDENTITY, COMPUTED, listed, recorded
 from lorafold.peft.saved import AdapterConfig, write
 
 
@@ -198,7 +199,9 @@ class Adapter:
         own = base or InMemory.of_model(self.model)
         written = write(path, self.model, self.chosen, parts, own, beside)
         origin = selection_of(self.model).origins[self.name]
-        origin.path, origin.sha256 = str(path), digest_written(path)
+        files = read_object(written / MANIFEST)["files"]
+        entries = ((name, files[name]["size"], files[name]["sha256"]) for name in COMPUTED)
+        origin.path, origin.sha256 = str(path), digest(entries)
         return written
 
     def merge(self, *, untie_weights: bool = False) -> None:

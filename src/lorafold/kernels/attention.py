@@ -27,7 +27,7 @@ SIZES = [P, *[N] * 7, P, P, F, F, F, INT]  # from the table of documents on
 SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES]}
 
 
-class CppAttention:
+class _CppAttention:
     """The operations of attention by their names, with the parameters of their plain forms."""
 
     def __init__(self) -> None:

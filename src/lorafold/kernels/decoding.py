@@ -25,7 +25,7 @@ SIGNATURES = {
 }
 
 
-class CppDecoding:
+class _CppDecoding:
     """The operations of an engine's pass by their names, with the parameters of the plain forms."""
 
     def __init__(self) -> None:

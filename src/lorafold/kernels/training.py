@@ -36,7 +36,7 @@ SIGNATURES = {
 threads = torch.get_num_threads
 
 
-class CppTraining:
+class _CppTraining:
     """The operations of a training step by their names, with the plain forms' parameters."""
 
     def __init__(self) -> None:

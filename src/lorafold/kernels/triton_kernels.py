@@ -37,7 +37,7 @@ def jit(kernel: Any, *unspecialized: str) -> Any:
     return triton.jit(do_not_specialize=unspecialized)(kernel)
 
 
-class TritonDropout:
+class _TritonDropout:
     """The operations of dropout by their names."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ def _masked(  # type: ignore[no-untyped-def]
         tl.store(where + at, drop.to(tl.int8), mask=inside)
 
 
-class TritonScale:
+class _TritonScale:
     """The operations of gains by their names."""
 
     def __init__(self) -> None:

@@ -54,8 +54,8 @@ def loaded_in_turn() -> Iterator[None]:
 
 @contextmanager
 def each_kept(keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `keep` with each parameter and buffer that a module gets, once the next one comes or the
-    block ends: until then other hooks may still replace it.
+    """Call `keep` with each parameter and buffer, of any shape, that a module gets, once the next
+    one comes or the block ends: until then other hooks may still replace it.
     """
     last: list[tuple[Any, str]] = []
 

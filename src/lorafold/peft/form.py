@@ -109,7 +109,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
         alone = isinstance(module, Matrices) or layer_class(module) is GroupedLinear
         if alone or (renamed and last_part(path) in RENAMED):
             parameters[path] = parameter_path(module, path, "weight")
-    kind = _model_type(model)
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     ends = {last_part(path) for path in targets if path not in parameters}
     refusing = kind in REFUSING and method.peft_type in ("LORA", "ADALORA")
     refused = tuple(sorted(REFUSED & ends)) if refusing else ()
@@ -161,17 +161,13 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
     return replace(spec, dropout=value)  # type: ignore[type-var]
 
 
-def _model_type(model: nn.Module) -> Any:
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
 def renames(model: nn.Module) -> bool:
     """Whether PEFT takes some target modules of LoRA in this model, which has experts, for
     parameters of these: it looks the model's type up in transformers' table of families.
     """
     from transformers import conversion_mapping
 
-    kind = _model_type(model)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     table = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return kind == "mixtral" or table.get(kind) in FAMILIES
 

@@ -12,7 +12,6 @@ and PEFT's directories have one too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,7 @@ from typing import Any
 
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError, shortened
-from lorafold.files.atomic import MANIFEST
-from lorafold.files.contents import Contents, digest
+from lorafold.files.contents import Contents
 from lorafold.files.model_card import OVER
 from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now
 from lorafold.models import fingerprint
@@ -175,13 +173,6 @@ class OwnBase:
         found = fingerprint.differences(self.fingerprint, base)
         told = f"adapter {self.adapter} was trained on another base ({'; '.join(found)})"
         return f"{told}; loaded all the same ({ALLOWED})" if found else ""
-
-
-def digest_written(path: str | Path) -> str:
-    """The digest of an adapter that was just written, from its manifest."""
-    files = json.loads((Path(path) / MANIFEST).read_bytes())["files"]
-    named = ((name, files[name]) for name in COMPUTED)
-    return digest((name, entry["size"], entry["sha256"]) for name, entry in named)
 
 
 def recorded(over: Sequence[Origin]) -> dict[str, Any]:

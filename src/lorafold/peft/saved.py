@@ -100,7 +100,7 @@ class Saved:
     record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
     task: str | None  # PEFT's type of task
     files: Mapping[str, tuple[int, str]]  # bytes and SHA-256 in hexadecimal of each that was read
-    sha256: str  # its own, as `provenance.digest_written` gives it
+    sha256: str  # over the files COMPUTED
     own_tokenizer: bool
 
     @classmethod
@@ -115,14 +115,18 @@ class Saved:
         if written is not None:
             config = _attempt(problems, partial(read_config, written))
         weights = _attempt(problems, lambda: _weights(contents))
-        about = _attempt(problems, lambda: _about(contents, written or {}))
+        record = _attempt(problems, lambda: contents.record) or {}
+        try:
+            own_base = OwnBase.of(contents.path, written or {}, record)
+            over = parse(record) if OVER in record else ()
+        except LorafoldError as e:
+            problems.append(f"{RECORD}: {e}")
         contents.check_intact()  # what is damaged explains the problems
-        if written is None or config is None or weights is None or about is None:
+        if problems or written is None or config is None or weights is None:
             raise LorafoldError(f"{contents.path}: {as_one(problems)}")
         spec, selection, bias = config
         # what is missing or damaged of a tokenizer is told when it is loaded
         named = contents.object(MANIFEST).get("files", ()) if MANIFEST in contents.files else ()
-        own_base, over, record = about
         return cls(
             contents.path,
             with_dropout(spec, record) if selection.target_parameters else spec,
@@ -350,17 +354,3 @@ def _weights(contents: Contents) -> InMemory:
         if pickles else "it is missing"
     )
     raise LorafoldError(f"{WEIGHTS}: {reason}")
-
-
-def _about(
-    contents: Contents, config: Mapping[str, Any]
-) -> tuple[OwnBase, tuple[Origin, ...], Mapping[str, Any]]:
-    """What the adapter says of its base, what it lies over, and the record; PEFT's directories have
-    none.
-    """
-    record = contents.record
-    try:
-        own = OwnBase.of(contents.path, config, record)
-        return own, parse(record) if OVER in record else (), record
-    except LorafoldError as e:
-        raise LorafoldError(f"{RECORD}: {e}") from None

@@ -16,7 +16,7 @@ PEFT has the factors of all experts in one matrix each: A (E, r, in) as (E r, in
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,16 +76,6 @@ def number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def numbers(values: Mapping[str, float]) -> dict[str, int | float]:
-    """Apply `number` to the values."""
-    return {key: number(value) for key, value in values.items()}
-
-
-def init_to_file(init: str) -> bool | str:
-    """The `init_lora_weights` of an initialization of ours."""
-    return next((value for value, name in INITS.items() if name == init), True)
-
-
 def init_from_file(value: bool | str) -> str:
     """The initialization for an `init_lora_weights`."""
     if value not in INITS:
@@ -124,9 +114,16 @@ LORA = Method(
         Field("lora_alpha", "alpha", float, 8, number),
         Field("lora_dropout", "dropout", float, 0.0),
         Field("use_rslora", "rslora", bool, False),
-        Field("init_lora_weights", "init", bool | str, True, init_to_file, init_from_file),
+        Field(
+            "init_lora_weights", "init", bool | str, True,
+            lambda init: next((value for value, name in INITS.items() if name == init), True),
+            init_from_file,
+        ),
         Field("rank_pattern", "rank_pattern", dict[Regex, int] | None, {}, dict, empty={}),
-        Field("alpha_pattern", "alpha_pattern", dict[Regex, float] | None, {}, numbers, empty={}),
+        Field(
+            "alpha_pattern", "alpha_pattern", dict[Regex, float] | None, {},
+            lambda values: {key: number(value) for key, value in values.items()}, empty={},
+        ),
     ),
     marks={"use_dora": False},
     irrelevant=LORA_IRRELEVANT,

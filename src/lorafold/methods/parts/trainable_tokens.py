@@ -237,7 +237,7 @@ class TrainableTokens:
 
     def _start(self, w: Tensor, ids: Sequence[int]) -> Tensor:  # (V, d) -> (k, d)
         new = [i >= len(w) or i in self.fresh for i in ids]
-        mean = w.mean(0, dtype=torch.float32) if any(new) else None
+        mean: Any = w.mean(0, dtype=torch.float32) if any(new) else None
         return torch.stack([mean if n else w[i].float() for n, i in zip(new, ids, strict=True)])
 
 

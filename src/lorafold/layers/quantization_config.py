@@ -1,0 +1,55 @@
+"""What a model's config says about its quantization after some of its matrices were dequantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafold.core.matrices import Matrices, matrices_of, module_at
+from lorafold.layers.compressed import CompressedLinear
+from lorafold.layers.expert_matrices import held
+
+
+def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
+    """Record in the config of a transformers model that the sites at these paths are quantized no
+    longer, experts by their module; if no quantized module is left, remove the quantization config.
+    """
+    config: Any = getattr(model, "config", None)
+    settings: Any = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict):
+        if any(map(_quantized, model.modules())):
+            # what lists the modules whose weights are plain
+            own = settings["quant_method"] == "compressed-tensors"
+            name = "ignore" if own else "modules_to_not_convert"
+            sites = ((path, module_at(model, path)) for path in paths)
+            plain = [
+                p.rpartition(".")[0] if isinstance(m, Matrices) else p
+                for p, m in sites
+                if not (isinstance(m, Matrices) and _quantized(m.owner))
+            ]
+            settings[name] = list(dict.fromkeys([*(settings.get(name) or []), *plain]))
+        else:
+            del config.quantization_config
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    if any(
+        isinstance(m, nn.Linear) and m.weight.dtype in (torch.uint8, torch.int8)
+        for m in model.modules()
+    ):
+        skipped = settings.llm_int8_skip_modules or []
+        settings.llm_int8_skip_modules = [*skipped, *paths]
+    else:
+        quantizer.remove_quantization_config(model)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            model.__dict__.pop(flag, None)
+
+
+def _quantized(module: nn.Module) -> bool:
+    return isinstance(module, CompressedLinear) or any(
+        held(matrices).quantized for matrices in matrices_of(module).values()
+    )
