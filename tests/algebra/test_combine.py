@@ -12,7 +12,7 @@ import torch._dynamo.testing
 from torch import nn
 
 import lorafold as lf
-from lorafold.core.attach import Selection, lay
+from lorafold.core.attach import Selection, attach_delta
 from lorafold.core.combine import Bank, Mix, PerExample, Slots, Stack
 from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.layers import layer_class, layer_of
@@ -48,7 +48,7 @@ def under(module: nn.Module, delta: Delta) -> nn.Module:
     root = nn.Sequential(copy.deepcopy(module))
     selection = Selection()
     selection.names = ("it",)
-    lay(root[0], layer_class(root[0]), "it", delta, selection)
+    attach_delta(root[0], layer_class(root[0]), "it", delta, selection)
     return root
 
 

@@ -10,7 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 
 import lorafold as lf
 from laws import METHODS, NOT_LAID, move
-from lorafold.core.attach import lay, selection_of
+from lorafold.core.attach import attach_delta, selection_of
 from lorafold.core.served_weights import WeightRead
 from lorafold.layers import layer_class
 from lorafold.methods.bottleneck import BottleneckDelta
@@ -164,7 +164,7 @@ def test_a_change_without_a_weight_is_refused_where_it_would_be_passed_by() -> N
     inside = copy.deepcopy(model)
     path = "layers.1.self_attn.out_proj"
     module = model.get_submodule(path)
-    lay(module, layer_class(module), "it", bottleneck, selection_of(model), path)
+    attach_delta(module, layer_class(module), "it", bottleneck, selection_of(model), path)
     module.selection.names = ("it",)
     assert module.weight.shape == (16, 16)  # nothing is computed with it
     with pytest.raises(lf.NotMergeable, match="leave the module out of the targets") as e:
@@ -176,7 +176,7 @@ def test_a_change_without_a_weight_is_refused_where_it_would_be_passed_by() -> N
     # torch's fast path reads these too, and its other one calls them
     module = inside.get_submodule("layers.1.linear2")
     bare = called(inside, x, padded=False)
-    lay(module, layer_class(module), "it", bottleneck, selection_of(inside))
+    attach_delta(module, layer_class(module), "it", bottleneck, selection_of(inside))
     module.selection.names = ("it",)
     assert relative(called(inside, x, padded=False), bare) > 0.1
 

@@ -21,7 +21,7 @@ from lorafold.engine import RunRequest as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.models.loading import load_model
-from lorafold.peft.provenance import parse
+from lorafold.peft.provenance import parse_over
 from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
@@ -512,7 +512,7 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(
 ) -> None:
     adapters = tmp_path / "adapters"
     shutil.copytree(dpo, adapters / "dpo")
-    (origin,) = parse(Saved.open(dpo).record)
+    (origin,) = parse_over(Saved.open(dpo).record)
 
     def below() -> Path:
         return Directory(adapters).below(origin, adapters / "dpo")

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from lorafold.models.loading import load_model
-from lorafold.models.sources import known, remember
+from lorafold.models.sources import remember_source, source_of
 
 
 def fresh_model(path: Path) -> Any:
     """A model of its own, in fp32, as `load_model` reads it from a directory."""
     read = _read(path, tuple(sorted((f.name, f.stat().st_mtime_ns) for f in path.iterdir())))
-    model, source = deepcopy(read), known(read)
+    model, source = deepcopy(read), source_of(read)
     assert source is not None
-    remember(model, source)
+    remember_source(model, source)
     return model
 
 

@@ -20,7 +20,14 @@ from torch import nn
 from lorafold.adapter.handle import Adapter
 from lorafold.advice import advised
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lay, selection_of
+from lorafold.core.attach import (
+    Adapted,
+    Origin,
+    adapted_modules,
+    attach_delta,
+    freeze,
+    selection_of,
+)
 from lorafold.core.combine import Stack
 from lorafold.core.contexts import keep_scale
 from lorafold.core.delta import Delta
@@ -36,9 +43,9 @@ from lorafold.layers import is_linear, layer_class, layer_of
 from lorafold.methods.parts.extras import Bias, ReplaceDelta, add_biases, add_token_rows, leaves
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import new_heads
-from lorafold.models.sources import called, known
+from lorafold.models.sources import name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
-from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same
+from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same_adapters
 from lorafold.peft.saved import AdapterConfig, Saved
 
 log = logging.getLogger(__name__)
@@ -105,7 +112,7 @@ def load(
     """
     _check_name(model, name)
     built = read(model, path, allow_other_base=allow_other_base, base=base)
-    source = None if allow_other_base else known(model)
+    source = None if allow_other_base else source_of(model)
     if source and built.base_identity and built.base_identity != of_model(source):
         log.warning(
             f"{built.files[0]}: the base {source.name} has other files than the one that it was"
@@ -130,7 +137,7 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
     selection = selection_of(model)
     for path, parts in built.parts.items():
         module, delta = module_at(model, path), parts[0] if len(parts) == 1 else Stack(parts)
-        lay(module, layer_class(module), name, delta, selection, path)
+        attach_delta(module, layer_class(module), name, delta, selection, path)
     freeze(model, selection)
     selection.add(name)
     selection.origins[name] = Origin(name, *built.files)
@@ -229,7 +236,7 @@ def read(
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
     base, problems = base or InMemory.of_model(model), []
     below = selection_of(model).active if below is None else tuple(below)
-    fits, other_base = same(saved.over, below), ""
+    fits, other_base = same_adapters(saved.over, below), ""
     if allow_other_base:
         if other_base := saved.own_base.other(base):
             log.warning(other_base)
@@ -240,7 +247,7 @@ def read(
         if not fits:
             advice = loading_advice(saved.path, saved.over)
             problems.append(f"{mismatch(saved.over, below)}; {advice}")
-        problems += saved.own_base.problems(base, called(model))
+        problems += saved.own_base.problems(base, name_of_base(model))
     try:
         tokens: Mapping[str, Sequence[int]] = {}
         if saved.selection.tokens:
@@ -263,7 +270,7 @@ def read(
 
 def _refused(saved: Saved, model: nn.Module, reason: str) -> LorafoldError:
     """The error for an adapter that does not fit a model; its path is cut if the base differs."""
-    path, hint = str(saved), saved.own_base.hint(called(model))
+    path, hint = str(saved), saved.own_base.hint(name_of_base(model))
     if reason.startswith(OTHER):
         path = shortened(path, max(40, MOST - len(reason)))
     return LorafoldError(f"{path}: {reason}{hint}")

@@ -17,8 +17,8 @@ from lorafold.core.attach import (
     Origin,
     adapted_modules,
     base_state,
+    detach_delta,
     freeze,
-    lift,
     selection_of,
 )
 from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
@@ -36,7 +36,7 @@ from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.loading import recorded_storage
-from lorafold.models.sources import called, forget, known
+from lorafold.models.sources import forget_source, name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft.provenance import BASE_IDENTITY, COMPUTED, listed, recorded
 from lorafold.peft.saved import AdapterConfig, write
@@ -187,7 +187,7 @@ class Adapter:
         path = Path(path).expanduser()
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
         other = {OTHER_BASE: self.other_base} if self.other_base else {}
-        source, stored = known(self.model), recorded_storage(self.model)
+        source, stored = source_of(self.model), recorded_storage(self.model)
         trained = {TRAINED_ON: stored, BASE_IDENTITY: of_model(source) if source else None}
         below = recorded(self.over) if self.over else {}
         about = {**trained, **other, **(record or {}), **grown, **below}
@@ -218,7 +218,7 @@ class Adapter:
         carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
         # what lies over it lies over the base from now on
         selection_of(self.model).origins[self.name].sha256 = ""
-        forget(self.model)
+        forget_source(self.model)
         self.detach()
         record_dequantized(self.model, plan.paths)
 
@@ -226,7 +226,7 @@ class Adapter:
         """Detach the adapter; without any adapter the model is what it was before the first."""
         selection = selection_of(self.model)
         for m in self.sites.values():
-            lift(m, self.name)
+            detach_delta(m, self.name)
         selection.remove(self.name)
         if any(adapted_modules(self.model)):
             freeze(self.model, selection)
@@ -264,8 +264,8 @@ def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Pat
             " saves whole models and expects one of transformers (with save_pretrained)"
         )
     shown = {"recipe": {"method": type(spec).__name__, **vars(spec)}}
-    opened_by = opened_by_name(model)
-    card = beside.card or training_card(called(model), shown, {}, whole=True, opened_by=opened_by)
+    name, opened_by = name_of_base(model), opened_by_name(model)
+    card = beside.card or training_card(name, shown, {}, whole=True, opened_by=opened_by)
     with atomic_directory(path, beside.overwrite) as directory:
         model.save_pretrained(directory, state_dict=base_state(model))  # without its adapters
         if beside.tokenizer is not None:

@@ -194,7 +194,7 @@ def selection_of(model: nn.Module) -> Selection:
     return first
 
 
-def lay(
+def attach_delta(
     module: nn.Module, layer_class: type[BaseLayer], name: str, delta: Delta, selection: Selection,
     site: str = "",
 ) -> None:  # fmt: skip
@@ -215,7 +215,7 @@ def lay(
     module.deltas[name] = delta.train(module.training)
 
 
-def lift(module: Adapted, name: str) -> None:
+def detach_delta(module: Adapted, name: str) -> None:
     """Detach a delta from a module; without any delta the module has its own class again."""
     del module.deltas[name]
     if not len(module.deltas):

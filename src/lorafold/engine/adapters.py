@@ -38,7 +38,7 @@ from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.weights import InMemory
 from lorafold.peft.config import CONFIG, WEIGHTS
-from lorafold.peft.provenance import COMPUTED, beside, not_found, parse
+from lorafold.peft.provenance import COMPUTED, expected_path, not_found, parse_over
 from lorafold.peft.saved import FILES
 
 BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
@@ -143,7 +143,7 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
         over: The directory of the one that lies over it.
         most: The most bytes of its files.
     """
-    contents = Contents(beside(origin, over), FILES, most)
+    contents = Contents(expected_path(origin, over), FILES, most)
     if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
         raise LorafoldError(not_found(origin, over))
     return contents
@@ -208,7 +208,7 @@ class Reader:
         and for weights that take more memory than there is for adapters, before they are read.
         """
         origins = self._needed(Contents(path, (RECORD,)).record)
-        below = [at for o in origins if ((at := beside(o, Path(path))) / CONFIG).is_file()]
+        below = [at for o in origins if ((at := expected_path(o, Path(path))) / CONFIG).is_file()]
         return tuple(self._verified(at) for at in (*below, Path(path)))
 
     def _verified(self, path: Path) -> VerifiedAdapter:
@@ -222,7 +222,7 @@ class Reader:
         """The adapters below one that are read with it. Those that are active on the model belong
         to the base, over which it may have been trained.
         """
-        return () if selection_of(self.shadow).active else parse(record)
+        return () if selection_of(self.shadow).active else parse_over(record)
 
     def _stacked(self, below: Sequence[Contents], contents: Contents) -> dict[str, Delta]:
         """The deltas of an adapter by module path, each over those of the adapters below, which are

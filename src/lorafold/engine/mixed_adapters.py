@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lorafold.core.attach import Adapted, lay, lift, selection_of
+from lorafold.core.attach import Adapted, attach_delta, detach_delta, selection_of
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
@@ -399,11 +399,11 @@ class ActiveDeltas:
         module = module_at(self.model, path)
         if path not in self.aware and "forward" in vars(module):
             self._fused[path] = module
-        lay(module, layer_class(module), name, delta.eval(), self.selection, path)
+        attach_delta(module, layer_class(module), name, delta.eval(), self.selection, path)
 
     def _lift(self, path: str, name: str) -> None:
         module = module_at(self.model, path)
         if isinstance(module, Adapted) and name in module.deltas:
-            lift(module, name)
+            detach_delta(module, name)
         if not isinstance(module, Adapted):
             self._fused.pop(path, None)

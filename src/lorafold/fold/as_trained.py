@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.attach import lay, selection_of
+from lorafold.core.attach import attach_delta, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import Matrices, module_at
@@ -65,7 +65,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
         module = module_at(model, path)
         turned = isinstance(module, Matrices) and module.stored.transposed
         delta = RoundTrip(quantization, turned)
-        lay(module, layer_class(module), ROUND_TRIP, delta, selection, path)
+        attach_delta(module, layer_class(module), ROUND_TRIP, delta, selection, path)
 
 
 def attach_as_trained(

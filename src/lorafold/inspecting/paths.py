@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorafold.core.attach import adapted_modules, lay, lift, only, selection_of
+from lorafold.core.attach import adapted_modules, attach_delta, detach_delta, only, selection_of
 from lorafold.core.combine import Mix, Stack
 from lorafold.core.delta import Delta
 from lorafold.data.examples import encode
@@ -116,7 +116,7 @@ def mixed(
         gates = torch.ones(len(here), device=next(module.parameters()).device)
         mix = Mix(list(changes.values()), gates)
         line = Stack([*([mix] if here else []), *rows]) if rows else mix
-        lay(module, layer_class(module), LINE, line, selection)
+        attach_delta(module, layer_class(module), LINE, line, selection)
         mixes.append((module, mix, here))
 
     def loss_at(weights: Sequence[float]) -> float:
@@ -130,7 +130,7 @@ def mixed(
             yield loss_at
     finally:
         for module, _, _ in mixes:
-            lift(module, LINE)
+            detach_delta(module, LINE)
 
 
 def _apart(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:

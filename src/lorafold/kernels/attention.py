@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafold.core.contexts import is_fake
-from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
+from lorafold.kernels.compiling import INT, F, Functions, N, P, supported
 from lorafold.ops.attention import Scores
 from lorafold.ops.packed_documents import Documents
 
@@ -36,7 +36,7 @@ class _CppAttention:
     def document_attention(
         self, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        if not taken(q, k, v) or any(x.stride(-1) != 1 for x in (q, k, v)):
+        if not supported(q, k, v) or any(x.stride(-1) != 1 for x in (q, k, v)):
             return NotImplemented
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         self._attend("attend", (q, k, v), (q, k, v, out), docs, scores)
@@ -45,7 +45,7 @@ class _CppAttention:
     def document_attention_backward(
         self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        if not taken(q, k, v, g) or any(x.stride(-1) != 1 for x in (q, k, v, g)):
+        if not supported(q, k, v, g) or any(x.stride(-1) != 1 for x in (q, k, v, g)):
             return NotImplemented
         found = tuple(x.new_empty(x.shape) for x in (q, k, v))
         parts, keys = _parts(docs, q, k), sum(docs.lens)

@@ -51,7 +51,7 @@ class Functions:
     def __init__(
         self, source: Path, signatures: Mapping[str, Sequence[Any]], half: Sequence[str] = ()
     ) -> None:
-        self.library = loaded(source)
+        self.library = load_library(source)
         self._found: dict[tuple[str, torch.dtype], tuple[Any, list[int]]] = {}
         for name, parameters in signatures.items():
             pointers = [i for i, kind in enumerate(parameters) if kind is P]
@@ -69,7 +69,7 @@ class Functions:
         function(*given)
 
 
-def taken(*tensors: Tensor, dense: bool = False) -> bool:
+def supported(*tensors: Tensor, dense: bool = False) -> bool:
     """Whether all are on the CPU and of one of DTYPES, and contiguous if `dense`."""
     dtype = tensors[0].dtype
     if dtype not in DTYPES:
@@ -80,7 +80,7 @@ def taken(*tensors: Tensor, dense: bool = False) -> bool:
     return True
 
 
-def loaded(source: Path) -> ctypes.PyDLL:
+def load_library(source: Path) -> ctypes.PyDLL:
     """The library of a file of C++, compiled if it is not in the cache. Its calls keep the
     interpreter's lock, since they take microseconds.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
+from lorafold.kernels.compiling import INT, F, Functions, N, P, supported
 from lorafold.ops.decoding import SlotFactors, low_rank
 
 SIGNATURES = {
@@ -32,11 +32,11 @@ class _CppDecoding:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
 
     def stored(self, factors: Tensor) -> Any:
-        return factors.dtype if taken(factors) else NotImplemented
+        return factors.dtype if supported(factors) else NotImplemented
 
     def low_rank(self, parts: Sequence[SlotFactors], slots: Tensor) -> Any:
         factors = [t for part in parts for t in part[:2] if t is not None]
-        if not taken(*factors) or not all(t.is_contiguous() for t in factors):
+        if not supported(*factors) or not all(t.is_contiguous() for t in factors):
             return NotImplemented
         dtype, width = factors[0].dtype, sum(part.width for part in parts)
         call, threads = self._call, torch.get_num_threads()
@@ -64,7 +64,7 @@ class _CppDecoding:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Any:
         (b, heads, tokens, d), (_, kv, keys, dv) = q.shape, v.shape
         ends = q.stride(3), k.stride(3), v.stride(3), mask.stride(3), k.stride(2), v.stride(2)
-        if not taken(q, k, v, mask) or ends != (1, 1, 1, 1, d, dv):
+        if not supported(q, k, v, mask) or ends != (1, 1, 1, 1, d, dv):
             return NotImplemented
         out = q.new_empty(b, tokens, heads, dv)
         self._call(
@@ -75,7 +75,7 @@ class _CppDecoding:
         return out
 
     def write(self, buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> Any:
-        if not taken(buffer, x) or x.stride(3) != 1:
+        if not supported(buffer, x) or x.stride(3) != 1:
             return NotImplemented
         b, heads, tokens, d = x.shape
         return self._call(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.kernels.compiling import DTYPES, INT, F, Functions, N, P, taken
+from lorafold.kernels.compiling import DTYPES, INT, F, Functions, N, P, supported
 from lorafold.ops.dropout import source, threshold
 
 U32, U64 = ctypes.c_uint32, ctypes.c_uint64
@@ -46,7 +46,7 @@ class _CppTraining:
         self._places.restype, self._places.argtypes = N, [P, P, N, N, U32, U64, U32, INT]
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Any:
-        if not taken(x, dense=True):
+        if not supported(x, dense=True):
             return NotImplemented
         out, n, wide = torch.empty_like(x), len(gain), gain.dtype is not x.dtype
         gain = gain.float() if wide else gain
@@ -56,7 +56,7 @@ class _CppTraining:
 
     def rms_norm_backward(self, gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Any:
         gy = gy.contiguous()
-        if not taken(x, gy, dense=True):
+        if not supported(x, gy, dense=True):
             return NotImplemented
         out, n, gain = torch.empty_like(x), len(gain), gain.float()
         rows = x.numel() // n
@@ -64,7 +64,7 @@ class _CppTraining:
         return out
 
     def gated(self, gate: Tensor, up: Tensor, act: str) -> Any:
-        if act == "gelu" or not taken(gate, up):
+        if act == "gelu" or not supported(gate, up):
             return NotImplemented
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         n = out.shape[-1]
@@ -77,7 +77,7 @@ class _CppTraining:
 
     def gated_backward(self, gy: Tensor, gate: Tensor, up: Tensor, act: str) -> Any:
         gy = gy.contiguous()
-        if act == "gelu" or not taken(gate, up, gy, dense=True):
+        if act == "gelu" or not supported(gate, up, gy, dense=True):
             return NotImplemented
         found = torch.empty_like(gate), torch.empty_like(up)
         parts = (gy, gate, up, *found, gy.numel(), threads())
@@ -88,7 +88,7 @@ class _CppTraining:
         """x (B, H, T, D), or (B, T, H, D), by cos and sin (B or 1, 1, T, D), or (B or 1, T, 1, D).
         """
         alike = cos.shape == sin.shape and cos.stride() == sin.stride()
-        if x.dim() != 4 or cos.dim() != 4 or not alike or not taken(x, cos, sin):
+        if x.dim() != 4 or cos.dim() != 4 or not alike or not supported(x, cos, sin):
             return NotImplemented
         out = y = torch.empty_like(x)
         if cos.shape[1] == x.shape[1] and cos.shape[2] == 1:
@@ -106,14 +106,15 @@ class _CppTraining:
         return out
 
     def softmax_(self, scores: Tensor, mask: Tensor, scale: float) -> Any:
-        if not taken(scores, dense=True) or mask.dtype is not scores.dtype or mask.stride(1) != 1:
+        alike = mask.dtype is scores.dtype and mask.stride(1) == 1
+        if not alike or not supported(scores, dense=True):
             return NotImplemented
         n = scores.shape[-1]
         sizes = (scores.numel() // n, len(mask), mask.stride(0), n)
         return self._call("softmax", scores.dtype, scores, mask, *sizes, scale, threads())
 
     def softmax_backward_(self, gp: Tensor, p: Tensor, scale: float) -> Any:
-        if not taken(gp, p, dense=True):
+        if not supported(gp, p, dense=True):
             return NotImplemented
         n = p.shape[-1]
         return self._call("softmax_backward", p.dtype, gp, p, p.numel() // n, n, scale, threads())
@@ -123,7 +124,7 @@ class _CppTraining:
         cap: float | None, gradient: bool,
     ) -> Any:  # fmt: skip
         known = targets.is_contiguous() and losses.dtype is torch.float32
-        if not known or not taken(z, dense=True):
+        if not known or not supported(z, dense=True):
             return NotImplemented
         parts = (z, targets, losses, *z.shape, scale, cap or 0.0, gradient, threads())
         return self._call("cross_entropy", z.dtype, *parts)
@@ -143,7 +144,7 @@ class _CppTraining:
 
     def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:
         z = z.contiguous()
-        plain = g.dim() != 1 or not taken(z, y, dense=True)
+        plain = g.dim() != 1 or not supported(z, y, dense=True)
         if plain or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
             return NotImplemented
         found, g = (torch.empty_like(y), torch.empty_like(g), torch.empty_like(g)), g.contiguous()

@@ -182,7 +182,7 @@ class MXFP4(QuantizedMatrices):
         return self.turned(dequantize(self.parameter[e], self.scales[e], self.dtype))
 
 
-def held(matrices: Matrices) -> ExpertMatrices:
+def stored_matrices(matrices: Matrices) -> ExpertMatrices:
     """How a parameter of experts stores its matrices."""
     if matrices.name + BLOCKS in matrices.owner._parameters:
         return MXFP4(matrices)

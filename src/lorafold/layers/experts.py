@@ -35,7 +35,7 @@ from lorafold.core.matrices import (
 )
 from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.layers.expert_matrices import ExpertMatrices, held
+from lorafold.layers.expert_matrices import ExpertMatrices, stored_matrices
 from lorafold.ops.autocast import lowered
 from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
@@ -56,7 +56,7 @@ class Experts(BaseLayer):
     def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
-        self.held: ExpertMatrices = held(module)
+        self.held: ExpertMatrices = stored_matrices(module)
         self.quantized = self.held.quantized
 
     @classmethod
@@ -191,7 +191,7 @@ class Experts(BaseLayer):
             for name in self.held.names:
                 del self.owner._parameters[name]
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
-            self.held, self.quantized = held(self.module), False  # type: ignore[arg-type]
+            self.held, self.quantized = stored_matrices(self.module), False  # type: ignore[arg-type]
             leave(self.module.routed)  # type: ignore[arg-type]
 
 
@@ -239,7 +239,7 @@ def route(routed: nn.Module) -> None:
 def leave(routed: nn.Module) -> None:
     """Give the module its own forward again, if nothing needs another."""
     own = matrices_of(_holder(routed)[1], routed).values()
-    needed = any(isinstance(m, Adapted) or held(m).quantized for m in own)
+    needed = any(isinstance(m, Adapted) or stored_matrices(m).quantized for m in own)
     if isinstance(routed, Routed) and not needed:
         routed.__class__ = routed.base_class  # type: ignore[assignment]
 
@@ -253,7 +253,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     adapted = [m for m in own.values() if isinstance(m, Adapted)]
     names = adapted[0].selection.running(self.training) if adapted else ()
     active = any(n in m.deltas for m in adapted for n in names)
-    if not active and not any(held(m).quantized for m in own.values()):
+    if not active and not any(stored_matrices(m).quantized for m in own.values()):
         return self.base_class.forward(self, *args, **kwargs)
 
     def layers(groups: Groups, at: Tensor | None, experts: tuple[int, int]) -> list[Layer]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorafold.core.matrices import Matrices, matrices_of, module_at
 from lorafold.layers.compressed import CompressedLinear
-from lorafold.layers.expert_matrices import held
+from lorafold.layers.expert_matrices import stored_matrices
 
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
@@ -51,5 +51,5 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
 
 def _quantized(module: nn.Module) -> bool:
     return isinstance(module, CompressedLinear) or any(
-        held(matrices).quantized for matrices in matrices_of(module).values()
+        stored_matrices(matrices).quantized for matrices in matrices_of(module).values()
     )

@@ -34,7 +34,7 @@ from lorafold.models.checkpoint import (
     mapped_model,
     open_checkpoint,
 )
-from lorafold.models.sources import HUB_FILES, remember
+from lorafold.models.sources import HUB_FILES, remember_source
 from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import TensorEntry
 from lorafold.peft.saved import Saved
@@ -189,7 +189,7 @@ def plan(
     """
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all: the unchanged ones are copied
     checkpoint, mapped, dequantized = as_plain(checkpoint, mapped_model(checkpoint))
-    remember(mapped.model, base.source)
+    remember_source(mapped.model, base.source)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))

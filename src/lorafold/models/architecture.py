@@ -21,7 +21,7 @@ from torch import nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.errors import LorafoldError
-from lorafold.models.sources import known
+from lorafold.models.sources import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,7 +59,7 @@ def whole_of(model: nn.Module) -> Whole | None:
     """The whole that a language model was loaded out of; None for any other model."""
     import transformers as tf
 
-    source, own = known(model), getattr(model, "config", None)
+    source, own = source_of(model), getattr(model, "config", None)
     name = source.path if source else getattr(own, "_name_or_path", "")
     trusted = source is not None and source.trust_remote_code  # unset, transformers asks on stdin
     if not name:

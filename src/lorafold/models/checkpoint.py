@@ -41,11 +41,11 @@ from lorafold.core.matrices import Matrices
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.layers.compressed import CompressedLinear
-from lorafold.layers.expert_matrices import BLOCKS, held
+from lorafold.layers.expert_matrices import BLOCKS, stored_matrices
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.quantized_files import as_in_files, check_quantized, make_quantized, readable
-from lorafold.models.sources import ModelSource, remember
+from lorafold.models.sources import ModelSource, remember_source
 from lorafold.models.weight_conversion import Conversion, SourceTensor
 from lorafold.models.weights import (
     INDEX,
@@ -192,7 +192,7 @@ def mapped_model_of(source: ModelSource) -> MappedModel:
     which adapters attached to it record as their base.
     """
     mapped = mapped_model(open_checkpoint(source))
-    remember(mapped.model, source)
+    remember_source(mapped.model, source)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
     return mapped
 
@@ -368,6 +368,6 @@ def _quantized(
             others = [n for n in beside[path] if n not in (codes, f"{path}.bias")]
             shape = (module.out_features, module.in_features)
             yield path, module, f"{path}.weight", [codes, *others], shape
-        elif isinstance(module, Matrices) and (stored := held(module)).quantized:
+        elif isinstance(module, Matrices) and (stored := stored_matrices(module)).quantized:
             own = [path.removesuffix(module.name) + name for name in stored.names]
             yield path, module.owner, path, own, (stored.number, *stored.sides)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy, beneath
-from lorafold.core.attach import adapted_modules, lift
+from lorafold.core.attach import adapted_modules, detach_delta
 from lorafold.core.shared_tensors import twin
 from lorafold.errors import LorafoldError
 from lorafold.files.model_card import REWARD
 from lorafold.models.load_errors import check_complete, loading
 from lorafold.models.loading import read_weights
 from lorafold.models.quantizations import Storage
-from lorafold.models.sources import ModelSource, known, remember
+from lorafold.models.sources import ModelSource, remember_source, source_of
 from lorafold.models.weights import FileWeights, Weights, model_files
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
                 " leaves the base as it is: a reward adapter lies over the base's own weights"
             )
         for name in [*module.deltas]:
-            lift(module, name)
-    source, config = known(model), of_base.config
+            detach_delta(module, name)
+    source, config = source_of(model), of_base.config
     config.num_labels, config.problem_type = 1, "regression"
     config.id2label, config.label2id = {0: REWARD}, {REWARD: 0}
     text = config.get_text_config()
@@ -233,5 +233,5 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     shell.requires_grad_(False)
     widen_heads(shell)
     if source is not None:
-        remember(shell, source)
+        remember_source(shell, source)
     return shell.eval()

@@ -2,8 +2,8 @@
 (`runtime.devices`) and in a storage (`models.quantizations`). Checks that no file is damaged and no
 weight missing, and returns how files and models store their weights.
 
-`loaded_in_turn` makes transformers read one tensor at a time, and `each_kept` calls a function with
-each, so that the model is never whole in memory.
+`loaded_in_turn` makes transformers read one tensor at a time, and `each_registered` calls a
+function with each, so that the model is never whole in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorafold.models.load_errors import check_complete, loading, warn_unread
 from lorafold.models.quantizations import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
 from lorafold.models.quantize_on_load import compute_in, quantization_of, read_quantized
 from lorafold.models.quantized_files import readable, storage_in_files
-from lorafold.models.sources import ModelSource, remember, resolve_model
+from lorafold.models.sources import ModelSource, remember_source, resolve_model
 from lorafold.models.weights import MODEL_FILES, SHARDS, Weights, model_files
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def loaded_in_turn() -> Iterator[None]:
 
 
 @contextmanager
-def each_kept(keep: Callable[[Tensor], None]) -> Iterator[None]:
+def each_registered(keep: Callable[[Tensor], None]) -> Iterator[None]:
     """Call `keep` with each parameter and buffer, of any shape, that a module gets, once the next
     one comes or the block ends: until then other hooks may still replace it.
     """
@@ -145,7 +145,7 @@ def read_weights(
         model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
         compute_in(model, wanted.dtype)
     keep_scale(model)
-    remember(model, source)
+    remember_source(model, source)
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), info

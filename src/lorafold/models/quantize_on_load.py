@@ -26,7 +26,7 @@ from lorafold.errors import LorafoldError
 from lorafold.layers import is_linear, layer_of
 from lorafold.layers.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.layers.compressed import CompressedLinear
-from lorafold.layers.expert_matrices import Floats, held, quantized
+from lorafold.layers.expert_matrices import Floats, quantized, stored_matrices
 from lorafold.layers.experts import route
 from lorafold.models.quantizations import IN_CODES, IN_FILES, MADE, STORAGES, made_of
 from lorafold.models.quantized_files import (
@@ -212,7 +212,7 @@ def experts_quantized(quantization: str) -> Iterator[None]:
 def route_quantized(model: torch.nn.Module) -> None:
     """Make modules of experts that have quantized matrices compute with these."""
     for _, module in Anatomy.of(model).modules:
-        if isinstance(module, Matrices) and held(module).quantized:
+        if isinstance(module, Matrices) and stored_matrices(module).quantized:
             route(module.routed)
 
 

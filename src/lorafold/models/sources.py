@@ -101,7 +101,7 @@ def resolve_model(
     if not files and not path.is_dir():
         if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
             what = "not a model" if path.exists() else "no such file or directory"
-            raise LorafoldError(f"model {text}: {what}; {meant(text) or ACCEPTED}")
+            raise LorafoldError(f"model {text}: {what}; {suggestion(text) or ACCEPTED}")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HTTPError
 
@@ -110,7 +110,7 @@ def resolve_model(
                 path = Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
             except (OSError, ValueError, HTTPError) as error:
                 where = text if revision is None else f"{text} at {revision}"
-                raise not_there(where, away, error) from error
+                raise unavailable(where, away, error) from error
             if not any((path / name).is_file() for name in CONFIGS):
                 files = gguf_on_hub(text, revision)
     if files:
@@ -151,10 +151,10 @@ def configuration(
             except OSError as error:
                 if files := gguf_on_hub(name, revision):
                     return of_gguf(files)
-                raise not_there(name, away, error) from error
+                raise unavailable(name, away, error) from error
 
 
-def meant(name: str) -> str:
+def suggestion(name: str) -> str:
     """A question for the model that a name may stand for; empty where there is none."""
     if page := re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", name):
         return f"did you mean {page[1]}?"
@@ -227,14 +227,14 @@ def _embedded_gguf() -> Path:
     )
 
 
-def not_there(name: str, away: str, error: Exception) -> LorafoldError:
+def unavailable(name: str, away: str, error: Exception) -> LorafoldError:
     """The error for a model that is not on this machine and can't be loaded from the hub: `away` is
     why the hub was not asked, or empty if it answered with `error`.
     """
     reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
     return LorafoldError(
         f"model {name}: not on this machine, and can't be loaded from the hub: {reason};"
-        f" {meant(name) or ACCEPTED}"
+        f" {suggestion(name) or ACCEPTED}"
     )
 
 
@@ -256,12 +256,12 @@ def _checked(path: Path, name: str) -> Path:
     return path
 
 
-def remember(model: "nn.Module", source: ModelSource) -> None:
+def remember_source(model: "nn.Module", source: ModelSource) -> None:
     """Note the files of a model that was just read."""
     _READ[model] = source
 
 
-def known(model: "nn.Module") -> ModelSource | None:
+def source_of(model: "nn.Module") -> ModelSource | None:
     """The files that a model was read from; None for a model that was made, changed or read by
     other means, and if the directory is gone.
     """
@@ -269,11 +269,11 @@ def known(model: "nn.Module") -> ModelSource | None:
     return source if source and source.path.is_dir() else None
 
 
-def forget(model: "nn.Module") -> None:
-    """Drop the note of `remember`, since the model's weights are no longer those of its files."""
+def forget_source(model: "nn.Module") -> None:
+    """Drop the source of a model whose weights are no longer those of its files."""
     _READ.pop(model, None)
 
 
-def called(model: "nn.Module") -> str:
+def name_of_base(model: "nn.Module") -> str:
     """The name or path by which a model was opened; empty if it has none."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")

@@ -31,7 +31,7 @@ from lorafold.files.paths import beside
 from lorafold.layers import is_linear
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.trainable_tokens import TokenRows
-from lorafold.models.sources import called
+from lorafold.models.sources import name_of_base
 from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import WrittenForm, renamed_patterns, selected, shortest
 from lorafold.peft.table import METHODS, more_methods
@@ -134,7 +134,7 @@ def write_config(
     if heads and {*saved_leaves(model, (*names, *heads))} != {*saved_leaves(model, names)}:
         task = None
     config = method.config(spec, sites) | {
-        "base_model_name_or_path": called(model) or None,
+        "base_model_name_or_path": name_of_base(model) or None,
         "inference_mode": True,
         "modules_to_save": list(names) or None,
         "revision": None,

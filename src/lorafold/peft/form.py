@@ -126,7 +126,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
     return WrittenForm(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
 
 
-def tell(form: WrittenForm, path: object) -> None:
+def warn_limits(form: WrittenForm, path: object) -> None:
     """Log what the form means to a user of PEFT."""
     if form.own:
         log.warning(

@@ -183,7 +183,7 @@ def recorded(over: Sequence[Origin]) -> dict[str, Any]:
     return {OVER: entries} if entries else {}
 
 
-def parse(record: Mapping[str, Any]) -> tuple[Origin, ...]:
+def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
     """The adapters that a record says its adapter lies over, lowest first."""
     entries = record.get(OVER, [])
     if not isinstance(entries, list) or not all(
@@ -197,7 +197,7 @@ def parse(record: Mapping[str, Any]) -> tuple[Origin, ...]:
     return tuple(Origin(path=e["adapter"], sha256=e["sha256"]) for e in entries)
 
 
-def beside(origin: Origin, over: Path) -> Path:
+def expected_path(origin: Origin, over: Path) -> Path:
     """Where an adapter has to be for an engine or a server to find it: beside the one that lies
     over it, under the last part of its path. A record comes with an adapter, and may not choose
     what is read.
@@ -206,14 +206,15 @@ def beside(origin: Origin, over: Path) -> Path:
 
 
 def not_found(origin: Origin, over: Path) -> str:
-    """What is wrong where `beside` leads to nothing, or to another adapter; arguments as there."""
+    """What is wrong if `expected_path` leads to nothing, or to another adapter; arguments as there.
+    """
     return (
         f"{over}: it was trained over {listed([origin])}, which was not found in"
-        f" {beside(origin, over)}; put it there, or merge both"
+        f" {expected_path(origin, over)}; put it there, or merge both"
     )
 
 
-def same(needed: Sequence[Origin], found: Sequence[Origin]) -> bool:
+def same_adapters(needed: Sequence[Origin], found: Sequence[Origin]) -> bool:
     """Whether an adapter that lies over those needed fits over those found, lowest first. One that
     lies over nothing fits over any.
     """

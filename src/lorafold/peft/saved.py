@@ -61,8 +61,8 @@ from lorafold.peft.config import (
     write_config,
 )
 from lorafold.peft.convolution import CORES, in_matrix_form
-from lorafold.peft.form import DROPOUT, PER_EXPERT, form_of, tell, with_dropout
-from lorafold.peft.provenance import COMPUTED, OwnBase, TrainedOn, parse
+from lorafold.peft.form import DROPOUT, PER_EXPERT, form_of, warn_limits, with_dropout
+from lorafold.peft.provenance import COMPUTED, OwnBase, TrainedOn, parse_over
 from lorafold.peft.table_types import ROOT
 from lorafold.peft.tensors import Parts, misfit, not_finite, saved_tensors, sites_of, stray
 
@@ -118,7 +118,7 @@ class Saved:
         record = _attempt(problems, lambda: contents.record) or {}
         try:
             own_base = OwnBase.of(contents.path, written or {}, record)
-            over = parse(record) if OVER in record else ()
+            over = parse_over(record) if OVER in record else ()
         except LorafoldError as e:
             problems.append(f"{RECORD}: {e}")
         contents.check_intact()  # what is damaged explains the problems
@@ -299,7 +299,7 @@ def write(
         if beside.tokenizer is not None:
             beside.tokenizer.save_pretrained(directory)
         (directory / CARD).write_text(card, encoding="utf-8")
-    tell(form, path)
+    warn_limits(form, path)
     return Path(path)
 
 

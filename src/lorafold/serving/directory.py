@@ -27,7 +27,7 @@ from lorafold.identity import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
-from lorafold.peft.provenance import beside
+from lorafold.peft.provenance import expected_path
 from lorafold.peft.saved import FILES
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -165,7 +165,7 @@ class Directory:
         """
         if not self._single:
             self.locate(Path(origin.path).name)
-        return beside(origin, path)
+        return expected_path(origin, path)
 
     def _check_own(self, *files: Path) -> None:
         """Raise LorafoldError for a file that is not the directory's own."""

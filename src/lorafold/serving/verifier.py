@@ -34,7 +34,7 @@ from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse
+from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse_over
 from lorafold.peft.saved import FILES
 from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import Directory
@@ -204,7 +204,7 @@ class Verifier:
                 "found an adapter of a classifier or a reward model, expected one of a language"
                 " model"
             )
-        over = parse(small.record)
+        over = parse_over(small.record)
         if len(over) > OVERS:
             raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {OVERS}")
         below = [self.directory.below(origin, path) for origin in over]

@@ -33,7 +33,7 @@ from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
 from lorafold.peft.form import form_of
-from lorafold.peft.provenance import BASE_IDENTITY, parse, recorded
+from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
 from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.tensors import saved_tensors, sites_of
 from lorafold.recipe.fields import OF_METHOD
@@ -369,7 +369,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     data, given = record.get("data", {}), request.data.record
     if any(data.get(key) != given[key] for key in ("sha256", "streamed") if key in given):
         yield "the rows were others"
-    below = [origin.sha256 for origin in parse(record)]
+    below = [origin.sha256 for origin in parse_over(record)]
     if below != [one.sha256 for one in open_all(request.over)]:
         yield "it lay over other adapters"
     if DEPENDS_ON in record:  # which earlier versions did not write

@@ -38,7 +38,7 @@ from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
-from lorafold.peft.provenance import mismatch, same
+from lorafold.peft.provenance import mismatch, same_adapters
 from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
@@ -164,7 +164,7 @@ def saved_adapters(request: RunRequest) -> list[Saved]:
     found = [*open_all(request.adapters)] if request.adapters else []
     origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
     for n, one in enumerate(found):
-        if not (request.base.allow_other_base or same(one.over, origins[:n])):
+        if not (request.base.allow_other_base or same_adapters(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
             raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; give {needed}")
     if found and not request.base.allow_other_base and (base := request.base.in_files()):

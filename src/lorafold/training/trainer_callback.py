@@ -31,9 +31,9 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
 from lorafold.layers.bitsandbytes import quietly
-from lorafold.models.sources import called
+from lorafold.models.sources import name_of_base
 from lorafold.models.weights import SINGLE, InMemory
-from lorafold.peft.provenance import mismatch, same
+from lorafold.peft.provenance import mismatch, same_adapters
 from lorafold.peft.saved import Saved
 
 with quietly():  # transformers imports PEFT here, and that bitsandbytes
@@ -228,8 +228,8 @@ class AdapterCallback(TrainerCallback):
                 )
         saved = Saved.open(checkpoint / ADAPTER)
         model = self.adapter.model
-        wrong = saved.own_base.problems(InMemory.of_model(model), called(model))
-        if not same(saved.over, self.adapter.over):
+        wrong = saved.own_base.problems(InMemory.of_model(model), name_of_base(model))
+        if not same_adapters(saved.over, self.adapter.over):
             wrong.append(mismatch(saved.over, self.adapter.over))
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)
         if about.get("spec") != spec:

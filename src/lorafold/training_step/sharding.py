@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.files.cache import cached, found_in_cache
-from lorafold.models.loading import each_kept, loaded_in_turn
+from lorafold.models.loading import each_registered, loaded_in_turn
 from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURNED, freed_blocks
 from lorafold.runtime.processes import Processes
@@ -99,7 +99,7 @@ class Sharded(Replicated):
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
-        with freed_blocks(RETURNED), loaded_in_turn(), each_kept(self._keep_part(device)):
+        with freed_blocks(RETURNED), loaded_in_turn(), each_registered(self._keep_part(device)):
             yield
 
     def _keep_part(self, device: torch.device) -> Callable[[Tensor], None]:

@@ -27,7 +27,7 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
 from lorafold.layers import layer_of
 from lorafold.layers.dense import Plain
-from lorafold.methods.parts.trainable_tokens import TokenRows, TrainableTokens, carried
+from lorafold.methods.parts.trainable_tokens import TokenRows, TrainableTokens, token_rows_on
 
 Bias = Literal["none", "lora_only", "all"]
 
@@ -55,7 +55,7 @@ def add_token_rows(
             f"tokens: {type(spec).__name__} trains the base's own weights, so it can't have token"
             " rows too; leave out the tokens"
         )
-    carry = {id(m) for _, m in adapted_modules(model) if any(carried(m))}
+    carry = {id(m) for _, m in adapted_modules(model) if any(token_rows_on(m))}
     others = [path for path in deltas if path not in rows] if carry else []
     over = [path for path in others if id(module_at(model, path)) in carry]
     problems = [

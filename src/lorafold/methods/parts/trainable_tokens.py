@@ -86,7 +86,7 @@ class TokenRows(Delta):
     def beyond(self, size: int) -> int:
         """The number of ids that are not below `size`, the vocabulary of a matrix."""
         missing = sum(i >= size for i in self.ids)
-        if missing and (wrong := gap(self.ids, size)):
+        if missing and (wrong := gap_message(self.ids, size)):
             raise LorafoldError(wrong)
         return missing
 
@@ -175,7 +175,7 @@ class TrainableTokens:
             w = w.t() if layer.takes_ids else w  # (V, d)
             if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
                 problems.append(f"{path}: tokens {list(ids)}: expected ids from 0 up, each once")
-            elif wrong := gap(ids, len(w)):
+            elif wrong := gap_message(ids, len(w)):
                 problems.append(f"{path}: {wrong}")
             else:
                 shared = sharers(model, module)
@@ -225,8 +225,9 @@ class TrainableTokens:
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)
         for path in rows:
-            held = [*carried(model.get_submodule(path)), *([found[path]] if path in found else [])]
-            sizes[path] = max([rows[path], *(i + 1 for delta in held for i in delta.ids)])
+            deltas = [*token_rows_on(model.get_submodule(path))]
+            deltas += [found[path]] if path in found else []
+            sizes[path] = max([rows[path], *(i + 1 for delta in deltas for i in delta.ids)])
         if sizes == rows or len(set(sizes.values())) == 1:
             return []
         have = ", ".join(f"{path} would have {n} tokens" for path, n in sizes.items())
@@ -241,7 +242,7 @@ class TrainableTokens:
         return torch.stack([mean if n else w[i].float() for n, i in zip(new, ids, strict=True)])
 
 
-def gap(ids: Sequence[int], size: int) -> str | None:
+def gap_message(ids: Sequence[int], size: int) -> str | None:
     """The error message for ids that would leave a gap after a vocabulary of `size` tokens."""
     beyond = sorted(i for i in ids if i >= size)
     if not beyond or beyond[-1] == size + len(beyond) - 1:
@@ -252,7 +253,7 @@ def gap(ids: Sequence[int], size: int) -> str | None:
     )
 
 
-def carried(module: nn.Module) -> Iterator[TokenRows]:
+def token_rows_on(module: nn.Module) -> Iterator[TokenRows]:
     """Yield the token rows among the deltas attached to a module."""
     deltas: Any = module.deltas.values() if isinstance(module, Adapted) else ()
     return (part for delta in deltas for part in delta.parts() if isinstance(part, TokenRows))
