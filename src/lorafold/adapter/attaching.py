@@ -256,7 +256,7 @@ def read(
         # some methods draw as many numbers as the base has, or as random projections of its ranks
         in_file = sum(math.prod(saved.weights.shape(name)) for name in saved.weights.names)
         with skip_init(4 * in_file + max(ROOM, sum(p.numel() for p in model.parameters()))):
-            built = build(model, spec, tokens=tokens, **saved.beside(model))
+            built = build(model, spec, tokens=tokens, **saved.attach_options(model))
     except LorafoldError as e:
         raise _refused(saved, model, as_one([*problems, e])) from None
     try:

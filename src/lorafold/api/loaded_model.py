@@ -112,7 +112,8 @@ def opened(
     )
     tokenizer = prepared(tokenizer, objective, console)
     base = model.stored_as_trained(adapters)
-    console.print(f"{base.name} on {base.where}, {base.held.why}", highlight=False, markup=False)
+    line = f"{base.name} on {base.where}, {base.loaded_as.why}"
+    console.print(line, highlight=False, markup=False)
     loaded, weights = objective.load(base, tokenizer), base.weights()
     for number, one in enumerate(adapters, 1):
         name, other = f"adapter{number}", base.allow_other_base

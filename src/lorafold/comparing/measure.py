@@ -440,7 +440,7 @@ def merge_proved(models: Models) -> PreTrainedModel | None:
         except NotMergeable:
             return None
         after = tuned(ids).logits
-    nn.Module.to(tuned, models.bare.held.dtype)
+    nn.Module.to(tuned, models.bare.loaded_as.dtype)
     return tuned if (after - before).norm() <= EXACT * before.norm() else None
 
 

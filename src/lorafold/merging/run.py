@@ -271,7 +271,7 @@ def merge(
     """
     check_out(out, wanted.overwrite)
     asked, base = base.storage, base.with_files_for(adapters)
-    source, _ = base.source, base.held  # a wrong name or device is told before any work
+    source, _ = base.source, base.loaded_as  # a wrong name or device is told before any work
     check_kept(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         target = choose_into(wanted.into, adapters, asked, stored_in_files(source))

@@ -91,7 +91,7 @@ class Classify(Objective):
     def load(
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
     ) -> PreTrainedModel:
-        pad, at = padding_id(tokenizer), (base.held, base.where)
+        pad, at = padding_id(tokenizer), (base.loaded_as, base.where)
         return load_classifier(base.source, self.classes, pad, *at, seed=seed)
 
     def guessing(self, labels: Mapping[str, int]) -> float:

@@ -56,7 +56,7 @@ class RewardModel(Comparing):
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
     ) -> PreTrainedModel:
         pad = padding_id(tokenizer)
-        return load_classifier(base.source, (REWARD,), pad, base.held, base.where, seed=seed)
+        return load_classifier(base.source, (REWARD,), pad, base.loaded_as, base.where, seed=seed)
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
         return class_loss(model, inputs)

@@ -108,8 +108,8 @@ class OwnBase:
         return cls.of(adapter, contents.object(CONFIG), contents.record)
 
     @property
-    def said_by(self) -> str:
-        """The file that says it, in words."""
+    def named_in(self) -> str:
+        """The file that names it, in words."""
         return "the adapter's record" if self.fingerprint else f"the adapter's {CONFIG}"
 
     @property
@@ -166,7 +166,7 @@ class OwnBase:
         if self.fingerprint or self.name in ("", called):
             return ""
         theirs, ours = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
-        return f"; {self.said_by} names the base {theirs}, and this is {ours}"
+        return f"; {self.named_in} names the base {theirs}, and this is {ours}"
 
     def other(self, base: Weights) -> str:
         """The line to tell where an adapter is loaded on another base all the same; else empty."""

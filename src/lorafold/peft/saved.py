@@ -197,7 +197,7 @@ class Saved:
             )
         return self.selection.targets(model)
 
-    def beside(self, model: nn.Module) -> dict[str, Any]:
+    def attach_options(self, model: nn.Module) -> dict[str, Any]:
         """The arguments of `attach` for this model besides the spec and the tokens."""
         return {
             "targets": self.targets(model),

@@ -87,8 +87,8 @@ class Base:
     @cached_property
     def source(self) -> ModelSource:
         """Its files."""
-        asked = self.storage == "fp32"
-        return resolve_model(self.model, self.revision, self.trust_remote_code, asked)
+        fp32 = self.storage == "fp32"
+        return resolve_model(self.model, self.revision, self.trust_remote_code, fp32)
 
     @property
     def name(self) -> str:
@@ -96,14 +96,14 @@ class Base:
         return self.model.name if isinstance(self.model, ModelSource) else str(self.model)
 
     @cached_property
-    def held(self) -> Storage:
+    def loaded_as(self) -> Storage:
         """The storage on the device, with the reason for it."""
-        found = choose_storage(self.storage, self.where)
+        storage = choose_storage(self.storage, self.where)
         if self.dtype is None:
-            return found
-        name = f"{found.quantization}, computed in " if found.quantization else ""
+            return storage
+        name = f"{storage.quantization}, computed in " if storage.quantization else ""
         dtype = getattr(torch, STORAGES[self.dtype].dtype)
-        return found._replace(dtype=dtype, why=f"{name}{self.dtype}: as in training")
+        return storage._replace(dtype=dtype, why=f"{name}{self.dtype}: as in training")
 
     @cached_property
     def identity(self) -> str:
@@ -154,7 +154,7 @@ class Base:
         if self.storage in PLAIN and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
             return load_model(self.source, rounded, self.where).float()
-        return load_model(self.source, self.held, self.where)
+        return load_model(self.source, self.loaded_as, self.where)
 
     def tokenizer(self, adapters: Sequence[Saved] = ()) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the model's. Contents may have tokens
@@ -187,7 +187,7 @@ class Base:
 
     def weights(self) -> Weights | None:
         """The original weights, if those in memory are quantized and the files have others."""
-        return weights_of(self.source, self.held) if self.held.quantization else None
+        return weights_of(self.source, self.loaded_as) if self.loaded_as.quantization else None
 
 
 def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | None:
@@ -279,8 +279,8 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
 
     def line(path: str, found_by: str = "") -> str:
         if path == own.name:
-            return f"{path}, as {own.said_by} says"
-        return f"{path}{found_by}; {own.said_by} says {_name(own)}"
+            return f"{path}, as {own.named_in} says"
+        return f"{path}{found_by}; {own.named_in} says {_name(own)}"
 
     if own.name == EMBEDDED:
         return Base(**how), line(EMBEDDED)

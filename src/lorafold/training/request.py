@@ -239,7 +239,7 @@ def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
     return {
         FILES: base.identity,
         "device": base.where.type,
-        "storage": [base.held.name, str(base.held.dtype)],
+        "storage": [base.loaded_as.name, str(base.loaded_as.dtype)],
         "chat_template": file,
         "code": of_code(*TRAINING, *rooms, packages=COMPUTED_WITH),
     }

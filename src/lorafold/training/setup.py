@@ -91,7 +91,7 @@ class Setup:
         """
         read = [of["sha256"] for name, of in self.files.items() if name != "init_adapter"]
         base = self.request.base
-        return [*read, base.held.name, str(base.held.dtype), base.where.type]
+        return [*read, base.loaded_as.name, str(base.loaded_as.dtype), base.where.type]
 
 
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
@@ -192,7 +192,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
     base = request.base.stored(storage)
     request = replace(request, recipe=recipe, base=base)
     if spec.trains_base:
-        check_rounding(recipe.optimizer, [base.held.dtype])
+        check_rounding(recipe.optimizer, [base.loaded_as.dtype])
     files = {"model": {"name": base.name, "sha256": base.identity}}
     for n, one in enumerate(saved):
         name = "init_adapter" if n == len(request.over) else request.below[n]
@@ -209,7 +209,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         held = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
         console.print(f"the chat template writes the date: {held}", highlight=False)
     feed, held_out, findings = tokenized(request, dated, objective, console)
-    console.print(f"base: {base.held.why}", highlight=False)
+    console.print(f"base: {base.loaded_as.why}", highlight=False)
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, expected one that draws no"
@@ -319,11 +319,13 @@ def largest_setting(setup: Setup) -> Setting:
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     stored = setup.saved[-1] if request.init_adapter else None
-    below = tuple((s.spec, s.beside) for s in setup.saved[: len(request.over)])
-    extra = stored.beside if stored else partial(extras, setup)
+    below = tuple((s.spec, s.attach_options) for s in setup.saved[: len(request.over)])
+    extra = stored.attach_options if stored else partial(extras, setup)
     spec, shared = stored.spec if stored else setup.spec, setup.layout.processes.count
     trusted = base.trust_remote_code
-    asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
+    asked = Setting(
+        base.loaded_as, spec, recipe.targets, extra, below=below, trust_remote_code=trusted
+    )
     return planned(
         recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out,
         may_share(base.config()),
