@@ -172,7 +172,7 @@ def test_where_it_cannot_be_compiled_it_says_why_and_torch_computes(
         use.cache_clear()
 
 
-def test_a_new_form_is_a_file_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_form_is_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     class Forms:
         """Takes vectors alone."""
 
@@ -180,8 +180,8 @@ def test_a_new_form_is_a_file_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None
             return x * 2 if x.dim() == 1 else NotImplemented
 
     of = Operation("doubled", lambda x: x + x + 0.5)
-    monkeypatch.setitem(sys.modules, "lorafold.kernels.other", SimpleNamespace(forms=Forms))
-    monkeypatch.setitem(FORMS, of, {"cpu": "other"})
+    monkeypatch.setitem(sys.modules, "lorafold.kernels.other", SimpleNamespace(Forms=Forms))
+    monkeypatch.setitem(FORMS, of, {"cpu": "other.Forms"})
     one = torch.ones(1)
     assert of(one) == 2.5
     assert use((of,), "cuda") == "" == use((of,))
