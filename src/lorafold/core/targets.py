@@ -171,11 +171,6 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
     return found
 
 
-def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The sublayers that are no attention."""
-    return [p for p in sublayers(model, is_linear) if not of_attention(last_part(p))]
-
-
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """Every module that has a bias, but no router; the linears of all-linear if no module inside
     the blocks has one. Experts are left out.
@@ -220,7 +215,9 @@ PRESETS: dict[str, Callable[[nn.Module, IsLinear], list[str]]] = {
     "attention": partial(by_attention, True),
     "mlp": partial(by_attention, False),
     "sublayers": sublayers,
-    "mlp-sublayers": mlp_sublayers,
+    "mlp-sublayers": lambda model, is_linear: [
+        path for path in sublayers(model, is_linear) if not of_attention(last_part(path))
+    ],
     "biases": biases,
     "parameters": parameters,
     "decoder": decoder,

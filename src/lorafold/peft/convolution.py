@@ -33,11 +33,6 @@ def as_kernel(m: Tensor, site: TargetModule) -> Tensor:
     return m.unflatten(1, (-1, *site.window))
 
 
-def as_points(m: Tensor, site: TargetModule) -> Tensor:
-    """A matrix (out, r) as a kernel of window 1: (out, r, 1, ...)."""
-    return m.view(*m.shape, *(1,) * len(site.window))
-
-
 def as_channels(v: Tensor, site: TargetModule) -> Tensor:
     """A vector (out,) that broadcasts to outputs: (1, out, 1, ...)."""
     return v.view(1, -1, *(1,) * len(site.window))

@@ -29,7 +29,7 @@ from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
 from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.lora_inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.vera import VeRA, VeRADelta
-from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
+from lorafold.peft.convolution import as_kernel, flat, not_down
 from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule
 
 
@@ -141,7 +141,8 @@ def lora(site: TargetModule) -> list[FileTensor]:
     down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
     if site.window:
         a = FileTensor("A", down, as_kernel, flat, not_down)
-        return [a, FileTensor("B", up, as_points, flat)]
+        ones = (1,) * len(site.window)  # a kernel of window 1: (out, r, 1, ...)
+        return [a, FileTensor("B", up, lambda b, site: b.view(*b.shape, *ones), flat)]
     if site.wrappers is None:
         return [FileTensor("A", down), FileTensor("B", up)]
     rows, columns = (down, as_rows, from_rows), (up, as_columns, from_columns)

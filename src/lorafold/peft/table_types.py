@@ -51,9 +51,9 @@ class TargetModule:
     base: The base's weights.
     at: The module's path in PEFT's names.
     wrappers: For the matrices of experts that PEFT adapts too, how many of its wrappers lie over
-        theirs (`parameters`); None for all other sites.
+        theirs (`form`); None for all other sites.
     window: The size of a convolution's window; () for any other module.
-    turned: PEFT takes the inputs of the matrices for their outputs (`parameters.turned`).
+    turned: PEFT takes the inputs of the matrices for their outputs (`form.turned`).
     """
 
     path: str
