@@ -248,32 +248,25 @@ def write(
     beside: ResultFiles,
 ) -> Path:
     """Write the directory, completely or not at all."""
-    spec, matches = chosen.spec, chosen.matches
-    targets = matches.paths
-    replaced = [
-        p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)
-    ]
-    saved = [p for p in replaced if p not in targets]
+    spec, matches, targets = chosen.spec, chosen.matches, chosen.matches.paths
+    replaced = [p for p, (first, *_) in parts.items() if isinstance(first, ReplaceDelta)]
     form, whole = form_of(model, spec, targets), whole_of(model)
     named = whole.outward if whole else str
     of_parameters = {named(p): named(parameter) for p, parameter in form.parameters.items()}
     selection = simplest_selection(
         whole.model if whole else model, [named(p) for p in targets if p],
-        tuple(matches.by_pattern), [*map(named, saved)], chosen.modules_to_save,
-        replace(form, parameters=of_parameters),
+        tuple(matches.by_pattern), [named(p) for p in replaced if p not in targets],
+        chosen.modules_to_save, replace(form, parameters=of_parameters),
     )  # fmt: skip
     sites = sites_of(model, parts, targets, base)
     config = write_config(model, spec, sites, selection, chosen.bias, form)
-    found = {key: one.encoded().contiguous().cpu() for key, one in saved_tensors(sites).items()}
-    # PEFT reads all that a module which it saves whole has
-    names = selection.modules_to_save
-    buffers = buffers_beneath(model, names) if names else {}
-    found |= {
-        key: buffer.contiguous().cpu()
-        for name, buffer in buffers.items()
-        if (key := f"{START}{name}") not in found
+    saved = {key: one.encoded() for key, one in saved_tensors(sites).items()}
+    if names := selection.modules_to_save:  # PEFT reads all that such a module has
+        buffers = buffers_beneath(model, names)
+        saved = {f"{START}{name}": buffer for name, buffer in buffers.items()} | saved
+    tensors = {
+        renamed(key, named) if whole else key: t.contiguous().cpu() for key, t in saved.items()
     }
-    tensors = {renamed(key, whole.outward): t for key, t in found.items()} if whole else found
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {as_one(wrong)}")
     record = {k: v for k, v in beside.record.items() if k != DROPOUT}
@@ -281,13 +274,10 @@ def write(
         record[DROPOUT] = form.dropout
     beneath = new_heads(model) if OVER in record else ()  # replaced there
     known = record.get(BASE) or fingerprint.of(base, [*replaced, *beneath])
-    about = {**record, "lorafold": version("lorafold"), BASE: known}
-    shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
-        "recipe": {"method": type(spec).__name__, **vars(spec)}
-    }
+    shown = {k: record[k] for k in (OVER, VOCABULARY) if k in record}
     card = beside.card or training_card(
         config["base_model_name_or_path"] or "",
-        shown,
+        shown | {"recipe": {"method": type(spec).__name__, **vars(spec)}},
         {},
         opened_by=opened_by_name(model),
         in_peft=form.in_peft,
@@ -295,7 +285,7 @@ def write(
     with atomic_directory(path, beside.overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         write_json(directory / CONFIG, config)
-        write_json(directory / RECORD, about)
+        write_json(directory / RECORD, {**record, "lorafold": version("lorafold"), BASE: known})
         if beside.tokenizer is not None:
             beside.tokenizer.save_pretrained(directory)
         (directory / CARD).write_text(card, encoding="utf-8")
