@@ -115,9 +115,8 @@ def _when_called(compiler: Callable[..., Any], function: Any = None, **options: 
 
 def constants_of(state: Any, blocks: slice = slice(None)) -> Tensor:
     """The constant of each block (blocks,) of 4-bit codes, of those in a slice."""
-    constants = state.absmax[blocks]
     if not state.nested:
-        return constants
+        return state.absmax[blocks]
     nested, skipped = state.state2, (blocks.start or 0) % BLOCK_OF_CONSTANTS
     start, end = (blocks.start or 0) - skipped, blocks.stop or len(state.absmax)
     scales = nested.absmax[start // BLOCK_OF_CONSTANTS : -(-end // BLOCK_OF_CONSTANTS)]

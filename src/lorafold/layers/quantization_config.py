@@ -19,31 +19,26 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
     """
     config: Any = getattr(model, "config", None)
     settings: Any = getattr(config, "quantization_config", None)
-    if isinstance(settings, dict):
-        if any(map(_quantized, model.modules())):
-            # what lists the modules whose weights are plain
-            own = settings["quant_method"] == "compressed-tensors"
-            name = "ignore" if own else "modules_to_not_convert"
-            sites = ((path, module_at(model, path)) for path in paths)
-            plain = [
-                p.rpartition(".")[0] if isinstance(m, Matrices) else p
-                for p, m in sites
-                if not (isinstance(m, Matrices) and _quantized(m.owner))
-            ]
-            settings[name] = list(dict.fromkeys([*(settings.get(name) or []), *plain]))
-        else:
-            del config.quantization_config
-        return
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return
-    if any(
-        isinstance(m, nn.Linear) and m.weight.dtype in (torch.uint8, torch.int8)
-        for m in model.modules()
-    ):
-        skipped = settings.llm_int8_skip_modules or []
-        settings.llm_int8_skip_modules = [*skipped, *paths]
-    else:
+    if isinstance(settings, dict):
+        if not any(map(_quantized, model.modules())):
+            del config.quantization_config
+            return
+        # the list of the modules whose weights are plain
+        compressed = settings["quant_method"] == "compressed-tensors"
+        name = "ignore" if compressed else "modules_to_not_convert"
+        sites = ((path, module_at(model, path)) for path in paths)
+        plain = [
+            p.rpartition(".")[0] if isinstance(m, Matrices) else p
+            for p, m in sites
+            if not (isinstance(m, Matrices) and _quantized(m.owner))
+        ]
+        settings[name] = list(dict.fromkeys([*(settings.get(name) or []), *plain]))
+    elif quantizer is not None:
+        linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+        if any(m.weight.dtype in (torch.uint8, torch.int8) for m in linears):
+            settings.llm_int8_skip_modules = [*(settings.llm_int8_skip_modules or []), *paths]
+            return
         quantizer.remove_quantization_config(model)
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             model.__dict__.pop(flag, None)

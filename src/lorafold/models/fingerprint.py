@@ -119,9 +119,12 @@ def fits(expected: Fingerprint, weights: Weights) -> bool:
     are compared before any values, and the small tensors' values first, up to the first that differ
     (among 50 models of one shape, not yet in the page cache: 0.6 s instead of 54).
     """
-    here = {name: found for name in expected if (found := weights.find(name))}
-    if any(_misshapen([*weights.shape(n)], expected[name]["shape"]) for name, n in here.items()):
-        return False
+    here = dict[str, str]()
+    for name, sample in expected.items():
+        if found := weights.find(name):
+            if _misshapen([*weights.shape(found)], sample["shape"]):
+                return False
+            here[name] = found
     by_size = sorted(here, key=lambda name: math.prod(expected[name]["shape"]))
     return bool(here) and not any(_difference(expected[n], weights, here[n]) for n in by_size)
 

@@ -81,16 +81,18 @@ class Weights(ABC):
         """
         if name in self.names:
             return name
-        parts = name.split(".")
-        shorter = next(
-            (n for i in range(1, len(parts) - 1) if (n := ".".join(parts[i:])) in self.names), None
-        )
+        first, *parts = name.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts) - 1))
+        if shorter := next((end for end in ends if end in self.names), None):
+            return shorter
         longer = [n for n in self.names if n.endswith(f".{name}")]
-        if shorter or longer:
-            return shorter or (longer[0] if len(longer) == 1 else None)
-        first, rest, alone = parts[0], ".".join(parts[1:]), ".".join((parts[0], *parts[2:]))
-        inside = [n for n in self.names if n.startswith(f"{first}.") and n.endswith(f".{rest}")]
-        return alone if alone in self.names else inside[0] if len(inside) == 1 else None
+        if longer:
+            return longer[0] if len(longer) == 1 else None
+        if (alone := ".".join((first, *parts[1:]))) in self.names:
+            return alone
+        rest = f".{'.'.join(parts)}"
+        inside = [n for n in self.names if n.startswith(f"{first}.") and n.endswith(rest)]
+        return inside[0] if len(inside) == 1 else None
 
 
 class InMemory(Weights):

@@ -115,7 +115,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> WrittenFo
     refused = tuple(sorted(REFUSED & ends)) if refusing else ()
     past = tuple(sorted(ends.intersection(PAST.get(kind, ())).difference(refused)))
     if not method.of_peft:
-        return WrittenForm(method, {}, renamed)
+        parameters, refused, past = {}, (), ()
     if not parameters:
         return WrittenForm(method, {}, renamed, refused=refused, past=past)
     # the matrices of which PEFT would take for one
