@@ -237,23 +237,20 @@ class Adapter:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        base = parameter_count(self.model)
+        base, bias = parameter_count(self.model), self.chosen.bias
         lines = [f"{self.name}: {self.spec}"]
         lines += [f"  over: {listed(self.over)}"] * bool(self.over)
-        by_pattern = self.matches.by_pattern.items()
-        lines += [f"  {pattern}: {counted(self.model, paths)}" for pattern, paths in by_pattern]
-        bias, saved = self.chosen.bias, self.chosen.modules_to_save
+        for pattern, paths in self.matches.by_pattern.items():
+            lines.append(f"  {pattern}: {counted(self.model, paths)}")
         lines += [f"  bias: {bias}"] * (bias != "none")
-        lines += [f"  modules to save: {', '.join(saved)}"] * bool(saved)
-        tokens = [(path, part) for path, part in self.parts() if isinstance(part, TokenRows)]
-        lines += [
-            f"  tokens: {len(t.ids)} rows of {path}"
-            + ", which shares those of the embedding" * bool(t.twin)
-            for path, t in tokens
-        ]
-        return "\n".join(
-            [*lines, f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}"]
-        )
+        if saved := self.chosen.modules_to_save:
+            lines.append(f"  modules to save: {', '.join(saved)}")
+        for path, part in self.parts():
+            if isinstance(part, TokenRows):
+                shared = ", which shares those of the embedding" * bool(part.twin)
+                lines.append(f"  tokens: {len(part.ids)} rows of {path}{shared}")
+        lines.append(f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}")
+        return "\n".join(lines)
 
 
 def _write_whole(path: Path, model: Any, spec: Spec, beside: ResultFiles) -> Path:

@@ -96,23 +96,21 @@ def match(
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
-    """The error message for a pattern that matches no module."""
-    names = sorted(
-        {
-            last_part(path)
-            for path, m in Anatomy.of(model).modules
-            if is_linear(m) or isinstance(m, NAMED)
-        }
-    )
+    """The error message for a pattern that matches no module, with similar names of linears,
+    embeddings and convolutions.
+    """
+    modules = Anatomy.of(model).modules
+    named = (path for path, m in modules if is_linear(m) or isinstance(m, NAMED))
+    names = sorted(set(map(last_part, named)))
     near = difflib.get_close_matches(last_part(pattern), names, n=3, cutoff=0.4) or names
     given, similar = shortened(repr(pattern), 80), listed(near, room=100) or "none"
     if "," in pattern:
         each = [name.strip() for name in pattern.split(",")]
-        apart = listed((f"--targets {name}" for name in each), " ", room=60)
-        return f"target {given} matches no module; several names are a list: {apart}"
+        options = listed((f"--targets {name}" for name in each), " ", room=60)
+        return f"target {given} matches no module; several names are a list: {options}"
     if pattern in names:  # alone it is a regular expression, as in PEFT
         return f"target {given} matches no whole path of a module; as a name it is [{given}]"
-    if any(path.endswith(f".{pattern}") for path, _ in Anatomy.of(model).modules):
+    if any(path.endswith(f".{pattern}") for path, _ in modules):
         return f"target {given} matches no whole path of a module; .*{pattern} does"
     return f"target {given} matches no module; similar names: {similar}"
 
@@ -123,11 +121,8 @@ def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """
     anatomy = Anatomy.of(model)
     inside = beneath(anatomy.language_blocks or [""])
-    return [
-        path
-        for path, m in anatomy.language_modules
-        if is_linear(m) and path not in anatomy.routers and inside(path)
-    ]
+    linears = (path for path, m in anatomy.language_modules if is_linear(m))
+    return [path for path in linears if path not in anatomy.routers and inside(path)]
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -154,20 +149,16 @@ def by_attention(inside: bool, model: nn.Module, is_linear: IsLinear) -> list[st
 
 
 def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The children of each block that have children themselves: its attention and its MLP.
-
-    The list is empty if either is not one module in some block.
+    """The children of each block that have children themselves: its attention and its MLP. The list
+    is empty if either is not one module in some block.
     """
     anatomy, found = Anatomy.of(model), list[str]()
     for block in filter(beneath([anatomy.decoder]), anatomy.language_blocks):
-        parts = [
-            f"{block}.{name}"
-            for name, m in model.get_submodule(block).named_children()
-            if any(True for _ in m.children())
-        ]
-        if {of_attention(last_part(part)) for part in parts} != {True, False}:
+        children = model.get_submodule(block).named_children()
+        names = [name for name, m in children if any(True for _ in m.children())]
+        if {*map(of_attention, names)} != {True, False}:
             return []
-        found += parts
+        found += [f"{block}.{name}" for name in names]
     return found
 
 

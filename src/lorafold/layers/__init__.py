@@ -70,7 +70,7 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
     `parameter_count` adds them.
     """
     found: dict[str, dict[str, int]] = {}
-    seen = set()
+    seen: set[int] = set()
     for path, module in Anatomy.of(model).modules:
         layer = layer_of(module)
         if isinstance(module, Matrices):
@@ -79,8 +79,8 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
             continue
         sizes = found[path] = {"weight": prod(layer.shape)} if layer.quantized else {}
         for name, p in module._parameters.items():
-            codes = layer.quantized and name != "bias"
-            if p is not None and p.is_floating_point() and id(p) not in seen and not codes:
+            plain = p is not None and p.is_floating_point() and id(p) not in seen
+            if p is not None and plain and (name == "bias" or not layer.quantized):
                 sizes[name] = p.numel()
                 seen.add(id(p))
     return found
