@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from operator import mul
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class AdaLoRA(Spec):
     orth_reg: float = 0.5
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
-    lr: ClassVar[float] = 1e-2
+    lr = 1e-2
 
     def __post_init__(self) -> None:
         first = (3 * self.rank + 1) // 2 if self.init_rank is None else self.init_rank

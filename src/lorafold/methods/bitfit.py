@@ -13,7 +13,6 @@ after it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -28,8 +27,8 @@ class BitFit(Spec):
     With other targets than its own, it adds an offset to those modules even if they have no bias.
     """
 
-    targets: ClassVar[str] = "biases"
-    lr: ClassVar[float] = 5e-3
+    targets = "biases"
+    lr = 5e-3
 
     def build(self, layer: Layer) -> BiasDelta:
         if layer.matrices:

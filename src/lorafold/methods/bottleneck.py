@@ -11,7 +11,7 @@ folded, and costs time for every token. Use it as the baseline that LoRA was com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +72,8 @@ class Bottleneck(Spec):
     activation: Activation = "gelu"
     after: After = "both"
 
-    lr: ClassVar[float] = 1e-3
-    modifies_architecture: ClassVar[bool] = True
+    lr = 1e-3
+    modifies_architecture = True
 
     def __post_init__(self) -> None:
         choices = {"activation": get_args(Activation), "after": get_args(After)}

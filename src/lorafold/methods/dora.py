@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,7 @@ class DoRA(Spec):
 
     over: Spec = field(default_factory=LoRA)
 
-    lr_b: ClassVar[float] = 3e-3
+    lr_b = 3e-3
 
     @property
     def asks_losses(self) -> bool:  # type: ignore[override]

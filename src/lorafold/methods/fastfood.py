@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,8 +118,8 @@ class Fastfood(Spec):
     seed: int = 0
     head_lr: float = Full.lr
 
-    lr: ClassVar[float] = 0.3
-    diagnostic: ClassVar[bool] = True
+    lr = 0.3
+    diagnostic = True
 
     def __post_init__(self) -> None:
         rate = isinstance(self.head_lr, float) and self.head_lr > 0

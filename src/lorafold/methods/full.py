@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,9 +50,9 @@ class Full(Spec):
     Building raises LorafoldError for weights that can have no gradient: those of a quantized base.
     """
 
-    targets: ClassVar[str] = "parameters"
-    lr: ClassVar[float] = 2e-5
-    trains_base: ClassVar[bool] = True
+    targets = "parameters"
+    lr = 2e-5
+    trains_base = True
 
     def build(self, layer: Layer) -> FullDelta:
         module = layer.module

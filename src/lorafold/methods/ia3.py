@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +71,10 @@ class IA3(Spec):
 
     feedforward: str | Sequence[str] | None = None
 
-    targets: ClassVar[str] = (
+    targets = (
         rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
     )
-    lr: ClassVar[float] = 1e-2
+    lr = 1e-2
 
     def at(self, path: str) -> Self:
         if self.feedforward is None:

@@ -11,7 +11,6 @@ a method that does better has changed that representation. For sequence classifi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -22,9 +21,9 @@ from lorafold.methods.parts.extras import ReplaceDelta
 class LinearProbe(Spec):
     """A linear probe, which has no options."""
 
-    targets: ClassVar[str] = "head"
-    lr: ClassVar[float] = 1e-3
-    head_alone: ClassVar[bool] = True
+    targets = "head"
+    lr = 1e-3
+    head_alone = True
 
     def build(self, layer: Layer) -> ReplaceDelta:
         return ReplaceDelta(layer.module, type(layer.module).__name__)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -74,7 +73,7 @@ class LoHa(Spec):
     rank: int = 8
     alpha: float | None = None
 
-    lr: ClassVar[float] = 5e-3
+    lr = 5e-3
 
     def __post_init__(self) -> None:
         check(self, whole=("rank",))

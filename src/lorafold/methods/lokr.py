@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -94,14 +94,14 @@ class LoKr(Spec):
         decompose_both: let C be a product of rank r too.
     """
 
-    rank_is_dimension: ClassVar[bool] = False  # beyond full rank both factors are whole
+    rank_is_dimension = False  # beyond full rank both factors are whole
 
     rank: int = 8
     alpha: float | None = None
     decompose_factor: int = -1
     decompose_both: bool = False
 
-    lr: ClassVar[float] = 5e-3
+    lr = 5e-3
 
     def __post_init__(self) -> None:
         factor = self.decompose_factor

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class LoRA(Spec):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
-    lr_b: ClassVar[float] = 3e-3
+    lr_b = 3e-3
 
     def __post_init__(self) -> None:
         set_alpha(self, 2 * self.rank)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ class PiSSA(FromWeight):
     dropout: float = 0.0
     niter: int = 16
 
-    lr: ClassVar[float] = 5e-4
+    lr = 5e-4
 
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return best_of_rank(w, self.rank, self.scale, self.niter)
@@ -119,7 +118,7 @@ class OLoRA(FromWeight):
     alpha: float | None = None
     dropout: float = 0.0
 
-    lr: ClassVar[float] = 5e-4
+    lr = 5e-4
 
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
         q, r = torch.linalg.qr(w)

@@ -13,7 +13,7 @@ a frozen base whose weights must stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Prefix(VirtualTokens):
     tokens: int = 20
     init: Init = "activations"
 
-    inits: ClassVar[tuple[str, ...]] = get_args(Init)
+    inits = get_args(Init)
 
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> PrefixDelta:
         body: Any = layer.module

@@ -13,7 +13,7 @@ large: only for large models does it reach full fine-tuning (the paper's figure 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Prompt(VirtualTokens):
     tokens: int = 20
     init: Init = "vocabulary"
 
-    inits: ClassVar[tuple[str, ...]] = get_args(Init)
+    inits = get_args(Init)
 
     def sender(self, layer: Layer, attentions: list[nn.Module]) -> PromptDelta:
         body = layer.module

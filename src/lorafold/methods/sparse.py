@@ -18,7 +18,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +70,8 @@ class _Sparse(Spec):
 
     density: float = 0.005
 
-    lr: ClassVar[float] = 1e-3
-    asks_losses: ClassVar[bool] = True
+    lr = 1e-3
+    asks_losses = True
 
     def check(self, *wrong: str, whole: str) -> None:
         """Raise LorafoldError with all that is wrong with the options."""
@@ -114,7 +113,7 @@ class LTSFT(_Sparse):
     dense_steps: int = 50
     dense_lr: float = 5e-5
 
-    lr: ClassVar[float] = 3e-3
+    lr = 3e-3
 
     def __post_init__(self) -> None:
         wrong = f"dense_lr: found {self.dense_lr!r}, expected above 0"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +99,7 @@ class VeRA(Spec):
     projection_prng_key: int = 0
     save_projection: bool = True
 
-    lr: ClassVar[float] = 2e-2
+    lr = 2e-2
 
     def __post_init__(self) -> None:
         check(self, whole=("rank",), below_one=("dropout",))

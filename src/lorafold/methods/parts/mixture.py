@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,7 @@ class Mixture(Spec):
     adapters: tuple[str, ...]
     gates: Gating = "global"
 
-    lr: ClassVar[float] = 2e-2
+    lr = 2e-2
 
     def __post_init__(self) -> None:
         wrong = ["adapters: found none, expected at least one"] * (not self.adapters)

@@ -232,8 +232,8 @@ class VirtualTokens(Spec):
     init: str
     inits: ClassVar[tuple[str, ...]]  # what `init` may be
 
-    targets: ClassVar[str] = "decoder"
-    lr: ClassVar[float] = 1e-2
+    targets = "decoder"
+    lr = 1e-2
 
     def __post_init__(self) -> None:
         check(self, whole=("tokens",), one_of={"init": self.inits})
