@@ -105,7 +105,7 @@ class Adapted(nn.Module):
     layer_class: ClassVar[type[BaseLayer]]
     deltas: Deltas
     selection: Selection
-    site: str = ""
+    site = ""
 
     def layer(self, *names: str, base: BaseLayer | None = None) -> Layer:
         """The module as a layer under those of the named deltas that are attached to it."""

@@ -64,7 +64,7 @@ class ExpertsForm:
 
 
 # Names, not classes, so that nothing is imported for a form that a model does not use.
-FORMS: dict[str, ExpertsForm] = {
+FORMS = {
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": ExpertsForm(
         {"gate_up_proj": Stored(transposed=True), "down_proj": Stored(transposed=True)},
         WEIGHED,

@@ -16,7 +16,7 @@ from lorafold.errors import LorafoldError
 from lorafold.ops import attention, cross_entropy, decoding, dropout, fused, scale
 from lorafold.ops.operators import Operation
 
-FORMS: dict[Operation, dict[str, str]] = {
+FORMS = {
     fused.NORM: {"cpu": "training._CppTraining"},
     fused.NORM_BACKWARD: {"cpu": "training._CppTraining"},
     fused.GATED: {"cpu": "training._CppTraining"},

@@ -20,7 +20,7 @@ from lorafold.layers.experts import Experts
 from lorafold.layers.grouped import GroupedLinear
 
 # Names, not classes, so that nothing is imported for a storage that a model does not use.
-LAYERS: dict[str, type[BaseLayer]] = {
+LAYERS = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
     "torch.nn.modules.sparse.Embedding": Embedding,

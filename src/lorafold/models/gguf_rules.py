@@ -67,7 +67,7 @@ BAILING = (
 # the rules that transformers has too, by the name that says no more than the rule
 PREFERRED = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35", "dbrx")
 # each splits what those before it left
-RULES: dict[str, tuple[str, ...]] = {
+RULES = {
     "glm4": (LLAMA3,),
     "chatglm-bpe": (LLAMA3,),
     "hunyuan": (QWEN2,),

@@ -49,7 +49,7 @@ class StorageRow:
         return resolve_name(self.packer)
 
 
-STORAGES: dict[str, StorageRow] = {
+STORAGES = {
     # NormalFloat with constants in 8 bits (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
     "nf4": StorageRow(
         4,

@@ -216,7 +216,7 @@ def is_neutral(value: Any) -> bool:
 Patterns = str | tuple[str, ...]
 # By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
 # modules to save.
-TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+TASKS = (
     ("ForCausalLM", "CAUSAL_LM", ()),
     ("LMHeadModel", "CAUSAL_LM", ()),
     ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),

@@ -24,7 +24,6 @@ import torch
 from pydantic import PydanticUserError, TypeAdapter
 from torch import Tensor
 
-from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
@@ -34,7 +33,7 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.linear_probe import LinearProbe
 from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.table_types import Entries, Field, FileTensor, Method, TargetModule, fixed, named
+from lorafold.peft.table_types import Field, FileTensor, Method, TargetModule, fixed, named
 
 PREFIX = "LORAFOLD_"
 
@@ -174,7 +173,7 @@ def gated(site: TargetModule) -> list[FileTensor]:
     return [*MIXTURE, *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]
 
 
-OWN: tuple[Method, ...] = (
+OWN = (
     method(Bottleneck, "BOTTLENECK"),
     method(LTSFT, "LT_SFT"),
     method(FishMask, "FISH_MASK"),
@@ -184,7 +183,7 @@ OWN: tuple[Method, ...] = (
     method(LinearProbe, "LINEAR_PROBE"),
 )
 
-TENSORS: dict[type[Delta], Entries] = {
+TENSORS = {
     BottleneckDelta: named(
         down="{at}.bottleneck_down.weight", down_bias="{at}.bottleneck_down.bias",
         up="{at}.bottleneck_up.weight", up_bias="{at}.bottleneck_up.bias",

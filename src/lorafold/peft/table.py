@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.delta import Delta
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
 from lorafold.methods.parts.extras import BiasDelta, ReplaceDelta
 from lorafold.methods.parts.trainable_tokens import EmbeddingRows, HeadRows
 from lorafold.peft import derived, table_lora, table_others
 from lorafold.peft.convolution import all_flat, as_channels
-from lorafold.peft.table_types import Entries, FileTensor, Method, TargetModule
+from lorafold.peft.table_types import FileTensor, Method, TargetModule
 from lorafold.peft.tokens import ROWS
 
 PLAIN = (*table_lora.METHODS, *table_others.METHODS)
@@ -56,7 +55,7 @@ def over_experts(method: Method) -> Method:
 
 
 OF_PEFT = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not IA3))
-METHODS: tuple[Method, ...] = (
+METHODS = (
     *OF_PEFT,
     *(over_experts(method) for method in OF_PEFT if method.of_peft),
     *table_others.VIRTUAL,
@@ -113,7 +112,7 @@ def token_rows(site: TargetModule) -> list[FileTensor]:
     return [FileTensor("rows", f"{{at}}.{ROWS}")] * (site.delta.twin is None)
 
 
-TENSORS: dict[type[Delta], Entries] = {
+TENSORS = {
     **table_lora.TENSORS,
     **table_others.TENSORS,
     **derived.TENSORS,

@@ -22,7 +22,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError
 from lorafold.layers.dense import Conv1D
 from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
@@ -30,7 +29,7 @@ from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.lora_inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.vera import VeRA, VeRADelta
 from lorafold.peft.convolution import as_kernel, flat, not_down
-from lorafold.peft.table_types import Entries, Field, FileTensor, Method, Regex, TargetModule
+from lorafold.peft.table_types import Field, FileTensor, Method, Regex, TargetModule
 
 
 def _side(factors: Tensor, site: TargetModule) -> Tensor:
@@ -61,7 +60,7 @@ def from_columns(b: Tensor, site: TargetModule) -> Tensor:
 
 # Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
 # file has all values.
-INITS: dict[bool | str, str] = {
+INITS = {
     True: "kaiming",
     False: "kaiming",
     "gaussian": "gaussian",
@@ -267,7 +266,7 @@ def vera(site: TargetModule) -> list[FileTensor]:
 WRAPPED = (LoRADelta, OffsetDelta)
 METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
 
-TENSORS: dict[type[Delta], Entries] = {
+TENSORS = {
     LoRADelta: lora,
     OffsetDelta: offset,
     AdaLoRADelta: adalora,

@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor
 
 from lorafold.core.anatomy import last_part
-from lorafold.core.delta import Delta
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta
@@ -165,7 +164,7 @@ def read_as_random(_: Any) -> str:
 
 TOKENS = Field("num_virtual_tokens", "tokens", int, None)
 
-VIRTUAL: tuple[Method, ...] = (
+VIRTUAL = (
     Method(
         Prompt,
         "PROMPT_TUNING",
@@ -199,7 +198,7 @@ VIRTUAL: tuple[Method, ...] = (
     ),
 )
 
-TENSORS: dict[type[Delta], Entries] = {
+TENSORS = {
     LoHaDelta: prefixed("hada"),
     LoKrDelta: lokr,
     IA3Delta: ia3,
