@@ -84,8 +84,8 @@ def attach(
             them.
     """
     _check_name(model, name)
-    beside = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
-    built = build(model, spec, targets, **beside)  # type: ignore[arg-type]
+    options = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
+    built = build(model, spec, targets, **options)  # type: ignore[arg-type]
     return _place(model, built, name, True)
 
 
@@ -192,8 +192,8 @@ def build(
         if isinstance(module, Adapted):
             layer = module.layer(*selection.names)
         else:
-            found = base.find(parameter_path(module, path, "weight")) if base else None
-            layer = layer_of(module, partial(base.get, found) if base and found else None)
+            stored_as = base.find(parameter_path(module, path, "weight")) if base else None
+            layer = layer_of(module, partial(base.get, stored_as) if base and stored_as else None)
         try:
             deltas[path] = [spec.at(path).build(layer)]
         except LorafoldError as e:

@@ -71,12 +71,12 @@ class Unreached:
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
     """Count what carries no delta, in the blocks and beside them."""
     anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
-    in_block, beside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
+    in_block, outside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
     kinds, around, of_blocks = Counter[str](), Counter[str](), 0
     for path, module in anatomy.modules:
         own = sizes.get(path, {})
         left = sum(n for name, n in own.items() if not {path, f"{path}.{name}"} & {*sites})
-        if beside(path):
+        if outside(path):
             towers = (f"{k} tower" for root, k in anatomy.encoders.items() if beneath([root])(path))
             around[next(towers, "connector")] += left
         elif in_block(path):
@@ -93,12 +93,12 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
 def counted(model: nn.Module, paths: Collection[str]) -> str:
     """The number of sites in words, parameters of experts apart, and of those that are in a tower.
     """
-    found = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
-    rest = len(paths) - len(found)
-    words = [f"{rest} modules"] * bool(rest or not found)
-    if found:
-        matrices = sum(layer_of(m).matrices[0] for m in found)
-        words.append(f"{len(found)} parameters of experts ({matrices:,} matrices)")
+    experts = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
+    rest = len(paths) - len(experts)
+    words = [f"{rest} modules"] * bool(rest or not experts)
+    if experts:
+        matrices = sum(layer_of(m).matrices[0] for m in experts)
+        words.append(f"{len(experts)} parameters of experts ({matrices:,} matrices)")
     inside = sum(map(beneath(Anatomy.of(model).encoders), paths))
     return " and ".join(words) + (f", {inside} of them in a tower" if inside else "")
 

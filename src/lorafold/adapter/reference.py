@@ -87,12 +87,12 @@ class _Reference(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        if not isinstance(found, nn.Module):
-            return found
+        value = super().__getattr__(name)
+        if not isinstance(value, nn.Module):
+            return value
         part = self._parts.get(name)
-        if part is None or part._reference_of[0] is not found:
-            part = self._parts[name] = _twin(found, self._model[0], self._under)
+        if part is None or part._reference_of[0] is not value:
+            part = self._parts[name] = _twin(value, self._model[0], self._under)
         return part
 
     def __setattr__(self, name: str, value: Any) -> None:

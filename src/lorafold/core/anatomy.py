@@ -100,16 +100,16 @@ class Anatomy:
         that has several paths comes once, under the first. The matrices of experts come as
         `Matrices`, under the paths of their parameters.
         """
-        found: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         for path, kept in self._tree:
             module: Any = kept()
             if path in self.experts:
-                around = found.get(path.rpartition(".")[0]) if path else None
+                around = modules.get(path.rpartition(".")[0]) if path else None
                 within = matrices_of(module, around)
-                found |= {path: module, **{joined(path, name): m for name, m in within.items()}}
+                modules |= {path: module, **{joined(path, name): m for name, m in within.items()}}
             else:
-                found[path] = module
-        return list(found.items())
+                modules[path] = module
+        return list(modules.items())
 
     @cached_property
     def routers(self) -> frozenset[str]:
@@ -121,7 +121,7 @@ class Anatomy:
         for path, counts in self.experts.items():
             for outer, child in _steps(path):
                 around[outer][child] |= counts
-        found = set()
+        routers = set()
         for path, module in self.modules if around else ():
             weight = module._parameters.get("weight")
             if weight is None or weight.dim() != 2:
@@ -129,8 +129,8 @@ class Anatomy:
             for outer, child in _steps(path):
                 experts = around.get(outer, {})
                 if experts and child not in experts and len(weight) in {1}.union(*experts.values()):
-                    found.add(path)
-        return frozenset(found)
+                    routers.add(path)
+        return frozenset(routers)
 
     @cached_property
     def vocabulary_ends(self) -> list[str]:
@@ -152,7 +152,7 @@ class Anatomy:
         if part is model and self.embedding and self.head is not None:
             around = self.embedding.partition(".")[0]
             return around if around != self.head else ""
-        return next((path for path, kept in self._tree if kept() is part), "")
+        return next((path for path, module in self._tree if module() is part), "")
 
     @cached_property
     def heads(self) -> list[str]:
@@ -192,13 +192,13 @@ class Anatomy:
         within = _of_text(self._model()) and getattr(config, "sub_configs", None)
         if not self.language and (not within or config.is_encoder_decoder):
             return {}
-        known, found = _takes(self._model()), dict[str, str]()
+        known, encoders = _takes(self._model()), dict[str, str]()
         for path, module in self.modules:
             over = f"{self.embedding or ''}.".startswith(f"{path}.") or not path
-            inside = beneath(filter(None, (*found, self.language)))(path)
+            inside = beneath(filter(None, (*encoders, self.language)))(path)
             if not over and not inside and (kinds := [k for k in _takes(module) if k in known]):
-                found[path] = kinds[0]
-        return found
+                encoders[path] = kinds[0]
+        return encoders
 
     @cached_property
     def beside(self) -> tuple[str, ...]:

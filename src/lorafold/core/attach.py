@@ -177,8 +177,8 @@ def selection_of(model: nn.Module) -> Selection:
     adapted before they were joined have several: they become one, in the order in which they are
     found.
     """
-    found = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
-    first, *others = found or [Selection()]
+    selections = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
+    first, *others = selections or [Selection()]
     for other in others:
         if clash := set(first.names) & set(other.names):
             raise LorafoldError(

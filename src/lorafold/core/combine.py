@@ -41,10 +41,10 @@ class Stack(Delta):
         return (part for delta in self.deltas for part in delta.parts())  # type: ignore[operator]
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        found = [delta.factors() for delta in self.deltas]  # type: ignore[operator]
-        if any(pair is None for pair in found):
+        pairs = [delta.factors() for delta in self.deltas]  # type: ignore[operator]
+        if any(pair is None for pair in pairs):
             return None
-        ups, downs = zip(*found, strict=True)
+        ups, downs = zip(*pairs, strict=True)
         return torch.cat(ups, -1), torch.cat(downs, -2)
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:

@@ -50,18 +50,18 @@ def undropped(model: nn.Module) -> Iterator[float]:
         layer = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
         return layer or "dropout" in name or name.endswith("pdrop")
 
-    found = [
+    rates = [
         (module, name, p)
         for module in model.modules()
         for name, p in vars(module).items()
         if isinstance(p, float) and p > 0 and drops(module, name)
     ]
-    for module, name, _ in found:
+    for module, name, _ in rates:
         setattr(module, name, 0.0)
     try:
-        yield max((p for _, _, p in found), default=0.0)
+        yield max((p for _, _, p in rates), default=0.0)
     finally:
-        for module, name, p in found:
+        for module, name, p in rates:
             setattr(module, name, p)
 
 

@@ -320,14 +320,14 @@ SHOWN = 200  # characters of a value in a message
 
 def written(delta: Delta) -> Tensor | None:  # (bytes,)
     """The settings of a delta and of what it is made of, as JSON in uint8; None if it has none."""
-    found = {
+    settings = {
         f"{path}.{name}".removeprefix("."): getattr(module, name)
         for path, module in delta.named_modules()
         for name in getattr(module, "setting_names", ())
     }
-    if not found:
+    if not settings:
         return None
-    return torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
 
 
 def check_settings(delta: Delta, given: Tensor, what: str) -> None:
@@ -340,13 +340,13 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
     both = written(delta), given
     own, there = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
     if own != there:
-        told = [
+        lines = [
             f"found {name} {_shown(there.get(name))}, expected {_shown(own.get(name))}"
             for name in sorted(own.keys() | there.keys())
             if own.get(name) != there.get(name)
         ]
         raise LorafoldError(
-            f"{what}: the state to load is of another adapter: {listed(told, '; ')}; attach one"
+            f"{what}: the state to load is of another adapter: {listed(lines, '; ')}; attach one"
             " with the options of that one"
         )
 

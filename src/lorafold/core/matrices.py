@@ -192,10 +192,10 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     """
     around, module = None, model
     for name in path.split(".") if path else ():
-        found = module._modules.get(name) or matrices_of(module, around).get(name)
-        if found is None:
+        child = module._modules.get(name) or matrices_of(module, around).get(name)
+        if child is None:
             raise AttributeError(f"{path}: {type(module).__name__} has no module {name!r}")
-        around, module = module, found
+        around, module = module, child
     return module
 
 

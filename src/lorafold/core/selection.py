@@ -198,9 +198,9 @@ class Selection:
             return self.names
         recorded, replaying = _recorded(self, hooks[0])
         if replaying and recorded is not None:
-            found = recorded.again(hooks[0])
-            if found is not None:
-                return found
+            replayed = recorded.again(hooks[0])
+            if replayed is not None:
+                return replayed
         if in_backward():
             self._check_replay()
         else:  # also with a record: a segment inside another one has a new frame in the replay
@@ -217,10 +217,10 @@ class Selection:
     def _check_replay(self) -> None:
         self._replayed = True
         if others := self._ran - {self.names}:
-            found = " and under ".join(str(list(names)) for names in sorted(others))
+            other = " and under ".join(str(list(names)) for names in sorted(others))
             raise LorafoldError(
                 f"a backward computes checkpointed blocks again under {list(self.names)}, and their"
-                f" forward ran under {found}: call backward under the same lf.only, or checkpoint"
+                f" forward ran under {other}: call backward under the same lf.only, or checkpoint"
                 " with use_reentrant=False (gradient_checkpointing_kwargs), which records it"
             )
 

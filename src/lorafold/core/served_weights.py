@@ -296,11 +296,11 @@ class WeightRead:
     def leaves(self) -> list[Tensor]:
         """The trainable parameters, of any shape, that the folded tensors depend on."""
         parts = [part for delta in self.deltas.values() for part in (delta, *delta.parts())]
-        found = [
+        parameters = [
             *(p for part in parts for p in (*part.parameters(), *part.borrowed())),
             *(p for n in NAMES if (p := self.stored(n)) is not None),
         ]
-        return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
+        return [p for p in {id(p): p for p in parameters}.values() if p.requires_grad]
 
     def gained(self) -> Tensor | None:
         """The bias (out,), on the meta device, that the deltas add to a module without one; None

@@ -76,23 +76,23 @@ def match(
         return targets
     paths = [path for path, _ in Anatomy.of(model).modules if path]
     if not isinstance(targets, str):
-        found = {t: [p for p in paths if ends_in(p, t)] for t in targets}
+        matches = {t: [p for p in paths if ends_in(p, t)] for t in targets}
     elif targets in PRESETS:
-        found = {targets: PRESETS[targets](model, is_linear)}
-        if not found[targets]:
+        matches = {targets: PRESETS[targets](model, is_linear)}
+        if not matches[targets]:
             raise NoTarget(
                 f"targets {targets!r}: {type(model).__name__} has no modules of this preset; name"
                 " the modules instead"
             )
     else:
         try:
-            found = {targets: [p for p in paths if re.fullmatch(targets, p)]}
+            matches = {targets: [p for p in paths if re.fullmatch(targets, p)]}
         except re.error as e:
             raise NoTarget(f"targets {targets!r} is not a regular expression: {e}") from None
-    if missing := [t for t in found if not found[t]]:
+    if missing := [t for t in matches if not matches[t]]:
         raise NoTarget(listed((no_match(t, model, is_linear) for t in missing), "; "))
-    first = {path: pattern for pattern in reversed(found) for path in found[pattern]}
-    return Matches({t: tuple(p for p in hits if first[p] == t) for t, hits in found.items()})
+    first = {path: pattern for pattern in reversed(matches) for path in matches[pattern]}
+    return Matches({t: tuple(p for p in hits if first[p] == t) for t, hits in matches.items()})
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
@@ -152,14 +152,14 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The children of each block that have children themselves: its attention and its MLP. The list
     is empty if either is not one module in some block.
     """
-    anatomy, found = Anatomy.of(model), list[str]()
+    anatomy, paths = Anatomy.of(model), list[str]()
     for block in filter(beneath([anatomy.decoder]), anatomy.language_blocks):
         children = model.get_submodule(block).named_children()
         names = [name for name, m in children if any(True for _ in m.children())]
         if {*map(of_attention, names)} != {True, False}:
             return []
-        found += [f"{block}.{name}" for name in names]
-    return found
+        paths += [f"{block}.{name}" for name in names]
+    return paths
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:

@@ -47,14 +47,14 @@ class _CppAttention:
     ) -> Any:
         if not supported(q, k, v, g) or any(x.stride(-1) != 1 for x in (q, k, v, g)):
             return NotImplemented
-        found = tuple(x.new_empty(x.shape) for x in (q, k, v))
+        gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
         parts, keys = _parts(docs, q, k), sum(docs.lens)
         each = [
             x.new_empty(keys, k.shape[1], parts, x.shape[2], dtype=torch.float32) for x in (k, v)
         ]
-        pointers = (g.contiguous(), q, k, v, *found, *each)
+        pointers = (g.contiguous(), q, k, v, *gradients, *each)
         self._attend("attend_backward", (q, k, v), pointers, docs, scores)
-        return found
+        return gradients
 
     def _attend(
         self, name: str, qkv: tuple[Tensor, ...], pointers: tuple[Tensor, ...], docs: Documents,

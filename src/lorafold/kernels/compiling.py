@@ -118,8 +118,8 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         lines = [platform.processor()]
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join((platform.machine(), *told))
+    kept_lines = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join((platform.machine(), *kept_lines))
 
 
 def _run(command: list[str]) -> str:
@@ -128,6 +128,6 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]}: it can't run ({error})") from None
     if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise Unavailable(f"{command[0]}: {told[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Unavailable(f"{command[0]}: {lines[-1]}")
     return done.stdout

@@ -42,8 +42,8 @@ class _CppDecoding:
         call, threads = self._call, torch.get_num_threads()
         ranks = [part.ranks[slots] for part in parts]
         table = torch.zeros(len(parts), 5, dtype=torch.long)
-        for row, part, found in zip(table, parts, ranks, strict=True):
-            row[2], row[4] = found.data_ptr(), part.width
+        for row, part, of_rows in zip(table, parts, ranks, strict=True):
+            row[2], row[4] = of_rows.data_ptr(), part.width
             if part.down is not None and part.up is not None:
                 row[0], row[1] = part.down.data_ptr(), part.up.data_ptr()
                 row[3] = part.down.shape[1]

@@ -49,9 +49,9 @@ def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
     """
     places = {of: FORMS[of][device] for of in operations if device in FORMS[of]}
     forms = {place: _forms(place) for place in dict.fromkeys(places.values())}
-    for found in forms.values():
-        if isinstance(found, LorafoldError):
-            return str(found)
+    for form in forms.values():
+        if isinstance(form, LorafoldError):
+            return str(form)
     for of, place in places.items():
         of.implement(device, getattr(forms[place], of.name))
     return ""

@@ -79,10 +79,10 @@ class _CppTraining:
         gy = gy.contiguous()
         if act == "gelu" or not supported(gate, up, gy, dense=True):
             return NotImplemented
-        found = torch.empty_like(gate), torch.empty_like(up)
-        parts = (gy, gate, up, *found, gy.numel(), threads())
+        gradients = torch.empty_like(gate), torch.empty_like(up)
+        parts = (gy, gate, up, *gradients, gy.numel(), threads())
         self._call(f"gated_{act}_backward", gate.dtype, *parts)
-        return found
+        return gradients
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Any:
         """x (B, H, T, D), or (B, T, H, D), by cos and sin (B or 1, 1, T, D), or (B or 1, T, 1, D).
@@ -137,9 +137,9 @@ class _CppTraining:
         c = torch.zeros_like(g) if c is None else c.float()
         gains, offsets = (t.reshape(-1, n).contiguous() for t in (g, c))
         each = zip(*(t.view(len(gains), -1) for t in (y, out)), gains, offsets, strict=True)
-        for rows, found, gain, offset in each:
+        for rows, out_rows, gain, offset in each:
             sizes = rows.numel() // n, n, threads()
-            self._call("scale", y.dtype, rows, gain, offset, found, *sizes)
+            self._call("scale", y.dtype, rows, gain, offset, out_rows, *sizes)
         return out
 
     def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:
@@ -147,20 +147,21 @@ class _CppTraining:
         plain = g.dim() != 1 or not supported(z, y, dense=True)
         if plain or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
             return NotImplemented
-        found, g = (torch.empty_like(y), torch.empty_like(g), torch.empty_like(g)), g.contiguous()
+        gradients = torch.empty_like(y), torch.empty_like(g), torch.empty_like(g)
+        g = g.contiguous()
         rows, n = y.numel() // len(g), len(g)
-        self._call("scale_backward", y.dtype, z, y, g, *found, rows, n, threads())
-        return found
+        self._call("scale_backward", y.dtype, z, y, g, *gradients, rows, n, threads())
+        return gradients
 
     def dropped_places(self, x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Any:
         n, width, limit = x.numel(), x.shape[-1], threshold(p)
         if n >= 2**31 or not limit:
             return NotImplemented
         names, key = source(x, names, key)
-        found, names = torch.empty(n, dtype=torch.int32), names.contiguous()
+        places, names = torch.empty(n, dtype=torch.int32), names.contiguous()
         sizes = (n // width, width, limit)
-        many = self._places(found.data_ptr(), names.data_ptr(), *sizes, key, site, threads())
-        return found[:many].clone()
+        many = self._places(places.data_ptr(), names.data_ptr(), *sizes, key, site, threads())
+        return places[:many].clone()
 
     def empty_(self, x: Tensor, where: Tensor) -> Any:
         if x.dtype not in DTYPES or where.dtype is not torch.int32:

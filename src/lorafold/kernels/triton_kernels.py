@@ -107,14 +107,14 @@ class _TritonScale:
     def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:
         if g.dim() != 1 or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
             return NotImplemented
-        z, y, found = z.contiguous(), y.contiguous(), torch.empty_like(y)
+        z, y, scaled = z.contiguous(), y.contiguous(), torch.empty_like(y)
         rows, width = y.numel() // len(g), len(g)
         grid = -(-rows // ROWS), -(-width // FEATURES)
         parts = g.new_empty((2 if offset else 1, grid[0], width))
-        tensors = z, y, g.contiguous(), found, parts
+        tensors = z, y, g.contiguous(), scaled, parts
         self.backward[grid](*tensors, y.numel(), width, OFFSET=offset, **SCALE_CONSTANTS)
         sums = parts.sum(1)
-        return found.view(z.shape), sums[0], sums[1] if offset else g.new_empty(0)
+        return scaled.view(z.shape), sums[0], sums[1] if offset else g.new_empty(0)
 
 
 def _scale(  # type: ignore[no-untyped-def]

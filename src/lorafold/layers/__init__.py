@@ -69,21 +69,21 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
     """The sizes of the base's parameters, by the path of their module and by name, as
     `parameter_count` adds them.
     """
-    found: dict[str, dict[str, int]] = {}
+    by_path: dict[str, dict[str, int]] = {}
     seen: set[int] = set()
     for path, module in Anatomy.of(model).modules:
         layer = layer_of(module)
         if isinstance(module, Matrices):
-            sizes = found[path.removesuffix(module.name).removesuffix(".")]
+            sizes = by_path[path.removesuffix(module.name).removesuffix(".")]
             sizes[module.name] = prod((*layer.matrices, *layer.shape))
             continue
-        sizes = found[path] = {"weight": prod(layer.shape)} if layer.quantized else {}
+        sizes = by_path[path] = {"weight": prod(layer.shape)} if layer.quantized else {}
         for name, p in module._parameters.items():
             plain = p is not None and p.is_floating_point() and id(p) not in seen
             if p is not None and plain and (name == "bias" or not layer.quantized):
                 sizes[name] = p.numel()
                 seen.add(id(p))
-    return found
+    return by_path
 
 
 def output_width(module: nn.Module) -> int:

@@ -60,20 +60,20 @@ class QuantizationFormat:
         """The parameters that store a matrix (out, in), by name, without values."""
         high, wide = self.blocks(out, inn)
         shape = (1,) if (self.rows, self.columns) == (0, 0) else (high, wide)
-        found = {self.scale: torch.empty(shape, dtype=scales)}
+        tensors = {self.scale: torch.empty(shape, dtype=scales)}
         if self.packed:
-            found["weight_packed"] = torch.empty(out, words(inn, self.bits), dtype=torch.int32)
-            found["weight_shape"] = torch.empty(2, dtype=torch.int64)
+            tensors["weight_packed"] = torch.empty(out, words(inn, self.bits), dtype=torch.int32)
+            tensors["weight_shape"] = torch.empty(2, dtype=torch.int64)
         else:
             dtype = torch.float8_e4m3fn if self.kind == "float" else torch.int8
-            found["weight"] = torch.empty(out, inn, dtype=dtype)
+            tensors["weight"] = torch.empty(out, inn, dtype=dtype)
         if not self.symmetric:
-            found["weight_zero_point"] = (
+            tensors["weight_zero_point"] = (
                 torch.empty(words(high, self.bits), wide, dtype=torch.int32)
                 if self.packed
                 else torch.empty(shape, dtype=torch.int8)
             )
-        return found
+        return tensors
 
 
 def words(n: int, bits: int) -> int:
@@ -104,8 +104,8 @@ class CompressedLinear(nn.Module):
         self.codes = codes
         self.compute_dtype: torch.dtype | None = None
         with linear.weight.device:
-            found = codes.parameters(self.out_features, self.in_features, scales)
-        for name, value in found.items():
+            tensors = codes.parameters(self.out_features, self.in_features, scales)
+        for name, value in tensors.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.register_parameter("bias", linear.bias)
 

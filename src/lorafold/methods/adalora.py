@@ -155,30 +155,30 @@ class AdaLoRA(Spec):
         return int((full - target) * left**3 + target)
 
     def penalty(self, deltas: Mapping[str, Delta]) -> Tensor:
-        ours: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
+        adapted: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         grams = defaultdict[int, list[Tensor]](list)  # by rank, (n, r, r)
-        for delta in ours:
+        for delta in adapted:
             (p, q), shape = (delta.P, delta.Q), (number_of_matrices(delta), *2 * delta.E.shape[-1:])
             grams[shape[-1]] += (gram.reshape(shape) for gram in (p.mT @ p, q @ q.mT))
         norms = [
-            torch.linalg.matrix_norm(torch.cat(found) - torch.eye(r, device=found[0].device))
-            for r, found in grams.items()
+            torch.linalg.matrix_norm(torch.cat(each) - torch.eye(r, device=each[0].device))
+            for r, each in grams.items()
         ]
         return self.orth_reg * torch.cat(norms).mean()
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
-        ours: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
+        adapted: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         first, last = self.phases(total)
         if step < last:
-            observe(ours, self.beta1, self.beta2)
+            observe(adapted, self.beta1, self.beta2)
         due = step == last or (first < step < last and step % self.delta_t == 0)
         if due:
-            full = sum(delta.E.numel() for delta in ours)
-            least = self.rank * sum(map(number_of_matrices, ours))
-            allocate(ours, self.budget(step, total, full, min(full, least)))
+            full = sum(delta.E.numel() for delta in adapted)
+            least = self.rank * sum(map(number_of_matrices, adapted))
+            allocate(adapted, self.budget(step, total, full, min(full, least)))
         if due or step > last:
             with torch.no_grad():  # no E where the last allocation left the triplet out
-                torch._foreach_mul_([d.E for d in ours], [d.kept for d in ours])
+                torch._foreach_mul_([d.E for d in adapted], [d.kept for d in adapted])
 
     def report(self, deltas: Mapping[str, Delta]) -> str:
         """The ranks that are left: one line for the matrices whose paths differ in numbers only, in
@@ -188,10 +188,10 @@ class AdaLoRA(Spec):
         lines: dict[str, list[str]] = {}
         for path, rank in left.items():
             lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(f"{rank:.4g}")
-        numbers = [number_of_matrices(delta) for delta in deltas.values()]
-        mean = sum(map(mul, left.values(), numbers)) / sum(numbers)
+        counts = [number_of_matrices(delta) for delta in deltas.values()]
+        mean = sum(map(mul, left.values(), counts)) / sum(counts)
         head = f"ranks left, {mean:.2f} on average:"
-        return "\n  ".join([head, *(f"{name}: {' '.join(found)}" for name, found in lines.items())])
+        return "\n  ".join([head, *(f"{name}: {' '.join(each)}" for name, each in lines.items())])
 
 
 @torch.no_grad()
@@ -220,8 +220,8 @@ def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
         torch._foreach_mul(*([getattr(d, f"{name}_{part}") for d in deltas] for name in AVERAGES))
         for part in PARTS
     )
-    found = torch._foreach_add(e, [one.mean(-2) for one in p])
-    return list(torch._foreach_add(found, [one.mean(-1) for one in q]))
+    sums = torch._foreach_add(e, [one.mean(-2) for one in p])
+    return list(torch._foreach_add(sums, [one.mean(-1) for one in q]))
 
 
 @torch.no_grad()

@@ -135,9 +135,9 @@ class Fastfood(Spec):
         return FastfoodDelta((*layer.matrices, *layer.shape), self.seed, layer.device)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
-        ours: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
-        generator, first = torch.Generator().manual_seed(self.seed), ours[0]
-        for delta in ours:
+        adapted: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
+        generator, first = torch.Generator().manual_seed(self.seed), adapted[0]
+        for delta in adapted:
             # drawn even where parameters are on the meta device, since no file has these tensors
             device = torch.device("cpu") if delta.scale.is_meta else delta.scale.device
             if delta is first:

@@ -62,9 +62,9 @@ class Full(Spec):
             if p is not None and not (p.is_floating_point() and p.dtype.itemsize > 1)  # FP8
         ]
         if fixed or not any(p is not None for p in module._parameters.values()):
-            found = f"quantized parameters: {', '.join(fixed)}" if fixed else "no parameters"
+            reason = f"quantized parameters: {', '.join(fixed)}" if fixed else "no parameters"
             raise LorafoldError(
-                f"Full trains floating-point weights in place; {type(module).__name__} has {found}"
+                f"Full trains floating-point weights in place; {type(module).__name__} has {reason}"
             )
         return FullDelta(module)
 

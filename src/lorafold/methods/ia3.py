@@ -88,10 +88,10 @@ class IA3(Spec):
     def build(self, layer: Layer) -> IA3Delta:
         out, inn = layer.shape
         if self.feedforward and not layer.takes_vectors:
-            found = "ids" if layer.takes_ids else "signals or groups of vectors"
+            inputs = "ids" if layer.takes_ids else "signals or groups of vectors"
             raise LorafoldError(
                 "IA3: this module is among the feedforward modules, whose inputs are scaled, but"
-                f" its inputs are {found}, expected vectors; leave it out of them"
+                f" its inputs are {inputs}, expected vectors; leave it out of them"
             )
         shape = (*layer.matrices, inn if self.feedforward else out)
         return IA3Delta(shape, bool(self.feedforward), layer.device)

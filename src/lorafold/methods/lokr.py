@@ -105,8 +105,8 @@ class LoKr(Spec):
 
     def __post_init__(self) -> None:
         factor = self.decompose_factor
-        told = f"decompose_factor: found {factor!r}, expected a whole number from 1, or -1"
-        check(self, *[told] * (factor != -1 and factor < 1), whole=("rank",))
+        message = f"decompose_factor: found {factor!r}, expected a whole number from 1, or -1"
+        check(self, *[message] * (factor != -1 and factor < 1), whole=("rank",))
         set_alpha(self, self.rank)
 
     def build(self, layer: Layer) -> LoKrDelta:

@@ -108,10 +108,10 @@ class VeRA(Spec):
         return VeRADelta(layer, self.rank, self.d_initial, self.dropout)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
-        ours: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
-        out, inn = (max(delta.shape[i] for delta in ours) for i in (0, 1))
+        adapted: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
+        out, inn = (max(delta.shape[i] for delta in adapted) for i in (0, 1))
         by_device = {}
-        for delta in ours:
+        for delta in adapted:
             # drawn even where parameters are on the meta device, since files may not contain them
             device = torch.device("cpu") if delta.b.is_meta else delta.b.device
             if device not in by_device:

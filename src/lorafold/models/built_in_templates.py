@@ -135,8 +135,8 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
         "{%- endif %}"
         for name, value in values.items()
     )
-    found = {name: before + text for name, text in named.items()}
-    tokenizer.chat_template = found if isinstance(template, dict) else found["default"]
+    templates = {name: before + text for name, text in named.items()}
+    tokenizer.chat_template = templates if isinstance(template, dict) else templates["default"]
 
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:

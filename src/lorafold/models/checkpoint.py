@@ -222,7 +222,7 @@ def by_parameter(
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
     of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
-    found, parts = {}, defaultdict(list)
+    renamed_entries, parts = {}, defaultdict(list)
     for key, entry in entries.items():
         renamed = apply_renamings(key, renamings)
         alone, pattern = apply_converters(renamed, converters)
@@ -230,14 +230,14 @@ def by_parameter(
         if name not in known and key in known:
             name, pattern = key, None
         if pattern is None:
-            found[name] = entry
+            renamed_entries[name] = entry
         elif name in known:
             if name != alone and name.endswith(alone):
                 renamed = name.removesuffix(alone) + renamed
             elif name != alone:
                 renamed = renamed.removeprefix(alone.removesuffix(name))
             parts[name, of_pattern[pattern]].append((entry, pattern, renamed))
-    return found, parts
+    return renamed_entries, parts
 
 
 def conversions(
@@ -359,13 +359,13 @@ def _quantized(
     dequantized to, its parameter's path in a plain model, the paths of the tensors that are not
     written again, codes first, and its shape as a plain model stores it.
     """
-    beside = defaultdict(list)
+    by_module = defaultdict(list)
     for name in mapped.entries:
-        beside[name.rpartition(".")[0]].append(name)
+        by_module[name.rpartition(".")[0]].append(name)
     for path, module in Anatomy.of(mapped.model).modules:
         if isinstance(module, CompressedLinear):
             codes = f"{path}.{'weight_packed' if module.codes.packed else 'weight'}"
-            others = [n for n in beside[path] if n not in (codes, f"{path}.bias")]
+            others = [n for n in by_module[path] if n not in (codes, f"{path}.bias")]
             shape = (module.out_features, module.in_features)
             yield path, module, f"{path}.weight", [codes, *others], shape
         elif isinstance(module, Matrices) and (stored := stored_matrices(module)).quantized:

@@ -62,8 +62,8 @@ def load_classifier(
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            names, numbers = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
-            config = {"id2label": names, "label2id": numbers}
+            names, ids = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
+            config = {"id2label": names, "label2id": ids}
             if len(classes) == 1:
                 config["problem_type"] = "regression"
             auto = AutoModelForSequenceClassification
@@ -149,8 +149,8 @@ def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
         if not any(p.dtype in (torch.bfloat16, torch.float16) for _, p in own):
             continue
         for name, p in own:
-            found = files.find(f"{path}.{name}") if files else None
-            value = files.get(found).to(p.device) if files and found else p.detach()
+            named = files.find(f"{path}.{name}") if files else None
+            value = files.get(named).to(p.device) if files and named else p.detach()
             setattr(head, name, nn.Parameter(value.to(torch.float32, copy=True), p.requires_grad))
         head.register_forward_pre_hook(_widened)
 
@@ -164,13 +164,13 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that fills short texts: the tokenizer's padding token, or else its
     end-of-sequence token.
     """
-    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if found is None:
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if token is None:
         raise LorafoldError(
             "tokenizer: found neither a padding nor an end-of-sequence token, expected one of them"
             " to fill the texts of a batch to one length"
         )
-    return int(found)
+    return int(token)
 
 
 def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:

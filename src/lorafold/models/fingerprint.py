@@ -160,9 +160,10 @@ def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
     return torch.tensor(np.array(np.unravel_index(flat, shape))).T.reshape(VALUES, len(shape))
 
 
-def _misshapen(shape: list[int], asked: list[int]) -> bool:
+def _misshapen(shape: list[int], expected: list[int]) -> bool:
     """Of a resized vocabulary, the rows may be others."""
-    return shape[1:] != asked[1:] or len(shape) != len(asked) or (shape != asked and len(shape) < 2)
+    same_rows = shape[1:] == expected[1:] and len(shape) == len(expected)
+    return not same_rows or (shape != expected and len(shape) < 2)
 
 
 def _values(sample: dict[str, Any]) -> Tensor:  # (16,)

@@ -215,12 +215,12 @@ def files_of(file: Path) -> tuple[Path, ...]:
     if named is None:
         return (file,)
     stem, _, count = named.groups()
-    found = [file.with_name(f"{stem}-{n:05}-of-{count}{SUFFIX}") for n in range(1, int(count) + 1)]
-    if absent := [part.name for part in found if not part.is_file()]:
+    parts = [file.with_name(f"{stem}-{n:05}-of-{count}{SUFFIX}") for n in range(1, int(count) + 1)]
+    if absent := [part.name for part in parts if not part.is_file()]:
         raise LorafoldError(
             f"model {file}: one of {int(count)} files; missing beside it: {listed(absent)}"
         )
-    return tuple(found)
+    return tuple(parts)
 
 
 def models_of(names: Iterable[str]) -> list[list[str]]:
@@ -284,10 +284,10 @@ def check_places(reader: GGUFReader, file: Path) -> None:
     """
     end = 0
     for tensor in reader.tensors:
-        found = tensor.data_offset - reader.data_offset
-        if found != end:
+        offset = tensor.data_offset - reader.data_offset
+        if offset != end:
             raise LorafoldError(
-                f"{file}: its header is damaged: found {tensor.name} at byte {found} of the"
+                f"{file}: its header is damaged: found {tensor.name} at byte {offset} of the"
                 f" tensors, expected {end}, where the one before it ends"
             )
         end += -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment

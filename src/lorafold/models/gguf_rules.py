@@ -187,24 +187,24 @@ def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> No
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
         return  # it has no such positions, or several kinds of them, or transformers read it
-    found = [t.data for reader in readers for t in reader.tensors if t.name == FREQUENCIES]
-    if found and config.model_type in SCALED:
-        config.rope_parameters = _as_llama3(config, found[0], what)
+    factors = [t.data for reader in readers for t in reader.tensors if t.name == FREQUENCIES]
+    if factors and config.model_type in SCALED:
+        config.rope_parameters = _as_llama3(config, factors[0], what)
         return
     first, prefix = readers[0], f"{value(readers[0], 'general.architecture')}.rope."
     keys = [key for key in first.fields if key.startswith(prefix)]
-    said = {key.removeprefix(prefix): value(first, key) for key in keys}
-    kind, factor = said.get("scaling.type", "none"), said.get("scaling.factor")
-    if "scale_linear" in said:  # as files of 2023 say it
-        kind, factor = "linear", said["scale_linear"]
-    odd = [key for key in UNKNOWN if said.get(f"scaling.{key}", 1.0) != 1.0]
+    metadata = {key.removeprefix(prefix): value(first, key) for key in keys}
+    kind, factor = metadata.get("scaling.type", "none"), metadata.get("scaling.factor")
+    if "scale_linear" in metadata:  # as files of 2023 say it
+        kind, factor = "linear", metadata["scale_linear"]
+    odd = [key for key in UNKNOWN if metadata.get(f"scaling.{key}", 1.0) != 1.0]
     if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:
         raise LorafoldError(
             f"{what}: it scales rotary positions by {listed(wrong)} ({prefix}scaling),"
             " expected linear or yarn; use the model in Hugging Face's format"
         )
     if kind != "none" and factor is not None:
-        own = {name: said[key] for key, name in YARN.items() if key in said}
+        own = {name: metadata[key] for key, name in YARN.items() if key in metadata}
         config.rope_parameters = {
             **rope, "rope_type": kind, "factor": factor, **(own if kind == "yarn" else {})
         }  # fmt: skip

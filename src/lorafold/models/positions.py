@@ -55,25 +55,26 @@ class Positions:
             )
         return replace(self, table=self.table - before)
 
-    def fitted(self, asked: int | None, usual: int) -> tuple[int, str | None]:
-        """The length that rows are cut to, for a requested length or, if there is none, the usual
-        one, and a line about it if the positions bound it or do not reach as far.
+    def fitted(self, length: int | None, usual: int) -> tuple[int, str | None]:
+        """The length that rows are cut to, for a requested length or, if there is none, the
+        usual one, and a line about it if the positions bound it or do not reach as far.
         """
         table, trained = self.table, self.trained
-        if asked is None:
+        if length is None:
             most = min(n for n in (usual, table, trained) if n is not None)
             has = "has" if most == table else "was trained on"
             line = f"max_length {most} instead of {usual}: {self.owner} {has} {most} positions"
             return most, line if most < usual else None
-        if table is not None and asked > table:
+        if table is not None and length > table:
             raise LorafoldError(
-                f"max_length {asked}: expected at most {table}, the positions that {self.owner} has"
+                f"max_length {length}: expected at most {table}, the positions that {self.owner}"
+                " has"
             )
-        if trained is None or asked <= trained:
-            return asked, None
-        return asked, (
-            f"max_length {asked}: {self.owner} was trained on {trained} positions, so the tokens of"
-            " longer rows are at positions that it never saw"
+        if trained is None or length <= trained:
+            return length, None
+        return length, (
+            f"max_length {length}: {self.owner} was trained on {trained} positions, so the tokens"
+            " of longer rows are at positions that it never saw"
         )
 
 
@@ -142,5 +143,5 @@ def trained_on(config: PreTrainedConfig) -> int | None:
 
 
 def _given(config: PreTrainedConfig) -> int | None:
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    size = getattr(config, "max_position_embeddings", None)
+    return size if isinstance(size, int) and size > 0 else None

@@ -94,8 +94,8 @@ def made_of(bits: int) -> str | None:
 
 def of_method(method: Any) -> str | None:
     """The storage that a quant_method of files stands for, if it stands for one."""
-    found = (name for name, row in STORAGES.items() if row.method == method)
-    return next(found, None) if method else None
+    names = (name for name, row in STORAGES.items() if row.method == method)
+    return next(names, None) if method else None
 
 
 def of_codes(kind: str, bits: int) -> str | None:

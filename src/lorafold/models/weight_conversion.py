@@ -88,22 +88,23 @@ class Conversion:
         Args:
             values: the parameters by name, of any shape.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         names, renamed = {s.renamed: s.entry for s in self.sources}, ""
         try:
             back: Any = self.converter.reverse_transform()
             for name, tensor in values.items():
                 renamed, pattern = back.rename_source_key(name)
                 back.add_tensor(renamed, name, pattern, tensor)
-            found = {names[n].name: t for n, t in self._run(back, renamed).items() if n in names}
+            tensors = {names[n].name: t for n, t in self._run(back, renamed).items() if n in names}
         except NotImplementedError:
             pass
-        if {n: tuple(t.shape) for n, t in found.items()} != {e.name: e.shape for e in self.entries}:
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        if shapes != {e.name: e.shape for e in self.entries}:
             raise LorafoldError(
                 f"{self.name}: transformers' conversion of this weight has no reverse that gives"
                 " the tensors of the files"
             )
-        return found
+        return tensors
 
     def check_reversible(self) -> None:
         """Raise LorafoldError unless the reverse gives back the tensors of the files."""
@@ -137,7 +138,7 @@ class Conversion:
         for s in self.sources:
             lists[s.pattern].append(s.values)
         ordered = [lists[p] for p in self.converter.source_patterns if p in lists]
-        found = []
+        elements = []
         for e, *at in where.tolist():
             own = ordered[0]
             for own in ordered if joined is not None else ():
@@ -145,8 +146,8 @@ class Conversion:
                 if at[joined.dim - 1] < size:  # type: ignore[union-attr]
                     break
                 at[joined.dim - 1] -= size  # type: ignore[union-attr]
-            found.append(own[e][tuple(at)])
-        return torch.stack(found)
+            elements.append(own[e][tuple(at)])
+        return torch.stack(elements)
 
     @contextmanager
     def made(self) -> Iterator[dict[str, Tensor]]:
@@ -228,9 +229,9 @@ class OnDemand(Tensor):
         if self is not None and func is aten.index.Tensor and self.elements is not None:
             index = args[1]
             if len(index) == self.dim() and all(i is not None and i.dim() == 1 for i in index):
-                found = self.elements(torch.stack(index, 1))
-                if found is not None:
-                    return found
+                elements = self.elements(torch.stack(index, 1))
+                if elements is not None:
+                    return elements
         args, kwargs = tree_map_only(OnDemand, lambda t: t.make(), (args, kwargs))
         return func(*args, **kwargs)
 

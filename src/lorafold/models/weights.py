@@ -215,9 +215,9 @@ def model_files(directory: Path) -> list[Path]:
             )
         return files
     others = sorted(file.name for file in directory.glob("*.safetensors"))
-    beside = f" beside {listed(others)}" if others else ""
+    note = f" beside {listed(others)}" if others else ""
     raise LorafoldError(
-        f"{directory}: found neither {SINGLE} nor {INDEX}{beside}, expected one of them"
+        f"{directory}: found neither {SINGLE} nor {INDEX}{note}, expected one of them"
     )
 
 

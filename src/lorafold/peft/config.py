@@ -105,16 +105,16 @@ def no_adapter(path: Path) -> LorafoldError:
     """
     if path.is_file():
         own = (path.parent / CONFIG).is_file()
-        told = f"; it is a file, and its directory is {path.parent}" if own else "; it is a file"
+        hint = f"; it is a file, and its directory is {path.parent}" if own else "; it is a file"
     elif not path.exists():
-        told = "; there is none on this machine" + beside(path)
+        hint = "; there is none on this machine" + beside(path)
     elif inside := sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}")):
-        told = f"; there is one in {listed(inside)}"
+        hint = f"; there is one in {listed(inside)}"
     elif (path / "config.json").is_file():
-        told = f"; it is a model, which is given as --model {path}"
+        hint = f"; it is a model, which is given as --model {path}"
     else:
-        told = ""
-    return LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter{told}")
+        hint = ""
+    return LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter{hint}")
 
 
 def write_config(
@@ -245,7 +245,7 @@ class PeftSelection:
         """The modules to adapt, by pattern. Patterns that match no module are left out."""
         if self.preset is not None:
             return match(model, self.preset, is_linear)
-        asked = self.target_modules
+        patterns = self.target_modules
         modules = {
             p: m
             for p, m in Anatomy.of(model).modules
@@ -257,13 +257,14 @@ class PeftSelection:
             for p, m in modules.items()
             if not (_matches(self.exclude_modules, p) or any(r.match(p) for r in saved))
         }
-        if asked == "all-linear":
+        if patterns == "all-linear":
             head = getattr(model, "get_output_embeddings", lambda: None)()
-            found = {asked: tuple(p for p, m in modules.items() if is_linear(m) and m is not head)}
-        elif isinstance(asked, str):
-            found = {asked: tuple(p for p in modules if _matches(asked, p))}
+            linears = tuple(p for p, m in modules.items() if is_linear(m) and m is not head)
+            matches = {patterns: linears}
+        elif isinstance(patterns, str):
+            matches = {patterns: tuple(p for p in modules if _matches(patterns, p))}
         else:
-            hits: dict[str, list[str]] = {pattern: [] for pattern in asked}
+            hits: dict[str, list[str]] = {pattern: [] for pattern in patterns}
             of_layers = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
             of_layers = of_layers or [r".*?\.[^.]*\.(\d+)\."]
             for p in modules:
@@ -271,19 +272,19 @@ class PeftSelection:
                     number = next((m[1] for head in of_layers if (m := re.match(head, p))), None)
                     if number is None or int(number) not in self.layers_to_transform:
                         continue
-                first = next((t for t in asked if ends_in(p, t)), None)
+                first = next((t for t in patterns if ends_in(p, t)), None)
                 if first is not None:
                     hits[first].append(p)
-            found = {pattern: tuple(paths) for pattern, paths in hits.items()}
+            matches = {pattern: tuple(paths) for pattern, paths in hits.items()}
         if self.target_parameters:
             for name, sites in selected(model, self.target_parameters).items():
-                found[name] = tuple(dict.fromkeys((*found.get(name, ()), *sites)))
-        if not any(found.values()):
+                matches[name] = tuple(dict.fromkeys((*matches.get(name, ()), *sites)))
+        if not any(matches.values()):
             named = {"target_modules": self.target_modules} if self.target_modules else {}
             named |= {"target_parameters": self.target_parameters} if self.target_parameters else {}
             shown = " and ".join(f"{key} {_shown(names)}" for key, names in named.items())
             raise LorafoldError(f"{shown or 'target_modules'} match no module of this model")
-        return Matches({pattern: hits for pattern, hits in found.items() if hits})
+        return Matches({pattern: hits for pattern, hits in matches.items() if hits})
 
     def spec_in(self, model: nn.Module, spec: Spec) -> Spec:
         """The spec that gives each site the rank and alpha that PEFT gives it in this model: it
@@ -304,8 +305,9 @@ class PeftSelection:
         the heads of all architectures in the config of a classifier.
         """
         paths = [p for p, _ in Anatomy.of(model).modules if p]
-        found = {name: tuple(p for p in paths if p.endswith(name)) for name in self.modules_to_save}
-        return Matches({name: hits for name, hits in found.items() if hits})
+        names = self.modules_to_save
+        matches = {name: tuple(p for p in paths if p.endswith(name)) for name in names}
+        return Matches({name: hits for name, hits in matches.items() if hits})
 
     def under(self, roots: Mapping[str, str]) -> PeftSelection:
         """The same selection of a part of a model, where the whole one's module paths have other
@@ -385,9 +387,9 @@ def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     paths = PeftSelection((), heads).saved(model).paths
 
     def whole(name: str) -> str:
-        found = PeftSelection((), (name,)).saved(model).paths
-        around = {h for h in paths for p in found if p.startswith(f"{h}.")}
-        inside = found and all(p.startswith(tuple(f"{h}." for h in around)) for p in found)
+        matched = PeftSelection((), (name,)).saved(model).paths
+        around = {h for h in paths for p in matched if p.startswith(f"{h}.")}
+        inside = matched and all(p.startswith(tuple(f"{h}." for h in around)) for p in matched)
         return next(iter(around)) if inside and len(around) == 1 else name
 
     return tuple(dict.fromkeys(map(whole, names)))

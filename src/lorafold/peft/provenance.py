@@ -49,13 +49,13 @@ class TrainedOn:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> TrainedOn | None:
         """From a record."""
-        found = record.get(TRAINED_ON)
-        if found is None:
+        names = record.get(TRAINED_ON)
+        if names is None:
             storage = named_as_now(record.get("recipe") or {}).get("storage")
             return None if storage is None else cls(str(storage))
-        if not isinstance(found, dict) or {*map(type, found.values())} - {str}:
-            raise LorafoldError(f"field {TRAINED_ON}: found {found!r}, expected two names")
-        return cls(found.get("storage", "auto"), found.get("dtype"))
+        if not isinstance(names, dict) or {*map(type, names.values())} - {str}:
+            raise LorafoldError(f"field {TRAINED_ON}: found {names!r}, expected two names")
+        return cls(names.get("storage", "auto"), names.get("dtype"))
 
     def as_json(self) -> dict[str, str]:
         """As a record has it."""
@@ -131,22 +131,22 @@ class OwnBase:
         """The same with a fingerprint that has nothing of these modules, which are not the base's.
         """
         inside = tuple(f"{path}." for path in paths)
-        found = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
-        return replace(self, fingerprint=found)
+        samples = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
+        return replace(self, fingerprint=samples)
 
     def problems(self, base: Weights, called: str) -> list[str]:
         """A line that says that a base is another one, or no line. An adapter without a fingerprint
         fits any base.
         """
-        if not (found := fingerprint.differences(self.fingerprint, base)):
+        if not (differences := fingerprint.differences(self.fingerprint, base)):
             return []
-        told = OTHER
+        message = OTHER
         if self.name not in ("", called):
-            theirs, ours = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
-            told += f": that is {theirs}, this is {ours}"
-            found = [found[0].partition(":")[0]]
+            that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+            message += f": that is {that}, this is {this}"
+            differences = [differences[0].partition(":")[0]]
         return [
-            f"{told} ({shortened(found[0], 110)}); load that base, or allow this one:"
+            f"{message} ({shortened(differences[0], 110)}); load that base, or allow this one:"
             f" {ALLOWED} (allow_other_base=True)"
         ]
 
@@ -155,9 +155,9 @@ class OwnBase:
         where none of the weights is there: in files they may have other names than in the model.
         """
         known = any(base.find(name) for name in self.fingerprint)
-        if known and (found := self.problems(base, called)):
-            path = shortened(str(self.adapter), max(SHORT, MOST - len(found[0])))
-            raise LorafoldError(f"{path}: {found[0]}")
+        if known and (problems := self.problems(base, called)):
+            path = shortened(str(self.adapter), max(SHORT, MOST - len(problems[0])))
+            raise LorafoldError(f"{path}: {problems[0]}")
 
     def hint(self, called: str) -> str:
         """What a message about a base that does not fit ends with, if the adapter has no
@@ -165,14 +165,14 @@ class OwnBase:
         """
         if self.fingerprint or self.name in ("", called):
             return ""
-        theirs, ours = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
-        return f"; {self.named_in} names the base {theirs}, and this is {ours}"
+        that, this = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+        return f"; {self.named_in} names the base {that}, and this is {this}"
 
     def other(self, base: Weights) -> str:
         """The line to tell where an adapter is loaded on another base all the same; else empty."""
-        found = fingerprint.differences(self.fingerprint, base)
-        told = f"adapter {self.adapter} was trained on another base ({'; '.join(found)})"
-        return f"{told}; loaded all the same ({ALLOWED})" if found else ""
+        differences = fingerprint.differences(self.fingerprint, base)
+        message = f"adapter {self.adapter} was trained on another base ({'; '.join(differences)})"
+        return f"{message}; loaded all the same ({ALLOWED})" if differences else ""
 
 
 def recorded(over: Sequence[Origin]) -> dict[str, Any]:
@@ -214,17 +214,17 @@ def not_found(origin: Origin, over: Path) -> str:
     )
 
 
-def same_adapters(needed: Sequence[Origin], found: Sequence[Origin]) -> bool:
+def same_adapters(needed: Sequence[Origin], below: Sequence[Origin]) -> bool:
     """Whether an adapter that lies over those needed fits over those found, lowest first. One that
     lies over nothing fits over any.
     """
-    return not needed or [o.sha256 for o in needed] == [o.sha256 for o in found]
+    return not needed or [o.sha256 for o in needed] == [o.sha256 for o in below]
 
 
-def mismatch(needed: Sequence[Origin], found: Sequence[Origin]) -> str:
+def mismatch(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
     """What is wrong where an adapter does not fit."""
     return (
-        f"it was trained over {listed(needed)}; found {listed(found) or 'nothing'}"
+        f"it was trained over {listed(needed)}; found {listed(below) or 'nothing'}"
         " below it"
     )
 

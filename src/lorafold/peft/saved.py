@@ -153,14 +153,14 @@ class Saved:
     @property
     def classes(self) -> tuple[str, ...] | None:
         """The classes of a classifier's adapter, in the order of their numbers, else None."""
-        found = self.record.get(CLASSES)
-        if found is None:
+        names = self.record.get(CLASSES)
+        if names is None:
             return None
-        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise LorafoldError(
-                f"{self.path / RECORD}: field {CLASSES}: found {found!r}, expected a list of text"
+                f"{self.path / RECORD}: field {CLASSES}: found {names!r}, expected a list of text"
             )
-        return tuple(found)
+        return tuple(names)
 
     @property
     def scores(self) -> bool:
@@ -225,12 +225,12 @@ class Saved:
         CPU for modules on the meta device).
         """
         expected = saved_tensors(sites_of(model, parts, targets, base))
-        found = set(self.weights.names)
-        loaded = {key: self.weights.get(key) for key in sorted(found & expected.keys())}
+        keys = set(self.weights.names)
+        loaded = {key: self.weights.get(key) for key in sorted(keys & expected.keys())}
         wrong = list(problems)
-        strays = (stray(key, self.weights, base) for key in sorted(found - expected.keys()))
+        strays = (stray(key, self.weights, base) for key in sorted(keys - expected.keys()))
         wrong += [text for text in strays if text]
-        wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
+        wrong += [f"missing key {key}" for key in sorted(expected.keys() - keys)]
         misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
         wrong += [text for text in misfits if text]
         if wrong:
@@ -296,10 +296,10 @@ def write(
 def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
     """The adapters in these directories."""
     problems: list[str] = []
-    found = [_attempt(problems, partial(Saved.open, path)) for path in paths]
+    adapters = [_attempt(problems, partial(Saved.open, path)) for path in paths]
     if problems:
         raise LorafoldError(as_one(problems))
-    return tuple(one for one in found if one is not None)
+    return tuple(one for one in adapters if one is not None)
 
 
 def trained_on(adapters: Sequence[Saved | OwnBase]) -> TrainedOn | None:
@@ -307,17 +307,17 @@ def trained_on(adapters: Sequence[Saved | OwnBase]) -> TrainedOn | None:
     where they were trained on plain weights of different dtypes.
     """
     own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
-    found = {str(one.adapter): one.trained_on for one in own if one.trained_on}
-    storages = {one.storage for one in found.values()}
+    records = {str(one.adapter): one.trained_on for one in own if one.trained_on}
+    storages = {one.storage for one in records.values()}
     if len(storages) > 1 and not storages <= {*PLAIN, "auto"}:
-        listed = ", ".join(f"{path} on {one.storage}" for path, one in found.items())
+        listed = ", ".join(f"{path} on {one.storage}" for path, one in records.items())
         raise LorafoldError(
             f"these adapters were trained on bases in different storage ({listed}); choose one of"
             " them (--storage)"
         )
     if len(storages) != 1:
         return None
-    dtypes = {one.dtype for one in found.values()}
+    dtypes = {one.dtype for one in records.values()}
     return TrainedOn(storages.pop(), dtypes.pop() if len(dtypes) == 1 else None)
 
 

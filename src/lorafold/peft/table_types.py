@@ -68,8 +68,8 @@ class TargetModule:
 
     def own(self, name: str) -> Tensor | None:
         """The module's parameter of this name in the base, of any shape, or None."""
-        found = self.base.find(f"{self.path}.{name}")
-        return None if found is None else self.base.get(found)
+        key = self.base.find(f"{self.path}.{name}")
+        return None if key is None else self.base.get(key)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class Field:
         """The field's value from a config."""
         value = config.get(self.key, self.default)
         try:
-            found = self._checked.validate_python(value, strict=True)
-            if found is None and self.empty is not None:
+            checked = self._checked.validate_python(value, strict=True)
+            if checked is None and self.empty is not None:
                 return self.empty
-            return self.from_file(found) if self.from_file else found
+            return self.from_file(checked) if self.from_file else checked
         except ValidationError as e:
             message = e.errors()[0]["msg"].lower()
             raise LorafoldError(f"{self.key}: found {value!r}; {message}") from None

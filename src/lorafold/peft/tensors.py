@@ -59,7 +59,7 @@ class SavedTensor:
 
 def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
     """Every tensor of the deltas by its key in the file; a tensor that deltas share has one key."""
-    found = {}
+    tensors = {}
     for site in sites:
         delta, entries = site.delta, TENSORS.get(type(site.delta), derived.entries)(site)
         placed = {entry.attribute for entry in entries}
@@ -71,8 +71,8 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
         under = f"{site.at}.base_layer" if site.target else site.at
         for entry in entries:
             key = entry.template.format(at=site.at, under=under)
-            found[key] = SavedTensor(site, entry, attrgetter(entry.attribute)(delta))
-    return found
+            tensors[key] = SavedTensor(site, entry, attrgetter(entry.attribute)(delta))
+    return tensors
 
 
 def sites_of(

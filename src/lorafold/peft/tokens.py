@@ -55,10 +55,10 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
         embedding, *_ = *Anatomy.of(model).vocabulary_ends, "embed_tokens"
         ids = {embedding: ids}
     paths = [path for path, _ in Anatomy.of(model).modules if path]
-    found = {name: [p for p in paths if p.endswith(name)] for name in ids}
-    if missing := [name for name, hits in found.items() if not hits]:
+    matches = {name: [p for p in paths if p.endswith(name)] for name in ids}
+    if missing := [name for name, hits in matches.items() if not hits]:
         raise LorafoldError(f"{INDICES}: found no module {listed(missing)} in this model")
-    return {path: ids[name] for name, hits in found.items() for path in hits}
+    return {path: ids[name] for name, hits in matches.items() for path in hits}
 
 
 def completed(

@@ -79,8 +79,8 @@ class Base:
         used or not.
         """
         if not isinstance(self.model, (str, Path, ModelSource)):
-            found = shortened(repr(self.model), 80)
-            raise LorafoldError(f"model: found {found}, expected a name or a path")
+            shown = shortened(repr(self.model), 80)
+            raise LorafoldError(f"model: found {shown}, expected a name or a path")
         check_storage(self.storage)
         object.__setattr__(self, "where", choose_device(self.device))
 
@@ -192,14 +192,14 @@ class Base:
 
 def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | None:
     """The classes of the adapters, or else of the model, or None if neither has classes."""
-    found = {str(one): classes for one in adapters if (classes := one.classes)}
-    if len(set(found.values())) > 1:
+    by_adapter = {str(one): classes for one in adapters if (classes := one.classes)}
+    if len(set(by_adapter.values())) > 1:
         raise LorafoldError(
             "adapters: expected the same classes in all of them, found "
-            + "; ".join(f"{', '.join(classes)} in {name}" for name, classes in found.items())
+            + "; ".join(f"{', '.join(classes)} in {name}" for name, classes in by_adapter.items())
         )
-    if found:
-        return next(iter(found.values()))
+    if by_adapter:
+        return next(iter(by_adapter.values()))
     outputs = outputs_of_model(base.source)
     return outputs if outputs and len(outputs) > 1 else None
 

@@ -107,10 +107,10 @@ class EmbeddingRows(TokenRows):
     def forward(self, layer: Layer, ids: Tensor, onto: Tensor | None = None) -> Tensor:
         ascending = self.ascending.to(ids.dtype)
         at = torch.searchsorted(ascending, ids).clamp_max(len(self.ids) - 1)
-        ours = ascending[at] == ids
-        y = layer(torch.where(ours, 0, ids), onto=onto)
+        trained = ascending[at] == ids
+        y = layer(torch.where(trained, 0, ids), onto=onto)
         rows = layer.op(at, self.sorted_rows(y.device).to(y.dtype).t())
-        return torch.where(ours[..., None], add(rows, onto).to(y.dtype), y)
+        return torch.where(trained[..., None], add(rows, onto).to(y.dtype), y)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.placed(w.t()).t(), b
@@ -122,16 +122,17 @@ class HeadRows(TokenRows):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         z = layer(x)
         old = len(self.ids) - self.beyond(z.shape[-1])
-        ours = layer.op(x, self.sorted_rows(x.device))
+        logits = layer.op(x, self.sorted_rows(x.device))
         if layer.module._parameters.get("bias") is not None:
             b = layer.dense()[1]
             assert b is not None
-            ours = ours + torch.cat([b[self.ascending[:old]], b.mean().expand(len(self.ids) - old)])
-        ours = ours.to(z.dtype)
+            new = b.mean().expand(len(self.ids) - old)
+            logits = logits + torch.cat([b[self.ascending[:old]], new])
+        logits = logits.to(z.dtype)
         if old < len(self.ids):
-            z = torch.cat([z, ours[..., old:]], -1)
+            z = torch.cat([z, logits[..., old:]], -1)
         if old:
-            z = z.index_copy(-1, self.ascending[:old], ours[..., :old])
+            z = z.index_copy(-1, self.ascending[:old], logits[..., :old])
         return add(z, onto).to(z.dtype)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +161,7 @@ class TrainableTokens:
         Raises LorafoldError with everything that is wrong.
         """
         by_path, problems = self._by_path(model)
-        found: dict[str, TokenRows] = {}
+        deltas: dict[str, TokenRows] = {}
         for path, ids in by_path.items():
             module = model.get_submodule(path)
             of_embedding = _is_embedding(module)
@@ -181,14 +182,14 @@ class TrainableTokens:
                 shared = sharers(model, module)
                 tied = (
                     d.owner
-                    for p, d in found.items()
+                    for p, d in deltas.items()
                     if p in shared and isinstance(d, EmbeddingRows) and by_path[p] == ids
                 )
                 rows = next(tied, None) or self._start(w, ids)
-                found[path] = (EmbeddingRows if of_embedding else HeadRows)(ids, rows)
-        if problems := problems or self._one_sided(model, found):
+                deltas[path] = (EmbeddingRows if of_embedding else HeadRows)(ids, rows)
+        if problems := problems or self._one_sided(model, deltas):
             raise LorafoldError(as_one(problems))
-        return found
+        return deltas
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
         """The ids by module path, and what is wrong with them. Embeddings come first, each followed

@@ -70,10 +70,10 @@ class Virtual:
         if not isinstance(mask, Documents):
             return widened(mask, n, x)
         if self._documents is None or self._documents[0] is not mask:
-            found = widened(mask, n, x)
-            if not isinstance(found, Documents):
-                return found
-            self._documents = mask, found
+            wide = widened(mask, n, x)
+            if not isinstance(wide, Documents):
+                return wide
+            self._documents = mask, wide
         return self._documents[1]
 
 
@@ -217,8 +217,8 @@ def positions(inputs: dict[str, Any]) -> Tensor:
     """The positions (B or 1, T) of a decoder's input: those that it is given, or else those that
     follow the tokens in its cache.
     """
-    if (told := inputs.get("position_ids")) is not None:
-        return told
+    if (given := inputs.get("position_ids")) is not None:
+        return given
     x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     cache = inputs.get("cache", inputs.get("past_key_values"))
     past = 0 if cache is None else cache.get_seq_length()
