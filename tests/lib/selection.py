@@ -8,7 +8,7 @@ and everyone who checks it out runs the same ones. `CASES=<commit>` in the envir
 choice of another commit. What a slow test takes is in `seconds.json`, by test;
 `--write-seconds` writes it anew from the tests that ran.
 
-A run of all tests records in pytest's cache when each one last passed, and prints the oldest.
+pytest's cache records when each test last passed; `--oldest` prints those of longest ago.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _seconds: dict[str, list[float]] = defaultdict(list)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", type=float, metavar="SECONDS", help="of the slow tests, run so many")
+    parser.addoption("--oldest", action="store_true", help="print what has not passed for longest")
     parser.addoption("--write-seconds", action="store_true", help=f"write {SECONDS.name}")
 
 
@@ -105,12 +106,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         found = json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.exists() else {}
         found |= {test: round(fmean(took), 1) for test, took in each.items()}
         SECONDS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-    if config.cache is None or config.getoption("slow") is not None or not _passed:
+    if config.cache is None:
         return
     record = config.cache.get(RECORD, {})
     record |= {nodeid: day or record.get(nodeid, "") for nodeid, day in _passed.items()}
     config.cache.set(RECORD, record)
-    oldest = sorted(record, key=record.__getitem__)[:SHOWN]
-    terminalreporter.line("tests that have not passed for the longest time:")
-    for nodeid in oldest:
-        terminalreporter.line(f"  {record[nodeid] or 'never':<10}  {nodeid}")
+    if config.getoption("oldest"):
+        terminalreporter.line("tests that have not passed for the longest time:")
+        for nodeid in sorted(record, key=record.__getitem__)[:SHOWN]:
+            terminalreporter.line(f"  {record[nodeid] or 'never':<10}  {nodeid}")
