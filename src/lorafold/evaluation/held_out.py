@@ -27,10 +27,7 @@ TOKENS = 2048  # the most tokens of a batch, with padding
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
-    """The mean loss in nats over the tokens or texts that count, in evaluation mode.
-
-    Raises LorafoldError if it is not finite.
-    """
+    """The mean loss in nats over the tokens or texts that count, in evaluation mode."""
     with evaluating(loss):
         sums = []
         for group in batches(examples):
@@ -54,11 +51,7 @@ def batches(examples: Sequence[Any]) -> list[list[int]]:
 def row_losses(
     model: PreTrainedModel, examples: Sequence[Example], step: Callable[[int, int], None]
 ) -> list[float]:
-    """The loss of each example in nats, summed over its labelled positions, in evaluation mode.
-
-    Args:
-        step: called as step(done, total).
-    """
+    """The loss of each example in nats, summed over its labelled positions, in evaluation mode."""
 
     def loss_of(how: Branching | None) -> CompletionLoss:
         return CompletionLoss(model, how is not None, 0, how)
@@ -75,11 +68,6 @@ def by_row(
 ) -> list[F]:
     """What is measured of each example, in evaluation mode. Those that begin alike are computed
     together, where the model can and it pays.
-
-    Args:
-        loss_of: makes the loss, whose rows share what they have in common (None: nothing).
-        measure: measures a batch with it.
-        step: called as step(done, total).
     """
     found: dict[int, F] = {}
 
@@ -114,7 +102,7 @@ def alike_in(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
 
 
 def padding_of(model: PreTrainedModel) -> int:
-    """The token that pads short texts. Raises LorafoldError if the model's config names none."""
+    """The token that pads short texts."""
     pad_id: int | None = model.config.get_text_config().pad_token_id
     if pad_id is None:
         raise LorafoldError(

@@ -36,9 +36,6 @@ def wilson(hits: int, n: int) -> Interval:
 def two_sided(t: float, df: float) -> float:
     """The share of Student's distribution that lies beyond ±t. With t = sqrt(df) tan(a) its density
     is proportional to cos(a)^(df - 1), which is integrated by Gauss-Legendre quadrature.
-
-    Args:
-        df: The degrees of freedom, at least 1; more than 10,000 count as 10,000.
     """
     df = min(df, 1e4)
 
@@ -88,7 +85,7 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def mean_loss(sums: Sequence[tuple[float, int]]) -> float:
-    """The mean loss over tokens. Raises LorafoldError if it is not finite."""
+    """The mean loss over tokens."""
     loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
     if not math.isfinite(loss):
         raise LorafoldError(

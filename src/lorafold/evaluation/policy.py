@@ -86,15 +86,7 @@ class Rewarded:
         at_once: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Self:
-        """Completions as they are judged. Raises LorafoldError for a reward that fails, and, where
-        they are judged in parts, if none of them has a reward.
-
-        Args:
-            groups: a group of completions of each prompt, all of one size.
-            at_once: of how many prompts the completions are judged in one call, which has a limit
-                of time; None for all.
-            progress: is told how many completions are judged, of how many.
-        """
+        """Completions as they are judged."""
         judged = [
             Judged(asked, one.text, row, f"{prompt.where}, completion {n}", conversation)
             for prompt, group in zip(prompts, groups, strict=True)
@@ -316,14 +308,6 @@ def evaluate_rewards(
 ) -> RewardEvaluation:
     """Measure what completions are worth that a model draws with the adapters that are active on
     it. The model stays as it is.
-
-    Args:
-        rows: All of shapes that give prompts; their other fields are the rewards'.
-        settings: What is drawn.
-        console: For progress and a report of the prompts; None is quiet.
-
-    Raises LorafoldError for a model that generates nothing, a prompt that is too long, a completion
-    that can't be computed, and a reward that fails.
     """
     if not model.can_generate():
         raise LorafoldError(

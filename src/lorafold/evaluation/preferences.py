@@ -95,15 +95,7 @@ def preference_figures(
     reference: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreferenceFigures:
-    """Measure a model with the adapters that are active on it.
-
-    Args:
-        loss: Has the model and the law.
-        examples: With their references, if the law has any and they are known.
-        reference: Whether the model without its highest adapter is the reference, so that what is
-            not known of it can be computed.
-        progress: Is told how many examples are done, of how many.
-    """
+    """Measure a model with the adapters that are active on it."""
     parts: list[Scored] = []
     order: list[int] = []
     kl = tokens = 0.0
@@ -166,11 +158,7 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
-    """The rows of all parts as one, on the CPU.
-
-    Args:
-        order: The index of each of their rows.
-    """
+    """The rows of all parts as one, on the CPU."""
     back = torch.tensor(order).argsort()
     columns: Iterable[Any] = zip(*parts, strict=True)
     whole: list[Any] = [

@@ -62,11 +62,7 @@ class RewardAdapter:
 
     @classmethod
     def of(cls, text: str, base: Base) -> Self:
-        """What a reward's name, `adapter:DIR` with a weight or without, stands for.
-
-        Raises LorafoldError for files that are damaged, for an adapter that is no reward model, and
-        where what it lies over is not beside it.
-        """
+        """What a reward's name, `adapter:DIR` with a weight or without, stands for."""
         weight, name = parted(text)
         saved = Saved.open(Path(adapter_in(name)).expanduser())
         if (kind := kind_of(base, [saved])) != REWARD_MODEL:
@@ -79,16 +75,7 @@ class RewardAdapter:
     def over(
         self, model: PreTrainedModel, packing: bool | str, console: Console
     ) -> Iterator[Reward]:
-        """The reward, over a model's own tensors.
-
-        Raises LorafoldError for an adapter of another base, or with tensors that do not fit.
-
-        Args:
-            model: A language model of the base, with adapters or without.
-            packing: Lay texts end to end, where the model allows it; auto: compute once what they
-                begin with in common.
-            console: For what there is to say of tokenizer and storage.
-        """
+        """The reward, over a model's own tensors."""
         tokenizer = self.base.tokenizer(self.stack)
         for notice in (ensure_chat_template(tokenizer), self._stored(model)):
             if notice:
@@ -125,14 +112,7 @@ def rewards_over(
     packing: bool | str,
     console: Console,
 ) -> Iterator[Rewards]:
-    """Rewards, those that are adapters over the model that draws the completions.
-
-    Args:
-        given: All of them, as `Rewards.of` takes them.
-        adapters: Those that are adapters, by their names.
-        limit: The seconds that a call of one may take.
-        model, packing, console: As `RewardAdapter.over` takes them.
-    """
+    """Rewards, those that are adapters over the model that draws the completions."""
     with ExitStack() as stack:
         over: dict[Any, Reward] = {
             text: stack.enter_context(one.over(model, packing, console))
@@ -143,13 +123,7 @@ def rewards_over(
 
 
 class AdapterReward:
-    """Scores of a reward model as a reward.
-
-    Args:
-        shell: A sequence classifier with one output, with the adapters that score active on it.
-        tokenizer: The reward model's, with a chat template.
-        how: How far the shell goes with packed documents; None pads.
-    """
+    """Scores of a reward model as a reward."""
 
     def __init__(
         self, name: str, weight: float, shell: PreTrainedModel,
@@ -161,13 +135,10 @@ class AdapterReward:
         self._most = positions_of(shell).table or math.inf
 
     def __call__(self, judged: Sequence[Judged]) -> list[float]:
-        """The score of each. Raises LorafoldError for a completion that can't be rendered, or whose
-        text is longer than the model has positions.
-        """
+        """The score of each."""
         if not judged:
             return []
-        found: list[float] = scores_of(self._loss, self._texts(judged))[0][:, 0].tolist()
-        return found
+        return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist()
 
     def close(self) -> None:
         """Nothing runs."""

@@ -61,15 +61,7 @@ class RolloutSize:
 
 
 class Rollouts:
-    """Draws completions, once it is `open`.
-
-    Args:
-        model: in training or not, whose active adapters are the policy.
-        group: how many completions a prompt has.
-        longest: the most tokens of a completion.
-        sampling: how tokens are chosen. Training learns from those of temperature 1 alone.
-        exact: compute as training does, bit by bit, which takes longer.
-    """
+    """Draws completions, once it is `open`."""
 
     def __init__(
         self,
@@ -97,12 +89,6 @@ class Rollouts:
     def open(self, prompt: int, slots: int) -> bool:
         """Open the engine. Returns whether it is to be `exact`, which this processor's products are
         not.
-
-        Args:
-            prompt: the most tokens of a prompt.
-            slots: how many completions are drawn at a time.
-
-        Raises LorafoldError where `exact` is asked for, and drawing can't have training's numbers.
         """
         if self.exact and (why := lacks(self.shell.device.type)):
             raise LorafoldError(f"exact: {why}")
@@ -131,16 +117,7 @@ class Rollouts:
         group: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[Completion]]:
-        """A group of completions of each prompt, under the weights as they are now.
-
-        Args:
-            prompts: token ids.
-            key: what the draws follow from, with the places of prompt and completion.
-            group: how many completions a prompt has, if not as many as in training.
-            progress: called as progress(done, total) after every step of the engine.
-
-        Raises LorafoldError for a completion that can't be computed.
-        """
+        """A group of completions of each prompt, under the weights as they are now."""
         # a fused optimizer leaves the versions, by which a method knows that what it kept is stale
         increment_version(self.moving)
         self.engine.adopt(POLICY, self.names)
@@ -169,14 +146,7 @@ class Rollouts:
         group: int = 1,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[Completion]]:
-        """The same of held-out prompts, whose draws follow from a run's seed and from no step.
-
-        Args:
-            prompts: token ids.
-            seed: of the run.
-            group: how many completions a prompt has.
-            progress: as `draw` calls it.
-        """
+        """The same of held-out prompts, whose draws follow from a run's seed and from no step."""
         return self.draw(prompts, key_of(seed, HELD_OUT), group, progress)
 
     def _stream(self, prompt: Sequence[int], key: int, n: int) -> EventStream:

@@ -132,16 +132,7 @@ def evaluate_classifier(
     *,
     console: Console | None = None,
 ) -> Evaluation:
-    """`evaluate` for rows of text and label.
-
-    Args:
-        model: A sequence classifier whose config names the classes (`id2label`).
-        max_length: Longer texts are cut to this many tokens.
-        console: For progress and a report of what was cut; None is quiet.
-
-    Raises LorafoldError for a label that is not one of the model's classes, and for a model whose
-    config has no padding token.
-    """
+    """`evaluate` for rows of text and label."""
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
@@ -174,13 +165,7 @@ def evaluate_classifier(
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured beside the loss.
-
-    Args:
-        completions: Generate completions for the exact match.
-        max_new_tokens: The most tokens of a completion; None takes the longest reference.
-        law: What rewards are, on rows of preferences.
-    """
+    """What is measured beside the loss."""
 
     completions: bool = True
     max_new_tokens: int | None = None
@@ -198,18 +183,7 @@ def evaluate(
     settings: EvaluationSettings = DEFAULT,
     console: Console | None = None,
 ) -> Evaluation:
-    """Measure a model with the adapters that are active on it.
-
-    Args:
-        model: A causal language model or, for rows of text and label, a sequence classifier whose
-            config names the classes (`id2label`).
-        rows: Rows of one form. Plain text has no exact match.
-        max_length: Longer examples are cut to this many tokens for the loss.
-        settings: What is measured beside the loss.
-        console: For progress and a report of what was cut; None is quiet.
-
-    Raises LorafoldError for bad rows and for a loss that is not finite.
-    """
+    """Measure a model with the adapters that are active on it."""
     rows = as_checked(rows, PAIRS)
     if rows.give(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)

@@ -156,10 +156,6 @@ def scores_of(
 ) -> tuple[Array, Array]:
     """The scores of the examples' documents, in fp32, and the tokens of their completions, both
     (n, k).
-
-    Args:
-        loss: Has the model, with the adapters that are active on it.
-        progress: Is told how many examples are done, of how many.
     """
     shape, done = (len(examples), len(examples[0].branches)), 0
     scores, tokens = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
@@ -172,12 +168,7 @@ def scores_of(
 
 
 def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
-    """The figures of pairs whose first completion is the chosen one.
-
-    Args:
-        scores: Of both completions, (n, 2).
-        tokens: Of both completions, (n, 2).
-    """
+    """The figures of pairs whose first completion is the chosen one."""
     chosen, rejected = scores.astype(np.float64).T
     d, longer = chosen - rejected, tokens[:, 0] - tokens[:, 1]
     right = d > 0
@@ -225,8 +216,7 @@ def ranks(x: Array) -> Array:
     """The ranks of x (n,), from 1; equal values have the mean of theirs."""
     _, number, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    found: Array = (last - (counts - 1) / 2)[number]
-    return found
+    return (last - (counts - 1) / 2)[number]
 
 
 @dataclass(frozen=True)
@@ -273,7 +263,7 @@ class ScoredRows(ShownInNotebooks):
         return {**figures, "n": self.n, "truncated": self.truncated}
 
     def write(self, path: str | Path) -> None:
-        """Write one line of JSON a row. Raises LorafoldError if that fails."""
+        """Write one line of JSON a row."""
         write_text(path, "".join(f"{row.as_json()}\n" for row in self.rows))
 
     def __str__(self) -> str:
@@ -290,18 +280,7 @@ def score_rows(
     *,
     console: Console | None = None,
 ) -> ScoredRows:
-    """Score rows with a reward model and the adapters that are active on it.
-
-    Args:
-        model: A sequence classifier with one output, whose config names the token that pads.
-        tokenizer: The model's, with a chat template.
-        rows: Rows of one form: preferences, prompts with completions, conversations or text.
-        max_length: Longer texts are cut to this many tokens, and counted.
-        console: For progress and a report of what was cut; None is quiet.
-
-    Raises LorafoldError for bad rows, for a model that is no reward model, and for scores that are
-    not finite.
-    """
+    """Score rows with a reward model and the adapters that are active on it."""
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(
             f"{type(model).__name__} with {model.config.num_labels} outputs: expected a reward"

@@ -19,7 +19,7 @@ from lorafold.core.contexts import is_fake
 from lorafold.core.layer import Layer
 from lorafold.core.matrices import CHOSEN, SORTED, WEIGHED, form_of
 from lorafold.ops.autocast import lowered
-from lorafold.ops.groups import Groups, grouped
+from lorafold.ops.grouped import Groups, grouped
 
 # the layers over groups of rows; of each row its index (S,) in the tokens' experts (T, k), if that
 # is known; and T, k

@@ -27,8 +27,7 @@ from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.expert_forwards import CALLED
 from lorafold.layers.expert_matrices import ExpertMatrices, held
 from lorafold.ops.dropout import dropout, shared
-from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
-from lorafold.ops.groups import Groups
+from lorafold.ops.grouped import FrozenMatrices, Groups, frozen_product, low_rank_product, product
 from lorafold.ops.scale import scale
 
 

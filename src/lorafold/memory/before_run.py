@@ -50,18 +50,7 @@ def planned(
     held_out: Any = None,
     shares: bool = False,
 ) -> Setting:
-    """Return the setting of the largest micro-batch of the run's first steps.
-
-    Args:
-        recipe: The recipe of the run.
-        feed: The training examples.
-        objective: What its steps compute.
-        asked: Has the base, the method and what else is attached.
-        processes: The processes that share each step's examples.
-        device: The device of this machine that the run uses.
-        held_out: The `Data` to measure on, or None.
-        shares: Whether the model computes once what rows begin with in common (`may_share`).
-    """
+    """Return the setting of the largest micro-batch of the run's first steps."""
     packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
     shares = shares and packed and recipe.packing == "auto"
     draws = objective.draws(feed, held_out) if isinstance(objective, OnPolicy) else None
@@ -112,11 +101,7 @@ def planned(
 
 
 def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
-    """The tokens that are computed for each document of a micro-batch.
-
-    Args:
-        once: What its rows begin with in common is computed once.
-    """
+    """The tokens that are computed for each document of a micro-batch."""
     if once:
         of = [e.documents() if isinstance(e, Branched) else [e] for e in examples]
         pairs = [(d, len(beginning(e))) for e, some in zip(examples, of, strict=True) for d in some]
@@ -129,8 +114,7 @@ def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
 
 def beginning(example: Any) -> tuple[int, ...]:
     """The ids that an example may have in common with others."""
-    found: tuple[int, ...] = example.shared if isinstance(example, Branched) else example.ids
-    return found
+    return example.shared if isinstance(example, Branched) else example.ids
 
 
 def settle(
@@ -142,13 +126,6 @@ def settle(
 ) -> tuple[bool, str]:
     """Print the memory that the setting needs, and return whether to use gradient checkpointing,
     and a line for where there is no estimate: loading may say why.
-
-    Args:
-        config: The configuration of the model.
-        setting: The setting of the run's largest micro-batch.
-        asked: The recipe's gradient_checkpointing.
-        free: The free bytes of the device.
-        console: Where to print.
     """
     setting = replace(setting, checkpointing=asked is True)
     room, why = SHARE * free, ""

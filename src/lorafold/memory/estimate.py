@@ -90,8 +90,6 @@ class Estimate:
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
     """Estimate the bytes that a model of this configuration takes at its peak, of several processes
     in each.
-
-    Raises LorafoldError as `attach` does, and if the model's code does not run on fake tensors.
     """
     few, blocks = max(2, period(config)), config.get_text_config().num_hidden_layers
     traced, sent = trace(config, setting, few), None
@@ -149,11 +147,7 @@ class Traffic:
     operations: int
 
     def bandwidth(self, speed: float = SPEED) -> float:
-        """The bytes a second, in each direction, at which sending takes as long as computing.
-
-        Args:
-            speed: The operations a second of a device, a multiplication and an addition being two.
-        """
+        """The bytes a second, in each direction, at which sending takes as long as computing."""
         return self.bytes * speed / max(1, self.operations)
 
 
@@ -161,17 +155,7 @@ def shared(
     whole: Traced, block: Traced, blocks: int, strategy: str, processes: int, *, owned: bool,
     tied: bool,
 ) -> tuple[Traced, Traffic]:
-    """(what one of the processes holds, what it sends).
-
-    Args:
-        whole: The step of one process; its gradients are divided already where they are owned.
-        block: What of it is one block's.
-        blocks: The number of blocks.
-        strategy: ddp or fsdp.
-        processes: Two or more.
-        owned: The base's own weights train, each in the process that owns it.
-        tied: Embedding and head are one.
-    """  # fmt: skip
+    """(what one of the processes holds, what it sends)."""
     n, part = processes, (processes - 1) / processes
     operations = whole.forward_operations + whole.backward_operations
     if strategy == DDP:

@@ -41,15 +41,7 @@ class Advice:
 
 
 def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
-    """Advise on a setting for a device.
-
-    Raises LorafoldError as `estimate` does.
-
-    Args:
-        config: The configuration of the model.
-        setting: What is trained, on what base and on which batches.
-        memory: The bytes that tensors may take on the device.
-    """
+    """Advise on a setting for a device."""
 
     @cache
     def total(batch: int, length: int) -> int:
@@ -128,13 +120,6 @@ def largest(total: Callable[[int], int], start: int, memory: int, most: int, tra
 
     Totals are nearly affine in n, so n is found on the line through two of them. An n of at most
     four times a traced one is traced to check it; beyond `traced` the line is trusted.
-
-    Args:
-        total: Gives the bytes for n.
-        start: An n to begin with.
-        memory: The bytes that there are.
-        most: The largest n to look for.
-        traced: The largest n to trace.
     """
     low, high = (start // 2, start) if start > 3 else (2, 4)
     while True:

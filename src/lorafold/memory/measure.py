@@ -39,11 +39,6 @@ if TYPE_CHECKING:
 def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
     """Return the bytes at the peak of the second of two training steps on random tokens, or of
     inference of a prompt and one more token; the model's bytes included.
-
-    Args:
-        load: Makes the model.
-        setting: What is trained, on which batches; 16-bit matrices are multiplied as it says.
-        device: The device of the model.
     """
     # keeps tensors from before alive: if they were freed meanwhile, the difference would shrink
     earlier, before = _tensors(), allocated(device)

@@ -43,16 +43,6 @@ def setting_of(
 ) -> Setting:
     """Return the setting for a mode and a recipe; the recipe's fields take precedence over those of
     the mode.
-
-    Raises LorafoldError for an unknown mode, for recipe fields that an estimate does not use, for
-    more labels than there are tokens, and for an optimizer whose rounding would lose updates.
-
-    Args:
-        mode: inference, full, lora, qlora, or the name of a method.
-        recipe: The recipe, of which only fields that concern memory may be set.
-        batch: The rows that are computed at a time.
-        length: The tokens of a row.
-        labelled: The tokens of the batch that the loss counts; None: all that can.
     """
     check_fields(recipe, OF_MEMORY)
     if labelled is not None and labelled > batch * (length - 1):
@@ -80,12 +70,7 @@ def setting_of(
 
 
 def check_fields(recipe: Recipe, known: set[str]) -> None:
-    """Raise LorafoldError for fields of a recipe that an estimate does not use.
-
-    Args:
-        recipe: What is asked for.
-        known: The fields that it uses.
-    """
+    """Raise LorafoldError for fields of a recipe that an estimate does not use."""
     if unread := sorted(recipe.model_fields_set - known):
         more = sorted(OF_ROWS - known)
         rows = f"; with --data also {', '.join(more)}" if more else ""
@@ -110,17 +95,7 @@ def stored(base: str) -> Storage:
 def as_in_files(
     setting: Setting, config: PreTrainedConfig, name: str, asked: bool
 ) -> Setting:
-    """Return the setting with the base as the model's files store it, if they are quantized.
-
-    Raises LorafoldError if another storage was asked for, and if the method trains the base's own
-    weights.
-
-    Args:
-        setting: What is estimated.
-        config: The configuration of the model.
-        name: The name of the model in messages.
-        asked: Whether the setting's storage was asked for, or is a mode's.
-    """
+    """Return the setting with the base as the model's files store it, if they are quantized."""
     settings, base = getattr(config, "quantization_config", None), setting.base
     stored_as = None if settings is None else quantization_of(settings, f"model {name}")
     if stored_as is None and base.quantization not in IN_FILES:
@@ -143,7 +118,7 @@ LLAMA = {  # width, width of the MLP, blocks, heads, key heads, context
 
 
 def llama(size: str) -> PreTrainedConfig:
-    """Return the configuration of the Llama of that size. Raises LorafoldError for other sizes."""
+    """Return the configuration of the Llama of that size."""
     from transformers import LlamaConfig
 
     if size.lower() not in LLAMA:

@@ -55,11 +55,7 @@ def verdict(advice: Advice, asked: Setting) -> list[str]:
 
 
 def together(found: Estimate, asked: Setting, speed: float) -> list[str]:
-    """Return the lines about what several processes send each other; none for one alone.
-
-    Args:
-        speed: The operations a second of a device.
-    """
+    """Return the lines about what several processes send each other; none for one alone."""
     if (sent := found.sent) is None:
         return []
     return [
@@ -94,14 +90,7 @@ def counted(found: Estimate) -> str:
 def page(
     found: Estimate, title: str, path: Path, said: list[str], memory: int | None = None
 ) -> None:
-    """Write an HTML page with the terms as bars and as a table that explains them.
-
-    Args:
-        title: The title of the page.
-        path: The file to write.
-        said: Lines to show above the bars.
-        memory: The device's bytes, at which a line is drawn; None if not known.
-    """
+    """Write an HTML page with the terms as bars and as a table that explains them."""
     cells = [
         [words(name), in_words(n), f"{n / found.total:.1%}", html.escape(TERMS[name])]
         for name, n in shown(found).items()

@@ -141,13 +141,6 @@ class Setting:
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
     """Trace the bytes of a step of a model with embedding, head and its first blocks. They are the
     same on every machine.
-
-    Raises LorafoldError if the code of the model or the method does not run on fake tensors.
-
-    Args:
-        config: The configuration of the model.
-        setting: What is trained, on which rows.
-        blocks: The number of blocks.
     """
     with (
         existing_set_aside(),
@@ -174,11 +167,6 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
 def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
     """Trace a training step with everything that a run uses: fused operations, packed documents,
     the loss at labelled positions.
-
-    Args:
-        model: A fake model.
-        setting: What is trained, on which rows.
-        ledger: The ledger that counts, already entered.
     """
     # a softmax with a logit that is of no key, as that of gpt-oss, is of no packed rows
     sinks = any("sinks" in module._parameters for module in model.modules())
@@ -313,13 +301,7 @@ def integers(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
-    """Trace the forward pass of a whole prompt, then that of one more token.
-
-    Args:
-        model: A fake model.
-        setting: The rows.
-        ledger: The ledger that counts, already entered.
-    """
+    """Trace the forward pass of a whole prompt, then that of one more token."""
     weights = collected(ledger)
     prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
     ledger.peak = start = collected(ledger)
@@ -341,11 +323,6 @@ def collected(ledger: Ledger) -> int:
 def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
     """Trace what draws: the bytes that an engine has beside the model, always, and of keys and
     values and in all while it draws.
-
-    Args:
-        model: A fake model with what trains attached, in evaluation mode.
-        drawn: What is drawn at a time.
-        ledger: The ledger that counts, already entered.
     """
     few, more = (_cached(model, n, ledger) for n in TOKENS)
     a_token = (more - few) // (TOKENS[1] - TOKENS[0])

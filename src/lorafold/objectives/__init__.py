@@ -56,8 +56,7 @@ class Declared:
         if not isinstance(self.maker, str):
             return self.maker
         module, _, name = self.maker.partition(".")
-        found: type[Objective] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-        return found
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
     def options(self) -> Mapping[str, Any]:
         """Its options by name, with their defaults; `beta` among them where the recipe's is one."""
@@ -120,12 +119,7 @@ def in_words() -> str:
 
 
 def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of one of these shapes.
-
-    Args:
-        shapes: One for each source; None for rows of no known shape.
-        objective: A name in OBJECTIVES.
-    """
+    """Raise LorafoldError if the objective does not train on rows of one of these shapes."""
     takes = OBJECTIVES[objective].takes
     for shape in shapes:
         if shape is None or takes not in shape.gives:

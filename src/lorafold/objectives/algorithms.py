@@ -28,13 +28,7 @@ def class_of(declared: Declared, laws: ModuleType) -> Any:
 
 
 def made(kind: type[L], given: Mapping[str, Any], objective: str, besides: Sequence[str] = ()) -> L:
-    """A law, or other checked options, with what is given.
-
-    Args:
-        besides: Options that the objective has elsewhere.
-
-    Raises LorafoldError for an option that it does not have, or a value out of its range.
-    """
+    """A law, or other checked options, with what is given."""
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in given if name not in known]:
         field = "" if unknown == ["beta"] else "objective_options: "
@@ -80,10 +74,7 @@ class SamplingOptions:
 def chosen(
     objective: str, beta: float | None, options: Mapping[str, Any]
 ) -> tuple[PolicyLaw, SamplingOptions]:
-    """The law of an objective of policies, and what it draws.
-
-    Raises LorafoldError for an option that neither has, or a value out of its range.
-    """
+    """The law of an objective of policies, and what it draws."""
     given = given_options(beta, options)
     own = [field.name for field in fields(SamplingOptions)]
     drawing = made(SamplingOptions, {k: v for k, v in given.items() if k in own}, objective)
@@ -93,16 +84,8 @@ def chosen(
 
 
 def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
-    """The law of an objective.
-
-    Args:
-        objective: A name in OBJECTIVES, of one that has a law.
-        beta: Its beta; None takes the law's own.
-
-    Raises LorafoldError for an option that the law does not have, or a value out of its range.
-    """
-    law: Law = made(
+    """The law of an objective."""
+    return made(
         class_of(OBJECTIVES[objective], preference_algorithms), given_options(beta, options),
         objective
     )
-    return law

@@ -124,13 +124,6 @@ class Classify(Objective):
 def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
     """The paths of the head's modules, to be trained whole; where the method does so already, those
     of a new pooler that it leaves out.
-
-    Raises LorafoldError for a method that changes a head which is drawn for this run, and nothing
-    else: what it changed would be nowhere.
-
-    Args:
-        model: A classifier, or one with the adapters of another over it.
-        targets: The recipe's; None takes the method's own.
     """
     heads = set(head_paths(model))
     found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
@@ -146,12 +139,6 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
 
 
 def class_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a head over the last token of each sequence, (), on tensors without values.
-
-    Args:
-        model: A classifier without values.
-        inputs: input_ids with positions (1, T), or with a mask (B, T).
-    """
+    """The loss of a head over the last token of each sequence, (), on tensors without values."""
     labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
-    loss: Tensor = Classification(model, 0)(labels, **inputs)
-    return loss
+    return Classification(model, 0)(labels, **inputs)

@@ -141,14 +141,7 @@ def referenced(
     console: Console,
     layout: Replicated,
 ) -> Referenced:
-    """The examples with their references, from the cache, or computed and added to it.
-
-    Args:
-        loss: Has the model, whose highest adapter is as it was before training.
-        below: What else the model without its highest adapter depends on: files and storage.
-        console: For progress, and for where they are from.
-        layout: Of the model.
-    """
+    """The examples with their references, from the cache, or computed and added to it."""
     from rich.progress import Progress
 
     source, start = "read from the cache", time.perf_counter()

@@ -46,15 +46,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafold.core.contexts import Scope, in_backward, scope
 from lorafold.ops.autocast import Exact
+from lorafold.ops.kernel_requirements import HALF
 
-HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 # with fewer input vectors, reading W takes most of the time, which is half as long in 16 bits
 ROWS = 64
 # numbers of rows that kernels may sum in orders of their own: so many have the order of all more
 FEW = 16
 # whether to widen, None where the processor decides, and from how many input vectors on
-_said: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
+_chosen: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
 
 
 @contextmanager
@@ -62,15 +62,12 @@ def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
     """Multiply 16-bit matrices widened to fp32, or in 16 bits, whatever the processor is.
 
     It holds in this thread or task until the `with` block ends. Of several, the innermost counts.
-
-    Args:
-        rows: from how many input vectors on; with 1, no product depends on their number.
     """
-    token = _said.set((widened, rows))
+    token = _chosen.set((widened, rows))
     try:
         yield
     finally:
-        _said.reset(token)
+        _chosen.reset(token)
 
 
 def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
@@ -80,8 +77,8 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
     """
     if dtype not in HALF or device.type != "cpu":
         return False
-    said, _ = _said.get()
-    return widening_pays(dtype) if said is None else said
+    chosen, _ = _chosen.get()
+    return widening_pays(dtype) if chosen is None else chosen
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -90,7 +87,7 @@ def arithmetic(x: Tensor) -> torch.dtype:
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
-    return torch.float32 if x.numel() >= _said.get()[1] * x.shape[-1] else x.dtype
+    return torch.float32 if x.numel() >= _chosen.get()[1] * x.shape[-1] else x.dtype
 
 
 @cache
@@ -99,9 +96,8 @@ def widening_pays(dtype: torch.dtype) -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
-    flags = set(
-        (info.read_text() if info.exists() else platform.processor()).replace(",", " ").split()
-    )
+    about = info.read_text() if info.exists() else platform.processor()
+    flags = about.replace(",", " ").split()
     if dtype is torch.float16:
         return "avx512_fp16" not in flags
     return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in flags)
@@ -126,7 +122,7 @@ class _Widened(Exact):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, m = ctx.saved_tensors
         wide = g.float()
         need_x, need_m, need_b = ctx.needs_input_grad
@@ -137,29 +133,26 @@ class _Widened(Exact):
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
     """k a b (n, m), in a dtype. On CUDA the sums of 16-bit matrices are not rounded to 16 bits
-    before they are widened to fp32, and k is multiplied in by the product.
-
-    Args:
-        a, b: (n, l) and (l, m).
+    before they are widened to fp32, and k is multiplied in by the product. a, b (n, l), (l, m).
     """
     if not a.is_cuda:
         found = (a @ b).to(dtype)
         return found if k == 1.0 else found.mul_(k)
-    wide: dict[str, Any] = (
-        {"out_dtype": dtype} if a.dtype in HALF and dtype is torch.float32 else {}
-    )
+    wide = out_dtype(a, dtype)
     if k == 1.0:
         return torch.mm(a, b, **wide).to(dtype)
     unread = a.new_empty((1, 1), dtype=dtype if wide else a.dtype)  # beta is 0
     return torch.addmm(unread, a, b, beta=0, alpha=k, **wide).to(dtype)
 
 
-def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k (a b)^T (m, n), contiguous, in a dtype.
+def out_dtype(a: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The argument that has CUDA widen the sums of 16-bit matrices, of any shape, to fp32."""
+    widens_sums = a.is_cuda and a.dtype in HALF and dtype is torch.float32
+    return {"out_dtype": dtype} if widens_sums else {}
 
-    Args:
-        a, b: (n, l) with few rows, and (l, m).
-    """
+
+def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
+    """k (a b)^T (m, n), contiguous, in a dtype. a, b (n, l), (l, m)."""
     if a.is_cuda:
         return product(b.t(), a.t(), dtype, k)
     # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
@@ -168,17 +161,10 @@ def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0)
 
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
-    """x m^T + b (..., k), in x's dtype.
-
-    Args:
-        x: the input (..., in).
-        m: the matrix (k, in), of any dtype.
-        b: the bias (k,), of any dtype, or None.
-    """
+    """x m^T + b (..., k), in x's dtype. x (..., in); m (k, in); b (k,) or None."""
     if arithmetic(x) is x.dtype:
         return F.linear(x, m.to(x.dtype), None if b is None else b.to(x.dtype))
-    y: Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), m, b)
-    return y.view(*x.shape[:-1], -1)
+    return _Widened.over_rows(x, m, b)
 
 
 Form = tuple[float, torch.dtype]
@@ -225,20 +211,16 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form:
 def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     """k x, of any shape, multiplied in x's dtype and rounded once to another; x itself where that
     is the same. Not differentiable.
-
-    Args:
-        x: a factor; a parameter is asked for at every step.
     """
     if k == 1.0 and x.dtype is dtype:
         return x
-    kept = x.is_cuda and isinstance(x, nn.Parameter) and not torch.compiler.is_compiling()
-    copy = _kept(x, (k, dtype)) if kept else None
-    if copy is not None:
+    cached = x.is_cuda and isinstance(x, nn.Parameter) and not torch.compiler.is_compiling()
+    if cached and (copy := _cached(x, (k, dtype))) is not None:
         return copy.value
     return torch.mul(x.detach(), k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
 
 
-def _kept(x: Tensor, form: Form) -> _Copy | None:
+def _cached(x: Tensor, form: Form) -> _Copy | None:
     """The copy that a step keeps; None outside of one."""
     during = scope()
     if during is None and not in_backward():

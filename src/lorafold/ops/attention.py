@@ -105,7 +105,9 @@ def _attended_backward(
     # sum would be rounded
     wide, tokens = torch.promote_types(k.dtype, torch.float32), len(k)
     k, v = docs.gathered(k), docs.gathered(v)
-    gq, (gk, gv) = torch.empty_like(q), (docs.gradient_like(x) for x in (k, v))
+    gq = torch.empty_like(q)
+    # of keys that several documents share the gradients are added up, in fp32 or wider
+    gk, gv = (torch.empty_like(x, dtype=x.dtype if docs.keys is None else wide) for x in (k, v))
     for tiles in docs.groups():
         ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
         gks, gvs = (x.new_zeros(x.shape, dtype=wide) for x in (ks, vs))
@@ -140,12 +142,11 @@ class _DocumentAttention(Exact):
         ctx.widened = arithmetic(q) != q.dtype
 
         run = partial(FORWARD, q, k, v, docs, scores)
-        y: Tensor = kept(run) if max(docs.lens) >= LONG else run()
-        return y
+        return kept(run) if max(docs.lens) >= LONG else run()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         with multiplying(widened=ctx.widened, rows=1):  # as the forward did
             gradients = GRADIENTS(g, *ctx.saved_tensors, ctx.docs, ctx.scores)
         return *gradients, None, None
@@ -154,15 +155,8 @@ class _DocumentAttention(Exact):
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Causal attention (T, H, Dv) within each document. Differentiable once.
-
-    Args:
-        q: the queries (T, H, D).
-        k: the keys (T, Hk, D); Hk divides H.
-        v: the values (T, Hk, Dv).
-        docs: the documents, with sum(docs.own) = T.
-        scale: the factor of the scores.
-        softcap: the cap of the scores, or None.
+    """Causal attention (T, H, Dv) within each document. Differentiable once. q (T, H, D); k (T, Hk,
+    D); v (T, Hk, Dv).
     """
     q, k, v = (lower(x) for x in (q, k, v))
     if softcap is None and takes(FLASH, q, v):

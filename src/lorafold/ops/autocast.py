@@ -34,9 +34,7 @@ def lower(x: Tensor) -> Tensor:
 
     Layers that read the same x get the same tensor, so that what they share for x they still share.
     """
-    if not torch._C._is_any_autocast_enabled() or not autocasting(x):
-        return x
-    if not x.is_floating_point() or x.dtype is torch.float64:
+    if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
         return x
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype is dtype:
@@ -48,14 +46,7 @@ def lower(x: Tensor) -> Tensor:
 
 
 def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """run(*args, **kwargs) with its tensors as `lower` gives them, outside of autocast.
-
-    Args:
-        run: computes something from activations.
-        *args, **kwargs: the activations first, of any shapes.
-    """
-    if not torch._C._is_any_autocast_enabled():
-        return run(*args, **kwargs)
+    """run(*args, **kwargs) with its tensors as `lower` gives them, outside of autocast."""
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if x is None or not autocasting(x):
         return run(*args, **kwargs)
@@ -72,6 +63,12 @@ class Exact(Function):
         super().__init_subclass__()
         for name in ("forward", "backward"):
             setattr(cls, name, staticmethod(_outside(getattr(cls, name))))
+
+    @classmethod
+    def over_rows(cls, x: Tensor, *args: Any) -> Tensor:
+        """`apply` to the rows of x (..., in): (..., out)."""
+        y = cls.apply(x.reshape(-1, x.shape[-1]), *args)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -91,7 +91,7 @@ class _HeadCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         grads = list(ctx.saved_tensors)
         gh = _scaled(grads.pop(0), g, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         of_leaves = zip(grads, ctx.dtypes[1:], strict=True)
@@ -100,12 +100,7 @@ class _HeadCrossEntropy(Function):
 
 def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     """The cross-entropy of each position, (n,) in fp32 or wider. Differentiable in h and in what
-    the head reads.
-
-    Args:
-        h: the hidden states (n, d).
-        targets: the target tokens (n,).
-        head: a function from hidden states (m, d) to logits (m, V), called again in the backward.
+    the head reads. h (n, d); targets (n,).
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
@@ -127,16 +122,10 @@ def head_cross_entropy(
     leaves: Sequence[Tensor],
     runs: Sequence[slice],
 ) -> Tensor:
-    """The summed cross-entropy, a scalar in fp32 or wider. Differentiable once, in h and leaves.
-
-    Args:
-        h: the hidden states (n, d).
-        targets: the target tokens (n,).
-        head: a function from hidden states (m, d) to logits (m, V).
-        runs: the positions that are computed at a time, as `chunks` gives them.
+    """The summed cross-entropy, a scalar in fp32 or wider. Differentiable once, in h and leaves. h
+    (n, d); targets (n,).
     """
-    loss: Tensor = _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
-    return loss
+    return _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
 
 
 class LinearHead(NamedTuple):
@@ -150,12 +139,8 @@ class LinearHead(NamedTuple):
     cap: float | None
 
     def logits(self, h: Tensor, out: Tensor | None = None, slab: Tensor | None = None) -> Tensor:
-        """The logits (n, V), in the dtype that the product is computed in.
-
-        Args:
-            h: the hidden states (n, d).
-            out: a tensor (n or more, V) to write to, in whose dtype the product is computed.
-            slab: memory as `new_slab` makes it.
+        """The logits (n, V), in the dtype that the product is computed in. h (n, d); out (n or
+        more, V).
         """
         wide = h.to(arithmetic(h) if out is None else out.dtype)
         z = wide.new_empty(len(h), len(self.w)) if out is None else out[: len(h)]
@@ -238,12 +223,11 @@ class _LinearCrossEntropy(Exact):
         block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=wide)
         slab = head.new_slab(logits)
         ctx.save_for_backward(gradient)
-        losses: Tensor = KERNEL(h, targets, *head, gradient, logits, block, slab)
-        return losses
+        return KERNEL(h, targets, *head, gradient, logits, block, slab)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`
 
@@ -266,13 +250,7 @@ def _losses(
     gradient: bool,
 ) -> None:
     """Write the losses (m,) of logits z (m, V), and over z, if wanted, the gradient of W h + b.
-
-    Args:
-        targets: the targets (m,).
-        losses: the losses (m,), written.
-        block: memory (BLOCK, V), overwritten.
-        scale: the factor of W h + b.
-        cap: the cap of the logits, or None.
+    targets (m,); losses (m,); block (BLOCK, V).
     """
     blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
     for z_block, y, loss in zip(*blocks, strict=True):

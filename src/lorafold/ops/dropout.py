@@ -62,10 +62,6 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, 
     for them. There is no gradient.
 
     Raises ValueError for p outside [0, 1).
-
-    Args:
-        p: the probability that an element is dropped.
-        site: what the draw follows from; None: torch's generator.
     """
     keep_scale(p)
     x = x.detach()
@@ -74,21 +70,13 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, 
     key, names, number = (0, None, 0) if site is None else site
     if kind_of(x) == "cpu":
         where = PLACES(x, p, names, key, number)
-        kept = x.clone(memory_format=torch.contiguous_format)
-        EMPTY(kept, where)
-        return kept, where
-    found: tuple[Tensor, Tensor] = MASKED(x, p, names, key, number)
-    return found
+        return emptied(x, where), where
+    return MASKED(x, p, names, key, number)
 
 
 def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
     """The names of the rows of x, flattened, and the key; both made up, the key by torch's
-    generator, where there are no names.
-
-    Args:
-        x: the input (..., in).
-        names: the names, of any shape, or None.
-        key: the key, which counts if there are names.
+    generator, where there are no names. x (..., in).
     """
     if names is not None:
         return names.flatten(), key
@@ -108,16 +96,14 @@ def _mask(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Ten
     return torch.cat(parts).view(x.shape)
 
 
-def _masked(
-    x: Tensor, p: float, names: Tensor | None, key: int, site: int
-) -> tuple[Tensor, Tensor]:
-    where = _mask(x, p, names, key, site)
+def _masked(x: Tensor, *draw: Any) -> tuple[Tensor, Tensor]:
+    where = _mask(x, *draw)
     return x.masked_fill(where, 0), where
 
 
-def _places(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Tensor:
-    found = _mask(x, p, names, key, site).flatten().nonzero()[:, 0]
-    return found.to(torch.int32) if x.numel() < 2**31 else found
+def _places(x: Tensor, *draw: Any) -> Tensor:
+    places = _mask(x, *draw).flatten().nonzero()[:, 0]
+    return places.to(torch.int32) if x.numel() < 2**31 else places
 
 
 DRAW = "(Tensor x, float p, Tensor? names, int key, int site) -> Tensor"
@@ -190,30 +176,20 @@ def running_segment() -> ReferenceType[Any] | None:
 
 
 def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:
-    """x with dropped elements, drawn once for all layers that read this tensor: q, k and v, or gate
-    and up, which know nothing of each other.
+    """x, of any shape, with dropped elements, sampled once for all layers that read this tensor: q,
+    k and v, or gate and up, which know nothing of each other.
 
     The result is kept on x itself, and follows from the site of the first reader. A reader never
     gets the draw of another one twice. A checkpointed segment shares with no other one, since it
     must draw the same elements when it is replayed alone. There is no gradient. Raises ValueError
     for p outside [0, 1).
-
-    Args:
-        x: the input, of any shape.
-        p: the probability that an element is dropped.
-        reader: a number that identifies the layer that reads x.
-        site: what its draw follows from; None: torch's generator.
     """
     # inference tensors have no version counter
     segment, version = running_segment(), None if x.is_inference() else x._version
     known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
     found = known.get(p)
-    if (
-        found is None
-        or version is None
-        or (found.version, found.segment) != (version, segment)
-        or reader in found.readers
-    ):
+    same = found and version is not None and found[3:5] == (version, segment)
+    if found is None or not same or reader in found.readers:
         drawn = dropped(x, p, site)
         known[p] = found = Dropped(*drawn, keep_scale(p), version, segment, set())
     found.readers.add(reader)
@@ -224,11 +200,6 @@ def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """Dropout of x, of any shape, in its dtype; for the backward the indices are kept and not x.
 
     Raises ValueError for p outside [0, 1).
-
-    Args:
-        x: the input, of any shape.
-        p: the probability that an element is dropped.
-        site: what the draw follows from; None: torch's generator.
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)

@@ -41,13 +41,12 @@ class _FrozenLinear(Exact):
         ctx.read, ctx.onto = read, None if onto is None else (onto.shape, onto.dtype)
         ctx.dtype = dtype = arithmetic(x)
         wide, w = x.to(dtype), read(dtype)
-        return (wide @ w.t() if onto is None else torch.addmm(onto.to(dtype), wide, w.t())).to(
-            x.dtype
-        )
+        y = wide @ w.t() if onto is None else torch.addmm(onto.to(dtype), wide, w.t())
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         need_x, need_onto, _ = ctx.needs_input_grad
         gx = (g.to(ctx.dtype) @ ctx.read(ctx.dtype)).to(g.dtype) if need_x else None
         if not need_onto:
@@ -56,15 +55,9 @@ class _FrozenLinear(Exact):
         return gx, g.sum_to_size(shape).to(dtype), None
 
 
-def frozen_linear(x: Tensor, onto: Tensor | None, read: Read) -> Tensor:
-    """x W^T + onto (T, out), in x's dtype. Differentiable once.
-
-    Args:
-        x: the input (T, in).
-        onto: what is added before the rounding, (T, out) or (out,), or None.
-        read: returns W (out, in) in a dtype.
-    """
-    return _FrozenLinear.apply(x, onto, read)
+# x W^T + onto (T, out), in x's dtype, of x (T, in) and onto (T, out), (out,) or None; `Read` reads
+# W (out, in). Differentiable once.
+frozen_linear: Callable[[Tensor, Tensor | None, Read], Tensor] = _FrozenLinear.apply
 
 
 class _LowRankLinear(Exact):
@@ -85,7 +78,7 @@ class _LowRankLinear(Exact):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         xd, u, a, b, where = ctx.saved_tensors
         need_x, _, need_down, need_up, _, _ = ctx.needs_input_grad
         wide = g.to(u.dtype)
@@ -106,15 +99,7 @@ class _LowRankLinear(Exact):
 def low_rank_linear(
     x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, k: float = 1.0
 ) -> Tensor:
-    """x W^T + k drop(x) down^T up^T (..., out), in x's dtype. Differentiable once.
-
-    Args:
-        x: the input (..., in).
-        read: returns the frozen W (out, in) in a dtype.
-        down: the down factor (r, in).
-        up: the up factor (out, r).
-        drop: x with dropped elements, the input of the branch (None: x).
-        k: a factor of the branch, which up is multiplied with before any rounding.
+    """x W^T + k drop(x) down^T up^T (..., out), in x's dtype. Differentiable once. x (..., in);
+    down (r, in); up (out, r).
     """
-    y: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), read, down, up, drop, k)
-    return y.view(*x.shape[:-1], len(up))
+    return _LowRankLinear.over_rows(x, read, down, up, drop, k)

@@ -64,22 +64,17 @@ class _RMSNorm(Exact):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps = eps
-        y: Tensor = NORM(x, gain, eps)
-        return y
+        return NORM(x, gain, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gy: Tensor) -> Any:
         return NORM_BACKWARD(gy, *ctx.saved_tensors, ctx.eps), None, None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x normalized and multiplied by the gain, (..., d) in x's dtype. Differentiable once, in x.
-
-    Args:
-        x: the input (..., d).
-        gain: the frozen gain (d,).
-        eps: what is added to the mean square.
+    """x normalized and multiplied by the gain, (..., d) in x's dtype. Differentiable once, in x. x
+    (..., d); gain (d,).
     """
     if x.is_cuda and x.dtype is gain.dtype:
         return F.rms_norm(x, gain.shape, gain, eps)  # one kernel, which keeps only x too
@@ -130,12 +125,11 @@ class _Gated(Exact):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        y: Tensor = GATED(gate, up, act)
-        return y
+        return GATED(gate, up, act)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gy: Tensor) -> Any:
         return *GATED_BACKWARD(gy, *ctx.saved_tensors, ctx.act), None
 
 
@@ -164,12 +158,11 @@ class _Rotary(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        y: Tensor = ROTARY(x, cos, sin, False)
-        return y
+        return ROTARY(x, cos, sin, False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gy: Tensor) -> Any:
         return ROTARY(gy, *ctx.saved_tensors, True), None, None
 
 

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from lorafold.ops.autocast import Exact
 
-KEPT = "_lorafold_on_host"
+ON_HOST = "_lorafold_on_host"
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """x, of any shape, from the CPU to a device; x itself if it is there."""
     if x.device.type != "cpu" or device.type == "cpu":
         return x.to(device)
-    if device.type != "cuda":
-        return _known(x.to(device), x)
-    return _known(x.pin_memory().to(device, non_blocking=True), x)
+    cuda = device.type == "cuda"
+    return _known((x.pin_memory() if cuda else x).to(device, non_blocking=cuda), x)
 
 
 def on_host(x: Tensor) -> Tensor:
@@ -40,14 +39,14 @@ def on_host(x: Tensor) -> Tensor:
 
 def _known(there: Tensor, here: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
-        vars(there)[KEPT] = here, _version(there)
+        vars(there)[ON_HOST] = here, _version(there)
     return there
 
 
 def _host_of(x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():  # in a graph nothing can be kept beside a tensor
         return None
-    known, version = vars(x).get(KEPT, (None, None))
+    known, version = vars(x).get(ON_HOST, (None, None))
     return known if version == _version(x) else None
 
 
@@ -76,7 +75,7 @@ class _Rows(Exact):
         return x.index_select(0, at)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         (at,) = ctx.saved_tensors
         return g.new_zeros(ctx.shape).index_copy_(0, at, g), None
 

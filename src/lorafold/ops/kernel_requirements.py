@@ -79,9 +79,6 @@ GROUPED_UNIT = 8  # what divides the sides of its matrices, in 16 bits
 
 def groups_at_once(x: Tensor) -> bool:
     """Whether products of groups of rows can be one there, and the host need not know their sizes.
-
-    Args:
-        x: a tensor of any shape, of which only the place counts.
     """
     if kind_of(x) != "cuda":
         return False

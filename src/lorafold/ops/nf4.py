@@ -100,13 +100,7 @@ class NF4Tensor:
 
 
 def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> NF4Tensor:
-    """Quantize w to NF4.
-
-    Args:
-        w: a finite tensor of any shape.
-        block: the size of the blocks, an even number.
-        double: quantize the block constants too.
-    """
+    """Quantize w to NF4."""
     x, c = normalized(w, block)
     # the last byte of an odd number of elements is padded with the code of zero
     code = nearest(x, levels()).flatten()[: w.numel() + w.numel() % 2]

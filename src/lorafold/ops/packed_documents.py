@@ -66,10 +66,6 @@ class Tile(NamedTuple):
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
         """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head
         follow each other.
-
-        Args:
-            x_THD: the queries of all documents.
-            kv_heads: the number Hk of key heads.
         """
         by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(
@@ -121,13 +117,6 @@ class Documents:
     ) -> Documents:
         """The documents of rows that lie end to end, each the first starts[i] tokens of the one
         before and its own.
-
-        Raises LorafoldError for lengths that no such rows have.
-
-        Args:
-            lens: the number of tokens of each row.
-            starts: how many of them the row before has too, fewer than either has.
-            device: where `keys` is made.
         """
         if not any(starts):
             return cls(tuple(lens))
@@ -145,9 +134,8 @@ class Documents:
     def positions(self) -> Tensor:
         """The position of each token in its document, (1, T), on the CPU."""
         starts = repeat(0) if self.starts is None else self.starts
-        return torch.cat([torch.arange(*ends) for ends in zip(starts, self.lens, strict=False)])[
-            None
-        ]
+        ranges = [torch.arange(*ends) for ends in zip(starts, self.lens, strict=False)]
+        return torch.cat(ranges)[None]
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -170,51 +158,25 @@ class Documents:
         """
         return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
 
-    def gradient_like(self, x_SHD: Tensor) -> Tensor:
-        """Memory (S, Hk, D) for the gradient of `gathered` keys or values: in fp32 or wider where
-        `scattered` adds them up.
-        """
-        wide = torch.promote_types(x_SHD.dtype, torch.float32)
-        return torch.empty_like(x_SHD, dtype=x_SHD.dtype if self.keys is None else wide)
-
     def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`.
-
-        Args:
-            x_SHD: what is at the keys.
-            tokens: the number of all, those in front among them.
-        """
+        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`."""
         if self.keys is None:
             return x_SHD
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The attention (T, H, D) by the kernel of flash attention, in fp16 or bf16 on CUDA.
-
-        Args:
-            q: the queries (T, H, D).
-            k, v: the keys and values (S, Hk, D).
-            scale: the factor of the scores.
+        """The attention (T, H, D) by the kernel of flash attention, in fp16 or bf16 on CUDA. q (T,
+        H, D); k, v (S, Hk, D).
         """
         # This takes over a second to import, and only GPUs need it.
         from torch.nn.attention.varlen import varlen_attn
 
         of_keys, of_queries = self._borders(q.device)
         back = -1 if self.window is None else self.window - 1
-        gqa = q.shape[1] != k.shape[1]
-        found = varlen_attn(
-            q,
-            k,
-            v,
-            of_queries,
-            of_keys,
-            max(self.own),
-            max(self.lens),
-            scale=scale,
-            window_size=(back, 0),
-            enable_gqa=gqa,
-        )
-        return found  # type: ignore[return-value]
+        return varlen_attn(  # type: ignore[return-value]
+            q, k, v, of_queries, of_keys, max(self.own), max(self.lens), scale=scale,
+            window_size=(back, 0), enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
 
     def _borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where each document's keys begin, and its queries, with the end: int32 (documents + 1,)
@@ -253,32 +215,21 @@ class Documents:
 
         Aligned at the last key, all tiles of t queries have the same mask. So the widest one is
         kept, for all layers of a model, and the others are its last columns.
-
-        Args:
-            groups: the number G of heads that share a key head.
-            like: a tensor, of any shape, with the mask's dtype and device.
         """
-        t, columns, key = (
-            tile.hi - tile.lo,
-            tile.hi - tile.first,
-            (tile.hi - tile.lo, groups, like.dtype, like.device),
-        )
+        t, columns = tile.hi - tile.lo, tile.hi - tile.first
+        key = t, groups, like.dtype, like.device
         if key not in self._masks or self._masks[key].shape[1] < columns:
             widest = tile.length if self.window is None else min(tile.length, t + self.window - 1)
             i = torch.arange(widest - t, widest, device=like.device)[:, None]
             j = torch.arange(widest, device=like.device)
             hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)
-            self._masks[key] = (
-                like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
-            )
+            mask = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            self._masks[key] = mask.repeat(groups, 1)
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
         """The whole mask, boolean (B, 1, T, T): True where a query sees a token; (B, 1, T, n + T)
         with n tokens in front.
-
-        Args:
-            device: where the mask is made.
         """
         if self.behind is not None:
             documents, front = self.behind
@@ -295,12 +246,8 @@ class Documents:
         return seen if self.window is None else seen & (i[:, None] - self.window < i)
 
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
-        """The whole mask (1, 1, T, T) of documents that share tokens.
-
-        Args:
-            document: the document (S,) of each key.
-            begins: the first key (documents,) of each document.
-            keys: the token (S,) of each key.
+        """The whole mask (1, 1, T, T) of documents that share tokens. document (S,); begins
+        (documents,); keys (S,).
         """
         j = torch.arange(len(document), device=document.device)
         own = begins + torch.tensor(self.starts, device=document.device)
@@ -314,12 +261,7 @@ class Documents:
 
 
 def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
-    """The documents behind n tokens each, those at the front of its sequence.
-
-    Args:
-        docs: the documents, which have no window.
-        device: where `keys` is made.
-    """
+    """The documents behind n tokens each, those at the front of its sequence."""
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
     keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
     sequence = keys // length

@@ -20,12 +20,7 @@ from lorafold.ops.dropout import running_segment
 
 
 def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-    """The tensor, of any shape, that `make` computes from x and the frozen tensors.
-
-    Args:
-        x: the input, of any shape.
-        frozen: all that the value depends on beside x.
-    """
+    """The tensor, of any shape, that `make` computes from x and the frozen tensors."""
     # inference tensors have no version counter
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *frozen)):
         return make()
@@ -35,5 +30,4 @@ def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> T
     found = known.get(frozen)
     if found is None or found[0] != state:
         known[frozen] = found = state, make()
-    value: Tensor = found[1]
-    return value
+    return found[1]

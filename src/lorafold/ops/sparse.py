@@ -40,7 +40,7 @@ class _SparseLinear(Exact):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, values, at = ctx.saved_tensors
         need_x, _, need_values, _ = ctx.needs_input_grad
         gx = None
@@ -51,36 +51,21 @@ class _SparseLinear(Exact):
 
 
 def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
-    """The entries (k,) of g^T x (out, in), in fp32 or wider where they are few.
-
-    Args:
-        g: the left matrix (T, out).
-        x: the right matrix (T, in).
-        at: the positions (k,) in the flattened product.
+    """The entries (k,) of g^T x (out, in), in fp32 or wider where they are few. g (T, out); x (T,
+    in); at (k,).
     """
     dtype = arithmetic(x)
     if g.device.type != "cpu" or FEW * len(at) > g.shape[1] * x.shape[1]:
         return (g.to(dtype).t() @ x.to(dtype)).flatten()[at]
     columns, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     gt, xt = g.t().contiguous(), x.t().contiguous()
-    many = max(1, BLOCK // len(x))
-    sums = [
-        (gt.index_select(0, part // columns) * xt.index_select(0, part % columns)).sum(
-            -1, dtype=wide
-        )
-        for part in at.split(many)
-    ]
+    sums = []
+    for part in at.split(max(1, BLOCK // len(x))):
+        pairs = gt.index_select(0, part // columns) * xt.index_select(0, part % columns)
+        sums.append(pairs.sum(-1, dtype=wide))
     return torch.cat(sums)
 
 
 def sparse_linear(x: Tensor, read: Read, values: Tensor, at: Tensor) -> Tensor:
-    """x W'^T (..., out), in x's dtype. Differentiable once.
-
-    Args:
-        x: the input (..., in).
-        read: returns the frozen W (out, in) in a dtype.
-        values: what is added to W (k,).
-        at: its ascending positions (k,) in the flattened W.
-    """
-    y: Tensor = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), read, values, at)
-    return y.view(*x.shape[:-1], -1)
+    """x W'^T (..., out), in x's dtype. Differentiable once. x (..., in); values (k,); at (k,)."""
+    return _SparseLinear.over_rows(x, read, values, at)

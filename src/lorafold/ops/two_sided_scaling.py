@@ -29,7 +29,7 @@ class _ScaledProduct(Exact):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         u, m, b, d = ctx.saved_tensors
         need_u, _, need_b, need_d = ctx.needs_input_grad
         wide = g.to(ctx.dtype)
@@ -42,26 +42,14 @@ class _ScaledProduct(Exact):
 
 
 def scaled_matrix(m: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """diag(b) m diag(d), (..., out, r).
-
-    Args:
-        m: the matrix (out, r).
-        b: the gains of its rows (..., out).
-        d: the gains of its columns (..., r).
-    """
+    """diag(b) m diag(d), (..., out, r). m (out, r); b (..., out); d (..., r)."""
     return (b[..., None] * m).mul_(d[..., None, :])
 
 
 def scaled_product(u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """u (diag(b) m diag(d))^T, (..., out), in u's dtype. Differentiable once.
-
-    Args:
-        u: the input (..., r).
-        m: the frozen matrix (out, r).
-        b: the gains of the output (out,).
-        d: the gains of the input (r,).
+    """u (diag(b) m diag(d))^T, (..., out), in u's dtype. Differentiable once. u (..., r); m (out,
+    r); b (out,); d (r,).
     """
     if torch.compiler.is_compiling():
         return u @ (b[:, None] * m * d).to(u.dtype).t()
-    y: Tensor = _ScaledProduct.apply(u.reshape(-1, u.shape[-1]), m, b, d)
-    return y.view(*u.shape[:-1], -1)
+    return _ScaledProduct.over_rows(u, m, b, d)

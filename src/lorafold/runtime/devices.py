@@ -44,11 +44,6 @@ def gpus() -> list[Gpu]:
 def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":
     """The device of that name (cpu, cuda, cuda:1, mps); without a name, CUDA if available, else
     MPS, else the CPU.
-
-    Args:
-        absent: It may be one that this machine does not have.
-
-    Raises LorafoldError for an unknown name, or a device that this machine does not have.
     """
     named = isinstance(name, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name, re.ASCII)
     if name is not None and not named:
@@ -73,15 +68,7 @@ def choose_device(name: str | None = None, absent: bool = False) -> "torch.devic
 
 
 def own_device(name: str | None, here: Launched) -> str | None:
-    """The device of one of several processes: on GPUs the one of its own number on its machine.
-
-    Args:
-        name: As it was asked for.
-        here: Which process this is.
-
-    Raises LorafoldError as `choose_device`, for a GPU that is named for all, and where there are
-    fewer than processes.
-    """
+    """The device of one of several processes: on GPUs the one of its own number on its machine."""
     import torch
 
     if (found := choose_device(name)).type != "cuda":

@@ -56,13 +56,7 @@ def read(source: BinaryIO) -> bytes | None:
 
 
 class Killable:
-    """One process. Whatever its methods raise, it should be killed then.
-
-    Args:
-        module: the module that it runs.
-        environment: variables beside those of this process.
-        quiet: whether what it writes to its standard error is dropped.
-    """
+    """One process. Whatever its methods raise, it should be killed then."""
 
     def __init__(
         self, module: str, environment: Mapping[str, str] | None = None, quiet: bool = False
@@ -85,11 +79,7 @@ class Killable:
         return self._process.poll() is None
 
     def write(self, content: bytes, until: float) -> None:
-        """Write messages to it. Raises Late and Died.
-
-        Args:
-            until: the time of the monotonic clock at which it must have taken them.
-        """
+        """Write messages to it. Raises Late and Died."""
         assert self._process.stdin is not None
         left, pipe = memoryview(content), self._process.stdin.fileno()
         os.set_blocking(pipe, False)
@@ -103,12 +93,7 @@ class Killable:
                 raise Died(self._process.wait()) from None
 
     def read(self, until: float, most: int | None = None) -> bytes:
-        """The content of the next message that it makes. Raises Late, Large and Died.
-
-        Args:
-            until: the time of the monotonic clock at which it must have made it.
-            most: the bytes that the content may have, None for any number.
-        """
+        """The content of the next message that it makes. Raises Late, Large and Died."""
         size = int.from_bytes(self._read(SIZE, until), "big")
         if most is not None and size > most:
             raise Large(size)

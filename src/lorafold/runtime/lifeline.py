@@ -87,12 +87,7 @@ class Lifeline:
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def failed(self, code: int, told: str) -> None:
-        """Say that this process ends with an error, and let process 0 print before others end.
-
-        Args:
-            code: The exit code.
-            told: What process 0 prints, unless it fails in the same way.
-        """
+        """Say that this process ends with an error, and let process 0 print before others end."""
         self._over.set()
         if self.rank == 0:
             with self._lock:

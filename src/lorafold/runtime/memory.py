@@ -68,9 +68,6 @@ def peak_bytes(device: torch.device) -> int:
 def freed_blocks(thresholds: Mapping[int, int]) -> Iterator[bool]:
     """Keep or return freed blocks; at the end they are returned.
 
-    Args:
-        thresholds: KEPT or RETURNED.
-
     Yields whether that is possible on this system.
     """
     if platform.libc_ver()[0] != "glibc":

@@ -112,12 +112,6 @@ def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
     """Join the processes that a launcher started, until the `with` block ends.
 
     An error in the block ends all of them with its exit code: that of a LorafoldError is 2.
-
-    Args:
-        here: As `launched` gives it. Nothing happens where it is alone.
-        device: The one of this process, as `own_device` gives it.
-
-    Raises LorafoldError if the others do not come within five minutes.
     """
     if here.world == 1:
         yield ALONE
@@ -228,9 +222,7 @@ class Launched:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched:
-    """What the environment says. Raises LorafoldError where it says half of it, or where a launcher
-    was asked for several processes and started one.
-    """
+    """What the environment says."""
     for variable, of_launcher in LAUNCHERS.items():
         if variable in environment and (found := of_launcher(environment)):
             return found
@@ -298,10 +290,7 @@ LAUNCHERS: dict[str, Callable[[Mapping[str, str]], Launched | None]] = {
 
 
 def first_node(nodes: str) -> str:
-    """The first machine of a list as SLURM writes it, such as rack[03-07,11],login.
-
-    Raises LorafoldError for an empty list.
-    """
+    """The first machine of a list as SLURM writes it, such as rack[03-07,11],login."""
     found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if found is None:
         raise LorafoldError(
@@ -318,12 +307,7 @@ def _port(environment: Mapping[str, str], default: int) -> int:
 def _number(
     environment: Mapping[str, str], name: str, beside: str = "", default: int | None = None
 ) -> int:
-    """A number of the environment.
-
-    Args:
-        beside: What is there, so that this must be too.
-        default: What it is where it is missing.
-    """
+    """A number of the environment."""
     text = environment.get(name)
     if text is None and default is not None:
         return default

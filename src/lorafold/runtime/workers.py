@@ -117,8 +117,7 @@ class _Worker(Generic[T]):
             ) from error
         if isinstance(found, Exception):
             raise found
-        result: T = found
-        return result
+        return found
 
     def close(self) -> None:
         """Let the process end."""

@@ -101,13 +101,7 @@ class Progress:
     def drew(
         self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
     ) -> dict[str, float]:
-        """Add what drawing the completions of a step took. Returns its rates so far.
-
-        Args:
-            tokens: Those that the step learned from.
-            seconds: Those of the whole step.
-            read: Keep completions to read.
-        """
+        """Add what drawing the completions of a step took. Returns its rates so far."""
         self.quiet = self.quiet + 1 if rollouts.silent else 0
         parts = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
         parts["learning seconds"] = seconds - sum(rollouts.seconds.values())
@@ -140,8 +134,7 @@ class RunDirectory:
     def claimed(self) -> Iterator[None]:
         """Keep other runs out until the `with` block ends, and remove what killed ones left.
 
-        The lock of a process that was killed is free. Raises LorafoldError if a run is in it, and
-        as `check_out` does for what may be replaced.
+        The lock of a process that was killed is free.
         """
         check_out(self.out, overwrite=True)
         target = self.path.expanduser().resolve()
@@ -251,15 +244,7 @@ class RunDirectory:
         optimizer: Mapping[str, PendingTensor],
         keep: int,
     ) -> Path:
-        """Write the checkpoint of `progress.step`, and remove old ones. Raises LorafoldError if a
-        tensor is not finite.
-
-        Args:
-            progress: Saved as `state.json`.
-            adapter: The adapter's tensors by name.
-            optimizer: The optimizer's tensors and the random state by name.
-            keep: How many of the newest checkpoints stay, with this one; the best stays too.
-        """
+        """Write the checkpoint of `progress.step`, and remove old ones."""
         path = self.at(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
             write_pieces(tmp / "adapter.safetensors", adapter)
@@ -272,10 +257,7 @@ class RunDirectory:
         return path
 
     def load(self, path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-        """(progress, adapter tensors, optimizer tensors), as `save` took them, of any shapes.
-
-        Raises LorafoldError if a file was changed since it was written.
-        """
+        """(progress, adapter tensors, optimizer tensors), as `save` took them, of any shapes."""
         if problems := verify(path):
             raise LorafoldError(
                 f"{path}: damaged checkpoint: {as_one(problems)}; remove it to resume from"

@@ -114,14 +114,6 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
     earlier one, or in its place where the recipe keeps that; read them back, and remove the
     checkpoints. Only the first process writes.
-
-    Raises LorafoldError where what was trained is zero or not finite, or is not what was written.
-
-    Args:
-        setup: Has the request, the tokenizer and what was found in the rows.
-        plan: The finished steps, with their adapter.
-        progress: Losses, tokens and seconds of the run.
-        base: The base's own weights, where the model has only quantized ones.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.divides:
@@ -284,13 +276,7 @@ def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
 
 
 def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
-    """Read a directory that was just written. Raises LorafoldError if it can't be loaded on the
-    model of the adapter, or has other values.
-
-    Args:
-        adapter: The one that was written, the highest on its model.
-        base: The base's own weights, where the model has only quantized ones.
-    """
+    """Read a directory that was just written."""
     model = adapter.model
     if adapter.spec.trains_base:  # a plain model: files may name some of its tensors otherwise
         whole, state = FileWeights(model_files(path)), base_state(model)
@@ -322,13 +308,6 @@ def _learned(optimizer: Optimizer, p: Tensor) -> bool:
 
 def finished(request: RunRequest, console: Console) -> Trained | None:
     """The result of the run, if it is to be resumed and is finished; None if there is a run to do.
-
-    Args:
-        request: Says whether to resume.
-        console: For the line that says that there is nothing to resume.
-
-    Raises LorafoldError where the finished run had another recipe, model or data, and where
-    something else than a trained adapter is in its place.
     """
     out, replaced = request.out, request.overwrite or not request.resume
     if replaced or RunDirectory(out).path.exists() or not (out / RECORD).is_file():

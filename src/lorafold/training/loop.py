@@ -81,14 +81,7 @@ class Plan:
 def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     """Train from `progress.step` to the last step, and write the checkpoints that are due.
 
-    Args:
-        plan: What is trained, and on what.
-        progress: Updated in place, and returned.
-        display: Shows each step and each held-out loss.
-
-    A step whose loss or gradient is not finite is skipped. Raises LorafoldError after SKIPPED of
-    them in a row, where the loss of the last step is not finite, and for an adapter without
-    gradient; Interrupted after SIGINT or SIGTERM.
+    A step whose loss or gradient is not finite is skipped.
     """
     recipe, objective, processes = plan.recipe, plan.objective, plan.layout.processes
     first = next(plan.feed.after(0)) if plan.guessing is None else ()
@@ -174,14 +167,7 @@ def note_step(
     updates: Sequence[tuple[float, float]],
     seconds: float,
 ) -> None:
-    """Add a step that was computed to the progress, and show it. Raises LorafoldError where the
-    last steps were all skipped, or no example of them had a signal.
-
-    Args:
-        examples: What it learned from.
-        updates: The loss and the gradient's norm of each update of the weights.
-        seconds: How long it took.
-    """
+    """Add a step that was computed to the progress, and show it."""
     loss, norm = map(fmean, zip(*updates, strict=True))
     tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
     progress.losses.append(loss)
@@ -202,9 +188,7 @@ def note_step(
 
 
 def tell_silent(plan: Plan, progress: Progress, display: Display, why: str) -> None:
-    """Say that no example of the last steps had a signal, and why. Raises LorafoldError where none
-    of any step had one.
-    """
+    """Say that no example of the last steps had a signal, and why."""
     n = progress.quiet
     told = f"no group of completions of the last {n} steps has a signal: {why}"
     if n == progress.step == QUIET:
@@ -249,7 +233,7 @@ def measure(plan: Plan, progress: Progress, display: Display) -> None:
 
 
 def skipped(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
-    """Count and report a skipped step. Raises LorafoldError where there is no use in going on."""
+    """Count and report a skipped step."""
     progress.skipped.append(progress.step)
     n, step = progress.skipping, progress.step
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
@@ -266,9 +250,6 @@ def guessed(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, A
     The mean over the last RECENT steps has to be lower by two of its standard errors. If guessing
     is the model before the first step, both losses are of the rows of that step, and a thousandth
     counts as rounding.
-
-    Args:
-        first: The examples of the first step.
     """
     kept = progress.best if over(plan, progress) and plan.recipe.stops else None
     recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : kept][-RECENT:]
@@ -297,11 +278,7 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
 
 
 def no_better(found: Mapping[str, Any]) -> str:
-    """A line for a user whose loss is no better than guessing; empty if it is better.
-
-    Args:
-        found: As `guessed` gives it.
-    """
+    """A line for a user whose loss is no better than guessing; empty if it is better."""
     if found.get("better", True):
         return ""
     return (
@@ -314,13 +291,6 @@ def no_better(found: Mapping[str, Any]) -> str:
 def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, float]:
     """One update of the weights, none where the loss or the gradient is not finite. Returns the
     mean loss, in nats over what counts, and the norm of the gradient before it is clipped.
-
-    Args:
-        plan: What is trained.
-        examples: Split over the processes, and those of a process over its micro-batches.
-        step: How many steps were done before.
-
-    Raises LorafoldError for an adapter without gradient.
     """
     total = max(1, sum(map(plan.loss.count, examples)))
     examples = [example for example in examples if plan.loss.learns(example)]
@@ -357,11 +327,6 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
 def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tensor:
     """Compute the gradients of this process's share of the examples, micro-batch by micro-batch,
     and of the method's penalty. Returns the summed loss (), in nats.
-
-    Args:
-        examples: Those of all processes.
-        total: What the mean loss is over.
-        key: What dropout follows from, with the names of tokens.
     """
     loss, recipe, processes = plan.loss, plan.recipe, plan.layout.processes
     spec = plan.adapter.spec
@@ -409,12 +374,7 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
     """Return the paths of the adapted modules that the loss does not depend on: those of a
     cross-attention on text alone, of copies that the model's code does not call.
 
-    Args:
-        adapter: What trains.
-        moves: Its parameters that have a gradient, and whether that is anything but zero.
-
-    Raises LorafoldError if it depends on none, or all gradients are zero. Without this check, such
-    a run would only look like one that does not learn.
+    Without this check, such a run would only look like one that does not learn.
     """
     held = {
         path: {name: p for name, p in delta.named_parameters() if p.numel()}

@@ -66,14 +66,6 @@ def show(
 ) -> Findings:
     """Print the first rows as the model will see them, and mark the tokens that count in the loss.
     Returns what was found in all rows, of large data in the first ones.
-
-    Args:
-        request: The run that the rows are for.
-        console: Where they are printed.
-        rows: How many.
-        html: Write them to this file too, as a page that needs no other.
-
-    Raises LorafoldError for rows that the objective can't use.
     """
     saved = open_all(request.adapters)
     request = with_length(request, saved, console)

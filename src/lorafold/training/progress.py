@@ -28,11 +28,6 @@ PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
 class Display:
     """A context that shows the loss, tokens per second and time left on a console, and reports them
     to trackers.
-
-    Args:
-        steps: How many the run has.
-        done: How many of them are done.
-        trackers: As `started` gives them; they are finished at the end.
     """
 
     def __init__(
@@ -83,15 +78,7 @@ class Display:
     def step(
         self, step: int, loss: float, rate: float, figures: Mapping[str, float], lr: float
     ) -> None:
-        """Show the figures of a step.
-
-        Args:
-            step: How many steps are done.
-            loss: The mean loss of the step in nats.
-            rate: Tokens per second, over the whole run.
-            figures: What else it has to show, by name.
-            lr: The learning rate.
-        """
+        """Show the figures of a step."""
         if self.trackers:
             self.log({"loss": loss, "lr": lr, **figures}, step)
         shown = [f", {name} {value:.4g}" for name, value in figures.items()]
@@ -108,12 +95,7 @@ class Display:
             self.note(told + "".join(shown))
 
     def draw(self, step: int, told: str) -> None:
-        """Draw a notebook's bar anew, if the last time is long enough ago or this is the end.
-
-        Args:
-            step: How many steps are done.
-            told: The figures of the last one.
-        """
+        """Draw a notebook's bar anew, if the last time is long enough ago or this is the end."""
         now = monotonic()
         if step == self.steps or now - self.drawn >= PAUSE:
             from IPython.display import HTML
@@ -130,11 +112,7 @@ class Display:
 
 
 def started(recipe: Recipe, logs: Path) -> list[Any]:
-    """The recipe's trackers, which are told the recipe.
-
-    Args:
-        logs: The directory of those that write files, which stays.
-    """
+    """The recipe's trackers, which are told the recipe."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 

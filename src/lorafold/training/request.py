@@ -98,11 +98,7 @@ def rendering_of(recipe: Recipe) -> Rendering:
 
 
 def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
-    """The run's objective for its model and the adapters that it loads.
-
-    Raises LorafoldError for rows of other shapes than the objective takes, for options that it does
-    not have, and for labels that are not the model's.
-    """
+    """The run's objective for its model and the adapters that it loads."""
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
@@ -116,10 +112,6 @@ def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
 def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -> RunRequest:
     """The request with the length that rows are cut to: that of the run to resume, if the recipe
     does not set one, else as `settled_length` finds it.
-
-    Args:
-        saved: The adapters that the run loads.
-        console: For a line where the model's positions bound it.
     """
     recipe, began = request.recipe, None
     if request.resume and "max_length" not in recipe.model_fields_set:
@@ -137,12 +129,6 @@ def tokenizer_for(
 ) -> tuple[PreTrainedTokenizerBase, Words]:
     """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
     template and new tokens, and the ids of these tokens.
-
-    Args:
-        request: Names the chat template and the new tokens.
-        objective: Adds what the tokenizer lacks for it, such as a chat template.
-        console: For notices of what was added.
-        saved: The adapters that the run loads.
     """
     tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
@@ -173,14 +159,6 @@ def tokenized(
 ) -> tuple[BatchFeed, Data | None, Findings]:
     """The feed of the run, the examples to measure on, which may be None, and what there is to know
     of the rows; all are reported.
-
-    Args:
-        request: Has the rows, or the share of them that is held out.
-        tokenizer: As `tokenizer_for` gives it.
-        objective: Makes examples of rows.
-        console: For the reports, such as how many examples were cut.
-
-    Raises LorafoldError for rows that the objective can't use.
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
     made = tokenizer, recipe.max_length, console, rendering
@@ -229,11 +207,6 @@ def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
     and of a chat template, how and where the model is loaded, and the code.
 
         digest_of([grounds(base, recipe.chat_template, "comparing"), recipe, rows.sha256])
-
-    Args:
-        base: The model, whose storage is settled.
-        template: The recipe's chat template, whose file may change.
-        *rooms: The packages that measure, besides those that train.
     """
     file = None if template is None or template in BUILT_IN else of_file(Path(template))[1]
     return {
@@ -248,11 +221,6 @@ def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
 def day_written(base: Base, template: str | None, saved: Sequence[Saved] = ()) -> str:
     """The date of today where the chat template asks for it, so that figures are kept for one day;
     else empty.
-
-    Args:
-        base: The model.
-        template: The recipe's chat template.
-        saved: The adapters that are loaded, one of which may have a tokenizer of its own.
     """
     tokenizer = base.tokenizer(saved)
     if template is not None:

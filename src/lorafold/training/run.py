@@ -41,14 +41,6 @@ def train(request: RunRequest, console: Console, processes: Processes = ALONE) -
     """Train one adapter and write it to `request.out`.
 
     A run that is to be resumed and is finished is left as it is.
-
-    Args:
-        request: What to train, on which rows.
-        console: For progress and notices, of the first process alone.
-        processes: Those that compute it together, each with this request.
-
-    Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is
-    written) after SIGINT or SIGTERM.
     """
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:

@@ -95,12 +95,7 @@ class Setup:
 
 
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
-    """The spec of the recipe's method; a notice names the recipe's fields that it leaves out.
-
-    Raises LorafoldError for an output that exists or is one of the adapters to load, a stopped run
-    in `<out>.run`, a batch that can't be split over the processes, an optimizer that is not
-    installed, an unknown method, and fields that an initial adapter fixes.
-    """
+    """The spec of the recipe's method; a notice names the recipe's fields that it leaves out."""
     if request.over or request.init_adapter:
         check_places(request)
     run, replaces = RunDirectory(request.out), request.overwrite or request.resume
@@ -137,12 +132,7 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
 
 
 def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) -> None:
-    """Raise LorafoldError if what the run writes is, contains or lies in what it reads.
-
-    Args:
-        besides: Directories that it reads besides its adapters, each after the option that names
-            it.
-    """
+    """Raise LorafoldError if what the run writes is, contains or lies in what it reads."""
     run = RunDirectory(request.out)
     read = [*(("--over", path) for path in request.over), *besides]
     if request.init_adapter:
@@ -158,9 +148,7 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
 
 
 def saved_adapters(request: RunRequest) -> list[Saved]:
-    """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
-    trained on another base, or over others than those of `over` that are below it.
-    """
+    """The adapters that the run loads, lowest first."""
     found = [*open_all(request.adapters)] if request.adapters else []
     origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
     for n, one in enumerate(found):
@@ -174,11 +162,7 @@ def saved_adapters(request: RunRequest) -> list[Saved]:
 
 
 def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
-    """Check the request, choose device and storage, and tokenize the rows.
-
-    Raises LorafoldError for anything wrong with the request or its rows, and where the processes
-    do not have the same.
-    """
+    """Check the request, choose device and storage, and tokenize the rows."""
     spec = check_request(request, console, processes)
     saved = saved_adapters(request) if request.over or request.init_adapter else []
     objective = objective_of(request, saved)
@@ -350,12 +334,7 @@ def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
 
 
 def untrained(model: PreTrainedModel, needed: Sequence[str]) -> list[str]:
-    """Those of the modules that an objective needs trained which no adapter has trained yet.
-
-    Args:
-        model: As the objective loads it, with adapters attached.
-        needed: Paths.
-    """
+    """Those of the modules that an objective needs trained which no adapter has trained yet."""
     return [path for path in needed if not isinstance(module_at(model, path), Adapted)]
 
 

@@ -50,19 +50,7 @@ def prepare(
     held_out: Data | None,
     console: Console,
 ) -> tuple[Plan, Progress]:
-    """The plan of the steps, and how far they have come: a fresh run or a resumed one.
-
-    Args:
-        setup: Its request may say to resume: then the run's last checkpoint is loaded, if there is
-            one.
-        adapter: Attached to the model of `loss`, which is divided already if it is to be.
-        loss: On the run's device.
-        feed: The examples to train on.
-        held_out: Those to measure on.
-        console: For the optimizer, the learning rates and the step from which a run is resumed.
-
-    Raises LorafoldError where the run to resume had another recipe, model or data, or other files.
-    """
+    """The plan of the steps, and how far they have come: a fresh run or a resumed one."""
     request, layout, where = setup.request, setup.layout, setup.request.base.where
     processes, objective = layout.processes, setup.objective
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
@@ -172,9 +160,6 @@ def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """What a resumed run must have in common with the one that was stopped, among it the version of
     lorafold.
-
-    Args:
-        adapter: Knows the digests of the adapters that it lies over.
     """
     request = setup.request
     recipe = request.recipe.model_dump(mode="json")
@@ -206,15 +191,6 @@ def sample_losses(
 ) -> Iterator[Tensor]:
     """Mean losses of n batches, each a scalar in nats, drawn as training draws them but with a seed
     of their own.
-
-    Args:
-        loss: Put in training mode.
-        feed: The examples to draw from.
-        recipe: Gives the batch size and the seed.
-        n: The number of losses.
-        rows: Examples in each loss; None takes the recipe's batch.
-
-    Raises LorafoldError for an objective that draws what it learns from.
     """
     if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(

@@ -15,8 +15,7 @@ from lorafold.ops.selective_checkpoint import keeping
 
 
 def recompute(model: PreTrainedModel) -> None:
-    """Turn gradient checkpointing on. Raises LorafoldError if the model's code does not support it.
-    """
+    """Turn gradient checkpointing on."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keeping})
     except ValueError as error:

@@ -59,12 +59,7 @@ class OptimizerChoice(NamedTuple):
 
 
 def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
-    """Choose the optimizer for `auto`.
-
-    Args:
-        device: The type of the device: cpu, cuda or mps.
-        free: The device's free memory in bytes.
-    """
+    """Choose the optimizer for `auto`."""
     if device != "cuda":
         return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} has no paging")
     state = 8 * parameters
@@ -84,16 +79,7 @@ def pick(
     processes: Processes,
     parts: int = 1,
 ) -> OptimizerChoice:
-    """Choose the optimizer of a run.
-
-    Args:
-        asked: The recipe's optimizer, possibly auto.
-        before: The optimizer that a resumed run had before it stopped, which auto keeps; empty for
-            a new run.
-        where: The device of the run.
-        processes: Those of the run, which must all choose the same.
-        parts: Among how many of them the state is divided.
-    """
+    """Choose the optimizer of a run."""
     device = where.type
     if asked != "auto":
         choice = OptimizerChoice(asked, "")
@@ -131,16 +117,7 @@ class AdamWOptions(Protocol):
 
 
 def make_optimizer(name: str, groups: list[dict], constants: AdamWOptions) -> Optimizer:
-    """Make the optimizer.
-
-    Raises LorafoldError for an 8-bit optimizer if bitsandbytes is not installed, or if some
-    parameters have 16 bits.
-
-    Args:
-        name: adamw, adamw8bit or paged-adamw8bit.
-        groups: The parameter groups, each with its learning rate.
-        constants: Betas, eps, weight decay, and the seed of stochastic rounding.
-    """
+    """Make the optimizer."""
     check_rounding(name, (p.dtype for p in parameters(groups)))
     options: dict[str, Any] = {
         "betas": constants.betas,
@@ -169,9 +146,7 @@ def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
 
 
 def bitsandbytes_optimizers(name: str) -> Any:
-    """Return bitsandbytes.optim. Raises LorafoldError, in which the optimizer is called `name`, if
-    bitsandbytes can't be imported.
-    """
+    """Return bitsandbytes.optim."""
     try:
         return bitsandbytes().optim
     except ImportError as error:
@@ -184,10 +159,6 @@ def bitsandbytes_optimizers(name: str) -> Any:
 def described(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
     """Return a line that names the optimizer, the storage and size of its state, the reason for the
     choice, and stochastic rounding if there is any.
-
-    Args:
-        seed: The seed of stochastic rounding.
-        parts: Among how many processes the state is divided.
     """
     trained = parameters(groups)
     eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in trained)

@@ -215,8 +215,7 @@ def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
 
         def forward(u: Tensor, known: str = known) -> Tensor:
             gate, up = u.chunk(2, dim=-1)
-            fused: Tensor = gating(gate, up, known)
-            return fused
+            return gating(gate, up, known)
 
         if _agree(forward, plain, u):
             return forward

@@ -96,21 +96,12 @@ def labelled_loss(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """Return the loss in nats summed over the labelled positions, and their number n.
+    """Return the loss in nats summed over the labelled positions, and their number n. labels (B,
+    T); inputs (B, T); counts (B, T); rows (B, T).
 
     The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
     config.output_router_logits is set, the sum includes the model's load-balancing loss, times its
     coefficient and n. To train under DDP or FSDP, wrap a module whose forward calls this function.
-
-    Raises LorafoldError if the model has no decoder below a head, or lacks the load-balancing loss
-    that its configuration asks for.
-
-    Args:
-        model: A causal language model of transformers, or a module with its interface.
-        labels: (B, T), the target of each position (already shifted), or -100.
-        inputs: Keyword arguments of the model, among them input_ids (B, T).
-        counts: (B, T), how often each position counts; None: once.
-        rows: (B, T), how many rows have each position, for the load-balancing loss; None: one.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
     if linear is not None:
@@ -136,13 +127,6 @@ def token_losses(
     The losses are differentiable once, and their gradients may have any weights. They never include
     a load-balancing loss. A head that is trained or adapted is computed again in the backward,
     under the adapters that are active then.
-
-    Raises LorafoldError if the model has no decoder below a head.
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
-        own: Compute a frozen linear head by the model too, as it rounds logits, and of few rows in
-            the order of many.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
     if linear is not None and not own:
@@ -154,12 +138,7 @@ def document_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
     """Return the `token_losses` of each document, summed, and the number of its labelled positions:
-    (n,) and (n,).
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
-        document: (B, T), the document from 0 to n - 1 that each position counts for, or -1 for
-            none.
+    (n,) and (n,). document (B, T).
     """
     if is_fake(labels):
         losses, of = token_losses(model, labels, inputs), document.flatten()
@@ -177,11 +156,6 @@ def document_losses(
 def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the loss in nats of each sequence, summed over its labelled positions: (B,), without
     gradients. It never includes a load-balancing loss.
-
-    Raises LorafoldError if the model has no decoder below a head.
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
     """
     row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
     return document_losses(model, labels, inputs, row, len(labels))[0]
@@ -192,9 +166,6 @@ def until_head(
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
     """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
     form if it has one, and the model's output.
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
     """
     caught: list[Tensor] = []
 
@@ -222,11 +193,7 @@ def until_head(
 
 
 def at_labels(x: Tensor, labels: Tensor) -> Tensor:
-    """What x (B, T) has at the labelled positions (n,), on the host.
-
-    Args:
-        labels: (B, T).
-    """
+    """What x (B, T) has at the labelled positions (n,), on the host. labels (B, T)."""
     return on_host(x)[on_host(labels) != NO_LOSS]
 
 
@@ -331,13 +298,7 @@ def weighs(model: Any) -> bool:
 
 
 def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tensor | float:
-    """The loss (), times its coefficient; 0 if the model would add none.
-
-    Raises LorafoldError if its configuration asks for one that the model does not return.
-
-    Args:
-        rows: (B, T), how many rows have each token; None: one.
-    """
+    """The loss (), times its coefficient; 0 if the model would add none. rows (B, T)."""
     if not balances(model):
         return 0.0
     config = model.config.get_text_config()

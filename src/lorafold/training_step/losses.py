@@ -134,12 +134,7 @@ class Loss(nn.Module, ABC):
 
 
 def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor:
-    """The rows (B, T) that tokens are named by.
-
-    Args:
-        rows: Those of the tokens of each document, (t,); a last one counts for all after it.
-        document, positions: Of each token, on the host; they broadcast to (B, T).
-    """
+    """The rows (B, T) that tokens are named by. document, positions (B, T)."""
     table = np.stack([np.pad(of, (0, max(map(len, rows)) - len(of)), "edge") for of in rows])
     of_tokens = torch.from_numpy(table)
     return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
@@ -222,13 +217,7 @@ class CompletionLoss(RowsAlike):
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
-    """The loss of the next token, (), on tensors without values.
-
-    Args:
-        model: A language model without values.
-        inputs: input_ids with positions (1, T), or with a mask (B, T).
-        labelled: The tokens that the loss counts, divided evenly among padded rows.
-    """
+    """The loss of the next token, (), on tensors without values. inputs (1, T) or (B, T)."""
     ids = inputs["input_ids"]
     labels = ids.new_zeros((len(ids), ceil(labelled / len(ids))))
     return labelled_loss(model, labels, inputs)[0]

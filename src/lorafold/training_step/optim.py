@@ -53,13 +53,6 @@ def param_groups(
 
     Weights that act by their size, such as the gains of a norm, IA3's l and DoRA's magnitude, would
     be drawn to 0 by it, where the base is switched off.
-
-    Args:
-        parts: (module path, delta) pairs.
-        lr: The peak learning rate of all parameters but those.
-        lr_up: The peak learning rate of up factors.
-        decay_vectors: Weight decay shrinks vectors as it does matrices; the groups are two then.
-        lr_whole: The peak learning rate of modules that are trained whole (None: lr).
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {
         (kind, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate, "of": kind}
@@ -103,10 +96,6 @@ def sum_in_fp32(model: nn.Module) -> None:
 def rates(groups: list[dict], lr: float) -> str:
     """Return a line with the peak learning rates, as in "learning rate: 2e-4; up factors (LoRA+)
     3e-3", in which the up factors are named if their rate is another one.
-
-    Args:
-        groups: The groups of `param_groups`.
-        lr: The peak learning rate of all parameters but those that are named.
     """
     told = dict[str, None]()
     for group in groups:
@@ -127,12 +116,6 @@ def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, step
     The rate rises linearly over the first `warmup_steps`, or the `warmup` share of the steps
     (rounded up); then it falls to zero along a cosine or a line, or stays. It depends on the step
     alone, so a checkpoint stores nothing of it.
-
-    Args:
-        optimizer: An optimizer over `param_groups`.
-        schedule: How rates go on, and the warm-up.
-        step: The number of the step, from 0.
-        steps: The number of steps of the run.
     """
     warm = warm_steps(schedule, steps)
     done = (step - warm) / max(1, steps - warm)
@@ -174,8 +157,6 @@ def restore_optimizer(
     The optimizer first makes a state of its own, with a step whose learning rates and gradients are
     zero and which changes nothing. The tensors are then copied into that state, which keeps its
     dtypes and its paged memory; load_state_dict would keep neither.
-
-    Raises LorafoldError if the tensors are not those of such an optimizer.
     """
     others = {str(i) for i, p in enumerate(parameters(optimizer.param_groups)) if not updates(p)}
     tensors = {key: t for key, t in tensors.items() if key.split(".")[0] not in others}

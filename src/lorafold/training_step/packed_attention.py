@@ -97,31 +97,23 @@ def random_ids(model: PreTrainedModel, n: int) -> Tensor:
 
 
 def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
-    """Return the logits (T, V), in fp32, of packed documents.
+    """Return the logits (T, V), in fp32, of packed documents. ids (T,).
 
     A model without output embedding pools its logits; of it the hidden states (T, d) are returned
-    that its head is over. Raises LorafoldError where it is not over those of positions.
-
-    Args:
-        ids: The token ids, (T,).
-        docs: The documents, which say the position of each token.
+    that its head is over.
     """
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
         return at_head(model, inputs).hidden[0].float()
     logits = model(**inputs, use_cache=False).logits
-    found: Tensor = logits[0].float()
-    return found
+    return logits[0].float()
 
 
 def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) -> bool:
-    """Whether logits (T, V) agree to so many units of the model's dtype.
+    """Whether logits (T, V) agree to so many units of the model's dtype. found, expected (T, V).
 
     Norms are compared, since experts group the tokens of all documents together: sums then round
     differently, even if no document influences another.
-
-    Args:
-        found, expected: The logits (T, V).
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((found - expected).norm() <= allowed * expected.norm())
@@ -134,13 +126,7 @@ def attending(
     attention: Callable[..., Any] | None = None,
     name: str = NAME,
 ) -> Iterator[None]:
-    """Set the model's attention function until the `with` block ends.
-
-    Args:
-        mask: makes the masks, a function of transformers' mask protocol.
-        attention: a function of transformers' attention protocol; None: `attend`.
-        name: the name of both in transformers' registries.
-    """
+    """Set the model's attention function until the `with` block ends."""
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
@@ -157,10 +143,6 @@ def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[
     """Return the attention implementations as set_attn_implementation takes them: the model's own
     under "", those of nested configurations by name. One that has none, as those of MPT and DBRX,
     is of no model, and transformers can't set it back to none: it is left out.
-
-    Args:
-        config: The configuration.
-        name: What to have in the place of each.
     """
     nested = ((key, getattr(config, key)) for key in config.sub_configs)
     return {"": name or config._attn_implementation} | {
@@ -179,17 +161,7 @@ def document_mask(
     **protocol: Any,
 ) -> Documents | Tensor | None:
     """Return a `Documents` if the mask is that of causal documents, else a boolean mask (B, 1, Tq,
-    Tk); a function of transformers' mask protocol.
-
-    Args:
-        batch_size: B, the number of sequences.
-        q_length, kv_length: Tq and Tk, the numbers of queries and keys.
-        mask_function: Called as mask_function(b, head, i, j) on index tensors, it tells whether
-            query i of sequence b may see key j.
-        attention_mask: (B, Tk), False at padding; None if there is none.
-        protocol: The positions of the first query and the first key (`q_offset`, `kv_offset`), the
-            width of a sliding window (`local_size`), whether mask_function needs vmap, as custom
-            ones may, the device, and what concerns sdpa and eager masks only.
+    Tk); a function of transformers' mask protocol. attention_mask (B, Tk).
     """
     # an offset is a tensor if the cache is static
     offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
@@ -231,22 +203,8 @@ def attend(
     scaling: float | None = None,
     **protocol: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol.
-
-    Args:
-        module: The attention module, which says whether dropout is active.
-        query, key, value: (B, H, Tq, D), (B, Hk, Tk, D) and (B, Hk, Tk, Dv).
-        attention_mask: A `Documents`, a boolean mask, or a mask that is added to the scores, (B, 1,
-            Tq, Tk).
-        scaling: The factor of the scores; None: D^-0.5.
-        protocol: `dropout`, the probability with which an attention weight is dropped; `softcap`,
-            by which scores s become softcap * tanh(s / softcap); `s_aux` (H,), the scores of a
-            sink, which takes part in the softmax and has no value; `position_bias` (B or 1, H, Tq,
-            Tk), added to the scores; and what repeats what the mask says (windows, positions).
-            `isolates` finds models that pass anything else here.
-
-    Raises LorafoldError for keys beside those of the documents, as the compressed ones of
-    DeepSeek-V4.
+    """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol. query,
+    key, value (B, H, Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv); attention_mask (B, 1, Tq, Tk).
     """
     asked = ("softcap", "s_aux", "position_bias")
     softcap, s_aux, position_bias = map(protocol.get, asked)

@@ -68,15 +68,7 @@ class Rollout(Branched):
 
 
 class StepRollouts(list[Rollout]):
-    """The groups of completions that a step learns from, with what drawing them has to show.
-
-    Args:
-        silent: Why none of them has a signal, and what to try; empty if one has.
-        figures: Of the completions, by name.
-        tokens: How many were drawn.
-        seconds: By what they went into.
-        samples: Completions to read, as JSON.
-    """
+    """The groups of completions that a step learns from, with what drawing them has to show."""
 
     def __init__(
         self,
@@ -127,15 +119,7 @@ class StepStatistics:
 
 
 class Policy(BranchedLoss):
-    """The loss of a law over groups of completions, in nats, summed over tokens or completions.
-
-    Args:
-        model: The model with its adapters, of which the highest trains.
-        how: How far the model goes with packed documents; None pads.
-        pad_id: The token that fills short sequences.
-        longest: The most tokens of a completion.
-        exact: Completions have the bits that this computes (`lorafold.engine.operations`).
-    """
+    """The loss of a law over groups of completions, in nats, summed over tokens or completions."""
 
     def __init__(
         self,
@@ -188,8 +172,6 @@ class Policy(BranchedLoss):
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (); arguments as `collate` gives them. Ratios are those to the
         first update of the same examples.
-
-        Raises LorafoldError if the tokens were drawn by other weights than the model's.
         """
         document, lens = inputs.pop("document"), inputs.pop("lens", None)
         given = inputs.pop("drawn"), inputs.pop("advantages"), inputs.pop("weights")
@@ -222,9 +204,7 @@ class Policy(BranchedLoss):
             return self._logps(labels, lens, inputs)
 
     def _compare(self, logps: Tensor, drawn: Tensor, below: Callable[[], Tensor]) -> None:
-        """Add to what was seen. Raises LorafoldError where the mean difference is none of rounding,
-        naming what has log-probabilities nearer to those that were drawn.
-        """
+        """Add to what was seen."""
         apart = (logps - drawn).abs()
         self.seen.compared += len(apart)
         self.seen.apart += float(apart.sum())

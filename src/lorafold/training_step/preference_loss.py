@@ -48,13 +48,7 @@ def beside(
     inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
 ) -> ReferenceComparison:
-    """Compare the model with what it is in the context `other()`.
-
-    Args:
-        labels: (B, T), shifted, or -100.
-        inputs: Keyword arguments of the model, each (B, T).
-        other: Such as a context with fewer adapters.
-    """
+    """Compare the model with what it is in the context `other()`. labels (B, T); inputs (B, T)."""
     h, targets, *_ = until_head(model, labels, inputs)
     with other():
         h_other, *_ = until_head(model, labels, inputs)
@@ -133,11 +127,7 @@ class Preferences(BranchedLoss):
     def beside_reference(
         self, labels: Tensor, desirable: Tensor, reference: Tensor | None = None, **inputs: Tensor
     ) -> Scored:
-        """The log-probabilities (n, k) of a batch, and of its reference, computed if not given.
-
-        Args:
-            labels, desirable, reference, inputs: As `tensors` gives them.
-        """
+        """The log-probabilities (n, k) of a batch, and of its reference, computed if not given."""
         logps, tokens = self.logps(labels, len(desirable), **inputs)
         if reference is None and self.law.has_reference:
             with evaluating(self), self.below():
@@ -149,9 +139,6 @@ class Preferences(BranchedLoss):
     ) -> tuple[Tensor, Tensor]:
         """Return log p of the completions in nats (or the scores that a head gives the documents,
         if the law reads them), and the tokens of the completions, both (n, k).
-
-        Args:
-            labels, document, lens, inputs: As `tensors` gives them.
         """
         with self.over(labels, lens):
             k = int(on_host(document).max()) + 1

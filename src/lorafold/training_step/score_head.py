@@ -33,14 +33,7 @@ class AtHead(NamedTuple):
 
 
 def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
-    """Run the model, and return what its head computes at every position.
-
-    Raises LorafoldError if the model has several heads, or one that does not compute positions, as
-    where hidden states are pooled before it.
-
-    Args:
-        inputs: Its keyword arguments, among them input_ids (B, T).
-    """
+    """Run the model, and return what its head computes at every position. inputs (B, T)."""
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
     with _caught(head) as caught:
@@ -72,13 +65,7 @@ def document_scores(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """Return the score of each document, in fp32, and the number of its labelled positions: (n,)
-    and (n,).
-
-    Args:
-        model: A sequence classifier with one output.
-        labels: (B, T), the target of each position, or -100.
-        inputs: Keyword arguments of the model, among them input_ids (B, T), padded at the right.
-        document: (B, T), the document from 0 to n - 1 that each position belongs to.
+    and (n,). labels (B, T); inputs (B, T); document (B, T).
     """
     of, ids = document.flatten(), inputs["input_ids"].flatten()
     counts = of.new_zeros(n).index_add(0, of, (labels.flatten() != NO_LOSS).to(of.dtype))

@@ -25,11 +25,7 @@ ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class ShardedReads(TorchDispatchMode):
-    """The mode in which operations find divided tensors whole.
-
-    Args:
-        shards: By the identity of the storage; it may grow and shrink meanwhile.
-    """
+    """The mode in which operations find divided tensors whole."""
 
     def __init__(self, shards: Mapping[int, Shard]) -> None:
         super().__init__()

@@ -127,9 +127,6 @@ class Sharded(Replicated):
     def dividing(self, model: nn.Module) -> Iterator[None]:
         """Divide what is not divided yet, and have each part whole while it computes, until the
         `with` block ends. Then no process has them all, unless they were gathered.
-
-        Args:
-            model: With its adapters, the same in every process.
         """
         of = self._divided(model)
         with ExitStack() as stack:

@@ -66,11 +66,7 @@ def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Paramete
 
 
 class Parted:
-    """A storage, and this process's part of its bytes.
-
-    Args:
-        content: The bytes (n,) of the storage, where it does not have them yet.
-    """
+    """A storage, and this process's part of its bytes."""
 
     def __init__(
         self, storage: torch.UntypedStorage, processes: Processes, content: Tensor | None = None
@@ -130,11 +126,7 @@ class Parted:
 
 
 class Owned:
-    """A trained parameter, and the process that keeps it.
-
-    Args:
-        before: Its shard, where it is divided already.
-    """
+    """A trained parameter, and the process that keeps it."""
 
     def __init__(
         self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
@@ -183,9 +175,6 @@ def divide(
     """Divide a frozen tensor of any shape, and those that are its state if it is quantized, where
     they are large. One that lies in a file, or on another device, gets a storage of its own on this
     device, of which only this process's part is ever written.
-
-    Args:
-        known: What is divided, by the identity of the storage.
     """
     for one in _inside(t):
         storage, content = one.untyped_storage(), None
@@ -229,11 +218,7 @@ def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter
 def parted_in(
     module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
 ) -> list[Shard]:
-    """The shards of the module's large frozen tensors that are not taken, which then are.
-
-    Args:
-        known: Those of what is divided already, by the identity of the storage.
-    """
+    """The shards of the module's large frozen tensors that are not taken, which then are."""
     found = list[Shard]()
     unmap(module)
     for t in _frozen(module):
@@ -263,10 +248,6 @@ def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> No
     """Have a part of the model made whole while a module of it runs, and when its backward begins.
     It may begin inside the part, where another pass read what a block kept, as keys of virtual
     tokens.
-
-    Args:
-        stack: Takes the hooks away again.
-        opens: Makes the part whole.
     """
 
     def before(*_: Any) -> None:

@@ -37,14 +37,7 @@ from lorafold.training_step.shared_prefixes import Branching, over
 
 
 class BranchedLoss(Loss):
-    """Abstract: a loss over rows of branches.
-
-    Args:
-        model: The model with its adapters, of which the highest trains.
-        how: How far the model goes with packed documents; None pads.
-        pad_id: The token that fills short sequences.
-        tokens: The most tokens that are computed at a time where nothing is trained.
-    """
+    """Abstract: a loss over rows of branches."""
 
     def __init__(
         self, model: nn.Module, how: Branching | None, pad_id: int, tokens: int = 2048
@@ -164,11 +157,8 @@ class BranchedLoss(Loss):
         return sent(found, device)
 
     def over(self, labels: Tensor, lens: Tensor | None) -> AbstractContextManager[None]:
-        """Tell the model's attention the documents of a batch until the `with` block ends.
-
-        Args:
-            labels: (B, T), of the batch.
-            lens: As `laid_out` gives it; None where each completion has its own prompt.
+        """Tell the model's attention the documents of a batch until the `with` block ends. labels
+        (B, T).
         """
         return over(self.how, lens, labels.device)
 

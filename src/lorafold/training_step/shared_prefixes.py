@@ -64,10 +64,7 @@ class Branching:
 
     @contextmanager
     def over(self, docs: Documents) -> Iterator[None]:
-        """Let every forward of the model inside the `with` block be over these documents.
-
-        Raises LorafoldError if the model's batch has other documents, or its attention none.
-        """
+        """Let every forward of the model inside the `with` block be over these documents."""
         self._docs, self._used = docs, False
         try:
             yield
@@ -83,8 +80,6 @@ class Branching:
     def mask(self, **protocol: Any) -> Documents | Tensor | None:
         """Return the layout that was told for a batch of its tokens, else what `document_mask`
         returns, such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
-
-        Raises LorafoldError if the mask's documents are not those of the layout.
         """
         found, docs = document_mask(**protocol), self._docs
         if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):
@@ -107,11 +102,6 @@ def branching(
 ) -> Iterator[Branching]:
     """Keep the model's attention inside documents, as `packed` does, until the `with` block ends,
     and yield how far that goes: the model is unchanged if its documents would influence each other.
-
-    Args:
-        name: Its own among the models whose attention is kept so at a time: transformers has one
-            function of masks for each name.
-        across: Whether different rows are to share tokens too.
     """
     if not isolates(model):
         yield Branching(packs=False, shares=False)
@@ -137,12 +127,7 @@ def may_share(config: PreTrainedConfig) -> bool:
 
 @contextmanager
 def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Tell the model's attention the documents of a batch until the `with` block ends.
-
-    Args:
-        lens: (n, 2), the tokens of each and how many of them the one before has too; None where
-            none shares.
-        device: Of the batch.
+    """Tell the model's attention the documents of a batch until the `with` block ends. lens (n, 2).
     """
     if lens is None or how is None:
         yield
