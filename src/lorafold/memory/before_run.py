@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 from lorafold.data.batches import PAYS, BatchFeed, alike, forest, labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
+from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import estimate
 from lorafold.memory.fit import changes_of
 from lorafold.memory.trace import Setting
@@ -34,7 +35,6 @@ from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.adamw import in_words
 
 LOOKED_AT = 64  # of the first steps, those with the most tokens
 SHARE = 0.9  # of the free memory: the rest is for what an estimate leaves out
@@ -135,15 +135,15 @@ def settle(
             setting = replace(setting, checkpointing=True)
             why = (
                 "; gradient checkpointing is on, since without it a step would take"
-                f" {in_words(found.total)}"
+                f" {format_bytes(found.total)}"
             )
             found = estimate(config, setting)
         most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
-        named = ", ".join(f"{name.replace('_', ' ')} {in_words(n)}" for name, n in most)
+        named = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in most)
         console.print(
-            f"memory: {in_words(found.total)} at the peak of a step ({named})"
+            f"memory: {format_bytes(found.total)} at the peak of a step ({named})"
             f"{', without the libraries (about 0.3 GB)' * bool(found.terms['process'])}"
-            f"{', 16-bit products in fp32' * setting.widened}; {in_words(free)} free{why}",
+            f"{', 16-bit products in fp32' * setting.widened}; {format_bytes(free)} free{why}",
             highlight=False,
             soft_wrap=True,
         )

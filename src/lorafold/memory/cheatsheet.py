@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import estimate
 from lorafold.memory.presets import llama, setting_of
 from lorafold.ops.kernel_requirements import DeviceKind
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.adamw import in_words
 
 # by the rules: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; and 16 bytes
 # for a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8
@@ -142,7 +142,7 @@ def table() -> Iterator[tuple[str, ...]]:
             mode,
             f"{case.batch} x {case.length}",
             f"{case.rule:.3g} GB",
-            in_words(total),
+            format_bytes(total),
             of_rule,
             case.why,
         )
@@ -152,7 +152,7 @@ def markdown() -> str:
     """Return both tables in Markdown."""
     worked = [
         ("what", "the rule", "bytes"),
-        *((what, formula, in_words(round(n))) for what, (formula, n) in WORKED.items()),
+        *((what, formula, format_bytes(round(n))) for what, (formula, n) in WORKED.items()),
     ]
     return "\n\n".join(
         "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

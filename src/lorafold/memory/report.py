@@ -9,10 +9,10 @@ from typing import Any
 
 from lorafold.files.html_page import document, notes, section, table
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
+from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import TERMS, Estimate
 from lorafold.memory.fit import Advice
 from lorafold.memory.trace import Setting
-from lorafold.training_step.adamw import in_words
 
 WIDTH = 40  # characters of the longest bar
 
@@ -26,10 +26,10 @@ def bars(found: Estimate) -> list[str]:
     """Return a line with a bar for every term, and a line with their sum."""
     most = max(found.terms.values())
     lines = [
-        f"{words(name):<12} {in_words(n):>9}  {'█' * max(1, round(WIDTH * n / most))}"
+        f"{words(name):<12} {format_bytes(n):>9}  {'█' * max(1, round(WIDTH * n / most))}"
         for name, n in shown(found).items()
     ]
-    return [*lines, f"{'total':<12} {in_words(found.total):>9}"]
+    return [*lines, f"{'total':<12} {format_bytes(found.total):>9}"]
 
 
 def words(name: str) -> str:
@@ -42,15 +42,15 @@ def verdict(advice: Advice, asked: Setting) -> list[str]:
     which changes would help.
     """
     says = (
-        f"fits, with {in_words(advice.spare)} to spare"
+        f"fits, with {format_bytes(advice.spare)} to spare"
         if advice.fits
-        else f"does not fit: {in_words(-advice.spare)} short"
+        else f"does not fit: {format_bytes(-advice.spare)} short"
     )
     most = [
         f"largest batch at {asked.length} tokens: {advice.batch}",
         f"largest length at batch {asked.batch}: {advice.length}",
     ] * (advice.batch is not None)
-    changes = [f"would fit with {name}: {in_words(n)}" for name, n in advice.changes]
+    changes = [f"would fit with {name}: {format_bytes(n)}" for name, n in advice.changes]
     return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
 
 
@@ -60,8 +60,8 @@ def together(found: Estimate, asked: Setting, speed: float) -> list[str]:
         return []
     return [
         f"in each of {asked.processes} processes, with {asked.strategy}",
-        f"a step of one micro-batch sends {in_words(sent.bytes)} from each, which takes as long as"
-        f" computing at {in_words(int(sent.bandwidth(speed)))}/s, where a device computes"
+        f"a step of one micro-batch sends {format_bytes(sent.bytes)} from each, which takes as long as"
+        f" computing at {format_bytes(int(sent.bandwidth(speed)))}/s, where a device computes"
         f" {speed / 1e12:g} TFLOP/s",
     ]
 
@@ -75,7 +75,7 @@ def about(asked: Setting) -> str:
 def beside(found: Estimate, measured: int) -> str:
     """Return the line that compares the estimate with the measured bytes, both of tensors alone."""
     return (
-        f"measured     {in_words(measured):>9}  of tensors, as torch's allocator counts; the"
+        f"measured     {format_bytes(measured):>9}  of tensors, as torch's allocator counts; the"
         f" estimate is {found.total / measured - 1:+.1%} off"
     )
 
@@ -92,7 +92,7 @@ def page(
 ) -> None:
     """Write an HTML page with the terms as bars and as a table that explains them."""
     cells = [
-        [words(name), in_words(n), f"{n / found.total:.1%}", html.escape(TERMS[name])]
+        [words(name), format_bytes(n), f"{n / found.total:.1%}", html.escape(TERMS[name])]
         for name, n in shown(found).items()
     ]
     parts = (
@@ -115,7 +115,7 @@ def picture(found: Estimate, memory: int | None) -> str:
         axes.barh(names, sizes, 0.6, starts, color=[*[SERIES[0]] * len(terms), FAINT])
         for y, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             axes.annotate(
-                in_words(size), (start + size, y), (4, 0), textcoords="offset points", va="center"
+                format_bytes(size), (start + size, y), (4, 0), textcoords="offset points", va="center"
             )
         if memory is not None:
             level(axes, "the device", x=memory)
@@ -124,12 +124,12 @@ def picture(found: Estimate, memory: int | None) -> str:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.tick_params("y", labelcolor=INK, length=0)
         scaled(axes, x="linear")
-        axes.xaxis.set_major_formatter(lambda n, _: in_words(int(n)) if n else "0")
+        axes.xaxis.set_major_formatter(lambda n, _: format_bytes(int(n)) if n else "0")
 
     most = max(terms, key=lambda name: terms[name])
-    of = "" if memory is None else f" of the device's {in_words(memory)}"
+    of = "" if memory is None else f" of the device's {format_bytes(memory)}"
     said = (
-        f"{in_words(found.total)}{of} at the peak, {counted(found)}; the most is"
+        f"{format_bytes(found.total)}{of} at the peak, {counted(found)}; the most is"
         f" {words(most)}, {terms[most] / found.total:.0%}."
     )
     return drawing(draw, "Memory by term", said, (SIZE[0], 0.7 + 0.22 * len(names)))

@@ -127,6 +127,12 @@ class FrozenMatrices(NamedTuple):
     read_all: Callable[[torch.dtype], Tensor]
     groups: Groups
 
+    def at_once(self, x: Tensor, width: int) -> bool:
+        """Whether one matmul takes all rows x (S, in), to or from `width` features."""
+        if self.groups.ends is None or x.dtype is not torch.bfloat16:
+            return False
+        return x.shape[1] % GROUPED_UNIT == 0 == width % GROUPED_UNIT
+
     def matmul(
         self, x: Tensor, width: int, back: bool, onto: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
@@ -136,8 +142,7 @@ class FrozenMatrices(NamedTuple):
         One matmul of all groups has no accumulator to begin from, so its sum with `onto` is
         rounded with a dither: a small update is kept on average.
         """
-        sizes, bf16 = (x.shape[1], width), x.dtype is torch.bfloat16
-        if self.groups.ends is not None and bf16 and not any(n % GROUPED_UNIT for n in sizes):
+        if self.at_once(x, width):
             every = self.read_all(x.dtype)
             y = torch._grouped_mm(x, every if back else every.mT, self.groups.ends)
             ones = (torch.ones if is_fake(y) else _ones)(width, device=y.device)

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.files.paths import check_name
+from lorafold.files.terminal import format_bytes
 from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import RunDirectory
@@ -32,7 +33,6 @@ from lorafold.training.progress import Display, started
 from lorafold.training.request import RunRequest
 from lorafold.training.setup import Setup, adapted_model, check_places, set_up
 from lorafold.training.start import in_common, prepare
-from lorafold.training_step.adamw import in_words
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.sharding import Sharded
 
@@ -101,9 +101,9 @@ def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[Non
     # what is whole for a moment must not stay in the process
     with freed_blocks(RETURNED), layout.dividing(model):
         console.print(
-            f"strategy fsdp: of {in_words(layout.whole)} of weights process 0 of"
-            f" {layout.processes.count} keeps {in_words(layout.kept)}, and at most"
-            f" {in_words(layout.largest)} are whole at a time",
+            f"strategy fsdp: of {format_bytes(layout.whole)} of weights process 0 of"
+            f" {layout.processes.count} keeps {format_bytes(layout.kept)}, and at most"
+            f" {format_bytes(layout.largest)} are whole at a time",
             highlight=False,
             soft_wrap=True,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,6 @@ from torch.optim import Optimizer
 
 from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError, listed
-
-
-class Schedule(Protocol):
-    """How learning rates go over a run; a `Recipe` is one."""
-
-    @property
-    def schedule(self) -> str:
-        """How they go on after the warm-up: cosine, linear or constant."""
-
-    @property
-    def warmup(self) -> float:
-        """The share of the steps over which they rise."""
-
-    @property
-    def warmup_steps(self) -> int | None:
-        """The number of steps over which they rise, in place of the share."""
-
 
 SHARED = {"qmap1", "qmap2"}  # of 8-bit optimizers: constants that all parameters have in common
 # the parameters that may have a learning rate of their own, as a run tells them
@@ -105,24 +88,22 @@ def rates(groups: list[dict], lr: float) -> str:
     return f"learning rate: {'; '.join(told)}"
 
 
-def warm_steps(schedule: Schedule, steps: int) -> int:
+def warm_steps(recipe: Any, steps: int) -> int:
     """The steps over which learning rates rise, of a run's."""
-    return schedule.warmup_steps or math.ceil(schedule.warmup * steps)
+    return recipe.warmup_steps or math.ceil(recipe.warmup * steps)
 
 
-def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> None:
+def set_learning_rates(optimizer: Optimizer, recipe: Any, step: int, steps: int) -> None:
     """Set each group's learning rate to its peak rate times the schedule at this step.
 
     The rate rises linearly over the first `warmup_steps`, or the `warmup` share of the steps
     (rounded up); then it falls to zero along a cosine or a line, or stays. It depends on the step
     alone, so a checkpoint stores nothing of it.
     """
-    warm = warm_steps(schedule, steps)
+    warm = warm_steps(recipe, steps)
     done = (step - warm) / max(1, steps - warm)
-    after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
-        schedule.schedule
-    ]
-    factor = (step + 1) / (warm + 1) if step < warm else after
+    after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    factor = (step + 1) / (warm + 1) if step < warm else after[recipe.schedule]
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 
@@ -134,16 +115,12 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     A Python number becomes a scalar tensor. A tensor that several parameters share is stored once,
     with the first of them.
     """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    found: dict[int, tuple[str, Tensor]] = {}  # by the identity of the value
     for i, p in enumerate(parameters(optimizer.param_groups)):
         for name, value in optimizer.state.get(p, {}).items():
-            if not isinstance(value, Tensor):
-                found[f"{i}.{name}"] = torch.tensor(value)
-            elif id(value) not in seen:
-                seen.add(id(value))
-                found[f"{i}.{name}"] = value
-    return found
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            found.setdefault(id(tensor), (f"{i}.{name}", tensor))
+    return dict(found.values())
 
 
 def restore_optimizer(
@@ -158,32 +135,30 @@ def restore_optimizer(
     zero and which changes nothing. The tensors are then copied into that state, which keeps its
     dtypes and its paged memory; load_state_dict would keep neither.
     """
-    others = {str(i) for i, p in enumerate(parameters(optimizer.param_groups)) if not updates(p)}
+    trained = parameters(optimizer.param_groups)
+    others = {str(i) for i, p in enumerate(trained) if not updates(p)}
     tensors = {key: t for key, t in tensors.items() if key.split(".")[0] not in others}
     owners = {int(key.split(".")[0]) for key in tensors}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    for i, p in enumerate(parameters(optimizer.param_groups)):
+    for i, p in enumerate(trained):
         p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if i in owners else None
     optimizer.step()
     optimizer.zero_grad()
-    own = optimizer_tensors(optimizer)
-    shapes, found = (
-        {key: tuple(t.shape) for key, t in of.items() if key.split(".")[1] not in SHARED}
-        for of in (own, tensors)
+    expected, found = (
+        {key: tuple(t.shape) for key, t in state.items() if key.split(".")[1] not in SHARED}
+        for state in (optimizer_tensors(optimizer), tensors)
     )
     if wrong := [
-        key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)
+        f"{key}: expected {expected.get(key, 'none')}, found {found.get(key, 'none')}"
+        for key in sorted(expected.keys() | found.keys())
+        if expected.get(key) != found.get(key)
     ]:
-        told = (
-            f"{key}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}"
-            for key in wrong
-        )
         raise LorafoldError(
             f"the checkpoint's optimizer state is that of another optimizer:"
-            f" {listed(told, '; ')}; resume with the optimizer that wrote it"
+            f" {listed(wrong, '; ')}; resume with the optimizer that wrote it"
         )
-    for i, p in enumerate(parameters(optimizer.param_groups)):
+    for i, p in enumerate(trained):
         state = optimizer.state.get(p, {})
         for name, value in state.items():
             if (stored := tensors.get(f"{i}.{name}")) is not None:

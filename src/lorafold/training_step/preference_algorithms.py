@@ -72,14 +72,15 @@ class Law(ABC):
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
     # of a method's own learning rates: a pair is told apart long before its completions are learned
     pace: ClassVar[float] = 0.05
+    beta: float  # an option of each that has rewards of its own
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:
         """The loss of each row, (n,), in nats."""
 
-    @abstractmethod
     def rewards(self, scored: Scored) -> Tensor:
         """The rewards that the law implies for both completions, (n, 2)."""
+        return self.beta * (scored.ratios if self.has_reference else scored.means)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -103,9 +104,6 @@ class Dpo(Law):
         loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
 
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
-
 
 @dataclass(frozen=True, config=STRICT)
 class Ipo(Law):
@@ -125,9 +123,6 @@ class Ipo(Law):
         r = scored.ratios / scored.tokens if self.per_token else scored.ratios
         return (r[:, 0] - r[:, 1] - 1 / (2 * self.beta)).square()
 
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
-
 
 @dataclass(frozen=True, config=STRICT)
 class Hinge(Law):
@@ -141,9 +136,6 @@ class Hinge(Law):
 
     def loss(self, scored: Scored) -> Tensor:
         return (1 - self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])).relu()
-
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -165,9 +157,6 @@ class Orpo(Law):
         odds = means - torch.log(-torch.expm1(means))
         return scored.nll - self.beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
 
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.means
-
 
 @dataclass(frozen=True, config=STRICT)
 class Simpo(Law):
@@ -185,12 +174,8 @@ class Simpo(Law):
     sft_weight: Weight = 0.0
 
     def loss(self, scored: Scored) -> Tensor:
-        margin = self.beta * (scored.means[:, 0] - scored.means[:, 1]) - self.gamma
-        loss = -F.logsigmoid(margin)
+        loss = -F.logsigmoid(self.beta * (scored.means[:, 0] - scored.means[:, 1]) - self.gamma)
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
-
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.means
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -219,9 +204,6 @@ class Kto(Law):
         sign = torch.where(scored.desirable, 1.0, -1.0)
         weight = torch.where(scored.desirable, self.desirable_weight, self.undesirable_weight)
         return weight * (1 - torch.sigmoid(self.beta * sign * (scored.ratios[:, 0] - z)))
-
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
 
 
 @dataclass(frozen=True, config=STRICT)
