@@ -33,8 +33,7 @@ from lorafold.ops.selective_checkpoint import keeping, kept
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest
-from lorafold.training.run import train
-from lorafold.training.start import sample_losses
+from lorafold.training.run import sample_losses, train
 from lorafold.training_step.activations import recompute
 
 ROWS = [

@@ -60,8 +60,8 @@ def together(found: Estimate, asked: Setting, speed: float) -> list[str]:
         return []
     return [
         f"in each of {asked.processes} processes, with {asked.strategy}",
-        f"a step of one micro-batch sends {format_bytes(sent.bytes)} from each, which takes as long as"
-        f" computing at {format_bytes(int(sent.bandwidth(speed)))}/s, where a device computes"
+        f"a step of one micro-batch sends {format_bytes(sent.bytes)} from each, which takes as long"
+        f" as computing at {format_bytes(int(sent.bandwidth(speed)))}/s, where a device computes"
         f" {speed / 1e12:g} TFLOP/s",
     ]
 
@@ -114,9 +114,8 @@ def picture(found: Estimate, memory: int | None) -> str:
     def draw(axes: Any) -> None:
         axes.barh(names, sizes, 0.6, starts, color=[*[SERIES[0]] * len(terms), FAINT])
         for y, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-            axes.annotate(
-                format_bytes(size), (start + size, y), (4, 0), textcoords="offset points", va="center"
-            )
+            offset = {"textcoords": "offset points", "va": "center"}
+            axes.annotate(format_bytes(size), (start + size, y), (4, 0), **offset)
         if memory is not None:
             level(axes, "the device", x=memory)
         axes.grid(visible=False, axis="y")

@@ -29,6 +29,7 @@ from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.record import RECORD, named_as_now
+from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
@@ -41,13 +42,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Plan, no_better
-from lorafold.training.request import (
-    FREE_ON_RESUME,
-    WHEN_MEASURED,
-    RunRequest,
-    depends_on,
-    objective_of,
-)
+from lorafold.training.request import RunRequest, depends_on, free_on_resume, objective_of
 from lorafold.training.setup import Setup
 from lorafold.training_step.optim import UP
 
@@ -325,20 +320,19 @@ def finished(request: RunRequest, console: Console) -> Trained | None:
             f"nothing to resume: {out} is finished, and this is another run: {listed(differing)};"
             " choose another --out, or replace it with --overwrite"
         )
-    told = f"nothing to resume: {out} is finished"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, f"nothing to resume: {out} is finished")
     return _in_record(record, out)
 
 
 def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     """What the finished run had in another way."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
-    asked = request.recipe
-    now = asked.model_dump(mode="json")
+    recipe = request.recipe
+    now = recipe.model_dump(mode="json")
     # a run settles these where they are left to it
-    left = {"storage", "max_length", "packing"} - asked.model_fields_set
-    left |= {"storage"} if asked.storage == "auto" else set()
-    left |= FREE_ON_RESUME - WHEN_MEASURED if asked.stops else FREE_ON_RESUME
+    left = {"storage", "max_length", "packing"} - recipe.model_fields_set
+    left |= {"storage"} if recipe.storage == "auto" else set()
+    left |= free_on_resume(recipe)
     for name in sorted(now.keys() - left):
         if now[name] != then[name]:
             yield f"{name} was {_short(then[name])}, now {_short(now[name])}"

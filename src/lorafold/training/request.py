@@ -1,5 +1,5 @@
 """The request for a run, and what training and a preview make of it without a model: the objective,
-the tokenizer and the tokenized rows; and what its figures depend on, for whoever keeps figures.
+the tokenizer and the tokenized rows.
 """
 
 from __future__ import annotations
@@ -20,27 +20,22 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream, StreamFeed
-from lorafold.data.templates import day_of
 from lorafold.files.contents import of_file
-from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
+from lorafold.files.terminal import print_lines
 from lorafold.models.built_in_templates import set_variables
-from lorafold.models.tokenizer import BUILT_IN, Words, add_words, set_template
+from lorafold.models.tokenizer import Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.checkpoint import FILES, RunDirectory
+from lorafold.training.checkpoint import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = "eval_data"  # whose losses choose the best step
-# A resumed run may change these fields: they decide what is watched and kept, not what is learned;
-# without those of WHEN_MEASURED where its recipe `stops`.
-FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers", "strategy"}
-WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,14 @@ class RunRequest:
         return [row for _, row, _ in islice(rows, n)]
 
 
+def free_on_resume(recipe: Recipe) -> set[str]:
+    """The fields that a resumed run may change: they decide what is shown and saved, not what is
+    learned; where a run ends by its held-out loss, its measurements decide that too.
+    """
+    free = {"keep", "trackers", "strategy"}
+    return free if recipe.stops else free | {"save_every", "eval_every"}
+
+
 def rendering_of(recipe: Recipe) -> Rendering:
     """What of a conversation is trained on."""
     return Rendering(recipe.train_on, recipe.mask_reasoning, recipe.end_of_turn)
@@ -102,11 +105,11 @@ def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
-    options = recipe.beta, recipe.objective_options
-    asked = ObjectiveRequest(
-        recipe.objective, rows, request.base, saved, *options, request.rewards, recipe.seed
-    )
-    return OBJECTIVES[recipe.objective].kind.of(asked)
+    wanted = ObjectiveRequest(
+        recipe.objective, rows, request.base, saved, recipe.beta, recipe.objective_options,
+        request.rewards, recipe.seed,
+    )  # fmt: skip
+    return OBJECTIVES[recipe.objective].kind.of(wanted)
 
 
 def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -> RunRequest:
@@ -118,9 +121,8 @@ def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -
         began = RunDirectory(request.out).written("max_length")
     if isinstance(began, int):
         return replace(request, recipe=recipe.model_copy(update={"max_length": began}))
-    specs = [one.spec for one in saved]
-    specs += [] if request.init_adapter else [spec_of(recipe)]
-    before = sum(spec.positions for spec in specs)
+    before = sum(one.spec.positions for one in saved)
+    before += 0 if request.init_adapter else spec_of(recipe).positions
     return replace(request, recipe=settled_length(recipe, request.base, before, console))
 
 
@@ -137,9 +139,7 @@ def tokenizer_for(
         set_variables(tokenizer, request.recipe.template_kwargs)
     new = request.recipe.new_tokens
     words = add_words(tokenizer, new) if new else Words({}, frozenset())
-    for notice in (str(words) if new else "", objective.set_up(tokenizer)):
-        if notice:
-            console.print(notice, highlight=False, markup=False)
+    print_lines(console, words if new else "", objective.set_up(tokenizer))
     if request.recipe.allow_control_tokens or words.ids:
         allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)
     return tokenizer, words
@@ -161,7 +161,11 @@ def tokenized(
     of the rows; all are reported.
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
-    made = tokenizer, recipe.max_length, console, rendering
+    encode = partial(
+        examples_of, objective, tokenizer=tokenizer, max_length=recipe.max_length, console=console,
+        rendering=rendering,
+    )  # fmt: skip
+    measured, compared = None, None
     if isinstance(request.rows, RowStream):
         feed: BatchFeed = StreamFeed(
             partial(request.rows.rows, buffer=recipe.shuffle_buffer),
@@ -171,22 +175,19 @@ def tokenized(
             recipe.total_steps(0),
             recipe.seed,
         )
-        measured = None
         if request.eval_rows:
-            measured = examples_of(objective, request.eval_rows, *made, called="held out")
+            measured = encode(request.eval_rows, called="held out")
         findings = Findings(0, unseen=STREAMED)
     else:
         rows, held_out = sides(request)
-        train = examples_of(objective, rows, *made)
+        train = encode(rows)
         steps = recipe.total_steps(epoch_size(train.parts))
         feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
-        measured, compared = None, None
         if held_out is not None:
-            measured = examples_of(objective, held_out, *made, called="held out")
+            measured = encode(held_out, called="held out")
             compared = measured.examples, Rows.of(held_out)
         findings = look(train.examples, Rows.of(rows), recipe.max_length, compared)
-    for line in findings.lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, *findings.lines)
     return feed, measured, findings
 
 
@@ -195,34 +196,8 @@ def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
     held-out rows, the file of a chat template, and what the objective names.
     """
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
-    found: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
+    identity: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template
     if template is not None and Path(template).is_file():
-        found["chat_template"] = of_file(Path(template))[1]
-    return found
-
-
-def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
-    """What the figures of runs depend on besides their recipe and rows: the identity of the model
-    and of a chat template, how and where the model is loaded, and the code.
-
-        digest_of([grounds(base, recipe.chat_template, "comparing"), recipe, rows.sha256])
-    """
-    file = None if template is None or template in BUILT_IN else of_file(Path(template))[1]
-    return {
-        FILES: base.identity,
-        "device": base.where.type,
-        "storage": [base.held.name, str(base.held.dtype)],
-        "chat_template": file,
-        "code": of_code(*TRAINING, *rooms, packages=COMPUTED_WITH),
-    }
-
-
-def day_written(base: Base, template: str | None, saved: Sequence[Saved] = ()) -> str:
-    """The date of today where the chat template asks for it, so that figures are kept for one day;
-    else empty.
-    """
-    tokenizer = base.tokenizer(saved)
-    if template is not None:
-        set_template(tokenizer, template)
-    return day_of(tokenizer)
+        identity["chat_template"] = of_file(Path(template))[1]
+    return identity

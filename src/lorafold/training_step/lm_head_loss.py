@@ -81,13 +81,12 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
         key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
         same = known is not None and known.model() is model and known.weight() is w
         if known is None or not same or known.key != key:
-            found = linear.logits(h)
-            agree = found.shape == logits.shape
+            own = linear.logits(h)
+            agree = own.shape == logits.shape
             if agree:  # but for rounding
-                wide = torch.promote_types(found.dtype, torch.float32)
-                off = (found.to(wide) - logits.to(wide)).norm()
-                allowed = 4 * torch.finfo(found.dtype).eps * logits.to(wide).norm()
-                agree = bool(off <= allowed)
+                wide = logits.to(torch.promote_types(own.dtype, torch.float32))
+                off = (own.to(wide) - wide).norm()
+                agree = bool(off <= 4 * torch.finfo(own.dtype).eps * wide.norm())
             _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
     return linear if known.agree else None
 
@@ -96,8 +95,9 @@ def labelled_loss(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """Return the loss in nats summed over the labelled positions, and their number n. labels (B,
-    T); inputs (B, T); counts (B, T); rows (B, T).
+    """The loss in nats summed over the labelled positions of labels (B, T), targets or -100, and
+    their number n. `counts` (B, T) says how often each position counts, `rows` (B, T) how many rows
+    have it, for the load-balancing loss.
 
     The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
     config.output_router_logits is set, the sum includes the model's load-balancing loss, times its
@@ -152,15 +152,6 @@ def document_losses(
     )
 
 
-@torch.no_grad()
-def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the loss in nats of each sequence, summed over its labelled positions: (B,), without
-    gradients. It never includes a load-balancing loss.
-    """
-    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-    return document_losses(model, labels, inputs, row, len(labels))[0]
-
-
 def until_head(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
@@ -186,9 +177,9 @@ def until_head(
     if is_fake(labels):  # they have no values: all positions count as labelled
         targets = labels.flatten()
     else:
-        own = on_host(labels).flatten()
-        places = (own != NO_LOSS).nonzero()[:, 0]
-        h, targets = rows_at(h, sent(places, h.device)), sent(own[places], h.device)
+        targets = on_host(labels).flatten()
+        places = (targets != NO_LOSS).nonzero()[:, 0]
+        h, targets = rows_at(h, sent(places, h.device)), sent(targets[places], h.device)
     return h, targets, linear_form(model, output.logits[0], last[0]), output
 
 
@@ -302,10 +293,8 @@ def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tenso
     if not balances(model):
         return 0.0
     config = model.config.get_text_config()
-    aux, coefficient = (
-        getattr(output, "aux_loss", None),
-        getattr(config, "router_aux_loss_coef", None),
-    )
+    aux = getattr(output, "aux_loss", None)
+    coefficient = getattr(config, "router_aux_loss_coef", None)
     if aux is None or coefficient is None:
         raise LorafoldError(
             f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux},"

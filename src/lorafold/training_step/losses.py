@@ -5,7 +5,7 @@ loss, so that accelerate wraps the whole computation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil, inf
 from typing import Any
 
@@ -22,8 +22,8 @@ from lorafold.ops.host_tensors import on_host, sent
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import (
     balances,
+    document_losses,
     labelled_loss,
-    row_losses,
     token_losses,
     weighs,
 )
@@ -115,12 +115,12 @@ class Loss(nn.Module, ABC):
             rows: Of each example, as `rows_of` gives them.
             inputs: As `collate` gives them.
         """
-        ids, own = inputs["input_ids"], inputs.get("position_ids")
-        if own is None:
+        ids, given = inputs["input_ids"], inputs.get("position_ids")
+        if given is None:
             document = torch.arange(len(ids))[:, None]
             positions = torch.arange(ids.shape[1])
         else:
-            positions = on_host(own)
+            positions = on_host(given)
             shared = inputs.get("document")  # where tokens of several rows are computed once
             document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
         return sent(named(row_at(rows, document, positions), positions), ids.device)
@@ -162,17 +162,16 @@ class RowsAlike(Loss):
         return len(forest(examples).ids) <= PAYS * sum(lengths)
 
     def computed(self, examples: Sequence[Any]) -> int:
-        if self.shared_in(examples):
-            return len(forest(examples).ids)
-        return sum(len(e.ids) for e in examples)
+        once = self.shared_in(examples)
+        return len(forest(examples).ids) if once else super().computed(examples)
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
         ids = [example.ids for example in examples]
-        rows, lengths = range(len(ids)), [*map(len, ids)]
+        rows = range(len(ids))
         capacity = min(tokens, sequence_of(self.model) or tokens)
         if self.shared_in(examples):
             return alike(rows, n, capacity, ids.__getitem__)
-        return micro_batches(rows, n, capacity if self.packed else None, lengths.__getitem__)
+        return micro_batches(rows, n, capacity if self.packed else None, lambda i: len(ids[i]))
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
         return super().rows_of(examples) if self.how is None else leaders([e.ids for e in examples])
@@ -186,11 +185,11 @@ class CompletionLoss(RowsAlike):
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         if self.shared_in(examples):
-            made = forest(examples)
-            found = made.tensors() | ({"rows": made.rows()} if self.balanced else {})
+            shared = forest(examples)
+            tensors = shared.tensors() | ({"rows": shared.rows()} if self.balanced else {})
         else:
-            found = collate(examples, self.packed, self.pad_id)
-        return {name: sent(x, device) for name, x in found.items()}
+            tensors = collate(examples, self.packed, self.pad_id)
+        return {name: sent(x, device) for name, x in tensors.items()}
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
@@ -201,12 +200,14 @@ class CompletionLoss(RowsAlike):
     @torch.no_grad()
     def by_row(self, examples: Sequence[Example]) -> Tensor:
         """The loss of each row, (n,), summed over its labelled positions, without gradients."""
-        inputs = self.collate(examples, self.device)
-        labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
-        if lens is None:
+        if not self.shared_in(examples):
             padded = collate(examples, False, self.pad_id)
-            padded = {name: sent(x, self.device) for name, x in padded.items()}
-            return row_losses(self.model, padded.pop("labels"), padded)
+            inputs = {name: sent(x, self.device) for name, x in padded.items()}
+            labels = inputs.pop("labels")
+            row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+            return document_losses(self.model, labels, inputs, row, len(labels))[0]
+        inputs = self.collate(examples, self.device)
+        labels, lens = inputs.pop("labels"), inputs.pop("lens")
         for name in ("document", "counts", "rows"):
             inputs.pop(name, None)
         with over(self.how, lens, labels.device):
@@ -214,6 +215,20 @@ class CompletionLoss(RowsAlike):
         place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
         trained = forest(examples).trained
         return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
+
+
+def similar_lengths(
+    rows: Iterable[int], length: Callable[[int], int], tokens: int
+) -> list[list[int]]:
+    """Batches of rows of similar length, which need little padding, each of at most so many tokens
+    with it.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(rows, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(i) > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
 from lorafold.training_step.policy_algorithms import Drawn, PolicyLaw
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
-from lorafold.training_step.shared_prefixes import Branching
+from lorafold.training_step.shared_prefixes import Branching, over
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,7 @@ class Rollout(Branched):
         counted: Sequence[bool],
     ) -> Rollout:
         """The completions, tokens after those of a prompt."""
-        last = prompt[-1]
-        branches = tuple(Example((last, *ids), (NO_LOSS, *ids)) for ids in completions)
+        branches = tuple(Example((prompt[-1], *ids), (NO_LOSS, *ids)) for ids in completions)
         return cls(
             tuple(prompt[:-1]), branches, drawn=tuple(map(tuple, drawn)),
             advantages=tuple(advantages), counted=tuple(counted),
@@ -84,15 +82,6 @@ class StepRollouts(list[Rollout]):
         self.tokens, self.seconds, self.samples = tokens, seconds, samples
 
 
-class OldLogps(NamedTuple):
-    """Log-probabilities (n,) of a micro-batch before the first update from it: those of the policy
-    and of the reference, if that has a part.
-    """
-
-    logps: Tensor
-    reference: Tensor | None
-
-
 @dataclass
 class StepStatistics:
     """What a step saw of the tokens that it learned from: how many, and sums over them."""
@@ -100,7 +89,7 @@ class StepStatistics:
     tokens: int = 0  # in all updates
     compared: int = 0  # with those that were drawn, in the first
     largest: float = 0.0
-    apart: float = 0.0  # of the differences to the log-probabilities with which they were drawn
+    difference: float = 0.0  # of log-probabilities to those with which tokens were sampled
     clipped: int = 0
     kl: float = 0.0
 
@@ -114,8 +103,8 @@ class StepStatistics:
         """Means over the tokens, and the largest difference; nothing of a step without any."""
         if not (n := self.tokens):
             return {}
-        found = {"mismatch": self.apart / self.compared, "largest mismatch": self.largest}
-        return found | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
+        mismatch = {"mismatch": self.difference / self.compared, "largest mismatch": self.largest}
+        return mismatch | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
 
 
 class Policy(BranchedLoss):
@@ -132,7 +121,10 @@ class Policy(BranchedLoss):
     ) -> None:
         super().__init__(model, how, pad_id)
         self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
-        self.seen, self.first, self.at, self.inexact = StepStatistics(), list[OldLogps](), 0, False
+        self.seen, self.at, self.inexact = StepStatistics(), 0, False
+        # log-probabilities (n,) of micro-batches before the first update from them: those of the
+        # policy and of the reference, if that has a part
+        self.first = list[tuple[Tensor, Tensor | None]]()
         # factors in fp32 over a base in 16 bits meet what that has rounded
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.bound = APART.get(size, APART[2])
@@ -174,41 +166,43 @@ class Policy(BranchedLoss):
         first update of the same examples.
         """
         document, lens = inputs.pop("document"), inputs.pop("lens", None)
-        given = inputs.pop("drawn"), inputs.pop("advantages"), inputs.pop("weights")
-        drawn, advantages, weights = given
-        logps = self._logps(labels, lens, inputs)
-        below = partial(self._below, labels, lens, inputs)
+        drawn, advantages, weights = map(inputs.pop, ("drawn", "advantages", "weights"))
+
+        def compute() -> Tensor:
+            with over(self.how, lens, labels.device):
+                return -token_losses(self.model, labels, inputs, self.exact)
+
+        def compute_reference() -> Tensor:
+            with evaluating(self), torch.no_grad(), self.below():
+                return compute()
+
+        logps = compute()
         of = sent(at_labels(document, labels), logps.device)
         if self.at == len(self.first):
-            self._compare(logps.detach(), drawn, below)
-            self.first.append(OldLogps(logps.detach(), below() if self.law.beta else None))
-        first, self.at = self.first[self.at], self.at + 1
-        found = Drawn(logps, *first, advantages[of], of)
+            self._compare(logps.detach(), drawn, compute_reference)
+            reference = compute_reference() if self.law.beta else None
+            self.first.append((logps.detach(), reference))
+        tokens = Drawn(logps, *self.first[self.at], advantages[of], of)
+        self.at += 1
         self.seen.tokens += len(logps)
-        self.seen.clipped += int(self.law.clipped(found).sum())
-        if first.reference is not None:
-            self.seen.kl += float(found.kl.detach().sum())
-        return (self.law.loss(found) * weights[of]).sum()
-
-    def _logps(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        with self.over(labels, lens):
-            return -token_losses(self.model, labels, inputs, self.exact)
+        self.seen.clipped += int(self.law.clipped(tokens).sum())
+        if tokens.reference is not None:
+            self.seen.kl += float(tokens.kl.detach().sum())
+        return (self.law.loss(tokens) * weights[of]).sum()
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
         """What the step saw in all processes, once."""
         found, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
         return found.figures(bool(self.law.beta))
 
-    def _below(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        with evaluating(self), torch.no_grad(), self.below():
-            return self._logps(labels, lens, inputs)
-
-    def _compare(self, logps: Tensor, drawn: Tensor, below: Callable[[], Tensor]) -> None:
+    def _compare(self, logps: Tensor, drawn: Tensor, reference: Callable[[], Tensor]) -> None:
         """Add to what was seen."""
-        apart = (logps - drawn).abs()
-        self.seen.compared += len(apart)
-        self.seen.apart += float(apart.sum())
-        self.seen.largest = max(self.seen.largest, float(apart.max()) if len(apart) else 0.0)
+        if not len(logps):
+            return
+        difference = (logps - drawn).abs()
+        self.seen.compared += len(difference)
+        self.seen.difference += float(difference.sum())
+        self.seen.largest = max(self.seen.largest, float(difference.max()))
         if self.exact and self.seen.largest and not self.inexact:
             self.inexact = True
             log.warning(
@@ -216,14 +210,11 @@ class Policy(BranchedLoss):
                 " shorter than the text and capped scores are summed in another order",
                 self.seen.largest,
             )
-        if not len(apart) or float(apart.mean()) <= self.bound:
+        if (mean := float(difference.mean())) <= self.bound:
             return
-        mean, other = float(apart.mean()), float((below() - drawn).abs().mean())
-        by = (
-            "the model without the adapter that trains"
-            if other <= self.bound
-            else "other weights, of another step, adapter or base"
-        )
+        by = "other weights, of another step, adapter or base"
+        if float((reference() - drawn).abs().mean()) <= self.bound:
+            by = "the model without the adapter that trains"
         raise LorafoldError(
             f"completions were drawn by {by}: found log-probabilities that differ by {mean:.3g} a"
             f" token from those of the weights that train, expected at most {self.bound:g}"

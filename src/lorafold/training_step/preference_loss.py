@@ -6,7 +6,7 @@
 
 The reference is the model without its highest adapter, the one that trains.
 
-`beside` computes KL = sum_i sum_v p_i(v) (log p_i(v) - log q_i(v)) in nats between a model p and
+`compared` computes KL = sum_i sum_v p_i(v) (log p_i(v) - log q_i(v)) in nats between a model p and
 the same with fewer adapters q, computed in chunks of positions.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,27 +28,18 @@ from lorafold.training_step.lm_head_loss import at_labels, document_losses, head
 from lorafold.training_step.preference_algorithms import Law, Scored, moved
 from lorafold.training_step.score_head import document_scores
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
-from lorafold.training_step.shared_prefixes import Branching
-
-
-class ReferenceComparison(NamedTuple):
-    """The losses of the model and of the other at n labelled positions, (n,) each, and the KL of
-    the model to the other summed over them, (), all in nats.
-    """
-
-    losses: Tensor
-    others: Tensor
-    kl: Tensor
+from lorafold.training_step.shared_prefixes import Branching, over
 
 
 @torch.no_grad()
-def beside(
-    model: Any,
-    labels: Tensor,
-    inputs: Mapping[str, Tensor],
+def compared(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
-) -> ReferenceComparison:
-    """Compare the model with what it is in the context `other()`. labels (B, T); inputs (B, T)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The losses of the model, and of what it is in the context `other()`, at the n labelled
+    positions of labels (B, T), (n,) each; and the KL of the first to the second summed over them,
+    (), all in nats.
+    """
     h, targets, *_ = until_head(model, labels, inputs)
     with other():
         h_other, *_ = until_head(model, labels, inputs)
@@ -62,7 +53,7 @@ def beside(
         losses[run] = F.nll_loss(log_p, targets[run], reduction="none")
         others[run] = F.nll_loss(log_q, targets[run], reduction="none")
         kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return ReferenceComparison(losses, others, kl)
+    return losses, others, kl
 
 
 class Preferences(BranchedLoss):
@@ -99,7 +90,7 @@ class Preferences(BranchedLoss):
         A reference that is not given is computed.
         """
         mismatched = inputs.pop("mismatched", None)
-        scored = self.beside_reference(labels, **inputs)
+        scored = self._scored(True, labels, **inputs)
         return self.law.loss(scored._replace(mismatched=mismatched)).sum()
 
     def of_step(
@@ -120,16 +111,19 @@ class Preferences(BranchedLoss):
         with evaluating(self):
             for group in groups + [[len(examples)]] * more:
                 tensors = self.tensors([others[i] for i in group], self.device)
-                ratios = self.beside_reference(**tensors).ratios
+                ratios = self._scored(True, **tensors).ratios
                 found += moved(ratios) if group[0] < len(examples) else 0
         return {"mismatched": found}
 
-    def beside_reference(
-        self, labels: Tensor, desirable: Tensor, reference: Tensor | None = None, **inputs: Tensor
-    ) -> Scored:
-        """The log-probabilities (n, k) of a batch, and of its reference, computed if not given."""
+    def _scored(
+        self, refer: bool, labels: Tensor, desirable: Tensor, reference: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Scored:  # fmt: skip
+        """The log-probabilities (n, k) of a batch, and of its reference: the given one, or if it is
+        wanted computed.
+        """
         logps, tokens = self.logps(labels, len(desirable), **inputs)
-        if reference is None and self.law.has_reference:
+        if refer and reference is None and self.law.has_reference:
             with evaluating(self), self.below():
                 reference, _ = self.logps(labels, len(desirable), **inputs)
         return Scored(logps, reference, tokens, desirable)
@@ -140,15 +134,14 @@ class Preferences(BranchedLoss):
         """Return log p of the completions in nats (or the scores that a head gives the documents,
         if the law reads them), and the tokens of the completions, both (n, k).
         """
-        with self.over(labels, lens):
-            k = int(on_host(document).max()) + 1
+        batch = self.model, labels, inputs, document, int(on_host(document).max()) + 1
+        with over(self.how, lens, labels.device):
             if self.law.reads_head:
-                scores, counts = document_scores(
-                    self.model, labels, inputs, document, k, self.pad_id
-                )
-                return scores.view(n, -1), counts.view(n, -1)
-            losses, counts = document_losses(self.model, labels, inputs, document, k)
-        return -losses.view(n, -1), counts.view(n, -1)
+                scores, counts = document_scores(*batch, self.pad_id)
+            else:
+                losses, counts = document_losses(*batch)
+                scores = -losses
+        return scores.view(n, -1), counts.view(n, -1)
 
     def references(self, examples: Sequence[Branched]) -> Iterator[tuple[int, list[float]]]:
         """Yield the index and the log-probabilities under the reference of each example."""
@@ -159,11 +152,7 @@ class Preferences(BranchedLoss):
 
     def scored(self, examples: Sequence[Branched]) -> Scored:
         """The log-probabilities of the examples under the model as it is, with their references."""
-        inputs = self.tensors(examples, self.device)
-        labels, desirable = inputs.pop("labels"), inputs.pop("desirable")
-        reference = inputs.pop("reference", None)
-        logps, tokens = self.logps(labels, len(examples), **inputs)
-        return Scored(logps, reference, tokens, desirable)
+        return self._scored(False, **self.tensors(examples, self.device))
 
     def against_reference(self, examples: Sequence[Branched]) -> tuple[Scored, float]:
         """The log-probabilities of the examples under the model and its reference, and the KL of
@@ -173,12 +162,12 @@ class Preferences(BranchedLoss):
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
         document, desirable = inputs.pop("document"), inputs.pop("desirable")
         inputs.pop("reference", None)
-        with self.over(labels, lens):
-            found = beside(self.model, labels, inputs, self.below)
-        of = sent(at_labels(document, labels), found.losses.device)
-        sums = (-found.losses, -found.others, torch.ones_like(found.losses))
+        with over(self.how, lens, labels.device):
+            losses, others, kl = compared(self.model, labels, inputs, self.below)
+        of = sent(at_labels(document, labels), losses.device)
+        sums = -losses, -others, torch.ones_like(losses)
         documents = sum(len(e.branches) for e in examples)
         logps, reference, tokens = (
             x.new_zeros(documents).index_add(0, of, x).view(len(examples), -1) for x in sums
         )
-        return Scored(logps, reference, tokens, desirable), float(found.kl)
+        return Scored(logps, reference, tokens, desirable), float(kl)

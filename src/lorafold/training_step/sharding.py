@@ -4,7 +4,7 @@
         with shards.loading(device):
             model = load()                 each weight is divided as soon as the model gets it
         ...                                operations find weights whole
-        (`training_step.sharded_reads`)
+        (`training_step.shards`)
         with shards.dividing(model):
             loss(**inputs).backward()      in every process, as often as in the others
             shards.add_gradients(parameters)
@@ -46,12 +46,12 @@ from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURNED, freed_blocks
 from lorafold.runtime.processes import Processes
 from lorafold.training_step.data_parallel import Replicated
-from lorafold.training_step.sharded_reads import ShardedReads
 from lorafold.training_step.shards import (
     Moments,
     Owned,
     Parted,
     Shard,
+    ShardedReads,
     divide,
     held_by,
     open_for,

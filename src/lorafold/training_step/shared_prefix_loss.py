@@ -8,7 +8,7 @@ model without its highest adapter, the one that trains, is the reference: no sec
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from math import inf
 
 import numpy as np
@@ -32,8 +32,8 @@ from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import on_host, sent
-from lorafold.training_step.losses import Loss, row_at
-from lorafold.training_step.shared_prefixes import Branching, over
+from lorafold.training_step.losses import Loss, row_at, similar_lengths
+from lorafold.training_step.shared_prefixes import Branching
 
 
 class BranchedLoss(Loss):
@@ -79,9 +79,8 @@ class BranchedLoss(Loss):
 
     def size(self, example: Branched) -> int:
         """The tokens that are computed for an example."""
-        own = sum(len(branch.ids) for branch in example.branches)
-        once = self.shared_in([example])
-        return own + len(example.shared) * (1 if once else len(example.branches))
+        prompts = 1 if self.shared_in([example]) else len(example.branches)
+        return sum(len(branch.ids) for branch in example.branches) + len(example.shared) * prompts
 
     def shared_in(self, examples: Sequence[Branched]) -> bool:
         """Whether the prompts of a batch of these examples are computed once."""
@@ -99,11 +98,19 @@ class BranchedLoss(Loss):
         position belongs to; and where what branches share is computed once `lens` (n, 2), the
         tokens of each document and how many of them the one before has too.
         """
-        if not self.shared_in(examples):
-            return self._apart(examples)
-        found = self._forest(examples).tensors()
-        del found["counts"]  # no token that is trained is shared
-        return found
+        if self.shared_in(examples):
+            tensors = self._forest(examples).tensors()
+            del tensors["counts"]  # no token that is trained is shared
+            return tensors
+        documents = [document for e in examples for document in e.documents()]
+        tensors = collate(documents, self.how is not None, self.pad_id)
+        number = torch.arange(len(documents))
+        if self.how is None:
+            tensors["document"] = number[:, None].expand_as(tensors["labels"])
+        else:
+            lengths = torch.tensor([len(document.ids) for document in documents])
+            tensors["document"] = number.repeat_interleave(lengths)[None]
+        return tensors
 
     def order(self, examples: Sequence[Branched]) -> Tensor:
         """The trained tokens (n,) of a batch in the order of `laid_out`, by their numbers from the
@@ -119,17 +126,6 @@ class BranchedLoss(Loss):
         rows = [row for row, e in enumerate(examples) for _ in e.branches]
         across = self.how is not None and self.how.across
         return forest(documents, limits, None if across else rows)
-
-    def _apart(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
-        documents = [document for e in examples for document in e.documents()]
-        found = collate(documents, self.how is not None, self.pad_id)
-        number = torch.arange(len(documents))
-        if self.how is None:
-            found["document"] = number[:, None].expand_as(found["labels"])
-        else:
-            lengths = torch.tensor([len(document.ids) for document in documents])
-            found["document"] = number.repeat_interleave(lengths)[None]
-        return found
 
     def rows_of(self, examples: Sequence[Branched]) -> list[Array]:
         own = super().rows_of(examples)
@@ -148,19 +144,11 @@ class BranchedLoss(Loss):
             for branch, _ in enumerate(self.trained(e).branches)
         ]
         example, shared, branch = torch.tensor(documents).t()[:, document]
-        own = inputs.get("position_ids")
-        positions = torch.arange(document.shape[1]) if own is None else on_host(own)
+        given = inputs.get("position_ids")
+        positions = torch.arange(document.shape[1]) if given is None else on_host(given)
         # a prompt that is computed with each completion has the names that it has if it is shared
-        found = named(
-            row_at(rows, example, positions), positions, branch * (positions >= shared)
-        )
-        return sent(found, device)
-
-    def over(self, labels: Tensor, lens: Tensor | None) -> AbstractContextManager[None]:
-        """Tell the model's attention the documents of a batch until the `with` block ends. labels
-        (B, T).
-        """
-        return over(self.how, lens, labels.device)
+        branch = branch * (positions >= shared)
+        return sent(named(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:
@@ -177,14 +165,9 @@ class BranchedLoss(Loss):
             window = range(first, min(first + WINDOW, len(examples)))
             some = [examples[i] for i in window]
             if self.meet(some):
-                beginning, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
-                found += map(list, alike(window, 1, self.tokens, beginning, size))
+                prompt, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
+                found += map(list, alike(window, 1, self.tokens, prompt, size))
             else:
                 rest += window
         sizes = {i: self.size(examples[i]) for i in rest}
-        last: list[int] = []
-        for i in sorted(rest, key=sizes.__getitem__):
-            if not last or (len(last) + 1) * sizes[i] > self.tokens:
-                found.append(last := [])
-            last.append(i)
-        return found
+        return found + similar_lengths(rest, sizes.__getitem__, self.tokens)
