@@ -95,13 +95,15 @@ class Progress:
         for name in {**self.shown, **figures}:
             values = self.shown.setdefault(name, [])
             values += [None] * (self.step - 1 - len(values))  # a figure that is new
-            found = figures.get(name)
-            values.append(found if found is not None and math.isfinite(found) else None)
+            value = figures.get(name)
+            values.append(value if value is not None and math.isfinite(value) else None)
 
-    def drew(
+    def sampled(
         self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
     ) -> dict[str, float]:
-        """Add what drawing the completions of a step took. Returns its rates so far."""
+        """Add what sampling the completions of a step took, its seconds and the tokens that it
+        learned from, and keep completions to `read`. Returns the rates so far.
+        """
         self.quiet = self.quiet + 1 if rollouts.silent else 0
         parts = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
         parts["learning seconds"] = seconds - sum(rollouts.seconds.values())
@@ -110,16 +112,16 @@ class Progress:
             self.pace[name] = self.pace.get(name, 0) + value
         if read:
             self.read(rollouts.samples)
-        rates = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
-        found = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in rates.items()}
-        self.pace |= found
-        return found
+        over = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
+        rates = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in over.items()}
+        self.pace |= rates
+        return rates
 
     def read(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Keep completions to read, of this step, as the last ones."""
         if samples:
-            found = {"step": self.step, "samples": [*samples]}
-            self.samples = {"first": found, **self.samples, "last": found}
+            now = {"step": self.step, "samples": [*samples]}
+            self.samples = {"first": now, **self.samples, "last": now}
 
 
 class RunDirectory:
@@ -147,9 +149,9 @@ class RunDirectory:
         except Timeout:
             with suppress(OSError):
                 holder = file.read_text()
-            told = f" ({holder})" if holder.startswith(HOLDER) else ""
+            of = f" ({holder})" if holder.startswith(HOLDER) else ""
             raise LorafoldError(
-                f"{self.path}: a run is in progress in it{told}; wait for it to end, stop it, or"
+                f"{self.path}: a run is in progress in it{of}; wait for it to end, stop it, or"
                 " choose another --out"
             ) from None
         try:
@@ -181,27 +183,26 @@ class RunDirectory:
             return None  # `check` says what is wrong
 
     def check(self, identity: dict) -> None:
-        """Raises LorafoldError unless the stored run has the same recipe, model and data, and read
+        """Raise LorafoldError unless the stored run has the same recipe, model and data, and read
         the same files.
         """
         check_intact(self.path, ["run.json"])
         try:
-            found = json.loads((self.path / "run.json").read_text())
+            stored = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):
             raise LorafoldError(
                 f"{self.path}: found no run to resume; start one without --resume"
             ) from None
-        now, then = identity.get(FILES, {}), found.pop(FILES, {})
-        names = sorted((set(found) | set(identity)) - {FILES})
+        files = stored.pop(FILES, {})
         changes = [
-            f"{k}: was {_shown(found.get(k))}, now {_shown(identity.get(k))}"
-            for k in names
-            if found.get(k) != identity.get(k)
+            f"{k}: was {shortened(repr(then), 80)}, now {shortened(repr(now), 80)}"
+            for k in sorted((stored.keys() | identity.keys()) - {FILES})
+            if (then := stored.get(k)) != (now := identity.get(k))
         ]
         others = [
             f"{what}: {of['name']} had other files when the run began"
-            for what, of in now.items()
-            if then.get(what, {}).get("sha256") != of["sha256"]
+            for what, of in identity.get(FILES, {}).items()
+            if files.get(what, {}).get("sha256") != of["sha256"]
         ]
         if changes or others:
             wrong = "had another recipe" if changes else "began on something else"
@@ -213,12 +214,15 @@ class RunDirectory:
 
     def checkpoints(self) -> dict[int, Path]:
         """The complete checkpoints by step, in ascending order."""
-        found = {
-            int(p.name.removeprefix("step-")): p
-            for p in self.path.glob("step-*")
-            if p.name[5:].isdigit()
-        }
-        return dict(sorted(found.items()))
+        paths = ((p.name.removeprefix("step-"), p) for p in self.path.glob("step-*"))
+        return dict(sorted((int(step), p) for step, p in paths if step.isdigit()))
+
+    @property
+    def last_good(self) -> str:
+        """What is kept of a run that ends before its time."""
+        good = self.checkpoints()
+        last = f"the last good checkpoint is {good[max(good)]}" if good else ""
+        return last or "no checkpoint was written yet"
 
     def seen(self) -> str:
         """The last checkpoint, as a text that processes on several machines compare."""
@@ -250,10 +254,9 @@ class RunDirectory:
             write_pieces(tmp / "adapter.safetensors", adapter)
             write_pieces(tmp / "optimizer.safetensors", optimizer)
             (tmp / "state.json").write_text(json.dumps(asdict(progress)))
-        steps = list(self.checkpoints())
-        for step in steps[: -keep or None]:
+        for step, old in [*self.checkpoints().items()][: -keep or None]:
             if step != progress.best:
-                remove(self.at(step))
+                remove(old)
         return path
 
     def load(self, path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
@@ -266,12 +269,5 @@ class RunDirectory:
         state = json.loads((path / "state.json").read_text())
         for name in ("evals", "measured"):
             state[name] = {int(k): v for k, v in state[name].items()}
-        return (
-            Progress(**state),
-            load_file(path / "adapter.safetensors"),
-            load_file(path / "optimizer.safetensors"),
-        )
-
-
-def _shown(value: Any) -> str:
-    return shortened(repr(value), 80)
+        adapter, optimizer = path / "adapter.safetensors", path / "optimizer.safetensors"
+        return Progress(**state), load_file(adapter), load_file(optimizer)

@@ -98,10 +98,10 @@ class Trained(ShownInNotebooks):
         over = f" of the last {LAST}" if len(self.losses) > LAST else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
-        told = f"\n{no_better(self.guessing)}".rstrip()
+        warning = f"\n{no_better(self.guessing)}".rstrip()
         return (
             f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
-            f" {self.train_loss:z.4f}{held_out}{pace}){told}"
+            f" {self.train_loss:z.4f}{held_out}{pace}){warning}"
         )
 
 
@@ -118,7 +118,8 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
             base = base or request.base.in_files()
         if base is None:
             plan.layout.gather_to_first()
-    better = progress.best if progress.best != progress.step else None
+    best = progress.best
+    better = best if best != progress.step else None  # where it was an earlier step
     ends = request.recipe.stops or progress.step < plan.feed.steps
     kept = better if better is not None and ends else progress.step
     peaks = [n for n in processes.gather(peak_bytes(plan.device)) if n is not None]
@@ -228,17 +229,17 @@ def mean_of_last(losses: Sequence[float]) -> float:
 def kept_figures(progress: Progress) -> dict[str, Any]:
     """What a record has of the figures that a run has shown."""
     steps = sorted(progress.evals)
-    names = {name: None for found in progress.measured.values() for name in found}
+    names = dict.fromkeys(name for of_step in progress.measured.values() for name in of_step)
     held_out = {
         name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
         for name in names
     }
-    found = {
+    figures = {
         STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
         HELD_OUT: {"step": steps, **held_out} if held_out else {},
         SAMPLES: progress.samples,
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in figures.items() if value}
 
 
 def _rounded(value: Any) -> Any:
@@ -335,7 +336,8 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     left |= free_on_resume(recipe)
     for name in sorted(now.keys() - left):
         if now[name] != then[name]:
-            yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
+            was, new = (shortened(repr(of[name]), 40) for of in (then, now))
+            yield f"{name} was {was}, now {new}"
     base = record.get(BASE_IDENTITY)  # which earlier versions did not write
     if base and base != request.base.identity:
         yield "the model was another one"
@@ -353,10 +355,6 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     began = request.init_adapter and of_adapter(Saved.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != began:
         yield "it started from another adapter"
-
-
-def _short(value: Any) -> str:
-    return shortened(repr(value), 40)
 
 
 def _in_record(record: Mapping[str, Any], out: Path) -> Trained:

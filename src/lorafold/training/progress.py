@@ -15,11 +15,11 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
 
 PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
@@ -34,17 +34,12 @@ class Display:
         self, console: Console, steps: int, done: int = 0, trackers: Sequence[Any] = ()
     ) -> None:
         self.console, self.steps, self.trackers = console, steps, trackers
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}{task.fields[first]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = Progress(
+            "training", BarColumn(), MofNCompleteColumn(),
+            "loss {task.fields[loss]}{task.fields[first]}", "{task.fields[rate]} tokens/s",
+            TimeElapsedColumn(), "left", TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
         self.task = self.bar.add_task(
             "training", total=steps, completed=done, loss="-", rate="-", first=""
         )
@@ -73,7 +68,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False)
+        print_lines(self.console, text)
 
     def step(
         self, step: int, loss: float, rate: float, figures: Mapping[str, float], lr: float
@@ -91,10 +86,10 @@ class Display:
         elif not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
-            told = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
-            self.note(told + "".join(shown))
+            line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
+            self.note(line + "".join(shown))
 
-    def draw(self, step: int, told: str) -> None:
+    def draw(self, step: int, figures: str) -> None:
         """Draw a notebook's bar anew, if the last time is long enough ago or this is the end."""
         now = monotonic()
         if step == self.steps or now - self.drawn >= PAUSE:
@@ -103,12 +98,12 @@ class Display:
             self.drawn = now
             left = (now - self.began) * (self.steps - step) / max(step - self.before, 1)
             minutes, seconds = divmod(round(left), 60)
-            self.cell.update(HTML(self.drawing(step, f"{told}, {minutes}:{seconds:02} left")))
+            self.cell.update(HTML(self.drawing(step, f"{figures}, {minutes}:{seconds:02} left")))
 
-    def drawing(self, step: int, told: str) -> str:
+    def drawing(self, step: int, figures: str) -> str:
         """The bar as HTML, with the figures of the last step."""
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
-        return f"{bar} step {step}/{self.steps} {html.escape(told)}"
+        return f"{bar} step {step}/{self.steps} {html.escape(figures)}"
 
 
 def started(recipe: Recipe, logs: Path) -> list[Any]:

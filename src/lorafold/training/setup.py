@@ -30,6 +30,7 @@ from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
+from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
@@ -116,7 +117,7 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
         bitsandbytes_optimizers(request.recipe.optimizer)
     spec = spec_of(request.recipe)
     if left_out(request.recipe):
-        console.print(without(request.recipe), highlight=False)
+        print_lines(console, without(request.recipe))
     fixed = sorted(OF_ADAPTER & request.recipe.model_fields_set)
     if request.init_adapter and fixed:
         raise LorafoldError(
@@ -149,16 +150,16 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
 
 def saved_adapters(request: RunRequest) -> list[Saved]:
     """The adapters that the run loads, lowest first."""
-    found = [*open_all(request.adapters)] if request.adapters else []
-    origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
-    for n, one in enumerate(found):
+    saved = [*open_all(request.adapters)]
+    origins = [Origin(path=str(one), sha256=one.sha256) for one in saved]
+    for n, one in enumerate(saved):
         if not (request.base.allow_other_base or same(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
             raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; give {needed}")
-    if found and not request.base.allow_other_base and (base := request.base.in_files()):
-        for one in found:
+    if not request.base.allow_other_base and (base := request.base.in_files()):
+        for one in saved:
             one.own_base.check(base, request.base.name)
-    return found
+    return saved
 
 
 def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
@@ -182,18 +183,17 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         name = "init_adapter" if n == len(request.over) else request.below[n]
         files[name] = {"name": str(one), "sha256": of_adapter(one)}
     tokenizer, words = tokenizer_for(request, objective, console, saved)
-    inherited = request.init_adapter is not None and saved[-1].own_tokenizer
     changes = recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
-    own = bool(words.ids or any(changes) or inherited)
+    changed = bool(words.ids or any(changes) or (request.init_adapter and saved[-1].own_tokenizer))
     day, dated = day_of(tokenizer), tokenizer
     if day:
         began = RunDirectory(request.out).written("day") if request.resume else None
         day = str(began or request.day or day)
         dated = on_day(tokenizer, day)
-        held = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
-        console.print(f"the chat template writes the date: {held}", highlight=False)
+        written = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
+        print_lines(console, f"the chat template writes the date: {written}")
     feed, held_out, findings = tokenized(request, dated, objective, console)
-    console.print(f"base: {base.held.why}", highlight=False)
+    print_lines(console, f"base: {base.held.why}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, expected one that draws no"
@@ -201,7 +201,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         )
     divides = recipe.strategy == "fsdp" and processes.count > 1
     setup = Setup(
-        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out, findings,
+        request, spec, objective, tokenizer, words, files, saved, changed, feed, held_out, findings,
         Sharded(processes) if divides else Replicated(processes), day,
     )  # fmt: skip
     if processes.count > 1:
@@ -216,7 +216,7 @@ def check_alike(setup: Setup) -> None:
     """
     request, processes = setup.request, setup.layout.processes
     recipe = request.recipe.model_dump(mode="json")
-    own: dict[str, Any] = {
+    here: dict[str, Any] = {
         "lorafold": f"{version('lorafold')} ({of_code(*TRAINING)[:8]})",
         **{name: version(name) for name in COMPUTED_WITH},
         **{f"the files of {of['name']}": of["sha256"][:8] for of in setup.files.values()},
@@ -226,8 +226,8 @@ def check_alike(setup: Setup) -> None:
         "the device": request.base.where.type,
     }
     if request.resume:
-        own["the run to resume"] = RunDirectory(request.out).seen()
-    (host, first), *others = processes.gather((socket.gethostname(), own))
+        here["the run to resume"] = RunDirectory(request.out).seen()
+    (host, first), *others = processes.gather((socket.gethostname(), here))
     for number, (there, theirs) in enumerate(others, 1):
         if differing := [
             f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
@@ -252,12 +252,12 @@ def adapted_model(
     what the layout has it keep.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
-    over = setup.saved[: len(request.over)]
+    over, objective = setup.saved[: len(request.over)], setup.objective
     stored = setup.saved[-1] if request.init_adapter else None
-    heaviest, objective = largest_setting(setup), setup.objective
-    free = min(setup.layout.processes.gather(free_bytes(base.where)))
-    asked = recipe.gradient_checkpointing
-    checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
+    checkpointing, unknown = settle(
+        base.config(), largest_setting(setup), recipe.gradient_checkpointing,
+        min(setup.layout.processes.gather(free_bytes(base.where))), console,
+    )  # fmt: skip
     with setup.layout.loading(base.where):
         model = objective.load(base, setup.tokenizer, recipe.seed)
     limit = positions_of(model).table
@@ -270,8 +270,7 @@ def adapted_model(
         load(model, one, request.below[n], allow_other_base=other, base=weights)
     if stored is not None:
         adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
-    if unknown:
-        console.print(unknown, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, unknown)
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
@@ -284,14 +283,13 @@ def adapted_model(
             " frozen adapter below a new one, give it as --over"
         )
     towers = Anatomy.of(model).encoders
-    for line in (
+    print_lines(
+        console,
         text_alone(model, adapter.sites) if towers else None,
         repr(adapter),
         f"  {unreached(model, adapter.sites)}",
         strays(model, adapter.matches) if towers else None,
-    ):
-        if line is not None:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    )
     if checkpointing:
         recompute(model)
     return model, adapter, weights
@@ -306,10 +304,12 @@ def largest_setting(setup: Setup) -> Setting:
     below = tuple((s.spec, s.beside) for s in setup.saved[: len(request.over)])
     extra = stored.beside if stored else partial(extras, setup)
     spec, shared = stored.spec if stored else setup.spec, setup.layout.processes.count
-    trusted = base.trust_remote_code
-    asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
+    setting = Setting(
+        base.held, spec, recipe.targets, extra, below=below,
+        trust_remote_code=base.trust_remote_code,
+    )  # fmt: skip
     return planned(
-        recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out,
+        recipe, setup.feed, setup.objective, setting, shared, base.where, setup.held_out,
         may_share(base.config()),
     )  # fmt: skip
 
