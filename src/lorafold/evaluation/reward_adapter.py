@@ -28,6 +28,7 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.data.shapes import PROMPT_ALONE, PROMPTS, Conversation
 from lorafold.engine.adapters import found_below
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
+from lorafold.files.terminal import print_lines
 from lorafold.identity import joined, of_adapter
 from lorafold.models.checkpoint import original_weights
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
@@ -77,9 +78,8 @@ class RewardAdapter:
     ) -> Iterator[Reward]:
         """The reward, over a model's own tensors."""
         tokenizer = self.base.tokenizer(self.stack)
-        for notice in (ensure_chat_template(tokenizer), self._stored(model)):
-            if notice:
-                console.print(f"reward {self.name}: {notice}", highlight=False, markup=False)
+        for notice in filter(None, (ensure_chat_template(tokenizer), self._stored(model))):
+            print_lines(console, f"reward {self.name}: {notice}")
         pad, other = padding_id(tokenizer), self.base.allow_other_base
         shell, weights = scoring_shell(model, pad), None
         if _quantized(model) and stored_in_files(self.base.source) is None:
@@ -136,9 +136,7 @@ class AdapterReward:
 
     def __call__(self, judged: Sequence[Judged]) -> list[float]:
         """The score of each."""
-        if not judged:
-            return []
-        return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist()
+        return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist() if judged else []
 
     def close(self) -> None:
         """Nothing runs."""
@@ -148,25 +146,26 @@ class AdapterReward:
         table = self._encoder.encode([_answered(one) for one in judged], 0).to_pylist()
         # where earlier turns are rewritten, the last text of a row is the one with its last turn
         entries: dict[int, dict[str, Any]] = {entry["row"]: entry for entry in table}
-        problems = {entry["row"]: told for entry in table if (told := entry["problem"])}
+        problems = {entry["row"]: problem for entry in table if (problem := entry["problem"])}
+        texts = []
         for number, one in enumerate(judged):
-            tokens = len(entries[number]["ids"])
-            if told := problems.get(number):
-                raise failure(self.name, told, [one])
-            if tokens > self._most:
-                told = f"found a text of {tokens} tokens, expected at most the {self._most}"
-                raise failure(self.name, f"{told} positions of the model", [one])
-        rows = (entries[number] for number, _ in enumerate(judged))
-        return [continued(example_of(row["ids"], row["spans"])) for row in rows]
+            ids = entries[number]["ids"]
+            if problem := problems.get(number):
+                raise failure(self.name, problem, [one])
+            if len(ids) > self._most:
+                problem = f"found a text of {len(ids)} tokens, expected at most the {self._most}"
+                raise failure(self.name, f"{problem} positions of the model", [one])
+            texts.append(continued(example_of(ids, entries[number]["spans"])))
+        return texts
 
 
 def _answered(one: Judged) -> Conversation:
     """A completion as the assistant's turn after its prompt."""
-    asked = one.conversation
-    if asked is None:
-        asked = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
-    said = normalized([{"role": "assistant", "content": one.completion}])
-    return Conversation([*asked.messages, *said], len(asked.messages), asked.tools)
+    prompt = one.conversation
+    if prompt is None:
+        prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
+    answer = normalized([{"role": "assistant", "content": one.completion}])
+    return Conversation([*prompt.messages, *answer], len(prompt.messages), prompt.tools)
 
 
 def _quantized(model: PreTrainedModel) -> bool:

@@ -34,6 +34,7 @@ from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wi
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
+from lorafold.files.terminal import print_lines
 from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import Dpo, Law
@@ -118,9 +119,8 @@ class Evaluation(ShownInNotebooks):
             f" {self.perplexity:.3f}"
         )
         if self.exact_match is not None:
-            text += (
-                f", exact match {self.exact_match:.1%}{within(self.exact_match_interval, '.1%')}"
-            )
+            interval = within(self.exact_match_interval, ".1%")
+            text += f", exact match {self.exact_match:.1%}{interval}"
         return text if self.preference is None else f"{text}\n{self.preference}"
 
 
@@ -137,7 +137,7 @@ def evaluate_classifier(
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
     if console and data.report.truncated:
-        console.print(str(data.report), highlight=False)
+        print_lines(console, data.report)
     pad_id = padding_of(model)
 
     def measured(loss: Classification, some: Sequence[LabelledExample]) -> Sequence[Tensor]:
@@ -147,16 +147,15 @@ def evaluate_classifier(
 
     loss_of = partial(Classification, model, pad_id)
     with progress_bar(console, "rows") as step:
-        found = by_row(model, data.examples, loss_of, measured, step)
-    logits = torch.stack(found)  # (n, C)
+        logits = torch.stack(by_row(model, data.examples, loss_of, measured, step))  # (n, C)
     targets = torch.tensor([e.label for e in data.examples])  # (n,)
     sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
-    chosen = [classes[i] for i in logits.argmax(1).tolist()]
+    likeliest, n = logits.argmax(1), len(rows)
     answers = tuple(
-        Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True)
+        Answer(row["text"], str(row["label"]), classes[i])
+        for row, i in zip(rows, likeliest.tolist(), strict=True)
     )
-    hits = int((logits.argmax(1) == targets).sum())
-    n = len(rows)
+    hits = int((likeliest == targets).sum())
     return Evaluation(
         mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers,
         losses=tuple(sums),
@@ -189,24 +188,23 @@ def evaluate(
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)
     if console and (data.report.truncated or data.report.unlabelled):
-        console.print(str(data.report), highlight=False)
+        print_lines(console, data.report)
     with progress_bar(console, "loss") as step:
         losses = row_losses(model, data.examples, step)
     of_row: dict[int, tuple[float, int]] = {}
-    for i, row in enumerate(data.examples.rows.tolist()):
+    for loss, row, example in zip(losses, data.examples.rows.tolist(), data.examples, strict=True):
         s, n = of_row.get(row, (0.0, 0))
-        of_row[row] = s + losses[i], n + labelled(data.examples[i])
-    sums = list(of_row.values())
-    answers: tuple[Answer, ...] = ()
+        of_row[row] = s + loss, n + labelled(example)
+    sums, answers, preference = [*of_row.values()], tuple[Answer, ...](), None
     if settings.completions:
         answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
-    hits, preference = sum(answer.exact for answer in answers), None
+    hits = sum(answer.exact for answer in answers)
     if rows.give(PAIRS):
         pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
         with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
-            loss = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
+            law = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
             # the reference is the model without its highest adapter
-            preference = preference_figures(loss, pairs, bool(selection_of(model).names), step)
+            preference = preference_figures(law, pairs, bool(selection_of(model).names), step)
     return Evaluation(
         loss=mean_loss(sums),
         loss_interval=loss_interval(sums),
@@ -230,17 +228,12 @@ def _completions(
     given = rows.given(CONVERSATIONS)
     if not given[0].messages:
         return ()
-    found = references(given, tokenizer)
-    longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in found)
+    expected = references(given, tokenizer)
+    longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in expected)
+    prompts, most = [r.prompt for r in expected], max_new_tokens or longest + SPARE
     with progress_bar(console, "completions") as step:
-        texts = complete(
-            model,
-            tokenizer,
-            [reference.prompt for reference in found],
-            max_new_tokens or longest + SPARE,
-            progress=step,
-        )
+        texts = complete(model, tokenizer, prompts, most, progress=step)
     return tuple(
         Answer(r.asked, r.text, without_reasoning(text, r.prompt, tokenizer))
-        for r, text in zip(found, texts, strict=True)
+        for r, text in zip(expected, texts, strict=True)
     )

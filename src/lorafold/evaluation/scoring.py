@@ -25,7 +25,7 @@ al. 2023, arXiv 2310.03716). Intervals are 95%.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -42,11 +42,12 @@ from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import padding_of, progress_bar
+from lorafold.evaluation.held_out import Progress, padding_of, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
+from lorafold.files.terminal import print_lines
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
@@ -93,9 +94,8 @@ class Bin:
 
     def as_json(self) -> dict[str, Any]:
         """The bin in one object."""
-        return {"low": self.low, "high": self.high, "confidence": self.confidence} | asdict(
-            self.observed
-        )
+        figures = asdict(self)
+        return figures | figures.pop("observed")
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,8 @@ class RewardFigures:
 
     def as_json(self) -> dict[str, Any]:
         """All figures, by name."""
-        found = asdict(self)
-        del found["right"]
-        found["calibration"] = [one.as_json() for one in self.calibration]
-        return asdict(self.right) | found
+        figures = asdict(self) | {"calibration": [one.as_json() for one in self.calibration]}
+        return figures.pop("right") | figures
 
     @property
     def told(self) -> str:
@@ -132,6 +130,7 @@ class RewardFigures:
 
     def __str__(self) -> str:
         correlation = self.length_correlation
+        shorter, longer = self.chosen_shorter, self.chosen_longer
         lines = [
             f"{self.right.n} pairs: {self.told}",
             f"log loss {self.log_loss:.4f}, Brier score {self.brier:.4f}, calibration error"
@@ -143,8 +142,8 @@ class RewardFigures:
             ),
             "length: correlation with the score "
             + ("none" if correlation is None else f"{correlation:+.3f}")
-            + f"; accuracy where the chosen completion is longer {self.chosen_longer} of"
-            f" {self.chosen_longer.n}, shorter {self.chosen_shorter} of {self.chosen_shorter.n}",
+            + f"; accuracy where the chosen completion is longer {longer} of {longer.n},"
+            f" shorter {shorter} of {shorter.n}",
         ]
         return "\n".join(lines)
 
@@ -152,7 +151,7 @@ class RewardFigures:
 def scores_of(
     loss: Preferences,
     examples: Sequence[Branched],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Array, Array]:
     """The scores of the examples' documents, in fp32, and the tokens of their completions, both
     (n, k).
@@ -161,8 +160,8 @@ def scores_of(
     scores, tokens = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
     with evaluating(loss):
         for group in loss.groups(examples):
-            found = loss.scored([examples[i] for i in group])
-            scores[group], tokens[group] = found.logps.cpu(), found.tokens.cpu()
+            scored = loss.scored([examples[i] for i in group])
+            scores[group], tokens[group] = scored.logps.cpu(), scored.tokens.cpu()
             progress(done := done + len(group), len(examples))
     return scores, tokens
 
@@ -188,7 +187,11 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
         rejected_score=float(rejected.mean()),
         log_loss=float(np.logaddexp(0, -d).mean()),
         brier=float(((1 - likely) ** 2).mean()),
-        calibration_error=calibration_error(bins),
+        # over pairs, the mean distance of the share that is right from how sure the model is
+        calibration_error=sum(
+            one.observed.n * abs((one.observed.accuracy or 0.0) - one.confidence) for one in bins
+        )
+        / len(d),
         calibration=bins,
         length_correlation=rank_correlation(scores.ravel(), tokens.ravel()),
         chosen_longer=Share.of(right[longer > 0]),
@@ -196,20 +199,12 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
     )
 
 
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """The mean distance of the share that is right from how sure the model is, over pairs."""
-    off = [one.observed.n * abs((one.observed.accuracy or 0.0) - one.confidence) for one in bins]
-    return sum(off) / sum(one.observed.n for one in bins)
-
-
 def rank_correlation(x: Array, y: Array) -> float | None:
     """Spearman's rank correlation of x (n,) and y (n,), with mean ranks for equal values; None
     where all values of either are equal.
     """
     a, b = ranks(x), ranks(y)
-    if not a.std() or not b.std():
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else None
 
 
 def ranks(x: Array) -> Array:
@@ -305,7 +300,7 @@ def score_rows(
     names = ("chosen", "rejected") if paired else ("score",)
     truncated: int = data.report.truncated
     if console and truncated:
-        console.print(str(data.report), highlight=False)
+        print_lines(console, data.report)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:
         loss = Preferences(model, BRADLEY_TERRY, how, pad_id)
         scores, tokens = scores_of(loss, examples, step)

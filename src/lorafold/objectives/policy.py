@@ -35,7 +35,7 @@ from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
+from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.model_card import JUDGED_BY, within
 from lorafold.objectives import Declared
 from lorafold.objectives.algorithms import SamplingOptions, chosen, class_of
@@ -256,14 +256,13 @@ class PolicyObjective(OnPolicy):
         interval; the loss is minus that.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
-        groups = rollouts.draw_held_out([prompt.ids for prompt in prompts], self.seed)
-        found = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
-        reward, interval = found.figures["reward"], found.interval
+        groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
+        judged = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
+        reward, interval = judged.figures["reward"], judged.interval
         # of a group of one all rewards are alike
-        own = {k: v for k, v in found.figures.items() if k != "groups without signal"}
-        figures = own | {"reward_interval": interval}
-        told = f", reward {reward:.3f}{within(interval, '.3f')}"
-        return Measured(-reward, figures, told, found.to_read)
+        own = {k: v for k, v in judged.figures.items() if k != "groups without signal"}
+        text = f", reward {reward:.3f}{within(interval, '.3f')}"
+        return Measured(-reward, own | {"reward_interval": interval}, text, judged.to_read)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
