@@ -121,8 +121,8 @@ def preference_figures(
     paired = law.kind == PAIRS
 
     def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
-        sides = values.t()[:2] if paired else (values[good, 0], values[~good, 0])
-        return sides[0].tolist(), sides[1].tolist()
+        first, second = values.t()[:2] if paired else (values[good, 0], values[~good, 0])
+        return first.tolist(), second.tolist()
 
     def accuracy(values: Tensor) -> tuple[float | None, Interval | None]:  # (n, k)
         hits, n = int((values[:, :1] > values[:, 1:]).sum()), len(values)

@@ -88,8 +88,8 @@ class Rollouts:
         return self._engine
 
     def open(self, prompt: int, slots: int) -> bool:
-        """Open the engine for prompts of at most so many tokens. Returns whether it is to be `exact`
-        and this processor's matmuls are not.
+        """Open the engine for prompts of at most so many tokens. Returns whether it is to be
+        `exact` and this processor's matmuls are not.
         """
         if self.exact and (why := lacks(self.shell.device.type)):
             raise LorafoldError(f"exact: {why}")

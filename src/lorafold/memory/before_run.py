@@ -26,9 +26,8 @@ from transformers import PreTrainedConfig
 from lorafold.data.batches import PAYS, BatchFeed, alike, forest, labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
-from lorafold.files.terminal import format_bytes
-from lorafold.memory.estimate import estimate
-from lorafold.memory.fit import changes_of
+from lorafold.files.terminal import format_bytes, print_lines
+from lorafold.memory.estimate import changes_of, estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
@@ -66,9 +65,7 @@ def planned(
     for own in steps:
         # it has to pay to compute once what the examples begin with in common
         if once := shares and sum(documents(own, True)) <= PAYS * sum(documents(own)):
-            parts = alike(
-                own, recipe.accumulate, recipe.max_length, beginning, lambda e: len(e.ids)
-            )
+            parts = alike(own, recipe.accumulate, recipe.max_length, prefix, lambda e: len(e.ids))
         else:
             parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
@@ -104,15 +101,15 @@ def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
     """The tokens that are computed for each document of a micro-batch."""
     if once:
         of = [e.documents() if isinstance(e, Branched) else [e] for e in examples]
-        pairs = [(d, len(beginning(e))) for e, some in zip(examples, of, strict=True) for d in some]
-        found = forest([d for d, _ in pairs], [n for _, n in pairs])
-        return tuple(n - start for n, start in zip(found.lens, found.starts, strict=True))
+        pairs = [(d, len(prefix(e))) for e, some in zip(examples, of, strict=True) for d in some]
+        tree = forest([d for d, _ in pairs], [n for _, n in pairs])
+        return tuple(n - start for n, start in zip(tree.lens, tree.starts, strict=True))
     return tuple(
         n for e in examples for n in (e.lengths if isinstance(e, Branched) else (len(e.ids),))
     )
 
 
-def beginning(example: Any) -> tuple[int, ...]:
+def prefix(example: Any) -> tuple[int, ...]:
     """The ids that an example may have in common with others."""
     return example.shared if isinstance(example, Branched) else example.ids
 
@@ -140,16 +137,18 @@ def settle(
             found = estimate(config, setting)
         most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
         named = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in most)
-        console.print(
+        print_lines(
+            console,
             f"memory: {format_bytes(found.total)} at the peak of a step ({named})"
             f"{', without the libraries (about 0.3 GB)' * bool(found.terms['process'])}"
             f"{', 16-bit products in fp32' * setting.widened}; {format_bytes(free)} free{why}",
-            highlight=False,
-            soft_wrap=True,
         )
         if found.total > room:
-            told = f"warning: a step may not fit in memory; {remedy(config, setting, room)}"
-            console.print(told, highlight=False, soft_wrap=True)
+            remedy = "a smaller batch, max_length or model would help"
+            changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= room]
+            if changes:
+                remedy = f"it would with {' or '.join(changes)}"
+            print_lines(console, f"warning: a step may not fit in memory; {remedy}")
     except LorafoldError as error:
         if isinstance(error, NoTarget):
             check_targets(config, setting)
@@ -170,12 +169,3 @@ def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
             raise
         except LorafoldError:
             return  # which the run says, if it is so there too
-
-
-def remedy(config: PreTrainedConfig, setting: Setting, room: float) -> str:
-    """What would help a step to fit in so many bytes."""
-    tried = changes_of(setting)
-    names = [name for name, changed in tried if estimate(config, changed).total <= room]
-    if names:
-        return f"it would with {' or '.join(names)}"
-    return "a smaller batch, max_length or model would help"

@@ -59,18 +59,15 @@ class Ledger(TorchDispatchMode):
         if (first := PRODUCTS.get(func)) is not None:
             self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
         for t in tree_iter(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
-                self._enter(t)
+            if not isinstance(t, Tensor) or (key := t.untyped_storage()._cdata) in before:
+                continue
+            if key not in self._alive:
+                storage = t.untyped_storage()
+                self._alive.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._leave, key, storage.nbytes())
         return out
-
-    def _enter(self, t: Tensor) -> None:
-        storage = t.untyped_storage()
-        if (key := storage._cdata) in self._alive:
-            return
-        self._alive.add(key)
-        self.now += (n := storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._leave, key, n)
 
     def _leave(self, key: int, n: int) -> None:
         self._alive.discard(key)
@@ -121,8 +118,3 @@ class Traced:
         a, b, n = blocks
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Traced(*(x + (y - x) * (n - a) // (b - a) for x, y in pairs))
-
-    def a_block(self, other: Traced, more: int) -> Traced:
-        """What one block takes, given that the other is for so many blocks more."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Traced(*((y - x) // more for x, y in pairs))

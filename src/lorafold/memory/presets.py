@@ -51,22 +51,18 @@ def setting_of(
             f" {length} tokens have no more tokens to predict"
         )
     recipe = recipe_in(mode, recipe)
+    rows = (length,) * batch
     if mode == "inference":
-        return Setting(stored(recipe.storage), rows=(length,) * batch)
+        return Setting(stored(recipe.storage), rows=rows)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = spec_of(recipe)
     base = stored(trainable_storage(recipe) if spec.trains_base else recipe.storage)
     if spec.trains_base:
         check_rounding(optimizer, [base.dtype])
     return Setting(
-        base,
-        spec,
-        recipe.targets,
-        rows=(length,) * batch,
-        labelled=labelled,
-        optimizer=optimizer,
+        base, spec, recipe.targets, rows=rows, labelled=labelled, optimizer=optimizer,
         checkpointing=recipe.gradient_checkpointing is True,
-    )
+    )  # fmt: skip
 
 
 def check_fields(recipe: Recipe, known: set[str]) -> None:

@@ -287,23 +287,20 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
     """
     shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
     where = "position_ids" if setting.packed else "attention_mask"
-    inputs = {name: integers(*shape) for name in ("input_ids", where)}
+    inputs = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", where)}
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     if setting.loss is not None:
         return setting.loss(model, inputs, n)
     return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
 
 
-def integers(*shape: int) -> Tensor:
-    """Return an integer tensor of any shape."""
-    return torch.zeros(shape, dtype=torch.long)
-
-
 @torch.no_grad()
 def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
     """Trace the forward pass of a whole prompt, then that of one more token."""
     weights = collected(ledger)
-    prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
+    prompt, token = (
+        torch.zeros(setting.batch, n, dtype=torch.long) for n in (setting.length - 1, 1)
+    )
     ledger.peak = start = collected(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
@@ -345,13 +342,16 @@ def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> tuple
 
 def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
     start = ledger.now
-    cache = model(input_ids=integers(1, tokens), use_cache=True, logits_to_keep=1).cache
-    found = ledger.now - start
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
+    del ids
+    size = ledger.now - start
     del cache
-    return found
+    return size
 
 
 def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
     ledger.peak = start = ledger.now
-    model(input_ids=integers(rows, tokens), use_cache=False, logits_to_keep=1)
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return ledger.peak - start

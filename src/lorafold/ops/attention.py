@@ -32,10 +32,10 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic, multiplying
 from lorafold.ops.autocast import Exact, lower
+from lorafold.ops.checkpoint_segments import kept
 from lorafold.ops.kernel_requirements import FLASH, takes
 from lorafold.ops.operators import Operation, operator
 from lorafold.ops.packed_documents import Documents
-from lorafold.ops.selective_checkpoint import kept
 
 # From so many tokens of a document on, checkpointing keeps attention's output, which is no larger
 # than a block's input, while its time grows with their square.

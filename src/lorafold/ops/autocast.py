@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.ops.shared_input import once
+from lorafold.ops.checkpoint_segments import once
 
 
 def autocasting(x: Tensor) -> bool:

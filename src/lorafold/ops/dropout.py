@@ -28,13 +28,14 @@ form, 5.2 for `torch.nn.functional.dropout`.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import ReferenceType, ref
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from lorafold.core.selection import DrawSite
+from lorafold.ops.checkpoint_segments import running_segment
 from lorafold.ops.kernel_requirements import kind_of
 from lorafold.ops.operators import operator
 
@@ -165,14 +166,6 @@ class Dropped(NamedTuple):
     version: int | None
     segment: ReferenceType[Any] | None
     readers: set[int]
-
-
-def running_segment() -> ReferenceType[Any] | None:
-    """The checkpointed segment that is running, identified by its saved-tensor hooks; None outside
-    of one.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if hooks is None else ref(hooks[0])
 
 
 def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:

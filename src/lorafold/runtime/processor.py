@@ -77,8 +77,8 @@ class Neighbours:
     def look(self) -> float:
         """Cores that were busy for others since the last look, on average."""
         before, self._before = self._before, self._times()
-        passed, everyone, ours = (x - y for x, y in zip(self._before, before, strict=True))
-        return max(0.0, (everyone - ours) / passed) if passed else 0.0
+        passed, everyone, here = (x - y for x, y in zip(self._before, before, strict=True))
+        return max(0.0, (everyone - here) / passed) if passed else 0.0
 
     def _times(self) -> tuple[float, float, float]:
         """Now, and the seconds that all and this process have computed on its cores."""

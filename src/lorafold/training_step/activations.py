@@ -11,7 +11,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.selective_checkpoint import keeping
+from lorafold.ops.checkpoint_segments import keeping
 
 
 def recompute(model: PreTrainedModel) -> None:
