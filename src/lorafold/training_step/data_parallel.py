@@ -58,12 +58,9 @@ class Replicated:
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         self.processes.add([has])
         used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-        grads = [
-            torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in used
-        ]
-        self.processes.add(grads)
-        for p, grad in zip(used, grads, strict=True):
-            p.grad = grad
+        for p in used:
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
+        self.processes.add([p.grad for p in used if p.grad is not None])
 
     def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
         """The parameters that have a gradient, and whether any of its elements is not zero."""

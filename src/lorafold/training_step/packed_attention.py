@@ -85,9 +85,8 @@ def isolates(model: PreTrainedModel) -> bool:
         why = f"{type(error).__name__}: {cut(str(error), 200)}"
         log.warning("packed rows fail in this model (%s)", why)
         return False
-    return near(model, changed[-m:], together[-m:], units=1) and near(
-        model, together, torch.cat(rows), units=8
-    )
+    unmoved = near(model, changed[-m:], together[-m:], units=1)
+    return unmoved and near(model, together, torch.cat(rows), units=8)
 
 
 def random_ids(model: PreTrainedModel, n: int) -> Tensor:
@@ -109,14 +108,14 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
     return logits[0].float()
 
 
-def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) -> bool:
-    """Whether logits (T, V) agree to so many units of the model's dtype. found, expected (T, V).
+def near(model: PreTrainedModel, logits: Tensor, expected: Tensor, units: int) -> bool:
+    """Whether logits (T, V) agree to so many units of the model's dtype.
 
     Norms are compared, since experts group the tokens of all documents together: sums then round
     differently, even if no document influences another.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
-    return bool((found - expected).norm() <= allowed * expected.norm())
+    return bool((logits - expected).norm() <= allowed * expected.norm())
 
 
 @contextmanager
@@ -144,11 +143,11 @@ def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[
     under "", those of nested configurations by name. One that has none, as those of MPT and DBRX,
     is of no model, and transformers can't set it back to none: it is left out.
     """
-    nested = ((key, getattr(config, key)) for key in config.sub_configs)
+    nested = {key: getattr(config, key) for key in config.sub_configs}
     return {"": name or config._attn_implementation} | {
-        key: _implementations(c, name)
-        for key, c in nested
-        if c is not None and c._attn_implementation is not None
+        key: _implementations(sub, name)
+        for key, sub in nested.items()
+        if sub is not None and sub._attn_implementation is not None
     }
 
 
@@ -206,8 +205,7 @@ def attend(
     """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol. query,
     key, value (B, H, Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv); attention_mask (B, 1, Tq, Tk).
     """
-    asked = ("softcap", "s_aux", "position_bias")
-    softcap, s_aux, position_bias = map(protocol.get, asked)
+    softcap, s_aux, position_bias = map(protocol.get, ("softcap", "s_aux", "position_bias"))
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
@@ -228,17 +226,17 @@ def attend(
         scores = torch.tanh(scores / softcap) * softcap
     if position_bias is not None:
         scores = scores + position_bias
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(
-            ~attention_mask[..., : key.shape[2]], torch.finfo(scores.dtype).min
-        )
-    elif attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[2]]
+    keys = key.shape[2]
+    if attention_mask is not None:
+        mask = attention_mask[..., :keys]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
     if s_aux is not None:
-        scores = torch.cat(
-            [scores, s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1
-        )
-    p = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
+        sink = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    p = torch.softmax(scores, -1, dtype=torch.float32)[..., :keys].to(query.dtype)
     return (torch.dropout(p, dropout, module.training) @ value).transpose(1, 2).contiguous(), None
 
 

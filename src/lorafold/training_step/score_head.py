@@ -13,8 +13,7 @@ Use it for reward models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +35,6 @@ def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
     """Run the model, and return what its head computes at every position. inputs (B, T)."""
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
-    with _caught(head) as caught:
-        model(**inputs, use_cache=False)
-    if len(paths) > 1 or [found.hidden.shape[:2] for found in caught] != [shape]:
-        raise LorafoldError(
-            f"{type(model).__name__}: found the heads {', '.join(paths)}, expected one that is"
-            " computed at every position"
-        )
-    return caught[0]
-
-
-@contextmanager
-def _caught(head: nn.Module) -> Iterator[list[AtHead]]:
-    """Yield a list that receives what each call of the head has as input and output."""
     caught: list[AtHead] = []
 
     def catch(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -56,9 +42,15 @@ def _caught(head: nn.Module) -> Iterator[list[AtHead]]:
 
     handle = head.register_forward_hook(catch)
     try:
-        yield caught
+        model(**inputs, use_cache=False)
     finally:
         handle.remove()
+    if len(paths) > 1 or [one.hidden.shape[:2] for one in caught] != [shape]:
+        raise LorafoldError(
+            f"{type(model).__name__}: found the heads {', '.join(paths)}, expected one that is"
+            " computed at every position"
+        )
+    return caught[0]
 
 
 def document_scores(

@@ -99,15 +99,12 @@ class Sharded(Replicated):
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
-        with freed_blocks(RETURNED), loaded_in_turn(), each_kept(self._keep_part(device)):
-            yield
-
-    def _keep_part(self, device: torch.device) -> Callable[[Tensor], None]:
-        def keep(t: Tensor) -> None:
+        def keep_part(t: Tensor) -> None:
             if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # its values are there
                 divide(t, self.known, self.processes, device)
 
-        return keep
+        with freed_blocks(RETURNED), loaded_in_turn(), each_kept(keep_part):
+            yield
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -128,14 +125,14 @@ class Sharded(Replicated):
         """Divide what is not divided yet, and have each part whole while it computes, until the
         `with` block ends. Then no process has them all, unless they were gathered.
         """
-        of = self._divided(model)
+        parts, anatomy = self._divided(model), Anatomy.of(model)
         with ExitStack() as stack:
-            for path, part in of.items():
+            for path, part in parts.items():
                 open_for(stack, model.get_submodule(path), partial(self.open, part))
             # the loss reads the head itself, once the decoder has run
-            if len(ends := Anatomy.of(model).vocabulary_ends) > 1:
-                decoder = model.get_submodule(Anatomy.of(model).decoder)
-                opens = decoder.register_forward_hook(lambda *_: self.open(of[ends[-1]]))
+            if len(ends := anatomy.vocabulary_ends) > 1:
+                decoder = model.get_submodule(anatomy.decoder)
+                opens = decoder.register_forward_hook(lambda *_: self.open(parts[ends[-1]]))
                 stack.callback(opens.remove)
             yield
 
@@ -144,28 +141,28 @@ class Sharded(Replicated):
         """The shards of each part of the model, by its path."""
         params, taken = set[nn.Parameter](), set[int]()
         owner_of, ends = owners(model, self.processes.count), Anatomy.of(model).vocabulary_ends
-        of: dict[str, Sequence[Shard]] = {}
+        parts: dict[str, Sequence[Shard]] = {}
         self._mode.let_go()
         for path in parts_of(model):
             part = model.get_submodule(path)
-            held = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
-            found = [*held, *parted_in(part, self.known, taken, self.processes)]
-            same = next((of[e] for e in ends if e in of and not found), None)  # tied ends
-            of[path] = found if same is None else same
-            if same is None:
-                for shard in found:
+            owned = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
+            shards = [*owned, *parted_in(part, self.known, taken, self.processes)]
+            tied = next((parts[e] for e in ends if e in parts and not shards), None)
+            parts[path] = shards if tied is None else tied
+            if tied is None:
+                for shard in shards:
                     shard.empty()
-                self._parts.append(found)
-        parts = {shard.storage._cdata: shard for shard in self._all}
+                self._parts.append(shards)
+        known = {shard.storage._cdata: shard for shard in self._all}
         there = held_by(model)
         for place, shard in self.known.items():
             # what is in no part stays whole, and what was converted since is nobody's
-            if place not in parts and place in there and isinstance(shard, Parted):
+            if place not in known and place in there and isinstance(shard, Parted):
                 shard.restore()
         self.known.clear()
-        self.known.update(parts)
+        self.known.update(known)
         unmap(model)
-        return of
+        return parts
 
     def _own(self, p: nn.Parameter, owner: int) -> Owned:
         before = self.known.pop(p.untyped_storage()._cdata, None)
@@ -211,15 +208,12 @@ class Sharded(Replicated):
         self._close()
         owned = [*self._owned.values()]
         # a gradient that came after its block was let go; one of which no process knows
-        late, learned = (
-            torch.tensor(found, dtype=torch.int32)
-            for found in (
-                [not one.mine and one.p.grad is not None for one in owned],
-                [one.learned or one.p.grad is not None for one in owned],
-            )
-        )
-        self.processes.add([late, learned])
-        for one, came, had in zip(owned, late.tolist(), learned.tolist(), strict=True):
+        here = [one.p.grad is not None for one in owned]
+        late = [has and not one.mine for one, has in zip(owned, here, strict=True)]
+        learned = [has or one.learned for one, has in zip(owned, here, strict=True)]
+        flags = torch.tensor([late, learned], dtype=torch.int32)
+        self.processes.add([flags])
+        for one, came, had in zip(owned, *flags.tolist(), strict=True):
             if came:
                 one.reduce_gradient()
             if not had:
@@ -229,9 +223,9 @@ class Sharded(Replicated):
 
     def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
         here = super().moves(parameters)
-        found = torch.tensor([1 + here[p] if p in here else 0 for p in parameters])
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return {p: n == 2 for p, n in zip(parameters, found.tolist(), strict=True) if n}
+        flags = torch.tensor([1 + here[p] if p in here else 0 for p in parameters])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return {p: n == 2 for p, n in zip(parameters, flags.tolist(), strict=True) if n}
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         norms = torch.zeros(len(parameters), device=parameters[0].device)
@@ -250,12 +244,12 @@ class Sharded(Replicated):
             for name, t in state.items()
             if t.untyped_storage()._cdata not in others
         }
-        found: dict[str, PendingTensor] = {}
+        pieces: dict[str, PendingTensor] = {}
         for index, there in enumerate(self.processes.gather(own)):
-            for name, (shape, dtype) in there.items():
-                if name not in found:
-                    found[name] = self._piece(state.get(name), shape, dtype, index)
-        return {name: found[name] for name in sorted(found)}
+            for name, form in there.items():
+                if name not in pieces:
+                    pieces[name] = self._piece(state.get(name), *form, index)
+        return dict(sorted(pieces.items()))
 
     def _piece(
         self, here: Tensor | None, shape: Any, dtype: torch.dtype, index: int

@@ -46,11 +46,11 @@ class Moments:
         block, and give all processes what each has updated.
         """
         learned = [p for p in self._of if p.grad is not None]
-        others = [(p, p.grad) for p in learned if not self.mine(p)]
-        for p, _ in others:
+        others = {p: p.grad for p in learned if not self.mine(p)}
+        for p in others:
             p.grad = None
         yield
-        for p, grad in others:
+        for p, grad in others.items():
             p.grad = grad
         for owner in range(self.processes.count):
             self.processes.same([p.detach() for p in learned if self._of[p] == owner], owner)
@@ -204,9 +204,9 @@ class ShardedReads(TorchDispatchMode):
         missing = [shard for shard in dict.fromkeys(needed) if not shard.whole]
         if missing:
             self.let_go(needed)
-            for shard in missing:
-                shard.fill()
-            self.filled += missing
+        for shard in missing:
+            shard.fill()
+        self.filled += missing
 
     def let_go(self, but: Sequence[Shard] = ()) -> None:
         """Let go what was filled here."""
@@ -252,13 +252,11 @@ def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
 
 def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
     """The module's large trained parameters that are not taken, which then are."""
-    found = list[nn.Parameter]()
-    for _, one in Anatomy.of(module).modules:
-        for p in one._parameters.values():
-            if p is not None and p.requires_grad and p.nbytes >= LEAST and p not in taken:
-                taken.add(p)
-                found.append(p)
-    return found
+    params = (p for _, one in Anatomy.of(module).modules for p in one._parameters.values())
+    large = (p for p in params if p is not None and p.requires_grad and p.nbytes >= LEAST)
+    trained = [*dict.fromkeys(p for p in large if p not in taken)]
+    taken.update(trained)
+    return trained
 
 
 def parted_in(
@@ -305,10 +303,8 @@ def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> No
                 t.register_hook(before)
 
     for _, module in Anatomy.of(part).modules:
-        for handle in (
-            module.register_forward_pre_hook(before), module.register_forward_hook(after)
-        ):  # fmt: skip
-            stack.callback(handle.remove)
+        stack.callback(module.register_forward_pre_hook(before).remove)
+        stack.callback(module.register_forward_hook(after).remove)
 
 
 def _frozen(part: nn.Module) -> Iterator[Tensor]:

@@ -81,19 +81,19 @@ class Branching:
         """Return the layout that was told for a batch of its tokens, else what `document_mask`
         returns, such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
         """
-        found, docs = document_mask(**protocol), self._docs
+        mask, docs = document_mask(**protocol), self._docs
         if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):
-            return found
+            return mask
         if protocol.get("local_size") == 0:  # Qwen2-MoE without windows makes it for no layer
-            return found
-        if not isinstance(found, Documents) or found.lens != docs.own:
-            seen = found.lens if isinstance(found, Documents) else "a mask that is not of documents"
+            return mask
+        if not isinstance(mask, Documents) or mask.lens != docs.own:
+            seen = mask.lens if isinstance(mask, Documents) else "a mask that is not of documents"
             raise LorafoldError(
                 f"packed documents: found {seen}, expected documents of {docs.own} own tokens, as"
                 " the layout of the batch has them; train without shared prompts"
             )
         self._used = True
-        return replace(docs, window=found.window)
+        return replace(docs, window=mask.window)
 
 
 @contextmanager
@@ -110,9 +110,9 @@ def branching(
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     chunk = config.attention_chunk_size if chunked else None  # in which attention stays: Llama 4
     pays = shares(model)
-    found = Branching(True, pays, chunk, across and pays)
-    with attending(model, found.mask, name=name):
-        yield found
+    how = Branching(True, pays, chunk, across and pays)
+    with attending(model, how.mask, name=name):
+        yield how
 
 
 def may_share(config: PreTrainedConfig) -> bool:
@@ -154,13 +154,12 @@ def shares(model: PreTrainedModel) -> bool:
             rows = ids[docs.keys].split(lens)
             alone = [packed_logits(model, row, Documents((len(row),))) for row in rows]
             with attending(model, branches.mask), branches.over(docs):
-                found = packed_logits(model, ids, docs)
+                logits = packed_logits(model, ids, docs)
                 changed = torch.cat([ids[: own.start], others, ids[own.stop :]])
                 changed = packed_logits(model, changed, docs)
     except (AttributeError, TypeError, LorafoldError):
         return False  # the decoder computes with its masks, or has others than the documents'
     expected = torch.cat([y[start:] for y, start in zip(alone, starts, strict=True)])
     rest = slice(own.stop, None)
-    return near(model, changed[rest], found[rest], units=1) and near(
-        model, found, expected, units=8
-    )
+    unmoved = near(model, changed[rest], logits[rest], units=1)
+    return unmoved and near(model, logits, expected, units=8)
