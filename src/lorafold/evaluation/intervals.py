@@ -4,9 +4,8 @@
     var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
 The tokens of a row are not independent, so the interval of a loss is that of a ratio estimate with
-rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). That of a share is Wilson's (1927),
-which is valid at 0% and 100% too. Those of means have Student's quantile for as many rows as there
-are: of five rows the normal one would be right in 88% of cases.
+rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). That of a share is Wilson's (1927).
+Those of means have Student's quantile for as many rows as there are.
 """
 
 from __future__ import annotations

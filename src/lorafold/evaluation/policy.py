@@ -1,4 +1,4 @@
-"""How good a policy is: what the completions are worth that it draws of held-out prompts.
+"""How good a policy is: the rewards of the completions that it generates for held-out prompts.
 
     reward = 1/n sum_i r_i          r_i is the mean reward of the completions of prompt i
 

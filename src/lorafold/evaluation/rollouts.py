@@ -1,12 +1,11 @@
-"""Completions that a policy draws by the engine, while it trains from the very weights that train.
+"""Completions that a policy samples by the engine while it trains, from the weights that train.
 
     rollouts = Rollouts(model, tokenizer, group=8, longest=256)
     rollouts.open(prompt=64, slots=64)
     rollouts.draw(prompts, key)             a group of completions of each prompt
 
-The engine has a second shell of the model (`core.shared_tensors`), so that both stay open. What
-trains is adopted anew for each step: the engine copies its factors and keeps nothing of earlier
-ones.
+The engine has a second shell of the model (`core.shared_tensors`), so that both stay open. It
+copies the factors that train anew for each step and keeps nothing of earlier ones.
 """
 
 from __future__ import annotations

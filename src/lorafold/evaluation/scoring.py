@@ -1,9 +1,6 @@
 """The scores that a reward model gives rows, and how well it tells chosen completions from rejected
 ones, from the scores of n pairs.
 
-    found = score_rows(model, tokenizer, rows, max_length)
-    found.rows[0].scores       {"chosen": 1.3, "rejected": -0.2}, or {"score": 1.3} of other rows
-
     d = r(chosen) - r(rejected)         the margin of a pair
     accuracy                            the share of pairs with d > 0
     log loss, Brier score               the means of -log s(d) and (1 - s(d))^2, s the logistic
@@ -15,11 +12,9 @@ ones, from the scores of n pairs.
                                         al. 2017, arXiv 1706.04599, eq. 3)
     length correlation                  Spearman's, of the scores with the lengths of completions
 
-The text of a row is what supervised training makes of it: prompt and completion, or a whole
-conversation, as the chat template renders them. Each prompt of a pair is computed once, where the
-model allows that. A model that prefers length gets pairs right where the chosen completion is the
-longer one, and wrong where it is the shorter one, so accuracy is given for both apart (Singhal et
-al. 2023, arXiv 2310.03716). Intervals are 95%.
+The text of a row is what supervised training makes of it. A model that prefers length gets pairs
+right where the chosen completion is the longer one, so accuracy is given for longer and shorter
+ones apart (Singhal et al. 2023, arXiv 2310.03716). Intervals are 95%.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """Prints the memory that a training run will need before it starts, and decides whether the run
 uses gradient checkpointing.
 
-    memory: 1.1 GB at the peak of a step (activations 610.0 MB, weights 269.1 MB), without the
-    libraries (about 0.3 GB); 21.4 GB free
-
 `gradient_checkpointing: auto` turns it on if a step would not fit without it. If a step does not
 fit either way, the run prints a warning with the changes that would help, and continues, because
-the estimate may be wrong. The estimate is for this machine, whose CPU may multiply 16-bit matrices
-in fp32 (the line then says so). On a CPU it is the resident memory of the process without the
-libraries that it imports; on a GPU, the memory that torch's allocator gives to tensors.
+the estimate may be wrong. On a CPU it is the resident memory of the process without the libraries
+that it imports; on a GPU, the memory that torch's allocator gives to tensors.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
 """Traces the bytes of one step, by running the code that trains on a fake model with few blocks.
 
 All blocks take the same memory, so every figure is linear in the number of blocks n, and two short
-models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a).
-
-Packed documents have known lengths: fake positions have no values that could tell where documents
-begin.
-
-An engine that draws completions beside a step holds the fast path's form of the weights and the
-factors of what trains for the whole run, and keys and values only while it draws. Passes are those
-of transformers' code, on as many tokens as the engine computes at a time.
+models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a). An engine that samples completions
+beside a step holds the fast path's form of the weights and the factors of the adapter for the whole
+run, and a KV cache only while it samples.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Objectives of policies: completions that the model draws itself, rewards, and a law over them.
+"""Objectives of policies: the model generates completions and learns from their rewards.
 
-A step draws a group of completions of each of its prompts, has them judged, and learns from the
-groups whose rewards differ. What it draws follows from the weights, the run's seed and the step, so
-a run that is resumed goes on exactly.
+A step samples a group of completions of each of its prompts, has them judged, and learns from the
+groups whose rewards differ. The samples follow from the weights, the run's seed and the step, so a
+resumed run goes on exactly.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Objectives of preferences: examples of pairs or of judged completions, each prompt once, and a
-law over the log-probabilities of completions, or over what else they are measured by.
+"""Objectives of preferences: examples of pairs or of judged completions, each prompt once, and an
+algorithm over the log-probabilities of completions, or over the scores of a head.
 
 The reference never changes, so its log-probabilities are computed once and cached under the
 identity of the examples, the model's files, its tensors except the trained adapter's, and the code.

@@ -3,24 +3,18 @@ processor.
 
     x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; the sum is fp32 either way, and is
                                             rounded once
+    with multiplying(widened=True): ...     overrides the choice until the `with` block ends
 
 A processor with matrix units (AMX), or with AVX512-BF16 at full rate (AMD's), multiplies bf16 at
-twice the rate of fp32 or more. Intel's without AMX reach half the rate of fp32, and processors
-without such an instruction a tenth or less; there the pass over memory that widens both matrices
-pays. The kind of processor decides, not a measurement, so that a run is reproducible on a busy
-machine too.
+twice the rate of fp32 or more; Intel's without AMX reach half the rate of fp32, and others a tenth
+or less. The kind of processor decides, not a measurement, so that a run is reproducible on a busy
+machine too. A backward multiplies in the same dtype as its forward. Graphs made by `torch.compile`,
+and devices other than the CPU, always multiply 16-bit matrices in 16 bits.
 
-    with multiplying(widened=True): ...     overrides that choice until the `with` block ends
-
-A backward multiplies in the same dtype as its forward. Checkpointed blocks run their forward again
-in the backward, so that must be inside the `with` block too. Graphs made by `torch.compile`, and
-devices other than the CPU, always multiply 16-bit matrices in 16 bits.
-
-`narrowed` casts trained factors to the dtype of products. A layer of low rank multiplies in 16 bits
-with factors that are stored in fp32. On a GPU, cast where they are used, they are two launches in
-each layer and micro-batch. No factor changes between two updates of the optimizer
-(`core.contexts`), so the first copy that is asked for in a step has all made again that the step
-before asked for, in a few launches for the whole model. A backward reads what its forward made.
+`narrowed` casts trained factors to the dtype of matmuls. On a GPU, cast where they are used, they
+are two launches in each layer and micro-batch. No factor changes between two updates of the
+optimizer (`core.contexts`), so the first copy that is asked for in a step has all made again that
+the step before asked for, in a few launches for the whole model.
 
 1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16
 but without AMX 165 and 300, its gradient 165 and 280; the same restricted to AVX2 27 and 280, its

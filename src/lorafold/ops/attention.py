@@ -5,20 +5,15 @@
 
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
 (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Documents are computed in tiles of
-at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again
-instead of keeping them. On CUDA, torch's flash attention (Dao 2023, arXiv 2307.08691) is used
-instead where it takes the inputs (`ops.kernel_requirements`). Use it where documents are packed
-without padding. The specification is `reference.document_attention`.
+at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again.
+Documents may share their first tokens (`ops.packed_documents`): then k and v are gathered once for
+all tiles, and their gradients are added up in fp32. On CUDA, torch's flash attention (Dao 2023,
+arXiv 2307.08691) is used instead where it takes the inputs. The specification is
+`reference.document_attention`.
 
 At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and
 backward: five documents of 140 to 260 tokens take 0.4 of the time of torch's causal kernel over all
-1024 tokens, one document of 1024 takes 0.9 of it. Smaller tiles skip more of the masked scores,
-larger ones need fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256
-and 1.03 for the five.
-
-Documents may share their first tokens (`ops.packed_documents`). Then k and v are gathered once for
-all tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens and two branches
-of 40 take 0.78 of the time of twelve documents of 140; the gathering is 0.02 of that.
+1024 tokens, one document of 1024 takes 0.9 of it.
 """
 
 from __future__ import annotations

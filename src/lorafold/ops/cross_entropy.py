@@ -18,11 +18,9 @@ A chunk's logits z (m, V) get their gradient in the same memory:
                                                p = softmax(z), z = cap tanh(scale u / cap); without
                                                a cap z = scale u, and the last factor is 1
 
-The kernel of the linear form, `torch.ops.lorafold.linear_cross_entropy`, gets its working memory as
-arguments, so that an estimate on fake tensors counts as much memory as a real step takes.
-
-1024 positions under SmolLM2-135M's head (V 49,152) in bf16: 31 MB of buffers where whole logits and
-their gradients take 600, in 0.8 of the time.
+The kernel of the linear form gets its working memory as arguments, so that an estimate on fake
+tensors counts as much memory as a real step takes. 1024 positions under SmolLM2-135M's head (V
+49,152) in bf16: 31 MB where whole logits and their gradients take 600, in 0.8 of the time.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     on_host(x)                  the values on the CPU: at once, if x was sent and is unchanged
 
 A GPU computes what is queued for it while the host prepares what comes next, until the host asks
-for a value: then it waits, and the queue runs dry. Lengths, labels and positions are known on the
-host before they are sent, so nothing that follows from them alone has to ask.
+for a value. Lengths, labels and positions are known on the host before they are sent, so nothing
+that follows from them alone has to ask.
 """
 
 from __future__ import annotations

@@ -5,13 +5,9 @@
 The query that is j-th in its document sees the keys (j - window, j] of it. Without shared tokens
 starts is 0 and every token is one query and one key. Documents that begin with the same tokens, as
 two completions of one prompt do, share them to any depth: the tokens are queries of the first
-document only, and keys of all of them, which `keys` lays end to end. No token is computed twice.
-
-Use it to tell `ops.attention.document_attention` what attends to what.
-
-Documents are computed in tiles: some queries of documents of one length against their keys.
-`prefixed` documents have keys in front that are no queries (virtual tokens of prompt and prefix
-tuning), so no (T, n + T) mask is needed.
+document only, and keys of all of them, which `keys` lays end to end. A tile has some queries of
+documents of one length. `prefixed` documents have keys in front that are no queries (virtual tokens
+of prompt and prefix tuning), so no (T, n + T) mask is needed.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ glibc returns freed blocks above its mmap threshold to the system, and keeps sma
 `freed_blocks(RETURNED)` is for loading, with one pass over large tensors that leaves small ones
 between them (2.2 GB as NF4 peak at 0.9 GB instead of 1.4), `freed_blocks(KEPT)` for training, whose
 steps allocate and free the same large blocks again and again. Both set both thresholds, because
-setting one switches off the rule that adapts the other, and end with those that this rule reaches
-in a process that frees large blocks. Other C libraries are left alone.
+setting one switches off the rule that adapts the other.
 """
 
 from __future__ import annotations

@@ -1,17 +1,12 @@
 """The processor: its name, how many of its cores this process may use, how busy others keep them,
-its instructions for matrix products, and the threads that compute on it.
+its instructions for matmuls, and the threads that compute on it.
 
 Threads that spin while they wait slow down busy machines, and sleeping ones are slow to wake on
-quiet ones. GCC's OpenMP reads its environment once, but no thread spins while a process has more
-threads than cores; so `considerate` looks at the load once a second and holds a team of its own
-while others are busy (SmolLM2-135M in bf16, two cores of an AMD EPYC with AVX2: spinning and
-sleeping 95 and 56 tokens/s alone, 36 and 47 beside two busy processes).
-
-Every Python thread that computes in parallel gets a team of its own. Once all teams together have
-more threads than the machine has cores, GCC's OpenMP lets none of them wait actively any more, so
-that each parallel region begins with waking a thread: a step of the engine took 48 ms instead of 28
-after another thread had computed in parallel once (two cores of an AMD EPYC). PyTorch has no call
-for this: its `set_num_threads` is partly the whole process's.
+quiet ones; GCC's OpenMP lets none spin while a process has more threads than cores. So
+`considerate` looks at the load once a second and holds a team of its own while others are busy
+(SmolLM2-135M in bf16, two cores of an AMD EPYC: spinning and sleeping 95 and 56 tokens/s alone, 36
+and 47 beside two busy processes). For the same reason a thread that need not compute in parallel
+computes `alone`: a step of the engine took 48 ms instead of 28 after another thread had once.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 each a record of how it was made.
 
 Before a run says that it succeeded, what it trained is finite and not zero, and what it wrote is
-read back. A run that is to be resumed and is finished already is kept as it is: a job that is
-always started with --resume, as on a cluster that restarts it, may be started once more after its
-end. The same request then has the same result, which the adapter's record has; another one is
-refused.
+read back. A run that is to be resumed and is finished is kept as it is, since a cluster may start a
+job with --resume once more after its end: the same request has the same result, from the adapter's
+record; another one is refused.
 """
 
 from __future__ import annotations

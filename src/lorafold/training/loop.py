@@ -1,9 +1,9 @@
 """The training loop: one adapter, one objective, one plan of batches.
 
-The loop names no method and no objective: a spec's `penalty` and `after_step` bring in what a
-method needs, `examples` and `updates` what an objective does. The examples, learning rates and
-random numbers of step i follow from the recipe, i and the checkpoint, so a run that is killed and
-resumed writes the same bytes as one that is not.
+It names no method and no objective: a spec's `penalty` and `after_step` bring in what a method
+needs, `examples` and `updates` what an objective does. The examples, learning rates and random
+numbers of step i follow from the recipe, i and the checkpoint, so a run that is killed and resumed
+produces the same bytes.
 """
 
 from __future__ import annotations

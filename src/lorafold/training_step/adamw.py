@@ -8,21 +8,16 @@
                       the room (tensors from 100,000 elements)
 
 Dettmers et al. 2022, arXiv 2110.02861 (8 bits); Dettmers et al. 2023, arXiv 2305.14314, sec. 3
-(paging: a peak of activations waits for a transfer and does not end the run). `auto` takes fp32 as
-long as there is room for it. The 8-bit forms round every update to the nearest, so they are refused
-if 16-bit parameters are trained.
-
-Updates to 16-bit parameters are computed in fp32 and rounded stochastically (`RoundedAdamW`):
+(paging). `auto` takes fp32 as long as there is room for it. Updates to 16-bit parameters are
+computed in fp32 and rounded stochastically, which the 8-bit forms can't:
 
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2                      fp32, of the shape of W
     W = round((1 - lr wd) W - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 
 Loshchilov & Hutter 2019, arXiv 1711.05101; rounded by `core.rounding.turned`. At a learning rate of
-1e-5 nearly every update of a bf16 weight is under half a unit in the last place. torch's AdamW
-loses such updates: it rounds to the nearest, and stores its moments in the dtype of the weights. A
-weight takes 2 bytes and its moments 8, without a master copy or a compensation term. The random
-numbers follow from the seed, the parameter's number and the step, so a checkpoint stores no random
-state and no other generator is used. Parameters in fp32 are updated as torch's AdamW updates them.
+1e-5 nearly every update of a bf16 weight is under half a unit in the last place, and is lost if it
+is rounded to the nearest. The random numbers follow from the seed, the parameter's number and the
+step, so a checkpoint stores no random state. A weight takes 2 bytes and its moments 8.
 """
 
 from __future__ import annotations

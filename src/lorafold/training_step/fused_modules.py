@@ -6,8 +6,7 @@ while the model trains.
 
 Parts are recognized by what they compute, never by a model's name: a part is replaced if it has
 the expected structure and computes the same outputs from random inputs as the fused operation does.
-Other parts keep their own code, as do parts that carry a delta or whose weight is trained. After
-the `with` block the model is as before.
+Parts that carry a delta or whose weight is trained keep their own code.
 """
 
 from __future__ import annotations

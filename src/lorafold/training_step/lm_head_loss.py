@@ -4,22 +4,13 @@ never exist at once.
     loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
                                               positions, f the model's head, y (n,)
 
-Models differ in f: Gemma caps its logits, Cohere and Granite scale them, and a head may be tied,
-biased, quantized or adapted. So f is computed by the model itself, in two stages:
-
-1. The model runs once. A hook stores the hidden states that its decoder returns and passes only the
-   last position on to the head.
-2. The model runs again for each chunk of hidden states. Its decoder is replaced by a function that
-   returns the chunk, so the model computes the head alone. Each chunk's gradients are computed at
-   once and its logits are freed. The losses of documents, whose weights in the gradient are not
-   known then, compute each chunk again in the backward instead.
-
-A frozen linear head whose logits agree with the model's at that last position is computed directly,
-without the model and without a graph. `ops.cross_entropy` computes either. Use it wherever a causal
-language model is trained or its loss is measured.
-
-The linear form of a head gives logits without the model. Whether both agree is checked once for
-each state of the head, because a GPU has to be waited for.
+Models differ in f (Gemma caps its logits, Cohere and Granite scale them), so the model computes it
+itself. It runs once, where a hook keeps the decoder's hidden states and passes only the last
+position on to the head; and again for each chunk of hidden states, which a function returns in the
+decoder's place. Each chunk's gradients are computed at once and its logits are freed; the losses of
+documents, whose weights in the gradient are not known then, compute each chunk again in the
+backward. A frozen linear head whose logits agree with the model's at that last position, which is
+checked once for each state of the head, is computed directly, without a graph.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Losses as modules: each has a model, takes the inputs of a micro-batch and returns their summed
-loss, so that accelerate wraps the whole computation.
+"""Losses as modules: each has a model, takes the inputs of a micro-batch and returns their sum.
 """
 
 from __future__ import annotations

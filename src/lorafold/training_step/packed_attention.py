@@ -3,23 +3,14 @@
     with packed(model) as apart:
         batch = collate(examples, packed=apart, pad_id=tokenizer.pad_token_id)
 
-It goes through transformers' public registries of attention and mask functions; no model class is
-changed. A packed batch consists of ids (1, T) and positions (1, T) that restart at 0 in each
-document. transformers finds the documents in the positions and gives our mask function a predicate:
-may query i see key j? Where it is false for j = i - 1, a document begins. So the mask function
-returns a `Documents` instead of a (T, T) mask, and the model's layers pass it on to our attention
-function. Everything else than plain causal documents (padding, decoding with a cache, custom masks,
-sinks, position bias, attention dropout) gets a mask and general attention, so generate() and
-gradient checkpointing work as usual.
-
-Some models let documents influence each other all the same: recurrent and convolutional ones, and
-those that ignore position_ids. `packed` tests the model first and yields False for these, which
-must train on padded batches.
-
-The masks that transformers derives from positions are found on the host, which sent the positions:
-to find packed documents transformers asks the device once for each mask, and we would ask three
-times more. The values that a mask's function reads are given to it in two forms: for indices on the
-host and for those on the device.
+A packed batch consists of ids (1, T) and positions (1, T) that restart at 0 in each document. Our
+mask function, in transformers' registry, gets a predicate: may query i see key j? Where it is false
+for j = i - 1, a document begins, so a `Documents` takes the place of a (T, T) mask on the way to
+our attention function. Everything else (padding, decoding with a cache, custom masks, sinks,
+position bias, attention dropout) gets a mask and general attention. Models whose documents
+influence each other all the same (recurrent ones, those that ignore position_ids) are found by a
+test first and train on padded batches. Documents are found on the host, which sent the positions:
+transformers would ask the device once for each mask.
 """
 
 from __future__ import annotations

@@ -1,28 +1,19 @@
 """A model whose large tensors are divided among the processes of a run.
 
-    with shards.reading():
+    with shards.reading():                      operations find weights whole (`ShardedReads`)
         with shards.loading(device):
-            model = load()                 each weight is divided as soon as the model gets it
-        ...                                operations find weights whole
-        (`training_step.shards`)
-        with shards.dividing(model):
-            loss(**inputs).backward()      in every process, as often as in the others
-            shards.add_gradients(parameters)
+            model = load()                      each weight is divided as soon as the model gets it
+    with shards.dividing(model):
+        loss(**inputs).backward()               in every process, as often as in the others
+        shards.add_gradients(parameters)
 
 Before a block runs, in the forward and in the backward, it is made whole, and the block before is
 let go: one block is whole at a time, or the embedding or the head (the scheme of ZeRO, stage 3:
-Rajbhandari et al. 2020, arXiv 1910.02054).
-
-- Of the storage of a *frozen* tensor a process keeps one part of the bytes, which are gathered as
-  they are: the codes of a quantized base are never cast.
-- A *trained* weight of the base has one owner, which keeps it whole, with its gradient and its
-  moments; the others get it, and give their gradients to the owner as soon as a block's backward
-  ends. What an optimizer computes of a parameter it computes of all of it, as in one process.
-
-A tensor stays the object that it was and only its storage is emptied and filled: whatever holds it,
-a delta, a fused operation or a graph, knows nothing of this. All processes must run the same blocks
-in the same order. The tensors of adapters stay whole in each; their moments have owners
-(`training_step.shards`).
+Rajbhandari et al. 2020, arXiv 1910.02054). Of a *frozen* tensor a process keeps one part of the
+bytes, which are gathered as they are: codes of a quantized base are never cast. A *trained* weight
+has one owner, which keeps it whole, with its gradient and its moments. A tensor stays the same
+object and only its storage is emptied and filled. The tensors of adapters stay whole in each
+process; their moments have owners (`training_step.shards`).
 """
 
 from __future__ import annotations

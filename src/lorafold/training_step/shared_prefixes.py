@@ -6,16 +6,11 @@
             losses, counts = document_losses(model, labels, inputs, document, n)
 
 A document is the first s tokens of the one before and its own, at positions s, s + 1 ... Its own
-attend to all of them, so the shared tokens are computed once. transformers' mask functions see in
-the positions where documents end, but not what they share. So the mask function is told the layout
-of the batch, and where it finds the documents that the layout's positions imply, it returns the
-layout in their place. The backward may come after the block, with gradient checkpointing too, since
-the masks are arguments of the checkpointed layers.
-
-The last shared token has one hidden state and can predict one token only: let each branch begin
-with the last token of the prompt, and share the tokens before it. Use it for preference training
-and wherever several completions of a prompt are scored. A prompt of 128 tokens and two completions
-of 64 are 256 tokens instead of 384.
+attend to all of them, so the shared tokens are computed once. The mask function is told the layout
+of the batch, and returns it where it finds the documents that the layout's positions imply. The
+backward may come after the block, with gradient checkpointing too, since masks are arguments of
+checkpointed layers. The last shared token has one hidden state and can predict one token only: let
+each branch begin with the last token of the prompt, and share the tokens before it.
 """
 
 from __future__ import annotations
