@@ -61,8 +61,8 @@ def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
     """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
     6); None for a single row.
     """
-    found = ratio_interval(sums)
-    return None if found is None else (max(0.0, found[0]), found[1])
+    interval = ratio_interval(sums)
+    return None if interval is None else (max(0.0, interval[0]), interval[1])
 
 
 def ratio_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:

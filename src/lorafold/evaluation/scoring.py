@@ -248,8 +248,8 @@ class ScoredRows(ShownInNotebooks):
     def as_json(self) -> dict[str, Any]:
         """All figures, without the rows."""
         names = ("score", "score_interval", "length_correlation")
-        own = {name: getattr(self, name) for name in names}
-        figures = own if self.figures is None else self.figures.as_json()
+        mean = {name: getattr(self, name) for name in names}
+        figures = mean if self.figures is None else self.figures.as_json()
         return {**figures, "n": self.n, "truncated": self.truncated}
 
     def write(self, path: str | Path) -> None:
@@ -307,8 +307,8 @@ def score_rows(
     places = rows.origins.places(range(len(rows)))  # rows before may be left out
     alone = len({place.file for place in places}) == 1
     by_row = tuple(
-        RowScore(place.row if alone else n, dict(zip(names, found, strict=True)))
-        for n, (place, found) in enumerate(zip(places, scores.tolist(), strict=True), 1)
+        RowScore(place.row if alone else n, dict(zip(names, row_scores, strict=True)))
+        for n, (place, row_scores) in enumerate(zip(places, scores.tolist(), strict=True), 1)
     )
     if not paired:
         each = scores[:, 0].tolist()

@@ -39,7 +39,7 @@ def planned(
     recipe: Recipe,
     feed: BatchFeed,
     objective: Objective,
-    asked: Setting,
+    setting: Setting,
     processes: int = 1,
     device: torch.device = CPU,
     held_out: Any = None,
@@ -52,18 +52,19 @@ def planned(
     largest: Sequence[int] = ()
     most, count, whole, accumulating = -1, 0, 0, False
     capacity = recipe.max_length if packed else None
-    planned = islice(feed.after(0), feed.foreseen)
     steps: Iterable[Sequence[Any]] = (
-        [objective.trained(example) for example in examples[::processes]] for examples in planned
+        [objective.trained(example) for example in examples[::processes]]
+        for examples in islice(feed.after(0), feed.foreseen)
     )
     if shares:  # to find what rows have in common takes a millisecond or more a step
-        steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
-    for own in steps:
-        # it has to pay to compute once what the examples begin with in common
-        if once := shares and sum(documents(own, True)) <= PAYS * sum(documents(own)):
-            parts = alike(own, recipe.accumulate, recipe.max_length, prefix, lambda e: len(e.ids))
+        steps = nlargest(LOOKED_AT, steps, key=lambda examples: sum(documents(examples)))
+    n = recipe.accumulate
+    for examples in steps:
+        # it has to pay to compute shared prefixes once
+        if once := shares and sum(documents(examples, True)) <= PAYS * sum(documents(examples)):
+            parts = alike(examples, n, recipe.max_length, prefix, lambda e: len(e.ids))
         else:
-            parts = micro_batches(own, recipe.accumulate, capacity)
+            parts = micro_batches(examples, n, capacity)
         accumulating = accumulating or len(parts) > 1
         for part in parts:
             lengths = documents(part, True) if once else [len(e.ids) for e in part]
@@ -71,12 +72,12 @@ def planned(
             if size > most:
                 most, largest = size, documents(part, once)
                 count = sum(map(labelled, part))
-        whole = max(whole, sum(documents(own, once)))
+        whole = max(whole, sum(documents(examples, once)))
     rows = tuple(largest)
     # more completions fit where they are shorter than they may be
     more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
     return replace(
-        asked,
+        setting,
         rows=(*rows, more) if more else rows,
         labelled=None if outputs else count + more,
         packed=packed,
@@ -85,7 +86,7 @@ def planned(
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
         draws=draws,
-        widened=widens(asked.base.dtype, device),
+        widened=widens(setting.base.dtype, device),
         place=place_of(device),
         processes=processes,
         strategy=recipe.strategy,
@@ -113,33 +114,33 @@ def prefix(example: Any) -> tuple[int, ...]:
 def settle(
     config: PreTrainedConfig,
     setting: Setting,
-    asked: bool | Literal["auto"],
+    checkpointing: bool | Literal["auto"],
     free: int,
     console: Console,
 ) -> tuple[bool, str]:
     """Print the memory that the setting needs, and return whether to use gradient checkpointing,
     and a line for where there is no estimate: loading may say why.
     """
-    setting = replace(setting, checkpointing=asked is True)
+    setting = replace(setting, checkpointing=checkpointing is True)
     room, why = SHARE * free, ""
     try:
-        found = estimate(config, setting)
-        if asked == "auto" and found.total > room:
+        needed = estimate(config, setting)
+        if checkpointing == "auto" and needed.total > room:
             setting = replace(setting, checkpointing=True)
             why = (
                 "; gradient checkpointing is on, since without it a step would take"
-                f" {format_bytes(found.total)}"
+                f" {format_bytes(needed.total)}"
             )
-            found = estimate(config, setting)
-        most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
+            needed = estimate(config, setting)
+        most = sorted(needed.terms.items(), key=lambda term: -term[1])[:2]
         named = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in most)
         print_lines(
             console,
-            f"memory: {format_bytes(found.total)} at the peak of a step ({named})"
-            f"{', without the libraries (about 0.3 GB)' * bool(found.terms['process'])}"
+            f"memory: {format_bytes(needed.total)} at the peak of a step ({named})"
+            f"{', without the libraries (about 0.3 GB)' * bool(needed.terms['process'])}"
             f"{', 16-bit products in fp32' * setting.widened}; {format_bytes(free)} free{why}",
         )
-        if found.total > room:
+        if needed.total > room:
             remedy = "a smaller batch, max_length or model would help"
             changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= room]
             if changes:
@@ -148,7 +149,7 @@ def settle(
     except LorafoldError as error:
         if isinstance(error, NoTarget):
             check_targets(config, setting)
-        return asked is True, f"memory: no estimate: {error}"
+        return checkpointing is True, f"memory: no estimate: {error}"
     return setting.checkpointing, ""
 
 

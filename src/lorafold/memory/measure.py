@@ -45,9 +45,9 @@ def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch
     model = load()
     run = inference if setting.spec is None else training
     with multiplying(widened=setting.widened), run(model, setting) as step:
-        found = peak_of(step, device) - before
+        peak = peak_of(step, device) - before
     del earlier
-    return found
+    return peak
 
 
 @contextmanager
@@ -105,8 +105,8 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
     if not setting.packed:
         yield Classification(model, 0) if setting.classes else CompletionLoss(model, False, 0)
         return
-    with packed(model) as apart:
-        yield CompletionLoss(model, apart, 0)
+    with packed(model) as packs:
+        yield CompletionLoss(model, packs, 0)
 
 
 def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
@@ -133,17 +133,17 @@ def allocated(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    ours = (t for t in _tensors() if t.device.type == device.type)
-    return distinct_bytes(t for t in ours if t.layout is torch.strided)
+    tensors = (t for t in _tensors() if t.device.type == device.type)
+    return distinct_bytes(t for t in tensors if t.layout is torch.strided)
 
 
 def _tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
     gc.unfreeze()  # what was set aside (`runtime.process_tuning`) would not be listed
-    found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     if aside:
         gc.freeze()
-    return found
+    return tensors
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:

@@ -89,7 +89,7 @@ def stored(base: str) -> Storage:
 
 
 def as_in_files(
-    setting: Setting, config: PreTrainedConfig, name: str, asked: bool
+    setting: Setting, config: PreTrainedConfig, name: str, explicit: bool
 ) -> Setting:
     """Return the setting with the base as the model's files store it, if they are quantized."""
     settings, base = getattr(config, "quantization_config", None), setting.base
@@ -97,10 +97,10 @@ def as_in_files(
     if stored_as is None and base.quantization not in IN_FILES:
         return setting
     trains = setting.spec is not None and setting.spec.trains_base
-    if stored_as not in QUANTIZED or trains or (asked and base.quantization != stored_as):
-        found = "not quantized" if stored_as is None else f"stored as {stored_as}"
+    if stored_as not in QUANTIZED or trains or (explicit and base.quantization != stored_as):
+        stored_in = "not quantized" if stored_as is None else f"stored as {stored_as}"
         wanted = "a method that trains the base" if trains else f"the base {base.name}"
-        raise LorafoldError(f"model {name}: its files are {found}, which does not fit {wanted}")
+        raise LorafoldError(f"model {name}: its files are {stored_in}, which does not fit {wanted}")
     return replace(setting, base=Storage(torch.bfloat16, stored_as))
 
 

@@ -188,20 +188,20 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     with fused(model), attending(model, documents) if setting.packed else nullcontext():
         ledger.peak = collected(ledger)
         loss = loss_of(model, setting)
-        kept, forward = ledger.now - start - ahead, ledger.peak - start
+        activations, forward = ledger.now - start - ahead, ledger.peak - start
         ledger.peak, operations = ledger.now, ledger.operations
         early = counted_anew_halfway(trained, ledger)
         loss.backward()
         late = ledger.peak - start
         backward = max([late, *(peak - start for peak in early)])
     whole = (p.grad for p in trained if p.grad is not None)
-    found = Traced(
+    traced = Traced(
         weights=weights,
         adapter=start - weights,
         optimizer=state_bytes(setting.optimizer, trained),
         gradients=distinct_bytes(whole if parts is None else parts.values()),
         ahead=ahead,
-        kept=kept,
+        kept=activations,
         forward=forward,
         backward=backward,
         late=late,
@@ -209,12 +209,12 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         backward_operations=ledger.operations - operations,
     )
     if setting.draws is None:
-        return found
+        return traced
     del loss
     for p in trained:
         p.grad = None
     engine, slots, peak = drawing(model.eval(), setting.draws, ledger)
-    return replace(found, engine=engine, slots=slots, drawing=peak)
+    return replace(traced, engine=engine, slots=slots, drawing=peak)
 
 
 class LastTiles(Documents):
@@ -237,18 +237,18 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
     """Have each gradient give way to one of its parts (n,), of which each process holds one, as
     soon as it is there; these parts.
     """
-    found: dict[nn.Parameter, Tensor] = {}
+    parts: dict[nn.Parameter, Tensor] = {}
 
     def keep(p: nn.Parameter) -> None:
-        if p not in found:
-            found[p] = p.new_empty(-(-p.numel() // setting.processes), dtype=p.grad_dtype)
+        if p not in parts:
+            parts[p] = p.new_empty(-(-p.numel() // setting.processes), dtype=p.grad_dtype)
         p.grad = None
 
     for p in trained:
         p.register_post_accumulate_grad_hook(keep)
         if setting.accumulating:
             keep(p)
-    return found
+    return parts
 
 
 def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
@@ -312,7 +312,7 @@ def collected(ledger: Ledger) -> int:
 
 
 @torch.no_grad()
-def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
+def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
     """Trace what draws: the bytes that an engine has beside the model, always, and of keys and
     values and in all while it draws.
     """
@@ -320,17 +320,17 @@ def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> tuple
     a_token = (more - few) // (TOKENS[1] - TOKENS[0])
     state = few - TOKENS[0] * a_token
     # what has a state beside keys and values computes one completion at a time
-    slots = drawn.slots if state <= 0 else 1
-    held = slots * (max(0, state) + columns(drawn.prompt + drawn.longest) * a_token)
+    slots = size.slots if state <= 0 else 1
+    held = slots * (max(0, state) + columns(size.prompt + size.longest) * a_token)
     config = model.config.get_text_config()
     logits = COPIES * slots * config.vocab_size * model.dtype.itemsize
-    read, prompts = min(drawn.prompt, SETTINGS.chunk), -(-slots // drawn.group)
+    read, prompts = min(size.prompt, SETTINGS.chunk), -(-slots // size.group)
     rows = max(1, min(prompts, SETTINGS.budget // read))
     passes = max(_workspace(model, rows, read, ledger), _workspace(model, slots, 1, ledger))
     factors = 0
     for delta in attached(model, selection_of(model).names).values():
-        if (found := delta.factors()) is not None:
-            factors += sum(t.numel() for t in found)
+        if (pair := delta.factors()) is not None:
+            factors += sum(t.numel() for t in pair)
     engine = packed_bytes(model) + KEPT * factors * model.dtype.itemsize
     return engine, held, held + max(passes, logits)
 

@@ -31,7 +31,7 @@ def made(kind: type[L], given: Mapping[str, Any], objective: str, besides: Seque
     """A law, or other checked options, with what is given."""
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in given if name not in known]:
-        field = "" if unknown == ["beta"] else "objective_options: "
+        field = "objective_options: " * (unknown != ["beta"])
         raise LorafoldError(
             f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
             f" {', '.join([*known, *besides])}"
@@ -76,16 +76,14 @@ def chosen(
 ) -> tuple[PolicyLaw, SamplingOptions]:
     """The law of an objective of policies, and what it draws."""
     given = given_options(beta, options)
-    own = [field.name for field in fields(SamplingOptions)]
-    drawing = made(SamplingOptions, {k: v for k, v in given.items() if k in own}, objective)
+    sampling = [field.name for field in fields(SamplingOptions)]
+    drawing = made(SamplingOptions, {k: v for k, v in given.items() if k in sampling}, objective)
     kind: type[PolicyLaw] = class_of(OBJECTIVES[objective], policy_algorithms)
-    law = made(kind, {k: v for k, v in given.items() if k not in own}, objective, own)
+    law = made(kind, {k: v for k, v in given.items() if k not in sampling}, objective, sampling)
     return law, drawing
 
 
 def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
     """The law of an objective."""
-    return made(
-        class_of(OBJECTIVES[objective], preference_algorithms), given_options(beta, options),
-        objective
-    )
+    kind = class_of(OBJECTIVES[objective], preference_algorithms)
+    return made(kind, given_options(beta, options), objective)

@@ -59,15 +59,15 @@ class Classify(Objective):
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, asked: ObjectiveRequest) -> Self:
+    def of(cls, request: ObjectiveRequest) -> Self:
         """That of the classes that the model or an adapter knows, else of those of the rows."""
-        asked.refuse_options()
-        found = classes_of(asked.rows)
-        classes = known_classes(asked.base, asked.adapters) or found
-        if strange := [name for name in found if name not in classes]:
+        request.refuse_options()
+        labels = classes_of(request.rows)
+        classes = known_classes(request.base, request.adapters) or labels
+        if strange := [name for name in labels if name not in classes]:
             raise LorafoldError(
                 f"data: found labels {listed(strange, room=100)}, expected the classes of"
-                f" {asked.start}: {listed(classes, room=100)}"
+                f" {request.start}: {listed(classes, room=100)}"
             )
         return cls(classes)
 
@@ -126,16 +126,17 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
     of a new pooler that it leaves out.
     """
     heads = set(head_paths(model))
-    found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
+    adapted = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
     # the method adapts nothing but the head, or trains the base's own weights, the head's too
-    drawn = {p for p in new_heads(model) if not isinstance(module_at(model, p), Adapted)}
-    if found and found <= drawn and not (spec.head_alone or spec.trains_base):
+    fresh = {p for p in new_heads(model) if not isinstance(module_at(model, p), Adapted)}
+    if adapted and adapted <= fresh and not (spec.head_alone or spec.trains_base):
         raise LorafoldError(
-            f"targets: found {', '.join(sorted(found))} alone, a new head, which is trained whole"
+            f"targets: found {', '.join(sorted(adapted))} alone, a new head, which is trained whole"
             " beside other targets; expected those, or --method linear-probe to train it alone"
         )
-    trained = found <= heads or (spec.trains_base and heads <= found)
-    return tuple(p for p in new_poolers(model) if p not in found) if trained else head_paths(model)
+    if adapted <= heads or (spec.trains_base and heads <= adapted):
+        return tuple(p for p in new_poolers(model) if p not in adapted)
+    return head_paths(model)
 
 
 def class_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

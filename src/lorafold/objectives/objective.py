@@ -21,6 +21,7 @@ from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate, held_out_loss
 from lorafold.evaluation.rollouts import RolloutSize
+from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
 from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
@@ -92,13 +93,11 @@ class Objective(ABC):
     identity: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def of(cls, asked: ObjectiveRequest) -> Self:
-        """The objective of a run.
-
-        Raises LorafoldError for options that it does not have, and for rows, a model or adapters
-        that do not suit it.
+    def of(cls, request: ObjectiveRequest) -> Self:
+        """The objective of a run. Raises LorafoldError for options that it does not have, and for
+        rows, a model or adapters that do not suit it.
         """
-        asked.refuse_options()
+        request.refuse_options()
         return cls()
 
     @classmethod
@@ -274,8 +273,8 @@ class OnPolicy(Objective):
 
 def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an objective that a recipe gives, `beta` among them."""
-    own = {} if beta is None else {"beta": beta}
-    return {**own, **options, **own}
+    first = {} if beta is None else {"beta": beta}
+    return {**first, **options, **first}
 
 
 def examples_of(
@@ -302,5 +301,5 @@ def examples_of(
     rows = as_checked(rows, encoder.takes)
     data = objective.data(tokenized(rows, encoder, console), rows, max_length)
     if console is not None:
-        console.print(f"{called}: {data.report}", highlight=False)
+        print_lines(console, f"{called}: {data.report}")
     return data

@@ -130,8 +130,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
     before they are widened to fp32, and k is multiplied in by the product. a, b (n, l), (l, m).
     """
     if not a.is_cuda:
-        found = (a @ b).to(dtype)
-        return found if k == 1.0 else found.mul_(k)
+        y = (a @ b).to(dtype)
+        return y if k == 1.0 else y.mul_(k)
     wide = out_dtype(a, dtype)
     if k == 1.0:
         return torch.mm(a, b, **wide).to(dtype)
@@ -150,8 +150,8 @@ def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0)
     if a.is_cuda:
         return product(b.t(), a.t(), dtype, k)
     # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
-    found = a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
-    return found if k == 1.0 else found.mul_(k)
+    y = a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
+    return y if k == 1.0 else y.mul_(k)
 
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
@@ -183,19 +183,19 @@ class _Family:
 
     def renew(self, during: Scope) -> None:
         """Make again, for another scope, what the last one asked for, and forget the rest."""
-        found = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
-        asked = [(c, x) for c, x in found if c.asked is self.during]
-        for copy, x in found:
+        copies = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
+        used = [(c, x) for c, x in copies if c.asked is self.during]
+        for copy, x in copies:
             if copy.asked is not self.during:
                 _copies[x].pop(copy.form)
-        self.during, self.copies = during, [weakref.ref(c) for c, _ in asked]
-        for form in dict.fromkeys(c.form for c, _ in asked):
+        self.during, self.copies = during, [weakref.ref(c) for c, _ in used]
+        for form in dict.fromkeys(c.form for c, _ in used):
             values, sources = zip(
-                *((c.value, x.detach()) for c, x in asked if c.form == form), strict=True
+                *((c.value, x.detach()) for c, x in used if c.form == form), strict=True
             )
             scaled = sources if form[0] == 1.0 else torch._foreach_mul(sources, form[0])
             torch._foreach_copy_(values, scaled)
-        for copy, _ in asked:
+        for copy, _ in used:
             copy.made = during
 
 

@@ -41,8 +41,8 @@ def lower(x: Tensor) -> Tensor:
         return x
     if x.is_leaf and x.requires_grad:  # what is kept on a leaf would keep the leaf
         return x.to(dtype)
-    found = once(x, (), lambda: x.to(dtype))
-    return found if found.dtype is dtype else x.to(dtype)
+    cast = once(x, (), lambda: x.to(dtype))
+    return cast if cast.dtype is dtype else x.to(dtype)
 
 
 def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

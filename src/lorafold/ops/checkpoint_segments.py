@@ -77,10 +77,10 @@ def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> T
     versions = [t._version for t in (x, *frozen)]
     state = versions, running_segment(), torch.is_grad_enabled()
     known = vars(x).setdefault("_lorafold_once", {})
-    found = known.get(frozen)
-    if found is None or found[0] != state:
-        known[frozen] = found = state, make()
-    return found[1]
+    value = known.get(frozen)
+    if value is None or value[0] != state:
+        known[frozen] = value = state, make()
+    return value[1]
 
 
 def running_segment() -> ReferenceType[Any] | None:

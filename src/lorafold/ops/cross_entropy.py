@@ -48,11 +48,11 @@ def chunks(n: int) -> list[slice]:
     return [slice(at, at + CHUNK) for at in range(0, n, CHUNK)]
 
 
-def _scaled(kept: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """kept * g, multiplied in g's precision: in bf16 the factor 1 / n of a mean would be off by up
     to 0.4%, in all gradients alike.
     """
-    return (kept.to(g.dtype) * g).to(dtype)
+    return (gradient.to(g.dtype) * g).to(dtype)
 
 
 class _HeadCrossEntropy(Function):
@@ -67,9 +67,9 @@ class _HeadCrossEntropy(Function):
     ) -> Tensor:
         into_h = ctx.needs_input_grad[0]
         total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
-        found = (h, *leaves) if into_h else leaves
-        wide = [torch.promote_types(t.dtype, torch.float32) for t in found]
-        grads = [torch.zeros_like(t, dtype=dtype) for t, dtype in zip(found, wide, strict=True)]
+        tensors = (h, *leaves) if into_h else leaves
+        wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
+        grads = [torch.zeros_like(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
         for rows in runs:
             with torch.set_grad_enabled(bool(grads)):
                 x = h[rows].detach().requires_grad_(into_h)
@@ -78,9 +78,9 @@ class _HeadCrossEntropy(Function):
             if not grads:
                 continue
             inputs = (x, *leaves) if into_h else leaves
-            own = [grads[0][rows], *grads[1:]] if into_h else grads
+            totals = [grads[0][rows], *grads[1:]] if into_h else grads
             chunk = torch.autograd.grad(loss, inputs, allow_unused=True)
-            for grad, g in zip(own, chunk, strict=True):
+            for grad, g in zip(totals, chunk, strict=True):
                 if g is not None:
                     grad += g
         ctx.save_for_backward(*grads)
@@ -106,11 +106,11 @@ def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) ->
         return F.cross_entropy(head(h).to(wide), targets, reduction="none")
 
     # without positions, one chunk of none gives gradients of 0
-    found = [
+    parts = [
         checkpoint(losses, h[run], targets[run], use_reentrant=False)
         for run in chunks(len(h)) or [slice(0, 0)]
     ]
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def head_cross_entropy(
@@ -197,10 +197,10 @@ def _kernel(
         z = linear.logits(h[rows], logits, slab)
         LOSSES(z, targets[rows], losses[rows], block, scale, cap, len(gradient) > 0)
         if len(gradient):  # of h, from that of W h + b, which is in z
-            found = z.new_zeros(len(z), w.shape[1])
+            gh = z.new_zeros(len(z), w.shape[1])
             for part, w_part in linear.slabs(slab):
-                found.addmm_(z[:, part], w_part)
-            gradient[rows] = found
+                gh.addmm_(z[:, part], w_part)
+            gradient[rows] = gh
     return losses
 
 

@@ -86,9 +86,9 @@ def _mask(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Ten
     limit = threshold(p)
     parts = []
     for some in names[:, None].split(max(1, AT_ONCE // len(calls))):
-        drawn = torch.stack(philox((calls, some & WORD, some >> 32 & WORD, site), key), -1)
-        found = torch.stack([(drawn & 0xFFFF) < limit, (drawn >> 16) < limit], -1)
-        parts.append(found.flatten(1)[:, : x.shape[-1]])
+        words = torch.stack(philox((calls, some & WORD, some >> 32 & WORD, site), key), -1)
+        halves = torch.stack([(words & 0xFFFF) < limit, (words >> 16) < limit], -1)
+        parts.append(halves.flatten(1)[:, : x.shape[-1]])
     return torch.cat(parts).view(x.shape)
 
 
@@ -120,9 +120,9 @@ def emptied(x: Tensor, where: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros at the elements that `dropped` drew."""
     if where.dtype is torch.bool:
         return x.masked_fill(where, 0)
-    kept = x.clone(memory_format=torch.contiguous_format)
-    EMPTY(kept, where)
-    return kept
+    copy = x.clone(memory_format=torch.contiguous_format)
+    EMPTY(copy, where)
+    return copy
 
 
 def _empty(x: Tensor, where: Tensor) -> None:
@@ -139,9 +139,9 @@ EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _empty, lambda x, w
 
 class _Kept(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, where: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, masked: Tensor, where: Tensor) -> Tensor:
         ctx.save_for_backward(where)
-        return kept.view_as(x)
+        return masked.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -175,13 +175,13 @@ def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dr
     # inference tensors have no version counter
     segment, version = running_segment(), None if x.is_inference() else x._version
     known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
-    found = known.get(p)
-    same = found and version is not None and found[3:5] == (version, segment)
-    if found is None or not same or reader in found.readers:
-        drawn = dropped(x, p, site)
-        known[p] = found = Dropped(*drawn, keep_scale(p), version, segment, set())
-    found.readers.add(reader)
-    return found
+    result = known.get(p)
+    same = result and version is not None and result[3:5] == (version, segment)
+    if result is None or not same or reader in result.readers:
+        sampled = dropped(x, p, site)
+        known[p] = result = Dropped(*sampled, keep_scale(p), version, segment, set())
+    result.readers.add(reader)
+    return result
 
 
 def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
@@ -191,8 +191,8 @@ def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
-    kept: Tensor = _Kept.apply(x, *dropped(x, p, site))
-    return kept * keep_scale(p)
+    masked: Tensor = _Kept.apply(x, *dropped(x, p, site))
+    return masked * keep_scale(p)
 
 
 WORD = (1 << 32) - 1

@@ -67,8 +67,8 @@ def as_on(place: DeviceKind) -> Iterator[None]:
 
 def kind_of(x: Tensor) -> str:
     """The kind of device, such as cpu or cuda, whose ways x, of any shape, is computed in."""
-    said = _said.get()
-    return x.device.type if said is None else said.kind
+    place = _said.get()
+    return x.device.type if place is None else place.kind
 
 
 # major numbers for which torch has one kernel for products of groups, by sizes on the device; it
@@ -82,19 +82,19 @@ def groups_at_once(x: Tensor) -> bool:
     """
     if kind_of(x) != "cuda":
         return False
-    said = _said.get()
-    major, _ = said.capability if said else torch.cuda.get_device_capability(x.device)
+    place = _said.get()
+    major, _ = place.capability if place else torch.cuda.get_device_capability(x.device)
     return major in GROUPED
 
 
 def takes(demand: Demand, q: Tensor, v: Tensor) -> bool:
     """Whether a kernel takes queries (..., D) and values (..., Dv), of one dtype and device."""
-    size, said = q.shape[-1], _said.get()
+    size, place = q.shape[-1], _said.get()
     return (
         kind_of(q) == "cuda"
         and q.dtype in demand.dtypes
         and size == v.shape[-1] <= demand.largest_head
         and size % demand.head_unit == 0
-        and (said.capability if said else torch.cuda.get_device_capability(q.device))
+        and (place.capability if place else torch.cuda.get_device_capability(q.device))
         >= demand.capability
     )

@@ -58,8 +58,8 @@ class Operation:
         plain = self.plain
 
         def form(*inputs: Any) -> Any:
-            found = NotImplemented if _plainly.get() else fast(*inputs)
-            return plain(*inputs) if found is NotImplemented else found
+            result = NotImplemented if _plainly.get() else fast(*inputs)
+            return plain(*inputs) if result is NotImplemented else result
 
         self._forms[device] = form
         if self._dispatched is not None:

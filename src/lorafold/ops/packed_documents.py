@@ -179,11 +179,11 @@ class Documents:
         each. They are copied once for all layers.
         """
         if device not in self._ends:
-            found = {
+            borders = {
                 lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
                 for lens in {self.lens, self.own}
             }
-            self._ends[device] = found[self.lens], found[self.own]
+            self._ends[device] = borders[self.lens], borders[self.own]
         return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
@@ -246,14 +246,14 @@ class Documents:
         (documents,); keys (S,).
         """
         j = torch.arange(len(document), device=document.device)
-        own = begins + torch.tensor(self.starts, device=document.device)
-        i = j[j >= own[document]]  # (T,), each token's key in the document that it is of
+        first = begins + torch.tensor(self.starts, device=document.device)
+        i = j[j >= first[document]]  # (T,), each token's key in the document that it is of
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j
         # a token is a key of several documents, of which a query sees one
-        found = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
-        return found.index_add_(1, keys, seen.byte()).bool()[None, None]
+        mask = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
+        return mask.index_add_(1, keys, seen.byte()).bool()[None, None]
 
 
 def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:

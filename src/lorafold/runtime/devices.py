@@ -30,14 +30,14 @@ def gpus() -> list[Gpu]:
     import torch
 
     cuda = torch.cuda
-    found = [
+    devices = [
         Gpu(
             f"cuda:{i}", cuda.get_device_name(i), *cuda.mem_get_info(i),
             cuda.get_device_capability(i),
         )
         for i in range(cuda.device_count() if cuda.is_available() else 0)
     ]  # fmt: skip
-    return found + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
+    return devices + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
 
 
 def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":

@@ -115,14 +115,14 @@ class Killable:
 
     def _read(self, size: int, until: float) -> bytes:
         assert self._process.stdout is not None
-        found, pipe = bytearray(), self._process.stdout.fileno()
-        while len(found) < size:
+        content, pipe = bytearray(), self._process.stdout.fileno()
+        while len(content) < size:
             self._wait(pipe, select.POLLIN, until)
-            part = os.read(pipe, min(size - len(found), 1 << 20))
+            part = os.read(pipe, min(size - len(content), 1 << 20))
             if not part:
                 raise Died(self._process.wait())
-            found += part
-        return bytes(found)
+            content += part
+        return bytes(content)
 
     def _wait(self, pipe: int, event: int, until: float) -> None:
         poll = select.poll()

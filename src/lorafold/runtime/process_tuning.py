@@ -38,8 +38,8 @@ def wishes() -> dict[str, str]:
     """The variables, with their values, that this process should have and does not."""
     if os.environ.get(SWITCH) == "off" or platform.libc_ver()[0] != "glibc":
         return {}
-    asked = HUGE_PAGES if huge_pages() == "madvise" else {}
-    return {name: value for name, value in (WISHES | asked).items() if name not in os.environ}
+    pages = HUGE_PAGES if huge_pages() == "madvise" else {}
+    return {name: value for name, value in (WISHES | pages).items() if name not in os.environ}
 
 
 def huge_pages() -> str | None:
@@ -47,8 +47,8 @@ def huge_pages() -> str | None:
     does not say.
     """
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    found = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
-    return found and found[1]
+    chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    return chosen and chosen[1]
 
 
 def restart_tuned() -> None:

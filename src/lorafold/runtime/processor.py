@@ -82,8 +82,8 @@ class Neighbours:
         # a guest's time is in user's already
         working = ("user", "system", "nice", "irq", "softirq")
         busy = sum(getattr(every[n], k, 0) for n in here if n < len(every) for k in working)
-        own = self._process.cpu_times()
-        return time.perf_counter(), busy, own.user + own.system
+        process = self._process.cpu_times()
+        return time.perf_counter(), busy, process.user + process.system
 
 
 def busy_elsewhere(seconds: float) -> float:

@@ -120,11 +120,11 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     best = progress.best
     better = best if best != progress.step else None  # where it was an earlier step
     ends = request.recipe.stops or progress.step < plan.feed.steps
-    kept = better if better is not None and ends else progress.step
+    saved_step = better if better is not None and ends else progress.step
     peaks = [n for n in processes.gather(peak_bytes(plan.device)) if n is not None]
     result = Trained(
         train_loss=mean_of_last(progress.losses),
-        eval_loss=progress.evals.get(kept),
+        eval_loss=progress.evals.get(saved_step),
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         peak_bytes=max(peaks, default=None),
         trainable_parameters=sum(p.numel() for p in adapter.parameters()),
@@ -132,7 +132,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         seconds=progress.seconds,
         adapter=str(request.out),
         losses=progress.losses,
-        figures=progress.measured.get(kept, {}),
+        figures=progress.measured.get(saved_step, {}),
         frozen=unreached(adapter.model, adapter.sites).as_json(),
         files=request.data.record.get("files", {}),
         data=setup.findings.as_json(),
@@ -148,13 +148,13 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
     with freed_blocks(RETURNED):
-        if kept == progress.step:
+        if saved_step == progress.step:
             write(request.out, record)
         if better is not None:
             _, tensors, _ = run.load(run.checkpoints()[better])
             adapter.load_state_dict(tensors)
-            write(request.out if kept == better else run.best, record | {"step": better})
-    if better is None or kept == better:
+            write(request.out if saved_step == better else run.best, record | {"step": better})
+    if better is None or saved_step == better:
         remove(run.best)  # of the run that this one replaces
     remove(run.path)
     processes.gather(None)
@@ -285,8 +285,8 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
         targets, names = adapter.matches.paths, set(saved.weights.names)
         wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
-        for key, own in saved_tensors(sites_of(model, parts, targets, base)).items():
-            if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
+        for key, piece in saved_tensors(sites_of(model, parts, targets, base)).items():
+            if key not in names or not saved.weights.get(key).equal(piece.encoded().cpu()):
                 wrong.append(key)
     if wrong:
         raise LorafoldError(

@@ -185,14 +185,14 @@ class AdapterCallback(TrainerCallback):
         self._saved_step = state.global_step
 
     def _check_model(self, model: nn.Module) -> None:
-        name, own = self.adapter.name, {id(p) for p in self.adapter.parameters()}
+        name, trained = self.adapter.name, {id(p) for p in self.adapter.parameters()}
         named = list(model.named_parameters())
-        if not own or not own <= {id(p) for _, p in named}:
+        if not trained or not trained <= {id(p) for _, p in named}:
             raise LorafoldError(
                 f"AdapterCallback: the trainer's model does not carry the adapter {name!r}; attach"
                 " it to the model that the trainer gets, and leave it attached"
             )
-        if others := [n for n, p in named if p.requires_grad and id(p) not in own]:
+        if others := [n for n, p in named if p.requires_grad and id(p) not in trained]:
             raise LorafoldError(
                 f"AdapterCallback saves the adapter {name!r} alone, and {len(others)} other"
                 f" parameters of the model train as well: {listed(others)}"
@@ -202,14 +202,14 @@ class AdapterCallback(TrainerCallback):
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The checkpoint that the trainer resumed, which the state that it read there tells."""
-        own = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        path = own if self.resume_from is None else Path(self.resume_from)
+        expected = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        path = expected if self.resume_from is None else Path(self.resume_from)
         try:
-            found = TrainerState.load_from_json(str(path / TRAINER_STATE))
+            stored = TrainerState.load_from_json(str(path / TRAINER_STATE))
         except (OSError, ValueError, TypeError):
-            found = None
+            stored = None
         names = ("global_step", "epoch", "total_flos", "log_history")
-        if found is None or any(getattr(found, n) != getattr(state, n) for n in names):
+        if stored is None or any(getattr(stored, n) != getattr(state, n) for n in names):
             raise LorafoldError(
                 f"AdapterCallback: the trainer resumed another checkpoint than {path}; name it:"
                 " AdapterCallback(adapter, resume_from=...)"
@@ -234,15 +234,15 @@ class AdapterCallback(TrainerCallback):
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)
         if about.get("spec") != spec:
             wrong.append(f"it holds {about.get('spec')}, expected {spec}")
-        own, found = self.adapter.state_dict(), load_file(checkpoint / STATE / TENSORS)
+        tensors, stored = self.adapter.state_dict(), load_file(checkpoint / STATE / TENSORS)
         wrong += [
-            f"{key}: shape {list(found[key].shape)}, expected {list(tensor.shape)}"
-            for key, tensor in own.items()
-            if key in found and found[key].shape != tensor.shape
+            f"{key}: shape {list(stored[key].shape)}, expected {list(tensor.shape)}"
+            for key, tensor in tensors.items()
+            if key in stored and stored[key].shape != tensor.shape
         ]
         if wrong:
             raise LorafoldError(f"{checkpoint / STATE}: another adapter: {as_one(wrong)}")
-        self.adapter.load_state_dict(found)
+        self.adapter.load_state_dict(stored)
         logger.info(f"The adapter was restored from {checkpoint}.")
 
 
@@ -262,10 +262,10 @@ def _check_method(adapter: Adapter) -> None:
         "after_step": "acts after each step",
         "penalty": "adds a penalty to the loss",
     }
-    own = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
-    if own:
+    hooks = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
+    if hooks:
         raise LorafoldError(
-            f"AdapterCallback: {name} {' and '.join(own)}, which a trainer leaves out; train it"
+            f"AdapterCallback: {name} {' and '.join(hooks)}, which a trainer leaves out; train it"
             " with lorafold's own loop (lorafold train)"
         )
 
@@ -297,8 +297,8 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     under = below(adapter.model)
     if selection_of(adapter.model).referred == under:
         return
-    config, own = type(args).__name__, "lorafold.reference(model)"
-    how = f"ref_model={own}, or for a trainer that takes none trainer.ref_model = {own}"
+    config, made = type(args).__name__, "lorafold.reference(model)"
+    how = f"ref_model={made}, or for a trainer that takes none trainer.ref_model = {made}"
     if under:
         raise LorafoldError(
             f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by the"

@@ -104,12 +104,12 @@ def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
     return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **options)
 
 
-def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
+def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
     """Raise LorafoldError if an 8-bit optimizer is asked for and one of the dtypes has 16 bits."""
-    found = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
-    if asked not in ("auto", "adamw") and found:
+    narrow = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
+    if name not in ("auto", "adamw") and narrow:
         raise LorafoldError(
-            f"optimizer {asked} rounds updates to the nearest, and weights in {' and '.join(found)}"
+            f"optimizer {name} rounds updates to the nearest, and weights in {' and '.join(narrow)}"
             " would lose those under half a unit; expected optimizer adamw, or base fp32"
         )
 

@@ -115,15 +115,16 @@ def _free(module: nn.Module) -> bool:
     input.
     """
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
-    own = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
+    unchanged = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
     # one input: some norms take a gate as well, which the fused norm does not
-    return own and len(inspect.signature(module.forward).parameters) == 1
+    return unchanged and len(inspect.signature(module.forward).parameters) == 1
 
 
 def _put(stack: ExitStack, owner: Any, name: str, forward: Forward) -> None:
     """Set owner.name to `forward` until the stack unwinds."""
-    own, before = name in vars(owner), getattr(owner, name)
-    stack.callback(setattr, owner, name, before) if own else stack.callback(delattr, owner, name)
+    before = getattr(owner, name)
+    undo = (setattr, owner, name, before) if name in vars(owner) else (delattr, owner, name)
+    stack.callback(*undo)
     setattr(owner, name, forward)
 
 
@@ -170,7 +171,7 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
         return None
     gate, up, down, act = map(parts.__getitem__, names)
     z = torch.linspace(-6, 6, 97)
-    known = next((name for name, own in ACTIVATIONS.items() if _agree(own.forward, act, z)), None)
+    known = next((name for name, f in ACTIVATIONS.items() if _agree(f.forward, act, z)), None)
     width = getattr(gate, "in_features", None)
     if known is None or not isinstance(width, int):
         return None
@@ -216,9 +217,9 @@ def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -
     if not known or (fused := rotation(plain.__globals__[ROTARY])) is None:
         return None
     names = {**plain.__globals__, ROTARY: fused}
-    own = FunctionType(plain.__code__, names, "forward", plain.__defaults__, plain.__closure__)
-    own.__kwdefaults__ = plain.__kwdefaults__
-    return MethodType(own, module)
+    copied = FunctionType(plain.__code__, names, "forward", plain.__defaults__, plain.__closure__)
+    copied.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(copied, module)
 
 
 def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:

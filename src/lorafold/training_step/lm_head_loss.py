@@ -72,12 +72,12 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
         key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
         same = known is not None and known.model() is model and known.weight() is w
         if known is None or not same or known.key != key:
-            own = linear.logits(h)
-            agree = own.shape == logits.shape
+            z = linear.logits(h)
+            agree = z.shape == logits.shape
             if agree:  # but for rounding
-                wide = logits.to(torch.promote_types(own.dtype, torch.float32))
-                off = (own.to(wide) - wide).norm()
-                agree = bool(off <= 4 * torch.finfo(own.dtype).eps * wide.norm())
+                wide = logits.to(torch.promote_types(z.dtype, torch.float32))
+                off = (z.to(wide) - wide).norm()
+                agree = bool(off <= 4 * torch.finfo(z.dtype).eps * wide.norm())
             _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
     return linear if known.agree else None
 
@@ -134,9 +134,9 @@ def document_losses(
     if is_fake(labels):
         losses, of = token_losses(model, labels, inputs), document.flatten()
     else:
-        own = on_host(labels).masked_fill(on_host(document) < 0, NO_LOSS)
-        losses = token_losses(model, sent(own, labels.device), inputs)
-        of = sent(at_labels(document, own), losses.device)
+        counted = on_host(labels).masked_fill(on_host(document) < 0, NO_LOSS)
+        losses = token_losses(model, sent(counted, labels.device), inputs)
+        of = sent(at_labels(document, counted), losses.device)
     return (
         losses.new_zeros(n).index_add(0, of, losses),
         of.new_zeros(n).index_add(0, of, torch.ones_like(of)),
@@ -254,16 +254,16 @@ def _leaves(y: Tensor) -> list[Tensor]:
     """Return the leaf tensors that y depends on and that require gradients: the trained tensors of
     the head, in whichever module they are.
     """
-    found, seen, ahead = [], set(), [y.grad_fn]
+    leaves, seen, ahead = [], set(), [y.grad_fn]
     while ahead:
         node: Any = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         ahead.extend(parent for parent, _ in node.next_functions)
-    return found
+    return leaves
 
 
 def balances(model: Any) -> bool:

@@ -57,13 +57,13 @@ def param_groups(
 
 def matrices_in(delta: nn.Module) -> set[nn.Parameter]:
     """The parameters that are matrices, or entries of such."""
-    found = set[nn.Parameter]()
+    matrices = set[nn.Parameter]()
     for module in delta.modules():
         vectors, entries = (getattr(module, f"{kind}_names", ()) for kind in ("vector", "entry"))
         for name, p in module.named_parameters(recurse=False):
             if (p.ndim > 1 and name not in vectors) or name in entries:
-                found.add(p)
-    return found
+                matrices.add(p)
+    return matrices
 
 
 def sum_in_fp32(model: nn.Module) -> None:
@@ -80,12 +80,12 @@ def rates(groups: list[dict], lr: float) -> str:
     """Return a line with the peak learning rates, as in "learning rate: 2e-4; up factors (LoRA+)
     3e-3", in which the up factors are named if their rate is another one.
     """
-    told = dict[str, None]()
+    texts = dict[str, None]()
     for group in groups:
         digits, _, power = f"{group['peak']:e}".partition("e")
         of = f"{group['of']} " if group["peak"] != lr else ""
-        told[f"{of}{float(digits):g}e{int(power)}"] = None
-    return f"learning rate: {'; '.join(told)}"
+        texts[f"{of}{float(digits):g}e{int(power)}"] = None
+    return f"learning rate: {'; '.join(texts)}"
 
 
 def warm_steps(recipe: Any, steps: int) -> int:
@@ -115,12 +115,12 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     A Python number becomes a scalar tensor. A tensor that several parameters share is stored once,
     with the first of them.
     """
-    found: dict[int, tuple[str, Tensor]] = {}  # by the identity of the value
+    tensors: dict[int, tuple[str, Tensor]] = {}  # by the identity of the value
     for i, p in enumerate(parameters(optimizer.param_groups)):
         for name, value in optimizer.state.get(p, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            found.setdefault(id(tensor), (f"{i}.{name}", tensor))
-    return dict(found.values())
+            tensors.setdefault(id(tensor), (f"{i}.{name}", tensor))
+    return dict(tensors.values())
 
 
 def restore_optimizer(

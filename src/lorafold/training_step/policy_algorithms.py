@@ -85,17 +85,17 @@ class PolicyLaw(ABC):
     scale: Literal["group", "batch", "none"] = "none"
 
     @abstractmethod
-    def surrogate(self, drawn: Drawn) -> Tensor:
+    def surrogate(self, tokens: Drawn) -> Tensor:
         """The loss of each token without the KL, (n,)."""
 
-    def loss(self, drawn: Drawn) -> Tensor:
+    def loss(self, tokens: Drawn) -> Tensor:
         """The loss of each token, (n,), in nats."""
-        loss = self.surrogate(drawn)
-        return loss + self.beta * drawn.ratios * drawn.kl if self.beta else loss
+        loss = self.surrogate(tokens)
+        return loss + self.beta * tokens.ratios * tokens.kl if self.beta else loss
 
-    def clipped(self, drawn: Drawn) -> Tensor:
+    def clipped(self, tokens: Drawn) -> Tensor:
         """Whether the loss of each token has no gradient, since its ratio went too far, (n,)."""
-        return torch.zeros_like(drawn.logps, dtype=torch.bool)
+        return torch.zeros_like(tokens.logps, dtype=torch.bool)
 
     def baseline(self, rewards: Tensor) -> Tensor:
         """What is subtracted from rewards (groups, k): the mean of the group."""
@@ -105,12 +105,12 @@ class PolicyLaw(ABC):
         """The advantages (groups, k) of rewards (groups, k). A reward that is NaN has no part in
         those of others, and an advantage of 0, as one has that is alone in its group.
         """
-        found = rewards - self.baseline(rewards)
+        advantages = rewards - self.baseline(rewards)
         if self.scale == "group":
-            found = found / (deviation(rewards) + TINY)
+            advantages = advantages / (deviation(rewards) + TINY)
         elif self.scale == "batch":
-            found = found / (deviation(rewards.view(1, -1)) + TINY)
-        return found.where(~found.isnan(), 0.0)
+            advantages = advantages / (deviation(rewards.view(1, -1)) + TINY)
+        return advantages.where(~advantages.isnan(), 0.0)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -121,8 +121,8 @@ class Reinforce(PolicyLaw):
         loss_t = -A log pi(y_t)
     """
 
-    def surrogate(self, drawn: Drawn) -> Tensor:
-        return -drawn.advantages * drawn.logps
+    def surrogate(self, tokens: Drawn) -> Tensor:
+        return -tokens.advantages * tokens.logps
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -157,16 +157,16 @@ class Ppo(PolicyLaw):
         """The least and the greatest ratio."""
         return 1 - self.clip, 1 + (self.clip if self.clip_high is None else self.clip_high)
 
-    def ratios(self, drawn: Drawn) -> Tensor:
+    def ratios(self, tokens: Drawn) -> Tensor:
         """The ratio of each token, (n,)."""
-        return drawn.ratios
+        return tokens.ratios
 
-    def surrogate(self, drawn: Drawn) -> Tensor:
-        w, a = self.ratios(drawn), drawn.advantages
+    def surrogate(self, tokens: Drawn) -> Tensor:
+        w, a = self.ratios(tokens), tokens.advantages
         return -torch.minimum(w * a, w.clamp(*self.bounds) * a)
 
-    def clipped(self, drawn: Drawn) -> Tensor:
-        w, a = self.ratios(drawn), drawn.advantages
+    def clipped(self, tokens: Drawn) -> Tensor:
+        w, a = self.ratios(tokens), tokens.advantages
         low, high = self.bounds
         return ((w < low) & (a < 0)) | ((w > high) & (a > 0))
 
@@ -192,8 +192,8 @@ class Gspo(Grpo):
     clip: Share = 3e-4
     clip_high: Annotated[float, Field(gt=0)] | None = 4e-4
 
-    def ratios(self, drawn: Drawn) -> Tensor:
-        return drawn.mean(drawn.logps - drawn.drawn).exp()
+    def ratios(self, tokens: Drawn) -> Tensor:
+        return tokens.mean(tokens.logps - tokens.drawn).exp()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -207,6 +207,6 @@ class Cispo(PolicyLaw):
     scale: Literal["group", "batch", "none"] = "group"
     clip_high: Annotated[float, Field(gt=0)] = 4.0
 
-    def surrogate(self, drawn: Drawn) -> Tensor:
-        weight = drawn.ratios.detach().clamp(max=1 + self.clip_high)
-        return -weight * drawn.advantages * drawn.logps
+    def surrogate(self, tokens: Drawn) -> Tensor:
+        weight = tokens.ratios.detach().clamp(max=1 + self.clip_high)
+        return -weight * tokens.advantages * tokens.logps

@@ -132,7 +132,7 @@ class Policy(BranchedLoss):
     def count(self, example: Rollout) -> int:
         if self.law.average == "tokens":
             counted = zip(example.drawn, example.counted, strict=True)
-            return sum(len(drawn) for drawn, counts in counted if counts)
+            return sum(len(logprobs) for logprobs, counts in counted if counts)
         return sum(example.counted)
 
     def learns(self, example: Rollout) -> bool:
@@ -143,15 +143,15 @@ class Policy(BranchedLoss):
         """What `laid_out` has, with `drawn` (n,) a token, and `advantages` and `weights` (k,) a
         completion: what its tokens count in the sum.
         """
-        found = self.laid_out(examples)
-        drawn = torch.tensor([p for e in examples for own in e.drawn for p in own])
-        found["drawn"] = drawn[self.order(examples)]
-        found["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
+        inputs = self.laid_out(examples)
+        logprobs = torch.tensor([p for e in examples for own in e.drawn for p in own])
+        inputs["drawn"] = logprobs[self.order(examples)]
+        inputs["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
         lengths = torch.tensor([len(own) for e in examples for own in e.drawn])
         over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
-        found["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
-        return {name: sent(x, device) for name, x in found.items()}
+        inputs["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
+        return {name: sent(x, device) for name, x in inputs.items()}
 
     def begin(self, update: int) -> None:
         """Be told that the examples of a step come, for the first time (0) or again: then ratios
@@ -192,14 +192,14 @@ class Policy(BranchedLoss):
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
         """What the step saw in all processes, once."""
-        found, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
-        return found.figures(bool(self.law.beta))
+        statistics, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
+        return statistics.figures(bool(self.law.beta))
 
-    def _compare(self, logps: Tensor, drawn: Tensor, reference: Callable[[], Tensor]) -> None:
+    def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
         """Add to what was seen."""
         if not len(logps):
             return
-        difference = (logps - drawn).abs()
+        difference = (logps - sampled).abs()
         self.seen.compared += len(difference)
         self.seen.difference += float(difference.sum())
         self.seen.largest = max(self.seen.largest, float(difference.max()))
@@ -213,7 +213,7 @@ class Policy(BranchedLoss):
         if (mean := float(difference.mean())) <= self.bound:
             return
         by = "other weights, of another step, adapter or base"
-        if float((reference() - drawn).abs().mean()) <= self.bound:
+        if float((reference() - sampled).abs().mean()) <= self.bound:
             by = "the model without the adapter that trains"
         raise LorafoldError(
             f"completions were drawn by {by}: found log-probabilities that differ by {mean:.3g} a"

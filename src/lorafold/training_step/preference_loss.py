@@ -78,11 +78,11 @@ class Preferences(BranchedLoss):
 
     def tensors(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
         """What `laid_out` has, with `reference` (n, k) and `desirable` (n,)."""
-        found = self.laid_out(examples)
-        found["desirable"] = torch.tensor([e.desirable for e in examples])
+        tensors = self.laid_out(examples)
+        tensors["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.law.has_reference and all(e.reference for e in examples):
-            found["reference"] = torch.tensor([e.reference for e in examples])
-        return {name: sent(x, device) for name, x in found.items()}
+            tensors["reference"] = torch.tensor([e.reference for e in examples])
+        return {name: sent(x, device) for name, x in tensors.items()}
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.
@@ -105,15 +105,15 @@ class Preferences(BranchedLoss):
         others = [one.some(slice(self.law.trained, None)) for one in (*examples, *idle)]
         if not all(one.branches for one in others):
             return {}
-        found = torch.zeros(2, device=self.device)
+        sums = torch.zeros(2, device=self.device)
         groups = [*self.groups(others[: len(examples)])]
         more = passes(len(groups)) - len(groups)
         with evaluating(self):
             for group in groups + [[len(examples)]] * more:
                 tensors = self.tensors([others[i] for i in group], self.device)
                 ratios = self._scored(True, **tensors).ratios
-                found += moved(ratios) if group[0] < len(examples) else 0
-        return {"mismatched": found}
+                sums += moved(ratios) if group[0] < len(examples) else 0
+        return {"mismatched": sums}
 
     def _scored(
         self, refer: bool, labels: Tensor, desirable: Tensor, reference: Tensor | None = None,
@@ -147,8 +147,8 @@ class Preferences(BranchedLoss):
         """Yield the index and the log-probabilities under the reference of each example."""
         for group in self.groups(examples):
             with evaluating(self), self.below():
-                found = self.scored([examples[i] for i in group]).logps
-            yield from zip(group, found.tolist(), strict=True)
+                logps = self.scored([examples[i] for i in group]).logps
+            yield from zip(group, logps.tolist(), strict=True)
 
     def scored(self, examples: Sequence[Branched]) -> Scored:
         """The log-probabilities of the examples under the model as it is, with their references."""

@@ -230,13 +230,13 @@ class Sharded(Replicated):
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
         others = {one.storage._cdata for one in self._owned.values() if not one.mine}
-        own = {
+        here = {
             name: (tuple(t.shape), t.dtype)
             for name, t in state.items()
             if t.untyped_storage()._cdata not in others
         }
         pieces: dict[str, PendingTensor] = {}
-        for index, there in enumerate(self.processes.gather(own)):
+        for index, there in enumerate(self.processes.gather(here)):
             for name, form in there.items():
                 if name not in pieces:
                     pieces[name] = self._piece(state.get(name), *form, index)

@@ -224,10 +224,10 @@ def divide(
     """
     for one in _inside(t):
         storage, content = one.untyped_storage(), None
-        own = storage.resizable()
-        if storage._cdata in known or (storage.nbytes() if own else one.nbytes) < LEAST:
+        resizable = storage.resizable()
+        if storage._cdata in known or (storage.nbytes() if resizable else one.nbytes) < LEAST:
             continue
-        if not own or one.device != device:
+        if not resizable or one.device != device:
             if not one.is_contiguous():
                 continue
             content = one.detach().view(-1).view(torch.uint8)
@@ -263,7 +263,7 @@ def parted_in(
     module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
 ) -> list[Shard]:
     """The shards of the module's large frozen tensors that are not taken, which then are."""
-    found = list[Shard]()
+    shards = list[Shard]()
     unmap(module)
     for t in _frozen(module):
         storage = t.untyped_storage()
@@ -271,8 +271,8 @@ def parted_in(
         if storage._cdata in taken or (shard is None and storage.nbytes() < LEAST):
             continue
         taken.add(storage._cdata)
-        found.append(Parted(storage, processes) if shard is None else shard)
-    return found
+        shards.append(Parted(storage, processes) if shard is None else shard)
+    return shards
 
 
 def unmap(module: nn.Module) -> None:

@@ -67,8 +67,8 @@ class BranchedLoss(Loss):
         """Whether it pays that those whose prompts begin alike are in one micro-batch."""
         if self.how is None or not self.how.across or not self.shared_in(examples):
             return False
-        apart = sum(map(self._own_size, examples))
-        return len(self._forest([self.trained(e) for e in examples]).ids) <= PAYS * apart
+        each = sum(map(self._own_size, examples))
+        return len(self._forest([self.trained(e) for e in examples]).ids) <= PAYS * each
 
     def _own_size(self, example: Branched) -> int:
         return self.size(self.trained(example))
@@ -128,11 +128,11 @@ class BranchedLoss(Loss):
         return forest(documents, limits, None if across else rows)
 
     def rows_of(self, examples: Sequence[Branched]) -> list[Array]:
-        own = super().rows_of(examples)
+        rows = super().rows_of(examples)
         if self.how is None or not self.how.across:
-            return own
+            return rows
         prompts = leaders([e.shared for e in examples])
-        return [np.append(*pair) for pair in zip(prompts, own, strict=True)]
+        return [np.append(*pair) for pair in zip(prompts, rows, strict=True)]
 
     def names(
         self, examples: Sequence[Branched], rows: Sequence[Array], inputs: Mapping[str, Tensor]
@@ -160,14 +160,14 @@ class BranchedLoss(Loss):
         """The indices of examples in batches of at most `tokens` together, in which those that
         begin alike meet, where that pays; the others are among those of similar length.
         """
-        found, rest = list[list[int]](), list[int]()
+        batches, rest = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):
             window = range(first, min(first + WINDOW, len(examples)))
             some = [examples[i] for i in window]
             if self.meet(some):
                 prompt, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
-                found += map(list, alike(window, 1, self.tokens, prompt, size))
+                batches += map(list, alike(window, 1, self.tokens, prompt, size))
             else:
                 rest += window
         sizes = {i: self.size(examples[i]) for i in rest}
-        return found + similar_lengths(rest, sizes.__getitem__, self.tokens)
+        return batches + similar_lengths(rest, sizes.__getitem__, self.tokens)

@@ -137,9 +137,9 @@ def shares(model: PreTrainedModel) -> bool:
     computes them alone. The model and the random state stay unchanged.
     """
     lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
-    own = slice(starts[1], lens[0])  # what the first row shares with none
-    ids = random_ids(model, sum(lens) - sum(starts) + own.stop - own.start)
-    ids, others = ids[: own.start - own.stop], ids[own.start - own.stop :]
+    unshared = slice(starts[1], lens[0])  # what the first row shares with none
+    ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
+    ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
     branches = Branching(packs=True, shares=True)
     docs = Documents.forest(lens, starts, ids.device)
     assert docs.keys is not None
@@ -150,11 +150,11 @@ def shares(model: PreTrainedModel) -> bool:
             alone = [packed_logits(model, row, Documents((len(row),))) for row in rows]
             with attending(model, branches.mask), branches.over(docs):
                 logits = packed_logits(model, ids, docs)
-                changed = torch.cat([ids[: own.start], others, ids[own.stop :]])
+                changed = torch.cat([ids[: unshared.start], others, ids[unshared.stop :]])
                 changed = packed_logits(model, changed, docs)
     except (AttributeError, TypeError, LorafoldError):
         return False  # the decoder computes with its masks, or has others than the documents'
     expected = torch.cat([y[start:] for y, start in zip(alone, starts, strict=True)])
-    rest = slice(own.stop, None)
+    rest = slice(unshared.stop, None)
     unmoved = near(model, changed[rest], logits[rest], units=1)
     return unmoved and near(model, logits, expected, units=8)
