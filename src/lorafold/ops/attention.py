@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic, multiplying
-from lorafold.ops.autocast import Exact, lower
+from lorafold.ops.autocast import Exact, at_least_fp32, lower
 from lorafold.ops.checkpoint_segments import kept
 from lorafold.ops.kernel_requirements import FLASH, takes
 from lorafold.ops.operators import Operation, operator
@@ -98,7 +98,7 @@ def _attended_backward(
     dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
     # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
     # sum would be rounded
-    wide, tokens = torch.promote_types(k.dtype, torch.float32), len(k)
+    wide, tokens = at_least_fp32(k), len(k)
     k, v = docs.gathered(k), docs.gathered(v)
     gq = torch.empty_like(q)
     # of keys that several documents share the gradients are added up, in fp32 or wider

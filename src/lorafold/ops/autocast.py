@@ -23,6 +23,11 @@ from torch.autograd import Function
 from lorafold.ops.checkpoint_segments import once
 
 
+def at_least_fp32(x: Tensor) -> torch.dtype:
+    """The dtype of x, of any shape, or fp32 if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of x, of any shape."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)

@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lorafold.ops.arithmetic import arithmetic
-from lorafold.ops.autocast import Exact
+from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
 
 CHUNK = 256  # positions whose logits exist at a time
@@ -66,9 +66,9 @@ class _HeadCrossEntropy(Function):
         *leaves: Tensor,
     ) -> Tensor:
         into_h = ctx.needs_input_grad[0]
-        total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
+        total = h.new_zeros((), dtype=at_least_fp32(h))
         tensors = (h, *leaves) if into_h else leaves
-        wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
+        wide = [at_least_fp32(t) for t in tensors]
         grads = [torch.zeros_like(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
         for rows in runs:
             with torch.set_grad_enabled(bool(grads)):
@@ -102,7 +102,7 @@ def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) ->
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(h.dtype, torch.float32)
+        wide = at_least_fp32(h)
         return F.cross_entropy(head(h).to(wide), targets, reduction="none")
 
     # without positions, one chunk of none gives gradients of 0
@@ -208,7 +208,7 @@ KERNEL = operator(
     "linear_cross_entropy(Tensor h, Tensor targets, Tensor w, Tensor? b, float scale, float? cap,"
     " Tensor(a!) gradient, Tensor(b!) logits, Tensor(c!) block, Tensor(d!) slab) -> Tensor",
     _kernel,
-    lambda h, *args: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)),
+    lambda h, *args: h.new_empty(len(h), dtype=at_least_fp32(h)),
 )
 
 
@@ -217,7 +217,7 @@ class _LinearCrossEntropy(Exact):
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
         gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
         logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=arithmetic(h))
-        wide = torch.promote_types(h.dtype, torch.float32)  # of losses, and of their sums
+        wide = at_least_fp32(h)  # of losses, and of their sums
         block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=wide)
         slab = head.new_slab(logits)
         ctx.save_for_backward(gradient)

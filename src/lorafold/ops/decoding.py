@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.operators import Operation
 
 
@@ -101,7 +102,7 @@ def _of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
     if (kv, groups) not in known:
         m = mask[:, :, None].expand(len(mask), kv, groups, t, mask.shape[-1])
         m = m.reshape(len(mask) * kv, -1, mask.shape[-1])
-        wide = torch.promote_types(m.dtype, torch.float32)
+        wide = at_least_fp32(m)
         known[kv, groups] = m.to(wide) if t == 1 else m
     return known[kv, groups]
 

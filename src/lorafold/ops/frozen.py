@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.core.scatter_add import scatter_added
 from lorafold.ops.arithmetic import arithmetic, narrowed, product, transposed_product
-from lorafold.ops.autocast import Exact
+from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.dropout import EMPTY, Dropped
 
 Read = Callable[[torch.dtype], Tensor]  # dtype -> W (out, in)
@@ -149,7 +149,7 @@ def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
     dtype = arithmetic(x)
     if g.device.type != "cpu" or FEW * len(at) > g.shape[1] * x.shape[1]:
         return (g.to(dtype).t() @ x.to(dtype)).flatten()[at]
-    columns, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    columns, wide = x.shape[1], at_least_fp32(x)
     gt, xt = g.t().contiguous(), x.t().contiguous()
     sums = []
     for part in at.split(max(1, BLOCK // len(x))):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.autocast import Exact
+from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
 
 
@@ -38,7 +38,7 @@ def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def _norm_gradient(gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = at_least_fp32(x)
     xw = x.to(wide)
     squares = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_()
     r = squares.div_(x.shape[-1]).add_(eps).rsqrt_()

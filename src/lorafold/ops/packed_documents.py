@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, groupby, repeat
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +45,8 @@ class Tile(NamedTuple):
     def own(self, x_THD: Tensor) -> Tensor:
         """The view (n, hi - lo, H, D) of the tile's queries in a tensor of all queries."""
         each = self.length - self.start
-        return x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))[
-            :, self.lo - self.start : self.hi - self.start
-        ]
+        own = x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))
+        return own[:, self.lo - self.start : self.hi - self.start]
 
     @property
     def seen(self) -> slice:
@@ -64,14 +63,12 @@ class Tile(NamedTuple):
         follow each other.
         """
         by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(
-            self.n * kv_heads, -1, x_THD.shape[-1]
-        )
+        copy = by_group.to(dtype, memory_format=torch.contiguous_format)
+        return copy.reshape(self.n * kv_heads, -1, x_THD.shape[-1])
 
     def keys(self, x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy (n * Hk, length, D), in that dtype, of all keys or values of its documents."""
-        every = self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format)
-        return every.flatten(0, 1)
+        return self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
         """Write part (n * Hk, G * t, D), laid out as by `queries`, to its place in x_THD."""
@@ -96,7 +93,7 @@ class Documents:
 
     lens: tuple[int, ...]
     window: int | None = None
-    starts: tuple[int, ...] | None = None
+    starts: tuple[int, ...] = ()  # zeros, unless they are given
     keys: Tensor | None = field(default=None, repr=False, compare=False)
     # the same documents without tokens in front, and how many keys these add in all
     behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
@@ -106,6 +103,9 @@ class Documents:
     _masks: dict[tuple[Any, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", self.starts or (0,) * len(self.lens))
 
     @classmethod
     def forest(
@@ -129,15 +129,12 @@ class Documents:
 
     def positions(self) -> Tensor:
         """The position of each token in its document, (1, T), on the CPU."""
-        starts = repeat(0) if self.starts is None else self.starts
-        ranges = [torch.arange(*ends) for ends in zip(starts, self.lens, strict=False)]
+        ranges = [torch.arange(*ends) for ends in zip(self.starts, self.lens, strict=True)]
         return torch.cat(ranges)[None]
 
     @property
     def own(self) -> tuple[int, ...]:
         """The number of each document's own tokens; their sum is that of all queries."""
-        if self.starts is None:
-            return self.lens
         return tuple(n - start for n, start in zip(self.lens, self.starts, strict=True))
 
     @cached_property
@@ -179,11 +176,9 @@ class Documents:
         each. They are copied once for all layers.
         """
         if device not in self._ends:
-            borders = {
-                lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
-                for lens in {self.lens, self.own}
-            }
-            self._ends[device] = borders[self.lens], borders[self.own]
+            borders = (torch.tensor([0, *accumulate(n)]) for n in (self.lens, self.own))
+            of_keys, of_queries = (sent(x.to(torch.int32), device) for x in borders)
+            self._ends[device] = of_keys, of_queries
         return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
@@ -193,8 +188,7 @@ class Documents:
         a batch of documents of one length is one batched product.
         """
         at = key_at = 0
-        starts = repeat(0) if self.starts is None else self.starts
-        for (length, start), equal in groupby(zip(self.lens, starts, strict=False)):
+        for (length, start), equal in groupby(zip(self.lens, self.starts, strict=True)):
             n = len(list(equal))
             for lo in range(start, length, TILE):
                 first = 0 if self.window is None else max(0, lo + 1 - self.window)
@@ -267,7 +261,7 @@ def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Docum
     return Documents(
         tuple(n + each for each in docs.lens),
         None,
-        tuple(n + start for start in docs.starts or repeat(0, len(docs.lens))),
+        tuple(n + start for start in docs.starts),
         sent(torch.cat([part for pair in parts for part in pair]), device),
         (docs, n * batch),
     )

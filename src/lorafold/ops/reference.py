@@ -23,13 +23,12 @@ def document_attention(
     q (T, H, D); k (T, Hk, D); v (T, Hk, Dv).
     """
     lens, window = list(docs.lens), docs.window
-    queries = [n - start for n, start in zip(lens, docs.starts or [0] * len(lens), strict=True)]
     k, v = (x if docs.keys is None else x[docs.keys] for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = []
     # (H, t, D)
     for qi, ki, vi in zip(
-        q.transpose(0, 1).split(queries, 1),
+        q.transpose(0, 1).split(list(docs.own), 1),
         k.transpose(0, 1).split(lens, 1),
         v.transpose(0, 1).split(lens, 1),
         strict=True,

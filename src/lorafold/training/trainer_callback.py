@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class AdapterCallback(TrainerCallback):
         self.adapter, self.out, self.overwrite = adapter, out, overwrite
         self.resume_from, self.own_reference = resume_from, own_reference
         self._saved_step = -1
-        self._kept_out: BaseKeptOut | None = None
+        self._base: BaseKeptOut | None = None
 
     @staticmethod
     def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -112,7 +113,7 @@ class AdapterCallback(TrainerCallback):
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         self._check_model(kwargs["model"])
         # a run that is resumed loads the empty weights before it begins
-        self._kept_out = BaseKeptOut(kwargs["model"])
+        self._base = BaseKeptOut(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,7 +123,7 @@ class AdapterCallback(TrainerCallback):
         self._check_model(kwargs["model"])
         if not self.own_reference:
             check_reference(self.adapter, args)
-        self._kept_out = self._kept_out or BaseKeptOut(kwargs["model"])
+        self._base = self._base or BaseKeptOut(kwargs["model"])
         resumed = state.global_step > 0
         if args.should_save:
             check_out(self._out(args), self.overwrite or resumed)
@@ -157,9 +158,9 @@ class AdapterCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._kept_out is not None:
-            self._kept_out.end()
-            self._kept_out = None
+        if self._base is not None:
+            self._base.end()
+            self._base = None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._restore(Path(state.best_model_checkpoint))
         if args.should_save:
@@ -169,8 +170,8 @@ class AdapterCallback(TrainerCallback):
         return Path(self.out) if self.out is not None else Path(str(args.output_dir)) / ADAPTER
 
     def _base_stays_out(self, yes: bool) -> None:
-        if self._kept_out is not None:
-            self._kept_out.switch(yes)
+        if self._base is not None:
+            self._base.switch(yes)
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         if not args.should_save or self._saved_step == state.global_step:
@@ -217,14 +218,14 @@ class AdapterCallback(TrainerCallback):
         return path
 
     def _restore(self, checkpoint: Path) -> None:
-        """Gives the adapter the tensors of a checkpoint, in place, since the optimizer has them."""
+        """Give the adapter the tensors of a checkpoint, in place, since the optimizer has them."""
         for part in (ADAPTER, STATE):
             if problems := verify(checkpoint / part):
                 good = self.last_checkpoint(checkpoint.parent)
-                where = f"the last complete checkpoint is {good}" * bool(good)
+                last = f"the last complete checkpoint is {good}" * bool(good)
                 raise LorafoldError(
                     f"{checkpoint / part}: no adapter that could be resumed:"
-                    f" {as_one(problems)}; {where or 'there is no complete checkpoint'}"
+                    f" {as_one(problems)}; {last or 'there is no complete checkpoint'}"
                 )
         saved = Saved.open(checkpoint / ADAPTER)
         model = self.adapter.model
@@ -271,11 +272,10 @@ def _check_method(adapter: Adapter) -> None:
 
 
 def _complete(checkpoint: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError):
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return not any(verify(checkpoint / part) for part in (ADAPTER, STATE))
+        return not any(verify(checkpoint / part) for part in (ADAPTER, STATE))
+    return False
 
 
 def check_reference(adapter: Adapter, args: Any) -> None:

@@ -31,6 +31,7 @@ from lorafold.core.contexts import is_fake
 from lorafold.data.examples import NO_LOSS
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import FEW
+from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import (
     LinearHead,
     chunks,
@@ -75,7 +76,7 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
             z = linear.logits(h)
             agree = z.shape == logits.shape
             if agree:  # but for rounding
-                wide = logits.to(torch.promote_types(z.dtype, torch.float32))
+                wide = logits.to(at_least_fp32(z))
                 off = (z.to(wide) - wide).norm()
                 agree = bool(off <= 4 * torch.finfo(z.dtype).eps * wide.norm())
             _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
+from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host_tensors import on_host, sent
 from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_of, until_head
@@ -43,7 +44,7 @@ def compared(
     h, targets, *_ = until_head(model, labels, inputs)
     with other():
         h_other, *_ = until_head(model, labels, inputs)
-    wide = torch.promote_types(h.dtype, torch.float32)
+    wide = at_least_fp32(h)
     losses, others = (h.new_empty(len(h), dtype=wide) for _ in range(2))
     kl = losses.new_zeros(())
     for run in chunks(len(h)):
