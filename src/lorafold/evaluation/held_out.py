@@ -97,7 +97,7 @@ def sharing(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
                 yield [first + i for i in part]
 
 
-def padding_of(model: PreTrainedModel) -> int:
+def pad_id_of(model: PreTrainedModel) -> int:
     """The token that pads short texts."""
     pad_id: int | None = model.config.get_text_config().pad_token_id
     if pad_id is None:

@@ -28,7 +28,7 @@ from lorafold.data.shapes import PAIRS
 from lorafold.evaluation.held_out import Progress, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.model_card import within
-from lorafold.training_step.preference_algorithms import Scored, moved
+from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
 
 
@@ -115,7 +115,7 @@ def preference_figures(
     known = whole.reference is not None
     rewarded = known or not law.has_reference
     # over all rows, as training measures it over those of a step
-    losses = law.loss(whole._replace(mismatched=moved(whole.ratios[:, law.trained :])))
+    losses = law.loss(whole._replace(mismatched=ratio_sums(whole.ratios[:, law.trained :])))
     logps, ratios, rewards = (x.double() for x in (whole.logps, whole.ratios, law.rewards(whole)))
     good = torch.tensor([e.desirable for e in examples])
     paired = law.kind == PAIRS

@@ -29,7 +29,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row
-from lorafold.evaluation.held_out import by_row, padding_of, progress_bar, row_losses
+from lorafold.evaluation.held_out import by_row, pad_id_of, progress_bar, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
@@ -138,7 +138,7 @@ def evaluate_classifier(
     data = encode_labelled(rows, tokenizer, max_length, classes)
     if console and data.report.truncated:
         print_lines(console, data.report)
-    pad_id = padding_of(model)
+    pad_id = pad_id_of(model)
 
     def measured(loss: Classification, some: Sequence[LabelledExample]) -> Sequence[Tensor]:
         arguments = loss.collate(some, loss.device)

@@ -37,7 +37,7 @@ from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import Progress, padding_of, progress_bar, silent
+from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
@@ -276,7 +276,7 @@ def score_rows(
             f"{type(model).__name__} with {model.config.num_labels} outputs: expected a reward"
             " model, a sequence classifier with num_labels 1"
         )
-    pad_id = padding_of(model)
+    pad_id = pad_id_of(model)
     rows = as_checked(rows, PAIRS)
     paired = rows.give(PAIRS)
     data: Any

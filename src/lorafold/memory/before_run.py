@@ -35,7 +35,7 @@ LOOKED_AT = 64  # of the first steps, those with the most tokens
 SHARE = 0.9  # of the free memory: the rest is for what an estimate leaves out
 
 
-def planned(
+def largest_batch(
     recipe: Recipe,
     feed: BatchFeed,
     objective: Objective,
@@ -111,7 +111,7 @@ def prefix(example: Any) -> tuple[int, ...]:
     return example.shared if isinstance(example, Branched) else example.ids
 
 
-def settle(
+def choose_checkpointing(
     config: PreTrainedConfig,
     setting: Setting,
     checkpointing: bool | Literal["auto"],

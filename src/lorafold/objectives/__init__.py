@@ -110,7 +110,7 @@ def named(wanted: Iterable[str]) -> str:
     return " or ".join(wanted)
 
 
-def in_words() -> str:
+def descriptions() -> str:
     """What all objectives do, those that do the same together, as help says it."""
     names: dict[str, list[str]] = {}
     for name, declared in OBJECTIVES.items():

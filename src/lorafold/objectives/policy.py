@@ -39,7 +39,7 @@ from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, 
 from lorafold.files.model_card import JUDGED_BY, within
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
-from lorafold.objectives.algorithms import SamplingOptions, chosen, class_of
+from lorafold.objectives.algorithms import SamplingOptions, law_class, policy_options
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
@@ -71,7 +71,7 @@ TRY = (
 )  # by whether it has collapsed
 
 
-class Playing(Policy):
+class RolloutLoss(Policy):
     """The loss of a policy with what draws and judges its completions."""
 
     def __init__(
@@ -100,7 +100,7 @@ class PolicyObjective(OnPolicy):
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        law, drawing = chosen(request.name, request.beta, request.options)
+        law, drawing = policy_options(request.name, request.beta, request.options)
         if not (drawing.rewards or request.rewards):
             raise LorafoldError(
                 f"objective {request.name}: found no reward, expected one or several: --reward"
@@ -114,7 +114,7 @@ class PolicyObjective(OnPolicy):
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        kinds = (class_of(declared, policy_algorithms), SamplingOptions)
+        kinds = (law_class(declared, policy_algorithms), SamplingOptions)
         return {field.name: field.default for kind in kinds for field in fields(kind)}
 
     @property
@@ -145,7 +145,9 @@ class PolicyObjective(OnPolicy):
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.sampling.max_new_tokens)
 
-    def updates(self, examples: Sequence[Rollout], loss: Playing) -> Iterator[Sequence[Rollout]]:
+    def updates(
+        self, examples: Sequence[Rollout], loss: RolloutLoss
+    ) -> Iterator[Sequence[Rollout]]:
         for update in range(self.sampling.updates):
             loss.begin(update)
             yield examples
@@ -174,7 +176,7 @@ class PolicyObjective(OnPolicy):
         tokenizer: PreTrainedTokenizerBase,
         packing: Packing,
         console: Console,
-    ) -> Iterator[Playing]:
+    ) -> Iterator[RolloutLoss]:
         drawing = self.sampling
         with ExitStack() as stack:
             rewards = stack.enter_context(self._rewards(model, packing, console))
@@ -195,11 +197,11 @@ class PolicyObjective(OnPolicy):
                 )
             if drawing.exact:  # in the backward too, where checkpointed parts run again
                 stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
-            yield Playing(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
+            yield RolloutLoss(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
     def refer(
-        self, loss: Playing, feed: BatchFeed, held_out: Any, below: Sequence[str], console: Console,
-        layout: Replicated,
+        self, loss: RolloutLoss, feed: BatchFeed, held_out: Any, below: Sequence[str],
+        console: Console, layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
         """Open what draws, for the longest prompt of both."""
         loss.processes = layout.processes
@@ -210,7 +212,7 @@ class PolicyObjective(OnPolicy):
         return feed, held_out
 
     def examples(
-        self, step: int, planned: Sequence[TokenizedPrompt], loss: Playing
+        self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
         """The groups that the model draws of the planned prompts. Those whose rewards are alike
         count in the mean too, as in TRL. Process 0 judges for all: another may judge otherwise.
@@ -218,7 +220,7 @@ class PolicyObjective(OnPolicy):
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 
     def _rollouts(
-        self, step: int, planned: Sequence[TokenizedPrompt], loss: Playing
+        self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
         key, seconds, again = key_of(self.seed, step), defaultdict[str, float](float), 0
         judged = first = self._sample(planned, key, loss, seconds)
@@ -249,7 +251,7 @@ class PolicyObjective(OnPolicy):
             rollouts = []  # a policy that is its reference has nothing to be held back from
         return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
 
-    def measure(self, loss: Playing, held_out: PromptData) -> Measured:
+    def measure(self, loss: RolloutLoss, held_out: PromptData) -> Measured:
         """The mean reward of one completion of each prompt, always of the same draws, with its
         interval; the loss is minus that.
         """
@@ -284,8 +286,9 @@ class PolicyObjective(OnPolicy):
         return rewards_over(model, given, self.adapters, limit, packing, console)
 
     def _sample(
-        self, prompts: Sequence[TokenizedPrompt], key: int, loss: Playing, seconds: dict[str, float]
-    ) -> Rewarded:
+        self, prompts: Sequence[TokenizedPrompt], key: int, loss: RolloutLoss,
+        seconds: dict[str, float],
+    ) -> Rewarded:  # fmt: skip
         """Groups of completions with their rewards; adds the seconds that both took."""
         start = time.perf_counter()
         groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
@@ -314,7 +317,7 @@ class PolicyObjective(OnPolicy):
     def _counts(self, one: Completion) -> bool:
         return one.ended or self.sampling.truncated == "counted"
 
-    def _silent(self, judged: Rewarded, loss: Playing) -> str:
+    def _silent(self, judged: Rewarded, loss: RolloutLoss) -> str:
         """Why a step has nothing to learn, and what to try."""
         if not any(self._counts(one) for group in judged.groups for one in group):
             most = self.sampling.max_new_tokens

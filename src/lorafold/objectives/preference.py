@@ -36,7 +36,7 @@ from lorafold.evaluation.preferences import preference_figures
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.objectives import Declared
-from lorafold.objectives.algorithms import class_of, law_of
+from lorafold.objectives.algorithms import law_class, law_of
 from lorafold.objectives.objective import Objective, ObjectiveRequest, Packing
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -66,7 +66,7 @@ class Comparing(Objective):
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        law = class_of(declared, preference_algorithms)
+        law = law_class(declared, preference_algorithms)
         return {field.name: field.default for field in fields(law)}
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:

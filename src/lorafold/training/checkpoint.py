@@ -88,7 +88,7 @@ class Progress:
             n += 1
         return n
 
-    def stepped(self, figures: Mapping[str, float]) -> None:
+    def add_figures(self, figures: Mapping[str, float]) -> None:
         """Add what the step that is counted already has shown, by name. A figure that a step does
         not have, or that is no finite number, is None.
         """
@@ -98,7 +98,7 @@ class Progress:
             value = figures.get(name)
             values.append(value if value is not None and math.isfinite(value) else None)
 
-    def sampled(
+    def add_rollouts(
         self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
     ) -> dict[str, float]:
         """Add what sampling the completions of a step took, its seconds and the tokens that it
@@ -111,13 +111,13 @@ class Progress:
         for name, value in (counts | parts).items():
             self.pace[name] = self.pace.get(name, 0) + value
         if read:
-            self.read(rollouts.samples)
+            self.add_samples(rollouts.samples)
         over = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
         rates = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in over.items()}
         self.pace |= rates
         return rates
 
-    def read(self, samples: Sequence[Mapping[str, Any]]) -> None:
+    def add_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Keep completions to read, of this step, as the last ones."""
         if samples:
             now = {"step": self.step, "samples": [*samples]}
@@ -173,7 +173,7 @@ class RunDirectory:
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
-    def written(self, name: str) -> Any:
+    def recorded(self, name: str) -> Any:
         """What the run wrote down under a name, such as the day that its chat template asked for;
         None if that is nothing.
         """
@@ -224,7 +224,7 @@ class RunDirectory:
         last = f"the last good checkpoint is {good[max(good)]}" if good else ""
         return last or "no checkpoint was written yet"
 
-    def seen(self) -> str:
+    def checkpoint_label(self) -> str:
         """The last checkpoint, as a text that processes on several machines compare."""
         if not self.path.exists():
             return "none"
@@ -237,7 +237,7 @@ class RunDirectory:
             return f"step {last} (damaged)"
         return f"step {last} ({sha256(content).hexdigest()[:8]})"
 
-    def at(self, step: int) -> Path:
+    def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.path / f"step-{step:06d}"
 
@@ -249,7 +249,7 @@ class RunDirectory:
         keep: int,
     ) -> Path:
         """Write the checkpoint of `progress.step`, and remove old ones."""
-        path = self.at(progress.step)
+        path = self.path_of(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
             write_pieces(tmp / "adapter.safetensors", adapter)
             write_pieces(tmp / "optimizer.safetensors", optimizer)

@@ -40,7 +40,7 @@ from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
-from lorafold.training.loop import Plan, no_better
+from lorafold.training.loop import Plan, guessing_warning
 from lorafold.training.request import RunRequest, depends_on, free_on_resume, objective_of
 from lorafold.training.setup import Setup
 from lorafold.training_step.optim import UP
@@ -97,7 +97,7 @@ class Trained(ShownInNotebooks):
         over = f" of the last {LAST}" if len(self.losses) > LAST else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
-        warning = f"\n{no_better(self.guessing)}".rstrip()
+        warning = f"\n{guessing_warning(self.guessing)}".rstrip()
         return (
             f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
             f" {self.train_loss:z.4f}{held_out}{pace}){warning}"

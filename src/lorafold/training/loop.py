@@ -92,24 +92,26 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     eval_every = recipe.eval_every or save_every
     first_too = progress.step or isinstance(objective, OnPolicy)
     unmeasured = plan.held_out is not None and progress.step not in progress.evals and first_too
-    if unmeasured and (progress.step % eval_every == 0 or over(plan, progress)):
+    if unmeasured and (progress.step % eval_every == 0 or is_over(plan, progress)):
         measure(plan, progress, display)  # before the first step, or again after it failed
     with stop_signals() as stops:
-        while not over(plan, progress):
+        while not is_over(plan, progress):
             start = time.perf_counter()
-            with keeping(plan, progress, f"step {progress.step + 1}"):
+            with saving_on_failure(plan, progress, f"step {progress.step + 1}"):
                 examples = objective.examples(progress.step, next(rows), plan.loss)
             batches = objective.updates(examples, plan.loss)
             updates = [train_step(plan, batch, progress.step) for batch in batches]
             progress.step += 1
             note_step(plan, progress, display, examples, updates, time.perf_counter() - start)
-            evaluate = progress.step % eval_every == 0 or over(plan, progress)
+            evaluate = progress.step % eval_every == 0 or is_over(plan, progress)
             if evaluate and plan.held_out is not None:
                 measure(plan, progress, display)
             looked_at = max(warm_steps(recipe, plan.feed.steps) + RECENT, plan.feed.steps // 4)
-            if progress.step == looked_at and (line := no_better(guessed(plan, progress, first))):
-                display.note(f"step {progress.step}: so far {line}")
-            last, stop = over(plan, progress), processes.largest(stops[-1] if stops else 0)
+            if progress.step == looked_at:
+                warning = guessing_warning(versus_guessing(plan, progress, first))
+                if warning:
+                    display.note(f"step {progress.step}: so far {warning}")
+            last, stop = is_over(plan, progress), processes.largest(stops[-1] if stops else 0)
             # of a state that may be a bad one, older checkpoints are no worse
             good = progress.step not in progress.skipped
             due = (progress.step % save_every == 0 and good) or last or stop
@@ -117,12 +119,13 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
                 save(plan, progress)
                 processes.gather(None)
             if stop and not last:
+                path = plan.run.path_of(progress.step)
                 message = (
-                    f"stopped after step {progress.step}; {plan.run.at(progress.step)} is complete;"
-                    " the same command with --resume continues from it"
+                    f"stopped after step {progress.step}; {path} is complete; the same command with"
+                    " --resume continues from it"
                 )
                 raise Interrupted(message, 128 + stop)
-    progress.guessing = guessed(plan, progress, first)
+    progress.guessing = versus_guessing(plan, progress, first)
     if progress.best not in (None, progress.step):
         early = recipe.stops or progress.step < plan.feed.steps
         place = "is kept" if early else f"is in {plan.run.best}"
@@ -151,7 +154,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def over(plan: Plan, progress: Progress) -> bool:
+def is_over(plan: Plan, progress: Progress) -> bool:
     """Whether no step is left, or none that would help."""
     stalled = plan.recipe.stops and progress.stalled
     silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / plan.recipe.batch))
@@ -175,20 +178,20 @@ def note_step(
     rollouts = examples if isinstance(examples, StepRollouts) else None
     figures = dict(rollouts.figures) if rollouts is not None else {}
     figures |= {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
-    progress.stepped(figures)
+    progress.add_figures(figures)
     if rollouts is not None:
-        figures |= progress.sampled(rollouts, tokens, seconds, read=plan.held_out is None)
+        figures |= progress.add_rollouts(rollouts, tokens, seconds, read=plan.held_out is None)
     lr = plan.optimizer.param_groups[0]["lr"]
     display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
     if not math.isfinite(loss + norm):
-        skipped(plan, progress, loss, display)
+        skip_step(plan, progress, loss, display)
     if rollouts is not None and rollouts.silent:
-        tell_silent(plan, progress, display, rollouts.silent)
+        report_silence(plan, progress, display, rollouts.silent)
 
 
-def tell_silent(plan: Plan, progress: Progress, display: Display, why: str) -> None:
+def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -> None:
     """Say that no example of the last steps had a signal, and why."""
-    n, step, last = progress.quiet, progress.step, over(plan, progress)
+    n, step, last = progress.quiet, progress.step, is_over(plan, progress)
     message = f"step {step}: no group of completions of the last {n} steps has a signal: {why}"
     if n == step == QUIET:
         raise LorafoldError(f"{message}; {plan.run.last_good}")
@@ -197,7 +200,7 @@ def tell_silent(plan: Plan, progress: Progress, display: Display, why: str) -> N
 
 
 @contextmanager
-def keeping(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
+def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
     """Write a checkpoint of the last complete step where a reward fails in the `with` block, in
     process 0, and say of any error where it was.
     """
@@ -215,7 +218,7 @@ def keeping(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
 def measure(plan: Plan, progress: Progress, display: Display) -> None:
     """Measure on held-out examples."""
     compute, step = partial(plan.objective.measure, plan.loss, plan.held_out), progress.step
-    with keeping(plan, progress, f"held-out rows after step {step}"):
+    with saving_on_failure(plan, progress, f"held-out rows after step {step}"):
         measured = compute() if plan.layout.divides else plan.layout.processes.once(compute)
     loss = measured.loss
     if not math.isfinite(loss):
@@ -225,12 +228,12 @@ def measure(plan: Plan, progress: Progress, display: Display) -> None:
     progress.evals[step] = loss
     if measured.figures:
         progress.measured[step] = dict(measured.figures)
-    progress.read(measured.samples)
+    progress.add_samples(measured.samples)
     display.log({"eval_loss": loss, **measured.numbers}, step)
     display.note(f"step {step}: {measured}")
 
 
-def skipped(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
+def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
     """Count and report a skipped step."""
     progress.skipped.append(progress.step)
     n, step = progress.skipping, progress.step
@@ -241,7 +244,7 @@ def skipped(plan: Plan, progress: Progress, loss: float, display: Display) -> No
     display.note(f"step {step}: {what}, so the step is skipped")
 
 
-def guessed(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
+def versus_guessing(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
     """The `loss`, the one of `guessing`, and whether the first is `better`; empty if there were too
     few steps to say, or if the loss means nothing.
 
@@ -249,7 +252,7 @@ def guessed(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, A
     is the model before the first step, both losses are of the rows of that step, and a thousandth
     counts as rounding.
     """
-    last = progress.best if over(plan, progress) and plan.recipe.stops else None
+    last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
     recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-RECENT:]
     recent = [loss for loss in recent if math.isfinite(loss)]
     if len(recent) < FEWEST or plan.guessing == math.inf or not math.isfinite(progress.losses[0]):
@@ -275,7 +278,7 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
     return sum(losses) / max(1, sum(map(loss.count, examples)))
 
 
-def no_better(guessing: Mapping[str, Any]) -> str:
+def guessing_warning(guessing: Mapping[str, Any]) -> str:
     """A line for a user whose loss is no better than guessing; empty if it is better."""
     if guessing.get("better", True):
         return ""

@@ -118,7 +118,7 @@ def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -
     """
     recipe, began = request.recipe, None
     if request.resume and "max_length" not in recipe.model_fields_set:
-        began = RunDirectory(request.out).written("max_length")
+        began = RunDirectory(request.out).recorded("max_length")
     if isinstance(began, int):
         return replace(request, recipe=recipe.model_copy(update={"max_length": began}))
     before = sum(one.spec.positions for one in saved)

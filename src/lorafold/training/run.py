@@ -40,7 +40,7 @@ from lorafold.training.loop import Plan, fit
 from lorafold.training.progress import Display, started
 from lorafold.training.request import RunRequest, depends_on, free_on_resume
 from lorafold.training.setup import Setup, adapted_model, check_places, set_up
-from lorafold.training_step.adamw import described, make_optimizer, pick
+from lorafold.training_step.adamw import make_optimizer, optimizer_line, pick
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import Loss
 from lorafold.training_step.optim import (
@@ -152,7 +152,7 @@ def prepare(
     parts = processes.count if layout.divides else 1
     chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
     progress.optimizer = chosen.name
-    print_lines(console, described(chosen, groups, recipe.seed, parts), rates(groups, lr))
+    print_lines(console, optimizer_line(chosen, groups, recipe.seed, parts), rates(groups, lr))
     optimizer = make_optimizer(chosen.name, groups, recipe)
     if state:
         with layout.apart():
@@ -186,7 +186,7 @@ def begin(
     run, identity = RunDirectory(request.out), identity_of(setup, adapter)
     resumes = request.resume and run.path.exists()
     if resumes:
-        judged, judges = run.written(REWARDS) or {}, identity.get(REWARDS, {})
+        judged, judges = run.recorded(REWARDS) or {}, identity.get(REWARDS, {})
         others = [name for name, digest in judged.items() if judges.get(name) != digest]
         if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
             identity[REWARDS] = judged  # as one that failed and was mended is

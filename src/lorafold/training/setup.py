@@ -32,7 +32,7 @@ from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
-from lorafold.memory.before_run import planned, settle
+from lorafold.memory.before_run import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.positions import positions_of
@@ -187,7 +187,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
     changed = bool(words.ids or any(changes) or (request.init_adapter and saved[-1].own_tokenizer))
     day, dated = day_of(tokenizer), tokenizer
     if day:
-        began = RunDirectory(request.out).written("day") if request.resume else None
+        began = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(began or request.day or day)
         dated = on_day(tokenizer, day)
         written = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
@@ -226,7 +226,7 @@ def check_alike(setup: Setup) -> None:
         "the device": request.base.where.type,
     }
     if request.resume:
-        here["the run to resume"] = RunDirectory(request.out).seen()
+        here["the run to resume"] = RunDirectory(request.out).checkpoint_label()
     (host, first), *others = processes.gather((socket.gethostname(), here))
     for number, (there, theirs) in enumerate(others, 1):
         if differing := [
@@ -254,7 +254,7 @@ def adapted_model(
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over, objective = setup.saved[: len(request.over)], setup.objective
     stored = setup.saved[-1] if request.init_adapter else None
-    checkpointing, unknown = settle(
+    checkpointing, unknown = choose_checkpointing(
         base.config(), largest_setting(setup), recipe.gradient_checkpointing,
         min(setup.layout.processes.gather(free_bytes(base.where))), console,
     )  # fmt: skip
@@ -308,7 +308,7 @@ def largest_setting(setup: Setup) -> Setting:
         base.held, spec, recipe.targets, extra, below=below,
         trust_remote_code=base.trust_remote_code,
     )  # fmt: skip
-    return planned(
+    return largest_batch(
         recipe, setup.feed, setup.objective, setting, shared, base.where, setup.held_out,
         may_share(base.config()),
     )  # fmt: skip

@@ -125,7 +125,7 @@ def bitsandbytes_optimizers(name: str) -> Any:
         ) from None
 
 
-def described(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
+def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
     """A line with the optimizer, the storage and size of its state, the reason for the choice, and
     stochastic rounding if there is any.
     """

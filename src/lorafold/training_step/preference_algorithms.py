@@ -32,8 +32,8 @@ class Scored(NamedTuple):
     """What the laws are given of n rows: log-probabilities under the model and the reference (n, 2)
     in nats (None where the law has no reference), the tokens of the completions (n, 2), and for
     judged completions whether they are desirable (n,). Of a law that reads a head `logps` are its
-    scores. `mismatched` is the `moved` of the mismatched completions of the whole step; with it the
-    columns of the completions that have gradients are enough.
+    scores. `mismatched` has the `ratio_sums` of the mismatched completions of the whole step; with
+    it the columns of the completions that have gradients are enough.
     """
 
     logps: Tensor
@@ -58,7 +58,7 @@ class Scored(NamedTuple):
         return -self.means[:, 0]
 
 
-def moved(ratios: Tensor) -> Tensor:
+def ratio_sums(ratios: Tensor) -> Tensor:
     """The sum of ratios r, in nats, and their number, (2,): of parts of a step they add up."""
     return torch.stack([ratios.sum(), ratios.new_tensor(float(ratios.numel()))])
 

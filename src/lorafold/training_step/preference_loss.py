@@ -26,7 +26,7 @@ from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host_tensors import on_host, sent
 from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_of, until_head
-from lorafold.training_step.preference_algorithms import Law, Scored, moved
+from lorafold.training_step.preference_algorithms import Law, Scored, ratio_sums
 from lorafold.training_step.score_head import document_scores
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
 from lorafold.training_step.shared_prefixes import Branching, over
@@ -113,7 +113,7 @@ class Preferences(BranchedLoss):
             for group in groups + [[len(examples)]] * more:
                 tensors = self.tensors([others[i] for i in group], self.device)
                 ratios = self._scored(True, **tensors).ratios
-                sums += moved(ratios) if group[0] < len(examples) else 0
+                sums += ratio_sums(ratios) if group[0] < len(examples) else 0
         return {"mismatched": sums}
 
     def _scored(
