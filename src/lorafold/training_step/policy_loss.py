@@ -25,7 +25,7 @@ from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import sent
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
-from lorafold.training_step.policy_algorithms import Drawn, PolicyLaw
+from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
 from lorafold.training_step.shared_prefixes import Branching, over
 
@@ -38,13 +38,12 @@ APART = {4: 1e-3, 2: 0.2}
 
 @dataclass(frozen=True)
 class Rollout(Branched):
-    """The completions of one prompt, with what they were given.
-
-    `drawn` are the log-probabilities (b,) with which the tokens of each were drawn, `advantages`
-    one number each, and `counted` whether it is part of the loss: one that was cut off may not be.
+    """The completions of one prompt. `logprobs` are the log-probabilities (b,) with which the tokens
+    of each were sampled, `advantages` one number each, and `counted` whether it is part of the
+    loss: one that was cut off may not be.
     """
 
-    drawn: tuple[tuple[float, ...], ...] = ()
+    logprobs: tuple[tuple[float, ...], ...] = ()
     advantages: tuple[float, ...] = ()
     counted: tuple[bool, ...] = ()
 
@@ -53,14 +52,14 @@ class Rollout(Branched):
         cls,
         prompt: Sequence[int],
         completions: Sequence[Sequence[int]],
-        drawn: Sequence[Sequence[float]],
+        logprobs: Sequence[Sequence[float]],
         advantages: Sequence[float],
         counted: Sequence[bool],
     ) -> Rollout:
         """The completions, tokens after those of a prompt."""
         branches = tuple(Example((prompt[-1], *ids), (NO_LOSS, *ids)) for ids in completions)
         return cls(
-            tuple(prompt[:-1]), branches, drawn=tuple(map(tuple, drawn)),
+            tuple(prompt[:-1]), branches, logprobs=tuple(map(tuple, logprobs)),
             advantages=tuple(advantages), counted=tuple(counted),
         )  # fmt: skip
 
@@ -131,7 +130,7 @@ class Policy(BranchedLoss):
 
     def count(self, example: Rollout) -> int:
         if self.law.average == "tokens":
-            counted = zip(example.drawn, example.counted, strict=True)
+            counted = zip(example.logprobs, example.counted, strict=True)
             return sum(len(logprobs) for logprobs, counts in counted if counts)
         return sum(example.counted)
 
@@ -144,10 +143,10 @@ class Policy(BranchedLoss):
         completion: what its tokens count in the sum.
         """
         inputs = self.laid_out(examples)
-        logprobs = torch.tensor([p for e in examples for own in e.drawn for p in own])
+        logprobs = torch.tensor([p for e in examples for own in e.logprobs for p in own])
         inputs["drawn"] = logprobs[self.order(examples)]
         inputs["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
-        lengths = torch.tensor([len(own) for e in examples for own in e.drawn])
+        lengths = torch.tensor([len(own) for e in examples for own in e.logprobs])
         over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
         inputs["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
@@ -182,7 +181,7 @@ class Policy(BranchedLoss):
             self._compare(logps.detach(), drawn, compute_reference)
             reference = compute_reference() if self.law.beta else None
             self.first.append((logps.detach(), reference))
-        tokens = Drawn(logps, *self.first[self.at], advantages[of], of)
+        tokens = SampledTokens(logps, *self.first[self.at], advantages[of], of)
         self.at += 1
         self.seen.tokens += len(logps)
         self.seen.clipped += int(self.law.clipped(tokens).sum())
