@@ -39,8 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.memory.ledger import Traced
-from lorafold.memory.trace import DDP, Setting, trace
+from lorafold.memory.trace import DDP, Setting, Traced, trace
 from lorafold.models.fake import period
 from lorafold.models.quantizations import DEFAULT, Storage
 

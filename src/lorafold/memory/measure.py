@@ -17,8 +17,7 @@ from torch import Tensor
 from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.memory.trace import Setting, attach_below
+from lorafold.memory.trace import Ledger, Setting, attach_below, distinct_bytes
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.activations import recompute

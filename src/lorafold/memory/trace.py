@@ -4,19 +4,26 @@ All blocks take the same memory, so every figure is linear in the number of bloc
 models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a). An engine that samples completions
 beside a step holds the fast path's form of the weights and the factors of the adapter for the whole
 run, and a KV cache only while it samples.
+
+A `Ledger` counts the bytes of tensors as they are allocated and freed. It sees every tensor that
+torch makes, fake or real, through torch's dispatcher, but no memory that a kernel allocates and
+frees within a single operation.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lorafold.adapter import attach
 from lorafold.core.attach import selection_of
@@ -27,7 +34,6 @@ from lorafold.engine.kv_cache import columns
 from lorafold.engine.request import EngineSettings
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
-from lorafold.memory.ledger import Ledger, Traced, distinct_bytes
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import Storage
@@ -45,6 +51,103 @@ from lorafold.training_step.packed_attention import attending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default  # the operation that fake tensors run most often
+# of products a b: which argument is a (..., m, k), before b (..., k, n)
+PRODUCTS = {
+    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten._grouped_mm.default), 0),
+    **dict.fromkeys((aten.addmm.default, aten.addmm_.default, aten.baddbmm.default), 1),
+}
+
+
+def distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors of any shapes; memory that several share counts once."""
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the tensors that are made inside its `with` block, in bytes: `now` and `peak`; and the
+    operations of products of matrices.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.operations = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return args[0].fake_device
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        before = {
+            t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        if (first := PRODUCTS.get(func)) is not None:
+            self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
+        for t in tree_iter(out):
+            if not isinstance(t, Tensor) or (key := t.untyped_storage()._cdata) in before:
+                continue
+            if key not in self._alive:
+                storage = t.untyped_storage()
+                self._alive.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._leave, key, storage.nbytes())
+        return out
+
+    def _leave(self, key: int, n: int) -> None:
+        self._alive.discard(key)
+        self.now -= n
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The bytes that a step takes.
+
+    weights, adapter, optimizer, gradients: The tensors of each.
+    ahead: Gradients that exist before the forward pass.
+    kept: Activations that exist when the forward pass is done.
+    kv_cache: Keys and values of inference.
+    engine: What draws completions beside the step, without keys and values.
+    slots: Keys and values of completions that are drawn before the step.
+    drawing: The peak meanwhile beyond weights, adapter, optimizer and engine.
+    forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
+        these are the forward passes of the prompt and of the token after it.
+    late: The same in the second half of the backward pass.
+    exchanged: What is gathered from other processes and on its way to them.
+
+    forward_operations, backward_operations are no bytes, but the multiplications and additions of
+    either pass in products of matrices.
+    """
+
+    weights: int
+    adapter: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    ahead: int = 0
+    kept: int = 0
+    kv_cache: int = 0
+    forward: int = 0
+    backward: int = 0
+    late: int = 0
+    engine: int = 0
+    slots: int = 0
+    drawing: int = 0
+    exchanged: int = 0
+    forward_operations: int = 0
+    backward_operations: int = 0
+
+    def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
+        """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
+        for blocks[1].
+        """
+        a, b, n = blocks
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Traced(*(x + (y - x) * (n - a) // (b - a) for x, y in pairs))
+
 
 ON_CPU = DeviceKind("cpu")
 DDP, FSDP = "ddp", "fsdp"

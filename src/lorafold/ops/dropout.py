@@ -66,7 +66,8 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, 
     key, names, number = (0, None, 0) if site is None else site
     if kind_of(x) == "cpu":
         where = PLACES(x, p, names, key, number)
-        return emptied(x, where), where
+        EMPTY(masked := x.clone(memory_format=torch.contiguous_format), where)
+        return masked, where
     return MASKED(x, p, names, key, number)
 
 

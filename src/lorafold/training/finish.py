@@ -166,12 +166,23 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
     times, so that a run which was killed and resumed has the same record.
     """
     request, files, size = setup.request, setup.files, plan.adapter.vocabulary
+    steps = sorted(progress.evals)
+    names = dict.fromkeys(name for of_step in progress.measured.values() for name in of_step)
+    held_out = {
+        name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
+        for name in names
+    }
+    figures = {
+        STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
+        HELD_OUT: {"step": steps, **held_out} if held_out else {},
+        SAMPLES: progress.samples,
+    }
     return {
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": [loss if math.isfinite(loss) else None for loss in progress.losses],
         **({SKIPPED: progress.skipped} if progress.skipped else {}),
         "evals": progress.evals,
-        **kept_figures(progress),
+        **{name: values for name, values in figures.items() if values},
         "data": {"source": request.source, **request.data.record},
         GUESSING: progress.guessing,
         **setup.objective.record(),
@@ -223,22 +234,6 @@ def mean_of_last(losses: Sequence[float]) -> float:
     """The mean loss of the last ten steps, in nats, of those that have one."""
     tail = [loss for loss in losses[-LAST:] if math.isfinite(loss)] or [math.nan]
     return sum(tail) / len(tail)
-
-
-def kept_figures(progress: Progress) -> dict[str, Any]:
-    """What a record has of the figures that a run has shown."""
-    steps = sorted(progress.evals)
-    names = dict.fromkeys(name for of_step in progress.measured.values() for name in of_step)
-    held_out = {
-        name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
-        for name in names
-    }
-    figures = {
-        STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
-        HELD_OUT: {"step": steps, **held_out} if held_out else {},
-        SAMPLES: progress.samples,
-    }
-    return {name: value for name, value in figures.items() if value}
 
 
 def _rounded(value: Any) -> Any:

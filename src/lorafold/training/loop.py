@@ -38,12 +38,7 @@ from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
 from lorafold.training.progress import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
-from lorafold.training_step.optim import (
-    optimizer_tensors,
-    rng_state,
-    set_learning_rates,
-    warm_steps,
-)
+from lorafold.training_step.optim import optimizer_tensors, set_learning_rates, warm_steps
 from lorafold.training_step.policy_loss import StepRollouts
 
 RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with guessing
@@ -400,7 +395,9 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
 
 def save(plan: Plan, progress: Progress) -> None:
     """Write a checkpoint in the first process, where the others only give it what they hold."""
-    state = optimizer_tensors(plan.optimizer) | rng_state()
+    state = optimizer_tensors(plan.optimizer) | {"rng.cpu": torch.get_rng_state()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state |= {f"rng.cuda.{i}": generator for i, generator in enumerate(cuda)}
     adapter, optimizer = map(plan.layout.pieces, (plan.adapter.state_dict(), state))
     progress.counts = dict(plan.loss.counts)
     if plan.layout.processes.first:

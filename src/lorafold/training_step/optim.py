@@ -170,14 +170,8 @@ def parameters(groups: list[dict]) -> list[nn.Parameter]:
     return [p for group in groups for p in group["params"]]
 
 
-def rng_state() -> dict[str, Tensor]:
-    """Return the states of torch's generators, each (bytes,), on the CPU and the CUDA devices."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"rng.cpu": torch.get_rng_state()} | {f"rng.cuda.{i}": s for i, s in enumerate(cuda)}
-
-
 def restore_rng(tensors: dict[str, Tensor]) -> None:
-    """Restore the states of torch's generators, each (bytes,), from `rng_state`."""
+    """Restore the states of torch's generators, each (bytes,), as a checkpoint has them."""
     torch.set_rng_state(tensors["rng.cpu"])
     for i in range(torch.cuda.device_count()):
         if (state := tensors.get(f"rng.cuda.{i}")) is not None:

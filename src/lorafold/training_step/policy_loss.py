@@ -38,9 +38,9 @@ APART = {4: 1e-3, 2: 0.2}
 
 @dataclass(frozen=True)
 class Rollout(Branched):
-    """The completions of one prompt. `logprobs` are the log-probabilities (b,) with which the tokens
-    of each were sampled, `advantages` one number each, and `counted` whether it is part of the
-    loss: one that was cut off may not be.
+    """The completions of one prompt. `logprobs` are the log-probabilities (b,) with which the
+    tokens of each were sampled, `advantages` one number each, and `counted` whether it is part of
+    the loss: one that was cut off may not be.
     """
 
     logprobs: tuple[tuple[float, ...], ...] = ()
