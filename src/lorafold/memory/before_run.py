@@ -62,7 +62,11 @@ def largest_batch(
     for examples in steps:
         # it has to pay to compute shared prefixes once
         if once := shares and sum(documents(examples, True)) <= PAYS * sum(documents(examples)):
-            parts = alike(examples, n, recipe.max_length, prefix, lambda e: len(e.ids))
+            # a prompt, or a whole row, is what may be shared
+            parts = alike(
+                examples, n, recipe.max_length,
+                lambda e: e.shared if isinstance(e, Branched) else e.ids, lambda e: len(e.ids),
+            )  # fmt: skip
         else:
             parts = micro_batches(examples, n, capacity)
         accumulating = accumulating or len(parts) > 1
@@ -97,18 +101,20 @@ def largest_batch(
 def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
     """The tokens that are computed for each document of a micro-batch."""
     if once:
-        of = [e.documents() if isinstance(e, Branched) else [e] for e in examples]
-        pairs = [(d, len(prefix(e))) for e, some in zip(examples, of, strict=True) for d in some]
+        pairs = [
+            pair
+            for e in examples
+            for pair in (
+                [(document, len(e.shared)) for document in e.documents()]
+                if isinstance(e, Branched)
+                else [(e, len(e.ids))]
+            )
+        ]
         tree = forest([d for d, _ in pairs], [n for _, n in pairs])
         return tuple(n - start for n, start in zip(tree.lens, tree.starts, strict=True))
     return tuple(
         n for e in examples for n in (e.lengths if isinstance(e, Branched) else (len(e.ids),))
     )
-
-
-def prefix(example: Any) -> tuple[int, ...]:
-    """The ids that an example may have in common with others."""
-    return example.shared if isinstance(example, Branched) else example.ids
 
 
 def choose_checkpointing(

@@ -7,7 +7,7 @@ The cheap refusals come first, so that a wrong request fails before anything is 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -274,9 +274,11 @@ def adapted_model(
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
-    elif missing := untrained(
-        model, objective.modules_to_save(model, adapter.spec, recipe.targets)
-    ):
+    elif missing := [
+        path
+        for path in objective.modules_to_save(model, adapter.spec, recipe.targets)
+        if not isinstance(module_at(model, path), Adapted)
+    ]:
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
             f" objective {recipe.objective} has to train, expected an adapter with it; as the"
@@ -333,19 +335,16 @@ def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
         )
 
 
-def untrained(model: PreTrainedModel, needed: Sequence[str]) -> list[str]:
-    """Those of the modules that an objective needs trained which no adapter has trained yet."""
-    return [path for path in needed if not isinstance(module_at(model, path), Adapted)]
-
-
 def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `attach` for what is trained in addition to the method: biases, whole modules,
     and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
-    saved = (*recipe.modules_to_save, *untrained(model, needed))
+    fresh = (path for path in needed if not isinstance(module_at(model, path), Adapted))
     tokens = TrainableTokens(
         tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new)
     )
-    return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}
+    return {
+        "bias": recipe.bias, "modules_to_save": (*recipe.modules_to_save, *fresh), "tokens": tokens,
+    }  # fmt: skip
