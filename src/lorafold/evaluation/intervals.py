@@ -66,7 +66,7 @@ def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
 
 
 def ratio_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """As `loss_interval`, for what may be below 0, as a difference of two losses is."""
+    """Like `loss_interval`, for values that may be below 0, such as a difference of two losses."""
     m, tokens = len(sums), sum(n for _, n in sums)
     if m < 2:
         return None

@@ -46,8 +46,8 @@ KEPT = 2000  # characters of a prompt, and of a completion, that a shortened sam
 
 @dataclass(frozen=True)
 class PolicySample:
-    """One completion to read: what it answers, where that stands, and what it is worth; with
-    several rewards also to each of those that apply.
+    """One completion to read, with its place, its prompt and its reward; with several rewards also
+    each that applies.
     """
 
     where: str
@@ -123,7 +123,7 @@ class Rewarded:
         return cls(judged, groups, _table(sums, len(groups)), tables)
 
     def replaced(self, places: Sequence[int], other: Rewarded) -> Rewarded:
-        """The same with the groups at these places those of another, in its order."""
+        """The same, with the groups at these places replaced by the groups of another, in order."""
         k, groups, judged = self.rewards.shape[1], [*self.groups], [*self.judged]
         for i, place in enumerate(places):
             groups[place] = other.groups[i]
@@ -135,7 +135,7 @@ class Rewarded:
 
     @property
     def tokens(self) -> int:
-        """How many were drawn."""
+        """The number of sampled tokens."""
         return sum(len(one.tokens) for group in self.groups for one in group)
 
     @property
@@ -151,8 +151,9 @@ class Rewarded:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """Means over all completions: the reward, with several each of them, of those to which it
-        applies; what the completions are, and the share of groups whose rewards are all alike.
+        """Means over all completions: the reward, and each of several rewards over the completions
+        to which it applies; lengths and entropy, and the share of groups whose rewards are all
+        equal.
         """
         completions = [one for group in self.groups for one in group]
         n, tokens = len(completions), self.tokens
@@ -309,8 +310,8 @@ def evaluate_rewards(
     settings: RewardSettings,
     console: Console | None = None,
 ) -> RewardEvaluation:
-    """Measure what completions are worth that a model draws with the adapters that are active on
-    it. The model stays as it is.
+    """Measure the rewards of completions that a model generates with the adapters that are active
+    on it. The model is not changed.
     """
     if not model.can_generate():
         raise LorafoldError(

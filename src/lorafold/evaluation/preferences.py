@@ -94,8 +94,8 @@ def preference_figures(
     reference: bool,
     progress: Progress = silent,
 ) -> PreferenceFigures:
-    """Measure a model with the adapters that are active on it. Where `reference` is set, the model
-    without its highest adapter is the reference, and what is not known of it is computed.
+    """Measure a model with the adapters that are active on it. If `reference` is set, the model
+    without its highest adapter is the reference, and unknown log-probabilities of it are computed.
     """
     parts: list[Scored] = []
     order: list[int] = []

@@ -51,8 +51,8 @@ ATTENTION = "lorafold_reward"  # beside that of the policy, which is packed at t
 
 @dataclass(frozen=True)
 class RewardAdapter:
-    """A saved reward model, and what it lies over: adapters to load, lowest first, none once they
-    are loaded. `identity` is that of them all.
+    """A saved reward model and the adapters below it, lowest first; `stack` is empty once they are
+    loaded. `identity` is that of all of them.
     """
 
     name: str
@@ -63,7 +63,7 @@ class RewardAdapter:
 
     @classmethod
     def of(cls, text: str, base: Base) -> Self:
-        """What a reward's name, `adapter:DIR` with a weight or without, stands for."""
+        """Open the reward adapter with a name such as `adapter:DIR`, with or without a weight."""
         weight, name = parted(text)
         saved = Saved.open(Path(adapter_in(name)).expanduser())
         if (kind := kind_of(base, [saved])) != REWARD_MODEL:
@@ -95,7 +95,7 @@ class RewardAdapter:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
 
     def _stored(self, model: PreTrainedModel) -> str:
-        """What there is to say where the base is stored otherwise than when the reward trained."""
+        """A notice if the base is stored otherwise than when the reward was trained."""
         before = self.stack[-1].own_base.trained_on
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
         if _quantized(model) or before is None or before.storage == now:
@@ -112,7 +112,7 @@ def rewards_over(
     packing: bool | str,
     console: Console,
 ) -> Iterator[Rewards]:
-    """Rewards, those that are adapters over the model that draws the completions."""
+    """Rewards, some of them adapters over the model that generates the completions."""
     with ExitStack() as stack:
         over: dict[Any, Reward] = {
             text: stack.enter_context(one.over(model, packing, console))

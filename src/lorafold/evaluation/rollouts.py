@@ -38,8 +38,8 @@ AS_TRAINED = Sampling(temperature=1.0)  # among all tokens
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its tokens, the last of which ends it if it `ended`, the log-probability in
-    nats with which each was drawn, and its text.
+    """One completion: its tokens, the last of which ends it if it `ended`, the log-probability of
+    each in nats when it was sampled, and its text.
     """
 
     tokens: tuple[int, ...]
@@ -50,7 +50,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """How many completions are drawn at a time (`slots`), how many a prompt has, and the most
+    """How many completions are sampled at a time (`slots`), how many a prompt has, and the most
     tokens of a prompt and of one completion.
     """
 

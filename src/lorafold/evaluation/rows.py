@@ -51,8 +51,8 @@ SPARE = 8  # tokens beyond the longest reference, so that a completion that goes
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run measures on held-out rows: the loss in nats, further figures by name, how they are
-    told, and completions to read, as JSON.
+    """Figures of held-out rows: the loss in nats, further figures by name, a text about them, and
+    completions to read, as JSON.
     """
 
     loss: float

@@ -160,8 +160,8 @@ def choose_checkpointing(
 
 
 def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
-    """Raise NoTarget where a run would find no module for its targets, once its weights are loaded.
-    An estimate is of few blocks, in which those that are named need not be.
+    """Raise NoTarget if a run would find no module for its targets once its weights are loaded. The
+    few blocks of an estimate need not contain named targets.
     """
     blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
     with without_values():

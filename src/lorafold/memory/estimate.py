@@ -83,7 +83,7 @@ SPEED = 4e14  # operations a second: 40% of what an H100 does at most in bf16
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by term, and their sum. `sent` is what one of several processes sends."""
+    """Bytes by term, and their sum. `sent` is the traffic of one of several processes."""
 
     terms: dict[str, int]
     sent: Traffic | None = None
@@ -150,10 +150,8 @@ def terms_of(traced: Traced) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a process sends in a step of one micro-batch.
-
-    bytes: All of it; as much is received.
-    operations: Multiplications and additions that it computes in the step.
+    """The bytes that a process sends in a step of one micro-batch; it receives as many.
+    `operations` are the multiplications and additions that it computes meanwhile.
     """
 
     bytes: int
@@ -167,8 +165,8 @@ class Traffic:
 def shared(
     whole: Traced, block: Traced, blocks: int, setting: Setting, tied: bool
 ) -> tuple[Traced, Traffic]:
-    """What one of the processes holds, and what it sends, from the step of one process, whose
-    gradients are divided already where they are owned. Embedding and head may be `tied`.
+    """The bytes of one of several processes, and its traffic, from the step of one process, whose
+    gradients are divided already if they are owned. Embedding and head may be `tied`.
     """
     n, owned = setting.processes, setting.owned
     part = (n - 1) / n

@@ -146,8 +146,8 @@ def _tensors() -> list[Tensor]:
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:
-    """Run the step and return the most bytes that tensors take meanwhile, those that existed before
-    included.
+    """Run the step and return the most bytes that tensors take meanwhile, with those that existed
+    before.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

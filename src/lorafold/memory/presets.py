@@ -41,9 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 def setting_of(
     mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
 ) -> Setting:
-    """Return the setting for a mode and a recipe; the recipe's fields take precedence over those of
-    the mode.
-    """
+    """The setting for a mode and a recipe, whose fields take precedence over the mode's."""
     check_fields(recipe, OF_MEMORY)
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(

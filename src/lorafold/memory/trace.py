@@ -216,7 +216,7 @@ class Setting:
     resident: bool = False
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Attach what trains. Raises as `lf.attach`."""
+        """Attach the adapter that trains. Raises as `lf.attach`."""
         beside = {"targets": self.targets, **self.beside(model)}
         attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
@@ -416,8 +416,8 @@ def collected(ledger: Ledger) -> int:
 
 @torch.no_grad()
 def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
-    """Trace what draws: the bytes that an engine has beside the model, always, and of keys and
-    values and in all while it draws.
+    """Trace the sampling of completions: the bytes of an engine, its KV cache, and its peak while
+    it samples.
     """
     few, more = (_cached(model, n, ledger) for n in TOKENS)
     a_token = (more - few) // (TOKENS[1] - TOKENS[0])

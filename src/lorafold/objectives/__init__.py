@@ -63,7 +63,7 @@ class Declared:
         return self.kind.options(self)
 
     def told(self, shapes: Iterable[Shape | None]) -> list[str]:
-        """What a user is told who gives it rows of these shapes."""
+        """Notices for a user who gives it rows of these shapes."""
         pairs = any(shape is not None and PAIRS in shape.gives for shape in shapes)
         return [self.unread] if self.unread and pairs else []
 
@@ -111,7 +111,7 @@ def named(wanted: Iterable[str]) -> str:
 
 
 def descriptions() -> str:
-    """What all objectives do, those that do the same together, as help says it."""
+    """The descriptions of all objectives for the help; objectives that do the same share one."""
     names: dict[str, list[str]] = {}
     for name, declared in OBJECTIVES.items():
         names.setdefault(declared.about, []).append(name)

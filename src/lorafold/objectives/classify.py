@@ -60,7 +60,7 @@ class Classify(Objective):
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
-        """That of the classes that the model or an adapter knows, else of those of the rows."""
+        """With the classes of the model or an adapter, else those of the rows."""
         request.refuse_options()
         labels = classes_of(request.rows)
         classes = known_classes(request.base, request.adapters) or labels

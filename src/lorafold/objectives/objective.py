@@ -43,11 +43,11 @@ class Data(Protocol):
 
     @property
     def examples(self) -> Sequence[Any]:
-        """What a loss takes, in the order of their rows; each has `ids`."""
+        """The examples that a loss takes, in the order of their rows; each has `ids`."""
 
     @property
     def report(self) -> Any:
-        """What became of the rows; `str` gives it as lines of text."""
+        """A report on the rows; `str` gives it as lines of text."""
 
     @property
     def parts(self) -> tuple[SourcePart, ...]:
@@ -56,9 +56,9 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class ObjectiveRequest:
-    """What a run asks for: an objective by its name, for rows, a model and the saved adapters that
-    will be loaded on it, with the recipe's `beta` (None: its own) and `objective_options`, rewards
-    that are functions of Python, and the recipe's seed.
+    """The request for an objective: its name, the rows, the model and the saved adapters that will
+    be loaded on it, the recipe's `beta` (None: the default) and `objective_options`, reward
+    functions in Python, and the recipe's seed.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ObjectiveRequest:
 
     @property
     def start(self) -> str:
-        """What the run starts from, in messages: the adapters, or the model."""
+        """The name of the start of the run in messages: the adapters, or the model."""
         return ", ".join(map(str, self.adapters)) or self.base.name
 
     def refuse_options(self) -> None:
@@ -141,7 +141,7 @@ class Objective(ABC):
         yield examples
 
     def trained(self, example: Any) -> Any:
-        """What of an example a step computes with gradients."""
+        """The part of an example that a step computes with gradients."""
         return example
 
     @abstractmethod
@@ -256,9 +256,9 @@ class Objective(ABC):
 
 
 class OnPolicy(Objective):
-    """Abstract: an objective that learns from completions which the model draws in each step.
+    """Abstract: an objective that learns from completions which the model generates in each step.
 
-    Nothing is known of them before the step. The engine that draws them has passes of its own, so
+    Nothing is known of them before the step. The engine that samples them has passes of its own, so
     a model can't be divided among processes. Held-out rows are measured before the first step too.
     """
 

@@ -72,7 +72,9 @@ TRY = (
 
 
 class RolloutLoss(Policy):
-    """The loss of a policy with what draws and judges its completions."""
+    """The loss of a policy, with the engine that samples its completions and the rewards that judge
+    them.
+    """
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class PolicyObjective(OnPolicy):
 
     @property
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """The digests of what judges, by name."""
+        """The digests of the rewards, by name."""
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
         files = {name: digest_of(name) for name in self.sampling.rewards}
@@ -203,7 +205,7 @@ class PolicyObjective(OnPolicy):
         self, loss: RolloutLoss, feed: BatchFeed, held_out: Any, below: Sequence[str],
         console: Console, layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
-        """Open what draws, for the longest prompt of both."""
+        """Open the engine for the longest prompt of both."""
         loss.processes = layout.processes
         size = self.draws(feed, held_out)
         if loss.rollouts[0].open(size.prompt, size.slots):
@@ -214,8 +216,9 @@ class PolicyObjective(OnPolicy):
     def examples(
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
-        """The groups that the model draws of the planned prompts. Those whose rewards are alike
-        count in the mean too, as in TRL. Process 0 judges for all: another may judge otherwise.
+        """The groups that the model samples for the planned prompts. Groups whose rewards are equal
+        count in the mean too, as in TRL. Rank 0 judges for all, because another process might judge
+        otherwise.
         """
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 
@@ -252,7 +255,7 @@ class PolicyObjective(OnPolicy):
         return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
 
     def measure(self, loss: RolloutLoss, held_out: PromptData) -> Measured:
-        """The mean reward of one completion of each prompt, always of the same draws, with its
+        """The mean reward of one completion of each prompt, always from the same samples, with its
         interval; the loss is minus that.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
@@ -268,8 +271,7 @@ class PolicyObjective(OnPolicy):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
         max_length: int,
     ) -> RewardEvaluation:  # fmt: skip
-        """What completions of prompts are worth, as many of each as in training, under the run's
-        seed.
+        """The rewards of completions, as many of each prompt as in training, under the run's seed.
         """
         longest, k = self.sampling.max_new_tokens, self.sampling.group
         how = RewardSettings(max_length, longest, k, seed=self.seed)
@@ -318,7 +320,7 @@ class PolicyObjective(OnPolicy):
         return one.ended or self.sampling.truncated == "counted"
 
     def _silent(self, judged: Rewarded, loss: RolloutLoss) -> str:
-        """Why a step has nothing to learn, and what to try."""
+        """Why a step has nothing to learn, and a remedy."""
         if not any(self._counts(one) for group in judged.groups for one in group):
             most = self.sampling.max_new_tokens
             return (

@@ -159,8 +159,8 @@ def referenced(
 
 
 def digest(model: nn.Module) -> str:
-    """The SHA-256 of every tensor of a model but those of its highest adapter, unless these are the
-    model's own.
+    """The SHA-256 of every tensor of a model except those of its highest adapter, unless that
+    adapter trains the model's own weights.
     """
     name = selection_of(model).names[-1]
     above = [] if moves(model) else adapted_modules(model)
@@ -181,7 +181,7 @@ def digest(model: nn.Module) -> str:
 
 
 def moves(model: nn.Module) -> bool:
-    """Whether the highest adapter trains the model's own weights, so that what is below it is the
+    """Whether the highest adapter trains the model's own weights, so that the model below it is the
     reference before the first step only.
     """
     names = selection_of(model).names

@@ -99,7 +99,7 @@ def widening_pays(dtype: torch.dtype) -> bool:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether oneDNN has products in bf16 for this processor."""
+    """Whether oneDNN multiplies bf16 matrices on this processor."""
     available = torch.backends.mkldnn.is_available()
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -126,8 +126,8 @@ class _Widened(Exact):
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k a b (n, m), in a dtype. On CUDA the sums of 16-bit matrices are not rounded to 16 bits
-    before they are widened to fp32, and k is multiplied in by the product. a, b (n, l), (l, m).
+    """k a b (n, m), in a dtype, of a (n, l) and b (l, m). On CUDA the sums of 16-bit matrices are
+    widened to fp32 without rounding, and the matmul applies k.
     """
     if not a.is_cuda:
         y = (a @ b).to(dtype)
@@ -182,7 +182,8 @@ class _Family:
         self.copies: list[weakref.ref[_Copy]] = []
 
     def renew(self, during: Scope) -> None:
-        """Make again, for another scope, what the last one asked for, and forget the rest."""
+        """Make the copies that the last scope used again, for another scope, and forget the rest.
+        """
         copies = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
         used = [(c, x) for c, x in copies if c.asked is self.during]
         for copy, x in copies:

@@ -38,7 +38,7 @@ LONG = 4096
 
 
 class Scores(NamedTuple):
-    """What scores are: cap tanh(scale q k / cap), or scale q k where there is no cap."""
+    """The form of scores: cap tanh(scale q k / cap), or scale q k without a cap."""
 
     scale: float
     cap: float | None

@@ -34,10 +34,8 @@ def autocasting(x: Tensor) -> bool:
 
 
 def lower(x: Tensor) -> Tensor:
-    """x, of any shape, in the dtype that autocast multiplies in; as it is where autocast is off,
-    and where autocast casts no such tensor (integers, fp64).
-
-    Layers that read the same x get the same tensor, so that what they share for x they still share.
+    """x, of any shape, in the dtype that autocast multiplies in; x itself if autocast is off or
+    does not cast it (integers, fp64). Layers that read the same x get the same tensor.
     """
     if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
         return x

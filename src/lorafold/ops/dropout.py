@@ -53,11 +53,9 @@ def threshold(p: float) -> int:
 
 
 def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, Tensor]:
-    """x (..., in) with zeros at the elements that are dropped, which are drawn; and which they are:
-    their ascending indices (m,), int32, in the flattened x, or a boolean mask in x's shape, True
-    for them. There is no gradient.
-
-    Raises ValueError for p outside [0, 1).
+    """x (..., in) with zeros at the sampled elements, and their places: ascending indices (m,),
+    int32, in the flattened x, or a boolean mask in x's shape. There is no gradient. Raises
+    ValueError for p outside [0, 1).
     """
     keep_scale(p)
     x = x.detach()

@@ -30,7 +30,9 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 
 
 def on_host(x: Tensor) -> Tensor:
-    """x, of any shape, on the CPU. What was not sent, or has changed since, is waited for."""
+    """x, of any shape, on the CPU. The host waits for tensors that it did not send, or that changed
+    since.
+    """
     if x.device.type == "cpu":
         return x
     known = _host_of(x)

@@ -22,7 +22,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Demand(NamedTuple):
-    """What a kernel of attention takes: the dtypes, the largest head size and what divides it, and
+    """The requirements of an attention kernel: dtypes, the largest head size and its divisor, and
     the least compute capability of the GPU.
     """
 
@@ -78,7 +78,8 @@ GROUPED_UNIT = 8  # what divides the sides of its matrices, in 16 bits
 
 
 def groups_at_once(x: Tensor) -> bool:
-    """Whether products of groups of rows can be one there, and the host need not know their sizes.
+    """Whether one kernel multiplies all groups of rows on the device of x, of any shape, so that
+    the host need not know their sizes.
     """
     if kind_of(x) != "cuda":
         return False

@@ -48,7 +48,7 @@ class Operation:
         return self._forms.get(inputs[0].device.type, self.plain)(*inputs)
 
     def on(self, device: str) -> Callable[..., Any]:
-        """What computes it on a kind of device, without torch's dispatcher."""
+        """The form for a kind of device, without torch's dispatcher."""
         return self._forms.get(device, self.plain)
 
     def implement(self, device: str, fast: Callable[..., Any]) -> None:

@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
     @property
     def seen(self) -> slice:
-        """Its keys among those of a document."""
+        """The keys of the tile among those of a document."""
         return slice(self.first, self.hi)
 
     def _every(self, x_SHD: Tensor) -> Tensor:

@@ -100,12 +100,12 @@ class Killable:
         return self._read(size, until)
 
     def end(self) -> None:
-        """Have it end, while a thread may wait for what it makes."""
+        """Kill it, while a thread may wait for its messages."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.id, signal.SIGKILL)
 
     def kill(self) -> None:
-        """End it, with what it started, when nobody waits for it any more."""
+        """Kill it and everything that it started, once no thread waits for it."""
         self.end()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

@@ -30,11 +30,9 @@ ADAPTED = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 2 * LARGEST}
 
 
 def free_bytes(device: torch.device, group: Path = CONTROL_GROUP) -> int:
-    """The bytes that tensors can still take.
-
-    On a CUDA device, what the driver has free and what torch has reserved and not in use; elsewhere
-    the host's available memory, or if that is less, what is left of the memory limit of a control
-    group (version 2), without counting the kernel's file cache.
+    """The bytes that tensors can still take: on a CUDA device the driver's free memory and the
+    reserved memory that is unused; elsewhere the host's available memory, or the rest of the memory
+    limit of a control group (version 2), without the kernel's file cache.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

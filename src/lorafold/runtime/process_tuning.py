@@ -43,9 +43,7 @@ def wishes() -> dict[str, str]:
 
 
 def huge_pages() -> str | None:
-    """To whom the kernel gives huge pages: always, madvise (those who ask) or never; None where it
-    does not say.
-    """
+    """The kernel's setting for huge pages: always, madvise or never; None if there is none."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
     return chosen and chosen[1]
@@ -104,8 +102,8 @@ def _interrupts_kept() -> Iterator[None]:
 
 @contextmanager
 def all_set_aside() -> Iterator[None]:
-    """Collect once, and set what is left aside until the block ends: a full collection of all that
-    a server works with would stop its threads for 0.3 s.
+    """Collect once, and set the rest aside until the block ends: a full collection of a server's
+    objects would stop its threads for 0.3 s.
     """
     gc.collect()
     gc.freeze()

@@ -112,7 +112,7 @@ class Lifeline:
         self._gone.wait(LAST)
 
     def wait(self, seconds: float) -> None:
-        """Wait for what the connections tell, which may end this process."""
+        """Wait for a message, which may end this process."""
         self._over.wait(seconds)
 
     def left(self) -> None:
@@ -177,8 +177,8 @@ MPI = (
 
 @dataclass(eq=False)
 class Processes:
-    """This process among those of a run; `index` counts from 0, and the `first` is the one that
-    writes and prints.
+    """This process among those of a run; `index` is its rank, and only the `first` writes and
+    prints.
     """
 
     index: int = 0
@@ -224,7 +224,7 @@ class Processes:
         return values
 
     def once(self, compute: Callable[[], T]) -> T:
-        """What process 0 computes; the others wait for it."""
+        """The result of process 0; the others wait for it."""
         import torch.distributed as dist
 
         result = [compute() if self.first else None]
@@ -296,7 +296,7 @@ def _met(here: Launched) -> Any:
 
 
 def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any]) -> None:
-    """Replace tensors by what an operation makes of them, many in one call."""
+    """Apply an operation to tensors in place, many in one call."""
     import torch
 
     for bucket in _buckets(tensors):
@@ -342,7 +342,7 @@ class Launched:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched:
-    """What the environment says."""
+    """This process as the launcher's environment describes it."""
     for variable, of_launcher in LAUNCHERS.items():
         if variable in environment and (here := of_launcher(environment)):
             return here

@@ -94,7 +94,9 @@ def busy_elsewhere(seconds: float) -> float:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that decide how fast matrices are multiplied, of x86 processors; empty on others."""
+    """The instruction sets of x86 processors that decide how fast matrices are multiplied; empty on
+    others.
+    """
     import torch
 
     known = {
@@ -146,8 +148,8 @@ def _watch(ended: threading.Event) -> None:
 
 @contextmanager
 def stacks(size: int = STACK) -> Iterator[None]:
-    """Give threads that start in the block stacks of one size, whatever the system's limit is:
-    native code that reads what a request brought recurses.
+    """Give threads that start in the block stacks of one size, because native code that parses
+    requests recurses.
     """
     before = threading.stack_size(size)
     try:

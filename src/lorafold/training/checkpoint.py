@@ -45,10 +45,9 @@ FILES = "files"  # of an identity: what the run reads, each by `name` and `sha25
 
 @dataclass
 class Progress:
-    """How far a run has come.
-
-    Losses are means in nats over labelled tokens, one for each step; `seconds` and `tokens` count
-    training steps only, not evaluations. Of step 0 is what was measured before the first one.
+    """The progress of a run. Losses are means in nats over labelled tokens, one for each step;
+    `seconds` and `tokens` count training steps only, not evaluations. Measurements before the first
+    step belong to step 0.
     """
 
     step: int = 0
@@ -89,8 +88,8 @@ class Progress:
         return n
 
     def add_figures(self, figures: Mapping[str, float]) -> None:
-        """Add what the step that is counted already has shown, by name. A figure that a step does
-        not have, or that is no finite number, is None.
+        """Add the figures of the step that was just counted, by name. A figure that is missing or
+        not finite becomes None.
         """
         for name in {**self.shown, **figures}:
             values = self.shown.setdefault(name, [])
@@ -101,8 +100,8 @@ class Progress:
     def add_rollouts(
         self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
     ) -> dict[str, float]:
-        """Add what sampling the completions of a step took, its seconds and the tokens that it
-        learned from, and keep completions to `read`. Returns the rates so far.
+        """Add the seconds and tokens of sampling and learning in a step, and keep samples if `read`
+        is set. Returns the rates so far.
         """
         self.quiet = self.quiet + 1 if rollouts.silent else 0
         parts = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
@@ -134,9 +133,8 @@ class RunDirectory:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other runs out until the `with` block ends, and remove what killed ones left.
-
-        The lock of a process that was killed is free.
+        """Keep other runs out until the `with` block ends, and remove leftovers of killed ones. The
+        lock of a killed process is free.
         """
         check_out(self.out, overwrite=True)
         target = self.path.expanduser().resolve()
@@ -174,9 +172,7 @@ class RunDirectory:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
     def recorded(self, name: str) -> Any:
-        """What the run wrote down under a name, such as the day that its chat template asked for;
-        None if that is nothing.
-        """
+        """A field of the run's identity, such as the day of its chat template, or None."""
         try:
             return json.loads((self.path / "run.json").read_text()).get(name)
         except (OSError, ValueError, AttributeError):
@@ -219,7 +215,7 @@ class RunDirectory:
 
     @property
     def last_good(self) -> str:
-        """What is kept of a run that ends before its time."""
+        """A clause that names the last checkpoint, for a run that fails."""
         good = self.checkpoints()
         last = f"the last good checkpoint is {good[max(good)]}" if good else ""
         return last or "no checkpoint was written yet"

@@ -106,8 +106,9 @@ class Trained(ShownInNotebooks):
 
 def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
-    earlier one, or in its place where the recipe keeps that; read them back, and remove the
-    checkpoints. Only the first process writes.
+    earlier one, or in its place if the recipe stops early; read them back, and remove the
+    checkpoints. Only rank 0 writes. `base` has the base's own weights, if the model has only
+    quantized ones.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.divides:
@@ -162,8 +163,8 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
 
 
 def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """The adapter's record: how it was made, from what, and what the run has shown. It has no wall
-    times, so that a run which was killed and resumed has the same record.
+    """The adapter's record. It has no wall times, so that a run that was killed and resumed has the
+    same record.
     """
     request, files, size = setup.request, setup.files, plan.adapter.vocabulary
     steps = sorted(progress.evals)
@@ -231,7 +232,7 @@ def write_adapter(
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
-    """The mean loss of the last ten steps, in nats, of those that have one."""
+    """The mean loss of the last ten steps, in nats, without skipped ones."""
     tail = [loss for loss in losses[-LAST:] if math.isfinite(loss)] or [math.nan]
     return sum(tail) / len(tail)
 
@@ -320,7 +321,7 @@ def finished(request: RunRequest, console: Console) -> Trained | None:
 
 
 def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
-    """What the finished run had in another way."""
+    """The differences between the request and the finished run."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     recipe = request.recipe
     now = recipe.model_dump(mode="json")
@@ -352,7 +353,7 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _in_record(record: Mapping[str, Any], out: Path) -> Trained:
-    """The result as far as a record has it: no times, memory and counts."""
+    """The result from a record: without times, memory and counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
     evals = record.get("evals", {})
     return Trained(

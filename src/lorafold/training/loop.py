@@ -196,8 +196,8 @@ def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -
 
 @contextmanager
 def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
-    """Write a checkpoint of the last complete step where a reward fails in the `with` block, in
-    process 0, and say of any error where it was.
+    """Add the place to any error of the `with` block. If a reward fails, rank 0 writes a checkpoint
+    of the last complete step.
     """
     try:
         yield
@@ -286,8 +286,8 @@ def guessing_warning(guessing: Mapping[str, Any]) -> str:
 
 
 def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, float]:
-    """One update of the weights, none where the loss or the gradient is not finite. Returns the
-    mean loss, in nats over what counts, and the norm of the gradient before it is clipped.
+    """One update of the weights, skipped if the loss or the gradient is not finite. Returns the
+    mean loss, in nats, and the norm of the gradient before it is clipped.
     """
     recipe, optimizer, layout = plan.recipe, plan.optimizer, plan.layout
     adapter, steps = plan.adapter, plan.feed.steps

@@ -87,9 +87,7 @@ class Setup:
 
     @property
     def below(self) -> list[str]:
-        """What the model computes without the adapter that trains depends on: files, storage and
-        device.
-        """
+        """The identities of everything below the adapter that trains: files, storage and device."""
         read = [of["sha256"] for name, of in self.files.items() if name != "init_adapter"]
         base = self.request.base
         return [*read, base.held.name, str(base.held.dtype), base.where.type]
@@ -298,9 +296,7 @@ def adapted_model(
 
 
 def largest_setting(setup: Setup) -> Setting:
-    """What the memory of the run's largest micro-batch is estimated from, before anything is
-    loaded.
-    """
+    """The setting of the run's largest micro-batch, for an estimate before anything is loaded."""
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     stored = setup.saved[-1] if request.init_adapter else None
     below = tuple((s.spec, s.beside) for s in setup.saved[: len(request.over)])
@@ -336,8 +332,8 @@ def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
 
 
 def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `attach` for what is trained in addition to the method: biases, whole modules,
-    and the embeddings of tokens.
+    """Arguments of `attach` for modules that are trained in addition to the method: biases, whole
+    modules, and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)

@@ -89,7 +89,7 @@ def pick(
 
 
 def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
-    """Make the optimizer: adamw, adamw8bit or paged-adamw8bit, with what a `Recipe` sets."""
+    """Make the optimizer (adamw, adamw8bit or paged-adamw8bit) with the options of a `Recipe`."""
     trained = parameters(groups)
     check_rounding(name, (p.dtype for p in trained))
     options = {key: getattr(recipe, key) for key in ("betas", "eps", "weight_decay")}

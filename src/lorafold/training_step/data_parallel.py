@@ -23,7 +23,7 @@ from lorafold.runtime.processes import Processes
 
 
 class Replicated:
-    """All tensors in each process. Gradients are those of the process's share of a batch until they
+    """Each process has all tensors. Gradients belong to the process's share of a batch until they
     are added.
     """
 
@@ -82,8 +82,8 @@ class Replicated:
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
-        """`files.cache.cached` of what passes through the model, which all compute together."""
+        """`files.cache.cached` for results of the model, which all processes compute together."""
         return cached(kind, key, write, notice)
 
     def gather_to_first(self) -> None:
-        """Have process 0 hold what it writes."""
+        """Give process 0 all tensors that it writes."""

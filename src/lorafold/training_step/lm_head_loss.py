@@ -43,7 +43,9 @@ from lorafold.ops.host_tensors import on_host, rows_at, sent
 
 
 class _Known(NamedTuple):
-    """Whether a head's linear form agrees with the model, and what that follows from."""
+    """Whether a head's linear form agrees with the model, and the state of the head for which it
+    holds.
+    """
 
     model: ref[Any]
     weight: ref[Tensor]
@@ -176,7 +178,7 @@ def until_head(
 
 
 def at_labels(x: Tensor, labels: Tensor) -> Tensor:
-    """What x (B, T) has at the labelled positions (n,), on the host. labels (B, T)."""
+    """The values of x (B, T) at the labelled positions (n,) of labels (B, T), on the host."""
     return on_host(x)[on_host(labels) != NO_LOSS]
 
 

@@ -140,8 +140,8 @@ def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor
 
 
 class RowsAlike(Loss):
-    """Abstract: a loss over rows, of which those that begin alike share what they have in common,
-    where `how` has it so and it pays.
+    """Abstract: a loss over rows that computes shared prefixes once, where `how` allows it and it
+    pays.
     """
 
     def __init__(

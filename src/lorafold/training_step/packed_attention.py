@@ -130,9 +130,9 @@ def attending(
 
 
 def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
-    """Return the attention implementations as set_attn_implementation takes them: the model's own
-    under "", those of nested configurations by name. One that has none, as those of MPT and DBRX,
-    is of no model, and transformers can't set it back to none: it is left out.
+    """The attention implementations as set_attn_implementation takes them, or `name` in their
+    place: the model's own under "", those of nested configurations by name. A configuration without
+    one (MPT, DBRX) is left out, because transformers can't set it back to none.
     """
     nested = {key: getattr(config, key) for key in config.sub_configs}
     return {"": name or config._attn_implementation} | {
@@ -150,8 +150,8 @@ def document_mask(
     attention_mask: Tensor | None = None,
     **protocol: Any,
 ) -> Documents | Tensor | None:
-    """Return a `Documents` if the mask is that of causal documents, else a boolean mask (B, 1, Tq,
-    Tk); a function of transformers' mask protocol. attention_mask (B, Tk).
+    """A `Documents` for causal documents, else a boolean mask (B, 1, Tq, Tk); a function of
+    transformers' mask protocol, with an attention_mask (B, Tk) that is False at padding.
     """
     # an offset is a tensor if the cache is static
     offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
@@ -244,8 +244,7 @@ class _Both:
 
 
 class _OnHost:
-    """transformers' functions that find documents, and how many `with` blocks have ours in their
-    place. The positions are those of the mask that is being made.
+    """transformers' functions that find documents, and how many `with` blocks replace them by ours.
     """
 
     def __init__(self) -> None:

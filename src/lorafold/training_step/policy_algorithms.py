@@ -98,12 +98,12 @@ class PolicyLaw(ABC):
         return torch.zeros_like(tokens.logps, dtype=torch.bool)
 
     def baseline(self, rewards: Tensor) -> Tensor:
-        """What is subtracted from rewards (groups, k): the mean of the group."""
+        """The mean reward of each group, which is subtracted from rewards (groups, k)."""
         return rewards.nanmean(1, keepdim=True)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """The advantages (groups, k) of rewards (groups, k). A reward that is NaN has no part in
-        those of others, and an advantage of 0, as one has that is alone in its group.
+        """The advantages (groups, k) of rewards (groups, k). A NaN reward is ignored and gets an
+        advantage of 0, as does a reward that is alone in its group.
         """
         advantages = rewards - self.baseline(rewards)
         if self.scale == "group":

@@ -56,7 +56,7 @@ class Rollout(Branched):
         advantages: Sequence[float],
         counted: Sequence[bool],
     ) -> Rollout:
-        """The completions, tokens after those of a prompt."""
+        """The completions of a prompt, whose token ids follow those of the prompt."""
         branches = tuple(Example((prompt[-1], *ids), (NO_LOSS, *ids)) for ids in completions)
         return cls(
             tuple(prompt[:-1]), branches, logprobs=tuple(map(tuple, logprobs)),
@@ -65,7 +65,9 @@ class Rollout(Branched):
 
 
 class StepRollouts(list[Rollout]):
-    """The groups of completions that a step learns from, with what drawing them has to show."""
+    """The groups of completions that a step learns from, with figures of their sampling. `silent`
+    says why no group has a signal, and what to try; it is empty if one has.
+    """
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class StepRollouts(list[Rollout]):
 
 @dataclass
 class StepStatistics:
-    """What a step saw of the tokens that it learned from: how many, and sums over them."""
+    """Counts and sums over the tokens that a step learned from."""
 
     tokens: int = 0  # in all updates
     compared: int = 0  # with those that were drawn, in the first
@@ -94,7 +96,7 @@ class StepStatistics:
 
     @classmethod
     def of(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
-        """What several processes saw together."""
+        """The statistics of several processes together."""
         sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
         return cls(**(sums | {"largest": max(part.largest for part in parts)}))
 
@@ -139,8 +141,8 @@ class Policy(BranchedLoss):
         return any(counts and (advantage or self.law.beta > 0) for advantage, counts in given)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
-        """What `laid_out` has, with `drawn` (n,) a token, and `advantages` and `weights` (k,) a
-        completion: what its tokens count in the sum.
+        """The tensors of `laid_out`, with `drawn` (n,), the log-probability with which each token
+        was sampled, and `advantages` and `weights` (k,) of each completion.
         """
         inputs = self.laid_out(examples)
         logprobs = torch.tensor([p for e in examples for own in e.logprobs for p in own])
@@ -190,12 +192,14 @@ class Policy(BranchedLoss):
         return (self.law.loss(tokens) * weights[of]).sum()
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
-        """What the step saw in all processes, once."""
+        """The figures of the last step over all processes, once."""
         statistics, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
         return statistics.figures(bool(self.law.beta))
 
     def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
-        """Add to what was seen."""
+        """Add the sampler/trainer difference of log-probabilities to the statistics, and raise
+        LorafoldError if it is too large for rounding.
+        """
         if not len(logps):
             return
         difference = (logps - sampled).abs()

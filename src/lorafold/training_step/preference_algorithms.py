@@ -29,11 +29,11 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Scored(NamedTuple):
-    """What the laws are given of n rows: log-probabilities under the model and the reference (n, 2)
-    in nats (None where the law has no reference), the tokens of the completions (n, 2), and for
-    judged completions whether they are desirable (n,). Of a law that reads a head `logps` are its
-    scores. `mismatched` has the `ratio_sums` of the mismatched completions of the whole step; with
-    it the columns of the completions that have gradients are enough.
+    """The n rows that a law scores: log-probabilities under the model and the reference (n, 2) in
+    nats (None without a reference), the tokens of the completions (n, 2), and for judged
+    completions whether they are desirable (n,). For a law that reads a head `logps` are its scores.
+    `mismatched` has the `ratio_sums` of the mismatched completions of the whole step; with it the
+    columns of the completions that have gradients are enough.
     """
 
     logps: Tensor

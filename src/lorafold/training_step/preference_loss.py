@@ -67,7 +67,7 @@ class Preferences(BranchedLoss):
         self.law, self.pace = law, law.pace
 
     def trained(self, example: Branched) -> Branched:
-        """The example with those of its completions that have gradients."""
+        """The example with the completions that have gradients."""
         return example.some(slice(self.law.trained))
 
     def count(self, example: Branched) -> int:
@@ -78,7 +78,7 @@ class Preferences(BranchedLoss):
         return self.tensors([self.trained(example) for example in examples], device)
 
     def tensors(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
-        """What `laid_out` has, with `reference` (n, k) and `desirable` (n,)."""
+        """The tensors of `laid_out`, with `reference` (n, k) and `desirable` (n,)."""
         tensors = self.laid_out(examples)
         tensors["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.law.has_reference and all(e.reference for e in examples):
@@ -100,8 +100,8 @@ class Preferences(BranchedLoss):
         idle: Sequence[Branched] = (),
         passes: Callable[[int], int] = int,
     ) -> dict[str, Tensor]:
-        """`mismatched` (2,) as `Scored` has it, where rows have completions without gradients; like
-        the reference they are computed without dropout.
+        """`mismatched` (2,) for `Scored`, if rows have completions without gradients; like the
+        reference they are computed without dropout.
         """
         others = [one.some(slice(self.law.trained, None)) for one in (*examples, *idle)]
         if not all(one.branches for one in others):

@@ -25,14 +25,16 @@ from lorafold.models.classifier import head_paths
 
 
 class AtHead(NamedTuple):
-    """What goes into a model's head at every position, (B, T, d), and what comes out (B, T, c)."""
+    """The input of a model's head at every position, (B, T, d), and its output (B, T, c)."""
 
     hidden: Tensor
     output: Tensor
 
 
 def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
-    """Run the model, and return what its head computes at every position. inputs (B, T)."""
+    """Run the model on inputs (B, T), and return the input and the output of its head at every
+    position.
+    """
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
     caught: list[AtHead] = []

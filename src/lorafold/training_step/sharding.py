@@ -113,8 +113,8 @@ class Sharded(Replicated):
 
     @contextmanager
     def dividing(self, model: nn.Module) -> Iterator[None]:
-        """Divide what is not divided yet, and have each part whole while it computes, until the
-        `with` block ends. Then no process has them all, unless they were gathered.
+        """Divide all weights that are still whole, and make each part whole while it computes,
+        until the `with` block ends. Afterwards no process has them all, unless they were gathered.
         """
         parts, anatomy = self._divided(model), Anatomy.of(model)
         with ExitStack() as stack:

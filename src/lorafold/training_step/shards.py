@@ -42,8 +42,8 @@ class Moments:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Let an optimizer see the gradients of this process's parameters alone in the `with`
-        block, and give all processes what each has updated.
+        """Show an optimizer only the gradients of this process's parameters in the `with` block,
+        and send the updated parameters to all processes.
         """
         learned = [p for p in self._of if p.grad is not None]
         others = {p: p.grad for p in learned if not self.mine(p)}
@@ -108,13 +108,13 @@ class Parted:
         self.whole = self.written = False
 
     def restore(self) -> None:
-        """Make the storage what it was before it was divided."""
+        """Give the storage all bytes and its size from before it was divided."""
         if not self.whole:
             self.fill()
         self.storage.resize_(self.size)
 
     def give(self, owner: int, processes: Processes) -> None:
-        """Make the storage what it was in its owner alone; the others have none of it."""
+        """Give the owner the whole storage; the other processes keep nothing of it."""
         if self.whole:
             self.empty()
         mine = owner == processes.index
@@ -124,7 +124,7 @@ class Parted:
         self.storage.resize_(self.size if mine else 0)
 
     def reduce_gradient(self) -> None:
-        """Nothing: what is frozen has no gradient."""
+        """Nothing: a frozen tensor has no gradient."""
 
 
 class Owned:
@@ -153,7 +153,9 @@ class Owned:
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
-        """Let it go where it is another's. What all wrote to it, its owner has."""
+        """Empty the storage of another process's parameter. The owner has whatever all processes
+        wrote to it.
+        """
         if not self.mine:
             self.storage.resize_(0)
         self.whole = self.written = False
@@ -200,7 +202,7 @@ class ShardedReads(TorchDispatchMode):
         return self.shards.get(value.untyped_storage()._cdata)
 
     def _fill(self, needed: list[Shard]) -> None:
-        """Fill what is not whole, and let go what was filled before."""
+        """Fill the shards that are needed, and empty those that were filled before."""
         missing = [shard for shard in dict.fromkeys(needed) if not shard.whole]
         if missing:
             self.let_go(needed)
@@ -209,7 +211,7 @@ class ShardedReads(TorchDispatchMode):
         self.filled += missing
 
     def let_go(self, but: Sequence[Shard] = ()) -> None:
-        """Let go what was filled here."""
+        """Empty the shards that were filled here."""
         for shard in self.filled:
             if shard not in but:
                 shard.empty()
@@ -218,9 +220,9 @@ class ShardedReads(TorchDispatchMode):
 def divide(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
-    """Divide a frozen tensor of any shape, and those that are its state if it is quantized, where
-    they are large. One that lies in a file, or on another device, gets a storage of its own on this
-    device, of which only this process's part is ever written.
+    """Divide a large frozen tensor of any shape, and the state of a quantized one. A tensor that
+    lies in a file, or on another device, gets a storage on this device, of which only this
+    process's part is ever written.
     """
     for one in _inside(t):
         storage, content = one.untyped_storage(), None
@@ -239,7 +241,9 @@ def divide(
 
 
 def parts_of(model: nn.Module) -> list[str]:
-    """The paths of what is whole at a time: the blocks, and the ends of the vocabulary."""
+    """The paths of the parts that are made whole one at a time: the blocks, and the ends of the
+    vocabulary.
+    """
     anatomy = Anatomy.of(model)
     return [*anatomy.blocks, *anatomy.vocabulary_ends]
 
@@ -276,9 +280,7 @@ def parted_in(
 
 
 def unmap(module: nn.Module) -> None:
-    """Copy what is mapped from a file, which can't be emptied: a file stays mapped as long as
-    anything is.
-    """
+    """Copy tensors that are mapped from a file, because a mapped storage can't be emptied."""
     copies = dict[int, torch.UntypedStorage]()
     for t in _frozen(module):
         if not (storage := t.untyped_storage()).resizable():
@@ -289,9 +291,9 @@ def unmap(module: nn.Module) -> None:
 
 
 def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> None:
-    """Have a part of the model made whole while a module of it runs, and when its backward begins.
-    It may begin inside the part, where another pass read what a block kept, as keys of virtual
-    tokens.
+    """Make a part of the model whole while a module of it runs, and when its backward begins. It
+    may begin inside the part, where another pass read the output of a block, such as keys of
+    virtual tokens.
     """
 
     def before(*_: Any) -> None:
@@ -308,7 +310,7 @@ def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> No
 
 
 def _frozen(part: nn.Module) -> Iterator[Tensor]:
-    """The frozen tensors of a part of a model, those of the state of quantized ones among them."""
+    """The frozen tensors of a part of a model, with the state of quantized ones."""
     for _, module in Anatomy.of(part).modules:
         for t in _of(module):
             if not t.requires_grad:
@@ -316,7 +318,7 @@ def _frozen(part: nn.Module) -> Iterator[Tensor]:
 
 
 def held_by(model: nn.Module) -> set[int]:
-    """The identities of the storages that a model has, those of its adapters among them."""
+    """The identities of all storages of a model and its adapters."""
     tensors = (t for module in model.modules() for t in _of(module))
     return {one.untyped_storage()._cdata for t in tensors for one in _inside(t)}
 

@@ -64,7 +64,7 @@ class BranchedLoss(Loss):
         return micro_batches(rows, n, capacity, sizes.__getitem__)
 
     def meet(self, examples: Sequence[Branched]) -> bool:
-        """Whether it pays that those whose prompts begin alike are in one micro-batch."""
+        """Whether it pays to put examples with shared prefixes into one micro-batch."""
         if self.how is None or not self.how.across or not self.shared_in(examples):
             return False
         each = sum(map(self._own_size, examples))
@@ -74,7 +74,7 @@ class BranchedLoss(Loss):
         return self.size(self.trained(example))
 
     def trained(self, example: Branched) -> Branched:
-        """The example with those of its branches that have gradients: all."""
+        """The example with the branches that have gradients: all."""
         return example
 
     def size(self, example: Branched) -> int:
@@ -94,9 +94,9 @@ class BranchedLoss(Loss):
         return sum(map(self.size, examples))
 
     def laid_out(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
-        """input_ids and labels (B, T) with positions or a mask; `document` (B, T), which branch a
-        position belongs to; and where what branches share is computed once `lens` (n, 2), the
-        tokens of each document and how many of them the one before has too.
+        """input_ids and labels (B, T) with positions or a mask; `document` (B, T), the branch of
+        each position; and if shared prefixes are computed once `lens` (n, 2), the tokens of each
+        document and how many of them it shares with the one before.
         """
         if self.shared_in(examples):
             tensors = self._forest(examples).tensors()
@@ -157,8 +157,8 @@ class BranchedLoss(Loss):
             yield
 
     def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
-        """The indices of examples in batches of at most `tokens` together, in which those that
-        begin alike meet, where that pays; the others are among those of similar length.
+        """The indices of examples in batches of at most `tokens`. Examples with shared prefixes are
+        in one batch, where that pays; the others are batched by length.
         """
         batches, rest = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):

@@ -73,8 +73,8 @@ class Branching:
             self._docs = None
 
     def mask(self, **protocol: Any) -> Documents | Tensor | None:
-        """Return the layout that was told for a batch of its tokens, else what `document_mask`
-        returns, such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
+        """The layout set by `over`, for a batch of its tokens, else the result of `document_mask`,
+        such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
         """
         mask, docs = document_mask(**protocol), self._docs
         if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):
@@ -111,8 +111,8 @@ def branching(
 
 
 def may_share(config: PreTrainedConfig) -> bool:
-    """Whether a configuration has nothing but attention to whole rows or to windows of them, so
-    that its model will most likely share: what can be known before there are weights.
+    """Whether a configuration has only full and sliding-window attention, so that its model will
+    most likely share prefixes. That is known before there are weights.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
