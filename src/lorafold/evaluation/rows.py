@@ -60,11 +60,6 @@ class Measured:
     told: str = ""
     samples: Sequence[Mapping[str, Any]] = ()
 
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The figures that are numbers, as trackers take them."""
-        return {f"eval_{k}": v for k, v in self.figures.items() if isinstance(v, int | float)}
-
     def __str__(self) -> str:
         return f"held-out loss {self.loss:.4f}{self.told}"
 

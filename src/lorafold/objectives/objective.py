@@ -286,16 +286,8 @@ def examples_of(
     rendering: Rendering = WHOLE,
     called: str = "data",
 ) -> Data:
-    """Tokenized rows, with a report.
-
-    Args:
-        tokenizer: After `set_up`.
-        max_length: Longer examples are cut to this many tokens.
-        console: For progress and the report; None is quiet.
-        rendering: What of a conversation is trained on.
-        called: What the console calls the rows.
-
-    Raises LorafoldError for rows that the objective can't use.
+    """Tokenized rows, whose report is printed if there is a console. Longer examples are cut to
+    `max_length` tokens.
     """
     encoder = objective.encoder(tokenizer, rendering)
     rows = as_checked(rows, encoder.takes)

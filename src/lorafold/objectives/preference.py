@@ -152,7 +152,8 @@ def referenced(
     notice = partial(print_lines, console)
     code = of_code(*TRAINING, packages=COMPUTED_WITH)
     made = [*below, digest(loss.model), examples.digest]
-    key = json.dumps([code, made, loss.shares, loss.how is not None and loss.how.across])
+    shared = [loss.how is not None and getattr(loss.how, name) for name in ("shares", "across")]
+    key = json.dumps([code, made, *shared])
     path = layout.cached("reference", key, write, notice) / FILE
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
     return Referenced(examples, np.load(path))

@@ -79,14 +79,6 @@ class Progress:
         """Whether the last PATIENCE measures were no better than one before."""
         return sum(step > (self.best or 0) for step in self.evals) >= PATIENCE
 
-    @property
-    def skipping(self) -> int:
-        """How many of the last steps, in a row, were skipped."""
-        n = 0
-        while self.step - n in self.skipped:
-            n += 1
-        return n
-
     def add_figures(self, figures: Mapping[str, float]) -> None:
         """Add the figures of the step that was just counted, by name. A figure that is missing or
         not finite becomes None.

@@ -224,14 +224,17 @@ def measure(plan: Plan, progress: Progress, display: Display) -> None:
     if measured.figures:
         progress.measured[step] = dict(measured.figures)
     progress.add_samples(measured.samples)
-    display.log({"eval_loss": loss, **measured.numbers}, step)
+    numbers = {k: v for k, v in measured.figures.items() if isinstance(v, int | float)}
+    display.log({"eval_loss": loss, **{f"eval_{k}": v for k, v in numbers.items()}}, step)
     display.note(f"step {step}: {measured}")
 
 
 def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
     """Count and report a skipped step."""
-    progress.skipped.append(progress.step)
-    n, step = progress.skipping, progress.step
+    step, n = progress.step, 1
+    progress.skipped.append(step)
+    while step - n in progress.skipped:
+        n += 1
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     if n == SKIPPED or (step == plan.feed.steps and not math.isfinite(loss)):
         steps = f"step {step}" if n == 1 else f"steps {step - n + 1} to {step}"

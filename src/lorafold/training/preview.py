@@ -11,6 +11,7 @@ import html as markup
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,14 @@ def show(
     objective = objective_of(request, saved)
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
     findings = _findings(request, objective, tokenizer, console)
-    first, rendering = request.first_rows(rows), rendering_of(request.recipe)
+    recipe, rendering = request.recipe, rendering_of(request.recipe)
+    if isinstance(request.rows, RowStream):  # those that training begins with
+        stream = request.rows.rows(recipe.seed, recipe.shuffle_buffer)
+        first: Sequence[Row] = [row for _, row, _ in islice(stream, rows)]
+    else:
+        first = request.rows[:rows]
     train = examples_of(
-        objective, first, tokenizer, request.recipe.max_length, console, rendering, "the first rows"
+        objective, first, tokenizer, recipe.max_length, console, rendering, "the first rows"
     )
     examples = list(_previewed(request, first, train, objective, tokenizer))
     template = [] if tokenizer.chat_template is None else account_of(tokenizer).lines

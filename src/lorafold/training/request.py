@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +78,6 @@ class RunRequest:
         """The rows as one of the two that know their identity."""
         return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
 
-    def first_rows(self, n: int) -> Sequence[Row]:
-        """The rows that training begins with, if they are streamed, else the first ones."""
-        if not isinstance(self.rows, RowStream):
-            return self.rows[:n]
-        rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
-        return [row for _, row, _ in islice(rows, n)]
 
 
 def free_on_resume(recipe: Recipe) -> set[str]:

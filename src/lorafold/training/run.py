@@ -117,7 +117,7 @@ def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[Non
     """Divide the model among the processes until the `with` block ends, and say how."""
     # what is whole for a moment must not stay in the process
     with freed_blocks(RETURNED), layout.dividing(model):
-        whole, kept, largest = map(format_bytes, (layout.whole, layout.kept, layout.largest))
+        whole, kept, largest = map(format_bytes, layout.sizes())
         print_lines(
             console,
             f"strategy fsdp: of {whole} of weights process 0 of {layout.processes.count} keeps"

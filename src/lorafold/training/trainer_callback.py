@@ -286,10 +286,6 @@ def check_reference(adapter: Adapter, args: Any) -> None:
         DPOTrainer(model, ...)                          a second model, by its name: the bare base
 
     Callbacks don't see the trainer, but its configuration and whether `lf.reference` was called.
-
-    Args:
-        adapter: the adapter that trains.
-        args: the trainer's configuration.
     """
     compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
     if not compares or getattr(args, "precompute_ref_log_probs", False):

@@ -73,20 +73,12 @@ class Sharded(Replicated):
     def _all(self) -> Iterator[Shard]:
         return (shard for part in self._parts for shard in part)
 
-    @property
-    def whole(self) -> int:
-        """The bytes of all large tensors."""
-        return sum(shard.size for shard in self._all)
-
-    @property
-    def kept(self) -> int:
-        """The bytes of them that this process keeps."""
-        return sum(shard.kept for shard in self._all)
-
-    @property
-    def largest(self) -> int:
-        """The bytes of the largest part that is whole at a time."""
-        return max((sum(shard.size for shard in part) for part in self._parts), default=0)
+    def sizes(self) -> tuple[int, int, int]:
+        """The bytes of all large tensors, those that this process keeps, and those of the largest
+        part, which are whole at a time.
+        """
+        parts = [sum(shard.size for shard in part) for part in self._parts]
+        return sum(parts), sum(shard.kept for shard in self._all), max(parts, default=0)
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:

@@ -46,11 +46,6 @@ class BranchedLoss(Loss):
         self.pad_id, self.tokens = pad_id, tokens
         self.how = how if how is not None and how.packs else None
 
-    @property
-    def shares(self) -> bool:
-        """Whether a prompt is computed once for its completions."""
-        return self.how is not None and self.how.shares
-
     def micro_batches(
         self, examples: Sequence[Branched], n: int, tokens: int
     ) -> list[Sequence[int]]:
