@@ -32,6 +32,10 @@ from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
 
 
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, gain.dtype)
     return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
@@ -47,11 +51,7 @@ def _norm_gradient(gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return gx.mul_(r).addcmul_(xw, along, value=-1).to(x.dtype)
 
 
-NORM = operator(
-    "rms_norm(Tensor x, Tensor gain, float eps) -> Tensor",
-    _normed,
-    lambda x, gain, eps: torch.empty_like(x),
-)
+NORM = operator("rms_norm(Tensor x, Tensor gain, float eps) -> Tensor", _normed, _like_first)
 NORM_BACKWARD = operator(
     "rms_norm_backward(Tensor gy, Tensor x, Tensor gain, float eps) -> Tensor",
     _norm_gradient,
@@ -108,11 +108,7 @@ def _gate_gradients(gy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Ten
     return known.backward(gy * up, gate), known.forward(gate).mul_(gy)
 
 
-GATED = operator(
-    "gated(Tensor gate, Tensor up, str act) -> Tensor",
-    _gated,
-    lambda gate, up, act: torch.empty_like(gate),
-)
+GATED = operator("gated(Tensor gate, Tensor up, str act) -> Tensor", _gated, _like_first)
 GATED_BACKWARD = operator(
     "gated_backward(Tensor gy, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
     _gate_gradients,
@@ -148,9 +144,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 ROTARY = operator(
-    "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
-    _rotated,
-    lambda x, cos, sin, back: torch.empty_like(x),
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotated, _like_first
 )
 
 

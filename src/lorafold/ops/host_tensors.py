@@ -10,7 +10,7 @@ that follows from them alone has to ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
         return x.to(device)
     cuda = device.type == "cuda"
     return _known((x.pin_memory() if cuda else x).to(device, non_blocking=cuda), x)
+
+
+def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of any shapes, by name, on a device."""
+    return {name: sent(x, device) for name, x in tensors.items()}
 
 
 def on_host(x: Tensor) -> Tensor:

@@ -75,7 +75,10 @@ def train(request: RunRequest, console: Console, processes: Processes = ALONE) -
 
 def _train(setup: Setup, console: Console) -> Trained:
     request, recipe, objective = setup.request, setup.request.recipe, setup.objective
-    layout, tokenizer = setup.layout, setup.tokenizer
+    layout, tokenizer, base = setup.layout, setup.tokenizer, request.base
+    # of the model without the adapter that trains: its files, storage and device
+    identities = [of["sha256"] for name, of in setup.files.items() if name != "init_adapter"]
+    identities += [base.held.name, str(base.held.dtype), base.where.type]
 
     with layout.reading():
         model, adapter, base_weights = adapted_model(setup, console)
@@ -92,11 +95,11 @@ def _train(setup: Setup, console: Console) -> Trained:
             fused(model) as fused_parts,
         ):
             print_lines(console, fused_parts)
-            loss.to(request.base.where)
+            loss.to(base.where)
             with layout.reading():
                 # some objectives compare with the untrained model, whose losses join the rows
                 feed, held_out = objective.refer(
-                    loss, setup.feed, setup.held_out, setup.below, console, layout
+                    loss, setup.feed, setup.held_out, identities, console, layout
                 )
                 print_lines(console, in_common(setup, loss, feed))
                 plan, progress = prepare(setup, adapter, loss, feed, held_out, console)

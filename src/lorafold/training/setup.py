@@ -85,13 +85,6 @@ class Setup:
     layout: Replicated  # how tensors lie among the processes
     day: str = ""  # what the chat template writes as the date; empty where it asks for none
 
-    @property
-    def below(self) -> list[str]:
-        """The identities of everything below the adapter that trains: files, storage and device."""
-        read = [of["sha256"] for name, of in self.files.items() if name != "init_adapter"]
-        base = self.request.base
-        return [*read, base.held.name, str(base.held.dtype), base.where.type]
-
 
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
     """The spec of the recipe's method; a notice names the recipe's fields that it leaves out."""

@@ -17,7 +17,7 @@ from lorafold.data.arrow import Array
 from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.models.positions import sequence_of
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.ops.host_tensors import all_sent, on_host, sent
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import (
     balances,
@@ -188,7 +188,7 @@ class CompletionLoss(RowsAlike):
             tensors = shared.tensors() | ({"rows": shared.rows()} if self.balanced else {})
         else:
             tensors = collate(examples, self.packed, self.pad_id)
-        return {name: sent(x, device) for name, x in tensors.items()}
+        return all_sent(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
@@ -201,7 +201,7 @@ class CompletionLoss(RowsAlike):
         """The loss of each row, (n,), summed over its labelled positions, without gradients."""
         if not self.shared_in(examples):
             padded = collate(examples, False, self.pad_id)
-            inputs = {name: sent(x, self.device) for name, x in padded.items()}
+            inputs = all_sent(padded, self.device)
             labels = inputs.pop("labels")
             row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
             return document_losses(self.model, labels, inputs, row, len(labels))[0]

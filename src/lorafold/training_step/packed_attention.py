@@ -43,7 +43,8 @@ from lorafold.training_step.score_head import at_head
 log = logging.getLogger(__name__)
 NAME = "lorafold_documents"
 HOST = torch.device("cpu")
-NO_LOSS = -100  # torch's ignore_index
+# the names of transformers' functions
+FIND, REMAP = "find_packed_sequence_indices", "remap_positions_for_packed_sequence"
 
 
 @contextmanager
@@ -251,8 +252,8 @@ class _OnHost:
         self.users, self.known = 0, _Both(torch.empty(0), HOST)
         self.theirs: dict[str, Any] = {}
         self.ours: dict[str, Callable[..., Any]] = {
-            "find_packed_sequence_indices": self._found,
-            "remap_positions_for_packed_sequence": self._remapped,
+            FIND: self._find,
+            REMAP: lambda mask, positions: self.theirs[REMAP](mask, self.known),
         }
 
     def use(self, more: int) -> None:
@@ -263,13 +264,10 @@ class _OnHost:
         if None not in self.theirs.values():  # a version that has others goes on as it does
             vars(masking_utils).update(self.ours if self.users else self.theirs)
 
-    def _found(self, position_ids: Tensor) -> Any:
+    def _find(self, position_ids: Tensor) -> Any:
         self.known = _Both(on_host(position_ids), position_ids.device)
-        numbers = self.theirs["find_packed_sequence_indices"](self.known.here)
+        numbers = self.theirs[FIND](self.known.here)
         return None if numbers is None else _Both(numbers, position_ids.device)
-
-    def _remapped(self, mask: Callable[..., Any], position_ids: Tensor) -> Any:
-        return self.theirs["remap_positions_for_packed_sequence"](mask, self.known)
 
 
 _on_host = _OnHost()

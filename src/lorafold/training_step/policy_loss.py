@@ -22,7 +22,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
-from lorafold.ops.host_tensors import sent
+from lorafold.ops.host_tensors import all_sent, sent
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
 from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
@@ -152,7 +152,7 @@ class Policy(BranchedLoss):
         over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
         inputs["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
-        return {name: sent(x, device) for name, x in inputs.items()}
+        return all_sent(inputs, device)
 
     def begin(self, update: int) -> None:
         """Be told that the examples of a step come, for the first time (0) or again: then ratios

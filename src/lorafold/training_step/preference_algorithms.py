@@ -48,6 +48,11 @@ class Scored(NamedTuple):
         return self.logps if self.reference is None else self.logps - self.reference
 
     @property
+    def margins(self) -> Tensor:
+        """d = r(w) - r(l), (n,)."""
+        return self.ratios[:, 0] - self.ratios[:, 1]
+
+    @property
     def means(self) -> Tensor:
         """log p a token, (n, 2)."""
         return self.logps / self.tokens
@@ -99,8 +104,7 @@ class Dpo(Law):
     sft_weight: Weight = 0.0
 
     def loss(self, scored: Scored) -> Tensor:
-        margin = self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])
-        e = self.label_smoothing
+        margin, e = self.beta * scored.margins, self.label_smoothing
         loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
 
@@ -135,7 +139,7 @@ class Hinge(Law):
     beta: Positive = 0.1
 
     def loss(self, scored: Scored) -> Tensor:
-        return (1 - self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])).relu()
+        return (1 - self.beta * scored.margins).relu()
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -24,7 +24,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.ops.host_tensors import all_sent, on_host, sent
 from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_of, until_head
 from lorafold.training_step.preference_algorithms import Law, Scored, ratio_sums
 from lorafold.training_step.score_head import document_scores
@@ -83,7 +83,7 @@ class Preferences(BranchedLoss):
         tensors["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.law.has_reference and all(e.reference for e in examples):
             tensors["reference"] = torch.tensor([e.reference for e in examples])
-        return {name: sent(x, device) for name, x in tensors.items()}
+        return all_sent(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.
