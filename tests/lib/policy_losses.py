@@ -73,7 +73,7 @@ def loss_of_trl(
         args=config, train_dataset=Dataset.from_list([{"prompt": "a"}] * 4),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )  # fmt: skip
-    mask = padded(torch.ones_like(drawn.drawn))
+    mask = padded(torch.ones_like(drawn.sampled))
     logps = drawn.logps.detach().clone().requires_grad_(True)
     monkeypatch.setattr(
         trainer, "_get_per_token_logps_and_entropies",
@@ -84,7 +84,7 @@ def loss_of_trl(
         "prompt_mask": torch.ones(4, 1, dtype=torch.long),
         "completion_ids": torch.zeros(4, max(LENGTHS), dtype=torch.long),
         "completion_mask": mask, "advantages": advantages,
-        "old_per_token_logps": padded(drawn.drawn), "num_items_in_batch": mask.sum(),
+        "old_per_token_logps": padded(drawn.sampled), "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     if drawn.reference is not None:
         inputs["ref_per_token_logps"] = padded(drawn.reference)

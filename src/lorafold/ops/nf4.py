@@ -96,7 +96,9 @@ class NF4Tensor:
 
 
 def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> NF4Tensor:
-    """Quantize w to NF4."""
+    """Quantize a finite tensor w of any shape to NF4, with double quantization of the block
+    constants if wanted.
+    """
     x, c = normalized(w, block)
     # the last byte of an odd number of elements is padded with the code of zero
     code = nearest(x, levels()).flatten()[: w.numel() + w.numel() % 2]
