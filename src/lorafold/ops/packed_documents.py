@@ -176,9 +176,11 @@ class Documents:
         each. They are copied once for all layers.
         """
         if device not in self._ends:
-            borders = (torch.tensor([0, *accumulate(n)]) for n in (self.lens, self.own))
-            of_keys, of_queries = (sent(x.to(torch.int32), device) for x in borders)
-            self._ends[device] = of_keys, of_queries
+            borders = {
+                lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
+                for lens in {self.lens, self.own}
+            }
+            self._ends[device] = borders[self.lens], borders[self.own]
         return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
