@@ -43,8 +43,8 @@ from lorafold.runtime.memory import KEPT, freed_blocks
 from lorafold.training.loop import fit
 from lorafold.training.progress import Display
 from lorafold.training.request import RunRequest
+from lorafold.training.run import prepare
 from lorafold.training.setup import set_up
-from lorafold.training.start import prepare
 from lorafold.training_step.fused_modules import fused
 
 WATCHED, UNSEEN = 40, 100  # held-out rows along a run, and at its end

@@ -21,8 +21,14 @@ from lorafold.core.spec import Spec
 from lorafold.layers import layer_of, parameter_count
 from lorafold.layers.bitsandbytes import bitsandbytes
 from lorafold.models.quantize_on_load import compute_in
-from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
-from lorafold.ops.groups import Groups, grouped, step_of
+from lorafold.ops.grouped import (
+    FrozenMatrices,
+    Groups,
+    frozen_product,
+    grouped,
+    low_rank_product,
+    product,
+)
 from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.training_step.fused_modules import fused
 from mixtures import CONFIGS, FORMS, mixture
@@ -192,7 +198,8 @@ def groups_of(number: int, rows: int) -> Groups:
 def test_groups_are_sorted_and_filled_up(rows: int, number: int) -> None:
     of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
     groups, taken, places = grouped(of, number)
-    step = step_of(rows, number)
+    step = groups.step
+    assert step == 2 ** max(0, (rows // (4 * number)).bit_length() - 1)
     sizes = torch.bincount(of, minlength=number)
     filled = [-(-n // step) * step for n in sizes.tolist()]
     assert list(groups.sizes[:-1]) == filled[:-1]
@@ -266,7 +273,8 @@ def test_groups_whose_sizes_stay_on_the_device(rows: int, number: int) -> None:
     for other in (A100, DeviceKind("cuda", (12, 0))):  # for which torch has no such kernel
         with as_on(other):
             assert grouped(of, number)[0].ends is None
-    step = step_of(rows, number)
+    step = groups.step
+    assert step == 2 ** max(0, (rows // (4 * number)).bit_length() - 1)
     assert groups.known is None
     room = (-(-rows // step) + number) * step
     assert len(taken) == len(groups.of_row) == sum(groups.sizes) == room

@@ -12,7 +12,7 @@ import torch
 import lorafold as lf
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
-from lorafold.ops import groups
+from lorafold.ops.grouped import grouped
 from mixtures import FORMS, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -30,7 +30,7 @@ def adapted(name: str) -> tuple[Any, lf.Adapter]:
 def test_only_the_chosen_experts_of_a_token_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama 4's own forward multiplies each of the 24 tokens by all 4 experts, here by 2."""
     seen: list[int] = []
-    plain = groups.grouped
+    plain = grouped
     monkeypatch.setattr(
         "lorafold.layers.experts.grouped",
         lambda of, number: seen.append(len(of)) or plain(of, number),

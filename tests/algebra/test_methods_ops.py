@@ -15,10 +15,9 @@ import lorafold as lf
 from lorafold.core.rounding import scatter_added
 from lorafold.layers import layer_of
 from lorafold.ops.attention import document_attention
+from lorafold.ops.checkpoint_segments import once
+from lorafold.ops.frozen import FEW, product_at, scaled_matrix, scaled_product, sparse_linear
 from lorafold.ops.packed_documents import Documents, prefixed
-from lorafold.ops.shared_input import once
-from lorafold.ops.sparse import FEW, product_at, sparse_linear
-from lorafold.ops.two_sided_scaling import scaled_matrix, scaled_product
 
 
 def positions(n: int, k: int) -> Tensor:

@@ -20,7 +20,7 @@ from lorafold.layers import layer_of
 from lorafold.methods import METHODS
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.ops import reference
-from lorafold.training_step.lm_head_loss import labelled_loss, row_losses
+from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
 TIED = ["gemma", "gpt2"]
@@ -347,9 +347,9 @@ def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large_as_the_matrix(
     assert relative(loss.detach(), expected.detach()) < 1e-6
     for (name, p), gradient in zip(adapter.named_parameters(), wanted, strict=True):
         assert relative(p.grad, gradient) < 1e-4, name
-    assert row_losses(model, labels, {"input_ids": IDS}).item() == pytest.approx(
-        expected.item(), rel=1e-6
-    )
+    row = torch.zeros_like(labels)
+    losses, _ = document_losses(model, labels, {"input_ids": IDS}, row, 1)
+    assert losses.item() == pytest.approx(expected.item(), rel=1e-6)
     assert (3, D) in seen.shapes
     assert not seen.shapes & MATRICES
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorafold.objectives.algorithms import chosen
+from lorafold.objectives.algorithms import policy_options
 from policy_losses import LONGEST, check_loss_of_trl
 from translation_cases import trl_of
 
@@ -24,5 +24,5 @@ def test_losses_of_translated_recipes_are_those_of_trl(
     settings, tmp_path, tiny_model_dir, monkeypatch
 ):
     recipe = trl_of(tmp_path, max_completion_length=LONGEST, **settings).recipe
-    law, _ = chosen(recipe.objective, recipe.beta, recipe.objective_options)
+    law, _ = policy_options(recipe.objective, recipe.beta, recipe.objective_options)
     check_loss_of_trl(law, settings, tiny_model_dir("llama"), tmp_path, monkeypatch)

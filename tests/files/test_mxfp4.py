@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of, parameter_count
 from lorafold.layers.expert_matrices import MXFP4
 from lorafold.layers.experts import Routed
-from lorafold.memory.ledger import Ledger
+from lorafold.memory.trace import Ledger
 from lorafold.models.fingerprint import differences, of_model
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from lorafold.training_step.policy_algorithms import Drawn, PolicyLaw
+from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
 from lorafold.training_step.policy_loss import Rollout
 
 LENGTHS = (3, 7, 1, 5)  # of the completions of two groups of two
@@ -21,7 +21,7 @@ OF_TRL: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False}
 LONGEST = 9
 
 
-def given(reference: bool = True) -> tuple[Drawn, Tensor]:
+def given(reference: bool = True) -> tuple[SampledTokens, Tensor]:
     """Random tokens of completions of these lengths, and the rewards (2, 2)."""
     generator = torch.Generator().manual_seed(0)
     n = sum(LENGTHS)
@@ -34,10 +34,10 @@ def given(reference: bool = True) -> tuple[Drawn, Tensor]:
     of = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
     rewards = torch.tensor([[1.0, 0.25], [0.0, 2.0]], dtype=torch.float64)
     ref = old + drawn(0.2) if reference else None
-    return Drawn(logps, old, ref, of.double(), of), rewards
+    return SampledTokens(logps, old, ref, of.double(), of), rewards
 
 
-def averaged(law: PolicyLaw, drawn: Drawn) -> Tensor:
+def averaged(law: PolicyLaw, drawn: SampledTokens) -> Tensor:
     """The loss over the step, as `training_step.policy_loss` has it."""
     losses, lengths = law.loss(drawn), torch.tensor(LENGTHS)
     if law.average == "tokens":
@@ -56,7 +56,7 @@ def padded(x: Tensor, fill: float = 0.0) -> Tensor:
 
 def loss_of_trl(
     settings: dict[str, Any],
-    drawn: Drawn,
+    drawn: SampledTokens,
     advantages: Tensor,
     model_dir: Path,
     out: Path,
@@ -73,7 +73,7 @@ def loss_of_trl(
         args=config, train_dataset=Dataset.from_list([{"prompt": "a"}] * 4),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )  # fmt: skip
-    mask = padded(torch.ones_like(drawn.drawn))
+    mask = padded(torch.ones_like(drawn.sampled))
     logps = drawn.logps.detach().clone().requires_grad_(True)
     monkeypatch.setattr(
         trainer, "_get_per_token_logps_and_entropies",
@@ -84,7 +84,7 @@ def loss_of_trl(
         "prompt_mask": torch.ones(4, 1, dtype=torch.long),
         "completion_ids": torch.zeros(4, max(LENGTHS), dtype=torch.long),
         "completion_mask": mask, "advantages": advantages,
-        "old_per_token_logps": padded(drawn.drawn), "num_items_in_batch": mask.sum(),
+        "old_per_token_logps": padded(drawn.sampled), "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     if drawn.reference is not None:
         inputs["ref_per_token_logps"] = padded(drawn.reference)

@@ -29,7 +29,7 @@ from lorafold.data.batches import StoredFeed
 from lorafold.data.row_store import SourcePart
 from lorafold.data.shapes import CONVERSATIONS, PAIRS
 from lorafold.errors import LorafoldError
-from lorafold.memory.before_run import planned
+from lorafold.memory.before_run import largest_batch
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration
@@ -263,8 +263,8 @@ def test_its_rows_are_shown_and_its_memory_estimated(
     feed = StoredFeed([example] * 4, [SourcePart(4)], 4, 1, 0)
     setting = Setting(Storage(torch.float32), lf.LoRA(rank=2))
     config = configuration(str(model))
-    own = trace(config, planned(asked.recipe, feed, hardest(), setting), 2)
-    plain = trace(config, planned(asked.recipe, feed, OBJECTIVES["sft"].kind(), setting), 2)
+    own = trace(config, largest_batch(asked.recipe, feed, hardest(), setting), 2)
+    plain = trace(config, largest_batch(asked.recipe, feed, OBJECTIVES["sft"].kind(), setting), 2)
     assert own.kept > 1.5 * plain.kept  # its loss is another
     assert own.weights == plain.weights
 

@@ -24,7 +24,7 @@ from lorafold.evaluation.rollouts import Completion, Rollouts
 from lorafold.objectives.algorithms import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.training import loop
-from lorafold.training_step.policy_algorithms import Cispo, Drawn, Grpo, Gspo, PolicyLaw
+from lorafold.training_step.policy_algorithms import Cispo, Grpo, Gspo, PolicyLaw, SampledTokens
 from lorafold.training_step.policy_loss import Policy, Rollout
 from lorafold.training_step.shared_prefixes import branching
 
@@ -486,7 +486,8 @@ def test_later_updates_have_ratios_to_the_first(law: PolicyLaw, model, tokenizer
         was = [logps_of(model, e, ids) for ids in e.branches]
         put(adapter, new)
         of = torch.cat([torch.full((len(x),), i) for i, x in enumerate(logps)])
-        given = Drawn(torch.cat(logps), torch.cat(was), None, torch.tensor(e.advantages)[of], of)
+        advantages = torch.tensor(e.advantages)[of]
+        given = SampledTokens(torch.cat(logps), torch.cat(was), None, advantages, of)
         weights = torch.tensor([1 / len(x) if law.average == "per-sequence" else 1 for x in logps])
         expected = float((law.loss(given) * weights[of]).sum())
         assert float(found) == pytest.approx(expected, abs=1e-4)

@@ -12,7 +12,15 @@ from trl.trainer.utils import nanstd
 
 import lorafold as lf
 from lorafold.training import loop
-from lorafold.training_step.policy_algorithms import Cispo, Drawn, Grpo, Gspo, Ppo, Reinforce, Rloo
+from lorafold.training_step.policy_algorithms import (
+    Cispo,
+    Grpo,
+    Gspo,
+    Ppo,
+    Reinforce,
+    Rloo,
+    SampledTokens,
+)
 from policy_losses import check_loss_of_trl, gradient_of_trl
 
 CASES = {
@@ -150,7 +158,7 @@ def test_the_gradient_of_a_policy_of_two_tokens() -> None:
     for law in (Reinforce(), Grpo(scale="none"), Cispo(scale="none"), Ppo(scale="none")):
         logps = torch.log_softmax(torch.stack([torch.zeros_like(z), z]), 0)
         mean = float((1 - p) * rewards[0] + p * rewards[1])
-        drawn = Drawn(logps, logps.detach(), None, rewards - mean, torch.arange(2))
+        drawn = SampledTokens(logps, logps.detach(), None, rewards - mean, torch.arange(2))
         loss = (law.loss(drawn) * torch.tensor([1 - p, p], dtype=torch.float64)).sum()
         (gradient,) = torch.autograd.grad(loss, z)
         assert float(-gradient) == pytest.approx(expected, rel=1e-12)
@@ -164,7 +172,8 @@ def test_a_bandit_follows_the_exact_recursion() -> None:
     for _ in range(50):
         logps = torch.log_softmax(ours, 0)
         p = logps.detach().exp()
-        drawn = Drawn(logps, logps.detach(), None, rewards - (p * rewards).sum(), torch.arange(3))
+        advantages = rewards - (p * rewards).sum()
+        drawn = SampledTokens(logps, logps.detach(), None, advantages, torch.arange(3))
         loss = (Grpo(scale="none").loss(drawn) * p).sum()
         (gradient,) = torch.autograd.grad(loss, ours)
         with torch.no_grad():
@@ -182,7 +191,7 @@ def test_k3_is_the_kl_in_expectation() -> None:
         torch.log_softmax(torch.randn(50, generator=generator, dtype=torch.float64), 0)
         for _ in range(2)
     )
-    drawn = Drawn(logp, logp, ref, torch.zeros(50), torch.arange(50))
+    drawn = SampledTokens(logp, logp, ref, torch.zeros(50), torch.arange(50))
     expected = (logp.exp() * (logp - ref)).sum()
     torch.testing.assert_close((logp.exp() * drawn.kl).sum(), expected)
     assert bool((drawn.kl >= 0).all())
@@ -191,7 +200,7 @@ def test_k3_is_the_kl_in_expectation() -> None:
 def test_what_is_clipped() -> None:
     logps = torch.log(torch.tensor([0.7, 0.7, 1.3, 1.3, 1.0]))
     a = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
-    drawn = Drawn(logps.requires_grad_(True), torch.zeros(5), None, a, torch.arange(5))
+    drawn = SampledTokens(logps.requires_grad_(True), torch.zeros(5), None, a, torch.arange(5))
     expected = [False, True, True, False, False]
     assert Grpo().clipped(drawn).tolist() == expected
     (gradient,) = torch.autograd.grad(Grpo().loss(drawn).sum(), logps)

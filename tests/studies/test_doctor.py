@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.doctor.finding import Finding, FindingGroup, gigabytes, looked_at
+from lorafold.doctor.finding import Finding, FindingGroup, looked_at
 from lorafold.doctor.hardware import Hardware, findings, gflops, slow
 from lorafold.doctor.installation import extras, packages, size_of
 from lorafold.doctor.report import DoctorReport
-from lorafold.files.terminal import WIDTH
+from lorafold.files.terminal import WIDTH, format_bytes
 from lorafold.runtime.devices import Gpu
 from lorafold.runtime.processor import busy_elsewhere, quota, usable_cores
 
@@ -205,7 +205,8 @@ def test_sizes_count_each_file_once(tmp_path: Path) -> None:
     size = size_of(tmp_path)
     assert 5 < size < 5000, "the file, and a link's own length"
     assert size_of(tmp_path / "absent") == 0
-    assert [gigabytes(n) for n in (1.5e9, 25e9, 3e6, 2e3)] == ["1.5 GB", "25 GB", "3.0 MB", "2 kB"]
+    expected = ["1.5 GB", "25.0 GB", "3.0 MB", "2.0 kB"]
+    assert [format_bytes(n) for n in (1.5e9, 25e9, 3e6, 2e3)] == expected
 
 
 def test_a_container_s_quota_limits_the_cores(tmp_path: Path) -> None:

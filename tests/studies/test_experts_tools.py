@@ -34,7 +34,7 @@ from lorafold.inspecting.subspaces import TOP, across_experts
 from lorafold.inspecting.updates import sites
 from lorafold.layers.experts import Experts
 from lorafold.methods.parts.mixture import Mixture
-from lorafold.ops.groups import grouped
+from lorafold.ops.grouped import grouped
 from lorafold.peft.saved import open_all
 from lorafold.resolve import Base
 from lorafold.robustness.defences import factors_of, laid, updates_of

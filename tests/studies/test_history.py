@@ -106,7 +106,7 @@ def test_a_step_without_a_figure_has_none() -> None:
     shown: list[dict[str, float]] = [{"a": 1.0}, {}, {"a": 2.0, "b": float("inf")}, {"b": 3.0}]
     for figures in shown:
         progress.step += 1
-        progress.stepped(figures)
+        progress.add_figures(figures)
     assert progress.shown == {"a": [1.0, None, 2.0, None], "b": [None, None, None, 3.0]}
     assert progress.pace == {}
 

@@ -29,12 +29,11 @@ from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.ops import attention
-from lorafold.ops.selective_checkpoint import keeping, kept
+from lorafold.ops.checkpoint_segments import keeping, kept
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest
-from lorafold.training.run import train
-from lorafold.training.start import sample_losses
+from lorafold.training.run import sample_losses, train
 from lorafold.training_step.activations import recompute
 
 ROWS = [

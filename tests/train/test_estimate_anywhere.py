@@ -18,7 +18,7 @@ from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
 from lorafold.data.row_store import SourcePart
-from lorafold.memory.before_run import planned, settle
+from lorafold.memory.before_run import choose_checkpointing, largest_batch
 from lorafold.memory.estimate import Estimate, estimate
 from lorafold.memory.measure import measure
 from lorafold.memory.trace import Setting
@@ -86,13 +86,14 @@ def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     def plan(device: str, base: Storage = BF16) -> Setting:
         examples = [Example(tuple(range(96)), tuple(range(96)))]
         feed = StoredFeed(examples, [SourcePart(1)], 8, 1, 0)
-        return planned(Recipe(), feed, Sft(), Setting(base, LORA), device=torch.device(device))
+        setting = Setting(base, LORA)
+        return largest_batch(Recipe(), feed, Sft(), setting, device=torch.device(device))
 
     assert plan("cpu").widened is each_arithmetic
     assert not plan("cuda").widened
     assert not plan("cpu", Storage(torch.float32)).widened
     console = Console(file=io.StringIO(), width=400)
-    settle(CONFIG, plan("cpu"), False, 10**9, console)
+    choose_checkpointing(CONFIG, plan("cpu"), False, 10**9, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert ("16-bit products in fp32" in text) is each_arithmetic
 

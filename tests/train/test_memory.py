@@ -24,10 +24,9 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.layers import LAYERS
 from lorafold.layers.bitsandbytes import Quantized
-from lorafold.memory.estimate import estimate
-from lorafold.memory.fit import advise
+from lorafold.memory.estimate import advise, estimate
 from lorafold.memory.presets import llama, setting_of
-from lorafold.memory.report import verdict
+from lorafold.memory.result import verdict
 from lorafold.memory.trace import Setting, nothing
 from lorafold.methods import make_spec
 from lorafold.methods.parts.trainable_tokens import TrainableTokens

@@ -21,7 +21,7 @@ import lorafold as lf
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
 from lorafold.data.row_store import SourcePart
-from lorafold.memory.before_run import planned, settle
+from lorafold.memory.before_run import choose_checkpointing, largest_batch
 from lorafold.memory.estimate import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
@@ -46,7 +46,7 @@ SETTING = Setting(Storage(torch.bfloat16), make_spec("lora"), rows=(128,) * 4)
 
 def said(free: int, asked: Any) -> tuple[bool, str]:
     console = Console(file=io.StringIO(), width=400)
-    return settle(CONFIG, SETTING, asked, free, console)[0], console.file.getvalue()  # type: ignore[attr-defined]
+    return choose_checkpointing(CONFIG, SETTING, asked, free, console)[0], console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_what_is_asked_is_done_and_a_step_that_does_not_fit_is_warned_of() -> No
 
 def test_an_architecture_that_can_not_be_estimated_stops_nothing() -> None:
     console = Console(file=io.StringIO(), width=400)
-    found = settle(tf.ViTConfig(num_hidden_layers=2), SETTING, "auto", 10**9, console)
+    found = choose_checkpointing(tf.ViTConfig(num_hidden_layers=2), SETTING, "auto", 10**9, console)
     assert not found[0]
     assert found[1].startswith("memory: no estimate: ")
 
@@ -89,7 +89,7 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
         feed = StoredFeed(
             examples, [SourcePart(4)], recipe.batch, recipe.total_steps(4), recipe.seed
         )
-        return planned(recipe, feed, Sft(), SETTING, shares=True)
+        return largest_batch(recipe, feed, Sft(), SETTING, shares=True)
 
     whole = plan(batch=4, packing=True)
     assert (sorted(whole.rows), whole.labelled, whole.accumulating) == ([10, 20, 30, 40], 8, False)
@@ -176,7 +176,7 @@ def test_an_estimate_on_rows_is_what_a_run_on_them_says(
         said.append(estimate(config, setting).total)
         raise lf.LorafoldError("seen")
 
-    monkeypatch.setattr("lorafold.training.setup.settle", stopped)
+    monkeypatch.setattr("lorafold.training.setup.choose_checkpointing", stopped)
     asked = lf.Recipe(**recipe.model_dump(exclude_unset=True), **sizes)
     with pytest.raises(lf.LorafoldError, match="seen"):
         lf.train(asked, model=model, out=tmp_path / "out", **how)
@@ -213,7 +213,7 @@ def test_a_run_on_a_cpu_counts_its_process() -> None:
         examples = [Example((1, 2), (-100, 2))] * 4
         feed = StoredFeed(examples, [SourcePart(4)], 2, 2, 0)
         where = torch.device(device)
-        return planned(Recipe(epochs=1), feed, Sft(), SETTING, device=where).resident
+        return largest_batch(Recipe(epochs=1), feed, Sft(), SETTING, device=where).resident
 
     assert (plan("cpu"), plan("mps")) == (True, False)
 

@@ -17,13 +17,14 @@ from lorafold.data.row_store import SourcePart
 from lorafold.engine.fast_path import Packed
 from lorafold.engine.runner import SlotRunner
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
-from lorafold.memory.before_run import documents, planned
+from lorafold.memory.before_run import documents, largest_batch
 from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
-from lorafold.objectives.policy import PolicyObjective, SamplingOptions
+from lorafold.objectives.algorithms import SamplingOptions
+from lorafold.objectives.policy import PolicyObjective
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.policy_algorithms import Grpo
 from memory_cases import COMMON, CPU
@@ -89,8 +90,8 @@ def test_shorter_completions_fill_a_sequence() -> None:
     prompts = [TokenizedPrompt((1,) * n, {}, "") for n in (10, 12, 14)]
     feed = StoredFeed(prompts, [SourcePart(3)], 3, 1, 0)
     found = [
-        planned(Recipe(batch=3, steps=1, max_length=n), feed, drawing, setting(torch.float32, None))
-        for n in (150, 1000)
+        largest_batch(recipe, feed, drawing, setting(torch.float32, None))
+        for recipe in (Recipe(batch=3, steps=1, max_length=n) for n in (150, 1000))
     ]
     whole = sum(n for prompt in prompts for n in documents([drawing.trained(prompt)]))
     assert [sum(one.rows) for one in found] == [150, whole]

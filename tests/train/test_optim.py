@@ -126,7 +126,7 @@ def test_auto_is_fp32_unless_memory_is_short_on_cuda(
 def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() -> None:
     def line(name: str, dtype: torch.dtype) -> str:
         parameters = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
-        return adamw.described(adamw.OptimizerChoice(name, "why"), [{"params": parameters}], 7)
+        return adamw.optimizer_line(adamw.OptimizerChoice(name, "why"), [{"params": parameters}], 7)
 
     assert (
         line("adamw8bit", torch.float32)

@@ -23,10 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorafold.adapter import attach
 from lorafold.core.rounding import generator_of, turned
 from lorafold.errors import LorafoldError
-from lorafold.memory.estimate import estimate
-from lorafold.memory.fit import changes_of
-from lorafold.memory.ledger import Ledger, distinct_bytes
+from lorafold.memory.estimate import changes_of, estimate
 from lorafold.memory.presets import setting_of
+from lorafold.memory.trace import Ledger, distinct_bytes
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage

@@ -104,11 +104,10 @@ def estimate(
     from lorafold.api.arguments import as_page, as_recipe, or_quiet
     from lorafold.api.estimate_rows import setting_on_rows
     from lorafold.memory import estimate
-    from lorafold.memory.fit import advise, advise_on_rows
+    from lorafold.memory.estimate import advise, advise_on_rows
     from lorafold.memory.measure import measure as measured_bytes
     from lorafold.memory.presets import as_in_files, llama, setting_of
-    from lorafold.memory.report import page
-    from lorafold.memory.result import Forecast
+    from lorafold.memory.result import Forecast, page
     from lorafold.models.loading import load_model
     from lorafold.models.positions import positions_in
     from lorafold.models.sources import EMBEDDED

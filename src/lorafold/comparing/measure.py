@@ -51,7 +51,7 @@ from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.request import RunRequest, day_written, objective_of, tokenizer_for
+from lorafold.training.request import RunRequest, objective_of, tokenizer_for
 from lorafold.training.run import train
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ class ComparisonTask:
     @cached_property
     def day(self) -> str:
         """What a chat template that asks for the date writes in all measurements; else empty."""
-        return day_written(self.base, self.recipe.chat_template)
+        return self.base.date(self.recipe.chat_template)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.rewards.judging import adapter_in
 from lorafold.runtime.workers import end_with_parent
-from lorafold.training.request import grounds
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
@@ -190,7 +189,7 @@ def key(task: ComparisonTask, method: str) -> str:
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
     base = task.base.stored(settled_base(recipe, spec, task.base.source))
-    found = grounds(base, recipe.chat_template, "comparing", "merging")
+    found = base.cache_key(recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     asked = recipe.model_dump(mode="json", exclude={"seed"})
     own = [repr(spec), spec.lr, spec.lr_b, task.day, task.identity]

@@ -25,7 +25,7 @@ from lorafold.config_import.rules import (
 from lorafold.data.shapes import JUDGED
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.algorithms import class_of
+from lorafold.objectives.algorithms import law_class
 
 NO_DROPOUT = "there it is off while preferences are trained"
 NO_SECOND_MODEL = (
@@ -52,7 +52,7 @@ def has_reference(objective: str | None) -> bool:
         return False
     from lorafold.training_step import preference_algorithms
 
-    return bool(class_of(declared, preference_algorithms).has_reference)
+    return bool(law_class(declared, preference_algorithms).has_reference)
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:

@@ -35,7 +35,7 @@ from lorafold.config_import.rules import Outcome, Rule, ToolSettings, Translated
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.algorithms import chosen, law_of
+from lorafold.objectives.algorithms import law_of, policy_options
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.parsing import kind_of as in_words
@@ -361,7 +361,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
         raise LorafoldError("; ".join(problems.values())) from None
     declared = OBJECTIVES[recipe.objective]
     if declared.law:
-        check = chosen if declared.draws else law_of
+        check = policy_options if declared.draws else law_of
         try:
             check(recipe.objective, recipe.beta, recipe.objective_options)
         except LorafoldError as error:

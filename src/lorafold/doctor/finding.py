@@ -77,11 +77,3 @@ def reason(error: BaseException) -> str:
     """The kind of an error and its first line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"
-
-
-def gigabytes(count: float) -> str:
-    """1.5 GB, 12 MB: a number of bytes in the unit that suits it."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB")):
-        if count >= size:
-            return f"{count / size:.{0 if count >= 10 * size else 1}f} {unit}"
-    return f"{count / 1e3:.0f} kB"

@@ -21,8 +21,9 @@ import psutil
 import torch
 import yaml
 
-from lorafold.doctor.finding import Finding, gigabytes
+from lorafold.doctor.finding import Finding
 from lorafold.errors import LorafoldError
+from lorafold.files.terminal import format_bytes
 from lorafold.kernels.table import DECODING, TRAINING, use
 from lorafold.models.quantizations import MADE
 from lorafold.ops.arithmetic import CPU, widens
@@ -146,11 +147,11 @@ def findings(h: Hardware) -> Iterator[Finding]:
     cores = "core" if h.cores == 1 else "cores"
     yield Finding("processor", f"{h.processor}, {h.cores} usable {cores}", h.processor)
     yield Finding("instructions", sets, list(h.instructions))
-    memory = f"{gigabytes(h.free)} free of {gigabytes(h.total)}"
+    memory = f"{format_bytes(h.free)} free of {format_bytes(h.total)}"
     yield Finding("memory", memory, {"free": h.free, "total": h.total})
     shown = "; ".join(
         f"{gpu.device} {gpu.name}"
-        + (f", {gigabytes(gpu.free)} free of {gigabytes(gpu.total or 0)}" if gpu.free else "")
+        + (f", {format_bytes(gpu.free)} free of {format_bytes(gpu.total or 0)}" if gpu.free else "")
         for gpu in h.gpus
     )
     yield Finding("GPUs", shown or "none that torch can use", [gpu._asdict() for gpu in h.gpus])
@@ -260,7 +261,7 @@ def slow(
         )
     if on_processor and h.free < LITTLE_MEMORY:
         yield (
-            f"Only {gigabytes(h.free)} of memory are free: end other programs, and see with"
+            f"Only {format_bytes(h.free)} of memory are free: end other programs, and see with"
             " lorafold estimate what fits."
         )
 

@@ -26,7 +26,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lorafold.doctor.finding import Finding, gigabytes, reason
+from lorafold.doctor.finding import Finding, reason
+from lorafold.files.terminal import format_bytes
 from lorafold.runtime.process_tuning import SWITCH, WISHES, huge_pages, wishes
 
 MODULES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
@@ -192,8 +193,8 @@ def _directory(name: str, path: Path, variable: str) -> Finding:
     if not os.access(parent, os.W_OK | os.X_OK):
         problem = f"{parent} can't be written; name another directory in {variable}"
     elif free < SCARCE:
-        problem = f"its disk has {gigabytes(free)} left; free some, or move it with {variable}"
-    text = f"{path}, {gigabytes(size)}, with {gigabytes(free)} free"
+        problem = f"its disk has {format_bytes(free)} left; free some, or move it with {variable}"
+    text = f"{path}, {format_bytes(size)}, with {format_bytes(free)} free"
     return Finding(name, text, {"path": str(path), "bytes": size, "free": free}, problem)
 
 

@@ -4,9 +4,8 @@
     var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
 The tokens of a row are not independent, so the interval of a loss is that of a ratio estimate with
-rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). That of a share is Wilson's (1927),
-which is valid at 0% and 100% too. Those of means have Student's quantile for as many rows as there
-are: of five rows the normal one would be right in 88% of cases.
+rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). That of a share is Wilson's (1927).
+Those of means have Student's quantile for as many rows as there are.
 """
 
 from __future__ import annotations
@@ -36,9 +35,6 @@ def wilson(hits: int, n: int) -> Interval:
 def two_sided(t: float, df: float) -> float:
     """The share of Student's distribution that lies beyond ±t. With t = sqrt(df) tan(a) its density
     is proportional to cos(a)^(df - 1), which is integrated by Gauss-Legendre quadrature.
-
-    Args:
-        df: The degrees of freedom, at least 1; more than 10,000 count as 10,000.
     """
     df = min(df, 1e4)
 
@@ -65,12 +61,12 @@ def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
     """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
     6); None for a single row.
     """
-    found = ratio_interval(sums)
-    return None if found is None else (max(0.0, found[0]), found[1])
+    interval = ratio_interval(sums)
+    return None if interval is None else (max(0.0, interval[0]), interval[1])
 
 
 def ratio_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """As `loss_interval`, for what may be below 0, as a difference of two losses is."""
+    """Like `loss_interval`, for values that may be below 0, such as a difference of two losses."""
     m, tokens = len(sums), sum(n for _, n in sums)
     if m < 2:
         return None
@@ -88,7 +84,7 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def mean_loss(sums: Sequence[tuple[float, int]]) -> float:
-    """The mean loss over tokens. Raises LorafoldError if it is not finite."""
+    """The mean loss over tokens."""
     loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
     if not math.isfinite(loss):
         raise LorafoldError(

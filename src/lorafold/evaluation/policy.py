@@ -1,4 +1,4 @@
-"""How good a policy is: what the completions are worth that it draws of held-out prompts.
+"""How good a policy is: the rewards of the completions that it generates for held-out prompts.
 
     reward = 1/n sum_i r_i          r_i is the mean reward of the completions of prompt i
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,12 +25,14 @@ from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, cut
-from lorafold.evaluation.held_out import progress_bar
+from lorafold.evaluation.held_out import Progress, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval
-from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
+from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
+from lorafold.files.terminal import print_lines
 from lorafold.generation import table_left
+from lorafold.ops.dropout import key_of
 from lorafold.rewards import Judged, Rewards
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ KEPT = 2000  # characters of a prompt, and of a completion, that a shortened sam
 
 @dataclass(frozen=True)
 class PolicySample:
-    """One completion to read: what it answers, where that stands, and what it is worth; with
-    several rewards also to each of those that apply.
+    """One completion to read, with its place, its prompt and its reward; with several rewards also
+    each that applies.
     """
 
     where: str
@@ -61,8 +63,16 @@ class PolicySample:
 
     def shortened(self) -> dict[str, Any]:
         """The same with a prompt and a completion of bounded length, as text."""
-        asked = self.prompt if isinstance(self.prompt, str) else "\n".join(map(_said, self.prompt))
-        texts = {"prompt": asked, "completion": self.completion}
+        prompt = self.prompt
+        if not isinstance(prompt, str):
+            lines = []
+            for turn in prompt:
+                content = turn.get("content")
+                if not isinstance(content, str):
+                    content = json.dumps(content, ensure_ascii=False)
+                lines.append(f"{turn.get('role')}: {content}")
+            prompt = "\n".join(lines)
+        texts = {"prompt": prompt, "completion": self.completion}
         return self.as_json() | {name: cut(text, KEPT) for name, text in texts.items()}
 
 
@@ -84,46 +94,40 @@ class Rewarded:
         groups: Sequence[Sequence[Completion]],
         rewards: Rewards,
         at_once: int | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = silent,
     ) -> Self:
-        """Completions as they are judged. Raises LorafoldError for a reward that fails, and, where
-        they are judged in parts, if none of them has a reward.
-
-        Args:
-            groups: a group of completions of each prompt, all of one size.
-            at_once: of how many prompts the completions are judged in one call, which has a limit
-                of time; None for all.
-            progress: is told how many completions are judged, of how many.
+        """Groups of one size as they are judged: all in one call, or `at_once` prompts a call, as
+        it has a limit of time; then one of the completions must have a reward.
         """
         judged = [
-            Judged(asked, one.text, row, f"{prompt.where}, completion {n}", conversation)
+            Judged(
+                prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}",
+                prompt.conversation,
+            )
             for prompt, group in zip(prompts, groups, strict=True)
-            for asked, row, conversation in ((prompt.asked, prompt.besides, prompt.conversation),)
             for n, one in enumerate(group, 1)
-        ]
+        ]  # fmt: skip
         sums, each = list[float | None](), dict[str, list[float | None]]()
         size = (at_once or len(prompts)) * len(groups[0])
         for start in range(0, len(judged), size):
-            some, apart = rewards(judged[start : start + size])
-            sums += some
-            each = {name: [*each.get(name, []), *x] for name, x in apart.items()}
+            total, by_name = rewards(judged[start : start + size])
+            sums += total
+            each = {name: [*each.get(name, []), *x] for name, x in by_name.items()}
             progress(len(sums), len(judged))
         if at_once and sums.count(None) == len(sums):
             raise RewardFailed(
                 f"rewards: found none for {judged[0].where} to {judged[-1].where}, as all returned"
                 " None; expected a number for some completion"
             )
-        of = {name: _table(x, len(groups)) for name, x in each.items()}
-        return cls(judged, groups, _table(sums, len(groups)), of)
+        tables = {name: _table(x, len(groups)) for name, x in each.items()}
+        return cls(judged, groups, _table(sums, len(groups)), tables)
 
     def replaced(self, places: Sequence[int], other: Rewarded) -> Rewarded:
-        """The same with the groups at these places those of another, in its order."""
-        number = {place: i for i, place in enumerate(places)}
-        k, groups, judged = self.rewards.shape[1], list[Sequence[Completion]](), list[Judged]()
-        for place in range(len(self.groups)):
-            own, at = (other, number[place]) if place in number else (self, place)
-            groups.append(own.groups[at])
-            judged += own.judged[at * k : (at + 1) * k]
+        """The same, with the groups at these places replaced by the groups of another, in order."""
+        k, groups, judged = self.rewards.shape[1], [*self.groups], [*self.judged]
+        for i, place in enumerate(places):
+            groups[place] = other.groups[i]
+            judged[place * k : (place + 1) * k] = other.judged[i * k : (i + 1) * k]
         rows = torch.tensor(places)
         rewards = self.rewards.index_copy(0, rows, other.rewards)
         each = {name: x.index_copy(0, rows, other.each[name]) for name, x in self.each.items()}
@@ -131,7 +135,7 @@ class Rewarded:
 
     @property
     def tokens(self) -> int:
-        """How many were drawn."""
+        """The number of sampled tokens."""
         return sum(len(one.tokens) for group in self.groups for one in group)
 
     @property
@@ -147,20 +151,21 @@ class Rewarded:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """Means over all completions: the reward, with several each of them, of those to which it
-        applies; what the completions are, and the share of groups whose rewards are all alike.
+        """Means over all completions: the reward, and each of several rewards over the completions
+        to which it applies; lengths and entropy, and the share of groups whose rewards are all
+        equal.
         """
-        drawn = [one for group in self.groups for one in group]
-        tokens = self.tokens
-        apart = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
+        completions = [one for group in self.groups for one in group]
+        n, tokens = len(completions), self.tokens
+        each = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
         without = float(self.rewards.isnan().double().mean())
         return {
             "reward": float(self.rewards.nanmean()),
-            **(apart if len(apart) > 1 else {}),
+            **(each if len(each) > 1 else {}),
             **({"without a reward": without} if without else {}),
-            "tokens a completion": tokens / len(drawn),
-            "cut off": sum(not one.ended for one in drawn) / len(drawn),
-            "entropy": sum(-sum(one.logprobs) for one in drawn) / max(1, tokens),
+            "tokens a completion": tokens / n,
+            "cut off": sum(not one.ended for one in completions) / n,
+            "entropy": sum(-sum(one.logprobs) for one in completions) / max(1, tokens),
             "groups without signal": float(self.alike.double().mean()),
         }
 
@@ -171,29 +176,20 @@ class Rewarded:
 
     def samples(self, best: int, worst: int) -> list[PolicySample]:
         """Completions of the highest and of the lowest rewards, from the best to the worst."""
-        drawn = [one for group in self.groups for one in group]
-        found = self.rewards.flatten().tolist()
+        rewards = self.rewards.flatten().tolist()
         several = self.each if len(self.each) > 1 else {}
         each = {name: x.flatten().tolist() for name, x in several.items()}
-        judged = [at for at, reward in enumerate(found) if not math.isnan(reward)]
-        order = sorted(judged, key=lambda at: -found[at])
-        shown = sorted(
-            {*range(len(order))[:best], *range(len(order))[max(0, len(order) - worst) :]}
-        )
-        return [
-            PolicySample(
-                one.where, one.prompt, one.completion, found[at], drawn[at].ended,
-                {name: x[at] for name, x in each.items() if not math.isnan(x[at])},
+        order = [at for at, reward in enumerate(rewards) if not math.isnan(reward)]
+        order.sort(key=lambda at: -rewards[at])
+        samples = []
+        for at in order[:best] + order[max(best, len(order) - worst) :]:
+            one, (group, n) = self.judged[at], divmod(at, self.rewards.shape[1])
+            ended = self.groups[group][n].ended
+            own = {name: x[at] for name, x in each.items() if not math.isnan(x[at])}
+            samples.append(
+                PolicySample(one.where, one.prompt, one.completion, rewards[at], ended, own)
             )
-            for at in (order[place] for place in shown)
-            for one in (self.judged[at],)
-        ]  # fmt: skip
-
-
-def _said(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    return f"{message.get('role')}: {text}"
+        return samples
 
 
 def _table(values: Sequence[float | None], rows: int) -> Tensor:
@@ -300,7 +296,7 @@ class RewardEvaluation(ShownInNotebooks):
         ]
         if self.groups_without_signal is not None:
             lines[-1] += f", groups without signal {self.groups_without_signal:.1%}"
-        shown = [_told(one) for one in self.samples]
+        shown = [_sample_line(one) for one in self.samples]
         if self.n * self.group > len(shown):
             shown.insert(READ, "...")
         return "\n".join([*lines, "completions, from the best to the worst:", *shown])
@@ -314,16 +310,8 @@ def evaluate_rewards(
     settings: RewardSettings,
     console: Console | None = None,
 ) -> RewardEvaluation:
-    """Measure what completions are worth that a model draws with the adapters that are active on
-    it. The model stays as it is.
-
-    Args:
-        rows: All of shapes that give prompts; their other fields are the rewards'.
-        settings: What is drawn.
-        console: For progress and a report of the prompts; None is quiet.
-
-    Raises LorafoldError for a model that generates nothing, a prompt that is too long, a completion
-    that can't be computed, and a reward that fails.
+    """Measure the rewards of completions that a model generates with the adapters that are active
+    on it. The model is not changed.
     """
     if not model.can_generate():
         raise LorafoldError(
@@ -334,22 +322,23 @@ def evaluate_rewards(
     table = tokenized(rows, PromptEncoder(tokenizer), console)
     data = prompt_data(table, rows, length - settings.max_new_tokens)
     if console:
-        console.print(str(data.report), highlight=False)
+        print_lines(console, data.report)
     prompts, k = data.examples, settings.group
     rollouts = Rollouts(model, tokenizer, k, settings.max_new_tokens, settings.sampling)
     with closing(rollouts), progress_bar(console, "completions") as step:
         rollouts.open(max(lengths_of(prompts)), min(SLOTS, len(prompts) * k))
-        groups = rollouts.draw_held_out([one.ids for one in prompts], settings.seed, k, step)
+        key = key_of(settings.seed, HELD_OUT)
+        groups = rollouts.draw([one.ids for one in prompts], key, k, step)
     with progress_bar(console, "rewards") as step:
-        found = Rewarded.of(prompts, groups, rewards, max(1, SLOTS // k), step)
-    figures, means = found.figures, found.rewards.nanmean(1).tolist()
+        judged = Rewarded.of(prompts, groups, rewards, max(1, SLOTS // k), step)
+    figures, means = judged.figures, judged.rewards.nanmean(1).tolist()
     return RewardEvaluation(
         reward=figures["reward"],
-        reward_interval=found.interval,
+        reward_interval=judged.interval,
         rewards={
-            name: MeanReward(float(x.nanmean()), _interval(x)) for name, x in found.each.items()
+            name: MeanReward(float(x.nanmean()), _interval(x)) for name, x in judged.each.items()
         },
-        n=len(found.groups),
+        n=len(judged.groups),
         group=k,
         max_new_tokens=settings.max_new_tokens,
         tokens_a_completion=figures["tokens a completion"],
@@ -357,14 +346,14 @@ def evaluate_rewards(
         entropy=figures["entropy"],
         groups_without_signal=figures["groups without signal"] if k > 1 else None,
         prompt_rewards=tuple(None if math.isnan(mean) else mean for mean in means),
-        samples=tuple(found.samples(READ, READ)),
+        samples=tuple(judged.samples(READ, READ)),
     )
 
 
-def _told(one: PolicySample) -> str:
-    asked = f" {_short(one.prompt)} ->" if isinstance(one.prompt, str) else ""
+def _sample_line(one: PolicySample) -> str:
+    prompt = f" {_short(one.prompt)} ->" if isinstance(one.prompt, str) else ""
     end = "" if one.ended else ", cut off"
-    return f"{one.reward:8.4g}  {one.where}:{asked} {_short(one.completion)}{end}"
+    return f"{one.reward:8.4g}  {one.where}:{prompt} {_short(one.completion)}{end}"
 
 
 def _short(text: str) -> str:

@@ -14,7 +14,7 @@ shows (Pal et al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -25,9 +25,10 @@ from torch import Tensor
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.shapes import PAIRS
+from lorafold.evaluation.held_out import Progress, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.model_card import within
-from lorafold.training_step.preference_algorithms import Scored, moved
+from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
 
 
@@ -63,16 +64,16 @@ class PreferenceFigures:
         return interval is not None and interval[1] < 0
 
     def __str__(self) -> str:
-        parts = []
-        if self.preference_accuracy is not None:
-            interval = within(self.preference_accuracy_interval, ".1%")
-            parts.append(f"preference {self.preference_accuracy:.1%}{interval}")
-        if self.reward_accuracy is not None:
-            interval = within(self.reward_accuracy_interval, ".1%")
-            parts.append(f"reward accuracy {self.reward_accuracy:.1%}{interval}")
-        if self.reward_margin is not None:
-            interval = within(self.reward_margin_interval, ".3f")
-            parts.append(f"reward margin {self.reward_margin:.3f}{interval}")
+        figures = {
+            "preference": (self.preference_accuracy, self.preference_accuracy_interval, ".1%"),
+            "reward accuracy": (self.reward_accuracy, self.reward_accuracy_interval, ".1%"),
+            "reward margin": (self.reward_margin, self.reward_margin_interval, ".3f"),
+        }
+        parts = [
+            f"{name} {value:{form}}{within(interval, form)}"
+            for name, (value, interval, form) in figures.items()
+            if value is not None
+        ]
         if self.chosen_change is not None and self.rejected_change is not None:
             parts.append(
                 f"log-probability minus the reference's: chosen {self.chosen_change:+.2f},"
@@ -80,97 +81,77 @@ class PreferenceFigures:
             )
         if self.kl is not None:
             parts.append(f"KL {self.kl:.4f} nats a token")
-        text = ", ".join(parts)
-        if self.falling:
-            text += (
-                "\nthe chosen completions are less likely than under the reference: a supervised"
-                " term (--objective-options sft_weight=1) or a larger beta keeps them"
-            )
-        return text
+        warning = (
+            "\nthe chosen completions are less likely than under the reference: a supervised term"
+            " (--objective-options sft_weight=1) or a larger beta keeps them"
+        )
+        return ", ".join(parts) + warning * self.falling
 
 
 def preference_figures(
     loss: Preferences,
     examples: Sequence[Branched],
     reference: bool,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> PreferenceFigures:
-    """Measure a model with the adapters that are active on it.
-
-    Args:
-        loss: Has the model and the law.
-        examples: With their references, if the law has any and they are known.
-        reference: Whether the model without its highest adapter is the reference, so that what is
-            not known of it can be computed.
-        progress: Is told how many examples are done, of how many.
+    """Measure a model with the adapters that are active on it. If `reference` is set, the model
+    without its highest adapter is the reference, and unknown log-probabilities of it are computed.
     """
     parts: list[Scored] = []
     order: list[int] = []
     kl = tokens = 0.0
     with evaluating(loss):
         for group in loss.groups(examples):
-            chosen = [examples[i] for i in group]
+            batch = [examples[i] for i in group]
             if reference:
-                found, here = loss.against_reference(chosen)
-                kl, tokens = kl + here, tokens + float(found.tokens.sum())
+                scored, divergence = loss.against_reference(batch)
+                kl, tokens = kl + divergence, tokens + float(scored.tokens.sum())
             else:
-                found = loss.scored(chosen)
-            parts.append(found)
+                scored = loss.scored(batch)
+            parts.append(scored)
             order += group
             progress(len(order), len(examples))
     law, whole = loss.law, in_order(parts, order)
     known = whole.reference is not None
     rewarded = known or not law.has_reference
     # over all rows, as training measures it over those of a step
-    losses = law.loss(whole._replace(mismatched=moved(whole.ratios[:, law.trained :])))
+    losses = law.loss(whole._replace(mismatched=ratio_sums(whole.ratios[:, law.trained :])))
     logps, ratios, rewards = (x.double() for x in (whole.logps, whole.ratios, law.rewards(whole)))
     good = torch.tensor([e.desirable for e in examples])
     paired = law.kind == PAIRS
 
     def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
-        first, second = (values[:, 0], values[:, 1]) if paired else (
-            values[good, 0], values[~good, 0])  # fmt: skip
+        first, second = values.t()[:2] if paired else (values[good, 0], values[~good, 0])
         return first.tolist(), second.tolist()
 
     def accuracy(values: Tensor) -> tuple[float | None, Interval | None]:  # (n, k)
-        if not paired:
-            return None, None
-        hits = int((values[:, 0] > values[:, 1]).sum())
-        return hits / len(values), wilson(hits, len(values))
+        hits, n = int((values[:, :1] > values[:, 1:]).sum()), len(values)
+        return (hits / n, wilson(hits, n)) if paired else (None, None)
 
-    (won, lost), (up, down), (chosen_r, rejected_r) = map(sides, (logps, ratios, rewards))
-    margins = [a - b for a, b in zip(chosen_r, rejected_r, strict=False)] if paired else []
-    prefers, implied = accuracy(logps), accuracy(rewards) if rewarded else (None, None)
-    both = rewarded and chosen_r and rejected_r  # judged rows may all be of one kind
+    def mean(values: Sequence[float], there: bool = True) -> float | None:
+        return fmean(values) if there and values else None
+
+    (chosen, rejected), (up, down), (won, lost) = map(sides, (logps, ratios, rewards))
+    margins = [a - b for a, b in zip(won, lost, strict=False)] if paired else []
+    both = rewarded and won and lost  # judged rows may all be of one kind
     return PreferenceFigures(
-        n=len(examples),
-        preference_loss=float(losses.double().mean()),
-        preference_accuracy=prefers[0],
-        preference_accuracy_interval=prefers[1],
-        reward_accuracy=implied[0],
-        reward_accuracy_interval=implied[1],
-        reward_margin=fmean(chosen_r) - fmean(rejected_r) if both else None,
+        len(examples),
+        float(losses.double().mean()),
+        *accuracy(logps),
+        *(accuracy(rewards) if rewarded else (None, None)),
+        reward_margin=fmean(won) - fmean(lost) if both else None,
         reward_margin_interval=mean_interval(margins) if rewarded else None,
-        chosen_logp=mean(won),
-        rejected_logp=mean(lost),
-        chosen_change=mean(up) if known else None,
+        chosen_logp=mean(chosen),
+        rejected_logp=mean(rejected),
+        chosen_change=mean(up, known),
         chosen_change_interval=mean_interval(up) if known else None,
-        rejected_change=mean(down) if known else None,
+        rejected_change=mean(down, known),
         kl=kl / tokens if tokens else None,
     )
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None for no values."""
-    return fmean(values) if values else None
-
-
 def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
-    """The rows of all parts as one, on the CPU.
-
-    Args:
-        order: The index of each of their rows.
-    """
+    """The rows of all parts as one, on the CPU."""
     back = torch.tensor(order).argsort()
     columns: Iterable[Any] = zip(*parts, strict=True)
     whole: list[Any] = [

@@ -28,6 +28,7 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.data.shapes import PROMPT_ALONE, PROMPTS, Conversation
 from lorafold.engine.adapters import found_below
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
+from lorafold.files.terminal import print_lines
 from lorafold.identity import joined, of_adapter
 from lorafold.models.checkpoint import original_weights
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
@@ -50,8 +51,8 @@ ATTENTION = "lorafold_reward"  # beside that of the policy, which is packed at t
 
 @dataclass(frozen=True)
 class RewardAdapter:
-    """A saved reward model, and what it lies over: adapters to load, lowest first, none once they
-    are loaded. `identity` is that of them all.
+    """A saved reward model and the adapters below it, lowest first; `stack` is empty once they are
+    loaded. `identity` is that of all of them.
     """
 
     name: str
@@ -62,11 +63,7 @@ class RewardAdapter:
 
     @classmethod
     def of(cls, text: str, base: Base) -> Self:
-        """What a reward's name, `adapter:DIR` with a weight or without, stands for.
-
-        Raises LorafoldError for files that are damaged, for an adapter that is no reward model, and
-        where what it lies over is not beside it.
-        """
+        """Open the reward adapter with a name such as `adapter:DIR`, with or without a weight."""
         weight, name = parted(text)
         saved = Saved.open(Path(adapter_in(name)).expanduser())
         if (kind := kind_of(base, [saved])) != REWARD_MODEL:
@@ -79,20 +76,10 @@ class RewardAdapter:
     def over(
         self, model: PreTrainedModel, packing: bool | str, console: Console
     ) -> Iterator[Reward]:
-        """The reward, over a model's own tensors.
-
-        Raises LorafoldError for an adapter of another base, or with tensors that do not fit.
-
-        Args:
-            model: A language model of the base, with adapters or without.
-            packing: Lay texts end to end, where the model allows it; auto: compute once what they
-                begin with in common.
-            console: For what there is to say of tokenizer and storage.
-        """
+        """The reward, over a model's own tensors."""
         tokenizer = self.base.tokenizer(self.stack)
-        for notice in (ensure_chat_template(tokenizer), self._stored(model)):
-            if notice:
-                console.print(f"reward {self.name}: {notice}", highlight=False, markup=False)
+        for notice in filter(None, (ensure_chat_template(tokenizer), self._stored(model))):
+            print_lines(console, f"reward {self.name}: {notice}")
         pad, other = padding_id(tokenizer), self.base.allow_other_base
         shell, weights = scoring_shell(model, pad), None
         if _quantized(model) and stored_in_files(self.base.source) is None:
@@ -108,7 +95,7 @@ class RewardAdapter:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
 
     def _stored(self, model: PreTrainedModel) -> str:
-        """What there is to say where the base is stored otherwise than when the reward trained."""
+        """A notice if the base is stored otherwise than when the reward was trained."""
         before = self.stack[-1].own_base.trained_on
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
         if _quantized(model) or before is None or before.storage == now:
@@ -125,14 +112,7 @@ def rewards_over(
     packing: bool | str,
     console: Console,
 ) -> Iterator[Rewards]:
-    """Rewards, those that are adapters over the model that draws the completions.
-
-    Args:
-        given: All of them, as `Rewards.of` takes them.
-        adapters: Those that are adapters, by their names.
-        limit: The seconds that a call of one may take.
-        model, packing, console: As `RewardAdapter.over` takes them.
-    """
+    """Rewards, some of them adapters over the model that generates the completions."""
     with ExitStack() as stack:
         over: dict[Any, Reward] = {
             text: stack.enter_context(one.over(model, packing, console))
@@ -143,13 +123,7 @@ def rewards_over(
 
 
 class AdapterReward:
-    """Scores of a reward model as a reward.
-
-    Args:
-        shell: A sequence classifier with one output, with the adapters that score active on it.
-        tokenizer: The reward model's, with a chat template.
-        how: How far the shell goes with packed documents; None pads.
-    """
+    """Scores of a reward model as a reward."""
 
     def __init__(
         self, name: str, weight: float, shell: PreTrainedModel,
@@ -161,13 +135,8 @@ class AdapterReward:
         self._most = positions_of(shell).table or math.inf
 
     def __call__(self, judged: Sequence[Judged]) -> list[float]:
-        """The score of each. Raises LorafoldError for a completion that can't be rendered, or whose
-        text is longer than the model has positions.
-        """
-        if not judged:
-            return []
-        found: list[float] = scores_of(self._loss, self._texts(judged))[0][:, 0].tolist()
-        return found
+        """The score of each."""
+        return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist() if judged else []
 
     def close(self) -> None:
         """Nothing runs."""
@@ -177,25 +146,26 @@ class AdapterReward:
         table = self._encoder.encode([_answered(one) for one in judged], 0).to_pylist()
         # where earlier turns are rewritten, the last text of a row is the one with its last turn
         entries: dict[int, dict[str, Any]] = {entry["row"]: entry for entry in table}
-        problems = {entry["row"]: told for entry in table if (told := entry["problem"])}
+        problems = {entry["row"]: problem for entry in table if (problem := entry["problem"])}
+        texts = []
         for number, one in enumerate(judged):
-            tokens = len(entries[number]["ids"])
-            if told := problems.get(number):
-                raise failure(self.name, told, [one])
-            if tokens > self._most:
-                told = f"found a text of {tokens} tokens, expected at most the {self._most}"
-                raise failure(self.name, f"{told} positions of the model", [one])
-        rows = (entries[number] for number, _ in enumerate(judged))
-        return [continued(example_of(row["ids"], row["spans"])) for row in rows]
+            ids = entries[number]["ids"]
+            if problem := problems.get(number):
+                raise failure(self.name, problem, [one])
+            if len(ids) > self._most:
+                problem = f"found a text of {len(ids)} tokens, expected at most the {self._most}"
+                raise failure(self.name, f"{problem} positions of the model", [one])
+            texts.append(continued(example_of(ids, entries[number]["spans"])))
+        return texts
 
 
 def _answered(one: Judged) -> Conversation:
     """A completion as the assistant's turn after its prompt."""
-    asked = one.conversation
-    if asked is None:
-        asked = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
-    said = normalized([{"role": "assistant", "content": one.completion}])
-    return Conversation([*asked.messages, *said], len(asked.messages), asked.tools)
+    prompt = one.conversation
+    if prompt is None:
+        prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
+    answer = normalized([{"role": "assistant", "content": one.completion}])
+    return Conversation([*prompt.messages, *answer], len(prompt.messages), prompt.tools)
 
 
 def _quantized(model: PreTrainedModel) -> bool:

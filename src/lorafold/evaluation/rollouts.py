@@ -1,17 +1,16 @@
-"""Completions that a policy draws by the engine, while it trains from the very weights that train.
+"""Completions that a policy samples by the engine while it trains, from the weights that train.
 
     rollouts = Rollouts(model, tokenizer, group=8, longest=256)
     rollouts.open(prompt=64, slots=64)
     rollouts.draw(prompts, key)             a group of completions of each prompt
 
-The engine has a second shell of the model (`core.shared_tensors`), so that both stay open. What
-trains is adopted anew for each step: the engine copies its factors and keeps nothing of earlier
-ones.
+The engine has a second shell of the model (`core.shared_tensors`), so that both stay open. It
+copies the factors that train anew for each step and keeps nothing of earlier ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from lorafold.core.shared_tensors import twin
 from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.held_out import Progress, silent
 from lorafold.generation import end_tokens, text_of
 from lorafold.ops.dropout import key_of
 from lorafold.runtime.memory import free_bytes
@@ -38,8 +38,8 @@ AS_TRAINED = Sampling(temperature=1.0)  # among all tokens
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its tokens, the last of which ends it if it `ended`, the log-probability in
-    nats with which each was drawn, and its text.
+    """One completion: its tokens, the last of which ends it if it `ended`, the log-probability of
+    each in nats when it was sampled, and its text.
     """
 
     tokens: tuple[int, ...]
@@ -50,7 +50,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """How many completions are drawn at a time (`slots`), how many a prompt has, and the most
+    """How many completions are sampled at a time (`slots`), how many a prompt has, and the most
     tokens of a prompt and of one completion.
     """
 
@@ -61,15 +61,7 @@ class RolloutSize:
 
 
 class Rollouts:
-    """Draws completions, once it is `open`.
-
-    Args:
-        model: in training or not, whose active adapters are the policy.
-        group: how many completions a prompt has.
-        longest: the most tokens of a completion.
-        sampling: how tokens are chosen. Training learns from those of temperature 1 alone.
-        exact: compute as training does, bit by bit, which takes longer.
-    """
+    """Draws completions, once it is `open`."""
 
     def __init__(
         self,
@@ -95,14 +87,8 @@ class Rollouts:
         return self._engine
 
     def open(self, prompt: int, slots: int) -> bool:
-        """Open the engine. Returns whether it is to be `exact`, which this processor's products are
-        not.
-
-        Args:
-            prompt: the most tokens of a prompt.
-            slots: how many completions are drawn at a time.
-
-        Raises LorafoldError where `exact` is asked for, and drawing can't have training's numbers.
+        """Open the engine for prompts of at most so many tokens. Returns whether it is to be
+        `exact` and this processor's matmuls are not.
         """
         if self.exact and (why := lacks(self.shell.device.type)):
             raise LorafoldError(f"exact: {why}")
@@ -129,68 +115,42 @@ class Rollouts:
         prompts: Sequence[Sequence[int]],
         key: int,
         group: int | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = silent,
     ) -> list[list[Completion]]:
-        """A group of completions of each prompt, under the weights as they are now.
-
-        Args:
-            prompts: token ids.
-            key: what the draws follow from, with the places of prompt and completion.
-            group: how many completions a prompt has, if not as many as in training.
-            progress: called as progress(done, total) after every step of the engine.
-
-        Raises LorafoldError for a completion that can't be computed.
+        """A group of completions of each prompt's token ids, under the weights as they are now. The
+        samples follow from the key and from the places of prompt and completion.
         """
-        # a fused optimizer leaves the versions, by which a method knows that what it kept is stale
+        # a fused optimizer leaves the versions, by which a method knows that its cache is stale
         increment_version(self.moving)
         self.engine.adopt(POLICY, self.names)
         k = group or self.group
-        streams = [
-            [self._stream(prompt, key, i * k + j) for j in range(k)]
-            for i, prompt in enumerate(prompts)
-        ]
-        every = [stream for group in streams for stream in group]
-        running = every
+        streams = []
+        for n in range(len(prompts) * k):
+            sampling = replace(self.sampling, logprobs=0, seed=key_of(key, n))
+            ids = tuple(prompts[n // k])
+            streams.append(
+                self.engine.submit(
+                    Request(str(n), ids, self.longest, POLICY, sampling, self.ends, keep_end=True)
+                )
+            )
+        running = streams
 
         def after() -> None:
             nonlocal running
             running = [stream for stream in running if stream.ended is None]
-            progress(len(every) - len(running), len(every))
+            progress(len(streams) - len(running), len(streams))
 
         self.engine.run(after)
-        # keys and values are in nobody's way then, nor does what is drawn bear on later rounding
+        # the KV cache is in nobody's way then, nor do the samples bear on later rounding
         self.engine.forget()
-        return [[self._completion(stream) for stream in group] for group in streams]
-
-    def draw_held_out(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seed: int,
-        group: int = 1,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> list[list[Completion]]:
-        """The same of held-out prompts, whose draws follow from a run's seed and from no step.
-
-        Args:
-            prompts: token ids.
-            seed: of the run.
-            group: how many completions a prompt has.
-            progress: as `draw` calls it.
-        """
-        return self.draw(prompts, key_of(seed, HELD_OUT), group, progress)
-
-    def _stream(self, prompt: Sequence[int], key: int, n: int) -> EventStream:
-        sampling = replace(self.sampling, logprobs=0, seed=key_of(key, n))
-        asked = Request(
-            str(n), tuple(prompt), self.longest, POLICY, sampling, self.ends, keep_end=True
-        )
-        return self.engine.submit(asked)
+        completions = [*map(self._completion, streams)]
+        return [completions[i : i + k] for i in range(0, len(completions), k)]
 
     def _completion(self, stream: EventStream) -> Completion:
         end = stream.result()
         if end.reason == "failed":
             raise LorafoldError(f"a completion can't be computed: {end.message}")
-        drawn = [event for event in stream.so_far() if isinstance(event, Token)]
-        logprobs = tuple(float(token.drawn_logprob or 0.0) for token in drawn)
+        tokens = [event for event in stream.so_far() if isinstance(event, Token)]
+        logprobs = tuple(float(token.drawn_logprob or 0.0) for token in tokens)
         text = text_of(self.tokenizer, end.tokens)
         return Completion(end.tokens, logprobs, text, end.reason == "end")

@@ -29,11 +29,12 @@ from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row
-from lorafold.evaluation.held_out import by_row, padding_of, progress_bar, row_losses
+from lorafold.evaluation.held_out import by_row, pad_id_of, progress_bar, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
+from lorafold.files.terminal import print_lines
 from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import Dpo, Law
@@ -50,19 +51,14 @@ SPARE = 8  # tokens beyond the longest reference, so that a completion that goes
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run measures on held-out rows: the loss in nats, further figures by name, how they are
-    told, and completions to read, as JSON.
+    """Figures of held-out rows: the loss in nats, further figures by name, a text about them, and
+    completions to read, as JSON.
     """
 
     loss: float
     figures: Mapping[str, Any] = field(default_factory=dict)
     told: str = ""
     samples: Sequence[Mapping[str, Any]] = ()
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The figures that are numbers, as trackers take them."""
-        return {f"eval_{k}": v for k, v in self.figures.items() if isinstance(v, int | float)}
 
     def __str__(self) -> str:
         return f"held-out loss {self.loss:.4f}{self.told}"
@@ -118,9 +114,8 @@ class Evaluation(ShownInNotebooks):
             f" {self.perplexity:.3f}"
         )
         if self.exact_match is not None:
-            text += (
-                f", exact match {self.exact_match:.1%}{within(self.exact_match_interval, '.1%')}"
-            )
+            interval = within(self.exact_match_interval, ".1%")
+            text += f", exact match {self.exact_match:.1%}{interval}"
         return text if self.preference is None else f"{text}\n{self.preference}"
 
 
@@ -132,22 +127,13 @@ def evaluate_classifier(
     *,
     console: Console | None = None,
 ) -> Evaluation:
-    """`evaluate` for rows of text and label.
-
-    Args:
-        model: A sequence classifier whose config names the classes (`id2label`).
-        max_length: Longer texts are cut to this many tokens.
-        console: For progress and a report of what was cut; None is quiet.
-
-    Raises LorafoldError for a label that is not one of the model's classes, and for a model whose
-    config has no padding token.
-    """
+    """`evaluate` for rows of text and label."""
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
     if console and data.report.truncated:
-        console.print(str(data.report), highlight=False)
-    pad_id = padding_of(model)
+        print_lines(console, data.report)
+    pad_id = pad_id_of(model)
 
     def measured(loss: Classification, some: Sequence[LabelledExample]) -> Sequence[Tensor]:
         arguments = loss.collate(some, loss.device)
@@ -156,16 +142,15 @@ def evaluate_classifier(
 
     loss_of = partial(Classification, model, pad_id)
     with progress_bar(console, "rows") as step:
-        found = by_row(model, data.examples, loss_of, measured, step)
-    logits = torch.stack(found)  # (n, C)
+        logits = torch.stack(by_row(model, data.examples, loss_of, measured, step))  # (n, C)
     targets = torch.tensor([e.label for e in data.examples])  # (n,)
     sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
-    chosen = [classes[i] for i in logits.argmax(1).tolist()]
+    likeliest, n = logits.argmax(1), len(rows)
     answers = tuple(
-        Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True)
+        Answer(row["text"], str(row["label"]), classes[i])
+        for row, i in zip(rows, likeliest.tolist(), strict=True)
     )
-    hits = int((logits.argmax(1) == targets).sum())
-    n = len(rows)
+    hits = int((likeliest == targets).sum())
     return Evaluation(
         mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers,
         losses=tuple(sums),
@@ -174,13 +159,7 @@ def evaluate_classifier(
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured beside the loss.
-
-    Args:
-        completions: Generate completions for the exact match.
-        max_new_tokens: The most tokens of a completion; None takes the longest reference.
-        law: What rewards are, on rows of preferences.
-    """
+    """What is measured beside the loss."""
 
     completions: bool = True
     max_new_tokens: int | None = None
@@ -198,41 +177,29 @@ def evaluate(
     settings: EvaluationSettings = DEFAULT,
     console: Console | None = None,
 ) -> Evaluation:
-    """Measure a model with the adapters that are active on it.
-
-    Args:
-        model: A causal language model or, for rows of text and label, a sequence classifier whose
-            config names the classes (`id2label`).
-        rows: Rows of one form. Plain text has no exact match.
-        max_length: Longer examples are cut to this many tokens for the loss.
-        settings: What is measured beside the loss.
-        console: For progress and a report of what was cut; None is quiet.
-
-    Raises LorafoldError for bad rows and for a loss that is not finite.
-    """
+    """Measure a model with the adapters that are active on it."""
     rows = as_checked(rows, PAIRS)
     if rows.give(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)
     if console and (data.report.truncated or data.report.unlabelled):
-        console.print(str(data.report), highlight=False)
+        print_lines(console, data.report)
     with progress_bar(console, "loss") as step:
         losses = row_losses(model, data.examples, step)
     of_row: dict[int, tuple[float, int]] = {}
-    for i, row in enumerate(data.examples.rows.tolist()):
+    for loss, row, example in zip(losses, data.examples.rows.tolist(), data.examples, strict=True):
         s, n = of_row.get(row, (0.0, 0))
-        of_row[row] = s + losses[i], n + labelled(data.examples[i])
-    sums = list(of_row.values())
-    answers: tuple[Answer, ...] = ()
+        of_row[row] = s + loss, n + labelled(example)
+    sums, answers, preference = [*of_row.values()], tuple[Answer, ...](), None
     if settings.completions:
         answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
-    hits, preference = sum(answer.exact for answer in answers), None
+    hits = sum(answer.exact for answer in answers)
     if rows.give(PAIRS):
         pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
         with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
-            loss = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
+            law = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
             # the reference is the model without its highest adapter
-            preference = preference_figures(loss, pairs, bool(selection_of(model).names), step)
+            preference = preference_figures(law, pairs, bool(selection_of(model).names), step)
     return Evaluation(
         loss=mean_loss(sums),
         loss_interval=loss_interval(sums),
@@ -256,17 +223,12 @@ def _completions(
     given = rows.given(CONVERSATIONS)
     if not given[0].messages:
         return ()
-    found = references(given, tokenizer)
-    longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in found)
+    expected = references(given, tokenizer)
+    longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in expected)
+    prompts, most = [r.prompt for r in expected], max_new_tokens or longest + SPARE
     with progress_bar(console, "completions") as step:
-        texts = complete(
-            model,
-            tokenizer,
-            [reference.prompt for reference in found],
-            max_new_tokens or longest + SPARE,
-            progress=step,
-        )
+        texts = complete(model, tokenizer, prompts, most, progress=step)
     return tuple(
         Answer(r.asked, r.text, without_reasoning(text, r.prompt, tokenizer))
-        for r, text in zip(found, texts, strict=True)
+        for r, text in zip(expected, texts, strict=True)
     )

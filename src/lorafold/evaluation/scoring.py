@@ -1,9 +1,6 @@
 """The scores that a reward model gives rows, and how well it tells chosen completions from rejected
 ones, from the scores of n pairs.
 
-    found = score_rows(model, tokenizer, rows, max_length)
-    found.rows[0].scores       {"chosen": 1.3, "rejected": -0.2}, or {"score": 1.3} of other rows
-
     d = r(chosen) - r(rejected)         the margin of a pair
     accuracy                            the share of pairs with d > 0
     log loss, Brier score               the means of -log s(d) and (1 - s(d))^2, s the logistic
@@ -15,17 +12,15 @@ ones, from the scores of n pairs.
                                         al. 2017, arXiv 1706.04599, eq. 3)
     length correlation                  Spearman's, of the scores with the lengths of completions
 
-The text of a row is what supervised training makes of it: prompt and completion, or a whole
-conversation, as the chat template renders them. Each prompt of a pair is computed once, where the
-model allows that. A model that prefers length gets pairs right where the chosen completion is the
-longer one, and wrong where it is the shorter one, so accuracy is given for both apart (Singhal et
-al. 2023, arXiv 2310.03716). Intervals are 95%.
+The text of a row is what supervised training makes of it. A model that prefers length gets pairs
+right where the chosen completion is the longer one, so accuracy is given for longer and shorter
+ones apart (Singhal et al. 2023, arXiv 2310.03716). Intervals are 95%.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -42,11 +37,12 @@ from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import padding_of, progress_bar
+from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import within
+from lorafold.files.terminal import print_lines
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
@@ -93,9 +89,8 @@ class Bin:
 
     def as_json(self) -> dict[str, Any]:
         """The bin in one object."""
-        return {"low": self.low, "high": self.high, "confidence": self.confidence} | asdict(
-            self.observed
-        )
+        figures = asdict(self)
+        return figures | figures.pop("observed")
 
 
 @dataclass(frozen=True)
@@ -119,10 +114,8 @@ class RewardFigures:
 
     def as_json(self) -> dict[str, Any]:
         """All figures, by name."""
-        found = asdict(self)
-        del found["right"]
-        found["calibration"] = [one.as_json() for one in self.calibration]
-        return asdict(self.right) | found
+        figures = asdict(self) | {"calibration": [one.as_json() for one in self.calibration]}
+        return figures.pop("right") | figures
 
     @property
     def told(self) -> str:
@@ -132,6 +125,7 @@ class RewardFigures:
 
     def __str__(self) -> str:
         correlation = self.length_correlation
+        shorter, longer = self.chosen_shorter, self.chosen_longer
         lines = [
             f"{self.right.n} pairs: {self.told}",
             f"log loss {self.log_loss:.4f}, Brier score {self.brier:.4f}, calibration error"
@@ -143,8 +137,8 @@ class RewardFigures:
             ),
             "length: correlation with the score "
             + ("none" if correlation is None else f"{correlation:+.3f}")
-            + f"; accuracy where the chosen completion is longer {self.chosen_longer} of"
-            f" {self.chosen_longer.n}, shorter {self.chosen_shorter} of {self.chosen_shorter.n}",
+            + f"; accuracy where the chosen completion is longer {longer} of {longer.n},"
+            f" shorter {shorter} of {shorter.n}",
         ]
         return "\n".join(lines)
 
@@ -152,32 +146,23 @@ class RewardFigures:
 def scores_of(
     loss: Preferences,
     examples: Sequence[Branched],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Array, Array]:
     """The scores of the examples' documents, in fp32, and the tokens of their completions, both
     (n, k).
-
-    Args:
-        loss: Has the model, with the adapters that are active on it.
-        progress: Is told how many examples are done, of how many.
     """
     shape, done = (len(examples), len(examples[0].branches)), 0
     scores, tokens = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
     with evaluating(loss):
         for group in loss.groups(examples):
-            found = loss.scored([examples[i] for i in group])
-            scores[group], tokens[group] = found.logps.cpu(), found.tokens.cpu()
+            scored = loss.scored([examples[i] for i in group])
+            scores[group], tokens[group] = scored.logps.cpu(), scored.tokens.cpu()
             progress(done := done + len(group), len(examples))
     return scores, tokens
 
 
 def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
-    """The figures of pairs whose first completion is the chosen one.
-
-    Args:
-        scores: Of both completions, (n, 2).
-        tokens: Of both completions, (n, 2).
-    """
+    """The figures of pairs whose first completion is the chosen one."""
     chosen, rejected = scores.astype(np.float64).T
     d, longer = chosen - rejected, tokens[:, 0] - tokens[:, 1]
     right = d > 0
@@ -197,7 +182,11 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
         rejected_score=float(rejected.mean()),
         log_loss=float(np.logaddexp(0, -d).mean()),
         brier=float(((1 - likely) ** 2).mean()),
-        calibration_error=calibration_error(bins),
+        # over pairs, the mean distance of the share that is right from how sure the model is
+        calibration_error=sum(
+            one.observed.n * abs((one.observed.accuracy or 0.0) - one.confidence) for one in bins
+        )
+        / len(d),
         calibration=bins,
         length_correlation=rank_correlation(scores.ravel(), tokens.ravel()),
         chosen_longer=Share.of(right[longer > 0]),
@@ -205,28 +194,19 @@ def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
     )
 
 
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """The mean distance of the share that is right from how sure the model is, over pairs."""
-    off = [one.observed.n * abs((one.observed.accuracy or 0.0) - one.confidence) for one in bins]
-    return sum(off) / sum(one.observed.n for one in bins)
-
-
 def rank_correlation(x: Array, y: Array) -> float | None:
     """Spearman's rank correlation of x (n,) and y (n,), with mean ranks for equal values; None
     where all values of either are equal.
     """
     a, b = ranks(x), ranks(y)
-    if not a.std() or not b.std():
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else None
 
 
 def ranks(x: Array) -> Array:
     """The ranks of x (n,), from 1; equal values have the mean of theirs."""
     _, number, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    found: Array = (last - (counts - 1) / 2)[number]
-    return found
+    return (last - (counts - 1) / 2)[number]
 
 
 @dataclass(frozen=True)
@@ -268,12 +248,12 @@ class ScoredRows(ShownInNotebooks):
     def as_json(self) -> dict[str, Any]:
         """All figures, without the rows."""
         names = ("score", "score_interval", "length_correlation")
-        own = {name: getattr(self, name) for name in names}
-        figures = own if self.figures is None else self.figures.as_json()
+        mean = {name: getattr(self, name) for name in names}
+        figures = mean if self.figures is None else self.figures.as_json()
         return {**figures, "n": self.n, "truncated": self.truncated}
 
     def write(self, path: str | Path) -> None:
-        """Write one line of JSON a row. Raises LorafoldError if that fails."""
+        """Write one line of JSON a row."""
         write_text(path, "".join(f"{row.as_json()}\n" for row in self.rows))
 
     def __str__(self) -> str:
@@ -290,24 +270,13 @@ def score_rows(
     *,
     console: Console | None = None,
 ) -> ScoredRows:
-    """Score rows with a reward model and the adapters that are active on it.
-
-    Args:
-        model: A sequence classifier with one output, whose config names the token that pads.
-        tokenizer: The model's, with a chat template.
-        rows: Rows of one form: preferences, prompts with completions, conversations or text.
-        max_length: Longer texts are cut to this many tokens, and counted.
-        console: For progress and a report of what was cut; None is quiet.
-
-    Raises LorafoldError for bad rows, for a model that is no reward model, and for scores that are
-    not finite.
-    """
+    """Score rows with a reward model and the adapters that are active on it."""
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(
             f"{type(model).__name__} with {model.config.num_labels} outputs: expected a reward"
             " model, a sequence classifier with num_labels 1"
         )
-    pad_id = padding_of(model)
+    pad_id = pad_id_of(model)
     rows = as_checked(rows, PAIRS)
     paired = rows.give(PAIRS)
     data: Any
@@ -326,7 +295,7 @@ def score_rows(
     names = ("chosen", "rejected") if paired else ("score",)
     truncated: int = data.report.truncated
     if console and truncated:
-        console.print(str(data.report), highlight=False)
+        print_lines(console, data.report)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:
         loss = Preferences(model, BRADLEY_TERRY, how, pad_id)
         scores, tokens = scores_of(loss, examples, step)
@@ -338,8 +307,8 @@ def score_rows(
     places = rows.origins.places(range(len(rows)))  # rows before may be left out
     alone = len({place.file for place in places}) == 1
     by_row = tuple(
-        RowScore(place.row if alone else n, dict(zip(names, found, strict=True)))
-        for n, (place, found) in enumerate(zip(places, scores.tolist(), strict=True), 1)
+        RowScore(place.row if alone else n, dict(zip(names, row_scores, strict=True)))
+        for n, (place, row_scores) in enumerate(zip(places, scores.tolist(), strict=True), 1)
     )
     if not paired:
         each = scores[:, 0].tolist()

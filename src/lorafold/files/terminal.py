@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from textwrap import wrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDTH = 80
 GAP = "  "
@@ -39,6 +43,18 @@ def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int =
     sizes[0] = min(sizes[0], max(LEAST, room - sum(sizes[1:])))
     rule = ["-" * size for size in sizes]
     return "".join(f"{text}\n" for line in (head, rule, *lines) for text in _folded(line, sizes))
+
+
+def print_lines(console: Console, *lines: object) -> None:
+    """Print what is not empty as it is: without markup, colours and breaks."""
+    for line in filter(None, lines):
+        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def format_bytes(n: float) -> str:
+    """A number of bytes, such as 39.1 MB."""
+    size, unit = next(((10**k, u) for k, u in ((9, "GB"), (6, "MB")) if n >= 10**k), (1e3, "kB"))
+    return f"{n / size:.1f} {unit}"
 
 
 def _folded(cells: Sequence[str], sizes: Sequence[int]) -> list[str]:

@@ -32,14 +32,7 @@ from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import FILES, RunDirectory
-from lorafold.training.request import (
-    RunRequest,
-    day_written,
-    grounds,
-    objective_of,
-    tokenized,
-    tokenizer_for,
-)
+from lorafold.training.request import RunRequest, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
 
 SEARCH = "search.json"
@@ -112,12 +105,12 @@ def search(
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"storage": "fp32"})
     request = replace(request, base=request.base.stored(recipe.storage))
-    day = day_written(request.base, recipe.chat_template)
+    day = request.base.date(recipe.chat_template)
     if day and (out / SEARCH).is_file():  # it goes on with the day on which it began
         day = str(read_object(out / SEARCH).get("day") or day)
     request = replace(request, day=day)
     identity = {
-        **grounds(request.base, recipe.chat_template, "inspecting"),
+        **request.base.cache_key(recipe.chat_template, "inspecting"),
         "adapters": [*map(of_adapter, request.adapters)],
         "model": request.base.name,
         "day": day,

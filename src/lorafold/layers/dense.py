@@ -23,11 +23,10 @@ from lorafold.core.selection import DrawSite, site_of
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear, narrowed, product
 from lorafold.ops.autocast import autocasting, lowered
+from lorafold.ops.checkpoint_segments import once
 from lorafold.ops.dropout import dropout, shared
-from lorafold.ops.frozen import frozen_linear, low_rank_linear
+from lorafold.ops.frozen import frozen_linear, low_rank_linear, sparse_linear
 from lorafold.ops.scale import scale
-from lorafold.ops.shared_input import once
-from lorafold.ops.sparse import sparse_linear
 
 
 class Vectors(BaseLayer):

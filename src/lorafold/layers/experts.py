@@ -38,8 +38,14 @@ from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers.expert_matrices import ExpertMatrices, stored_matrices
 from lorafold.ops.autocast import lowered
 from lorafold.ops.dropout import dropout, shared
-from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
-from lorafold.ops.groups import Groups, grouped
+from lorafold.ops.grouped import (
+    FrozenMatrices,
+    Groups,
+    frozen_product,
+    grouped,
+    low_rank_product,
+    product,
+)
 from lorafold.ops.scale import scale
 
 

@@ -1,14 +1,10 @@
 """Prints the memory that a training run will need before it starts, and decides whether the run
 uses gradient checkpointing.
 
-    memory: 1.1 GB at the peak of a step (activations 610.0 MB, weights 269.1 MB), without the
-    libraries (about 0.3 GB); 21.4 GB free
-
 `gradient_checkpointing: auto` turns it on if a step would not fit without it. If a step does not
 fit either way, the run prints a warning with the changes that would help, and continues, because
-the estimate may be wrong. The estimate is for this machine, whose CPU may multiply 16-bit matrices
-in fp32 (the line then says so). On a CPU it is the resident memory of the process without the
-libraries that it imports; on a GPU, the memory that torch's allocator gives to tensors.
+the estimate may be wrong. On a CPU it is the resident memory of the process without the libraries
+that it imports; on a GPU, the memory that torch's allocator gives to tensors.
 """
 
 from __future__ import annotations
@@ -26,62 +22,53 @@ from transformers import PreTrainedConfig
 from lorafold.data.batches import PAYS, BatchFeed, alike, forest, labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
-from lorafold.memory.estimate import estimate
-from lorafold.memory.fit import changes_of
+from lorafold.files.terminal import format_bytes, print_lines
+from lorafold.memory.estimate import changes_of, estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.kernel_requirements import place_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.adamw import in_words
 
 LOOKED_AT = 64  # of the first steps, those with the most tokens
 SHARE = 0.9  # of the free memory: the rest is for what an estimate leaves out
 
 
-def planned(
+def largest_batch(
     recipe: Recipe,
     feed: BatchFeed,
     objective: Objective,
-    asked: Setting,
+    setting: Setting,
     processes: int = 1,
     device: torch.device = CPU,
     held_out: Any = None,
     shares: bool = False,
 ) -> Setting:
-    """Return the setting of the largest micro-batch of the run's first steps.
-
-    Args:
-        recipe: The recipe of the run.
-        feed: The training examples.
-        objective: What its steps compute.
-        asked: Has the base, the method and what else is attached.
-        processes: The processes that share each step's examples.
-        device: The device of this machine that the run uses.
-        held_out: The `Data` to measure on, or None.
-        shares: Whether the model computes once what rows begin with in common (`may_share`).
-    """
+    """Return the setting of the largest micro-batch of the run's first steps."""
     packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
     shares = shares and packed and recipe.packing == "auto"
     draws = objective.draws(feed, held_out) if isinstance(objective, OnPolicy) else None
     largest: Sequence[int] = ()
     most, count, whole, accumulating = -1, 0, 0, False
     capacity = recipe.max_length if packed else None
-    planned = islice(feed.after(0), feed.foreseen)
     steps: Iterable[Sequence[Any]] = (
-        [objective.trained(example) for example in examples[::processes]] for examples in planned
+        [objective.trained(example) for example in examples[::processes]]
+        for examples in islice(feed.after(0), feed.foreseen)
     )
     if shares:  # to find what rows have in common takes a millisecond or more a step
-        steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
-    for own in steps:
-        # it has to pay to compute once what the examples begin with in common
-        if once := shares and sum(documents(own, True)) <= PAYS * sum(documents(own)):
+        steps = nlargest(LOOKED_AT, steps, key=lambda examples: sum(documents(examples)))
+    n = recipe.accumulate
+    for examples in steps:
+        # it has to pay to compute shared prefixes once
+        if once := shares and sum(documents(examples, True)) <= PAYS * sum(documents(examples)):
+            # a prompt, or a whole row, is what may be shared
             parts = alike(
-                own, recipe.accumulate, recipe.max_length, beginning, lambda e: len(e.ids)
-            )
+                examples, n, recipe.max_length,
+                lambda e: e.shared if isinstance(e, Branched) else e.ids, lambda e: len(e.ids),
+            )  # fmt: skip
         else:
-            parts = micro_batches(own, recipe.accumulate, capacity)
+            parts = micro_batches(examples, n, capacity)
         accumulating = accumulating or len(parts) > 1
         for part in parts:
             lengths = documents(part, True) if once else [len(e.ids) for e in part]
@@ -89,12 +76,12 @@ def planned(
             if size > most:
                 most, largest = size, documents(part, once)
                 count = sum(map(labelled, part))
-        whole = max(whole, sum(documents(own, once)))
+        whole = max(whole, sum(documents(examples, once)))
     rows = tuple(largest)
     # more completions fit where they are shorter than they may be
     more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
     return replace(
-        asked,
+        setting,
         rows=(*rows, more) if more else rows,
         labelled=None if outputs else count + more,
         packed=packed,
@@ -103,7 +90,7 @@ def planned(
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
         draws=draws,
-        widened=widens(asked.base.dtype, device),
+        widened=widens(setting.base.dtype, device),
         place=place_of(device),
         processes=processes,
         strategy=recipe.strategy,
@@ -112,77 +99,69 @@ def planned(
 
 
 def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
-    """The tokens that are computed for each document of a micro-batch.
-
-    Args:
-        once: What its rows begin with in common is computed once.
-    """
+    """The tokens that are computed for each document of a micro-batch."""
     if once:
-        of = [e.documents() if isinstance(e, Branched) else [e] for e in examples]
-        pairs = [(d, len(beginning(e))) for e, some in zip(examples, of, strict=True) for d in some]
-        found = forest([d for d, _ in pairs], [n for _, n in pairs])
-        return tuple(n - start for n, start in zip(found.lens, found.starts, strict=True))
+        pairs = [
+            pair
+            for e in examples
+            for pair in (
+                [(document, len(e.shared)) for document in e.documents()]
+                if isinstance(e, Branched)
+                else [(e, len(e.ids))]
+            )
+        ]
+        tree = forest([d for d, _ in pairs], [n for _, n in pairs])
+        return tuple(n - start for n, start in zip(tree.lens, tree.starts, strict=True))
     return tuple(
         n for e in examples for n in (e.lengths if isinstance(e, Branched) else (len(e.ids),))
     )
 
 
-def beginning(example: Any) -> tuple[int, ...]:
-    """The ids that an example may have in common with others."""
-    found: tuple[int, ...] = example.shared if isinstance(example, Branched) else example.ids
-    return found
-
-
-def settle(
+def choose_checkpointing(
     config: PreTrainedConfig,
     setting: Setting,
-    asked: bool | Literal["auto"],
+    checkpointing: bool | Literal["auto"],
     free: int,
     console: Console,
 ) -> tuple[bool, str]:
     """Print the memory that the setting needs, and return whether to use gradient checkpointing,
     and a line for where there is no estimate: loading may say why.
-
-    Args:
-        config: The configuration of the model.
-        setting: The setting of the run's largest micro-batch.
-        asked: The recipe's gradient_checkpointing.
-        free: The free bytes of the device.
-        console: Where to print.
     """
-    setting = replace(setting, checkpointing=asked is True)
+    setting = replace(setting, checkpointing=checkpointing is True)
     room, why = SHARE * free, ""
     try:
-        found = estimate(config, setting)
-        if asked == "auto" and found.total > room:
+        needed = estimate(config, setting)
+        if checkpointing == "auto" and needed.total > room:
             setting = replace(setting, checkpointing=True)
             why = (
                 "; gradient checkpointing is on, since without it a step would take"
-                f" {in_words(found.total)}"
+                f" {format_bytes(needed.total)}"
             )
-            found = estimate(config, setting)
-        most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
-        named = ", ".join(f"{name.replace('_', ' ')} {in_words(n)}" for name, n in most)
-        console.print(
-            f"memory: {in_words(found.total)} at the peak of a step ({named})"
-            f"{', without the libraries (about 0.3 GB)' * bool(found.terms['process'])}"
-            f"{', 16-bit products in fp32' * setting.widened}; {in_words(free)} free{why}",
-            highlight=False,
-            soft_wrap=True,
+            needed = estimate(config, setting)
+        most = sorted(needed.terms.items(), key=lambda term: -term[1])[:2]
+        named = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in most)
+        print_lines(
+            console,
+            f"memory: {format_bytes(needed.total)} at the peak of a step ({named})"
+            f"{', without the libraries (about 0.3 GB)' * bool(needed.terms['process'])}"
+            f"{', 16-bit products in fp32' * setting.widened}; {format_bytes(free)} free{why}",
         )
-        if found.total > room:
-            told = f"warning: a step may not fit in memory; {remedy(config, setting, room)}"
-            console.print(told, highlight=False, soft_wrap=True)
+        if needed.total > room:
+            remedy = "a smaller batch, max_length or model would help"
+            changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= room]
+            if changes:
+                remedy = f"it would with {' or '.join(changes)}"
+            print_lines(console, f"warning: a step may not fit in memory; {remedy}")
     except LorafoldError as error:
         if isinstance(error, NoTarget):
             check_targets(config, setting)
-        return asked is True, f"memory: no estimate: {error}"
+        return checkpointing is True, f"memory: no estimate: {error}"
     return setting.checkpointing, ""
 
 
 def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
-    """Raise NoTarget where a run would find no module for its targets, once its weights are loaded.
-    An estimate is of few blocks, in which those that are named need not be.
+    """Raise NoTarget if a run would find no module for its targets once its weights are loaded. The
+    few blocks of an estimate need not contain named targets.
     """
     blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
     with without_values():
@@ -193,12 +172,3 @@ def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
             raise
         except LorafoldError:
             return  # which the run says, if it is so there too
-
-
-def remedy(config: PreTrainedConfig, setting: Setting, room: float) -> str:
-    """What would help a step to fit in so many bytes."""
-    tried = changes_of(setting)
-    names = [name for name, changed in tried if estimate(config, changed).total <= room]
-    if names:
-        return f"it would with {' or '.join(names)}"
-    return "a smaller batch, max_length or model would help"

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import estimate
 from lorafold.memory.presets import llama, setting_of
 from lorafold.ops.kernel_requirements import DeviceKind
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.adamw import in_words
 
 # by the rules: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; and 16 bytes
 # for a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8
@@ -48,80 +48,44 @@ class Case:
 RECOMPUTED = {"gradient_checkpointing": True}
 CASES = (
     Case(
-        "7b",
-        "inference",
-        1,
-        2048,
-        16,
+        "7b", "inference", 1, 2048, 16,
         "the rule counts 7.0e9 parameters, the model has 6.74e9, and adds a round figure for the"
         " rest",
     ),
     Case(
-        "7b",
-        "inference",
-        1,
-        32768,
-        30,
+        "7b", "inference", 1, 32768, 30,
         "the prompt is read in one piece, and an MLP's inner activations of 32,768 tokens are 3 GB",
     ),
     Case(
-        "7b",
-        "full",
-        4,
-        2048,
-        110,
+        "7b", "full", 4, 2048, 110,
         "the rule leaves activations out, which are small then; 6.74e9 x 16 is 107.8",
         RECOMPUTED,
     ),
     Case(
-        "7b",
-        "lora",
-        4,
-        2048,
-        25,
+        "7b", "lora", 4, 2048, 25,
         "without checkpointing a token keeps 4.4 MB, and not the 0.5 MB that the rule has",
     ),
     Case(
-        "7b",
-        "lora",
-        4,
-        2048,
-        25,
+        "7b", "lora", 4, 2048, 25,
         "with it 0.26 MB a token, an input of 4096 numbers a block, and one block at a time",
         RECOMPUTED,
     ),
     Case(
-        "7b",
-        "qlora",
-        4,
-        2048,
-        12,
+        "7b", "qlora", 4, 2048, 12,
         "the activations are those of LoRA, whatever the storage of the weights",
     ),
     Case(
-        "7b",
-        "qlora",
-        4,
-        2048,
-        12,
+        "7b", "qlora", 4, 2048, 12,
         "the same; quantized weights take 0.52 bytes each, embedding and head stay at 2",
         RECOMPUTED,
     ),
     Case(
-        "70b",
-        "qlora",
-        1,
-        2048,
-        45,
+        "70b", "qlora", 1, 2048, 45,
         "with checkpointing, which the rule takes for granted",
         RECOMPUTED,
     ),
     Case(
-        "65b",
-        "qlora",
-        1,
-        512,
-        32.5 + 0.6 + 5,
+        "65b", "qlora", 1, 512, 32.5 + 0.6 + 5,
         "32.5 frozen, 0.6 of states and 5 of activations by the rule; r = 16 on every linear "
         "trains 200M parameters, not 40M",
         RECOMPUTED,
@@ -135,15 +99,13 @@ def table() -> Iterator[tuple[str, ...]]:
     for case in CASES:
         setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
         total = estimate(llama(case.size), replace(setting, place=DeviceKind("cuda"))).total
-        mode = case.mode + ", checkpointing" * bool(case.recipe)
-        of_rule = f"{total / (case.rule * 1e9):.0%}"
         yield (
             case.size.upper(),
-            mode,
+            case.mode + ", checkpointing" * bool(case.recipe),
             f"{case.batch} x {case.length}",
             f"{case.rule:.3g} GB",
-            in_words(total),
-            of_rule,
+            format_bytes(total),
+            f"{total / (case.rule * 1e9):.0%}",
             case.why,
         )
 
@@ -152,7 +114,7 @@ def markdown() -> str:
     """Return both tables in Markdown."""
     worked = [
         ("what", "the rule", "bytes"),
-        *((what, formula, in_words(round(n))) for what, (formula, n) in WORKED.items()),
+        *((what, formula, format_bytes(round(n))) for what, (formula, n) in WORKED.items()),
     ]
     return "\n\n".join(
         "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

@@ -25,16 +25,23 @@ train, the embedding is gathered once more in the backward pass. This is what
 `training_step.sharding` does: one part of the model is whole at a time, quantized weights are
 gathered as they are stored, and what is trained beside the base is whole in each, and its state in
 one, which sends what it updates. Nothing is sent while it computes.
+
+`advise` tells whether a setting fits in a device's memory, the largest batch and length that do,
+and which single changes would make it fit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from lorafold.memory.ledger import Traced
-from lorafold.memory.trace import DDP, Setting, trace
+import torch
+
+from lorafold.memory.trace import DDP, Setting, Traced, trace
 from lorafold.models.fake import period
+from lorafold.models.quantizations import DEFAULT, Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -76,7 +83,7 @@ SPEED = 4e14  # operations a second: 40% of what an H100 does at most in bf16
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by term, and their sum. `sent` is what one of several processes sends."""
+    """Bytes by term, and their sum. `sent` is the traffic of one of several processes."""
 
     terms: dict[str, int]
     sent: Traffic | None = None
@@ -86,36 +93,40 @@ class Estimate:
         """The sum of the terms."""
         return sum(self.terms.values())
 
+    @property
+    def shown(self) -> dict[str, int]:
+        """The terms that are not 0, as people read their names."""
+        return {name.replace("_", " "): n for name, n in self.terms.items() if n}
+
 
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
     """Estimate the bytes that a model of this configuration takes at its peak, of several processes
     in each.
-
-    Raises LorafoldError as `attach` does, and if the model's code does not run on fake tensors.
     """
-    few, blocks = max(2, period(config)), config.get_text_config().num_hidden_layers
+    text = config.get_text_config()
+    few, blocks = max(2, period(config)), text.num_hidden_layers
     traced, sent = trace(config, setting, few), None
     if blocks != few or setting.processes > 1:
         more = few + period(config)
         first, other = traced, trace(config, setting, more)
         traced = first.at(other, (few, more, blocks))
         if setting.processes > 1:
-            block = first.a_block(other, more - few)
-            traced, sent = shared(
-                traced, block, blocks, setting.strategy, setting.processes, owned=setting.owned,
-                tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
-            )  # fmt: skip
-    found = terms_of(traced)
+            pairs = zip(astuple(first), astuple(other), strict=True)
+            block = Traced(*((b - a) // (more - few) for a, b in pairs))
+            tied = bool(getattr(text, "tie_word_embeddings", False))
+            traced, sent = shared(traced, block, blocks, setting, tied)
+    terms = terms_of(traced)
     if setting.resident:
-        found["process"] = FIXED + int(GAPS * (sum(found.values()) - traced.exchanged))
-    return Estimate(found, sent)
+        terms["process"] = FIXED + int(GAPS * (sum(terms.values()) - traced.exchanged))
+    return Estimate(terms, sent)
 
 
 def terms_of(traced: Traced) -> dict[str, int]:
     """The bytes of each term of TERMS at the peak of a step."""
-    within = max(traced.forward, traced.backward, traced.late)
-    drawing = traced.drawing > within  # the peak is while completions are drawn
-    backward = max(traced.backward, traced.late) > traced.forward and not drawing
+    in_backward = max(traced.backward, traced.late)
+    within = max(traced.forward, in_backward)
+    drawing = traced.drawing > within  # the peak is while completions are sampled
+    backward = in_backward > traced.forward and not drawing
     peak = max(within, traced.drawing)
     gradients = 0 if drawing else traced.gradients if backward else traced.ahead
     activations = 0 if drawing else min(traced.kept, peak - gradients)
@@ -139,46 +150,30 @@ def terms_of(traced: Traced) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a process sends in a step of one micro-batch.
-
-    bytes: All of it; as much is received.
-    operations: Multiplications and additions that it computes in the step.
+    """The bytes that a process sends in a step of one micro-batch; it receives as many.
+    `operations` are the multiplications and additions that it computes meanwhile.
     """
 
     bytes: int
     operations: int
 
     def bandwidth(self, speed: float = SPEED) -> float:
-        """The bytes a second, in each direction, at which sending takes as long as computing.
-
-        Args:
-            speed: The operations a second of a device, a multiplication and an addition being two.
-        """
+        """The bytes a second, in each direction, at which sending takes as long as computing."""
         return self.bytes * speed / max(1, self.operations)
 
 
 def shared(
-    whole: Traced, block: Traced, blocks: int, strategy: str, processes: int, *, owned: bool,
-    tied: bool,
+    whole: Traced, block: Traced, blocks: int, setting: Setting, tied: bool
 ) -> tuple[Traced, Traffic]:
-    """(what one of the processes holds, what it sends).
-
-    Args:
-        whole: The step of one process; its gradients are divided already where they are owned.
-        block: What of it is one block's.
-        blocks: The number of blocks.
-        strategy: ddp or fsdp.
-        processes: Two or more.
-        owned: The base's own weights train, each in the process that owns it.
-        tied: Embedding and head are one.
-    """  # fmt: skip
-    n, part = processes, (processes - 1) / processes
+    """The bytes of one of several processes, and its traffic, from the step of one process, whose
+    gradients are divided already if they are owned. Embedding and head may be `tied`.
+    """
+    n, owned = setting.processes, setting.owned
+    part = (n - 1) / n
     operations = whole.forward_operations + whole.backward_operations
-    if strategy == DDP:
-        summed = 2 * part * whole.gradients
-        return replace(whole, exchanged=min(BUCKET, whole.gradients)), Traffic(
-            int(summed), operations
-        )
+    if setting.strategy == DDP:
+        held = replace(whole, exchanged=min(BUCKET, whole.gradients))
+        return held, Traffic(int(2 * part * whole.gradients), operations)
     outside = whole.weights - blocks * block.weights
     largest = outside if tied else outside // 2
     gradients, beside = n * whole.gradients, 0
@@ -194,3 +189,102 @@ def shared(
     ends = outside * (2 if tied else 1) * (1.5 if owned else 1)
     learned = gradients if owned else 2 * whole.gradients + whole.adapter
     return held, Traffic(int(part * (2 * blocks * block.weights + ends + learned)), operations)
+
+
+ROWS = 4096  # the largest batch that is looked for
+TRACED = 2**14  # tokens up to which a setting is traced; beyond, its bytes are extrapolated
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Whether a setting fits, with how many bytes to spare (negative: how many are missing).
+
+    `batch` is the largest batch that fits at the setting's length, up to 4096, and `length` the
+    largest length at its batch, up to the model's context; 0 if not even 1 fits, and None for the
+    rows of a run, which have lengths of their own. `changes` are
+    single changes that would make it fit, the least harmful first, each with the bytes that the
+    changed setting takes.
+    """
+
+    fits: bool
+    spare: int
+    batch: int | None
+    length: int | None
+    changes: list[tuple[str, int]]
+
+
+def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
+    """Advise on a setting for a device."""
+
+    @cache
+    def total(batch: int, length: int) -> int:
+        return estimate(config, replace(setting, rows=(length,) * batch)).total
+
+    rows, tokens = setting.batch, setting.length
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or TRACED
+    batch = largest(lambda n: total(n, tokens), rows, memory, ROWS, TRACED // tokens)
+    length = largest(lambda n: total(rows, n), tokens, memory, context, TRACED // rows)
+    advice = _advice(config, setting, memory, total(rows, tokens))
+    if not advice.fits:
+        smaller = {f"batch {batch}": (batch, tokens)} if 0 < batch < rows else {}
+        smaller |= {f"length {length}": (rows, length)} if 1 < length < tokens else {}
+        totals = [(name, total(*size)) for name, size in smaller.items()]
+        advice.changes.extend((name, n) for name, n in totals if n <= memory)
+    return replace(advice, batch=batch, length=length)
+
+
+def advise_on_rows(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
+    """As `advise`, for the rows of a run, which keep their number and lengths."""
+    return _advice(config, setting, memory, estimate(config, setting).total)
+
+
+def _advice(config: PreTrainedConfig, setting: Setting, memory: int, total: int) -> Advice:
+    spare = memory - total
+    tried = changes_of(setting) if spare < 0 else ()
+    totals = [(name, estimate(config, changed).total) for name, changed in tried]
+    return Advice(spare >= 0, spare, None, None, [(name, n) for name, n in totals if n <= memory])
+
+
+def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Yield (name, changed setting) for changes that keep the batch and the length, the least
+    harmful first.
+    """
+    spec: Any = setting.spec
+    in_place = spec is not None and spec.trains_base
+    recomputes = spec is not None and not setting.checkpointing
+    if recomputes:
+        yield "gradient checkpointing", replace(setting, checkpointing=True)
+    # 16-bit weights that are trained need stochastic rounding, which only adamw has
+    narrow = in_place and setting.base.dtype.itemsize == 2
+    if spec is not None and setting.optimizer == "adamw" and not narrow:
+        yield "optimizer adamw8bit", replace(setting, optimizer="adamw8bit")
+        if in_place:
+            yield "storage bf16", replace(setting, base=Storage(torch.bfloat16))
+    if not in_place and setting.base.quantization is None:
+        smaller = replace(setting, base=Storage(torch.bfloat16, DEFAULT))
+        yield f"storage {DEFAULT}", smaller
+        if recomputes:
+            both = f"storage {DEFAULT} and gradient checkpointing"
+            yield both, replace(smaller, checkpointing=True)
+    rank = getattr(spec, "rank", 0)
+    for r in (rank // 2, rank // 4):
+        if r:
+            yield f"rank {r}", replace(setting, spec=replace(spec, rank=r))
+
+
+def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
+    """Return the largest n up to `most` whose total fits in memory, or 0 if not even 1 does.
+
+    Totals are nearly affine in n, so n is found on the line through two of them. An n of at most
+    four times a traced one is traced to check it; beyond `traced` the line is trusted.
+    """
+    low, high = (start // 2, start) if start > 3 else (2, 4)
+    while True:
+        slope = (total(high) - total(low)) / (high - low)
+        n = min(most, int(low + (memory - total(low)) / slope))
+        if n <= 4 * high or 4 * high > traced:
+            break
+        low, high = high, 4 * high
+    while 0 < n <= 4 * high and total(n) > memory:
+        n -= max(1, n // 64)
+    return max(0, n)

@@ -17,8 +17,7 @@ from torch import Tensor
 from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.memory.trace import Setting, attach_below
+from lorafold.memory.trace import Ledger, Setting, attach_below, distinct_bytes
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.activations import recompute
@@ -39,20 +38,15 @@ if TYPE_CHECKING:
 def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
     """Return the bytes at the peak of the second of two training steps on random tokens, or of
     inference of a prompt and one more token; the model's bytes included.
-
-    Args:
-        load: Makes the model.
-        setting: What is trained, on which batches; 16-bit matrices are multiplied as it says.
-        device: The device of the model.
     """
     # keeps tensors from before alive: if they were freed meanwhile, the difference would shrink
     earlier, before = _tensors(), allocated(device)
     model = load()
     run = inference if setting.spec is None else training
     with multiplying(widened=setting.widened), run(model, setting) as step:
-        found = peak_of(step, device) - before
+        peak = peak_of(step, device) - before
     del earlier
-    return found
+    return peak
 
 
 @contextmanager
@@ -110,8 +104,8 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
     if not setting.packed:
         yield Classification(model, 0) if setting.classes else CompletionLoss(model, False, 0)
         return
-    with packed(model) as apart:
-        yield CompletionLoss(model, apart, 0)
+    with packed(model) as packs:
+        yield CompletionLoss(model, packs, 0)
 
 
 def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
@@ -138,22 +132,22 @@ def allocated(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    ours = (t for t in _tensors() if t.device.type == device.type)
-    return distinct_bytes(t for t in ours if t.layout is torch.strided)
+    tensors = (t for t in _tensors() if t.device.type == device.type)
+    return distinct_bytes(t for t in tensors if t.layout is torch.strided)
 
 
 def _tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
     gc.unfreeze()  # what was set aside (`runtime.process_tuning`) would not be listed
-    found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     if aside:
         gc.freeze()
-    return found
+    return tensors
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:
-    """Run the step and return the most bytes that tensors take meanwhile, those that existed before
-    included.
+    """Run the step and return the most bytes that tensors take meanwhile, with those that existed
+    before.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -41,19 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 def setting_of(
     mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
 ) -> Setting:
-    """Return the setting for a mode and a recipe; the recipe's fields take precedence over those of
-    the mode.
-
-    Raises LorafoldError for an unknown mode, for recipe fields that an estimate does not use, for
-    more labels than there are tokens, and for an optimizer whose rounding would lose updates.
-
-    Args:
-        mode: inference, full, lora, qlora, or the name of a method.
-        recipe: The recipe, of which only fields that concern memory may be set.
-        batch: The rows that are computed at a time.
-        length: The tokens of a row.
-        labelled: The tokens of the batch that the loss counts; None: all that can.
-    """
+    """The setting for a mode and a recipe, whose fields take precedence over the mode's."""
     check_fields(recipe, OF_MEMORY)
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(
@@ -61,31 +49,22 @@ def setting_of(
             f" {length} tokens have no more tokens to predict"
         )
     recipe = recipe_in(mode, recipe)
+    rows = (length,) * batch
     if mode == "inference":
-        return Setting(stored(recipe.storage), rows=(length,) * batch)
+        return Setting(stored(recipe.storage), rows=rows)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = spec_of(recipe)
     base = stored(trainable_storage(recipe) if spec.trains_base else recipe.storage)
     if spec.trains_base:
         check_rounding(optimizer, [base.dtype])
     return Setting(
-        base,
-        spec,
-        recipe.targets,
-        rows=(length,) * batch,
-        labelled=labelled,
-        optimizer=optimizer,
+        base, spec, recipe.targets, rows=rows, labelled=labelled, optimizer=optimizer,
         checkpointing=recipe.gradient_checkpointing is True,
-    )
+    )  # fmt: skip
 
 
 def check_fields(recipe: Recipe, known: set[str]) -> None:
-    """Raise LorafoldError for fields of a recipe that an estimate does not use.
-
-    Args:
-        recipe: What is asked for.
-        known: The fields that it uses.
-    """
+    """Raise LorafoldError for fields of a recipe that an estimate does not use."""
     if unread := sorted(recipe.model_fields_set - known):
         more = sorted(OF_ROWS - known)
         rows = f"; with --data also {', '.join(more)}" if more else ""
@@ -108,28 +87,18 @@ def stored(base: str) -> Storage:
 
 
 def as_in_files(
-    setting: Setting, config: PreTrainedConfig, name: str, asked: bool
+    setting: Setting, config: PreTrainedConfig, name: str, explicit: bool
 ) -> Setting:
-    """Return the setting with the base as the model's files store it, if they are quantized.
-
-    Raises LorafoldError if another storage was asked for, and if the method trains the base's own
-    weights.
-
-    Args:
-        setting: What is estimated.
-        config: The configuration of the model.
-        name: The name of the model in messages.
-        asked: Whether the setting's storage was asked for, or is a mode's.
-    """
+    """Return the setting with the base as the model's files store it, if they are quantized."""
     settings, base = getattr(config, "quantization_config", None), setting.base
     stored_as = None if settings is None else quantization_of(settings, f"model {name}")
     if stored_as is None and base.quantization not in IN_FILES:
         return setting
     trains = setting.spec is not None and setting.spec.trains_base
-    if stored_as not in QUANTIZED or trains or (asked and base.quantization != stored_as):
-        found = "not quantized" if stored_as is None else f"stored as {stored_as}"
+    if stored_as not in QUANTIZED or trains or (explicit and base.quantization != stored_as):
+        stored_in = "not quantized" if stored_as is None else f"stored as {stored_as}"
         wanted = "a method that trains the base" if trains else f"the base {base.name}"
-        raise LorafoldError(f"model {name}: its files are {found}, which does not fit {wanted}")
+        raise LorafoldError(f"model {name}: its files are {stored_in}, which does not fit {wanted}")
     return replace(setting, base=Storage(torch.bfloat16, stored_as))
 
 
@@ -143,7 +112,7 @@ LLAMA = {  # width, width of the MLP, blocks, heads, key heads, context
 
 
 def llama(size: str) -> PreTrainedConfig:
-    """Return the configuration of the Llama of that size. Raises LorafoldError for other sizes."""
+    """Return the configuration of the Llama of that size."""
     from transformers import LlamaConfig
 
     if size.lower() not in LLAMA:

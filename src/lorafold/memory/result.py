@@ -1,15 +1,85 @@
-"""What `lf.estimate` returns."""
+"""What `lf.estimate` returns, as bars on a terminal and as a page that explains each term."""
 
 from __future__ import annotations
 
+import html
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
-from lorafold.files.html_page import ShownInNotebooks
-from lorafold.memory import report
-from lorafold.memory.estimate import SPEED, Estimate
-from lorafold.memory.fit import Advice
+from lorafold.files.html_page import ShownInNotebooks, document, notes, section, table
+from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
+from lorafold.files.terminal import format_bytes
+from lorafold.memory.estimate import SPEED, TERMS, Advice, Estimate
 from lorafold.memory.trace import Setting
+
+WIDTH = 40  # characters of the longest bar
+
+
+def verdict(advice: Advice, setting: Setting) -> list[str]:
+    """Whether the setting fits, the largest batch and length that do, and which changes would help,
+    as lines.
+    """
+    spare = format_bytes(abs(advice.spare))
+    fits = f"fits, with {spare} to spare" if advice.fits else f"does not fit: {spare} short"
+    most = [
+        f"largest batch at {setting.length} tokens: {advice.batch}",
+        f"largest length at batch {setting.batch}: {advice.length}",
+    ] * (advice.batch is not None)
+    changes = [f"would fit with {name}: {format_bytes(n)}" for name, n in advice.changes]
+    return [fits, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
+
+
+def page(
+    estimate: Estimate, title: str, path: Path, lines: list[str], memory: int | None = None
+) -> None:
+    """Write an HTML page with the terms as bars and as a table that explains them."""
+    terms = {name.replace("_", " "): text for name, text in TERMS.items()}
+    cells = [
+        [name, format_bytes(n), f"{n / estimate.total:.1%}", html.escape(terms[name])]
+        for name, n in estimate.shown.items()
+    ]
+    counted = "as torch's allocator counts tensors, without kernels' scratch memory and gaps"
+    if estimate.terms["process"]:
+        counted = "the resident memory of the process, without the libraries that it imports"
+    parts = (
+        notes(lines),
+        picture(estimate, memory, counted),
+        section("What each term is"),
+        table(("term", "bytes", "share", "what it is"), cells, "texts"),
+        f"<p>Counted: {counted}.</p>",
+    )
+    document(title, "\n".join(parts), path)
+
+
+def picture(estimate: Estimate, memory: int | None, counted: str) -> str:
+    """The terms as bars, each of which begins where the one above it ends, and their sum."""
+    terms, total = estimate.shown, estimate.total
+    names, sizes = [*terms, "total"], [*terms.values(), total]
+    starts = [*accumulate([*terms.values()][:-1], initial=0), 0]
+
+    def draw(axes: Any) -> None:
+        axes.barh(names, sizes, 0.6, starts, color=[*[SERIES[0]] * len(terms), FAINT])
+        for y, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            offset = {"textcoords": "offset points", "va": "center"}
+            axes.annotate(format_bytes(size), (start + size, y), (4, 0), **offset)
+        if memory is not None:
+            level(axes, "the device", x=memory)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, 1.25 * max(total, memory or 0))
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.tick_params("y", labelcolor=INK, length=0)
+        scaled(axes, x="linear")
+        axes.xaxis.set_major_formatter(lambda n, _: format_bytes(int(n)) if n else "0")
+
+    most = max(terms, key=lambda name: terms[name])
+    of = "" if memory is None else f" of the device's {format_bytes(memory)}"
+    text = (
+        f"{format_bytes(total)}{of} at the peak, {counted}; the most is {most},"
+        f" {terms[most] / total:.0%}."
+    )
+    return drawing(draw, "Memory by term", text, (SIZE[0], 0.7 + 0.22 * len(names)))
 
 
 @dataclass(frozen=True)
@@ -41,22 +111,44 @@ class Forecast(ShownInNotebooks):
 
     def remarks(self) -> list[str]:
         """The lines below the terms: the device, whether it fits, and the measured bytes."""
-        lines = [report.about(self.setting)] * self.of_this_cpu
-        lines += report.together(self.estimate, self.setting, self.speed)
-        lines += [] if self.advice is None else report.verdict(self.advice, self.setting)
-        lines += [] if self.measured is None else [report.beside(self.estimate, self.measured)]
+        lines, setting, sent = [], self.setting, self.estimate.sent
+        if self.of_this_cpu:
+            how = "in fp32" if setting.widened else "in 16 bits"
+            lines.append(f"for this machine's CPU, which multiplies 16-bit matrices {how}")
+        if sent is not None:
+            pace = format_bytes(int(sent.bandwidth(self.speed)))
+            lines += [
+                f"in each of {setting.processes} processes, with {setting.strategy}",
+                f"a step of one micro-batch sends {format_bytes(sent.bytes)} from each, which takes"
+                f" as long as computing at {pace}/s, where a device computes"
+                f" {self.speed / 1e12:g} TFLOP/s",
+            ]
+        if self.advice is not None:
+            lines += verdict(self.advice, setting)
+        if self.measured is not None:
+            off = f"{self.total / self.measured - 1:+.1%}"
+            lines.append(
+                f"measured     {format_bytes(self.measured):>9}  of tensors, as torch's allocator"
+                f" counts; the estimate is {off} off"
+            )
         return lines
 
     def as_json(self) -> dict[str, Any]:
         """All figures under the keys of `lorafold estimate --json`."""
+        figures: dict[str, Any] = {"total": self.total, **self.terms}
+        sent = self.estimate.sent
+        if sent is not None:
+            figures |= {"sent": sent.bytes, "bandwidth": sent.bandwidth(self.speed)}
         advice = {} if self.advice is None else asdict(self.advice)
         largest = {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in advice.items()}
         measured = {} if self.measured is None else {"measured": self.measured}
-        sent = self.estimate.sent
-        exchange = (
-            {} if sent is None else {"sent": sent.bytes, "bandwidth": sent.bandwidth(self.speed)}
-        )
-        return {"total": self.total, **self.terms, **exchange, "fits": None, **largest, **measured}
+        return {**figures, "fits": None, **largest, **measured}
 
     def __str__(self) -> str:
-        return "\n".join([*report.bars(self.estimate), *self.remarks()])
+        most = max(self.terms.values())
+        bars = [
+            f"{name:<12} {format_bytes(n):>9}  {'█' * max(1, round(WIDTH * n / most))}"
+            for name, n in self.estimate.shown.items()
+        ]
+        total = f"{'total':<12} {format_bytes(self.total):>9}"
+        return "\n".join([*bars, total, *self.remarks()])

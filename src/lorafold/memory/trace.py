@@ -1,27 +1,29 @@
 """Traces the bytes of one step, by running the code that trains on a fake model with few blocks.
 
 All blocks take the same memory, so every figure is linear in the number of blocks n, and two short
-models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a).
+models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a). An engine that samples completions
+beside a step holds the fast path's form of the weights and the factors of the adapter for the whole
+run, and a KV cache only while it samples.
 
-Packed documents have known lengths: fake positions have no values that could tell where documents
-begin.
-
-An engine that draws completions beside a step holds the fast path's form of the weights and the
-factors of what trains for the whole run, and keys and values only while it draws. Passes are those
-of transformers' code, on as many tokens as the engine computes at a time.
+A `Ledger` counts the bytes of tensors as they are allocated and freed. It sees every tensor that
+torch makes, fake or real, through torch's dispatcher, but no memory that a kernel allocates and
+frees within a single operation.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lorafold.adapter import attach
 from lorafold.core.attach import selection_of
@@ -32,7 +34,6 @@ from lorafold.engine.kv_cache import columns
 from lorafold.engine.request import EngineSettings
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
-from lorafold.memory.ledger import Ledger, Traced, distinct_bytes
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import Storage
@@ -50,6 +51,103 @@ from lorafold.training_step.packed_attention import attending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default  # the operation that fake tensors run most often
+# of products a b: which argument is a (..., m, k), before b (..., k, n)
+PRODUCTS = {
+    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten._grouped_mm.default), 0),
+    **dict.fromkeys((aten.addmm.default, aten.addmm_.default, aten.baddbmm.default), 1),
+}
+
+
+def distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors of any shapes; memory that several share counts once."""
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the tensors that are made inside its `with` block, in bytes: `now` and `peak`; and the
+    operations of products of matrices.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.operations = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return args[0].fake_device
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        before = {
+            t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        if (first := PRODUCTS.get(func)) is not None:
+            self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
+        for t in tree_iter(out):
+            if not isinstance(t, Tensor) or (key := t.untyped_storage()._cdata) in before:
+                continue
+            if key not in self._alive:
+                storage = t.untyped_storage()
+                self._alive.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._leave, key, storage.nbytes())
+        return out
+
+    def _leave(self, key: int, n: int) -> None:
+        self._alive.discard(key)
+        self.now -= n
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The bytes that a step takes.
+
+    weights, adapter, optimizer, gradients: The tensors of each.
+    ahead: Gradients that exist before the forward pass.
+    kept: Activations that exist when the forward pass is done.
+    kv_cache: Keys and values of inference.
+    engine: What draws completions beside the step, without keys and values.
+    slots: Keys and values of completions that are drawn before the step.
+    drawing: The peak meanwhile beyond weights, adapter, optimizer and engine.
+    forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
+        these are the forward passes of the prompt and of the token after it.
+    late: The same in the second half of the backward pass.
+    exchanged: What is gathered from other processes and on its way to them.
+
+    forward_operations, backward_operations are no bytes, but the multiplications and additions of
+    either pass in products of matrices.
+    """
+
+    weights: int
+    adapter: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    ahead: int = 0
+    kept: int = 0
+    kv_cache: int = 0
+    forward: int = 0
+    backward: int = 0
+    late: int = 0
+    engine: int = 0
+    slots: int = 0
+    drawing: int = 0
+    exchanged: int = 0
+    forward_operations: int = 0
+    backward_operations: int = 0
+
+    def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
+        """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
+        for blocks[1].
+        """
+        a, b, n = blocks
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Traced(*(x + (y - x) * (n - a) // (b - a) for x, y in pairs))
+
 
 ON_CPU = DeviceKind("cpu")
 DDP, FSDP = "ddp", "fsdp"
@@ -118,7 +216,7 @@ class Setting:
     resident: bool = False
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Attach what trains. Raises as `lf.attach`."""
+        """Attach the adapter that trains. Raises as `lf.attach`."""
         beside = {"targets": self.targets, **self.beside(model)}
         attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
@@ -141,13 +239,6 @@ class Setting:
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
     """Trace the bytes of a step of a model with embedding, head and its first blocks. They are the
     same on every machine.
-
-    Raises LorafoldError if the code of the model or the method does not run on fake tensors.
-
-    Args:
-        config: The configuration of the model.
-        setting: What is trained, on which rows.
-        blocks: The number of blocks.
     """
     with (
         existing_set_aside(),
@@ -174,11 +265,6 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
 def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
     """Trace a training step with everything that a run uses: fused operations, packed documents,
     the loss at labelled positions.
-
-    Args:
-        model: A fake model.
-        setting: What is trained, on which rows.
-        ledger: The ledger that counts, already entered.
     """
     # a softmax with a logit that is of no key, as that of gpt-oss, is of no packed rows
     sinks = any("sinks" in module._parameters for module in model.modules())
@@ -205,20 +291,20 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     with fused(model), attending(model, documents) if setting.packed else nullcontext():
         ledger.peak = collected(ledger)
         loss = loss_of(model, setting)
-        kept, forward = ledger.now - start - ahead, ledger.peak - start
+        activations, forward = ledger.now - start - ahead, ledger.peak - start
         ledger.peak, operations = ledger.now, ledger.operations
         early = counted_anew_halfway(trained, ledger)
         loss.backward()
         late = ledger.peak - start
         backward = max([late, *(peak - start for peak in early)])
     whole = (p.grad for p in trained if p.grad is not None)
-    found = Traced(
+    traced = Traced(
         weights=weights,
         adapter=start - weights,
         optimizer=state_bytes(setting.optimizer, trained),
         gradients=distinct_bytes(whole if parts is None else parts.values()),
         ahead=ahead,
-        kept=kept,
+        kept=activations,
         forward=forward,
         backward=backward,
         late=late,
@@ -226,12 +312,12 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         backward_operations=ledger.operations - operations,
     )
     if setting.draws is None:
-        return found
+        return traced
     del loss
     for p in trained:
         p.grad = None
     engine, slots, peak = drawing(model.eval(), setting.draws, ledger)
-    return replace(found, engine=engine, slots=slots, drawing=peak)
+    return replace(traced, engine=engine, slots=slots, drawing=peak)
 
 
 class LastTiles(Documents):
@@ -254,18 +340,18 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
     """Have each gradient give way to one of its parts (n,), of which each process holds one, as
     soon as it is there; these parts.
     """
-    found: dict[nn.Parameter, Tensor] = {}
+    parts: dict[nn.Parameter, Tensor] = {}
 
     def keep(p: nn.Parameter) -> None:
-        if p not in found:
-            found[p] = p.new_empty(-(-p.numel() // setting.processes), dtype=p.grad_dtype)
+        if p not in parts:
+            parts[p] = p.new_empty(-(-p.numel() // setting.processes), dtype=p.grad_dtype)
         p.grad = None
 
     for p in trained:
         p.register_post_accumulate_grad_hook(keep)
         if setting.accumulating:
             keep(p)
-    return found
+    return parts
 
 
 def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
@@ -299,29 +385,20 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
     """
     shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
     where = "position_ids" if setting.packed else "attention_mask"
-    inputs = {name: integers(*shape) for name in ("input_ids", where)}
+    inputs = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", where)}
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     if setting.loss is not None:
         return setting.loss(model, inputs, n)
     return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
 
 
-def integers(*shape: int) -> Tensor:
-    """Return an integer tensor of any shape."""
-    return torch.zeros(shape, dtype=torch.long)
-
-
 @torch.no_grad()
 def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
-    """Trace the forward pass of a whole prompt, then that of one more token.
-
-    Args:
-        model: A fake model.
-        setting: The rows.
-        ledger: The ledger that counts, already entered.
-    """
+    """Trace the forward pass of a whole prompt, then that of one more token."""
     weights = collected(ledger)
-    prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
+    prompt, token = (
+        torch.zeros(setting.batch, n, dtype=torch.long) for n in (setting.length - 1, 1)
+    )
     ledger.peak = start = collected(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
@@ -338,43 +415,41 @@ def collected(ledger: Ledger) -> int:
 
 
 @torch.no_grad()
-def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
-    """Trace what draws: the bytes that an engine has beside the model, always, and of keys and
-    values and in all while it draws.
-
-    Args:
-        model: A fake model with what trains attached, in evaluation mode.
-        drawn: What is drawn at a time.
-        ledger: The ledger that counts, already entered.
+def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
+    """Trace the sampling of completions: the bytes of an engine, its KV cache, and its peak while
+    it samples.
     """
     few, more = (_cached(model, n, ledger) for n in TOKENS)
     a_token = (more - few) // (TOKENS[1] - TOKENS[0])
     state = few - TOKENS[0] * a_token
     # what has a state beside keys and values computes one completion at a time
-    slots = drawn.slots if state <= 0 else 1
-    held = slots * (max(0, state) + columns(drawn.prompt + drawn.longest) * a_token)
+    slots = size.slots if state <= 0 else 1
+    held = slots * (max(0, state) + columns(size.prompt + size.longest) * a_token)
     config = model.config.get_text_config()
     logits = COPIES * slots * config.vocab_size * model.dtype.itemsize
-    read, prompts = min(drawn.prompt, SETTINGS.chunk), -(-slots // drawn.group)
+    read, prompts = min(size.prompt, SETTINGS.chunk), -(-slots // size.group)
     rows = max(1, min(prompts, SETTINGS.budget // read))
     passes = max(_workspace(model, rows, read, ledger), _workspace(model, slots, 1, ledger))
     factors = 0
     for delta in attached(model, selection_of(model).names).values():
-        if (found := delta.factors()) is not None:
-            factors += sum(t.numel() for t in found)
+        if (pair := delta.factors()) is not None:
+            factors += sum(t.numel() for t in pair)
     engine = packed_bytes(model) + KEPT * factors * model.dtype.itemsize
     return engine, held, held + max(passes, logits)
 
 
 def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
     start = ledger.now
-    cache = model(input_ids=integers(1, tokens), use_cache=True, logits_to_keep=1).cache
-    found = ledger.now - start
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
+    del ids
+    size = ledger.now - start
     del cache
-    return found
+    return size
 
 
 def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
     ledger.peak = start = ledger.now
-    model(input_ids=integers(rows, tokens), use_cache=False, logits_to_keep=1)
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return ledger.peak - start

@@ -23,7 +23,7 @@ from lorafold.core.delta import Delta, LowRank
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.methods.parts.options import check, zeros
-from lorafold.ops.two_sided_scaling import scaled_product
+from lorafold.ops.frozen import scaled_product
 
 
 class Projections(nn.Module):

@@ -56,15 +56,14 @@ class Declared:
         if not isinstance(self.maker, str):
             return self.maker
         module, _, name = self.maker.partition(".")
-        found: type[Objective] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-        return found
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
     def options(self) -> Mapping[str, Any]:
         """Its options by name, with their defaults; `beta` among them where the recipe's is one."""
         return self.kind.options(self)
 
     def told(self, shapes: Iterable[Shape | None]) -> list[str]:
-        """What a user is told who gives it rows of these shapes."""
+        """Notices for a user who gives it rows of these shapes."""
         pairs = any(shape is not None and PAIRS in shape.gives for shape in shapes)
         return [self.unread] if self.unread and pairs else []
 
@@ -111,8 +110,8 @@ def named(wanted: Iterable[str]) -> str:
     return " or ".join(wanted)
 
 
-def in_words() -> str:
-    """What all objectives do, those that do the same together, as help says it."""
+def descriptions() -> str:
+    """The descriptions of all objectives for the help; objectives that do the same share one."""
     names: dict[str, list[str]] = {}
     for name, declared in OBJECTIVES.items():
         names.setdefault(declared.about, []).append(name)
@@ -120,12 +119,7 @@ def in_words() -> str:
 
 
 def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of one of these shapes.
-
-    Args:
-        shapes: One for each source; None for rows of no known shape.
-        objective: A name in OBJECTIVES.
-    """
+    """Raise LorafoldError if the objective does not train on rows of one of these shapes."""
     takes = OBJECTIVES[objective].takes
     for shape in shapes:
         if shape is None or takes not in shape.gives:

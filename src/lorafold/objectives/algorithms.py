@@ -22,25 +22,21 @@ from lorafold.training_step.preference_algorithms import Law
 L = TypeVar("L")
 
 
-def class_of(declared: Declared, laws: ModuleType) -> Any:
+def law_class(declared: Declared, laws: ModuleType) -> Any:
     """The class of the law that a row of the table names, itself or by its name among `laws`."""
     return getattr(laws, declared.law) if isinstance(declared.law, str) else declared.law
 
 
-def made(kind: type[L], given: Mapping[str, Any], objective: str, besides: Sequence[str] = ()) -> L:
-    """A law, or other checked options, with what is given.
-
-    Args:
-        besides: Options that the objective has elsewhere.
-
-    Raises LorafoldError for an option that it does not have, or a value out of its range.
-    """
+def checked_options(
+    kind: type[L], given: Mapping[str, Any], objective: str, others: Sequence[str] = ()
+) -> L:
+    """A law, or other options, as they are given. The objective has others elsewhere."""
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in given if name not in known]:
-        field = "" if unknown == ["beta"] else "objective_options: "
+        field = "objective_options: " * (unknown != ["beta"])
         raise LorafoldError(
             f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
-            f" {', '.join([*known, *besides])}"
+            f" {', '.join([*known, *others])}"
         )
     try:
         return kind(**given)
@@ -77,32 +73,19 @@ class SamplingOptions:
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
 
 
-def chosen(
+def policy_options(
     objective: str, beta: float | None, options: Mapping[str, Any]
 ) -> tuple[PolicyLaw, SamplingOptions]:
-    """The law of an objective of policies, and what it draws.
-
-    Raises LorafoldError for an option that neither has, or a value out of its range.
-    """
+    """The law of an objective of policies, and its sampling."""
     given = given_options(beta, options)
-    own = [field.name for field in fields(SamplingOptions)]
-    drawing = made(SamplingOptions, {k: v for k, v in given.items() if k in own}, objective)
-    kind: type[PolicyLaw] = class_of(OBJECTIVES[objective], policy_algorithms)
-    law = made(kind, {k: v for k, v in given.items() if k not in own}, objective, own)
-    return law, drawing
+    names = [field.name for field in fields(SamplingOptions)]
+    own = {name: given.pop(name) for name in names if name in given}
+    sampling = checked_options(SamplingOptions, own, objective)
+    kind: type[PolicyLaw] = law_class(OBJECTIVES[objective], policy_algorithms)
+    return checked_options(kind, given, objective, names), sampling
 
 
 def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
-    """The law of an objective.
-
-    Args:
-        objective: A name in OBJECTIVES, of one that has a law.
-        beta: Its beta; None takes the law's own.
-
-    Raises LorafoldError for an option that the law does not have, or a value out of its range.
-    """
-    law: Law = made(
-        class_of(OBJECTIVES[objective], preference_algorithms), given_options(beta, options),
-        objective
-    )
-    return law
+    """The law of an objective."""
+    kind = law_class(OBJECTIVES[objective], preference_algorithms)
+    return checked_options(kind, given_options(beta, options), objective)

@@ -59,15 +59,15 @@ class Classify(Objective):
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, asked: ObjectiveRequest) -> Self:
-        """That of the classes that the model or an adapter knows, else of those of the rows."""
-        asked.refuse_options()
-        found = classes_of(asked.rows)
-        classes = known_classes(asked.base, asked.adapters) or found
-        if strange := [name for name in found if name not in classes]:
+    def of(cls, request: ObjectiveRequest) -> Self:
+        """With the classes of the model or an adapter, else those of the rows."""
+        request.refuse_options()
+        labels = classes_of(request.rows)
+        classes = known_classes(request.base, request.adapters) or labels
+        if strange := [name for name in labels if name not in classes]:
             raise LorafoldError(
                 f"data: found labels {listed(strange, room=100)}, expected the classes of"
-                f" {asked.start}: {listed(classes, room=100)}"
+                f" {request.start}: {listed(classes, room=100)}"
             )
         return cls(classes)
 
@@ -124,34 +124,22 @@ class Classify(Objective):
 def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
     """The paths of the head's modules, to be trained whole; where the method does so already, those
     of a new pooler that it leaves out.
-
-    Raises LorafoldError for a method that changes a head which is drawn for this run, and nothing
-    else: what it changed would be nowhere.
-
-    Args:
-        model: A classifier, or one with the adapters of another over it.
-        targets: The recipe's; None takes the method's own.
     """
     heads = set(head_paths(model))
-    found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
+    adapted = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
     # the method adapts nothing but the head, or trains the base's own weights, the head's too
-    drawn = {p for p in new_heads(model) if not isinstance(module_at(model, p), Adapted)}
-    if found and found <= drawn and not (spec.head_alone or spec.trains_base):
+    fresh = {p for p in new_heads(model) if not isinstance(module_at(model, p), Adapted)}
+    if adapted and adapted <= fresh and not (spec.head_alone or spec.trains_base):
         raise LorafoldError(
-            f"targets: found {', '.join(sorted(found))} alone, a new head, which is trained whole"
+            f"targets: found {', '.join(sorted(adapted))} alone, a new head, which is trained whole"
             " beside other targets; expected those, or --method linear-probe to train it alone"
         )
-    trained = found <= heads or (spec.trains_base and heads <= found)
-    return tuple(p for p in new_poolers(model) if p not in found) if trained else head_paths(model)
+    if adapted <= heads or (spec.trains_base and heads <= adapted):
+        return tuple(p for p in new_poolers(model) if p not in adapted)
+    return head_paths(model)
 
 
 def class_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a head over the last token of each sequence, (), on tensors without values.
-
-    Args:
-        model: A classifier without values.
-        inputs: input_ids with positions (1, T), or with a mask (B, T).
-    """
+    """The loss of a head over the last token of each sequence, (), on tensors without values."""
     labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
-    loss: Tensor = Classification(model, 0)(labels, **inputs)
-    return loss
+    return Classification(model, 0)(labels, **inputs)

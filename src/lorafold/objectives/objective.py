@@ -21,6 +21,7 @@ from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate, held_out_loss
 from lorafold.evaluation.rollouts import RolloutSize
+from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
 from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
@@ -42,11 +43,11 @@ class Data(Protocol):
 
     @property
     def examples(self) -> Sequence[Any]:
-        """What a loss takes, in the order of their rows; each has `ids`."""
+        """The examples that a loss takes, in the order of their rows; each has `ids`."""
 
     @property
     def report(self) -> Any:
-        """What became of the rows; `str` gives it as lines of text."""
+        """A report on the rows; `str` gives it as lines of text."""
 
     @property
     def parts(self) -> tuple[SourcePart, ...]:
@@ -55,9 +56,9 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class ObjectiveRequest:
-    """What a run asks for: an objective by its name, for rows, a model and the saved adapters that
-    will be loaded on it, with the recipe's `beta` (None: its own) and `objective_options`, rewards
-    that are functions of Python, and the recipe's seed.
+    """The request for an objective: its name, the rows, the model and the saved adapters that will
+    be loaded on it, the recipe's `beta` (None: the default) and `objective_options`, reward
+    functions in Python, and the recipe's seed.
     """
 
     name: str
@@ -71,7 +72,7 @@ class ObjectiveRequest:
 
     @property
     def start(self) -> str:
-        """What the run starts from, in messages: the adapters, or the model."""
+        """The name of the start of the run in messages: the adapters, or the model."""
         return ", ".join(map(str, self.adapters)) or self.base.name
 
     def refuse_options(self) -> None:
@@ -92,13 +93,11 @@ class Objective(ABC):
     identity: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def of(cls, asked: ObjectiveRequest) -> Self:
-        """The objective of a run.
-
-        Raises LorafoldError for options that it does not have, and for rows, a model or adapters
-        that do not suit it.
+    def of(cls, request: ObjectiveRequest) -> Self:
+        """The objective of a run. Raises LorafoldError for options that it does not have, and for
+        rows, a model or adapters that do not suit it.
         """
-        asked.refuse_options()
+        request.refuse_options()
         return cls()
 
     @classmethod
@@ -142,7 +141,7 @@ class Objective(ABC):
         yield examples
 
     def trained(self, example: Any) -> Any:
-        """What of an example a step computes with gradients."""
+        """The part of an example that a step computes with gradients."""
         return example
 
     @abstractmethod
@@ -257,9 +256,9 @@ class Objective(ABC):
 
 
 class OnPolicy(Objective):
-    """Abstract: an objective that learns from completions which the model draws in each step.
+    """Abstract: an objective that learns from completions which the model generates in each step.
 
-    Nothing is known of them before the step. The engine that draws them has passes of its own, so
+    Nothing is known of them before the step. The engine that samples them has passes of its own, so
     a model can't be divided among processes. Held-out rows are measured before the first step too.
     """
 
@@ -274,8 +273,8 @@ class OnPolicy(Objective):
 
 def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an objective that a recipe gives, `beta` among them."""
-    own = {} if beta is None else {"beta": beta}
-    return {**own, **options, **own}
+    first = {} if beta is None else {"beta": beta}
+    return {**first, **options, **first}
 
 
 def examples_of(
@@ -287,20 +286,12 @@ def examples_of(
     rendering: Rendering = WHOLE,
     called: str = "data",
 ) -> Data:
-    """Tokenized rows, with a report.
-
-    Args:
-        tokenizer: After `set_up`.
-        max_length: Longer examples are cut to this many tokens.
-        console: For progress and the report; None is quiet.
-        rendering: What of a conversation is trained on.
-        called: What the console calls the rows.
-
-    Raises LorafoldError for rows that the objective can't use.
+    """Tokenized rows, whose report is printed if there is a console. Longer examples are cut to
+    `max_length` tokens.
     """
     encoder = objective.encoder(tokenizer, rendering)
     rows = as_checked(rows, encoder.takes)
     data = objective.data(tokenized(rows, encoder, console), rows, max_length)
     if console is not None:
-        console.print(f"{called}: {data.report}", highlight=False)
+        print_lines(console, f"{called}: {data.report}")
     return data

@@ -1,8 +1,8 @@
-"""Objectives of policies: completions that the model draws itself, rewards, and a law over them.
+"""Objectives of policies: the model generates completions and learns from their rewards.
 
-A step draws a group of completions of each of its prompts, has them judged, and learns from the
-groups whose rewards differ. What it draws follows from the weights, the run's seed and the step, so
-a run that is resumed goes on exactly.
+A step samples a group of completions of each of its prompts, has them judged, and learns from the
+groups whose rewards differ. The samples follow from the weights, the run's seed and the step, so a
+resumed run goes on exactly.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
+from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.model_card import JUDGED_BY, within
+from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
-from lorafold.objectives.algorithms import SamplingOptions, chosen, class_of
+from lorafold.objectives.algorithms import SamplingOptions, law_class, policy_options
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
@@ -70,8 +71,10 @@ TRY = (
 )  # by whether it has collapsed
 
 
-class Playing(Policy):
-    """The loss of a policy with what draws and judges its completions."""
+class RolloutLoss(Policy):
+    """The loss of a policy, with the engine that samples its completions and the rewards that judge
+    them.
+    """
 
     def __init__(
         self,
@@ -92,47 +95,47 @@ class PolicyObjective(OnPolicy):
     """Learning from rewards, by a law."""
 
     law: PolicyLaw
-    drawing: SamplingOptions
+    sampling: SamplingOptions
     given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
     seed: int = 0
     adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
 
     @classmethod
-    def of(cls, asked: ObjectiveRequest) -> Self:
-        law, drawing = chosen(asked.name, asked.beta, asked.options)
-        if not (drawing.rewards or asked.rewards):
+    def of(cls, request: ObjectiveRequest) -> Self:
+        law, drawing = policy_options(request.name, request.beta, request.options)
+        if not (drawing.rewards or request.rewards):
             raise LorafoldError(
-                f"objective {asked.name}: found no reward, expected one or several: --reward"
+                f"objective {request.name}: found no reward, expected one or several: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
         named = [text for text in drawing.rewards if adapter_in(text)]
         for text in drawing.rewards:
             _ = adapter_in(text) or kind_of(text)  # a form that is wrong is told first
-        adapters = {text: RewardAdapter.of(text, asked.base) for text in named}
-        return cls(law, drawing, tuple(asked.rewards), asked.seed, adapters)
+        adapters = {text: RewardAdapter.of(text, request.base) for text in named}
+        return cls(law, drawing, tuple(request.rewards), request.seed, adapters)
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        kinds = (class_of(declared, policy_algorithms), SamplingOptions)
+        kinds = (law_class(declared, policy_algorithms), SamplingOptions)
         return {field.name: field.default for kind in kinds for field in fields(kind)}
 
     @property
     def reads(self) -> Sequence[tuple[str, Path]]:  # type: ignore[override]
         """The adapters that judge."""
-        found = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
-        return [(f"for --reward {name}", saved.path) for name, saved in found]
+        adapters = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
+        return [(f"for --reward {name}", saved.path) for name, saved in adapters]
 
     @property
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """The digests of what judges, by name."""
+        """The digests of the rewards, by name."""
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
-        files = {name: digest_of(name) for name in self.drawing.rewards}
+        files = {name: digest_of(name) for name in self.sampling.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
         return {REWARDS: files | dict.fromkeys(names, "")}
 
     def record(self) -> dict[str, Any]:
-        named = {name: weight for weight, name in map(parted, self.drawing.rewards)}
+        named = {name: weight for weight, name in map(parted, self.sampling.rewards)}
         return {JUDGED_BY: named | (Rewards.of(*self.given).weights if self.given else {})}
 
     def guessing(self, labels: Mapping[str, int]) -> float:
@@ -142,23 +145,25 @@ class PolicyObjective(OnPolicy):
         return PromptEncoder(tokenizer)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
-        return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
+        return prompt_data(table, rows, max_length - self.sampling.max_new_tokens)
 
-    def updates(self, examples: Sequence[Rollout], loss: Playing) -> Iterator[Sequence[Rollout]]:
-        for update in range(self.drawing.updates):
+    def updates(
+        self, examples: Sequence[Rollout], loss: RolloutLoss
+    ) -> Iterator[Sequence[Rollout]]:
+        for update in range(self.sampling.updates):
             loss.begin(update)
             yield examples
 
     def draws(self, feed: BatchFeed, held_out: Any) -> RolloutSize:
         assert isinstance(feed, StoredFeed)
         lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
-        slots = min(SLOTS, feed.batch * self.drawing.group)
-        return RolloutSize(slots, self.drawing.group, max(lengths), self.drawing.max_new_tokens)
+        slots = min(SLOTS, feed.batch * self.sampling.group)
+        return RolloutSize(slots, self.sampling.group, max(lengths), self.sampling.max_new_tokens)
 
     def trained(self, example: TokenizedPrompt) -> Rollout:
         """A group of completions of that prompt, as long as they may be."""
-        own, k = (0,) * self.drawing.max_new_tokens, self.drawing.group
-        return Rollout.of(example.ids, [own] * k, [()] * k, [0.0] * k, [True] * k)
+        ids, k = (0,) * self.sampling.max_new_tokens, self.sampling.group
+        return Rollout.of(example.ids, [ids] * k, [()] * k, [0.0] * k, [True] * k)
 
     def preview(self, example: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
@@ -173,17 +178,17 @@ class PolicyObjective(OnPolicy):
         tokenizer: PreTrainedTokenizerBase,
         packing: Packing,
         console: Console,
-    ) -> Iterator[Playing]:
-        drawing = self.drawing
+    ) -> Iterator[RolloutLoss]:
+        drawing = self.sampling
         with ExitStack() as stack:
-            rewards = stack.enter_context(self._judging(model, packing, console))
+            rewards = stack.enter_context(self._rewards(model, packing, console))
             rollouts = Rollouts(
                 model, tokenizer, drawing.group, drawing.max_new_tokens, exact=drawing.exact
             )
             stack.callback(rollouts.close)
             if dropped := stack.enter_context(undropped(model)):
-                told = f"dropout: found {dropped:g} in the model or its adapters, taken as 0"
-                console.print(f"{told}: completions are drawn without", highlight=False)
+                dropout = f"dropout: found {dropped:g} in the model or its adapters, taken as 0"
+                print_lines(console, f"{dropout}: completions are drawn without")
             how = None
             if packing:
                 how = stack.enter_context(branching(model, across=packing == "auto"))
@@ -194,144 +199,141 @@ class PolicyObjective(OnPolicy):
                 )
             if drawing.exact:  # in the backward too, where checkpointed parts run again
                 stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
-            yield Playing(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
+            yield RolloutLoss(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
     def refer(
-        self, loss: Playing, feed: BatchFeed, held_out: Any, below: Sequence[str], console: Console,
-        layout: Replicated,
+        self, loss: RolloutLoss, feed: BatchFeed, held_out: Any, below: Sequence[str],
+        console: Console, layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
-        """Open what draws, for the longest prompt of both."""
+        """Open the engine for the longest prompt of both."""
         loss.processes = layout.processes
-        drawn = self.draws(feed, held_out)
-        if loss.rollouts[0].open(drawn.prompt, drawn.slots):
-            told = "exact: products depend on the number of rows on this processor, so that some"
-            console.print(f"{told} differences of rounding remain", highlight=False)
+        size = self.draws(feed, held_out)
+        if loss.rollouts[0].open(size.prompt, size.slots):
+            reason = "exact: products depend on the number of rows on this processor, so that some"
+            print_lines(console, f"{reason} differences of rounding remain")
         return feed, held_out
 
     def examples(
-        self, step: int, planned: Sequence[TokenizedPrompt], loss: Playing
+        self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
-        """The groups that the model draws of the planned prompts. Those whose rewards are alike
-        count in the mean too, as in TRL. Process 0 judges for all: another may judge otherwise.
+        """The groups that the model samples for the planned prompts. Groups whose rewards are equal
+        count in the mean too, as in TRL. Rank 0 judges for all, because another process might judge
+        otherwise.
         """
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 
     def _rollouts(
-        self, step: int, planned: Sequence[TokenizedPrompt], loss: Playing
+        self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
         key, seconds, again = key_of(self.seed, step), defaultdict[str, float](float), 0
-        found = first = self._drawn(planned, key, loss, seconds)
+        judged = first = self._sample(planned, key, loss, seconds)
         tokens = first.tokens
-        advantages, learns = self._advantages(found)
-        for attempt in range(1, self.drawing.fill + 1):
+        advantages, learns = self._advantages(judged)
+        for attempt in range(1, self.sampling.fill + 1):
             if not (empty := (~learns).nonzero().flatten().tolist()):
                 break
             prompts = [planned[i] for i in empty]
-            more = self._drawn(prompts, key_of(key, attempt), loss, seconds)
-            found, again = found.replaced(empty, more), again + len(empty)
+            more = self._sample(prompts, key_of(key, attempt), loss, seconds)
+            judged, again = judged.replaced(empty, more), again + len(empty)
             tokens += more.tokens
-            advantages, learns = self._advantages(found)
+            advantages, learns = self._advantages(judged)
         figures = dict(first.figures)
-        if self.drawing.fill:
+        if self.sampling.fill:
             figures["groups drawn again"] = again / len(planned)
-        silent = "" if bool(learns.any()) else self._silent(found, loss)
+        silent = "" if bool(learns.any()) else self._silent(judged, loss)
         rollouts = [
             Rollout.of(
-                prompt.ids,
-                [one.tokens for one in group],
-                [one.logprobs for one in group],
-                own,
+                prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], row,
                 [self._counts(one) for one in group],
             )
-            for prompt, group, own in zip(planned, found.groups, advantages.tolist(), strict=True)
-        ]
+            for prompt, group, row in zip(planned, judged.groups, advantages.tolist(), strict=True)
+        ]  # fmt: skip
         if not silent:
             loss.counts.pop(SILENT, None)
         elif not step:
             rollouts = []  # a policy that is its reference has nothing to be held back from
         return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
 
-    def measure(self, loss: Playing, held_out: PromptData) -> Measured:
-        """The mean reward of one completion of each prompt, always of the same draws, with its
+    def measure(self, loss: RolloutLoss, held_out: PromptData) -> Measured:
+        """The mean reward of one completion of each prompt, always from the same samples, with its
         interval; the loss is minus that.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
-        groups = rollouts.draw_held_out([prompt.ids for prompt in prompts], self.seed)
-        found = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
-        reward, interval = found.figures["reward"], found.interval
+        groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
+        judged = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
+        reward, interval = judged.figures["reward"], judged.interval
         # of a group of one all rewards are alike
-        own = {k: v for k, v in found.figures.items() if k != "groups without signal"}
-        figures = own | {"reward_interval": interval}
-        told = f", reward {reward:.3f}{within(interval, '.3f')}"
-        return Measured(-reward, figures, told, found.to_read)
+        figures = {k: v for k, v in judged.figures.items() if k != "groups without signal"}
+        text = f", reward {reward:.3f}{within(interval, '.3f')}"
+        return Measured(-reward, figures | {"reward_interval": interval}, text, judged.to_read)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
         max_length: int,
     ) -> RewardEvaluation:  # fmt: skip
-        """What completions of prompts are worth, as many of each as in training, under the run's
-        seed.
+        """The rewards of completions, as many of each prompt as in training, under the run's seed.
         """
-        longest, k = self.drawing.max_new_tokens, self.drawing.group
+        longest, k = self.sampling.max_new_tokens, self.sampling.group
         how = RewardSettings(max_length, longest, k, seed=self.seed)
-        with self._judging(model, "auto", Console(quiet=True)) as rewards:
-            found = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
-        if None in found.prompt_rewards:
-            row = found.prompt_rewards.index(None) + 1
+        with self._rewards(model, "auto", Console(quiet=True)) as rewards:
+            evaluation = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
+        if None in evaluation.prompt_rewards:
+            row = evaluation.prompt_rewards.index(None) + 1
             raise LorafoldError(f"held-out row {row}: found no reward that applies, expected one")
-        return found
+        return evaluation
 
-    def _judging(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
-        given: list[Any] = [*self.drawing.rewards, *self.given]
-        limit = self.drawing.reward_seconds
+    def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
+        given: list[Any] = [*self.sampling.rewards, *self.given]
+        limit = self.sampling.reward_seconds
         return rewards_over(model, given, self.adapters, limit, packing, console)
 
-    def _drawn(
-        self, prompts: Sequence[TokenizedPrompt], key: int, loss: Playing, seconds: dict[str, float]
-    ) -> Rewarded:
+    def _sample(
+        self, prompts: Sequence[TokenizedPrompt], key: int, loss: RolloutLoss,
+        seconds: dict[str, float],
+    ) -> Rewarded:  # fmt: skip
         """Groups of completions with their rewards; adds the seconds that both took."""
         start = time.perf_counter()
         groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
-        drawn = time.perf_counter()
-        found = Rewarded.of(prompts, groups, loss.rewards)
-        seconds["drawing"] += drawn - start
-        seconds["judging"] += time.perf_counter() - drawn
-        if given := found.rewards[~found.rewards.isnan()].tolist():
-            loss.counts[HIGHEST] = max(loss.counts.get(HIGHEST, given[0]), *given)
-            loss.counts[LOWEST] = min(loss.counts.get(LOWEST, given[0]), *given)
-        return found
+        sampled = time.perf_counter()
+        judged = Rewarded.of(prompts, groups, loss.rewards)
+        seconds["drawing"] += sampled - start
+        seconds["judging"] += time.perf_counter() - sampled
+        if rewards := judged.rewards[~judged.rewards.isnan()].tolist():
+            loss.counts[HIGHEST] = max(loss.counts.get(HIGHEST, rewards[0]), *rewards)
+            loss.counts[LOWEST] = min(loss.counts.get(LOWEST, rewards[0]), *rewards)
+        return judged
 
-    def _advantages(self, found: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:
+    def _advantages(self, judged: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:
         """The advantages (n, k), and whether there is anything to learn from each group, (n,)."""
         # a mean of equal numbers may differ from them by its rounding
-        advantages = self.law.advantages(found.rewards).where(~found.alike[:, None], 0.0)
+        advantages = self.law.advantages(judged.rewards).where(~judged.alike[:, None], 0.0)
         if not bool((advantages.abs() <= LARGEST).all()):
             raise RewardFailed(
                 f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in"
-                f" {found.judged[0].where} to {found.judged[-1].where}, expected at most"
+                f" {judged.judged[0].where} to {judged.judged[-1].where}, expected at most"
                 f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"
             )
-        counts = torch.tensor([[self._counts(one) for one in group] for group in found.groups])
+        counts = torch.tensor([[self._counts(one) for one in group] for group in judged.groups])
         return advantages, (counts & (advantages != 0)).any(1)
 
     def _counts(self, one: Completion) -> bool:
-        return one.ended or self.drawing.truncated == "counted"
+        return one.ended or self.sampling.truncated == "counted"
 
-    def _silent(self, found: Rewarded, loss: Playing) -> str:
-        """Why a step has nothing to learn, and what to try."""
-        if not any(self._counts(one) for group in found.groups for one in group):
-            most = self.drawing.max_new_tokens
+    def _silent(self, judged: Rewarded, loss: RolloutLoss) -> str:
+        """Why a step has nothing to learn, and a remedy."""
+        if not any(self._counts(one) for group in judged.groups for one in group):
+            most = self.sampling.max_new_tokens
             return (
                 f"truncated=masked: all completions were cut off at max_new_tokens={most}; try more"
                 " max_new_tokens, or truncated=counted"
             )
-        if not (read := found.samples(2, 1)):
+        if not (read := judged.samples(2, 1)):
             return "no completion has a reward, as all rewards returned None"
         least = loss.counts[SILENT] = min(loss.counts.get(SILENT, math.inf), read[-1].reward)
         if least == loss.counts[HIGHEST] > loss.counts[LOWEST]:
             return f"all completions have the highest reward so far, {least:g}: {SOLVED}"
         samples = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in read)
-        entropy = found.figures["entropy"]
+        entropy = judged.figures["entropy"]
         return (
             f"all completions of a prompt have the same reward, at an entropy of {entropy:.2g} nats"
             f" a token: {TRY[entropy < COLLAPSED]} ({samples})"

@@ -1,5 +1,5 @@
-"""Objectives of preferences: examples of pairs or of judged completions, each prompt once, and a
-law over the log-probabilities of completions, or over what else they are measured by.
+"""Objectives of preferences: examples of pairs or of judged completions, each prompt once, and an
+algorithm over the log-probabilities of completions, or over the scores of a head.
 
 The reference never changes, so its log-probabilities are computed once and cached under the
 identity of the examples, the model's files, its tensors except the trained adapter's, and the code.
@@ -33,9 +33,10 @@ from lorafold.data.shapes import PAIRS
 from lorafold.data.tokenizing import Encoder
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
+from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.objectives import Declared
-from lorafold.objectives.algorithms import class_of, law_of
+from lorafold.objectives.algorithms import law_class, law_of
 from lorafold.objectives.objective import Objective, ObjectiveRequest, Packing
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -59,13 +60,13 @@ class Comparing(Objective):
     law: Law
 
     @classmethod
-    def of(cls, asked: ObjectiveRequest) -> Self:
+    def of(cls, request: ObjectiveRequest) -> Self:
         """The objective with the law that its row of the table names, and its options."""
-        return cls(law_of(asked.name, asked.beta, asked.options))
+        return cls(law_of(request.name, request.beta, request.options))
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        law = class_of(declared, preference_algorithms)
+        law = law_class(declared, preference_algorithms)
         return {field.name: field.default for field in fields(law)}
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
@@ -95,23 +96,14 @@ class Comparing(Objective):
         console: Console,
     ) -> Iterator[Preferences]:
         with branching(model, across=packing == "auto") if packing else nullcontext() as how:
+            apart = "each completion has its prompt before it"
             if how is not None and not how.shares:
-                instead = (
-                    "each completion has its prompt before it"
-                    if how.packs
-                    else "completions are padded"
-                )
-                console.print(
-                    "packing: this model does not compute a prompt once for several completions;"
-                    f" {instead}",
-                    highlight=False,
-                )
+                instead = apart if how.packs else "completions are padded"
+                once = "this model does not compute a prompt once for several completions"
+                print_lines(console, f"packing: {once}; {instead}")
             elif how is not None and how.longest is not None:
-                console.print(
-                    f"packing: in rows of more than {how.longest} tokens, a chunk of this model's"
-                    " attention, each completion has its prompt before it",
-                    highlight=False,
-                )
+                long = f"packing: in rows of more than {how.longest} tokens, a chunk of this"
+                print_lines(console, f"{long} model's attention, {apart}")
             yield Preferences(model, self.law, how, self.padding(tokenizer))
 
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -141,14 +133,7 @@ def referenced(
     console: Console,
     layout: Replicated,
 ) -> Referenced:
-    """The examples with their references, from the cache, or computed and added to it.
-
-    Args:
-        loss: Has the model, whose highest adapter is as it was before training.
-        below: What else the model without its highest adapter depends on: files and storage.
-        console: For progress, and for where they are from.
-        layout: Of the model.
-    """
+    """The examples with their references, from the cache, or computed and added to it."""
     from rich.progress import Progress
 
     source, start = "read from the cache", time.perf_counter()
@@ -164,41 +149,40 @@ def referenced(
         np.save(directory / FILE, table)
         source = f"computed in {time.perf_counter() - start:.1f} s"
 
-    def notice(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
+    notice = partial(print_lines, console)
     code = of_code(*TRAINING, packages=COMPUTED_WITH)
     made = [*below, digest(loss.model), examples.digest]
-    key = json.dumps([code, made, loss.shares, loss.how is not None and loss.how.across])
+    shared = [loss.how is not None and getattr(loss.how, name) for name in ("shares", "across")]
+    key = json.dumps([code, made, *shared])
     path = layout.cached("reference", key, write, notice) / FILE
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
     return Referenced(examples, np.load(path))
 
 
 def digest(model: nn.Module) -> str:
-    """The SHA-256 of every tensor of a model but those of its highest adapter, unless these are the
-    model's own.
+    """The SHA-256 of every tensor of a model except those of its highest adapter, unless that
+    adapter trains the model's own weights.
     """
     name = selection_of(model).names[-1]
     above = [] if moves(model) else adapted_modules(model)
-    own = {
+    adapter = {
         id(tensor)
         for _, module in above
         if name in module.deltas
         for tensor in chain(module.deltas[name].parameters(), module.deltas[name].buffers())
     }
-    found = sha256()
+    sha = sha256()
     for path, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if id(tensor) not in own:
-            found.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if id(tensor) not in adapter:
+            sha.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             # a copy, since one that is divided is whole for operations and not for numpy
             content = tensor.detach().to("cpu", copy=True).contiguous().flatten()
-            found.update(content.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            sha.update(content.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def moves(model: nn.Module) -> bool:
-    """Whether the highest adapter trains the model's own weights, so that what is below it is the
+    """Whether the highest adapter trains the model's own weights, so that the model below it is the
     reference before the first step only.
     """
     names = selection_of(model).names
@@ -231,14 +215,14 @@ class Preference(Comparing):
             refer = partial(referenced, loss, below=below, console=console, layout=layout)
             feed = feed.with_examples(refer)
         else:
-            console.print("reference: log-probabilities are computed in each step", highlight=False)
+            print_lines(console, "reference: log-probabilities are computed in each step")
         if moves(loss.model) and isinstance(held_out, PreferredData):
-            own = cast(BranchedExamples, held_out.examples)
-            known = referenced(loss, own, below, console, layout)
+            examples = cast(BranchedExamples, held_out.examples)
+            known = referenced(loss, examples, below, console, layout)
             held_out = replace(held_out, examples=known)
         return feed, held_out
 
     def measure(self, loss: Preferences, held_out: Any) -> Measured:
         reference = self.law.has_reference and not moves(loss.model)
-        found = preference_figures(loss, held_out.examples, reference)
-        return Measured(found.preference_loss, found.as_json(), f", {found}")
+        figures = preference_figures(loss, held_out.examples, reference)
+        return Measured(figures.preference_loss, figures.as_json(), f", {figures}")

@@ -43,14 +43,14 @@ class RewardModel(Comparing):
     law: BradleyTerry
 
     @classmethod
-    def of(cls, asked: ObjectiveRequest) -> Self:
-        made = super().of(asked)
-        if known_classes(asked.base, asked.adapters):
+    def of(cls, request: ObjectiveRequest) -> Self:
+        objective = super().of(request)
+        if known_classes(request.base, request.adapters):
             raise LorafoldError(
-                f"{asked.start}: found {kind_of(asked.base, asked.adapters)}, expected"
+                f"{request.start}: found {kind_of(request.base, request.adapters)}, expected"
                 f" {REWARD_MODEL}, or {LANGUAGE_MODEL}, to start from"
             )
-        return made
+        return objective
 
     def load(
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
@@ -77,5 +77,5 @@ class RewardModel(Comparing):
     def measure(self, loss: Preferences, held_out: Any) -> Measured:
         scores, tokens = scores_of(loss, held_out.examples)
         pairs = Scored(torch.from_numpy(scores), None, torch.from_numpy(tokens))
-        found, own = reward_figures(scores, tokens), loss.law.loss(pairs)
-        return Measured(float(own.mean()), found.as_json(), f", {found.told}")
+        figures, losses = reward_figures(scores, tokens), loss.law.loss(pairs)
+        return Measured(float(losses.mean()), figures.as_json(), f", {figures.told}")

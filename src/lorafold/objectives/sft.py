@@ -10,6 +10,7 @@ from lorafold.data.examples import WHOLE, CompletionEncoder, Encoded, Example, e
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import Encoder
+from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import Objective, Packing
 from lorafold.training_step.losses import CompletionLoss, Loss
 from lorafold.training_step.shared_prefixes import branching
@@ -45,17 +46,16 @@ class Sft(Objective):
             yield CompletionLoss(model, False, tokenizer.pad_token_id or 0)
             return
         with branching(model, across=packing == "auto") as how:
+            loss, notice = CompletionLoss(model, how.packs, tokenizer.pad_token_id or 0, how), ""
             if not how.packs:
-                console.print(
+                notice = (
                     "packing: in this model documents of one sequence influence each other, so"
-                    " examples are padded instead",
-                    highlight=False,
+                    " examples are padded instead"
                 )
-            loss = CompletionLoss(model, how.packs, tokenizer.pad_token_id or 0, how)
-            if packing == "auto" and how.packs and loss.how is None:
-                console.print(
+            elif packing == "auto" and loss.how is None:
+                notice = (
                     "packing: this model does not compute once what rows begin with in common; each"
-                    " row is computed apart, in more memory than was estimated",
-                    highlight=False,
+                    " row is computed apart, in more memory than was estimated"
                 )
+            print_lines(console, notice)
             yield loss

@@ -3,24 +3,18 @@ processor.
 
     x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; the sum is fp32 either way, and is
                                             rounded once
+    with multiplying(widened=True): ...     overrides the choice until the `with` block ends
 
 A processor with matrix units (AMX), or with AVX512-BF16 at full rate (AMD's), multiplies bf16 at
-twice the rate of fp32 or more. Intel's without AMX reach half the rate of fp32, and processors
-without such an instruction a tenth or less; there the pass over memory that widens both matrices
-pays. The kind of processor decides, not a measurement, so that a run is reproducible on a busy
-machine too.
+twice the rate of fp32 or more; Intel's without AMX reach half the rate of fp32, and others a tenth
+or less. The kind of processor decides, not a measurement, so that a run is reproducible on a busy
+machine too. A backward multiplies in the same dtype as its forward. Graphs made by `torch.compile`,
+and devices other than the CPU, always multiply 16-bit matrices in 16 bits.
 
-    with multiplying(widened=True): ...     overrides that choice until the `with` block ends
-
-A backward multiplies in the same dtype as its forward. Checkpointed blocks run their forward again
-in the backward, so that must be inside the `with` block too. Graphs made by `torch.compile`, and
-devices other than the CPU, always multiply 16-bit matrices in 16 bits.
-
-`narrowed` casts trained factors to the dtype of products. A layer of low rank multiplies in 16 bits
-with factors that are stored in fp32. On a GPU, cast where they are used, they are two launches in
-each layer and micro-batch. No factor changes between two updates of the optimizer
-(`core.contexts`), so the first copy that is asked for in a step has all made again that the step
-before asked for, in a few launches for the whole model. A backward reads what its forward made.
+`narrowed` casts trained factors to the dtype of matmuls. On a GPU, cast where they are used, they
+are two launches in each layer and micro-batch. No factor changes between two updates of the
+optimizer (`core.contexts`), so the first copy that is asked for in a step has all made again that
+the step before asked for, in a few launches for the whole model.
 
 1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16
 but without AMX 165 and 300, its gradient 165 and 280; the same restricted to AVX2 27 and 280, its
@@ -46,15 +40,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafold.core.contexts import Scope, in_backward, scope
 from lorafold.ops.autocast import Exact
+from lorafold.ops.kernel_requirements import HALF
 
-HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 # with fewer input vectors, reading W takes most of the time, which is half as long in 16 bits
 ROWS = 64
 # numbers of rows that kernels may sum in orders of their own: so many have the order of all more
 FEW = 16
 # whether to widen, None where the processor decides, and from how many input vectors on
-_said: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
+_chosen: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
 
 
 @contextmanager
@@ -62,15 +56,12 @@ def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
     """Multiply 16-bit matrices widened to fp32, or in 16 bits, whatever the processor is.
 
     It holds in this thread or task until the `with` block ends. Of several, the innermost counts.
-
-    Args:
-        rows: from how many input vectors on; with 1, no product depends on their number.
     """
-    token = _said.set((widened, rows))
+    token = _chosen.set((widened, rows))
     try:
         yield
     finally:
-        _said.reset(token)
+        _chosen.reset(token)
 
 
 def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
@@ -80,8 +71,8 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
     """
     if dtype not in HALF or device.type != "cpu":
         return False
-    said, _ = _said.get()
-    return widening_pays(dtype) if said is None else said
+    chosen, _ = _chosen.get()
+    return widening_pays(dtype) if chosen is None else chosen
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -90,7 +81,7 @@ def arithmetic(x: Tensor) -> torch.dtype:
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
-    return torch.float32 if x.numel() >= _said.get()[1] * x.shape[-1] else x.dtype
+    return torch.float32 if x.numel() >= _chosen.get()[1] * x.shape[-1] else x.dtype
 
 
 @cache
@@ -99,9 +90,8 @@ def widening_pays(dtype: torch.dtype) -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
-    flags = set(
-        (info.read_text() if info.exists() else platform.processor()).replace(",", " ").split()
-    )
+    about = info.read_text() if info.exists() else platform.processor()
+    flags = about.replace(",", " ").split()
     if dtype is torch.float16:
         return "avx512_fp16" not in flags
     return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in flags)
@@ -109,7 +99,7 @@ def widening_pays(dtype: torch.dtype) -> bool:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether oneDNN has products in bf16 for this processor."""
+    """Whether oneDNN multiplies bf16 matrices on this processor."""
     available = torch.backends.mkldnn.is_available()
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -126,7 +116,7 @@ class _Widened(Exact):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, m = ctx.saved_tensors
         wide = g.float()
         need_x, need_m, need_b = ctx.needs_input_grad
@@ -136,49 +126,39 @@ class _Widened(Exact):
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k a b (n, m), in a dtype. On CUDA the sums of 16-bit matrices are not rounded to 16 bits
-    before they are widened to fp32, and k is multiplied in by the product.
-
-    Args:
-        a, b: (n, l) and (l, m).
+    """k a b (n, m), in a dtype, of a (n, l) and b (l, m). On CUDA the sums of 16-bit matrices are
+    widened to fp32 without rounding, and the matmul applies k.
     """
     if not a.is_cuda:
-        found = (a @ b).to(dtype)
-        return found if k == 1.0 else found.mul_(k)
-    wide: dict[str, Any] = (
-        {"out_dtype": dtype} if a.dtype in HALF and dtype is torch.float32 else {}
-    )
+        y = (a @ b).to(dtype)
+        return y if k == 1.0 else y.mul_(k)
+    wide = out_dtype(a, dtype)
     if k == 1.0:
         return torch.mm(a, b, **wide).to(dtype)
     unread = a.new_empty((1, 1), dtype=dtype if wide else a.dtype)  # beta is 0
     return torch.addmm(unread, a, b, beta=0, alpha=k, **wide).to(dtype)
 
 
-def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
-    """k (a b)^T (m, n), contiguous, in a dtype.
+def out_dtype(a: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The argument that has CUDA widen the sums of 16-bit matrices, of any shape, to fp32."""
+    widens_sums = a.is_cuda and a.dtype in HALF and dtype is torch.float32
+    return {"out_dtype": dtype} if widens_sums else {}
 
-    Args:
-        a, b: (n, l) with few rows, and (l, m).
-    """
+
+def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
+    """k (a b)^T (m, n), contiguous, in a dtype. a, b (n, l), (l, m)."""
     if a.is_cuda:
         return product(b.t(), a.t(), dtype, k)
     # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
-    found = a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
-    return found if k == 1.0 else found.mul_(k)
+    y = a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
+    return y if k == 1.0 else y.mul_(k)
 
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
-    """x m^T + b (..., k), in x's dtype.
-
-    Args:
-        x: the input (..., in).
-        m: the matrix (k, in), of any dtype.
-        b: the bias (k,), of any dtype, or None.
-    """
+    """x m^T + b (..., k), in x's dtype. x (..., in); m (k, in); b (k,) or None."""
     if arithmetic(x) is x.dtype:
         return F.linear(x, m.to(x.dtype), None if b is None else b.to(x.dtype))
-    y: Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), m, b)
-    return y.view(*x.shape[:-1], -1)
+    return _Widened.over_rows(x, m, b)
 
 
 Form = tuple[float, torch.dtype]
@@ -202,20 +182,21 @@ class _Family:
         self.copies: list[weakref.ref[_Copy]] = []
 
     def renew(self, during: Scope) -> None:
-        """Make again, for another scope, what the last one asked for, and forget the rest."""
-        found = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
-        asked = [(c, x) for c, x in found if c.asked is self.during]
-        for copy, x in found:
+        """Make the copies that the last scope used again, for another scope, and forget the rest.
+        """
+        copies = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
+        used = [(c, x) for c, x in copies if c.asked is self.during]
+        for copy, x in copies:
             if copy.asked is not self.during:
                 _copies[x].pop(copy.form)
-        self.during, self.copies = during, [weakref.ref(c) for c, _ in asked]
-        for form in dict.fromkeys(c.form for c, _ in asked):
+        self.during, self.copies = during, [weakref.ref(c) for c, _ in used]
+        for form in dict.fromkeys(c.form for c, _ in used):
             values, sources = zip(
-                *((c.value, x.detach()) for c, x in asked if c.form == form), strict=True
+                *((c.value, x.detach()) for c, x in used if c.form == form), strict=True
             )
             scaled = sources if form[0] == 1.0 else torch._foreach_mul(sources, form[0])
             torch._foreach_copy_(values, scaled)
-        for copy, _ in asked:
+        for copy, _ in used:
             copy.made = during
 
 
@@ -225,20 +206,16 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form:
 def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     """k x, of any shape, multiplied in x's dtype and rounded once to another; x itself where that
     is the same. Not differentiable.
-
-    Args:
-        x: a factor; a parameter is asked for at every step.
     """
     if k == 1.0 and x.dtype is dtype:
         return x
-    kept = x.is_cuda and isinstance(x, nn.Parameter) and not torch.compiler.is_compiling()
-    copy = _kept(x, (k, dtype)) if kept else None
-    if copy is not None:
+    cached = x.is_cuda and isinstance(x, nn.Parameter) and not torch.compiler.is_compiling()
+    if cached and (copy := _cached(x, (k, dtype))) is not None:
         return copy.value
     return torch.mul(x.detach(), k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
 
 
-def _kept(x: Tensor, form: Form) -> _Copy | None:
+def _cached(x: Tensor, form: Form) -> _Copy | None:
     """The copy that a step keeps; None outside of one."""
     during = scope()
     if during is None and not in_backward():

@@ -5,20 +5,15 @@
 
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
 (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Documents are computed in tiles of
-at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again
-instead of keeping them. On CUDA, torch's flash attention (Dao 2023, arXiv 2307.08691) is used
-instead where it takes the inputs (`ops.kernel_requirements`). Use it where documents are packed
-without padding. The specification is `reference.document_attention`.
+at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again.
+Documents may share their first tokens (`ops.packed_documents`): then k and v are gathered once for
+all tiles, and their gradients are added up in fp32. On CUDA, torch's flash attention (Dao 2023,
+arXiv 2307.08691) is used instead where it takes the inputs. The specification is
+`reference.document_attention`.
 
 At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and
 backward: five documents of 140 to 260 tokens take 0.4 of the time of torch's causal kernel over all
-1024 tokens, one document of 1024 takes 0.9 of it. Smaller tiles skip more of the masked scores,
-larger ones need fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256
-and 1.03 for the five.
-
-Documents may share their first tokens (`ops.packed_documents`). Then k and v are gathered once for
-all tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens and two branches
-of 40 take 0.78 of the time of twelve documents of 140; the gathering is 0.02 of that.
+1024 tokens, one document of 1024 takes 0.9 of it.
 """
 
 from __future__ import annotations
@@ -31,11 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic, multiplying
-from lorafold.ops.autocast import Exact, lower
+from lorafold.ops.autocast import Exact, at_least_fp32, lower
+from lorafold.ops.checkpoint_segments import kept
 from lorafold.ops.kernel_requirements import FLASH, takes
 from lorafold.ops.operators import Operation, operator
 from lorafold.ops.packed_documents import Documents
-from lorafold.ops.selective_checkpoint import kept
 
 # From so many tokens of a document on, checkpointing keeps attention's output, which is no larger
 # than a block's input, while its time grows with their square.
@@ -43,7 +38,7 @@ LONG = 4096
 
 
 class Scores(NamedTuple):
-    """What scores are: cap tanh(scale q k / cap), or scale q k where there is no cap."""
+    """The form of scores: cap tanh(scale q k / cap), or scale q k without a cap."""
 
     scale: float
     cap: float | None
@@ -103,9 +98,11 @@ def _attended_backward(
     dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
     # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
     # sum would be rounded
-    wide, tokens = torch.promote_types(k.dtype, torch.float32), len(k)
+    wide, tokens = at_least_fp32(k), len(k)
     k, v = docs.gathered(k), docs.gathered(v)
-    gq, (gk, gv) = torch.empty_like(q), (docs.gradient_like(x) for x in (k, v))
+    gq = torch.empty_like(q)
+    # of keys that several documents share the gradients are added up, in fp32 or wider
+    gk, gv = (torch.empty_like(x, dtype=x.dtype if docs.keys is None else wide) for x in (k, v))
     for tiles in docs.groups():
         ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
         gks, gvs = (x.new_zeros(x.shape, dtype=wide) for x in (ks, vs))
@@ -140,12 +137,11 @@ class _DocumentAttention(Exact):
         ctx.widened = arithmetic(q) != q.dtype
 
         run = partial(FORWARD, q, k, v, docs, scores)
-        y: Tensor = kept(run) if max(docs.lens) >= LONG else run()
-        return y
+        return kept(run) if max(docs.lens) >= LONG else run()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         with multiplying(widened=ctx.widened, rows=1):  # as the forward did
             gradients = GRADIENTS(g, *ctx.saved_tensors, ctx.docs, ctx.scores)
         return *gradients, None, None
@@ -154,15 +150,8 @@ class _DocumentAttention(Exact):
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Causal attention (T, H, Dv) within each document. Differentiable once.
-
-    Args:
-        q: the queries (T, H, D).
-        k: the keys (T, Hk, D); Hk divides H.
-        v: the values (T, Hk, Dv).
-        docs: the documents, with sum(docs.own) = T.
-        scale: the factor of the scores.
-        softcap: the cap of the scores, or None.
+    """Causal attention (T, H, Dv) within each document. Differentiable once. q (T, H, D); k (T, Hk,
+    D); v (T, Hk, Dv).
     """
     q, k, v = (lower(x) for x in (q, k, v))
     if softcap is None and takes(FLASH, q, v):

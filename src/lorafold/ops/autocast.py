@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.ops.shared_input import once
+from lorafold.ops.checkpoint_segments import once
+
+
+def at_least_fp32(x: Tensor) -> torch.dtype:
+    """The dtype of x, of any shape, or fp32 if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def autocasting(x: Tensor) -> bool:
@@ -29,33 +34,22 @@ def autocasting(x: Tensor) -> bool:
 
 
 def lower(x: Tensor) -> Tensor:
-    """x, of any shape, in the dtype that autocast multiplies in; as it is where autocast is off,
-    and where autocast casts no such tensor (integers, fp64).
-
-    Layers that read the same x get the same tensor, so that what they share for x they still share.
+    """x, of any shape, in the dtype that autocast multiplies in; x itself if autocast is off or
+    does not cast it (integers, fp64). Layers that read the same x get the same tensor.
     """
-    if not torch._C._is_any_autocast_enabled() or not autocasting(x):
-        return x
-    if not x.is_floating_point() or x.dtype is torch.float64:
+    if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
         return x
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype is dtype:
         return x
     if x.is_leaf and x.requires_grad:  # what is kept on a leaf would keep the leaf
         return x.to(dtype)
-    found = once(x, (), lambda: x.to(dtype))
-    return found if found.dtype is dtype else x.to(dtype)
+    cast = once(x, (), lambda: x.to(dtype))
+    return cast if cast.dtype is dtype else x.to(dtype)
 
 
 def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """run(*args, **kwargs) with its tensors as `lower` gives them, outside of autocast.
-
-    Args:
-        run: computes something from activations.
-        *args, **kwargs: the activations first, of any shapes.
-    """
-    if not torch._C._is_any_autocast_enabled():
-        return run(*args, **kwargs)
+    """run(*args, **kwargs) with its tensors as `lower` gives them, outside of autocast."""
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if x is None or not autocasting(x):
         return run(*args, **kwargs)
@@ -72,6 +66,12 @@ class Exact(Function):
         super().__init_subclass__()
         for name in ("forward", "backward"):
             setattr(cls, name, staticmethod(_outside(getattr(cls, name))))
+
+    @classmethod
+    def over_rows(cls, x: Tensor, *args: Any) -> Tensor:
+        """`apply` to the rows of x (..., in): (..., out)."""
+        y = cls.apply(x.reshape(-1, x.shape[-1]), *args)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:

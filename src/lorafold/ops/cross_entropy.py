@@ -18,11 +18,9 @@ A chunk's logits z (m, V) get their gradient in the same memory:
                                                p = softmax(z), z = cap tanh(scale u / cap); without
                                                a cap z = scale u, and the last factor is 1
 
-The kernel of the linear form, `torch.ops.lorafold.linear_cross_entropy`, gets its working memory as
-arguments, so that an estimate on fake tensors counts as much memory as a real step takes.
-
-1024 positions under SmolLM2-135M's head (V 49,152) in bf16: 31 MB of buffers where whole logits and
-their gradients take 600, in 0.8 of the time.
+The kernel of the linear form gets its working memory as arguments, so that an estimate on fake
+tensors counts as much memory as a real step takes. 1024 positions under SmolLM2-135M's head (V
+49,152) in bf16: 31 MB where whole logits and their gradients take 600, in 0.8 of the time.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lorafold.ops.arithmetic import arithmetic
-from lorafold.ops.autocast import Exact
+from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
 
 CHUNK = 256  # positions whose logits exist at a time
@@ -50,11 +48,11 @@ def chunks(n: int) -> list[slice]:
     return [slice(at, at + CHUNK) for at in range(0, n, CHUNK)]
 
 
-def _scaled(kept: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """kept * g, multiplied in g's precision: in bf16 the factor 1 / n of a mean would be off by up
     to 0.4%, in all gradients alike.
     """
-    return (kept.to(g.dtype) * g).to(dtype)
+    return (gradient.to(g.dtype) * g).to(dtype)
 
 
 class _HeadCrossEntropy(Function):
@@ -68,10 +66,10 @@ class _HeadCrossEntropy(Function):
         *leaves: Tensor,
     ) -> Tensor:
         into_h = ctx.needs_input_grad[0]
-        total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
-        found = (h, *leaves) if into_h else leaves
-        wide = [torch.promote_types(t.dtype, torch.float32) for t in found]
-        grads = [torch.zeros_like(t, dtype=dtype) for t, dtype in zip(found, wide, strict=True)]
+        total = h.new_zeros((), dtype=at_least_fp32(h))
+        tensors = (h, *leaves) if into_h else leaves
+        wide = [at_least_fp32(t) for t in tensors]
+        grads = [torch.zeros_like(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
         for rows in runs:
             with torch.set_grad_enabled(bool(grads)):
                 x = h[rows].detach().requires_grad_(into_h)
@@ -80,9 +78,9 @@ class _HeadCrossEntropy(Function):
             if not grads:
                 continue
             inputs = (x, *leaves) if into_h else leaves
-            own = [grads[0][rows], *grads[1:]] if into_h else grads
+            totals = [grads[0][rows], *grads[1:]] if into_h else grads
             chunk = torch.autograd.grad(loss, inputs, allow_unused=True)
-            for grad, g in zip(own, chunk, strict=True):
+            for grad, g in zip(totals, chunk, strict=True):
                 if g is not None:
                     grad += g
         ctx.save_for_backward(*grads)
@@ -91,7 +89,7 @@ class _HeadCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         grads = list(ctx.saved_tensors)
         gh = _scaled(grads.pop(0), g, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         of_leaves = zip(grads, ctx.dtypes[1:], strict=True)
@@ -100,24 +98,19 @@ class _HeadCrossEntropy(Function):
 
 def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     """The cross-entropy of each position, (n,) in fp32 or wider. Differentiable in h and in what
-    the head reads.
-
-    Args:
-        h: the hidden states (n, d).
-        targets: the target tokens (n,).
-        head: a function from hidden states (m, d) to logits (m, V), called again in the backward.
+    the head reads. h (n, d); targets (n,).
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(h.dtype, torch.float32)
+        wide = at_least_fp32(h)
         return F.cross_entropy(head(h).to(wide), targets, reduction="none")
 
     # without positions, one chunk of none gives gradients of 0
-    found = [
+    parts = [
         checkpoint(losses, h[run], targets[run], use_reentrant=False)
         for run in chunks(len(h)) or [slice(0, 0)]
     ]
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def head_cross_entropy(
@@ -127,16 +120,10 @@ def head_cross_entropy(
     leaves: Sequence[Tensor],
     runs: Sequence[slice],
 ) -> Tensor:
-    """The summed cross-entropy, a scalar in fp32 or wider. Differentiable once, in h and leaves.
-
-    Args:
-        h: the hidden states (n, d).
-        targets: the target tokens (n,).
-        head: a function from hidden states (m, d) to logits (m, V).
-        runs: the positions that are computed at a time, as `chunks` gives them.
+    """The summed cross-entropy, a scalar in fp32 or wider. Differentiable once, in h and leaves. h
+    (n, d); targets (n,).
     """
-    loss: Tensor = _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
-    return loss
+    return _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
 
 
 class LinearHead(NamedTuple):
@@ -150,12 +137,8 @@ class LinearHead(NamedTuple):
     cap: float | None
 
     def logits(self, h: Tensor, out: Tensor | None = None, slab: Tensor | None = None) -> Tensor:
-        """The logits (n, V), in the dtype that the product is computed in.
-
-        Args:
-            h: the hidden states (n, d).
-            out: a tensor (n or more, V) to write to, in whose dtype the product is computed.
-            slab: memory as `new_slab` makes it.
+        """The logits (n, V), in the dtype that the product is computed in. h (n, d); out (n or
+        more, V).
         """
         wide = h.to(arithmetic(h) if out is None else out.dtype)
         z = wide.new_empty(len(h), len(self.w)) if out is None else out[: len(h)]
@@ -214,10 +197,10 @@ def _kernel(
         z = linear.logits(h[rows], logits, slab)
         LOSSES(z, targets[rows], losses[rows], block, scale, cap, len(gradient) > 0)
         if len(gradient):  # of h, from that of W h + b, which is in z
-            found = z.new_zeros(len(z), w.shape[1])
+            gh = z.new_zeros(len(z), w.shape[1])
             for part, w_part in linear.slabs(slab):
-                found.addmm_(z[:, part], w_part)
-            gradient[rows] = found
+                gh.addmm_(z[:, part], w_part)
+            gradient[rows] = gh
     return losses
 
 
@@ -225,7 +208,7 @@ KERNEL = operator(
     "linear_cross_entropy(Tensor h, Tensor targets, Tensor w, Tensor? b, float scale, float? cap,"
     " Tensor(a!) gradient, Tensor(b!) logits, Tensor(c!) block, Tensor(d!) slab) -> Tensor",
     _kernel,
-    lambda h, *args: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)),
+    lambda h, *args: h.new_empty(len(h), dtype=at_least_fp32(h)),
 )
 
 
@@ -234,16 +217,15 @@ class _LinearCrossEntropy(Exact):
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
         gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
         logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=arithmetic(h))
-        wide = torch.promote_types(h.dtype, torch.float32)  # of losses, and of their sums
+        wide = at_least_fp32(h)  # of losses, and of their sums
         block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=wide)
         slab = head.new_slab(logits)
         ctx.save_for_backward(gradient)
-        losses: Tensor = KERNEL(h, targets, *head, gradient, logits, block, slab)
-        return losses
+        return KERNEL(h, targets, *head, gradient, logits, block, slab)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`
 
@@ -266,13 +248,7 @@ def _losses(
     gradient: bool,
 ) -> None:
     """Write the losses (m,) of logits z (m, V), and over z, if wanted, the gradient of W h + b.
-
-    Args:
-        targets: the targets (m,).
-        losses: the losses (m,), written.
-        block: memory (BLOCK, V), overwritten.
-        scale: the factor of W h + b.
-        cap: the cap of the logits, or None.
+    targets (m,); losses (m,); block (BLOCK, V).
     """
     blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
     for z_block, y, loss in zip(*blocks, strict=True):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.operators import Operation
 
 
@@ -46,11 +47,7 @@ def stored(factors: Tensor) -> torch.dtype:
 
 def low_rank(parts: Sequence[SlotFactors], slots: Tensor) -> Product:
     """A function of x that multiplies the tokens of each of B rows with the factors in its slot,
-    and lays the outputs of all parts side by side.
-
-    Args:
-        parts: the factors of matrices that read the same x.
-        slots: the place of each row, int64 (B,), on the CPU.
+    and lays the outputs of all parts side by side. slots (B,).
     """
     products = [_low_rank(part, slots) for part in parts]
 
@@ -82,14 +79,8 @@ def _low_rank(part: SlotFactors, slots: Tensor) -> Product:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:  # (B, T, H, Dv)
-    """Attention of T queries a row.
-
-    Args:
-        q: (B, H, T, D).
-        k: (B, Hk, K, D), of which H / Hk query heads share one.
-        v: (B, Hk, K, Dv).
-        mask: what is added to the scores, (B, 1, T, K).
-        scale: the factor of the scores.
+    """Attention of T queries a row. q (B, H, T, D); k (B, Hk, K, D); v (B, Hk, K, Dv); mask (B, 1,
+    T, K).
     """
     (b, heads, t, d), kv = q.shape, k.shape[1]
     groups = heads // kv
@@ -111,20 +102,14 @@ def _of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
     if (kv, groups) not in known:
         m = mask[:, :, None].expand(len(mask), kv, groups, t, mask.shape[-1])
         m = m.reshape(len(mask) * kv, -1, mask.shape[-1])
-        wide = torch.promote_types(m.dtype, torch.float32)
+        wide = at_least_fp32(m)
         known[kv, groups] = m.to(wide) if t == 1 else m
-    found: Tensor = known[kv, groups]
-    return found
+    return known[kv, groups]
 
 
 def write(buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
-    """Write the tokens of each row to its slot.
-
-    Args:
-        buffer: (slots, Hk, L, D).
-        x: (B, Hk, T, D).
-        slots: the slot of each row, int64 (B,).
-        starts: the position of its first token, int64 (B,).
+    """Write the tokens of each row to its slot. buffer (slots, Hk, L, D); x (B, Hk, T, D); slots
+    (B,); starts (B,).
     """
     known = vars(starts).setdefault("_lorafold_places", {})  # for the keys and values of all layers
     if (tokens := x.shape[2]) not in known:

@@ -5,21 +5,16 @@
     philox(counter = (call of j, position of t, row of t, site), key of the step)
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") gives four words
-of 32 bits for a counter under a key and keeps no state, so that any bits can be drawn at any time,
-in any order and on any device. A call of it has 16 bits for each of 8 neighbours: the low and the
-high half of each of its four words, call 0 for the first 8 elements of a row. Tokens have names
-(`core.selection`), so what is dropped of a row depends neither on the batch that it is in nor on
-its neighbours, and nothing is kept for a replay or for a run that resumes. p is exact to 2^-17.
+of 32 bits for a counter under a key and keeps no state. A call of it has 16 bits for each of 8
+neighbours: the low and the high half of each of its four words, call 0 for the first 8 elements of
+a row. Tokens have names (`core.selection`), so the elements that are dropped of a row depend on
+nothing but its own name, and a resumed run or a replay draws the same. Where tokens have no names,
+each draw takes a key from torch's default generator of the CPU.
 
-Where tokens have no names, because nobody said which step it is (`site` is None), each draw takes a
-key from torch's default generator of the CPU. torch.manual_seed governs it then, and checkpointing
-replays it.
-
-On a CPU the indices of the n p dropped elements are kept for the backward instead of a mask. The
-factor 1 / (1 - p) is a Python float, so that it can be multiplied into an fp32 factor: in bf16,
-1 / 0.95 alone would round from 1.0526 to 1.0547. Where a tensor's size must not be random
-(accelerators, compiled code), a boolean mask is used. Use `shared` inside a fused operation,
-`dropout` anywhere else. Compiled code draws its masks from torch's generator.
+On a CPU the indices of the n p dropped elements are kept for the backward instead of a mask; where
+a tensor's size must not be random (accelerators, compiled code), a boolean mask is used. The factor
+1 / (1 - p) is a Python float, so that it can be multiplied into an fp32 factor. Use `shared` inside
+a fused operation, `dropout` anywhere else.
 
 1024 x 576 in bf16, p = 0.05, one thread of an AMD EPYC with AVX2: 0.37 ms in C++, 6 in the plain
 form, 5.2 for `torch.nn.functional.dropout`.
@@ -28,13 +23,14 @@ form, 5.2 for `torch.nn.functional.dropout`.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import ReferenceType, ref
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from lorafold.core.selection import DrawSite
+from lorafold.ops.checkpoint_segments import running_segment
 from lorafold.ops.kernel_requirements import kind_of
 from lorafold.ops.operators import operator
 
@@ -57,15 +53,9 @@ def threshold(p: float) -> int:
 
 
 def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, Tensor]:
-    """x (..., in) with zeros at the elements that are dropped, which are drawn; and which they are:
-    their ascending indices (m,), int32, in the flattened x, or a boolean mask in x's shape, True
-    for them. There is no gradient.
-
-    Raises ValueError for p outside [0, 1).
-
-    Args:
-        p: the probability that an element is dropped.
-        site: what the draw follows from; None: torch's generator.
+    """x (..., in) with zeros at the sampled elements, and their places: ascending indices (m,),
+    int32, in the flattened x, or a boolean mask in x's shape. There is no gradient. Raises
+    ValueError for p outside [0, 1).
     """
     keep_scale(p)
     x = x.detach()
@@ -74,21 +64,14 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, 
     key, names, number = (0, None, 0) if site is None else site
     if kind_of(x) == "cpu":
         where = PLACES(x, p, names, key, number)
-        kept = x.clone(memory_format=torch.contiguous_format)
-        EMPTY(kept, where)
-        return kept, where
-    found: tuple[Tensor, Tensor] = MASKED(x, p, names, key, number)
-    return found
+        EMPTY(masked := x.clone(memory_format=torch.contiguous_format), where)
+        return masked, where
+    return MASKED(x, p, names, key, number)
 
 
 def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
     """The names of the rows of x, flattened, and the key; both made up, the key by torch's
-    generator, where there are no names.
-
-    Args:
-        x: the input (..., in).
-        names: the names, of any shape, or None.
-        key: the key, which counts if there are names.
+    generator, where there are no names. x (..., in).
     """
     if names is not None:
         return names.flatten(), key
@@ -102,22 +85,20 @@ def _mask(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Ten
     limit = threshold(p)
     parts = []
     for some in names[:, None].split(max(1, AT_ONCE // len(calls))):
-        drawn = torch.stack(philox((calls, some & WORD, some >> 32 & WORD, site), key), -1)
-        found = torch.stack([(drawn & 0xFFFF) < limit, (drawn >> 16) < limit], -1)
-        parts.append(found.flatten(1)[:, : x.shape[-1]])
+        words = torch.stack(philox((calls, some & WORD, some >> 32 & WORD, site), key), -1)
+        halves = torch.stack([(words & 0xFFFF) < limit, (words >> 16) < limit], -1)
+        parts.append(halves.flatten(1)[:, : x.shape[-1]])
     return torch.cat(parts).view(x.shape)
 
 
-def _masked(
-    x: Tensor, p: float, names: Tensor | None, key: int, site: int
-) -> tuple[Tensor, Tensor]:
-    where = _mask(x, p, names, key, site)
+def _masked(x: Tensor, *draw: Any) -> tuple[Tensor, Tensor]:
+    where = _mask(x, *draw)
     return x.masked_fill(where, 0), where
 
 
-def _places(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Tensor:
-    found = _mask(x, p, names, key, site).flatten().nonzero()[:, 0]
-    return found.to(torch.int32) if x.numel() < 2**31 else found
+def _places(x: Tensor, *draw: Any) -> Tensor:
+    places = _mask(x, *draw).flatten().nonzero()[:, 0]
+    return places.to(torch.int32) if x.numel() < 2**31 else places
 
 
 DRAW = "(Tensor x, float p, Tensor? names, int key, int site) -> Tensor"
@@ -138,9 +119,9 @@ def emptied(x: Tensor, where: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros at the elements that `dropped` drew."""
     if where.dtype is torch.bool:
         return x.masked_fill(where, 0)
-    kept = x.clone(memory_format=torch.contiguous_format)
-    EMPTY(kept, where)
-    return kept
+    copy = x.clone(memory_format=torch.contiguous_format)
+    EMPTY(copy, where)
+    return copy
 
 
 def _empty(x: Tensor, where: Tensor) -> None:
@@ -157,9 +138,9 @@ EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _empty, lambda x, w
 
 class _Kept(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, where: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, masked: Tensor, where: Tensor) -> Tensor:
         ctx.save_for_backward(where)
-        return kept.view_as(x)
+        return masked.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -181,59 +162,36 @@ class Dropped(NamedTuple):
     readers: set[int]
 
 
-def running_segment() -> ReferenceType[Any] | None:
-    """The checkpointed segment that is running, identified by its saved-tensor hooks; None outside
-    of one.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if hooks is None else ref(hooks[0])
-
-
 def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:
-    """x with dropped elements, drawn once for all layers that read this tensor: q, k and v, or gate
-    and up, which know nothing of each other.
+    """x, of any shape, with dropped elements, sampled once for all layers that read this tensor: q,
+    k and v, or gate and up, which know nothing of each other.
 
     The result is kept on x itself, and follows from the site of the first reader. A reader never
     gets the draw of another one twice. A checkpointed segment shares with no other one, since it
     must draw the same elements when it is replayed alone. There is no gradient. Raises ValueError
     for p outside [0, 1).
-
-    Args:
-        x: the input, of any shape.
-        p: the probability that an element is dropped.
-        reader: a number that identifies the layer that reads x.
-        site: what its draw follows from; None: torch's generator.
     """
     # inference tensors have no version counter
     segment, version = running_segment(), None if x.is_inference() else x._version
     known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
-    found = known.get(p)
-    if (
-        found is None
-        or version is None
-        or (found.version, found.segment) != (version, segment)
-        or reader in found.readers
-    ):
-        drawn = dropped(x, p, site)
-        known[p] = found = Dropped(*drawn, keep_scale(p), version, segment, set())
-    found.readers.add(reader)
-    return found
+    result = known.get(p)
+    same = result and version is not None and result[3:5] == (version, segment)
+    if result is None or not same or reader in result.readers:
+        sampled = dropped(x, p, site)
+        known[p] = result = Dropped(*sampled, keep_scale(p), version, segment, set())
+    result.readers.add(reader)
+    return result
 
 
 def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """Dropout of x, of any shape, in its dtype; for the backward the indices are kept and not x.
 
     Raises ValueError for p outside [0, 1).
-
-    Args:
-        x: the input, of any shape.
-        p: the probability that an element is dropped.
-        site: what the draw follows from; None: torch's generator.
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
-    kept: Tensor = _Kept.apply(x, *dropped(x, p, site))
-    return kept * keep_scale(p)
+    masked: Tensor = _Kept.apply(x, *dropped(x, p, site))
+    return masked * keep_scale(p)
 
 
 WORD = (1 << 32) - 1

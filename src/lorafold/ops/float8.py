@@ -19,10 +19,7 @@ SIGN_AND_REST = -0x4001  # int16 0xBFFF: all bits but the first one of fp16's ex
 
 
 def values(codes: Tensor) -> Tensor:
-    """The values in fp32, of the shape of the codes, a new tensor.
-
-    Args:
-        codes: float8_e4m3fn, of any shape, none of them `is_nan`.
+    """The values in fp32, a new tensor, of float8_e4m3fn codes of any shape, none of them `is_nan`.
     """
     if codes.device.type != "cpu":
         return codes.float()

@@ -28,8 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.autocast import Exact
+from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -38,7 +42,7 @@ def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def _norm_gradient(gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = at_least_fp32(x)
     xw = x.to(wide)
     squares = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_()
     r = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -47,11 +51,7 @@ def _norm_gradient(gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return gx.mul_(r).addcmul_(xw, along, value=-1).to(x.dtype)
 
 
-NORM = operator(
-    "rms_norm(Tensor x, Tensor gain, float eps) -> Tensor",
-    _normed,
-    lambda x, gain, eps: torch.empty_like(x),
-)
+NORM = operator("rms_norm(Tensor x, Tensor gain, float eps) -> Tensor", _normed, _like_first)
 NORM_BACKWARD = operator(
     "rms_norm_backward(Tensor gy, Tensor x, Tensor gain, float eps) -> Tensor",
     _norm_gradient,
@@ -64,22 +64,17 @@ class _RMSNorm(Exact):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps = eps
-        y: Tensor = NORM(x, gain, eps)
-        return y
+        return NORM(x, gain, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gy: Tensor) -> Any:
         return NORM_BACKWARD(gy, *ctx.saved_tensors, ctx.eps), None, None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x normalized and multiplied by the gain, (..., d) in x's dtype. Differentiable once, in x.
-
-    Args:
-        x: the input (..., d).
-        gain: the frozen gain (d,).
-        eps: what is added to the mean square.
+    """x normalized and multiplied by the gain, (..., d) in x's dtype. Differentiable once, in x. x
+    (..., d); gain (d,).
     """
     if x.is_cuda and x.dtype is gain.dtype:
         return F.rms_norm(x, gain.shape, gain, eps)  # one kernel, which keeps only x too
@@ -113,11 +108,7 @@ def _gate_gradients(gy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Ten
     return known.backward(gy * up, gate), known.forward(gate).mul_(gy)
 
 
-GATED = operator(
-    "gated(Tensor gate, Tensor up, str act) -> Tensor",
-    _gated,
-    lambda gate, up, act: torch.empty_like(gate),
-)
+GATED = operator("gated(Tensor gate, Tensor up, str act) -> Tensor", _gated, _like_first)
 GATED_BACKWARD = operator(
     "gated_backward(Tensor gy, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
     _gate_gradients,
@@ -130,12 +121,11 @@ class _Gated(Exact):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        y: Tensor = GATED(gate, up, act)
-        return y
+        return GATED(gate, up, act)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gy: Tensor) -> Any:
         return *GATED_BACKWARD(gy, *ctx.saved_tensors, ctx.act), None
 
 
@@ -154,9 +144,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 ROTARY = operator(
-    "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
-    _rotated,
-    lambda x, cos, sin, back: torch.empty_like(x),
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotated, _like_first
 )
 
 
@@ -164,12 +152,11 @@ class _Rotary(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        y: Tensor = ROTARY(x, cos, sin, False)
-        return y
+        return ROTARY(x, cos, sin, False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gy: Tensor) -> Any:
         return ROTARY(gy, *ctx.saved_tensors, True), None, None
 
 

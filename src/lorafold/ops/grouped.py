@@ -1,12 +1,14 @@
-"""Grouped products: rows in groups, each group with a matrix of its own, as tokens meet experts.
+"""Grouped matrix multiplications: rows in groups, each group with a matrix, as tokens meet experts.
 
     y_s = x_s M_e^T                     s a row of group e; x (S, in), M (E, k, in), y (S, k)
     y_s = W_e x_s + B_e A_e drop(x_s)   the same with a frozen W and a low-rank update, summed in
                                         one accumulator and rounded once (`ops.frozen`: one matrix)
 
-Rows of one group lie together. Only groups that have rows are computed, one product each, so a
-quantized W is read for those experts alone, one at a time. Backward passes keep what those of
-`ops.frozen` keep, and read W again.
+Rows of one group lie together. Only groups that have rows are computed, so a quantized W is read
+for those experts alone, one at a time. Backward passes keep what those of `ops.frozen` keep, and
+read W again. A matmul of a new shape costs 0.6 ms before it begins (oneDNN makes a kernel for every
+shape; AMD EPYC, Zen 5), and the number of tokens that an expert gets is new at every step. So
+groups are filled up to multiples of a step, and the low-rank factors meet tiles of so many rows.
 
 `torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that the sum is
 rounded a second time, and not from codes. GPUs of compute capability 9 and 10 take it in bf16,
@@ -17,8 +19,10 @@ on two cores, take 15.4 ms with it and 13.8 here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +30,92 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.contexts import is_fake
-from lorafold.ops.arithmetic import HALF, arithmetic, narrowed
+from lorafold.ops.arithmetic import arithmetic, narrowed, out_dtype
 from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import EMPTY, Dropped
-from lorafold.ops.groups import Groups
-from lorafold.ops.kernel_requirements import GROUPED_UNIT
+from lorafold.ops.host_tensors import sent
+from lorafold.ops.kernel_requirements import GROUPED_UNIT, groups_at_once
 from lorafold.ops.scale import SCALE
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of S rows that lie sorted, each a multiple of `step` rows: `of_row` (S,), the
+    group of each row; the numbers of rows of each, or None where only the device knows them; and
+    `ends` (E,), int32, where each group ends, or None where the sizes are known.
+    """
+
+    of_row: Tensor
+    step: int
+    known: tuple[int, ...] | None
+    ends: Tensor | None = None
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of rows of each group, for which the device is waited for if it must be."""
+        if self.known is not None:
+            return self.known
+        assert self.ends is not None
+        return tuple(self.ends.diff(prepend=self.ends.new_zeros(1)).tolist())
+
+    @property
+    def tiles(self) -> Tensor:
+        """The group of each tile of `step` rows (n,); no tile has rows of two groups."""
+        return self.of_row[:: self.step]
+
+    def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
+        """The number of each group that has rows, and where its rows are, if each of the S rows is
+        `times` rows.
+        """
+        start = 0
+        for number, size in enumerate(self.sizes):
+            if size:
+                yield number, slice(start, start + size * times)
+                start += size * times
+
+
+def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
+    """The groups that S rows form once they are sorted, their sizes rounded up by copies of the
+    first row; the row that each of the P places in the groups gets (P,); and the place of each row
+    (S,). `of_row` (S,) has the group of each row; fake rows have no values, so their groups are
+    equally large.
+    """
+    n, device = len(of_row), of_row.device
+    # sizes are multiples of a quarter of their mean, as a power of two
+    step = 1 << max(0, (n // (4 * number)).bit_length() - 1)
+    # so many tiles that their number is rarely another: half a tile a group, and a quarter of these
+    whole = step * max(1, number // 4)
+    stays = n > 0 and groups_at_once(of_row)  # the sizes on the device, which nobody waits for
+    if is_fake(of_row) and not stays:
+        share = -(-n // (number * step)) * step
+        full = (*(share,) * (number - 1), share + (step * number // 2 + whole - 1) // step * step)
+        rows = of_row.new_zeros(sum(full))
+        return Groups(rows, step, full), rows, torch.zeros_like(of_row)
+    order = of_row.sort(stable=True).indices
+    counted = torch.zeros(number, dtype=torch.long, device=device)
+    sizes = counted.index_add_(0, of_row, torch.ones_like(of_row, dtype=torch.long))
+    if not stays:
+        sizes = sizes.cpu()  # the one value that is waited for: all else follows from it
+    padded = (sizes + step - 1).div_(step, rounding_mode="floor").mul_(step)
+    ends = known = None
+    if stays:
+        # room for the most rows that there can be, those that are left over in the last group
+        room, last = (-(-n // step) + number) * step, padded.cumsum(0)
+        shift = (last - padded).sub_(sizes.cumsum(0)).add_(sizes)  # filled up before each group
+        shift = shift.index_select(0, of_row.index_select(0, order))
+        at = torch.arange(n, device=device).add_(shift)
+        last[-1].fill_(room)
+        groups = torch.searchsorted(last, torch.arange(room, device=device), right=True)
+        ends = last.to(torch.int32)
+    else:
+        padded[-1] += -padded.sum() % whole
+        shift = (padded - sizes).cumsum(0) - (padded - sizes)  # filled up before each group
+        at = sent(torch.arange(n).add_(shift.repeat_interleave(sizes)), device)
+        groups = sent(torch.arange(number).repeat_interleave(padded), device)
+        known = tuple(padded.tolist())
+    rows = torch.zeros_like(groups).index_copy_(0, at, order)
+    places = torch.empty_like(order).index_copy_(0, order, at)
+    return Groups(groups, step, known, ends), rows, places
 
 
 class FrozenMatrices(NamedTuple):
@@ -43,43 +127,39 @@ class FrozenMatrices(NamedTuple):
     read_all: Callable[[torch.dtype], Tensor]
     groups: Groups
 
-    def at_once(self, x: Tensor, out: int) -> bool:
-        """Whether the products of all rows x (S, in) are one, to or from `out` features."""
+    def at_once(self, x: Tensor, width: int) -> bool:
+        """Whether one matmul takes all rows x (S, in), to or from `width` features."""
         if self.groups.ends is None or x.dtype is not torch.bfloat16:
             return False
-        return x.shape[1] % GROUPED_UNIT == 0 == out % GROUPED_UNIT
+        return x.shape[1] % GROUPED_UNIT == 0 == width % GROUPED_UNIT
 
+    def matmul(
+        self, x: Tensor, width: int, back: bool, onto: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """W_e x_s + onto_s (S, width) of all rows x (S, in), rounded once, or with the transposed
+        W_e. `out` (S, width), which may be `onto`, is overwritten.
 
-def _added(w: FrozenMatrices, x: Tensor, onto: Tensor, back: bool) -> Tensor:
-    """W_e x_s + onto_s of all rows x (S, in), rounded once, or with the transposed W_e; `onto`
-    (S, out) is overwritten.
-
-    Where the products are one, which has no accumulator to begin from, their sum with `onto` is
-    rounded with a dither, so that a small update is kept on average.
-    """
-    if w.at_once(x, onto.shape[1]):
-        return _sum(_at_once(w, x, back), onto)
-    for e, at in w.groups.spans():
-        w_e = w.read(e, x.dtype)
-        onto[at].addmm_(x[at], w_e if back else w_e.t())
-    return onto
-
-
-def _sum(y: Tensor, onto: Tensor) -> Tensor:
-    """y + onto (S, out), rounded with a dither."""
-    ones = (torch.ones if is_fake(y) else _ones)(y.shape[1], device=y.device)
-    found: Tensor = SCALE(y, ones, None, onto)
-    return found
+        One matmul of all groups has no accumulator to begin from, so its sum with `onto` is
+        rounded with a dither: a small update is kept on average.
+        """
+        if self.at_once(x, width):
+            every = self.read_all(x.dtype)
+            y = torch._grouped_mm(x, every if back else every.mT, self.groups.ends)
+            ones = (torch.ones if is_fake(y) else _ones)(width, device=y.device)
+            return y if onto is None else SCALE(y, ones, None, onto)
+        out = x.new_empty(len(x), width) if out is None else out
+        for e, at in self.groups.spans():
+            w = self.read(e, x.dtype) if back else self.read(e, x.dtype).t()
+            if onto is None:
+                torch.mm(x[at], w, out=out[at])
+            else:
+                torch.addmm(onto[at].to(x.dtype), x[at], w, out=out[at])
+        return out
 
 
 @cache
 def _ones(n: int, device: torch.device) -> Tensor:
     return torch.ones(n, device=device)
-
-
-def _at_once(w: FrozenMatrices, x: Tensor, back: bool) -> Tensor:
-    every = w.read_all(x.dtype)
-    return torch._grouped_mm(x, every if back else every.mT, w.groups.ends)
 
 
 class _Product(Exact):
@@ -98,7 +178,7 @@ class _Product(Exact):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, m = ctx.saved_tensors
         wide = g.to(ctx.dtype)
         gx = gm = None
@@ -116,17 +196,10 @@ class _Product(Exact):
 
 
 def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
-    """x times the matrix of its group: (S, ..., k), in x's dtype. Differentiable once.
-
-    Args:
-        x: the input (S, ..., in).
-        m: one matrix for each group (E, k, in), of any dtype.
-        groups: the groups of the S rows.
+    """x (S, ..., in) times the matrix of its group, m (E, k, in): (S, ..., k), in x's dtype.
+    Differentiable once.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    times = len(flat) // max(1, len(x))
-    y: Tensor = _Product.apply(flat, m, list(groups.spans(times)))
-    return y.view(*x.shape[:-1], m.shape[1])
+    return _Product.over_rows(x, m, list(groups.spans(prod(x.shape[1:-1]))))
 
 
 class _Frozen(Exact):
@@ -136,48 +209,21 @@ class _Frozen(Exact):
     def forward(ctx: Any, x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) -> Tensor:
         ctx.w, ctx.width = w, x.shape[1]
         ctx.onto = None if onto is None else onto.dtype
-        ctx.dtype = dtype = arithmetic(x)
-        wide = x.to(dtype)
-        if w.at_once(wide, out):
-            y = _at_once(w, wide, back=False)
-            return y if onto is None else _sum(y, onto)
-        y = wide.new_empty(len(x), out)
-        for e, at in w.groups.spans():
-            w_e = w.read(e, dtype).t()
-            if onto is None:
-                torch.mm(wide[at], w_e, out=y[at])
-            else:
-                torch.addmm(onto[at].to(dtype), wide[at], w_e, out=y[at])
-        return y.to(x.dtype)
+        ctx.dtype = arithmetic(x)
+        return w.matmul(x.to(ctx.dtype), out, False, onto).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        gx = None
-        if ctx.needs_input_grad[0]:
-            wide = g.to(ctx.dtype)
-            if ctx.w.at_once(wide, ctx.width):
-                gx = _at_once(ctx.w, wide, back=True)
-            else:
-                gx = wide.new_empty(len(g), ctx.width)
-                for e, at in ctx.w.groups.spans():
-                    torch.mm(wide[at], ctx.w.read(e, ctx.dtype), out=gx[at])
-            gx = gx.to(g.dtype)
-        return gx, g.to(ctx.onto) if ctx.needs_input_grad[1] else None, None, None
+    def backward(ctx: Any, g: Tensor) -> Any:
+        need_x, need_onto, *_ = ctx.needs_input_grad
+        wide = g.to(ctx.dtype)
+        gx = ctx.w.matmul(wide, ctx.width, True, None).to(g.dtype) if need_x else None
+        return gx, g.to(ctx.onto) if need_onto else None, None, None
 
 
-def frozen_product(x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) -> Tensor:
-    """x times the frozen matrix of its group, plus onto: (S, out), in x's dtype. Differentiable
-    once.
-
-    Args:
-        x: the input (S, in).
-        onto: what is added before the rounding, (S, out), or None.
-        w: the matrices, and the groups of the S rows.
-        out: the size of the output.
-    """
-    y: Tensor = _Frozen.apply(x, onto, w, out)
-    return y
+# x (S, in) times the frozen matrix of its group, plus what is added before the rounding, (S, out)
+# or None: (S, out), in x's dtype; the last argument is the size of the output. Differentiable once.
+frozen_product: Callable[[Tensor, Tensor | None, FrozenMatrices, int], Tensor] = _Frozen.apply
 
 
 class _LowRank(Exact):
@@ -195,14 +241,15 @@ class _LowRank(Exact):
         branch = wide if where is None else xd.to(dtype)
         tiles = w.groups.tiles
         u = torch.bmm(branch.view(len(tiles), -1, branch.shape[1]), a[tiles].mT)
-        y = _added(w, wide, torch.bmm(u, b[tiles].mT).view(len(x), -1), back=False)
+        y = torch.bmm(u, b[tiles].mT).view(len(x), -1)
+        y = w.matmul(wide, y.shape[1], False, y, y)
         ctx.save_for_backward(xd, u, a, b, where)
         ctx.w, ctx.scale, ctx.dtype = w, scale, down.dtype
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         xd, u, a, b, where = ctx.saved_tensors
         need_x, _, need_down, need_up, *_ = ctx.needs_input_grad
         wide, tiles = g.to(u.dtype), ctx.w.groups.tiles
@@ -213,7 +260,7 @@ class _LowRank(Exact):
             gx = torch.bmm(v, a[tiles]).view(xd.shape)
             if where is not None:
                 EMPTY(gx, where)
-            gx = _added(ctx.w, wide, gx, back=True).to(g.dtype)
+            gx = ctx.w.matmul(wide, gx.shape[1], True, gx, gx).to(g.dtype)
         if need_down:
             gdown = _summed(v.mT, xt, tiles, a.shape, ctx.dtype)
         if need_up:
@@ -224,16 +271,8 @@ class _LowRank(Exact):
 def _summed(
     a: Tensor, b: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype, k: float = 1.0
 ) -> Tensor:
-    """k times the sums of a b over the tiles of each group, (E, r, m), in a dtype.
-
-    Args:
-        a, b: what each tile multiplies, (n, r, l) and (n, l, m).
-        tiles: the group of each tile (n,).
-    """
-    wide: dict[str, Any] = (
-        {"out_dtype": dtype} if a.is_cuda and a.dtype in HALF and dtype is torch.float32 else {}
-    )
-    parts = torch.bmm(a, b, **wide).to(dtype)
+    """k times the sums of a (n, r, l) b (n, l, m) over the tiles (n,) of each group, (E, r, m)."""
+    parts = torch.bmm(a, b, **out_dtype(a, dtype)).to(dtype)
     return parts.new_zeros(shape).index_add_(0, tiles, parts, alpha=k)
 
 
@@ -241,16 +280,7 @@ def low_rank_product(
     x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None = None,
     k: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row.
-    Differentiable once.
-
-    Args:
-        x: the input (S, in).
-        w: the matrices, and the groups of the S rows.
-        down: the down factors (E, r, in).
-        up: the up factors (E, out, r).
-        drop: x with dropped elements, the input of the branch (None: x).
-        k: a factor of the branch, which up is multiplied with before any rounding.
+    """W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row of x (S, in);
+    down (E, r, in), up (E, out, r). Differentiable once.
     """
-    y: Tensor = _LowRank.apply(x, w, down, up, drop, k)
-    return y
+    return _LowRank.apply(x, w, down, up, drop, k)

@@ -7,6 +7,7 @@ Only the factors are kept for the backward: autograd would keep both products, (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -24,18 +25,12 @@ class _Hadamard(Exact):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         a1, b1, a2, b2 = ctx.saved_tensors
         g1 = (a2 @ b2).mul_(g).mul_(ctx.s)
         g2 = (a1 @ b1).mul_(g).mul_(ctx.s)
         return g1 @ b1.mT, a1.mT @ g1, g2 @ b2.mT, a2.mT @ g2, None
 
 
-def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float) -> Tensor:
-    """s (a1 b1) * (a2 b2), (..., out, in). Differentiable once.
-
-    Args:
-        a1, a2: the left factors (..., out, r).
-        b1, b2: the right factors (..., r, in).
-    """
-    return _Hadamard.apply(a1, b1, a2, b2, s)
+# s (a1 b1) * (a2 b2), (..., out, in), of a1, b1, a2, b2 and s. Differentiable once.
+hadamard: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = _Hadamard.apply

@@ -4,13 +4,13 @@
     on_host(x)                  the values on the CPU: at once, if x was sent and is unchanged
 
 A GPU computes what is queued for it while the host prepares what comes next, until the host asks
-for a value: then it waits, and the queue runs dry. Lengths, labels and positions are known on the
-host before they are sent, so nothing that follows from them alone has to ask.
+for a value. Lengths, labels and positions are known on the host before they are sent, so nothing
+that follows from them alone has to ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +18,26 @@ from torch import Tensor
 
 from lorafold.ops.autocast import Exact
 
-KEPT = "_lorafold_on_host"
+ON_HOST = "_lorafold_on_host"
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """x, of any shape, from the CPU to a device; x itself if it is there."""
     if x.device.type != "cpu" or device.type == "cpu":
         return x.to(device)
-    if device.type != "cuda":
-        return _known(x.to(device), x)
-    return _known(x.pin_memory().to(device, non_blocking=True), x)
+    cuda = device.type == "cuda"
+    return _known((x.pin_memory() if cuda else x).to(device, non_blocking=cuda), x)
+
+
+def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of any shapes, by name, on a device."""
+    return {name: sent(x, device) for name, x in tensors.items()}
 
 
 def on_host(x: Tensor) -> Tensor:
-    """x, of any shape, on the CPU. What was not sent, or has changed since, is waited for."""
+    """x, of any shape, on the CPU. The host waits for tensors that it did not send, or that changed
+    since.
+    """
     if x.device.type == "cpu":
         return x
     known = _host_of(x)
@@ -40,14 +46,14 @@ def on_host(x: Tensor) -> Tensor:
 
 def _known(there: Tensor, here: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
-        vars(there)[KEPT] = here, _version(there)
+        vars(there)[ON_HOST] = here, _version(there)
     return there
 
 
 def _host_of(x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():  # in a graph nothing can be kept beside a tensor
         return None
-    known, version = vars(x).get(KEPT, (None, None))
+    known, version = vars(x).get(ON_HOST, (None, None))
     return known if version == _version(x) else None
 
 
@@ -76,7 +82,7 @@ class _Rows(Exact):
         return x.index_select(0, at)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> Any:
         (at,) = ctx.saved_tensors
         return g.new_zeros(ctx.shape).index_copy_(0, at, g), None
 

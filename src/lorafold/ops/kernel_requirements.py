@@ -22,7 +22,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Demand(NamedTuple):
-    """What a kernel of attention takes: the dtypes, the largest head size and what divides it, and
+    """The requirements of an attention kernel: dtypes, the largest head size and its divisor, and
     the least compute capability of the GPU.
     """
 
@@ -67,8 +67,8 @@ def as_on(place: DeviceKind) -> Iterator[None]:
 
 def kind_of(x: Tensor) -> str:
     """The kind of device, such as cpu or cuda, whose ways x, of any shape, is computed in."""
-    said = _said.get()
-    return x.device.type if said is None else said.kind
+    place = _said.get()
+    return x.device.type if place is None else place.kind
 
 
 # major numbers for which torch has one kernel for products of groups, by sizes on the device; it
@@ -78,26 +78,24 @@ GROUPED_UNIT = 8  # what divides the sides of its matrices, in 16 bits
 
 
 def groups_at_once(x: Tensor) -> bool:
-    """Whether products of groups of rows can be one there, and the host need not know their sizes.
-
-    Args:
-        x: a tensor of any shape, of which only the place counts.
+    """Whether one kernel multiplies all groups of rows on the device of x, of any shape, so that
+    the host need not know their sizes.
     """
     if kind_of(x) != "cuda":
         return False
-    said = _said.get()
-    major, _ = said.capability if said else torch.cuda.get_device_capability(x.device)
+    place = _said.get()
+    major, _ = place.capability if place else torch.cuda.get_device_capability(x.device)
     return major in GROUPED
 
 
 def takes(demand: Demand, q: Tensor, v: Tensor) -> bool:
     """Whether a kernel takes queries (..., D) and values (..., Dv), of one dtype and device."""
-    size, said = q.shape[-1], _said.get()
+    size, place = q.shape[-1], _said.get()
     return (
         kind_of(q) == "cuda"
         and q.dtype in demand.dtypes
         and size == v.shape[-1] <= demand.largest_head
         and size % demand.head_unit == 0
-        and (said.capability if said else torch.cuda.get_device_capability(q.device))
+        and (place.capability if place else torch.cuda.get_device_capability(q.device))
         >= demand.capability
     )

@@ -1,5 +1,5 @@
 """4-bit NormalFloat (NF4) in plain torch: the specification, byte for byte, of a 4-bit base's
-storage.
+storage, as the oracle of faster implementations (bitsandbytes).
 
     W (out, in), flattened, in blocks of 64:    c = max |w| of a block (fp32)
     code = the k with level[k] nearest to w / c, the lower one on a tie;
@@ -10,16 +10,12 @@ storage.
 
 The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen of them with
 an exact zero among them can't be symmetric, so 7 are below zero and 8 above, each side at even
-steps of probability between 1/2 and 0.9677083. That is the mean of 1 - 1/32 and 1 - 1/30, the
-middles of the outermost of 16 and of 15 bins of equal mass, whose ends are infinite.
+steps of probability between 1/2 and 0.9677083: the mean of 1 - 1/32 and 1 - 1/30, the middles of
+the outermost of 16 and of 15 bins of equal mass, whose ends are infinite.
 
-Paper: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E. Its equation 4
-averages neighbouring quantiles, but the levels that its appendix lists and implementations use are
-quantiles, and so are these. The 8-bit levels: Dettmers et al. 2021, 8-bit Optimizers via Block-wise
-Quantization, arXiv 2110.02861.
-
-Use it to understand NF4, and as the oracle of faster implementations (bitsandbytes). It keeps every
-intermediate tensor.
+Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E, whose levels these are; its
+equation 4 averages neighbouring quantiles instead. The 8-bit levels: Dettmers et al. 2021, 8-bit
+Optimizers via Block-wise Quantization, arXiv 2110.02861.
 """
 
 from __future__ import annotations
@@ -100,12 +96,8 @@ class NF4Tensor:
 
 
 def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> NF4Tensor:
-    """Quantize w to NF4.
-
-    Args:
-        w: a finite tensor of any shape.
-        block: the size of the blocks, an even number.
-        double: quantize the block constants too.
+    """Quantize a finite tensor w of any shape to NF4, with double quantization of the block
+    constants if wanted.
     """
     x, c = normalized(w, block)
     # the last byte of an odd number of elements is padded with the code of zero

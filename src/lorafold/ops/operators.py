@@ -34,11 +34,7 @@ def plainly() -> Iterator[None]:
 
 
 class Operation:
-    """Final: called, it computes its form for the device of its first input, a tensor.
-
-    Args:
-        dispatched: the operator of torch that stands for it, or None.
-    """
+    """Final: called, it computes its form for the device of its first input, a tensor."""
 
     def __init__(
         self, name: str, plain: Callable[..., Any], dispatched: Callable[..., Any] | None = None
@@ -52,23 +48,18 @@ class Operation:
         return self._forms.get(inputs[0].device.type, self.plain)(*inputs)
 
     def on(self, device: str) -> Callable[..., Any]:
-        """What computes it on a kind of device, without torch's dispatcher."""
+        """The form for a kind of device, without torch's dispatcher."""
         return self._forms.get(device, self.plain)
 
     def implement(self, device: str, fast: Callable[..., Any]) -> None:
-        """Have it computed by this form on a kind of device from now on, if none does so yet.
-
-        Args:
-            device: torch's name of the kind of device, such as cpu.
-            fast: computes it, or returns NotImplemented for inputs that the plain form has to take.
-        """
+        """Have it computed by this form on a kind of device from now on, if none does so yet."""
         if device in self._forms:
             return
         plain = self.plain
 
         def form(*inputs: Any) -> Any:
-            found = NotImplemented if _plainly.get() else fast(*inputs)
-            return plain(*inputs) if found is NotImplemented else found
+            result = NotImplemented if _plainly.get() else fast(*inputs)
+            return plain(*inputs) if result is NotImplemented else result
 
         self._forms[device] = form
         if self._dispatched is not None:
@@ -76,12 +67,7 @@ class Operation:
 
 
 def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
-    """Define an operator in torch's dispatcher and return the operation.
-
-    Args:
-        schema: its name, parameters and outputs, as torch writes them.
-        fake: makes its outputs without their values.
-    """
+    """Define an operator in torch's dispatcher and return the operation."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")

@@ -5,13 +5,9 @@
 The query that is j-th in its document sees the keys (j - window, j] of it. Without shared tokens
 starts is 0 and every token is one query and one key. Documents that begin with the same tokens, as
 two completions of one prompt do, share them to any depth: the tokens are queries of the first
-document only, and keys of all of them, which `keys` lays end to end. No token is computed twice.
-
-Use it to tell `ops.attention.document_attention` what attends to what.
-
-Documents are computed in tiles: some queries of documents of one length against their keys.
-`prefixed` documents have keys in front that are no queries (virtual tokens of prompt and prefix
-tuning), so no (T, n + T) mask is needed.
+document only, and keys of all of them, which `keys` lays end to end. A tile has some queries of
+documents of one length. `prefixed` documents have keys in front that are no queries (virtual tokens
+of prompt and prefix tuning), so no (T, n + T) mask is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, groupby, repeat
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +45,12 @@ class Tile(NamedTuple):
     def own(self, x_THD: Tensor) -> Tensor:
         """The view (n, hi - lo, H, D) of the tile's queries in a tensor of all queries."""
         each = self.length - self.start
-        return x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))[
-            :, self.lo - self.start : self.hi - self.start
-        ]
+        own = x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))
+        return own[:, self.lo - self.start : self.hi - self.start]
 
     @property
     def seen(self) -> slice:
-        """Its keys among those of a document."""
+        """The keys of the tile among those of a document."""
         return slice(self.first, self.hi)
 
     def _every(self, x_SHD: Tensor) -> Tensor:
@@ -66,20 +61,14 @@ class Tile(NamedTuple):
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
         """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head
         follow each other.
-
-        Args:
-            x_THD: the queries of all documents.
-            kv_heads: the number Hk of key heads.
         """
         by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(
-            self.n * kv_heads, -1, x_THD.shape[-1]
-        )
+        copy = by_group.to(dtype, memory_format=torch.contiguous_format)
+        return copy.reshape(self.n * kv_heads, -1, x_THD.shape[-1])
 
     def keys(self, x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy (n * Hk, length, D), in that dtype, of all keys or values of its documents."""
-        every = self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format)
-        return every.flatten(0, 1)
+        return self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
         """Write part (n * Hk, G * t, D), laid out as by `queries`, to its place in x_THD."""
@@ -104,7 +93,7 @@ class Documents:
 
     lens: tuple[int, ...]
     window: int | None = None
-    starts: tuple[int, ...] | None = None
+    starts: tuple[int, ...] = ()  # zeros, unless they are given
     keys: Tensor | None = field(default=None, repr=False, compare=False)
     # the same documents without tokens in front, and how many keys these add in all
     behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
@@ -115,19 +104,15 @@ class Documents:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", self.starts or (0,) * len(self.lens))
+
     @classmethod
     def forest(
         cls, lens: Sequence[int], starts: Sequence[int], device: torch.device
     ) -> Documents:
         """The documents of rows that lie end to end, each the first starts[i] tokens of the one
         before and its own.
-
-        Raises LorafoldError for lengths that no such rows have.
-
-        Args:
-            lens: the number of tokens of each row.
-            starts: how many of them the row before has too, fewer than either has.
-            device: where `keys` is made.
         """
         if not any(starts):
             return cls(tuple(lens))
@@ -144,16 +129,12 @@ class Documents:
 
     def positions(self) -> Tensor:
         """The position of each token in its document, (1, T), on the CPU."""
-        starts = repeat(0) if self.starts is None else self.starts
-        return torch.cat([torch.arange(*ends) for ends in zip(starts, self.lens, strict=False)])[
-            None
-        ]
+        ranges = [torch.arange(*ends) for ends in zip(self.starts, self.lens, strict=True)]
+        return torch.cat(ranges)[None]
 
     @property
     def own(self) -> tuple[int, ...]:
         """The number of each document's own tokens; their sum is that of all queries."""
-        if self.starts is None:
-            return self.lens
         return tuple(n - start for n, start in zip(self.lens, self.starts, strict=True))
 
     @cached_property
@@ -170,62 +151,36 @@ class Documents:
         """
         return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
 
-    def gradient_like(self, x_SHD: Tensor) -> Tensor:
-        """Memory (S, Hk, D) for the gradient of `gathered` keys or values: in fp32 or wider where
-        `scattered` adds them up.
-        """
-        wide = torch.promote_types(x_SHD.dtype, torch.float32)
-        return torch.empty_like(x_SHD, dtype=x_SHD.dtype if self.keys is None else wide)
-
     def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`.
-
-        Args:
-            x_SHD: what is at the keys.
-            tokens: the number of all, those in front among them.
-        """
+        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`."""
         if self.keys is None:
             return x_SHD
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The attention (T, H, D) by the kernel of flash attention, in fp16 or bf16 on CUDA.
-
-        Args:
-            q: the queries (T, H, D).
-            k, v: the keys and values (S, Hk, D).
-            scale: the factor of the scores.
+        """The attention (T, H, D) by the kernel of flash attention, in fp16 or bf16 on CUDA. q (T,
+        H, D); k, v (S, Hk, D).
         """
         # This takes over a second to import, and only GPUs need it.
         from torch.nn.attention.varlen import varlen_attn
 
         of_keys, of_queries = self._borders(q.device)
         back = -1 if self.window is None else self.window - 1
-        gqa = q.shape[1] != k.shape[1]
-        found = varlen_attn(
-            q,
-            k,
-            v,
-            of_queries,
-            of_keys,
-            max(self.own),
-            max(self.lens),
-            scale=scale,
-            window_size=(back, 0),
-            enable_gqa=gqa,
-        )
-        return found  # type: ignore[return-value]
+        return varlen_attn(  # type: ignore[return-value]
+            q, k, v, of_queries, of_keys, max(self.own), max(self.lens), scale=scale,
+            window_size=(back, 0), enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
 
     def _borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where each document's keys begin, and its queries, with the end: int32 (documents + 1,)
         each. They are copied once for all layers.
         """
         if device not in self._ends:
-            found = {
+            borders = {
                 lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
                 for lens in {self.lens, self.own}
             }
-            self._ends[device] = found[self.lens], found[self.own]
+            self._ends[device] = borders[self.lens], borders[self.own]
         return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
@@ -235,8 +190,7 @@ class Documents:
         a batch of documents of one length is one batched product.
         """
         at = key_at = 0
-        starts = repeat(0) if self.starts is None else self.starts
-        for (length, start), equal in groupby(zip(self.lens, starts, strict=False)):
+        for (length, start), equal in groupby(zip(self.lens, self.starts, strict=True)):
             n = len(list(equal))
             for lo in range(start, length, TILE):
                 first = 0 if self.window is None else max(0, lo + 1 - self.window)
@@ -253,32 +207,21 @@ class Documents:
 
         Aligned at the last key, all tiles of t queries have the same mask. So the widest one is
         kept, for all layers of a model, and the others are its last columns.
-
-        Args:
-            groups: the number G of heads that share a key head.
-            like: a tensor, of any shape, with the mask's dtype and device.
         """
-        t, columns, key = (
-            tile.hi - tile.lo,
-            tile.hi - tile.first,
-            (tile.hi - tile.lo, groups, like.dtype, like.device),
-        )
+        t, columns = tile.hi - tile.lo, tile.hi - tile.first
+        key = t, groups, like.dtype, like.device
         if key not in self._masks or self._masks[key].shape[1] < columns:
             widest = tile.length if self.window is None else min(tile.length, t + self.window - 1)
             i = torch.arange(widest - t, widest, device=like.device)[:, None]
             j = torch.arange(widest, device=like.device)
             hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)
-            self._masks[key] = (
-                like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
-            )
+            mask = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            self._masks[key] = mask.repeat(groups, 1)
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
         """The whole mask, boolean (B, 1, T, T): True where a query sees a token; (B, 1, T, n + T)
         with n tokens in front.
-
-        Args:
-            device: where the mask is made.
         """
         if self.behind is not None:
             documents, front = self.behind
@@ -295,31 +238,22 @@ class Documents:
         return seen if self.window is None else seen & (i[:, None] - self.window < i)
 
     def _dense_shared(self, document: Tensor, begins: Tensor, keys: Tensor) -> Tensor:
-        """The whole mask (1, 1, T, T) of documents that share tokens.
-
-        Args:
-            document: the document (S,) of each key.
-            begins: the first key (documents,) of each document.
-            keys: the token (S,) of each key.
+        """The whole mask (1, 1, T, T) of documents that share tokens. document (S,); begins
+        (documents,); keys (S,).
         """
         j = torch.arange(len(document), device=document.device)
-        own = begins + torch.tensor(self.starts, device=document.device)
-        i = j[j >= own[document]]  # (T,), each token's key in the document that it is of
+        first = begins + torch.tensor(self.starts, device=document.device)
+        i = j[j >= first[document]]  # (T,), each token's key in the document that it is of
         seen = (document[i, None] == document) & (i[:, None] >= j)
         if self.window is not None:
             seen &= i[:, None] - self.window < j
         # a token is a key of several documents, of which a query sees one
-        found = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
-        return found.index_add_(1, keys, seen.byte()).bool()[None, None]
+        mask = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
+        return mask.index_add_(1, keys, seen.byte()).bool()[None, None]
 
 
 def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
-    """The documents behind n tokens each, those at the front of its sequence.
-
-    Args:
-        docs: the documents, which have no window.
-        device: where `keys` is made.
-    """
+    """The documents behind n tokens each, those at the front of its sequence."""
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
     keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
     sequence = keys // length
@@ -329,7 +263,7 @@ def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Docum
     return Documents(
         tuple(n + each for each in docs.lens),
         None,
-        tuple(n + start for start in docs.starts or repeat(0, len(docs.lens))),
+        tuple(n + start for start in docs.starts),
         sent(torch.cat([part for pair in parts for part in pair]), device),
         (docs, n * batch),
     )

@@ -20,23 +20,15 @@ def document_attention(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
     """Causal attention (T, H, Dv) within each document, S tokens in all; T < S if some are shared.
-
-    Args:
-        q: the queries (T, H, D).
-        k: the keys (T, Hk, D); Hk divides H.
-        v: the values (T, Hk, Dv).
-        docs: the documents, with sum(docs.lens) = S.
-        scale: the factor of the scores.
-        softcap: the cap of the scores, or None.
+    q (T, H, D); k (T, Hk, D); v (T, Hk, Dv).
     """
     lens, window = list(docs.lens), docs.window
-    own = [n - start for n, start in zip(lens, docs.starts or [0] * len(lens), strict=True)]
     k, v = (x if docs.keys is None else x[docs.keys] for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = []
     # (H, t, D)
     for qi, ki, vi in zip(
-        q.transpose(0, 1).split(own, 1),
+        q.transpose(0, 1).split(list(docs.own), 1),
         k.transpose(0, 1).split(lens, 1),
         v.transpose(0, 1).split(lens, 1),
         strict=True,
@@ -63,14 +55,8 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def low_rank_linear(
     x: Tensor, w: Tensor, down: Tensor, up: Tensor, keep: Tensor | None, scale: float
 ) -> Tensor:
-    """W x + scale up down (keep x), (..., out).
-
-    Args:
-        x: the input (..., in).
-        w: the weight (out, in).
-        down: the down factor (r, in).
-        up: the up factor (out, r).
-        keep: a mask of 0 and 1 in x's shape, or None.
+    """W x + scale up down (keep x), (..., out). x (..., in); w (out, in); down (r, in); up (out,
+    r).
     """
     seen = x if keep is None else x * keep
     u = F.linear(seen, down.to(x.dtype))
@@ -79,12 +65,7 @@ def low_rank_linear(
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x divided by the root of its mean square, times the gain: (..., d) in x's dtype, computed in
-    fp32 or wider.
-
-    Args:
-        x: the input (..., d).
-        gain: the gain (d,).
-        eps: what is added to the mean square.
+    fp32 or wider. x (..., d); gain (d,).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -92,12 +73,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (x[i], x[i + D / 2]) rotated by one angle each, (..., T, D).
-
-    Args:
-        x: the input (..., T, D).
-        cos, sin: the cosines and sines of the angles, which broadcast to x.
-    """
+    """The pairs (x[i], x[i + D / 2]) rotated by one angle each, (..., T, D). x (..., T, D)."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 

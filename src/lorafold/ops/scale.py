@@ -27,13 +27,8 @@ BLOCK = 1 << 21
 
 
 def scaled(y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tensor:
-    """g * y + c + onto (..., k) in plain torch, the specification of `scale`.
-
-    Args:
-        y: the input (..., k).
-        g: the gain (k,).
-        c: an offset (k,), or None.
-        onto: a tensor that broadcasts to y, or None.
+    """g * y + c + onto (..., k) in plain torch, the specification of `scale`. y (..., k); g (k,); c
+    (k,) or None.
     """
     return rounded(add(add(g * y, c), onto), y.dtype)
 
@@ -84,14 +79,11 @@ class _Scale(Exact):
         ctx.save_for_backward(y, g)
         ctx.onto = onto
         ctx.c_dtype = None if c is None else c.dtype
-        z: Tensor = SCALE(y, g, c, onto)
-        return z
+        return SCALE(y, g, c, onto)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, z: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, z: Tensor) -> Any:
         _, _, need_c, need_onto = ctx.needs_input_grad
         gy, gg, gc = BACKWARD(z, *ctx.saved_tensors, need_c)
         gonto = z.sum_to_size(ctx.onto.shape).to(ctx.onto.dtype) if need_onto else None
@@ -99,18 +91,9 @@ class _Scale(Exact):
 
 
 def scale(y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-    """g * y + c + onto (..., k), in y's dtype. Differentiable once in bf16.
-
-    Args:
-        y: the input (..., k).
-        g: the gain (k,).
-        c: an offset (k,), or None.
-        onto: a tensor that broadcasts to y, or None.
+    """g * y + c + onto (..., k), in y's dtype. Differentiable once in bf16. y (..., k); g (k,); c
+    (k,) or None.
     """
-    if (
-        y.dtype is not torch.bfloat16
-        or g.dtype is not torch.float32
-        or torch.compiler.is_compiling()
-    ):
-        return scaled(y, g, c, onto)
-    return _Scale.apply(y, g, c, onto)
+    dithers = y.dtype is torch.bfloat16 and g.dtype is torch.float32
+    fused = dithers and not torch.compiler.is_compiling()
+    return _Scale.apply(y, g, c, onto) if fused else scaled(y, g, c, onto)

@@ -18,12 +18,8 @@ from torch import Tensor
 def best_of_rank(
     w: Tensor, rank: int, scale: float = 1.0, niter: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """The factors B (..., out, rank) and A (..., rank, in) of the best approximation of w.
-
-    Args:
-        w: the matrices (..., out, in), in fp32.
-        scale: the factor s in w ~ s B A.
-        niter: the rounds of subspace iteration, 0 for the full SVD.
+    """The factors B (..., out, rank) and A (..., rank, in) of the best approximation of w. w (...,
+    out, in).
     """
     if niter and 2 * rank < min(w.shape[-2:]):
         u, s, v = torch.svd_lowrank(w, q=2 * rank, niter=niter)

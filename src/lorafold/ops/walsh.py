@@ -29,10 +29,7 @@ def halves(n: int) -> tuple[Tensor, Tensor]:
 
 
 def walsh(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The transform of x, (..., a b), which is orthonormal and its own inverse.
-
-    Args:
-        x: the input (..., a b).
-        left, right: the matrices (a, a) and (b, b) that `halves` makes.
+    """The transform of x, (..., a b), which is orthonormal and its own inverse. x (..., a b); left,
+    right (a, a), (b, b).
     """
     return (left @ (x.unflatten(-1, (len(left), len(right))) @ right)).flatten(-2)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lorafold.methods import METHODS
 from lorafold.models import quantizations
-from lorafold.objectives import DEFAULT, in_words
+from lorafold.objectives import DEFAULT, descriptions
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -132,7 +132,7 @@ class Fields(BaseModel):
         description="Train an end also where the template writes none with a turn, or none there.",
     )
 
-    objective: str = Field(default=DEFAULT, description=in_words())
+    objective: str = Field(default=DEFAULT, description=descriptions())
     beta: NonNegative | None = Field(
         default=None,
         description=(

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafold.data.control_tokens import allow
+from lorafold.data.templates import day_of
 from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.files.contents import of_file
 from lorafold.files.model_card import EMBEDDED
-from lorafold.identity import of_model
+from lorafold.identity import COMPUTED_WITH, TRAINING, of_code, of_model
 from lorafold.models import fingerprint
 from lorafold.models.classifier import outputs_of_model
 from lorafold.models.loading import default_storage, load_model, weights_of
@@ -34,7 +36,7 @@ from lorafold.models.quantizations import (
     choose_storage,
 )
 from lorafold.models.sources import HUB_ID, ModelSource, configuration, gguf_at, resolve_model
-from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
+from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.peft.provenance import ALLOWED, OwnBase
 from lorafold.peft.saved import Saved, trained_on
@@ -109,6 +111,29 @@ class Base:
     def identity(self) -> str:
         """The SHA-256 over all of its files that can change an answer, in hexadecimal."""
         return of_model(self.source)
+
+    def cache_key(self, template: str | None, *packages: str) -> dict[str, Any]:
+        """What figures of runs over this model depend on besides recipe and rows: its identity and
+        that of a recipe's chat template, how and where it is loaded, and the code of training and
+        of these packages.
+        """
+        file = None if template is None or template in BUILT_IN else of_file(Path(template))[1]
+        return {
+            "files": self.identity,
+            "device": self.where.type,
+            "storage": [self.loaded_as.name, str(self.loaded_as.dtype)],
+            "chat_template": file,
+            "code": of_code(*TRAINING, *packages, packages=COMPUTED_WITH),
+        }
+
+    def date(self, template: str | None, saved: Sequence[Saved] = ()) -> str:
+        """Today's date if a recipe's chat template, or the one of the model and the adapters that
+        are loaded on it, writes it, so that figures are cached for one day; else empty.
+        """
+        tokenizer = self.tokenizer(saved)
+        if template is not None:
+            set_template(tokenizer, template)
+        return day_of(tokenizer)
 
     def stored(self, storage: str) -> Base:
         """The same model in a storage that was chosen."""

@@ -28,7 +28,6 @@ from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.robustness.defences import DEFENCES
-from lorafold.training.request import day_written, grounds
 
 HELD_OUT = 32  # benign rows at most, on which the loss is measured
 OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
@@ -84,14 +83,14 @@ class FragilityTask:
     @cached_property
     def grounds(self) -> dict[str, Any]:
         """The model's identity, how and where it is loaded, and the code."""
-        return grounds(self.base, self.recipe.chat_template, *ROOMS)
+        return self.base.cache_key(self.recipe.chat_template, *ROOMS)
 
     @cached_property
     def day(self) -> str:
         """What a chat template that asks for the date writes in all figures; else empty."""
         templates = {None, self.recipe.chat_template}  # of what is measured, and of what is trained
         each = product(templates, (stack.adapters for stack in self.stacks))
-        return next(filter(None, (day_written(self.base, *one) for one in each)), "")
+        return next(filter(None, (self.base.date(*one) for one in each)), "")
 
     @property
     def probe_identity(self) -> list[Any]:

@@ -29,64 +29,45 @@ def gpus() -> list[Gpu]:
     """The GPUs that torch can use."""
     import torch
 
-    there = [
+    cuda = torch.cuda
+    devices = [
         Gpu(
-            f"cuda:{i}",
-            torch.cuda.get_device_name(i),
-            *torch.cuda.mem_get_info(i),
-            torch.cuda.get_device_capability(i),
+            f"cuda:{i}", cuda.get_device_name(i), *cuda.mem_get_info(i),
+            cuda.get_device_capability(i),
         )
-        for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    ]
-    return there + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
+        for i in range(cuda.device_count() if cuda.is_available() else 0)
+    ]  # fmt: skip
+    return devices + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
 
 
 def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":
     """The device of that name (cpu, cuda, cuda:1, mps); without a name, CUDA if available, else
     MPS, else the CPU.
-
-    Args:
-        absent: It may be one that this machine does not have.
-
-    Raises LorafoldError for an unknown name, or a device that this machine does not have.
     """
     named = isinstance(name, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name, re.ASCII)
     if name is not None and not named:
         raise LorafoldError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
     import torch
 
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    present = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     if name is None:
-        return torch.device(next(kind for kind, there in present.items() if there))
+        return torch.device(present[0])
     kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
+    count = torch.cuda.device_count() if kind == "cuda" else present.count(kind)
     if int(index or 0) >= count and not absent:
-        raise LorafoldError(
-            f"device {name}: not available on this machine, which has"
-            f" {', '.join(k for k, there in present.items() if there)}"
-        )
+        has = ", ".join(present)
+        raise LorafoldError(f"device {name}: not available on this machine, which has {has}")
     return torch.device(name)
 
 
 def own_device(name: str | None, here: Launched) -> str | None:
-    """The device of one of several processes: on GPUs the one of its own number on its machine.
-
-    Args:
-        name: As it was asked for.
-        here: Which process this is.
-
-    Raises LorafoldError as `choose_device`, for a GPU that is named for all, and where there are
-    fewer than processes.
-    """
+    """The device of one of several processes: on GPUs the one of its own number on its machine."""
     import torch
 
-    if (found := choose_device(name)).type != "cuda":
-        return found.type
-    if found.index is not None:
+    if (device := choose_device(name)).type != "cuda":
+        return device.type
+    if device.index is not None:
         raise LorafoldError(
             f"device {name}: found {here.world} processes, expected cuda: each takes a GPU of its"
             " own; CUDA_VISIBLE_DEVICES says which there are"
@@ -115,12 +96,7 @@ def native_bf16(device: "torch.device") -> tuple[bool, str]:
         )
     if device.type == "cpu":
         # torch.cpu.get_capabilities covers ARM too, but exists only from torch 2.13 on
-        supported = {
-            "AMX": torch.cpu._is_amx_tile_supported(),
-            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        }
-        found = [name for name, there in supported.items() if there]
-        return bool(found), (
-            f"this CPU has {found[0]}" if found else "this CPU has neither AMX nor avx512_bf16"
-        )
+        unit = "avx512_bf16" * torch.cpu._is_avx512_bf16_supported()
+        unit = "AMX" if torch.cpu._is_amx_tile_supported() else unit
+        return bool(unit), f"this CPU has {unit or 'neither AMX nor avx512_bf16'}"
     return False, f"bf16 is not native on every {device.type} device"

@@ -13,8 +13,8 @@ SECONDS = 5.0  # to wait for an answer
 
 @contextmanager
 def asked_once() -> Iterator[str]:
-    """Inside, hub libraries use only what is on this machine, if the hub does not answer. Yields
-    why it is not asked; empty if it is.
+    """If the hub does not answer, hub libraries use only local files in the `with` block. Yields
+    the reason; empty if the hub answers.
     """
     from huggingface_hub import constants
 

@@ -56,13 +56,7 @@ def read(source: BinaryIO) -> bytes | None:
 
 
 class Killable:
-    """One process. Whatever its methods raise, it should be killed then.
-
-    Args:
-        module: the module that it runs.
-        environment: variables beside those of this process.
-        quiet: whether what it writes to its standard error is dropped.
-    """
+    """One process. Whatever its methods raise, it should be killed then."""
 
     def __init__(
         self, module: str, environment: Mapping[str, str] | None = None, quiet: bool = False
@@ -85,11 +79,7 @@ class Killable:
         return self._process.poll() is None
 
     def write(self, content: bytes, until: float) -> None:
-        """Write messages to it. Raises Late and Died.
-
-        Args:
-            until: the time of the monotonic clock at which it must have taken them.
-        """
+        """Write messages to it. Raises Late and Died."""
         assert self._process.stdin is not None
         left, pipe = memoryview(content), self._process.stdin.fileno()
         os.set_blocking(pipe, False)
@@ -103,24 +93,19 @@ class Killable:
                 raise Died(self._process.wait()) from None
 
     def read(self, until: float, most: int | None = None) -> bytes:
-        """The content of the next message that it makes. Raises Late, Large and Died.
-
-        Args:
-            until: the time of the monotonic clock at which it must have made it.
-            most: the bytes that the content may have, None for any number.
-        """
+        """The content of the next message that it makes. Raises Late, Large and Died."""
         size = int.from_bytes(self._read(SIZE, until), "big")
         if most is not None and size > most:
             raise Large(size)
         return self._read(size, until)
 
     def end(self) -> None:
-        """Have it end, while a thread may wait for what it makes."""
+        """Kill it, while a thread may wait for its messages."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.id, signal.SIGKILL)
 
     def kill(self) -> None:
-        """End it, with what it started, when nobody waits for it any more."""
+        """Kill it and everything that it started, once no thread waits for it."""
         self.end()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -130,14 +115,14 @@ class Killable:
 
     def _read(self, size: int, until: float) -> bytes:
         assert self._process.stdout is not None
-        found, pipe = bytearray(), self._process.stdout.fileno()
-        while len(found) < size:
+        content, pipe = bytearray(), self._process.stdout.fileno()
+        while len(content) < size:
             self._wait(pipe, select.POLLIN, until)
-            part = os.read(pipe, min(size - len(found), 1 << 20))
+            part = os.read(pipe, min(size - len(content), 1 << 20))
             if not part:
                 raise Died(self._process.wait())
-            found += part
-        return bytes(found)
+            content += part
+        return bytes(content)
 
     def _wait(self, pipe: int, event: int, until: float) -> None:
         poll = select.poll()

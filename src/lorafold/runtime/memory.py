@@ -4,8 +4,7 @@ glibc returns freed blocks above its mmap threshold to the system, and keeps sma
 `freed_blocks(RETURNED)` is for loading, with one pass over large tensors that leaves small ones
 between them (2.2 GB as NF4 peak at 0.9 GB instead of 1.4), `freed_blocks(KEPT)` for training, whose
 steps allocate and free the same large blocks again and again. Both set both thresholds, because
-setting one switches off the rule that adapts the other, and end with those that this rule reaches
-in a process that frees large blocks. Other C libraries are left alone.
+setting one switches off the rule that adapts the other.
 """
 
 from __future__ import annotations
@@ -31,18 +30,13 @@ ADAPTED = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 2 * LARGEST}
 
 
 def free_bytes(device: torch.device, group: Path = CONTROL_GROUP) -> int:
-    """The bytes that tensors can still take.
-
-    On a CUDA device, what the driver has free and what torch has reserved and not in use; elsewhere
-    the host's available memory, or if that is less, what is left of the memory limit of a control
-    group (version 2), without counting the kernel's file cache.
+    """The bytes that tensors can still take: on a CUDA device the driver's free memory and the
+    reserved memory that is unused; elsewhere the host's available memory, or the rest of the memory
+    limit of a control group (version 2), without the kernel's file cache.
     """
     if device.type == "cuda":
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     available = psutil.virtual_memory().available
     try:
         limit, statistics = (group / "memory.max").read_text(), (group / "memory.stat").read_text()
@@ -59,17 +53,13 @@ def peak_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager
 def freed_blocks(thresholds: Mapping[int, int]) -> Iterator[bool]:
     """Keep or return freed blocks; at the end they are returned.
-
-    Args:
-        thresholds: KEPT or RETURNED.
 
     Yields whether that is possible on this system.
     """

@@ -6,7 +6,10 @@
 
 Each holds the whole model and computes its share of a step's rows. What one process decides by its
 own clock, disk or memory is decided by process 0, or agreed on. An error in one ends all of them
-(`lifeline`).
+(`Lifeline`): each process has a connection to process 0 for as long as it lives. The system closes
+it when the process dies, and probes it where the whole machine is gone, so that nothing is taken
+for dead because it computes for long. Process 0 then says which process it was, and all end; if it
+is process 0, process 1 says so.
 
 `launched` says how many processes a launcher started, and which one this is, by the environment
 that it leaves:
@@ -20,19 +23,145 @@ It imports and starts nothing, so that a command can ask before anything else.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import secrets
+import signal
+import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.runtime.lifeline import Lifeline
 
 if TYPE_CHECKING:
     import torch
+
+PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # gone after 20 seconds
+GRACE = 2.0  # seconds in which process 0 may find the same mistake as another
+LAST = 15.0  # seconds that a process waits for process 0 to have ended
+
+
+class Lifeline:
+    """The connections of one process, made through the store that all processes read and write.
+    `place` says what it is at, for the line about another's death.
+    """
+
+    def __init__(self, rank: int, world: int, address: str, store: Any) -> None:
+        self.rank, self.host = rank, socket.gethostname()
+        self.place: Callable[[], str] = lambda: "at the start"
+        self._lock = threading.Lock()
+        self._over, self._gone = threading.Event(), threading.Event()  # here, process 0
+        self._code: int | None = None  # with which process 0 ends
+        self._left = set[int]()  # those that are done
+        self._peers: dict[int, socket.socket] = {}
+        self._heard: dict[int, TextIO] = {}
+        self._hosts: dict[int, str] = {}
+        if rank == 0:
+            self._accept(world, address, store)
+        else:
+            port, token, host = store.get("lifeline").decode().split(" ", 2)
+            first = socket.create_connection((address, int(port)), LAST)
+            self._add(0, host, first, first.makefile())
+            self._tell(0, token=token, rank=rank, host=self.host)
+        os.register_at_fork(after_in_child=self._forget)  # a child would keep them open
+        for peer in self._peers:
+            threading.Thread(target=self._hear, args=(peer,), name="lifeline", daemon=True).start()
+
+    def _accept(self, world: int, address: str, store: Any) -> None:
+        token = secrets.token_hex(16)
+        where = "127.0.0.1" if address in ("127.0.0.1", "localhost") else ""
+        with socket.create_server((where, 0), backlog=world) as server:
+            store.set("lifeline", f"{server.getsockname()[1]} {token} {self.host}")
+            while len(self._peers) < world - 1:
+                peer, _ = server.accept()
+                with suppress(ValueError, KeyError, OSError):  # a stranger
+                    peer.settimeout(LAST)
+                    heard = peer.makefile()
+                    hello = json.loads(heard.readline())
+                    if hello["token"] == token:
+                        self._add(hello["rank"], hello["host"], peer, heard)
+
+    def _add(self, rank: int, host: str, peer: socket.socket, heard: TextIO) -> None:
+        self._peers[rank], self._hosts[rank], self._heard[rank] = peer, host, heard
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in PROBES.items():
+            if (option := getattr(socket, name, None)) is not None:
+                peer.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def failed(self, code: int, message: str) -> None:
+        """Say that this process ends with an error, and let process 0 print the message, unless it
+        fails in the same way, before others end: a launcher that sees one process end may kill them
+        before they could.
+        """
+        self._over.set()
+        if self.rank == 0:
+            with self._lock:
+                self._end_others(code)
+            return
+        if threading.current_thread() is threading.main_thread():
+            # of a launcher that saw process 0 end
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
+        self._tell(0, failed=code, told=message)
+        self._gone.wait(LAST)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a message, which may end this process."""
+        self._over.wait(seconds)
+
+    def left(self) -> None:
+        """Say that this process is done."""
+        self._over.set()
+        for peer in self._peers:
+            self._tell(peer, left=True)
+
+    def _hear(self, peer: int) -> None:
+        with suppress(OSError):
+            for line in self._heard[peer]:
+                message = json.loads(line)
+                if "left" in message:
+                    self._left.add(peer)
+                elif "over" in message:
+                    self._code = message["over"]
+                    self._peers[peer].settimeout(LAST)
+                elif not self._over.wait(GRACE):
+                    self._end(message["failed"], peer, f": {message['told']}")
+        if peer == 0:
+            self._gone.set()
+        if peer in self._left or self._over.is_set():
+            return
+        if self._code is not None:
+            os._exit(self._code)
+        how = "it said nothing: killed, perhaps for its memory"
+        self._end(1, peer, f" died {self.place()}; {how}" if self.rank <= 1 else "")
+
+    def _end(self, code: int, peer: int, problem: str) -> NoReturn:
+        with self._lock:
+            if problem:
+                line = f"error: process {peer} on {self._hosts[peer]}{problem}"
+                print(line, file=sys.__stderr__, flush=True)
+            self._end_others(code)
+            os._exit(code)
+
+    def _end_others(self, code: int) -> None:
+        if self.rank == 0:
+            for peer in self._peers:
+                self._tell(peer, over=code)
+
+    def _tell(self, peer: int, **message: Any) -> None:
+        with suppress(OSError):
+            self._peers[peer].sendall(json.dumps(message).encode() + b"\n")
+
+    def _forget(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+
 
 T = TypeVar("T")
 TOGETHER = timedelta(minutes=5)  # in which all have to come
@@ -48,8 +177,8 @@ MPI = (
 
 @dataclass(eq=False)
 class Processes:
-    """This process among those of a run; `index` counts from 0, and the `first` is the one that
-    writes and prints.
+    """This process among those of a run; `index` is its rank, and only the `first` writes and
+    prints.
     """
 
     index: int = 0
@@ -73,9 +202,9 @@ class Processes:
 
         if self.count == 1:
             return number
-        found = torch.tensor(number)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def same(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
         """Replace tensors, of any shapes and on one device, by those of one process."""
@@ -90,18 +219,18 @@ class Processes:
 
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def once(self, compute: Callable[[], T]) -> T:
-        """What process 0 computes; the others wait for it."""
+        """The result of process 0; the others wait for it."""
         import torch.distributed as dist
 
-        found = [compute() if self.first else None]
+        result = [compute() if self.first else None]
         if self.count > 1:
-            dist.broadcast_object_list(found, 0)
-        return found[0]  # type: ignore[return-value]
+            dist.broadcast_object_list(result, 0)
+        return result[0]  # type: ignore[return-value]
 
 
 ALONE = Processes()
@@ -112,12 +241,6 @@ def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
     """Join the processes that a launcher started, until the `with` block ends.
 
     An error in the block ends all of them with its exit code: that of a LorafoldError is 2.
-
-    Args:
-        here: As `launched` gives it. Nothing happens where it is alone.
-        device: The one of this process, as `own_device` gives it.
-
-    Raises LorafoldError if the others do not come within five minutes.
     """
     if here.world == 1:
         yield ALONE
@@ -138,10 +261,12 @@ def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
     try:
         yield Processes(here.rank, here.world, lifeline)
     except BaseException as error:
-        code, expected = _code_of(error)
-        if not expected:
+        codes = {LorafoldError: 2, KeyboardInterrupt: 130}
+        code = next((n for kind, n in codes.items() if isinstance(error, kind)), 1)
+        code = error.code if isinstance(error, Interrupted) else code
+        if code == 1:  # whose message does not say it all
             lifeline.wait(CAUSE)
-        lifeline.failed(code, str(error) if expected else f"{type(error).__name__}: {error}")
+        lifeline.failed(code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
         raise
     lifeline.left()
     if made:
@@ -170,19 +295,8 @@ def _met(here: Launched) -> Any:
         ) from None
 
 
-def _code_of(error: BaseException) -> tuple[int, bool]:
-    """The exit code that an error has, and whether its message says it all."""
-    if isinstance(error, LorafoldError):
-        return 2, True
-    if isinstance(error, Interrupted):
-        return error.code, True
-    if isinstance(error, KeyboardInterrupt):
-        return 130, True
-    return 1, False
-
-
 def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any]) -> None:
-    """Replace tensors by what an operation makes of them, many in one call."""
+    """Apply an operation to tensors in place, many in one call."""
     import torch
 
     for bucket in _buckets(tensors):
@@ -191,8 +305,8 @@ def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any])
             continue
         flat = torch.cat([t.reshape(-1) for t in bucket])
         do(flat)
-        for t, found in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            t.copy_(found.view_as(t))
+        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(part.view_as(t))
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -228,12 +342,10 @@ class Launched:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched:
-    """What the environment says. Raises LorafoldError where it says half of it, or where a launcher
-    was asked for several processes and started one.
-    """
+    """This process as the launcher's environment describes it."""
     for variable, of_launcher in LAUNCHERS.items():
-        if variable in environment and (found := of_launcher(environment)):
-            return found
+        if variable in environment and (here := of_launcher(environment)):
+            return here
     if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment:
         raise LorafoldError(
             "accelerate launch started one process: on processors it takes --num_processes for"
@@ -244,9 +356,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
 
 
 def _of_torchrun(environment: Mapping[str, str]) -> Launched:
-    names = ("RANK", "WORLD_SIZE")
-    given = [name for name in names if name in environment]
-    rank, world = (_number(environment, name, given[0]) for name in names)
+    given = "RANK" if "RANK" in environment else "WORLD_SIZE"
+    rank, world = (_number(environment, name, given) for name in ("RANK", "WORLD_SIZE"))
     if not 0 <= rank < world:
         raise LorafoldError(f"RANK: found {rank}, expected one of the {world} of WORLD_SIZE")
     if world == 1:
@@ -254,9 +365,11 @@ def _of_torchrun(environment: Mapping[str, str]) -> Launched:
     by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environment else "torchrun"
     local = _number(environment, "LOCAL_RANK", "RANK")
     if "MASTER_ADDR" not in environment:
-        raise LorafoldError(f"MASTER_ADDR: found none beside RANK={rank}, expected the address of"
-                            " process 0")  # fmt: skip
-    return Launched(by, rank, world, local, environment["MASTER_ADDR"], _port(environment, PORT))
+        raise LorafoldError(
+            f"MASTER_ADDR: found none beside RANK={rank}, expected the address of process 0"
+        )
+    port = _number(environment, "MASTER_PORT", default=PORT)
+    return Launched(by, rank, world, local, environment["MASTER_ADDR"], port)
 
 
 def _of_srun(environment: Mapping[str, str]) -> Launched | None:
@@ -269,10 +382,9 @@ def _of_srun(environment: Mapping[str, str]) -> Launched | None:
     )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     address = environment.get("MASTER_ADDR") or first_node(nodes)
-    job, step = (
-        _number(environment, name, default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
-    )
-    port = _port(environment, 20000 + (31 * job + step) % 20000)
+    numbers = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    job, step = (_number(environment, name, default=0) for name in numbers)
+    port = _number(environment, "MASTER_PORT", default=20000 + (31 * job + step) % 20000)
     return Launched("srun", rank, world, local, address, port)
 
 
@@ -283,7 +395,8 @@ def _of_mpirun(environment: Mapping[str, str]) -> Launched | None:
         rank, world = (_number(environment, name, names[1]) for name in names[:2])
         local = _number(environment, names[2], default=rank)
         address = environment.get("MASTER_ADDR", "127.0.0.1")
-        return Launched("mpirun", rank, world, local, address, _port(environment, PORT))
+        port = _number(environment, "MASTER_PORT", default=PORT)
+        return Launched("mpirun", rank, world, local, address, port)
     return None
 
 
@@ -298,32 +411,20 @@ LAUNCHERS: dict[str, Callable[[Mapping[str, str]], Launched | None]] = {
 
 
 def first_node(nodes: str) -> str:
-    """The first machine of a list as SLURM writes it, such as rack[03-07,11],login.
-
-    Raises LorafoldError for an empty list.
-    """
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    if found is None:
+    """The first machine of a list as SLURM writes it, such as rack[03-07,11],login."""
+    first = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    if first is None:
         raise LorafoldError(
             f"SLURM_STEP_NODELIST: found {nodes!r}, expected machines; MASTER_ADDR names that of"
             " process 0"
         )
-    return "".join(part or "" for part in found.groups())
-
-
-def _port(environment: Mapping[str, str], default: int) -> int:
-    return _number(environment, "MASTER_PORT", default=default)
+    return "".join(part or "" for part in first.groups())
 
 
 def _number(
     environment: Mapping[str, str], name: str, beside: str = "", default: int | None = None
 ) -> int:
-    """A number of the environment.
-
-    Args:
-        beside: What is there, so that this must be too.
-        default: What it is where it is missing.
-    """
+    """A number of the environment."""
     text = environment.get(name)
     if text is None and default is not None:
         return default

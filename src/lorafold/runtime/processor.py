@@ -1,17 +1,12 @@
 """The processor: its name, how many of its cores this process may use, how busy others keep them,
-its instructions for matrix products, and the threads that compute on it.
+its instructions for matmuls, and the threads that compute on it.
 
 Threads that spin while they wait slow down busy machines, and sleeping ones are slow to wake on
-quiet ones. GCC's OpenMP reads its environment once, but no thread spins while a process has more
-threads than cores; so `considerate` looks at the load once a second and holds a team of its own
-while others are busy (SmolLM2-135M in bf16, two cores of an AMD EPYC with AVX2: spinning and
-sleeping 95 and 56 tokens/s alone, 36 and 47 beside two busy processes).
-
-Every Python thread that computes in parallel gets a team of its own. Once all teams together have
-more threads than the machine has cores, GCC's OpenMP lets none of them wait actively any more, so
-that each parallel region begins with waking a thread: a step of the engine took 48 ms instead of 28
-after another thread had computed in parallel once (two cores of an AMD EPYC). PyTorch has no call
-for this: its `set_num_threads` is partly the whole process's.
+quiet ones; GCC's OpenMP lets none spin while a process has more threads than cores. So
+`considerate` looks at the load once a second and holds a team of its own while others are busy
+(SmolLM2-135M in bf16, two cores of an AMD EPYC: spinning and sleeping 95 and 56 tokens/s alone, 36
+and 47 beside two busy processes). For the same reason a thread that need not compute in parallel
+computes `alone`: a step of the engine took 48 ms instead of 28 after another thread had once.
 """
 
 from __future__ import annotations
@@ -77,8 +72,8 @@ class Neighbours:
     def look(self) -> float:
         """Cores that were busy for others since the last look, on average."""
         before, self._before = self._before, self._times()
-        passed, everyone, ours = (x - y for x, y in zip(self._before, before, strict=True))
-        return max(0.0, (everyone - ours) / passed) if passed else 0.0
+        passed, everyone, here = (x - y for x, y in zip(self._before, before, strict=True))
+        return max(0.0, (everyone - here) / passed) if passed else 0.0
 
     def _times(self) -> tuple[float, float, float]:
         """Now, and the seconds that all and this process have computed on its cores."""
@@ -87,8 +82,8 @@ class Neighbours:
         # a guest's time is in user's already
         working = ("user", "system", "nice", "irq", "softirq")
         busy = sum(getattr(every[n], k, 0) for n in here if n < len(every) for k in working)
-        own = self._process.cpu_times()
-        return time.perf_counter(), busy, own.user + own.system
+        process = self._process.cpu_times()
+        return time.perf_counter(), busy, process.user + process.system
 
 
 def busy_elsewhere(seconds: float) -> float:
@@ -99,7 +94,9 @@ def busy_elsewhere(seconds: float) -> float:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that decide how fast matrices are multiplied, of x86 processors; empty on others."""
+    """The instruction sets of x86 processors that decide how fast matrices are multiplied; empty on
+    others.
+    """
     import torch
 
     known = {
@@ -151,8 +148,8 @@ def _watch(ended: threading.Event) -> None:
 
 @contextmanager
 def stacks(size: int = STACK) -> Iterator[None]:
-    """Give threads that start in the block stacks of one size, whatever the system's limit is:
-    native code that reads what a request brought recurses.
+    """Give threads that start in the block stacks of one size, because native code that parses
+    requests recurses.
     """
     before = threading.stack_size(size)
     try:

@@ -110,14 +110,13 @@ class _Worker(Generic[T]):
         """
         try:
             self._pipe.send(arguments)
-            found = self._pipe.recv()
+            result = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise LorafoldError(
                 "a worker process was killed, perhaps for want of memory"
             ) from error
-        if isinstance(found, Exception):
-            raise found
-        result: T = found
+        if isinstance(result, Exception):
+            raise result
         return result
 
     def close(self) -> None:

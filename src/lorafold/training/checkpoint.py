@@ -45,10 +45,9 @@ FILES = "files"  # of an identity: what the run reads, each by `name` and `sha25
 
 @dataclass
 class Progress:
-    """How far a run has come.
-
-    Losses are means in nats over labelled tokens, one for each step; `seconds` and `tokens` count
-    training steps only, not evaluations. Of step 0 is what was measured before the first one.
+    """The progress of a run. Losses are means in nats over labelled tokens, one for each step;
+    `seconds` and `tokens` count training steps only, not evaluations. Measurements before the first
+    step belong to step 0.
     """
 
     step: int = 0
@@ -80,33 +79,21 @@ class Progress:
         """Whether the last PATIENCE measures were no better than one before."""
         return sum(step > (self.best or 0) for step in self.evals) >= PATIENCE
 
-    @property
-    def skipping(self) -> int:
-        """How many of the last steps, in a row, were skipped."""
-        n = 0
-        while self.step - n in self.skipped:
-            n += 1
-        return n
-
-    def stepped(self, figures: Mapping[str, float]) -> None:
-        """Add what the step that is counted already has shown, by name. A figure that a step does
-        not have, or that is no finite number, is None.
+    def add_figures(self, figures: Mapping[str, float]) -> None:
+        """Add the figures of the step that was just counted, by name. A figure that is missing or
+        not finite becomes None.
         """
         for name in {**self.shown, **figures}:
             values = self.shown.setdefault(name, [])
             values += [None] * (self.step - 1 - len(values))  # a figure that is new
-            found = figures.get(name)
-            values.append(found if found is not None and math.isfinite(found) else None)
+            value = figures.get(name)
+            values.append(value if value is not None and math.isfinite(value) else None)
 
-    def drew(
+    def add_rollouts(
         self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
     ) -> dict[str, float]:
-        """Add what drawing the completions of a step took. Returns its rates so far.
-
-        Args:
-            tokens: Those that the step learned from.
-            seconds: Those of the whole step.
-            read: Keep completions to read.
+        """Add the seconds and tokens of sampling and learning in a step, and keep samples if `read`
+        is set. Returns the rates so far.
         """
         self.quiet = self.quiet + 1 if rollouts.silent else 0
         parts = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
@@ -115,17 +102,17 @@ class Progress:
         for name, value in (counts | parts).items():
             self.pace[name] = self.pace.get(name, 0) + value
         if read:
-            self.read(rollouts.samples)
-        rates = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
-        found = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in rates.items()}
-        self.pace |= found
-        return found
+            self.add_samples(rollouts.samples)
+        over = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
+        rates = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in over.items()}
+        self.pace |= rates
+        return rates
 
-    def read(self, samples: Sequence[Mapping[str, Any]]) -> None:
+    def add_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Keep completions to read, of this step, as the last ones."""
         if samples:
-            found = {"step": self.step, "samples": [*samples]}
-            self.samples = {"first": found, **self.samples, "last": found}
+            now = {"step": self.step, "samples": [*samples]}
+            self.samples = {"first": now, **self.samples, "last": now}
 
 
 class RunDirectory:
@@ -138,10 +125,8 @@ class RunDirectory:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other runs out until the `with` block ends, and remove what killed ones left.
-
-        The lock of a process that was killed is free. Raises LorafoldError if a run is in it, and
-        as `check_out` does for what may be replaced.
+        """Keep other runs out until the `with` block ends, and remove leftovers of killed ones. The
+        lock of a killed process is free.
         """
         check_out(self.out, overwrite=True)
         target = self.path.expanduser().resolve()
@@ -154,9 +139,9 @@ class RunDirectory:
         except Timeout:
             with suppress(OSError):
                 holder = file.read_text()
-            told = f" ({holder})" if holder.startswith(HOLDER) else ""
+            of = f" ({holder})" if holder.startswith(HOLDER) else ""
             raise LorafoldError(
-                f"{self.path}: a run is in progress in it{told}; wait for it to end, stop it, or"
+                f"{self.path}: a run is in progress in it{of}; wait for it to end, stop it, or"
                 " choose another --out"
             ) from None
         try:
@@ -178,37 +163,34 @@ class RunDirectory:
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
-    def written(self, name: str) -> Any:
-        """What the run wrote down under a name, such as the day that its chat template asked for;
-        None if that is nothing.
-        """
+    def recorded(self, name: str) -> Any:
+        """A field of the run's identity, such as the day of its chat template, or None."""
         try:
             return json.loads((self.path / "run.json").read_text()).get(name)
         except (OSError, ValueError, AttributeError):
             return None  # `check` says what is wrong
 
     def check(self, identity: dict) -> None:
-        """Raises LorafoldError unless the stored run has the same recipe, model and data, and read
+        """Raise LorafoldError unless the stored run has the same recipe, model and data, and read
         the same files.
         """
         check_intact(self.path, ["run.json"])
         try:
-            found = json.loads((self.path / "run.json").read_text())
+            stored = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):
             raise LorafoldError(
                 f"{self.path}: found no run to resume; start one without --resume"
             ) from None
-        now, then = identity.get(FILES, {}), found.pop(FILES, {})
-        names = sorted((set(found) | set(identity)) - {FILES})
+        files = stored.pop(FILES, {})
         changes = [
-            f"{k}: was {_shown(found.get(k))}, now {_shown(identity.get(k))}"
-            for k in names
-            if found.get(k) != identity.get(k)
+            f"{k}: was {shortened(repr(then), 80)}, now {shortened(repr(now), 80)}"
+            for k in sorted((stored.keys() | identity.keys()) - {FILES})
+            if (then := stored.get(k)) != (now := identity.get(k))
         ]
         others = [
             f"{what}: {of['name']} had other files when the run began"
-            for what, of in now.items()
-            if then.get(what, {}).get("sha256") != of["sha256"]
+            for what, of in identity.get(FILES, {}).items()
+            if files.get(what, {}).get("sha256") != of["sha256"]
         ]
         if changes or others:
             wrong = "had another recipe" if changes else "began on something else"
@@ -220,14 +202,17 @@ class RunDirectory:
 
     def checkpoints(self) -> dict[int, Path]:
         """The complete checkpoints by step, in ascending order."""
-        found = {
-            int(p.name.removeprefix("step-")): p
-            for p in self.path.glob("step-*")
-            if p.name[5:].isdigit()
-        }
-        return dict(sorted(found.items()))
+        paths = ((p.name.removeprefix("step-"), p) for p in self.path.glob("step-*"))
+        return dict(sorted((int(step), p) for step, p in paths if step.isdigit()))
 
-    def seen(self) -> str:
+    @property
+    def last_good(self) -> str:
+        """A clause that names the last checkpoint, for a run that fails."""
+        good = self.checkpoints()
+        last = f"the last good checkpoint is {good[max(good)]}" if good else ""
+        return last or "no checkpoint was written yet"
+
+    def checkpoint_label(self) -> str:
         """The last checkpoint, as a text that processes on several machines compare."""
         if not self.path.exists():
             return "none"
@@ -240,7 +225,7 @@ class RunDirectory:
             return f"step {last} (damaged)"
         return f"step {last} ({sha256(content).hexdigest()[:8]})"
 
-    def at(self, step: int) -> Path:
+    def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.path / f"step-{step:06d}"
 
@@ -251,31 +236,19 @@ class RunDirectory:
         optimizer: Mapping[str, PendingTensor],
         keep: int,
     ) -> Path:
-        """Write the checkpoint of `progress.step`, and remove old ones. Raises LorafoldError if a
-        tensor is not finite.
-
-        Args:
-            progress: Saved as `state.json`.
-            adapter: The adapter's tensors by name.
-            optimizer: The optimizer's tensors and the random state by name.
-            keep: How many of the newest checkpoints stay, with this one; the best stays too.
-        """
-        path = self.at(progress.step)
+        """Write the checkpoint of `progress.step`, and remove old ones."""
+        path = self.path_of(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
             write_pieces(tmp / "adapter.safetensors", adapter)
             write_pieces(tmp / "optimizer.safetensors", optimizer)
             (tmp / "state.json").write_text(json.dumps(asdict(progress)))
-        steps = list(self.checkpoints())
-        for step in steps[: -keep or None]:
+        for step, old in [*self.checkpoints().items()][: -keep or None]:
             if step != progress.best:
-                remove(self.at(step))
+                remove(old)
         return path
 
     def load(self, path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-        """(progress, adapter tensors, optimizer tensors), as `save` took them, of any shapes.
-
-        Raises LorafoldError if a file was changed since it was written.
-        """
+        """(progress, adapter tensors, optimizer tensors), as `save` took them, of any shapes."""
         if problems := verify(path):
             raise LorafoldError(
                 f"{path}: damaged checkpoint: {as_one(problems)}; remove it to resume from"
@@ -284,12 +257,5 @@ class RunDirectory:
         state = json.loads((path / "state.json").read_text())
         for name in ("evals", "measured"):
             state[name] = {int(k): v for k, v in state[name].items()}
-        return (
-            Progress(**state),
-            load_file(path / "adapter.safetensors"),
-            load_file(path / "optimizer.safetensors"),
-        )
-
-
-def _shown(value: Any) -> str:
-    return shortened(repr(value), 80)
+        adapter, optimizer = path / "adapter.safetensors", path / "optimizer.safetensors"
+        return Progress(**state), load_file(adapter), load_file(optimizer)

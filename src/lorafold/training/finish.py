@@ -2,10 +2,9 @@
 each a record of how it was made.
 
 Before a run says that it succeeded, what it trained is finite and not zero, and what it wrote is
-read back. A run that is to be resumed and is finished already is kept as it is: a job that is
-always started with --resume, as on a cluster that restarts it, may be started once more after its
-end. The same request then has the same result, which the adapter's record has; another one is
-refused.
+read back. A run that is to be resumed and is finished is kept as it is, since a cluster may start a
+job with --resume once more after its end: the same request has the same result, from the adapter's
+record; another one is refused.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.record import RECORD, named_as_now
+from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
@@ -40,14 +40,8 @@ from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
-from lorafold.training.loop import Plan, no_better
-from lorafold.training.request import (
-    FREE_ON_RESUME,
-    WHEN_MEASURED,
-    RunRequest,
-    depends_on,
-    objective_of,
-)
+from lorafold.training.loop import Plan, guessing_warning
+from lorafold.training.request import RunRequest, depends_on, free_on_resume, objective_of
 from lorafold.training.setup import Setup
 from lorafold.training_step.optim import UP
 
@@ -103,25 +97,18 @@ class Trained(ShownInNotebooks):
         over = f" of the last {LAST}" if len(self.losses) > LAST else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
-        told = f"\n{no_better(self.guessing)}".rstrip()
+        warning = f"\n{guessing_warning(self.guessing)}".rstrip()
         return (
             f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
-            f" {self.train_loss:z.4f}{held_out}{pace}){told}"
+            f" {self.train_loss:z.4f}{held_out}{pace}){warning}"
         )
 
 
 def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
-    earlier one, or in its place where the recipe keeps that; read them back, and remove the
-    checkpoints. Only the first process writes.
-
-    Raises LorafoldError where what was trained is zero or not finite, or is not what was written.
-
-    Args:
-        setup: Has the request, the tokenizer and what was found in the rows.
-        plan: The finished steps, with their adapter.
-        progress: Losses, tokens and seconds of the run.
-        base: The base's own weights, where the model has only quantized ones.
+    earlier one, or in its place if the recipe stops early; read them back, and remove the
+    checkpoints. Only rank 0 writes. `base` has the base's own weights, if the model has only
+    quantized ones.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.divides:
@@ -131,13 +118,14 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
             base = base or request.base.in_files()
         if base is None:
             plan.layout.gather_to_first()
-    better = progress.best if progress.best != progress.step else None
+    best = progress.best
+    better = best if best != progress.step else None  # where it was an earlier step
     ends = request.recipe.stops or progress.step < plan.feed.steps
-    kept = better if better is not None and ends else progress.step
+    saved_step = better if better is not None and ends else progress.step
     peaks = [n for n in processes.gather(peak_bytes(plan.device)) if n is not None]
     result = Trained(
         train_loss=mean_of_last(progress.losses),
-        eval_loss=progress.evals.get(kept),
+        eval_loss=progress.evals.get(saved_step),
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         peak_bytes=max(peaks, default=None),
         trainable_parameters=sum(p.numel() for p in adapter.parameters()),
@@ -145,7 +133,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         seconds=progress.seconds,
         adapter=str(request.out),
         losses=progress.losses,
-        figures=progress.measured.get(kept, {}),
+        figures=progress.measured.get(saved_step, {}),
         frozen=unreached(adapter.model, adapter.sites).as_json(),
         files=request.data.record.get("files", {}),
         data=setup.findings.as_json(),
@@ -161,13 +149,13 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
     with freed_blocks(RETURNED):
-        if kept == progress.step:
+        if saved_step == progress.step:
             write(request.out, record)
         if better is not None:
             _, tensors, _ = run.load(run.checkpoints()[better])
             adapter.load_state_dict(tensors)
-            write(request.out if kept == better else run.best, record | {"step": better})
-    if better is None or kept == better:
+            write(request.out if saved_step == better else run.best, record | {"step": better})
+    if better is None or saved_step == better:
         remove(run.best)  # of the run that this one replaces
     remove(run.path)
     processes.gather(None)
@@ -175,16 +163,27 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
 
 
 def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """The adapter's record: how it was made, from what, and what the run has shown. It has no wall
-    times, so that a run which was killed and resumed has the same record.
+    """The adapter's record. It has no wall times, so that a run that was killed and resumed has the
+    same record.
     """
     request, files, size = setup.request, setup.files, plan.adapter.vocabulary
+    steps = sorted(progress.evals)
+    names = dict.fromkeys(name for of_step in progress.measured.values() for name in of_step)
+    held_out = {
+        name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
+        for name in names
+    }
+    figures = {
+        STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
+        HELD_OUT: {"step": steps, **held_out} if held_out else {},
+        SAMPLES: progress.samples,
+    }
     return {
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": [loss if math.isfinite(loss) else None for loss in progress.losses],
         **({SKIPPED: progress.skipped} if progress.skipped else {}),
         "evals": progress.evals,
-        **kept_figures(progress),
+        **{name: values for name, values in figures.items() if values},
         "data": {"source": request.source, **request.data.record},
         GUESSING: progress.guessing,
         **setup.objective.record(),
@@ -233,25 +232,9 @@ def write_adapter(
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
-    """The mean loss of the last ten steps, in nats, of those that have one."""
+    """The mean loss of the last ten steps, in nats, without skipped ones."""
     tail = [loss for loss in losses[-LAST:] if math.isfinite(loss)] or [math.nan]
     return sum(tail) / len(tail)
-
-
-def kept_figures(progress: Progress) -> dict[str, Any]:
-    """What a record has of the figures that a run has shown."""
-    steps = sorted(progress.evals)
-    names = {name: None for found in progress.measured.values() for name in found}
-    held_out = {
-        name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
-        for name in names
-    }
-    found = {
-        STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
-        HELD_OUT: {"step": steps, **held_out} if held_out else {},
-        SAMPLES: progress.samples,
-    }
-    return {name: value for name, value in found.items() if value}
 
 
 def _rounded(value: Any) -> Any:
@@ -284,13 +267,7 @@ def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
 
 
 def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
-    """Read a directory that was just written. Raises LorafoldError if it can't be loaded on the
-    model of the adapter, or has other values.
-
-    Args:
-        adapter: The one that was written, the highest on its model.
-        base: The base's own weights, where the model has only quantized ones.
-    """
+    """Read a directory that was just written."""
     model = adapter.model
     if adapter.spec.trains_base:  # a plain model: files may name some of its tensors otherwise
         whole, state = FileWeights(model_files(path)), base_state(model)
@@ -304,8 +281,8 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
         targets, names = adapter.matches.paths, set(saved.weights.names)
         wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
-        for key, own in saved_tensors(sites_of(model, parts, targets, base)).items():
-            if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
+        for key, piece in saved_tensors(sites_of(model, parts, targets, base)).items():
+            if key not in names or not saved.weights.get(key).equal(piece.encoded().cpu()):
                 wrong.append(key)
     if wrong:
         raise LorafoldError(
@@ -322,13 +299,6 @@ def _learned(optimizer: Optimizer, p: Tensor) -> bool:
 
 def finished(request: RunRequest, console: Console) -> Trained | None:
     """The result of the run, if it is to be resumed and is finished; None if there is a run to do.
-
-    Args:
-        request: Says whether to resume.
-        console: For the line that says that there is nothing to resume.
-
-    Raises LorafoldError where the finished run had another recipe, model or data, and where
-    something else than a trained adapter is in its place.
     """
     out, replaced = request.out, request.overwrite or not request.resume
     if replaced or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
@@ -346,23 +316,23 @@ def finished(request: RunRequest, console: Console) -> Trained | None:
             f"nothing to resume: {out} is finished, and this is another run: {listed(differing)};"
             " choose another --out, or replace it with --overwrite"
         )
-    told = f"nothing to resume: {out} is finished"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, f"nothing to resume: {out} is finished")
     return _in_record(record, out)
 
 
 def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
-    """What the finished run had in another way."""
+    """The differences between the request and the finished run."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
-    asked = request.recipe
-    now = asked.model_dump(mode="json")
+    recipe = request.recipe
+    now = recipe.model_dump(mode="json")
     # a run settles these where they are left to it
-    left = {"storage", "max_length", "packing"} - asked.model_fields_set
-    left |= {"storage"} if asked.storage == "auto" else set()
-    left |= FREE_ON_RESUME - WHEN_MEASURED if asked.stops else FREE_ON_RESUME
+    left = {"storage", "max_length", "packing"} - recipe.model_fields_set
+    left |= {"storage"} if recipe.storage == "auto" else set()
+    left |= free_on_resume(recipe)
     for name in sorted(now.keys() - left):
         if now[name] != then[name]:
-            yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
+            was, new = (shortened(repr(of[name]), 40) for of in (then, now))
+            yield f"{name} was {was}, now {new}"
     base = record.get(BASE_IDENTITY)  # which earlier versions did not write
     if base and base != request.base.identity:
         yield "the model was another one"
@@ -382,12 +352,8 @@ def _differing(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
         yield "it started from another adapter"
 
 
-def _short(value: Any) -> str:
-    return shortened(repr(value), 40)
-
-
 def _in_record(record: Mapping[str, Any], out: Path) -> Trained:
-    """The result as far as a record has it: no times, memory and counts."""
+    """The result from a record: without times, memory and counts."""
     losses = [math.nan if loss is None else loss for loss in record["losses"]]
     evals = record.get("evals", {})
     return Trained(

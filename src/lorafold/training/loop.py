@@ -1,9 +1,9 @@
 """The training loop: one adapter, one objective, one plan of batches.
 
-The loop names no method and no objective: a spec's `penalty` and `after_step` bring in what a
-method needs, `examples` and `updates` what an objective does. The examples, learning rates and
-random numbers of step i follow from the recipe, i and the checkpoint, so a run that is killed and
-resumed writes the same bytes as one that is not.
+It names no method and no objective: a spec's `penalty` and `after_step` bring in what a method
+needs, `examples` and `updates` what an objective does. The examples, learning rates and random
+numbers of step i follow from the recipe, i and the checkpoint, so a run that is killed and resumed
+produces the same bytes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
 from lorafold.training.progress import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
-from lorafold.training_step.optim import (
-    optimizer_tensors,
-    rng_state,
-    set_learning_rates,
-    warm_steps,
-)
+from lorafold.training_step.optim import optimizer_tensors, set_learning_rates, warm_steps
 from lorafold.training_step.policy_loss import StepRollouts
 
 RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with guessing
@@ -51,7 +46,7 @@ RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with g
 log = logging.getLogger(__name__)
 SKIPPED = 5  # steps in a row that may be skipped before the run ends
 LOWER = "Try a lower learning rate (lr, lr_b), clip or alpha"
-SAID, QUIET = 3, 10  # steps without a signal, after which that is said, and after which a run ends
+TOLD, QUIET = 3, 10  # steps without a signal, after which that is said, and after which a run ends
 GROUPS = 32  # examples of them, at the least, where batches are small
 
 
@@ -81,42 +76,37 @@ class Plan:
 def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     """Train from `progress.step` to the last step, and write the checkpoints that are due.
 
-    Args:
-        plan: What is trained, and on what.
-        progress: Updated in place, and returned.
-        display: Shows each step and each held-out loss.
-
-    A step whose loss or gradient is not finite is skipped. Raises LorafoldError after SKIPPED of
-    them in a row, where the loss of the last step is not finite, and for an adapter without
-    gradient; Interrupted after SIGINT or SIGTERM.
+    A step whose loss or gradient is not finite is skipped.
     """
     recipe, objective, processes = plan.recipe, plan.objective, plan.layout.processes
     first = next(plan.feed.after(0)) if plan.guessing is None else ()
     rows = plan.feed.after(progress.step)
     if processes.lifeline is not None:
-        processes.lifeline.place = lambda: f"in step {progress.step + 1}; {kept(plan.run)}"
+        processes.lifeline.place = lambda: f"in step {progress.step + 1}; {plan.run.last_good}"
     save_every = recipe.checkpoint_interval(plan.feed.steps)
     eval_every = recipe.eval_every or save_every
     first_too = progress.step or isinstance(objective, OnPolicy)
     unmeasured = plan.held_out is not None and progress.step not in progress.evals and first_too
-    if unmeasured and (progress.step % eval_every == 0 or over(plan, progress)):
+    if unmeasured and (progress.step % eval_every == 0 or is_over(plan, progress)):
         measure(plan, progress, display)  # before the first step, or again after it failed
     with stop_signals() as stops:
-        while not over(plan, progress):
+        while not is_over(plan, progress):
             start = time.perf_counter()
-            with keeping(plan, progress, f"step {progress.step + 1}"):
+            with saving_on_failure(plan, progress, f"step {progress.step + 1}"):
                 examples = objective.examples(progress.step, next(rows), plan.loss)
             batches = objective.updates(examples, plan.loss)
             updates = [train_step(plan, batch, progress.step) for batch in batches]
             progress.step += 1
             note_step(plan, progress, display, examples, updates, time.perf_counter() - start)
-            evaluate = progress.step % eval_every == 0 or over(plan, progress)
+            evaluate = progress.step % eval_every == 0 or is_over(plan, progress)
             if evaluate and plan.held_out is not None:
                 measure(plan, progress, display)
             looked_at = max(warm_steps(recipe, plan.feed.steps) + RECENT, plan.feed.steps // 4)
-            if progress.step == looked_at and (told := no_better(guessed(plan, progress, first))):
-                display.note(f"step {progress.step}: so far {told}")
-            last, stop = over(plan, progress), processes.largest(stops[-1] if stops else 0)
+            if progress.step == looked_at:
+                warning = guessing_warning(versus_guessing(plan, progress, first))
+                if warning:
+                    display.note(f"step {progress.step}: so far {warning}")
+            last, stop = is_over(plan, progress), processes.largest(stops[-1] if stops else 0)
             # of a state that may be a bad one, older checkpoints are no worse
             good = progress.step not in progress.skipped
             due = (progress.step % save_every == 0 and good) or last or stop
@@ -124,18 +114,18 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
                 save(plan, progress)
                 processes.gather(None)
             if stop and not last:
-                where = plan.run.at(progress.step)
+                path = plan.run.path_of(progress.step)
                 message = (
-                    f"stopped after step {progress.step}; {where} is complete; the same command"
-                    " with --resume continues from it"
+                    f"stopped after step {progress.step}; {path} is complete; the same command with"
+                    " --resume continues from it"
                 )
                 raise Interrupted(message, 128 + stop)
-    progress.guessing = guessed(plan, progress, first)
+    progress.guessing = versus_guessing(plan, progress, first)
     if progress.best not in (None, progress.step):
         early = recipe.stops or progress.step < plan.feed.steps
-        kept_in = "is kept" if early else f"is in {plan.run.best}"
-        told = f"the held-out loss was lowest after step {progress.best}, whose adapter {kept_in}"
-        display.note(f"step {progress.step}: {told}")
+        place = "is kept" if early else f"is in {plan.run.best}"
+        lowest = f"the held-out loss was lowest after step {progress.best}"
+        display.note(f"step {progress.step}: {lowest}, whose adapter {place}")
     return progress
 
 
@@ -159,7 +149,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def over(plan: Plan, progress: Progress) -> bool:
+def is_over(plan: Plan, progress: Progress) -> bool:
     """Whether no step is left, or none that would help."""
     stalled = plan.recipe.stops and progress.stalled
     silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / plan.recipe.batch))
@@ -174,51 +164,40 @@ def note_step(
     updates: Sequence[tuple[float, float]],
     seconds: float,
 ) -> None:
-    """Add a step that was computed to the progress, and show it. Raises LorafoldError where the
-    last steps were all skipped, or no example of them had a signal.
-
-    Args:
-        examples: What it learned from.
-        updates: The loss and the gradient's norm of each update of the weights.
-        seconds: How long it took.
-    """
+    """Add a step that was computed to the progress, and show it."""
     loss, norm = map(fmean, zip(*updates, strict=True))
     tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
     progress.losses.append(loss)
-    progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
-    figures = {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
-    if isinstance(examples, StepRollouts):
-        figures = {**examples.figures, **figures}
-        progress.stepped(figures)
-        figures |= progress.drew(examples, tokens, seconds, read=plan.held_out is None)
-    else:
-        progress.stepped(figures)
+    progress.tokens += tokens
+    progress.seconds += seconds
+    rollouts = examples if isinstance(examples, StepRollouts) else None
+    figures = dict(rollouts.figures) if rollouts is not None else {}
+    figures |= {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
+    progress.add_figures(figures)
+    if rollouts is not None:
+        figures |= progress.add_rollouts(rollouts, tokens, seconds, read=plan.held_out is None)
     lr = plan.optimizer.param_groups[0]["lr"]
     display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
     if not math.isfinite(loss + norm):
-        skipped(plan, progress, loss, display)
-    if isinstance(examples, StepRollouts) and examples.silent:
-        tell_silent(plan, progress, display, examples.silent)
+        skip_step(plan, progress, loss, display)
+    if rollouts is not None and rollouts.silent:
+        report_silence(plan, progress, display, rollouts.silent)
 
 
-def tell_silent(plan: Plan, progress: Progress, display: Display, why: str) -> None:
-    """Say that no example of the last steps had a signal, and why. Raises LorafoldError where none
-    of any step had one.
-    """
-    n = progress.quiet
-    told = f"no group of completions of the last {n} steps has a signal: {why}"
-    if n == progress.step == QUIET:
-        raise LorafoldError(f"step {n}: {told}; {kept(plan.run)}")
-    last = over(plan, progress)
-    if n == SAID or (last and n >= min(SAID, progress.step)):
-        ends = "; the run ends here" * (last and progress.step < plan.feed.steps)
-        display.note(f"step {progress.step}: {told}{ends}")
+def report_silence(plan: Plan, progress: Progress, display: Display, why: str) -> None:
+    """Say that no example of the last steps had a signal, and why."""
+    n, step, last = progress.quiet, progress.step, is_over(plan, progress)
+    message = f"step {step}: no group of completions of the last {n} steps has a signal: {why}"
+    if n == step == QUIET:
+        raise LorafoldError(f"{message}; {plan.run.last_good}")
+    if n == TOLD or (last and n >= min(TOLD, step)):
+        display.note(message + "; the run ends here" * (last and step < plan.feed.steps))
 
 
 @contextmanager
-def keeping(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
-    """Write a checkpoint of the last complete step where a reward fails in the `with` block, in
-    process 0, and say of any error where it was.
+def saving_on_failure(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
+    """Add the place to any error of the `with` block. If a reward fails, rank 0 writes a checkpoint
+    of the last complete step.
     """
     try:
         yield
@@ -228,56 +207,57 @@ def keeping(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
             goes_on = "; the same command with --resume continues from it"
             if progress.step not in plan.run.checkpoints():
                 save(plan, progress)
-        raise LorafoldError(f"{place}: {error}; {kept(plan.run)}{goes_on}") from None
+        raise LorafoldError(f"{place}: {error}; {plan.run.last_good}{goes_on}") from None
 
 
 def measure(plan: Plan, progress: Progress, display: Display) -> None:
     """Measure on held-out examples."""
-    measured = partial(plan.objective.measure, plan.loss, plan.held_out)
-    with keeping(plan, progress, f"held-out rows after step {progress.step}"):
-        found = measured() if plan.layout.divides else plan.layout.processes.once(measured)
-    if not math.isfinite(found.loss):
+    compute, step = partial(plan.objective.measure, plan.loss, plan.held_out), progress.step
+    with saving_on_failure(plan, progress, f"held-out rows after step {step}"):
+        measured = compute() if plan.layout.divides else plan.layout.processes.once(compute)
+    loss = measured.loss
+    if not math.isfinite(loss):
         raise LorafoldError(
-            f"step {progress.step}: the held-out loss is {found.loss}; {kept(plan.run)}. {LOWER}"
+            f"step {step}: the held-out loss is {loss}; {plan.run.last_good}. {LOWER}"
         )
-    progress.evals[progress.step] = found.loss
-    if found.figures:
-        progress.measured[progress.step] = dict(found.figures)
-    progress.read(found.samples)
-    display.log({"eval_loss": found.loss, **found.numbers}, progress.step)
-    display.note(f"step {progress.step}: {found}")
+    progress.evals[step] = loss
+    if measured.figures:
+        progress.measured[step] = dict(measured.figures)
+    progress.add_samples(measured.samples)
+    numbers = {k: v for k, v in measured.figures.items() if isinstance(v, int | float)}
+    display.log({"eval_loss": loss, **{f"eval_{k}": v for k, v in numbers.items()}}, step)
+    display.note(f"step {step}: {measured}")
 
 
-def skipped(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
-    """Count and report a skipped step. Raises LorafoldError where there is no use in going on."""
-    progress.skipped.append(progress.step)
-    n, step = progress.skipping, progress.step
+def skip_step(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
+    """Count and report a skipped step."""
+    step, n = progress.step, 1
+    progress.skipped.append(step)
+    while step - n in progress.skipped:
+        n += 1
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     if n == SKIPPED or (step == plan.feed.steps and not math.isfinite(loss)):
         steps = f"step {step}" if n == 1 else f"steps {step - n + 1} to {step}"
-        raise LorafoldError(f"{steps}: {what}; {kept(plan.run)}. {LOWER}")
+        raise LorafoldError(f"{steps}: {what}; {plan.run.last_good}. {LOWER}")
     display.note(f"step {step}: {what}, so the step is skipped")
 
 
-def guessed(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
+def versus_guessing(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
     """The `loss`, the one of `guessing`, and whether the first is `better`; empty if there were too
     few steps to say, or if the loss means nothing.
 
     The mean over the last RECENT steps has to be lower by two of its standard errors. If guessing
     is the model before the first step, both losses are of the rows of that step, and a thousandth
     counts as rounding.
-
-    Args:
-        first: The examples of the first step.
     """
-    kept = progress.best if over(plan, progress) and plan.recipe.stops else None
-    recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : kept][-RECENT:]
+    last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
+    recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-RECENT:]
     recent = [loss for loss in recent if math.isfinite(loss)]
     if len(recent) < FEWEST or plan.guessing == math.inf or not math.isfinite(progress.losses[0]):
         return {}
     if plan.guessing is not None:
         loss, level, error = fmean(recent), plan.guessing, stdev(recent) / math.sqrt(len(recent))
-    elif kept in (None, progress.step):
+    elif last in (None, progress.step):
         loss, level = loss_of(plan, first), progress.losses[0]
         error = 5e-4 * level
     else:
@@ -296,75 +276,61 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
     return sum(losses) / max(1, sum(map(loss.count, examples)))
 
 
-def no_better(found: Mapping[str, Any]) -> str:
-    """A line for a user whose loss is no better than guessing; empty if it is better.
-
-    Args:
-        found: As `guessed` gives it.
-    """
-    if found.get("better", True):
+def guessing_warning(guessing: Mapping[str, Any]) -> str:
+    """A line for a user whose loss is no better than guessing; empty if it is better."""
+    if guessing.get("better", True):
         return ""
+    loss, level = guessing["loss"], guessing["guessing"]
     return (
-        f"the loss is {found['loss']:.4f}, no better than guessing ({found['guessing']:.4f}). Try"
+        f"the loss is {loss:.4f}, no better than guessing ({level:.4f}). Try"
         " more steps or lower learning rates (lr, lr_b), and check that labels or answers follow"
         " from the texts"
     )
 
 
 def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, float]:
-    """One update of the weights, none where the loss or the gradient is not finite. Returns the
-    mean loss, in nats over what counts, and the norm of the gradient before it is clipped.
-
-    Args:
-        plan: What is trained.
-        examples: Split over the processes, and those of a process over its micro-batches.
-        step: How many steps were done before.
-
-    Raises LorafoldError for an adapter without gradient.
+    """One update of the weights, skipped if the loss or the gradient is not finite. Returns the
+    mean loss, in nats, and the norm of the gradient before it is clipped.
     """
+    recipe, optimizer, layout = plan.recipe, plan.optimizer, plan.layout
+    adapter, steps = plan.adapter, plan.feed.steps
     total = max(1, sum(map(plan.loss.count, examples)))
     examples = [example for example in examples if plan.loss.learns(example)]
     if not examples:  # of a step in which there is nothing to learn
         return 0.0, 0.0
-    set_learning_rates(plan.optimizer, plan.recipe, step, plan.feed.steps)
-    summed = backward(plan, examples, total, key_of(plan.recipe.seed, step))
-    trained = [*dict.fromkeys(plan.adapter.parameters())]
-    plan.layout.add_gradients(trained)
-    plan.layout.processes.add([summed])
-    if step == 0 and not plan.optimizer.state:  # later updates may have all ratios clipped
-        idle = check_gradients(plan.adapter, plan.layout.moves(trained))
-        if idle and plan.layout.processes.first:
+    set_learning_rates(optimizer, recipe, step, steps)
+    summed = backward(plan, examples, total, key_of(recipe.seed, step))
+    trained = [*dict.fromkeys(adapter.parameters())]
+    layout.add_gradients(trained)
+    layout.processes.add([summed])
+    if step == 0 and not optimizer.state:  # later updates may have all ratios clipped
+        idle = check_gradients(adapter, layout.moves(trained))
+        if idle and layout.processes.first:
             log.warning(
                 "no gradient in the first step for %d of the %d adapted modules, on which the loss"
                 " of its rows does not depend: %s",
-                len(idle), len(plan.adapter.sites), listed(idle),
+                len(idle), len(adapter.sites), listed(idle),
             )  # fmt: skip
-    norm = plan.layout.norm(trained)
-    if plan.recipe.clip:
-        nn.utils.clip_grads_with_norm_(trained, plan.recipe.clip, norm)
+    norm = layout.norm(trained)
+    if recipe.clip:
+        nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
     # the one time that a GPU is waited for: it updates the weights while this process goes on
     loss, size = torch.stack([summed, norm.to(summed)]).tolist()
     if math.isfinite(loss) and math.isfinite(size):
-        with plan.layout.updating():
-            plan.optimizer.step()
+        with layout.updating():
+            optimizer.step()
     else:
-        plan.optimizer.zero_grad()  # before a method looks at them
-    plan.adapter.spec.after_step(plan.adapter.own_deltas, step + 1, plan.feed.steps)
-    plan.optimizer.zero_grad()
+        optimizer.zero_grad()  # before a method looks at them
+    adapter.spec.after_step(adapter.own_deltas, step + 1, steps)
+    optimizer.zero_grad()
     return loss / total, size
 
 
 def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tensor:
     """Compute the gradients of this process's share of the examples, micro-batch by micro-batch,
     and of the method's penalty. Returns the summed loss (), in nats.
-
-    Args:
-        examples: Those of all processes.
-        total: What the mean loss is over.
-        key: What dropout follows from, with the names of tokens.
     """
     loss, recipe, processes = plan.loss, plan.recipe, plan.layout.processes
-    spec = plan.adapter.spec
     share = range(len(examples))[processes.index :: processes.count]
     own = [examples[i] for i in share]
     parts = loss.micro_batches(own, recipe.accumulate, recipe.max_length) if own else []
@@ -392,72 +358,56 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
                     value = value * (1 / total)
                 # of the sum over all
                 if i == len(parts) - 1 and processes.first:
-                    added = spec.penalty(plan.adapter.own_deltas)
-                    value = value if added is None else value + added
+                    penalty = plan.adapter.spec.penalty(plan.adapter.own_deltas)
+                    value = value if penalty is None else value + penalty
                 value.backward()
     return summed
-
-
-def kept(run: RunDirectory) -> str:
-    """What is kept of a run that ends before its time."""
-    good = run.checkpoints()
-    where = f"the last good checkpoint is {good[max(good)]}" if good else ""
-    return where or "no checkpoint was written yet"
 
 
 def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> list[str]:
     """Return the paths of the adapted modules that the loss does not depend on: those of a
     cross-attention on text alone, of copies that the model's code does not call.
 
-    Args:
-        adapter: What trains.
-        moves: Its parameters that have a gradient, and whether that is anything but zero.
-
-    Raises LorafoldError if it depends on none, or all gradients are zero. Without this check, such
-    a run would only look like one that does not learn.
+    Without this check, such a run would only look like one that does not learn.
     """
-    held = {
-        path: {name: p for name, p in delta.named_parameters() if p.numel()}
-        for path, delta in adapter.deltas.items()
-    }
-    # a twin's are another's, and a mask may have no entry in a weight
-    own = {path: found for path, found in held.items() if found}
-    grads = {
-        path: {name: moves[p] for name, p in found.items() if p in moves}
-        for path, found in own.items()
-    }
+    grads: dict[str, dict[str, bool]] = {}
+    for path, delta in adapter.deltas.items():
+        held = {name: p for name, p in delta.named_parameters() if p.numel()}
+        if held:  # a twin's are another's, and a mask may have no entry in a weight
+            grads[path] = {name: moves[p] for name, p in held.items() if p in moves}
     # a scale of a vector that starts at zero, as Fastfood's, is zero at the start everywhere
-    telling = {name for found in grads.values() for name, some in found.items() if some}
+    telling = {name for own in grads.values() for name, moved in own.items() if moved}
     if telling:
         return [
             path
-            for path, found in grads.items()
-            if not found or (not any(found.values()) and telling & found.keys())
+            for path, own in grads.items()
+            if not own or (not any(own.values()) and telling & own.keys())
         ]
     cause = (
-        "all gradients are exactly zero: check that the rows of the first step have labelled tokens"
-        if any(grads.values())
-        else (
-            "the loss does not depend on any adapted module: check the targets, and that the"
-            " model's code does not detach their outputs"
-        )
+        "the loss does not depend on any adapted module: check the targets, and that the model's"
+        " code does not detach their outputs"
     )
+    if any(grads.values()):
+        zero = "all gradients are exactly zero"
+        cause = f"{zero}: check that the rows of the first step have labelled tokens"
     raise LorafoldError(
         f"the adapter received no gradient in the first step; {cause} (adapted modules:"
-        f" {', '.join([*own][:4])}, ...)"
+        f" {', '.join([*grads][:4])}, ...)"
     )
 
 
 def save(plan: Plan, progress: Progress) -> None:
     """Write a checkpoint in the first process, where the others only give it what they hold."""
-    state = optimizer_tensors(plan.optimizer) | rng_state()
+    state = optimizer_tensors(plan.optimizer) | {"rng.cpu": torch.get_rng_state()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state |= {f"rng.cuda.{i}": generator for i, generator in enumerate(cuda)}
     adapter, optimizer = map(plan.layout.pieces, (plan.adapter.state_dict(), state))
+    progress.counts = dict(plan.loss.counts)
     if plan.layout.processes.first:
-        progress.counts = dict(plan.loss.counts)
         try:
             plan.run.save(progress, adapter, optimizer, plan.recipe.keep)
         except LorafoldError as error:
-            raise LorafoldError(f"step {progress.step}: {error}; {kept(plan.run)}") from None
+            raise LorafoldError(f"step {progress.step}: {error}; {plan.run.last_good}") from None
     else:
         for piece in (*adapter.values(), *optimizer.values()):
             piece.get()

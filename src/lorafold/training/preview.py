@@ -11,8 +11,9 @@ import html as markup
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +26,7 @@ from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream
 from lorafold.files.html_page import document, html_table, notes, section, table
+from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.saved import open_all
 from lorafold.training.request import (
@@ -66,48 +68,45 @@ def show(
 ) -> Findings:
     """Print the first rows as the model will see them, and mark the tokens that count in the loss.
     Returns what was found in all rows, of large data in the first ones.
-
-    Args:
-        request: The run that the rows are for.
-        console: Where they are printed.
-        rows: How many.
-        html: Write them to this file too, as a page that needs no other.
-
-    Raises LorafoldError for rows that the objective can't use.
     """
     saved = open_all(request.adapters)
     request = with_length(request, saved, console)
     objective = objective_of(request, saved)
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
-    findings = _found(request, objective, tokenizer, console)
-    few, rendering = request.first_rows(rows), rendering_of(request.recipe)
-    limit = request.recipe.max_length
-    called = "the first rows"
-    train = examples_of(objective, few, tokenizer, limit, console, rendering, called)
-    found = list(_shown(request, few, train, objective, tokenizer))
-    told = [] if tokenizer.chat_template is None else account_of(tokenizer).lines
-    for line in told:
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    for one in found:
+    findings = _findings(request, objective, tokenizer, console)
+    recipe, rendering = request.recipe, rendering_of(request.recipe)
+    if isinstance(request.rows, RowStream):  # those that training begins with
+        stream = request.rows.rows(recipe.seed, recipe.shuffle_buffer)
+        first: Sequence[Row] = [row for _, row, _ in islice(stream, rows)]
+    else:
+        first = request.rows[:rows]
+    train = examples_of(
+        objective, first, tokenizer, recipe.max_length, console, rendering, "the first rows"
+    )
+    examples = list(_previewed(request, first, train, objective, tokenizer))
+    template = [] if tokenizer.chat_template is None else account_of(tokenizer).lines
+    print_lines(console, *(f"  {line}" for line in template))
+    for one in examples:
         console.rule()
-        console.print(one.heading, highlight=False, markup=False, soft_wrap=True)
-        for tool in one.conversation.tools:
-            console.print(f"  tool: {_line(tool)}", highlight=False, markup=False, soft_wrap=True)
-        for turn in one.conversation.messages:
-            console.print(f"  {_said(turn)}", highlight=False, markup=False, soft_wrap=True)
+        print_lines(
+            console,
+            one.heading,
+            *(f"  tool: {_tool_line(tool)}" for tool in one.conversation.tools),
+            *(f"  {_turn_line(turn)}" for turn in one.conversation.messages),
+        )
         console.print(one.text)
     if html is not None:
-        of_template = (section("The chat template") + notes(told)) * bool(told)
+        of_template = (section("The chat template") + notes(template)) * bool(template)
         roles = [(role, f"{n:,}", f"{t:,}") for role, (n, t) in findings.roles.items()]
         counted = html_table(("role", "turns", "trained on"), roles) if roles else ""
         of_data = notes(findings.lines or [findings.nothing]) + counted
-        body = of_data + of_template + LEGEND + "".join(map(_section, found))
+        body = of_data + of_template + LEGEND + "".join(map(_section, examples))
         document(f"Preview of {request.source}", body, html)
-        console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, f"page: {html}")
     return findings
 
 
-def _found(
+def _findings(
     request: RunRequest, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Findings:
     """What there is to know of the rows, as a run finds it: of all, or of the first ones where all
@@ -120,10 +119,10 @@ def _found(
         request = replace(request, rows=few[0], eval_rows=few[1])
         if few[0] is not train or few[1] is not held_out:
             less = f"the first {len(few[0]):,} rows are looked at; a run looks at all"
-            console.print(f"data: {less}", highlight=False)
+            print_lines(console, f"data: {less}")
     *_, findings = tokenized(request, tokenizer, objective, console)
     if not findings.lines:
-        console.print(f"data: {findings.nothing}", highlight=False)
+        print_lines(console, f"data: {findings.nothing}")
     return replace(findings, unseen=less or findings.unseen)
 
 
@@ -135,16 +134,12 @@ def _few(rows: Sequence[Row]) -> Sequence[Row]:
     return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]
 
 
-def _shown(
-    request: RunRequest,
-    rows: Sequence[Row],
-    train: Data,
-    objective: Objective,
+def _previewed(
+    request: RunRequest, rows: Sequence[Row], train: Data, objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[PreviewExample]:
     if not isinstance(train, Encoded):
-        examples: Sequence[Any] = train.examples
-        for number, one in enumerate(examples, 1):
+        for number, one in enumerate(train.examples, 1):
             text = objective.preview(one, tokenizer)
             yield PreviewExample(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
         return
@@ -165,7 +160,7 @@ def _shown(
             yield PreviewExample(heading, given, objective.preview(cut, tokenizer))
 
 
-def _line(tool: Tool) -> str:
+def _tool_line(tool: Tool) -> str:
     """A tool as its name, its arguments and what it does."""
     function = tool["function"]
     parameters = function.get("parameters") or {}
@@ -173,7 +168,7 @@ def _line(tool: Tool) -> str:
     return f"{function['name']}({names}) {function.get('description') or ''}".rstrip()
 
 
-def _said(message: Message) -> str:
+def _turn_line(message: Message) -> str:
     """A message in one line: its role, and what it has of reasoning, calls and content."""
     parts = []
     if thought := message.get("reasoning_content"):
@@ -196,13 +191,13 @@ def _section(one: PreviewExample) -> str:
     """One example of the page."""
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
-    said = (_said(message).partition(": ")[::2] for message in one.conversation.messages)
-    turns = [[markup.escape(part) for part in parts] for parts in said]
+    lines = map(_turn_line, one.conversation.messages)
+    turns = [[markup.escape(part) for part in line.partition(": ")[::2]] for line in lines]
     folded = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
     folded += [("The turns of the row", table(("role", "turn"), turns, "texts"))] * bool(turns)
     return (
         f"<h3>{markup.escape(one.heading)}</h3>"
-        + notes(map(_line, tools))
+        + notes(map(_tool_line, tools))
         + "".join(f"<details><summary>{n}</summary>{part}</details>" for n, part in folded)
         + f"<pre>{_marked(one.text)}</pre>"
     )
@@ -210,14 +205,13 @@ def _section(one: PreviewExample) -> str:
 
 def _marked(text: Text) -> str:
     """The text as HTML, with what is bold in it marked, and without the brackets of terminals."""
-    out, at = [], 0
+    page, at = "", 0
     for span in sorted(text.spans):
-        out.append(markup.escape(text.plain[at : span.start]))
+        page += markup.escape(text.plain[at : span.start])
         piece = text.plain[span.start : span.end]
-        if "bold" in str(span.style):
-            bare = piece[:-1].replace("⟦", "", 1) if piece.endswith("⟧") else piece
-            out.append(f"<mark>{markup.escape(bare)}</mark>")
-        else:
-            out.append(markup.escape(piece))
+        bold = "bold" in str(span.style)
+        if bold and piece.endswith("⟧"):
+            piece = piece[:-1].replace("⟦", "", 1)
+        page += f"<mark>{markup.escape(piece)}</mark>" if bold else markup.escape(piece)
         at = span.end
-    return "".join([*out, markup.escape(text.plain[at:])])
+    return page + markup.escape(text.plain[at:])

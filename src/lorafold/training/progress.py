@@ -15,11 +15,11 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
 
 PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
@@ -28,28 +28,18 @@ PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
 class Display:
     """A context that shows the loss, tokens per second and time left on a console, and reports them
     to trackers.
-
-    Args:
-        steps: How many the run has.
-        done: How many of them are done.
-        trackers: As `started` gives them; they are finished at the end.
     """
 
     def __init__(
         self, console: Console, steps: int, done: int = 0, trackers: Sequence[Any] = ()
     ) -> None:
         self.console, self.steps, self.trackers = console, steps, trackers
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}{task.fields[first]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = Progress(
+            "training", BarColumn(), MofNCompleteColumn(),
+            "loss {task.fields[loss]}{task.fields[first]}", "{task.fields[rate]} tokens/s",
+            TimeElapsedColumn(), "left", TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
         self.task = self.bar.add_task(
             "training", total=steps, completed=done, loss="-", rate="-", first=""
         )
@@ -78,20 +68,12 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False)
+        print_lines(self.console, text)
 
     def step(
         self, step: int, loss: float, rate: float, figures: Mapping[str, float], lr: float
     ) -> None:
-        """Show the figures of a step.
-
-        Args:
-            step: How many steps are done.
-            loss: The mean loss of the step in nats.
-            rate: Tokens per second, over the whole run.
-            figures: What else it has to show, by name.
-            lr: The learning rate.
-        """
+        """Show the figures of a step."""
         if self.trackers:
             self.log({"loss": loss, "lr": lr, **figures}, step)
         shown = [f", {name} {value:.4g}" for name, value in figures.items()]
@@ -104,16 +86,11 @@ class Display:
         elif not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
-            told = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
-            self.note(told + "".join(shown))
+            line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
+            self.note(line + "".join(shown))
 
-    def draw(self, step: int, told: str) -> None:
-        """Draw a notebook's bar anew, if the last time is long enough ago or this is the end.
-
-        Args:
-            step: How many steps are done.
-            told: The figures of the last one.
-        """
+    def draw(self, step: int, figures: str) -> None:
+        """Draw a notebook's bar anew, if the last time is long enough ago or this is the end."""
         now = monotonic()
         if step == self.steps or now - self.drawn >= PAUSE:
             from IPython.display import HTML
@@ -121,20 +98,16 @@ class Display:
             self.drawn = now
             left = (now - self.began) * (self.steps - step) / max(step - self.before, 1)
             minutes, seconds = divmod(round(left), 60)
-            self.cell.update(HTML(self.drawing(step, f"{told}, {minutes}:{seconds:02} left")))
+            self.cell.update(HTML(self.drawing(step, f"{figures}, {minutes}:{seconds:02} left")))
 
-    def drawing(self, step: int, told: str) -> str:
+    def drawing(self, step: int, figures: str) -> str:
         """The bar as HTML, with the figures of the last step."""
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
-        return f"{bar} step {step}/{self.steps} {html.escape(told)}"
+        return f"{bar} step {step}/{self.steps} {html.escape(figures)}"
 
 
 def started(recipe: Recipe, logs: Path) -> list[Any]:
-    """The recipe's trackers, which are told the recipe.
-
-    Args:
-        logs: The directory of those that write files, which stays.
-    """
+    """The recipe's trackers, which are told the recipe."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 

@@ -1,5 +1,5 @@
 """The request for a run, and what training and a preview make of it without a model: the objective,
-the tokenizer and the tokenized rows; and what its figures depend on, for whoever keeps figures.
+the tokenizer and the tokenized rows.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +19,22 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream, StreamFeed
-from lorafold.data.templates import day_of
 from lorafold.files.contents import of_file
-from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
+from lorafold.files.terminal import print_lines
 from lorafold.models.built_in_templates import set_variables
-from lorafold.models.tokenizer import BUILT_IN, Words, add_words, set_template
+from lorafold.models.tokenizer import Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training.checkpoint import FILES, RunDirectory
+from lorafold.training.checkpoint import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = "eval_data"  # whose losses choose the best step
-# A resumed run may change these fields: they decide what is watched and kept, not what is learned;
-# without those of WHEN_MEASURED where its recipe `stops`.
-FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers", "strategy"}
-WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
 
 
 @dataclass(frozen=True)
@@ -84,12 +78,14 @@ class RunRequest:
         """The rows as one of the two that know their identity."""
         return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
 
-    def first_rows(self, n: int) -> Sequence[Row]:
-        """The rows that training begins with, if they are streamed, else the first ones."""
-        if not isinstance(self.rows, RowStream):
-            return self.rows[:n]
-        rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
-        return [row for _, row, _ in islice(rows, n)]
+
+
+def free_on_resume(recipe: Recipe) -> set[str]:
+    """The fields that a resumed run may change: they decide what is shown and saved, not what is
+    learned; where a run ends by its held-out loss, its measurements decide that too.
+    """
+    free = {"keep", "trackers", "strategy"}
+    return free if recipe.stops else free | {"save_every", "eval_every"}
 
 
 def rendering_of(recipe: Recipe) -> Rendering:
@@ -98,37 +94,28 @@ def rendering_of(recipe: Recipe) -> Rendering:
 
 
 def objective_of(request: RunRequest, saved: Sequence[Saved] = ()) -> Objective:
-    """The run's objective for its model and the adapters that it loads.
-
-    Raises LorafoldError for rows of other shapes than the objective takes, for options that it does
-    not have, and for labels that are not the model's.
-    """
+    """The run's objective for its model and the adapters that it loads."""
     recipe = request.recipe
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
-    options = recipe.beta, recipe.objective_options
-    asked = ObjectiveRequest(
-        recipe.objective, rows, request.base, saved, *options, request.rewards, recipe.seed
-    )
-    return OBJECTIVES[recipe.objective].kind.of(asked)
+    wanted = ObjectiveRequest(
+        recipe.objective, rows, request.base, saved, recipe.beta, recipe.objective_options,
+        request.rewards, recipe.seed,
+    )  # fmt: skip
+    return OBJECTIVES[recipe.objective].kind.of(wanted)
 
 
 def with_length(request: RunRequest, saved: Sequence[Saved], console: Console) -> RunRequest:
     """The request with the length that rows are cut to: that of the run to resume, if the recipe
     does not set one, else as `settled_length` finds it.
-
-    Args:
-        saved: The adapters that the run loads.
-        console: For a line where the model's positions bound it.
     """
     recipe, began = request.recipe, None
     if request.resume and "max_length" not in recipe.model_fields_set:
-        began = RunDirectory(request.out).written("max_length")
+        began = RunDirectory(request.out).recorded("max_length")
     if isinstance(began, int):
         return replace(request, recipe=recipe.model_copy(update={"max_length": began}))
-    specs = [one.spec for one in saved]
-    specs += [] if request.init_adapter else [spec_of(recipe)]
-    before = sum(spec.positions for spec in specs)
+    before = sum(one.spec.positions for one in saved)
+    before += 0 if request.init_adapter else spec_of(recipe).positions
     return replace(request, recipe=settled_length(recipe, request.base, before, console))
 
 
@@ -137,12 +124,6 @@ def tokenizer_for(
 ) -> tuple[PreTrainedTokenizerBase, Words]:
     """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
     template and new tokens, and the ids of these tokens.
-
-    Args:
-        request: Names the chat template and the new tokens.
-        objective: Adds what the tokenizer lacks for it, such as a chat template.
-        console: For notices of what was added.
-        saved: The adapters that the run loads.
     """
     tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
@@ -151,9 +132,7 @@ def tokenizer_for(
         set_variables(tokenizer, request.recipe.template_kwargs)
     new = request.recipe.new_tokens
     words = add_words(tokenizer, new) if new else Words({}, frozenset())
-    for notice in (str(words) if new else "", objective.set_up(tokenizer)):
-        if notice:
-            console.print(notice, highlight=False, markup=False)
+    print_lines(console, words if new else "", objective.set_up(tokenizer))
     if request.recipe.allow_control_tokens or words.ids:
         allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)
     return tokenizer, words
@@ -173,17 +152,13 @@ def tokenized(
 ) -> tuple[BatchFeed, Data | None, Findings]:
     """The feed of the run, the examples to measure on, which may be None, and what there is to know
     of the rows; all are reported.
-
-    Args:
-        request: Has the rows, or the share of them that is held out.
-        tokenizer: As `tokenizer_for` gives it.
-        objective: Makes examples of rows.
-        console: For the reports, such as how many examples were cut.
-
-    Raises LorafoldError for rows that the objective can't use.
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
-    made = tokenizer, recipe.max_length, console, rendering
+    encode = partial(
+        examples_of, objective, tokenizer=tokenizer, max_length=recipe.max_length, console=console,
+        rendering=rendering,
+    )  # fmt: skip
+    measured, compared = None, None
     if isinstance(request.rows, RowStream):
         feed: BatchFeed = StreamFeed(
             partial(request.rows.rows, buffer=recipe.shuffle_buffer),
@@ -193,22 +168,19 @@ def tokenized(
             recipe.total_steps(0),
             recipe.seed,
         )
-        measured = None
         if request.eval_rows:
-            measured = examples_of(objective, request.eval_rows, *made, called="held out")
+            measured = encode(request.eval_rows, called="held out")
         findings = Findings(0, unseen=STREAMED)
     else:
         rows, held_out = sides(request)
-        train = examples_of(objective, rows, *made)
+        train = encode(rows)
         steps = recipe.total_steps(epoch_size(train.parts))
         feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
-        measured, compared = None, None
         if held_out is not None:
-            measured = examples_of(objective, held_out, *made, called="held out")
+            measured = encode(held_out, called="held out")
             compared = measured.examples, Rows.of(held_out)
         findings = look(train.examples, Rows.of(rows), recipe.max_length, compared)
-    for line in findings.lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, *findings.lines)
     return feed, measured, findings
 
 
@@ -217,44 +189,8 @@ def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
     held-out rows, the file of a chat template, and what the objective names.
     """
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
-    found: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
+    identity: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template
     if template is not None and Path(template).is_file():
-        found["chat_template"] = of_file(Path(template))[1]
-    return found
-
-
-def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
-    """What the figures of runs depend on besides their recipe and rows: the identity of the model
-    and of a chat template, how and where the model is loaded, and the code.
-
-        digest_of([grounds(base, recipe.chat_template, "comparing"), recipe, rows.sha256])
-
-    Args:
-        base: The model, whose storage is settled.
-        template: The recipe's chat template, whose file may change.
-        *rooms: The packages that measure, besides those that train.
-    """
-    file = None if template is None or template in BUILT_IN else of_file(Path(template))[1]
-    return {
-        FILES: base.identity,
-        "device": base.where.type,
-        "storage": [base.loaded_as.name, str(base.loaded_as.dtype)],
-        "chat_template": file,
-        "code": of_code(*TRAINING, *rooms, packages=COMPUTED_WITH),
-    }
-
-
-def day_written(base: Base, template: str | None, saved: Sequence[Saved] = ()) -> str:
-    """The date of today where the chat template asks for it, so that figures are kept for one day;
-    else empty.
-
-    Args:
-        base: The model.
-        template: The recipe's chat template.
-        saved: The adapters that are loaded, one of which may have a tokenizer of its own.
-    """
-    tokenizer = base.tokenizer(saved)
-    if template is not None:
-        set_template(tokenizer, template)
-    return day_of(tokenizer)
+        identity["chat_template"] = of_file(Path(template))[1]
+    return identity

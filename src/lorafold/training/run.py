@@ -7,10 +7,6 @@
     prepare           the optimizer, and the state of a run that is resumed: the plan of the steps
     fit               the steps: forward, backward, update, evaluation, checkpoints
     finish            the files: adapter, model card, record
-
-A delta is the change that an adapter makes to one layer; a layout says how the processes share the
-model (each has it whole, or FSDP divides it). KEPT and RETURNED say whether memory that tensors
-leave stays with the process, for the next ones, or goes back to the system.
 """
 
 from __future__ import annotations
@@ -18,37 +14,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
+from lorafold.adapter import Adapter
+from lorafold.core.delta import put
+from lorafold.data.batches import BatchFeed
+from lorafold.data.control_tokens import NOTE
+from lorafold.errors import LorafoldError
 from lorafold.files.paths import check_name
+from lorafold.files.terminal import format_bytes, print_lines
+from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.objective import Data, OnPolicy
+from lorafold.recipe.recipe import FEW, STEPS, Recipe
+from lorafold.rewards.judging import REWARDS, adapter_in
 from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
 from lorafold.runtime.processes import ALONE, Processes
-from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.finish import Trained, finish, finished
-from lorafold.training.loop import fit
+from lorafold.training.loop import Plan, fit
 from lorafold.training.progress import Display, started
-from lorafold.training.request import RunRequest
+from lorafold.training.request import RunRequest, depends_on, free_on_resume
 from lorafold.training.setup import Setup, adapted_model, check_places, set_up
-from lorafold.training.start import in_common, prepare
-from lorafold.training_step.adamw import in_words
+from lorafold.training_step.adamw import make_optimizer, optimizer_line, pick
 from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.losses import Loss
+from lorafold.training_step.optim import (
+    param_groups,
+    parameters,
+    rates,
+    restore_optimizer,
+    restore_rng,
+    sum_in_fp32,
+)
 from lorafold.training_step.sharding import Sharded
+
+SAMPLED = 8  # steps, whose rows are searched for shared prefixes
 
 
 def train(request: RunRequest, console: Console, processes: Processes = ALONE) -> Trained:
-    """Train one adapter and write it to `request.out`.
-
-    A run that is to be resumed and is finished is left as it is.
-
-    Args:
-        request: What to train, on which rows.
-        console: For progress and notices, of the first process alone.
-        processes: Those that compute it together, each with this request.
-
-    Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is
-    written) after SIGINT or SIGTERM.
+    """Train one adapter and write it to `request.out`, in processes that each have this request. A
+    run that is to be resumed and is finished is left as it is. Raises Interrupted after SIGINT or
+    SIGTERM, when a checkpoint is written.
     """
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:
@@ -64,30 +75,33 @@ def train(request: RunRequest, console: Console, processes: Processes = ALONE) -
 
 def _train(setup: Setup, console: Console) -> Trained:
     request, recipe, objective = setup.request, setup.request.recipe, setup.objective
-    layout, tokenizer = setup.layout, setup.tokenizer
+    layout, tokenizer, base = setup.layout, setup.tokenizer, request.base
+    # of the model without the adapter that trains: its files, storage and device
+    identities = [of["sha256"] for name, of in setup.files.items() if name != "init_adapter"]
+    identities += [base.loaded_as.name, str(base.held.dtype), base.where.type]
 
     with layout.reading():
         model, adapter, base_weights = adapted_model(setup, console)
 
-    if recipe.strategy == "fsdp" and not isinstance(layout, Sharded):
-        told = "strategy fsdp: one process has all weights; several would divide them"
-        console.print(told, highlight=False, soft_wrap=True)
-    dividing = divided(layout, model, console) if isinstance(layout, Sharded) else nullcontext()
+    if isinstance(layout, Sharded):
+        dividing: Any = divided(layout, model, console)
+    else:
+        dividing, alone = nullcontext(), "one process has all weights; several would divide them"
+        print_lines(console, f"strategy fsdp: {alone}" * (recipe.strategy == "fsdp"))
     with freed_blocks(KEPT), dividing:
         with (
             # first: a policy's sampler copies the model's modules before any of them is fused
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
             fused(model) as fused_parts,
         ):
-            console.print(str(fused_parts), highlight=False)
-            loss.to(request.base.where)
+            print_lines(console, fused_parts)
+            loss.to(base.where)
             with layout.reading():
                 # some objectives compare with the untrained model, whose losses join the rows
                 feed, held_out = objective.refer(
-                    loss, setup.feed, setup.held_out, setup.below, console, layout
+                    loss, setup.feed, setup.held_out, identities, console, layout
                 )
-                if shared_prefixes := in_common(setup, loss, feed):
-                    console.print(shared_prefixes, highlight=False)
+                print_lines(console, in_common(setup, loss, feed))
                 plan, progress = prepare(setup, adapter, loss, feed, held_out, console)
 
             # the logs of trackers stay when the checkpoints are removed
@@ -97,9 +111,7 @@ def _train(setup: Setup, console: Console) -> Trained:
             with Display(console, feed.steps, progress.step, trackers) as display:
                 fit(plan, progress, display)
 
-        for line in (feed.told, adapter.spec.report(adapter.own_deltas)):
-            if line:
-                console.print(line, highlight=False)
+        print_lines(console, feed.told, adapter.spec.report(adapter.own_deltas))
         return finish(setup, plan, progress, base_weights)
 
 
@@ -108,11 +120,167 @@ def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[Non
     """Divide the model among the processes until the `with` block ends, and say how."""
     # what is whole for a moment must not stay in the process
     with freed_blocks(RETURNED), layout.dividing(model):
-        console.print(
-            f"strategy fsdp: of {in_words(layout.whole)} of weights process 0 of"
-            f" {layout.processes.count} keeps {in_words(layout.kept)}, and at most"
-            f" {in_words(layout.largest)} are whole at a time",
-            highlight=False,
-            soft_wrap=True,
+        whole, kept, largest = map(format_bytes, layout.sizes())
+        print_lines(
+            console,
+            f"strategy fsdp: of {whole} of weights process 0 of {layout.processes.count} keeps"
+            f" {kept}, and at most {largest} are whole at a time",
         )
         yield
+
+
+def prepare(
+    setup: Setup,
+    adapter: Adapter,
+    loss: Loss,
+    feed: BatchFeed,
+    held_out: Data | None,
+    console: Console,
+) -> tuple[Plan, Progress]:
+    """The plan of the steps, and how far they have come: a fresh run or, if its request says to
+    resume, the last checkpoint.
+    """
+    request, layout, spec = setup.request, setup.layout, adapter.spec
+    recipe, where, processes = request.recipe, request.base.where, layout.processes
+    progress, state = begin(setup, adapter, loss, feed, console)
+    lr_b = spec.lr_b and spec.lr_b * (loss.pace_up or loss.pace)
+    lr = recipe.lr or spec.lr * loss.pace
+    whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
+    groups = param_groups(
+        adapter.parts(), lr, recipe.lr_b or lr_b or lr, not recipe.weight_decay, whole
+    )
+    sum_in_fp32(adapter.model)
+    if isinstance(layout, Sharded):
+        layout.share_out(parameters(groups))
+    parts = processes.count if layout.divides else 1
+    chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
+    progress.optimizer = chosen.name
+    print_lines(console, optimizer_line(chosen, groups, recipe.seed, parts), rates(groups, lr))
+    optimizer = make_optimizer(chosen.name, groups, recipe)
+    if state:
+        with layout.apart():
+            tensors = {k: v for k, v in state.items() if not k.startswith("rng.")}
+            restore_optimizer(optimizer, tensors, layout.updates)
+        restore_rng(state)
+    if state is not None:
+        print_lines(console, f"resuming after step {progress.step} of {feed.steps}")
+    elif recipe.stops and held_out is None and feed.steps == STEPS:
+        remedy = "found no held-out rows to end by; --eval-fraction 0.1 holds some out"
+        print_lines(console, f"epochs auto: {feed.steps} steps, {remedy}")
+    elif recipe.steps is None and feed.steps < FEW:
+        less = "" if held_out else ", and --eval-fraction 0.1 ends where they no longer help"
+        few = f"steps: {feed.steps}, few to learn by: --epochs auto takes {STEPS}{less}"
+        print_lines(console, few)
+    plan = Plan(
+        recipe, setup.objective, adapter, loss, where, optimizer, feed, held_out,
+        setup.objective.guessing(setup.findings.labels), RunDirectory(request.out), layout,
+    )  # fmt: skip
+    return plan, progress
+
+
+def begin(
+    setup: Setup, adapter: Adapter, loss: Loss, feed: BatchFeed, console: Console
+) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Load the last checkpoint of a run that is resumed into the adapter, or have the method
+    prepare a fresh one. Returns how far the run is, and the tensors of its optimizer: none before
+    the first checkpoint, of any shape after it, None for a fresh run.
+    """
+    request, layout, spec = setup.request, setup.layout, adapter.spec
+    run, identity = RunDirectory(request.out), identity_of(setup, adapter)
+    resumes = request.resume and run.path.exists()
+    if resumes:
+        judged, judges = run.recorded(REWARDS) or {}, identity.get(REWARDS, {})
+        others = [name for name, digest in judged.items() if judges.get(name) != digest]
+        if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
+            identity[REWARDS] = judged  # as one that failed and was mended is
+            changed = f"reward {', '.join(others)}: changed"
+            print_lines(console, f"{changed}, and judges from here on as it is now")
+        run.check(identity)
+        if checkpoints := run.checkpoints():
+            progress, tensors, state = run.load(checkpoints[max(checkpoints)])
+            loss.counts |= progress.counts
+            with layout.apart():
+                adapter.load_state_dict(tensors, layout.owns)
+            return progress, state
+    elif request.resume:
+        print_lines(console, f"{run.path}: no run to resume, this one starts from the beginning")
+    if layout.processes.first and not resumes:
+        run.start(identity)
+    spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, request.recipe))
+    if layout.processes.count > 1:
+        take_first(adapter, layout.processes)
+    return Progress(), {} if resumes else None
+
+
+def take_first(adapter: Adapter, processes: Processes) -> None:
+    """Have all processes begin with what process 0 prepared: where another one rounds otherwise,
+    its method may choose other entries, and of each weight another number.
+    """
+    states = {path: delta.state_dict() for path, delta in adapter.deltas.items()}
+    shapes = {path: {name: t.shape for name, t in of.items()} for path, of in states.items()}
+    for path, first in processes.once(lambda: shapes).items():
+        for name, shape in first.items():
+            if shape != shapes[path][name]:
+                put(adapter.deltas[path], name, states[path][name].new_empty(shape))
+    processes.same([p.detach() for p in adapter.tensors()])
+
+
+def in_common(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
+    """What of the first steps is computed once for several rows, as a line; None if little is, or
+    what is computed is not known yet.
+    """
+    once, each, recipe = 0, 0, setup.request.recipe
+    if isinstance(setup.objective, OnPolicy):
+        return None
+    for examples in islice(feed.after(0), min(SAMPLED, feed.foreseen)):
+        each += sum(loss.computed([example]) for example in examples)
+        for part in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
+            once += loss.computed([examples[i] for i in part])
+    if once > 0.99 * each:
+        return None
+    return f"packing: {1 - once / each:.0%} of the tokens begin as another row's: computed once"
+
+
+def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was stopped, among it the version of
+    lorafold.
+    """
+    request = setup.request
+    recipe, free = request.recipe.model_dump(mode="json"), free_on_resume(request.recipe)
+    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in free}
+    identity |= {
+        "lorafold": version("lorafold"),
+        "model": request.base.name,
+        "data": request.data.identity,
+        "init_adapter": str(request.init_adapter or ""),
+        FILES: setup.files,
+        **depends_on(request, setup.objective),
+    }
+    if request.over:
+        identity["over"] = [origin.sha256 for origin in adapter.over]
+    if request.recipe.chat_template is not None or request.recipe.template_kwargs:
+        # the template itself: the file that the recipe names may have changed
+        template: Any = setup.tokenizer.chat_template
+        named = template if isinstance(template, dict) else {"": str(template)}
+        plain = {name: NOTE.sub("", text) for name, text in named.items()}
+        identity["chat_template"] = str(plain.get("", plain))
+    if setup.day:
+        identity["day"] = setup.day
+    return identity
+
+
+def sample_losses(
+    loss: Loss, feed: BatchFeed, recipe: Recipe, n: int, rows: int | None = None
+) -> Iterator[Tensor]:
+    """Mean losses of n batches, each a scalar in nats, drawn as training draws them but with a seed
+    of their own.
+    """
+    if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
+        raise LorafoldError(
+            f"method {recipe.method}: it asks for losses of rows before the first step, where the"
+            f" objective {recipe.objective} has none, expected a spec that says so (asks_losses)"
+        )
+    loss.train()
+    for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
+        inputs = loss.collate(chosen, loss.device)
+        yield loss(**inputs, **loss.of_step(chosen)) / max(1, sum(map(loss.count, chosen)))

@@ -7,7 +7,7 @@ The cheap refusals come first, so that a wrong request fails before anything is 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -30,8 +30,9 @@ from lorafold.data.checks import Findings
 from lorafold.data.templates import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
+from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
-from lorafold.memory.before_run import planned, settle
+from lorafold.memory.before_run import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.positions import positions_of
@@ -84,23 +85,9 @@ class Setup:
     layout: Replicated  # how tensors lie among the processes
     day: str = ""  # what the chat template writes as the date; empty where it asks for none
 
-    @property
-    def below(self) -> list[str]:
-        """What the model computes without the adapter that trains depends on: files, storage and
-        device.
-        """
-        read = [of["sha256"] for name, of in self.files.items() if name != "init_adapter"]
-        base = self.request.base
-        return [*read, base.loaded_as.name, str(base.loaded_as.dtype), base.where.type]
-
 
 def check_request(request: RunRequest, console: Console, processes: Processes) -> Spec:
-    """The spec of the recipe's method; a notice names the recipe's fields that it leaves out.
-
-    Raises LorafoldError for an output that exists or is one of the adapters to load, a stopped run
-    in `<out>.run`, a batch that can't be split over the processes, an optimizer that is not
-    installed, an unknown method, and fields that an initial adapter fixes.
-    """
+    """The spec of the recipe's method; a notice names the recipe's fields that it leaves out."""
     if request.over or request.init_adapter:
         check_places(request)
     run, replaces = RunDirectory(request.out), request.overwrite or request.resume
@@ -121,7 +108,7 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
         bitsandbytes_optimizers(request.recipe.optimizer)
     spec = spec_of(request.recipe)
     if left_out(request.recipe):
-        console.print(without(request.recipe), highlight=False)
+        print_lines(console, without(request.recipe))
     fixed = sorted(OF_ADAPTER & request.recipe.model_fields_set)
     if request.init_adapter and fixed:
         raise LorafoldError(
@@ -137,12 +124,7 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
 
 
 def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) -> None:
-    """Raise LorafoldError if what the run writes is, contains or lies in what it reads.
-
-    Args:
-        besides: Directories that it reads besides its adapters, each after the option that names
-            it.
-    """
+    """Raise LorafoldError if what the run writes is, contains or lies in what it reads."""
     run = RunDirectory(request.out)
     read = [*(("--over", path) for path in request.over), *besides]
     if request.init_adapter:
@@ -158,27 +140,21 @@ def check_places(request: RunRequest, besides: Iterable[tuple[str, Path]] = ()) 
 
 
 def saved_adapters(request: RunRequest) -> list[Saved]:
-    """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
-    trained on another base, or over others than those of `over` that are below it.
-    """
-    found = [*open_all(request.adapters)] if request.adapters else []
-    origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
-    for n, one in enumerate(found):
+    """The adapters that the run loads, lowest first."""
+    saved = [*open_all(request.adapters)]
+    origins = [Origin(path=str(one), sha256=one.sha256) for one in saved]
+    for n, one in enumerate(saved):
         if not (request.base.allow_other_base or same_adapters(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
             raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; give {needed}")
-    if found and not request.base.allow_other_base and (base := request.base.in_files()):
-        for one in found:
+    if not request.base.allow_other_base and (base := request.base.in_files()):
+        for one in saved:
             one.own_base.check(base, request.base.name)
-    return found
+    return saved
 
 
 def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) -> Setup:
-    """Check the request, choose device and storage, and tokenize the rows.
-
-    Raises LorafoldError for anything wrong with the request or its rows, and where the processes
-    do not have the same.
-    """
+    """Check the request, choose device and storage, and tokenize the rows."""
     spec = check_request(request, console, processes)
     saved = saved_adapters(request) if request.over or request.init_adapter else []
     objective = objective_of(request, saved)
@@ -198,18 +174,17 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         name = "init_adapter" if n == len(request.over) else request.below[n]
         files[name] = {"name": str(one), "sha256": of_adapter(one)}
     tokenizer, words = tokenizer_for(request, objective, console, saved)
-    inherited = request.init_adapter is not None and saved[-1].own_tokenizer
     changes = recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
-    own = bool(words.ids or any(changes) or inherited)
+    changed = bool(words.ids or any(changes) or (request.init_adapter and saved[-1].own_tokenizer))
     day, dated = day_of(tokenizer), tokenizer
     if day:
-        began = RunDirectory(request.out).written("day") if request.resume else None
+        began = RunDirectory(request.out).recorded("day") if request.resume else None
         day = str(began or request.day or day)
         dated = on_day(tokenizer, day)
-        held = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
-        console.print(f"the chat template writes the date: {held}", highlight=False)
+        written = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
+        print_lines(console, f"the chat template writes the date: {written}")
     feed, held_out, findings = tokenized(request, dated, objective, console)
-    console.print(f"base: {base.loaded_as.why}", highlight=False)
+    print_lines(console, f"base: {base.loaded_as.why}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, expected one that draws no"
@@ -217,7 +192,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = ALONE) 
         )
     divides = recipe.strategy == "fsdp" and processes.count > 1
     setup = Setup(
-        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out, findings,
+        request, spec, objective, tokenizer, words, files, saved, changed, feed, held_out, findings,
         Sharded(processes) if divides else Replicated(processes), day,
     )  # fmt: skip
     if processes.count > 1:
@@ -232,7 +207,7 @@ def check_alike(setup: Setup) -> None:
     """
     request, processes = setup.request, setup.layout.processes
     recipe = request.recipe.model_dump(mode="json")
-    own: dict[str, Any] = {
+    here: dict[str, Any] = {
         "lorafold": f"{version('lorafold')} ({of_code(*TRAINING)[:8]})",
         **{name: version(name) for name in COMPUTED_WITH},
         **{f"the files of {of['name']}": of["sha256"][:8] for of in setup.files.values()},
@@ -242,8 +217,8 @@ def check_alike(setup: Setup) -> None:
         "the device": request.base.where.type,
     }
     if request.resume:
-        own["the run to resume"] = RunDirectory(request.out).seen()
-    (host, first), *others = processes.gather((socket.gethostname(), own))
+        here["the run to resume"] = RunDirectory(request.out).checkpoint_label()
+    (host, first), *others = processes.gather((socket.gethostname(), here))
     for number, (there, theirs) in enumerate(others, 1):
         if differing := [
             f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
@@ -268,12 +243,12 @@ def adapted_model(
     what the layout has it keep.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
-    over = setup.saved[: len(request.over)]
+    over, objective = setup.saved[: len(request.over)], setup.objective
     stored = setup.saved[-1] if request.init_adapter else None
-    heaviest, objective = largest_setting(setup), setup.objective
-    free = min(setup.layout.processes.gather(free_bytes(base.where)))
-    asked = recipe.gradient_checkpointing
-    checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
+    checkpointing, unknown = choose_checkpointing(
+        base.config(), largest_setting(setup), recipe.gradient_checkpointing,
+        min(setup.layout.processes.gather(free_bytes(base.where))), console,
+    )  # fmt: skip
     with setup.layout.loading(base.where):
         model = objective.load(base, setup.tokenizer, recipe.seed)
     limit = positions_of(model).table
@@ -286,48 +261,46 @@ def adapted_model(
         load(model, one, request.below[n], allow_other_base=other, base=weights)
     if stored is not None:
         adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
-    if unknown:
-        console.print(unknown, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, unknown)
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
-    elif missing := untrained(
-        model, objective.modules_to_save(model, adapter.spec, recipe.targets)
-    ):
+    elif missing := [
+        path
+        for path in objective.modules_to_save(model, adapter.spec, recipe.targets)
+        if not isinstance(module_at(model, path), Adapted)
+    ]:
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
             f" objective {recipe.objective} has to train, expected an adapter with it; as the"
             " frozen adapter below a new one, give it as --over"
         )
     towers = Anatomy.of(model).encoders
-    for line in (
+    print_lines(
+        console,
         text_alone(model, adapter.sites) if towers else None,
         repr(adapter),
         f"  {unreached(model, adapter.sites)}",
         strays(model, adapter.matches) if towers else None,
-    ):
-        if line is not None:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    )
     if checkpointing:
         recompute(model)
     return model, adapter, weights
 
 
 def largest_setting(setup: Setup) -> Setting:
-    """What the memory of the run's largest micro-batch is estimated from, before anything is
-    loaded.
-    """
+    """The setting of the run's largest micro-batch, for an estimate before anything is loaded."""
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     stored = setup.saved[-1] if request.init_adapter else None
     below = tuple((s.spec, s.attach_options) for s in setup.saved[: len(request.over)])
     extra = stored.attach_options if stored else partial(extras, setup)
     spec, shared = stored.spec if stored else setup.spec, setup.layout.processes.count
-    trusted = base.trust_remote_code
-    asked = Setting(
-        base.loaded_as, spec, recipe.targets, extra, below=below, trust_remote_code=trusted
-    )
-    return planned(
-        recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out,
+    setting = Setting(
+        base.loaded_as, spec, recipe.targets, extra, below=below,
+        trust_remote_code=base.trust_remote_code,
+    )  # fmt: skip
+    return largest_batch(
+        recipe, setup.feed, setup.objective, setting, shared, base.where, setup.held_out,
         may_share(base.config()),
     )  # fmt: skip
 
@@ -351,24 +324,16 @@ def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
         )
 
 
-def untrained(model: PreTrainedModel, needed: Sequence[str]) -> list[str]:
-    """Those of the modules that an objective needs trained which no adapter has trained yet.
-
-    Args:
-        model: As the objective loads it, with adapters attached.
-        needed: Paths.
-    """
-    return [path for path in needed if not isinstance(module_at(model, path), Adapted)]
-
-
 def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `attach` for what is trained in addition to the method: biases, whole modules,
-    and the embeddings of tokens.
+    """Arguments of `attach` for modules that are trained in addition to the method: biases, whole
+    modules, and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
-    saved = (*recipe.modules_to_save, *untrained(model, needed))
+    fresh = (path for path in needed if not isinstance(module_at(model, path), Adapted))
     tokens = TrainableTokens(
         tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new)
     )
-    return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}
+    return {
+        "bias": recipe.bias, "modules_to_save": (*recipe.modules_to_save, *fresh), "tokens": tokens,
+    }  # fmt: skip

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class AdapterCallback(TrainerCallback):
         self.adapter, self.out, self.overwrite = adapter, out, overwrite
         self.resume_from, self.own_reference = resume_from, own_reference
         self._saved_step = -1
-        self._kept_out: BaseKeptOut | None = None
+        self._base: BaseKeptOut | None = None
 
     @staticmethod
     def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -112,7 +113,7 @@ class AdapterCallback(TrainerCallback):
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         self._check_model(kwargs["model"])
         # a run that is resumed loads the empty weights before it begins
-        self._kept_out = BaseKeptOut(kwargs["model"])
+        self._base = BaseKeptOut(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,7 +123,7 @@ class AdapterCallback(TrainerCallback):
         self._check_model(kwargs["model"])
         if not self.own_reference:
             check_reference(self.adapter, args)
-        self._kept_out = self._kept_out or BaseKeptOut(kwargs["model"])
+        self._base = self._base or BaseKeptOut(kwargs["model"])
         resumed = state.global_step > 0
         if args.should_save:
             check_out(self._out(args), self.overwrite or resumed)
@@ -157,9 +158,9 @@ class AdapterCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._kept_out is not None:
-            self._kept_out.end()
-            self._kept_out = None
+        if self._base is not None:
+            self._base.end()
+            self._base = None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._restore(Path(state.best_model_checkpoint))
         if args.should_save:
@@ -169,8 +170,8 @@ class AdapterCallback(TrainerCallback):
         return Path(self.out) if self.out is not None else Path(str(args.output_dir)) / ADAPTER
 
     def _base_stays_out(self, yes: bool) -> None:
-        if self._kept_out is not None:
-            self._kept_out.switch(yes)
+        if self._base is not None:
+            self._base.switch(yes)
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         if not args.should_save or self._saved_step == state.global_step:
@@ -185,14 +186,14 @@ class AdapterCallback(TrainerCallback):
         self._saved_step = state.global_step
 
     def _check_model(self, model: nn.Module) -> None:
-        name, own = self.adapter.name, {id(p) for p in self.adapter.parameters()}
+        name, trained = self.adapter.name, {id(p) for p in self.adapter.parameters()}
         named = list(model.named_parameters())
-        if not own or not own <= {id(p) for _, p in named}:
+        if not trained or not trained <= {id(p) for _, p in named}:
             raise LorafoldError(
                 f"AdapterCallback: the trainer's model does not carry the adapter {name!r}; attach"
                 " it to the model that the trainer gets, and leave it attached"
             )
-        if others := [n for n, p in named if p.requires_grad and id(p) not in own]:
+        if others := [n for n, p in named if p.requires_grad and id(p) not in trained]:
             raise LorafoldError(
                 f"AdapterCallback saves the adapter {name!r} alone, and {len(others)} other"
                 f" parameters of the model train as well: {listed(others)}"
@@ -202,14 +203,14 @@ class AdapterCallback(TrainerCallback):
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The checkpoint that the trainer resumed, which the state that it read there tells."""
-        own = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        path = own if self.resume_from is None else Path(self.resume_from)
+        expected = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        path = expected if self.resume_from is None else Path(self.resume_from)
         try:
-            found = TrainerState.load_from_json(str(path / TRAINER_STATE))
+            stored = TrainerState.load_from_json(str(path / TRAINER_STATE))
         except (OSError, ValueError, TypeError):
-            found = None
+            stored = None
         names = ("global_step", "epoch", "total_flos", "log_history")
-        if found is None or any(getattr(found, n) != getattr(state, n) for n in names):
+        if stored is None or any(getattr(stored, n) != getattr(state, n) for n in names):
             raise LorafoldError(
                 f"AdapterCallback: the trainer resumed another checkpoint than {path}; name it:"
                 " AdapterCallback(adapter, resume_from=...)"
@@ -217,14 +218,14 @@ class AdapterCallback(TrainerCallback):
         return path
 
     def _restore(self, checkpoint: Path) -> None:
-        """Gives the adapter the tensors of a checkpoint, in place, since the optimizer has them."""
+        """Give the adapter the tensors of a checkpoint, in place, since the optimizer has them."""
         for part in (ADAPTER, STATE):
             if problems := verify(checkpoint / part):
                 good = self.last_checkpoint(checkpoint.parent)
-                where = f"the last complete checkpoint is {good}" * bool(good)
+                last = f"the last complete checkpoint is {good}" * bool(good)
                 raise LorafoldError(
                     f"{checkpoint / part}: no adapter that could be resumed:"
-                    f" {as_one(problems)}; {where or 'there is no complete checkpoint'}"
+                    f" {as_one(problems)}; {last or 'there is no complete checkpoint'}"
                 )
         saved = Saved.open(checkpoint / ADAPTER)
         model = self.adapter.model
@@ -234,15 +235,15 @@ class AdapterCallback(TrainerCallback):
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)
         if about.get("spec") != spec:
             wrong.append(f"it holds {about.get('spec')}, expected {spec}")
-        own, found = self.adapter.state_dict(), load_file(checkpoint / STATE / TENSORS)
+        tensors, stored = self.adapter.state_dict(), load_file(checkpoint / STATE / TENSORS)
         wrong += [
-            f"{key}: shape {list(found[key].shape)}, expected {list(tensor.shape)}"
-            for key, tensor in own.items()
-            if key in found and found[key].shape != tensor.shape
+            f"{key}: shape {list(stored[key].shape)}, expected {list(tensor.shape)}"
+            for key, tensor in tensors.items()
+            if key in stored and stored[key].shape != tensor.shape
         ]
         if wrong:
             raise LorafoldError(f"{checkpoint / STATE}: another adapter: {as_one(wrong)}")
-        self.adapter.load_state_dict(found)
+        self.adapter.load_state_dict(stored)
         logger.info(f"The adapter was restored from {checkpoint}.")
 
 
@@ -262,20 +263,19 @@ def _check_method(adapter: Adapter) -> None:
         "after_step": "acts after each step",
         "penalty": "adds a penalty to the loss",
     }
-    own = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
-    if own:
+    hooks = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
+    if hooks:
         raise LorafoldError(
-            f"AdapterCallback: {name} {' and '.join(own)}, which a trainer leaves out; train it"
+            f"AdapterCallback: {name} {' and '.join(hooks)}, which a trainer leaves out; train it"
             " with lorafold's own loop (lorafold train)"
         )
 
 
 def _complete(checkpoint: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError):
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return not any(verify(checkpoint / part) for part in (ADAPTER, STATE))
+        return not any(verify(checkpoint / part) for part in (ADAPTER, STATE))
+    return False
 
 
 def check_reference(adapter: Adapter, args: Any) -> None:
@@ -286,10 +286,6 @@ def check_reference(adapter: Adapter, args: Any) -> None:
         DPOTrainer(model, ...)                          a second model, by its name: the bare base
 
     Callbacks don't see the trainer, but its configuration and whether `lf.reference` was called.
-
-    Args:
-        adapter: the adapter that trains.
-        args: the trainer's configuration.
     """
     compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
     if not compares or getattr(args, "precompute_ref_log_probs", False):
@@ -297,8 +293,8 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     under = below(adapter.model)
     if selection_of(adapter.model).referred == under:
         return
-    config, own = type(args).__name__, "lorafold.reference(model)"
-    how = f"ref_model={own}, or for a trainer that takes none trainer.ref_model = {own}"
+    config, made = type(args).__name__, "lorafold.reference(model)"
+    how = f"ref_model={made}, or for a trainer that takes none trainer.ref_model = {made}"
     if under:
         raise LorafoldError(
             f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by the"
@@ -323,7 +319,7 @@ class BaseKeptOut:
         self.handle = model.register_load_state_dict_post_hook(self._nothing_missing)
 
     def switch(self, on: bool) -> None:
-        """Leave the model's weights out of what Trainer writes, or let them in again."""
+        """Leave the model's weights out of Trainer's files, or let them in again."""
         if hasattr(self.model, "_keys_to_ignore_on_save"):
             ignored: Any = set(self.model.state_dict()) if on else self.before
             self.model._keys_to_ignore_on_save = ignored

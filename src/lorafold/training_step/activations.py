@@ -11,12 +11,11 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.selective_checkpoint import keeping
+from lorafold.ops.checkpoint_segments import keeping
 
 
 def recompute(model: PreTrainedModel) -> None:
-    """Turn gradient checkpointing on. Raises LorafoldError if the model's code does not support it.
-    """
+    """Turn gradient checkpointing on."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keeping})
     except ValueError as error:

@@ -8,28 +8,23 @@
                       the room (tensors from 100,000 elements)
 
 Dettmers et al. 2022, arXiv 2110.02861 (8 bits); Dettmers et al. 2023, arXiv 2305.14314, sec. 3
-(paging: a peak of activations waits for a transfer and does not end the run). `auto` takes fp32 as
-long as there is room for it. The 8-bit forms round every update to the nearest, so they are refused
-if 16-bit parameters are trained.
-
-Updates to 16-bit parameters are computed in fp32 and rounded stochastically (`RoundedAdamW`):
+(paging). `auto` takes fp32 as long as there is room for it. Updates to 16-bit parameters are
+computed in fp32 and rounded stochastically, which the 8-bit forms can't:
 
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2                      fp32, of the shape of W
     W = round((1 - lr wd) W - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 
 Loshchilov & Hutter 2019, arXiv 1711.05101; rounded by `core.rounding.turned`. At a learning rate of
-1e-5 nearly every update of a bf16 weight is under half a unit in the last place. torch's AdamW
-loses such updates: it rounds to the nearest, and stores its moments in the dtype of the weights. A
-weight takes 2 bytes and its moments 8, without a master copy or a compensation term. The random
-numbers follow from the seed, the parameter's number and the step, so a checkpoint stores no random
-state and no other generator is used. Parameters in fp32 are updated as torch's AdamW updates them.
+1e-5 nearly every update of a bf16 weight is under half a unit in the last place, and is lost if it
+is rounded to the nearest. The random numbers follow from the seed, the parameter's number and the
+step, so a checkpoint stores no random state. A weight takes 2 bytes and its moments 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import ceil
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +33,7 @@ from torch.optim.adamw import adamw
 
 from lorafold.core.rounding import generator_of, turned
 from lorafold.errors import LorafoldError
+from lorafold.files.terminal import format_bytes
 from lorafold.layers.bitsandbytes import bitsandbytes
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import Processes
@@ -59,119 +55,67 @@ class OptimizerChoice(NamedTuple):
 
 
 def choose(parameters: int, device: str, free: int) -> OptimizerChoice:
-    """Choose the optimizer for `auto`.
-
-    Args:
-        device: The type of the device: cpu, cuda or mps.
-        free: The device's free memory in bytes.
-    """
+    """Choose the optimizer for `auto`."""
+    state, room = 8 * parameters, f"a third of the {format_bytes(free)} free"
     if device != "cuda":
         return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} has no paging")
-    state = 8 * parameters
     if SHARE * state <= free:
-        return OptimizerChoice("adamw", f"within a third of the {in_words(free)} free")
-    return OptimizerChoice(
-        PAGED,
-        f"fp32 state, {in_words(state)}, would be more than a third of the {in_words(free)} free",
-    )
+        return OptimizerChoice("adamw", f"within {room}")
+    larger = f"fp32 state, {format_bytes(state)}, would be more than {room}"
+    return OptimizerChoice(PAGED, larger)
 
 
 def pick(
-    asked: str,
-    before: str,
-    groups: list[dict],
-    where: torch.device,
-    processes: Processes,
+    name: str, before: str, groups: list[dict], where: torch.device, processes: Processes,
     parts: int = 1,
-) -> OptimizerChoice:
-    """Choose the optimizer of a run.
-
-    Args:
-        asked: The recipe's optimizer, possibly auto.
-        before: The optimizer that a resumed run had before it stopped, which auto keeps; empty for
-            a new run.
-        where: The device of the run.
-        processes: Those of the run, which must all choose the same.
-        parts: Among how many of them the state is divided.
+) -> OptimizerChoice:  # fmt: skip
+    """Choose the optimizer of a run, whose state is divided among so many parts. For auto, a
+    resumed run keeps the one that it had before it stopped.
     """
-    device = where.type
-    if asked != "auto":
-        choice = OptimizerChoice(asked, "")
+    device, trained = where.type, parameters(groups)
+    if name != "auto":
+        choice = OptimizerChoice(name, "")
     elif before:
         choice = OptimizerChoice(before, "as before the stop")
-    elif any(p.itemsize == 2 for p in parameters(groups)):
+    elif any(p.itemsize == 2 for p in trained):
         choice = OptimizerChoice("adamw", "16-bit weights are trained")
     else:
-        count = sum(p.numel() for p in parameters(groups)) // parts
         # all choose by the one that has the fewest bytes
-        choice = choose(count, device, min(processes.gather(free_bytes(where))))
+        free = min(processes.gather(free_bytes(where)))
+        choice = choose(sum(p.numel() for p in trained) // parts, device, free)
     if choice.name == PAGED and device != "cuda":
         return OptimizerChoice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
     return choice
 
 
-class AdamWOptions(Protocol):
-    """What AdamW takes besides learning rates; a `Recipe` has it."""
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """The decay rates of the two moments."""
-
-    @property
-    def eps(self) -> float:
-        """What keeps the update finite."""
-
-    @property
-    def weight_decay(self) -> float:
-        """The decoupled weight decay of matrices."""
-
-    @property
-    def seed(self) -> int:
-        """The seed of stochastic rounding."""
-
-
-def make_optimizer(name: str, groups: list[dict], constants: AdamWOptions) -> Optimizer:
-    """Make the optimizer.
-
-    Raises LorafoldError for an 8-bit optimizer if bitsandbytes is not installed, or if some
-    parameters have 16 bits.
-
-    Args:
-        name: adamw, adamw8bit or paged-adamw8bit.
-        groups: The parameter groups, each with its learning rate.
-        constants: Betas, eps, weight decay, and the seed of stochastic rounding.
-    """
-    check_rounding(name, (p.dtype for p in parameters(groups)))
-    options: dict[str, Any] = {
-        "betas": constants.betas,
-        "eps": constants.eps,
-        "weight_decay": constants.weight_decay,
-    }
+def make_optimizer(name: str, groups: list[dict], recipe: Any) -> Optimizer:
+    """Make the optimizer (adamw, adamw8bit or paged-adamw8bit) with the options of a `Recipe`."""
+    trained = parameters(groups)
+    check_rounding(name, (p.dtype for p in trained))
+    options = {key: getattr(recipe, key) for key in ("betas", "eps", "weight_decay")}
     if name == "adamw":
-        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters(groups))
-        if any(p.itemsize == 2 for p in parameters(groups)):
-            return RoundedAdamW(groups, seed=constants.seed, **options)
+        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in trained)
+        if any(p.itemsize == 2 for p in trained):
+            return RoundedAdamW(groups, seed=recipe.seed, **options)
         return AdamW(groups, **options)
     optim = bitsandbytes_optimizers(name)
     # on other devices bitsandbytes would warn, and not page either
-    paged = name == PAGED and all(p.is_cuda for p in parameters(groups))
+    paged = name == PAGED and all(p.is_cuda for p in trained)
     return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **options)
 
 
-def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
+def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
     """Raise LorafoldError if an 8-bit optimizer is asked for and one of the dtypes has 16 bits."""
-    found = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
-    if asked not in ("auto", "adamw") and found:
+    narrow = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
+    if name not in ("auto", "adamw") and narrow:
         raise LorafoldError(
-            f"optimizer {asked} rounds updates to the nearest, and weights in {' and '.join(found)}"
+            f"optimizer {name} rounds updates to the nearest, and weights in {' and '.join(narrow)}"
             " would lose those under half a unit; expected optimizer adamw, or base fp32"
         )
 
 
 def bitsandbytes_optimizers(name: str) -> Any:
-    """Return bitsandbytes.optim. Raises LorafoldError, in which the optimizer is called `name`, if
-    bitsandbytes can't be imported.
-    """
+    """Return bitsandbytes.optim."""
     try:
         return bitsandbytes().optim
     except ImportError as error:
@@ -181,47 +125,27 @@ def bitsandbytes_optimizers(name: str) -> Any:
         ) from None
 
 
-def described(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
-    """Return a line that names the optimizer, the storage and size of its state, the reason for the
-    choice, and stochastic rounding if there is any.
-
-    Args:
-        seed: The seed of stochastic rounding.
-        parts: Among how many processes the state is divided.
+def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
+    """A line with the optimizer, the storage and size of its state, the reason for the choice, and
+    stochastic rounding if there is any.
     """
-    trained = parameters(groups)
-    eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in trained)
-    kind = "8-bit" if eight and not small else "fp32"
-    narrow = any(p.itemsize == 2 for p in trained)
-    rounds = f"; updates rounded stochastically, seed {seed}" * narrow
-    why = [choice.why] * bool(choice.why) + [f"no tensor has {SMALL:,} elements"] * (
-        eight and small
-    )
-    size = in_words(state_bytes(choice.name, trained))
-    size += f" among {parts} processes" * (parts > 1)
+    trained, eight = parameters(groups), choice.name != "adamw"
+    small = eight and all(p.numel() < SMALL for p in trained)
+    why = "; ".join(filter(None, (choice.why, f"no tensor has {SMALL:,} elements" * small)))
     return (
-        f"optimizer: {choice.name} with {kind} state, {size}"
-        + (f" ({'; '.join(why)})" if why else "")
-        + rounds
+        f"optimizer: {choice.name} with {'8-bit' if eight and not small else 'fp32'} state,"
+        f" {format_bytes(state_bytes(choice.name, trained))}"
+        + f" among {parts} processes" * (parts > 1)
+        + f" ({why})" * bool(why)
+        + f"; updates rounded stochastically, seed {seed}" * any(p.itemsize == 2 for p in trained)
     )
 
 
 def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
     """Return the bytes of AdamW's two moments, for parameters of any shapes."""
-    if name == "adamw":
-        return sum(8 * p.numel() for p in parameters)
-    return sum(
-        8 * n if n < SMALL else 2 * n + 8 * ceil(n / 256) for n in (p.numel() for p in parameters)
-    )
-
-
-def in_words(n: int) -> str:
-    """Return a number of bytes as text, such as 39.1 MB."""
-    size, unit = next(
-        ((n / 10**power, unit) for power, unit in ((9, "GB"), (6, "MB")) if n >= 10**power),
-        (n / 1e3, "kB"),
-    )
-    return f"{size:.1f} {unit}"
+    sizes = [p.numel() for p in parameters]
+    whole = name == "adamw"
+    return sum(8 * n if whole or n < SMALL else 2 * n + 8 * ceil(n / 256) for n in sizes)
 
 
 MOMENTS = "exp_avg", "exp_avg_sq"  # torch's names
@@ -253,30 +177,29 @@ class RoundedAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once; return the loss of `closure`, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         numbers = {p: i for i, p in enumerate(parameters(self.param_groups))}
         for group in self.param_groups:
-            found = [p for p in group["params"] if p.grad is not None]
-            _adamw(group, [(p, p.grad, *self._state(p, group)) for p in found if p.itemsize != 2])
-            for p in (p for p in found if p.itemsize == 2):
-                _update(group, numbers[p], (p, p.grad, *self._state(p, group)))
+            learned = [p for p in group["params"] if p.grad is not None]
+            parts = {p: (p, p.grad, *self._state(p, group)) for p in learned}
+            _adamw(group, [part for p, part in parts.items() if p.itemsize != 2])
+            for p, part in parts.items():
+                if p.itemsize == 2:
+                    _update(group, numbers[p], part)
         return loss
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parameter's two moments and the number of its steps, made anew if needed."""
-        state = self.state[p]
-        if not state and p.itemsize == 2:
-            # contiguous, as the chunks are; the number of steps on the CPU, where it is read
-            state["step"] = torch.zeros(())
+        """The parameter's two moments and the number of its steps, made anew if needed."""
+        state, narrow = self.state[p], p.itemsize == 2
+        if not state:
+            # of 16-bit parameters the number of steps is read, so it is on the CPU, and moments are
+            # contiguous, as the chunks are
+            on_device = group["fused"] and not narrow
+            state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
             for name in MOMENTS:
-                state[name] = torch.zeros(p.shape, device=p.device)
-        elif not state:
-            state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
-            for name in MOMENTS:
-                state[name] = torch.zeros_like(p)
+                fresh = torch.zeros(p.shape, device=p.device) if narrow else torch.zeros_like(p)
+                state[name] = fresh
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

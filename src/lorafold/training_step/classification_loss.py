@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafold.data.batches import forest
 from lorafold.data.classification import LabelledExample
-from lorafold.ops.host_tensors import sent
+from lorafold.ops.host_tensors import all_sent
 from lorafold.training_step.losses import RowsAlike
 from lorafold.training_step.score_head import at_head
 from lorafold.training_step.shared_prefixes import Branching, over
@@ -38,36 +38,27 @@ class Classification(RowsAlike):
         are computed once, input_ids, position_ids, document (1, T), lens, and `ends` (n,), where
         each has its scores.
         """
-        shared = self.shared_in(examples)
-        found = self._once(examples) if shared else self._padded(examples)
-        found["labels"] = torch.tensor([e.label for e in examples])
-        return {name: sent(x, device) for name, x in found.items()}
-
-    def _once(self, examples: Sequence[LabelledExample]) -> dict[str, Tensor]:
-        found = forest(examples)
-        # read where transformers reads it: at the last token that is none of padding
-        texts = zip(examples, found.places, strict=True)
-        ends = [int(place[self._end(e.ids)]) for e, place in texts]
-        names = ("input_ids", "position_ids", "document", "lens")
-        tensors = found.tensors()
-        return {name: tensors[name] for name in names} | {"ends": torch.tensor(ends)}
-
-    def _end(self, ids: Sequence[int]) -> int:
-        return max((i for i, token in enumerate(ids) if token != self.pad_id), default=0)
-
-    def _padded(self, examples: Sequence[LabelledExample]) -> dict[str, Tensor]:
-        ids = [torch.tensor(e.ids) for e in examples]
-        pad = nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_id),
-            "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
-        }
+        if self.shared_in(examples):
+            tree, ends = forest(examples), []
+            for e, place in zip(examples, tree.places, strict=True):
+                # read where transformers reads it: at the last token that is none of padding
+                texts = (i for i, token in enumerate(e.ids) if token != self.pad_id)
+                ends.append(int(place[max(texts, default=0)]))
+            names, tensors = ("input_ids", "position_ids", "document", "lens"), tree.tensors()
+            inputs = {name: tensors[name] for name in names} | {"ends": torch.tensor(ends)}
+        else:
+            ids, pad = [torch.tensor(e.ids) for e in examples], nn.utils.rnn.pad_sequence
+            inputs = {
+                "input_ids": pad(ids, batch_first=True, padding_value=self.pad_id),
+                "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
+            }
+        inputs["labels"] = torch.tensor([e.label for e in examples])
+        return all_sent(inputs, device)
 
     def logits(self, **inputs: Tensor) -> Tensor:
-        """Return the model's logits (n, classes), in fp32, for inputs as `collate` gives them."""
+        """The model's logits (n, classes), in fp32, for inputs as `collate` gives them."""
         if (ends := inputs.pop("ends", None)) is None:
-            logits: Tensor = self.model(**inputs).logits
-            return logits.float()
+            return self.model(**inputs).logits.float()
         del inputs["document"]
         with over(self.how, inputs.pop("lens"), ends.device):
             return at_head(self.model, inputs).output[0, ends].float()

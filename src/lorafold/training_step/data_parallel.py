@@ -23,7 +23,7 @@ from lorafold.runtime.processes import Processes
 
 
 class Replicated:
-    """All tensors in each process. Gradients are those of the process's share of a batch until they
+    """Each process has all tensors. Gradients belong to the process's share of a batch until they
     are added.
     """
 
@@ -58,12 +58,9 @@ class Replicated:
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         self.processes.add([has])
         used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-        grads = [
-            torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in used
-        ]
-        self.processes.add(grads)
-        for p, grad in zip(used, grads, strict=True):
-            p.grad = grad
+        for p in used:
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
+        self.processes.add([p.grad for p in used if p.grad is not None])
 
     def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
         """The parameters that have a gradient, and whether any of its elements is not zero."""
@@ -85,8 +82,8 @@ class Replicated:
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
-        """`files.cache.cached` of what passes through the model, which all compute together."""
+        """`files.cache.cached` for results of the model, which all processes compute together."""
         return cached(kind, key, write, notice)
 
     def gather_to_first(self) -> None:
-        """Have process 0 hold what it writes."""
+        """Give process 0 all tensors that it writes."""

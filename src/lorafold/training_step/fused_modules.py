@@ -6,15 +6,14 @@ while the model trains.
 
 Parts are recognized by what they compute, never by a model's name: a part is replaced if it has
 the expected structure and computes the same outputs from random inputs as the fused operation does.
-Other parts keep their own code, as do parts that carry a delta or whose weight is trained. After
-the `with` block the model is as before.
+Parts that carry a delta or whose weight is trained keep their own code.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType, MethodType
@@ -69,10 +68,15 @@ def fused(
         rotate: what computes `lorafold.ops.fused.rotary` (B, H, T, D).
         gate: what computes `lorafold.ops.fused.gated` (..., k).
     """
-    make: dict[str, Callable[[nn.Module], Forward | None]] = {
-        "norms": partial(_fused_norm, norm),
-        "MLP": partial(_fused_mlp, gate),
-    }
+    rotation = cache(partial(_fused_rotary, rotate))  # of each of transformers' functions
+    # the name of a part, the attribute of a module that is replaced, whether the module must be
+    # free, and what makes the fused form, or None
+    parts: tuple[tuple[str, str, bool, Callable[[nn.Module], Forward | None]], ...] = (
+        ("norms", "forward", True, partial(_fused_norm, norm)),
+        ("MLP", "forward", True, partial(_fused_mlp, gate)),
+        ("MLP", "_apply_gate", False, partial(_fused_gate, gate)),
+        ("rotary embedding", "forward", False, partial(_rotated, rotation)),
+    )
     kinds = {p.device.type for p in model.parameters()}
     why = "; ".join(filter(None, (use(TRAINING, kind) for kind in sorted(kinds))))
     anatomy = Anatomy.of(model)
@@ -81,24 +85,17 @@ def fused(
         outer = path if path in blocks else outer
         if outer and f"{path}.".startswith(f"{outer}."):
             blocks[outer].append(module)
-    inside = [*blocks.values()]
+    lacking = {path: {part for part, *_ in parts} for path in blocks}
     with ExitStack() as stack:
         with evaluating(model):
-            found = [
-                {
-                    part
-                    for module in block
-                    if _free(module)
-                    for part, fuse in make.items()
-                    if _put(stack, module, "forward", fuse(module))
-                }
-                for block in inside
-            ]
-            for parts, block in zip(found, inside, strict=True):
-                if any([_put(stack, m, "_apply_gate", _fused_gate(gate, m)) for m in block]):
-                    parts.add("MLP")
+            for part, name, free, fuse in parts:
+                for path, block in blocks.items():
+                    for module in block:
+                        if (_free(module) or not free) and (form := fuse(module)) is not None:
+                            _put(stack, module, name, form)
+                            lacking[path].discard(part)
             if linears:
-                plain = [module for block in inside for module in block if _free(module)]
+                plain = [module for block in blocks.values() for module in block if _free(module)]
                 head: Any = getattr(model, "get_output_embeddings", lambda: None)()
                 adapted = head is None or isinstance(head, Adapted)
                 if not adapted and "forward" not in vars(head):  # trained or not
@@ -107,57 +104,45 @@ def fused(
                     # multiplies in the dtype that is fastest on this processor, from any storage
                     layer = layer_of(module)
                     _put(stack, module, "forward", partial(layer.called, layer))
-            # the fused function for each of transformers'
-            rotation = cache(partial(_fused_rotary, rotate))
-            for parts, block in zip(found, inside, strict=True):
-                if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
-                    parts.add("rotary embedding")
-        wanted = {*make, "rotary embedding"}
-        counted = beneath(anatomy.language_blocks)
-        told = [parts for path, parts in zip(blocks, found, strict=True) if counted(path)]
-        lacking = set[str]().union(*(wanted - parts for parts in told))
-        fast = sum(parts == wanted for parts in told)
-        yield FastPath(fast, len(told), tuple(sorted(lacking)), why)
+        counted = [*filter(beneath(anatomy.language_blocks), blocks)]
+        fast = sum(not lacking[path] for path in counted)
+        plain_parts = set[str]().union(*(lacking[path] for path in counted))
+        yield FastPath(fast, len(counted), tuple(sorted(plain_parts)), why)
 
 
 def _free(module: nn.Module) -> bool:
-    """Tell whether the module is frozen, carries no delta, and runs its class's own forward on one
+    """Whether the module is frozen, carries no delta, and runs its class's own forward on one
     input.
     """
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
-    own = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
+    unchanged = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
     # one input: some norms take a gate as well, which the fused norm does not
-    return own and len(inspect.signature(module.forward).parameters) == 1
+    return unchanged and len(inspect.signature(module.forward).parameters) == 1
 
 
-def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bool:
-    """Set owner.name to `forward` until the stack unwinds. False if there is none to set."""
-    if forward is None:
-        return False
-    own, before = name in vars(owner), getattr(owner, name)
-    stack.callback(setattr, owner, name, before) if own else stack.callback(delattr, owner, name)
+def _put(stack: ExitStack, owner: Any, name: str, forward: Forward) -> None:
+    """Set owner.name to `forward` until the stack unwinds."""
+    before = getattr(owner, name)
+    undo = (setattr, owner, name, before) if name in vars(owner) else (delattr, owner, name)
+    stack.callback(*undo)
     setattr(owner, name, forward)
-    return True
 
 
 def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
-    """Tell whether both compute the same outputs, up to the rounding of a few operations. Fake
-    tensors have no values to compare, so there a part with the right structure is fused.
+    """Whether both compute the same outputs, up to the rounding of a few operations. Fake tensors
+    have no values to compare, so there a part with the right structure is fused.
     """
     if is_fake(inputs[0]):
         return True
     outputs = (f(*inputs) for f in (forward, plain))
-    found, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in outputs)
-    close = (
-        found.shape == expected.shape
-        and (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm()
-    )
-    return bool(close)
+    y, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in outputs)
+    allowed = 4 * torch.finfo(expected.dtype).eps * expected.norm()
+    return y.shape == expected.shape and bool((y - expected).norm() <= allowed)
 
 
 def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
-    """Return the fused forward of a root mean square norm whose gain is its weight, or 1 + its
-    weight; None if the module is no such norm.
+    """The fused forward of a root mean square norm whose gain is its weight, or 1 + its weight;
+    None if the module is no such norm.
     """
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -178,15 +163,15 @@ def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
 
 
 def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
-    """Return the fused forward of down(act(gate(x)) * up(x)), whose parts have the names that
-    transformers gives them; None if the module is no such MLP.
+    """The fused forward of down(act(gate(x)) * up(x)), whose parts have the names that transformers
+    gives them; None if the module is no such MLP.
     """
-    parts = dict(module.named_children())
-    if set(parts) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    parts, names = dict(module.named_children()), ("gate_proj", "up_proj", "down_proj", "act_fn")
+    if parts.keys() != {*names}:
         return None
-    gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    gate, up, down, act = map(parts.__getitem__, names)
     z = torch.linspace(-6, 6, 97)
-    known = next((name for name, own in ACTIVATIONS.items() if _agree(own.forward, act, z)), None)
+    known = next((name for name, f in ACTIVATIONS.items() if _agree(f.forward, act, z)), None)
     width = getattr(gate, "in_features", None)
     if known is None or not isinstance(width, int):
         return None
@@ -202,30 +187,28 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
 
 
 def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
-    """Return the fused act(gate) * up of experts, whose gates and ups are the halves of u (S, 2 k);
-    None if the module has no experts or their gate is another.
+    """The fused act(gate) * up of experts, whose gates and ups are the halves of u (S, 2 k); None
+    if the module has no experts or their gate is another.
     """
     plain: Any = getattr(module, "_apply_gate", None)
-    if plain is None or not expert_parameters(module):
-        return None
-    if plain.__func__.__name__ != "_default_apply_gate":
+    known_gate = plain is not None and plain.__func__.__name__ == "_default_apply_gate"
+    if not known_gate or not expert_parameters(module):
         return None
     u = torch.linspace(-6, 6, 64).view(2, 32)
     for known in ACTIVATIONS:
 
         def forward(u: Tensor, known: str = known) -> Tensor:
             gate, up = u.chunk(2, dim=-1)
-            fused: Tensor = gating(gate, up, known)
-            return fused
+            return gating(gate, up, known)
 
         if _agree(forward, plain, u):
             return forward
     return None
 
 
-def _rotated(module: nn.Module, rotation: Callable[[Forward], Forward | None]) -> Forward | None:
-    """Return a copy of the attention's forward, for this module alone, that calls the fused
-    rotation instead of the function of its file; None if it can't be fused.
+def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -> Forward | None:
+    """A copy of the attention's forward, for this module alone, that calls the fused rotation
+    instead of the function of its file; None if it can't be fused.
     """
     if isinstance(module, Adapted) or "forward" in vars(module):
         return None
@@ -234,14 +217,14 @@ def _rotated(module: nn.Module, rotation: Callable[[Forward], Forward | None]) -
     if not known or (fused := rotation(plain.__globals__[ROTARY])) is None:
         return None
     names = {**plain.__globals__, ROTARY: fused}
-    own = FunctionType(plain.__code__, names, "forward", plain.__defaults__, plain.__closure__)
-    own.__kwdefaults__ = plain.__kwdefaults__
-    return MethodType(own, module)
+    copied = FunctionType(plain.__code__, names, "forward", plain.__defaults__, plain.__closure__)
+    copied.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(copied, module)
 
 
 def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
-    """Return the fused function that rotates queries and keys, (B, H, T, D) or (B, T, H, D), by the
-    halves of D; None if `plain` computes something else.
+    """The fused function that rotates queries and keys, (B, H, T, D) or (B, T, H, D), by the halves
+    of D; None if `plain` computes something else.
     """
     if [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
@@ -255,8 +238,7 @@ def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     q = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
-    try:
-        agree = _agree(forward, plain, q[None], q[None], q + 1, q + 2)
-    except RuntimeError:  # its cos and sin have another size
-        agree = False
-    return forward if agree else None
+    with suppress(RuntimeError):  # its cos and sin have another size
+        if _agree(forward, plain, q[None], q[None], q + 1, q + 2):
+            return forward
+    return None

@@ -4,22 +4,13 @@ never exist at once.
     loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
                                               positions, f the model's head, y (n,)
 
-Models differ in f: Gemma caps its logits, Cohere and Granite scale them, and a head may be tied,
-biased, quantized or adapted. So f is computed by the model itself, in two stages:
-
-1. The model runs once. A hook stores the hidden states that its decoder returns and passes only the
-   last position on to the head.
-2. The model runs again for each chunk of hidden states. Its decoder is replaced by a function that
-   returns the chunk, so the model computes the head alone. Each chunk's gradients are computed at
-   once and its logits are freed. The losses of documents, whose weights in the gradient are not
-   known then, compute each chunk again in the backward instead.
-
-A frozen linear head whose logits agree with the model's at that last position is computed directly,
-without the model and without a graph. `ops.cross_entropy` computes either. Use it wherever a causal
-language model is trained or its loss is measured.
-
-The linear form of a head gives logits without the model. Whether both agree is checked once for
-each state of the head, because a GPU has to be waited for.
+Models differ in f (Gemma caps its logits, Cohere and Granite scale them), so the model computes it
+itself. It runs once, where a hook keeps the decoder's hidden states and passes only the last
+position on to the head; and again for each chunk of hidden states, which a function returns in the
+decoder's place. Each chunk's gradients are computed at once and its logits are freed; the losses of
+documents, whose weights in the gradient are not known then, compute each chunk again in the
+backward. A frozen linear head whose logits agree with the model's at that last position, which is
+checked once for each state of the head, is computed directly, without a graph.
 """
 
 from __future__ import annotations
@@ -40,6 +31,7 @@ from lorafold.core.contexts import is_fake
 from lorafold.data.examples import NO_LOSS
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import FEW
+from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import (
     LinearHead,
     chunks,
@@ -51,7 +43,9 @@ from lorafold.ops.host_tensors import on_host, rows_at, sent
 
 
 class _Known(NamedTuple):
-    """Whether a head's linear form agrees with the model, and what that follows from."""
+    """Whether a head's linear form agrees with the model, and the state of the head for which it
+    holds.
+    """
 
     model: ref[Any]
     weight: ref[Tensor]
@@ -81,13 +75,12 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
         key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
         same = known is not None and known.model() is model and known.weight() is w
         if known is None or not same or known.key != key:
-            found = linear.logits(h)
-            agree = found.shape == logits.shape
+            z = linear.logits(h)
+            agree = z.shape == logits.shape
             if agree:  # but for rounding
-                wide = torch.promote_types(found.dtype, torch.float32)
-                off = (found.to(wide) - logits.to(wide)).norm()
-                allowed = 4 * torch.finfo(found.dtype).eps * logits.to(wide).norm()
-                agree = bool(off <= allowed)
+                wide = logits.to(at_least_fp32(z))
+                off = (z.to(wide) - wide).norm()
+                agree = bool(off <= 4 * torch.finfo(z.dtype).eps * wide.norm())
             _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
     return linear if known.agree else None
 
@@ -96,21 +89,13 @@ def labelled_loss(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """Return the loss in nats summed over the labelled positions, and their number n.
+    """The loss in nats summed over the labelled positions of labels (B, T), targets or -100, and
+    their number n. `counts` (B, T) says how often each position counts, `rows` (B, T) how many rows
+    have it, for the load-balancing loss.
 
     The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
     config.output_router_logits is set, the sum includes the model's load-balancing loss, times its
     coefficient and n. To train under DDP or FSDP, wrap a module whose forward calls this function.
-
-    Raises LorafoldError if the model has no decoder below a head, or lacks the load-balancing loss
-    that its configuration asks for.
-
-    Args:
-        model: A causal language model of transformers, or a module with its interface.
-        labels: (B, T), the target of each position (already shifted), or -100.
-        inputs: Keyword arguments of the model, among them input_ids (B, T).
-        counts: (B, T), how often each position counts; None: once.
-        rows: (B, T), how many rows have each position, for the load-balancing loss; None: one.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
     if linear is not None:
@@ -136,13 +121,6 @@ def token_losses(
     The losses are differentiable once, and their gradients may have any weights. They never include
     a load-balancing loss. A head that is trained or adapted is computed again in the backward,
     under the adapters that are active then.
-
-    Raises LorafoldError if the model has no decoder below a head.
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
-        own: Compute a frozen linear head by the model too, as it rounds logits, and of few rows in
-            the order of many.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
     if linear is not None and not own:
@@ -154,37 +132,18 @@ def document_losses(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
     """Return the `token_losses` of each document, summed, and the number of its labelled positions:
-    (n,) and (n,).
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
-        document: (B, T), the document from 0 to n - 1 that each position counts for, or -1 for
-            none.
+    (n,) and (n,). document (B, T).
     """
     if is_fake(labels):
         losses, of = token_losses(model, labels, inputs), document.flatten()
     else:
-        own = on_host(labels).masked_fill(on_host(document) < 0, NO_LOSS)
-        losses = token_losses(model, sent(own, labels.device), inputs)
-        of = sent(at_labels(document, own), losses.device)
+        counted = on_host(labels).masked_fill(on_host(document) < 0, NO_LOSS)
+        losses = token_losses(model, sent(counted, labels.device), inputs)
+        of = sent(at_labels(document, counted), losses.device)
     return (
         losses.new_zeros(n).index_add(0, of, losses),
         of.new_zeros(n).index_add(0, of, torch.ones_like(of)),
     )
-
-
-@torch.no_grad()
-def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the loss in nats of each sequence, summed over its labelled positions: (B,), without
-    gradients. It never includes a load-balancing loss.
-
-    Raises LorafoldError if the model has no decoder below a head.
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
-    """
-    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-    return document_losses(model, labels, inputs, row, len(labels))[0]
 
 
 def until_head(
@@ -192,9 +151,6 @@ def until_head(
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
     """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
     form if it has one, and the model's output.
-
-    Args:
-        model, labels, inputs: As `labelled_loss` takes them.
     """
     caught: list[Tensor] = []
 
@@ -215,18 +171,14 @@ def until_head(
     if is_fake(labels):  # they have no values: all positions count as labelled
         targets = labels.flatten()
     else:
-        own = on_host(labels).flatten()
-        places = (own != NO_LOSS).nonzero()[:, 0]
-        h, targets = rows_at(h, sent(places, h.device)), sent(own[places], h.device)
+        targets = on_host(labels).flatten()
+        places = (targets != NO_LOSS).nonzero()[:, 0]
+        h, targets = rows_at(h, sent(places, h.device)), sent(targets[places], h.device)
     return h, targets, linear_form(model, output.logits[0], last[0]), output
 
 
 def at_labels(x: Tensor, labels: Tensor) -> Tensor:
-    """What x (B, T) has at the labelled positions (n,), on the host.
-
-    Args:
-        labels: (B, T).
-    """
+    """The values of x (B, T) at the labelled positions (n,) of labels (B, T), on the host."""
     return on_host(x)[on_host(labels) != NO_LOSS]
 
 
@@ -305,16 +257,16 @@ def _leaves(y: Tensor) -> list[Tensor]:
     """Return the leaf tensors that y depends on and that require gradients: the trained tensors of
     the head, in whichever module they are.
     """
-    found, seen, ahead = [], set(), [y.grad_fn]
+    leaves, seen, ahead = [], set(), [y.grad_fn]
     while ahead:
         node: Any = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         ahead.extend(parent for parent, _ in node.next_functions)
-    return found
+    return leaves
 
 
 def balances(model: Any) -> bool:
@@ -331,20 +283,12 @@ def weighs(model: Any) -> bool:
 
 
 def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tensor | float:
-    """The loss (), times its coefficient; 0 if the model would add none.
-
-    Raises LorafoldError if its configuration asks for one that the model does not return.
-
-    Args:
-        rows: (B, T), how many rows have each token; None: one.
-    """
+    """The loss (), times its coefficient; 0 if the model would add none. rows (B, T)."""
     if not balances(model):
         return 0.0
     config = model.config.get_text_config()
-    aux, coefficient = (
-        getattr(output, "aux_loss", None),
-        getattr(config, "router_aux_loss_coef", None),
-    )
+    aux = getattr(output, "aux_loss", None)
+    coefficient = getattr(config, "router_aux_loss_coef", None)
     if aux is None or coefficient is None:
         raise LorafoldError(
             f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux},"

@@ -1,11 +1,10 @@
-"""Losses as modules: each has a model, takes the inputs of a micro-batch and returns their summed
-loss, so that accelerate wraps the whole computation.
+"""Losses as modules: each has a model, takes the inputs of a micro-batch and returns their sum.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil, inf
 from typing import Any
 
@@ -18,12 +17,12 @@ from lorafold.data.arrow import Array
 from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.models.positions import sequence_of
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.ops.host_tensors import all_sent, on_host, sent
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import (
     balances,
+    document_losses,
     labelled_loss,
-    row_losses,
     token_losses,
     weighs,
 )
@@ -115,12 +114,12 @@ class Loss(nn.Module, ABC):
             rows: Of each example, as `rows_of` gives them.
             inputs: As `collate` gives them.
         """
-        ids, own = inputs["input_ids"], inputs.get("position_ids")
-        if own is None:
+        ids, given = inputs["input_ids"], inputs.get("position_ids")
+        if given is None:
             document = torch.arange(len(ids))[:, None]
             positions = torch.arange(ids.shape[1])
         else:
-            positions = on_host(own)
+            positions = on_host(given)
             shared = inputs.get("document")  # where tokens of several rows are computed once
             document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
         return sent(named(row_at(rows, document, positions), positions), ids.device)
@@ -134,20 +133,15 @@ class Loss(nn.Module, ABC):
 
 
 def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor:
-    """The rows (B, T) that tokens are named by.
-
-    Args:
-        rows: Those of the tokens of each document, (t,); a last one counts for all after it.
-        document, positions: Of each token, on the host; they broadcast to (B, T).
-    """
+    """The rows (B, T) that tokens are named by. document, positions (B, T)."""
     table = np.stack([np.pad(of, (0, max(map(len, rows)) - len(of)), "edge") for of in rows])
     of_tokens = torch.from_numpy(table)
     return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
 
 
 class RowsAlike(Loss):
-    """Abstract: a loss over rows, of which those that begin alike share what they have in common,
-    where `how` has it so and it pays.
+    """Abstract: a loss over rows that computes shared prefixes once, where `how` allows it and it
+    pays.
     """
 
     def __init__(
@@ -167,17 +161,16 @@ class RowsAlike(Loss):
         return len(forest(examples).ids) <= PAYS * sum(lengths)
 
     def computed(self, examples: Sequence[Any]) -> int:
-        if self.shared_in(examples):
-            return len(forest(examples).ids)
-        return sum(len(e.ids) for e in examples)
+        once = self.shared_in(examples)
+        return len(forest(examples).ids) if once else sum(len(e.ids) for e in examples)
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
         ids = [example.ids for example in examples]
-        rows, lengths = range(len(ids)), [*map(len, ids)]
+        rows = range(len(ids))
         capacity = min(tokens, sequence_of(self.model) or tokens)
         if self.shared_in(examples):
             return alike(rows, n, capacity, ids.__getitem__)
-        return micro_batches(rows, n, capacity if self.packed else None, lengths.__getitem__)
+        return micro_batches(rows, n, capacity if self.packed else None, lambda i: len(ids[i]))
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
         return super().rows_of(examples) if self.how is None else leaders([e.ids for e in examples])
@@ -191,11 +184,11 @@ class CompletionLoss(RowsAlike):
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         if self.shared_in(examples):
-            made = forest(examples)
-            found = made.tensors() | ({"rows": made.rows()} if self.balanced else {})
+            shared = forest(examples)
+            tensors = shared.tensors() | ({"rows": shared.rows()} if self.balanced else {})
         else:
-            found = collate(examples, self.packed, self.pad_id)
-        return {name: sent(x, device) for name, x in found.items()}
+            tensors = collate(examples, self.packed, self.pad_id)
+        return all_sent(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
@@ -206,12 +199,14 @@ class CompletionLoss(RowsAlike):
     @torch.no_grad()
     def by_row(self, examples: Sequence[Example]) -> Tensor:
         """The loss of each row, (n,), summed over its labelled positions, without gradients."""
-        inputs = self.collate(examples, self.device)
-        labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
-        if lens is None:
+        if not self.shared_in(examples):
             padded = collate(examples, False, self.pad_id)
-            padded = {name: sent(x, self.device) for name, x in padded.items()}
-            return row_losses(self.model, padded.pop("labels"), padded)
+            inputs = all_sent(padded, self.device)
+            labels = inputs.pop("labels")
+            row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+            return document_losses(self.model, labels, inputs, row, len(labels))[0]
+        inputs = self.collate(examples, self.device)
+        labels, lens = inputs.pop("labels"), inputs.pop("lens")
         for name in ("document", "counts", "rows"):
             inputs.pop(name, None)
         with over(self.how, lens, labels.device):
@@ -221,14 +216,22 @@ class CompletionLoss(RowsAlike):
         return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
 
 
-def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
-    """The loss of the next token, (), on tensors without values.
-
-    Args:
-        model: A language model without values.
-        inputs: input_ids with positions (1, T), or with a mask (B, T).
-        labelled: The tokens that the loss counts, divided evenly among padded rows.
+def similar_lengths(
+    rows: Iterable[int], length: Callable[[int], int], tokens: int
+) -> list[list[int]]:
+    """Batches of rows of similar length, which need little padding, each of at most so many tokens
+    with it.
     """
+    batches: list[list[int]] = []
+    for i in sorted(rows, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(i) > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
+    """The loss of the next token, (), on tensors without values. inputs (1, T) or (B, T)."""
     ids = inputs["input_ids"]
     labels = ids.new_zeros((len(ids), ceil(labelled / len(ids))))
     return labelled_loss(model, labels, inputs)[0]

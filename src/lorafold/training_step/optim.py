@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,6 @@ from torch.optim import Optimizer
 
 from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError, listed
-
-
-class Schedule(Protocol):
-    """How learning rates go over a run; a `Recipe` is one."""
-
-    @property
-    def schedule(self) -> str:
-        """How they go on after the warm-up: cosine, linear or constant."""
-
-    @property
-    def warmup(self) -> float:
-        """The share of the steps over which they rise."""
-
-    @property
-    def warmup_steps(self) -> int | None:
-        """The number of steps over which they rise, in place of the share."""
-
 
 SHARED = {"qmap1", "qmap2"}  # of 8-bit optimizers: constants that all parameters have in common
 # the parameters that may have a learning rate of their own, as a run tells them
@@ -53,13 +36,6 @@ def param_groups(
 
     Weights that act by their size, such as the gains of a norm, IA3's l and DoRA's magnitude, would
     be drawn to 0 by it, where the base is switched off.
-
-    Args:
-        parts: (module path, delta) pairs.
-        lr: The peak learning rate of all parameters but those.
-        lr_up: The peak learning rate of up factors.
-        decay_vectors: Weight decay shrinks vectors as it does matrices; the groups are two then.
-        lr_whole: The peak learning rate of modules that are trained whole (None: lr).
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {
         (kind, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate, "of": kind}
@@ -81,13 +57,13 @@ def param_groups(
 
 def matrices_in(delta: nn.Module) -> set[nn.Parameter]:
     """The parameters that are matrices, or entries of such."""
-    found = set[nn.Parameter]()
+    matrices = set[nn.Parameter]()
     for module in delta.modules():
         vectors, entries = (getattr(module, f"{kind}_names", ()) for kind in ("vector", "entry"))
         for name, p in module.named_parameters(recurse=False):
             if (p.ndim > 1 and name not in vectors) or name in entries:
-                found.add(p)
-    return found
+                matrices.add(p)
+    return matrices
 
 
 def sum_in_fp32(model: nn.Module) -> None:
@@ -103,43 +79,31 @@ def sum_in_fp32(model: nn.Module) -> None:
 def rates(groups: list[dict], lr: float) -> str:
     """Return a line with the peak learning rates, as in "learning rate: 2e-4; up factors (LoRA+)
     3e-3", in which the up factors are named if their rate is another one.
-
-    Args:
-        groups: The groups of `param_groups`.
-        lr: The peak learning rate of all parameters but those that are named.
     """
-    told = dict[str, None]()
+    texts = dict[str, None]()
     for group in groups:
         digits, _, power = f"{group['peak']:e}".partition("e")
         of = f"{group['of']} " if group["peak"] != lr else ""
-        told[f"{of}{float(digits):g}e{int(power)}"] = None
-    return f"learning rate: {'; '.join(told)}"
+        texts[f"{of}{float(digits):g}e{int(power)}"] = None
+    return f"learning rate: {'; '.join(texts)}"
 
 
-def warm_steps(schedule: Schedule, steps: int) -> int:
+def warm_steps(recipe: Any, steps: int) -> int:
     """The steps over which learning rates rise, of a run's."""
-    return schedule.warmup_steps or math.ceil(schedule.warmup * steps)
+    return recipe.warmup_steps or math.ceil(recipe.warmup * steps)
 
 
-def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> None:
+def set_learning_rates(optimizer: Optimizer, recipe: Any, step: int, steps: int) -> None:
     """Set each group's learning rate to its peak rate times the schedule at this step.
 
     The rate rises linearly over the first `warmup_steps`, or the `warmup` share of the steps
     (rounded up); then it falls to zero along a cosine or a line, or stays. It depends on the step
     alone, so a checkpoint stores nothing of it.
-
-    Args:
-        optimizer: An optimizer over `param_groups`.
-        schedule: How rates go on, and the warm-up.
-        step: The number of the step, from 0.
-        steps: The number of steps of the run.
     """
-    warm = warm_steps(schedule, steps)
+    warm = warm_steps(recipe, steps)
     done = (step - warm) / max(1, steps - warm)
-    after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
-        schedule.schedule
-    ]
-    factor = (step + 1) / (warm + 1) if step < warm else after
+    after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    factor = (step + 1) / (warm + 1) if step < warm else after[recipe.schedule]
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 
@@ -151,16 +115,12 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     A Python number becomes a scalar tensor. A tensor that several parameters share is stored once,
     with the first of them.
     """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    tensors: dict[int, tuple[str, Tensor]] = {}  # by the identity of the value
     for i, p in enumerate(parameters(optimizer.param_groups)):
         for name, value in optimizer.state.get(p, {}).items():
-            if not isinstance(value, Tensor):
-                found[f"{i}.{name}"] = torch.tensor(value)
-            elif id(value) not in seen:
-                seen.add(id(value))
-                found[f"{i}.{name}"] = value
-    return found
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            tensors.setdefault(id(tensor), (f"{i}.{name}", tensor))
+    return dict(tensors.values())
 
 
 def restore_optimizer(
@@ -174,35 +134,31 @@ def restore_optimizer(
     The optimizer first makes a state of its own, with a step whose learning rates and gradients are
     zero and which changes nothing. The tensors are then copied into that state, which keeps its
     dtypes and its paged memory; load_state_dict would keep neither.
-
-    Raises LorafoldError if the tensors are not those of such an optimizer.
     """
-    others = {str(i) for i, p in enumerate(parameters(optimizer.param_groups)) if not updates(p)}
+    trained = parameters(optimizer.param_groups)
+    others = {str(i) for i, p in enumerate(trained) if not updates(p)}
     tensors = {key: t for key, t in tensors.items() if key.split(".")[0] not in others}
     owners = {int(key.split(".")[0]) for key in tensors}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    for i, p in enumerate(parameters(optimizer.param_groups)):
+    for i, p in enumerate(trained):
         p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if i in owners else None
     optimizer.step()
     optimizer.zero_grad()
-    own = optimizer_tensors(optimizer)
-    shapes, found = (
-        {key: tuple(t.shape) for key, t in of.items() if key.split(".")[1] not in SHARED}
-        for of in (own, tensors)
+    expected, found = (
+        {key: tuple(t.shape) for key, t in state.items() if key.split(".")[1] not in SHARED}
+        for state in (optimizer_tensors(optimizer), tensors)
     )
     if wrong := [
-        key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)
+        f"{key}: expected {expected.get(key, 'none')}, found {found.get(key, 'none')}"
+        for key in sorted(expected.keys() | found.keys())
+        if expected.get(key) != found.get(key)
     ]:
-        told = (
-            f"{key}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}"
-            for key in wrong
-        )
         raise LorafoldError(
             f"the checkpoint's optimizer state is that of another optimizer:"
-            f" {listed(told, '; ')}; resume with the optimizer that wrote it"
+            f" {listed(wrong, '; ')}; resume with the optimizer that wrote it"
         )
-    for i, p in enumerate(parameters(optimizer.param_groups)):
+    for i, p in enumerate(trained):
         state = optimizer.state.get(p, {})
         for name, value in state.items():
             if (stored := tensors.get(f"{i}.{name}")) is not None:
@@ -214,14 +170,8 @@ def parameters(groups: list[dict]) -> list[nn.Parameter]:
     return [p for group in groups for p in group["params"]]
 
 
-def rng_state() -> dict[str, Tensor]:
-    """Return the states of torch's generators, each (bytes,), on the CPU and the CUDA devices."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"rng.cpu": torch.get_rng_state()} | {f"rng.cuda.{i}": s for i, s in enumerate(cuda)}
-
-
 def restore_rng(tensors: dict[str, Tensor]) -> None:
-    """Restore the states of torch's generators, each (bytes,), from `rng_state`."""
+    """Restore the states of torch's generators, each (bytes,), as a checkpoint has them."""
     torch.set_rng_state(tensors["rng.cpu"])
     for i in range(torch.cuda.device_count()):
         if (state := tensors.get(f"rng.cuda.{i}")) is not None:

@@ -3,23 +3,14 @@
     with packed(model) as apart:
         batch = collate(examples, packed=apart, pad_id=tokenizer.pad_token_id)
 
-It goes through transformers' public registries of attention and mask functions; no model class is
-changed. A packed batch consists of ids (1, T) and positions (1, T) that restart at 0 in each
-document. transformers finds the documents in the positions and gives our mask function a predicate:
-may query i see key j? Where it is false for j = i - 1, a document begins. So the mask function
-returns a `Documents` instead of a (T, T) mask, and the model's layers pass it on to our attention
-function. Everything else than plain causal documents (padding, decoding with a cache, custom masks,
-sinks, position bias, attention dropout) gets a mask and general attention, so generate() and
-gradient checkpointing work as usual.
-
-Some models let documents influence each other all the same: recurrent and convolutional ones, and
-those that ignore position_ids. `packed` tests the model first and yields False for these, which
-must train on padded batches.
-
-The masks that transformers derives from positions are found on the host, which sent the positions:
-to find packed documents transformers asks the device once for each mask, and we would ask three
-times more. The values that a mask's function reads are given to it in two forms: for indices on the
-host and for those on the device.
+A packed batch consists of ids (1, T) and positions (1, T) that restart at 0 in each document. Our
+mask function, in transformers' registry, gets a predicate: may query i see key j? Where it is false
+for j = i - 1, a document begins, so a `Documents` takes the place of a (T, T) mask on the way to
+our attention function. Everything else (padding, decoding with a cache, custom masks, sinks,
+position bias, attention dropout) gets a mask and general attention. Models whose documents
+influence each other all the same (recurrent ones, those that ignore position_ids) are found by a
+test first and train on padded batches. Documents are found on the host, which sent the positions:
+transformers would ask the device once for each mask.
 """
 
 from __future__ import annotations
@@ -52,7 +43,8 @@ from lorafold.training_step.score_head import at_head
 log = logging.getLogger(__name__)
 NAME = "lorafold_documents"
 HOST = torch.device("cpu")
-NO_LOSS = -100  # torch's ignore_index
+# the names of transformers' functions
+FIND, REMAP = "find_packed_sequence_indices", "remap_positions_for_packed_sequence"
 
 
 @contextmanager
@@ -85,9 +77,8 @@ def isolates(model: PreTrainedModel) -> bool:
         why = f"{type(error).__name__}: {cut(str(error), 200)}"
         log.warning("packed rows fail in this model (%s)", why)
         return False
-    return near(model, changed[-m:], together[-m:], units=1) and near(
-        model, together, torch.cat(rows), units=8
-    )
+    unmoved = near(model, changed[-m:], together[-m:], units=1)
+    return unmoved and near(model, together, torch.cat(rows), units=8)
 
 
 def random_ids(model: PreTrainedModel, n: int) -> Tensor:
@@ -97,34 +88,26 @@ def random_ids(model: PreTrainedModel, n: int) -> Tensor:
 
 
 def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
-    """Return the logits (T, V), in fp32, of packed documents.
+    """Return the logits (T, V), in fp32, of packed documents. ids (T,).
 
     A model without output embedding pools its logits; of it the hidden states (T, d) are returned
-    that its head is over. Raises LorafoldError where it is not over those of positions.
-
-    Args:
-        ids: The token ids, (T,).
-        docs: The documents, which say the position of each token.
+    that its head is over.
     """
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
         return at_head(model, inputs).hidden[0].float()
     logits = model(**inputs, use_cache=False).logits
-    found: Tensor = logits[0].float()
-    return found
+    return logits[0].float()
 
 
-def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) -> bool:
+def near(model: PreTrainedModel, logits: Tensor, expected: Tensor, units: int) -> bool:
     """Whether logits (T, V) agree to so many units of the model's dtype.
 
     Norms are compared, since experts group the tokens of all documents together: sums then round
     differently, even if no document influences another.
-
-    Args:
-        found, expected: The logits (T, V).
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
-    return bool((found - expected).norm() <= allowed * expected.norm())
+    return bool((logits - expected).norm() <= allowed * expected.norm())
 
 
 @contextmanager
@@ -134,13 +117,7 @@ def attending(
     attention: Callable[..., Any] | None = None,
     name: str = NAME,
 ) -> Iterator[None]:
-    """Set the model's attention function until the `with` block ends.
-
-    Args:
-        mask: makes the masks, a function of transformers' mask protocol.
-        attention: a function of transformers' attention protocol; None: `attend`.
-        name: the name of both in transformers' registries.
-    """
+    """Set the model's attention function until the `with` block ends."""
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
@@ -154,19 +131,15 @@ def attending(
 
 
 def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
-    """Return the attention implementations as set_attn_implementation takes them: the model's own
-    under "", those of nested configurations by name. One that has none, as those of MPT and DBRX,
-    is of no model, and transformers can't set it back to none: it is left out.
-
-    Args:
-        config: The configuration.
-        name: What to have in the place of each.
+    """The attention implementations as set_attn_implementation takes them, or `name` in their
+    place: the model's own under "", those of nested configurations by name. A configuration without
+    one (MPT, DBRX) is left out, because transformers can't set it back to none.
     """
-    nested = ((key, getattr(config, key)) for key in config.sub_configs)
+    nested = {key: getattr(config, key) for key in config.sub_configs}
     return {"": name or config._attn_implementation} | {
-        key: _implementations(c, name)
-        for key, c in nested
-        if c is not None and c._attn_implementation is not None
+        key: _implementations(sub, name)
+        for key, sub in nested.items()
+        if sub is not None and sub._attn_implementation is not None
     }
 
 
@@ -178,18 +151,8 @@ def document_mask(
     attention_mask: Tensor | None = None,
     **protocol: Any,
 ) -> Documents | Tensor | None:
-    """Return a `Documents` if the mask is that of causal documents, else a boolean mask (B, 1, Tq,
-    Tk); a function of transformers' mask protocol.
-
-    Args:
-        batch_size: B, the number of sequences.
-        q_length, kv_length: Tq and Tk, the numbers of queries and keys.
-        mask_function: Called as mask_function(b, head, i, j) on index tensors, it tells whether
-            query i of sequence b may see key j.
-        attention_mask: (B, Tk), False at padding; None if there is none.
-        protocol: The positions of the first query and the first key (`q_offset`, `kv_offset`), the
-            width of a sliding window (`local_size`), whether mask_function needs vmap, as custom
-            ones may, the device, and what concerns sdpa and eager masks only.
+    """A `Documents` for causal documents, else a boolean mask (B, 1, Tq, Tk); a function of
+    transformers' mask protocol, with an attention_mask (B, Tk) that is False at padding.
     """
     # an offset is a tensor if the cache is static
     offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
@@ -231,25 +194,10 @@ def attend(
     scaling: float | None = None,
     **protocol: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol.
-
-    Args:
-        module: The attention module, which says whether dropout is active.
-        query, key, value: (B, H, Tq, D), (B, Hk, Tk, D) and (B, Hk, Tk, Dv).
-        attention_mask: A `Documents`, a boolean mask, or a mask that is added to the scores, (B, 1,
-            Tq, Tk).
-        scaling: The factor of the scores; None: D^-0.5.
-        protocol: `dropout`, the probability with which an attention weight is dropped; `softcap`,
-            by which scores s become softcap * tanh(s / softcap); `s_aux` (H,), the scores of a
-            sink, which takes part in the softmax and has no value; `position_bias` (B or 1, H, Tq,
-            Tk), added to the scores; and what repeats what the mask says (windows, positions).
-            `isolates` finds models that pass anything else here.
-
-    Raises LorafoldError for keys beside those of the documents, as the compressed ones of
-    DeepSeek-V4.
+    """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol. query,
+    key, value (B, H, Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv); attention_mask (B, 1, Tq, Tk).
     """
-    asked = ("softcap", "s_aux", "position_bias")
-    softcap, s_aux, position_bias = map(protocol.get, asked)
+    softcap, s_aux, position_bias = map(protocol.get, ("softcap", "s_aux", "position_bias"))
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
@@ -270,17 +218,17 @@ def attend(
         scores = torch.tanh(scores / softcap) * softcap
     if position_bias is not None:
         scores = scores + position_bias
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(
-            ~attention_mask[..., : key.shape[2]], torch.finfo(scores.dtype).min
-        )
-    elif attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[2]]
+    keys = key.shape[2]
+    if attention_mask is not None:
+        mask = attention_mask[..., :keys]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
     if s_aux is not None:
-        scores = torch.cat(
-            [scores, s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1
-        )
-    p = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
+        sink = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    p = torch.softmax(scores, -1, dtype=torch.float32)[..., :keys].to(query.dtype)
     return (torch.dropout(p, dropout, module.training) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -297,16 +245,15 @@ class _Both:
 
 
 class _OnHost:
-    """transformers' functions that find documents, and how many `with` blocks have ours in their
-    place. The positions are those of the mask that is being made.
+    """transformers' functions that find documents, and how many `with` blocks replace them by ours.
     """
 
     def __init__(self) -> None:
         self.users, self.known = 0, _Both(torch.empty(0), HOST)
         self.theirs: dict[str, Any] = {}
         self.ours: dict[str, Callable[..., Any]] = {
-            "find_packed_sequence_indices": self._found,
-            "remap_positions_for_packed_sequence": self._remapped,
+            FIND: self._find,
+            REMAP: lambda mask, positions: self.theirs[REMAP](mask, self.known),
         }
 
     def use(self, more: int) -> None:
@@ -317,13 +264,10 @@ class _OnHost:
         if None not in self.theirs.values():  # a version that has others goes on as it does
             vars(masking_utils).update(self.ours if self.users else self.theirs)
 
-    def _found(self, position_ids: Tensor) -> Any:
+    def _find(self, position_ids: Tensor) -> Any:
         self.known = _Both(on_host(position_ids), position_ids.device)
-        numbers = self.theirs["find_packed_sequence_indices"](self.known.here)
+        numbers = self.theirs[FIND](self.known.here)
         return None if numbers is None else _Both(numbers, position_ids.device)
-
-    def _remapped(self, mask: Callable[..., Any], position_ids: Tensor) -> Any:
-        return self.theirs["remap_positions_for_packed_sequence"](mask, self.known)
 
 
 _on_host = _OnHost()

@@ -31,14 +31,14 @@ TINY = 1e-4  # beside a standard deviation, which may be 0
 Average = Literal["tokens", "per-sequence", "sums", "longest"]
 
 
-class Drawn(NamedTuple):
-    """What the laws are given of n tokens of k completions: log-probabilities (n,) in nats under
-    the policy, the one that drew them and the reference (None: it has no part), the advantage (n,)
-    of its completion, and which completion (n,), from 0 to k - 1, a token is of.
+class SampledTokens(NamedTuple):
+    """The n tokens of k completions: log-probabilities (n,) in nats under the policy, the one that
+    sampled them and the reference (None: it has no part), the advantage (n,) of the completion, and
+    which completion (n,), from 0 to k - 1, a token is of.
     """
 
     logps: Tensor
-    drawn: Tensor
+    sampled: Tensor
     reference: Tensor | None
     advantages: Tensor
     of: Tensor
@@ -46,11 +46,11 @@ class Drawn(NamedTuple):
     @property
     def ratios(self) -> Tensor:
         """w (n,)."""
-        return (self.logps - self.drawn).exp()
+        return (self.logps - self.sampled).exp()
 
     @property
     def kl(self) -> Tensor:
-        """KL (n,) to the reference, estimated from the token that was drawn."""
+        """KL (n,) to the reference, estimated from the sampled token."""
         assert self.reference is not None
         d = self.reference - self.logps
         return d.exp() - d - 1
@@ -85,32 +85,32 @@ class PolicyLaw(ABC):
     scale: Literal["group", "batch", "none"] = "none"
 
     @abstractmethod
-    def surrogate(self, drawn: Drawn) -> Tensor:
+    def surrogate(self, tokens: SampledTokens) -> Tensor:
         """The loss of each token without the KL, (n,)."""
 
-    def loss(self, drawn: Drawn) -> Tensor:
+    def loss(self, tokens: SampledTokens) -> Tensor:
         """The loss of each token, (n,), in nats."""
-        loss = self.surrogate(drawn)
-        return loss + self.beta * drawn.ratios * drawn.kl if self.beta else loss
+        loss = self.surrogate(tokens)
+        return loss + self.beta * tokens.ratios * tokens.kl if self.beta else loss
 
-    def clipped(self, drawn: Drawn) -> Tensor:
+    def clipped(self, tokens: SampledTokens) -> Tensor:
         """Whether the loss of each token has no gradient, since its ratio went too far, (n,)."""
-        return torch.zeros_like(drawn.logps, dtype=torch.bool)
+        return torch.zeros_like(tokens.logps, dtype=torch.bool)
 
     def baseline(self, rewards: Tensor) -> Tensor:
-        """What is subtracted from rewards (groups, k): the mean of the group."""
+        """The mean reward of each group, which is subtracted from rewards (groups, k)."""
         return rewards.nanmean(1, keepdim=True)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """The advantages (groups, k) of rewards (groups, k). A reward that is NaN has no part in
-        those of others, and an advantage of 0, as one has that is alone in its group.
+        """The advantages (groups, k) of rewards (groups, k). A NaN reward is ignored and gets an
+        advantage of 0, as does a reward that is alone in its group.
         """
-        found = rewards - self.baseline(rewards)
+        advantages = rewards - self.baseline(rewards)
         if self.scale == "group":
-            found = found / (deviation(rewards) + TINY)
+            advantages = advantages / (deviation(rewards) + TINY)
         elif self.scale == "batch":
-            found = found / (deviation(rewards.view(1, -1)) + TINY)
-        return found.where(~found.isnan(), 0.0)
+            advantages = advantages / (deviation(rewards.view(1, -1)) + TINY)
+        return advantages.where(~advantages.isnan(), 0.0)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -121,8 +121,8 @@ class Reinforce(PolicyLaw):
         loss_t = -A log pi(y_t)
     """
 
-    def surrogate(self, drawn: Drawn) -> Tensor:
-        return -drawn.advantages * drawn.logps
+    def surrogate(self, tokens: SampledTokens) -> Tensor:
+        return -tokens.advantages * tokens.logps
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -157,16 +157,16 @@ class Ppo(PolicyLaw):
         """The least and the greatest ratio."""
         return 1 - self.clip, 1 + (self.clip if self.clip_high is None else self.clip_high)
 
-    def ratios(self, drawn: Drawn) -> Tensor:
+    def ratios(self, tokens: SampledTokens) -> Tensor:
         """The ratio of each token, (n,)."""
-        return drawn.ratios
+        return tokens.ratios
 
-    def surrogate(self, drawn: Drawn) -> Tensor:
-        w, a = self.ratios(drawn), drawn.advantages
+    def surrogate(self, tokens: SampledTokens) -> Tensor:
+        w, a = self.ratios(tokens), tokens.advantages
         return -torch.minimum(w * a, w.clamp(*self.bounds) * a)
 
-    def clipped(self, drawn: Drawn) -> Tensor:
-        w, a = self.ratios(drawn), drawn.advantages
+    def clipped(self, tokens: SampledTokens) -> Tensor:
+        w, a = self.ratios(tokens), tokens.advantages
         low, high = self.bounds
         return ((w < low) & (a < 0)) | ((w > high) & (a > 0))
 
@@ -192,8 +192,8 @@ class Gspo(Grpo):
     clip: Share = 3e-4
     clip_high: Annotated[float, Field(gt=0)] | None = 4e-4
 
-    def ratios(self, drawn: Drawn) -> Tensor:
-        return drawn.mean(drawn.logps - drawn.drawn).exp()
+    def ratios(self, tokens: SampledTokens) -> Tensor:
+        return tokens.mean(tokens.logps - tokens.sampled).exp()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -207,6 +207,6 @@ class Cispo(PolicyLaw):
     scale: Literal["group", "batch", "none"] = "group"
     clip_high: Annotated[float, Field(gt=0)] = 4.0
 
-    def surrogate(self, drawn: Drawn) -> Tensor:
-        weight = drawn.ratios.detach().clamp(max=1 + self.clip_high)
-        return -weight * drawn.advantages * drawn.logps
+    def surrogate(self, tokens: SampledTokens) -> Tensor:
+        weight = tokens.ratios.detach().clamp(max=1 + self.clip_high)
+        return -weight * tokens.advantages * tokens.logps

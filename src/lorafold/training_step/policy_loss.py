@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,12 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
-from lorafold.ops.host_tensors import sent
+from lorafold.ops.host_tensors import all_sent, sent
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
-from lorafold.training_step.policy_algorithms import Drawn, PolicyLaw
+from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
-from lorafold.training_step.shared_prefixes import Branching
+from lorafold.training_step.shared_prefixes import Branching, over
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +38,12 @@ APART = {4: 1e-3, 2: 0.2}
 
 @dataclass(frozen=True)
 class Rollout(Branched):
-    """The completions of one prompt, with what they were given.
-
-    `drawn` are the log-probabilities (b,) with which the tokens of each were drawn, `advantages`
-    one number each, and `counted` whether it is part of the loss: one that was cut off may not be.
+    """The completions of one prompt. `logprobs` are the log-probabilities (b,) with which the
+    tokens of each were sampled, `advantages` one number each, and `counted` whether it is part of
+    the loss: one that was cut off may not be.
     """
 
-    drawn: tuple[tuple[float, ...], ...] = ()
+    logprobs: tuple[tuple[float, ...], ...] = ()
     advantages: tuple[float, ...] = ()
     counted: tuple[bool, ...] = ()
 
@@ -54,28 +52,21 @@ class Rollout(Branched):
         cls,
         prompt: Sequence[int],
         completions: Sequence[Sequence[int]],
-        drawn: Sequence[Sequence[float]],
+        logprobs: Sequence[Sequence[float]],
         advantages: Sequence[float],
         counted: Sequence[bool],
     ) -> Rollout:
-        """The completions, tokens after those of a prompt."""
-        last = prompt[-1]
-        branches = tuple(Example((last, *ids), (NO_LOSS, *ids)) for ids in completions)
+        """The completions of a prompt, whose token ids follow those of the prompt."""
+        branches = tuple(Example((prompt[-1], *ids), (NO_LOSS, *ids)) for ids in completions)
         return cls(
-            tuple(prompt[:-1]), branches, drawn=tuple(map(tuple, drawn)),
+            tuple(prompt[:-1]), branches, logprobs=tuple(map(tuple, logprobs)),
             advantages=tuple(advantages), counted=tuple(counted),
         )  # fmt: skip
 
 
 class StepRollouts(list[Rollout]):
-    """The groups of completions that a step learns from, with what drawing them has to show.
-
-    Args:
-        silent: Why none of them has a signal, and what to try; empty if one has.
-        figures: Of the completions, by name.
-        tokens: How many were drawn.
-        seconds: By what they went into.
-        samples: Completions to read, as JSON.
+    """The groups of completions that a step learns from, with figures of their sampling. `silent`
+    says why no group has a signal, and what to try; it is empty if one has.
     """
 
     def __init__(
@@ -92,29 +83,20 @@ class StepRollouts(list[Rollout]):
         self.tokens, self.seconds, self.samples = tokens, seconds, samples
 
 
-class OldLogps(NamedTuple):
-    """Log-probabilities (n,) of a micro-batch before the first update from it: those of the policy
-    and of the reference, if that has a part.
-    """
-
-    logps: Tensor
-    reference: Tensor | None
-
-
 @dataclass
 class StepStatistics:
-    """What a step saw of the tokens that it learned from: how many, and sums over them."""
+    """Counts and sums over the tokens that a step learned from."""
 
     tokens: int = 0  # in all updates
     compared: int = 0  # with those that were drawn, in the first
     largest: float = 0.0
-    apart: float = 0.0  # of the differences to the log-probabilities with which they were drawn
+    difference: float = 0.0  # of log-probabilities to those with which tokens were sampled
     clipped: int = 0
     kl: float = 0.0
 
     @classmethod
     def of(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
-        """What several processes saw together."""
+        """The statistics of several processes together."""
         sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
         return cls(**(sums | {"largest": max(part.largest for part in parts)}))
 
@@ -122,20 +104,12 @@ class StepStatistics:
         """Means over the tokens, and the largest difference; nothing of a step without any."""
         if not (n := self.tokens):
             return {}
-        found = {"mismatch": self.apart / self.compared, "largest mismatch": self.largest}
-        return found | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
+        mismatch = {"mismatch": self.difference / self.compared, "largest mismatch": self.largest}
+        return mismatch | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
 
 
 class Policy(BranchedLoss):
-    """The loss of a law over groups of completions, in nats, summed over tokens or completions.
-
-    Args:
-        model: The model with its adapters, of which the highest trains.
-        how: How far the model goes with packed documents; None pads.
-        pad_id: The token that fills short sequences.
-        longest: The most tokens of a completion.
-        exact: Completions have the bits that this computes (`lorafold.engine.operations`).
-    """
+    """The loss of a law over groups of completions, in nats, summed over tokens or completions."""
 
     def __init__(
         self,
@@ -148,15 +122,18 @@ class Policy(BranchedLoss):
     ) -> None:
         super().__init__(model, how, pad_id)
         self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
-        self.seen, self.first, self.at, self.inexact = StepStatistics(), list[OldLogps](), 0, False
+        self.seen, self.at, self.inexact = StepStatistics(), 0, False
+        # log-probabilities (n,) of micro-batches before the first update from them: those of the
+        # policy and of the reference, if that has a part
+        self.first = list[tuple[Tensor, Tensor | None]]()
         # factors in fp32 over a base in 16 bits meet what that has rounded
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.bound = APART.get(size, APART[2])
 
     def count(self, example: Rollout) -> int:
         if self.law.average == "tokens":
-            counted = zip(example.drawn, example.counted, strict=True)
-            return sum(len(drawn) for drawn, counts in counted if counts)
+            counted = zip(example.logprobs, example.counted, strict=True)
+            return sum(len(logprobs) for logprobs, counts in counted if counts)
         return sum(example.counted)
 
     def learns(self, example: Rollout) -> bool:
@@ -164,18 +141,18 @@ class Policy(BranchedLoss):
         return any(counts and (advantage or self.law.beta > 0) for advantage, counts in given)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
-        """What `laid_out` has, with `drawn` (n,) a token, and `advantages` and `weights` (k,) a
-        completion: what its tokens count in the sum.
+        """The tensors of `laid_out`, with `drawn` (n,), the log-probability with which each token
+        was sampled, and `advantages` and `weights` (k,) of each completion.
         """
-        found = self.laid_out(examples)
-        drawn = torch.tensor([p for e in examples for own in e.drawn for p in own])
-        found["drawn"] = drawn[self.order(examples)]
-        found["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
-        lengths = torch.tensor([len(own) for e in examples for own in e.drawn])
+        inputs = self.laid_out(examples)
+        logprobs = torch.tensor([p for e in examples for own in e.logprobs for p in own])
+        inputs["drawn"] = logprobs[self.order(examples)]
+        inputs["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
+        lengths = torch.tensor([len(own) for e in examples for own in e.logprobs])
         over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
-        found["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
-        return {name: sent(x, device) for name, x in found.items()}
+        inputs["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
+        return all_sent(inputs, device)
 
     def begin(self, update: int) -> None:
         """Be told that the examples of a step come, for the first time (0) or again: then ratios
@@ -188,47 +165,47 @@ class Policy(BranchedLoss):
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (); arguments as `collate` gives them. Ratios are those to the
         first update of the same examples.
-
-        Raises LorafoldError if the tokens were drawn by other weights than the model's.
         """
         document, lens = inputs.pop("document"), inputs.pop("lens", None)
-        given = inputs.pop("drawn"), inputs.pop("advantages"), inputs.pop("weights")
-        drawn, advantages, weights = given
-        logps = self._logps(labels, lens, inputs)
-        below = partial(self._below, labels, lens, inputs)
+        drawn, advantages, weights = map(inputs.pop, ("drawn", "advantages", "weights"))
+
+        def compute() -> Tensor:
+            with over(self.how, lens, labels.device):
+                return -token_losses(self.model, labels, inputs, self.exact)
+
+        def compute_reference() -> Tensor:
+            with evaluating(self), torch.no_grad(), self.below():
+                return compute()
+
+        logps = compute()
         of = sent(at_labels(document, labels), logps.device)
         if self.at == len(self.first):
-            self._compare(logps.detach(), drawn, below)
-            self.first.append(OldLogps(logps.detach(), below() if self.law.beta else None))
-        first, self.at = self.first[self.at], self.at + 1
-        found = Drawn(logps, *first, advantages[of], of)
+            self._compare(logps.detach(), drawn, compute_reference)
+            reference = compute_reference() if self.law.beta else None
+            self.first.append((logps.detach(), reference))
+        tokens = SampledTokens(logps, *self.first[self.at], advantages[of], of)
+        self.at += 1
         self.seen.tokens += len(logps)
-        self.seen.clipped += int(self.law.clipped(found).sum())
-        if first.reference is not None:
-            self.seen.kl += float(found.kl.detach().sum())
-        return (self.law.loss(found) * weights[of]).sum()
-
-    def _logps(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        with self.over(labels, lens):
-            return -token_losses(self.model, labels, inputs, self.exact)
+        self.seen.clipped += int(self.law.clipped(tokens).sum())
+        if tokens.reference is not None:
+            self.seen.kl += float(tokens.kl.detach().sum())
+        return (self.law.loss(tokens) * weights[of]).sum()
 
     def figures(self, processes: Processes = ALONE) -> dict[str, float]:
-        """What the step saw in all processes, once."""
-        found, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
-        return found.figures(bool(self.law.beta))
+        """The figures of the last step over all processes, once."""
+        statistics, self.seen = StepStatistics.of(processes.gather(self.seen)), StepStatistics()
+        return statistics.figures(bool(self.law.beta))
 
-    def _below(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        with evaluating(self), torch.no_grad(), self.below():
-            return self._logps(labels, lens, inputs)
-
-    def _compare(self, logps: Tensor, drawn: Tensor, below: Callable[[], Tensor]) -> None:
-        """Add to what was seen. Raises LorafoldError where the mean difference is none of rounding,
-        naming what has log-probabilities nearer to those that were drawn.
+    def _compare(self, logps: Tensor, sampled: Tensor, reference: Callable[[], Tensor]) -> None:
+        """Add the sampler/trainer difference of log-probabilities to the statistics, and raise
+        LorafoldError if it is too large for rounding.
         """
-        apart = (logps - drawn).abs()
-        self.seen.compared += len(apart)
-        self.seen.apart += float(apart.sum())
-        self.seen.largest = max(self.seen.largest, float(apart.max()) if len(apart) else 0.0)
+        if not len(logps):
+            return
+        difference = (logps - sampled).abs()
+        self.seen.compared += len(difference)
+        self.seen.difference += float(difference.sum())
+        self.seen.largest = max(self.seen.largest, float(difference.max()))
         if self.exact and self.seen.largest and not self.inexact:
             self.inexact = True
             log.warning(
@@ -236,14 +213,11 @@ class Policy(BranchedLoss):
                 " shorter than the text and capped scores are summed in another order",
                 self.seen.largest,
             )
-        if not len(apart) or float(apart.mean()) <= self.bound:
+        if (mean := float(difference.mean())) <= self.bound:
             return
-        mean, other = float(apart.mean()), float((below() - drawn).abs().mean())
-        by = (
-            "the model without the adapter that trains"
-            if other <= self.bound
-            else "other weights, of another step, adapter or base"
-        )
+        by = "other weights, of another step, adapter or base"
+        if float((reference() - sampled).abs().mean()) <= self.bound:
+            by = "the model without the adapter that trains"
         raise LorafoldError(
             f"completions were drawn by {by}: found log-probabilities that differ by {mean:.3g} a"
             f" token from those of the weights that train, expected at most {self.bound:g}"

@@ -29,10 +29,10 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Scored(NamedTuple):
-    """What the laws are given of n rows: log-probabilities under the model and the reference (n, 2)
-    in nats (None where the law has no reference), the tokens of the completions (n, 2), and for
-    judged completions whether they are desirable (n,). Of a law that reads a head `logps` are its
-    scores. `mismatched` is the `moved` of the mismatched completions of the whole step; with it the
+    """The n rows that a law scores: log-probabilities under the model and the reference (n, 2) in
+    nats (None without a reference), the tokens of the completions (n, 2), and for judged
+    completions whether they are desirable (n,). For a law that reads a head `logps` are its scores.
+    `mismatched` has the `ratio_sums` of the mismatched completions of the whole step; with it the
     columns of the completions that have gradients are enough.
     """
 
@@ -48,6 +48,11 @@ class Scored(NamedTuple):
         return self.logps if self.reference is None else self.logps - self.reference
 
     @property
+    def margins(self) -> Tensor:
+        """d = r(w) - r(l), (n,)."""
+        return self.ratios[:, 0] - self.ratios[:, 1]
+
+    @property
     def means(self) -> Tensor:
         """log p a token, (n, 2)."""
         return self.logps / self.tokens
@@ -58,7 +63,7 @@ class Scored(NamedTuple):
         return -self.means[:, 0]
 
 
-def moved(ratios: Tensor) -> Tensor:
+def ratio_sums(ratios: Tensor) -> Tensor:
     """The sum of ratios r, in nats, and their number, (2,): of parts of a step they add up."""
     return torch.stack([ratios.sum(), ratios.new_tensor(float(ratios.numel()))])
 
@@ -72,14 +77,15 @@ class Law(ABC):
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
     # of a method's own learning rates: a pair is told apart long before its completions are learned
     pace: ClassVar[float] = 0.05
+    beta: float  # an option of each that has rewards of its own
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:
         """The loss of each row, (n,), in nats."""
 
-    @abstractmethod
     def rewards(self, scored: Scored) -> Tensor:
         """The rewards that the law implies for both completions, (n, 2)."""
+        return self.beta * (scored.ratios if self.has_reference else scored.means)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -98,13 +104,9 @@ class Dpo(Law):
     sft_weight: Weight = 0.0
 
     def loss(self, scored: Scored) -> Tensor:
-        margin = self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])
-        e = self.label_smoothing
+        margin, e = self.beta * scored.margins, self.label_smoothing
         loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
-
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -125,9 +127,6 @@ class Ipo(Law):
         r = scored.ratios / scored.tokens if self.per_token else scored.ratios
         return (r[:, 0] - r[:, 1] - 1 / (2 * self.beta)).square()
 
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
-
 
 @dataclass(frozen=True, config=STRICT)
 class Hinge(Law):
@@ -140,10 +139,7 @@ class Hinge(Law):
     beta: Positive = 0.1
 
     def loss(self, scored: Scored) -> Tensor:
-        return (1 - self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])).relu()
-
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
+        return (1 - self.beta * scored.margins).relu()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -165,9 +161,6 @@ class Orpo(Law):
         odds = means - torch.log(-torch.expm1(means))
         return scored.nll - self.beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
 
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.means
-
 
 @dataclass(frozen=True, config=STRICT)
 class Simpo(Law):
@@ -185,12 +178,8 @@ class Simpo(Law):
     sft_weight: Weight = 0.0
 
     def loss(self, scored: Scored) -> Tensor:
-        margin = self.beta * (scored.means[:, 0] - scored.means[:, 1]) - self.gamma
-        loss = -F.logsigmoid(margin)
+        loss = -F.logsigmoid(self.beta * (scored.means[:, 0] - scored.means[:, 1]) - self.gamma)
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
-
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.means
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -219,9 +208,6 @@ class Kto(Law):
         sign = torch.where(scored.desirable, 1.0, -1.0)
         weight = torch.where(scored.desirable, self.desirable_weight, self.undesirable_weight)
         return weight * (1 - torch.sigmoid(self.beta * sign * (scored.ratios[:, 0] - z)))
-
-    def rewards(self, scored: Scored) -> Tensor:
-        return self.beta * scored.ratios
 
 
 @dataclass(frozen=True, config=STRICT)

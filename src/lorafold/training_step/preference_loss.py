@@ -6,7 +6,7 @@
 
 The reference is the model without its highest adapter, the one that trains.
 
-`beside` computes KL = sum_i sum_v p_i(v) (log p_i(v) - log q_i(v)) in nats between a model p and
+`compared` computes KL = sum_i sum_v p_i(v) (log p_i(v) - log q_i(v)) in nats between a model p and
 the same with fewer adapters q, computed in chunks of positions.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,43 +22,29 @@ from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
+from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
-from lorafold.ops.host_tensors import on_host, sent
+from lorafold.ops.host_tensors import all_sent, on_host, sent
 from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_of, until_head
-from lorafold.training_step.preference_algorithms import Law, Scored, moved
+from lorafold.training_step.preference_algorithms import Law, Scored, ratio_sums
 from lorafold.training_step.score_head import document_scores
 from lorafold.training_step.shared_prefix_loss import BranchedLoss
-from lorafold.training_step.shared_prefixes import Branching
-
-
-class ReferenceComparison(NamedTuple):
-    """The losses of the model and of the other at n labelled positions, (n,) each, and the KL of
-    the model to the other summed over them, (), all in nats.
-    """
-
-    losses: Tensor
-    others: Tensor
-    kl: Tensor
+from lorafold.training_step.shared_prefixes import Branching, over
 
 
 @torch.no_grad()
-def beside(
-    model: Any,
-    labels: Tensor,
-    inputs: Mapping[str, Tensor],
+def compared(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
-) -> ReferenceComparison:
-    """Compare the model with what it is in the context `other()`.
-
-    Args:
-        labels: (B, T), shifted, or -100.
-        inputs: Keyword arguments of the model, each (B, T).
-        other: Such as a context with fewer adapters.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The losses of the model, and of what it is in the context `other()`, at the n labelled
+    positions of labels (B, T), (n,) each; and the KL of the first to the second summed over them,
+    (), all in nats.
     """
     h, targets, *_ = until_head(model, labels, inputs)
     with other():
         h_other, *_ = until_head(model, labels, inputs)
-    wide = torch.promote_types(h.dtype, torch.float32)
+    wide = at_least_fp32(h)
     losses, others = (h.new_empty(len(h), dtype=wide) for _ in range(2))
     kl = losses.new_zeros(())
     for run in chunks(len(h)):
@@ -68,7 +54,7 @@ def beside(
         losses[run] = F.nll_loss(log_p, targets[run], reduction="none")
         others[run] = F.nll_loss(log_q, targets[run], reduction="none")
         kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return ReferenceComparison(losses, others, kl)
+    return losses, others, kl
 
 
 class Preferences(BranchedLoss):
@@ -81,7 +67,7 @@ class Preferences(BranchedLoss):
         self.law, self.pace = law, law.pace
 
     def trained(self, example: Branched) -> Branched:
-        """The example with those of its completions that have gradients."""
+        """The example with the completions that have gradients."""
         return example.some(slice(self.law.trained))
 
     def count(self, example: Branched) -> int:
@@ -92,12 +78,12 @@ class Preferences(BranchedLoss):
         return self.tensors([self.trained(example) for example in examples], device)
 
     def tensors(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
-        """What `laid_out` has, with `reference` (n, k) and `desirable` (n,)."""
-        found = self.laid_out(examples)
-        found["desirable"] = torch.tensor([e.desirable for e in examples])
+        """The tensors of `laid_out`, with `reference` (n, k) and `desirable` (n,)."""
+        tensors = self.laid_out(examples)
+        tensors["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.law.has_reference and all(e.reference for e in examples):
-            found["reference"] = torch.tensor([e.reference for e in examples])
-        return {name: sent(x, device) for name, x in found.items()}
+            tensors["reference"] = torch.tensor([e.reference for e in examples])
+        return all_sent(tensors, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.
@@ -105,7 +91,7 @@ class Preferences(BranchedLoss):
         A reference that is not given is computed.
         """
         mismatched = inputs.pop("mismatched", None)
-        scored = self.beside_reference(labels, **inputs)
+        scored = self._scored(True, labels, **inputs)
         return self.law.loss(scored._replace(mismatched=mismatched)).sum()
 
     def of_step(
@@ -114,32 +100,31 @@ class Preferences(BranchedLoss):
         idle: Sequence[Branched] = (),
         passes: Callable[[int], int] = int,
     ) -> dict[str, Tensor]:
-        """`mismatched` (2,) as `Scored` has it, where rows have completions without gradients; like
-        the reference they are computed without dropout.
+        """`mismatched` (2,) for `Scored`, if rows have completions without gradients; like the
+        reference they are computed without dropout.
         """
         others = [one.some(slice(self.law.trained, None)) for one in (*examples, *idle)]
         if not all(one.branches for one in others):
             return {}
-        found = torch.zeros(2, device=self.device)
+        sums = torch.zeros(2, device=self.device)
         groups = [*self.groups(others[: len(examples)])]
         more = passes(len(groups)) - len(groups)
         with evaluating(self):
             for group in groups + [[len(examples)]] * more:
                 tensors = self.tensors([others[i] for i in group], self.device)
-                ratios = self.beside_reference(**tensors).ratios
-                found += moved(ratios) if group[0] < len(examples) else 0
-        return {"mismatched": found}
+                ratios = self._scored(True, **tensors).ratios
+                sums += ratio_sums(ratios) if group[0] < len(examples) else 0
+        return {"mismatched": sums}
 
-    def beside_reference(
-        self, labels: Tensor, desirable: Tensor, reference: Tensor | None = None, **inputs: Tensor
-    ) -> Scored:
-        """The log-probabilities (n, k) of a batch, and of its reference, computed if not given.
-
-        Args:
-            labels, desirable, reference, inputs: As `tensors` gives them.
+    def _scored(
+        self, refer: bool, labels: Tensor, desirable: Tensor, reference: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Scored:  # fmt: skip
+        """The log-probabilities (n, k) of a batch, and of its reference: the given one, or if it is
+        wanted computed.
         """
         logps, tokens = self.logps(labels, len(desirable), **inputs)
-        if reference is None and self.law.has_reference:
+        if refer and reference is None and self.law.has_reference:
             with evaluating(self), self.below():
                 reference, _ = self.logps(labels, len(desirable), **inputs)
         return Scored(logps, reference, tokens, desirable)
@@ -149,34 +134,26 @@ class Preferences(BranchedLoss):
     ) -> tuple[Tensor, Tensor]:
         """Return log p of the completions in nats (or the scores that a head gives the documents,
         if the law reads them), and the tokens of the completions, both (n, k).
-
-        Args:
-            labels, document, lens, inputs: As `tensors` gives them.
         """
-        with self.over(labels, lens):
-            k = int(on_host(document).max()) + 1
+        batch = self.model, labels, inputs, document, int(on_host(document).max()) + 1
+        with over(self.how, lens, labels.device):
             if self.law.reads_head:
-                scores, counts = document_scores(
-                    self.model, labels, inputs, document, k, self.pad_id
-                )
-                return scores.view(n, -1), counts.view(n, -1)
-            losses, counts = document_losses(self.model, labels, inputs, document, k)
-        return -losses.view(n, -1), counts.view(n, -1)
+                scores, counts = document_scores(*batch, self.pad_id)
+            else:
+                losses, counts = document_losses(*batch)
+                scores = -losses
+        return scores.view(n, -1), counts.view(n, -1)
 
     def references(self, examples: Sequence[Branched]) -> Iterator[tuple[int, list[float]]]:
         """Yield the index and the log-probabilities under the reference of each example."""
         for group in self.groups(examples):
             with evaluating(self), self.below():
-                found = self.scored([examples[i] for i in group]).logps
-            yield from zip(group, found.tolist(), strict=True)
+                logps = self.scored([examples[i] for i in group]).logps
+            yield from zip(group, logps.tolist(), strict=True)
 
     def scored(self, examples: Sequence[Branched]) -> Scored:
         """The log-probabilities of the examples under the model as it is, with their references."""
-        inputs = self.tensors(examples, self.device)
-        labels, desirable = inputs.pop("labels"), inputs.pop("desirable")
-        reference = inputs.pop("reference", None)
-        logps, tokens = self.logps(labels, len(examples), **inputs)
-        return Scored(logps, reference, tokens, desirable)
+        return self._scored(False, **self.tensors(examples, self.device))
 
     def against_reference(self, examples: Sequence[Branched]) -> tuple[Scored, float]:
         """The log-probabilities of the examples under the model and its reference, and the KL of
@@ -186,12 +163,12 @@ class Preferences(BranchedLoss):
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
         document, desirable = inputs.pop("document"), inputs.pop("desirable")
         inputs.pop("reference", None)
-        with self.over(labels, lens):
-            found = beside(self.model, labels, inputs, self.below)
-        of = sent(at_labels(document, labels), found.losses.device)
-        sums = (-found.losses, -found.others, torch.ones_like(found.losses))
+        with over(self.how, lens, labels.device):
+            losses, others, kl = compared(self.model, labels, inputs, self.below)
+        of = sent(at_labels(document, labels), losses.device)
+        sums = -losses, -others, torch.ones_like(losses)
         documents = sum(len(e.branches) for e in examples)
         logps, reference, tokens = (
             x.new_zeros(documents).index_add(0, of, x).view(len(examples), -1) for x in sums
         )
-        return Scored(logps, reference, tokens, desirable), float(found.kl)
+        return Scored(logps, reference, tokens, desirable), float(kl)

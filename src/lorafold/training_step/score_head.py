@@ -13,8 +13,7 @@ Use it for reward models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,36 +25,18 @@ from lorafold.models.classifier import head_paths
 
 
 class AtHead(NamedTuple):
-    """What goes into a model's head at every position, (B, T, d), and what comes out (B, T, c)."""
+    """The input of a model's head at every position, (B, T, d), and its output (B, T, c)."""
 
     hidden: Tensor
     output: Tensor
 
 
 def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
-    """Run the model, and return what its head computes at every position.
-
-    Raises LorafoldError if the model has several heads, or one that does not compute positions, as
-    where hidden states are pooled before it.
-
-    Args:
-        inputs: Its keyword arguments, among them input_ids (B, T).
+    """Run the model on inputs (B, T), and return the input and the output of its head at every
+    position.
     """
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
-    with _caught(head) as caught:
-        model(**inputs, use_cache=False)
-    if len(paths) > 1 or [found.hidden.shape[:2] for found in caught] != [shape]:
-        raise LorafoldError(
-            f"{type(model).__name__}: found the heads {', '.join(paths)}, expected one that is"
-            " computed at every position"
-        )
-    return caught[0]
-
-
-@contextmanager
-def _caught(head: nn.Module) -> Iterator[list[AtHead]]:
-    """Yield a list that receives what each call of the head has as input and output."""
     caught: list[AtHead] = []
 
     def catch(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -63,22 +44,22 @@ def _caught(head: nn.Module) -> Iterator[list[AtHead]]:
 
     handle = head.register_forward_hook(catch)
     try:
-        yield caught
+        model(**inputs, use_cache=False)
     finally:
         handle.remove()
+    if len(paths) > 1 or [one.hidden.shape[:2] for one in caught] != [shape]:
+        raise LorafoldError(
+            f"{type(model).__name__}: found the heads {', '.join(paths)}, expected one that is"
+            " computed at every position"
+        )
+    return caught[0]
 
 
 def document_scores(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """Return the score of each document, in fp32, and the number of its labelled positions: (n,)
-    and (n,).
-
-    Args:
-        model: A sequence classifier with one output.
-        labels: (B, T), the target of each position, or -100.
-        inputs: Keyword arguments of the model, among them input_ids (B, T), padded at the right.
-        document: (B, T), the document from 0 to n - 1 that each position belongs to.
+    and (n,). labels (B, T); inputs (B, T); document (B, T).
     """
     of, ids = document.flatten(), inputs["input_ids"].flatten()
     counts = of.new_zeros(n).index_add(0, of, (labels.flatten() != NO_LOSS).to(of.dtype))

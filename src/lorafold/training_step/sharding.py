@@ -1,28 +1,19 @@
 """A model whose large tensors are divided among the processes of a run.
 
-    with shards.reading():
+    with shards.reading():                      operations find weights whole (`ShardedReads`)
         with shards.loading(device):
-            model = load()                 each weight is divided as soon as the model gets it
-        ...                                operations find weights whole
-        (`training_step.sharded_reads`)
-        with shards.dividing(model):
-            loss(**inputs).backward()      in every process, as often as in the others
-            shards.add_gradients(parameters)
+            model = load()                      each weight is divided as soon as the model gets it
+    with shards.dividing(model):
+        loss(**inputs).backward()               in every process, as often as in the others
+        shards.add_gradients(parameters)
 
 Before a block runs, in the forward and in the backward, it is made whole, and the block before is
 let go: one block is whole at a time, or the embedding or the head (the scheme of ZeRO, stage 3:
-Rajbhandari et al. 2020, arXiv 1910.02054).
-
-- Of the storage of a *frozen* tensor a process keeps one part of the bytes, which are gathered as
-  they are: the codes of a quantized base are never cast.
-- A *trained* weight of the base has one owner, which keeps it whole, with its gradient and its
-  moments; the others get it, and give their gradients to the owner as soon as a block's backward
-  ends. What an optimizer computes of a parameter it computes of all of it, as in one process.
-
-A tensor stays the object that it was and only its storage is emptied and filled: whatever holds it,
-a delta, a fused operation or a graph, knows nothing of this. All processes must run the same blocks
-in the same order. The tensors of adapters stay whole in each; their moments have owners
-(`training_step.shards`).
+Rajbhandari et al. 2020, arXiv 1910.02054). Of a *frozen* tensor a process keeps one part of the
+bytes, which are gathered as they are: codes of a quantized base are never cast. A *trained* weight
+has one owner, which keeps it whole, with its gradient and its moments. A tensor stays the same
+object and only its storage is emptied and filled. The tensors of adapters stay whole in each
+process; their moments have owners (`training_step.shards`).
 """
 
 from __future__ import annotations
@@ -46,12 +37,12 @@ from lorafold.models.weights import PendingTensor
 from lorafold.runtime.memory import RETURNED, freed_blocks
 from lorafold.runtime.processes import Processes
 from lorafold.training_step.data_parallel import Replicated
-from lorafold.training_step.sharded_reads import ShardedReads
 from lorafold.training_step.shards import (
     Moments,
     Owned,
     Parted,
     Shard,
+    ShardedReads,
     divide,
     held_by,
     open_for,
@@ -82,32 +73,21 @@ class Sharded(Replicated):
     def _all(self) -> Iterator[Shard]:
         return (shard for part in self._parts for shard in part)
 
-    @property
-    def whole(self) -> int:
-        """The bytes of all large tensors."""
-        return sum(shard.size for shard in self._all)
-
-    @property
-    def kept(self) -> int:
-        """The bytes of them that this process keeps."""
-        return sum(shard.kept for shard in self._all)
-
-    @property
-    def largest(self) -> int:
-        """The bytes of the largest part that is whole at a time."""
-        return max((sum(shard.size for shard in part) for part in self._parts), default=0)
+    def sizes(self) -> tuple[int, int, int]:
+        """The bytes of all large tensors, those that this process keeps, and those of the largest
+        part, which are whole at a time.
+        """
+        parts = [sum(shard.size for shard in part) for part in self._parts]
+        return sum(parts), sum(shard.kept for shard in self._all), max(parts, default=0)
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
-        with freed_blocks(RETURNED), loaded_in_turn(), each_registered(self._keep_part(device)):
-            yield
-
-    def _keep_part(self, device: torch.device) -> Callable[[Tensor], None]:
-        def keep(t: Tensor) -> None:
+        def keep_part(t: Tensor) -> None:
             if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # its values are there
                 divide(t, self.known, self.processes, device)
 
-        return keep
+        with freed_blocks(RETURNED), loaded_in_turn(), each_registered(keep_part):
+            yield
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -125,20 +105,17 @@ class Sharded(Replicated):
 
     @contextmanager
     def dividing(self, model: nn.Module) -> Iterator[None]:
-        """Divide what is not divided yet, and have each part whole while it computes, until the
-        `with` block ends. Then no process has them all, unless they were gathered.
-
-        Args:
-            model: With its adapters, the same in every process.
+        """Divide all weights that are still whole, and make each part whole while it computes,
+        until the `with` block ends. Afterwards no process has them all, unless they were gathered.
         """
-        of = self._divided(model)
+        parts, anatomy = self._divided(model), Anatomy.of(model)
         with ExitStack() as stack:
-            for path, part in of.items():
+            for path, part in parts.items():
                 open_for(stack, model.get_submodule(path), partial(self.open, part))
             # the loss reads the head itself, once the decoder has run
-            if len(ends := Anatomy.of(model).vocabulary_ends) > 1:
-                decoder = model.get_submodule(Anatomy.of(model).decoder)
-                opens = decoder.register_forward_hook(lambda *_: self.open(of[ends[-1]]))
+            if len(ends := anatomy.vocabulary_ends) > 1:
+                decoder = model.get_submodule(anatomy.decoder)
+                opens = decoder.register_forward_hook(lambda *_: self.open(parts[ends[-1]]))
                 stack.callback(opens.remove)
             yield
 
@@ -147,28 +124,28 @@ class Sharded(Replicated):
         """The shards of each part of the model, by its path."""
         params, taken = set[nn.Parameter](), set[int]()
         owner_of, ends = owners(model, self.processes.count), Anatomy.of(model).vocabulary_ends
-        of: dict[str, Sequence[Shard]] = {}
+        parts: dict[str, Sequence[Shard]] = {}
         self._mode.let_go()
         for path in parts_of(model):
             part = model.get_submodule(path)
-            held = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
-            found = [*held, *parted_in(part, self.known, taken, self.processes)]
-            same = next((of[e] for e in ends if e in of and not found), None)  # tied ends
-            of[path] = found if same is None else same
-            if same is None:
-                for shard in found:
+            owned = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
+            shards = [*owned, *parted_in(part, self.known, taken, self.processes)]
+            tied = next((parts[e] for e in ends if e in parts and not shards), None)
+            parts[path] = shards if tied is None else tied
+            if tied is None:
+                for shard in shards:
                     shard.empty()
-                self._parts.append(found)
-        parts = {shard.storage._cdata: shard for shard in self._all}
+                self._parts.append(shards)
+        known = {shard.storage._cdata: shard for shard in self._all}
         there = held_by(model)
         for place, shard in self.known.items():
             # what is in no part stays whole, and what was converted since is nobody's
-            if place not in parts and place in there and isinstance(shard, Parted):
+            if place not in known and place in there and isinstance(shard, Parted):
                 shard.restore()
         self.known.clear()
-        self.known.update(parts)
+        self.known.update(known)
         unmap(model)
-        return of
+        return parts
 
     def _own(self, p: nn.Parameter, owner: int) -> Owned:
         before = self.known.pop(p.untyped_storage()._cdata, None)
@@ -214,15 +191,12 @@ class Sharded(Replicated):
         self._close()
         owned = [*self._owned.values()]
         # a gradient that came after its block was let go; one of which no process knows
-        late, learned = (
-            torch.tensor(found, dtype=torch.int32)
-            for found in (
-                [not one.mine and one.p.grad is not None for one in owned],
-                [one.learned or one.p.grad is not None for one in owned],
-            )
-        )
-        self.processes.add([late, learned])
-        for one, came, had in zip(owned, late.tolist(), learned.tolist(), strict=True):
+        here = [one.p.grad is not None for one in owned]
+        late = [has and not one.mine for one, has in zip(owned, here, strict=True)]
+        learned = [has or one.learned for one, has in zip(owned, here, strict=True)]
+        flags = torch.tensor([late, learned], dtype=torch.int32)
+        self.processes.add([flags])
+        for one, came, had in zip(owned, *flags.tolist(), strict=True):
             if came:
                 one.reduce_gradient()
             if not had:
@@ -232,9 +206,9 @@ class Sharded(Replicated):
 
     def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
         here = super().moves(parameters)
-        found = torch.tensor([1 + here[p] if p in here else 0 for p in parameters])
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return {p: n == 2 for p, n in zip(parameters, found.tolist(), strict=True) if n}
+        flags = torch.tensor([1 + here[p] if p in here else 0 for p in parameters])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return {p: n == 2 for p, n in zip(parameters, flags.tolist(), strict=True) if n}
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         norms = torch.zeros(len(parameters), device=parameters[0].device)
@@ -248,17 +222,17 @@ class Sharded(Replicated):
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, PendingTensor]:
         others = {one.storage._cdata for one in self._owned.values() if not one.mine}
-        own = {
+        here = {
             name: (tuple(t.shape), t.dtype)
             for name, t in state.items()
             if t.untyped_storage()._cdata not in others
         }
-        found: dict[str, PendingTensor] = {}
-        for index, there in enumerate(self.processes.gather(own)):
-            for name, (shape, dtype) in there.items():
-                if name not in found:
-                    found[name] = self._piece(state.get(name), shape, dtype, index)
-        return {name: found[name] for name in sorted(found)}
+        pieces: dict[str, PendingTensor] = {}
+        for index, there in enumerate(self.processes.gather(here)):
+            for name, form in there.items():
+                if name not in pieces:
+                    pieces[name] = self._piece(state.get(name), *form, index)
+        return dict(sorted(pieces.items()))
 
     def _piece(
         self, here: Tensor | None, shape: Any, dtype: torch.dtype, index: int

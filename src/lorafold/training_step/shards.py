@@ -7,20 +7,22 @@ frozen ones by their bytes, trained ones by who owns them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_leaves
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.runtime.processes import Processes
 
 LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
 UNIT = 64  # bytes that are not parted
+ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class Moments:
@@ -40,15 +42,15 @@ class Moments:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Let an optimizer see the gradients of this process's parameters alone in the `with`
-        block, and give all processes what each has updated.
+        """Show an optimizer only the gradients of this process's parameters in the `with` block,
+        and send the updated parameters to all processes.
         """
         learned = [p for p in self._of if p.grad is not None]
-        others = [(p, p.grad) for p in learned if not self.mine(p)]
-        for p, _ in others:
+        others = {p: p.grad for p in learned if not self.mine(p)}
+        for p in others:
             p.grad = None
         yield
-        for p, grad in others:
+        for p, grad in others.items():
             p.grad = grad
         for owner in range(self.processes.count):
             self.processes.same([p.detach() for p in learned if self._of[p] == owner], owner)
@@ -66,11 +68,7 @@ def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Paramete
 
 
 class Parted:
-    """A storage, and this process's part of its bytes.
-
-    Args:
-        content: The bytes (n,) of the storage, where it does not have them yet.
-    """
+    """A storage, and this process's part of its bytes."""
 
     def __init__(
         self, storage: torch.UntypedStorage, processes: Processes, content: Tensor | None = None
@@ -110,13 +108,13 @@ class Parted:
         self.whole = self.written = False
 
     def restore(self) -> None:
-        """Make the storage what it was before it was divided."""
+        """Give the storage all bytes and its size from before it was divided."""
         if not self.whole:
             self.fill()
         self.storage.resize_(self.size)
 
     def give(self, owner: int, processes: Processes) -> None:
-        """Make the storage what it was in its owner alone; the others have none of it."""
+        """Give the owner the whole storage; the other processes keep nothing of it."""
         if self.whole:
             self.empty()
         mine = owner == processes.index
@@ -126,15 +124,11 @@ class Parted:
         self.storage.resize_(self.size if mine else 0)
 
     def reduce_gradient(self) -> None:
-        """Nothing: what is frozen has no gradient."""
+        """Nothing: a frozen tensor has no gradient."""
 
 
 class Owned:
-    """A trained parameter, and the process that keeps it.
-
-    Args:
-        before: Its shard, where it is divided already.
-    """
+    """A trained parameter, and the process that keeps it."""
 
     def __init__(
         self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
@@ -159,7 +153,9 @@ class Owned:
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
-        """Let it go where it is another's. What all wrote to it, its owner has."""
+        """Empty the storage of another process's parameter. The owner has whatever all processes
+        wrote to it.
+        """
         if not self.mine:
             self.storage.resize_(0)
         self.whole = self.written = False
@@ -177,22 +173,63 @@ class Owned:
 Shard = Parted | Owned
 
 
+class ShardedReads(TorchDispatchMode):
+    """The mode in which operations find divided tensors whole: each is whole while an operation
+    reads or writes it, and is let go when another one is needed. So whatever prepares a run uses
+    weights as if they were whole, in all processes in the same order. State dicts (ALIASES) leave
+    them as they are: what other code takes by its address must be copied first.
+    """
+
+    def __init__(self, shards: Mapping[int, Shard]) -> None:
+        super().__init__()
+        self.shards = shards
+        self.filled: list[Shard] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.shards and func not in ALIASES:
+            self._fill([shard for t in tree_leaves((args, kwargs)) if (shard := self._of(t))])
+            if func._schema.is_mutable:
+                for declared, t in zip(func._schema.arguments, args, strict=False):
+                    written = declared.alias_info is not None and declared.alias_info.is_write
+                    if written and (shard := self._of(t)):
+                        shard.written = True
+        return func(*args, **kwargs)
+
+    def _of(self, value: Any) -> Shard | None:
+        if not isinstance(value, Tensor) or value.is_meta or not torch._C._has_storage(value):
+            return None
+        return self.shards.get(value.untyped_storage()._cdata)
+
+    def _fill(self, needed: list[Shard]) -> None:
+        """Fill the shards that are needed, and empty those that were filled before."""
+        missing = [shard for shard in dict.fromkeys(needed) if not shard.whole]
+        if missing:
+            self.let_go(needed)
+        for shard in missing:
+            shard.fill()
+        self.filled += missing
+
+    def let_go(self, but: Sequence[Shard] = ()) -> None:
+        """Empty the shards that were filled here."""
+        for shard in self.filled:
+            if shard not in but:
+                shard.empty()
+        self.filled = [shard for shard in self.filled if shard in but]
+
 def divide(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
-    """Divide a frozen tensor of any shape, and those that are its state if it is quantized, where
-    they are large. One that lies in a file, or on another device, gets a storage of its own on this
-    device, of which only this process's part is ever written.
-
-    Args:
-        known: What is divided, by the identity of the storage.
+    """Divide a large frozen tensor of any shape, and the state of a quantized one. A tensor that
+    lies in a file, or on another device, gets a storage on this device, of which only this
+    process's part is ever written.
     """
     for one in _inside(t):
         storage, content = one.untyped_storage(), None
-        own = storage.resizable()
-        if storage._cdata in known or (storage.nbytes() if own else one.nbytes) < LEAST:
+        resizable = storage.resizable()
+        if storage._cdata in known or (storage.nbytes() if resizable else one.nbytes) < LEAST:
             continue
-        if not own or one.device != device:
+        if not resizable or one.device != device:
             if not one.is_contiguous():
                 continue
             content = one.detach().view(-1).view(torch.uint8)
@@ -204,7 +241,9 @@ def divide(
 
 
 def parts_of(model: nn.Module) -> list[str]:
-    """The paths of what is whole at a time: the blocks, and the ends of the vocabulary."""
+    """The paths of the parts that are made whole one at a time: the blocks, and the ends of the
+    vocabulary.
+    """
     anatomy = Anatomy.of(model)
     return [*anatomy.blocks, *anatomy.vocabulary_ends]
 
@@ -217,24 +256,18 @@ def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
 
 def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
     """The module's large trained parameters that are not taken, which then are."""
-    found = list[nn.Parameter]()
-    for _, one in Anatomy.of(module).modules:
-        for p in one._parameters.values():
-            if p is not None and p.requires_grad and p.nbytes >= LEAST and p not in taken:
-                taken.add(p)
-                found.append(p)
-    return found
+    params = (p for _, one in Anatomy.of(module).modules for p in one._parameters.values())
+    large = (p for p in params if p is not None and p.requires_grad and p.nbytes >= LEAST)
+    trained = [*dict.fromkeys(p for p in large if p not in taken)]
+    taken.update(trained)
+    return trained
 
 
 def parted_in(
     module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
 ) -> list[Shard]:
-    """The shards of the module's large frozen tensors that are not taken, which then are.
-
-    Args:
-        known: Those of what is divided already, by the identity of the storage.
-    """
-    found = list[Shard]()
+    """The shards of the module's large frozen tensors that are not taken, which then are."""
+    shards = list[Shard]()
     unmap(module)
     for t in _frozen(module):
         storage = t.untyped_storage()
@@ -242,14 +275,12 @@ def parted_in(
         if storage._cdata in taken or (shard is None and storage.nbytes() < LEAST):
             continue
         taken.add(storage._cdata)
-        found.append(Parted(storage, processes) if shard is None else shard)
-    return found
+        shards.append(Parted(storage, processes) if shard is None else shard)
+    return shards
 
 
 def unmap(module: nn.Module) -> None:
-    """Copy what is mapped from a file, which can't be emptied: a file stays mapped as long as
-    anything is.
-    """
+    """Copy tensors that are mapped from a file, because a mapped storage can't be emptied."""
     copies = dict[int, torch.UntypedStorage]()
     for t in _frozen(module):
         if not (storage := t.untyped_storage()).resizable():
@@ -260,13 +291,9 @@ def unmap(module: nn.Module) -> None:
 
 
 def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> None:
-    """Have a part of the model made whole while a module of it runs, and when its backward begins.
-    It may begin inside the part, where another pass read what a block kept, as keys of virtual
-    tokens.
-
-    Args:
-        stack: Takes the hooks away again.
-        opens: Makes the part whole.
+    """Make a part of the model whole while a module of it runs, and when its backward begins. It
+    may begin inside the part, where another pass read the output of a block, such as keys of
+    virtual tokens.
     """
 
     def before(*_: Any) -> None:
@@ -278,14 +305,12 @@ def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> No
                 t.register_hook(before)
 
     for _, module in Anatomy.of(part).modules:
-        for handle in (
-            module.register_forward_pre_hook(before), module.register_forward_hook(after)
-        ):  # fmt: skip
-            stack.callback(handle.remove)
+        stack.callback(module.register_forward_pre_hook(before).remove)
+        stack.callback(module.register_forward_hook(after).remove)
 
 
 def _frozen(part: nn.Module) -> Iterator[Tensor]:
-    """The frozen tensors of a part of a model, those of the state of quantized ones among them."""
+    """The frozen tensors of a part of a model, with the state of quantized ones."""
     for _, module in Anatomy.of(part).modules:
         for t in _of(module):
             if not t.requires_grad:
@@ -293,7 +318,7 @@ def _frozen(part: nn.Module) -> Iterator[Tensor]:
 
 
 def held_by(model: nn.Module) -> set[int]:
-    """The identities of the storages that a model has, those of its adapters among them."""
+    """The identities of all storages of a model and its adapters."""
     tensors = (t for module in model.modules() for t in _of(module))
     return {one.untyped_storage()._cdata for t in tensors for one in _inside(t)}
 

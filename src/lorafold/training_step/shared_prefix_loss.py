@@ -8,7 +8,7 @@ model without its highest adapter, the one that trains, is the reference: no sec
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from math import inf
 
 import numpy as np
@@ -32,19 +32,12 @@ from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host_tensors import on_host, sent
-from lorafold.training_step.losses import Loss, row_at
-from lorafold.training_step.shared_prefixes import Branching, over
+from lorafold.training_step.losses import Loss, row_at, similar_lengths
+from lorafold.training_step.shared_prefixes import Branching
 
 
 class BranchedLoss(Loss):
-    """Abstract: a loss over rows of branches.
-
-    Args:
-        model: The model with its adapters, of which the highest trains.
-        how: How far the model goes with packed documents; None pads.
-        pad_id: The token that fills short sequences.
-        tokens: The most tokens that are computed at a time where nothing is trained.
-    """
+    """Abstract: a loss over rows of branches."""
 
     def __init__(
         self, model: nn.Module, how: Branching | None, pad_id: int, tokens: int = 2048
@@ -52,11 +45,6 @@ class BranchedLoss(Loss):
         super().__init__(model)
         self.pad_id, self.tokens = pad_id, tokens
         self.how = how if how is not None and how.packs else None
-
-    @property
-    def shares(self) -> bool:
-        """Whether a prompt is computed once for its completions."""
-        return self.how is not None and self.how.shares
 
     def micro_batches(
         self, examples: Sequence[Branched], n: int, tokens: int
@@ -71,24 +59,23 @@ class BranchedLoss(Loss):
         return micro_batches(rows, n, capacity, sizes.__getitem__)
 
     def meet(self, examples: Sequence[Branched]) -> bool:
-        """Whether it pays that those whose prompts begin alike are in one micro-batch."""
+        """Whether it pays to put examples with shared prefixes into one micro-batch."""
         if self.how is None or not self.how.across or not self.shared_in(examples):
             return False
-        apart = sum(map(self._own_size, examples))
-        return len(self._forest([self.trained(e) for e in examples]).ids) <= PAYS * apart
+        each = sum(map(self._own_size, examples))
+        return len(self._forest([self.trained(e) for e in examples]).ids) <= PAYS * each
 
     def _own_size(self, example: Branched) -> int:
         return self.size(self.trained(example))
 
     def trained(self, example: Branched) -> Branched:
-        """The example with those of its branches that have gradients: all."""
+        """The example with the branches that have gradients: all."""
         return example
 
     def size(self, example: Branched) -> int:
         """The tokens that are computed for an example."""
-        own = sum(len(branch.ids) for branch in example.branches)
-        once = self.shared_in([example])
-        return own + len(example.shared) * (1 if once else len(example.branches))
+        prompts = 1 if self.shared_in([example]) else len(example.branches)
+        return sum(len(branch.ids) for branch in example.branches) + len(example.shared) * prompts
 
     def shared_in(self, examples: Sequence[Branched]) -> bool:
         """Whether the prompts of a batch of these examples are computed once."""
@@ -102,15 +89,23 @@ class BranchedLoss(Loss):
         return sum(map(self.size, examples))
 
     def laid_out(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
-        """input_ids and labels (B, T) with positions or a mask; `document` (B, T), which branch a
-        position belongs to; and where what branches share is computed once `lens` (n, 2), the
-        tokens of each document and how many of them the one before has too.
+        """input_ids and labels (B, T) with positions or a mask; `document` (B, T), the branch of
+        each position; and if shared prefixes are computed once `lens` (n, 2), the tokens of each
+        document and how many of them it shares with the one before.
         """
-        if not self.shared_in(examples):
-            return self._apart(examples)
-        found = self._forest(examples).tensors()
-        del found["counts"]  # no token that is trained is shared
-        return found
+        if self.shared_in(examples):
+            tensors = self._forest(examples).tensors()
+            del tensors["counts"]  # no token that is trained is shared
+            return tensors
+        documents = [document for e in examples for document in e.documents()]
+        tensors = collate(documents, self.how is not None, self.pad_id)
+        number = torch.arange(len(documents))
+        if self.how is None:
+            tensors["document"] = number[:, None].expand_as(tensors["labels"])
+        else:
+            lengths = torch.tensor([len(document.ids) for document in documents])
+            tensors["document"] = number.repeat_interleave(lengths)[None]
+        return tensors
 
     def order(self, examples: Sequence[Branched]) -> Tensor:
         """The trained tokens (n,) of a batch in the order of `laid_out`, by their numbers from the
@@ -127,23 +122,12 @@ class BranchedLoss(Loss):
         across = self.how is not None and self.how.across
         return forest(documents, limits, None if across else rows)
 
-    def _apart(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
-        documents = [document for e in examples for document in e.documents()]
-        found = collate(documents, self.how is not None, self.pad_id)
-        number = torch.arange(len(documents))
-        if self.how is None:
-            found["document"] = number[:, None].expand_as(found["labels"])
-        else:
-            lengths = torch.tensor([len(document.ids) for document in documents])
-            found["document"] = number.repeat_interleave(lengths)[None]
-        return found
-
     def rows_of(self, examples: Sequence[Branched]) -> list[Array]:
-        own = super().rows_of(examples)
+        rows = super().rows_of(examples)
         if self.how is None or not self.how.across:
-            return own
+            return rows
         prompts = leaders([e.shared for e in examples])
-        return [np.append(*pair) for pair in zip(prompts, own, strict=True)]
+        return [np.append(*pair) for pair in zip(prompts, rows, strict=True)]
 
     def names(
         self, examples: Sequence[Branched], rows: Sequence[Array], inputs: Mapping[str, Tensor]
@@ -155,22 +139,11 @@ class BranchedLoss(Loss):
             for branch, _ in enumerate(self.trained(e).branches)
         ]
         example, shared, branch = torch.tensor(documents).t()[:, document]
-        own = inputs.get("position_ids")
-        positions = torch.arange(document.shape[1]) if own is None else on_host(own)
+        given = inputs.get("position_ids")
+        positions = torch.arange(document.shape[1]) if given is None else on_host(given)
         # a prompt that is computed with each completion has the names that it has if it is shared
-        found = named(
-            row_at(rows, example, positions), positions, branch * (positions >= shared)
-        )
-        return sent(found, device)
-
-    def over(self, labels: Tensor, lens: Tensor | None) -> AbstractContextManager[None]:
-        """Tell the model's attention the documents of a batch until the `with` block ends.
-
-        Args:
-            labels: (B, T), of the batch.
-            lens: As `laid_out` gives it; None where each completion has its own prompt.
-        """
-        return over(self.how, lens, labels.device)
+        branch = branch * (positions >= shared)
+        return sent(named(row_at(rows, example, positions), positions, branch), device)
 
     @contextmanager
     def below(self) -> Iterator[None]:
@@ -179,22 +152,17 @@ class BranchedLoss(Loss):
             yield
 
     def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
-        """The indices of examples in batches of at most `tokens` together, in which those that
-        begin alike meet, where that pays; the others are among those of similar length.
+        """The indices of examples in batches of at most `tokens`. Examples with shared prefixes are
+        in one batch, where that pays; the others are batched by length.
         """
-        found, rest = list[list[int]](), list[int]()
+        batches, rest = list[list[int]](), list[int]()
         for first in range(0, len(examples), WINDOW):
             window = range(first, min(first + WINDOW, len(examples)))
             some = [examples[i] for i in window]
             if self.meet(some):
-                beginning, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
-                found += map(list, alike(window, 1, self.tokens, beginning, size))
+                prompt, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
+                batches += map(list, alike(window, 1, self.tokens, prompt, size))
             else:
                 rest += window
         sizes = {i: self.size(examples[i]) for i in rest}
-        last: list[int] = []
-        for i in sorted(rest, key=sizes.__getitem__):
-            if not last or (len(last) + 1) * sizes[i] > self.tokens:
-                found.append(last := [])
-            last.append(i)
-        return found
+        return batches + similar_lengths(rest, sizes.__getitem__, self.tokens)

@@ -6,16 +6,11 @@
             losses, counts = document_losses(model, labels, inputs, document, n)
 
 A document is the first s tokens of the one before and its own, at positions s, s + 1 ... Its own
-attend to all of them, so the shared tokens are computed once. transformers' mask functions see in
-the positions where documents end, but not what they share. So the mask function is told the layout
-of the batch, and where it finds the documents that the layout's positions imply, it returns the
-layout in their place. The backward may come after the block, with gradient checkpointing too, since
-the masks are arguments of the checkpointed layers.
-
-The last shared token has one hidden state and can predict one token only: let each branch begin
-with the last token of the prompt, and share the tokens before it. Use it for preference training
-and wherever several completions of a prompt are scored. A prompt of 128 tokens and two completions
-of 64 are 256 tokens instead of 384.
+attend to all of them, so the shared tokens are computed once. The mask function is told the layout
+of the batch, and returns it where it finds the documents that the layout's positions imply. The
+backward may come after the block, with gradient checkpointing too, since masks are arguments of
+checkpointed layers. The last shared token has one hidden state and can predict one token only: let
+each branch begin with the last token of the prompt, and share the tokens before it.
 """
 
 from __future__ import annotations
@@ -64,10 +59,7 @@ class Branching:
 
     @contextmanager
     def over(self, docs: Documents) -> Iterator[None]:
-        """Let every forward of the model inside the `with` block be over these documents.
-
-        Raises LorafoldError if the model's batch has other documents, or its attention none.
-        """
+        """Let every forward of the model inside the `with` block be over these documents."""
         self._docs, self._used = docs, False
         try:
             yield
@@ -81,24 +73,22 @@ class Branching:
             self._docs = None
 
     def mask(self, **protocol: Any) -> Documents | Tensor | None:
-        """Return the layout that was told for a batch of its tokens, else what `document_mask`
-        returns, such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
-
-        Raises LorafoldError if the mask's documents are not those of the layout.
+        """The layout set by `over`, for a batch of its tokens, else the result of `document_mask`,
+        such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
         """
-        found, docs = document_mask(**protocol), self._docs
+        mask, docs = document_mask(**protocol), self._docs
         if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):
-            return found
+            return mask
         if protocol.get("local_size") == 0:  # Qwen2-MoE without windows makes it for no layer
-            return found
-        if not isinstance(found, Documents) or found.lens != docs.own:
-            seen = found.lens if isinstance(found, Documents) else "a mask that is not of documents"
+            return mask
+        if not isinstance(mask, Documents) or mask.lens != docs.own:
+            seen = mask.lens if isinstance(mask, Documents) else "a mask that is not of documents"
             raise LorafoldError(
                 f"packed documents: found {seen}, expected documents of {docs.own} own tokens, as"
                 " the layout of the batch has them; train without shared prompts"
             )
         self._used = True
-        return replace(docs, window=found.window)
+        return replace(docs, window=mask.window)
 
 
 @contextmanager
@@ -107,11 +97,6 @@ def branching(
 ) -> Iterator[Branching]:
     """Keep the model's attention inside documents, as `packed` does, until the `with` block ends,
     and yield how far that goes: the model is unchanged if its documents would influence each other.
-
-    Args:
-        name: Its own among the models whose attention is kept so at a time: transformers has one
-            function of masks for each name.
-        across: Whether different rows are to share tokens too.
     """
     if not isolates(model):
         yield Branching(packs=False, shares=False)
@@ -120,14 +105,14 @@ def branching(
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     chunk = config.attention_chunk_size if chunked else None  # in which attention stays: Llama 4
     pays = shares(model)
-    found = Branching(True, pays, chunk, across and pays)
-    with attending(model, found.mask, name=name):
-        yield found
+    how = Branching(True, pays, chunk, across and pays)
+    with attending(model, how.mask, name=name):
+        yield how
 
 
 def may_share(config: PreTrainedConfig) -> bool:
-    """Whether a configuration has nothing but attention to whole rows or to windows of them, so
-    that its model will most likely share: what can be known before there are weights.
+    """Whether a configuration has only full and sliding-window attention, so that its model will
+    most likely share prefixes. That is known before there are weights.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
@@ -137,12 +122,7 @@ def may_share(config: PreTrainedConfig) -> bool:
 
 @contextmanager
 def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Tell the model's attention the documents of a batch until the `with` block ends.
-
-    Args:
-        lens: (n, 2), the tokens of each and how many of them the one before has too; None where
-            none shares.
-        device: Of the batch.
+    """Tell the model's attention the documents of a batch until the `with` block ends. lens (n, 2).
     """
     if lens is None or how is None:
         yield
@@ -157,9 +137,9 @@ def shares(model: PreTrainedModel) -> bool:
     computes them alone. The model and the random state stay unchanged.
     """
     lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
-    own = slice(starts[1], lens[0])  # what the first row shares with none
-    ids = random_ids(model, sum(lens) - sum(starts) + own.stop - own.start)
-    ids, others = ids[: own.start - own.stop], ids[own.start - own.stop :]
+    unshared = slice(starts[1], lens[0])  # what the first row shares with none
+    ids = random_ids(model, sum(lens) - sum(starts) + unshared.stop - unshared.start)
+    ids, others = ids[: unshared.start - unshared.stop], ids[unshared.start - unshared.stop :]
     branches = Branching(packs=True, shares=True)
     docs = Documents.forest(lens, starts, ids.device)
     assert docs.keys is not None
@@ -169,13 +149,12 @@ def shares(model: PreTrainedModel) -> bool:
             rows = ids[docs.keys].split(lens)
             alone = [packed_logits(model, row, Documents((len(row),))) for row in rows]
             with attending(model, branches.mask), branches.over(docs):
-                found = packed_logits(model, ids, docs)
-                changed = torch.cat([ids[: own.start], others, ids[own.stop :]])
+                logits = packed_logits(model, ids, docs)
+                changed = torch.cat([ids[: unshared.start], others, ids[unshared.stop :]])
                 changed = packed_logits(model, changed, docs)
     except (AttributeError, TypeError, LorafoldError):
         return False  # the decoder computes with its masks, or has others than the documents'
     expected = torch.cat([y[start:] for y, start in zip(alone, starts, strict=True)])
-    rest = slice(own.stop, None)
-    return near(model, changed[rest], found[rest], units=1) and near(
-        model, found, expected, units=8
-    )
+    rest = slice(unshared.stop, None)
+    unmoved = near(model, changed[rest], logits[rest], units=1)
+    return unmoved and near(model, logits, expected, units=8)

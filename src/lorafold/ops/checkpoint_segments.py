@@ -1,0 +1,91 @@
+"""What checkpointed segments keep, and what layers share within one.
+
+    checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    y = kept(make)              inside: make() in the forward, and in the replay its output again
+    once(x, (A,), make)         make() for the first layer that reads x with A, its result for all
+
+`kept` is for outputs that are dear to compute and cheap to hold; one that was written to in between
+is computed again. `once` is for layers that know nothing of each other, such as q, k and v, which
+read one tensor: the value is kept on x itself. It is computed again once x or A was written to, in
+another segment (which must be able to replay its part alone), and where gradients are recorded and
+were not. The value depends on x and on frozen tensors only; a graph of it must not keep x, which
+would keep itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+Make = Callable[[], Tensor]
+Way = Callable[[Make], Tensor]
+
+
+_way: ContextVar[Way] = ContextVar("kept", default=lambda make: make())
+
+
+def kept(make: Make) -> Tensor:
+    """The output of `make`, of any shape; in the replay of a segment, that of its forward."""
+    return _way.get()(make)
+
+
+class _By(AbstractContextManager[None]):
+    """Takes outputs in the way that `way` gives at each start, until the `with` block ends."""
+
+    def __init__(self, way: Callable[[], Way]) -> None:
+        self._way = way
+
+    def __enter__(self) -> None:
+        self._token = _way.set(self._way())
+
+    def __exit__(self, *_: object) -> None:
+        _way.reset(self._token)
+
+
+def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a segment's forward and of its replays, for torch's checkpointing."""
+    outputs: list[tuple[Tensor, int]] = []
+
+    def forward(make: Make) -> Tensor:
+        y = make()
+        outputs.append((y.detach(), y._version))
+        return y
+
+    def replay() -> Way:
+        known = iter(outputs)
+
+        def again(make: Make) -> Tensor:
+            y, version = next(known)
+            return y.detach() if y._version == version else make()
+
+        return again
+
+    return _By(lambda: forward), _By(replay)
+
+
+def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+    """The tensor, of any shape, that `make` computes from x and the frozen tensors."""
+    # inference tensors have no version counter
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *frozen)):
+        return make()
+    versions = [t._version for t in (x, *frozen)]
+    state = versions, running_segment(), torch.is_grad_enabled()
+    known = vars(x).setdefault("_lorafold_once", {})
+    value = known.get(frozen)
+    if value is None or value[0] != state:
+        known[frozen] = value = state, make()
+    return value[1]
+
+
+def running_segment() -> ReferenceType[Any] | None:
+    """The checkpointed segment that is running, identified by its saved-tensor hooks; None outside
+    of one.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else ref(hooks[0])
