@@ -221,10 +221,6 @@ def near(name: str, known: Collection[str], cutoff: float = ALIKE, most: int = 1
 
 def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
     """What is there in place of a name that there is not, in words; empty where nothing is like it.
-
-    Args:
-        given: The names that were given, with their values.
-        known: The names that may be given.
     """
     named, owned = ELSEWHERE.get(name), ""
     if named is not None:
@@ -242,11 +238,7 @@ def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
 
 
 def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -> UnknownName:
-    """The error for names that are given and not known, with what is there in their place.
-
-    Args:
-        what: What takes the names, in words.
-    """
+    """The error for names that are given and not known, with what is there in their place."""
     told = {name: advice(name, given, known) for name in given if name not in known}
     others = [name for name, said in told.items() if not said]
     all_of_them = f"it has: {', '.join(known) or 'none'}"

@@ -70,17 +70,7 @@ class Chat:
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
     ) -> None:
-        """Begin a conversation in which all adapters are active, one over the other.
-
-        Args:
-            model: The model, with the adapters attached.
-            tokenizer: Its tokenizer, which has a chat template.
-            adapters: The name on the model of each adapter, by the name that the user says.
-            system: The system message; without it the template's own holds, if it has one.
-            max_new_tokens: An answer ends after this many tokens at the latest.
-            sampling: How tokens are chosen. The seed is that of the first answer's draws; each
-                later turn has the next one.
-        """
+        """Begin a conversation in which all adapters are active, one over the other."""
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters)
         self.system, self.max_new_tokens, self.sampling = system, max_new_tokens, sampling
         self.active: tuple[str, ...] = tuple(self.adapters)

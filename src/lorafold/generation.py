@@ -46,16 +46,6 @@ def complete(
 ) -> list[str]:
     """The completion of each prompt, in their order, without special tokens. A completion ends
     before the first of the `end_tokens`.
-
-    Args:
-        model, tokenizer: A causal language model, with any adapters.
-        prompts: Texts as the chat template rendered them.
-        max_new_tokens: The most tokens of a completion.
-        sampling: How tokens are chosen; the samples of each prompt follow from its seed.
-        progress: Called as progress(done, total) whenever completions have ended.
-
-    Raises LorafoldError for a prompt without tokens, or with more than a table of positions has,
-    and a completion that can't be computed.
     """
     ids = [tokens_of(tokenizer, prompt) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
@@ -71,15 +61,7 @@ def complete_tokens(
     sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    """The tokens of the completion of each prompt, in their order, as `complete` makes them.
-
-    Args:
-        ids: Of each prompt, at least one.
-        ends: The tokens that end a completion, and are no part of it.
-
-    Raises LorafoldError for a prompt with more tokens than a table of positions has, and a
-    completion that can't be computed.
-    """
+    """The tokens of the completion of each prompt, in their order, as `complete` makes them."""
     most = room_of(model, ids, max_new_tokens)
     completions: list[tuple[int, ...]] = [()] * len(ids)
     if not ids or max_new_tokens < 1:
@@ -118,14 +100,6 @@ def stream(
     """The pieces of one completion, one for each token, and the rest of one that ends within a
     character; a piece is empty while a character is incomplete. It returns the end, with the tokens
     that were generated. The model is the engine's until then, or until the iterator is closed.
-
-    Args:
-        model, tokenizer: A causal language model, with any adapters.
-        prompt: A text as the chat template rendered it.
-        max_new_tokens: The most tokens of the completion.
-        sampling: How tokens are chosen; torch's global state is left as it was.
-
-    Raises LorafoldError as `complete` does.
     """
     ids, ends = tokens_of(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
@@ -148,13 +122,6 @@ def engine_of(
     passes: int,
 ) -> Iterator[tuple[Engine, str | None]]:
     """An engine, and the name under which it knows what is active on the model (None: nothing is).
-
-    Args:
-        tokenizer: The model's, for texts as they come, or None.
-        slots: How many requests run at a time.
-        length: The most tokens of a request.
-        passes: About how many there will be, by which faster parts are worth making or not. They
-            hold the matrices once more, so there has to be room for that.
     """
     active = selection_of(model).names
     nbytes = sum(p.nbytes for p in model.parameters())
@@ -171,8 +138,6 @@ def engine_of(
 def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
     """What each token adds to the text of a request, and the rest of it, if it ends within a
     character; then it returns the end. Closing the iterator cancels the request.
-
-    Raises LorafoldError for a request that is refused or fails.
     """
     events, read, shown = engine.submit(request), 0, 0
     try:
@@ -192,7 +157,7 @@ def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
 
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
-    """The ids of a rendered prompt. Raises LorafoldError if it has none."""
+    """The ids of a rendered prompt."""
     ids = ids_of(prompt, tokenizer)
     if not ids:
         raise LorafoldError(f"prompt {prompt!r}: found no tokens, expected at least one")
@@ -202,8 +167,6 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
 def table_left(model: "PreTrainedModel") -> int | None:
     """The positions that a table of the model has for a row, after the virtual tokens of what is
     active on it; None if it has no table.
-
-    Raises LorafoldError where that is no row.
     """
     active = parts_of(attached(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, Sender))
@@ -215,11 +178,6 @@ def room_of(
 ) -> list[int]:
     """The most tokens of each prompt's completion: those that were asked for, or those that a table
     of positions leaves, which is told.
-
-    Args:
-        prompts: The tokens of each.
-
-    Raises LorafoldError for a prompt that leaves none.
     """
     limit = table_left(model)
     if limit is None:
@@ -240,7 +198,7 @@ def room_of(
 
 
 def _sound(ended: Ended) -> Ended:
-    """The end of a request that did not fail. Raises LorafoldError for one that did."""
+    """The end of a request that did not fail."""
     if ended.reason == "failed":
         raise LorafoldError(f"a completion can't be computed: {ended.message}")
     return ended

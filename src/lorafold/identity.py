@@ -66,12 +66,6 @@ def _code_elsewhere(path: Path) -> list[str]:
 
 def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
     """The SHA-256 over an adapter's configuration, weights, record and tokenizer, in hexadecimal.
-    Raises LorafoldError where there is no adapter.
-
-    Args:
-        adapter: The directory, or what was read of it.
-        words: Count its tokenizer and that one's code, which not everything reads that reads an
-            adapter.
     """
     if isinstance(adapter, Saved):
         path, read = adapter.path, adapter.files
@@ -83,12 +77,7 @@ def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
 
 
 def of_stack(base: str, adapters: Sequence[str | Path]) -> str:
-    """The SHA-256 over a base and the adapters over it, in this order, in hexadecimal.
-
-    Args:
-        base: The base's identity.
-        adapters: The directories, lowest first.
-    """
+    """The SHA-256 over a base and the adapters over it, in this order, in hexadecimal."""
     return joined([base, *map(of_adapter, adapters)])
 
 
@@ -103,10 +92,6 @@ def joined(identities: Sequence[str]) -> str:
 @cache
 def of_code(*rooms: str, packages: tuple[str, ...] = ()) -> str:
     """The SHA-256 of everything that is computed with: all sources in these rooms, in hexadecimal.
-
-    Args:
-        *rooms: packages or modules of lorafold, such as `data`.
-        packages: installed packages whose version matters, such as `torch`.
     """
     found = sha256()
     for room in sorted(rooms):

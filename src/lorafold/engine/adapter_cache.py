@@ -69,14 +69,7 @@ class ResidentAdapter:
 
 
 class Residency:
-    """The adapters of one engine. Any thread may call it.
-
-    Args:
-        reader: reads and checks adapters; a worker calls it.
-        budget: the most bytes of resident adapters, or None.
-        changed: called, by the worker too, when waiting requests may go on.
-        strikes: how many requests of an adapter may fail by logits that are not finite.
-    """
+    """The adapters of one engine. Any thread may call it."""
 
     def __init__(
         self,
@@ -103,10 +96,6 @@ class Residency:
     ) -> Future[None]:
         """Make an adapter known under a name and read it; the future has the error if that fails,
         and then the name is what it was.
-
-        Args:
-            stack: what is read for it must be this, as `KnownAdapter` has it; empty: what there is
-                now.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
@@ -120,11 +109,7 @@ class Residency:
             return self._start(entry, naming=True)
 
     def know(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
-        """Make an adapter known without reading it, which a request will.
-
-        Args:
-            stack: what is read for it must be this, as `KnownAdapter` has it.
-        """
+        """Make an adapter known without reading it, which a request will."""
         with self._lock:
             entry = KnownAdapter(name, Path(path), tuple(stack), next(self._generations))
             self._put(entry, ResidentAdapter())
@@ -164,7 +149,7 @@ class Residency:
             return True
 
     def entry(self, name: str) -> KnownAdapter:
-        """The entry that a name stands for. Raises LorafoldError for an unknown name."""
+        """The entry that a name stands for."""
         with self._lock:
             if name not in self._names:
                 known = ", ".join(sorted(self._names)[:8]) or "none"
@@ -192,9 +177,7 @@ class Residency:
                 self._forget(entry)
 
     def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
-        """The adapter, kept in memory until `release`; None if it is being read. Raises
-        LorafoldError if that failed, there is no room for it, or it is in quarantine.
-        """
+        """The adapter, kept in memory until `release`; None if it is being read."""
         with self._lock:
             state = self._states[entry]
             state.refuse(entry.name, self.strikes)

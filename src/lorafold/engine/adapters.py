@@ -135,14 +135,7 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path, most: int) -> Contents:
-    """The files of an adapter that another one was trained over, which lies `beside`. Raises
-    LorafoldError if it is not there, or has another digest.
-
-    Args:
-        origin: The adapter to find.
-        over: The directory of the one that lies over it.
-        most: The most bytes of its files.
-    """
+    """The files of an adapter that another one was trained over, which lies `beside`."""
     contents = Contents(beside(origin, over), FILES, most)
     if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
         raise LorafoldError(not_found(origin, over))
@@ -163,14 +156,7 @@ def _check(found: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> No
 
 
 class Reader:
-    """Reads adapters for one model.
-
-    Args:
-        model: the model, whose tensors the shadow shares.
-        structure: what is known of the model.
-        dtype: the dtype of the factors.
-        room: the most bytes of adapters in memory, or None.
-    """
+    """Reads adapters for one model."""
 
     def __init__(
         self, model: nn.Module, structure: Structure, dtype: torch.dtype, allowed: bool = False,
@@ -183,9 +169,7 @@ class Reader:
         self._one = threading.Lock()  # random numbers are the process's
 
     def read(self, entry: KnownAdapter) -> LoadedAdapter:
-        """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
-        or do not fit the model.
-        """
+        """Read and check an adapter."""
         assert entry.path is not None
         began = time.perf_counter()
         most = sum(one.nbytes for one in entry.stack) + BESIDE
@@ -204,8 +188,7 @@ class Reader:
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
         """What an entry's `stack` is now for the adapter in a directory. One that has to be below
-        and is not there is left out: `read` says so. Raises LorafoldError if there is no adapter,
-        and for weights that take more memory than there is for adapters, before they are read.
+        and is not there is left out: `read` says so.
         """
         origins = self._needed(Contents(path, (RECORD,)).record)
         below = [at for o in origins if ((at := beside(o, Path(path))) / CONFIG).is_file()]
@@ -253,13 +236,7 @@ class Reader:
         vocabulary: int | None,
         apart: bool = False,
     ) -> LoadedAdapter:
-        """An adapter as the engine holds it.
-
-        Args:
-            deltas: its deltas by module path.
-            vocabulary: the size of the vocabulary with its new tokens, or None.
-            apart: compute it by its deltas' own code, in passes of its own.
-        """
+        """An adapter as the engine holds it."""
         apart = apart or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         gained = {} if apart else self._gained(deltas)
         products = {p: gained[p].under if p in gained else d for p, d in deltas.items()}

@@ -60,11 +60,6 @@ class Engine:
     """A model that computes many requests. While it is open, the model is the engine's: in
     evaluation mode, without gradients; `close` gives it back as it was. Adapters that are active on
     the model belong to the base, others can be adopted.
-
-    Args:
-        tokenizer: for the texts of events and for stop texts; None: tokens only.
-        settings: what it holds, how it computes, and what it refuses.
-        changes: settings by name, in place of those.
     """
 
     def __init__(
@@ -134,12 +129,7 @@ class Engine:
         wait: bool = True,
     ) -> None:
         """Read and verify an adapter, and make it known under a name. Requests that run go on with
-        what they have. Raises LorafoldError if it can't be read (if it waits).
-
-        Args:
-            stack: what is read for it has to be this, where that is known, as `KnownAdapter` has
-                it.
-            wait: return when it is in memory, or at once.
+        what they have.
         """
         future = self.adapters.load(name, path, stack)
         if wait:
@@ -151,10 +141,6 @@ class Engine:
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
         """Make adapters that are attached on the model, one over the other, known under one name.
-        Raises LorafoldError for one that is not there, or is active and belongs to the base.
-
-        Args:
-            on_model: their names on the model, the lowest first.
         """
         only(self.model, *on_model)  # they are there
         if both := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
@@ -168,11 +154,11 @@ class Engine:
         self.adapters.adopt(name, lambda entry: self._reader.held(entry, deltas, size, apart))
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. Raises LorafoldError for an unknown name."""
+        """Forget an adapter."""
         self.adapters.unload(name)
 
     def submit(self, request: Request) -> EventStream:
-        """Queue a request; its events come in the stream. Raises LorafoldError if it is refused."""
+        """Queue a request; its events come in the stream."""
         entry, sampling = None, request.sampling
         try:
             if request.adapter is not None:
@@ -245,7 +231,7 @@ class Engine:
 
     def forget(self) -> None:
         """Keep nothing of requests that have ended, so that the next ones compute what they compute
-        in an engine that was just opened. Raises LorafoldError while one waits or runs.
+        in an engine that was just opened.
         """
         if self._rows:
             raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
@@ -319,12 +305,7 @@ class Engine:
     def _end(
         self, row: Row, reason: Reason, message: str = "", fault: str = "", setting: str = ""
     ) -> None:
-        """Free what a request holds, and put its last event.
-
-        Args:
-            fault: the same in words that have nothing of the request's texts.
-            setting: the setting that it follows from.
-        """
+        """Free what a request holds, and put its last event."""
         if row in self._scheduler.running:
             self._scheduler.leave(row)
             self._runner.release(row, well=reason in ("end", "length", "stop"))

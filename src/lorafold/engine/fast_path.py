@@ -44,13 +44,7 @@ def fast_path(
     rows: int,
     stack: ExitStack,
 ) -> None:
-    """Replace what can be replaced until the stack is closed.
-
-    Args:
-        model: the model, frozen, in evaluation mode.
-        operations: those of its norms and rotary embeddings.
-        rows: how many rows a pass usually has.
-    """
+    """Replace what can be replaced until the stack is closed."""
     stack.enter_context(
         fused(model, False, operations.rms_norm, operations.rotary, operations.gated)
     )
@@ -99,11 +93,6 @@ def packed_bytes(model: nn.Module) -> int:
 class Packed:
     """Matrices that read the same tensor, as one in the kernel's order. The first that is called
     computes the outputs of all.
-
-    Args:
-        deltas: the engine's deltas on the model.
-        rows: how many rows a pass usually has.
-        known: from how many rows on kernels of a shape are steady, which is found out once.
     """
 
     def __init__(
@@ -162,12 +151,7 @@ class Packed:
         return y
 
     def product(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        """W x + b + onto (..., out + ...), rounded once.
-
-        Args:
-            x: (..., in), in the dtype of the matrices.
-            onto: what is added, in that dtype, or None.
-        """
+        """W x + b + onto (..., out + ...), rounded once."""
         rows = x.numel() // x.shape[-1]
         given = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
         if self._least > FEW:

@@ -37,12 +37,6 @@ STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
 class SlotCache:
     """The buffers of all layers, which are made when a layer first writes, and grow to the length
     as rows need it: a model may have positions for far more tokens than its requests have.
-
-    Args:
-        slots: how many requests run at a time.
-        length: the most tokens of one.
-        padding: the most tokens that are written behind those.
-        whole: always read whole slots, so that shapes never change.
     """
 
     def __init__(
@@ -54,12 +48,7 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
 
     def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The keys and the values (slots, Hk, columns, D) of a layer.
-
-        Args:
-            key, value: what the layer computed, (B, Hk, T, D), for the shapes.
-            width: the least number of columns.
-        """
+        """The keys and the values (slots, Hk, columns, D) of a layer."""
         for held, like in ((self.keys, key), (self.values, value)):
             old = held.get(layer)
             if old is None or old.shape[2] < width:
@@ -89,11 +78,7 @@ class SlotCache:
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
     def swap(self, a: int, b: int, tokens: int) -> None:
-        """Exchange the first tokens of two slots.
-
-        Args:
-            tokens: how many tokens the fuller one holds.
-        """
+        """Exchange the first tokens of two slots."""
         for buffer in self._buffers():
             buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
 
@@ -131,13 +116,7 @@ class SlotView(Cache):
         self.of = of
 
     def aim(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
-        """Point the view at a pass, and return it.
-
-        Args:
-            rows: the slots of the pass: a range, or indices (B,).
-            start_B: how many tokens each row holds already.
-            tokens: how many tokens T the pass writes to each row.
-        """
+        """Point the view at a pass, and return it."""
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.of.width(self.longest)
@@ -151,9 +130,6 @@ class SlotView(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values (B, Hk, T, D) of a layer, and return those of the whole rows,
         (B, Hk, width, D).
-
-        Args:
-            *args, **kwargs: what transformers passes to other caches.
         """
         found = []
         states = (key_states, value_states)
@@ -181,11 +157,6 @@ class SlotView(Cache):
 class PrefixKey:
     """What keys and values were computed with, beside their tokens and the engine's one base. No
     name is part of it.
-
-    Args:
-        digest: the digest of the adapter's files, "" for the base.
-        generation: the number of the call that made the adapter known, 0 for the base.
-        tenant: on whose behalf; nobody's slot serves another.
     """
 
     digest: str
@@ -208,13 +179,7 @@ class KeptPrefixes:
         self._clock = count(1)
 
     def keep(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
-        """Remember what a slot holds.
-
-        Args:
-            slot: the slot, which is free now.
-            prefix: what it was computed with.
-            tokens: the tokens whose keys and values it has.
-        """
+        """Remember what a slot holds."""
         self.slots[slot] = _Slot(prefix, tuple(tokens), next(self._clock))
 
     def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:

@@ -47,13 +47,7 @@ NOBODY = 0  # the place of rows of the base, which stays zero
 
 
 class AdapterRows:
-    """Which adapter each row of a pass has.
-
-    Args:
-        held: the adapter of each of the B rows, or None.
-        places: where the factors of each are.
-        each: compute each row on its own, so that shapes never depend on the others.
-    """
+    """Which adapter each row of a pass has."""
 
     def __init__(
         self,
@@ -122,12 +116,7 @@ class EngineDelta(Opaque):
 
 
 class Products:
-    """The stacks of all shapes, and the plan of the pass that runs.
-
-    Args:
-        structure: what is known of the model.
-        slots: how many requests run at a time.
-    """
+    """The stacks of all shapes, and the plan of the pass that runs."""
 
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
@@ -169,10 +158,6 @@ class Products:
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """What the low-rank adapters of the plan add at matrices that read the same tensor, side by
         side: (B, T, out + ...).
-
-        Args:
-            paths: the modules' paths, at least one of them among the plan's products.
-            x: what they read (B, T, in).
         """
         plan = self.plan
         if plan.each:
@@ -187,9 +172,6 @@ class Products:
     def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         """The output (B, T, out) of a module after the plan's gains, and after those of its deltas
         that are of no form.
-
-        Args:
-            x: its input (B, T, in).
         """
         if path in self.plan.gains:
             y = self._gained(path, y)
@@ -316,12 +298,7 @@ class Stacks:
 
 
 class ActiveDeltas:
-    """The engine's deltas on one model.
-
-    Args:
-        model: the model; adapters that are active on it now belong to the base.
-        products: the factors of the running adapters.
-    """
+    """The engine's deltas on one model."""
 
     def __init__(self, model: nn.Module, products: Products) -> None:
         self.model, self.products = model, products

@@ -99,15 +99,7 @@ def slotted(model: Any, operations: Operations) -> Any:
 def run(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
-    """The logits of a pass, (B, n, V), at the n indices that are kept.
-
-    Args:
-        model: a causal language model inside `slotted`.
-        view: the cache, aimed at the rows.
-        ids_BT: the tokens, padded on the right.
-        counts_B: how many of the T tokens of each row are no padding.
-        keep: the indices (n,) among the T tokens whose logits are wanted.
-    """
+    """The logits of a pass, (B, n, V), at the n indices that are kept."""
     last_B1 = (view.start_B + counts_B - 1)[:, None]
     positions_BT = torch.minimum(view.position_BT, last_B1)
     out = model(
@@ -222,7 +214,7 @@ TAKEN = "lorafold_engine"
 
 def taken(model: Any, stack: ExitStack) -> None:
     """Take a model for one engine, none of whose parameters asks for gradients then, until the
-    stack is closed. Raises LorafoldError if another one has it.
+    stack is closed.
     """
     if TAKEN in vars(model):
         raise LorafoldError(

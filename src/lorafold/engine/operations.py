@@ -61,12 +61,7 @@ INDEPENDENT = {
 
 
 class Operations:
-    """Final: the operations by name. Each has the parameters of its plain form.
-
-    Args:
-        device: the kind of device, whose forms are in use; without it the plain forms.
-        as_trained: attend as training does.
-    """
+    """Final: the operations by name. Each has the parameters of its plain form."""
 
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
@@ -79,23 +74,12 @@ class Operations:
         self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """`lorafold.ops.fused.rms_norm`: x (..., d) normalized, times the gain (d,).
-
-        Args:
-            x: the input (..., d).
-            gain: the gain (d,).
-            eps: what is added to the mean square.
-        """
+        """`lorafold.ops.fused.rms_norm`: x (..., d) normalized, times the gain (d,)."""
         y: Tensor = self._norm(x.contiguous(), gain, eps)
         return y
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
-        """`lorafold.ops.scale.scale`: y times gains, plus offsets.
-
-        Args:
-            y: the output of a layer (B, T, k).
-            g, c: a gain and an offset, fp32, of all rows (k,) or of each (B, k).
-        """
+        """`lorafold.ops.scale.scale`: y (B, T, k) times gains, plus offsets, (k,) or (B, k)."""
         if g.dim() > 1:
             g, c = g[:, None], None if c is None else c[:, None]
         # torch's dispatcher takes longer, which counts on a CPU alone
@@ -104,12 +88,7 @@ class Operations:
         return z
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`lorafold.ops.fused.rotary`: x (..., D) rotated by halves.
-
-        Args:
-            x: the input (B, H, T, D).
-            cos, sin: constants that broadcast to x.
-        """
+        """`lorafold.ops.fused.rotary`: x (..., D) rotated by halves."""
         y: Tensor = self._turned(x, cos, sin, False)
         return y
 
@@ -117,9 +96,6 @@ class Operations:
 def available(device: str, as_trained: bool = False) -> Operations:
     """The operations in their forms for a kind of device; the plain ones where there are none or,
     which the log says, where they can't be compiled.
-
-    Args:
-        as_trained: attend as training does.
     """
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
@@ -136,16 +112,6 @@ def slot_mask(
 ) -> Tensor | None:
     """The mask (B, 1, T, K) that is added to the scores, where the offset has a number for each
     row; else transformers' boolean mask. A function of transformers' mask protocol.
-
-    Args:
-        batch_size: B, the number of rows.
-        q_length, kv_length: T and K, the numbers of queries and keys.
-        q_offset: the position of the first query, one for each row (B,).
-        mask_function: called as mask_function(b, head, i, j) on index tensors, it tells whether
-            query i of row b may see key j.
-        protocol: the position of the first key (`kv_offset`), padding (`attention_mask`), whether
-            mask_function takes single numbers only (`use_vmap`), the device and the dtype of the
-            mask, and what other masks take.
     """
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
         others: dict[str, Any] = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
@@ -191,12 +157,7 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
 
 
 def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
-    """The least number of rows; the last of ROWS if there is none.
-
-    Args:
-        kernel: computes rows (n, ...) from those of each of the inputs.
-        given: the inputs, with as many rows as the last of ROWS.
-    """
+    """The least number of rows of the inputs (n, ...); the last of ROWS if there is none."""
     whole, least = kernel(*given), ROWS[-1]
     for n in reversed(ROWS[:-1]):
         starts = range(0, max(FEW - n + 1, 1), n)
@@ -284,12 +245,6 @@ def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
 def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attention (B, T, H, Dv) of slots, in the order of documents. What sees other keys than all up
     to its own, as in a window, is computed by `lorafold.ops.decoding.ATTEND`.
-
-    Args:
-        q: the queries (B, H, T, D).
-        k, v: the keys and values (B, Hk, K, D) and (B, Hk, K, Dv).
-        mask: (B, 1, T, K), 0 or -inf, which is added to the scores.
-        scale: the factor of the scores.
     """
     rows, heads, tokens, _ = q.shape
     at = torch.arange(k.shape[2])

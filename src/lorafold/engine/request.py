@@ -243,15 +243,7 @@ def check(
     texts: bool,
     solo: str,
 ) -> None:
-    """Raise LorafoldError for a request that can't be computed.
-
-    Args:
-        length: the most tokens of prompt and completion.
-        vocabulary: the number of tokens that the model knows.
-        running: the ids of the requests that wait or run.
-        texts: whether the engine has a tokenizer.
-        solo: why requests run one at a time, empty if they share passes.
-    """
+    """Raise LorafoldError for a request that can't be computed."""
     prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
     least, full = 1 if k is None else 0, len(prompt) + n > length
     checks = {

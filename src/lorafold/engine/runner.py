@@ -52,12 +52,7 @@ class Runner(ABC):
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        """The logits (B, V) after the given number of pending tokens of each row.
-
-        Args:
-            rows: B rows that can share a pass (`together`).
-            counts: how many tokens of each are computed.
-        """
+        """The logits (B, V) after the given number of pending tokens of each row."""
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise AssertionError if what is held is not what these running rows need."""
@@ -78,13 +73,7 @@ def together(row: Row) -> LoadedAdapter | None:
 
 
 class SlotRunner(Runner):
-    """Many rows a pass.
-
-    Args:
-        model: a causal language model inside `structure.slotted`.
-        settings: the engine's. Where it is fast, passes get as many tokens as the processor's
-            products need for the same bits in any company.
-    """
+    """Many rows a pass."""
 
     def __init__(
         self, model: Any, structure: Structure, cache: SlotCache, settings: EngineSettings
@@ -286,11 +275,7 @@ def _padded(tokens: list[int], width: int) -> list[int]:
 
 
 class SoloRunner(Runner):
-    """One row at a time, with the model's own cache, for models that have no slots.
-
-    Args:
-        model: a causal language model whose generation config is greedy.
-    """
+    """One row at a time, with the model's own cache, for models that have no slots."""
 
     slots = 1
 

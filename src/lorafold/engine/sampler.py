@@ -53,12 +53,7 @@ class NotFinite(LorafoldError):
 
 
 class Unfit(LorafoldError):
-    """The grammar that a request asks for admits no further token, or grew beyond its limits.
-
-    Args:
-        setting: the setting that asks for it.
-        why: what became of it, which may have texts of the request.
-    """
+    """The grammar that a request asks for admits no further token, or grew beyond its limits."""
 
     def __init__(self, setting: str, why: str) -> None:
         super().__init__(f"{setting}: a completion can't go on under it ({cut(why, 300)})")
@@ -77,12 +72,7 @@ class SampledToken(NamedTuple):
 
 
 class Sampler:
-    """The settings of one request and the tokens that it has.
-
-    Args:
-        prompt: the prompt's tokens, for the repetition penalty.
-        allowed: which tokens may follow, for structured output; None: any.
-    """
+    """The settings of one request and the tokens that it has."""
 
     def __init__(
         self, sampling: Sampling, prompt: Sequence[int], allowed: Allowed | None = None
@@ -93,11 +83,7 @@ class Sampler:
         self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def change_(self, logits_V: Tensor) -> None:
-        """Apply penalties, biases and the grammar in place. Raises Unfit.
-
-        Args:
-            logits_V: finite ones, in fp32, on the CPU.
-        """
+        """Apply penalties, biases and the grammar in place. Raises Unfit."""
         changed_V = self._penalized(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
             # a grammar knows nothing of an adapter's new tokens, so that none of them may follow
@@ -130,12 +116,7 @@ class Sampler:
 
 
 def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    """The token that follows in each row, which is recorded, or the error that ends the row.
-
-    Args:
-        samplers: one for each row.
-        logits_BV: the rows' logits.
-    """
+    """The token that follows in each row, which is recorded, or the error that ends the row."""
     found: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
@@ -205,12 +186,7 @@ def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
 
 
 def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """The logits (B, V) with those that top-k, top-p and min-p leave out at minus infinity.
-
-    Args:
-        logits_BV: the logits over the temperature.
-        samplings: the settings of each row.
-    """
+    """The logits (B, V) with those that top-k, top-p and min-p leave out at minus infinity."""
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:
@@ -244,23 +220,14 @@ def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
 
 
 class Grammars:
-    """The grammars of one tokenizer.
-
-    Args:
-        tokenizer: the model's, or None, with which there are no grammars.
-        vocabulary: the number of tokens that the model knows.
-    """
+    """The grammars of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._read: Any = None
 
     def start(self, sampling: Sampling) -> Allowed | None:
-        """A fresh state of the grammar that the settings ask for, None if they ask for none.
-
-        Raises LorafoldError without llguidance, a fast tokenizer with an end token, or a grammar
-        that can be read.
-        """
+        """A fresh state of the grammar that the settings ask for, None if they ask for none."""
         if sampling.grammar is None:
             return None
         name = sampling.grammar[0]

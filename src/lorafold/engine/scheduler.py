@@ -27,11 +27,7 @@ OUT = 2  # a token of a completion costs a pass, one of a prompt a part of one (
 
 
 class Waiting:
-    """The rows that wait, by tenant.
-
-    Args:
-        weights: the shares of tenants; 1 for one that is not named.
-    """
+    """The rows that wait, by tenant."""
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
@@ -69,12 +65,7 @@ class Waiting:
         self._given[tenant] = self._given.get(tenant, 0.0) + cost
 
     def first(self, asked: Collection[Row], full: Collection[str]) -> Row | None:
-        """The row to run next: the oldest of the tenant who was given least.
-
-        Args:
-            asked: rows that can't run yet; of two tenants the one with fewer of them comes first.
-            full: tenants who have all the slots that they may have.
-        """
+        """The row to run next: the oldest of the tenant who was given least."""
         tenants = [row.request.tenant for row in asked]
         free = [tenant for tenant in self._rows if tenant not in full]
         for tenant in sorted(free, key=lambda t: (tenants.count(t), self._given[t])):
@@ -98,12 +89,7 @@ class Batch(NamedTuple):
 
 
 class Scheduler:
-    """The rows that wait and those that run.
-
-    Args:
-        settings: the engine's. Where it is invariant, prompts are read one row at a time.
-        single: decode one row at a time too.
-    """
+    """The rows that wait and those that run."""
 
     def __init__(self, settings: EngineSettings, single: bool) -> None:
         self.slots, self.chunk, self.each = settings.slots, settings.chunk, settings.invariant
@@ -112,11 +98,7 @@ class Scheduler:
         self.running: list[Row] = []
 
     def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
-        """Yield waiting rows that get a free slot now, each moved to those that run.
-
-        Args:
-            ready: whether a row can run; asked for as many rows as slots are free.
-        """
+        """Yield waiting rows that get a free slot now, each moved to those that run."""
         asked: list[Row] = []
         for _ in range(self.slots - len(self.running)):
             row = self.waiting.first(asked, self._full())

@@ -32,14 +32,7 @@ Score = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class Row:
-    """One request: its tokens, how many of them the cache holds, its adapter and its slot.
-
-    Args:
-        entry: its adapter, or None for the base.
-        tokenizer: the engine's, for texts; None: events have no text, unless the request has one.
-        allowed: which tokens may follow; None: any.
-        ends: tokens that end the completion besides the request's.
-    """
+    """One request: its tokens, how many of them the cache holds, its adapter and its slot."""
 
     def __init__(
         self,
@@ -93,11 +86,7 @@ class Row:
         return max(0, min(n, len(self.request.prompt) - 1 - self.filled)) if wanted else 0
 
     def score(self, logits_TV: Tensor) -> None:
-        """Note the scores of as many tokens of the prompt, after those that the cache has.
-
-        Args:
-            logits_TV: the logits in whose place they stand.
-        """
+        """Note the scores of as many tokens of the prompt, after those that the cache has."""
         del self.scores[self.filled :]
         for logits_nV in logits_TV.split(AT_ONCE):
             first = len(self.scores) + 1
@@ -145,12 +134,7 @@ class Row:
         return "length" if full else None
 
     def end(self, reason: Reason, message: str = "", fault: str = "", setting: str = "") -> None:
-        """Put the last event.
-
-        Args:
-            fault: the same in words that have nothing of the request's texts.
-            setting: the setting that it follows from.
-        """
+        """Put the last event."""
         if self.text and reason != "failed":
             try:
                 self.text.finish()
@@ -167,12 +151,7 @@ class Row:
 
 
 class Text:
-    """The text of one completion.
-
-    Args:
-        stop: texts before which the completion ends.
-        special: show special tokens too, as of a prompt.
-    """
+    """The text of one completion."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special: bool = False

@@ -80,7 +80,7 @@ class ChatBody(Completing):
         return found | self.chat_template_kwargs
 
     def conversation(self, limits: Limits) -> list[Message]:
-        """The messages in one form. Raises Refusal for what is wrong with them."""
+        """The messages in one form."""
         check_number("messages", len(self.messages), limits.messages)
         _check(message_problems("messages", self.messages))
         for i, message in enumerate(self.messages):
@@ -100,7 +100,7 @@ class ChatBody(Completing):
         return normalized(plain)
 
     def offered(self, limits: Limits) -> tuple[Tool, ...]:
-        """The tools, none where none may be called. Raises Refusal for what is wrong with them."""
+        """The tools, none where none may be called."""
         check_number("tools", len(self.tools), limits.tools)
         _check(tool_problems(self.tools))
         for i, tool in enumerate(self.tools):
@@ -165,13 +165,7 @@ def chat_of(
     names: Mapping[str, str],
     **asked: Any,
 ) -> tuple[ChatBody, dict[str, str]]:
-    """What another dialect asks for, and the names that a chat's fields have there. Raises Refusal
-    under these.
-
-    Args:
-        given: the messages, each with the field that it comes from.
-        asked: all other fields.
-    """
+    """What another dialect asks for, and the names that a chat's fields have there."""
     names = {
         **names,
         **{f"messages[{i}]": where for i, (where, _) in enumerate(given)},
@@ -188,12 +182,7 @@ def chat_of(
 def call_of(
     id: Any, name: Any, arguments: Any, where: str, field: str = "arguments"
 ) -> dict[str, Any]:
-    """A call in OpenAI's form. Raises Refusal for one that is none.
-
-    Args:
-        where: where it stands in the request.
-        field: the name of the arguments there.
-    """
+    """A call in OpenAI's form."""
     function = {"name": name, "arguments": arguments}
     for problem in call_problems("calls", [function]):
         found, _, told = problem.removeprefix("field calls[0].").partition(": ")
@@ -202,13 +191,7 @@ def call_of(
 
 
 def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, told: str) -> str:
-    """Parts of text joined. Raises Refusal for any other part.
-
-    Args:
-        kinds: the types of parts that are texts.
-        where: where they stand in the request; `{}` is the number of one.
-        told: what is said of another one; `{}` is its type.
-    """
+    """Parts of text joined."""
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in kinds or not isinstance(part.get("text"), str):
@@ -219,9 +202,6 @@ def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, told: str)
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
     """The messages without as many of the oldest ones as have to go; without all that may go, if
     that is not enough.
-
-    Args:
-        fits: whether some of its messages, in their order, are few enough.
     """
     units = _units(messages)
 
@@ -282,13 +262,7 @@ class AllSaid:
 
 
 class NextTurn(DialectRequest):
-    """One turn. Raises Refusal for a conversation that can't have one.
-
-    Args:
-        field: the field that has the messages.
-        wishes: variables of the chat template, for one that knows them.
-        shorten: whether the oldest messages may be left out.
-    """
+    """One turn."""
 
     body: ChatBody
 
@@ -342,7 +316,7 @@ class NextTurn(DialectRequest):
         return Prompted(chosen, text, prompts, sampling, reader)
 
     async def said(self, reply: Reply) -> AsyncIterator[Said]:
-        """What is said, as it comes. Raises Refusal for a completion that fails."""
+        """What is said, as it comes."""
         reader = reply.prompted.reader
         assert reader is not None
         readers = [copy(reader) for _ in reply.jobs]
@@ -359,7 +333,7 @@ class NextTurn(DialectRequest):
             yield Said(i, list(texts.items()), "", None, event, self._called(calls))
 
     async def all_said(self, reply: Reply) -> list[AllSaid]:
-        """All that is said in each completion. Raises Refusal for one that fails."""
+        """All that is said in each completion."""
         found = [AllSaid() for _ in reply.jobs]
         async for said in self.said(reply):
             found[said.index].take(said)

@@ -59,35 +59,24 @@ class Prompted:
 
 
 class DialectRequest(ABC):
-    """Abstract: one request, whatever its dialect.
-
-    Args:
-        field: the field with the prompts.
-        max_new_tokens: the most tokens of a completion (None: what is left of the length).
-    """
+    """Abstract: one request, whatever its dialect."""
 
     def __init__(self, body: Completing, field: str, max_new_tokens: int | None) -> None:
         self.body, self.field, self.max_new_tokens = body, field, max_new_tokens
 
     @abstractmethod
     def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
-        """The prompts in words and in tokens. It may take its time. Raises Refusal."""
+        """The prompts in words and in tokens. It may take its time."""
 
     @abstractmethod
     def prompted(self, chosen: ServedModel) -> Prompted:
-        """What the engine is asked for. It may take its time. Raises Refusal."""
+        """What the engine is asked for. It may take its time."""
 
 
 @dataclass(eq=False)
 class CompletionJob:
     """One completion: what was asked of the backend, and what came back so far. All times are by
     time.monotonic.
-
-    Args:
-        adapter: the name of the adapter, or of the base.
-        asked: when its request came.
-        arrived: set whenever events arrive.
-        count: called with the number of tokens that arrive.
     """
 
     request: Request
@@ -153,11 +142,7 @@ class CompletionJob:
 
 
 class Reply:
-    """The completions of one request, in the order in which they are answered.
-
-    Args:
-        id: the server's name of the request.
-    """
+    """The completions of one request, in the order in which they are answered."""
 
     def __init__(self, id: str) -> None:
         self.id, self.created = id, int(time.time())
@@ -166,7 +151,7 @@ class Reply:
         self.jobs: list[CompletionJob] = []  # as many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
-        """Every event with the number of its completion. Raises Refusal for one that fails."""
+        """Every event with the number of its completion."""
         left = len(self.jobs)
         while left:
             await self.arrived.wait()
@@ -196,12 +181,7 @@ class Reply:
 
 
 class PartReader:
-    """One completion.
-
-    Args:
-        tokenizer: the model's, whose chat template has the marks.
-        prompt: the rendered prompt, which may open the reasoning.
-    """
+    """One completion."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: str, tools: Sequence[Tool]

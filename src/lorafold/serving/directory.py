@@ -38,7 +38,7 @@ PAUSE, AGAIN = 0.25, 2.0
 
 
 class Directory:
-    """A directory of adapters, or one adapter. Raises LorafoldError if there is none."""
+    """A directory of adapters, or one adapter."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,9 +81,7 @@ class Directory:
             )  # fmt: skip
 
     def marks(self, path: Path) -> dict[str, FileStamp]:
-        """The marks of all files of an adapter, by names with that of its directory. Raises
-        LorafoldError if there are too many entries.
-        """
+        """The marks of all files of an adapter, by names with that of its directory."""
         found = dict[str, FileStamp]()
         for place in (path, path / TEMPLATES):
             if not place.is_dir():
@@ -114,9 +112,7 @@ class Directory:
         return [n for n in names if not self._single and (path / n).stat().st_nlink > 1]
 
     def words(self, path: Path) -> list[str]:
-        """The names of the files of an adapter's tokenizer, and of those that it might have. Raises
-        LorafoldError for files that are not the directory's own, and for too many bytes.
-        """
+        """The names of the files of an adapter's tokenizer, and of those that it might have."""
         marks = {name.partition("/")[2]: mark for name, mark in self.marks(path).items()}
         there = [name for name in marks if any(fnmatchcase(name, p) for p in WORDS)]
         self._check_own(*(path / name for name in {*there, *TOKENIZER}))
@@ -128,9 +124,7 @@ class Directory:
         return sorted({*there, *TOKENIZER})
 
     def tokenizer(self, path: Path) -> Contents:
-        """The files of an adapter's tokenizer. Raises LorafoldError as `words` does, and for files
-        that are damaged.
-        """
+        """The files of an adapter's tokenizer."""
         contents = Contents(path, self.words(path), 2 * TOKENIZERS)
         contents.check_intact()
         return contents
@@ -146,7 +140,7 @@ class Directory:
         return Path(file) if own and about.st_size <= PAGE else None
 
     def locate(self, name: str) -> Path:
-        """Where an adapter is. Raises LorafoldError for a name that leads nowhere, or elsewhere."""
+        """Where an adapter is."""
         if not NAME.fullmatch(name):
             raise LorafoldError(
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
@@ -160,9 +154,7 @@ class Directory:
         return path
 
     def below(self, origin: Origin, path: Path) -> Path:
-        """Where an adapter is that the one at `path` lies over. Raises LorafoldError unless it is
-        one of the directory's.
-        """
+        """Where an adapter is that the one at `path` lies over."""
         if not self._single:
             self.locate(Path(origin.path).name)
         return beside(origin, path)

@@ -55,12 +55,7 @@ class ActiveRequest:
 
 
 class InProcess(Backend):
-    """An engine that computes.
-
-    Args:
-        restarted: called when the engine is about to be opened anew.
-        allow_other_base: accept adapters that were trained on another base.
-    """
+    """An engine that computes."""
 
     def __init__(
         self,

@@ -17,15 +17,7 @@ FIELDS = {"lark": "tools", "schema": "response_format", "prompt_logprobs": "echo
 
 
 class Refusal(Exception):
-    """An error in OpenAI's shape.
-
-    Args:
-        status: the HTTP status.
-        code: a name for programs, which never changes.
-        message: one line for people.
-        param: the field of the request that it is about.
-        retry_after: seconds after which trying again makes sense.
-    """
+    """An error in OpenAI's shape."""
 
     def __init__(
         self,
@@ -40,11 +32,7 @@ class Refusal(Exception):
         self.param, self.retry_after = param, retry_after
 
     def sent_as(self, names: Mapping[str, str]) -> Refusal:
-        """The same about the field as the client wrote it.
-
-        Args:
-            names: our names of fields with the client's; what is below a field goes with it.
-        """
+        """The same about the field as the client wrote it."""
         ours = self.param or ""
         above = [n for n in names if ours == n or ours.startswith((f"{n}.", f"{n}["))]
         if not above:
@@ -66,11 +54,7 @@ class Refusal(Exception):
         return {"error": about}
 
     def anthropic(self, id: str) -> dict[str, Any]:
-        """The JSON of the answer in Anthropic's shape.
-
-        Args:
-            id: the server's name of the request.
-        """
+        """The JSON of the answer in Anthropic's shape."""
         told, other = self.message, "api_error" if self.status >= 500 else "invalid_request_error"
         if self.code == "context_length_exceeded":  # by these words clients know this error
             told = f"prompt is too long: {told}"
@@ -88,11 +72,7 @@ class Refusal(Exception):
 
 
 def wrong(param: str, message: str) -> Refusal:
-    """The refusal of a field's value.
-
-    Args:
-        message: what was found, and what was expected.
-    """
+    """The refusal of a field's value."""
     return Refusal(400, "invalid_value", f"{param}: {message}", param)
 
 
@@ -109,11 +89,7 @@ def check_number(param: str, n: int, most: int) -> None:
 
 @contextmanager
 def naming(names: Mapping[str, str]) -> Iterator[None]:
-    """Let refusals name fields as the client wrote them.
-
-    Args:
-        names: as `Refusal.sent_as` takes them.
-    """
+    """Let refusals name fields as the client wrote them."""
     try:
         yield
     except Refusal as refusal:

@@ -81,9 +81,7 @@ class Host:
         return "the server is about to end" if self.draining else self.backend.ready
 
     def submit(self, job: CompletionJob) -> None:
-        """Give a job to the backend, which may take its time. Raises LorafoldError if it is
-        refused.
-        """
+        """Give a job to the backend, which may take its time."""
         self.jobs[job.request.id] = job
         try:
             self.backend.submit(job.request)
@@ -93,8 +91,7 @@ class Host:
 
     async def think(self, do: Callable[[], T], tenant: str) -> T:
         """What a function gives that takes its time, computed beside the event loop; of a tenant
-        TURNS at a time, so that none waits for more than as many of each other's. Raises Refusal
-        where the machine lacks what it needs for now.
+        TURNS at a time, so that none waits for more than as many of each other's.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         with self.counted(tenant):
@@ -199,11 +196,7 @@ class Host:
 
 
 class Admission:
-    """Where requests are admitted.
-
-    Args:
-        spent: the tokens that tenants were given.
-    """
+    """Where requests are admitted."""
 
     def __init__(self, host: Host, registry: Registry, spent: Spent, screen: Screen) -> None:
         self.host, self.registry, self.spent, self._screen = host, registry, spent, screen
@@ -217,13 +210,7 @@ class Admission:
         check_number("logit_bias", len(body.logit_bias), self.limits.biases)
 
     async def admit(self, caller: Caller, id: str, since: float, asked: DialectRequest) -> Reply:
-        """The reply to a request, whose completions are on their way. Raises Refusal, and then
-        nothing is computed.
-
-        Args:
-            id: the name of the reply.
-            since: when the request came, by time.monotonic.
-        """
+        """The reply to a request, whose completions are on their way."""
         self.check_caller(caller, asked.body.n)
         reply = Reply(id)
         submit = partial(self._submit, caller, since, asked, reply)
@@ -273,7 +260,7 @@ class Admission:
     def _requests(
         self, id: str, tenant: str, asked: DialectRequest, prompted: Prompted
     ) -> Iterator[Request]:
-        """The requests to the engine. Raises Refusal for a prompt that leaves no room."""
+        """The requests to the engine."""
         body, renderer = asked.body, prompted.chosen.renderer
         seed = secrets.randbits(48) if body.seed is None else body.seed
         ends = frozenset[int]() if body.ignore_eos else renderer.ends
@@ -292,7 +279,7 @@ class Admission:
         self._screen.compile(guidance(grammar))
 
     async def count(self, caller: Caller, asked: DialectRequest) -> int:
-        """The tokens of a request's prompts. Raises Refusal as `admit` does."""
+        """The tokens of a request's prompts."""
         self.check_room(caller.tenant, 1)
 
         def counted() -> int:
@@ -313,11 +300,7 @@ class Admission:
         self.spent.check(caller)
 
     def check_room(self, tenant: str, n: int) -> None:
-        """Raise Refusal unless a tenant's completions may wait, or nothing is computed now.
-
-        Args:
-            n: how many completions there are.
-        """
+        """Raise Refusal unless a tenant's completions may wait, or nothing is computed now."""
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
         host, most, own = self.host, self.limits.queue, self.limits.tenant_queue

@@ -105,13 +105,7 @@ class Caller:
 
 
 class Keys:
-    """The keys of a server. Raises LorafoldError for a file that can't be read.
-
-    Args:
-        file: the tenants' keys; None lets everybody in as LOCAL.
-        admin: a file with the key for administration; None closes it.
-        metrics: a file with the key that reads the metrics and nothing else; None: there is none.
-    """
+    """The keys of a server."""
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
         self.file, self._keys, self._content = file, tuple[Key, ...](), b""
@@ -135,9 +129,7 @@ class Keys:
         return any(key.limits != UNLIMITED for key in self._keys)
 
     def caller(self, authorization: str | None) -> Caller:
-        """Who sent a request with this header. Raises Refusal for a key that is not known, or that
-        has expired.
-        """
+        """Who sent a request with this header."""
         hashed = _sent(authorization)
         if self._is_admin(hashed):
             return Caller(ADMIN)
@@ -198,12 +190,7 @@ class Keys:
 
 
 def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
-    """Add a key to the file, which is made if there is none, and return it: it is kept nowhere.
-
-    Args:
-        adapters: the names of adapters that it may use, as globs.
-        more: what else its entry has.
-    """
+    """Add a key to the file, which is made if there is none, and return it: it is kept nowhere."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
             f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, not {ADMIN}"
@@ -224,7 +211,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
 
 def until(text: str) -> datetime:
     """When a key expires that holds for so long (`30d`, `12h`), or to the end of a day by UTC
-    (`2026-12-31`). Raises LorafoldError for anything else, and for what is over.
+    (`2026-12-31`).
     """
     now = datetime.now(UTC).replace(microsecond=0)
     if found := re.fullmatch(r"([0-9]{1,5})([dh])", text):
@@ -277,13 +264,7 @@ class SpentFile(Strict):
 
 
 class Spent:
-    """The counts of one server; the event loop alone calls it. Raises LorafoldError for a file that
-    can't be read.
-
-    Args:
-        needed: whether any key has a limit; else nothing is written.
-        now: the time, in seconds since 1970.
-    """
+    """The counts of one server; the event loop alone calls it."""
 
     def __init__(
         self, file: Path, needed: Callable[[], bool], now: Callable[[], float] = time.time

@@ -27,11 +27,7 @@ EACH = 5.0  # seconds in which a line is written once
 
 
 class Lines(logging.Formatter):
-    """Lines for people, or one JSON object a line.
-
-    Args:
-        texts: show the messages of errors.
-    """
+    """Lines for people, or one JSON object a line."""
 
     def __init__(self, as_json: bool, texts: bool) -> None:
         super().__init__()
@@ -84,12 +80,7 @@ class RepeatFilter(logging.StreamHandler[TextIO]):
 
 
 def set_up(as_json: bool, texts: bool = False) -> None:
-    """Write the log to stderr: the server's, and warnings of the libraries that it uses.
-
-    Args:
-        as_json: one JSON object a line, instead of text for people.
-        texts: show the messages of errors, which may quote what clients sent.
-    """
+    """Write the log to stderr: the server's, and warnings of the libraries that it uses."""
     handler = RepeatFilter()
     handler.setFormatter(Lines(as_json, texts))
     for name in ("lorafold", "uvicorn", "asyncio", "sse_starlette"):

@@ -102,11 +102,7 @@ class Metrics:
             self.whole.observe(waited)
 
     def ended(self, tenant: str, adapter: str, outcome: str) -> None:
-        """Count a request.
-
-        Args:
-            outcome: ok, or the code of a refusal.
-        """
+        """Count a request."""
         labels = self.label("tenant", tenant), self.label("adapter", adapter)
         self.requests.labels(*labels, outcome).inc()
 
@@ -118,11 +114,7 @@ class Metrics:
         return name if name in names else "other"
 
     def labels(self, kind: str, names: Sequence[str]) -> dict[str, str]:
-        """The labels of names, as `label` would give them, without one of them taking a place.
-
-        Args:
-            kind: what they are names of.
-        """
+        """The labels of names, as `label` would give them, without one of them taking a place."""
         taken = self._names[kind]
         free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
         shown = taken.union(free)
@@ -139,11 +131,7 @@ class Metrics:
 
 
 class Gauges(Collector):
-    """The gauges of one server.
-
-    Args:
-        metrics: bounds the labels.
-    """
+    """The gauges of one server."""
 
     def __init__(self, metrics: Metrics, host: Host, registry: Registry, keys: Keys) -> None:
         self._metrics, self._host, self._registry, self._keys = metrics, host, registry, keys
@@ -212,9 +200,6 @@ class Gauges(Collector):
 
 def state_of(registry: Registry, found: AdapterFiles, now: States) -> tuple[str, int]:
     """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
-
-    Args:
-        now: where those are that are not cold.
     """
     state, nbytes = now.adapters.get(found.key, ("cold", 0))
     return ("quarantined" if found.name in registry.kept.quarantined else state), nbytes

@@ -88,11 +88,7 @@ class ServerState(Strict):
 
 
 class Registry:
-    """The names of one server. Any thread may call it.
-
-    Args:
-        plain: what the base's own requests run under.
-    """
+    """The names of one server. Any thread may call it."""
 
     def __init__(
         self,
@@ -158,9 +154,7 @@ class Registry:
                 return None
 
     def choose(self, caller: Caller, model: str) -> ServedModel:
-        """What a request for this model runs under. Raises Refusal for one that does not exist, or
-        that the caller may not use: the answer is the same, so that nobody learns a name.
-        """
+        """What a request for this model runs under."""
         if model == self.base and caller.base:
             return self.plain
         alias = self.kept.aliases.get(model) if caller.may(model) else None
@@ -186,7 +180,7 @@ class Registry:
             raise Refusal(503, "adapter_unavailable", told, "model") from None
 
     def version(self, caller: Caller, model: str) -> AdapterFiles:
-        """The adapter that NAME or NAME@DIGEST stands for. Raises Refusal as `choose` does."""
+        """The adapter that NAME or NAME@DIGEST stands for."""
         name, at, digest = model.partition("@")
         found = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
         if found is None or (at and len(digest) < 8) or not self.fits(found, digest):
@@ -195,12 +189,7 @@ class Registry:
         return found
 
     def fits(self, found: AdapterFiles, given: str, unsure: bool = False) -> bool:
-        """Whether a digest, or the first digits of one, is that of a version, in either form.
-
-        Args:
-            given: the digits, as a client or the file of what is kept has them.
-            unsure: what it is where it may be another version's.
-        """
+        """Whether a digest, or the first digits of one, is that of a version, in either form."""
         if found.digest.startswith(given):
             return True
         if not found.old.startswith(given):
@@ -219,9 +208,7 @@ class Registry:
         return chosen.key is None or (found is not None and found.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
-        """Read the files of an adapter, new or changed, and lift its quarantine. Raises
-        LorafoldError if they are wrong; then everything is as it was.
-        """
+        """Read the files of an adapter, new or changed, and lift its quarantine."""
         with self._turns[name]:
             found = self._verified(name, afresh=True)
             with self.lock:
@@ -300,7 +287,7 @@ class Registry:
             self.keep(aliases=without(self.kept.aliases, name))
 
     def alias(self, name: str) -> Alias:
-        """An alias. Raises Refusal for an unknown one."""
+        """An alias."""
         if name not in self.kept.aliases:
             raise Refusal(404, "alias_not_found", f"found no alias {name[:80]!r}", "name")
         return self.kept.aliases[name]
@@ -312,7 +299,7 @@ class Registry:
         self.served(name)
 
     def served(self, name: str) -> AdapterFiles:
-        """The adapter that is served under a name. Raises Refusal if there is none."""
+        """The adapter that is served under a name."""
         found = self.found.get(name)
         if found is None:
             raise Refusal(404, "adapter_not_found", f"found no adapter {name[:80]!r}", "adapter")
@@ -357,7 +344,7 @@ class Registry:
             self._backend.unload(found.key)
 
     def keep(self, **changes: object) -> None:
-        """Change what is kept between runs. Raises LorafoldError if it can't be written."""
+        """Change what is kept between runs."""
         now = self.kept.model_copy(update=changes)
         if now != self.kept:
             write_text(self.file, now.model_dump_json(indent=2) + "\n")
@@ -370,11 +357,7 @@ def without(some: Mapping[str, V], name: str) -> dict[str, V]:
 
 
 class Sweep:
-    """A thread that looks what there is to verify, again and again, and those that verify it.
-
-    Args:
-        registry: the names.
-    """
+    """A thread that looks what there is to verify, again and again, and those that verify it."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry

@@ -69,12 +69,7 @@ class TokenTexts:
         return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
 
     def pieces(self, tokens: Sequence[int], text: str | None) -> list[str]:
-        """The text that each token of a prompt adds.
-
-        Args:
-            text: the text of them all, which has no words for tokens at its beginning that nobody
-                wrote; None: what they are decoded to.
-        """
+        """The text that each token of a prompt adds."""
         reader = Text(self._tokenizer, special=True)
         found = [reader.add(token) for token in tokens]
         found[-1] += reader.finish()
@@ -84,11 +79,7 @@ class TokenTexts:
         return found
 
     def chat(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
-        """Log probabilities as chat completions have them.
-
-        Args:
-            top: how many of the most likely ones are listed beside each.
-        """
+        """Log probabilities as chat completions have them."""
 
         def one(token: int, logprob: float) -> dict[str, Any]:
             return {
@@ -101,13 +92,7 @@ class TokenTexts:
         ]
 
     def legacy(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
-        """Log probabilities as completions have them.
-
-        Args:
-            tokens: of which the first one of a prompt has none.
-            top: how many of the most likely ones are listed beside each.
-            offset: where in the text the first one begins.
-        """
+        """Log probabilities as completions have them."""
         offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
         return {
             "tokens": [self.name(t.token) for t in tokens],
@@ -121,13 +106,7 @@ class TokenTexts:
 
 
 class Renderer:
-    """The tokenizer of the base, or of adapters.
-
-    Args:
-        tokenizer: with a chat template.
-        ends: the tokens that end a completion.
-        variables: the variables of the template that a caller may set.
-    """
+    """The tokenizer of the base, or of adapters."""
 
     def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
         self.tokenizer, self.ends, self.shown = tokenizer, ends, TokenTexts(tokenizer)
@@ -151,13 +130,7 @@ class Renderer:
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
     ) -> str:
-        """A conversation as the prompt for its next turn. Raises Refusal for one that the template
-        refuses, or of which it leaves something out.
-
-        Args:
-            messages: the messages, in the form of `data.messages`.
-            variables: further variables of the template, which it must know.
-        """
+        """A conversation as the prompt for its next turn."""
         for name in variables:
             if name not in self.variables:
                 raise wrong(name, "the model's chat template has no such variable")
@@ -177,15 +150,11 @@ class Renderer:
             raise Refusal(400, "template_refuses", f"messages: {error}", "messages") from None
 
     def tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        """The tokens of a text as it stands.
-
-        Args:
-            special: add the tokens with which the tokenizer begins a text.
-        """
+        """The tokens of a text as it stands."""
         return tuple(tokens_of(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens. Raises Refusal for one that there is not."""
+        """The text of tokens."""
         known = len(self.tokenizer)
         for token in tokens:
             if not 0 <= token < known:
@@ -200,11 +169,7 @@ class Renderer:
         schema: str | None = None,
     ) -> str:
         """A grammar of one call of one of the named tools, as the chat template writes calls, or
-        else of JSON. Raises Refusal for a template that writes them otherwise than as JSON.
-
-        Args:
-            names: those of which one has to be called.
-            schema: what may be there instead of a call, None for nothing.
+        else of JSON.
         """
         found = grammar_of(self.tokenizer)
         if found is None or found.pairs is not None:
@@ -249,11 +214,7 @@ class ServedModel:
 
 
 class Renderers:
-    """Makes renderers. Any thread may call it.
-
-    Args:
-        model: the base, whose generation config names tokens that end completions.
-    """
+    """Makes renderers. Any thread may call it."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, screen: Screen
@@ -265,9 +226,7 @@ class Renderers:
         self.known: dict[str, Renderer] = {}  # by the digest of the files
 
     def of(self, files: Contents) -> Renderer:
-        """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
-        they can't be read, or give a token of the base another number.
-        """
+        """The renderer of a tokenizer's files, without any code of theirs."""
         if files.named in self.known:
             return self.known[files.named]
         tokenizer = self._screen.open(files)

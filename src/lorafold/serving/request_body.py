@@ -81,11 +81,7 @@ class Completing(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, **more: Any) -> Sampling:
-        """The engine's settings. Raises Refusal for values out of range.
-
-        Args:
-            more: what the fields here do not say.
-        """
+        """The engine's settings."""
         try:
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
@@ -105,11 +101,7 @@ B = TypeVar("B", bound=Body)
 
 
 def read_body(kind: type[B], content: bytes) -> B:
-    """The body of a request. Raises Refusal, which names the first field that is wrong.
-
-    Args:
-        content: JSON of at most 200 levels.
-    """
+    """The body of a request."""
     try:
         found = from_json(content, allow_inf_nan=False)
     except ValueError as error:
@@ -142,11 +134,7 @@ def new_id(kind: str) -> str:
 
 
 def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
-    """One event of a stream.
-
-    Args:
-        name: its type, where there is one.
-    """
+    """One event of a stream."""
     named = f"event: {name}\n" if name else ""
     return named.encode() + b"data: " + to_json(value) + b"\n\n"
 

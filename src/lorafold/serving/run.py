@@ -67,9 +67,7 @@ Load = Callable[[Base], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def listening(settings: Settings) -> socket.socket:
-    """A socket at the settings' address. Raises LorafoldError if it is taken, or if others could
-    reach it and there are no keys.
-    """
+    """A socket at the settings' address."""
     if settings.keys is None and not _is_here(settings.host):
         raise LorafoldError(
             f"--host {settings.host}: others can reach it, so that keys are needed: make one with"
@@ -98,15 +96,7 @@ def serve(
     open_page: bool = False,
     own: OwnBase | None = None,
 ) -> None:
-    """Serve until a signal ends it.
-
-    Args:
-        console: for what the user has to know.
-        open_page: open the page in a browser.
-        own: how the adapters name the base, where nothing else named it: the next start takes it.
-
-    Raises LorafoldError for a model that can't be loaded, and as `listening` does.
-    """
+    """Serve until a signal ends it."""
     directory, keys = Directory(adapters), Keys(
         settings.keys, settings.admin_key, settings.metrics_key
     )
@@ -134,9 +124,6 @@ def server_of(
     base: Base, load: Load, directory: Directory, keys: Keys, settings: Settings
 ) -> Server:
     """A server that is ready to start: the model is loaded, and adapters are verified once it runs.
-
-    Args:
-        base: the model, which requests ask for by the last part of its path, or by its name.
     """
     files, at, allowed = base.identity, Path(base.name), base.allow_other_base
     name = at.resolve().name if at.exists() else base.name

@@ -27,11 +27,7 @@ Compiles = Callable[[tuple[str, str]], None]
 
 
 def schema_of(form: Mapping[str, Any], field: str) -> str | None:
-    """The schema that a format asks for, None for text. Raises Refusal for any other format.
-
-    Args:
-        field: where it stands.
-    """
+    """The schema that a format asks for, None for text."""
     kind = form.get("type")
     known = {"json_schema", "name", "schema", "strict", "description"}
     for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:
@@ -57,9 +53,6 @@ def held(schema: Mapping[str, Any]) -> str:
 def check_founded(schema: str, field: str) -> None:
     """Raise Refusal for a schema that is its own condition, or that is nested too deeply. A large
     one takes its time.
-
-    Args:
-        field: where it stands.
     """
     whole = json.loads(schema)
     graph = {}
@@ -76,11 +69,7 @@ def check_founded(schema: str, field: str) -> None:
 
 
 def check(schema: str, field: str, compiles: Compiles) -> None:
-    """Raise Refusal for a schema that can't be read. A large one takes its time.
-
-    Args:
-        field: where it stands.
-    """
+    """Raise Refusal for a schema that can't be read. A large one takes its time."""
     check_founded(schema, field)
     try:
         compiles(("schema", schema))

@@ -53,10 +53,6 @@ class Record:
 class Dialect(ABC):
     """Abstract: a request for completions in one of the API's dialects, which says how the answer
     is written.
-
-    Args:
-        body: what the client sent.
-        names: our names of fields with the client's.
     """
 
     def __init__(
@@ -88,17 +84,13 @@ class Server:
     reading: Lock = field(default_factory=Lock)
 
     def caller(self, request: Request, sent: str | None = None) -> Caller:
-        """Who sent a request. Raises Refusal for a key that is not known.
-
-        Args:
-            sent: what counts instead of its headers.
-        """
+        """Who sent a request."""
         found = self.keys.caller(sent or authorization(request.headers))
         record_of(request).tenant = found.tenant
         return found
 
     def admin(self, request: Request) -> Caller:
-        """The administrator. Raises Refusal for everybody else."""
+        """The administrator."""
         found = self.keys.admin(authorization(request.headers))
         record_of(request).tenant = found.tenant
         return found
@@ -106,9 +98,7 @@ class Server:
     async def body(
         self, request: Request, caller: Caller, kind: type[B], then: Callable[[B], T]
     ) -> T:
-        """What is made of the body of a request, beside the event loop if it is large. Raises
-        Refusal for any but JSON of that type.
-        """
+        """What is made of the body of a request, beside the event loop if it is large."""
         given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if given != "application/json":
             told = f"content-type: found {given[:80]!r}, expected application/json"
@@ -131,12 +121,7 @@ class Server:
         kind: type[B],
         then: Callable[[B], tuple[DialectRequest, Mapping[str, str]]],
     ) -> int:
-        """The tokens of the prompts of a request.
-
-        Args:
-            kind: the type of its body.
-            then: what is asked by a body, and our names of its fields with the client's.
-        """
+        """The tokens of the prompts of a request."""
         caller = self.caller(request)
         asked, names = await self.body(request, caller, kind, then)
         with naming(names):
@@ -145,13 +130,7 @@ class Server:
     async def complete(
         self, request: Request, kind: type[B], then: Callable[[B], Dialect], id: str
     ) -> Response:
-        """Have the completions computed that a request asks for, and answer with them.
-
-        Args:
-            kind: the type of its body.
-            then: what is asked by a body, and how it is answered.
-            id: what the name of the reply begins with.
-        """
+        """Have the completions computed that a request asks for, and answer with them."""
         caller, record = self.caller(request), record_of(request)
         dialect = await self.body(request, caller, kind, then)
         admitted = self.admission.admit(caller, new_id(id), record.started, dialect.asked)
@@ -208,11 +187,7 @@ class Server:
     def streaming(
         self, events: AsyncIterator[bytes], left: Callable[[object], Awaitable[None]]
     ) -> Response:
-        """A response of events.
-
-        Args:
-            left: called when the client leaves, or reads too slowly.
-        """
+        """A response of events."""
         return EventSourceResponse(
             events, ping=15, sep="\n", send_timeout=self.settings.limits.send_seconds,
             client_close_handler_callable=left,
@@ -253,11 +228,7 @@ def answer(value: object) -> Response:
 
 
 def defect(record: Record, error: BaseException) -> Refusal:
-    """The refusal that tells of an error that nothing expected, which is logged.
-
-    Args:
-        record: the request that it was raised for.
-    """
+    """The refusal that tells of an error that nothing expected, which is logged."""
     log.error("%s failed", record.id, exc_info=error)
     told = f"the server failed; its log says why under {record.id}"
     failed = Refusal(500, "internal_error", told)

@@ -96,10 +96,7 @@ class Settings(Strict):
 
 
 def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
-    """The settings of a file under those of the options that are given, not None.
-
-    Raises LorafoldError, in one line, for a file that can't be read and for every wrong setting.
-    """
+    """The settings of a file under those of the options that are given, not None."""
     found: Any = {}
     if file is not None:
         found = parse_yaml(read_text(file), str(file)) or {}
@@ -114,7 +111,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file. Raises LorafoldError, in one line, for one that can't be read."""
+    """The text of a file."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -135,11 +132,7 @@ def kept(file: Path, kind: type[M]) -> M:
 
 
 def read(file: Path, kind: type[M], hint: str) -> M:
-    """The content of a file. Raises LorafoldError, in one line, if it can't be read or is none.
-
-    Args:
-        hint: what to do about a wrong one.
-    """
+    """The content of a file."""
     return parsed(file, content_of(file), kind, hint)
 
 
@@ -154,7 +147,7 @@ def content_of(file: Path) -> bytes:
 
 
 def parsed(file: Path, content: bytes, kind: type[M], hint: str) -> M:
-    """What the content of a file says. Raises LorafoldError as `read` does."""
+    """What the content of a file says."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:

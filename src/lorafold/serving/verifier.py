@@ -65,11 +65,7 @@ class SeenFile(Strict):
 
 
 class VerifiedCache:
-    """The adapters that were verified. Any thread may call it.
-
-    Args:
-        identity: what they were verified for.
-    """
+    """The adapters that were verified. Any thread may call it."""
 
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
@@ -115,13 +111,7 @@ class VerifiedCache:
 
 
 class Verifier:
-    """Verifies the adapters of one server. Any thread may call it.
-
-    Args:
-        seen: what was verified before.
-        weights: those of the base, where adapters of another one are served too.
-        storage: how the base stores its weights here.
-    """
+    """Verifies the adapters of one server. Any thread may call it."""
 
     def __init__(
         self, directory: Directory, screen: Screen, renderers: Renderers, seen: VerifiedCache,
@@ -133,12 +123,7 @@ class Verifier:
         self._forms = {one.found.form for one in seen.adapters.values() if one.marks}
 
     def find(self, name: str, afresh: bool = False) -> AdapterFiles:
-        """The adapter of a name, verified. Raises LorafoldError for one that can't be served, Busy
-        where the machine lacks what that needs, and nothing else, whatever reading it raises.
-
-        Args:
-            afresh: read it even if nothing was touched since it was read last.
-        """
+        """The adapter of a name, verified."""
         try:
             return self._found(name, afresh)
         except STOPS:
@@ -164,9 +149,7 @@ class Verifier:
         return self._noted(found)
 
     def renderer(self, found: AdapterFiles) -> Renderer:
-        """What renders the adapter's requests. Raises LorafoldError if its tokenizer is another one
-        by now.
-        """
+        """What renders the adapter's requests."""
         if found.words is None:
             return self._renderers.base
         if (renderer := self._renderers.known.get(found.tokenizer)) is not None:

@@ -50,14 +50,7 @@ def verified(
 ) -> dict[str, Any]:  # fmt: skip
     """What the files of an adapter are: `files`, the size and the SHA-256 of each by name, `form`,
     which adapters have in common that differ in nothing but their values, and `widest`, the largest
-    dimension of a tensor. Raises LorafoldError.
-
-    Args:
-        modules: the paths of the base's modules.
-        files: the files that belong to it; those of its tokenizer are digested and no more.
-        config, record: the two among them that are JSON.
-        told: the fields of the record that say how to read the rest.
-        numbers: the most numbers of the weights, which are not read if they have more.
+    dimension of a tensor.
     """
     directory = Path(path)
     for name in (config, record, MANIFEST):
@@ -83,9 +76,7 @@ def verified(
 
 
 def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
-    """The object in a file, of so many values at most. Raises LorafoldError for anything that
-    somebody else could read in another way, or not at all.
-    """
+    """The object in a file, of so many values at most."""
 
     def constant(text: str) -> None:
         raise LorafoldError(f"{name}: found {text}, expected a finite number")
@@ -190,8 +181,7 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _header(content: bytearray) -> tuple[str, int]:
     """The digest of the header of a safetensors file, which says where its tensors are, and their
-    largest dimension. Raises LorafoldError for a header that does not fit the file exactly, and for
-    values that are not finite.
+    largest dimension.
     """
     size = int.from_bytes(content[:8], "little")
     if size > TEXT:

@@ -27,15 +27,7 @@ DEATHS, MINUTE = 3, 60.0  # processes that one tokenizer may end in so many seco
 
 
 class Opened:
-    """A tokenizer, with what `lorafold.data` and the engine ask of one.
-
-    Args:
-        about: what the process says of it. `new` are the number and the text of each token that
-            the base has not, and whether it is special. Raises LorafoldError unless the numbers
-            follow the base's.
-        known: the base's added tokens, by number.
-        call: asks a process for an act with this tokenizer.
-    """
+    """A tokenizer, with what `lorafold.data` and the engine ask of one."""
 
     is_fast = False  # it renders by a method of its own
 
@@ -76,11 +68,7 @@ class Opened:
         self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
         **_: Any,
     ) -> Any:  # fmt: skip
-        """The tokens of a text, as `input_ids`. Raises LorafoldError.
-
-        Args:
-            sanitize_control_tokens: whether the text has marks of `data.control_tokens`.
-        """
+        """The tokens of a text, as `input_ids`."""
         found = self._call(
             "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
         )
@@ -109,11 +97,7 @@ class Opened:
         self, ids: Sequence[int], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:  # fmt: skip
-        """The text of tokens, as the library makes it of a tokenizer that has them all.
-
-        Args:
-            clean_up_tokenization_spaces: False; the text is left as it is.
-        """
+        """The text of tokens, as the library makes it of a tokenizer that has them all."""
         if self._texts.keys().isdisjoint(ids):
             return str(
                 self._base.decode(
@@ -140,11 +124,6 @@ class Opened:
     ) -> str:  # fmt: skip
         """A conversation, as the template writes it. Raises jinja2's TemplateError, as templates do
         that refuse one.
-
-        Args:
-            tokenize: False; texts alone are made.
-            add_generation_prompt: whether the assistant's next turn is opened.
-            variables: further variables of the template.
         """
         given = {
             "messages": list(messages), "tools": tools,

@@ -49,13 +49,7 @@ class VerifiedFiles:
 
 
 class Screen:
-    """Asks processes, which it makes when they are needed. Any thread may call it.
-
-    Args:
-        modules: gives the paths of the base's modules.
-        allow: whether contents may have control tokens.
-        numbers: the most numbers of an adapter's weights, or None.
-    """
+    """Asks processes, which it makes when they are needed. Any thread may call it."""
 
     def __init__(
         self, modules: Callable[[], Sequence[str]], tokenizer: Any, allow: bool = False,
@@ -80,12 +74,7 @@ class Screen:
     def verify(
         self, path: Path, files: Sequence[str], config: str, record: str, told: Sequence[str]
     ) -> VerifiedFiles:
-        """What the files of an adapter are. Raises LorafoldError for those that are wrong.
-
-        Args:
-            config, record: the two of them that are JSON.
-            told: the fields of the record that say how to read the rest.
-        """
+        """What the files of an adapter are."""
         size = sum(f.stat().st_size for name in files if (f := path / name).is_file())
         found = self._verifying.call(
             "verify", (SECONDS["verify"] + EACH * size, BYTES["verify"] + 2 * size),
@@ -96,9 +85,7 @@ class Screen:
         return VerifiedFiles(entries, found["form"], found["widest"])
 
     def open(self, contents: Contents) -> Opened | None:
-        """The tokenizer of these files; None if it is the base's. Raises LorafoldError for one that
-        can't be read or used.
-        """
+        """The tokenizer of these files; None if it is the base's."""
         # a copy stays as it is whatever becomes of the adapter's files: a process reads it again
         # where another one died
         path = Path(self._copies.name) / contents.named
@@ -123,9 +110,6 @@ class Screen:
     def compile(self, grammar: str) -> None:
         """Raise LorafoldError for a grammar that can't be compiled within the limits of a process:
         whoever compiles it then can't be stopped. Each is compiled there once.
-
-        Args:
-            grammar: as llguidance has it.
         """
         if not self.backend or self._tokenizer.eos_token_id is None:
             return  # the engine refuses every grammar

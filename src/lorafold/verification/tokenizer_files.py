@@ -40,12 +40,7 @@ class TokenizerFiles(TypedDict):
 
 
 class Templates:
-    """The tokenizers of adapters.
-
-    Args:
-        vocabulary: the base's tokens by text.
-        allow: whether contents may have control tokens.
-    """
+    """The tokenizers of adapters."""
 
     def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
         self._allow = allow
@@ -53,9 +48,7 @@ class Templates:
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be
-        read, or gives a token of the base another number.
-        """
+        """What a tokenizer is, as `Opened` takes it."""
         tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
         own = {number: word for word, number in vocabulary.items()}
@@ -93,13 +86,7 @@ class Templates:
         self, files: TokenizerFiles, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """A conversation, as the template writes it. Raises as the template does.
-
-        Args:
-            messages: the messages, in the form that the template takes.
-            add_generation_prompt: whether the assistant's next turn is opened.
-            variables: further variables of the template.
-        """
+        """A conversation, as the template writes it. Raises as the template does."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
@@ -117,12 +104,7 @@ class Templates:
         return text
 
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
-        """The tokens of a text.
-
-        Args:
-            special: whether it gets the tokens with which a text begins.
-            marked: whether it has marks of `data.control_tokens`.
-        """
+        """The tokens of a text."""
         tokenizer = self.opened(files)
         found: list[int] = (
             ids_of(text, tokenizer)

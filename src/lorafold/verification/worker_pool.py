@@ -34,11 +34,7 @@ class Refused(LorafoldError):
 
 
 class Process:
-    """One process.
-
-    Args:
-        base: the first message.
-    """
+    """One process."""
 
     def __init__(self, base: bytes) -> None:
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -46,11 +42,7 @@ class Process:
         self._base = base
 
     def ask(self, message: bytes, seconds: float) -> Any:
-        """The answer to a message. Raises Refused and Busy, and then the process is dead.
-
-        Args:
-            seconds: how long the answer may take.
-        """
+        """The answer to a message. Raises Refused and Busy, and then the process is dead."""
         base, self._base = self._base, b""
         until = time.monotonic() + seconds
         try:
@@ -79,11 +71,7 @@ class Process:
 
 
 class WorkerPool:
-    """As many processes as are used at a time, at most.
-
-    Args:
-        base: gives the first message of each.
-    """
+    """As many processes as are used at a time, at most."""
 
     def __init__(self, base: Callable[[], Any], most: int) -> None:
         self._base, self._most = base, threading.Semaphore(most)
@@ -93,12 +81,7 @@ class WorkerPool:
         self._closed = False
 
     def call(self, do: str, *limits: tuple[float, int], **arguments: Any) -> Any:
-        """What an act of the worker gives. Raises Refused and Busy.
-
-        Args:
-            limits: for each step of the act the seconds of the processor that it may take, and the
-                bytes of memory beyond what the process has.
-        """
+        """What an act of the worker gives. Raises Refused and Busy."""
         message = as_message({"do": do, "limits": limits} | arguments)
         seconds = sum(limit[0] for limit in limits)
         with self._most:

@@ -70,9 +70,7 @@ class CountTokens(Body):
     output_config: dict[str, Any] = Field(default_factory=dict)
 
     def chat(self) -> tuple[ChatBody, dict[str, str]]:
-        """The same as a chat completion, and the names of its fields here. Raises Refusal for what
-        is not supported.
-        """
+        """The same as a chat completion, and the names of its fields here."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
         given = list(self._conversation())

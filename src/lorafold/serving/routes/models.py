@@ -46,7 +46,7 @@ def routes(app: FastAPI, server: Server) -> None:
     most = server.settings.limits.tenant_streams
 
     def may_listen(request: Request) -> tuple[Caller, bool]:
-        """Who listens, and whether it is the administrator. Raises Refusal as any route does."""
+        """Who listens, and whether it is the administrator."""
         sent = authorization(request.headers)
         try:
             return server.keys.admin(sent), True
@@ -140,11 +140,7 @@ class Look:
         return found
 
     def listed(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
-        """The models that a caller may name, the base first and aliases last.
-
-        Args:
-            admin: list what is not served too, and why.
-        """
+        """The models that a caller may name, the base first and aliases last."""
         names = {*self.found, *self.listing, *((*self.wrong, *self.kept.unloaded) if admin else ())}
         aliases = self.kept.aliases
         ordered = [self.registry.base, *sorted(names - aliases.keys()), *sorted(aliases)]
@@ -156,11 +152,7 @@ class Look:
         return caller.base if name == self.registry.base else caller.may(name)
 
     def described(self, name: str, admin: bool) -> dict[str, Any] | None:
-        """A model, as the list has it, None if there is none.
-
-        Args:
-            admin: describe what is not served too, and why.
-        """
+        """A model, as the list has it, None if there is none."""
         if name == self.registry.base:
             return self.base()
         if name in self.kept.aliases:
@@ -253,11 +245,7 @@ class ModelChanges:
         self._task: asyncio.Task[None] | None = None
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
-        """The whole list, then what changes, until the server ends.
-
-        Args:
-            admin: tell what is not served too, and why.
-        """
+        """The whole list, then what changes, until the server ends."""
         key = (caller.adapters, caller.base, admin)
         view = self._views.setdefault(key, View(caller, admin))
         view.listeners += 1
@@ -369,7 +357,7 @@ class Pointed(Body):
     rollback: bool = False
 
     def read(self) -> tuple[AliasTarget, ...]:
-        """The targets. Raises Refusal for none, or for both kinds."""
+        """The targets."""
         if (self.target is None) == (not self.targets):
             raise wrong("target", "expected one of target, targets and rollback")
         name, _, digest = (self.target or "").partition("@")
@@ -387,7 +375,7 @@ def administration(app: FastAPI, server: Server) -> None:
     registry = server.registry
 
     async def done(change: Callable[[], T]) -> T:
-        """Make a change beside the event loop. Raises Refusal for one that can't be made."""
+        """Make a change beside the event loop."""
         try:
             return await server.host.think(change, ADMIN)
         except LorafoldError as error:

@@ -64,9 +64,7 @@ class InputTokens(Body):
     truncation: Literal["auto", "disabled"] = "disabled"
 
     def chat(self) -> tuple[ChatBody, dict[str, str]]:
-        """The same as a chat completion, and the names of its fields here. Raises Refusal for an
-        item that is not supported.
-        """
+        """The same as a chat completion, and the names of its fields here."""
         told = self.instructions
         given: list[tuple[str, dict[str, Any]]]
         given = [] if told is None else [("instructions", {"role": "system", "content": told})]
