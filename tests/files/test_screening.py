@@ -172,7 +172,7 @@ def test_the_base_s_own_tokenizer_is_the_base_s(screen, base, tmp_path) -> None:
 def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
     found = opened(screen, base, tmp_path, TOOL_TEMPLATE)
     assert found is not None
-    Renderer(found, frozenset(), found.variables).probe()
+    Renderer(found, frozenset(), found.variables)
     found.probed()
 
     def nothing(do: str, **_: Any) -> None:

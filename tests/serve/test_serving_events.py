@@ -102,8 +102,8 @@ def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[float] = []
-    look = routes.Look
-    monkeypatch.setattr(routes, "Look", lambda s: looks.append(time.monotonic()) or look(s))
+    look = routes.Snapshot
+    monkeypatch.setattr(routes, "Snapshot", lambda s: looks.append(time.monotonic()) or look(s))
     acme = server.keys["acme"]
     with (
         listening(server, acme) as one, listening(server, ADMIN) as other,

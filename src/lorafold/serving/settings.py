@@ -1,5 +1,5 @@
-"""The settings of a server: the defaults, `serve.yaml` over them, the command's options over both;
-and files of the server's own, in JSON, read whole and checked.
+"""The settings of a server, in increasing order of precedence: defaults, `serve.yaml`, the options
+of the command; and the reading of the server's own files, in JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """What is read from a file, or from a request: a value in which unknown keys are errors."""
+    """A value read from a file or a request, in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -96,18 +96,19 @@ class Settings(Strict):
 
 
 def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
-    """The settings of a file under those of the options that are given, not None."""
-    found: Any = {}
+    """The settings of a file, and over them the options that are not None."""
+    settings: Any = {}
     if file is not None:
-        found = parse_yaml(read_text(file), str(file)) or {}
-        if not isinstance(found, dict):
-            raise LorafoldError(f"{file}: found {type(found).__name__}, expected settings by name")
-    given = {name: value for name, value in options.items() if value is not None}
+        settings = parse_yaml(read_text(file), str(file)) or {}
+        if not isinstance(settings, dict):
+            kind = type(settings).__name__
+            raise LorafoldError(f"{file}: found {kind}, expected settings by name")
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        return Settings(**{str(k): v for k, v in found.items()} | given)
+        return Settings(**{str(k): v for k, v in settings.items()} | options)
     except ValidationError as error:
-        told = "; ".join(map(_told, error.errors()))
-        raise LorafoldError(f"{file or 'options'}: {told}") from None
+        problems = "; ".join(map(_problem, error.errors()))
+        raise LorafoldError(f"{file or 'options'}: {problems}") from None
 
 
 def read_text(file: Path) -> str:
@@ -118,7 +119,7 @@ def read_text(file: Path) -> str:
         raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
 
 
-def _told(error: Any) -> str:
+def _problem(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         kind: type[Strict] = Limits if name.startswith("limits.") else Settings
@@ -126,19 +127,18 @@ def _told(error: Any) -> str:
     return f"{name}: found {error['input']!r}, {error['msg'][:1].lower()}{error['msg'][1:]}"
 
 
-def kept(file: Path, kind: type[M]) -> M:
-    """The content of a file that the server writes, empty if there is none. Raises as `read`."""
+def read_if_exists(file: Path, kind: type[M]) -> M:
+    """A file that the server writes, empty if there is none."""
     return read(file, kind, "move it away") if os.path.lexists(file) else kind()
 
 
 def read(file: Path, kind: type[M], hint: str) -> M:
-    """The content of a file."""
+    """A file of this kind; errors end with the hint."""
     return parsed(file, content_of(file), kind, hint)
 
 
 def content_of(file: Path) -> bytes:
-    """The bytes of a file. Raises LorafoldError for one that can't be read, or would be waited for.
-    """
+    """The bytes of a file; LorafoldError for one that would block, such as a pipe."""
     try:
         with opened(file) as (content, _):
             return content.read()
@@ -147,7 +147,7 @@ def content_of(file: Path) -> bytes:
 
 
 def parsed(file: Path, content: bytes, kind: type[M], hint: str) -> M:
-    """What the content of a file says."""
+    """The content of a file as this kind."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
