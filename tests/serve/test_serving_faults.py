@@ -71,7 +71,7 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     clean = [answer.json["choices"][0]["text"] for answer in at_once(server, models, max_tokens=12)]
     key = server.parts.registry.adapters["a"].key
     states = server.engine.adapters
-    held = states._states[states.entry(key)].held
+    held = states._states[states.entry(key)].loaded
     assert held is not None
     for factors in held.factors.values():
         factors.up.fill_(torch.nan)

@@ -1,18 +1,15 @@
-"""What is asked of the engine, and what it answers: requests with their settings, and events.
+"""The requests to the engine, their events, and the engine's settings.
 
-    Token       one more token of a completion, with the text that it adds
-    Ended       the last event of a request: every request has exactly one, whatever happens
-
-A request's `sampling` is a value: the tokens follow from the model, the adapter, the prompt and
-these settings, and never from the requests that share the batch. `EngineSettings` says what an
-engine holds at a time, how it computes, and what it refuses.
+The tokens of a completion follow from the model, the adapter, the prompt and the request's
+`Sampling`, and never from the requests that share the batch. Every request has exactly one `Ended`,
+which is its last event.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -70,7 +67,7 @@ class Sampling:
     def __post_init__(self) -> None:
         numbers = [(name, getattr(self, name)) for name in NUMBERS]
         numbers += [("logit_bias", x) for x in self.logit_bias.values()]
-        _require(
+        require(
             {
                 f"{name}: found {x!r:.40}, expected a finite number of float32": (
                     isinstance(x, int | float) and abs(x) <= LARGEST
@@ -94,17 +91,17 @@ class Sampling:
             ),
             "stop: found an empty text, expected at least one character": all(self.stop),
         }
-        _require(checks)
+        require(checks)
 
     @property
     def grammar(self) -> tuple[str, str] | None:
-        """The setting that asks for a grammar, and its text; None if none does."""
-        asked = {"schema": self.schema, "regex": self.regex, "lark": self.lark}
-        return next(((name, text) for name, text in asked.items() if text is not None), None)
+        """The setting with a grammar, and its text; None if there is none."""
+        settings = {"schema": self.schema, "regex": self.regex, "lark": self.lark}
+        return next(((name, text) for name, text in settings.items() if text is not None), None)
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is the most likely one, and nothing else is asked for."""
+        """Whether the next token is the most likely one, and nothing else is needed."""
         return (
             self.temperature == 0
             and self.repetition_penalty == 1
@@ -113,9 +110,9 @@ class Sampling:
         )
 
 
-def _require(checks: Mapping[str, bool]) -> None:
-    """Raise LorafoldError with what is wrong unless all is right."""
-    if wrong := [what for what, right in checks.items() if not right]:
+def require(checks: Mapping[str, bool]) -> None:
+    """Raise LorafoldError with the messages of the checks that failed, if any."""
+    if wrong := [message for message, passed in checks.items() if not passed]:
         raise LorafoldError("; ".join(wrong))
 
 
@@ -234,39 +231,6 @@ class EventStream:
             return self.ended
 
 
-def check(
-    request: Request,
-    *,
-    length: int,
-    vocabulary: int,
-    running: Container[str],
-    texts: bool,
-    solo: str,
-) -> None:
-    """Raise LorafoldError for a request that can't be computed."""
-    prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
-    least, full = 1 if k is None else 0, len(prompt) + n > length
-    checks = {
-        f"id: found {request.id!r}, which is running, expected another": request.id not in running,
-        "prompt: found no tokens, expected at least one": bool(prompt),
-        f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs": n >= least,
-        f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most {length}": (
-            n < least or not full
-        ),
-    }
-    for name, ids in {"prompt": prompt, "logit_bias": tuple(request.sampling.logit_bias)}.items():
-        for i in ids:
-            if not (isinstance(i, int) and 0 <= i < vocabulary):
-                checks[f"{name}: found token {i!r}, expected 0 to {vocabulary - 1}"] = False
-                break
-    found = f"prompt_logprobs: found {k}, expected"
-    checks[f"{found} 0 to 20, or None"] = k is None or 0 <= k <= 20
-    checks[f"{found} None for this model, since {solo}"] = k is None or not solo
-    told = "stop: found a text, expected none, since the engine has no tokenizer"
-    checks[told] = texts or not request.sampling.stop
-    _require(checks)
-
-
 @dataclass(frozen=True)
 class EngineSettings:
     """The settings of an engine.
@@ -333,7 +297,7 @@ class EngineSettings:
             wrong = [f"length: found {length}, expected at most {most} positions"]
         if wrong:
             raise LorafoldError(f"engine: {'; '.join(wrong)}")
-        reuse, fast = (asked and not self.invariant for asked in (self.prefix_reuse, self.fast))
-        # a pass of training's numbers has FEW tokens or more
+        reuse, fast = (on and not self.invariant for on in (self.prefix_reuse, self.fast))
+        # a pass that is bit-identical to training has FEW tokens or more
         chunk = max(min(self.chunk, length), FEW if self.as_trained else 0)
         return replace(self, length=length, chunk=chunk, prefix_reuse=reuse, fast=fast), length

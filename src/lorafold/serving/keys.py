@@ -284,7 +284,8 @@ class TokenUsage:
                 used = f"{count.tokens:,} tokens were used this {period}"
                 left = max(1, math.ceil((count.at + 1) * seconds - now))
                 message = f"{used}, the key allows {most:,}"
-                raise Refusal(429, f"token_limit_{period}", message, retry_after=left)
+                code = "token_limit_day" if period == "day" else "token_limit_minute"
+                raise Refusal(429, code, message, retry_after=left)
 
     async def keep_saving(self) -> None:
         """Write the file again and again."""

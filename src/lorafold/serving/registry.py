@@ -1,5 +1,5 @@
-"""The names of models: the base, an adapter, `adapter@digest`, or an alias, whose requests go to its
-targets in proportion to weights.
+"""The names of models: the base, an adapter, `adapter@digest`, or an alias, whose requests go to
+its targets in proportion to weights.
 
     registry.sweep.begin()                      verifies the directory's adapters in the background
     chosen = registry.choose(caller, "sql")     an adapter's version, verified by then, or the base
