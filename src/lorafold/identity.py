@@ -1,8 +1,5 @@
-"""The identity of a model, of an adapter and of a stack, as one digest: every file that can change
-an answer; and that of code: the sources of the rooms that make a thing, and of the packages below.
-
-Files count by name and content, and neither where they are nor how they came there. What only tells
-of a thing, such as a card, is left out.
+"""The identity of a model or an adapter, as one digest of every file that can change an answer, by
+name and content, and the identity of code: the sources of packages. Cards and the like don't count.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
 ROOT = Path(__file__).parent
 SOURCES = (".py", ".cpp", ".h")
-# The rooms that train a model or measure one, with all that they import.
+# the packages that train a model or measure one, with all that they import
 TRAINING = (
     *("adapter", "layers", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
     *("runtime", "memory", "methods", "models", "objectives", "resolve", "ops", "peft", "recipe"),
@@ -38,8 +35,8 @@ COMPUTED_WITH = ("torch", "transformers")
 
 def of_model(source: ModelSource) -> str:
     """The SHA-256 over a model's configuration, weights and tokenizer, and its own Python files if
-    they run, in hexadecimal; of one that was unpacked, over its GGUF files, since
-    transformers writes their copy in other bytes by version.
+    they run, in hexadecimal; of an unpacked model over its GGUF files, since the bytes of the copy
+    depend on the version of transformers.
     """
     if source.gguf is not None:
         return source.gguf.identity
@@ -76,11 +73,6 @@ def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
     return of_files(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
 
 
-def of_stack(base: str, adapters: Sequence[str | Path]) -> str:
-    """The SHA-256 over a base and the adapters over it, in this order, in hexadecimal."""
-    return joined([base, *map(of_adapter, adapters)])
-
-
 def joined(identities: Sequence[str]) -> str:
     """The SHA-256 over several identities in this order, in hexadecimal; one alone stays as it is.
     """
@@ -91,17 +83,18 @@ def joined(identities: Sequence[str]) -> str:
 
 @cache
 def of_code(*rooms: str, packages: tuple[str, ...] = ()) -> str:
-    """The SHA-256 of everything that is computed with: all sources in these rooms, in hexadecimal.
+    """The SHA-256 over all sources in packages or modules of lorafold, and over the versions of
+    installed packages, in hexadecimal.
     """
-    found = sha256()
+    digest = sha256()
     for room in sorted(rooms):
-        there = ROOT / room
-        files = sorted(there.rglob("*")) if there.is_dir() else [there.with_suffix(".py")]
+        path = ROOT / room
+        files = sorted(path.rglob("*")) if path.is_dir() else [path.with_suffix(".py")]
         for file in files:
             if file.suffix in SOURCES:
                 content = file.read_bytes()
-                found.update(f"{file.relative_to(ROOT).as_posix()} {len(content)}\n".encode())
-                found.update(content)
+                digest.update(f"{file.relative_to(ROOT).as_posix()} {len(content)}\n".encode())
+                digest.update(content)
     for package in sorted(packages):
-        found.update(f"{package} {version(package)}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{package} {version(package)}\n".encode())
+    return digest.hexdigest()

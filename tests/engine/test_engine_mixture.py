@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import lorafold as lf
-from engine_cases import METHODS, alone, check, generated, prompt, sampling, save_adapters, together
+from engine_cases import (
+    METHODS,
+    alone,
+    check,
+    generated,
+    is_finite,
+    prompt,
+    sampling,
+    save_adapters,
+    together,
+)
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
 
@@ -226,7 +236,7 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
             engine.run()
             check(engine)
             runner, bad = engine._runner, engine.adapters.entry(method).digest
-            assert all(runner.cache.is_finite(slot) for slot in range(6))  # type: ignore[attr-defined]
+            assert all(is_finite(runner.cache, slot) for slot in range(6))  # type: ignore[attr-defined]
             kept = [slot.prefix.digest for slot in runner.kept.slots.values()]  # type: ignore[attr-defined]
             assert (len(kept), bad in kept) == ((4, False) if poison or held.alone else (6, True))
             again = engine.submit(Request("after", prompt(9, 9), 6))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import lorafold as lf
-from engine_cases import alone, check, prompt, save_adapters, status
+from engine_cases import alone, check, check_adapters, prompt, save_adapters, status
 from lorafold.engine import Engine, EventStream, Request
 from lorafold.engine.adapter_cache import Residency
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
@@ -351,18 +351,18 @@ def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
         books.release(entry)
         books.unbind(entry)
         books.load("c", paths["b1"]).result()
-        assert [books.status(n) for n in "abc"] == ["resident", "cold", "resident"] or (
-            books.status("b") == "cold"
+        assert [status(books, n) for n in "abc"] == ["resident", "cold", "resident"] or (
+            status(books, "b") == "cold"
         )
         books.pin("c")
         books.pin("a")
         with pytest.raises(LorafoldError, match="bytes, expected at most"):
             books.load("big", paths["c1"]).result()
-        books.check()
+        check_adapters(books)
         books.pin("a", False)
         books.unload("c")
         with pytest.raises(LorafoldError, match="found 'c'"):
             books.pin("c")
-        books.check()
+        check_adapters(books)
     finally:
         books.close()

@@ -139,14 +139,14 @@ def test_a_pattern_that_never_ends_is_ended(adapter, base, monkeypatch) -> None:
 
 def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> None:
     verified(screen, adapter)
-    process = screen._verifying._idle[0]._process
+    process = screen._verifying._idle[0]
     maps = Path(f"/proc/{process.id}/maps").read_text()
     assert "libtorch" not in maps
     others = WorkerPool(lambda: {"modules": []}, 1)
     given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
     with pytest.raises(Refused, match="found no c"):
         others.call("verify", (5, 1 << 29), **given)
-    own = others._idle[0]._process
+    own = others._idle[0]
     others.close()
     assert not own.lives
 
@@ -228,7 +228,7 @@ def test_a_busy_machine_is_no_mistake_of_a_template(screen, base, tmp_path, monk
         patch.setattr(worker_pool, "LEAST", 0.2)
         patch.setattr(worker_pool, "WALL", 0.01)
         for _ in range(DEATHS):
-            os.kill(screen._rendering._idle[-1]._process.id, signal.SIGSTOP)
+            os.kill(screen._rendering._idle[-1].id, signal.SIGSTOP)
             with pytest.raises(Busy, match="the machine is busy"):
                 render(ASK, found)
             screen._rendering._idle.append(worker_pool.Process(screen._rendering._first))

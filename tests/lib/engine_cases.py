@@ -23,6 +23,7 @@ from transformers import (
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.adapter_cache import Residency
+from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.sampler import SampledToken, Sampler, chosen
 
 METHODS: dict[str, Any] = {
@@ -47,7 +48,11 @@ def check(engine: Engine) -> None:
     assert all(row.reader is None or row.reader in running for row in running)
     if engine.slotted:
         check_slots(engine._runner, running)
-    adapters = engine.adapters
+    check_adapters(engine.adapters)
+
+
+def check_adapters(adapters: Residency) -> None:
+    """References, leases and bytes agree."""
     with adapters._lock:
         for entry, state in adapters._states.items():
             assert 0 <= state.leases <= state.references, entry
@@ -66,8 +71,12 @@ def check_slots(runner: Any, rows: Sequence[Any]) -> None:
     assert runner.products.placed == placed, "each slot has its request's adapter"
     for slot in runner.kept.slots:
         assert runner.rows[slot] is None, f"slot {slot} is kept, and a request's"
-        finite = all(bool(b[slot].isfinite().all()) for b in runner.cache.all_buffers())
-        assert finite, f"slot {slot} is kept, and not finite"
+        assert is_finite(runner.cache, slot), f"slot {slot} is kept, and not finite"
+
+
+def is_finite(cache: SlotCache, slot: int) -> bool:
+    """Whether all keys and values of a slot are finite."""
+    return all(bool(buffer[slot].isfinite().all()) for buffer in cache.all_buffers())
 
 
 def status(adapters: Residency, name: str) -> str:
@@ -141,9 +150,9 @@ def together(
         streams.append(engine.submit(request))
         for _ in range(steps_between):
             engine.step()
-            engine.check()
+            check(engine)
     while engine.step():
-        engine.check()
+        check(engine)
     engine.run()
     ended = [stream.result() for stream in streams]
     assert [e.message for e in ended] == [""] * len(ended)

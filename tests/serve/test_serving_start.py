@@ -171,7 +171,7 @@ def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatc
         monkeypatch.setattr(worker_pool, "LEAST", 0.0)
         monkeypatch.setattr(worker_pool, "WALL", 0.0)
         for process in registry.verifier._screen._verifying._idle:
-            os.kill(process._process.id, signal.SIGSTOP)
+            os.kill(process.id, signal.SIGSTOP)
         shutil.copytree(folder / "a", folder.parent / "c")
         (folder.parent / "c").rename(folder / "c")
         until(lambda: "c can't be verified now: the machine is busy" in caplog.text)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import lorafold as lf
-from engine_cases import METHODS
+from engine_cases import METHODS, check_adapters
 from serving_cases import ADMIN, Running, running, saved, until
 
 PROMPT = "The quick brown fox"
@@ -232,7 +232,7 @@ class Race(RuleBasedStateMachine):
     @invariant()
     def the_books_balance(self) -> None:
         until(self.server.idle)
-        self.server.engine.adapters.check()
+        check_adapters(self.server.engine.adapters)
         assert set(self.server.parts.registry.adapters) == set(self.now)
 
 

@@ -1,27 +1,17 @@
-"""The operations of a pass: those of `ops.decoding`, and norms, rotations and gates without
-gradients, by their forms on one kind of device (`kernels.table`).
+"""The operations of a pass, in the forms of one kind of device (`kernels.table`), and batch
+invariance.
 
-Masks and attention are for rows that are at different positions:
+Masks and attention are for rows at different positions: q (B, H, T, D), k (B, Hk, K, D),
+v (B, Hk, K, Dv) -> (B, T, H, Dv), with the mask 0 if the model's own predicate (causal, sliding,
+chunked) lets position start + t see position j, else -inf.
 
-    o_t = sum_j p_tj v_j,   p_t = softmax_j(scale q_t k_j + m_tj),   m_tj = 0 where the model's own
-                            predicate lets position start + t see position j, else -inf
-
-q (B, H, T, D), k (B, Hk, K, D), v (B, Hk, K, Dv) -> (B, T, H, Dv). transformers asks a function of
-its registry for a model's mask and gives it a predicate on positions (causal, sliding, chunked);
-here that is evaluated at each row's own positions. `Operations.attend` computes with it.
-
-From how many rows on a product of this processor sums in one order, whatever their number:
+Kernels sum few rows in another order, so a request would compute other bits alone than batched:
 
     least = steady(kernel, x)       kernel(x[:n]) has the bits of kernel(x)[:n] for n >= least
-    with InBlocks(16): ...          every product of matrices takes 16 rows at a time, so that it
-                                    has the same bits where no number of rows is steady
+    with InBlocks(16): ...          matmuls take 16 rows at a time, for processors without a least
 
-A kernel has its own order of summation for few rows, where the processor's vectors would be half
-empty, so that a request would compute other bits alone than in company. It is measured, since it
-follows from the kernel, the shape and the processor together.
-
-`as_trained` makes the engine's numbers bit-identical to training's: attention runs the kernel of
-packed documents, so a query sums over its keys in a document's order.
+With `as_trained` the engine's results are bit-identical to training's: attention runs the kernel of
+packed documents, which sums over the keys in a document's order.
 """
 
 from __future__ import annotations
@@ -47,13 +37,12 @@ from lorafold.ops.scale import SCALE, scaled
 from lorafold.training_step.packed_attention import attend
 
 log = logging.getLogger(__name__)
-# a block has FEW rows where no number of them has an order of its own. Each number up to it is
-# tried: a kernel of blocks of 4 rows may sum 8 as it sums 12, and 9 otherwise
+# the numbers of rows that `steady` tries, each up to FEW: a kernel of blocks of 4 rows may sum 8 as
+# it sums 12, and 9 otherwise
 ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
-WIDE = 4096  # rows of a matrix that are enough to tell: a head has many times as many
+WIDE = 4096  # rows of a matrix that are enough to measure: a head has many times as many
 
-# by device, the operations whose numbers for a row are the same bits whatever rows and tokens are
-# beside it, which is what a request's answer rests on
+# the batch-invariant operations by device, on which a request's answer relies
 INDEPENDENT = {
     "": frozenset({"write", "rotary", "scale"}),
     "cpu": frozenset(operation.name for operation in DECODING if operation is not STORED),
@@ -61,7 +50,7 @@ INDEPENDENT = {
 
 
 class Operations:
-    """Final: the operations by name. Each has the parameters of its plain form."""
+    """Final: the operations by name, each with the parameters of its plain form."""
 
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
@@ -94,8 +83,8 @@ class Operations:
 
 
 def available(device: str, as_trained: bool = False) -> Operations:
-    """The operations in their forms for a kind of device; the plain ones where there are none or,
-    which the log says, where they can't be compiled.
+    """The operations in the forms of a kind of device, or the plain ones if it has none or they
+    can't be compiled.
     """
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
@@ -110,8 +99,8 @@ def slot_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     **protocol: Any,
 ) -> Tensor | None:
-    """The mask (B, 1, T, K) that is added to the scores, where the offset has a number for each
-    row; else transformers' boolean mask. A function of transformers' mask protocol.
+    """A function of transformers' mask protocol: the mask (B, 1, T, K) to add to the scores if the
+    offset has a position for each row (B,), else transformers' boolean mask.
     """
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
         others: dict[str, Any] = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
@@ -128,10 +117,9 @@ def slot_mask(
 
 
 def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]:
-    """A function of transformers' attention protocol, which computes (B, T, H, Dv) of query
-    (B, H, T, D), key (B, Hk, K, D) and value (B, Hk, K, Dv), under a mask (B, 1, T, K) that is
-    added to the scores, a boolean one, or none. The general attention computes what has a softcap,
-    sinks or a position bias. Nothing trains here, so that nothing is dropped.
+    """A function of transformers' attention protocol, without dropout, with a mask (B, 1, T, K)
+    that is added to the scores, a boolean one, or none. Softcaps, sinks and position biases are
+    left to the general attention.
     """
 
     def attention(
@@ -149,7 +137,7 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
             return attend(module, query, key, value, attention_mask, scaling, **others)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = attention_mask
-        if mask.shape[-1] != key.shape[2]:  # else it is the one that all layers are given
+        if mask.shape[-1] != key.shape[2]:  # a slice is another tensor, which all layers would make
             mask = mask[..., : key.shape[2]]
         return operations.attend(query, key, value, mask, scale), None
 
@@ -169,16 +157,16 @@ def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
 
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """As many random rows (n, width) as `steady` takes, always the same."""
+    """The same random rows (n, width), as many as `steady` takes."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(ROWS[-1], width, generator=generator).to(dtype)
 
 
 def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-    """The same for torch's own products with matrices (out, in) of these shapes, in the dtype and
-    in the one in which `lorafold.ops.arithmetic` multiplies it.
+    """`steady` of torch's own matmuls with matrices (out, in) of these shapes, in the dtype and in
+    the one in which `lorafold.ops.arithmetic` multiplies it.
     """
-    found = 1
+    least = 1
     for out, inn in shapes:
         x = random_rows(inn, dtype)
         for each in {dtype, arithmetic(x)}:
@@ -187,13 +175,13 @@ def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int
             # 16 bits hide most differences of a sum, but not those of what rounding takes away
             left = -F.linear(wide, m)
             kernels = (lambda x, _, m=m: F.linear(x, m)), (lambda x, y, m=m: y.addmm(x, m.t()))
-            found = max(found, *(steady(kernel, wide, left) for kernel in kernels))
-    return found
+            least = max(least, *(steady(kernel, wide, left) for kernel in kernels))
+    return least
 
 
 class InBlocks(TorchDispatchMode):
-    """Products of matrices (n, k) with (k, m) in the `with` block are computed so many rows at a
-    time, the last ones with their first row repeated.
+    """Matmuls (n, k) x (k, m) in the `with` block are computed so many rows at a time, and the last
+    block is padded with the first row.
     """
 
     def __init__(self, rows: int) -> None:
@@ -205,7 +193,7 @@ class InBlocks(TorchDispatchMode):
     ) -> Any:
         aten, kwargs = torch.ops.aten, dict(kwargs or {})
         if func in (aten.linear.default, aten.matmul.default):
-            with self:  # in inference mode they are seen before they are taken apart
+            with self:  # in inference mode they come here undecomposed
                 return func.decompose(*args, **kwargs)
         if func is aten.mm.default:
             return self._blocks(torch.mm, args[:1], args[1:], kwargs)
@@ -231,20 +219,20 @@ class InBlocks(TorchDispatchMode):
 
 
 def lacks(device: str) -> str:
-    """Why passes on a kind of device can't have training's numbers, or nothing."""
+    """Why passes on a kind of device can't be bit-identical to training's, or nothing."""
     return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether products with matrices (out, in) of these shapes depend on the number of rows on this
-    processor, even where that is FEW.
+    """Whether matmuls with matrices (out, in) of these shapes are not batch invariant on this
+    processor, even with FEW rows.
     """
     return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
 
 
 def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention (B, T, H, Dv) of slots, in the order of documents. What sees other keys than all up
-    to its own, as in a window, is computed by `lorafold.ops.decoding.ATTEND`.
+    """Attention (B, T, H, Dv) of slots in the order of documents; of windows and the like, by
+    `lorafold.ops.decoding.ATTEND`.
     """
     rows, heads, tokens, _ = q.shape
     at = torch.arange(k.shape[2])
