@@ -19,9 +19,9 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -224,9 +224,7 @@ class Registry:
 
     def unload(self, name: str) -> None:
         """Forget an adapter, until `load`. Running requests finish with it."""
-        self.verify(name)
-        with self.lock:
-            adapter = self.served(name)
+        with self._changing(name) as [adapter]:
             self.save(
                 unloaded=(*self.state.unloaded, name),
                 pinned=tuple(n for n in self.state.pinned if n != name),
@@ -236,9 +234,7 @@ class Registry:
 
     def pin(self, name: str, pinned: bool) -> None:
         """Keep an adapter in memory, or no longer."""
-        self.verify(name)
-        with self.lock:
-            adapter = self.served(name)
+        with self._changing(name) as [adapter]:
             others = tuple(n for n in self.state.pinned if n != name)
             self.save(pinned=(*others, name) if pinned else others)
             self._backend.pin(adapter.key, pinned)
@@ -247,9 +243,8 @@ class Registry:
 
     def quarantine(self, name: str, why: str) -> None:
         """Refuse an adapter's requests, until `load`."""
-        self.verify(name)
-        with self.lock:
-            quarantined = self.state.quarantined | {name: (self.served(name).digest, why)}
+        with self._changing(name) as [adapter]:
+            quarantined = self.state.quarantined | {name: (adapter.digest, why)}
             try:
                 self.save(quarantined=quarantined)
             except LorafoldError as error:  # it holds at least until the server ends
@@ -258,13 +253,10 @@ class Registry:
 
     def point(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
         """Point an alias to these targets from the next request on."""
-        for target in targets:
-            self.verify(target.adapter)
-        with self.lock:
+        with self._changing(*(target.adapter for target in targets)) as adapters:
             if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
                 raise wrong("name", f"found {name[:80]!r}, expected one that no model has")
-            for target in targets:
-                adapter = self.served(target.adapter)
+            for target, adapter in zip(targets, adapters, strict=True):
                 if target.digest and not self.matches(adapter, target.digest):
                     message = f"found digest {target.digest}, expected {adapter.digest[:12]}"
                     raise wrong("targets", f"{target.adapter}: {message}")
@@ -292,18 +284,17 @@ class Registry:
             raise Refusal(404, "alias_not_found", f"found no alias {name[:80]!r}", "name")
         return self.state.aliases[name]
 
-    def verify(self, name: str) -> None:
-        """Verify an adapter before it is changed. It may wait, so no lock is held meanwhile."""
-        if NAME.fullmatch(name):
+    @contextmanager
+    def _changing(self, *names: str) -> Iterator[list[AdapterFiles]]:
+        """Verify adapters, which may wait, and then hold the lock to change them."""
+        for name in filter(NAME.fullmatch, names):
             self.ready(name)
-        self.served(name)
-
-    def served(self, name: str) -> AdapterFiles:
-        """The adapter that is served under a name."""
-        adapter = self.adapters.get(name)
-        if adapter is None:
-            raise Refusal(404, "adapter_not_found", f"found no adapter {name[:80]!r}", "adapter")
-        return adapter
+        with self.lock:
+            for name in names:
+                if name not in self.adapters:
+                    message = f"found no adapter {name[:80]!r}"
+                    raise Refusal(404, "adapter_not_found", message, "adapter")
+            yield [self.adapters[name] for name in names]
 
     def names(self) -> frozenset[str]:
         """The names of all adapters that were not unloaded."""
