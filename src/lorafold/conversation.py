@@ -193,7 +193,7 @@ def unique_names(paths: Sequence[str | Path]) -> list[str]:
     """The last component of each path, with -2, -3, ... if it is taken or has another meaning."""
     names: list[str] = []
     for path in paths:
-        own = os.path.basename(os.path.abspath(Path(path).expanduser()))
-        numbered = chain([own], (f"{own}-{n}" for n in count(2)))
+        last = os.path.basename(os.path.abspath(Path(path).expanduser()))
+        numbered = chain([last], (f"{last}-{n}" for n in count(2)))
         names.append(next(name for name in numbered if name not in (*names, BASE, NONE, ALL)))
     return names

@@ -108,14 +108,14 @@ def listed(
     many more there are. One that is too long alone is cut in its middle, since names tell most at
     their ends.
     """
-    found, shown, length = [*map(str, items)], list[str](), 0
-    for item in found[:LISTED]:
+    texts, shown, length = [*map(str, items)], list[str](), 0
+    for item in texts[:LISTED]:
         short = shortened(item, max(room, ALONE))
         length += len(short) + len(by) * bool(shown)
         if shown and length > room:
             break
         shown.append(short)
-    more = (len(found) if count is None else count) - len(shown)
+    more = (len(texts) if count is None else count) - len(shown)
     return by.join(shown) + (f"{by.rstrip(', ')} and {more:,} more" if more else "")
 
 

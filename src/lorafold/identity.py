@@ -40,25 +40,25 @@ def of_model(source: ModelSource) -> str:
     """
     if source.gguf is not None:
         return source.gguf.identity
-    own = (CODE,) if source.trust_remote_code else ()
-    here = of_files(source.path, (*MODEL_FILES, *WORDS, *own))
-    indexed = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []
-    beside = _code_elsewhere(source.path) if source.trust_remote_code else []
-    return joined([here, *(of_file(f)[1] for f in indexed if f.parent != source.path), *beside])
+    code = (CODE,) if source.trust_remote_code else ()
+    files = of_files(source.path, (*MODEL_FILES, *WORDS, *code))
+    shards = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []
+    elsewhere = _code_elsewhere(source.path) if source.trust_remote_code else []
+    return joined([files, *(of_file(f)[1] for f in shards if f.parent != source.path), *elsewhere])
 
 
 def _code_elsewhere(path: Path) -> list[str]:
     """The identities of the Python files of other repositories that a model's `auto_map` names, as
     "owner/name--module.Class", where the hub's cache has them: the folders of their modules.
     """
-    found = set[Path]()
+    folders = set[Path]()
     for name in ("config.json", "tokenizer_config.json"):
         text = (path / name).read_text(encoding="utf-8") if (path / name).is_file() else ""
         for repo, module in re.findall(r'"([\w.-]+/[\w.-]+)--([\w.]+)\.\w+"', text):
             at = try_to_load_from_cache(repo, f"{module.replace('.', '/')}.py")
             if isinstance(at, str):
-                found.add(Path(at).parent)
-    return sorted(of_files(folder, (CODE,)) for folder in found)
+                folders.add(Path(at).parent)
+    return sorted(of_files(folder, (CODE,)) for folder in folders)
 
 
 def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:

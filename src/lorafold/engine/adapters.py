@@ -207,14 +207,14 @@ class Reader:
                 built = read(
                     self.shadow, each, allow_other_base=self.allowed, base=self.base, below=under
                 )
-                for path, own in built.parts.items():
-                    parts.setdefault(path, []).extend(own)
-        if needed and any(isinstance(part, TokenRows) for own in parts.values() for part in own):
+                for path, deltas in built.parts.items():
+                    parts.setdefault(path, []).extend(deltas)
+        if needed and any(isinstance(d, TokenRows) for deltas in parts.values() for d in deltas):
             raise LorafoldError(
                 f"{stack[-1].path}: it lies over another adapter, and one of them has rows of"
                 " tokens, which are served alone only; merge them"
             )
-        return {path: own[0] if len(own) == 1 else Stack(own) for path, own in parts.items()}
+        return {path: d[0] if len(d) == 1 else Stack(d) for path, d in parts.items()}
 
     @torch.no_grad()
     def loaded(

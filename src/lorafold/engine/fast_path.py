@@ -129,8 +129,8 @@ class Packed:
     def __call__(self, path: str, x: Tensor) -> Tensor:
         """The output of the module at a path."""
         deltas, module = self.deltas, self.modules[path]
-        own = not deltas.mixing and deltas_on(module, deltas.selection.names)
-        if own or x.dtype != self.dtype:
+        adapted = not deltas.mixing and deltas_on(module, deltas.selection.names)
+        if adapted or x.dtype != self.dtype:
             y: Tensor = type(module).forward(module, x)
             return y
         y = self._output(path, x)

@@ -204,8 +204,8 @@ class SlotRunner(Runner):
             return
         widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
         # `fast_path` has its own matmuls
-        own = self.as_trained or self.structure.where.keys() <= self.deltas.aware
-        blocks = InBlocks(FEW) if self.products.in_blocks and not own else nullcontext()
+        packed = self.as_trained or self.structure.where.keys() <= self.deltas.aware
+        blocks = InBlocks(FEW) if self.products.in_blocks and not packed else nullcontext()
         with multiplying(widened=widened, rows=1), blocks:
             yield
 
@@ -246,9 +246,9 @@ class SlotRunner(Runner):
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
-        for row, own, n in zip(taken, logits, to_score, strict=True):
+        for row, logits_TV, n in zip(taken, logits, to_score, strict=True):
             if row is not None and n:
-                row.score(own[:n])
+                row.score(logits_TV[:n])
         if len(lasts) == 1:
             return logits[:, 0]
         at = sent(torch.tensor([lasts.index(n - 1) for n in ns]), device)

@@ -103,26 +103,26 @@ def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken 
     """The next token of each row of logits (B, V), which its sampler records, or the error that
     ends the row.
     """
-    found: dict[int, SampledToken | Exception] = {}
+    choices: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
     if plain:
         logits_nV = picked(logits_BV, plain).float()
         both = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
         for b, token, well in zip(plain, *both.tolist(), strict=True):
-            found[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
+            choices[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
     for start in range(0, len(others), AT_ONCE):
         some = others[start : start + AT_ONCE]
         logits_nV = picked(logits_BV, some).to("cpu", torch.float32)
-        found |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
-    for b, choice in found.items():
+        choices |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
+    for b, choice in choices.items():
         if isinstance(choice, SampledToken):
             samplers[b].tokens.append(choice.token)
-    return [found[b] for b in range(len(samplers))]
+    return [choices[b] for b in range(len(samplers))]
 
 
 def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    found: list[SampledToken | Exception | None] = [None] * len(samplers)
+    choices: list[SampledToken | Exception | None] = [None] * len(samplers)
     changed_BV, well = logits_BV.clone(), torch.isfinite(logits_BV.sum(-1)).tolist()
     for b, sampler in enumerate(samplers):
         try:
@@ -130,25 +130,25 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken
                 raise NotFinite(NOT_FINITE)
             sampler.change_(changed_BV[b])
         except Exception as error:
-            found[b], changed_BV[b] = error, 0
+            choices[b], changed_BV[b] = error, 0
     tokens_B = changed_BV.argmax(-1)
     sampled = [b for b, sampler in enumerate(samplers) if sampler.sampling.temperature]
     filtered_nV = torch.zeros(0)
     if sampled:
-        own = [samplers[b] for b in sampled]
+        samplers_n = [samplers[b] for b in sampled]
         # below 1e-30 all but the likeliest would overflow, above 1e30 no two differ
-        rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in own]
+        rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in samplers_n]
         least_nV = changed_BV[sampled] - changed_BV[sampled].amax(-1, keepdim=True)
         scaled_nV = least_nV / torch.tensor(rates)[:, None]
-        filtered_nV = filtered(scaled_nV, [one.sampling for one in own])
+        filtered_nV = filtered(scaled_nV, [one.sampling for one in samplers_n])
         size = filtered_nV.shape[1]
-        noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in own])
+        noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in samplers_n])
         tokens_B[sampled] = (torch.softmax(filtered_nV, -1) / noise_nV).argmax(-1)
     for b, token in enumerate(tokens_B.tolist()):
-        if found[b] is None:
+        if choices[b] is None:
             row = filtered_nV[sampled.index(b)] if b in sampled else None
-            found[b] = _with_logprobs(token, samplers[b].sampling.logprobs, logits_BV[b], row)
-    return [one for one in found if one is not None]
+            choices[b] = _with_logprobs(token, samplers[b].sampling.logprobs, logits_BV[b], row)
+    return [one for one in choices if one is not None]
 
 
 def _with_logprobs(
@@ -177,9 +177,9 @@ def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:
-        own, at = out_BV[[*ks]], torch.tensor([*ks.values()])[:, None] - 1
-        least = own.topk(max(ks.values())).values.gather(1, at)
-        out_BV[[*ks]] = own.masked_fill(own < least, LOW)
+        rows_nV, at = out_BV[[*ks]], torch.tensor([*ks.values()])[:, None] - 1
+        least = rows_nV.topk(max(ks.values())).values.gather(1, at)
+        out_BV[[*ks]] = rows_nV.masked_fill(rows_nV < least, LOW)
     ps = {b: s.top_p for b, s in enumerate(samplings) if s.top_p < 1}
     if ps:
         _top_p_(out_BV, ps, min(FEW, vocabulary))

@@ -89,9 +89,9 @@ class Row:
         del self.scores[self.filled :]
         for logits_nV in logits_TV.split(AT_ONCE):
             first = len(self.scores) + 1
-            own = self.tokens[first : first + len(logits_nV)]
+            ids = self.tokens[first : first + len(logits_nV)]
             logp_nV = torch.log_softmax(logits_nV.float(), -1)
-            ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
+            ids_n1 = torch.tensor(ids, device=logp_nV.device)[:, None]
             best = logp_nV.topk(self.request.prompt_logprobs or 0)
             tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             pairs = [tuple(zip(*top, strict=True)) for top in tops]

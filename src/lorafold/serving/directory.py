@@ -134,8 +134,8 @@ class Directory:
             status = os.lstat(file)
         except OSError:
             return None
-        own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-        return Path(file) if own and status.st_size <= PAGE else None
+        regular = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        return Path(file) if regular and status.st_size <= PAGE else None
 
     def locate(self, name: str) -> Path:
         """Where an adapter is."""

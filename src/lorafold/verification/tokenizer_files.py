@@ -53,17 +53,17 @@ class Templates:
         """
         tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
-        own = {number: word for word, number in vocabulary.items()}
+        words = {number: word for word, number in vocabulary.items()}
         for number, word in self._words.items():
-            if (other := own.get(number, word)) != word:
+            if (other := words.get(number, word)) != word:
                 raise LorafoldError(
                     f"its tokenizer does not fit the base: token {number} is {other!r:.80},"
                     f" expected {word!r:.80}"
                 )
-        new = sorted(number for number in own if number not in self._words)
+        new = sorted(number for number in words if number not in self._words)
         if len(new) > NEW:
             raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
-        if (size := sum(len(own[n]) for n in new)) > LONG:
+        if (size := sum(len(words[n]) for n in new)) > LONG:
             raise LorafoldError(f"found new tokens of {size:,} letters, expected at most {LONG:,}")
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
@@ -81,7 +81,7 @@ class Templates:
             "special": special,
             "eos": tokenizer.eos_token_id,
             "backend": backend_of(tokenizer),
-            "new": [[n, own[n], n in added and bool(added[n].special)] for n in new],
+            "new": [[n, words[n], n in added and bool(added[n].special)] for n in new],
         }
 
     def render(

@@ -5,7 +5,9 @@ are not supported.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from itertools import count
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -150,7 +152,7 @@ class ResponsesReply(Dialect):
 
     def __init__(self, body: ResponsesBody, request: NextTurn) -> None:
         super().__init__(body, request)
-        self._events_sent = 0
+        self._numbers, self._events = count(), deque[bytes]()  # of events, and those to be sent
         self._items: list[Item] = []  # that were streamed so far
         self._pending: list[Token] = []  # tokens of a message whose text is still held back
 
@@ -176,47 +178,47 @@ class ResponsesReply(Dialect):
             if delta.token is not None and delta.field == CONTENT:
                 self._pending.append(delta.token)
             for field, text in delta.texts.items():
-                for data in self._text(reply, KINDS[field], text):
-                    yield data
-        for data in self._close_text(reply):
-            yield data
+                self._add_text(reply, KINDS[field], text)
+            while self._events:
+                yield self._events.popleft()
+        if items or not message.calls:
+            self._close_text(reply)
         for call in message.calls:
-            for data in self._call(_call_item(call)):
-                yield data
-        if not items:
-            for data in (*self._open_text("message"), *self._close_text(reply)):
-                yield data
+            self._add_call(_call_item(call))
         ended = self._ended(reply, message, items)
-        yield self._event(f"response.{ended['status']}", response=ended)
+        self._add_event(f"response.{ended['status']}", response=ended)
+        for data in self._events:
+            yield data
 
-    def _text(self, reply: Reply, kind: str, text: str) -> Iterator[bytes]:
+    def _add_text(self, reply: Reply, kind: str, text: str) -> None:
         """Add text to the last item, or to a new one if that is of another kind."""
         if not self._items or self._items[-1]["type"] != kind:
-            yield from self._close_text(reply)
-            yield from self._open_text(kind)
+            if self._items:
+                self._close_text(reply)
+            self._open_text(kind)
         part = self._items[-1]["content"][0]
         part["text"] += text
         more = {"logprobs": self._add_logprobs(reply, part)} if "logprobs" in part else {}
-        yield self._event(f"response.{TEXTS[kind]}.delta", **self._place, delta=text, **more)
+        self._add_event(f"response.{TEXTS[kind]}.delta", **self._place, delta=text, **more)
 
-    def _open_text(self, kind: str) -> Iterator[bytes]:
+    def _open_text(self, kind: str) -> None:
         item = _text_item(kind, "")
-        yield self._added(item, content=[])
+        self._add_item(item, content=[])
         part = dict(item["content"][0])
-        yield self._event("response.content_part.added", **self._place, part=part)
+        self._add_event("response.content_part.added", **self._place, part=part)
 
-    def _close_text(self, reply: Reply) -> Iterator[bytes]:
-        if not self._items:
-            return
+    def _close_text(self, reply: Reply) -> None:
+        if not self._items:  # an empty answer
+            self._open_text("message")
         item = self._items[-1]
         place, part, more = self._place, item["content"][0], dict[str, Any]()
         if "logprobs" in part:
             self._add_logprobs(reply, part)
             more["logprobs"] = part["logprobs"]
         kind = f"response.{TEXTS[item['type']]}.done"
-        yield self._event(kind, **place, text=part["text"], **more)
-        yield self._event("response.content_part.done", **place, part=part)
-        yield self._done()
+        self._add_event(kind, **place, text=part["text"], **more)
+        self._add_event("response.content_part.done", **place, part=part)
+        self._add_done()
 
     def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
         """The log probabilities of the pending tokens, which a message's part gets."""
@@ -226,39 +228,38 @@ class ResponsesReply(Dialect):
         return new
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
-        texts = reply.prompted.chosen.renderer.texts
-        top = self.body.top_logprobs
+        texts, top = reply.prompted.chosen.renderer.texts, self.body.top_logprobs
         return texts.chat_logprobs(tokens, top) if self.body.logprobs else []
 
-    def _call(self, item: Item) -> Iterator[bytes]:
-        yield self._added(item, arguments="")
+    def _add_call(self, item: Item) -> None:
+        self._add_item(item, arguments="")
         place = {"output_index": len(self._items) - 1, "item_id": item["id"]}
         kind, arguments = "response.function_call_arguments", item["arguments"]
-        yield self._event(f"{kind}.delta", **place, delta=arguments)
-        yield self._event(f"{kind}.done", **place, arguments=arguments, name=item["name"])
-        yield self._done()
+        self._add_event(f"{kind}.delta", **place, delta=arguments)
+        self._add_event(f"{kind}.done", **place, arguments=arguments, name=item["name"])
+        self._add_done()
 
-    def _added(self, item: Item, **empty: Any) -> bytes:
+    def _add_item(self, item: Item, **empty: Any) -> None:
         self._items.append(item)
         at, shown = len(self._items) - 1, item | {"status": "in_progress"} | empty
-        return self._event("response.output_item.added", output_index=at, item=shown)
+        self._add_event("response.output_item.added", output_index=at, item=shown)
 
-    def _done(self) -> bytes:
+    def _add_done(self) -> None:
         at, item = len(self._items) - 1, self._items[-1]
-        return self._event("response.output_item.done", output_index=at, item=item)
+        self._add_event("response.output_item.done", output_index=at, item=item)
 
     @property
     def _place(self) -> dict[str, Any]:
         at, id = len(self._items) - 1, self._items[-1]["id"]
         return {"item_id": id, "output_index": at, "content_index": 0}
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        self._events_sent += 1
-        return sse_event({"type": kind, "sequence_number": self._events_sent - 1} | fields, kind)
+    def _add_event(self, kind: str, **fields: Any) -> None:
+        self._events.append(self._event(kind, **fields))
 
-    def _ended(
-        self, reply: Reply, message: GeneratedMessage, items: list[Item]
-    ) -> dict[str, Any]:
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        return sse_event({"type": kind, "sequence_number": next(self._numbers)} | fields, kind)
+
+    def _ended(self, reply: Reply, message: GeneratedMessage, items: list[Item]) -> dict[str, Any]:
         assert message.end is not None
         cut = message.end.reason == "length"
         response = self._response(reply, "incomplete" if cut else "completed", items)
