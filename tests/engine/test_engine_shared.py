@@ -144,8 +144,8 @@ def test_requests_of_one_adapter_share_its_factors(model, paths) -> None:
         products = engine._runner.deltas.products
         assert len(products.placed) == 6
         [held] = products.places
-        tensors = [t for s in products.stacks for t in (s.down, s.up, s.gains, s.offsets)]
-        assert sum(t.nbytes for t in tensors if t is not None) == 2 * held.nbytes
+        tensors = [t for s in products.stacks for t in s.tensors.values()]
+        assert sum(t.nbytes for t in tensors) == 2 * held.nbytes
         engine.run()
         assert [stream.result().tokens for stream in streams] == expected
         assert not products.places

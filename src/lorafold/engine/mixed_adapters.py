@@ -172,10 +172,9 @@ class Products:
         """
         if path in self.plan.gains:
             shape, index = self.where[path]
-            stacks, at = self.stacks[shape], self.plan.at(y.device)
-            assert stacks.gains is not None
-            c = None if stacks.offsets is None else stacks.offsets[index][at]
-            y = self.operations.scale(y, stacks.gains[index][at], c)
+            tensors, at = self.stacks[shape].tensors, self.plan.at(y.device)
+            c = tensors["offsets"][index][at] if "offsets" in tensors else None
+            y = self.operations.scale(y, tensors["gains"][index][at], c)
         deltas = self.plan.deltas_at(path, y.device) if path in self.plan.others else ()
         for delta, rows in deltas:
             x_n, y_n = x[rows], y[rows]
@@ -210,9 +209,10 @@ class Products:
     def _factors(self, path: str) -> SlotFactors:
         shape, index = self.where[path]
         stacks = self.stacks[shape]
-        if path not in self.plan.low_rank or stacks.down is None or stacks.up is None:
+        if path not in self.plan.low_rank:
             return SlotFactors(None, None, torch.zeros_like(stacks.ranks), stacks.shape.out)
-        return SlotFactors(stacks.down[index], stacks.up[index], stacks.ranks, stacks.shape.out)
+        down, up = stacks.tensors["down"][index], stacks.tensors["up"][index]
+        return SlotFactors(down, up, stacks.ranks, stacks.shape.out)
 
     def _by_row(self, path: str, layer: Layer, x: Tensor) -> Tensor:
         shape, index = self.where[path]
@@ -234,39 +234,33 @@ class Stacks:
     def __init__(self, shape: MatrixShapes, operations: Operations) -> None:
         self.shape, self.operations = shape, operations
         self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
-        self.down: Tensor | None = None  # (n, places, r, in)
-        self.up: Tensor | None = None  # (n, places, r, out)
-        self.gains: Tensor | None = None  # (n, places, out), 1 where there is none
-        self.offsets: Tensor | None = None  # (n, places, out)
+        # down (n, places, r, in), up (n, places, r, out), gains and offsets (n, places, out)
+        self.tensors: dict[str, Tensor] = {}
 
     def place(self, place: int, factors: Factors) -> None:
         """Copy an adapter's factors to a place, which is zero."""
-        rank = factors.down.shape[2]
-        if self.down is None or self.down.shape[2] < rank:
+        rank, tensors = factors.down.shape[2], self.tensors
+        if "down" not in tensors or tensors["down"].shape[2] < rank:
             self._grow(rank, factors.down)
-        assert self.down is not None
-        assert self.up is not None
-        self.down[factors.at, place, :rank] = factors.down.mT.to(self.down.dtype)
-        self.up[factors.at, place, :rank] = factors.up.to(self.up.dtype)
+        tensors["down"][factors.at, place, :rank] = factors.down.mT.to(tensors["down"].dtype)
+        tensors["up"][factors.at, place, :rank] = factors.up.to(tensors["up"].dtype)
         self.ranks[place] = rank
 
     def gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
         """Copy a gain and an offset (out,) to a place, for the matrix with that index."""
-        with torch.inference_mode(False):
-            shape = len(self.shape.paths), len(self.ranks), self.shape.out
-            if self.gains is None:
-                self.gains = g.new_ones(shape, dtype=torch.float32)
-            if self.offsets is None and c is not None:
-                self.offsets = g.new_zeros(shape, dtype=torch.float32)
-        self.gains[index, place] = g
-        if c is not None and self.offsets is not None:
-            self.offsets[index, place] = c
+        shape = len(self.shape.paths), len(self.ranks), self.shape.out
+        for name, value in (("gains", g), ("offsets", c)):
+            if value is not None:
+                if name not in self.tensors:
+                    with torch.inference_mode(False):
+                        stack = value.new_full(shape, FILLS[name], dtype=torch.float32)
+                    self.tensors[name] = stack
+                self.tensors[name][index, place] = value
 
     def clear(self, place: int) -> None:
         """Empty a place."""
-        for name, fill in FILLS.items():
-            if (stack := getattr(self, name)) is not None:
-                stack[:, place] = fill
+        for name, stack in self.tensors.items():
+            stack[:, place] = FILLS[name]
         self.ranks[place] = 0
 
     def widen(self, places: int) -> None:
@@ -274,20 +268,18 @@ class Stacks:
         more = places - len(self.ranks)
         self.ranks = pad(self.ranks, (0, more))
         with torch.inference_mode(False):
-            for name, fill in FILLS.items():
-                if (stack := getattr(self, name)) is not None:
-                    wider = (*[0] * (2 * stack.dim() - 4), 0, more)
-                    setattr(self, name, pad(stack, wider, value=fill))
+            for name, stack in self.tensors.items():
+                wider = (*[0] * (2 * stack.dim() - 4), 0, more)
+                self.tensors[name] = pad(stack, wider, value=FILLS[name])
 
     def _grow(self, rank: int, like: Tensor) -> None:
-        n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
+        n, places, dtype = len(self.shape.paths), len(self.ranks), self.operations.stored(like)
         with torch.inference_mode(False):
-            dtype = self.operations.stored(like)
-            self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
-            self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
-        for new, t in zip((self.down, self.up), old, strict=True):
-            if t is not None:
-                new[:, : t.shape[1], : t.shape[2]] = t
+            for name, width in (("down", self.shape.inn), ("up", self.shape.out)):
+                stack, old = like.new_zeros(n, places, rank, width, dtype=dtype), self.tensors
+                if name in old:
+                    stack[:, :, : old[name].shape[2]] = old[name]
+                self.tensors[name] = stack
 
 
 class ActiveDeltas:

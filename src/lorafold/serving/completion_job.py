@@ -136,6 +136,25 @@ class CompletionJob:
         return Refusal(500, "not_computed", "the completion failed; the server's log says why")
 
 
+@dataclass(frozen=True)
+class Usage:
+    """The tokens of a request."""
+
+    prompt: int
+    completion: int
+    cached: int  # of the prompt
+
+    @property
+    def openai(self) -> dict[str, object]:
+        """The usage in the form of completions."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
 class Reply:
     """The completions of one request, in the order in which they are answered."""
 
@@ -161,18 +180,15 @@ class Reply:
                     yield i, event
 
     @property
-    def usage(self) -> dict[str, object]:
-        """The tokens of prompts and completions."""
+    def usage(self) -> Usage:
+        """The tokens of prompts and completions so far."""
         each = len(self.jobs) // len(self.prompted.prompts)
-        prompts = sum(map(len, self.prompted.prompts))
         ends = [job.end for job in self.jobs if job.end]
-        new = sum(len(end.tokens) for end in ends)
-        return {
-            "prompt_tokens": prompts,
-            "completion_tokens": new,
-            "total_tokens": prompts + new,
-            "prompt_tokens_details": {"cached_tokens": sum(e.cached for e in ends[::each])},
-        }
+        return Usage(
+            sum(map(len, self.prompted.prompts)),
+            sum(len(end.tokens) for end in ends),
+            sum(end.cached for end in ends[::each]),
+        )
 
 
 class PartReader:

@@ -32,8 +32,9 @@ from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, Posi
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
+from lorafold.recipe.parsing import text_of
 from lorafold.serving.errors import Refusal
-from lorafold.serving.settings import Strict, content_of, parsed, read, read_if_exists, read_text
+from lorafold.serving.settings import Strict, content_of, parsed, read, read_if_exists
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -221,7 +222,7 @@ def _hash_in(file: Path | None) -> str:
     """The hash of the one key in a file, empty without a file."""
     if file is None:
         return ""
-    key = read_text(file).strip()
+    key = text_of(file, "a key").strip()
     if len(key) < 16:
         raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected 16")
     return _hash(key)

@@ -134,7 +134,7 @@ def write(record: Record) -> None:
     }
     if reply is not None and jobs:
         new = sum(len(job.end.tokens) if job.end else job.tokens for job in jobs)
-        fields |= {"prompt_tokens": reply.usage["prompt_tokens"], "tokens": new}
+        fields |= {"prompt_tokens": reply.usage.prompt, "tokens": new}
         if firsts := [job.times[0] - job.submitted for job in jobs if job.times]:
             fields["first_token"] = round(min(firsts), 4)
         if waits := [job.began - job.submitted for job in jobs if job.began is not None]:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from lorafold.errors import LorafoldError, why_unread
+from lorafold.errors import LorafoldError
 from lorafold.files.contents import opened
-from lorafold.recipe.parsing import parse_yaml
+from lorafold.recipe.parsing import parse_yaml, text_of
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -77,7 +77,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
     """The settings of a file, and over them the options that are not None."""
     settings: Any = {}
     if file is not None:
-        settings = parse_yaml(read_text(file), str(file)) or {}
+        settings = parse_yaml(text_of(file, "settings"), str(file)) or {}
         if not isinstance(settings, dict):
             kind = type(settings).__name__
             raise LorafoldError(f"{file}: found {kind}, expected settings by name")
@@ -87,14 +87,6 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         problems = "; ".join(map(_problem, error.errors()))
         raise LorafoldError(f"{file or 'options'}: {problems}") from None
-
-
-def read_text(file: Path) -> str:
-    """The text of a file."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
 
 
 def _problem(error: Any) -> str:

@@ -166,7 +166,8 @@ class Choices(Dialect):
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         choices = await self.choices(reply)
-        return self._head(reply, self.whole_kind) | {"choices": choices, "usage": reply.usage}
+        head, usage = self._head(reply, self.whole_kind), reply.usage.openai
+        return head | {"choices": choices, "usage": usage}
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         head, counted = self._head(reply, self.chunk_kind), self.body.stream_options.include_usage
@@ -174,7 +175,7 @@ class Choices(Dialect):
         async for choice in self.chunks(reply):
             yield sse_event(head | {"choices": [choice]} | usage)
         if counted:
-            yield sse_event(head | {"choices": [], "usage": reply.usage})
+            yield sse_event(head | {"choices": [], "usage": reply.usage.openai})
         yield DONE
 
     def _head(self, reply: Reply, kind: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, call_of, chat_of, text_of
-from lorafold.serving.completion_job import REASONING, Reply
+from lorafold.serving.completion_job import REASONING, Reply, Usage
 from lorafold.serving.errors import MESSAGES, unsupported, wrong
 from lorafold.serving.request_body import Body, Listed, sse_event
 from lorafold.serving.server import Dialect, Server, answer
@@ -149,8 +149,8 @@ class MessagesReply(Dialect):
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         # text in pieces, each call whole
-        tokens = len(reply.jobs[0].request.prompt)
-        begun = self._message(reply, []) | {"usage": _usage(tokens, 0, 0)}
+        usage = _usage(Usage(len(reply.jobs[0].request.prompt), 0, 0))
+        begun = self._message(reply, []) | {"usage": usage}
         yield _event("message_start", message=begun)
         message, at, open = GeneratedMessage(), -1, ""
         async for delta in self.request.deltas(reply):
@@ -189,14 +189,14 @@ class MessagesReply(Dialect):
 
     def _end(self, reply: Reply, message: GeneratedMessage) -> dict[str, Any]:
         assert message.end is not None
-        end, prompt, stop = message.end, len(reply.jobs[0].request.prompt), None
+        end, stop = message.end, None
         if end.reason == "stop":  # by the text that follows
             after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
             stop = next((one for one in self.body.stop_sequences if after.startswith(one)), None)
         return {
             "stop_reason": "tool_use" if message.calls else STOPS[end.reason],
             "stop_sequence": stop,
-            "usage": _usage(prompt - end.cached, end.cached, len(end.tokens)),
+            "usage": _usage(reply.usage),
         }
 
 
@@ -221,10 +221,10 @@ def _event(kind: str, **fields: Any) -> bytes:
     return sse_event({"type": kind} | fields, kind)
 
 
-def _usage(prompt: int, cached: int, completion: int) -> dict[str, int]:
+def _usage(usage: Usage) -> dict[str, int]:
     return {
-        "input_tokens": prompt, "cache_read_input_tokens": cached,
-        "cache_creation_input_tokens": 0, "output_tokens": completion,
+        "input_tokens": usage.prompt - usage.cached, "cache_read_input_tokens": usage.cached,
+        "cache_creation_input_tokens": 0, "output_tokens": usage.completion,
     }  # fmt: skip
 
 

@@ -263,14 +263,13 @@ class ResponsesReply(Dialect):
         assert message.end is not None
         cut = message.end.reason == "length"
         response = self._response(reply, "incomplete" if cut else "completed", items)
-        usage: Any = reply.usage
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        usage = reply.usage
         response["usage"] = {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": usage["completion_tokens"],
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+            "output_tokens": usage.completion,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage["total_tokens"],
+            "total_tokens": usage.prompt + usage.completion,
         }
         if cut:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
