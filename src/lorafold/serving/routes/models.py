@@ -219,21 +219,19 @@ def _differing(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
 
 
 class View:
-    """What the listeners share that see the same models: the last event and its number."""
+    """The listeners that see the same models, each with a queue of the next event."""
 
     def __init__(self, caller: Caller, admin: bool) -> None:
         self.caller, self.admin = caller, admin
-        self.listeners, self.n, self.last, self.ended = 0, 0, b"", False
-        self.next = asyncio.Event()
+        self.queues: list[asyncio.Queue[bytes | None]] = []
 
     def send(self, data: bytes | None) -> None:
-        """Give the listeners an event, or end their streams."""
-        if data is None:
-            self.ended = True
-        else:
-            self.n, self.last = self.n + 1, data
-        self.next.set()
-        self.next = asyncio.Event()
+        """Queue an event, or None after the last one. If the event before is still there, b"" for
+        the whole list takes the place of both.
+        """
+        for queue in self.queues:
+            missed = data is not None and not queue.empty() and queue.get_nowait() is not None
+            queue.put_nowait(b"" if missed else data)
 
 
 class ModelChanges:
@@ -249,26 +247,20 @@ class ModelChanges:
         """The whole list, then the changes, until the server ends."""
         key = (caller.adapters, caller.base, admin)
         view = self._views.setdefault(key, View(caller, admin))
-        view.listeners += 1
+        queue = asyncio.Queue[bytes | None]()
+        queue.put_nowait(b"")
+        view.queues.append(queue)
         if self._task is None:
             self._begun = asyncio.Event()
             self._task = asyncio.create_task(self._run())
         try:
             await self._begun.wait()  # the first snapshot: every change after it is an event
-            while not view.ended:
-                n = view.n
-                yield await self._server.host.think(partial(self._whole, view), caller.tenant)
-                while not view.ended:
-                    if view.n == n:
-                        await view.next.wait()
-                    if view.n > n + 1:
-                        break
-                    if view.n > n:
-                        n += 1
-                        yield view.last
+            whole = partial(self._whole, view)
+            while (data := await queue.get()) is not None:
+                yield data or await self._server.host.think(whole, caller.tenant)
         finally:
-            view.listeners -= 1
-            if not view.listeners and self._views.get(key) is view:
+            view.queues.remove(queue)
+            if not view.queues and self._views.get(key) is view:
                 del self._views[key]
 
     def _whole(self, view: View) -> bytes:
