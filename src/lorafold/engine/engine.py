@@ -179,7 +179,6 @@ class Engine:
         return row.stream
 
     def _check(self, request: Request, vocabulary: int) -> None:
-        """Raise LorafoldError for a request that can't be computed."""
         prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
         length, why, least = self.length, self.structure.why, 1 if k is None else 0
         checks = {
@@ -305,7 +304,6 @@ class Engine:
                 self.adapters.check_memory()
 
     def _fail(self, row: Row, error: BaseException) -> None:
-        """End a request that an error was raised for."""
         message, fault, setting = f"{type(error).__name__}: {error}", place(error), ""
         if isinstance(error, LorafoldError):
             message = fault = str(error)

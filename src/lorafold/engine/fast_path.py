@@ -127,7 +127,6 @@ class Packed:
         self._left: dict[str, Tensor] = {}  # outputs for x that were not asked for yet
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
-        """The output of the module at a path."""
         deltas, module = self.deltas, self.modules[path]
         adapted = not deltas.mixing and deltas_on(module, deltas.selection.names)
         if adapted or x.dtype != self.dtype:

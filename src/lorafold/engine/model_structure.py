@@ -189,7 +189,6 @@ class _Inputs:
 
 
 def _watch_inputs(model: nn.Module, stack: ExitStack) -> _Inputs:
-    """Record the inputs of the modules with a matrix until the stack is closed."""
     inputs = _Inputs()
     for path, module in Anatomy.of(model).modules:
         layer = layer_of(module)

@@ -210,7 +210,6 @@ class SlotRunner(Runner):
             yield
 
     def _least(self, alone: LoadedAdapter | None) -> int:
-        """The least number of tokens of a pass."""
         if self.as_trained:
             return FEW
         if not self.steady or (alone is None and self.structure.where.keys() <= self.deltas.aware):

@@ -265,8 +265,6 @@ def guidance(grammar: tuple[str, str]) -> str:
 
 
 class _State:
-    """The state of one completion in its grammar."""
-
     def __init__(self, matcher: Any, setting: str) -> None:
         self._matcher, self._setting, self._consumed = matcher, setting, 0
 

@@ -117,7 +117,6 @@ class Scheduler:
             yield row
 
     def _full(self) -> list[str]:
-        """The tenants with all the slots that they may have."""
         if self.most is None:
             return []
         running, shared = Counter(row.request.tenant for row in self.running), self.slots // 2
@@ -181,7 +180,6 @@ class Scheduler:
         return Batch(taken, [min(row.pending, self.chunk) for row in taken])
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows that share a pass."""
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)

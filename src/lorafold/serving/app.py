@@ -149,7 +149,6 @@ class Gate:
         self.app, self.server = app, server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one HTTP request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -135,7 +135,6 @@ def _tool_name(choice: Any, names: Collection[str]) -> str:
 
 
 def _check(problems: Iterator[str]) -> None:
-    """Raise Refusal for the first problem, if there is one."""
     for problem in problems:
         field, _, message = problem.removeprefix("field ").partition(": ")
         raise wrong(field, message)
@@ -247,8 +246,9 @@ class GeneratedMessage:
 
 
 class NextTurn(DialectRequest):
-    """The next turn of a conversation. `wishes` are variables for a chat template that knows them;
-    with `shorten` the oldest messages may be left out.
+    """The next turn of a conversation. `names` has the names of fields in another dialect, `wishes`
+    variables for a chat template that knows them; with `shorten` the oldest messages may be left
+    out.
     """
 
     body: ChatBody
@@ -257,12 +257,12 @@ class NextTurn(DialectRequest):
         self,
         server: Server,
         body: ChatBody,
-        names: Mapping[str, str],
+        names: Mapping[str, str] | None = None,
         field: str = "messages",
         wishes: Mapping[str, Any] | None = None,
         shorten: bool = False,
     ) -> None:
-        newer = body.max_completion_tokens
+        newer, names = body.max_completion_tokens, body.names if names is None else names
         super().__init__(body, names, field, body.max_tokens if newer is None else newer)
         verbosity = {} if body.verbosity is None else {"verbosity": body.verbosity}
         self._wishes, self._shorten = {**verbosity, **(wishes or {})}, shorten

@@ -186,7 +186,6 @@ class InProcess(Backend):
             self._resident = {k for k, (state, _) in warm if state in ("resident", "loading")}
 
     async def _restart(self) -> None:
-        """End the requests of a thread that died, and open another engine."""
         self._restarting = True
         with self._lock:
             requests, self._requests = self._requests, {}

@@ -148,7 +148,6 @@ class Host:
         return sum(job.began is not None for job in list(self.jobs.values()))
 
     def _deliver(self, all_news: Sequence[News]) -> None:
-        """Pass events on to their jobs."""
         for news in all_news:
             job = self.jobs.get(news.id)
             if job is None:  # it has ended
@@ -261,7 +260,6 @@ class Admission:
     def _requests(
         self, id: str, tenant: str, request: DialectRequest, prompted: Prompted
     ) -> Iterator[Request]:
-        """The requests to the engine."""
         body, renderer, scores = request.body, prompted.chosen.renderer, prompted.prompt_logprobs
         seed = secrets.randbits(48) if body.seed is None else body.seed
         ends = frozenset[int]() if body.ignore_eos else renderer.ends
@@ -333,7 +331,6 @@ class Admission:
     def _refusal(
         self, error: LorafoldError, request: DialectRequest, chosen: ServedModel
     ) -> Refusal:
-        """The refusal for an error of the backend."""
         if why := self.host.ready:
             return Refusal(503, "not_ready", why, retry_after=1)
         message = str(error).partition(": ")[2]  # without the request's name

@@ -229,7 +229,6 @@ def _hash_in(file: Path | None) -> str:
 
 
 def _sent_hash(authorization: str | None) -> str:
-    """The hash of the key in a header."""
     scheme, _, key = (authorization or "").partition(" ")
     return _hash(key.strip() if scheme.lower() == "bearer" else "")
 

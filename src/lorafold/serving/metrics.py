@@ -186,7 +186,6 @@ class Gauges(Collector):
 def _labelled(
     name: str, about: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]
 ) -> Metric:
-    """A gauge with a value for each combination of labels."""
     gauge = GaugeMetricFamily(name, about, labels=labels)
     for each, value in values.items():
         gauge.add_metric(each, value)

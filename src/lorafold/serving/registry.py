@@ -306,7 +306,6 @@ class Registry:
         return self.verifier.find(name, afresh)
 
     def _serve(self, adapter: AdapterFiles, loaded: bool = False) -> AdapterFiles:
-        """Serve a version from now on in place of the one before."""
         name = adapter.name
         with self.lock:
             before = self.adapters.get(name)

@@ -137,13 +137,13 @@ def server_of(
     identity = joined([files, sha256(json.dumps(tensors).encode()).hexdigest()])
     state = settings.state or directory.beside / STATE
 
-    def modules() -> list[str]:
-        return [path for path, _ in Anatomy.of(model).modules]
-
     room = settings.adapter_bytes or free_bytes(model.device) // 2
     settings = settings.model_copy(update={"adapter_bytes": room})
     most = room // model.dtype.itemsize
-    screen = Screen(modules, tokenizer, settings.allow_control_tokens, most)
+    screen = Screen(
+        lambda: [path for path, _ in Anatomy.of(model).modules],
+        tokenizer, settings.allow_control_tokens, most,
+    )  # fmt: skip
     renderers = Renderers(model, tokenizer, screen)
     plain = ServedModel(name, None, renderers.base, identity)
     verified_for = joined([identity, of_code(*CODE, packages=PACKAGES), *["any base"] * allowed])
@@ -186,7 +186,6 @@ async def _run(server: Server, at: socket.socket) -> None:
 
 
 async def _drain(server: Server, http: uvicorn.Server) -> None:
-    """Let running requests finish, for as long as they may, and end the server."""
     loop = asyncio.get_running_loop()
     until = loop.time() + server.settings.drain_seconds
     while (server.host.jobs or http.server_state.tasks) and loop.time() < until:
@@ -217,7 +216,6 @@ class Http(uvicorn.Server):
 
 
 def _print_summary(server: Server, address: str, console: Console) -> None:
-    """Print what is served, what is not and why, and how to use it."""
     registry, backend, keys = server.registry, server.host.backend, server.keys
     names, state, lines = registry.unverified, registry.state, list[str]()
     several = "adapter" if len(names) == 1 else "adapters"

@@ -145,7 +145,6 @@ def write(contents: Contents, folder: Path) -> None:
 
 
 def _read(contents: Contents) -> Any:
-    """The tokenizer of these very bytes."""
     from transformers import AutoTokenizer
 
     with TemporaryDirectory(prefix="lorafold-tokenizer-") as folder:

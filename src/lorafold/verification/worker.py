@@ -49,7 +49,6 @@ def main() -> None:
 
 
 def _acts(base: Mapping[str, Any]) -> dict[str, tuple[Callable[..., Any], ...]]:
-    """The steps of everything that this process can do."""
     if "tokenizer" in base:
         return {"compile": (_compiler(base["tokenizer"], base["end"]),)}
     if "modules" in base:

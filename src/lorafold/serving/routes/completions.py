@@ -29,7 +29,7 @@ def routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         """A model's next message in a conversation."""
-        return await server.complete(request, ChatBody, chat_turn, ChatAnswer, "chatcmpl")
+        return await server.complete(request, ChatBody, NextTurn, ChatAnswer, "chatcmpl")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -247,11 +247,6 @@ class CompletionsReply(Choices):
 
 def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> dict[str, Any]:
     return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
-def chat_turn(server: Server, body: ChatBody) -> NextTurn:
-    """The turn that a body asks for."""
-    return NextTurn(server, body, body.names)
 
 
 class ChatAnswer(Choices):

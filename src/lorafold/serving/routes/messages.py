@@ -201,7 +201,6 @@ class MessagesReply(Dialect):
 
 
 def _text_block(field: str, text: str) -> Block:
-    """A block of the text of a message's field."""
     if field == REASONING:
         return {"type": "thinking", "thinking": text, "signature": ""}
     return {"type": "text", "text": text}
@@ -262,7 +261,6 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A tool in OpenAI's form."""
     if (tool.get("type") or "custom") != "custom":
         raise wrong(f"{where}.type", f"found {tool['type']!r:.80}, expected custom")
     _check_keys(tool, TOOL, where)
@@ -273,7 +271,6 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _text(content: Any, where: str) -> str:
-    """A text, or blocks of text joined."""
     if not content or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):

@@ -304,7 +304,6 @@ class ResponsesReply(Dialect):
 
 
 def _text_item(kind: str, text: str) -> Item:
-    """An item of reasoning, or a message."""
     if kind == "reasoning":
         content: list[Item] = [{"type": "reasoning_text", "text": text}]
         return {"type": kind, "id": new_id("rs"), "summary": [], "content": content}
