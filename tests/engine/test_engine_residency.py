@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import lorafold as lf
 from engine_cases import alone, check, check_adapters, prompt, save_adapters, status
 from lorafold.engine import Engine, EventStream, Request
-from lorafold.engine.adapter_cache import Residency
+from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError
@@ -342,7 +342,7 @@ def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
         engine.load("c", paths["b1"])
         sizes = {name: bytes_of(engine, name) for name in "abc"}
         reader = engine._reader
-    books = Residency(reader, budget=sizes["a"] + sizes["b"])
+    books = AdapterCache(reader, budget=sizes["a"] + sizes["b"])
     try:
         books.load("a", paths["a1"]).result()
         books.load("b", paths["a2"]).result()

@@ -22,7 +22,7 @@ from transformers import (
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.adapter_cache import Residency
+from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.sampler import SampledToken, Sampler, chosen
 
@@ -51,7 +51,7 @@ def check(engine: Engine) -> None:
     check_adapters(engine.adapters)
 
 
-def check_adapters(adapters: Residency) -> None:
+def check_adapters(adapters: AdapterCache) -> None:
     """References, leases and bytes agree."""
     with adapters._lock:
         for entry, state in adapters._states.items():
@@ -79,7 +79,7 @@ def is_finite(cache: SlotCache, slot: int) -> bool:
     return all(bool(buffer[slot].isfinite().all()) for buffer in cache.all_buffers())
 
 
-def status(adapters: Residency, name: str) -> str:
+def status(adapters: AdapterCache, name: str) -> str:
     """Where the adapter of a name is."""
     adapters.entry(name)
     return adapters.warm().get(name, ("cold", 0))[0]

@@ -32,7 +32,7 @@ def server(
     monkeypatch.setattr(routes, "EACH", 0.1)
     keys = {"acme": ["a*"], "beta": ["b"]}
     with running(tiny_model_dir("llama"), adapters, keys, limits={"tenant_streams": 2}) as found:
-        assert found.parts.registry.sweep.settled(30)
+        assert found.parts.registry.watcher.settled(30)
         yield found
         found.parts.registry.file.unlink(missing_ok=True)
 

@@ -59,7 +59,7 @@ def site(tiny_model_dir: Any, tmp_path_factory: Any, often: None) -> Iterator[Ru
     broken.mkdir()
     (broken / "adapter_config.json").write_text("{")
     with running(tiny_model_dir("llama"), folder) as server:
-        assert server.parts.registry.sweep.settled(30)
+        assert server.parts.registry.watcher.settled(30)
         yield server
 
 

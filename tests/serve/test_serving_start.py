@@ -24,7 +24,7 @@ from lorafold.engine import Engine
 from lorafold.errors import Busy
 from lorafold.serving import verifier
 from lorafold.serving.backend import AdapterFiles
-from lorafold.serving.registry import Sweep
+from lorafold.serving.registry import DirectoryWatcher
 from lorafold.serving.verifier import VerifiedCache
 from lorafold.verification import worker_pool
 from serving_cases import ADMIN, counted, running, saved, until
@@ -36,7 +36,7 @@ def folder(tiny_model_dir, tmp_path) -> Path:
 
 
 def test_it_serves_before_anything_was_verified(folder, tiny_model_dir, monkeypatch) -> None:
-    monkeypatch.setattr(Sweep, "begin", lambda self: None)
+    monkeypatch.setattr(DirectoryWatcher, "begin", lambda self: None)
     with running(tiny_model_dir("llama"), folder) as server:
         assert server.parts.registry.adapters == {}
         listed = {one["id"]: one for one in server.ask("/v1/models").json["data"]}
@@ -170,7 +170,7 @@ def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatc
         registry, wait = server.parts.registry, worker_pool.LEAST
         monkeypatch.setattr(worker_pool, "LEAST", 0.0)
         monkeypatch.setattr(worker_pool, "WALL", 0.0)
-        for process in registry.verifier._screen._verifying._idle:
+        for process in registry.verifier._sandbox._verifying._idle:
             os.kill(process.id, signal.SIGSTOP)
         shutil.copytree(folder / "a", folder.parent / "c")
         (folder.parent / "c").rename(folder / "c")
@@ -181,7 +181,7 @@ def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatc
         assert "c" not in registry.rejected
         monkeypatch.setattr(worker_pool, "LEAST", wait)
         until(lambda: server.complete("c", "Hello").status == 200)
-    monkeypatch.setattr(Sweep, "begin", lambda self: None)
+    monkeypatch.setattr(DirectoryWatcher, "begin", lambda self: None)
     with running(tiny_model_dir("llama"), folder) as server:
         assert "c" in server.parts.registry.names()
         with no_descriptors(), pytest.raises(Busy):

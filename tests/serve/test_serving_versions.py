@@ -21,7 +21,7 @@ from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_adapter
 from lorafold.models.tokenizer import load_tokenizer, write_tokenizer
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 from serving_cases import ADMIN, Running, counted, running, saved
 
 OLD = ("adapter_config.json", "adapter_model.safetensors", "lorafold.json", "manifest.json")
@@ -171,15 +171,15 @@ def test_what_lies_below_has_to_be_what_it_was_trained_over(server: Running) -> 
 
 def test_what_was_verified_is_what_is_opened(server: Running, monkeypatch) -> None:
     """A template that changes just after the process looked at it."""
-    verify, template = Screen.verify, server.folder / "own" / "chat_template.jinja"
+    verify, template = Sandbox.verify, server.folder / "own" / "chat_template.jinja"
     before = said(server, "own")
 
-    def then_changed(self: Screen, *arguments: Any) -> Any:
+    def then_changed(self: Sandbox, *arguments: Any) -> Any:
         found = verify(self, *arguments)
         template.write_text(TEMPLATE + "{# changed #}")
         return found
 
-    monkeypatch.setattr(Screen, "verify", then_changed)
+    monkeypatch.setattr(Sandbox, "verify", then_changed)
     with pytest.raises(LorafoldError, match="changes while it is read"):
         server.parts.registry.load("own")
     assert said(server, "own") == before

@@ -59,7 +59,7 @@ class ResidentAdapter:
             )
 
 
-class Residency:
+class AdapterCache:
     """The adapters of one engine, of at most `budget` bytes; `changed` is called, by the worker
     too, when waiting requests may go on. Any thread may call it.
     """

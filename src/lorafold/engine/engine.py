@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
-from lorafold.engine.adapter_cache import Residency
+from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, attached, parts_of
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.kv_cache import SlotCache
@@ -107,7 +107,7 @@ class Engine:
         self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(self._reader, budget, self._wake.set, settings.strikes)
+        self.adapters = AdapterCache(self._reader, budget, self._wake.set, settings.strikes)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
         self._inbox: deque[Row] = deque()

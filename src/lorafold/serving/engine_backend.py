@@ -55,7 +55,7 @@ class ActiveRequest:
         return News(self.id, [Ended(self.id, "failed", tokens, message=LOST)], self.began)
 
 
-class InProcess(Backend):
+class EngineBackend(Backend):
     """lorafold's engine; `restarted` is called before it is opened anew."""
 
     def __init__(

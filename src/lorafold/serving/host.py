@@ -36,7 +36,7 @@ from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import ServedModel
 from lorafold.serving.request_body import Completing
 from lorafold.serving.settings import Settings
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Host:
         self._loop = asyncio.get_running_loop()
         with stacks(), self.pool:
             async with self.backend.events(self._deliver):
-                self._registry.sweep.begin()
+                self._registry.watcher.begin()
                 try:
                     async with while_open(self._watch()):
                         yield
@@ -195,8 +195,8 @@ class Host:
 class Admission:
     """Checks requests against the limits, and submits their completions."""
 
-    def __init__(self, host: Host, registry: Registry, usage: TokenUsage, screen: Screen) -> None:
-        self.host, self.registry, self.usage, self._screen = host, registry, usage, screen
+    def __init__(self, host: Host, registry: Registry, usage: TokenUsage, sandbox: Sandbox) -> None:
+        self.host, self.registry, self.usage, self._sandbox = host, registry, usage, sandbox
         self.limits = host.settings.limits
 
     def check(self, body: Completing) -> None:
@@ -272,7 +272,7 @@ class Admission:
 
     def compiles(self, grammar: tuple[str, str]) -> None:
         """Raise LorafoldError for a setting and its text that no engine could compile safely."""
-        self._screen.compile(guidance(grammar))
+        self._sandbox.compile(guidance(grammar))
 
     async def count(self, caller: Caller, request: DialectRequest) -> int:
         """The number of tokens of a request's prompts."""

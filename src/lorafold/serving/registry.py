@@ -1,7 +1,7 @@
 """The names of models: the base, an adapter, `adapter@digest`, or an alias, whose requests go to
 its targets in proportion to weights.
 
-    registry.sweep.begin()                      verifies the directory's adapters in the background
+    registry.watcher.begin()                    verifies the directory's adapters in the background
     chosen = registry.choose(caller, "sql")     an adapter's version, verified by then, or the base
 
 The backend knows every version under a name of its own, `adapter@digest`, so running requests keep
@@ -93,7 +93,7 @@ class Registry:
         self.adapters: dict[str, AdapterFiles] = {}
         self.rejected: dict[str, str] = {}  # why
         self._marks: dict[str, object] = {}  # of the files of rejected adapters
-        self.sweep = Sweep(self)
+        self.watcher = DirectoryWatcher(self)
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
@@ -104,9 +104,9 @@ class Registry:
 
     def close(self) -> None:
         """Verify nothing more, and do not wait for what is being read."""
-        self.sweep.closing.set()
+        self.watcher.closing.set()
         self.verifier.close()
-        self.sweep.close()
+        self.watcher.close()
 
     @property
     def unverified(self) -> list[str]:
@@ -346,7 +346,7 @@ def without(entries: Mapping[str, V], name: str) -> dict[str, V]:
     return {key: value for key, value in entries.items() if key != name}
 
 
-class Sweep:
+class DirectoryWatcher:
     """Verifies the directory's adapters in the background, and looks for new ones. A request under
     an adapter whose turn has not come verifies that one itself.
     """
@@ -356,7 +356,7 @@ class Sweep:
         self.closing, self._idle = threading.Event(), threading.Event()
         self._idle.set()
         self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
-        self._thread = threading.Thread(None, self._run, "lorafold-sweep", daemon=True)
+        self._thread = threading.Thread(None, self._run, "lorafold-watcher", daemon=True)
 
     def begin(self) -> None:
         """Begin with what there is now."""

@@ -27,7 +27,7 @@ from lorafold.generation import end_tokens
 from lorafold.serving.backend import Text, Token
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.schema import Compiles, check, compact
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 from lorafold.verification.tokenizer_files import variables_of
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
@@ -212,9 +212,9 @@ class Renderers:
     """The renderers of a base and its adapters. Any thread may call it."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, screen: Screen
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sandbox: Sandbox
     ) -> None:
-        self._model, self._screen = model, screen
+        self._model, self._sandbox = model, sandbox
         ends = end_tokens(model, tokenizer)
         self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
         self.known: dict[str, Renderer] = {}  # by the digest of the files
@@ -223,7 +223,7 @@ class Renderers:
         """The renderer of a tokenizer's files, without running any code of theirs."""
         if files.named in self.known:
             return self.known[files.named]
-        tokenizer: Any = self._screen.open(files)
+        tokenizer: Any = self._sandbox.open(files)
         if tokenizer is None:
             return self.known.setdefault(files.named, self.base)
         renderer = Renderer(tokenizer, end_tokens(self._model, tokenizer), tokenizer.variables)

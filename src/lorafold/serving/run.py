@@ -38,7 +38,7 @@ from lorafold.runtime.process_tuning import all_set_aside
 from lorafold.serving import logs
 from lorafold.serving.app import application, bounded
 from lorafold.serving.directory import Directory
-from lorafold.serving.engine_backend import InProcess
+from lorafold.serving.engine_backend import EngineBackend
 from lorafold.serving.errors import Refusal
 from lorafold.serving.host import Admission, Host
 from lorafold.serving.keys import Keys, TokenUsage
@@ -48,7 +48,7 @@ from lorafold.serving.rendering import Renderers, ServedModel
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.verifier import VerifiedCache, Verifier
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 
 # the code that verifies adapters: if it changes, all are verified again
 CODE = (
@@ -140,23 +140,23 @@ def server_of(
     room = settings.adapter_bytes or free_bytes(model.device) // 2
     settings = settings.model_copy(update={"adapter_bytes": room})
     most = room // model.dtype.itemsize
-    screen = Screen(
+    sandbox = Sandbox(
         lambda: [path for path, _ in Anatomy.of(model).modules],
         tokenizer, settings.allow_control_tokens, most,
     )  # fmt: skip
-    renderers = Renderers(model, tokenizer, screen)
+    renderers = Renderers(model, tokenizer, sandbox)
     plain = ServedModel(name, None, renderers.base, identity)
     verified_for = joined([identity, of_code(*CODE, packages=PACKAGES), *["any base"] * allowed])
     cache = VerifiedCache(state.with_name(f"{state.stem}-verified.json"), verified_for)
     metrics, weights = Metrics(), InMemory.of_model(model) if allowed else None
-    backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
+    backend = EngineBackend(model, tokenizer, settings, metrics.restarts.inc, allowed)
     stored = (recorded_storage(model) or {}).get("storage", "auto")
-    verifier = Verifier(directory, screen, renderers, cache, name, backend, weights, stored)
+    verifier = Verifier(directory, sandbox, renderers, cache, name, backend, weights, stored)
     registry = Registry(plain, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
     usage = TokenUsage(state.with_name(f"{state.stem}-tokens.json"), lambda: keys.limited)
     metrics.registry.register(Gauges(metrics, host, registry, keys))
-    admission = Admission(host, registry, usage, screen)
+    admission = Admission(host, registry, usage, sandbox)
     return Server(settings, keys, registry, host, admission, metrics, usage)
 
 

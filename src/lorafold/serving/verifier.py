@@ -35,7 +35,7 @@ from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import Directory
 from lorafold.serving.rendering import Renderer, Renderers
 from lorafold.serving.settings import Strict, read
-from lorafold.verification.checks import Screen, VerifiedFiles
+from lorafold.verification.checks import Sandbox, VerifiedFiles
 
 log = logging.getLogger(__name__)
 BELOW = 16  # adapters below one
@@ -114,12 +114,12 @@ class Verifier:
     """
 
     def __init__(
-        self, directory: Directory, screen: Screen, renderers: Renderers, cache: VerifiedCache,
+        self, directory: Directory, sandbox: Sandbox, renderers: Renderers, cache: VerifiedCache,
         base: str, backend: Backend, weights: Weights | None = None, storage: str = "auto",
     ) -> None:  # fmt: skip
         self._weights, self._storage = weights, storage
         self.directory, self.cache, self._backend = directory, cache, backend
-        self._screen, self._renderers, self._base = screen, renderers, base
+        self._sandbox, self._renderers, self._base = sandbox, renderers, base
         self._forms = {one.found.form for one in cache.adapters.values() if one.marks}
 
     def find(self, name: str, afresh: bool = False) -> AdapterFiles:
@@ -163,7 +163,7 @@ class Verifier:
 
     def close(self) -> None:
         """End the processes, and save the cache."""
-        self._screen.close()
+        self._sandbox.close()
         self.cache.save()
 
     def _marks(self, *paths: Path) -> dict[str, FileStamp]:
@@ -172,7 +172,7 @@ class Verifier:
     def _verified(self, path: Path, marks: dict[str, FileStamp]) -> VerifiedFiles:
         marks |= self._marks(path)
         files = (*FILES, *self.directory.words(path))
-        return self._screen.verify(path, files, CONFIG, RECORD, READ_BY)
+        return self._sandbox.verify(path, files, CONFIG, RECORD, READ_BY)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
         """Verify an adapter and read its record; adds the marks that its files had before, and

@@ -18,13 +18,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lorafold.errors import LorafoldError
-from lorafold.verification.worker_pool import Refused
+from lorafold.verification.worker_pool import CheckFailed
 
 PROBES, LONGEST = 256, 1 << 16  # cached renderings of probes, and the characters of each
 DEATHS, MINUTE = 3, 60.0  # processes that may die of one tokenizer in so many seconds
 
 
-class Opened:
+class AdapterTokenizer:
     """A tokenizer with the methods that `lorafold.data` and the engine use; `call` calls a process.
     """
 
@@ -132,7 +132,7 @@ class Opened:
                 text = str(self._call("render", **conversation))
                 if self._probing and len(text) > LONGEST:
                     text = TemplateError(f"it makes {len(text):,} letters of a probe")
-            except Refused as error:
+            except CheckFailed as error:
                 text = TemplateError(str(error))
             if self._probing and len(self._probes) < PROBES:
                 self._probes[key] = text
@@ -147,10 +147,10 @@ class Opened:
     def _call(self, do: str, **arguments: Any) -> Any:
         """Call a process, unless several died of this tokenizer lately."""
         if time.monotonic() - self._deaths[0] < MINUTE:
-            raise Refused(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
+            raise CheckFailed(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
         try:
             return self._process_call(do, **arguments)
-        except Refused as error:
+        except CheckFailed as error:
             if not error.kind:
                 self._deaths.append(time.monotonic())
             raise

@@ -14,9 +14,9 @@ from typing import Any
 
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.contents import Contents, digest
-from lorafold.verification.adapter_tokenizer import Opened
+from lorafold.verification.adapter_tokenizer import AdapterTokenizer
 from lorafold.verification.tokenizer_files import backend_of, write
-from lorafold.verification.worker_pool import Refused, WorkerPool
+from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 
 # processes of each kind: two for the background, one for what a request waits for
 VERIFYING, RENDERING, COMPILING = 3, 3, 2
@@ -44,7 +44,7 @@ class VerifiedFiles:
         return sum(self.files[name][0] for name in names if name in self.files)
 
 
-class Screen:
+class Sandbox:
     """Calls processes, which it starts when they are needed, for a base with these modules' paths
     and this tokenizer; `allow` control tokens in messages, `numbers` parameters at most. Any thread
     may call it.
@@ -83,7 +83,7 @@ class Screen:
         entries = {name: (size, sha256) for name, (size, sha256) in verified["files"].items()}
         return VerifiedFiles(entries, verified["form"], verified["widest"])
 
-    def open(self, contents: Contents) -> Opened | None:
+    def open(self, contents: Contents) -> AdapterTokenizer | None:
         """The tokenizer of these files; None if it is the base's."""
         # a copy, which another process can read again if one dies, whatever becomes of the files
         path = Path(self._copies.name) / contents.named
@@ -97,7 +97,7 @@ class Screen:
                 and about["template"] == base.chat_template
                 and about["special"] == base.special_tokens_map
             )
-            opened = None if same else Opened(about, base, self._added, call)
+            opened = None if same else AdapterTokenizer(about, base, self._added, call)
         except LorafoldError as error:
             rmtree(path, ignore_errors=True)
             raise LorafoldError(f"{contents.path}: its tokenizer: {error}") from None
@@ -116,7 +116,7 @@ class Screen:
             seconds, memory = SECONDS["compile"], BYTES["compile"]
             try:
                 why = str(self._compiling.call("compile", (seconds, memory), grammar=grammar))
-            except Refused as error:
+            except CheckFailed as error:
                 if not (why := str(error) if error.kind else ""):
                     limits = f"{seconds:g} s, {memory >> 20} MiB of memory or the stack of a thread"
                     why = f"compiling it takes more than {limits}"

@@ -1,5 +1,5 @@
 """The tokenizers of adapters, and their chat templates, in a process: they are read from the bytes
-of a digest, without running any code of theirs. Templates run in transformers' sandbox.
+of a digest, without running any code of theirs. AdapterTokenizers run in transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TokenizerFiles(TypedDict):
     digest: str
 
 
-class Templates:
+class AdapterTokenizers:
     """The tokenizers of adapters for a base with this vocabulary; with `allow` contents of messages
     may have control tokens.
     """
@@ -48,7 +48,7 @@ class Templates:
         self._cache: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """Describe a tokenizer as `Opened` takes it; it must not give a token of the base another
+        """Describe a tokenizer for `AdapterTokenizer`; it must not give a token of the base another
         number.
         """
         tokenizer = self.opened(files)

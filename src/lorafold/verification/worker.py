@@ -55,9 +55,9 @@ def _acts(base: Mapping[str, Any]) -> dict[str, tuple[Callable[..., Any], ...]]:
         from lorafold.verification.adapter_files import verified
 
         return {"verify": (partial(verified, base["modules"]),)}
-    from lorafold.verification.tokenizer_files import Templates
+    from lorafold.verification.tokenizer_files import AdapterTokenizers
 
-    t = Templates(base["vocabulary"], base["allow"])
+    t = AdapterTokenizers(base["vocabulary"], base["allow"])
     return {"open": (t.open,), "render": (t.opened, t.render), "tokens": (t.opened, t.tokens)}
 
 

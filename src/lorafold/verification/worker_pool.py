@@ -23,7 +23,7 @@ WALL, LEAST = 20.0, 60.0  # an answer may take so many times the CPU seconds, or
 MESSAGE = 600  # characters of an error's message
 
 
-class Refused(LorafoldError):
+class CheckFailed(LorafoldError):
     """A process refused what it was given; `kind` is the name of the error there, "" if it died."""
 
     def __init__(self, message: str, kind: str = "") -> None:
@@ -40,7 +40,7 @@ class Process(Killable):
         self._base = base
 
     def ask(self, message: bytes, seconds: float) -> Any:
-        """The answer to a message. Raises Refused and Busy, and then the process is dead."""
+        """The answer to a message. Raises CheckFailed and Busy, and then the process is dead."""
         base, self._base = self._base, b""
         until = time.monotonic() + seconds
         try:
@@ -51,11 +51,11 @@ class Process(Killable):
             if isinstance(error, Late):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
             if isinstance(error, Large):
-                raise Refused(f"it makes an answer of {error.size:,} bytes") from None
+                raise CheckFailed(f"it makes an answer of {error.size:,} bytes") from None
             if isinstance(error, Died):
                 late = error.code == -signal.SIGPROF
                 why = "it takes too long" if late else "the process that read it died"
-                raise Refused(why) from None
+                raise CheckFailed(why) from None
             raise
         return json.loads(content)
 
@@ -72,7 +72,7 @@ class WorkerPool:
 
     def call(self, do: str, *limits: tuple[float, int], **arguments: Any) -> Any:
         """Have a worker do something; `limits` are the CPU seconds and the bytes of memory beyond
-        what the process has, for each step of it. Raises Refused and Busy.
+        what the process has, for each step of it. Raises CheckFailed and Busy.
         """
         message = as_message({"do": do, "limits": limits} | arguments)
         seconds = sum(limit[0] for limit in limits)
@@ -93,7 +93,7 @@ class WorkerPool:
             return answer["found"]
         why = " ".join(str(answer["wrong"]).split())
         more = len(why) - MESSAGE
-        raise Refused(
+        raise CheckFailed(
             why[:MESSAGE] + (f" ... ({more:,} letters more)" if more > 0 else ""),
             str(answer.get("kind") or "Error"),
         )
@@ -110,7 +110,7 @@ class WorkerPool:
     def _process(self) -> Process:
         with self._lock:
             if self._closed:
-                raise Refused("the server ends")
+                raise CheckFailed("the server ends")
             self._first = self._first or as_message(self._base())
             process = self._idle.pop() if self._idle else Process(self._first)
             self._busy.add(process)
