@@ -69,7 +69,9 @@ class Chat:
         self.system, self.max_new_tokens, self.sampling = system, max_new_tokens, sampling
         self.active: tuple[str, ...] = tuple(self.adapters)
         self.both = False
-        self.context = context_of(model)
+        given = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [given if isinstance(given, int) and given > 0 else None, table_left(model)]
+        self.context = min((n for n in limits if n is not None), default=None)  # the context length
         self.reset()
         self._ends, length = end_tokens(model, tokenizer), self.context or sys.maxsize
         with ExitStack() as stack:
@@ -109,21 +111,21 @@ class Chat:
         """Make the next prompt, with as much of the history as leaves room for `max_new_tokens`
         tokens or half of the context, whichever is less.
         """
-        first, question = self._first, {"role": "user", "content": text}
-        if self.context is None:
-            return Turn(text, self._render(first, question), self.max_new_tokens, first, 0)
+        first, context = self._first, self.context or sys.maxsize
+        question: Message = {"role": "user", "content": text}
         while True:
-            prompt = self._render(first, question)
+            messages = [*self.conversation(first), question]
+            prompt = render(messages, self.tokenizer, for_generation=True)
             used = len(ids_of(prompt, self.tokenizer))
-            left = self.context - used
-            if left >= min(self.max_new_tokens, self.context // 2) or first >= len(self.messages):
+            left = context - used
+            if left >= min(self.max_new_tokens, context // 2) or first >= len(self.messages):
                 break
             first += 2
         if left < 1:
             system = " and the system message" * (self.system is not None)
             raise LorafoldError(
                 f"this message{system}: found {used} tokens, expected fewer than"
-                f" {self.context}, the model's context; it was not sent"
+                f" {context}, the model's context; it was not sent"
             )
         dropped = (first - self._first) // 2
         return Turn(text, prompt, min(self.max_new_tokens, left), first, dropped)
@@ -147,9 +149,11 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
         self._first = turn.first
 
-    def conversation(self) -> list[Message]:
-        """Every message so far, the system message first if there is one."""
-        return [*self._system(), *self.messages]
+    def conversation(self, first: int = 0) -> list[Message]:
+        """The system message, if there is one, and the history from a message on."""
+        if self.system is None:
+            return self.messages[first:]
+        return [{"role": "system", "content": self.system}, *self.messages[first:]]
 
     def save(self, path: str | Path) -> int:
         """Add the conversation to a JSONL file as a row for `lorafold train`, and return how many
@@ -166,22 +170,6 @@ class Chat:
         rows.append({"messages": self.conversation()})
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return len(rows)
-
-    def _system(self) -> list[Message]:
-        return [] if self.system is None else [{"role": "system", "content": self.system}]
-
-    def _render(self, first: int, question: Message) -> str:
-        messages = [*self._system(), *self.messages[first:], question]
-        return render(messages, self.tokenizer, for_generation=True)
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """The context length of a model, after virtual tokens in a table of positions; None without a
-    limit.
-    """
-    given = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [given if isinstance(given, int) and given > 0 else None, table_left(model)]
-    return min((n for n in limits if n is not None), default=None)
 
 
 def label(names: Sequence[str]) -> str:

@@ -130,8 +130,7 @@ class Packed:
         deltas, module = self.deltas, self.modules[path]
         adapted = not deltas.mixing and deltas_on(module, deltas.selection.names)
         if adapted or x.dtype != self.dtype:
-            y: Tensor = type(module).forward(module, x)
-            return y
+            return type(module).forward(module, x)
         y = self._output(path, x)
         return deltas.products.changed(path, layer_of(module), x, y) if deltas.mixing else y
 
@@ -161,10 +160,8 @@ class Packed:
 
     def _kernel(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if onto is None:
-            y: Tensor = self._plain(x, self._w, self._bias, "none", [], "")
-        else:
-            y = self._added(x, onto, self._w, self._bias, "add")
-        return y
+            return self._plain(x, self._w, self._bias, "none", [], "")
+        return self._added(x, onto, self._w, self._bias, "add")
 
     def _onto(self, x: Tensor) -> Tensor | None:
         products = self.deltas.products

@@ -64,8 +64,7 @@ class Operations:
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         """`lorafold.ops.fused.rms_norm`: x (..., d) normalized, times the gain (d,)."""
-        y: Tensor = self._norm(x.contiguous(), gain, eps)
-        return y
+        return self._norm(x.contiguous(), gain, eps)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
         """`lorafold.ops.scale.scale`: y (B, T, k) times gains, plus offsets, (k,) or (B, k)."""
@@ -73,13 +72,11 @@ class Operations:
             g, c = g[:, None], None if c is None else c[:, None]
         # torch's dispatcher takes longer, which counts on a CPU alone
         half = SCALE if y.is_cuda else self._scale
-        z: Tensor = (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
-        return z
+        return (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`lorafold.ops.fused.rotary`: x (..., D) rotated by halves."""
-        y: Tensor = self._turned(x, cos, sin, False)
-        return y
+        return self._turned(x, cos, sin, False)
 
 
 def available(device: str, as_trained: bool = False) -> Operations:
@@ -239,8 +236,7 @@ def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
     lens = (mask[:, 0] == 0).sum(-1)  # (B, T)
     causal = torch.equal(mask[:, 0] == 0, at < lens[..., None])
     if not causal or not torch.equal(lens, lens[:, :1] + torch.arange(tokens)):
-        y: Tensor = ATTEND.on(q.device.type)(q, k, v, mask, scale)
-        return y
+        return ATTEND.on(q.device.type)(q, k, v, mask, scale)
     starts, ends = (lens[:, 0] - 1).tolist(), lens[:, -1].tolist()
     row, key = (at < lens[:, -1:]).nonzero(as_tuple=True)
     docs = Documents(tuple(ends), None, tuple(starts))

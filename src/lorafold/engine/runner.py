@@ -291,5 +291,4 @@ class SoloRunner(Runner):
                 output_logits=True,
             )
         row.state = step.cache
-        logits: Tensor = step.logits[0]
-        return logits
+        return step.logits[0]

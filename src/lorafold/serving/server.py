@@ -200,8 +200,7 @@ class Server:
 
 def record_of(request: Request) -> Record:
     """The record of a request, which `app.Gate` made."""
-    record: Record = request.scope["record"]
-    return record
+    return request.scope["record"]
 
 
 def authorization(headers: Headers) -> str | None:
