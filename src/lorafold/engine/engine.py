@@ -78,6 +78,7 @@ class Engine:
             stack.enter_context(evaluating(model, gradients=True))
             stack.enter_context(considerate())
             self.structure: Structure = structure_of(model)
+            self.slotted = not self.structure.why  # whether requests share passes
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             budget, self._as_trained = settings.adapter_bytes, settings.as_trained
             self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, budget)
@@ -113,11 +114,6 @@ class Engine:
         self._inbox: deque[Row] = deque()
         self._thread: threading.Thread | None = None
         self._closing = False
-
-    @property
-    def slotted(self) -> bool:
-        """Whether requests share passes; if not, `structure.why` has the reason."""
-        return not self.structure.why
 
     def load(
         self,

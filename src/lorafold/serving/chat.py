@@ -234,7 +234,7 @@ class GeneratedMessage:
         self.texts: dict[str, str] = {}
         self.tokens: list[tuple[str, Token]] = []  # each with its field
         self.calls: list[dict[str, Any]] = []
-        self.end: Ended | None = None
+        self.end: Ended
 
     def add(self, delta: MessageDelta) -> None:
         """Add a part."""
@@ -242,7 +242,8 @@ class GeneratedMessage:
             self.texts[field] = self.texts.get(field, "") + text
         if delta.token is not None:
             self.tokens.append((delta.field, delta.token))
-        self.end, self.calls = delta.end, delta.calls
+        if delta.end is not None:
+            self.end, self.calls = delta.end, delta.calls
 
 
 class NextTurn(DialectRequest):
@@ -308,9 +309,7 @@ class NextTurn(DialectRequest):
 
     async def deltas(self, reply: Reply) -> AsyncIterator[MessageDelta]:
         """The message in parts, as they are generated."""
-        reader = reply.prompted.reader
-        assert reader is not None
-        readers = [copy(reader) for _ in reply.jobs]
+        readers = [copy(reply.prompted.reader) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
                 texts = dict(readers[i].add(event.text))

@@ -44,7 +44,7 @@ class Prompted:
     text: object  # the prompts in words, for the log
     prompts: Prompts
     sampling: Sampling  # of all completions, but for the seed
-    reader: PartReader | None = None  # each completion has a copy; None for plain text
+    reader: Any = None  # a PartReader, of which each completion has a copy; None for plain text
     prompt_logprobs: int | None = None  # as `engine.Request` has it
 
 

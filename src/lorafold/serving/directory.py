@@ -73,12 +73,9 @@ class Directory:
         """The names of directories that are no adapters."""
         if self._single:
             return []
-        names = self.names()
-        with os.scandir(self.path) as entries:
-            return sorted(
-                entry.name for entry in entries
-                if entry.name not in names and not entry.name.startswith(".") and entry.is_dir()
-            )  # fmt: skip
+        entries = os.listdir(self.path)
+        others = {n for n in entries if not n.startswith(".") and (self.path / n).is_dir()}
+        return sorted(others - self.names())
 
     def marks(self, path: Path) -> dict[str, FileStamp]:
         """The marks of all files of an adapter, by `NAME/FILE`."""

@@ -85,7 +85,7 @@ class Registry:
         verifier: Verifier,
         backend: Backend,
     ) -> None:
-        self.plain, self.directory, self.file = plain, directory, file
+        self.plain, self.base, self.directory, self.file = plain, plain.name, directory, file
         self.verifier, self._backend = verifier, backend
         self.state = read_if_exists(file, ServerState)
         self._warned: set[str] = set()  # versions whose digest of the old form was used
@@ -96,11 +96,6 @@ class Registry:
         self.watcher = DirectoryWatcher(self)
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
-
-    @property
-    def base(self) -> str:
-        """The base's name."""
-        return self.plain.name
 
     def close(self) -> None:
         """Verify nothing more, and do not wait for what is being read."""

@@ -52,11 +52,12 @@ class Record:
     texts: dict[str, object] = field(default_factory=dict)
 
 
+@dataclass
 class Dialect(ABC):
     """Abstract: how a request for completions is answered in one of the API's dialects."""
 
-    def __init__(self, body: Any, request: Any) -> None:  # the body as a DialectRequest
-        self.body, self.request = body, request
+    body: Any
+    request: Any  # the body as a DialectRequest
 
     @abstractmethod
     async def whole(self, reply: Reply) -> dict[str, Any]:

@@ -286,7 +286,6 @@ class ChatAnswer(Choices):
                 yield chunk(i, {}, finish_reason="tool_calls" if delta.calls else finish(delta.end))
 
     def _choice(self, reply: Reply, i: int, generated: GeneratedMessage) -> dict[str, Any]:
-        assert generated.end is not None
         calls = {"tool_calls": generated.calls} if generated.calls else {}
         empty: dict[str, Any] = {"content": None if calls else "", "refusal": None}
         choice = {

@@ -188,7 +188,6 @@ class MessagesReply(Dialect):
         }
 
     def _end(self, reply: Reply, message: GeneratedMessage) -> dict[str, Any]:
-        assert message.end is not None
         end, stop = message.end, None
         if end.reason == "stop":  # by the text that follows
             after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]

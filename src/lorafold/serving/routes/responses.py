@@ -260,7 +260,6 @@ class ResponsesReply(Dialect):
         return sse_event({"type": kind, "sequence_number": next(self._numbers)} | fields, kind)
 
     def _ended(self, reply: Reply, message: GeneratedMessage, items: list[Item]) -> dict[str, Any]:
-        assert message.end is not None
         cut = message.end.reason == "length"
         response = self._response(reply, "incomplete" if cut else "completed", items)
         usage = reply.usage
