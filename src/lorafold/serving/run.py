@@ -205,6 +205,7 @@ class Http(uvicorn.Server):
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, with the backlog of `listening`."""
         await super().startup(sockets)
         for at in sockets or ():
             at.listen(BACKLOG)
