@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -55,19 +56,29 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._names: dict[str, set[str]] = {"tenant": set(), "adapter": set()}
         self.uses: dict[str, Use] = {}
-        count, seconds = self._count, self._seconds
-        self.requests = count("requests", "Requests by outcome", ("tenant", "adapter", "outcome"))
-        self.tokens = count("tokens", "Tokens", ("tenant", "kind"))
-        self.adapter_tokens = count("adapter_tokens", "Tokens by adapter", ("adapter", "kind"))
-        self.restarts = count("engine_restarts", "Starts of the engine after the first")
-        self.quarantines = count("quarantines", "Adapters that were put in quarantine")
-        self.queue = seconds("queue", "From a request's arrival to its slot")
-        self.first = seconds("first_token", "From a request's arrival to its first token")
-        self.adapter_first = seconds(
-            "adapter_first_token", "To the first token, by adapter", FEW, ("adapter",)
+        count = partial(Count, registry=self.registry)
+        seconds = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        self.requests = count(
+            "lorafold_requests", "Requests by outcome", ("tenant", "adapter", "outcome")
         )
-        self.between = seconds("between_tokens", "Between two tokens of a request", BETWEEN)
-        self.whole = seconds("request", "From a request's arrival to its end")
+        self.tokens = count("lorafold_tokens", "Tokens", ("tenant", "kind"))
+        self.adapter_tokens = count(
+            "lorafold_adapter_tokens", "Tokens by adapter", ("adapter", "kind")
+        )
+        self.restarts = count("lorafold_engine_restarts", "Starts of the engine after the first")
+        self.quarantines = count("lorafold_quarantines", "Adapters that were put in quarantine")
+        self.queue = seconds("lorafold_queue_seconds", "From a request's arrival to its slot")
+        self.first = seconds(
+            "lorafold_first_token_seconds", "From a request's arrival to its first token"
+        )
+        self.adapter_first = seconds(
+            "lorafold_adapter_first_token_seconds", "To the first token, by adapter", ("adapter",),
+            buckets=FEW,
+        )  # fmt: skip
+        self.between = seconds(
+            "lorafold_between_tokens_seconds", "Between two tokens of a request", buckets=BETWEEN
+        )
+        self.whole = seconds("lorafold_request_seconds", "From a request's arrival to its end")
 
     def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
         """Count events of a job, after `CompletionJob.put`."""
@@ -112,15 +123,6 @@ class Metrics:
         taken = self._names[kind]
         free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
         return {name: name if name in taken.union(free) else "other" for name in names}
-
-    def _count(self, name: str, about: str, labels: Sequence[str] = ()) -> Count:
-        return Count(f"lorafold_{name}", about, labels, registry=self.registry)
-
-    def _seconds(
-        self, name: str, about: str, buckets: Sequence[float] = SECONDS, labels: Sequence[str] = ()
-    ) -> Histogram:
-        named = f"lorafold_{name}_seconds"
-        return Histogram(named, about, labels, registry=self.registry, buckets=tuple(buckets))
 
 
 class Gauges(Collector):
