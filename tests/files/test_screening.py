@@ -145,7 +145,7 @@ def test_processes_import_no_torch_and_end_with_the_screen(sandbox, adapter) -> 
     maps = Path(f"/proc/{process.id}/maps").read_text()
     assert "libtorch" not in maps
     others = WorkerPool(lambda: {"modules": []}, 1)
-    given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
+    given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "read_by": []}
     with pytest.raises(CheckFailed, match="found no c"):
         others.call("verify", (5, 1 << 29), **given)
     own = others._idle[0]

@@ -45,9 +45,9 @@ PIECE = 1 << 20  # values that are checked at a time
 
 def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
-    told: Sequence[str], numbers: int | None = None,
+    read_by: Sequence[str], numbers: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Verify an adapter's files: `config` and `record` are JSON, the fields `told` of the record
+    """Verify an adapter's files: `config` and `record` are JSON, the fields `read_by` of the record
     decide how the rest is read, and the weights have at most so many `numbers`. Returns the fields
     of `checks.VerifiedFiles`.
     """
@@ -69,7 +69,7 @@ def verified(
     header, widest = "", 0
     if WEIGHTS in contents.files:
         header, widest = _header(contents.files[WEIGHTS])
-    fields = {name: read.get(record, {}).get(name) for name in told}
+    fields = {name: read.get(record, {}).get(name) for name in read_by}
     form = json.dumps([read[config], header, fields], sort_keys=True)
     return {"files": contents.entries, "form": sha256(form.encode()).hexdigest(), "widest": widest}
 

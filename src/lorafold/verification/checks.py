@@ -71,13 +71,13 @@ class Sandbox:
         self._added = tokenizer.added_tokens_decoder  # which the property computes each time
 
     def verify(
-        self, path: Path, files: Sequence[str], config: str, record: str, told: Sequence[str]
+        self, path: Path, files: Sequence[str], config: str, record: str, read_by: Sequence[str]
     ) -> VerifiedFiles:
         """Verify an adapter's files (`adapter_files.verified`)."""
         size = sum(f.stat().st_size for name in files if (f := path / name).is_file())
         verified = self._verifying.call(
             "verify", (SECONDS["verify"] + PER_BYTE * size, BYTES["verify"] + 2 * size),
-            path=str(path), files=list(files), config=config, record=record, told=list(told),
+            path=str(path), files=list(files), config=config, record=record, read_by=list(read_by),
             numbers=self._numbers,
         )  # fmt: skip
         entries = {name: (size, sha256) for name, (size, sha256) in verified["files"].items()}
