@@ -165,7 +165,7 @@ def served(storage: str, folder: Path, requests: Sequence[Request]) -> int:
             with urllib.request.urlopen(sent) as answer:
                 return json.load(answer)["choices"][0]["token_ids"]
 
-        server.registry.sweep.settled()
+        server.registry.watcher.settled()
         with ThreadPoolExecutor(6) as clients:
             among = list(clients.map(ask, requests))
         differ = sum(ask(request) != own for request, own in zip(requests, among, strict=True))

@@ -1,7 +1,7 @@
-"""lorafold: low-rank adapters of transformer models, trained, folded, composed and measured.
+"""lorafold: low-rank adapters of transformer models, trained, merged, composed and measured.
 
-The public API on one screen. Everything is imported when it is first used, so that `lorafold
---help` needs no torch.
+The public API on one screen. Everything is imported on first use, so `lorafold --help` needs no
+torch.
 """
 
 import importlib
@@ -49,41 +49,26 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# where each function and class lies; the spec classes are those of lorafold.methods
-_HOME = {
-    "Adapter": "adapter",
-    "AdapterCallback": "training.trainer_callback",
-    "attach": "adapter",
-    "load": "api.load",
-    "only": "adapter",
-    "reference": "adapter",
-    "chat": "api.chat",
-    "compare": "api.compare",
-    "compose": "api.compose",
-    "Learning": "api.compose",
-    "estimate": "api.estimate",
-    "evaluate": "api.evaluate",
-    "export": "api.export",
-    "fragility": "api.fragility",
-    "Probes": "api.fragility",
-    "Tuning": "api.fragility",
-    "Defending": "api.fragility",
-    "generate": "api.generate",
-    "history": "api.history",
-    "inspect": "api.inspect",
-    "intrinsic": "api.intrinsic",
-    "load_model": "api.load_model",
-    "extract": "api.resize",
-    "resize": "api.resize",
-    "score": "api.score",
-    "serve": "api.serve",
-    "train": "api.train",
-    "preview": "api.train",
-    "parse_calls": "data.calls",
-    "merge": "api.merge",
-    "load_tokenizer": "models.tokenizer",
-    "Recipe": "recipe.recipe",
-}
+# where each function and class is; the spec classes are those of lorafold.methods
+_NAMES = {
+    "adapter": "Adapter attach only reference",
+    "api.compose": "compose Learning",
+    "api.fragility": "fragility Probes Tuning Defending",
+    "api.resize": "extract resize",
+    "api.train": "train preview",
+    "data.calls": "parse_calls",
+    "models.tokenizer": "load_tokenizer",
+    "recipe.recipe": "Recipe",
+    "training.trainer_callback": "AdapterCallback",
+    **{
+        f"api.{name}": name
+        for name in (
+            "chat", "compare", "estimate", "evaluate", "export", "generate", "history", "inspect",
+            "intrinsic", "load", "load_model", "merge", "score", "serve",
+        )
+    },
+}  # fmt: skip
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 if not TYPE_CHECKING:  # a wrong name is an error to type checkers, which read the imports above

@@ -35,36 +35,36 @@ class UnknownName(LorafoldError, TypeError):
 def number(value: Any) -> float:
     """A finite number, also where YAML left it as text."""
     try:
-        if isinstance(value, bool) or not isfinite(found := float(value)):
+        if isinstance(value, bool) or not isfinite(result := float(value)):
             raise ValueError
-        return found
+        return result
     except (TypeError, ValueError):
         raise LorafoldError(f"found {value!r}, expected a number") from None
 
 
 def integer(value: Any) -> int:
     """A whole number, also where it is written as text or as 3.0."""
-    found = number(value)
-    if found != int(found):
+    result = number(value)
+    if result != int(result):
         raise LorafoldError(f"found {value!r}, expected a whole number")
-    return int(found)
+    return int(result)
 
 
 def boolean(value: Any) -> bool:
     """True or false, also as the texts true, yes, on, false, no and off."""
     texts = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    found = texts.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(found, bool):
+    result = texts.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(result, bool):
         raise LorafoldError(f"found {value!r}, expected true or false")
-    return found
+    return result
 
 
 def names(value: Any) -> tuple[str, ...]:
     """The names in a list, or in a text with commas between them."""
-    found = value.split(",") if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(name, str) for name in items):
         raise LorafoldError(f"found {value!r}, expected a list of names")
-    return tuple(stripped for name in found if (stripped := name.strip()))
+    return tuple(stripped for name in items if (stripped := name.strip()))
 
 
 def product(a: Any, b: Any) -> float:
@@ -117,7 +117,7 @@ def modules(value: Any) -> str | tuple[str, ...]:
 
 def targets(value: Any, every: str = "all-linear") -> str | tuple[str, ...]:
     """Names of modules; `every` alone is the preset all-linear."""
-    return "all-linear" if (found := names(value)) == (every,) else found
+    return "all-linear" if (items := names(value)) == (every,) else items
 
 
 def _rows(value: Any, given: Mapping[str, Any]) -> Fields:
@@ -215,42 +215,34 @@ OWNERS = {
 
 def near(name: str, known: Collection[str], cutoff: float = ALIKE, most: int = 1) -> str:
     """A question for the nearest of some names; empty where none is near."""
-    found = get_close_matches(name, known, most, cutoff)
-    return f"did you mean {' or '.join(found)}?" if found else ""
+    matches = get_close_matches(name, known, most, cutoff)
+    return f"did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
     """What is there in place of a name that there is not, in words; empty where nothing is like it.
-
-    Args:
-        given: The names that were given, with their values.
-        known: The names that may be given.
     """
-    named, owned = ELSEWHERE.get(name), ""
-    if named is not None:
+    option, other = ELSEWHERE.get(name), ""
+    if option is not None:
         try:
-            fields = named.read(given[name], given)
+            fields = option.read(given[name], given)
         except LorafoldError:  # its value is none
             fields = {}
-        said = ", ".join(f"{key}={v!r}" for key, v in fields.items()) or " and ".join(named.names)
-        remark = f" ({named.remark})" if named.remark else ""
-        if {*known} >= {*named.names}:
-            return f"lorafold's is {said}{remark}"
-        owned = f"lorafold's is {said} of {OWNERS.get(named.names[0], 'lf.Recipe')}{remark}"
+        shown = ", ".join(f"{key}={v!r}" for key, v in fields.items()) or " and ".join(option.names)
+        remark = f" ({option.remark})" if option.remark else ""
+        if {*known} >= {*option.names}:
+            return f"lorafold's is {shown}{remark}"
+        other = f"lorafold's is {shown} of {OWNERS.get(option.names[0], 'lf.Recipe')}{remark}"
     ending = next((f"did you mean {one}?" for one in known if name.endswith(f"_{one}")), "")
-    return near(name, known, SPELT, 3) or ending or owned or near(name, known, ALIKE, 3)
+    return near(name, known, SPELT, 3) or ending or other or near(name, known, ALIKE, 3)
 
 
 def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -> UnknownName:
-    """The error for names that are given and not known, with what is there in their place.
-
-    Args:
-        what: What takes the names, in words.
-    """
-    told = {name: advice(name, given, known) for name in given if name not in known}
-    others = [name for name, said in told.items() if not said]
+    """The error for names that are given and not known, with what is there in their place."""
+    hints = {name: advice(name, given, known) for name in given if name not in known}
+    others = [name for name, hint in hints.items() if not hint]
     all_of_them = f"it has: {', '.join(known) or 'none'}"
-    lines = [f"{name}; {said}" for name, said in told.items() if said]
+    lines = [f"{name}; {hint}" for name, hint in hints.items() if hint]
     lines += [f"{', '.join(others)}; {all_of_them}"] if others else []
     return UnknownName("; ".join(f"{what} has no option {line}" for line in lines))
 

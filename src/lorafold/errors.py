@@ -107,21 +107,15 @@ def listed(
     """The first of some items in a message, at most five and as many as there is room for, and how
     many more there are. One that is too long alone is cut in its middle, since names tell most at
     their ends.
-
-    Args:
-        items: What is listed, each as its text.
-        by: What stands between two.
-        room: The most characters of those that are shown.
-        count: How many there are, where only the first are given.
     """
-    found, shown, length = [*map(str, items)], list[str](), 0
-    for item in found[:LISTED]:
+    texts, shown, length = [*map(str, items)], list[str](), 0
+    for item in texts[:LISTED]:
         short = shortened(item, max(room, ALONE))
         length += len(short) + len(by) * bool(shown)
         if shown and length > room:
             break
         shown.append(short)
-    more = (len(found) if count is None else count) - len(shown)
+    more = (len(texts) if count is None else count) - len(shown)
     return by.join(shown) + (f"{by.rstrip(', ')} and {more:,} more" if more else "")
 
 

@@ -1,12 +1,7 @@
-"""Completions of a causal language model: `complete` for many prompts, `stream` for one, token by
-token.
+"""Completions of a causal language model by the engine: `complete` for many prompts, the longest
+first, so that those that run together have similar lengths; `stream` for one, token by token.
 
-    with engine_of(model, ...) as (engine, adapter):    an engine, and what is active on the model
-        pieces(engine, Request(...))                    the text of one request as it comes
-
-Prompts are texts that the chat template rendered, so no special tokens are added. Both run on the
-engine (`lorafold.engine`), where completions that have ended make room for prompts that wait.
-`complete` begins with the longest prompts, so that those that run together are of similar length.
+Prompts are texts that the chat template rendered, so no special tokens are added.
 """
 
 import logging
@@ -31,9 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BATCH = 32  # prompts that are computed at a time
 GREEDY = Sampling()
-ACTIVE = "active"  # what is active on the model, as the engine knows it
-# passes after which the engine's faster parts have paid for the 0.15 s that SmolLM2's take to make
-PAYS = 24
+ACTIVE = "active"  # the engine's name of the adapters that are active on the model
+PAYS = 24  # passes after which the fast path is worth the 0.15 s that SmolLM2's takes to make
 
 
 def complete(
@@ -44,23 +38,13 @@ def complete(
     sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The completion of each prompt, in their order, without special tokens. A completion ends
-    before the first of the `end_tokens`.
-
-    Args:
-        model, tokenizer: A causal language model, with any adapters.
-        prompts: Texts as the chat template rendered them.
-        max_new_tokens: The most tokens of a completion.
-        sampling: How tokens are chosen; the samples of each prompt follow from its seed.
-        progress: Called as progress(done, total) whenever completions have ended.
-
-    Raises LorafoldError for a prompt without tokens, or with more than a table of positions has,
-    and a completion that can't be computed.
+    """The completion of each rendered prompt, without special tokens, up to the first of the
+    `end_tokens`. `progress(done, total)` is called whenever completions have ended.
     """
     ids = [tokens_of(tokenizer, prompt) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
-    made = complete_tokens(model, ids, max_new_tokens, ends, sampling, progress)
-    return [text_of(tokenizer, one) for one in made]
+    completions = complete_tokens(model, ids, max_new_tokens, ends, sampling, progress)
+    return [text_of(tokenizer, completion) for completion in completions]
 
 
 def complete_tokens(
@@ -71,15 +55,7 @@ def complete_tokens(
     sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    """The tokens of the completion of each prompt, in their order, as `complete` makes them.
-
-    Args:
-        ids: Of each prompt, at least one.
-        ends: The tokens that end a completion, and are no part of it.
-
-    Raises LorafoldError for a prompt with more tokens than a table of positions has, and a
-    completion that can't be computed.
-    """
+    """The tokens of the completion of each prompt, as in `complete`."""
     most = room_of(model, ids, max_new_tokens)
     completions: list[tuple[int, ...]] = [()] * len(ids)
     if not ids or max_new_tokens < 1:
@@ -91,17 +67,17 @@ def complete_tokens(
     passes = max_new_tokens * -(-len(ids) // slots)
     with engine_of(model, None, slots=slots, length=length, passes=passes) as (engine, adapter):
         while waiting or running:
-            # prompts are read some at a time: on SmolLM2 in bf16, 8 of 30 tokens take 0.17 s, and
-            # 0.37 s one by one
+            # several at a time: on SmolLM2 in bf16, 8 prompts of 30 tokens take 0.17 s together,
+            # and 0.37 s one by one
             free = slots - len(running)
             for _ in range(min(free, len(waiting)) if free >= max(1, slots // 4) else 0):
                 i = waiting.popleft()
                 request = Request(str(i), ids[i], most[i], adapter, sampling, ends)
                 running[i] = engine.submit(request)
             engine.step()
-            ended = {i: found for i, events in running.items() if (found := events.ended)}
-            for i, found in ended.items():
-                completions[i] = _sound(found).tokens
+            ended = {i: end for i, events in running.items() if (end := events.ended)}
+            for i, end in ended.items():
+                completions[i] = _checked(end).tokens
                 del running[i]
             if progress and ended:
                 progress(len(ids) - len(waiting) - len(running), len(ids))
@@ -115,25 +91,16 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
 ) -> Generator[str, None, Ended | None]:
-    """The pieces of one completion, one for each token, and the rest of one that ends within a
-    character; a piece is empty while a character is incomplete. It returns the end, with the tokens
-    that were generated. The model is the engine's until then, or until the iterator is closed.
-
-    Args:
-        model, tokenizer: A causal language model, with any adapters.
-        prompt: A text as the chat template rendered it.
-        max_new_tokens: The most tokens of the completion.
-        sampling: How tokens are chosen; torch's global state is left as it was.
-
-    Raises LorafoldError as `complete` does.
+    """The pieces of one completion, one for each token, empty while a character is incomplete, and
+    the rest at its end. It returns the end. The model is the engine's until then, or until the
+    iterator is closed.
     """
     ids, ends = tokens_of(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
         return None
     [most] = room_of(model, [ids], max_new_tokens)
     length = len(ids) + most
-    with engine_of(model, tokenizer, slots=1, length=length, passes=most) as opened:
-        engine, adapter = opened
+    with engine_of(model, tokenizer, slots=1, length=length, passes=most) as (engine, adapter):
         request = Request("0", ids, most, adapter, sampling, ends)
         return (yield from pieces(engine, request))
 
@@ -147,14 +114,8 @@ def engine_of(
     length: int,
     passes: int,
 ) -> Iterator[tuple[Engine, str | None]]:
-    """An engine, and the name under which it knows what is active on the model (None: nothing is).
-
-    Args:
-        tokenizer: The model's, for texts as they come, or None.
-        slots: How many requests run at a time.
-        length: The most tokens of a request.
-        passes: About how many there will be, by which faster parts are worth making or not. They
-            hold the matrices once more, so there has to be room for that.
+    """An engine, and its name of the adapters that are active on the model, None if none are. For
+    about so many `passes`, and with enough memory to copy the matrices, it uses the fast path.
     """
     active = selection_of(model).names
     nbytes = sum(p.nbytes for p in model.parameters())
@@ -169,17 +130,15 @@ def engine_of(
 
 
 def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
-    """What each token adds to the text of a request, and the rest of it, if it ends within a
-    character; then it returns the end. Closing the iterator cancels the request.
-
-    Raises LorafoldError for a request that is refused or fails.
+    """The text that each token of a request adds, and the rest at its end, which it returns.
+    Closing the iterator cancels the request.
     """
     events, read, shown = engine.submit(request), 0, 0
     try:
         while True:
             for event in events.so_far(read):
                 read += 1
-                text = _sound(event).text[shown:] if isinstance(event, Ended) else event.text
+                text = _checked(event).text[shown:] if isinstance(event, Ended) else event.text
                 shown += len(text)
                 if text or not isinstance(event, Ended):
                     yield text
@@ -192,7 +151,7 @@ def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
 
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
-    """The ids of a rendered prompt. Raises LorafoldError if it has none."""
+    """The ids of a rendered prompt, at least one."""
     ids = ids_of(prompt, tokenizer)
     if not ids:
         raise LorafoldError(f"prompt {prompt!r}: found no tokens, expected at least one")
@@ -200,10 +159,8 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
 
 
 def table_left(model: "PreTrainedModel") -> int | None:
-    """The positions that a table of the model has for a row, after the virtual tokens of what is
-    active on it; None if it has no table.
-
-    Raises LorafoldError where that is no row.
+    """The positions that the model's table leaves after the virtual tokens of active adapters; None
+    if it has no table.
     """
     active = parts_of(attached(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, Sender))
@@ -213,13 +170,8 @@ def table_left(model: "PreTrainedModel") -> int | None:
 def room_of(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-    """The most tokens of each prompt's completion: those that were asked for, or those that a table
-    of positions leaves, which is told.
-
-    Args:
-        prompts: The tokens of each.
-
-    Raises LorafoldError for a prompt that leaves none.
+    """The most tokens of each prompt's completion: `max_new_tokens`, or what a table of positions
+    leaves, with a warning.
     """
     limit = table_left(model)
     if limit is None:
@@ -239,8 +191,8 @@ def room_of(
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
 
 
-def _sound(ended: Ended) -> Ended:
-    """The end of a request that did not fail. Raises LorafoldError for one that did."""
+def _checked(ended: Ended) -> Ended:
+    """The end of a request; LorafoldError if that failed."""
     if ended.reason == "failed":
         raise LorafoldError(f"a completion can't be computed: {ended.message}")
     return ended

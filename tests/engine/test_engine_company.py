@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lorafold as lf
-from engine_cases import METHODS, prompt, sampling, save_adapters
+from engine_cases import METHODS, check, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import ROWS, InBlocks, Operations
 from lorafold.kernels.table import DECODING, use
@@ -187,7 +187,7 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
                 next_one = Request(f"{own.id}+", more, 4, own.adapter, own.sampling)
                 if len(more) < 110:
                     company[next_one.id] = engine.submit(next_one)
-        engine.check()
+        check(engine)
     ended = {id: stream.result() for id, stream in company.items()}
     assert not [end for end in ended.values() if end.reason == "failed"]
     among, wrong = dict(engine.seen), []

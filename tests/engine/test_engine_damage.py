@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_cases import METHODS, prompt, save_adapters
+from engine_cases import METHODS, check, prompt, save_adapters, status
 from lorafold.engine import Ended, Engine, Request
 from lorafold.engine.adapter_cache import checksum
 from lorafold.engine.adapters import LoadedAdapter
@@ -31,7 +31,7 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
 
 
 def held_of(engine: Engine, name: str) -> LoadedAdapter:
-    held = engine.adapters._states[engine.adapters.entry(name)].held
+    held = engine.adapters._states[engine.adapters.entry(name)].loaded
     assert held is not None
     return held
 
@@ -50,7 +50,7 @@ def flip(tensor: torch.Tensor, bit: int) -> None:
 def ended(engine: Engine, request: Request) -> Ended:
     stream = engine.submit(request)
     engine.run()
-    engine.check()
+    check(engine)
     return stream.result()
 
 
@@ -74,13 +74,13 @@ def test_a_damaged_adapter_leaves_memory_and_is_read_again(model, paths) -> None
             engine.load(name, paths[name])
         expected = {name: ended(engine, request) for name, request in asked.items()}
         for _ in NAMES:
-            engine.adapters.look()
+            engine.adapters.check_memory()
         assert engine.adapters.damaged == 0
         for damaged in NAMES:
             flip(tensors_of(held_of(engine, damaged))[-1], 300)
             for _ in NAMES:  # one at a time
-                engine.adapters.look()
-            states = {name: engine.adapters.status(name) for name in NAMES}
+                engine.adapters.check_memory()
+            states = {name: status(engine.adapters, name) for name in NAMES}
             assert states == {n: "cold" if n == damaged else "resident" for n in NAMES}
             assert ended(engine, asked[damaged]) == expected[damaged]
         assert engine.adapters.damaged == len(NAMES)
@@ -95,7 +95,7 @@ def test_an_idle_engine_looks_by_itself(model, paths) -> None:
         deadline = time.monotonic() + 30
         while not engine.adapters.damaged and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert (engine.adapters.damaged, engine.adapters.status("lora")) == (1, "cold")
+        assert (engine.adapters.damaged, status(engine.adapters, "lora")) == (1, "cold")
         assert engine.submit(Request("1", prompt(5, 0), 4, "lora")).result().reason == "length"
     finally:
         engine.close()
@@ -107,12 +107,12 @@ def test_what_a_request_uses_is_not_looked_at(model, paths) -> None:
         stream = engine.submit(Request("1", prompt(5, 0), 8, "lora"))
         engine.step()
         flip(tensors_of(held_of(engine, "lora"))[0], 0)
-        engine.adapters.look()
+        engine.adapters.check_memory()
         assert engine.adapters.damaged == 0
-        engine.check()
+        check(engine)
         engine.run()
         assert stream.result().reason == "length"
-        engine.adapters.look()
+        engine.adapters.check_memory()
         assert engine.adapters.damaged == 1
 
 
@@ -126,26 +126,26 @@ def test_an_adapter_whose_requests_fail_is_refused_after_the_third(model, paths,
             factors.up.fill_(float("nan"))
         for i in range(2):
             assert "NaN" in ended(engine, Request(str(i), prompt(5, i), 4, "it")).message
-            assert engine.adapters.status("it") == "resident"
+            assert status(engine.adapters, "it") == "resident"
         third = engine.submit(Request("3", prompt(5, 3), 4, "it"))
         waiting = engine.submit(Request("4", prompt(5, 4), 4, "it"))
         other = engine.submit(Request("5", prompt(5, 5), 4, "dora"))
         engine.run()
-        engine.check()
+        check(engine)
         assert "NaN" in third.result().message
         assert waiting.result().reason == "failed"
         assert "in quarantine, since the logits of 3 of its requests" in waiting.result().message
         assert other.result().reason == "length"
-        assert engine.adapters.status("it") == "quarantined"
+        assert status(engine.adapters, "it") == "quarantined"
         with pytest.raises(LorafoldError, match="request '6': adapter 'it': in quara") as error:
             engine.submit(Request("6", prompt(5, 6), 4, "it"))
         assert "\n" not in str(error.value)
         engine.load("it", where)  # the same files
-        assert engine.adapters.status("it") == "quarantined"
+        assert status(engine.adapters, "it") == "quarantined"
         shutil.rmtree(where)
         shutil.copytree(paths["ia3"], where)
         engine.load("it", where)
-        assert engine.adapters.status("it") == "resident"
+        assert status(engine.adapters, "it") == "resident"
         assert ended(engine, Request("7", prompt(5, 7), 4, "it")).reason == "length"
 
 
@@ -157,6 +157,6 @@ def test_failures_of_the_base_and_of_passes_count_for_no_adapter(model, paths, m
         assert "division" in ended(engine, Request("1", prompt(5, 0), 4, "lora")).message
         monkeypatch.setattr(engine._runner, "forward", lambda *a: forward(*a) * float("nan"))
         assert "NaN" in ended(engine, Request("2", prompt(5, 0), 4)).message
-        assert engine.adapters.status("lora") == "resident"
+        assert status(engine.adapters, "lora") == "resident"
         assert "NaN" in ended(engine, Request("3", prompt(5, 0), 4, "lora")).message
-        assert engine.adapters.status("lora") == "quarantined"
+        assert status(engine.adapters, "lora") == "quarantined"

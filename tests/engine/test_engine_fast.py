@@ -34,7 +34,7 @@ def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Te
         def spied(rows: Any, counts: Any) -> torch.Tensor:
             logits = forward(rows, counts)
             for b, row in enumerate(rows):
-                if len(row.completion) == 1:
+                if len(row.tokens) - len(row.request.prompt) == 1:
                     seen[row.request.id] = logits[b].double()
             return logits
 

@@ -13,7 +13,7 @@ import torch
 
 import lorafold as lf
 from conftest import make_tokenizer
-from engine_cases import generated, prompt, save_adapters
+from engine_cases import check, generated, prompt, save_adapters
 from lorafold.engine import Ended, Engine, Request, Sampling, Token
 from lorafold.errors import LorafoldError
 
@@ -60,7 +60,7 @@ def test_what_cannot_be_computed_is_refused_in_one_line(model, paths, request_, 
             engine.submit(request_)
         assert "\n" not in str(error.value)
         assert str(error.value).startswith(f"request {request_.id!r}: ")
-        engine.check()
+        check(engine)
         engine.run()
         assert stream.result().tokens == expected
         engine.submit(running)  # its id is free again
@@ -79,7 +79,7 @@ def test_cancelling_frees_the_slot_within_a_step(model, paths) -> None:
         assert engine.cancel("0")
         assert engine.cancel("late")  # it waits
         engine.step()
-        engine.check()
+        check(engine)
         assert not engine.cancel("0")
         engine.run()
         ended = [stream.result() for stream in streams]
@@ -129,13 +129,14 @@ def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad, monkeypat
         def all_tokens() -> dict[str, Ended]:
             streams = [engine.submit(request) for request in asked]
             engine.run()
-            engine.check()
+            check(engine)
             return {stream.request.id: stream.result() for stream in streams}
 
         sound, forward = all_tokens(), engine._runner.forward
 
         def faulty(rows: Any, counts: Any) -> torch.Tensor:
-            if any(row.request.id in bad and len(row.completion) == 3 for row in rows):
+            new = {row.request.id: len(row.tokens) - len(row.request.prompt) for row in rows}
+            if any(new.get(id) == 3 for id in bad):
                 raise MemoryError("no room for the pass")
             return forward(rows, counts)
 
@@ -165,7 +166,8 @@ def test_a_fault_of_the_machine_does_not_lose_those_that_wait_or_read(model, mon
         forward, cache = engine._runner.forward, engine._runner.cache  # type: ignore[attr-defined]
 
         def faulty(rows: Any, counts: Any) -> torch.Tensor:
-            if any(len(row.completion) == 2 and row.request.id != "long" for row in rows):
+            new = {row.request.id: len(row.tokens) - len(row.request.prompt) for row in rows}
+            if any(n == 2 for id, n in new.items() if id != "long"):
                 raise RuntimeError("the device is gone")
             return forward(rows, counts)
 
@@ -184,7 +186,7 @@ def test_what_a_sampler_raises_fails_its_request_alone(model, monkeypatch) -> No
         row = engine._rows["1"]
         monkeypatch.setattr(row.sampler, "allowed", lambda tokens: 1 / 0)
         engine.run()
-        engine.check()
+        check(engine)
     assert [s.result().reason for s in streams] == ["length", "failed", "length"]
     assert "division" in streams[1].result().message
 

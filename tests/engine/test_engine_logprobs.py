@@ -10,7 +10,7 @@ import torch
 
 import lorafold as lf
 from conftest import make_tokenizer
-from engine_cases import METHODS, processors, prompt, save_adapters
+from engine_cases import METHODS, check, processors, prompt, save_adapters
 from lorafold.engine import Ended, Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.sampler import NOT_FINITE
 from lorafold.errors import LorafoldError
@@ -36,7 +36,7 @@ def logp(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 def ran(engine: Engine, *requests: Request) -> list[EventStream]:
     streams = [engine.submit(request) for request in requests]
     engine.run()
-    engine.check()
+    check(engine)
     assert [s.result().message for s in streams] == [""] * len(streams)
     return streams
 
@@ -198,7 +198,7 @@ def test_what_has_no_scores_is_refused(model, given: dict[str, Any], says: str) 
     with Engine(model, slots=1, **OPTIONS) as engine:
         with pytest.raises(LorafoldError, match=says):
             engine.submit(Request("1", prompt(3, 1), **{"max_new_tokens": 2} | given))
-        engine.check()
+        check(engine)
 
 
 def test_logits_that_are_not_finite_within_a_prompt_end_the_request(model) -> None:

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import lorafold as lf
-from engine_cases import METHODS, alone, generated, prompt, sampling, save_adapters, together
+from engine_cases import (
+    METHODS,
+    alone,
+    check,
+    generated,
+    is_finite,
+    prompt,
+    sampling,
+    save_adapters,
+    together,
+)
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
 
@@ -214,7 +224,7 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
         with Engine(model, slots=6, length=64, chunk=16) as engine:
             for name in ("loha", "lokr", method):
                 engine.load(name, paths[name])
-            held = engine.adapters._states[engine.adapters.entry(method)].held
+            held = engine.adapters._states[engine.adapters.entry(method)].loaded
             assert held is not None
             if poison:
                 for factors in held.factors.values():
@@ -224,11 +234,11 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
                         p.data.fill_(float("nan"))
             streams = [engine.submit(request) for request in asked]
             engine.run()
-            engine.check()
+            check(engine)
             runner, bad = engine._runner, engine.adapters.entry(method).digest
-            assert all(runner.cache.is_finite(slot) for slot in range(6))  # type: ignore[attr-defined]
+            assert all(is_finite(runner.cache, slot) for slot in range(6))  # type: ignore[attr-defined]
             kept = [slot.prefix.digest for slot in runner.kept.slots.values()]  # type: ignore[attr-defined]
-            assert (len(kept), bad in kept) == ((4, False) if poison or held.apart else (6, True))
+            assert (len(kept), bad in kept) == ((4, False) if poison or held.alone else (6, True))
             again = engine.submit(Request("after", prompt(9, 9), 6))
             engine.run()
             return {s.request.id: s.result() for s in [*streams, again]}
@@ -270,7 +280,7 @@ def run_random(model: Any, paths: dict[str, Path], n: int, seed: int) -> None:
             for _ in range(draw(3)):
                 engine.step()
         engine.run()
-        engine.check()
+        check(engine)
     found = [stream.result().tokens for stream in streams]
     assert [i for i in range(n) if found[i] != expected[i]] == []
 

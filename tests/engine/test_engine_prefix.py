@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_cases import METHODS, prompt, sampling, save_adapters, together
+from engine_cases import METHODS, check, prompt, sampling, save_adapters, together
 from lorafold.engine import Ended, Engine, Request
 from lorafold.engine.kv_cache import KeptPrefixes, PrefixKey, common
 
@@ -31,7 +31,7 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
 def ended(engine: Engine, request: Request) -> Ended:
     stream = engine.submit(request)
     engine.run()
-    engine.check()
+    check(engine)
     return stream.result()
 
 
@@ -65,9 +65,9 @@ def run_conversations(model: Any, paths: dict[str, Path], n: int, seed: int) -> 
             streams.append(engine.submit(request))
             for _ in range(i % 7):
                 engine.step()
-                engine.check()
+                check(engine)
         engine.run()
-        engine.check()
+        check(engine)
         found = [stream.result() for stream in streams]
     assert [i for i in range(n) if found[i].tokens != expected[i]] == []
     computed: dict[Any, list[tuple[int, ...]]] = {}
@@ -153,7 +153,7 @@ def test_what_was_cancelled_or_failed_is_not_kept(model, paths, monkeypatch) -> 
         engine.run()
         assert stream.result().reason == "cancelled"
         assert ended(engine, request).cached == 0
-        held = engine.adapters._states[engine.adapters.entry("lora")].held
+        held = engine.adapters._states[engine.adapters.entry("lora")].loaded
         assert held is not None
         next(iter(held.factors.values())).up.fill_(float("nan"))
         other = Request("2", prompt(9, 3), 20, "lora")
@@ -182,7 +182,7 @@ def test_running_rows_and_kept_slots_change_places(model) -> None:
         for i in (3, 2, 0, 1):
             stream = engine.submit(Request("again", prompts[i], 3))
             while engine.step():
-                engine.check()
+                check(engine)
                 assert all(row.slot == 0 for row in engine._scheduler.running)
             assert (stream.result().cached, stream.result().tokens) == (29, first[i])
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import lorafold as lf
-from engine_cases import alone, prompt, save_adapters
+from engine_cases import alone, check, check_adapters, prompt, save_adapters, status
 from lorafold.engine import Engine, EventStream, Request
-from lorafold.engine.adapter_cache import Residency
+from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError
@@ -56,7 +56,7 @@ def tokens(model, paths) -> dict[tuple[str | None, int], tuple[int, ...]]:
 
 
 def bytes_of(engine: Engine, name: str) -> int:
-    held = engine.adapters._states[engine.adapters.entry(name)].held
+    held = engine.adapters._states[engine.adapters.entry(name)].loaded
     assert held is not None
     return held.nbytes
 
@@ -108,7 +108,7 @@ def test_the_machine(model, paths, tokens) -> None:
                 self.step(2)
             if self.engine.adapters.evict(name):
                 assert name not in self.pinned
-                assert self.engine.adapters.status(name) == "cold"
+                assert status(self.engine.adapters, name) == "cold"
 
         @rule(name=st.sampled_from("abcd"), pinned=st.booleans())
         def pin(self, name: str, pinned: bool) -> None:
@@ -118,7 +118,7 @@ def test_the_machine(model, paths, tokens) -> None:
 
         @rule()
         def look(self) -> None:
-            self.engine.adapters.look()
+            self.engine.adapters.check_memory()
             assert self.engine.adapters.damaged == 0
 
         @rule(
@@ -151,13 +151,13 @@ def test_the_machine(model, paths, tokens) -> None:
 
         @invariant()
         def right(self) -> None:
-            self.engine.check()
+            check(self.engine)
             assert set(self.engine.adapters.names()) == set(self.versions)
 
         def teardown(self) -> None:
             try:
                 self.engine.run()
-                self.engine.check()
+                check(self.engine)
                 computed: dict[tuple[int, str], list[tuple[int, ...]]] = {}
                 for at, (stream, version, i, cancelled) in enumerate(self.streams):
                     ended = stream.result()
@@ -309,26 +309,26 @@ def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, ki
             engine.load("a", where)
         engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
         engine.run()
-        engine.check()
+        check(engine)
 
 
 def test_an_evicted_adapter_is_read_again_and_others_go_on_meanwhile(model, paths, tokens) -> None:
     with Engine(model, slots=2, length=32) as engine:
         engine.load("a", paths["a1"])
         engine.adapters.evict("a")
-        read, gate = engine.adapters._read, threading.Event()
+        read, gate = engine.adapters._reader.read, threading.Event()
 
         def slow(entry: KnownAdapter) -> LoadedAdapter:
             assert gate.wait(30)
             return read(entry)
 
-        engine.adapters._read = slow  # type: ignore[method-assign]
+        engine.adapters._reader.read = slow  # type: ignore[method-assign]
         cold = engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
         warm = engine.submit(Request("2", PROMPTS[1], NEW))
         while warm.ended is None:
             engine.step()
         assert cold.ended is None
-        assert engine.adapters.status("a") == "loading"
+        assert status(engine.adapters, "a") == "loading"
         gate.set()
         engine.run()
         assert warm.result().tokens == tokens[None, 1]
@@ -342,7 +342,7 @@ def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
         engine.load("c", paths["b1"])
         sizes = {name: bytes_of(engine, name) for name in "abc"}
         reader = engine._reader
-    books = Residency(reader, budget=sizes["a"] + sizes["b"])
+    books = AdapterCache(reader, budget=sizes["a"] + sizes["b"])
     try:
         books.load("a", paths["a1"]).result()
         books.load("b", paths["a2"]).result()
@@ -351,18 +351,18 @@ def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
         books.release(entry)
         books.unbind(entry)
         books.load("c", paths["b1"]).result()
-        assert [books.status(n) for n in "abc"] == ["resident", "cold", "resident"] or (
-            books.status("b") == "cold"
+        assert [status(books, n) for n in "abc"] == ["resident", "cold", "resident"] or (
+            status(books, "b") == "cold"
         )
         books.pin("c")
         books.pin("a")
         with pytest.raises(LorafoldError, match="bytes, expected at most"):
             books.load("big", paths["c1"]).result()
-        books.check()
+        check_adapters(books)
         books.pin("a", False)
         books.unload("c")
         with pytest.raises(LorafoldError, match="found 'c'"):
             books.pin("c")
-        books.check()
+        check_adapters(books)
     finally:
         books.close()

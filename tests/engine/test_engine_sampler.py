@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import make_tokenizer
-from engine_cases import choose, processors, prompt, sampling
+from engine_cases import check, choose, processors, prompt, sampling
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.sampler import NotFinite, Sampler, Unfit, filtered, noise
 from lorafold.engine.sequence import Text
@@ -233,7 +233,7 @@ def test_grammars_that_cannot_be_read_are_refused(tiny_model, kind, says) -> Non
         with pytest.raises(LorafoldError, match=f"^request '1': {says}: ") as error:
             engine.submit(request)
         assert "\n" not in str(error.value)
-        engine.check()
+        check(engine)
     with (
         Engine(tiny_model("llama"), slots=2, length=32) as engine,
         pytest.raises(LorafoldError, match="no tokenizer"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine_cases import METHODS, generated, prompt, sampling, save_adapters, together
+from engine_cases import METHODS, check, generated, prompt, sampling, save_adapters, together
 from lorafold.engine import Engine, Request
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
@@ -107,7 +107,7 @@ def test_if_the_one_that_reads_is_cancelled_another_one_reads(model, paths) -> N
         engine.cancel(asked[0].id)
         engine.cancel(asked[2].id)
         while engine.step():
-            engine.check()
+            check(engine)
         found = [stream.result() for stream in streams]
         assert [end.reason for end in found] == ["cancelled", "length", "cancelled", "length"]
         assert [found[i].tokens for i in (1, 3)] == [expected[i] for i in (1, 3)]
@@ -128,7 +128,7 @@ def test_a_pass_that_raises_for_one_ends_it_alone(model, paths) -> None:
         engine._runner.forward = faulty  # type: ignore[method-assign]
         streams = [engine.submit(request) for request in asked]
         while engine.step():
-            engine.check()
+            check(engine)
         assert [stream.result().reason for stream in streams] == ["failed"] + 3 * ["length"]
     assert [s.result().tokens for s in streams[1:]] == alone(model, paths, asked[1:])
 
@@ -144,8 +144,8 @@ def test_requests_of_one_adapter_share_its_factors(model, paths) -> None:
         products = engine._runner.deltas.products
         assert len(products.placed) == 6
         [held] = products.places
-        tensors = [t for s in products.stacks for t in (s.down, s.up, s.gains, s.offsets)]
-        assert sum(t.nbytes for t in tensors if t is not None) == 2 * held.nbytes
+        tensors = [t for s in products.stacks for t in s.tensors.values()]
+        assert sum(t.nbytes for t in tensors) == 2 * held.nbytes
         engine.run()
         assert [stream.result().tokens for stream in streams] == expected
         assert not products.places

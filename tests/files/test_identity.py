@@ -12,7 +12,7 @@ import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.files import contents
 from lorafold.files.atomic import sha256
-from lorafold.identity import joined, of_adapter, of_code, of_model, of_stack
+from lorafold.identity import joined, of_adapter, of_code, of_model
 from lorafold.models.sources import ModelSource
 from lorafold.peft.saved import Saved
 
@@ -140,10 +140,10 @@ def test_an_adapter_is_another_with_another_word_and_a_stack_with_another_order(
     assert of_adapter(one) != of_adapter(two)
     assert of_adapter(one, words=False) == of_adapter(two, words=False)
     assert of_adapter(Saved.open(two)) == of_adapter(two)
-    assert of_stack("base", [one, two]) != of_stack("base", [two, one])
-    assert of_stack("base", [one]) != of_stack("other", [one])
-    assert of_stack("base", [one]) == joined(["base", of_adapter(one)])
-    assert of_stack("base", []) == joined(["base"]) == "base"
+    first, second = of_adapter(one), of_adapter(two)
+    assert joined(["base", first, second]) != joined(["base", second, first])
+    assert joined(["base", first]) != joined(["other", first])
+    assert joined(["base"]) == "base"
     with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
         of_adapter(tmp_path)
 

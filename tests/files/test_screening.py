@@ -30,9 +30,9 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.saved import FILES
 from lorafold.serving.rendering import Renderer
 from lorafold.verification import worker_pool
-from lorafold.verification.adapter_tokenizer import DEATHS, Opened
-from lorafold.verification.checks import SECONDS, Screen, VerifiedFiles
-from lorafold.verification.worker_pool import Refused, WorkerPool
+from lorafold.verification.adapter_tokenizer import DEATHS, AdapterTokenizer
+from lorafold.verification.checks import SECONDS, Sandbox, VerifiedFiles
+from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 from serving_cases import TOOL_TEMPLATE, saved
 
 ASK = [{"role": "user", "content": "Hello"}]
@@ -51,8 +51,8 @@ def base(tiny_model_dir) -> Any:
 
 
 @pytest.fixture(scope="module")
-def screen(base) -> Iterator[Screen]:
-    found = Screen(lambda: NAMES, base)
+def sandbox(base) -> Iterator[Sandbox]:
+    found = Sandbox(lambda: NAMES, base)
     yield found
     found.close()
 
@@ -62,8 +62,8 @@ def adapter(tiny_model_dir, tmp_path) -> Path:
     return saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, tmp_path / "in") / "a"
 
 
-def verified(screen: Screen, path: Path) -> VerifiedFiles:
-    return screen.verify(path, FILES, "adapter_config.json", "lorafold.json", ("base", "over"))
+def verified(sandbox: Sandbox, path: Path) -> VerifiedFiles:
+    return sandbox.verify(path, FILES, "adapter_config.json", "lorafold.json", ("base", "over"))
 
 
 def changed(path: Path, **fields: Any) -> None:
@@ -73,32 +73,34 @@ def changed(path: Path, **fields: Any) -> None:
     (path / "adapter_config.json").write_text(json.dumps(config | fields))
 
 
-def opened(screen: Screen, base: Any, folder: Path, template: str, *words: str) -> Opened | None:
+def opened(
+    sandbox: Sandbox, base: Any, folder: Path, template: str, *words: str
+) -> AdapterTokenizer | None:
     """The tokenizer of the base with another template, and new words."""
     own = load_tokenizer(base.name_or_path)
     own.chat_template = template
     if words:
         own.add_tokens(list(words), special_tokens=True)
     own.save_pretrained(folder)
-    return screen.open(Contents(folder, TOKENIZER))
+    return sandbox.open(Contents(folder, TOKENIZER))
 
 
-def test_files_are_named_by_their_digest_and_their_form(screen, adapter) -> None:
-    first = verified(screen, adapter)
+def test_files_are_named_by_their_digest_and_their_form(sandbox, adapter) -> None:
+    first = verified(sandbox, adapter)
     assert first.digest_of(FILES) == of_adapter(adapter, words=False) == of_adapter(adapter)
     assert set(first.files) == {*FILES, "manifest.json"}
     (adapter / "manifest.json").unlink()
     tensors = load_file(adapter / "adapter_model.safetensors")
     more = {k: t + 1 for k, t in tensors.items()}
     save_file(more, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    other = verified(screen, adapter)
+    other = verified(sandbox, adapter)
     assert other.digest_of(FILES) != first.digest_of(FILES)
     assert other.form == first.form
     changed(adapter, lora_alpha=3)
-    assert verified(screen, adapter).form != first.form
+    assert verified(sandbox, adapter).form != first.form
 
 
-def test_what_is_wrong_is_told_in_one_line(screen, adapter) -> None:
+def test_what_is_wrong_is_told_in_one_line(sandbox, adapter) -> None:
     for fields, told in (
         ({"lora_alpha": float("nan")}, "found NaN, expected a finite number"),
         ({"target_modules": "(q_proj"}, "target_modules: found no regular expression"),
@@ -106,12 +108,12 @@ def test_what_is_wrong_is_told_in_one_line(screen, adapter) -> None:
     ):
         changed(adapter, **fields)
         with pytest.raises(LorafoldError, match=told):
-            verified(screen, adapter)
+            verified(sandbox, adapter)
         changed(adapter, lora_alpha=8, target_modules=["q_proj"], rank_pattern={})
     config = (adapter / "adapter_config.json").read_text()
     (adapter / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
     with pytest.raises(LorafoldError, match="nested"):
-        verified(screen, adapter)
+        verified(sandbox, adapter)
     (adapter / "adapter_config.json").write_text(config)
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = next(iter(tensors))
@@ -121,38 +123,38 @@ def test_what_is_wrong_is_told_in_one_line(screen, adapter) -> None:
             spoiled.view(-1)[-1] = value
             save_file(tensors | {name: spoiled}, adapter / "adapter_model.safetensors")
             with pytest.raises(LorafoldError, match="found NaN or infinity"):
-                verified(screen, adapter)
+                verified(sandbox, adapter)
 
 
 def test_a_pattern_that_never_ends_is_ended(adapter, base, monkeypatch) -> None:
     monkeypatch.setitem(SECONDS, "verify", 0.5)
-    screen = Screen(lambda: ["a" * 60], base)
+    sandbox = Sandbox(lambda: ["a" * 60], base)
     changed(adapter, target_modules="(a|a)*b")
     begun = time.process_time()
     with pytest.raises(LorafoldError, match="it takes too long"):
-        verified(screen, adapter)
+        verified(sandbox, adapter)
     assert time.process_time() - begun < 1  # it is the child that worked
     changed(adapter, target_modules=["q_proj"])
-    assert verified(screen, adapter).digest_of(FILES) == of_adapter(adapter)
-    screen.close()
+    assert verified(sandbox, adapter).digest_of(FILES) == of_adapter(adapter)
+    sandbox.close()
 
 
-def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> None:
-    verified(screen, adapter)
-    process = screen._verifying._idle[0]._process
+def test_processes_import_no_torch_and_end_with_the_screen(sandbox, adapter) -> None:
+    verified(sandbox, adapter)
+    process = sandbox._verifying._idle[0]
     maps = Path(f"/proc/{process.id}/maps").read_text()
     assert "libtorch" not in maps
     others = WorkerPool(lambda: {"modules": []}, 1)
-    given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
-    with pytest.raises(Refused, match="found no c"):
+    given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "read_by": []}
+    with pytest.raises(CheckFailed, match="found no c"):
         others.call("verify", (5, 1 << 29), **given)
-    own = others._idle[0]._process
+    own = others._idle[0]
     others.close()
     assert not own.lives
 
 
-def test_a_template_renders_as_it_would_here(screen, base, tmp_path) -> None:
-    found = opened(screen, base, tmp_path, TOOL_TEMPLATE, "<|new|>")
+def test_a_template_renders_as_it_would_here(sandbox, base, tmp_path) -> None:
+    found = opened(sandbox, base, tmp_path, TOOL_TEMPLATE, "<|new|>")
     assert found is not None
     here = load_tokenizer(base.name_or_path)
     here.chat_template = TOOL_TEMPLATE
@@ -165,14 +167,14 @@ def test_a_template_renders_as_it_would_here(screen, base, tmp_path) -> None:
     assert len(found) == len(here) == len(base) + 1
 
 
-def test_the_base_s_own_tokenizer_is_the_base_s(screen, base, tmp_path) -> None:
-    assert opened(screen, base, tmp_path, base.chat_template) is None
+def test_the_base_s_own_tokenizer_is_the_base_s(sandbox, base, tmp_path) -> None:
+    assert opened(sandbox, base, tmp_path, base.chat_template) is None
 
 
-def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
-    found = opened(screen, base, tmp_path, TOOL_TEMPLATE)
+def test_reading_an_answer_back_asks_no_process(sandbox, base, tmp_path) -> None:
+    found = opened(sandbox, base, tmp_path, TOOL_TEMPLATE)
     assert found is not None
-    Renderer(found, frozenset(), found.variables).probe()
+    Renderer(found, frozenset(), found.variables)
     found.probed()
 
     def nothing(do: str, **_: Any) -> None:
@@ -193,9 +195,9 @@ def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
     ],
 )
 def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
-    screen, base, tmp_path, template, told
+    sandbox, base, tmp_path, template, told
 ) -> None:
-    found = opened(screen, base, tmp_path, template)
+    found = opened(sandbox, base, tmp_path, template)
     assert found is not None
     found.probed()
     with pytest.raises(LorafoldError, match=told):
@@ -206,43 +208,43 @@ def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
 
 
 def test_a_rendering_has_its_time_in_a_process_that_just_began_too(
-    screen, base, tmp_path, monkeypatch
+    sandbox, base, tmp_path, monkeypatch
 ) -> None:
     """What is counted is the rendering's, neither what is imported nor opening the tokenizer."""
-    found = opened(screen, base, tmp_path, TOOL_TEMPLATE)
+    found = opened(sandbox, base, tmp_path, TOOL_TEMPLATE)
     assert found is not None
     found.probed()
     monkeypatch.setitem(SECONDS, "render", 0.2)  # importing transformers takes more
     monkeypatch.setitem(SECONDS, "tokens", 0.2)
     for ask in (lambda: render(ASK, found), lambda: found("Hello").input_ids):
-        while screen._rendering._idle:
-            screen._rendering._idle.pop().kill()
+        while sandbox._rendering._idle:
+            sandbox._rendering._idle.pop().kill()
         assert ask()
 
 
-def test_a_busy_machine_is_no_mistake_of_a_template(screen, base, tmp_path, monkeypatch) -> None:
-    found = opened(screen, base, tmp_path, TOOL_TEMPLATE)
+def test_a_busy_machine_is_no_mistake_of_a_template(sandbox, base, tmp_path, monkeypatch) -> None:
+    found = opened(sandbox, base, tmp_path, TOOL_TEMPLATE)
     assert found is not None
     found.probed()
     with monkeypatch.context() as patch:
         patch.setattr(worker_pool, "LEAST", 0.2)
         patch.setattr(worker_pool, "WALL", 0.01)
         for _ in range(DEATHS):
-            os.kill(screen._rendering._idle[-1]._process.id, signal.SIGSTOP)
+            os.kill(sandbox._rendering._idle[-1].id, signal.SIGSTOP)
             with pytest.raises(Busy, match="the machine is busy"):
                 render(ASK, found)
-            screen._rendering._idle.append(worker_pool.Process(screen._rendering._first))
+            sandbox._rendering._idle.append(worker_pool.Process(sandbox._rendering._first))
     assert "Hello" in render(ASK, found)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(screen, base, tmp_path) -> None:
-    assert opened(screen, base, tmp_path, TOOL_TEMPLATE) is not None
+def test_a_tokenizer_that_does_not_fit_is_refused(sandbox, base, tmp_path) -> None:
+    assert opened(sandbox, base, tmp_path, TOOL_TEMPLATE) is not None
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(LorafoldError, match="does not fit the base: token"):
-        screen.open(Contents(tmp_path, TOKENIZER))
+        sandbox.open(Contents(tmp_path, TOKENIZER))
     shutil.rmtree(tmp_path)
 
 
@@ -252,7 +254,7 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
     library = deepcopy(base)
     library.add_tokens([AddedToken(t, special=s, normalized=False) for _, t, s in new])
     about = {"template": "", "special": {}, "eos": None, "variables": []}
-    words = Opened(about | {"new": new}, base, base.added_tokens_decoder, print)
+    words = AdapterTokenizer(about | {"new": new}, base, base.added_tokens_decoder, print)
     assert (len(words), words.get_vocab()) == (len(library), library.get_vocab())
     draw = random.Random(0)
     for skip in (False, True):
@@ -263,7 +265,7 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
                 ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
             )
     with pytest.raises(LorafoldError, match=f"expected {first}"):
-        Opened(about | {"new": [(first + 1, "<|late|>", True)]}, base, {}, print)
+        AdapterTokenizer(about | {"new": [(first + 1, "<|late|>", True)]}, base, {}, print)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
         ("adapter_model.safetensors", '"F32"', '"F8_E4M3"', "dtype"),
     ],
 )
-def test_what_could_be_read_in_two_ways_is_refused(screen, adapter, file, before, after, told):
+def test_what_could_be_read_in_two_ways_is_refused(sandbox, adapter, file, before, after, told):
     content = (adapter / file).read_bytes()
     (adapter / "manifest.json").unlink()
     if file.endswith(".safetensors"):
@@ -285,15 +287,15 @@ def test_what_could_be_read_in_two_ways_is_refused(screen, adapter, file, before
     else:
         (adapter / file).write_bytes(content.replace(before.encode(), after.encode(), 1))
     with pytest.raises(LorafoldError, match=told):
-        verified(screen, adapter)
+        verified(sandbox, adapter)
 
 
-def test_bytes_after_the_tensors_are_refused(screen, adapter):
+def test_bytes_after_the_tensors_are_refused(sandbox, adapter):
     (adapter / "manifest.json").unlink()
     with (adapter / "adapter_model.safetensors").open("ab") as file:
         file.write(bytes(64))
     with pytest.raises(LorafoldError, match="64 bytes after the last tensor"):
-        verified(screen, adapter)
+        verified(sandbox, adapter)
 
 
 def test_closing_does_not_wait_for_what_runs(adapter):
@@ -311,7 +313,7 @@ def test_closing_does_not_wait_for_what_runs(adapter):
             time.sleep(0.01)
         assert not asked.done()
         others.close()
-        with pytest.raises(Refused):
+        with pytest.raises(CheckFailed):
             asked.result()
-    with pytest.raises(Refused, match="ends"):
+    with pytest.raises(CheckFailed, match="ends"):
         others.call("verify", (1.0, 1 << 30), **endless)

@@ -22,6 +22,8 @@ from transformers import (
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine.adapter_cache import AdapterCache
+from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.sampler import SampledToken, Sampler, chosen
 
 METHODS: dict[str, Any] = {
@@ -34,6 +36,53 @@ METHODS: dict[str, Any] = {
     "vera": lf.VeRA(rank=16),
     "lokr": lf.LoKr(rank=2),
 }
+
+
+def check(engine: Engine) -> None:
+    """Between steps the engine holds what its requests need, and nothing else."""
+    running, waiting = engine._scheduler.running, engine._scheduler.waiting
+    ids = [row.request.id for row in (*running, *waiting, *engine._inbox)]
+    assert sorted(ids) == sorted(engine._rows), "every request waits or runs once"
+    assert len({row.slot for row in running}) == len(running) <= engine._runner.slots
+    assert all(row.stream.ended is None for row in engine._rows.values())
+    assert all(row.reader is None or row.reader in running for row in running)
+    if engine.slotted:
+        check_slots(engine._runner, running)
+    check_adapters(engine.adapters)
+
+
+def check_adapters(adapters: AdapterCache) -> None:
+    """References, leases and bytes agree."""
+    with adapters._lock:
+        for entry, state in adapters._states.items():
+            assert 0 <= state.leases <= state.references, entry
+            assert not state.leases or state.loaded, f"{entry}: leased, not resident"
+            current = adapters._names.get(entry.name) == entry
+            assert current or state.references or state.future, f"{entry}: left over"
+        assert adapters.budget is None or adapters.nbytes <= adapters.budget, adapters.nbytes
+        assert adapters._pinned <= adapters._names.keys()
+
+
+def check_slots(runner: Any, rows: Sequence[Any]) -> None:
+    """Each slot has its request's adapter, and what is kept in the free ones is finite."""
+    assert [r for r in runner.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
+    assert all(runner.rows[row.slot] is row for row in rows)
+    placed = {r.slot: r.adapter for r in rows if r.adapter is not None and not r.adapter.alone}
+    assert runner.products.placed == placed, "each slot has its request's adapter"
+    for slot in runner.kept.slots:
+        assert runner.rows[slot] is None, f"slot {slot} is kept, and a request's"
+        assert is_finite(runner.cache, slot), f"slot {slot} is kept, and not finite"
+
+
+def is_finite(cache: SlotCache, slot: int) -> bool:
+    """Whether all keys and values of a slot are finite."""
+    return all(bool(buffer[slot].isfinite().all()) for buffer in cache.all_buffers())
+
+
+def status(adapters: AdapterCache, name: str) -> str:
+    """Where the adapter of a name is."""
+    adapters.entry(name)
+    return adapters.warm().get(name, ("cold", 0))[0]
 
 
 def save_adapters(model: nn.Module, directory: Path, specs: Mapping[str, Any]) -> dict[str, Path]:
@@ -101,9 +150,9 @@ def together(
         streams.append(engine.submit(request))
         for _ in range(steps_between):
             engine.step()
-            engine.check()
+            check(engine)
     while engine.step():
-        engine.check()
+        check(engine)
     engine.run()
     ended = [stream.result() for stream in streams]
     assert [e.message for e in ended] == [""] * len(ended)

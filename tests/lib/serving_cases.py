@@ -28,13 +28,13 @@ from lorafold.api.loaded_model import opened
 from lorafold.engine import Engine
 from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
-from lorafold.serving.engine_backend import InProcess
+from lorafold.serving.engine_backend import EngineBackend
 from lorafold.serving.keys import Keys, new_key
 from lorafold.serving.run import Http, listening, over_http, server_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.verification import checks
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 
 ADMIN = "an admin key of enough letters"
 TOOL_TEMPLATE = (
@@ -116,7 +116,7 @@ class Running:
     @property
     def engine(self) -> Engine:
         """What computes."""
-        assert isinstance(self.parts.host.backend, InProcess)
+        assert isinstance(self.parts.host.backend, EngineBackend)
         return self.parts.host.backend.engine
 
     def idle(self) -> bool:
@@ -176,7 +176,7 @@ def running(
         thread.start()
         while not http.started:
             time.sleep(0.01)
-        assert not waits or parts.registry.sweep.settled(60)
+        assert not waits or parts.registry.watcher.settled(60)
         while any(state == "loading" for state, _ in parts.host.backend.states().adapters.values()):
             time.sleep(0.01)
         try:
@@ -223,11 +223,11 @@ def stream_of(server: Running, model: str, tokens: int, **more: object) -> socke
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the adapters that are read to be verified, from now on."""
-    names, verify = list[str](), Screen.verify
+    names, verify = list[str](), Sandbox.verify
 
-    def count(self: Screen, path: Path, *rest: Any) -> Any:
+    def count(self: Sandbox, path: Path, *rest: Any) -> Any:
         names.append(path.name)
         return verify(self, path, *rest)
 
-    monkeypatch.setattr(Screen, "verify", count)
+    monkeypatch.setattr(Sandbox, "verify", count)
     return names

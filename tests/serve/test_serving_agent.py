@@ -44,7 +44,7 @@ def server(tmp_path_factory, smollm2) -> Iterator[Running]:
     lf.train(recipe, data=data, model="smollm2", out=adapters / "calls")
     print(f"trained in {time.perf_counter() - began:.0f} s")
     with running(smollm2, adapters, storage="auto") as found:
-        assert not found.parts.registry.wrong
+        assert not found.parts.registry.rejected
         yield found
 
 

@@ -56,7 +56,7 @@ def test_models_are_the_base_and_its_adapters(client, server):
     assert [m.id for m in listed] == ["base", "a", "b"]
     a: Any = client.models.retrieve("a")
     assert (a.parent, a.method, a.rank, a.state) == ("base", "lora", 2, "resident")
-    assert a.digest == server.parts.registry.found["a"].digest
+    assert a.digest == server.parts.registry.adapters["a"].digest
     with pytest.raises(openai.NotFoundError, match="nobody"):
         client.models.retrieve("nobody")
 
@@ -81,7 +81,7 @@ def test_a_stream_has_the_text_of_the_whole_answer(client, model):
 def test_adapters_differ_from_the_base_and_from_each_other(server):
     texts = {m: server.text(m, "The quick brown", max_tokens=16) for m in ("base", "a", "b")}
     assert len(set(texts.values())) == 3
-    digest = server.parts.registry.found["a"].digest
+    digest = server.parts.registry.adapters["a"].digest
     assert server.text(f"a@{digest[:12]}", "The quick brown", max_tokens=16) == texts["a"]
     assert server.complete("a@" + "0" * 12, "The").code == "model_not_found"
 

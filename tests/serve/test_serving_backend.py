@@ -65,8 +65,8 @@ def server(
     tiny_model_dir: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Running]:
     specs = {name: lf.LoRA(rank=2) for name in "ab"}
-    folder, opened = saved(tiny_model_dir("llama"), specs, tmp_path / "adapters"), run.InProcess
-    monkeypatch.setattr(run, "InProcess", lambda *args: Relay(opened(*args)))
+    folder, opened = saved(tiny_model_dir("llama"), specs, tmp_path / "adapters"), run.EngineBackend
+    monkeypatch.setattr(run, "EngineBackend", lambda *args: Relay(opened(*args)))
     with running(tiny_model_dir("llama"), folder) as found:
         yield found
 

@@ -22,7 +22,7 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
 from lorafold.serving.registry import STATE, ServerState
-from lorafold.serving.settings import kept, read_settings
+from lorafold.serving.settings import read_if_exists, read_settings
 from serving_cases import saved
 
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -124,7 +124,8 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters, tmp_path):
     options = ("--adapters", str(adapters), "--config", str(tmp_path / "serve.yaml"))
     with process(*options, "--storage", "fp32", "--json-logs") as (running, lines, port):
         told = "\n".join(lines)
-        own = kept(adapters / STATE, ServerState).base  # which it takes again, whatever comes
+        # which it takes again, whatever comes
+        own = read_if_exists(adapters / STATE, ServerState).base
         assert own is not None
         assert own.name == str(tiny_model_dir("llama"))
         limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)

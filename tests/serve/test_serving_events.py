@@ -32,7 +32,7 @@ def server(
     monkeypatch.setattr(routes, "EACH", 0.1)
     keys = {"acme": ["a*"], "beta": ["b"]}
     with running(tiny_model_dir("llama"), adapters, keys, limits={"tenant_streams": 2}) as found:
-        assert found.parts.registry.sweep.settled(30)
+        assert found.parts.registry.watcher.settled(30)
         yield found
         found.parts.registry.file.unlink(missing_ok=True)
 
@@ -102,8 +102,8 @@ def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[float] = []
-    look = routes.Look
-    monkeypatch.setattr(routes, "Look", lambda s: looks.append(time.monotonic()) or look(s))
+    look = routes.Snapshot
+    monkeypatch.setattr(routes, "Snapshot", lambda s: looks.append(time.monotonic()) or look(s))
     acme = server.keys["acme"]
     with (
         listening(server, acme) as one, listening(server, ADMIN) as other,

@@ -69,9 +69,9 @@ def at_once(server: Running, models: list[str], **more: object) -> list[Answer]:
 def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     models = ["a", "b", "c", server.parts.registry.base]
     clean = [answer.json["choices"][0]["text"] for answer in at_once(server, models, max_tokens=12)]
-    key = server.parts.registry.found["a"].key
+    key = server.parts.registry.adapters["a"].key
     states = server.engine.adapters
-    held = states._states[states.entry(key)].held
+    held = states._states[states.entry(key)].loaded
     assert held is not None
     for factors in held.factors.values():
         factors.up.fill_(torch.nan)
@@ -79,7 +79,7 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
         poisoned, *others = at_once(server, models, max_tokens=12)
         assert (poisoned.status, poisoned.code) == (500, "adapter_numerics")
         assert [answer.json["choices"][0]["text"] for answer in others] == clean[1:]
-    until(lambda: "a" in server.parts.registry.kept.quarantined)
+    until(lambda: "a" in server.parts.registry.state.quarantined)
     assert server.complete("a", "The").code == "adapter_quarantined"
     assert server.ask("/v1/models/a").json["state"] == "quarantined"
     assert "lorafold_quarantines_total 1.0" in server.ask("/metrics").content.decode()
@@ -222,7 +222,7 @@ def test_files_that_change_under_the_server(mended: Running, damage, name):
     text = mended.text("a", "The")
     DAMAGES[damage](mended.folder / "a" / name)
     assert mended.text("a", "The") == text  # it is in memory
-    key = mended.parts.registry.found["a"].key
+    key = mended.parts.registry.adapters["a"].key
     assert mended.engine.adapters.evict(key)
     cold = mended.complete("a", "The")
     assert (cold.status, cold.code) == (503, "adapter_unavailable")
@@ -248,7 +248,7 @@ def kill(server: Running) -> None:
 def test_an_engine_that_dies_is_started_again(server: Running, times):
     text = server.text("a", "The", max_tokens=30)
     server.ask("/admin/aliases/now", {"target": "a"}, ADMIN, "PUT")
-    assert server.engine.adapters.evict(server.parts.registry.found["c"].key)
+    assert server.engine.adapters.evict(server.parts.registry.adapters["c"].key)
     time.sleep(0.6)  # what is in memory is noted twice a second
     for _ in range(times):
         with ThreadPoolExecutor(6) as pool:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from lorafold.serving import metrics
-from lorafold.serving.run import _tell
+from lorafold.serving.run import _print_summary
 from serving_cases import ADMIN, Running, running, saved, until
 
 Samples = dict[tuple[str, ...], float]
@@ -52,7 +52,7 @@ def sampled(server: Running, name: str) -> Samples:
 
 
 def test_every_adapter_has_its_state_time_and_tokens(server: Running) -> None:
-    found = server.parts.registry.found
+    found = server.parts.registry.adapters
     assert server.engine.adapters.evict(found["b"].key)
     server.ask("/admin/adapters/c:quarantine", {}, ADMIN)
     server.text("a", "The")
@@ -127,7 +127,7 @@ def test_why_an_adapter_is_wrong_is_told_in_few_words(
             for name in wrong
         ]
         told = StringIO()
-        _tell(server.parts, "here", Console(file=told, width=10**6))
+        _print_summary(server.parts, "here", Console(file=told, width=10**6))
     assert wrong.keys() == {"tensors", "options", "long"}
     for text in (*wrong.values(), *loaded, *told.getvalue().splitlines()):
         assert len(text) < 2200

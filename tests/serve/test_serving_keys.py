@@ -60,7 +60,7 @@ def test_a_tenant_sees_and_uses_its_own(server: Running):
 
 
 def test_without_a_valid_key_nothing_is_told(server: Running):
-    named = [*server.parts.registry.found, "acme"]
+    named = [*server.parts.registry.adapters, "acme"]
     for path, body in (
         ("/v1/models", None), ("/v1/completions", asked("acme-a")), ("/metrics", None),
         ("/v1/chat/completions", {}), ("/v1/responses", {}), ("/tokenize", {}), ("/detokenize", {}),
@@ -86,7 +86,7 @@ def test_a_tenants_key_opens_no_administration(server: Running):
         ("GET", "/metrics", None),
     ):
         assert server.ask(path, body, key, method).status == 401
-    assert "beta-a" in server.parts.registry.found
+    assert "beta-a" in server.parts.registry.adapters
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -129,7 +129,7 @@ def test_an_unknown_act_tells_nothing_without_the_key(server: Running):
 
 
 def test_versions_can_be_looked_up(server: Running):
-    digest = server.parts.registry.found["acme-a"].digest
+    digest = server.parts.registry.adapters["acme-a"].digest
     for name in ("acme-a", f"acme-a@{digest[:12]}"):
         assert server.ask(f"/v1/models/{name}", key=server.keys["acme"]).json["digest"] == digest
     for name in ("acme-a@", f"acme-a@{digest[:4]}", f"beta-a@{digest[:12]}"):
@@ -334,19 +334,19 @@ def test_links_and_borrowed_files_are_refused(tmp_path, tiny_model_dir):
             directory.locate(name)
     wrong = ["hard", "linked", "pickled", "piped", "sealed", "weights"]
     with running(tiny_model_dir("llama"), folder) as server:
-        assert list(server.parts.registry.found) == ["good"]
-        assert sorted(server.parts.registry.wrong) == wrong
+        assert list(server.parts.registry.adapters) == ["good"]
+        assert sorted(server.parts.registry.rejected) == wrong
     # whoever links to the files of an adapter gets nothing of it, and takes nothing from it
     weights = folder / "good" / "adapter_model.safetensors"
     shutil.copytree(folder / "good", folder / "borrowed", ignore=lambda *_: [weights.name])
     os.link(weights, folder / "borrowed" / weights.name)
     os.link(weights, tmp_path / "kept.safetensors")
     with running(tiny_model_dir("llama"), folder) as server:
-        assert list(server.parts.registry.found) == ["good"]
+        assert list(server.parts.registry.adapters) == ["good"]
         assert server.text("good", "The")
-        assert sorted(server.parts.registry.wrong) == ["borrowed", *wrong]
+        assert sorted(server.parts.registry.rejected) == ["borrowed", *wrong]
         for name in ("borrowed", "hard"):
-            assert "more than one link" in server.parts.registry.wrong[name]
+            assert "more than one link" in server.parts.registry.rejected[name]
         assert server.ask("/v1/load_lora_adapter", {"lora_name": "good"}, ADMIN).status == 200
 
 

@@ -22,8 +22,8 @@ from lorafold.serving.keys import (
     Caller,
     KeyFile,
     Keys,
-    Spent,
     TokenLimits,
+    TokenUsage,
     new_key,
     until,
 )
@@ -183,7 +183,7 @@ def server_tokens(text: str) -> list[int]:
 
 def test_counts_begin_anew_with_the_time(tmp_path: Path) -> None:
     now = [86400.0 * 20000 + 30]
-    spent = Spent(tmp_path / "spent.json", lambda: True, lambda: now[0])
+    spent = TokenUsage(tmp_path / "spent.json", lambda: True, lambda: now[0])
     caller = Caller("t", limits=TokenLimits(tokens_per_minute=10, tokens_per_day=25))
     spent.check(caller)
 
@@ -202,7 +202,7 @@ def test_counts_begin_anew_with_the_time(tmp_path: Path) -> None:
     spent.add("t", 15)
     assert refused() == ("token_limit_day", DAY - 60)
     asyncio.run(spent.save())
-    again = Spent(tmp_path / "spent.json", lambda: True, lambda: now[0])
+    again = TokenUsage(tmp_path / "spent.json", lambda: True, lambda: now[0])
     with pytest.raises(Refusal, match="25 tokens were used this day, the key allows 25"):
         again.check(caller)
     now[0] += DAY
@@ -213,7 +213,7 @@ def test_counts_begin_anew_with_the_time(tmp_path: Path) -> None:
 
 
 def test_counts_that_cannot_be_kept_are_told_once(tmp_path: Path, caplog: Any) -> None:
-    spent = Spent(tmp_path / "nowhere" / "spent.json", lambda: True)
+    spent = TokenUsage(tmp_path / "nowhere" / "spent.json", lambda: True)
     (tmp_path / "nowhere").write_text("a file")
     for _ in range(3):
         spent.add("t", 1)

@@ -11,7 +11,7 @@ import pytest
 import lorafold as lf
 from conftest import make_model_dir
 from lorafold.serving.errors import Refusal
-from lorafold.serving.server import Record, told
+from lorafold.serving.server import Record, error_event
 from serving_cases import TOOL_TEMPLATE, Answer, Running, running, saved
 
 CITY = {
@@ -138,6 +138,6 @@ def test_who_may_not_ask_is_told_in_anthropic_s_shape(server: Running) -> None:
 def test_what_fails_in_a_stream_is_an_event_of_anthropic_s() -> None:
     failed = Refusal(503, "engine_restarted", "the engine ended")
     for path, kind in (("/v1/messages", "error"), ("/v1/responses", None)):
-        about, name = told(Record("req-1", "POST", path, path), failed)
+        about, name = error_event(Record("req-1", "POST", path, path), failed)
         assert name == kind
         assert about["error"]["message"] == "the engine ended"

@@ -59,7 +59,7 @@ def site(tiny_model_dir: Any, tmp_path_factory: Any, often: None) -> Iterator[Ru
     broken.mkdir()
     (broken / "adapter_config.json").write_text("{")
     with running(tiny_model_dir("llama"), folder) as server:
-        assert server.parts.registry.sweep.settled(30)
+        assert server.parts.registry.watcher.settled(30)
         yield server
 
 
@@ -310,7 +310,7 @@ def test_an_administrator_changes_adapters_and_aliases(page: Any, site: Running)
         dialog.get_by_role("button", name=name, exact=True).click()
         sync.expect(state).to_have_text(now)
         sync.expect(page.locator("#manage-state")).to_contain_text(now)
-    assert registry.found.keys() == {"dora", "lora"}
+    assert registry.adapters.keys() == {"dora", "lora"}
     page.keyboard.press("Escape")
 
     page.click("#new-alias")
@@ -322,7 +322,7 @@ def test_an_administrator_changes_adapters_and_aliases(page: Any, site: Running)
     page.keyboard.press("Enter")
     best = rows.filter(has_text="best")
     sync.expect(best.locator(".state")).to_have_text("alias of lora (90%), dora (10%)")
-    assert [t.weight for t in registry.kept.aliases["best"].targets] == [9, 1]
+    assert [t.weight for t in registry.state.aliases["best"].targets] == [9, 1]
     page.get_by_role("button", name="manage best").click()
     dialog.get_by_role("button", name="Remove").last.click()
     dialog.get_by_role("button", name="Save alias").click()

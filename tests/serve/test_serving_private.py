@@ -151,7 +151,7 @@ def test_defects_are_told_without_their_messages(
     asked |= {"stream": stream, "logprobs": 1}
     places: tuple[tuple[Any, str, str], ...] = (
         (base, "tokens", "internal_error"), (Text, "add", "not_computed"),
-        (Text, "finish", "not_computed"), (base.shown, "legacy", "internal_error"),
+        (Text, "finish", "not_computed"), (base.texts, "legacy_logprobs", "internal_error"),
         *([(SlotRunner, "forward", "not_computed")] if fault is boom else []),
     )  # fmt: skip
     before = server.ask("/metrics", key=ADMIN).content.decode()

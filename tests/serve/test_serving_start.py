@@ -24,7 +24,7 @@ from lorafold.engine import Engine
 from lorafold.errors import Busy
 from lorafold.serving import verifier
 from lorafold.serving.backend import AdapterFiles
-from lorafold.serving.registry import Sweep
+from lorafold.serving.registry import DirectoryWatcher
 from lorafold.serving.verifier import VerifiedCache
 from lorafold.verification import worker_pool
 from serving_cases import ADMIN, counted, running, saved, until
@@ -36,13 +36,13 @@ def folder(tiny_model_dir, tmp_path) -> Path:
 
 
 def test_it_serves_before_anything_was_verified(folder, tiny_model_dir, monkeypatch) -> None:
-    monkeypatch.setattr(Sweep, "begin", lambda self: None)
+    monkeypatch.setattr(DirectoryWatcher, "begin", lambda self: None)
     with running(tiny_model_dir("llama"), folder) as server:
-        assert server.parts.registry.found == {}
+        assert server.parts.registry.adapters == {}
         listed = {one["id"]: one for one in server.ask("/v1/models").json["data"]}
         assert (listed["a"]["state"], listed["b"]["state"]) == ("unverified", "unverified")
         assert server.text("b", "Hello")
-        assert set(server.parts.registry.found) == {"b"}
+        assert set(server.parts.registry.adapters) == {"b"}
         assert server.ask("/admin/adapters", key=ADMIN).json["unverified"] == ["a"]
         assert server.ask("/v1/models/a").json["method"] == "lora"
 
@@ -54,18 +54,18 @@ def test_what_is_known_is_not_read_again_unless_it_was_touched(
     names, model = counted(monkeypatch), tiny_model_dir("llama")
     with running(model, folder) as server:
         texts = [server.text(name, "Hello") for name in "ab"]
-        first = {name: found.digest for name, found in server.parts.registry.found.items()}
+        first = {name: found.digest for name, found in server.parts.registry.adapters.items()}
     assert sorted(names) == ["a", "b"]
     with running(model, folder) as server:
         assert [server.text(name, "Hello") for name in "ab"] == texts
-        assert {n: found.digest for n, found in server.parts.registry.found.items()} == first
+        assert {n: found.digest for n, found in server.parts.registry.adapters.items()} == first
     assert sorted(names) == ["a", "b"]
     (folder / "b" / "README.md").write_text("new")
     with running(model, folder):
         assert sorted(names) == ["a", "b", "b"]
     other = tiny_model_dir("llama-wide")  # what was found for one base is not for another
     with running(other, folder) as server:
-        assert sorted(server.parts.registry.wrong) == ["a", "b"]
+        assert sorted(server.parts.registry.rejected) == ["a", "b"]
 
 
 def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch) -> None:
@@ -123,10 +123,10 @@ def test_new_directories_and_mended_ones_are_seen(folder, tiny_model_dir, caplog
         right = config.read_bytes()
         config.write_text("{")
         (folder.parent / "d").rename(folder / "d")
-        until(lambda: "d" in server.parts.registry.wrong)
+        until(lambda: "d" in server.parts.registry.rejected)
         assert server.complete("d", "Hello").code == "model_not_found"
         (folder / "d" / "adapter_config.json").write_bytes(right)
-        until(lambda: "d" in server.parts.registry.found)
+        until(lambda: "d" in server.parts.registry.adapters)
         assert server.text("d", "Hello") == server.text("b", "Hello")
     assert any(record.getMessage().startswith("not served: d: ") for record in caplog.records)
 
@@ -161,7 +161,7 @@ def test_a_file_that_comes_late_makes_an_entry_an_adapter(folder, tiny_model_dir
     with running(tiny_model_dir("llama"), folder) as server:
         assert "c" not in server.parts.registry.names()
         shutil.copy(folder / "a" / config.name, config)
-        until(lambda: "c" in server.parts.registry.found, 5)
+        until(lambda: "c" in server.parts.registry.adapters, 5)
 
 
 def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatch, caplog) -> None:
@@ -170,18 +170,18 @@ def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatc
         registry, wait = server.parts.registry, worker_pool.LEAST
         monkeypatch.setattr(worker_pool, "LEAST", 0.0)
         monkeypatch.setattr(worker_pool, "WALL", 0.0)
-        for process in registry.verifier._screen._verifying._idle:
-            os.kill(process._process.id, signal.SIGSTOP)
+        for process in registry.verifier._sandbox._verifying._idle:
+            os.kill(process.id, signal.SIGSTOP)
         shutil.copytree(folder / "a", folder.parent / "c")
         (folder.parent / "c").rename(folder / "c")
         until(lambda: "c can't be verified now: the machine is busy" in caplog.text)
         refused = server.complete("c", "Hello")
         assert (refused.status, refused.code) == (503, "machine_busy")
         assert int(refused.headers["retry-after"]) > 0
-        assert "c" not in registry.wrong
+        assert "c" not in registry.rejected
         monkeypatch.setattr(worker_pool, "LEAST", wait)
         until(lambda: server.complete("c", "Hello").status == 200)
-    monkeypatch.setattr(Sweep, "begin", lambda self: None)
+    monkeypatch.setattr(DirectoryWatcher, "begin", lambda self: None)
     with running(tiny_model_dir("llama"), folder) as server:
         assert "c" in server.parts.registry.names()
         with no_descriptors(), pytest.raises(Busy):
@@ -229,7 +229,7 @@ def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
 
     monkeypatch.setattr(Engine, "verify", count)
     with running(tiny_model_dir("llama"), folder, processes=3) as server:
-        assert set(server.parts.registry.found) == {"a", "b", *(f"a{i}" for i in range(4))}
+        assert set(server.parts.registry.adapters) == {"a", "b", *(f"a{i}" for i in range(4))}
         assert server.text("a", "Hello") == server.text("a3", "Hello")
     assert 2 <= len(checked) <= 3  # two forms, with one of which both threads may begin
 
@@ -245,7 +245,7 @@ def test_what_memory_has_no_room_for_is_refused_by_its_header(folder, tiny_model
 
 def test_what_grew_is_not_read_and_the_log_says_why(folder, tiny_model_dir, caplog) -> None:
     with running(tiny_model_dir("llama"), folder) as server:
-        before, key = server.text("a", "Hello"), server.parts.registry.found["a"].key
+        before, key = server.text("a", "Hello"), server.parts.registry.adapters["a"].key
         weights = folder / "a" / "adapter_model.safetensors"
         size = weights.stat().st_size
         assert server.engine.adapters.evict(key)

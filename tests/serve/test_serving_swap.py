@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import lorafold as lf
-from engine_cases import METHODS
+from engine_cases import METHODS, check_adapters
 from serving_cases import ADMIN, Running, running, saved, until
 
 PROMPT = "The quick brown fox"
@@ -74,7 +74,7 @@ def test_rollback_weights_and_versions(server: Running):
     random.seed(0)
     share = Counter(server.text("it", PROMPT) for _ in range(30))
     assert share[texts["v1"]] > share[texts["v2"]] > 0
-    digest = server.parts.registry.found["v1"].digest
+    digest = server.parts.registry.adapters["v1"].digest
     point(server, "it", target=f"v1@{digest[:12]}")
     shown = server.ask("/v1/models/it").json
     assert shown["targets"] == [{"adapter": "v1", "digest": digest[:12], "weight": 1.0}]
@@ -202,7 +202,7 @@ class Race(RuleBasedStateMachine):
     def evict(self, name: str) -> None:
         if name in self.now:
             adapters = self.server.engine.adapters
-            adapters.evict(self.server.parts.registry.found[name].key)
+            adapters.evict(self.server.parts.registry.adapters[name].key)
 
     @rule(name=names, n=st.integers(1, 3))
     def complete(self, name: str, n: int) -> None:
@@ -232,8 +232,8 @@ class Race(RuleBasedStateMachine):
     @invariant()
     def the_books_balance(self) -> None:
         until(self.server.idle)
-        self.server.engine.adapters.check()
-        assert set(self.server.parts.registry.found) == set(self.now)
+        check_adapters(self.server.engine.adapters)
+        assert set(self.server.parts.registry.adapters) == set(self.now)
 
 
 @pytest.mark.parametrize("steps", [25, pytest.param(200, marks=pytest.mark.slow)])

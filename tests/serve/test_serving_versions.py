@@ -21,7 +21,7 @@ from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_adapter
 from lorafold.models.tokenizer import load_tokenizer, write_tokenizer
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 from serving_cases import ADMIN, Running, counted, running, saved
 
 OLD = ("adapter_config.json", "adapter_model.safetensors", "lorafold.json", "manifest.json")
@@ -146,7 +146,7 @@ def in_words(at: Path) -> None:
 
 @pytest.mark.parametrize("alter", [in_words, edited(OLD[2], note="another")])
 def test_an_adapter_below_belongs_to_the_version(alter, server: Running) -> None:
-    folder, before = server.folder, server.parts.registry.found["high"].digest
+    folder, before = server.folder, server.parts.registry.adapters["high"].digest
     assert before == joined([of_adapter(folder / "low"), of_adapter(folder / "high")])
     answer = said(server, f"high@{before[:12]}")
     alter(folder / "low")
@@ -171,15 +171,15 @@ def test_what_lies_below_has_to_be_what_it_was_trained_over(server: Running) -> 
 
 def test_what_was_verified_is_what_is_opened(server: Running, monkeypatch) -> None:
     """A template that changes just after the process looked at it."""
-    verify, template = Screen.verify, server.folder / "own" / "chat_template.jinja"
+    verify, template = Sandbox.verify, server.folder / "own" / "chat_template.jinja"
     before = said(server, "own")
 
-    def then_changed(self: Screen, *arguments: Any) -> Any:
+    def then_changed(self: Sandbox, *arguments: Any) -> Any:
         found = verify(self, *arguments)
         template.write_text(TEMPLATE + "{# changed #}")
         return found
 
-    monkeypatch.setattr(Screen, "verify", then_changed)
+    monkeypatch.setattr(Sandbox, "verify", then_changed)
     with pytest.raises(LorafoldError, match="changes while it is read"):
         server.parts.registry.load("own")
     assert said(server, "own") == before
@@ -201,7 +201,7 @@ def test_digests_of_the_old_form_are_understood(tiny_model_dir, tmp_path, caplog
     }
     (files / "state.json").write_text(json.dumps(kept))
     with running(tmp_path / "base", adapters) as server:
-        found = server.parts.registry.found
+        found = server.parts.registry.adapters
         assert said(server, f"own@{old['own'][:8]}") == said(server, "own")
         assert said(server, "it") == said(server, "own")
         assert said(server, "low") == (423, "adapter_quarantined")
@@ -227,11 +227,11 @@ def test_a_stack_is_known_by_the_files_below_too(
     monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
     adapters, names = make(tmp_path, tiny_model_dir("llama")), counted(monkeypatch)
     with running(tmp_path / "base", adapters) as server:
-        before = server.parts.registry.found["high"].digest
+        before = server.parts.registry.adapters["high"].digest
     first = len(names)
     edited(OLD[2], note="another")(adapters / "low")
     with running(tmp_path / "base", adapters) as server:
-        after = server.parts.registry.found["high"].digest
+        after = server.parts.registry.adapters["high"].digest
         assert said(server, f"high@{before[:12]}") == (404, "model_not_found")
         assert said(server, f"high@{after[:12]}")[0] == 200
     assert before != after
@@ -259,7 +259,7 @@ def test_what_is_known_and_the_fingerprint_are_of_the_base(
                 both[1]["system_fingerprint"]
             )
             assert both[1]["system_fingerprint"].startswith(
-                f"{server.parts.registry.found['own'].key}+"
+                f"{server.parts.registry.adapters['own'].key}+"
             )
         return [one["system_fingerprint"].partition("+")[2] for one in both]
 
@@ -294,7 +294,7 @@ def test_a_digest_that_may_be_of_another_version_stands_for_nothing(
         assert said(server, "low") != plain
         assert said(server, f"low@{digest[:12]}") == (404, "model_not_found")
         assert said(server, "it") == (404, "model_not_found")
-        key = server.parts.registry.found["low"].key
+        key = server.parts.registry.adapters["low"].key
     told = [r.getMessage() for r in caplog.records if "old form" in r.getMessage()]
     assert told == [
         f"low@{digest[:12]} is a digest of the old form, or of another version without a tokenizer,"

@@ -37,7 +37,7 @@ def server(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = tmp_path_factory.mktemp("webui") / "adapters"
     saved(tiny_model_dir("llama"), {n: lf.LoRA(rank=2) for n in ("acme-a", "beta-a")}, folder)
     with running(tiny_model_dir("llama"), folder, {"acme": ["acme-*"]}) as found:
-        assert found.parts.registry.sweep.settled(30)
+        assert found.parts.registry.watcher.settled(30)
         yield found
 
 

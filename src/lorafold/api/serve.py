@@ -119,11 +119,11 @@ def own_bases(
     from lorafold.peft.provenance import OwnBase
     from lorafold.serving.directory import Directory
     from lorafold.serving.registry import STATE, ServerState
-    from lorafold.serving.settings import kept as kept_in
+    from lorafold.serving.settings import read_if_exists
 
     directory, found = Directory(adapters), list[OwnBase]()
     file = state or directory.beside / STATE
-    if (kept := kept_in(file, ServerState).base) is not None:
+    if (kept := read_if_exists(file, ServerState).base) is not None:
         told = f"no --model: the base is that of the start before ({file})"
         or_quiet(console).print(told, highlight=False, markup=False, soft_wrap=True)
         return [replace(kept, adapter=directory.beside / kept.adapter.name)]

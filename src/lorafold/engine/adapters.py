@@ -1,12 +1,11 @@
-"""An adapter's files, verified, and the adapter as the engine holds it.
+"""An adapter's files, verified, and the adapter in memory.
 
     entry = KnownAdapter("sft", path, Reader(model).verified(path), generation)
-    held = Reader(model).read(entry)        # factors of products, and deltas of other kinds
+    loaded = Reader(model).read(entry)      # low-rank factors, and deltas of other kinds
 
-What is read is what was verified: each file is read once, into memory, and its bytes are digested
-and interpreted, with all the checks of `lorafold.adapter.load`. That happens for a shadow of the
-model, which has modules of its own and the model's tensors, so that a worker can read while the
-engine computes with the model itself.
+Each file is read once, into memory, and the same bytes are digested and interpreted, with all the
+checks of `lf.load`. The adapter is built for a shadow of the model, with modules of its own and the
+model's tensors, so that a worker can read while the engine computes.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.provenance import COMPUTED, expected_path, not_found, parse_over
 from lorafold.peft.saved import FILES
 
-BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
-# Products of a larger rank take longer than the base's own, whose rows they would all have to pad
+MANIFEST_BYTES = 8 << 20  # which an identity leaves out
+# matmuls of a larger rank take longer than the base's own, and all adapters would be padded to it
 RANK = 64
 
 
@@ -55,25 +54,21 @@ class VerifiedAdapter(NamedTuple):
 
 @dataclass(frozen=True)
 class KnownAdapter:
-    """An adapter that the engine knows: its name, its directory, what was verified of what is read
-    for it, which are the adapters below, the lowest first, and itself, and the number of the call
-    that made it known. Others under the same name are another entry. One that is attached on the
-    model has no files.
-    """
+    """An adapter that the engine knows. Other files under the same name are another entry."""
 
     name: str
-    path: Path | None
-    stack: tuple[VerifiedAdapter, ...]
-    generation: int
+    path: Path | None  # None for one that is attached to the model
+    stack: tuple[VerifiedAdapter, ...]  # the adapters below, the lowest first, and itself
+    generation: int  # the number of the call that made it known
 
     @property
     def digest(self) -> str:
-        """What is read for it, as one identity; "" without files."""
+        """The identity of the stack, "" without files."""
         return joined([one.identity for one in self.stack]) if self.stack else ""
 
     @property
     def key(self) -> str:
-        """What sets this entry apart from every other, as a name of deltas."""
+        """A unique name for its deltas."""
         return f"{self.generation}-{self.digest[:12]}"
 
 
@@ -91,19 +86,14 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in memory.
-
-    `factors` are by the index of the shape, and `products` are the paths that they change. `gains`
-    are what outputs are multiplied with, and what is added then or None, by path (out,). `deltas`
-    are all others, by path. If `apart` is set, rows of this adapter can't share a pass with others.
-    """
+    """An adapter in memory."""
 
     entry: KnownAdapter
-    factors: Mapping[int, Factors]
-    products: frozenset[str]
-    gains: Mapping[str, tuple[Tensor, Tensor | None]]
-    deltas: Mapping[str, Delta]
-    apart: bool
+    factors: Mapping[int, Factors]  # by the index of the shape
+    low_rank: frozenset[str]  # the paths that they change
+    gains: Mapping[str, tuple[Tensor, Tensor | None]]  # and offsets (out,), by path
+    deltas: Mapping[str, Delta]  # of all other kinds, by path
+    alone: bool  # its rows can't share a pass with those of other adapters
     vocabulary: int | None
     nbytes: int
     seconds: float = 0.0  # that reading and checking it took
@@ -111,7 +101,7 @@ class LoadedAdapter:
     @property
     def paths(self) -> frozenset[str]:
         """The paths of all modules that the adapter changes."""
-        return self.products.union(self.gains, self.deltas)
+        return self.low_rank.union(self.gains, self.deltas)
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -124,9 +114,9 @@ class LoadedAdapter:
 
 
 def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
-    """What adapters on the model are together, the first one lowest: deltas by module path."""
-    found = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
-    return {path: d[0] if len(d) == 1 else Stack(d) for path, d in found.items() if d}
+    """The deltas of adapters on the model, the first one lowest, as one for each module path."""
+    deltas = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
+    return {path: d[0] if len(d) == 1 else Stack(d) for path, d in deltas.items() if d}
 
 
 def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
@@ -135,13 +125,7 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path, most: int) -> Contents:
-    """The files of an adapter that another one was trained over, which lies `beside`. Raises
-    LorafoldError if it is not there, or has another digest.
-
-    Args:
-        origin: The adapter to find.
-        over: The directory of the one that lies over it.
-        most: The most bytes of its files.
+    """The files, of so many bytes at most, of an adapter that the one in `over` was trained over.
     """
     contents = Contents(expected_path(origin, over), FILES, most)
     if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
@@ -149,13 +133,12 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
     return contents
 
 
-def _check(found: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
-    """Raise LorafoldError unless what was read, the lowest first, is what was verified."""
-    stack = [one.identity for one in verified]
-    named = [contents.named for contents in found]
-    if named != stack:
-        paths = ", ".join(str(contents.path) for contents in found)
-        ours, theirs = (", ".join(one[:12] for one in each) for each in (named, stack))
+def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
+    """Raise LorafoldError unless the files that were read are those that were verified."""
+    found, expected = [contents.named for contents in read], [one.identity for one in verified]
+    if found != expected:
+        paths = ", ".join(str(contents.path) for contents in read)
+        ours, theirs = (", ".join(one[:12] for one in each) for each in (found, expected))
         raise LorafoldError(
             f"{paths} changed since it was loaded: found digest {ours}, expected"
             f" {theirs or 'none'}; load it again"
@@ -163,157 +146,128 @@ def _check(found: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> No
 
 
 class Reader:
-    """Reads adapters for one model.
-
-    Args:
-        model: the model, whose tensors the shadow shares.
-        structure: what is known of the model.
-        dtype: the dtype of the factors.
-        room: the most bytes of adapters in memory, or None.
-    """
+    """Reads adapters for one model, with factors of that dtype; `room` is the most bytes of all."""
 
     def __init__(
         self, model: nn.Module, structure: Structure, dtype: torch.dtype, allowed: bool = False,
         room: int | None = None,
     ) -> None:  # fmt: skip
         self.structure, self.dtype, self.allowed = structure, dtype, allowed
-        self.numbers = None if room is None else room // dtype.itemsize
+        self.most = None if room is None else room // dtype.itemsize  # parameters of an adapter
         self.shadow = twin(model)
         self.base = InMemory.of_model(self.shadow)
-        self._one = threading.Lock()  # random numbers are the process's
+        self._lock = threading.Lock()  # the random state belongs to the process
 
     def read(self, entry: KnownAdapter) -> LoadedAdapter:
-        """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
-        or do not fit the model.
-        """
+        """Read and check an adapter."""
         assert entry.path is not None
         began = time.perf_counter()
-        most = sum(one.nbytes for one in entry.stack) + BESIDE
+        most = sum(one.nbytes for one in entry.stack) + MANIFEST_BYTES
         try:
             contents = Contents(entry.path, FILES, most)
-            _check([contents], entry.stack[-1:])  # nothing else of them is looked at
+            _check([contents], entry.stack[-1:])  # before anything is interpreted
             needed = self._needed(contents.record)
             below = [found_below(origin, entry.path, most) for origin in needed]
             _check(below, entry.stack[:-1])
-            with self._one:
-                deltas = self._stacked(below, contents)
+            with self._lock:
+                deltas = self._deltas(needed, [*below, contents])
         except LorafoldError as error:
             raise LorafoldError(f"adapter {entry.name!r}: {error}") from None
-        held = self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
-        return replace(held, seconds=time.perf_counter() - began)
+        loaded = self.loaded(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
+        return replace(loaded, seconds=time.perf_counter() - began)
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
-        """What an entry's `stack` is now for the adapter in a directory. One that has to be below
-        and is not there is left out: `read` says so. Raises LorafoldError if there is no adapter,
-        and for weights that take more memory than there is for adapters, before they are read.
+        """The stack of the adapter in a directory as it is now; adapters below that are missing are
+        left out, since `read` reports them.
         """
         origins = self._needed(Contents(path, (RECORD,)).record)
         below = [at for o in origins if ((at := expected_path(o, Path(path))) / CONFIG).is_file()]
-        return tuple(self._verified(at) for at in (*below, Path(path)))
-
-    def _verified(self, path: Path) -> VerifiedAdapter:
-        files = [file for name in FILES if (file := path / name).is_file()]
-        if self.numbers is not None and path / WEIGHTS in files:
-            check_numbers(path / WEIGHTS, self.numbers)
-        nbytes = sum(file.stat().st_size for file in files)
-        return VerifiedAdapter(of_adapter(path, words=False), nbytes)
+        verified = []
+        for at in (*below, Path(path)):
+            files = [file for name in FILES if (file := at / name).is_file()]
+            if self.most is not None and at / WEIGHTS in files:
+                check_numbers(at / WEIGHTS, self.most)
+            nbytes = sum(file.stat().st_size for file in files)
+            verified.append(VerifiedAdapter(of_adapter(at, words=False), nbytes))
+        return tuple(verified)
 
     def _needed(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
-        """The adapters below one that are read with it. Those that are active on the model belong
-        to the base, over which it may have been trained.
+        """The adapters that one was trained over. If adapters are active on the model, they are
+        part of the base, and it may have been trained over those.
         """
         return () if selection_of(self.shadow).active else parse_over(record)
 
-    def _stacked(self, below: Sequence[Contents], contents: Contents) -> dict[str, Delta]:
-        """The deltas of an adapter by module path, each over those of the adapters below, which are
-        the ones that its record names.
-        """
-        active, needed = selection_of(self.shadow).active, self._needed(contents.record)
+    def _deltas(self, needed: Sequence[Origin], stack: Sequence[Contents]) -> dict[str, Delta]:
+        """The deltas of a stack of adapters by module path, the last one on top."""
+        active = selection_of(self.shadow).active
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):
-            for n, each in enumerate([*below, contents]):
+            for n, each in enumerate(stack):
                 under = (*active, *needed[:n])
                 built = read(
                     self.shadow, each, allow_other_base=self.allowed, base=self.base, below=under
                 )
-                for path, own in built.parts.items():
-                    parts.setdefault(path, []).extend(own)
-        if needed and any(isinstance(part, TokenRows) for own in parts.values() for part in own):
+                for path, deltas in built.parts.items():
+                    parts.setdefault(path, []).extend(deltas)
+        if needed and any(isinstance(d, TokenRows) for deltas in parts.values() for d in deltas):
             raise LorafoldError(
-                f"{contents.path}: it lies over another adapter, and one of them has rows of"
+                f"{stack[-1].path}: it lies over another adapter, and one of them has rows of"
                 " tokens, which are served alone only; merge them"
             )
-        return {path: own[0] if len(own) == 1 else Stack(own) for path, own in parts.items()}
+        return {path: d[0] if len(d) == 1 else Stack(d) for path, d in parts.items()}
 
     @torch.no_grad()
-    def held(
+    def loaded(
         self,
         entry: KnownAdapter,
         deltas: Mapping[str, Delta],
         vocabulary: int | None,
-        apart: bool = False,
+        alone: bool = False,
     ) -> LoadedAdapter:
-        """An adapter as the engine holds it.
-
-        Args:
-            deltas: its deltas by module path.
-            vocabulary: the size of the vocabulary with its new tokens, or None.
-            apart: compute it by its deltas' own code, in passes of its own.
+        """Sort an adapter's deltas by how the engine computes them; with `alone` all by their own
+        code. `vocabulary` is its size if the adapter adds tokens.
         """
-        apart = apart or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
-        gained = {} if apart else self._gained(deltas)
-        products = {p: gained[p].under if p in gained else d for p, d in deltas.items()}
-        matrices = {} if apart else {p: products[p] for p in self.structure.where if p in products}
-        pairs = {
-            p: f
-            for p, d in matrices.items()
-            if d is not None and (f := d.factors()) is not None and len(f[1]) <= RANK
-        }
+        alone = alone or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
+        active, gained = selection_of(self.shadow).active, dict[str, Gained]()
+        pairs = dict[str, tuple[Tensor, Tensor]]()
+        for path in () if alone else self.structure.where:
+            delta: Delta | None = deltas.get(path)
+            # over what is active on the model a gain is another one
+            if delta is not None and not active:
+                gain = delta.eval().gained(layer_of(module_at(self.shadow, path)))
+                if gain is not None:
+                    gained[path], delta = gain, gain.under
+            pair = None if delta is None else delta.factors()
+            if pair is not None and len(pair[1]) <= RANK:
+                pairs[path] = pair
         gains = {p: one[1:] for p, one in gained.items() if p in pairs or one.under is None}
         factors = {}
         for i, shape in enumerate(self.structure.shapes):
-            ours = [path for path in shape.paths if path in pairs]
+            ours = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
             if ours:
-                found = [(shape.paths.index(p), *pairs[p]) for p in ours]
-                factors[i] = factors_of(shape, found, self.dtype)
+                factors[i] = factors_of(shape, ours, self.dtype)
         others = {
             path: delta.eval().requires_grad_(False)
             for path, delta in deltas.items()
             if path not in pairs and path not in gains
         }
-        held = LoadedAdapter(
-            entry, factors, frozenset(pairs), gains, others, apart, vocabulary, nbytes=0
+        loaded = LoadedAdapter(
+            entry, factors, frozenset(pairs), gains, others, alone, vocabulary, nbytes=0
         )
-        return replace(held, nbytes=sum({id(t): t.nbytes for t in held.tensors}.values()))
-
-    def _gained(self, deltas: Mapping[str, Delta]) -> dict[str, Gained]:
-        """Those deltas that are gains over a matrix, by path. Over what is active on the model a
-        gain is another one, so there are none.
-        """
-        if selection_of(self.shadow).active:
-            return {}
-        found = {
-            path: delta.eval().gained(layer_of(module_at(self.shadow, path)))
-            for path, delta in deltas.items()
-            if path in self.structure.where
-        }
-        return {path: one for path, one in found.items() if one is not None}
+        return replace(loaded, nbytes=sum({id(t): t.nbytes for t in loaded.tensors}.values()))
 
 
 def factors_of(
-    shape: MatrixShapes, found: Sequence[tuple[int, Tensor, Tensor]], dtype: torch.dtype
+    shape: MatrixShapes, pairs: Mapping[int, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> Factors:
-    """Factors in a dtype from the index, the up factor (out, r) and the down factor (r, in) of each
-    of some matrices of a shape.
-    """
-    rank = max(len(down) for _, _, down in found)
-    like = found[0][1]
+    """The up factors (out, r) and down factors (r, in) of some matrices of a shape, by index."""
+    rank = max(len(down) for _, down in pairs.values())
+    like = next(iter(pairs.values()))[0]
     # as files have them, since transposing takes six times as long as this copy
-    down = like.new_zeros(len(found), rank, shape.inn, dtype=dtype)
-    up = like.new_zeros(len(found), shape.out, rank, dtype=dtype)
-    for k, (_, u, d) in enumerate(found):
+    down = like.new_zeros(len(pairs), rank, shape.inn, dtype=dtype)
+    up = like.new_zeros(len(pairs), shape.out, rank, dtype=dtype)
+    for k, (u, d) in enumerate(pairs.values()):
         down[k, : len(d)] = d
         up[k, :, : len(d)] = u
-    at = [at for at, _, _ in found]
-    index = {at: k for k, at in enumerate(at)}
-    return Factors(torch.tensor(at, device=like.device), down.mT, up.mT, index)
+    index = {at: k for k, at in enumerate(pairs)}
+    return Factors(torch.tensor([*pairs], device=like.device), down.mT, up.mT, index)

@@ -6,13 +6,12 @@
         engine.run()                        # or engine.start(), and a thread steps
         print(stream.result().text)
 
-A step takes what came in, gives free slots to waiting requests, decodes one token of every running
-one, and reads some of the prompts (`lorafold.engine.scheduler`). Yu et al. 2022, Orca (OSDI). Each
-request computes what it computes alone.
+A step takes new requests, gives free slots to waiting ones, decodes one token of every running one,
+and reads some of the prompts (`lorafold.engine.scheduler`). Yu et al. 2022, Orca (OSDI). A request
+returns the same tokens alone or batched with others.
 
-What fails fails alone: a pass that raises is halved until the requests are found that it raises
-for. Nothing that the others have is lost by it, since a row counts its tokens as computed only once
-their pass is over, and what it wrote before is written again.
+A pass that raises is halved until the requests are found that it raises for; only they fail. The
+others lose nothing, since a row counts its tokens as computed only once their pass is over.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,13 +30,13 @@ from torch import Tensor
 
 from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
-from lorafold.engine.adapter_cache import Residency
+from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, attached, parts_of
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.kv_cache import SlotCache
-from lorafold.engine.model_structure import Structure, rows_apart, slotted, structure_of, taken
+from lorafold.engine.model_structure import Structure, rows_apart, slotted, structure_of, take_model
 from lorafold.engine.operations import Operations, available
-from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, check
+from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, require
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.sampler import Grammars, NotFinite, SampledToken, Unfit, chosen
 from lorafold.engine.scheduler import Batch, Scheduler
@@ -57,14 +55,10 @@ DEFAULT = EngineSettings()
 
 
 class Engine:
-    """A model that computes many requests. While it is open, the model is the engine's: in
-    evaluation mode, without gradients; `close` gives it back as it was. Adapters that are active on
-    the model belong to the base, others can be adopted.
-
-    Args:
-        tokenizer: for the texts of events and for stop texts; None: tokens only.
-        settings: what it holds, how it computes, and what it refuses.
-        changes: settings by name, in place of those.
+    """Computes many requests with one model, which is the engine's until `close` gives it back as
+    it was: in evaluation mode, without gradients. Adapters that are active on the model belong to
+    the base; others can be adopted. Without a tokenizer events have no texts. `changes` are
+    settings by name.
     """
 
     def __init__(
@@ -80,22 +74,23 @@ class Engine:
         table = positions_of(model).table
         settings, self.length = replace(settings, **changes).fitted(positions, table)
         with ExitStack() as stack:
-            taken(model, stack)
+            take_model(model, stack)
             stack.enter_context(evaluating(model, gradients=True))
             stack.enter_context(considerate())
             self.structure: Structure = structure_of(model)
+            self.slotted = not self.structure.why  # whether requests share passes
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
-            room = settings.adapter_bytes
-            self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, room)
+            budget, self._as_trained = settings.adapter_bytes, settings.as_trained
+            self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, budget)
             if self.slotted:
-                slots, chunk, whole = settings.slots, settings.chunk, settings.invariant
-                device, alike = model.device.type, settings.as_trained
-                operations = available(device, alike) if settings.fast else Operations()
+                device = model.device.type
+                operations = available(device, self._as_trained) if settings.fast else Operations()
                 stack.enter_context(slotted(model, operations))
                 rows_apart(model, stack)
+                slots, chunk, whole = settings.slots, settings.chunk, settings.invariant
                 cache = SlotCache(slots, self.length, chunk, operations, whole)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
-                if alike:
+                if self._as_trained:
                     stack.enter_context(fused(model))
                 elif settings.fast:
                     deltas = self._runner.deltas
@@ -113,17 +108,12 @@ class Engine:
         self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(self._reader, room, self._wake.set, settings.strikes)
+        self.adapters = AdapterCache(self._reader, budget, self._wake.set, settings.strikes)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
         self._inbox: deque[Row] = deque()
         self._thread: threading.Thread | None = None
-        self._closing, self._apart = False, settings.as_trained
-
-    @property
-    def slotted(self) -> bool:
-        """Whether requests share passes; if not, `structure.why` says why they run one by one."""
-        return not self.structure.why
+        self._closing = False
 
     def load(
         self,
@@ -133,13 +123,9 @@ class Engine:
         stack: Sequence[VerifiedAdapter] = (),
         wait: bool = True,
     ) -> None:
-        """Read and verify an adapter, and make it known under a name. Requests that run go on with
-        what they have. Raises LorafoldError if it can't be read (if it waits).
-
-        Args:
-            stack: what is read for it has to be this, where that is known, as `KnownAdapter` has
-                it.
-            wait: return when it is in memory, or at once.
+        """Read and verify an adapter, and make it known under a name. Running requests keep what
+        they have. `stack` is what the files must be, as in `KnownAdapter`; with `wait` it is in
+        memory at the end.
         """
         future = self.adapters.load(name, path, stack)
         if wait:
@@ -150,29 +136,23 @@ class Engine:
         self._reader.read(entry)
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
-        """Make adapters that are attached on the model, one over the other, known under one name.
-        Raises LorafoldError for one that is not there, or is active and belongs to the base.
-
-        Args:
-            on_model: their names on the model, the lowest first.
-        """
-        only(self.model, *on_model)  # they are there
+        """Make adapters that are attached to the model, the lowest first, known under one name."""
+        only(self.model, *on_model)  # raises unless they are attached
         if both := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
                 f"adapter {both}: found it active, so it belongs to the base, expected an engine"
                 " that was opened inside lf.only(model)"
             )
         deltas = attached(self.model, on_model)
-        size = vocabulary(self.model, parts_of(deltas))
-        apart = self._apart
-        self.adapters.adopt(name, lambda entry: self._reader.held(entry, deltas, size, apart))
+        size, alone = vocabulary(self.model, parts_of(deltas)), self._as_trained
+        self.adapters.adopt(name, lambda entry: self._reader.loaded(entry, deltas, size, alone))
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. Raises LorafoldError for an unknown name."""
+        """Forget an adapter."""
         self.adapters.unload(name)
 
     def submit(self, request: Request) -> EventStream:
-        """Queue a request; its events come in the stream. Raises LorafoldError if it is refused."""
+        """Queue a request; its events come in the stream."""
         entry, sampling = None, request.sampling
         try:
             if request.adapter is not None:
@@ -182,14 +162,7 @@ class Engine:
             with self._lock:
                 if self._closing:
                     raise LorafoldError("the engine is closed")
-                check(
-                    request,
-                    length=self.length,
-                    vocabulary=max(self.vocabulary, self.adapters.vocabulary(entry)),
-                    running=self._rows,
-                    texts=self.tokenizer is not None,
-                    solo=self.structure.why,
-                )
+                self._check(request, max(self.vocabulary, self.adapters.vocabulary(entry)))
                 self._rows[request.id] = row
                 self._inbox.append(row)
         except BaseException as error:
@@ -201,6 +174,35 @@ class Engine:
         self.wake()
         return row.stream
 
+    def _check(self, request: Request, vocabulary: int) -> None:
+        prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
+        length, why, least = self.length, self.structure.why, 1 if k is None else 0
+        checks = {
+            f"id: found {request.id!r}, which is running, expected another": (
+                request.id not in self._rows
+            ),
+            "prompt: found no tokens, expected at least one": bool(prompt),
+            f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs": n >= least,
+            f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most"
+            f" {length}": n < least or len(prompt) + n <= length,
+        }
+        for name, ids in (("prompt", prompt), ("logit_bias", request.sampling.logit_bias)):
+            for i in ids:
+                if not (isinstance(i, int) and 0 <= i < vocabulary):
+                    checks[f"{name}: found token {i!r}, expected 0 to {vocabulary - 1}"] = False
+                    break
+        found = f"prompt_logprobs: found {k}, expected"
+        require(
+            checks
+            | {
+                f"{found} 0 to 20, or None": k is None or 0 <= k <= 20,
+                f"{found} None for this model, since {why}": k is None or not why,
+                "stop: found a text, expected none, since the engine has no tokenizer": (
+                    self.tokenizer is not None or not request.sampling.stop
+                ),
+            }
+        )
+
     def cancel(self, id: str) -> bool:
         """End a request within a step; False if no such request waits or runs."""
         with self._lock:
@@ -211,7 +213,7 @@ class Engine:
         return row is not None
 
     def wake(self) -> None:
-        """Let the thread of `start` make a step now."""
+        """Have the thread of `start` make a step now."""
         self._wake.set()
 
     def step(self) -> bool:
@@ -225,7 +227,7 @@ class Engine:
         for row in self._scheduler.admitted(self._ready):
             row.stream.began = time.monotonic()
             self._scheduler.join(row)
-            self._guarded(row, partial(self._runner.admit, row))
+            self._guarded(row, self._runner.admit, row)
         self._runner.compact()
         decoding = self._scheduler.decoding()
         for batch in decoding:
@@ -244,16 +246,16 @@ class Engine:
             after()
 
     def forget(self) -> None:
-        """Keep nothing of requests that have ended, so that the next ones compute what they compute
-        in an engine that was just opened. Raises LorafoldError while one waits or runs.
+        """Drop the cached prefixes of requests that have ended, as in an engine that was just
+        opened.
         """
         if self._rows:
             raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
         self._runner.rebuild()
 
     def start(self, after: Callable[[], None] = lambda: None) -> None:
-        """Step in a thread of the engine's own, until `close`. It calls `after` after every step,
-        and once a second while there is none; an error in that, or in a step, ends the thread.
+        """Step in a thread until `close`. It calls `after` after every step, and once a second
+        without one; an error in that, or in a step, ends the thread.
         """
         assert self._thread is None
         disband()  # the engine's thread has its own team
@@ -289,49 +291,33 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def check(self) -> None:
-        """Raise AssertionError if, between steps, it does not hold what its requests need."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        ids = [row.request.id for row in (*running, *waiting, *self._inbox)]
-        assert sorted(ids) == sorted(self._rows), "every request waits or runs once"
-        assert len({row.slot for row in running}) == len(running) <= self._runner.slots
-        assert all(row.stream.ended is None for row in self._rows.values())
-        assert all(row.reader is None or row.reader in running for row in running)
-        self._runner.check(running)
-        self.adapters.check()
-
     def _serve(self, after: Callable[[], None]) -> None:
         while not self._closing:
             self._wake.clear()
             worked = self.step()
             after()
             if not worked and not self._wake.wait(1.0) and not self._rows:
-                self.adapters.look()
+                self.adapters.check_memory()
 
     def _fail(self, row: Row, error: BaseException) -> None:
-        """End a request that an error was raised for."""
-        ours = isinstance(error, LorafoldError)
-        message = str(error) if ours else f"{type(error).__name__}: {error}"
-        setting = error.setting if isinstance(error, Unfit) else ""
-        fault = f"its {setting} admits no more" if setting else message if ours else place(error)
+        message, fault, setting = f"{type(error).__name__}: {error}", place(error), ""
+        if isinstance(error, LorafoldError):
+            message = fault = str(error)
+        if isinstance(error, Unfit):
+            fault, setting = f"its {error.setting} admits no more", error.setting
         self._end(row, "failed", message, fault, setting)
 
     def _end(
         self, row: Row, reason: Reason, message: str = "", fault: str = "", setting: str = ""
     ) -> None:
-        """Free what a request holds, and put its last event.
-
-        Args:
-            fault: the same in words that have nothing of the request's texts.
-            setting: the setting that it follows from.
-        """
+        """Free what a request holds, and put its last event, as `Ended` has it."""
         if row in self._scheduler.running:
             self._scheduler.leave(row)
             self._runner.release(row, well=reason in ("end", "length", "stop"))
         elif row in self._scheduler.waiting:
             self._scheduler.waiting.remove(row)
         if row.entry is not None:
-            if row.held is not None:
+            if row.adapter is not None:
                 self.adapters.release(row.entry)
             self.adapters.unbind(row.entry)
         with self._lock:
@@ -344,15 +330,13 @@ class Engine:
         if row.entry is None:
             return True
         try:
-            row.held = self.adapters.lease(row.entry)
+            row.adapter = self.adapters.lease(row.entry)
         except LorafoldError as error:
             self._fail(row, error)
-        return row.held is not None
+        return row.adapter is not None
 
     def _pass(self, batch: Batch) -> None:
-        """Compute a batch, or, if that raises, both halves of it. A half that was computed has
-        moved on, so that the other half writes behind it.
-        """
+        """Compute a batch, or, if that raises, both halves of it."""
         rows, counts = batch
         try:
             logits_BV = self._runner.forward(rows, counts)
@@ -363,7 +347,7 @@ class Engine:
             n = len(rows) // 2
             self._pass(Batch(rows[:n], counts[:n]))
             self._pass(Batch(rows[n:], counts[n:]))
-            if all(row.stream.ended for row in rows):  # the fault is no request's
+            if all(row.stream.ended for row in rows):  # it is not the fault of a request
                 self._runner.rebuild()
                 for row in self._scheduler.running:
                     row.filled = row.cached = 0
@@ -374,7 +358,7 @@ class Engine:
         done = [(b, row) for b, row in enumerate(rows) if not row.pending]
         for b, row in tuple(done):
             if others := self._scheduler.joined(row):
-                self._guarded(row, partial(self._runner.share, row, others))
+                self._guarded(row, self._runner.share, row, others)
                 done += [(b, other) for other in others if not other.pending]
         self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
 
@@ -386,18 +370,17 @@ class Engine:
         rows = [(b, row) for b, row in rows if row.stream.ended is None]
         choices = chosen([row.sampler for _, row in rows], picked(logits_BV, [b for b, _ in rows]))
         for (_, row), choice in zip(rows, choices, strict=True):
+            self._guarded(row, self._take, row, choice)
 
-            def take(row: Row = row, choice: SampledToken | Exception = choice) -> None:
-                if isinstance(choice, Exception):
-                    raise choice
-                if (reason := row.take(choice)) is not None:
-                    self._end(row, reason)
+    def _take(self, row: Row, choice: SampledToken | Exception) -> None:
+        if isinstance(choice, Exception):
+            raise choice
+        if (reason := row.take(choice)) is not None:
+            self._end(row, reason)
 
-            self._guarded(row, take)
-
-    def _guarded(self, row: Row, do: Callable[[], None]) -> None:
+    def _guarded(self, row: Row, call: Callable[..., None], *args: Any) -> None:
         try:
-            do()
+            call(*args)
         except STOPS:
             raise
         except BaseException as error:  # a panic in a tokenizer is no Exception

@@ -1,15 +1,11 @@
-"""The fast path: the model's own classes with faster parts, recognized by what they compute.
+"""The fast path: faster parts in place of the model's own, recognized by what they compute.
 
-    fast_path(model, structure, deltas, operations, rows=16, stack=stack)
-
-Norms, rotary embeddings and gated MLPs are those of training
-(`lorafold.training_step.fused_modules`). Matrices of 16 bits on a CPU are kept once more in the
-order that oneDNN's kernel wants, in bf16 where the processor has products in it and else in fp32,
-those that read the same tensor as one; what adapters add is the start of the kernel's sum: one
-product and one rounding. With 16 rows, the product with a matrix of 1536 x 576 takes 70 us and by
-`F.linear` 300 on two cores of an AMD EPYC, and with one of 3072 x 576 0.9 ms and 6.5 on one core of
-an EPYC without AVX-512. Whatever does not fit keeps its own code, so the plain path stays the
-specification.
+Norms, rotary embeddings and gated MLPs are training's (`lorafold.training_step.fused_modules`).
+16-bit matrices on a CPU are copied into the order of oneDNN's kernel, those that read the same
+tensor as one, in bf16 if the processor multiplies that and else in fp32; the adapters' updates are
+the start of the kernel's sum, so there is one matmul and one rounding. With 16 rows, a matmul with
+1536 x 576 takes 70 us instead of `F.linear`'s 300 on two cores of an AMD EPYC, and with 3072 x 576
+0.9 ms instead of 6.5 on one core of an EPYC without AVX-512. Other modules keep their own code.
 """
 
 from __future__ import annotations
@@ -44,23 +40,18 @@ def fast_path(
     rows: int,
     stack: ExitStack,
 ) -> None:
-    """Replace what can be replaced until the stack is closed.
-
-    Args:
-        model: the model, frozen, in evaluation mode.
-        operations: those of its norms and rotary embeddings.
-        rows: how many rows a pass usually has.
+    """Replace parts of a frozen model in evaluation mode until the stack is closed; a pass usually
+    has so many rows.
     """
-    stack.enter_context(
-        fused(model, False, operations.rms_norm, operations.rotary, operations.gated)
-    )
+    norm, rotary, gated = operations.rms_norm, operations.rotary, operations.gated
+    stack.enter_context(fused(model, False, norm, rotary, gated))
     known: dict[Any, int] = {}
     for group in structure.groups:
-        found = {path: model.get_submodule(path) for path in group}
         fits = {
             path: module
-            for path, module in found.items()
-            if packable(module) and not deltas_on(module, deltas.base)
+            for path in group
+            if packable(module := model.get_submodule(path))
+            and not deltas_on(module, deltas.base)
         }
         if not fits:
             continue
@@ -99,11 +90,6 @@ def packed_bytes(model: nn.Module) -> int:
 class Packed:
     """Matrices that read the same tensor, as one in the kernel's order. The first that is called
     computes the outputs of all.
-
-    Args:
-        deltas: the engine's deltas on the model.
-        rows: how many rows a pass usually has.
-        known: from how many rows on kernels of a shape are steady, which is found out once.
     """
 
     def __init__(
@@ -141,12 +127,10 @@ class Packed:
         self._left: dict[str, Tensor] = {}  # outputs for x that were not asked for yet
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
-        """The output of the module at a path."""
         deltas, module = self.deltas, self.modules[path]
-        own = not deltas.mixing and deltas_on(module, deltas.selection.names)
-        if own or x.dtype != self.dtype:
-            y: Tensor = type(module).forward(module, x)
-            return y
+        adapted = not deltas.mixing and deltas_on(module, deltas.selection.names)
+        if adapted or x.dtype != self.dtype:
+            return type(module).forward(module, x)
         y = self._output(path, x)
         return deltas.products.changed(path, layer_of(module), x, y) if deltas.mixing else y
 
@@ -162,12 +146,7 @@ class Packed:
         return y
 
     def product(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        """W x + b + onto (..., out + ...), rounded once.
-
-        Args:
-            x: (..., in), in the dtype of the matrices.
-            onto: what is added, in that dtype, or None.
-        """
+        """W x + b + onto (..., out + ...), rounded once."""
         rows = x.numel() // x.shape[-1]
         given = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
         if self._least > FEW:
@@ -181,14 +160,12 @@ class Packed:
 
     def _kernel(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if onto is None:
-            y: Tensor = self._plain(x, self._w, self._bias, "none", [], "")
-        else:
-            y = self._added(x, onto, self._w, self._bias, "add")
-        return y
+            return self._plain(x, self._w, self._bias, "none", [], "")
+        return self._added(x, onto, self._w, self._bias, "add")
 
     def _onto(self, x: Tensor) -> Tensor | None:
         products = self.deltas.products
-        if not self.deltas.mixing or products.plan.products.isdisjoint(self.paths):
+        if not self.deltas.mixing or products.plan.low_rank.isdisjoint(self.paths):
             return None
         return products.product(self.paths, x, self.layers)
 

@@ -1,19 +1,14 @@
-"""The keys and values of every running request, in one buffer a layer: (slots, Hk, columns, D).
+"""The KV cache of all running requests, in one buffer a layer: (slots, Hk, columns, D).
 
-    cache = SlotCache(16, 1024, 256, operations)
-    model(ids_BT, cache=cache.view(slice(0, 16), start_B, T), position_ids=...)
+A request has a slot, a row of the buffers. A forward pass gets a `SlotView` in place of
+transformers' cache: it writes T tokens of each of its rows from that row's own position on, and
+reads the rows up to the longest. The mask (`lorafold.engine.operations`) finds the rows' positions
+in `get_query_offset`. A slot is zeroed before it is used again, since 0 times a stale NaN in a
+masked position would be NaN.
 
-A request has a slot, that is a row of the buffers. A view is what one forward pass gets in place
-of transformers' cache: it writes T tokens of each of its rows from that row's own position on, and
-reads the rows up to the longest. What a row may see is for the mask (`lorafold.engine.operations`),
-which finds the rows' positions in `get_query_offset`. A slot is zeroed before it is used again,
-since 0 times a stale NaN in a masked position would be NaN.
-
-`KeptPrefixes` knows what free slots still hold, so that a request whose prompt begins the same goes
-on from there. Keys and values follow from the base, the adapter and the tokens before. Tokens alone
-would give one adapter's cache to another (vLLM #30931), and names that of files which were replaced
-(#42125); so a beginning is found under its own `PrefixKey` only. The last token of a prompt is
-always computed, since its logits are needed.
+`KeptPrefixes` has the content of free slots, for requests with the same prefix. Found by tokens
+alone, one adapter's cache would serve another (vLLM #30931), and by name that of files which were
+replaced (#42125); so a prefix is found under its own `PrefixKey` only.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain, count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,14 +30,8 @@ STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
 
 
 class SlotCache:
-    """The buffers of all layers, which are made when a layer first writes, and grow to the length
-    as rows need it: a model may have positions for far more tokens than its requests have.
-
-    Args:
-        slots: how many requests run at a time.
-        length: the most tokens of one.
-        padding: the most tokens that are written behind those.
-        whole: always read whole slots, so that shapes never change.
+    """The buffers of all layers, which are made when a layer first writes, and grow up to `length`
+    tokens, and `padding` behind those; with `whole` all passes read whole slots.
     """
 
     def __init__(
@@ -54,21 +43,18 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
 
     def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The keys and the values (slots, Hk, columns, D) of a layer.
-
-        Args:
-            key, value: what the layer computed, (B, Hk, T, D), for the shapes.
-            width: the least number of columns.
+        """The keys and the values (slots, Hk, columns, D) of a layer that computed (B, Hk, T, D),
+        with so many columns at least.
         """
-        for held, like in ((self.keys, key), (self.values, value)):
-            old = held.get(layer)
+        for buffers, like in ((self.keys, key), (self.values, value)):
+            old = buffers.get(layer)
             if old is None or old.shape[2] < width:
-                held[layer] = self._grown(old, like, width)
+                buffers[layer] = self._grown(old, like, width)
         return self.keys[layer], self.values[layer]
 
     def _grown(self, old: Tensor | None, like: Tensor, width: int) -> Tensor:
         before = 0 if old is None else old.shape[2]
-        # padding is written where a long prompt is read, which few have
+        # padding is written behind long prompts alone
         most = self.filled if width <= self.filled else self.length
         shape = (self.slots, like.shape[1], min(most, max(width, 2 * before)), like.shape[3])
         with torch.inference_mode(False):
@@ -78,65 +64,51 @@ class SlotCache:
         return buffer
 
     def zero(self, slot: int, after: int = 0) -> None:
-        """Forget what a slot holds after its first tokens."""
-        for buffer in self._buffers():
+        """Forget the tokens of a slot after the first ones."""
+        for buffer in self.all_buffers():
             buffer[slot, :, after:].zero_()
 
     def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
         """Copy the first tokens of a slot to other ones."""
-        for buffer in self._buffers():
+        for buffer in self.all_buffers():
             for target in targets:
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
     def swap(self, a: int, b: int, tokens: int) -> None:
-        """Exchange the first tokens of two slots.
-
-        Args:
-            tokens: how many tokens the fuller one holds.
-        """
-        for buffer in self._buffers():
+        """Exchange the first tokens of two slots."""
+        for buffer in self.all_buffers():
             buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
 
-    def is_finite(self, slot: int) -> bool:
-        """Whether all that a slot holds are finite numbers."""
-        return all(bool(buffer[slot].isfinite().all()) for buffer in self._buffers())
-
-    def _buffers(self) -> Iterator[Tensor]:
+    def all_buffers(self) -> Iterator[Tensor]:
+        """All keys and values, each (slots, Hk, columns, D)."""
         return chain(self.keys.values(), self.values.values())
 
     def width(self, longest: int) -> int:
-        """How many columns a pass reads whose longest row has that many tokens."""
+        """The columns that a pass reads whose longest row has that many tokens."""
         return self.length if self.whole else min(self.length, columns(longest))
 
     def emptied(self) -> SlotCache:
-        """Another one of the same sizes, without buffers."""
+        """A cache of the same sizes without buffers."""
         fresh = copy(self)
         fresh.keys, fresh.values = {}, {}
         return fresh
 
 
 def columns(tokens: int) -> int:
-    """How many columns so many tokens take."""
+    """The columns for so many tokens."""
     return -(-tokens // STEP) * STEP
 
 
 class SlotView(Cache):
-    """Rows of a `SlotCache` as the cache of forward passes; `aim` says of which.
-
-    Deltas may keep things with it, as they may with any cache.
-    """
+    """Rows of a `SlotCache` as the cache of forward passes; `aim` chooses them."""
 
     def __init__(self, of: SlotCache) -> None:
         super().__init__(layers=[])
         self.of = of
 
     def aim(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
-        """Point the view at a pass, and return it.
-
-        Args:
-            rows: the slots of the pass: a range, or indices (B,).
-            start_B: how many tokens each row holds already.
-            tokens: how many tokens T the pass writes to each row.
+        """Point the view at the slots of a pass, which writes so many tokens to each after the
+        start_B that it has.
         """
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
@@ -151,17 +123,11 @@ class SlotView(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values (B, Hk, T, D) of a layer, and return those of the whole rows,
         (B, Hk, width, D).
-
-        Args:
-            *args, **kwargs: what transformers passes to other caches.
         """
-        found = []
-        states = (key_states, value_states)
-        buffers = self.of.buffers(layer_idx, *states, self.width)
-        for buffer, new in zip(buffers, states, strict=True):
+        keys, values = self.of.buffers(layer_idx, key_states, value_states, self.width)
+        for buffer, new in ((keys, key_states), (values, value_states)):
             self.of.operations.write(buffer, new, self.row_B, self.start_B)
-            found.append(buffer[self.rows, :, : self.width])
-        return found[0], found[1]
+        return keys[self.rows, :, : self.width], values[self.rows, :, : self.width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.start_B.max())
@@ -179,13 +145,8 @@ class SlotView(Cache):
 
 @dataclass(frozen=True)
 class PrefixKey:
-    """What keys and values were computed with, beside their tokens and the engine's one base. No
-    name is part of it.
-
-    Args:
-        digest: the digest of the adapter's files, "" for the base.
-        generation: the number of the call that made the adapter known, 0 for the base.
-        tenant: on whose behalf; nobody's slot serves another.
+    """What keys and values depend on, besides their tokens and the engine's base: the digest of the
+    adapter's files ("" for the base), the number of the call that made it known, and the tenant.
     """
 
     digest: str
@@ -193,33 +154,27 @@ class PrefixKey:
     tenant: str
 
 
-@dataclass(frozen=True)
-class _Slot:
+class KeptSlot(NamedTuple):
+    """The content of a free slot; later ones have a larger `age`."""
+
     prefix: PrefixKey
     tokens: tuple[int, ...]
-    since: int
+    age: int
 
 
 class KeptPrefixes:
-    """The free slots that hold something, by their number."""
+    """The free slots with content, by their number."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, _Slot] = {}
+        self.slots: dict[int, KeptSlot] = {}
         self._clock = count(1)
 
     def keep(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
-        """Remember what a slot holds.
-
-        Args:
-            slot: the slot, which is free now.
-            prefix: what it was computed with.
-            tokens: the tokens whose keys and values it has.
-        """
-        self.slots[slot] = _Slot(prefix, tuple(tokens), next(self._clock))
+        """Remember the content of a slot that became free."""
+        self.slots[slot] = KeptSlot(prefix, tuple(tokens), next(self._clock))
 
     def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:
-        """The slot that has most of the prompt's first tokens, and how many; (-1, 0) if none has
-        any.
+        """The slot with most of the prompt's first tokens, and how many; (-1, 0) if none has any.
         """
         best, most = -1, 0
         for slot, kept in self.slots.items():
@@ -228,24 +183,20 @@ class KeptPrefixes:
         return best, most
 
     def age(self, slot: int) -> int:
-        """The larger, the later a free slot was kept; 0 if it holds nothing."""
-        return self.slots[slot].since if slot in self.slots else 0
+        """The age of a free slot, 0 if it is empty."""
+        return self.slots[slot].age if slot in self.slots else 0
 
     def length(self, slot: int) -> int:
-        """How many tokens a free slot holds."""
+        """The number of tokens in a free slot."""
         return len(self.slots[slot].tokens) if slot in self.slots else 0
 
     def moved(self, source: int, target: int) -> None:
-        """A slot's content, if it holds any, is in another free slot now."""
+        """The content of a free slot, if any, is in another one now."""
         if source in self.slots:
             self.slots[target] = self.slots.pop(source)
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
+    """The length of the common prefix of two sequences."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -2,16 +2,13 @@
 
     y_b = g (W x_b + up down x_b + bias) + c        of the place p(b) of row b's adapter
 
-What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
-factors are in `Stacks`, and so are gains and offsets, if an adapter has any, so that a step gathers
-nothing (Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285).
-Requests of one adapter share its place. Adapters of other kinds compute their rows over the same
-output. Rows of the base are computed by nothing.
+The update of low-rank adapters is accumulated onto the base's matmul before its one rounding. The
+factors of running adapters are in `Stacks`, with gains and offsets, so that a step gathers nothing
+(Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Requests
+of one adapter share its place. Other deltas compute their rows over the base's output.
 
-A pass of rows of one adapter that can't be mixed runs under that adapter's deltas themselves, which
-are on the model while one of its requests runs; so any method works there, also where a model reads
-folded weights. `ActiveDeltas` lays both on the model's modules, the engine's own deltas when the
-first adapter comes that changes a module.
+Rows of an adapter that can't be mixed have passes of their own, under its deltas themselves, which
+are on the model while one of its requests runs; so every method works there.
 """
 
 from __future__ import annotations
@@ -41,54 +38,48 @@ from lorafold.ops.decoding import Product, SlotFactors
 from lorafold.ops.host_tensors import sent
 
 log = logging.getLogger(__name__)
-OWN = "lorafold-engine"
-FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # stacks, and what is in no place
+OWN = "lorafold-engine"  # the name of the engine's deltas
+FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # of places that are free, by stack
 NOBODY = 0  # the place of rows of the base, which stays zero
 
 
 class AdapterRows:
-    """Which adapter each row of a pass has.
-
-    Args:
-        held: the adapter of each of the B rows, or None.
-        places: where the factors of each are.
-        each: compute each row on its own, so that shapes never depend on the others.
+    """The adapter of each of the B rows of a pass, or None for the base, and the places of their
+    factors. With `each`, rows are computed one by one, so that shapes never depend on the others.
     """
 
     def __init__(
         self,
-        held: Sequence[LoadedAdapter | None],
+        adapters: Sequence[LoadedAdapter | None],
         places: Mapping[LoadedAdapter, int],
         each: bool = False,
     ) -> None:
-        self.held = tuple(held)
-        found = [h for h in held if h is not None]
-        self.products = frozenset().union(*(h.products for h in found))
-        self.gains = frozenset().union(*(h.gains.keys() for h in found))
-        self.others = frozenset().union(*(h.deltas.keys() for h in found))
-        self.paths = self.products | self.gains | self.others  # all that an adapter changes
-        self.each = each
-        self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
+        self.adapters, self.each = tuple(adapters), each
+        present = [adapter for adapter in adapters if adapter is not None]
+        self.low_rank = frozenset().union(*(adapter.low_rank for adapter in present))
+        self.gains = frozenset().union(*(adapter.gains.keys() for adapter in present))
+        self.others = frozenset().union(*(adapter.deltas.keys() for adapter in present))
+        self.paths = self.low_rank | self.gains | self.others
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}
-        self.places = torch.tensor([NOBODY if h is None else places.get(h, NOBODY) for h in held])
-        self.one: dict[tuple[str, ...], Product] = {}  # by paths
+        self.places = torch.tensor([places.get(a, NOBODY) if a else NOBODY for a in adapters])
+        self.products: dict[tuple[str, ...], Product] = {}  # by paths
         self._at: int | slice | Tensor | None = None
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
-        """The deltas at a module that are no products, each with its rows (n,), on the device."""
+        """The deltas of other kinds at a module, each with its rows (n,), on the device."""
         if path not in self._by_path:
             rows: dict[Any, tuple[Delta, list[int]]] = {}
-            for b in self._with_others:
-                delta = self.held[b].deltas.get(path)  # type: ignore[union-attr]
+            for b, adapter in enumerate(self.adapters):
+                delta = None if adapter is None else adapter.deltas.get(path)
                 if delta is not None:
                     rows.setdefault(b if self.each else id(delta), (delta, []))[1].append(b)
             self._by_path[path] = [(d, self._sent(tuple(at), device)) for d, at in rows.values()]
         return self._by_path[path]
 
     def at(self, device: torch.device) -> int | slice | Tensor:
-        """What picks the places of the rows from a stack (places, ...): of one place one of them,
-        of neighbours a part without a copy.
+        """An index of the rows' places in a stack (places, ...), without a copy for one place or
+        for neighbours.
         """
         if self._at is None:
             first, n = int(self.places[0]), len(self.places)
@@ -101,7 +92,7 @@ class AdapterRows:
         return self._at
 
     def _sent(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        if rows not in self._rows:  # for all modules
+        if rows not in self._rows:
             self._rows[rows] = sent(torch.tensor(rows), device)
         return self._rows[rows]
 
@@ -116,33 +107,28 @@ class EngineDelta(Opaque):
     def forward(self, layer: Layer, x: Tensor, *args: Any, onto: Tensor | None = None) -> Tensor:
         products = self._products[0]
         plan = products.plan
-        d = products.product((self.path,), x, [layer]) if self.path in plan.products else None
+        d = products.product((self.path,), x, [layer]) if self.path in plan.low_rank else None
         y: Tensor = layer(x, *args, onto=add(d, onto) if d is not None else onto)
         return products.changed(self.path, layer, x, y)
 
 
 class Products:
-    """The stacks of all shapes, and the plan of the pass that runs.
-
-    Args:
-        structure: what is known of the model.
-        slots: how many requests run at a time.
-    """
+    """The stacks of all shapes, and the plan of the pass that runs."""
 
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
         self.plan, self._slots, self._room = AdapterRows([], {}), slots, NOBODY + 1
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
-        self.places: dict[LoadedAdapter, int] = {}  # of those
+        self.places: dict[LoadedAdapter, int] = {}
         self._least: dict[torch.dtype, int] = {}
-        self.in_blocks = False  # whether no number of rows is steady in torch's own products
+        self.in_blocks = False  # whether no number of rows is steady in torch's own matmuls
 
-    def place(self, slot: int, held: LoadedAdapter) -> None:
+    def place(self, slot: int, adapter: LoadedAdapter) -> None:
         """Give a slot an adapter."""
         assert slot not in self.placed
-        self.placed[slot] = held
-        if held in self.places:
+        self.placed[slot] = adapter
+        if adapter in self.places:
             return
         taken = {NOBODY, *self.places.values()}
         place = next(n for n in count() if n not in taken)
@@ -150,101 +136,90 @@ class Products:
             self._room = min(self._slots + 1, 2 * self._room)
             for stacks in self.stacks:
                 stacks.widen(self._room)
-        self.places[held] = place
-        for i, factors in held.factors.items():
+        self.places[adapter] = place
+        for i, factors in adapter.factors.items():
             self.stacks[i].place(place, factors)
-        for path, (g, c) in held.gains.items():
+        for path, (g, c) in adapter.gains.items():
             shape, index = self.where[path]
             self.stacks[shape].gain(place, index, g, c)
 
     def clear(self, slot: int) -> None:
         """Take a slot's adapter away, if it has one."""
-        held = self.placed.pop(slot, None)
-        if held is None or held in self.placed.values():
+        adapter = self.placed.pop(slot, None)
+        if adapter is None or adapter in self.placed.values():
             return
-        place = self.places.pop(held)
-        for i in {*held.factors, *(self.where[path][0] for path in held.gains)}:
+        place = self.places.pop(adapter)
+        for i in {*adapter.factors, *(self.where[path][0] for path in adapter.gains)}:
             self.stacks[i].clear(place)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
-        """What the low-rank adapters of the plan add at matrices that read the same tensor, side by
-        side: (B, T, out + ...).
-
-        Args:
-            paths: the modules' paths, at least one of them among the plan's products.
-            x: what they read (B, T, in).
+        """The low-rank updates (B, T, out + ...) of the plan's adapters at matrices that all read
+        x (B, T, in), side by side.
         """
         plan = self.plan
         if plan.each:
-            found = [self._by_row(*at, x) for at in zip(paths, layers, strict=True)]
-            return torch.cat(found, -1) if len(found) > 1 else found[0]
-        if paths not in plan.one:
-            parts = [self._part(path) for path in paths]
-            plan.one[paths] = self.operations.low_rank(parts, plan.places)
+            updates = [self._by_row(*at, x) for at in zip(paths, layers, strict=True)]
+            return torch.cat(updates, -1) if len(updates) > 1 else updates[0]
+        if paths not in plan.products:
+            factors = [self._factors(path) for path in paths]
+            plan.products[paths] = self.operations.low_rank(factors, plan.places)
         flat = x.reshape(len(x), -1, x.shape[-1])
-        return plan.one[paths](flat).view(*x.shape[:-1], -1)
+        return plan.products[paths](flat).view(*x.shape[:-1], -1)
 
     def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """The output (B, T, out) of a module after the plan's gains, and after those of its deltas
-        that are of no form.
-
-        Args:
-            x: its input (B, T, in).
+        """The output y (B, T, out) of a module that reads x (B, T, in) after the plan's gains and
+        deltas of other kinds.
         """
         if path in self.plan.gains:
-            y = self._gained(path, y)
+            shape, index = self.where[path]
+            tensors, at = self.stacks[shape].tensors, self.plan.at(y.device)
+            c = tensors["offsets"][index][at] if "offsets" in tensors else None
+            y = self.operations.scale(y, tensors["gains"][index][at], c)
         deltas = self.plan.deltas_at(path, y.device) if path in self.plan.others else ()
         for delta, rows in deltas:
-            own, its = x[rows], y[rows]
+            x_n, y_n = x[rows], y[rows]
             # kernels sum few tokens in an order of their own
-            many = -(-self.least(x.dtype, x.device) * own.shape[-1] // own.numel())
+            many = -(-self.least(x.dtype, x.device) * x_n.shape[-1] // x_n.numel())
             if many > 1:
-                own, its = (torch.cat([t] * many) for t in (own, its))
+                x_n, y_n = (torch.cat([t] * many) for t in (x_n, y_n))
             with InBlocks(FEW) if self.in_blocks else nullcontext():
-                part = delta(Given(layer, its, own), own)[: len(rows)]
+                part = delta(Given(layer, y_n, x_n), x_n)[: len(rows)]
             y = y.index_copy(0, rows, part.to(y.dtype))
         return y
 
     def least(self, dtype: torch.dtype, device: torch.device) -> int:
-        """From how many tokens on torch's own products with the model's matrices have the same bits
-        whatever the number of tokens; 2 where that is not known, and where they are computed in
-        blocks, as no number is steady.
+        """From how many tokens on torch's own matmuls with the model's matrices are batch
+        invariant; 2 if that is not known, or if they are computed in blocks, as no number is.
         """
         if device.type != "cpu":
             return 2
         if dtype not in self._least:
             shapes = {(shape.out, shape.inn) for shape in self.structure.shapes}
-            found = max(2, plain_products(shapes, dtype))
-            if found > FEW and self._slots > 1:
+            least = max(2, plain_products(shapes, dtype))
+            if least > FEW and self._slots > 1:
                 log.warning(
                     "torch's products in %s depend on the number of rows here, so where the"
                     " engine computes with them (quantized weights, adapters that are no low-rank"
                     " products) they are computed %d rows at a time", dtype, FEW,
                 )  # fmt: skip
                 self.in_blocks = True
-            self._least[dtype] = found if found <= FEW else 2
+            self._least[dtype] = least if least <= FEW else 2
         return self._least[dtype]
 
-    def _gained(self, path: str, y: Tensor) -> Tensor:
-        shape, index = self.where[path]
-        stacks, at = self.stacks[shape], self.plan.at(y.device)
-        assert stacks.gains is not None
-        c = None if stacks.offsets is None else stacks.offsets[index][at]
-        return self.operations.scale(y, stacks.gains[index][at], c)
-
-    def _part(self, path: str) -> SlotFactors:
+    def _factors(self, path: str) -> SlotFactors:
         shape, index = self.where[path]
         stacks = self.stacks[shape]
-        if path not in self.plan.products or stacks.down is None or stacks.up is None:
+        if path not in self.plan.low_rank:
             return SlotFactors(None, None, torch.zeros_like(stacks.ranks), stacks.shape.out)
-        return SlotFactors(stacks.down[index], stacks.up[index], stacks.ranks, stacks.shape.out)
+        down, up = stacks.tensors["down"][index], stacks.tensors["up"][index]
+        return SlotFactors(down, up, stacks.ranks, stacks.shape.out)
 
     def _by_row(self, path: str, layer: Layer, x: Tensor) -> Tensor:
         shape, index = self.where[path]
         out = x.new_zeros(*x.shape[:-1], layer.shape[0])
-        for b, held in enumerate(self.plan.held):
-            if held is not None and path in held.products:
-                factors = held.factors[shape]
+        for b, adapter in enumerate(self.plan.adapters):
+            if adapter is not None and path in adapter.low_rank:
+                factors = adapter.factors[shape]
                 k = factors.index[index]
                 u = layer.op(x[b : b + 1], factors.down[k].t())
                 out[b] = torch.matmul(u.to(factors.up.dtype), factors.up[k])[0]
@@ -252,75 +227,64 @@ class Products:
 
 
 class Stacks:
-    """What the adapter in each place has for the n matrices of one shape, side by side. It is
-    copied there when an adapter's first request gets its slot.
+    """The factors, gains and offsets of the adapter in each place for the n matrices of one shape.
+    They are copied there when an adapter's first request gets its slot.
     """
 
     def __init__(self, shape: MatrixShapes, operations: Operations) -> None:
         self.shape, self.operations = shape, operations
         self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
-        self.down: Tensor | None = None  # (n, places, r, in)
-        self.up: Tensor | None = None  # (n, places, r, out)
-        self.gains: Tensor | None = None  # (n, places, out), 1 where there is none
-        self.offsets: Tensor | None = None  # (n, places, out)
+        # down (n, places, r, in), up (n, places, r, out), gains and offsets (n, places, out)
+        self.tensors: dict[str, Tensor] = {}
 
     def place(self, place: int, factors: Factors) -> None:
         """Copy an adapter's factors to a place, which is zero."""
-        rank = factors.down.shape[2]
-        if self.down is None or self.down.shape[2] < rank:
+        rank, tensors = factors.down.shape[2], self.tensors
+        if "down" not in tensors or tensors["down"].shape[2] < rank:
             self._grow(rank, factors.down)
-        assert self.down is not None
-        assert self.up is not None
-        self.down[factors.at, place, :rank] = factors.down.mT.to(self.down.dtype)
-        self.up[factors.at, place, :rank] = factors.up.to(self.up.dtype)
+        tensors["down"][factors.at, place, :rank] = factors.down.mT.to(tensors["down"].dtype)
+        tensors["up"][factors.at, place, :rank] = factors.up.to(tensors["up"].dtype)
         self.ranks[place] = rank
 
     def gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
         """Copy a gain and an offset (out,) to a place, for the matrix with that index."""
-        with torch.inference_mode(False):
-            shape = len(self.shape.paths), len(self.ranks), self.shape.out
-            if self.gains is None:
-                self.gains = g.new_ones(shape, dtype=torch.float32)
-            if self.offsets is None and c is not None:
-                self.offsets = g.new_zeros(shape, dtype=torch.float32)
-        self.gains[index, place] = g
-        if c is not None and self.offsets is not None:
-            self.offsets[index, place] = c
+        shape = len(self.shape.paths), len(self.ranks), self.shape.out
+        for name, value in (("gains", g), ("offsets", c)):
+            if value is not None:
+                if name not in self.tensors:
+                    with torch.inference_mode(False):
+                        stack = value.new_full(shape, FILLS[name], dtype=torch.float32)
+                    self.tensors[name] = stack
+                self.tensors[name][index, place] = value
 
     def clear(self, place: int) -> None:
-        """Have nothing in a place."""
-        for name, fill in FILLS.items():
-            if (stack := getattr(self, name)) is not None:
-                stack[:, place] = fill
+        """Empty a place."""
+        for name, stack in self.tensors.items():
+            stack[:, place] = FILLS[name]
         self.ranks[place] = 0
 
     def widen(self, places: int) -> None:
-        """Have so many places, which are more than there are."""
+        """Grow to so many places."""
         more = places - len(self.ranks)
         self.ranks = pad(self.ranks, (0, more))
         with torch.inference_mode(False):
-            for name, fill in FILLS.items():
-                if (stack := getattr(self, name)) is not None:
-                    wider = (*[0] * (2 * stack.dim() - 4), 0, more)
-                    setattr(self, name, pad(stack, wider, value=fill))
+            for name, stack in self.tensors.items():
+                wider = (*[0] * (2 * stack.dim() - 4), 0, more)
+                self.tensors[name] = pad(stack, wider, value=FILLS[name])
 
     def _grow(self, rank: int, like: Tensor) -> None:
-        n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
+        n, places, dtype = len(self.shape.paths), len(self.ranks), self.operations.stored(like)
         with torch.inference_mode(False):
-            dtype = self.operations.stored(like)
-            self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
-            self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
-        for new, t in zip((self.down, self.up), old, strict=True):
-            if t is not None:
-                new[:, : t.shape[1], : t.shape[2]] = t
+            for name, width in (("down", self.shape.inn), ("up", self.shape.out)):
+                stack, old = like.new_zeros(n, places, rank, width, dtype=dtype), self.tensors
+                if name in old:
+                    stack[:, :, : old[name].shape[2]] = old[name]
+                self.tensors[name] = stack
 
 
 class ActiveDeltas:
-    """The engine's deltas on one model.
-
-    Args:
-        model: the model; adapters that are active on it now belong to the base.
-        products: the factors of the running adapters.
+    """The deltas of running adapters on the model; those that are active when it begins belong to
+    the base.
     """
 
     def __init__(self, model: nn.Module, products: Products) -> None:
@@ -328,31 +292,31 @@ class ActiveDeltas:
         self.selection = selection_of(model)
         self.base = self.selection.names
         self.mixing = False  # whether a pass under the plan runs
-        self.aware: set[str] = set()  # modules whose own fast forward looks at the plan
-        self._sites: set[str] = set()
-        self._fused: dict[str, Any] = {}  # modules with deltas whose fast forward knows of none
-        self._apart: Counter[LoadedAdapter] = Counter()
+        self.aware: set[str] = set()  # modules whose fast forward applies the plan itself
+        self._targets: set[str] = set()  # modules with the engine's deltas
+        self._fused: dict[str, Any] = {}  # modules with deltas that their fast forward ignores
+        self._alone: Counter[LoadedAdapter] = Counter()
 
-    def hold(self, held: LoadedAdapter) -> None:
-        """Make ready for passes with this adapter, until `drop`."""
-        if held.apart:
-            self._apart[held] += 1
-            if self._apart[held] == 1:
-                for path, delta in held.deltas.items():
-                    self._lay(path, held.entry.key, delta)
+    def lay(self, adapter: LoadedAdapter) -> None:
+        """Make ready for passes with this adapter, until `lift`."""
+        if adapter.alone:
+            self._alone[adapter] += 1
+            if self._alone[adapter] == 1:
+                for path, delta in adapter.deltas.items():
+                    self._lay(path, adapter.entry.key, delta)
             return
-        for path in sorted(held.paths - self._sites):
+        for path in sorted(adapter.paths - self._targets):
             self._lay(path, OWN, EngineDelta(self.products, path))
-            self._sites.add(path)
+            self._targets.add(path)
 
-    def drop(self, held: LoadedAdapter) -> None:
-        """Undo one `hold`."""
-        if held.apart:
-            self._apart[held] -= 1
-            if not self._apart[held]:
-                del self._apart[held]
-                for path in held.deltas:
-                    self._lift(path, held.entry.key)
+    def lift(self, adapter: LoadedAdapter) -> None:
+        """Undo one `lay`."""
+        if adapter.alone:
+            self._alone[adapter] -= 1
+            if not self._alone[adapter]:
+                del self._alone[adapter]
+                for path in adapter.deltas:
+                    self._lift(path, adapter.entry.key)
 
     @contextmanager
     def mixed(self, plan: AdapterRows) -> Iterator[None]:
@@ -365,19 +329,19 @@ class ActiveDeltas:
             self.mixing = False
 
     @contextmanager
-    def alone(self, held: LoadedAdapter) -> Iterator[None]:
+    def alone(self, adapter: LoadedAdapter) -> Iterator[None]:
         """A pass whose rows all have this adapter, which can't be mixed."""
-        with self._active(held.paths, held.entry.key):
+        with self._active(adapter.paths, adapter.entry.key):
             yield
 
     def close(self) -> None:
         """Take everything off the model."""
-        for held in list(self._apart):
-            self._apart[held] = 1
-            self.drop(held)
-        for path in self._sites:
+        for adapter in list(self._alone):
+            self._alone[adapter] = 1
+            self.lift(adapter)
+        for path in self._targets:
             self._lift(path, OWN)
-        self._sites.clear()
+        self._targets.clear()
 
     @contextmanager
     def _active(self, paths: frozenset[str], *names: str) -> Iterator[None]:

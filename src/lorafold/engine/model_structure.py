@@ -1,10 +1,4 @@
-"""What the engine finds out about a model, by running it once: nothing depends on its name.
-
-    structure = structure_of(model)
-    structure.why           "" if rows at different positions can share a pass, else why not
-    structure.rowwise       the modules whose input and output have one row for each of the batch
-    structure.shapes        the matrices among them, by shape
-    structure.groups        the matrices that read the same tensor, such as those of q, k and v
+"""The structure of a model as the engine needs it, found by running it once, whatever its class.
 
 Three prompts of different lengths run in slots, in chunks and token by token; the logits must be
 those of each prompt alone. A model for which this fails (a recurrent state, positions that it
@@ -33,7 +27,8 @@ from lorafold.layers import is_linear, layer_of
 from lorafold.training_step.packed_attention import attending
 
 NAME = "lorafold_slots"
-KEPT = "lorafold_structure"  # the attribute of a model
+CACHED = "lorafold_structure"  # the attribute of a model with its structure
+TAKEN = "lorafold_engine"  # the attribute of a model that an engine has
 LENGTHS, CHUNK = (11, 5, 8), 4
 
 
@@ -48,16 +43,13 @@ class MatrixShapes:
 
 @dataclass(frozen=True)
 class Structure:
-    """What was found: why the model has no slots, if so, its modules that take rows, and groups of
-    matrices that read the same tensor one after the other; every matrix is in one. `routed` says
-    whether it has experts, each of which multiplies its tokens of all rows at once.
-    """
+    """How a model can be batched."""
 
-    why: str
-    rowwise: frozenset[str] = frozenset()
-    shapes: tuple[MatrixShapes, ...] = ()
-    groups: tuple[tuple[str, ...], ...] = ()
-    routed: bool = False
+    why: str  # "" if rows at different positions can share a pass, else why not
+    rowwise: frozenset[str] = frozenset()  # modules with one row for each of the batch
+    shapes: tuple[MatrixShapes, ...] = ()  # the matrices among them, by shape
+    groups: tuple[tuple[str, ...], ...] = ()  # those that read the same tensor, as q, k and v do
+    routed: bool = False  # whether it has experts, which compute tokens of all rows at once
 
     @cached_property
     def where(self) -> dict[str, tuple[int, int]]:
@@ -70,8 +62,8 @@ class Structure:
 
 
 def structure_of(model: Any) -> Structure:
-    """What `probe` finds. It is kept with the model, for as long as that has the same modules and
-    the same kinds of deltas are active on them.
+    """The result of `probe`, cached with the model as long as that has the same modules and the
+    same kinds of deltas are active on them.
     """
     names = selection_of(model).names
     modules = [
@@ -84,10 +76,10 @@ def structure_of(model: Any) -> Structure:
         for path, module in Anatomy.of(model).modules
     ]
     state = (model.dtype, model.device, modules)
-    kept: tuple[Any, Structure] | None = vars(model).get(KEPT)
-    if kept is None or kept[0] != state:
-        kept = vars(model)[KEPT] = (state, probe(model))
-    return kept[1]
+    cached: tuple[Any, Structure] | None = vars(model).get(CACHED)
+    if cached is None or cached[0] != state:
+        cached = vars(model)[CACHED] = (state, probe(model))
+    return cached[1]
 
 
 def slotted(model: Any, operations: Operations) -> Any:
@@ -99,14 +91,8 @@ def slotted(model: Any, operations: Operations) -> Any:
 def run(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
-    """The logits of a pass, (B, n, V), at the n indices that are kept.
-
-    Args:
-        model: a causal language model inside `slotted`.
-        view: the cache, aimed at the rows.
-        ids_BT: the tokens, padded on the right.
-        counts_B: how many of the T tokens of each row are no padding.
-        keep: the indices (n,) among the T tokens whose logits are wanted.
+    """The logits of a pass over ids_BT, padded on the right behind counts_B tokens, at the n
+    indices to keep: (B, n, V).
     """
     last_B1 = (view.start_B + counts_B - 1)[:, None]
     positions_BT = torch.minimum(view.position_BT, last_B1)
@@ -117,9 +103,7 @@ def run(
 
 
 def probe(model: Any) -> Structure:
-    """Run a causal language model on short prompts and find out how it can be batched. The model
-    and the random state stay unchanged.
-    """
+    """Run a causal language model on short prompts, and find how it can be batched."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in LENGTHS]
@@ -132,22 +116,22 @@ def probe(model: Any) -> Structure:
         ).float()
         try:
             with ExitStack() as stack, slotted(model, Operations()):
-                seen = _inputs_seen(model, stack)
+                inputs = _watch_inputs(model, stack)
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
     eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
     if not (together - alone).norm() <= eps * alone.norm():
         return Structure("in slots it computes other logits than alone")
-    rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
-    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)  # of matrices at these paths
+    rowwise = frozenset(path for path, fits in inputs.rows.items() if fits)
+    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
     for path, module in Anatomy.of(model).modules:
         if path in rowwise and is_linear(module):
             sizes[layer_of(module).shape].append(path)
-    found = tuple(MatrixShapes(*size, tuple(paths)) for size, paths in sizes.items())
-    matrices = {path for shape in found for path in shape.paths}
+    shapes = tuple(MatrixShapes(*size, tuple(paths)) for size, paths in sizes.items())
+    matrices = {path for paths in sizes.values() for path in paths}
     routed = any(isinstance(module, Matrices) for _, module in Anatomy.of(model).modules)
-    return Structure("", rowwise, found, seen.groups(matrices), routed)
+    return Structure("", rowwise, shapes, inputs.groups(matrices), routed)
 
 
 def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
@@ -175,55 +159,47 @@ def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     return torch.stack([out[b] for b in range(rows)])
 
 
-class _Seen:
-    """The inputs of the modules with a matrix in one or several passes: `rows` says of each whether
-    all its inputs have one row for each of the batch.
+class _Inputs:
+    """The inputs of the modules with a matrix; `rows` has True for those whose inputs all have one
+    row for each of the batch.
     """
 
     def __init__(self) -> None:
         self.rows: dict[str, bool] = {}
         self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
 
-    def look(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """See what the module at a path reads, which has so many dimensions if it has rows."""
+    def record(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Record the input of a module, which has so many dimensions if it has rows."""
         x = args[0] if len(args) == 1 and not kwargs else None
         fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
         self.rows[path] = self.rows.get(path, True) and fits
         self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
 
     def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
-        """Those of the paths that read the same tensor, in the order of the first pass."""
-        found: list[tuple[str, ...]] = []
-        before: Any = None
-        known: set[str] = set()
+        """The paths that read the same tensor, in the order of the first pass."""
+        groups: list[list[str]] = []
+        before: Any = (None, 0)
         for path, *read in self.calls:
-            if path in paths - known:
-                same = before is not None and read[0] is before[0] and read[1] == before[1]
-                found[-1:] = [(*found[-1], path)] if same else [*found[-1:], (path,)]
-                known.add(path)
+            if path in paths:
+                same = groups and read[0] is before[0] and read[1] == before[1]
+                groups[-1].append(path) if same else groups.append([path])
+                paths = paths - {path}
             before = read
-        return tuple(found)
+        return tuple(map(tuple, groups))
 
 
-def _inputs_seen(model: nn.Module, stack: ExitStack) -> _Seen:
-    """What the modules with a matrix read, until the stack is closed."""
-    seen = _Seen()
+def _watch_inputs(model: nn.Module, stack: ExitStack) -> _Inputs:
+    inputs = _Inputs()
     for path, module in Anatomy.of(model).modules:
         layer = layer_of(module)
         if layer.linear or layer.takes_ids:
-            look = partial(seen.look, path, 2 if layer.takes_ids else 3)
-            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
-    return seen
+            record = partial(inputs.record, path, 2 if layer.takes_ids else 3)
+            stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
+    return inputs
 
 
-# the attribute of a model that an engine has
-TAKEN = "lorafold_engine"
-
-
-def taken(model: Any, stack: ExitStack) -> None:
-    """Take a model for one engine, none of whose parameters asks for gradients then, until the
-    stack is closed. Raises LorafoldError if another one has it.
-    """
+def take_model(model: Any, stack: ExitStack) -> None:
+    """Take a model for one engine, without gradients, until the stack is closed."""
     if TAKEN in vars(model):
         raise LorafoldError(
             "engine: found another one that has this model, expected that to be closed, or its"
@@ -238,14 +214,14 @@ def taken(model: Any, stack: ExitStack) -> None:
 
 
 def rows_apart(model: nn.Module, stack: ExitStack) -> None:
-    """Have every module of the model compute each row of its input apart, until the stack is
-    closed. bitsandbytes' int8 matmul chooses which inputs stay in 16 bits from all rows of a batch
-    (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339, section 3.2); the engine multiplies by the
-    dequantized matrix instead, as training does under adapters.
+    """Compute each row of every module's input by itself, until the stack is closed. bitsandbytes'
+    int8 matmul chooses from all rows of a batch which inputs stay in 16 bits (LLM.int8: Dettmers et
+    al. 2022, arXiv 2208.07339, section 3.2); the engine multiplies by the dequantized matrix
+    instead, as training does under adapters.
     """
     for _, module in Anatomy.of(model).modules:
         layer: Any = layer_of(module)
-        apart = isinstance(module, Adapted)  # its own forward is that of the layer
-        if layer.mixes_rows and not apart and "forward" not in vars(module):
+        adapted = isinstance(module, Adapted)  # its own forward is that of the layer
+        if layer.mixes_rows and not adapted and "forward" not in vars(module):
             module.forward = layer
             stack.callback(vars(module).pop, "forward", None)

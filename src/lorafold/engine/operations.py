@@ -1,27 +1,17 @@
-"""The operations of a pass: those of `ops.decoding`, and norms, rotations and gates without
-gradients, by their forms on one kind of device (`kernels.table`).
+"""The operations of a pass, in the forms of one kind of device (`kernels.table`), and batch
+invariance.
 
-Masks and attention are for rows that are at different positions:
+Masks and attention are for rows at different positions: q (B, H, T, D), k (B, Hk, K, D),
+v (B, Hk, K, Dv) -> (B, T, H, Dv), with the mask 0 if the model's own predicate (causal, sliding,
+chunked) lets position start + t see position j, else -inf.
 
-    o_t = sum_j p_tj v_j,   p_t = softmax_j(scale q_t k_j + m_tj),   m_tj = 0 where the model's own
-                            predicate lets position start + t see position j, else -inf
-
-q (B, H, T, D), k (B, Hk, K, D), v (B, Hk, K, Dv) -> (B, T, H, Dv). transformers asks a function of
-its registry for a model's mask and gives it a predicate on positions (causal, sliding, chunked);
-here that is evaluated at each row's own positions. `Operations.attend` computes with it.
-
-From how many rows on a product of this processor sums in one order, whatever their number:
+Kernels sum few rows in another order, so a request would compute other bits alone than batched:
 
     least = steady(kernel, x)       kernel(x[:n]) has the bits of kernel(x)[:n] for n >= least
-    with InBlocks(16): ...          every product of matrices takes 16 rows at a time, so that it
-                                    has the same bits where no number of rows is steady
+    with InBlocks(16): ...          matmuls take 16 rows at a time, for processors without a least
 
-A kernel has its own order of summation for few rows, where the processor's vectors would be half
-empty, so that a request would compute other bits alone than in company. It is measured, since it
-follows from the kernel, the shape and the processor together.
-
-`as_trained` makes the engine's numbers bit-identical to training's: attention runs the kernel of
-packed documents, so a query sums over its keys in a document's order.
+With `as_trained` the engine's results are bit-identical to training's: attention runs the kernel of
+packed documents, which sums over the keys in a document's order.
 """
 
 from __future__ import annotations
@@ -47,13 +37,12 @@ from lorafold.ops.scale import SCALE, scaled
 from lorafold.training_step.packed_attention import attend
 
 log = logging.getLogger(__name__)
-# a block has FEW rows where no number of them has an order of its own. Each number up to it is
-# tried: a kernel of blocks of 4 rows may sum 8 as it sums 12, and 9 otherwise
+# the numbers of rows that `steady` tries, each up to FEW: a kernel of blocks of 4 rows may sum 8 as
+# it sums 12, and 9 otherwise
 ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
-WIDE = 4096  # rows of a matrix that are enough to tell: a head has many times as many
+WIDE = 4096  # rows of a matrix that are enough to measure: a head has many times as many
 
-# by device, the operations whose numbers for a row are the same bits whatever rows and tokens are
-# beside it, which is what a request's answer rests on
+# the batch-invariant operations by device, on which a request's answer relies
 INDEPENDENT = {
     "": frozenset({"write", "rotary", "scale"}),
     "cpu": frozenset(operation.name for operation in DECODING if operation is not STORED),
@@ -61,12 +50,7 @@ INDEPENDENT = {
 
 
 class Operations:
-    """Final: the operations by name. Each has the parameters of its plain form.
-
-    Args:
-        device: the kind of device, whose forms are in use; without it the plain forms.
-        as_trained: attend as training does.
-    """
+    """Final: the operations by name, each with the parameters of its plain form."""
 
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
@@ -79,47 +63,25 @@ class Operations:
         self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """`lorafold.ops.fused.rms_norm`: x (..., d) normalized, times the gain (d,).
-
-        Args:
-            x: the input (..., d).
-            gain: the gain (d,).
-            eps: what is added to the mean square.
-        """
-        y: Tensor = self._norm(x.contiguous(), gain, eps)
-        return y
+        """`lorafold.ops.fused.rms_norm`: x (..., d) normalized, times the gain (d,)."""
+        return self._norm(x.contiguous(), gain, eps)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
-        """`lorafold.ops.scale.scale`: y times gains, plus offsets.
-
-        Args:
-            y: the output of a layer (B, T, k).
-            g, c: a gain and an offset, fp32, of all rows (k,) or of each (B, k).
-        """
+        """`lorafold.ops.scale.scale`: y (B, T, k) times gains, plus offsets, (k,) or (B, k)."""
         if g.dim() > 1:
             g, c = g[:, None], None if c is None else c[:, None]
         # torch's dispatcher takes longer, which counts on a CPU alone
         half = SCALE if y.is_cuda else self._scale
-        z: Tensor = (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
-        return z
+        return (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`lorafold.ops.fused.rotary`: x (..., D) rotated by halves.
-
-        Args:
-            x: the input (B, H, T, D).
-            cos, sin: constants that broadcast to x.
-        """
-        y: Tensor = self._turned(x, cos, sin, False)
-        return y
+        """`lorafold.ops.fused.rotary`: x (..., D) rotated by halves."""
+        return self._turned(x, cos, sin, False)
 
 
 def available(device: str, as_trained: bool = False) -> Operations:
-    """The operations in their forms for a kind of device; the plain ones where there are none or,
-    which the log says, where they can't be compiled.
-
-    Args:
-        as_trained: attend as training does.
+    """The operations in the forms of a kind of device, or the plain ones if it has none or they
+    can't be compiled.
     """
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
@@ -134,18 +96,8 @@ def slot_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     **protocol: Any,
 ) -> Tensor | None:
-    """The mask (B, 1, T, K) that is added to the scores, where the offset has a number for each
-    row; else transformers' boolean mask. A function of transformers' mask protocol.
-
-    Args:
-        batch_size: B, the number of rows.
-        q_length, kv_length: T and K, the numbers of queries and keys.
-        q_offset: the position of the first query, one for each row (B,).
-        mask_function: called as mask_function(b, head, i, j) on index tensors, it tells whether
-            query i of row b may see key j.
-        protocol: the position of the first key (`kv_offset`), padding (`attention_mask`), whether
-            mask_function takes single numbers only (`use_vmap`), the device and the dtype of the
-            mask, and what other masks take.
+    """A function of transformers' mask protocol: the mask (B, 1, T, K) to add to the scores if the
+    offset has a position for each row (B,), else transformers' boolean mask.
     """
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
         others: dict[str, Any] = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
@@ -162,10 +114,9 @@ def slot_mask(
 
 
 def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]:
-    """A function of transformers' attention protocol, which computes (B, T, H, Dv) of query
-    (B, H, T, D), key (B, Hk, K, D) and value (B, Hk, K, Dv), under a mask (B, 1, T, K) that is
-    added to the scores, a boolean one, or none. The general attention computes what has a softcap,
-    sinks or a position bias. Nothing trains here, so that nothing is dropped.
+    """A function of transformers' attention protocol, without dropout, with a mask (B, 1, T, K)
+    that is added to the scores, a boolean one, or none. Softcaps, sinks and position biases are
+    left to the general attention.
     """
 
     def attention(
@@ -183,7 +134,7 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
             return attend(module, query, key, value, attention_mask, scaling, **others)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = attention_mask
-        if mask.shape[-1] != key.shape[2]:  # else it is the one that all layers are given
+        if mask.shape[-1] != key.shape[2]:  # a slice is another tensor, which all layers would make
             mask = mask[..., : key.shape[2]]
         return operations.attend(query, key, value, mask, scale), None
 
@@ -191,12 +142,7 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
 
 
 def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
-    """The least number of rows; the last of ROWS if there is none.
-
-    Args:
-        kernel: computes rows (n, ...) from those of each of the inputs.
-        given: the inputs, with as many rows as the last of ROWS.
-    """
+    """The least number of rows of the inputs (n, ...); the last of ROWS if there is none."""
     whole, least = kernel(*given), ROWS[-1]
     for n in reversed(ROWS[:-1]):
         starts = range(0, max(FEW - n + 1, 1), n)
@@ -208,16 +154,16 @@ def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
 
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """As many random rows (n, width) as `steady` takes, always the same."""
+    """The same random rows (n, width), as many as `steady` takes."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(ROWS[-1], width, generator=generator).to(dtype)
 
 
 def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-    """The same for torch's own products with matrices (out, in) of these shapes, in the dtype and
-    in the one in which `lorafold.ops.arithmetic` multiplies it.
+    """`steady` of torch's own matmuls with matrices (out, in) of these shapes, in the dtype and in
+    the one in which `lorafold.ops.arithmetic` multiplies it.
     """
-    found = 1
+    least = 1
     for out, inn in shapes:
         x = random_rows(inn, dtype)
         for each in {dtype, arithmetic(x)}:
@@ -226,13 +172,13 @@ def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int
             # 16 bits hide most differences of a sum, but not those of what rounding takes away
             left = -F.linear(wide, m)
             kernels = (lambda x, _, m=m: F.linear(x, m)), (lambda x, y, m=m: y.addmm(x, m.t()))
-            found = max(found, *(steady(kernel, wide, left) for kernel in kernels))
-    return found
+            least = max(least, *(steady(kernel, wide, left) for kernel in kernels))
+    return least
 
 
 class InBlocks(TorchDispatchMode):
-    """Products of matrices (n, k) with (k, m) in the `with` block are computed so many rows at a
-    time, the last ones with their first row repeated.
+    """Matmuls (n, k) x (k, m) in the `with` block are computed so many rows at a time, and the last
+    block is padded with the first row.
     """
 
     def __init__(self, rows: int) -> None:
@@ -244,7 +190,7 @@ class InBlocks(TorchDispatchMode):
     ) -> Any:
         aten, kwargs = torch.ops.aten, dict(kwargs or {})
         if func in (aten.linear.default, aten.matmul.default):
-            with self:  # in inference mode they are seen before they are taken apart
+            with self:  # in inference mode they come here undecomposed
                 return func.decompose(*args, **kwargs)
         if func is aten.mm.default:
             return self._blocks(torch.mm, args[:1], args[1:], kwargs)
@@ -270,34 +216,27 @@ class InBlocks(TorchDispatchMode):
 
 
 def lacks(device: str) -> str:
-    """Why passes on a kind of device can't have training's numbers, or nothing."""
+    """Why passes on a kind of device can't be bit-identical to training's, or nothing."""
     return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether products with matrices (out, in) of these shapes depend on the number of rows on this
-    processor, even where that is FEW.
+    """Whether matmuls with matrices (out, in) of these shapes are not batch invariant on this
+    processor, even with FEW rows.
     """
     return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
 
 
 def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention (B, T, H, Dv) of slots, in the order of documents. What sees other keys than all up
-    to its own, as in a window, is computed by `lorafold.ops.decoding.ATTEND`.
-
-    Args:
-        q: the queries (B, H, T, D).
-        k, v: the keys and values (B, Hk, K, D) and (B, Hk, K, Dv).
-        mask: (B, 1, T, K), 0 or -inf, which is added to the scores.
-        scale: the factor of the scores.
+    """Attention (B, T, H, Dv) of slots in the order of documents; of windows and the like, by
+    `lorafold.ops.decoding.ATTEND`.
     """
     rows, heads, tokens, _ = q.shape
     at = torch.arange(k.shape[2])
     lens = (mask[:, 0] == 0).sum(-1)  # (B, T)
     causal = torch.equal(mask[:, 0] == 0, at < lens[..., None])
     if not causal or not torch.equal(lens, lens[:, :1] + torch.arange(tokens)):
-        y: Tensor = ATTEND.on(q.device.type)(q, k, v, mask, scale)
-        return y
+        return ATTEND.on(q.device.type)(q, k, v, mask, scale)
     starts, ends = (lens[:, 0] - 1).tolist(), lens[:, -1].tolist()
     row, key = (at < lens[:, -1:]).nonzero(as_tuple=True)
     docs = Documents(tuple(ends), None, tuple(starts))

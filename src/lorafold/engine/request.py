@@ -1,18 +1,15 @@
-"""What is asked of the engine, and what it answers: requests with their settings, and events.
+"""The requests to the engine, their events, and the engine's settings.
 
-    Token       one more token of a completion, with the text that it adds
-    Ended       the last event of a request: every request has exactly one, whatever happens
-
-A request's `sampling` is a value: the tokens follow from the model, the adapter, the prompt and
-these settings, and never from the requests that share the batch. `EngineSettings` says what an
-engine holds at a time, how it computes, and what it refuses.
+The tokens of a completion follow from the model, the adapter, the prompt and the request's
+`Sampling`, and never from the requests that share the batch. Every request has exactly one `Ended`,
+which is its last event.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -32,45 +29,30 @@ Reason = Literal["end", "length", "stop", "cancelled", "failed"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Raises LorafoldError for values out of range.
+    """How the next token is chosen. Raises LorafoldError for values out of range."""
 
-    Args:
-        temperature: 0 takes the most likely token; above 0 tokens are drawn.
-        top_k: draw among the k most likely tokens (0: among all).
-        top_p: draw among the fewest tokens whose probabilities sum to at least this.
-        min_p: draw among tokens at least this times as probable as the most likely one.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens in the
-            prompt or the completion (Keskar et al. 2019, arXiv 1909.05858, sec. 4.1).
-        presence_penalty: what is subtracted from the logit of each token of the completion.
-        frequency_penalty: the same, for each time that the token occurs.
-        logit_bias: what is added to logits, by token.
-        stop: texts before which the completion ends.
-        schema: a JSON schema, as text, that the completion has to fit.
-        regex: a regular expression that the whole completion has to match.
-        lark: a grammar in llguidance's dialect of Lark that the completion has to fit.
-        logprobs: how many of the most likely tokens are reported with each (None: no logprobs; 0:
-            those of the token itself alone).
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = 0.0  # 0 takes the most likely token; above 0 tokens are sampled
+    top_k: int = 0  # sample among the k most likely tokens (0: among all)
+    top_p: float = 1.0  # sample among the fewest tokens whose probabilities sum to this at least
+    min_p: float = 0.0  # sample among tokens at least this times as probable as the most likely one
+    # divides the positive and multiplies the negative logits of tokens in the prompt or the
+    # completion (Keskar et al. 2019, arXiv 1909.05858, sec. 4.1)
     repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    schema: str | None = None
-    regex: str | None = None
-    lark: str | None = None
+    presence_penalty: float = 0.0  # subtracted from the logit of each token of the completion
+    frequency_penalty: float = 0.0  # the same, for each time that the token occurs
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token
+    stop: tuple[str, ...] = ()  # texts before which the completion ends
+    schema: str | None = None  # a JSON schema, as text, that the completion has to fit
+    regex: str | None = None  # a regular expression that the whole completion has to match
+    lark: str | None = None  # a grammar in llguidance's dialect of Lark for the completion
+    # how many of the most likely tokens are reported with each (None: no logprobs; 0: the token's)
     logprobs: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         numbers = [(name, getattr(self, name)) for name in NUMBERS]
         numbers += [("logit_bias", x) for x in self.logit_bias.values()]
-        _require(
+        require(
             {
                 f"{name}: found {x!r:.40}, expected a finite number of float32": (
                     isinstance(x, int | float) and abs(x) <= LARGEST
@@ -94,17 +76,17 @@ class Sampling:
             ),
             "stop: found an empty text, expected at least one character": all(self.stop),
         }
-        _require(checks)
+        require(checks)
 
     @property
     def grammar(self) -> tuple[str, str] | None:
-        """The setting that asks for a grammar, and its text; None if none does."""
-        asked = {"schema": self.schema, "regex": self.regex, "lark": self.lark}
-        return next(((name, text) for name, text in asked.items() if text is not None), None)
+        """The setting with a grammar, and its text; None if there is none."""
+        settings = {"schema": self.schema, "regex": self.regex, "lark": self.lark}
+        return next(((name, text) for name, text in settings.items() if text is not None), None)
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is the most likely one, and nothing else is asked for."""
+        """Whether the next token is the most likely one, and nothing else is needed."""
         return (
             self.temperature == 0
             and self.repetition_penalty == 1
@@ -113,77 +95,56 @@ class Sampling:
         )
 
 
-def _require(checks: Mapping[str, bool]) -> None:
-    """Raise LorafoldError with what is wrong unless all is right."""
-    if wrong := [what for what, right in checks.items() if not right]:
+def require(checks: Mapping[str, bool]) -> None:
+    """Raise LorafoldError with the messages of the checks that failed, if any."""
+    if wrong := [message for message, passed in checks.items() if not passed]:
         raise LorafoldError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to compute.
+    """One completion to compute."""
 
-    Args:
-        id: a name that no other running request has.
-        prompt: the token ids of the prompt.
-        max_new_tokens: the most tokens of the completion.
-        adapter: the name of an adapter, or None for the base.
-        ends: the tokens that end the completion; they are no part of it, unless `keep_end`.
-        tenant: on whose behalf; what is kept of one tenant's prompts serves no other's.
-        tokenizer: for its texts, if not the engine's own.
-        keep_end: the token of `ends` that ends the completion is its last one, with its log
-            probability, and adds no text.
-        prompt_logprobs: how many of the most likely tokens are reported with each token of the
-            prompt, in `EventStream.prompt`, where a prompt that is there already is read again
-            (None: no logprobs; 0: those of the token itself alone). With it max_new_tokens may be
-            0.
-    """
-
-    id: str
+    id: str  # that no other running request has
     prompt: tuple[int, ...]
     max_new_tokens: int
-    adapter: str | None = None
+    adapter: str | None = None  # None for the base
     sampling: Sampling = Sampling()
+    # the tokens that end the completion; they are no part of it, unless `keep_end`, with which the
+    # last token has a log probability and no text
     ends: frozenset[int] = frozenset()
-    tenant: str = ""
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tenant: str = ""  # prefixes of one tenant's prompts are not cached for others
+    tokenizer: PreTrainedTokenizerBase | None = None  # for its texts, if not the engine's own
     keep_end: bool = False
+    # how many of the most likely tokens are reported with each token of the prompt, in
+    # `EventStream.prompt` (None: no logprobs; 0: the token's); max_new_tokens may then be 0
     prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Token:
-    """One more token. `text` is what it adds to the text: empty while a character is incomplete, or
-    a stop text may have begun, or if the engine has no tokenizer. `logprob` is the model's own, and
-    `top` has the most likely tokens with theirs: before penalties, biases, temperature, filters and
-    grammar. `drawn_logprob` is that of the distribution that the token was drawn from, after all of
-    these; with temperature 0 nothing is drawn, one token has all of it, and it is 0.
-    """
+    """One more token of a completion."""
 
     id: str
     token: int
-    text: str = ""
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    drawn_logprob: float | None = None
+    text: str = ""  # that it adds: empty while a character or a stop text may be incomplete
+    logprob: float | None = None  # the model's own, before penalties, temperature and filters
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens with theirs
+    drawn_logprob: float | None = None  # in the distribution that it was sampled from
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a request: why, all its tokens and its text, a message if it failed, and how many
-    tokens of the prompt were there already. Of one that failed `fault` says what did, in words that
-    have nothing of the request's texts, as the message may; `setting` names the setting of its
-    sampling that it follows from, if it follows from one. Ends that differ in these are equal.
-    """
+    """The end of a request."""
 
     id: str
     reason: Reason
     tokens: tuple[int, ...] = ()
     text: str = ""
-    message: str = ""
-    cached: int = field(default=0, compare=False)
-    fault: str = field(default="", compare=False)
-    setting: str = field(default="", compare=False)
+    message: str = ""  # of one that failed; it may have texts of the request
+    cached: int = field(default=0, compare=False)  # tokens of the prompt that were in the cache
+    fault: str = field(default="", compare=False)  # the message without texts of the request
+    setting: str = field(default="", compare=False)  # the setting of its sampling that caused it
 
 
 class EventStream:
@@ -234,100 +195,35 @@ class EventStream:
             return self.ended
 
 
-def check(
-    request: Request,
-    *,
-    length: int,
-    vocabulary: int,
-    running: Container[str],
-    texts: bool,
-    solo: str,
-) -> None:
-    """Raise LorafoldError for a request that can't be computed.
-
-    Args:
-        length: the most tokens of prompt and completion.
-        vocabulary: the number of tokens that the model knows.
-        running: the ids of the requests that wait or run.
-        texts: whether the engine has a tokenizer.
-        solo: why requests run one at a time, empty if they share passes.
-    """
-    prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
-    least, full = 1 if k is None else 0, len(prompt) + n > length
-    checks = {
-        f"id: found {request.id!r}, which is running, expected another": request.id not in running,
-        "prompt: found no tokens, expected at least one": bool(prompt),
-        f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs": n >= least,
-        f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most {length}": (
-            n < least or not full
-        ),
-    }
-    for name, ids in {"prompt": prompt, "logit_bias": tuple(request.sampling.logit_bias)}.items():
-        for i in ids:
-            if not (isinstance(i, int) and 0 <= i < vocabulary):
-                checks[f"{name}: found token {i!r}, expected 0 to {vocabulary - 1}"] = False
-                break
-    found = f"prompt_logprobs: found {k}, expected"
-    checks[f"{found} 0 to 20, or None"] = k is None or 0 <= k <= 20
-    checks[f"{found} None for this model, since {solo}"] = k is None or not solo
-    told = "stop: found a text, expected none, since the engine has no tokenizer"
-    checks[told] = texts or not request.sampling.stop
-    _require(checks)
-
-
 @dataclass(frozen=True)
 class EngineSettings:
-    """The settings of an engine.
+    """The settings of an engine."""
 
-    Args:
-        slots: how many requests run at a time.
-        length: the most tokens of a request (None: what the model has positions for, at most
-            LONGEST).
-        chunk: the most tokens of a prompt that are read in one pass.
-        budget: the most tokens of prompts that are read in a step.
-        adapter_bytes: the most bytes of adapters in memory, or None.
-        fast: replace parts of the model by faster ones that compute the same, as
-            `engine.fast_path` does; the matrices then take their memory twice.
-        beyond: accept a length beyond the positions that the model was made for, but not beyond a
-            table of them.
-        invariant: keep the shapes of all passes the same, so that a request's logits are the same
-            bits whatever shares the batch, without the faster parts (experts: one at a time).
-        as_trained: compute training's numbers, bit by bit (`engine.operations`), with its own fused
-            parts in place of those of `fast`.
-        prefix_reuse: start from what a request of the same tenant and adapter has or left in a
-            slot, where the prompt begins the same; never where `invariant`. What is being read is
-            read once for all requests with that prompt, whatever is set here.
-        strikes: requests that fail by logits that are not finite before an adapter is refused.
-        tenant_slots: how many requests of a tenant run at a time; half of the slots, if that is
-            less, while other tenants are there. Rows that run beside it make each of a tenant's
-            steps longer, and slots that are free let the next one begin at once. None: there is no
-            such limit.
-        weights: the shares of tenants in what is computed; 1 for one that is not named.
-        allow_other_base: accept adapters that were trained on another base.
-    """
-
-    slots: int = 16
-    length: int | None = None
-    chunk: int = 256
-    budget: int = 512
-    adapter_bytes: int | None = None
-    fast: bool = True
+    slots: int = 16  # requests that run at a time
+    length: int | None = None  # the most tokens of a request (None: the model's, at most LONGEST)
+    chunk: int = 256  # the most tokens of a prompt that are read in one pass
+    budget: int = 512  # the most tokens of prompts that are read in a step
+    adapter_bytes: int | None = None  # the most bytes of adapters in memory, or None
+    fast: bool = True  # `engine.fast_path`; the matrices then take their memory twice
+    # accept a length beyond the positions that the model was made for, but not beyond a table
     beyond: bool = False
+    # keep the shapes of all passes the same, so that logits are batch invariant without the fast
+    # path (experts: one row at a time)
     invariant: bool = False
-    as_trained: bool = False
+    as_trained: bool = False  # bit-identical to training, with its fused modules (no fast path)
+    # reuse the KV cache of a request of the same tenant and adapter with the same prefix; requests
+    # with one prompt that wait at the same time share its reading in any case
     prefix_reuse: bool = True
-    strikes: int = 3
+    strikes: int = 3  # requests with logits that are not finite before an adapter is refused
+    # requests of a tenant that run at a time, or None; at most half of the slots while other
+    # tenants are there
     tenant_slots: int | None = None
-    weights: Mapping[str, float] | None = None
-    allow_other_base: bool = False
+    weights: Mapping[str, float] | None = None  # the shares of tenants, 1 if not named
+    allow_other_base: bool = False  # accept adapters that were trained on another base
 
     def fitted(self, positions: int | None, table: int | None) -> tuple[Self, int]:
-        """The settings for a model, and the length. Raises LorafoldError for sizes that are too
-        small, and for a length that the model has no positions for.
-
-        Args:
-            positions: those that the model was made for (None: as many as LONGEST).
-            table: those of its table of positions, if it has one.
+        """The settings for a model with so many positions, and the length. Raises LorafoldError for
+        sizes that are too small, or a length beyond the positions.
         """
         positions = min(positions or LONGEST, table or sys.maxsize)
         most = sys.maxsize if self.beyond and table is None else positions
@@ -341,7 +237,7 @@ class EngineSettings:
             wrong = [f"length: found {length}, expected at most {most} positions"]
         if wrong:
             raise LorafoldError(f"engine: {'; '.join(wrong)}")
-        reuse, fast = (asked and not self.invariant for asked in (self.prefix_reuse, self.fast))
-        # a pass of training's numbers has FEW tokens or more
+        reuse, fast = (on and not self.invariant for on in (self.prefix_reuse, self.fast))
+        # a pass that is bit-identical to training has FEW tokens or more
         chunk = max(min(self.chunk, length), FEW if self.as_trained else 0)
         return replace(self, length=length, chunk=chunk, prefix_reuse=reuse, fast=fast), length

@@ -1,14 +1,12 @@
-"""Forward passes of running requests in slots.
+"""Forward passes of running requests.
 
-`SlotRunner` computes many rows in a pass. A pass that decodes one token a row runs over the slots
-from the first one on, as a view of the cache; slots in between that have nothing to decode are
-computed for nothing, at their own next position, which is written again before it is read. A slot
-whose request ended well is kept as it is (`lorafold.engine.kv_cache`), behind those that run. With
-`each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
-chunks of one size, and whole slots are read. Experts have other numbers of tokens in every pass, so
-rows of a model with some decode one at a time too.
+`SlotRunner` computes many rows in a pass. A pass that decodes runs over a view of the first slots;
+idle ones among them are computed in vain, at a position that is written again before it is read. A
+slot whose request ended well keeps its content for requests with the same prefix. With `each`,
+shapes are the same in every pass: all slots decode, and prompts are read one row at a time in
+chunks of one size; a model with experts decodes one row at a time, too.
 
-`SoloRunner` computes a row with the model's own cache, by transformers' `generate`.
+`SoloRunner` computes one row at a time with the model's own cache, by transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -40,31 +38,24 @@ class Runner(ABC):
 
     @abstractmethod
     def admit(self, row: Row) -> None:
-        """Give a row a slot that is free."""
+        """Give a row a free slot."""
 
     @abstractmethod
     def release(self, row: Row, well: bool) -> None:
         """Free the slot of a row, which ended well or not."""
 
     def share(self, row: Row, others: Sequence[Row]) -> None:
-        """Give others what a row has read, where there are several slots. They wait no longer."""
+        """Copy the prompt that a row has read to others that wait for it."""
         return None
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        """The logits (B, V) after the given number of pending tokens of each row.
-
-        Args:
-            rows: B rows that can share a pass (`together`).
-            counts: how many tokens of each are computed.
+        """The logits (B, V) after the given number of pending tokens of each of some rows that can
+        share a pass (`together`).
         """
 
-    def check(self, rows: Sequence[Row]) -> None:
-        """Raise AssertionError if what is held is not what these running rows need."""
-        return None
-
     def rebuild(self) -> None:
-        """Make a new cache, which holds nothing."""
+        """Make a new, empty cache."""
         return None
 
     def compact(self) -> None:
@@ -73,18 +64,13 @@ class Runner(ABC):
 
 
 def together(row: Row) -> LoadedAdapter | None:
-    """What rows that share a pass have in common: None for all that can be mixed."""
-    return row.held if row.held is not None and row.held.apart else None
+    """What rows that share a pass have in common: the adapter, or None for all that can be mixed.
+    """
+    return row.adapter if row.adapter is not None and row.adapter.alone else None
 
 
 class SlotRunner(Runner):
-    """Many rows a pass.
-
-    Args:
-        model: a causal language model inside `structure.slotted`.
-        settings: the engine's. Where it is fast, passes get as many tokens as the processor's
-            products need for the same bits in any company.
-    """
+    """Many rows a pass."""
 
     def __init__(
         self, model: Any, structure: Structure, cache: SlotCache, settings: EngineSettings
@@ -103,26 +89,26 @@ class SlotRunner(Runner):
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
         oldest = min(free, key=self.kept.age)
-        source, n = self._found(row) if row.reader is None else (-1, 0)
-        lost = self.kept.length(source) - n  # of what is kept, if the row goes on in that slot
+        source, n = self._cached(row) if row.reader is None else (-1, 0)
+        lost = self.kept.length(source) - n  # cached tokens that the row would overwrite there
         at = source if source in free and lost <= self.kept.length(oldest) else oldest
         row.slot, row.filled, row.cached = at, n, n
         if row.slot != source:
             self.cache.copy(source, [row.slot], n)
         self.cache.zero(row.slot, n)
         self.kept.slots.pop(row.slot, None)
-        if row.held is not None:
-            self.deltas.hold(row.held)
-            if not row.held.apart:
-                self.products.place(row.slot, row.held)
-            elif row.held not in self._views:
-                self._views[row.held] = SlotView(self.cache)
+        if row.adapter is not None:
+            self.deltas.lay(row.adapter)
+            if not row.adapter.alone:
+                self.products.place(row.slot, row.adapter)
+            elif row.adapter not in self._views:
+                self._views[row.adapter] = SlotView(self.cache)
         self.rows[row.slot] = row
         self._plan = (None, AdapterRows([], {}))
 
-    def _found(self, row: Row) -> tuple[int, int]:
-        """The slot, a free one or a running row's, that has most of the first tokens of a row, and
-        how many; the last one is always computed. (-1, 0) if none has any.
+    def _cached(self, row: Row) -> tuple[int, int]:
+        """The slot, a free one or a running row's, with most of the first tokens of a row, and how
+        many; (-1, 0) if none has any. The last token is always computed.
         """
         if not self._reusable(row) or row.request.prompt_logprobs is not None:
             return -1, 0
@@ -146,21 +132,12 @@ class SlotRunner(Runner):
         self.cache.zero(row.slot, kept)
         if kept:
             self.kept.keep(row.slot, row.prefix, row.tokens[:kept])
-        if row.held is not None:
-            self.deltas.drop(row.held)
-            if row.held not in {r.held for r in self.rows if r is not None}:
-                self._views.pop(row.held, None)
+        if row.adapter is not None:
+            self.deltas.lift(row.adapter)
+            if row.adapter not in {r.adapter for r in self.rows if r is not None}:
+                self._views.pop(row.adapter, None)
         row.slot = -1
         self._plan = (None, AdapterRows([], {}))
-
-    def check(self, rows: Sequence[Row]) -> None:
-        assert [r for r in self.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
-        assert all(self.rows[row.slot] is row for row in rows)
-        placed = {r.slot: r.held for r in rows if r.held is not None and not r.held.apart}
-        assert self.products.placed == placed, "each slot has its request's adapter"
-        for slot in self.kept.slots:
-            assert self.rows[slot] is None, f"slot {slot} is kept, and a request's"
-            assert self.cache.is_finite(slot), f"slot {slot} is kept, and not finite"
 
     def _reusable(self, row: Row) -> bool:
         """Whether the row's keys and values follow from its prefix and its tokens alone."""
@@ -169,7 +146,7 @@ class SlotRunner(Runner):
     def rebuild(self) -> None:
         self.kept = KeptPrefixes()
         self.cache = self.cache.emptied()
-        self._views = {held: SlotView(self.cache) for held in self._views}
+        self._views = {adapter: SlotView(self.cache) for adapter in self._views}
 
     def compact(self) -> None:
         live = [r for r in self.rows if r is not None]
@@ -182,26 +159,23 @@ class SlotRunner(Runner):
             target = next((i for i, r in enumerate(self.rows) if r is None), self.slots)
             if target > row.slot:
                 return
-            self._move(row, target)
-
-    def _move(self, row: Row, target: int) -> None:
-        source, kept = row.slot, self.kept.length(target)
-        self.cache.swap(source, target, max(row.filled, kept))
-        self.cache.zero(target, row.filled)
-        self.cache.zero(source, kept)
-        self.kept.moved(target, source)
-        if row.held is not None and not row.held.apart:
-            self.products.place(target, row.held)
-        self.products.clear(source)
-        self.rows[source], self.rows[target], row.slot = None, row, target
-        self._plan = (None, AdapterRows([], {}))
+            source, kept = row.slot, self.kept.length(target)
+            self.cache.swap(source, target, max(row.filled, kept))
+            self.cache.zero(target, row.filled)
+            self.cache.zero(source, kept)
+            self.kept.moved(target, source)
+            if row.adapter is not None and not row.adapter.alone:
+                self.products.place(target, row.adapter)
+            self.products.clear(source)
+            self.rows[source], self.rows[target], row.slot = None, row, target
+            self._plan = (None, AdapterRows([], {}))
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        held = together(rows[0])
+        alone = together(rows[0])
         decoding = max(counts) == 1
         at: slice | list[int]
-        if decoding and held is None and not self.single:
+        if decoding and alone is None and not self.single:
             last = self.slots if self.each else max(row.slot for row in rows) + 1
             by_slot, at, ns = {row.slot: row for row in rows}, slice(0, last), [1] * last
             taken = [by_slot.get(slot) for slot in range(last)]
@@ -216,36 +190,35 @@ class SlotRunner(Runner):
             first, behind = own[0], own[0] + len(own)
             at = slice(first, behind) if own == [*range(first, behind)] else own
         width = self.chunk if self.each and not decoding else max(ns)
-        width = max(width, min(self.chunk, -(-self._least(held) // len(taken))))
-        # one arithmetic, however many rows there are
-        with self._one_arithmetic():
-            logits = self._pass(held, taken, ns, at, starts, width)
+        width = max(width, min(self.chunk, -(-self._least(alone) // len(taken))))
+        with self._batch_invariant():
+            logits = self._pass(alone, taken, ns, at, starts, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return picked(logits, [index[id(row)] for row in rows])
 
     @contextmanager
-    def _one_arithmetic(self) -> Iterator[None]:
+    def _batch_invariant(self) -> Iterator[None]:
+        """The same arithmetic whatever the number of rows."""
         if not (self.as_trained or self.steady):
             yield
             return
         widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
-        # the engine's own products, of all matrices that it is aware of, have a form of their own
-        own = self.as_trained or self.structure.where.keys() <= self.deltas.aware
-        blocks = InBlocks(FEW) if self.products.in_blocks and not own else nullcontext()
+        # `fast_path` has its own matmuls
+        packed = self.as_trained or self.structure.where.keys() <= self.deltas.aware
+        blocks = InBlocks(FEW) if self.products.in_blocks and not packed else nullcontext()
         with multiplying(widened=widened, rows=1), blocks:
             yield
 
-    def _least(self, held: LoadedAdapter | None) -> int:
-        """The least number of tokens of a pass under an adapter that can't be mixed, or none."""
+    def _least(self, alone: LoadedAdapter | None) -> int:
         if self.as_trained:
             return FEW
-        if not self.steady or (held is None and self.structure.where.keys() <= self.deltas.aware):
+        if not self.steady or (alone is None and self.structure.where.keys() <= self.deltas.aware):
             return 1
         return self.products.least(self.model.dtype, self.model.device)
 
     def _pass(
         self,
-        held: LoadedAdapter | None,
+        alone: LoadedAdapter | None,
         taken: Sequence[Row | None],
         ns: Sequence[int],
         at: Any,
@@ -253,44 +226,36 @@ class SlotRunner(Runner):
         width: int,
     ) -> Tensor:  # (B, V)
         device = self.model.device
-        ids = [
-            [0] * width if row is None else _padded(row.tokens[row.filled : row.filled + n], width)
-            for row, n in zip(taken, ns, strict=True)
-        ]
+        ids = []
+        for row, n in zip(taken, ns, strict=True):
+            tokens = [0] if row is None else row.tokens[row.filled : row.filled + n]
+            ids.append(tokens + tokens[-1:] * (width - len(tokens)))
         rows = at if isinstance(at, slice) else sent(torch.tensor(at), device)
-        view = self._views[held].aim(rows, sent(torch.tensor(starts), device), width)
+        view = self._views[alone].aim(rows, sent(torch.tensor(starts), device), width)
         to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
         lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
-        if self.as_trained:  # the head is a product too
+        if self.as_trained:  # the head is a matmul too
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
         keep = sent(torch.tensor(lasts), device)
-        helds = [None if row is None else row.held for row in taken]
-        key = [id(one) for one in helds]
-        if held is None and self._plan[0] != key:
-            self._plan = (key, AdapterRows(helds, self.products.places, self.each))
-        context = self.deltas.alone(held) if held else self.deltas.mixed(self._plan[1])
+        adapters = [None if row is None else row.adapter for row in taken]
+        key = [id(adapter) for adapter in adapters]
+        if alone is None and self._plan[0] != key:
+            self._plan = (key, AdapterRows(adapters, self.products.places, self.each))
+        context = self.deltas.alone(alone) if alone else self.deltas.mixed(self._plan[1])
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
-        for row, own, n in zip(taken, logits, to_score, strict=True):
+        for row, logits_TV, n in zip(taken, logits, to_score, strict=True):
             if row is not None and n:
-                row.score(own[:n])
+                row.score(logits_TV[:n])
         if len(lasts) == 1:
             return logits[:, 0]
         at = sent(torch.tensor([lasts.index(n - 1) for n in ns]), device)
         return logits[torch.arange(len(ns), device=device), at]
 
 
-def _padded(tokens: list[int], width: int) -> list[int]:
-    return tokens + tokens[-1:] * (width - len(tokens))
-
-
 class SoloRunner(Runner):
-    """One row at a time, with the model's own cache, for models that have no slots.
-
-    Args:
-        model: a causal language model whose generation config is greedy.
-    """
+    """One row at a time, with the model's own cache, for models that can't run in slots."""
 
     slots = 1
 
@@ -300,23 +265,22 @@ class SoloRunner(Runner):
 
     def admit(self, row: Row) -> None:
         row.slot = 0
-        if row.held is not None:
-            self.deltas.hold(row.held)
+        if row.adapter is not None:
+            self.deltas.lay(row.adapter)
 
     def release(self, row: Row, well: bool) -> None:
         row.slot, row.state = -1, None
-        if row.held is not None:
-            self.deltas.drop(row.held)
+        if row.adapter is not None:
+            self.deltas.lift(row.adapter)
 
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         (row,) = rows
         ids_1T = torch.tensor([row.tokens], device=self.model.device)
-        # transformers leaves out what a cache has seen, except where it holds states alone
+        # transformers leaves out what a cache has seen, unless it has recurrent states alone
         states = [*getattr(row.state, "is_linear", ())]
-        seen = row.filled if states and all(states) else 0
-        context = (
-            self.deltas.alone(row.held) if row.held else self.deltas.mixed(AdapterRows([None], {}))
-        )
+        seen, adapter = row.filled if states and all(states) else 0, row.adapter
+        base = AdapterRows([None], {})
+        context = self.deltas.alone(adapter) if adapter else self.deltas.mixed(base)
         with torch.no_grad(), context:
             step = self.model.generate(
                 ids_1T[:, seen:],
@@ -327,5 +291,4 @@ class SoloRunner(Runner):
                 output_logits=True,
             )
         row.state = step.cache
-        logits: Tensor = step.logits[0]
-        return logits
+        return step.logits[0]

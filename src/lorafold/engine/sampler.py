@@ -1,25 +1,12 @@
-"""The next tokens of all rows of a step, in one pass over their logits (B, V).
+"""The next tokens of all rows of a step, from their logits (B, V), and structured output.
 
     l -> penalties -> + bias -> grammar -> / temperature -> top-k -> top-p -> min-p -> softmax
     token = argmax_i p_i / e_i,   e_i exponential, from philox(key = seed and position)
 
-The order is that of transformers. What a row has of its own (`Sampler`) is computed for those rows
-alone that have it; what follows is the same for each row whatever rows are beside it. A draw
-follows from the request's seed and the number of its token: Philox4x64-10 (Salmon et al. 2011) as
-numpy has it, whose form in `lorafold.ops.philox` takes a hundred operations of torch.
-
-Logits that are not finite raise `NotFinite`, and a grammar that admits nothing `Unfit`, which end
-that request alone.
-
-Structured output: which tokens may follow, so that a completion fits a schema, regex or grammar.
-
-    grammars = Grammars(tokenizer, vocabulary)
-    allowed = grammars.start(Sampling(schema='{"type": "object"}'))
-    mask_V = allowed([12, 7])               # after these tokens
-
-The automata are those of llguidance (`pip install lorafold[serve]`), which reads the tokenizer once
-and computes a mask in well under a millisecond. The end token is allowed where the text may end,
-and nothing else is where it must.
+The order is transformers'. The result for a row never depends on the others. Noise depends on the
+request's seed and the position of the token: Philox4x64-10 (Salmon et al. 2011) as numpy has it,
+since the form in `lorafold.ops.philox` takes a hundred operations of torch. Masks of schemas,
+regular expressions and grammars come from llguidance (`pip install lorafold[serve]`).
 """
 
 from __future__ import annotations
@@ -40,10 +27,10 @@ from lorafold.ops.host_tensors import picked
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# the tokens so far -> the tokens that may follow, boolean (V,), or None for any
+# the tokens so far -> the mask (V,) of those that may follow, or None for any
 Allowed = Callable[[Sequence[int]], Tensor | None]
-AT_ONCE = 4  # rows that are computed with together: 16 leave a processor's cache, at half the speed
-FEW = 1024  # top-p looks among so many first, since all take five times as long to sort
+AT_ONCE = 4  # rows that are computed together: 16 exceed a processor's cache, at half the speed
+FEW = 1024  # top-p tries so many first, since sorting all takes five times as long
 LOW = float("-inf")
 NOT_FINITE = "the model's logits hold NaN or infinity"
 
@@ -53,12 +40,7 @@ class NotFinite(LorafoldError):
 
 
 class Unfit(LorafoldError):
-    """The grammar that a request asks for admits no further token, or grew beyond its limits.
-
-    Args:
-        setting: the setting that asks for it.
-        why: what became of it, which may have texts of the request.
-    """
+    """The grammar that a request asks for admits no further token, or grew beyond its limits."""
 
     def __init__(self, setting: str, why: str) -> None:
         super().__init__(f"{setting}: a completion can't go on under it ({cut(why, 300)})")
@@ -66,9 +48,7 @@ class Unfit(LorafoldError):
 
 
 class SampledToken(NamedTuple):
-    """A token, its log probability, those of the most likely tokens, and its own in the
-    distribution that it was drawn from, if asked for.
-    """
+    """A token, with the log probabilities of `request.Token`."""
 
     token: int
     logprob: float | None = None
@@ -77,12 +57,7 @@ class SampledToken(NamedTuple):
 
 
 class Sampler:
-    """The settings of one request and the tokens that it has.
-
-    Args:
-        prompt: the prompt's tokens, for the repetition penalty.
-        allowed: which tokens may follow, for structured output; None: any.
-    """
+    """The settings of one request and the tokens that it has."""
 
     def __init__(
         self, sampling: Sampling, prompt: Sequence[int], allowed: Allowed | None = None
@@ -90,17 +65,13 @@ class Sampler:
         self.sampling, self.allowed = sampling, allowed
         self.plain = sampling.plain and allowed is None
         self.tokens: list[int] = []  # of the completion
-        self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self.prompt = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def change_(self, logits_V: Tensor) -> None:
-        """Apply penalties, biases and the grammar in place. Raises Unfit.
-
-        Args:
-            logits_V: finite ones, in fp32, on the CPU.
-        """
+        """Apply penalties, biases and the grammar in place. Raises Unfit."""
         changed_V = self._penalized(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
-            # a grammar knows nothing of an adapter's new tokens, so that none of them may follow
+            # an adapter's new tokens are in no grammar, so none of them may follow
             mask_V = pad(mask_V, (0, len(changed_V) - len(mask_V)))
             if not mask_V.any():
                 raise Unfit((self.sampling.grammar or ("grammar", ""))[0], "no token may follow")
@@ -109,53 +80,49 @@ class Sampler:
             logits_V.copy_(changed_V)
 
     def _penalized(self, logits_V: Tensor) -> Tensor:
-        """Logits after them; what overflows is the largest number of float32."""
-        own = self.sampling
-        if own.repetition_penalty != 1:
-            ids = torch.tensor(sorted(self.seen | set(self.tokens)))
-            found = logits_V[ids]
-            rate = own.repetition_penalty
-            changed = torch.where(found > 0, found / rate, found * rate).nan_to_num()
-            logits_V = logits_V.index_copy(0, ids, changed)
-        if (own.presence_penalty or own.frequency_penalty) and self.tokens:
+        """Logits after penalties and biases, clipped to float32's largest number."""
+        sampling = self.sampling
+        if (rate := sampling.repetition_penalty) != 1:
+            ids = torch.tensor(sorted(self.prompt | set(self.tokens)))
+            old = logits_V[ids]
+            new = torch.where(old > 0, old / rate, old * rate).nan_to_num()
+            logits_V = logits_V.index_copy(0, ids, new)
+        if (sampling.presence_penalty or sampling.frequency_penalty) and self.tokens:
             counts = Counter(self.tokens)
             ids, n = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
-            down = (own.presence_penalty + own.frequency_penalty * n).float().nan_to_num()
-            logits_V = logits_V.index_add(0, ids, -down).nan_to_num()
-        if own.logit_bias:
-            ids = torch.tensor(list(own.logit_bias))
-            biases = torch.tensor([*map(float, own.logit_bias.values())])
+            penalty = sampling.presence_penalty + sampling.frequency_penalty * n
+            logits_V = logits_V.index_add(0, ids, -penalty.float().nan_to_num()).nan_to_num()
+        if sampling.logit_bias:
+            ids = torch.tensor(list(sampling.logit_bias))
+            biases = torch.tensor([*map(float, sampling.logit_bias.values())])
             logits_V = logits_V.index_add(0, ids, biases).nan_to_num()
         return logits_V
 
 
 def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    """The token that follows in each row, which is recorded, or the error that ends the row.
-
-    Args:
-        samplers: one for each row.
-        logits_BV: the rows' logits.
+    """The next token of each row of logits (B, V), which its sampler records, or the error that
+    ends the row.
     """
-    found: dict[int, SampledToken | Exception] = {}
+    choices: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
     if plain:
         logits_nV = picked(logits_BV, plain).float()
         both = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
         for b, token, well in zip(plain, *both.tolist(), strict=True):
-            found[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
+            choices[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
     for start in range(0, len(others), AT_ONCE):
         some = others[start : start + AT_ONCE]
         logits_nV = picked(logits_BV, some).to("cpu", torch.float32)
-        found |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
-    for b, choice in found.items():
+        choices |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
+    for b, choice in choices.items():
         if isinstance(choice, SampledToken):
             samplers[b].tokens.append(choice.token)
-    return [found[b] for b in range(len(samplers))]
+    return [choices[b] for b in range(len(samplers))]
 
 
 def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    found: list[SampledToken | Exception | None] = [None] * len(samplers)
+    choices: list[SampledToken | Exception | None] = [None] * len(samplers)
     changed_BV, well = logits_BV.clone(), torch.isfinite(logits_BV.sum(-1)).tolist()
     for b, sampler in enumerate(samplers):
         try:
@@ -163,60 +130,56 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken
                 raise NotFinite(NOT_FINITE)
             sampler.change_(changed_BV[b])
         except Exception as error:
-            found[b], changed_BV[b] = error, 0
+            choices[b], changed_BV[b] = error, 0
     tokens_B = changed_BV.argmax(-1)
-    drawn = [b for b, sampler in enumerate(samplers) if sampler.sampling.temperature]
-    logp_BV = torch.zeros(0)
-    if drawn:
-        own = [samplers[b] for b in drawn]
-        # below it all but the likeliest would overflow, above it no two differ
-        rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in own]
-        least_nV = changed_BV[drawn] - changed_BV[drawn].amax(-1, keepdim=True)
+    sampled = [b for b, sampler in enumerate(samplers) if sampler.sampling.temperature]
+    filtered_nV = torch.zeros(0)
+    if sampled:
+        samplers_n = [samplers[b] for b in sampled]
+        # below 1e-30 all but the likeliest would overflow, above 1e30 no two differ
+        rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in samplers_n]
+        least_nV = changed_BV[sampled] - changed_BV[sampled].amax(-1, keepdim=True)
         scaled_nV = least_nV / torch.tensor(rates)[:, None]
-        kept_nV = filtered(scaled_nV, [one.sampling for one in own])
-        places = [(one.sampling.seed, len(one.tokens)) for one in own]
-        noise_nV = torch.stack([noise(*place, kept_nV.shape[1]) for place in places])
-        tokens_B[drawn] = (torch.softmax(kept_nV, -1) / noise_nV).argmax(-1)
-        logp_BV = kept_nV
+        filtered_nV = filtered(scaled_nV, [one.sampling for one in samplers_n])
+        size = filtered_nV.shape[1]
+        noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in samplers_n])
+        tokens_B[sampled] = (torch.softmax(filtered_nV, -1) / noise_nV).argmax(-1)
     for b, token in enumerate(tokens_B.tolist()):
-        if found[b] is None:
-            row = logp_BV[drawn.index(b)] if b in drawn else None
-            found[b] = _reported(samplers[b].sampling.logprobs, logits_BV[b], row, token)
-    return [one for one in found if one is not None]
+        if choices[b] is None:
+            row = filtered_nV[sampled.index(b)] if b in sampled else None
+            choices[b] = _with_logprobs(token, samplers[b].sampling.logprobs, logits_BV[b], row)
+    return [one for one in choices if one is not None]
 
 
-def _reported(n: int | None, logits_V: Tensor, drawn_V: Tensor | None, token: int) -> SampledToken:
+def _with_logprobs(
+    token: int, n: int | None, logits_V: Tensor, sampled_V: Tensor | None
+) -> SampledToken:
     if n is None:
         return SampledToken(token)
     logp_V = torch.log_softmax(logits_V, -1)
-    best = logp_V.topk(n) if n else None
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
-    drawn = 0.0 if drawn_V is None else float(torch.log_softmax(drawn_V, -1)[token])
-    return SampledToken(token, float(logp_V[token]), tuple(pairs), drawn)
+    best = logp_V.topk(n)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    logp = 0.0 if sampled_V is None else float(torch.log_softmax(sampled_V, -1)[token])
+    return SampledToken(token, float(logp_V[token]), tuple(pairs), logp)
 
 
 def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
-    """Exponential draws, one for each token, as they are at a position of a completion under a
-    seed.
-    """
+    """Exponential noise for each token at a position of a completion."""
     words = np.random.Philox(key=[seed % (1 << 64), position]).random_raw(-(-vocabulary // 2))
     u_V = torch.from_numpy(words.view(np.uint32)[:vocabulary].astype(np.float32))
     return u_V.add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().clamp_(max=100)
 
 
 def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """The logits (B, V) with those that top-k, top-p and min-p leave out at minus infinity.
-
-    Args:
-        logits_BV: the logits over the temperature.
-        samplings: the settings of each row.
+    """Logits (B, V) over the temperature, with minus infinity where top-k, top-p or min-p exclude a
+    token.
     """
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:
-        own, at = out_BV[[*ks]], torch.tensor([*ks.values()])[:, None] - 1
-        least = own.topk(max(ks.values())).values.gather(1, at)
-        out_BV[[*ks]] = own.masked_fill(own < least, LOW)
+        rows_nV, at = out_BV[[*ks]], torch.tensor([*ks.values()])[:, None] - 1
+        least = rows_nV.topk(max(ks.values())).values.gather(1, at)
+        out_BV[[*ks]] = rows_nV.masked_fill(rows_nV < least, LOW)
     ps = {b: s.top_p for b, s in enumerate(samplings) if s.top_p < 1}
     if ps:
         _top_p_(out_BV, ps, min(FEW, vocabulary))
@@ -229,7 +192,7 @@ def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
-    """Leave out of rows what is beyond their top-p, looking among a few tokens first."""
+    """Exclude the tokens beyond each row's top-p, trying a few tokens first."""
     p_nV, sums = torch.softmax(out_BV[[*ps]], -1), torch.tensor([*ps.values()])[:, None]
     values, ids = p_nV.topk(few)
     before = values.cumsum(-1) - values  # of the likelier ones
@@ -244,23 +207,14 @@ def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
 
 
 class Grammars:
-    """The grammars of one tokenizer.
-
-    Args:
-        tokenizer: the model's, or None, with which there are no grammars.
-        vocabulary: the number of tokens that the model knows.
-    """
+    """The grammars of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._read: Any = None
 
     def start(self, sampling: Sampling) -> Allowed | None:
-        """A fresh state of the grammar that the settings ask for, None if they ask for none.
-
-        Raises LorafoldError without llguidance, a fast tokenizer with an end token, or a grammar
-        that can be read.
-        """
+        """A fresh state of the grammar that the settings ask for, None if they ask for none."""
         if sampling.grammar is None:
             return None
         name = sampling.grammar[0]
@@ -282,7 +236,7 @@ class Grammars:
         return _State(matcher, name)
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
-        """The token that ends a text of the grammar, if the settings ask for one."""
+        """The token that ends a text of the grammar, if there is one."""
         end = None if self._tokenizer is None else self._tokenizer.eos_token_id
         return frozenset([end] if sampling.grammar and isinstance(end, int) else [])
 
@@ -301,7 +255,7 @@ class Grammars:
 
 
 def guidance(grammar: tuple[str, str]) -> str:
-    """A setting and its text as llguidance has grammars, which nothing has read yet."""
+    """A setting and its text as an uncompiled grammar of llguidance."""
     from llguidance import LLMatcher
 
     name, text = grammar
@@ -311,8 +265,6 @@ def guidance(grammar: tuple[str, str]) -> str:
 
 
 class _State:
-    """Where one completion stands in its grammar."""
-
     def __init__(self, matcher: Any, setting: str) -> None:
         self._matcher, self._setting, self._consumed = matcher, setting, 0
 
@@ -332,6 +284,6 @@ class _State:
 
 
 def _why(matcher: Any) -> str:
-    """What is wrong with a grammar, without the dump of the parser's state."""
-    told = str(matcher.get_error()).partition("<state>")[0]
-    return cut(" ".join(told.split()), 300)
+    """The error of a grammar, without the dump of the parser's state."""
+    message = str(matcher.get_error()).partition("<state>")[0]
+    return cut(" ".join(message.split()), 300)

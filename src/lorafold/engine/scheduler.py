@@ -1,14 +1,14 @@
 """Which rows the next passes compute.
 
-Every step decodes all rows that have one token pending, and then reads at most `budget` tokens of
-prompts, so that a long prompt never keeps the others waiting for more than that. Rows that wait run
-by what their tenants were given; one whose adapter is still being read lets the next ones pass. Of
-running rows with one prompt the first one reads it, and the others wait for that.
+Every step decodes all rows with one pending token, and then reads at most `budget` tokens of
+prompts, so a long prompt never delays the others by more than that. Waiting rows run by how much
+their tenants have used; one whose adapter is still being read lets the next ones pass. Of running
+rows with one prompt the first one reads it for all.
 
-`Waiting` serves the tenant with the smallest counter first: the virtual token counter of Sheng et
-al. 2024, Fairness in Serving Large Language Models (OSDI), algorithm 2. A tenant's counter grows by
-its tokens, a completion's counted OUT times, over its weight; one that begins to wait again starts
-no lower than the others.
+`Waiting` is the virtual token counter of Sheng et al. 2024, Fairness in Serving Large Language
+Models (OSDI), algorithm 2: it serves the tenant with the smallest counter, which grows by the
+tenant's tokens, a completion's counted OUT times, over its weight; a tenant that begins to wait
+again starts no lower than the others.
 """
 
 from __future__ import annotations
@@ -27,26 +27,22 @@ OUT = 2  # a token of a completion costs a pass, one of a prompt a part of one (
 
 
 class Waiting:
-    """The rows that wait, by tenant.
-
-    Args:
-        weights: the shares of tenants; 1 for one that is not named.
-    """
+    """The rows that wait, by tenant."""
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
         self._rows: dict[str, deque[Row]] = {}  # of tenants who wait
-        self._given: dict[str, float] = {}
+        self._used: dict[str, float] = {}
         self._came: dict[str, float] = {}  # when a tenant's last row came
-        self._last = 0.0  # the counter of whoever stopped waiting last
+        self._last = 0.0  # the counter of the tenant that stopped waiting last
 
     def add(self, row: Row) -> None:
         """Let a row wait."""
         tenant = row.request.tenant
         self._came[tenant] = time.monotonic()
         if tenant not in self._rows:
-            least = min((self._given[t] for t in self._rows), default=self._last)
-            self._given[tenant] = max(self._given.get(tenant, 0.0), least)
+            least = min((self._used[t] for t in self._rows), default=self._last)
+            self._used[tenant] = max(self._used.get(tenant, 0.0), least)
             self._rows[tenant] = deque()
         self._rows[tenant].append(row)
 
@@ -61,25 +57,22 @@ class Waiting:
         self._rows[tenant].remove(row)
         if not self._rows[tenant]:
             del self._rows[tenant]
-            self._last = self._given[tenant]
+            self._last = self._used[tenant]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """Count tokens that a tenant is given."""
+        """Count tokens of a tenant."""
         cost = tokens / self._weights.get(tenant, 1.0)
-        self._given[tenant] = self._given.get(tenant, 0.0) + cost
+        self._used[tenant] = self._used.get(tenant, 0.0) + cost
 
-    def first(self, asked: Collection[Row], full: Collection[str]) -> Row | None:
-        """The row to run next: the oldest of the tenant who was given least.
-
-        Args:
-            asked: rows that can't run yet; of two tenants the one with fewer of them comes first.
-            full: tenants who have all the slots that they may have.
+    def first(self, unready: Collection[Row], full: Collection[str]) -> Row | None:
+        """The row to run next, the oldest of the tenant that used least, but for rows that are not
+        ready; a tenant with fewer of those comes first. `full` tenants may have no more slots.
         """
-        tenants = [row.request.tenant for row in asked]
+        tenants = [row.request.tenant for row in unready]
         free = [tenant for tenant in self._rows if tenant not in full]
-        for tenant in sorted(free, key=lambda t: (tenants.count(t), self._given[t])):
+        for tenant in sorted(free, key=lambda t: (tenants.count(t), self._used[t])):
             for row in self._rows[tenant]:
-                if row not in asked:
+                if row not in unready:
                     return row
         return None
 
@@ -98,12 +91,7 @@ class Batch(NamedTuple):
 
 
 class Scheduler:
-    """The rows that wait and those that run.
-
-    Args:
-        settings: the engine's. Where it is invariant, prompts are read one row at a time.
-        single: decode one row at a time too.
-    """
+    """The rows that wait and those that run."""
 
     def __init__(self, settings: EngineSettings, single: bool) -> None:
         self.slots, self.chunk, self.each = settings.slots, settings.chunk, settings.invariant
@@ -112,18 +100,16 @@ class Scheduler:
         self.running: list[Row] = []
 
     def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
-        """Yield waiting rows that get a free slot now, each moved to those that run.
-
-        Args:
-            ready: whether a row can run; asked for as many rows as slots are free.
+        """Yield waiting rows that get a free slot now, each moved to the running ones; `ready` is
+        called for as many rows as slots are free.
         """
-        asked: list[Row] = []
+        unready: list[Row] = []
         for _ in range(self.slots - len(self.running)):
-            row = self.waiting.first(asked, self._full())
+            row = self.waiting.first(unready, self._full())
             if row is None:
                 return
             if not ready(row):
-                asked.append(row)
+                unready.append(row)
                 continue
             self.waiting.remove(row)
             self.running.append(row)
@@ -131,7 +117,6 @@ class Scheduler:
             yield row
 
     def _full(self) -> list[str]:
-        """The tenants who have all the slots that they may have."""
         if self.most is None:
             return []
         running, shared = Counter(row.request.tenant for row in self.running), self.slots // 2
@@ -143,15 +128,16 @@ class Scheduler:
 
     def decoding(self) -> list[Batch]:
         """The passes that decode: one for all rows that can be mixed, one for each adapter else."""
-        found = [row for row in self._computed() if row.pending == 1]
-        for row in found:
+        decoded = [row for row in self.running if row.reader is None and row.pending == 1]
+        for row in decoded:
             self.waiting.charge(row.request.tenant, OUT)
-        return [Batch(rows, [1] * len(rows)) for rows in self._apart(found)]
+        return [Batch(rows, [1] * len(rows)) for rows in self._groups(decoded)]
 
     def reading(self) -> list[Batch]:
         """The passes that read prompts, oldest rows first."""
         left, batches = self.budget, []
-        for rows in self._apart([row for row in self._computed() if row.pending > 1]):
+        read = [row for row in self.running if row.reader is None and row.pending > 1]
+        for rows in self._groups(read):
             while rows and left > 0:
                 batch = self._fitting(rows, left)
                 if not batch.rows:
@@ -162,8 +148,8 @@ class Scheduler:
         return batches
 
     def join(self, row: Row) -> None:
-        """Let a running row wait for one that reads the same prompt, if there is one. Rows that
-        can't be mixed have more in the cache than their tokens' keys and values.
+        """Let a running row wait for one that reads the same prompt, if there is one; not if it
+        can't be mixed, since the cache then has more than keys and values.
         """
         if together(row) is not None:
             return
@@ -175,14 +161,11 @@ class Scheduler:
         return [row for row in self.running if row.reader is reader]
 
     def leave(self, row: Row) -> None:
-        """Let a row run no longer; of those that wait for it the first one reads."""
+        """Remove a running row; the first one that waits for it reads the prompt instead."""
         self.running.remove(row)
         waiting = self.joined(row)
         for other in waiting:
             other.reader = None if other is waiting[0] else waiting[0]
-
-    def _computed(self) -> list[Row]:
-        return [row for row in self.running if row.reader is None]
 
     def _fitting(self, rows: Sequence[Row], left: int) -> Batch:
         taken: list[Row] = []
@@ -196,11 +179,11 @@ class Scheduler:
             return Batch([], [])  # the next step has room
         return Batch(taken, [min(row.pending, self.chunk) for row in taken])
 
-    def _apart(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)
-            # the logits of a whole chunk are computed for those rows alone that want them
+            # rows that need the logits of a whole chunk have passes of their own
             key: tuple[object, ...] = (alone, row.to_score(row.pending) > 0)
             if self.single or (self.each and alone):
                 key = (*key, row.request.id)

@@ -1,10 +1,9 @@
-"""A request while it runs.
+"""A request while it runs, and the text of its completion.
 
-Log-probabilities of prompt tokens come from the logits of the passes that read them, a few at a
-time. `Text` is the text of a completion while its tokens arrive, in pieces that are never taken
-back: a piece is held back while a character is incomplete, and while what stands at the end may be
-the beginning of a stop text. Only the tokens since the last complete character are decoded again,
-with as many before them as the decoder needs to know that they do not begin a text.
+`Text` outputs pieces that are never taken back: a piece is held back while a character is
+incomplete, and while its end may be the beginning of a stop text. Only the tokens since the last
+complete character are decoded again, with as many before them as the decoder needs to see that they
+do not begin a text.
 """
 
 from __future__ import annotations
@@ -27,18 +26,13 @@ if TYPE_CHECKING:
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are in memory together
-# the log probability of a token, and those of the most likely ones in its place
+# the log probability of a token, and those of the most likely ones at its position
 Score = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class Row:
-    """One request: its tokens, how many of them the cache holds, its adapter and its slot.
-
-    Args:
-        entry: its adapter, or None for the base.
-        tokenizer: the engine's, for texts; None: events have no text, unless the request has one.
-        allowed: which tokens may follow; None: any.
-        ends: tokens that end the completion besides the request's.
+    """One request: its tokens, how many of them are in the KV cache, its adapter and its slot.
+    `ends` are tokens that end the completion besides the request's.
     """
 
     def __init__(
@@ -55,13 +49,13 @@ class Row:
         known = tokenizer if request.tokenizer is None else request.tokenizer
         self.text = None if known is None else Text(known, request.sampling.stop)
         self.tokens = list(request.prompt)
-        self.filled = 0  # of these tokens the cache has this many
+        self.filled = 0  # how many of these tokens are in the KV cache
         self.scores: list[Score] = []  # of the prompt's tokens from the second one on
-        self.reader: Row | None = None  # who reads this prompt for it
-        self.cached = 0  # tokens of the prompt that a slot held already
-        self.held: LoadedAdapter | None = None
+        self.reader: Row | None = None  # the row that reads this prompt for it
+        self.cached = 0  # tokens of the prompt that were in the cache already
+        self.adapter: LoadedAdapter | None = None
         self.slot = -1
-        self.state: Any = None  # a cache of its own, where the model has no slots
+        self.state: Any = None  # a cache of its own, if the model can't run in slots
         self.cancelled = False
 
     @property
@@ -71,14 +65,12 @@ class Row:
 
     @property
     def prefix(self) -> PrefixKey:
-        """What its keys and values follow from, beside its tokens."""
-        entry, tenant = self.entry, self.request.tenant
-        return (
-            PrefixKey(entry.digest, entry.generation, tenant) if entry else PrefixKey("", 0, tenant)
-        )
+        """What its keys and values depend on, besides its tokens."""
+        digest, generation = (self.entry.digest, self.entry.generation) if self.entry else ("", 0)
+        return PrefixKey(digest, generation, self.request.tenant)
 
     def reads_for(self, other: Row) -> bool:
-        """Whether it reads a prompt of which the other needs the same keys, values and logits."""
+        """Whether it reads a prompt for which the other needs the same keys, values and logits."""
         return (
             self.reader is None
             and len(self.tokens) == len(self.request.prompt)
@@ -88,22 +80,18 @@ class Row:
         )
 
     def to_score(self, n: int) -> int:
-        """After how many of the next n tokens one of the prompt stands whose score is wanted."""
+        """How many of the next n tokens precede one of the prompt whose score is wanted."""
         wanted = self.request.prompt_logprobs is not None
         return max(0, min(n, len(self.request.prompt) - 1 - self.filled)) if wanted else 0
 
     def score(self, logits_TV: Tensor) -> None:
-        """Note the scores of as many tokens of the prompt, after those that the cache has.
-
-        Args:
-            logits_TV: the logits in whose place they stand.
-        """
+        """Note the scores of as many tokens of the prompt, after those that the cache has."""
         del self.scores[self.filled :]
         for logits_nV in logits_TV.split(AT_ONCE):
             first = len(self.scores) + 1
-            own = self.tokens[first : first + len(logits_nV)]
+            ids = self.tokens[first : first + len(logits_nV)]
             logp_nV = torch.log_softmax(logits_nV.float(), -1)
-            ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
+            ids_n1 = torch.tensor(ids, device=logp_nV.device)[:, None]
             best = logp_nV.topk(self.request.prompt_logprobs or 0)
             tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             pairs = [tuple(zip(*top, strict=True)) for top in tops]
@@ -117,26 +105,21 @@ class Row:
         if not all(isfinite(logprob) for logprob, _ in self.scores):
             raise NotFinite(NOT_FINITE)
         first, *others = request.prompt
-        shown = [Token(request.id, first)]
-        for token, (logprob, top) in zip(others, self.scores, strict=True):
-            shown.append(Token(request.id, token, "", logprob, top))
-        self.stream.prompt = tuple(shown)
-
-    @property
-    def completion(self) -> tuple[int, ...]:
-        """The tokens of the completion so far."""
-        return tuple(self.tokens[len(self.request.prompt) :])
+        scored = zip(others, self.scores, strict=True)
+        self.stream.prompt = (
+            Token(request.id, first),
+            *(Token(request.id, token, "", logprob, top) for token, (logprob, top) in scored),
+        )
 
     def take(self, choice: SampledToken) -> Reason | None:
-        """Take the next token; the reason why the request ends with it, if it does."""
+        """Add the next token; the reason why the request ends with it, if it does."""
         request = self.request
         ends = choice.token in self.ends
         if ends and not request.keep_end:
             return "end"
         self.tokens.append(choice.token)
         piece = self.text.add(choice.token) if self.text and not ends else ""
-        found = (choice.logprob, choice.top, choice.drawn_logprob)
-        self.stream.put(Token(request.id, choice.token, piece, *found))
+        self.stream.put(Token(request.id, choice.token, piece, *choice[1:]))
         if ends:
             return "end"
         if self.text and self.text.stopped:
@@ -145,12 +128,8 @@ class Row:
         return "length" if full else None
 
     def end(self, reason: Reason, message: str = "", fault: str = "", setting: str = "") -> None:
-        """Put the last event.
-
-        Args:
-            fault: the same in words that have nothing of the request's texts.
-            setting: the setting that it follows from.
-        """
+        """Put the last event, as `Ended` has it."""
+        request = self.request
         if self.text and reason != "failed":
             try:
                 self.text.finish()
@@ -158,33 +137,28 @@ class Row:
                 raise
             except BaseException as error:  # a panic in a tokenizer is no Exception
                 reason, message, fault = "failed", f"{type(error).__name__}: {error}", place(error)
-        text = self.text.text if self.text else ""
+        text, completion = self.text.text if self.text else "", self.tokens[len(request.prompt) :]
         self.stream.put(
             Ended(
-                self.request.id, reason, self.completion, text, message, self.cached, fault, setting
+                request.id, reason, tuple(completion), text, message, self.cached, fault, setting
             )
         )
 
 
 class Text:
-    """The text of one completion.
-
-    Args:
-        stop: texts before which the completion ends.
-        special: show special tokens too, as of a prompt.
-    """
+    """The text of one completion, with special tokens if `special` is set."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special: bool = False
     ) -> None:
         self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
         self._ids: list[int] = []
-        self._from, self._read = 0, 0  # decoded from here; what lies before this has been read
+        self._from, self._read = 0, 0  # where decoding starts, and the end of what was output
         self._held = ""
         self.text, self.stopped = "", False
 
     def add(self, token: int) -> str:
-        """The piece of text that the token adds; sets `stopped` where a stop text is complete."""
+        """The piece of text that a token adds; sets `stopped` if a stop text is complete."""
         self._ids.append(token)
         before = self._decode(self._ids[self._from : self._read])
         after = self._decode(self._ids[self._from :])
@@ -194,7 +168,7 @@ class Text:
         return self._release(after[len(before) :], last=False)
 
     def finish(self) -> str:
-        """The rest of the text, once no token follows."""
+        """The rest of the text after the last token."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._from : self._read])
@@ -204,9 +178,9 @@ class Text:
 
     def _release(self, new: str, last: bool) -> str:
         text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, text, self._held = True, text[: min(found)], ""
+        stops = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if stops:
+            self.stopped, text, self._held = True, text[: min(stops)], ""
         else:
             n = 0 if last else may_begin(text, self._stop)
             text, self._held = text[: len(text) - n], text[len(text) - n :]

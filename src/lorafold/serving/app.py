@@ -1,10 +1,8 @@
-"""The application: what every request passes before its route, and what every answer after it.
+"""The application: `Gate` names each request, bounds its body before anything reads it, and counts
+and logs the request once it has ended. Errors are answered in OpenAI's shape.
 
-A request gets a name, its body is bounded before anything reads it, and once it has ended it is
-counted and logged. Whatever goes wrong is answered in OpenAI's shape.
-
-uvicorn waits for the rest of a request for ever, and keeps headers of any size; so each has a
-deadline and a size (`bounded`), and connections are counted.
+uvicorn waits for the rest of a request for ever and keeps headers of any size; so `bounded` gives
+each request a deadline and a size, and counts connections.
 """
 
 from __future__ import annotations
@@ -53,39 +51,37 @@ from lorafold.serving.settings import Limits
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": completions.CompletionsBody,
-    "/v1/responses": responses.Respond,
+    "/v1/responses": responses.ResponsesBody,
     "/v1/responses/input_tokens": responses.InputTokens,
-    "/v1/messages": messages.Ask,
+    "/v1/messages": messages.MessagesBody,
     "/v1/messages/count_tokens": messages.CountTokens,
     "/tokenize": completions.Tokenize,
     "/detokenize": completions.Detokenize,
     "/v1/load_lora_adapter": models.LoadBody,
     "/v1/unload_lora_adapter": models.UnloadBody,
-    "/admin/aliases/{name}": models.Pointed,
+    "/admin/aliases/{name}": models.AliasBody,
 }
 KEY = {"key": {"type": "http", "scheme": "bearer"}}
-QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
-ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-WATCHED = ("/v1/models", "/v1/models/events")  # by pages, again and again
+UNLOGGED = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+POLLED = ("/v1/models", "/v1/models/events")  # by pages; only their errors are logged
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
-ADDRESS = re.compile(r"^[^/?]*://[^/]*")
-ALLOWED = ("GET", "POST", "PUT", "DELETE")  # of pages of other origins
-SHOWN = ("X-Request-Id", "Retry-After")  # headers that such a page may read
+ORIGIN = re.compile(r"^[^/?]*://[^/]*")
 HEAD = 1 << 16  # bytes of an address and headers
-HERE = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def application(server: Server) -> FastAPI:
-    """The application of a server."""
+    """The ASGI application of a server."""
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(logs.unhandled)
         try:
-            async with server.host.computing(), while_open(server.spent.keep()):
+            async with server.host.computing(), while_open(server.usage.keep_saving()):
                 yield
         finally:
-            await server.spent.save()
+            await server.usage.save()
 
     app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
     for routes in (
@@ -99,15 +95,14 @@ def application(server: Server) -> FastAPI:
         """This description, the same for everybody."""
         return answer(described(app.routes))
 
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(LorafoldError, _refused)
-    app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(RequestValidationError, _no_route)
+    for kind in (Refusal, LorafoldError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _refused)
     app.add_middleware(Gate, server=server)
     if server.settings.cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=server.settings.cors, allow_headers=["*"],
-            allow_methods=ALLOWED, expose_headers=SHOWN, allow_private_network=True,
+            allow_methods=("GET", "POST", "PUT", "DELETE"), allow_private_network=True,
+            expose_headers=("X-Request-Id", "Retry-After"),
         )  # fmt: skip
     return app
 
@@ -125,30 +120,26 @@ def operations(app: FastAPI, server: Server) -> None:
     async def ready() -> Response:
         """Whether requests are computed: the engine made a step lately."""
         why = server.host.ready
-        response = answer({"status": why or "ready"})
-        response.status_code = 503 if why else 200
-        return response
+        return answer({"status": why or "ready"}, 503 if why else 200)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """Counters in Prometheus's format; they name tenants, so that keys close them."""
+        """Counters in Prometheus's format; they name tenants, so they need a key."""
         server.keys.check_metrics(request.headers.get("authorization"))
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def described(routes: list[Any]) -> dict[str, Any]:
-    """The description of these routes."""
-    found = get_openapi(title="lorafold", version="1", routes=routes)
+    """The OpenAPI description of these routes."""
+    openapi = get_openapi(title="lorafold", version="1", routes=routes)
     kinds: Any = [(kind, "validation") for kind in dict.fromkeys(BODIES.values())]
     names, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
-    for path, methods in found["paths"].items():
-        for method, operation in methods.items():
-            if path in BODIES and method in ("post", "put"):
-                schema = names[BODIES[path], "validation"]
-                content = {"application/json": {"schema": schema}}
-                operation["requestBody"] = {"required": True, "content": content}
-    found["components"] = {"schemas": schemas.get("$defs", {}), "securitySchemes": KEY}
-    return found | {"security": [{"key": []}]}
+    for path, kind in BODIES.items():
+        content = {"application/json": {"schema": names[kind, "validation"]}}
+        for method in openapi["paths"][path].keys() & {"post", "put"}:
+            openapi["paths"][path][method]["requestBody"] = {"required": True, "content": content}
+    openapi["components"] = {"schemas": schemas.get("$defs", {}), "securitySchemes": KEY}
+    return openapi | {"security": [{"key": []}]}
 
 
 class Gate:
@@ -156,29 +147,25 @@ class Gate:
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
-        self._most = server.settings.limits.body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one HTTP request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # without the host and whatever else stands before the path of a whole address
-        sent = ADDRESS.sub("", scope.get("raw_path", b"").decode("ascii", "replace"))
+        sent = ORIGIN.sub("", scope.get("raw_path", b"").decode("ascii", "replace"))
         method = scope["method"] if scope["method"] in METHODS else "other"
         path = scope["path"].rstrip("/") or "/"
         record = Record(f"req-{secrets.token_hex(8)}", method, path, sent)
-        scope["record"] = record
-        # what answers a HEAD as a GET is sent without its body, by the server of the protocol
-        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else scope["method"]}
+        # HEAD is routed as GET; uvicorn leaves out the body of the answer
+        method = "GET" if method == "HEAD" else scope["method"]
+        scope = {**scope, "record": record, "path": path, "method": method}
         read, begun = 0, False
 
         async def bounded() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._most:
-                raise self._too_large()
+            self._check_size(read)
             return message
 
         async def named(message: Message) -> None:
@@ -202,7 +189,7 @@ class Gate:
             record.outcome, record.status = "client_left", 499
         except SendTimeoutError:
             record.outcome = "slow_reader"
-        except asyncio.CancelledError:  # the server ends, and does not wait any longer
+        except asyncio.CancelledError:  # the server shuts down and no longer waits
             record.outcome, record.status = "not_ready", record.status or 503
             raise
         except STOPS:
@@ -216,103 +203,95 @@ class Gate:
 
     def _check(self, headers: Headers, record: Record) -> None:
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 20:  # of very long ones Python makes no number
+        if not length.isdecimal() or len(length) > 20:  # Python converts no very long numbers
             raise wrong("content-length", f"found {length!r:.40}, expected the bytes of the body")
-        if int(length) > self._most:
-            raise self._too_large()
-        # without keys a page from elsewhere, under a name that leads here, could ask as the user
-        host = _host(headers.get("host", ""))
-        if self.server.keys.file is None and host not in (*HERE, self.server.settings.host):
-            told = f"host: found {host!r:.80}, expected {', '.join(HERE)}, since there are no keys"
-            raise Refusal(403, "wrong_host", told)
-        if record.path in ASKED and record.method == "POST":
+        self._check_size(int(length))
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname
+        except ValueError:
+            host = None
+        # DNS rebinding: without keys, another site's page whose name leads here could act as the
+        # user
+        keys = self.server.keys
+        if keys.file is None and host not in (*LOOPBACK, self.server.settings.host):
+            expected = f"expected {', '.join(LOOPBACK)}, since there are no keys"
+            raise Refusal(403, "wrong_host", f"host: found {host!r:.80}, {expected}")
+        if record.path in COMPLETIONS and record.method == "POST":
             # a flood is refused before its bodies are read
-            caller = self.server.keys.caller(authorization(headers))
+            caller = keys.caller(authorization(headers))
             record.tenant = caller.tenant
             self.server.admission.check_caller(caller, 1)
 
-    def _too_large(self) -> Refusal:
-        return Refusal(413, "body_too_large", f"body: expected at most {self._most:,} bytes")
+    def _check_size(self, nbytes: int) -> None:
+        most = self.server.settings.limits.body_bytes
+        if nbytes > most:
+            raise Refusal(413, "body_too_large", f"body: expected at most {most:,} bytes")
 
     def _ended(self, record: Record) -> None:
-        if record.path in QUIET or (record.path in WATCHED and record.status < 400):
+        if record.path in UNLOGGED or (record.path in POLLED and record.status < 400):
             return
         if record.status >= 400 and record.outcome == "ok":
             record.outcome = f"status_{record.status}"
-        if record.path in ASKED:
+        if record.path in COMPLETIONS:
             metrics = self.server.metrics
             metrics.ended(record.tenant or "none", record.adapter or "none", record.outcome)
         logs.write(record)
 
 
-def _host(header: str) -> str | None:
-    try:
-        return urlsplit(f"//{header}").hostname
-    except ValueError:
-        return None
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    if not isinstance(error, Refusal):
+async def _refused(request: Request, error: Any) -> Response:
+    if isinstance(error, LorafoldError):
         error = Refusal(400, "invalid_value", cut(str(error), 2000))
+    elif not isinstance(error, Refusal):  # of FastAPI's router
+        detail = str(getattr(error, "detail", "not found")).lower()
+        message = f"{request.method} {request.url.path[:200]!a}: {detail}"
+        error = Refusal(getattr(error, "status_code", 404), "no_route", message)
     return refused(record_of(request), error)
-
-
-async def _no_route(request: Request, error: Any) -> Response:
-    status, detail = getattr(error, "status_code", 404), getattr(error, "detail", "not found")
-    told = f"{request.method} {request.url.path[:200]!a}: {str(detail).lower()}"
-    return await _refused(request, Refusal(status, "no_route", told))
 
 
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
     """uvicorn's protocol under limits."""
     arriving: dict[Bounded, asyncio.TimerHandle] = {}  # the one that takes longest first
-    trims: list[asyncio.TimerHandle] = []  # the last one, for all that were late or large meanwhile
+    trims: list[asyncio.TimerHandle] = []  # the last one, for all late or large requests since
 
     class Bounded(HttpToolsProtocol):
-        """One connection, whose next request is awaited from the start, and from its first byte."""
+        """One connection; its next request has a deadline, which starts anew with its first byte.
+        """
 
-        read, head = 0, True  # bytes of a request, and whether they are of its head
+        read, head = 0, True  # bytes of the request, and whether its headers are still arriving
 
         def connection_made(self, transport: Any) -> None:
-            """Wait for a request, in the place of another connection if there are too many."""
             super().connection_made(transport)
             self._wait()
             if len(self.connections) > limits.connections:
                 next(iter(arriving))._refuse(503, "too_many_connections", "try again later")
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """Wait no longer."""
             self._arrived()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """Take some bytes, and no more if there are too many; chunks and trailers count."""
             super().data_received(data)
-            self.read += len(data)
+            self.read += len(data)  # chunks and trailers count
             most = HEAD + (0 if self.head else 2 * limits.body_bytes)
             if self in arriving and self.read > most:
-                told = f"expected at most {most:,} bytes"
-                self._refuse(431 if self.head else 413, "request_too_large", told)
+                status = 431 if self.head else 413
+                self._refuse(status, "request_too_large", f"expected at most {most:,} bytes")
 
         def on_message_begin(self) -> None:
-            """Begin to count."""
             self.read, self.head = 0, True
             self._wait()
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            """Allow a body."""
             self.head = False
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            """Wait no longer."""
             self._arrived()
             super().on_message_complete()
 
         def on_response_complete(self) -> None:
-            """Forget the part of a body that nobody asked for, and what was made of a large one."""
+            # free the part of a body that no route read, and the memory of a large one
             if self.read > HEAD:
                 self._trim()
             if not self.pipeline:
@@ -333,25 +312,27 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 timer.cancel()
 
         def _late(self) -> None:
-            if self.flow.read_paused or self._busy:  # here nobody reads
+            if self.flow.read_paused or self._busy:  # the server itself does not read
                 self._wait()
             else:
-                told = f"expected the whole request within {limits.receive_seconds:g} s"
-                self._refuse(408, "request_timeout", told)
+                message = f"expected the whole request within {limits.receive_seconds:g} s"
+                self._refuse(408, "request_timeout", message)
                 self._trim()
 
         def _trim(self) -> None:
             if not trims or trims[-1].when() < self.loop.time():
                 trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, give_back)]
 
-        def _refuse(self, status: int, code: str, told: str) -> None:
+        def _refuse(self, status: int, code: str, message: str) -> None:
             """Close the connection, with an answer if a request has begun that has none yet."""
             self._arrived()
             if self.read and not self._busy and (self.head or not self.cycle.response_started):
-                content = to_json(Refusal(status, code, f"request: {told}").body)
-                about = f"content-type: application/json\r\ncontent-length: {len(content)}\r\n"
-                end = b"connection: close\r\n\r\n"
-                self.transport.write(STATUS_LINE[status] + about.encode() + end + content)
+                content = to_json(Refusal(status, code, f"request: {message}").body)
+                headers = (
+                    f"content-type: application/json\r\ncontent-length: {len(content)}\r\n"
+                    "connection: close\r\n\r\n"
+                )
+                self.transport.write(STATUS_LINE[status] + headers.encode() + content)
             self.transport.close()
 
     return Bounded

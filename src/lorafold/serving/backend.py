@@ -1,13 +1,12 @@
-"""What computes, as the server knows it: nine calls, and the words that pass through them.
+"""The interface between the server and an engine: nine calls, and the types that pass through them.
 
-    async with backend.events(take):            it computes, and tells what is new after every step
-        backend.load(found, "known")
-        backend.submit(Request("1", prompt, 64, found.key))
+    async with backend.events(take):            it computes, and calls `take` after every step
+        backend.load(adapter, "known")
+        backend.submit(Request("1", prompt, 64, adapter.key))
         backend.cancel("1")
 
-`lorafold.serving.engine_backend` is the one implementation, over `lorafold.engine`; nothing else
-here knows more of an engine than this file says. Any thread may call; `length`, `ready` and
-`states` answer at once.
+`engine_backend` implements it with `lorafold.engine`; no other file of the server depends on an
+engine. Any thread may call; `length`, `ready` and `states` return at once.
 """
 
 from __future__ import annotations
@@ -27,22 +26,8 @@ from lorafold.engine.sequence import Text, may_begin
 from lorafold.serving.settings import Strict
 
 __all__ = [
-    "LOST",
-    "NOT_FINITE",
-    "NUMBERS",
-    "AdapterFiles",
-    "Backend",
-    "Ended",
-    "News",
-    "Request",
-    "Sampling",
-    "States",
-    "Text",
-    "Token",
-    "Until",
-    "guidance",
-    "may_begin",
-    "while_open",
+    "LOST", "NOT_FINITE", "NUMBERS", "AdapterFiles", "Backend", "Ended", "News", "Request",
+    "Sampling", "States", "Text", "Token", "Until", "guidance", "may_begin", "while_open",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one
@@ -50,36 +35,25 @@ Until = Literal["checked", "known", "begun", "resident"]
 
 
 class AdapterFiles(Strict):
-    """An adapter's files: where they are, what they are by digest, and what they say it is.
-
-    `digest` is its identity together with those of the adapters below, and `old` the digest of its
-    own files without its tokenizer, by which versions were known before; `manifest` says whether
-    there is one among these. `over` is where the
-    adapters below are, the lowest first, and `stack` the identities of what is read of these and of
-    it, of `sizes` in bytes. `base` is the base that it names where it has no fingerprint to tell
-    by, `other_base` and `other_storage` how its base differs from the one that is served, `form`
-    the digest of what adapters have in common that differ in nothing but their values, `tokenizer`
-    the digest of its tokenizer, or "" for the base's, and `words` where that is. `note` is for the
-    administrator.
-    """
+    """A version of an adapter: its files by digest, and what its record says of it."""
 
     name: str
     path: Path
-    digest: str
-    old: str
-    manifest: bool
-    stack: tuple[str, ...]
-    sizes: tuple[int, ...] = ()  # what an older version kept has none, and is verified again
-    over: tuple[Path, ...] = ()
+    digest: str  # its identity together with those of the adapters below
+    old: str  # the digest in the old form, of its own files without its tokenizer
+    manifest: bool  # whether there is one among its files
+    stack: tuple[str, ...]  # the identities of what is read of the adapters below and of it
+    sizes: tuple[int, ...] = ()  # in bytes; older caches have none, and are verified again
+    over: tuple[Path, ...] = ()  # the adapters below, the lowest first
     method: str
     rank: int | None = None
-    base: str = ""
-    other_base: str = ""
+    base: str = ""  # the base that it names, if it has no fingerprint of that
+    other_base: str = ""  # how its base differs from the one that is served
     other_storage: str = ""
-    form: str = ""
-    tokenizer: str = ""
-    words: Path | None = None
-    note: str = ""
+    form: str = ""  # the digest of all but the values of its tensors
+    tokenizer: str = ""  # the digest of its tokenizer, "" for the base's
+    words: Path | None = None  # where its tokenizer is
+    note: str = ""  # for the administrator
 
     @property
     def key(self) -> str:
@@ -89,36 +63,26 @@ class AdapterFiles(Strict):
 
 @dataclass(frozen=True)
 class News:
-    """What is new of one request: its events since the last news, when it got a slot, by
-    time.monotonic, None while it waits, and once there are events, its prompt with the log
-    probabilities that were asked for.
-    """
+    """One request's events since the last news."""
 
     id: str
     events: Sequence[Token | Ended]
-    began: float | None
-    prompt: Sequence[Token] = ()
+    began: float | None  # when it got a slot, by time.monotonic; None while it waits
+    prompt: Sequence[Token] = ()  # with log probabilities, if the request wants them
 
 
 @dataclass(frozen=True)
 class States:
-    """Where the adapters are, and what was done with them.
+    """Where the adapters are, and what was done with them."""
 
-    adapters: By name, of those that are not only files: `loading`, `resident` or `quarantined`, and
-        the bytes in memory.
-    seconds: How long it took to read them the last time, by name.
-    nbytes, reads, evictions, damaged: The bytes of all, and how many adapters were read, made room,
-        and changed in memory.
-    alone: Why requests run one at a time, empty where they share what is computed.
-    """
-
+    # by name, of those that are not cold: loading, resident or quarantined, and the bytes in memory
     adapters: Mapping[str, tuple[str, int]]
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float]  # that it took to read them the last time, by name
     nbytes: int
     reads: int
     evictions: int
-    damaged: int
-    alone: str
+    damaged: int  # adapters that changed in memory
+    alone: str  # why requests run one at a time, empty if they share passes
 
     def refuses(self, name: str) -> bool:
         """Whether an adapter is in quarantine."""
@@ -143,9 +107,9 @@ class Backend(ABC):
         """Compute for as long as the context is open, and end all requests with it.
 
         Args:
-            take: called in the event loop, with the news of all requests since the last call. Every
-                request that was submitted has one `Ended`; those that a failure of the backend
-                ended have LOST as its message.
+            take: called in the event loop with the news of all requests since the last call. Every
+                submitted request has one `Ended`; if the backend itself failed, its message is
+                LOST.
         """
 
     @abstractmethod
@@ -157,16 +121,16 @@ class Backend(ABC):
         """End a request within a step, if there is one of that name."""
 
     @abstractmethod
-    def load(self, found: AdapterFiles, until: Until) -> None:
-        """Make an adapter known under its key, so that requests may name it, whatever becomes of
-        the process that computes. Requests that run go on with what they have.
+    def load(self, adapter: AdapterFiles, until: Until) -> None:
+        """Make an adapter known under its key, so that requests may name it, also after a restart
+        of the engine. Running requests keep the version that they have.
 
         Args:
-            found: the adapter's files, which have to be these whenever they are read.
-            until: `known`: they are read once a request needs them, and what was counted of the
-                adapter begins anew; `begun`: reading has begun; `resident`: it is in memory;
-                `checked`: they are read and fit, and the adapter is not known by that. Raises
-                LorafoldError for files that are wrong, of the last two.
+            adapter: its files, which must have these digests whenever they are read.
+            until: `known`: they are read when a request needs them, and strikes are reset; `begun`:
+                reading has begun; `resident`: it is in memory; `checked`: the files were read and
+                fit, and the adapter does not become known. The last two raise LorafoldError for
+                wrong files.
         """
 
     @abstractmethod
@@ -184,7 +148,7 @@ class Backend(ABC):
 
 @asynccontextmanager
 async def while_open(doing: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Do something beside the block, for as long as that runs."""
+    """Run a coroutine beside the block, and cancel it at the end of that."""
     task = asyncio.create_task(doing)
     try:
         yield

@@ -1,20 +1,20 @@
-"""The next turn of a conversation: what is asked for, as chat completions have it, what is asked of
-the engine, and what the model says in it.
+"""The next turn of a conversation, which chat completions, responses and messages ask for in three
+dialects: the request in the form of chat completions, the request to the engine, and the message
+that the model generates.
 
-Chat completions, responses and messages are three ways to write the same turn down.
-
-`shortened` drops the oldest exchanges of a conversation that is too long. The system message, the
-last message of the user and the last exchange stay; an exchange is dropped as a whole.
+`shortened` drops the oldest exchanges, each as a whole, of a conversation that is too long; the
+system message, the last message of the user and the last exchange stay.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -30,15 +30,8 @@ from lorafold.data.messages import (
     tools_of,
 )
 from lorafold.serving.backend import Ended, Token
-from lorafold.serving.completion_job import (
-    DialectRequest,
-    Part,
-    PartReader,
-    Prompted,
-    Prompts,
-    Reply,
-)
-from lorafold.serving.errors import check_number, unsupported, wrong
+from lorafold.serving.completion_job import DialectRequest, PartReader, Prompted, Prompts, Reply
+from lorafold.serving.errors import check_number, naming, unsupported, wrong
 from lorafold.serving.rendering import Renderer, ServedModel
 from lorafold.serving.request_body import Completing, Listed, new_id
 from lorafold.serving.schema import check_founded, schema_of
@@ -67,7 +60,7 @@ class ChatBody(Completing):
 
     @property
     def names(self) -> dict[str, str]:
-        """Fields under the names by which the client sent them."""
+        """Fields by the names under which the client sent them."""
         newer = self.max_completion_tokens is not None
         return {"max_tokens": "max_completion_tokens"} if newer else {}
 
@@ -75,166 +68,137 @@ class ChatBody(Completing):
     def variables(self) -> dict[str, Any]:
         """Further variables of the chat template, which has to know them."""
         verbosity = None if self.verbosity == "medium" else self.verbosity
-        given = {"reasoning_effort": self.reasoning_effort, "verbosity": verbosity}
-        found = {name: value for name, value in given.items() if value is not None}
-        return found | self.chat_template_kwargs
+        named = {"reasoning_effort": self.reasoning_effort, "verbosity": verbosity}
+        return {k: v for k, v in named.items() if v is not None} | self.chat_template_kwargs
 
     def conversation(self, limits: Limits) -> list[Message]:
-        """The messages in one form. Raises Refusal for what is wrong with them."""
+        """The messages in one form."""
         check_number("messages", len(self.messages), limits.messages)
         _check(message_problems("messages", self.messages))
         for i, message in enumerate(self.messages):
-            for name in message.keys() - FIELDS:
-                if message[name] is not None:
-                    raise unsupported(f"messages[{i}].{name[:80]}")
-            if not isinstance(message.get("name") or "", str):
-                told = f"found {message['name']!r:.80}, expected text"
-                raise wrong(f"messages[{i}].name", told)
-            if message["role"] not in ROLES:
-                told = f"found {message['role'][:40]!r}, expected one of {', '.join(ROLES)}"
-                raise wrong(f"messages[{i}].role", told)
-        plain = [
-            message | {"role": "system"} if message["role"] == "developer" else message
-            for message in self.messages
-        ]
-        return normalized(plain)
+            role, name = message["role"], message.get("name") or ""
+            for unknown in message.keys() - FIELDS:
+                if message[unknown] is not None:
+                    raise unsupported(f"messages[{i}].{unknown[:80]}")
+            if not isinstance(name, str):
+                raise wrong(f"messages[{i}].name", f"found {name!r:.80}, expected text")
+            if role not in ROLES:
+                expected = f"expected one of {', '.join(ROLES)}"
+                raise wrong(f"messages[{i}].role", f"found {role[:40]!r}, {expected}")
+        return normalized(
+            [m | {"role": "system"} if m["role"] == "developer" else m for m in self.messages]
+        )
 
-    def offered(self, limits: Limits) -> tuple[Tool, ...]:
-        """The tools, none where none may be called. Raises Refusal for what is wrong with them."""
+    def offered(self, limits: Limits) -> tuple[tuple[Tool, ...], list[str] | None]:
+        """The tools that may be called, and the names of those of which one must be, None if the
+        model is free.
+        """
         check_number("tools", len(self.tools), limits.tools)
         _check(tool_problems(self.tools))
         for i, tool in enumerate(self.tools):
             if tool.get("type", "function") != "function":
                 raise wrong(f"tools[{i}].type", f"found {tool['type']!r}, expected function")
-        if self.tool_choice == "none":
-            return ()
-        names = allowed[1] if (allowed := self._allowed()) else self._names()
-        return tuple(one for one in tools_of(self.tools) if one["function"]["name"] in names)
+        tools = tools_of(self.tools)
+        allowed, forced = self._choice([tool["function"]["name"] for tool in tools])
+        return tuple(tool for tool in tools if tool["function"]["name"] in allowed), forced
 
-    def forced(self) -> Sequence[str] | None:
-        """The tools of which one has to be called; None if the model is free."""
-        names, choice = self._names(), self.tool_choice
+    def _choice(self, names: list[str]) -> tuple[list[str], list[str] | None]:
+        """The names of the tools that may be called, and of those of which one must be."""
+        choice = self.tool_choice
         if choice in ("auto", "none"):
-            return None
-        if (allowed := self._allowed()) is not None:
-            return allowed[1] if allowed[0] == "required" else None
-        if isinstance(choice, Mapping):
-            return [self._named(choice)]
-        if choice != "required" or not names:
+            return (names if choice == "auto" else []), None
+        if choice == "required" and names:
+            return names, names
+        if not isinstance(choice, Mapping):
             expected = "auto, none, required or a function" if names else "auto, without tools"
             raise wrong("tool_choice", f"found {choice!r}, expected {expected}")
-        return names
-
-    def _names(self) -> list[str]:
-        return [tool.get("function", tool)["name"] for tool in self.tools]
-
-    def _allowed(self) -> tuple[str, list[str]] | None:
-        """The mode and the names of `allowed_tools`, in the form of chats or of responses."""
-        choice = self.tool_choice
-        if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
-            return None
-        inner = choice.get("allowed_tools", choice)
-        given = inner.get("tools") if isinstance(inner, Mapping) else None
-        if not isinstance(given, list) or inner.get("mode") not in ("auto", "required"):
-            told = "found allowed_tools without tools or a mode, expected mode auto or required"
-            raise wrong("tool_choice", told)
-        if not given:
+        if choice.get("type") != "allowed_tools":
+            return names, [_tool_name(choice, names)]
+        inner = choice.get("allowed_tools", choice)  # of chats; of responses it is flat
+        tools = inner.get("tools") if isinstance(inner, Mapping) else None
+        if not isinstance(tools, list) or inner.get("mode") not in ("auto", "required"):
+            message = "found allowed_tools without tools or a mode, expected mode auto or required"
+            raise wrong("tool_choice", message)
+        if not tools:
             raise wrong("tool_choice", "found no tools, expected those that are allowed")
-        return str(inner["mode"]), [self._named(one) for one in given]
+        allowed = [_tool_name(tool, names) for tool in tools]
+        return allowed, allowed if inner["mode"] == "required" else None
 
-    def _named(self, choice: Any) -> str:
-        """The tool that is named in OpenAI's form, flat or not. Raises Refusal for an unknown one.
-        """
-        function = choice.get("function", choice) if isinstance(choice, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if function is None or choice.get("type") != "function" or name not in self._names():
-            raise wrong("tool_choice", f"found {name!r:.80}, expected the name of a tool")
-        return str(name)
+
+def _tool_name(choice: Any, names: Collection[str]) -> str:
+    """The name in a choice in OpenAI's form, flat or not."""
+    function = choice.get("function", choice) if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if function is None or choice.get("type") != "function" or name not in names:
+        raise wrong("tool_choice", f"found {name!r:.80}, expected the name of a tool")
+    return str(name)
 
 
 def _check(problems: Iterator[str]) -> None:
-    """Raise Refusal for the first problem, if there is one."""
     for problem in problems:
-        field, _, told = problem.removeprefix("field ").partition(": ")
-        raise wrong(field, told)
+        field, _, message = problem.removeprefix("field ").partition(": ")
+        raise wrong(field, message)
 
 
 def chat_of(
-    given: Sequence[tuple[str, dict[str, Any]]],
+    messages: Sequence[tuple[str, dict[str, Any]]],
     tools: Sequence[dict[str, Any]],
     names: Mapping[str, str],
-    **asked: Any,
+    **fields: Any,
 ) -> tuple[ChatBody, dict[str, str]]:
-    """What another dialect asks for, and the names that a chat's fields have there. Raises Refusal
-    under these.
-
-    Args:
-        given: the messages, each with the field that it comes from.
-        asked: all other fields.
+    """A request in another dialect as a chat completion, and the names of its fields there. Each
+    message comes with the field that it is from.
     """
     names = {
         **names,
-        **{f"messages[{i}]": where for i, (where, _) in enumerate(given)},
+        **{f"messages[{i}]": where for i, (where, _) in enumerate(messages)},
         **{f"tools[{i}].function": f"tools[{i}]" for i in range(len(tools))},
     }
     try:
-        return ChatBody(messages=[message for _, message in given], tools=[*tools], **asked), names
+        return ChatBody(messages=[m for _, m in messages], tools=[*tools], **fields), names
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        found = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
-        raise found.sent_as(names) from None
+        refusal = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
+        raise refusal.sent_as(names) from None
 
 
 def call_of(
     id: Any, name: Any, arguments: Any, where: str, field: str = "arguments"
 ) -> dict[str, Any]:
-    """A call in OpenAI's form. Raises Refusal for one that is none.
-
-    Args:
-        where: where it stands in the request.
-        field: the name of the arguments there.
-    """
+    """A call in OpenAI's form; in the request it is at `where`, its arguments in that field."""
     function = {"name": name, "arguments": arguments}
     for problem in call_problems("calls", [function]):
-        found, _, told = problem.removeprefix("field calls[0].").partition(": ")
-        raise wrong(f"{where}.{field if found == 'arguments' else found}", told)
+        wrong_field, _, message = problem.removeprefix("field calls[0].").partition(": ")
+        raise wrong(f"{where}.{field if wrong_field == 'arguments' else wrong_field}", message)
     return {"id": str(id), "type": "function", "function": function}
 
 
-def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, told: str) -> str:
-    """Parts of text joined. Raises Refusal for any other part.
-
-    Args:
-        kinds: the types of parts that are texts.
-        where: where they stand in the request; `{}` is the number of one.
-        told: what is said of another one; `{}` is its type.
+def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, message: str) -> str:
+    """Join the texts of parts of these types; Refusal for any other part, whose place and type go
+    into `where` and `message` in place of `{}`.
     """
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in kinds or not isinstance(part.get("text"), str):
-            raise wrong(where.format(i), told.format(f"{kind!r:.80}"))
+            raise wrong(where.format(i), message.format(f"{kind!r:.80}"))
     return "".join(part["text"] for part in parts)
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
-    """The messages without as many of the oldest ones as have to go; without all that may go, if
-    that is not enough.
-
-    Args:
-        fits: whether some of its messages, in their order, are few enough.
+    """The messages without as many of the oldest ones as have to go, so that they fit; without all
+    that may go, if that is not enough.
     """
     units = _units(messages)
 
     def without(n: int) -> list[Message]:
-        gone = {i for unit in units[:n] for i in unit}
-        return [message for i, message in enumerate(messages) if i not in gone]
+        dropped = {i for unit in units[:n] for i in unit}
+        return [message for i, message in enumerate(messages) if i not in dropped]
 
-    n = bisect_left(range(len(units)), True, key=lambda n: fits(without(n)))
-    return without(n)
+    return without(bisect_left(range(len(units)), True, key=lambda n: fits(without(n))))
 
 
 def _units(messages: list[Message]) -> list[list[int]]:
-    """The positions of what may go together, the oldest first: a user's message and all that
+    """The positions of what may be dropped together, oldest first: a user's message and all that
     follows up to the next one; after the last one, a message of the assistant and its results.
     """
     roles = [message["role"] for message in messages]
@@ -250,44 +214,42 @@ def _units(messages: list[Message]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one event of the engine adds to a completion: parts of its text, and at its end the
-    calls, in OpenAI's form. `where` is the field of the message in which the token is.
+class MessageDelta:
+    """What one event of the engine adds to a completion: texts by field of the message, and at its
+    end the calls, in OpenAI's form. `field` is the one that the token belongs to.
     """
 
     index: int
-    parts: list[Part]
-    where: str = ""
+    texts: dict[str, str]
+    field: str = ""
     token: Token | None = None
     end: Ended | None = None
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-class AllSaid:
-    """All that was said in a completion."""
+class GeneratedMessage:
+    """All of a completion, once it has ended."""
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
-        self.tokens: list[tuple[str, Token]] = []  # with the field in which each is
+        self.tokens: list[tuple[str, Token]] = []  # each with its field
         self.calls: list[dict[str, Any]] = []
-        self.end: Ended | None = None
+        self.end: Ended
 
-    def take(self, said: Said) -> None:
-        """Add what was said."""
-        for name, text in said.parts:
-            self.texts[name] = self.texts.get(name, "") + text
-        if said.token is not None:
-            self.tokens.append((said.where, said.token))
-        self.end, self.calls = said.end, said.calls
+    def add(self, delta: MessageDelta) -> None:
+        """Add a part."""
+        for field, text in delta.texts.items():
+            self.texts[field] = self.texts.get(field, "") + text
+        if delta.token is not None:
+            self.tokens.append((delta.field, delta.token))
+        if delta.end is not None:
+            self.end, self.calls = delta.end, delta.calls
 
 
 class NextTurn(DialectRequest):
-    """One turn. Raises Refusal for a conversation that can't have one.
-
-    Args:
-        field: the field that has the messages.
-        wishes: variables of the chat template, for one that knows them.
-        shorten: whether the oldest messages may be left out.
+    """The next turn of a conversation. `names` has the names of fields in another dialect, `wishes`
+    variables for a chat template that knows them; with `shorten` the oldest messages may be left
+    out.
     """
 
     body: ChatBody
@@ -296,26 +258,30 @@ class NextTurn(DialectRequest):
         self,
         server: Server,
         body: ChatBody,
+        names: Mapping[str, str] | None = None,
         field: str = "messages",
         wishes: Mapping[str, Any] | None = None,
         shorten: bool = False,
     ) -> None:
-        newer = body.max_completion_tokens
-        super().__init__(body, field, body.max_tokens if newer is None else newer)
+        newer, names = body.max_completion_tokens, body.names if names is None else names
+        super().__init__(body, names, field, body.max_tokens if newer is None else newer)
         verbosity = {} if body.verbosity is None else {"verbosity": body.verbosity}
         self._wishes, self._shorten = {**verbosity, **(wishes or {})}, shorten
         self._length, limits = server.host.backend.length, server.settings.limits
         self._compiles = server.admission.compiles
-        server.admission.check(body)
-        self.messages, self.tools = body.conversation(limits), body.offered(limits)
-        self._schema = schema_of(body.response_format, "response_format")
-        self._forced = body.forced()
-        self._mixed = self._schema is not None and bool(self.tools)
-        if body.top_logprobs is not None and not body.logprobs:
-            raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        free = self._forced is None and not self._mixed
-        self._sampling = body.sampling(logprobs=logprobs, schema=self._schema if free else None)
+        with naming(names):
+            server.admission.check(body)
+            self.messages = body.conversation(limits)
+            self.tools, self._forced = body.offered(limits)
+            self._schema = schema_of(body.response_format, "response_format")
+            if body.top_logprobs is not None and not body.logprobs:
+                raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")
+            # beside tools the schema is a part of the grammar of their calls
+            alone = self._forced is None and not self.tools
+            self._sampling = body.sampling(
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                schema=self._schema if alone else None,
+            )
 
     def rendered(self, renderer: Renderer) -> tuple[str, Prompts]:
         wishes = {k: v for k, v in self._wishes.items() if k in renderer.variables}
@@ -337,46 +303,44 @@ class NextTurn(DialectRequest):
         text, prompts = self.rendered(renderer)
         lark = self._grammar(renderer)
         sampling = self._sampling if lark is None else replace(self._sampling, lark=lark)
-        # what it needs to know of the template is found out here, beside the event loop
+        # it probes the template, which takes its time, so not on the event loop
         reader = PartReader(renderer.tokenizer, text, self.tools)
         return Prompted(chosen, text, prompts, sampling, reader)
 
-    async def said(self, reply: Reply) -> AsyncIterator[Said]:
-        """What is said, as it comes. Raises Refusal for a completion that fails."""
-        reader = reply.prompted.reader
-        assert reader is not None
-        readers = [copy(reader) for _ in reply.jobs]
+    async def deltas(self, reply: Reply) -> AsyncIterator[MessageDelta]:
+        """The message in parts, as they are generated."""
+        readers = [copy(reply.prompted.reader) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
-                parts = readers[i].add(event.text)
-                yield Said(i, parts, readers[i].field, event)
+                texts = dict(readers[i].add(event.text))
+                yield MessageDelta(i, texts, readers[i].field, event)
                 continue
-            parts = readers[i].add(event.text[readers[i].length :])
+            texts = dict(readers[i].add(event.text[readers[i].length :]))
             rest, calls = await asyncio.to_thread(readers[i].finish)
-            texts = dict(parts)
-            for name, text in rest:
-                texts[name] = texts.get(name, "") + text
-            yield Said(i, list(texts.items()), "", None, event, self._called(calls))
+            for field, text in rest:
+                texts[field] = texts.get(field, "") + text
+            yield MessageDelta(i, texts, end=event, calls=self._calls(calls))
 
-    async def all_said(self, reply: Reply) -> list[AllSaid]:
-        """All that is said in each completion. Raises Refusal for one that fails."""
-        found = [AllSaid() for _ in reply.jobs]
-        async for said in self.said(reply):
-            found[said.index].take(said)
-        return found
+    async def messages_of(self, reply: Reply) -> list[GeneratedMessage]:
+        """The message of each completion, once all have ended."""
+        messages = [GeneratedMessage() for _ in reply.jobs]
+        async for delta in self.deltas(reply):
+            messages[delta.index].add(delta)
+        return messages
 
     def _grammar(self, renderer: Renderer) -> str | None:
-        if self._forced is not None:
-            return renderer.call_grammar(self.tools, self._forced, self._compiles)
-        if not self._mixed:
+        """The grammar of calls, and beside them of the schema; None if there is none to make."""
+        if self._forced is None and (self._schema is None or not self.tools):
             if self._schema is not None:
                 check_founded(self._schema, "response_format")
             return None
-        names = [tool["function"]["name"] for tool in self.tools]
-        return renderer.call_grammar(self.tools, names, self._compiles, self._schema)
+        names, schema = self._forced, None
+        if names is None:
+            names, schema = [tool["function"]["name"] for tool in self.tools], self._schema
+        return renderer.call_grammar(self.tools, names, self._compiles, schema)
 
-    def _called(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Calls as OpenAI has them, one if the request wants no more at a time."""
+    def _calls(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Calls in OpenAI's form; one alone if the request wants no more at a time."""
         functions = [call["function"] for call in calls]
         return [
             {

@@ -1,13 +1,11 @@
 """One completion, and all those of one request, as the event loop sees them.
 
-What a completion says is told apart as it comes: reasoning, content, calls of tools.
-
-    reader = PartReader(tokenizer, prompt, tools)
-    reader.add("Let me see. <tool_")        [("content", "Let me see.")]
-    reader.finish()                         the rest, and the calls
+    reader = PartReader(tokenizer, prompt, tools)   separates reasoning, content and calls
+    reader.add("Let me see. <tool_")                [("content", "Let me see.")]
+    reader.finish()                                 the rest, and the calls
 
 Text is held back while it may be the beginning of a mark, and from the first call on, so that
-nothing is ever taken back. A call that can't be read is content.
+nothing is ever taken back. A call that can't be parsed is content.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,74 +38,59 @@ Prompts = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Prompted:
-    """What the engine is asked for, once it is known under which adapter.
-
-    chosen: What it runs under.
-    text: The prompt in words, or all of them, for the log.
-    prompts: The tokens of each prompt.
-    sampling: The settings of all completions, but for the seed.
-    reader: Tells the parts of a completion apart; each has a copy. None for plain text.
-    prompt_logprobs: How many of the most likely tokens are listed beside each token of the prompts,
-        None for no log probabilities of those.
-    """
+    """A request to the engine, once its adapter is chosen."""
 
     chosen: ServedModel
-    text: object
+    text: object  # the prompts in words, for the log
     prompts: Prompts
-    sampling: Sampling
-    reader: PartReader | None = None
-    prompt_logprobs: int | None = None
+    sampling: Sampling  # of all completions, but for the seed
+    reader: Any = None  # a PartReader, of which each completion has a copy; None for plain text
+    prompt_logprobs: int | None = None  # as `engine.Request` has it
 
 
 class DialectRequest(ABC):
-    """Abstract: one request, whatever its dialect.
-
-    Args:
-        field: the field with the prompts.
-        max_new_tokens: the most tokens of a completion (None: what is left of the length).
+    """Abstract: one request, whatever its dialect. `names` has the client's names of fields by
+    ours, `field` the field with the prompts.
     """
 
-    def __init__(self, body: Completing, field: str, max_new_tokens: int | None) -> None:
-        self.body, self.field, self.max_new_tokens = body, field, max_new_tokens
+    def __init__(
+        self, body: Completing, names: Mapping[str, str], field: str, max_new_tokens: int | None
+    ) -> None:
+        self.body, self.names, self.field = body, names, field
+        self.max_new_tokens = max_new_tokens
 
     @abstractmethod
     def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
-        """The prompts in words and in tokens. It may take its time. Raises Refusal."""
+        """The prompts in words and in tokens. It may take its time."""
 
     @abstractmethod
     def prompted(self, chosen: ServedModel) -> Prompted:
-        """What the engine is asked for. It may take its time. Raises Refusal."""
+        """The request under a model. It may take its time."""
 
 
 @dataclass(eq=False)
 class CompletionJob:
-    """One completion: what was asked of the backend, and what came back so far. All times are by
+    """One completion: the request to the backend, and what came back so far. All times are by
     time.monotonic.
-
-    Args:
-        adapter: the name of the adapter, or of the base.
-        asked: when its request came.
-        arrived: set whenever events arrive.
-        count: called with the number of tokens that arrive.
     """
 
     request: Request
-    adapter: str
-    asked: float
+    adapter: str  # or the base
+    submitted: float  # when its request came
     arrived: asyncio.Event
-    count: Callable[[int], None]
+    count: Callable[[int], None]  # called with the number of tokens that arrive
     began: float | None = None  # when it got a slot
-    admitted: bool = False  # until then its request is one that is thought about
-    prompt: Sequence[Token] = ()  # with log probabilities, if they were asked for
+    admitted: bool = False  # until then its request counts as waiting
+    prompt: Sequence[Token] = ()  # with log probabilities, if the client wants them
     tokens: int = 0  # that arrived
     events: deque[Token | Ended] = field(default_factory=deque)
     end: Ended | None = None
     why: Refusal | None = None  # the server's reason to end it
-    before: float | None = None  # when events arrived before the last ones
+    before: float | None = None  # when the previous events arrived
     times: Sequence[float] = ()  # of the first token and the last
 
     def put(self, events: Sequence[Token | Ended]) -> None:
-        """Take what arrived."""
+        """Take events that arrived."""
         now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
         self.events.extend(events)
         self.tokens += new
@@ -121,14 +105,14 @@ class CompletionJob:
         self.arrived.set()
 
     def late(self, now: float, limits: Limits) -> Refusal | None:
-        """Why it should end now, if it took longer than it may."""
-        waited = now - self.asked
-        if self.began is None and waited > limits.queue_seconds:
-            told = f"waited {limits.queue_seconds:g} s for a slot"
-            return Refusal(503, "queue_timeout", told, retry_after=round(limits.queue_seconds))
-        if not self.times and waited > limits.first_token_seconds:
-            told = f"no token after {limits.first_token_seconds:g} s"
-            return Refusal(504, "first_token_timeout", told)
+        """The deadline that it exceeds, if any."""
+        queue, first = limits.queue_seconds, limits.first_token_seconds
+        waited = now - self.submitted
+        if self.began is None and waited > queue:
+            message = f"waited {queue:g} s for a slot"
+            return Refusal(503, "queue_timeout", message, retry_after=round(queue))
+        if not self.times and waited > first:
+            return Refusal(504, "first_token_timeout", f"no token after {first:g} s")
         if waited > limits.total_seconds:
             return Refusal(504, "total_timeout", f"not complete after {limits.total_seconds:g} s")
         return None
@@ -144,20 +128,35 @@ class CompletionJob:
             field = FIELDS.get(self.end.setting, self.end.setting)
             return wrong(field, self.end.message.partition(": ")[2])
         if self.end.message == NOT_FINITE:
-            told = f"{self.adapter}: the model's logits are not finite under it"
-            return Refusal(500, "adapter_numerics", told, "model")
+            message = f"{self.adapter}: the model's logits are not finite under it"
+            return Refusal(500, "adapter_numerics", message, "model")
         if self.began is None:
-            told = f"{self.adapter} can't be read now; the server's log says why"
-            return Refusal(503, "adapter_unavailable", told, "model")
+            message = f"{self.adapter} can't be read now; the server's log says why"
+            return Refusal(503, "adapter_unavailable", message, "model")
         return Refusal(500, "not_computed", "the completion failed; the server's log says why")
 
 
-class Reply:
-    """The completions of one request, in the order in which they are answered.
+@dataclass(frozen=True)
+class Usage:
+    """The tokens of a request."""
 
-    Args:
-        id: the server's name of the request.
-    """
+    prompt: int
+    completion: int
+    cached: int  # of the prompt
+
+    @property
+    def openai(self) -> dict[str, object]:
+        """The usage in the form of completions."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+class Reply:
+    """The completions of one request, in the order in which they are answered."""
 
     def __init__(self, id: str) -> None:
         self.id, self.created = id, int(time.time())
@@ -166,7 +165,7 @@ class Reply:
         self.jobs: list[CompletionJob] = []  # as many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
-        """Every event with the number of its completion. Raises Refusal for one that fails."""
+        """Every event with the number of its completion."""
         left = len(self.jobs)
         while left:
             await self.arrived.wait()
@@ -181,33 +180,25 @@ class Reply:
                     yield i, event
 
     @property
-    def usage(self) -> dict[str, object]:
-        """The tokens of prompts and completions."""
+    def usage(self) -> Usage:
+        """The tokens of prompts and completions so far."""
         each = len(self.jobs) // len(self.prompted.prompts)
-        prompts = sum(map(len, self.prompted.prompts))
         ends = [job.end for job in self.jobs if job.end]
-        new = sum(len(end.tokens) for end in ends)
-        return {
-            "prompt_tokens": prompts,
-            "completion_tokens": new,
-            "total_tokens": prompts + new,
-            "prompt_tokens_details": {"cached_tokens": sum(e.cached for e in ends[::each])},
-        }
+        return Usage(
+            sum(map(len, self.prompted.prompts)),
+            sum(len(end.tokens) for end in ends),
+            sum(end.cached for end in ends[::each]),
+        )
 
 
 class PartReader:
-    """One completion.
-
-    Args:
-        tokenizer: the model's, whose chat template has the marks.
-        prompt: the rendered prompt, which may open the reasoning.
-    """
+    """Separates the parts of one completion by the marks of the tokenizer's chat template."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: str, tools: Sequence[Tool]
     ) -> None:
         self._tokenizer, self._tools, self._held = tokenizer, tools, ""
-        self.length = 0  # of what was added
+        self.length = 0  # of the text so far
         block = template_of(tokenizer).block
         self._opening, self._closing = block.opening, block.closing
         opened = prompt.rstrip().endswith(block.opening)
@@ -219,7 +210,7 @@ class PartReader:
 
     @property
     def field(self) -> str:
-        """The field of the message that is being said, empty for calls."""
+        """The field of the message that the text belongs to now, empty for calls."""
         if self._state == "calling":
             return ""
         return REASONING if self._state == "thinking" else CONTENT
@@ -255,21 +246,15 @@ class PartReader:
         """The parts that are left, and the calls, in OpenAI's form with arguments as objects."""
         calls: list[dict[str, Any]] = []
         if self._state == "calling" or self._all:
-            try:
+            with suppress(LorafoldError, RecursionError, MemoryError):  # nested without end
                 calls = parse_calls(self._held, self._tokenizer, self._tools)
-            except (LorafoldError, RecursionError, MemoryError):  # nested without end
-                calls = []
         if calls or not self._held:
             return [], calls
         return [(REASONING if self._state == "thinking" else CONTENT, self._held)], []
 
     def _take(self, mark: str) -> str:
-        """What can't be the beginning of a mark any more, nor whitespace before one."""
+        """The text before what may be the beginning of a mark, and before whitespace there."""
         text = self._held
-        if not mark:
-            self._held = ""
-            return text
-        n = may_begin(text, [mark])
-        said = text[: len(text) - n].rstrip()
-        self._held = text[len(said) :]
-        return said
+        taken = text[: len(text) - may_begin(text, [mark])].rstrip() if mark else text
+        self._held = text[len(taken) :]
+        return taken

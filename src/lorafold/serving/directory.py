@@ -1,10 +1,9 @@
-"""The adapters' directory: which of its entries may be read as adapters, and what they say.
+"""The adapters' directory, and which of its entries may be read as adapters.
 
-Only `DIR/NAME` is ever read, where NAME comes from the directory's own listing and not from a
-client. Entries that lead outside are refused: whoever may write one adapter could else replace, or
-borrow, another one's files. A hard link borrows likewise, but nothing shows which of its names was
-first; so `lorafold.serving.verifier` takes files with several for what they were before, and for
-nothing else.
+Only `DIR/NAME` is ever read, and NAME comes from the directory's listing, not from a client. Links
+that lead outside are refused, since whoever may write one adapter could replace or borrow another's
+files. A hard link borrows likewise, but nothing shows which name was first, so the verifier accepts
+files with several links only if they are unchanged.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import re
 import stat
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -33,12 +33,13 @@ from lorafold.peft.saved import FILES
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
 TOKENIZERS, ENTRIES = 64 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
-# seconds between looks at what may be written again without another mark, and at what may not
+# seconds between listings of a directory that has just changed, so that its time may not show the
+# next change, and of others
 PAUSE, AGAIN = 0.25, 2.0
 
 
 class Directory:
-    """A directory of adapters, or one adapter. Raises LorafoldError if there is none."""
+    """A directory of adapters, or one adapter."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,11 +47,11 @@ class Directory:
             raise LorafoldError(f"--adapters {path}: found no directory, expected one")
         self._single = _has_config(path)
         self._names: frozenset[str] = frozenset()
-        self._listed = -math.inf, -1  # when, and which state of the directory
+        self._listed = -math.inf, -1  # when, and the directory's time then
 
     def names(self) -> frozenset[str]:
-        """The names of all entries that look like adapters; hidden ones are left alone. It is read
-        again when it changes, and now and then: a file may come into an entry later.
+        """The names of all entries that look like adapters, but for hidden ones. They are listed
+        again when the directory changes, and now and then, since a file may come into an entry.
         """
         if self._single:
             return frozenset({self.path.resolve().name})
@@ -58,49 +59,41 @@ class Directory:
         (when, listed), now = self._listed, time.monotonic()
         fresh = abs(time.time() - changed / 1e9) < FRESH
         if changed != listed or now - when > (PAUSE if fresh else AGAIN):
-            with os.scandir(self.path) as entries:
-                found = [entry.name for entry in entries if not entry.name.startswith(".")]
-            self._names = frozenset(_shown(n) for n in found if _has_config(self.path / n))
-            self._listed = now, changed  # not before: what can't be read now is read again
+            entries = [name for name in os.listdir(self.path) if not name.startswith(".")]
+            self._names = frozenset(_utf8(n) for n in entries if _has_config(self.path / n))
+            self._listed = now, changed  # last, so that a listing that fails is repeated
         return self._names
 
     @property
     def beside(self) -> Path:
-        """Where files may lie that are about the adapters and no adapter's own."""
+        """Where files about all the adapters are."""
         return self.path.parent if self._single else self.path
 
     def others(self) -> list[str]:
         """The names of directories that are no adapters."""
         if self._single:
             return []
-        names = self.names()
-        with os.scandir(self.path) as entries:
-            return sorted(
-                entry.name for entry in entries
-                if entry.name not in names and not entry.name.startswith(".") and entry.is_dir()
-            )  # fmt: skip
+        entries = os.listdir(self.path)
+        others = {n for n in entries if not n.startswith(".") and (self.path / n).is_dir()}
+        return sorted(others - self.names())
 
     def marks(self, path: Path) -> dict[str, FileStamp]:
-        """The marks of all files of an adapter, by names with that of its directory. Raises
-        LorafoldError if there are too many entries.
-        """
-        found = dict[str, FileStamp]()
+        """The marks of all files of an adapter, by `NAME/FILE`."""
+        marks = dict[str, FileStamp]()
         for place in (path, path / TEMPLATES):
             if not place.is_dir():
                 continue
             with os.scandir(place) as listing:
                 entries = list(islice(listing, ENTRIES + 1))
-            if len(entries) > ENTRIES:  # what was not looked at might change without a mark
+            if len(entries) > ENTRIES:  # the others could change unnoticed
                 raise LorafoldError(f"found more than {ENTRIES:,} files, expected an adapter's")
             for entry in entries:
-                try:
-                    about = entry.stat()
-                except OSError:  # a link to nothing, or a file that is gone by now
-                    continue
-                if stat.S_ISREG(about.st_mode):
-                    where = Path(entry.path).relative_to(path)
-                    found[_shown(f"{path.name}/{where}")] = FileStamp.of(about)
-        return found
+                with suppress(OSError):  # a link to nothing, or a file that is gone by now
+                    status = entry.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        where = Path(entry.path).relative_to(path)
+                        marks[_utf8(f"{path.name}/{where}")] = FileStamp.of(status)
+        return marks
 
     def touch(self, name: str) -> object:
         """The marks of an adapter's files, None for one that may not be read."""
@@ -110,27 +103,23 @@ class Directory:
             return None
 
     def linked(self, path: Path, names: Iterable[str]) -> list[str]:
-        """Those of an adapter's files that other names lead to as well."""
+        """The files of an adapter that have several hard links."""
         return [n for n in names if not self._single and (path / n).stat().st_nlink > 1]
 
     def words(self, path: Path) -> list[str]:
-        """The names of the files of an adapter's tokenizer, and of those that it might have. Raises
-        LorafoldError for files that are not the directory's own, and for too many bytes.
-        """
+        """The names of the files of an adapter's tokenizer, and of those that it might have."""
         marks = {name.partition("/")[2]: mark for name, mark in self.marks(path).items()}
-        there = [name for name in marks if any(fnmatchcase(name, p) for p in WORDS)]
-        self._check_own(*(path / name for name in {*there, *TOKENIZER}))
-        if (size := sum(marks[name].size for name in there)) > TOKENIZERS:
+        present = [name for name in marks if any(fnmatchcase(name, p) for p in WORDS)]
+        self._check_own(*(path / name for name in {*present, *TOKENIZER}))
+        if (size := sum(marks[name].size for name in present)) > TOKENIZERS:
             raise LorafoldError(
-                f"its tokenizer: found {len(there):,} files of {size:,} bytes, expected at most"
+                f"its tokenizer: found {len(present):,} files of {size:,} bytes, expected at most"
                 f" {TOKENIZERS:,}"
             )
-        return sorted({*there, *TOKENIZER})
+        return sorted({*present, *TOKENIZER})
 
     def tokenizer(self, path: Path) -> Contents:
-        """The files of an adapter's tokenizer. Raises LorafoldError as `words` does, and for files
-        that are damaged.
-        """
+        """The files of an adapter's tokenizer."""
         contents = Contents(path, self.words(path), 2 * TOKENIZERS)
         contents.check_intact()
         return contents
@@ -139,14 +128,14 @@ class Directory:
         """The page that `lorafold inspect --html` wrote beside an adapter, as NAME.html."""
         file = f"{self.beside}/{name}.html"
         try:
-            about = os.lstat(file)
+            status = os.lstat(file)
         except OSError:
             return None
-        own = stat.S_ISREG(about.st_mode) and about.st_nlink == 1
-        return Path(file) if own and about.st_size <= PAGE else None
+        regular = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        return Path(file) if regular and status.st_size <= PAGE else None
 
     def locate(self, name: str) -> Path:
-        """Where an adapter is. Raises LorafoldError for a name that leads nowhere, or elsewhere."""
+        """Where an adapter is."""
         if not NAME.fullmatch(name):
             raise LorafoldError(
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
@@ -160,9 +149,7 @@ class Directory:
         return path
 
     def below(self, origin: Origin, path: Path) -> Path:
-        """Where an adapter is that the one at `path` lies over. Raises LorafoldError unless it is
-        one of the directory's.
-        """
+        """Where an adapter is that the one at `path` was trained over."""
         if not self._single:
             self.locate(Path(origin.path).name)
         return expected_path(origin, path)
@@ -179,14 +166,13 @@ class Directory:
                 continue
             if root not in file.resolve().parents:
                 raise LorafoldError(f"{file.name} is a link that leads outside of {self.path}")
-            about = file.stat()
-            if not file.is_dir() and about.st_size > MOST:
-                told = f"found {about.st_size:,} bytes, expected at most {MOST:,}"
-                raise LorafoldError(f"{file.name}: {told}")
+            if file.is_file() and (size := file.stat().st_size) > MOST:
+                most = f"expected at most {MOST:,}"
+                raise LorafoldError(f"{file.name}: found {size:,} bytes, {most}")
 
 
-def _shown(name: str) -> str:
-    """A name as answers can have it; one that is no UTF-8 gets one that no adapter may have."""
+def _utf8(name: str) -> str:
+    """A name for answers; one that is no UTF-8 gets a name that no adapter may have."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

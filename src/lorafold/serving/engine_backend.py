@@ -1,8 +1,8 @@
-"""lorafold's engine as the server's backend: in a thread of this process, and anew if that dies.
+"""lorafold's engine as the server's backend, in a thread of this process.
 
-After every step the engine's thread hands over what is new, in one call of the event loop for all
-requests. A thread that died ends its requests at once; then an engine is opened anew on the same
-model, with the adapters that were known, and those read that were in memory.
+After every step the engine's thread hands the new events of all requests to the event loop in one
+call. If the thread dies, its requests end at once; then another engine is opened on the same model,
+which knows the same adapters and reads again those that were in memory.
 """
 
 from __future__ import annotations
@@ -24,43 +24,39 @@ from lorafold.serving.backend import LOST, AdapterFiles, Backend, News, States, 
 from lorafold.serving.settings import Settings
 
 log = logging.getLogger(__name__)
-WATCH = 0.25  # seconds between two looks at the thread
-BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next start, while none lasts
+WATCH = 0.25  # seconds between two checks of the thread
+BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next start, until one lasts
 LASTS = 60.0  # seconds after which a start counts as one that lasts
 
 
 @dataclass
 class ActiveRequest:
-    """A request that the engine has, and how much of its news was handed over."""
+    """A request that the engine has, and how many of its events were handed over."""
 
-    stream: EventStream | None = None  # until the engine took it
-    passed_on: int = 0
+    id: str
+    stream: EventStream | None = None  # None until the engine has taken it
+    delivered: int = 0
     began: float | None = None
 
-    def news(self, id: str) -> News | None:
-        """What is new of it, under the request's name."""
+    def news(self) -> News | None:
+        """Its new events, if there are any."""
         if self.stream is None:
             return None
-        events, began = self.stream.so_far(self.passed_on), self.stream.began
+        events, began = self.stream.so_far(self.delivered), self.stream.began
         if not events and began == self.began:
             return None
-        self.passed_on, self.began = self.passed_on + len(events), began
-        return News(id, events, began, self.stream.prompt)
+        self.delivered, self.began = self.delivered + len(events), began
+        return News(self.id, events, began, self.stream.prompt)
 
-    def lost(self, id: str) -> News:
+    def lost(self) -> News:
         """Its end, with the tokens that were handed over."""
-        seen = self.stream.so_far()[: self.passed_on] if self.stream else []
-        tokens = tuple(event.token for event in seen if isinstance(event, Token))
-        return News(id, [Ended(id, "failed", tokens, message=LOST)], self.began)
+        events = self.stream.so_far()[: self.delivered] if self.stream else []
+        tokens = tuple(event.token for event in events if isinstance(event, Token))
+        return News(self.id, [Ended(self.id, "failed", tokens, message=LOST)], self.began)
 
 
-class InProcess(Backend):
-    """An engine that computes.
-
-    Args:
-        restarted: called when the engine is about to be opened anew.
-        allow_other_base: accept adapters that were trained on another base.
-    """
+class EngineBackend(Backend):
+    """lorafold's engine; `restarted` is called before it is opened anew."""
 
     def __init__(
         self,
@@ -70,24 +66,24 @@ class InProcess(Backend):
         restarted: Callable[[], None],
         allow_other_base: bool = False,
     ) -> None:
-        most = settings.limits.tenant_running
-        if most is None and settings.keys is not None:
-            most = max(1, settings.slots * 3 // 4)
-        own = EngineSettings(
+        tenant_slots = settings.limits.tenant_running
+        if tenant_slots is None and settings.keys is not None:
+            tenant_slots = max(1, settings.slots * 3 // 4)
+        engine_settings = EngineSettings(
             slots=settings.slots, length=settings.length, budget=settings.prompt_budget,
             adapter_bytes=settings.adapter_bytes,
-            prefix_reuse=settings.prefix_reuse, strikes=settings.strikes, tenant_slots=most,
+            prefix_reuse=settings.prefix_reuse, strikes=settings.strikes, tenant_slots=tenant_slots,
             weights=settings.weights, allow_other_base=allow_other_base,
         )  # fmt: skip
-        self._open = partial(Engine, model, tokenizer, own)
+        self._open = partial(Engine, model, tokenizer, engine_settings)
         self.engine, self._restarted = self._open(), restarted
         self._late = settings.heartbeat_seconds
         self._lock = threading.Lock()
-        self._sent: dict[str, ActiveRequest] = {}
+        self._requests: dict[str, ActiveRequest] = {}
         self._known: dict[str, AdapterFiles] = {}
         self._pinned: set[str] = set()
         self._resident: set[str] = set()
-        self._silent = 0.0  # seconds without a step, as far as this process ran
+        self._silent = 0.0  # seconds without a step while this process ran
         self._started = time.monotonic()
         self._failures, self._restarting = 0, False
 
@@ -113,36 +109,37 @@ class InProcess(Backend):
             await asyncio.to_thread(self.engine.close)
 
     def submit(self, request: Request) -> None:
-        engine, sent = self.engine, ActiveRequest()
+        engine, active = self.engine, ActiveRequest(request.id)
         with self._lock:
-            self._sent[request.id] = sent
+            self._requests[request.id] = active
         try:
-            sent.stream = engine.submit(request)
+            active.stream = engine.submit(request)
         except BaseException:
             with self._lock:
-                self._sent.pop(request.id, None)
+                self._requests.pop(request.id, None)
             raise
         engine.wake()  # the thread may have made its last step before it saw the stream
 
     def cancel(self, id: str) -> None:
         self.engine.cancel(id)
 
-    def load(self, found: AdapterFiles, until: Until) -> None:
+    def load(self, adapter: AdapterFiles, until: Until) -> None:
+        key, path, stack = adapter.key, adapter.path, _stack(adapter)
         if until == "checked":
-            self.engine.verify(KnownAdapter(found.key, found.path, _stack(found), 0))
+            self.engine.verify(KnownAdapter(key, path, stack, 0))
             return
         with self._lock:
-            engine, known = self.engine, self._known.get(found.key)
-            self._known[found.key] = found
+            engine, before = self.engine, self._known.get(key)
+            self._known[key] = adapter
             if until == "known":
-                engine.adapters.know(found.key, found.path, _stack(found))
+                engine.adapters.know(key, path, stack)
                 return
         try:
-            engine.load(found.key, found.path, stack=_stack(found), wait=until == "resident")
+            engine.load(key, path, stack=stack, wait=until == "resident")
         except BaseException:
-            if known is None:
+            if before is None:
                 with self._lock:
-                    self._known.pop(found.key, None)
+                    self._known.pop(key, None)
             raise
 
     def unload(self, key: str) -> None:
@@ -164,20 +161,20 @@ class InProcess(Backend):
         )  # fmt: skip
 
     def _hand_over(self) -> None:
-        """Pass on what is new; the engine's thread calls it after every step."""
+        """Pass new events on; the engine's thread calls it after every step."""
         with self._lock:
-            found = [news for id, sent in self._sent.items() if (news := sent.news(id))]
+            all_news = [news for active in self._requests.values() if (news := active.news())]
         self._silent = 0.0
-        if found:
-            self._loop.call_soon_threadsafe(self._deliver, found)
+        if all_news:
+            self._loop.call_soon_threadsafe(self._deliver, all_news)
 
-    def _deliver(self, found: Sequence[News]) -> None:
-        # not before: a thread that dies on the way leaves them to be ended
+    def _deliver(self, all_news: Sequence[News]) -> None:
+        # requests that ended are forgotten here: if the thread dies on the way they are still lost
         with self._lock:
-            for news in found:
+            for news in all_news:
                 if news.events and isinstance(news.events[-1], Ended):
-                    self._sent.pop(news.id, None)
-        self._take(found)
+                    self._requests.pop(news.id, None)
+        self._take(all_news)
 
     async def _watch(self) -> None:
         while True:
@@ -189,14 +186,13 @@ class InProcess(Backend):
             self._resident = {k for k, (state, _) in warm if state in ("resident", "loading")}
 
     async def _restart(self) -> None:
-        """End the requests of a thread that died, and open another engine."""
         self._restarting = True
         with self._lock:
-            sent, self._sent = self._sent, {}
-        self._take([one.lost(id) for id, one in sent.items()])
+            requests, self._requests = self._requests, {}
+        self._take([active.lost() for active in requests.values()])
         lasted = time.monotonic() - self._started > LASTS
         self._failures = 0 if lasted else min(self._failures + 1, len(BACKOFF) - 1)
-        log.error("the engine's thread ended; %d requests are lost", len(sent))
+        log.error("the engine's thread ended; %d requests are lost", len(requests))
         self._restarted()
         while True:
             await asyncio.sleep(BACKOFF[self._failures])
@@ -211,19 +207,18 @@ class InProcess(Backend):
         log.info("the engine computes again")
 
     def _reopen(self) -> None:
-        with suppress(Exception):  # whatever the thread left, the model is given back
+        with suppress(Exception):  # whatever state the thread left it in, the model is given back
             self.engine.close()
         engine = self._open()
         with self._lock:
-            for key, found in self._known.items():
-                engine.adapters.know(key, found.path, _stack(found))
+            for key, adapter in self._known.items():
+                engine.adapters.know(key, adapter.path, _stack(adapter))
                 engine.adapters.pin(key, key in self._pinned)
                 if key in self._resident:
-                    engine.load(key, found.path, stack=_stack(found), wait=False)
+                    engine.load(key, adapter.path, stack=_stack(adapter), wait=False)
             self.engine = engine
         engine.start(self._hand_over)
 
 
-def _stack(found: AdapterFiles) -> tuple[VerifiedAdapter, ...]:
-    """What is read for an adapter, as the engine has to find it."""
-    return tuple(map(VerifiedAdapter, found.stack, found.sizes))
+def _stack(adapter: AdapterFiles) -> tuple[VerifiedAdapter, ...]:
+    return tuple(map(VerifiedAdapter, adapter.stack, adapter.sizes))

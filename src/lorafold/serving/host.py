@@ -1,15 +1,14 @@
-"""What is computed, as the event loop has it: the jobs, their deadlines, and the threads beside it;
-and what a request must fulfil before the engine gets it.
+"""The running completions as the event loop sees them, and the admission of new ones.
 
     async with host.computing():
-        found = await host.think(do, tenant)    what takes its time, beside the event loop
+        value = await host.think(do, tenant)    what takes its time, beside the event loop
         host.submit(job)                        its events come to the job, at most a step later
         host.cancel(job, why)
         reply = await admission.admit(...)      limits, the queue; choose, render and submit
 
-Where the queue is full, a request is refused at once, with the seconds after which it is likely not
-to be. Adapters are verified, and conversations, tokens and grammars made, by a few threads beside
-the engine's, so that neither the engine nor the event loop waits for them.
+If the queue is full, a request is refused at once, with the seconds after which to try again. A few
+threads verify adapters, render, tokenize and compile grammars, so that neither the engine nor the
+event loop waits for that.
 """
 
 from __future__ import annotations
@@ -31,24 +30,24 @@ from lorafold.runtime.processor import alone, stacks
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
 from lorafold.serving.completion_job import CompletionJob, DialectRequest, Prompted, Reply
 from lorafold.serving.errors import FIELDS, Refusal, check_number, wrong
-from lorafold.serving.keys import Caller, Spent
+from lorafold.serving.keys import Caller, TokenUsage
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import ServedModel
 from lorafold.serving.request_body import Completing
 from lorafold.serving.settings import Settings
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-THREADS, TURNS = 4, 2  # that think, and of them one tenant's
+THREADS, TURNS = 4, 2  # of `think`, and of them one tenant's
 LEAVING = 4  # times as many may be about to end as may wait: they end with the engine's next step
 RETRIES = 3  # an adapter's version may be replaced between its choice and its use
-WATCH = 0.25  # seconds between two looks at deadlines
+WATCH = 0.25  # seconds between two checks of deadlines
 
 
 class Host:
-    """Keeps what is computed."""
+    """The jobs that wait or run, their deadlines, and the threads beside the event loop."""
 
     def __init__(
         self, backend: Backend, registry: Registry, settings: Settings, metrics: Metrics
@@ -64,11 +63,11 @@ class Host:
 
     @asynccontextmanager
     async def computing(self) -> AsyncIterator[None]:
-        """Compute and watch; at the end all requests end."""
+        """Compute while the context is open; all requests end with it."""
         self._loop = asyncio.get_running_loop()
         with stacks(), self.pool:
             async with self.backend.events(self._deliver):
-                self._registry.sweep.begin()
+                self._registry.watcher.begin()
                 try:
                     async with while_open(self._watch()):
                         yield
@@ -77,13 +76,11 @@ class Host:
 
     @property
     def ready(self) -> str:
-        """Why requests can't be computed now, empty if they can."""
+        """Why no requests can be computed now, empty if they can."""
         return "the server is about to end" if self.draining else self.backend.ready
 
     def submit(self, job: CompletionJob) -> None:
-        """Give a job to the backend, which may take its time. Raises LorafoldError if it is
-        refused.
-        """
+        """Give a job to the backend. It may take its time."""
         self.jobs[job.request.id] = job
         try:
             self.backend.submit(job.request)
@@ -92,9 +89,8 @@ class Host:
             raise
 
     async def think(self, do: Callable[[], T], tenant: str) -> T:
-        """What a function gives that takes its time, computed beside the event loop; of a tenant
-        TURNS at a time, so that none waits for more than as many of each other's. Raises Refusal
-        where the machine lacks what it needs for now.
+        """Call a slow function in a thread, TURNS at a time for each tenant; Refusal if the machine
+        lacks what it needs for now.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         with self.counted(tenant):
@@ -102,19 +98,19 @@ class Host:
                 doing = self._loop.run_in_executor(self.pool, do)
                 try:
                     return await asyncio.shield(doing)
-                except asyncio.CancelledError:  # its turn lasts for as long as its thread does
+                except asyncio.CancelledError:  # its turn lasts as long as its thread
                     await asyncio.wait({doing})
                     raise
                 except Exception as error:
                     if not passes(error):
                         raise
                     log.warning("a request is refused, the machine is busy: %s", place(error))
-                    told = "the server is busy"
-                    raise Refusal(503, "machine_busy", told, retry_after=5) from None
+                    busy = Refusal(503, "machine_busy", "the server is busy", retry_after=5)
+                    raise busy from None
 
     @contextmanager
     def counted(self, tenant: str) -> Iterator[None]:
-        """Count a tenant's request among those that wait, as long as the block runs."""
+        """Count a request of a tenant as waiting while the block runs."""
         self._thinking[tenant] += 1
         try:
             yield
@@ -123,7 +119,7 @@ class Host:
 
     @property
     def seconds_to_wait(self) -> int:
-        """About how long what waits now will wait, from how fast requests ended lately."""
+        """About how long the queue takes, by how fast requests ended lately."""
         if len(self._ends) < 2:
             return 1
         each = (time.monotonic() - self._ends[0]) / len(self._ends)
@@ -136,13 +132,12 @@ class Host:
         self.backend.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """How many requests are thought about, and how many jobs wait for a slot and have no reason
-        to end: those of one tenant or all.
-        """
-        jobs = list(self.jobs.values())
-        waiting = [j for j in jobs if j.admitted and not (j.began or j.why)]
+        """How many requests of one tenant, or of all, are being admitted or wait for a slot."""
         thinking = self._thinking.total() if tenant is None else self._thinking[tenant]
-        return thinking + sum(tenant in (None, job.request.tenant) for job in waiting)
+        return thinking + sum(
+            job.admitted and not (job.began or job.why) and tenant in (None, job.request.tenant)
+            for job in list(self.jobs.values())
+        )
 
     def leaving(self, tenant: str) -> int:
         """How many jobs of a tenant are about to end."""
@@ -152,11 +147,10 @@ class Host:
         """How many jobs have a slot."""
         return sum(job.began is not None for job in list(self.jobs.values()))
 
-    def _deliver(self, found: Sequence[News]) -> None:
-        """Pass on what is new."""
-        for news in found:
+    def _deliver(self, all_news: Sequence[News]) -> None:
+        for news in all_news:
             job = self.jobs.get(news.id)
-            if job is None:  # it ended meanwhile
+            if job is None:  # it has ended
                 continue
             job.began = news.began
             if not news.events:
@@ -165,22 +159,22 @@ class Host:
             job.put(news.events)
             self.metrics.arrived(job, news.events)
             if (n := len(job.events)) > self.settings.limits.unread_tokens:
-                told = f"the client left {n} tokens unread"
-                self.cancel(job, Refusal(408, "slow_reader", told))
+                message = f"the client left {n} tokens unread"
+                self.cancel(job, Refusal(408, "slow_reader", message))
             if job.end is not None:
                 self._ended(job, job.end)
 
     def _ended(self, job: CompletionJob, end: Ended) -> None:
         del self.jobs[job.request.id]
         self._ends.append(time.monotonic())
-        told = " ".join(end.message.split()) if self.settings.log_texts else end.fault
-        if told:  # it may name paths, which clients do not get to see
-            log.error("%s failed: %s", job.request.id, told)
+        message = " ".join(end.message.split()) if self.settings.log_texts else end.fault
+        if message:  # it may name paths, which clients do not get to see
+            log.error("%s failed: %s", job.request.id, message)
         if end.message == NOT_FINITE:
-            self.pool.submit(self._suspect, job)
+            self.pool.submit(self._check_quarantine, job)
 
-    def _suspect(self, job: CompletionJob) -> None:
-        """Note it if the backend refuses an adapter from now on."""
+    def _check_quarantine(self, job: CompletionJob) -> None:
+        """Record that the backend refuses an adapter from now on, if it does."""
         key = job.request.adapter
         with suppress(LorafoldError, Refusal):
             if key and self.backend.states().refuses(key):
@@ -199,34 +193,28 @@ class Host:
 
 
 class Admission:
-    """Where requests are admitted.
+    """Checks requests against the limits, and submits their completions."""
 
-    Args:
-        spent: the tokens that tenants were given.
-    """
-
-    def __init__(self, host: Host, registry: Registry, spent: Spent, screen: Screen) -> None:
-        self.host, self.registry, self.spent, self._screen = host, registry, spent, screen
+    def __init__(self, host: Host, registry: Registry, usage: TokenUsage, sandbox: Sandbox) -> None:
+        self.host, self.registry, self.usage, self._sandbox = host, registry, usage, sandbox
         self.limits = host.settings.limits
 
     def check(self, body: Completing) -> None:
-        """Raise Refusal for a body that asks for more than anybody may."""
+        """Raise Refusal for a body that exceeds the limits."""
         if not 1 <= body.n <= self.limits.choices:
             raise wrong("n", f"found {body.n}, expected 1 to {self.limits.choices}")
         check_number("stop", len(body.stops), self.limits.stops)
         check_number("logit_bias", len(body.logit_bias), self.limits.biases)
 
-    async def admit(self, caller: Caller, id: str, since: float, asked: DialectRequest) -> Reply:
-        """The reply to a request, whose completions are on their way. Raises Refusal, and then
-        nothing is computed.
-
-        Args:
-            id: the name of the reply.
-            since: when the request came, by time.monotonic.
+    async def admit(
+        self, caller: Caller, id: str, since: float, request: DialectRequest
+    ) -> Reply:
+        """Submit a request that came at `since`, and return the reply of that name; if anything
+        fails, nothing is computed.
         """
-        self.check_caller(caller, asked.body.n)
+        self.check_caller(caller, request.body.n)
         reply = Reply(id)
-        submit = partial(self._submit, caller, since, asked, reply)
+        submit = partial(self._submit, caller, since, request, reply)
         try:
             reply.prompted = await self.host.think(submit, caller.tenant)
         except BaseException:
@@ -234,31 +222,30 @@ class Admission:
             raise
         for job in reply.jobs:
             job.admitted = True
-        self.spent.add(caller.tenant, sum(map(len, reply.prompted.prompts)))
+        self.usage.add(caller.tenant, sum(map(len, reply.prompted.prompts)))
         return reply
 
     def _submit(
-        self, caller: Caller, since: float, asked: DialectRequest, reply: Reply
+        self, caller: Caller, since: float, request: DialectRequest, reply: Reply
     ) -> Prompted:
         """Choose, render and submit. It takes its time, and calls nothing of the event loop."""
-        count = partial(self.spent.add, caller.tenant)
+        count, most = partial(self.usage.add, caller.tenant), self.limits.choices
         for _ in range(RETRIES):
-            chosen = self.registry.choose(caller, asked.body.model)
-            prompted = asked.prompted(chosen)
-            n = asked.body.n * len(prompted.prompts)
-            if n > self.limits.choices:
-                told = f"found {len(prompted.prompts)} prompts and n {asked.body.n}"
-                told = f"{told}, expected at most {self.limits.choices} completions"
-                raise wrong(asked.field, told)
-            self.check_room(caller.tenant, n - 1)  # it is counted as one that is thought about
+            chosen = self.registry.choose(caller, request.body.model)
+            prompted = request.prompted(chosen)
+            n = request.body.n * len(prompted.prompts)
+            if n > most:
+                prompts = f"found {len(prompted.prompts)} prompts and n {request.body.n}"
+                raise wrong(request.field, f"{prompts}, expected at most {most} completions")
+            self.check_room(caller.tenant, n - 1)  # `think` counts the request as one
             if grammar := prompted.sampling.grammar:
                 try:
                     self.compiles(grammar)
                 except LorafoldError as error:
                     raise wrong(grammar[0], f"it can't be read ({error})").sent_as(FIELDS) from None
             try:
-                for request in self._requests(reply.id, caller.tenant, asked, prompted):
-                    job = CompletionJob(request, chosen.name, since, reply.arrived, count)
+                for each in self._requests(reply.id, caller.tenant, request, prompted):
+                    job = CompletionJob(each, chosen.name, since, reply.arrived, count)
                     self.host.submit(job)
                     reply.jobs.append(job)
                 return prompted
@@ -266,94 +253,88 @@ class Admission:
                 self.drop(reply)
                 reply.jobs.clear()
                 if self.registry.serves(chosen):
-                    raise self._refusal(error, asked, chosen) from None
-        told = f"{asked.body.model} is being replaced"
-        raise Refusal(503, "adapter_changed", told, retry_after=1)
+                    raise self._refusal(error, request, chosen) from None
+        message = f"{request.body.model} is being replaced"
+        raise Refusal(503, "adapter_changed", message, retry_after=1)
 
     def _requests(
-        self, id: str, tenant: str, asked: DialectRequest, prompted: Prompted
+        self, id: str, tenant: str, request: DialectRequest, prompted: Prompted
     ) -> Iterator[Request]:
-        """The requests to the engine. Raises Refusal for a prompt that leaves no room."""
-        body, renderer = asked.body, prompted.chosen.renderer
+        body, renderer, scores = request.body, prompted.chosen.renderer, prompted.prompt_logprobs
         seed = secrets.randbits(48) if body.seed is None else body.seed
         ends = frozenset[int]() if body.ignore_eos else renderer.ends
         for i, prompt in enumerate(p for p in prompted.prompts for _ in range(body.n)):
-            sampling = replace(prompted.sampling, seed=(seed + i) % (1 << 63))
-            scores = prompted.prompt_logprobs
-            new = self._new_tokens(asked, prompt, 1 if scores is None else 0)
             yield Request(
-                f"{id}.{i}", prompt, new,
-                prompted.chosen.key, sampling, ends, tenant, renderer.tokenizer,
-                prompt_logprobs=scores,
+                f"{id}.{i}", prompt, self._new_tokens(request, prompt, 1 if scores is None else 0),
+                prompted.chosen.key, replace(prompted.sampling, seed=(seed + i) % (1 << 63)),
+                ends, tenant, renderer.tokenizer, prompt_logprobs=scores,
             )  # fmt: skip
 
     def compiles(self, grammar: tuple[str, str]) -> None:
         """Raise LorafoldError for a setting and its text that no engine could compile safely."""
-        self._screen.compile(guidance(grammar))
+        self._sandbox.compile(guidance(grammar))
 
-    async def count(self, caller: Caller, asked: DialectRequest) -> int:
-        """The tokens of a request's prompts. Raises Refusal as `admit` does."""
+    async def count(self, caller: Caller, request: DialectRequest) -> int:
+        """The number of tokens of a request's prompts."""
         self.check_room(caller.tenant, 1)
 
         def counted() -> int:
-            renderer = self.registry.choose(caller, asked.body.model).renderer
-            return sum(map(len, asked.rendered(renderer)[1]))
+            renderer = self.registry.choose(caller, request.body.model).renderer
+            return sum(map(len, request.rendered(renderer)[1]))
 
         return await self.host.think(counted, caller.tenant)
 
     def drop(self, reply: Reply) -> None:
-        """End the completions of a reply that nobody waits for any more."""
+        """End the completions of a reply that no client waits for."""
         for job in reply.jobs:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client left"))
 
     def check_caller(self, caller: Caller, n: int) -> None:
-        """Raise Refusal as `check_room`, and if its tenant was given all that the key allows."""
+        """Raise Refusal as `check_room`, and if the tenant has used all that its key allows."""
         self.check_room(caller.tenant, n)
-        self.spent.check(caller)
+        self.usage.check(caller)
 
     def check_room(self, tenant: str, n: int) -> None:
-        """Raise Refusal unless a tenant's completions may wait, or nothing is computed now.
-
-        Args:
-            n: how many completions there are.
-        """
+        """Raise Refusal if the queue has no room for n completions, or nothing is computed now."""
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
         host, most, own = self.host, self.limits.queue, self.limits.tenant_queue
-        for limit, found, what, code in (
+        for limit, present, what, code in (
             (most, host.waiting(), "wait", "queue_full"),
             (own, host.waiting(tenant), "wait", "tenant_queue_full"),
             (LEAVING * own, host.leaving(tenant), "end", "tenant_queue_full"),
         ):
-            if found + n > limit:
-                told = f"{found} completions {what} already, expected at most {limit} with these"
-                raise Refusal(429, code, told, retry_after=host.seconds_to_wait)
+            if present + n > limit:
+                message = f"{present} completions {what} already, expected at most {limit}"
+                later = host.seconds_to_wait
+                raise Refusal(429, code, f"{message} with these", retry_after=later)
 
-    def _new_tokens(self, asked: DialectRequest, prompt: Sequence[int], least: int) -> int:
+    def _new_tokens(self, request: DialectRequest, prompt: Sequence[int], least: int) -> int:
         length = self.host.backend.length
         if not prompt:
-            raise wrong(asked.field, "found no tokens, expected at least one")
+            raise wrong(request.field, "found no tokens, expected at least one")
         left = length - len(prompt)
-        new = left if asked.max_new_tokens is None else asked.max_new_tokens
+        new = left if request.max_new_tokens is None else request.max_new_tokens
         if new < least <= left:
             raise wrong("max_tokens", f"found {new}, expected {least} or more")
         if left < least or new > left:
-            wanted = max(new, least)  # the first words are those by which clients know this error
-            told = (
+            wanted = max(new, least)  # clients know this error by its first words
+            message = (
                 f"This model's maximum context length is {length} tokens. However, you requested"
-                f" {len(prompt) + wanted} tokens ({len(prompt)} in the {asked.field}, {wanted} in"
+                f" {len(prompt) + wanted} tokens ({len(prompt)} in the {request.field}, {wanted} in"
                 " the completion); shorten the one or ask for less of the other"
             )
-            raise Refusal(400, "context_length_exceeded", told, asked.field)
+            raise Refusal(400, "context_length_exceeded", message, request.field)
         return new
 
-    def _refusal(self, error: LorafoldError, asked: DialectRequest, chosen: ServedModel) -> Refusal:
+    def _refusal(
+        self, error: LorafoldError, request: DialectRequest, chosen: ServedModel
+    ) -> Refusal:
         if why := self.host.ready:
             return Refusal(503, "not_ready", why, retry_after=1)
-        told = str(error).partition(": ")[2]  # without the request's name
+        message = str(error).partition(": ")[2]  # without the request's name
         if chosen.key and self.host.backend.states().refuses(chosen.key):
-            return Refusal(423, "adapter_quarantined", told, "model")
-        field = told.partition(":")[0]
-        named = FIELDS | {"prompt": asked.field}
-        return Refusal(400, "invalid_value", told, field).sent_as(named)
+            return Refusal(423, "adapter_quarantined", message, "model")
+        refusal = Refusal(400, "invalid_value", message, message.partition(":")[0])
+        return refusal.sent_as(FIELDS | {"prompt": request.field})

@@ -1,21 +1,19 @@
-"""What is counted, for `/metrics` in Prometheus's format and for the page.
+"""The metrics, for `/metrics` in Prometheus's format and for the page.
 
-Labels are the tenants of the key file, the adapters of the directory, and the codes of refusals: no
-caller can make a new one. Those beyond MOST of a kind share the label `other`.
+Labels are the tenants of the key file, the adapters of the directory, and the codes of refusals:
+clients cannot create labels. Those beyond MOST of a kind share the label `other`.
 
-`Gauges` shows what is as it is when it is asked for: the state of every adapter, and the gauges of
-vLLM by which routers choose a server. The gateway API inference extension of Kubernetes reads, by
-these names: how many requests wait and run, how full the cache is, and which adapters have
-requests. The last one is a gauge whose labels list them and whose value is the time, since the
-newest of several sets of labels is the one that holds. Adapters take slots as the base does, so
-that as many as there are slots run at a time.
+`Gauges` also has vLLM's gauges by which routers choose a server, such as the gateway API inference
+extension of Kubernetes: how many requests wait and run, how full the cache is, and, as labels of a
+gauge whose value is the time, which adapters have requests.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -39,7 +37,7 @@ BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 
 class Use:
-    """What an adapter was used for lately."""
+    """How much an adapter was used."""
 
     def __init__(self) -> None:
         self.requests = self.tokens = 0
@@ -58,36 +56,43 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._names: dict[str, set[str]] = {"tenant": set(), "adapter": set()}
         self.uses: dict[str, Use] = {}
-        self.requests = self._count(
-            "requests", "Requests by outcome", ("tenant", "adapter", "outcome")
+        count = partial(Count, registry=self.registry)
+        seconds = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        self.requests = count(
+            "lorafold_requests", "Requests by outcome", ("tenant", "adapter", "outcome")
         )
-        self.tokens = self._count("tokens", "Tokens", ("tenant", "kind"))
-        self.adapter_tokens = self._count(
-            "adapter_tokens", "Tokens by adapter", ("adapter", "kind")
+        self.tokens = count("lorafold_tokens", "Tokens", ("tenant", "kind"))
+        self.adapter_tokens = count(
+            "lorafold_adapter_tokens", "Tokens by adapter", ("adapter", "kind")
         )
-        self.restarts = self._count("engine_restarts", "Starts of the engine after the first")
-        self.quarantines = self._count("quarantines", "Adapters that were put in quarantine")
-        self.queue = self._seconds("queue", "From a request's arrival to its slot")
-        self.first = self._seconds("first_token", "From a request's arrival to its first token")
-        self.adapter_first = self._seconds(
-            "adapter_first_token", "To the first token, by adapter", FEW, ("adapter",)
+        self.restarts = count("lorafold_engine_restarts", "Starts of the engine after the first")
+        self.quarantines = count("lorafold_quarantines", "Adapters that were put in quarantine")
+        self.queue = seconds("lorafold_queue_seconds", "From a request's arrival to its slot")
+        self.first = seconds(
+            "lorafold_first_token_seconds", "From a request's arrival to its first token"
         )
-        self.between = self._seconds("between_tokens", "Between two tokens of a request", BETWEEN)
-        self.whole = self._seconds("request", "From a request's arrival to its end")
+        self.adapter_first = seconds(
+            "lorafold_adapter_first_token_seconds", "To the first token, by adapter", ("adapter",),
+            buckets=FEW,
+        )  # fmt: skip
+        self.between = seconds(
+            "lorafold_between_tokens_seconds", "Between two tokens of a request", buckets=BETWEEN
+        )
+        self.whole = seconds("lorafold_request_seconds", "From a request's arrival to its end")
 
     def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
-        """Count what arrived of a job, after `Job.put`."""
+        """Count events of a job, after `CompletionJob.put`."""
         use = self.uses.setdefault(job.adapter, Use())
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
         now = time.monotonic()
-        waited = now - job.asked
+        waited = now - job.submitted
         if new and job.before is None:
             self.first.observe(waited)
             self.adapter_first.labels(adapter).observe(waited)
             use.firsts.append(waited)
             if job.began is not None:
-                self.queue.observe(job.began - job.asked)
+                self.queue.observe(job.began - job.submitted)
         elif job.before is not None:
             for _ in range(new):
                 self.between.observe((now - job.before) / new)
@@ -102,11 +107,7 @@ class Metrics:
             self.whole.observe(waited)
 
     def ended(self, tenant: str, adapter: str, outcome: str) -> None:
-        """Count a request.
-
-        Args:
-            outcome: ok, or the code of a refusal.
-        """
+        """Count a request with its outcome: ok, or the code of a refusal."""
         labels = self.label("tenant", tenant), self.label("adapter", adapter)
         self.requests.labels(*labels, outcome).inc()
 
@@ -118,32 +119,14 @@ class Metrics:
         return name if name in names else "other"
 
     def labels(self, kind: str, names: Sequence[str]) -> dict[str, str]:
-        """The labels of names, as `label` would give them, without one of them taking a place.
-
-        Args:
-            kind: what they are names of.
-        """
+        """The labels that names would get, which reserves none of them."""
         taken = self._names[kind]
         free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
-        shown = taken.union(free)
-        return {name: name if name in shown else "other" for name in names}
-
-    def _count(self, name: str, about: str, labels: Sequence[str] = ()) -> Count:
-        return Count(f"lorafold_{name}", about, labels, registry=self.registry)
-
-    def _seconds(
-        self, name: str, about: str, buckets: Sequence[float] = SECONDS, labels: Sequence[str] = ()
-    ) -> Histogram:
-        named = f"lorafold_{name}_seconds"
-        return Histogram(named, about, labels, registry=self.registry, buckets=tuple(buckets))
+        return {name: name if name in taken.union(free) else "other" for name in names}
 
 
 class Gauges(Collector):
-    """The gauges of one server.
-
-    Args:
-        metrics: bounds the labels.
-    """
+    """The gauges of one server, read when they are collected."""
 
     def __init__(self, metrics: Metrics, host: Host, registry: Registry, keys: Keys) -> None:
         self._metrics, self._host, self._registry, self._keys = metrics, host, registry, keys
@@ -156,7 +139,7 @@ class Gauges(Collector):
         """The values as they are now."""
         host, now, jobs = self._host, self._host.backend.states(), list(self._host.jobs.values())
         slots, waiting, running = host.settings.slots, host.waiting(), host.running()
-        for name, told, value in (
+        for name, about, value in (
             ("keys_outdated", "Whether the key file can't be read, so that the keys are those of"
              " before", self._keys.refresh()),
             ("ready", "Whether requests are computed", not host.ready),
@@ -168,53 +151,51 @@ class Gauges(Collector):
             ("adapter_evictions", "Adapters that made room", now.evictions),
             ("adapters_damaged", "Adapters that changed there", now.damaged),
         ):  # fmt: skip
-            yield GaugeMetricFamily(f"lorafold_{name}", told, value=value)
+            yield GaugeMetricFamily(f"lorafold_{name}", about, value=value)
         yield from self._adapters(now)
         slots = 1 if now.alone else slots
-        held = sum(len(job.request.prompt) + job.tokens for job in jobs if job.began)
-        for name, told, share in (
+        tokens = sum(len(job.request.prompt) + job.tokens for job in jobs if job.began)
+        for name, about, share in (
             ("num_requests_waiting", "Completions that wait for a slot", waiting),
             ("num_requests_running", "Completions that run", running),
             ("kv_cache_usage_perc", "The part of all slots' positions that running completions"
-             " take, 0 to 1", min(1.0, held / (slots * host.backend.length))),
+             " take, 0 to 1", min(1.0, tokens / (slots * host.backend.length))),
         ):  # fmt: skip
-            yield GaugeMetricFamily(f"vllm:{name}", told, value=share)
-        shown = [str(slots)]
+            yield GaugeMetricFamily(f"vllm:{name}", about, value=share)
+        values = [str(slots)]  # adapters take slots as the base does
         for runs in (True, False):
-            own = {job.adapter for job in jobs if bool(job.began) == runs} - {self._registry.base}
-            shown.append(",".join(sorted(own)[:MOST]))
-        names = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        told = "The time, with the adapters of requests"
-        info = GaugeMetricFamily("vllm:lora_requests_info", told, labels=names)
-        info.add_metric(shown, time.time())
-        yield info
+            names = {job.adapter for job in jobs if bool(job.began) == runs} - {self._registry.base}
+            values.append(",".join(sorted(names)[:MOST]))
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        about = "The time, with the adapters of requests"
+        yield _labelled("vllm:lora_requests_info", about, labels, {tuple(values): time.time()})
 
     def _adapters(self, now: States) -> Iterator[Metric]:
-        states, seconds = Counter[tuple[str, str]](), dict[str, float]()
-        all_found = sorted(self._registry.found.values(), key=lambda found: found.name)
-        labels = self._metrics.labels("adapter", [found.name for found in all_found])
-        for found in all_found:
-            name = labels[found.name]
-            states[name, state_of(self._registry, found, now)[0]] += 1
-            if (took := now.seconds.get(found.key)) is not None:
-                seconds[name] = max(took, seconds.get(name, 0.0))
-        told = "Adapters in this state, one where the adapter has a label of its own"
-        state = GaugeMetricFamily("lorafold_adapter_state", told, labels=("adapter", "state"))
-        for one, n in states.items():
-            state.add_metric(one, n)
-        yield state
-        told = "How long it took to read and check the adapter the last time"
-        load = GaugeMetricFamily("lorafold_adapter_load_seconds", told, labels=("adapter",))
-        for name, took in seconds.items():
-            load.add_metric((name,), took)
-        yield load
+        states, seconds = Counter[tuple[str, ...]](), dict[tuple[str, ...], float]()
+        adapters = sorted(self._registry.adapters.values(), key=lambda adapter: adapter.name)
+        labels = self._metrics.labels("adapter", [adapter.name for adapter in adapters])
+        for adapter in adapters:
+            name = labels[adapter.name]
+            states[name, state_of(self._registry, adapter, now)[0]] += 1
+            if (took := now.seconds.get(adapter.key)) is not None:
+                seconds[name,] = max(took, seconds.get((name,), 0.0))
+        about = "Adapters in this state, one where the adapter has a label of its own"
+        yield _labelled("lorafold_adapter_state", about, ("adapter", "state"), states)
+        about = "How long it took to read and check the adapter the last time"
+        yield _labelled("lorafold_adapter_load_seconds", about, ("adapter",), seconds)
 
 
-def state_of(registry: Registry, found: AdapterFiles, now: States) -> tuple[str, int]:
-    """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
+def _labelled(
+    name: str, about: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]
+) -> Metric:
+    gauge = GaugeMetricFamily(name, about, labels=labels)
+    for each, value in values.items():
+        gauge.add_metric(each, value)
+    return gauge
 
-    Args:
-        now: where those are that are not cold.
+
+def state_of(registry: Registry, adapter: AdapterFiles, now: States) -> tuple[str, int]:
+    """Where an adapter is: `cold`, `loading`, `resident` or `quarantined`; and its bytes in memory.
     """
-    state, nbytes = now.adapters.get(found.key, ("cold", 0))
-    return ("quarantined" if found.name in registry.kept.quarantined else state), nbytes
+    state, nbytes = now.adapters.get(adapter.key, ("cold", 0))
+    return ("quarantined" if adapter.name in registry.state.quarantined else state), nbytes

@@ -1,22 +1,15 @@
-"""Which names stand for which adapters.
+"""The names of models: the base, an adapter, `adapter@digest`, or an alias, whose requests go to
+its targets in proportion to weights.
 
-    registry.sweep.begin()                      the directory's are verified, one after the other
+    registry.watcher.begin()                    verifies the directory's adapters in the background
     chosen = registry.choose(caller, "sql")     an adapter's version, verified by then, or the base
 
-A name is the base, an adapter, `adapter@digest`, or an alias, whose requests go to its targets by
-their weights. The backend knows every version under a name of its own, `adapter@digest`: other
-files under the same name are another version, and requests that run finish with what they have.
+The backend knows every version under a name of its own, `adapter@digest`, so running requests keep
+the version that they began with. Aliases, pins, quarantines and unloaded adapters are in one JSON
+file, which is replaced before a change is answered, so that it holds after a restart.
 
-What outlives the process (aliases, pins, quarantines and what was unloaded) is in one JSON file. It
-is replaced in one step before a change is answered, so that what a caller was told holds after a
-restart.
-
-Digests are compared in today's form, and until lorafold 0.3 in the old one, which covers
-configuration, weights, record and manifest but no tokenizer. A version without a manifest has no
-old form of its own, so such a digest matches nothing; a quarantine holds.
-
-`Sweep` verifies the directory's adapters while the server serves, and looks for new ones. A request
-under an adapter that has not come to its turn yet verifies that one first.
+Until lorafold 0.3 digests of the old form match too, which cover no tokenizer. Without a manifest
+such a digest may be another version's: it matches nothing, but a quarantine by it holds.
 """
 
 from __future__ import annotations
@@ -26,9 +19,9 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,7 +36,7 @@ from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import Caller
 from lorafold.serving.rendering import ServedModel
-from lorafold.serving.settings import Strict, kept
+from lorafold.serving.settings import Strict, read_if_exists
 from lorafold.serving.verifier import Verifier
 
 V = TypeVar("V")
@@ -51,15 +44,12 @@ log = logging.getLogger(__name__)
 STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
 SIDE_BY_SIDE = 2  # adapters that are verified at a time
 LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
-WARM = 16  # adapters that are read into memory before they are asked for
-REASON = 2000  # characters of why an adapter is wrong
-SHOWN = 12  # digits of a digest in a line of the log
-WON_T = "which lorafold 0.3 won't understand"
-MAY_BE = "or of another version without a tokenizer, so that it stands for nothing now"
+WARM = 16  # adapters that are read into memory before a request needs them
+REASON = 2000  # characters of why an adapter is rejected
 
 
 class AliasTarget(Strict, strict=True):
-    """Where a part of an alias's requests goes: an adapter, and its version if that matters."""
+    """Where a part of an alias's requests goes: an adapter, or one version of it."""
 
     adapter: str
     digest: str | None = Field(None, pattern=r"^[0-9a-f]{8,64}$")
@@ -67,32 +57,25 @@ class AliasTarget(Strict, strict=True):
 
 
 class Alias(Strict):
-    """What a name stands for, and what it stood for before."""
+    """The targets of an alias, and those before the last change."""
 
     targets: tuple[AliasTarget, ...] = Field(min_length=1, max_length=16)
     previous: tuple[AliasTarget, ...] = ()
 
 
 class ServerState(Strict):
-    """The content of the file. `digests` has the files that each adapter had when last seen,
-    `quarantined` the digest and the reason, `base` the one that the adapters named when the server
-    first started without the name of one.
-    """
+    """The content of the state file."""
 
     aliases: dict[str, Alias] = Field({})
     pinned: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
-    quarantined: dict[str, tuple[str, str]] = Field({})
-    digests: dict[str, str] = Field({})
-    base: OwnBase | None = None
+    quarantined: dict[str, tuple[str, str]] = Field({})  # the digest and the reason
+    digests: dict[str, str] = Field({})  # that each adapter had when last seen
+    base: OwnBase | None = None  # the adapters' base, if a start without `--model` derived it
 
 
 class Registry:
-    """The names of one server. Any thread may call it.
-
-    Args:
-        plain: what the base's own requests run under.
-    """
+    """The names of one server. Any thread may call it."""
 
     def __init__(
         self,
@@ -102,192 +85,183 @@ class Registry:
         verifier: Verifier,
         backend: Backend,
     ) -> None:
-        self.plain, self.directory, self.file = plain, directory, file
-        self.verifier, self._backend, self.kept = verifier, backend, kept(file, ServerState)
-        self._told: set[str] = set()  # versions of which it was said that a digest is an old one
+        self.plain, self.base, self.directory, self.file = plain, plain.name, directory, file
+        self.verifier, self._backend = verifier, backend
+        self.state = read_if_exists(file, ServerState)
+        self._warned: set[str] = set()  # versions whose digest of the old form was used
         self.created = int(time.time())
-        self.found: dict[str, AdapterFiles] = {}
-        self.wrong: dict[str, str] = {}
-        self._marks: dict[str, object] = {}  # of the files of those that are wrong
-        self.sweep = Sweep(self)
+        self.adapters: dict[str, AdapterFiles] = {}
+        self.rejected: dict[str, str] = {}  # why
+        self._marks: dict[str, object] = {}  # of the files of rejected adapters
+        self.watcher = DirectoryWatcher(self)
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
-    @property
-    def base(self) -> str:
-        """The base's name."""
-        return self.plain.name
-
     def close(self) -> None:
         """Verify nothing more, and do not wait for what is being read."""
-        self.sweep.closing.set()
+        self.watcher.closing.set()
         self.verifier.close()
-        self.sweep.close()
+        self.watcher.close()
 
     @property
-    def listed(self) -> list[str]:
+    def unverified(self) -> list[str]:
         """The names that are still to be verified."""
-        return sorted(self.names() - self.found.keys() - self.wrong.keys())
+        return sorted(self.names() - self.adapters.keys() - self.rejected.keys())
 
-    def unseen(self) -> list[str]:
-        """The names that are still to be verified, or were wrong and have other files now."""
-        for name, marks in [*self._marks.items()]:  # threads add to it meanwhile
-            if name in self.wrong and self.directory.touch(name) != marks:
-                self.wrong.pop(name, None)
-        return self.listed
+    def to_verify(self) -> list[str]:
+        """The names that are still to be verified, or were rejected and have other files now."""
+        for name, marks in [*self._marks.items()]:  # a copy: threads add to it
+            if name in self.rejected and self.directory.touch(name) != marks:
+                self.rejected.pop(name, None)
+        return self.unverified
 
     def ready(self, name: str) -> AdapterFiles | None:
-        """The adapter of a name, verified now if it was not before; None if there is none, or it is
-        wrong. Raises Busy where the machine lacks what that needs: then it is as it was.
+        """The adapter of a name, verified now if it was not before; None if there is none, or it
+        was rejected. Raises Busy if the machine lacks what that needs.
         """
-        if name in self.wrong or name in self.kept.unloaded:
+        if name in self.rejected or name in self.state.unloaded:
             return None
-        if name in self.found:
-            return self.found[name]
+        if name in self.adapters:
+            return self.adapters[name]
         if name not in self.directory.names():  # a name that a client made up leaves nothing here
             return None
         with self._turns[name]:
-            if name in self.found or name in self.wrong:
-                return self.found.get(name)
+            if name in self.adapters or name in self.rejected:
+                return self.adapters.get(name)
             marks = self.directory.touch(name)
             try:
-                return self._take(self._verified(name))
+                return self._serve(self._verified(name))
             except LorafoldError as error:
-                self._marks[name], self.wrong[name] = marks, printable(cut(str(error), REASON))
-                log.warning("not served: %s: %s", printable(name), self.wrong[name])
+                why = printable(cut(str(error), REASON))
+                self._marks[name], self.rejected[name] = marks, why
+                log.warning("not served: %s: %s", printable(name), why)
                 return None
 
     def choose(self, caller: Caller, model: str) -> ServedModel:
-        """What a request for this model runs under. Raises Refusal for one that does not exist, or
-        that the caller may not use: the answer is the same, so that nobody learns a name.
+        """The model of this name for a caller. The refusal is the same if there is none and if the
+        caller may not use it, so that nobody learns a name.
         """
         if model == self.base and caller.base:
             return self.plain
-        alias = self.kept.aliases.get(model) if caller.may(model) else None
-        found: AdapterFiles | None
+        alias = self.state.aliases.get(model) if caller.may(model) else None
+        adapter: AdapterFiles | None
         if alias is None:
-            found = self.version(caller, model)
+            adapter = self.version(caller, model)
         else:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
-            found = self.ready(target.adapter)
-            if found is None or not self.fits(found, target.digest or ""):
-                told = f"model: {model!r} stands for nothing now"
-                raise Refusal(404, "model_not_found", told, "model")
-        name = found.name
-        if name in self.kept.quarantined:
-            why = self.kept.quarantined[name][1]
+            adapter = self.ready(target.adapter)
+            if adapter is None or not self.matches(adapter, target.digest or ""):
+                message = f"model: {model!r} stands for nothing now"
+                raise Refusal(404, "model_not_found", message, "model")
+        name = adapter.name
+        if name in self.state.quarantined:
+            why = self.state.quarantined[name][1]
             raise Refusal(423, "adapter_quarantined", f"{name} is in quarantine: {why}", "model")
         try:
-            return ServedModel(name, found.key, self.verifier.renderer(found), self.plain.base)
+            return ServedModel(name, adapter.key, self.verifier.renderer(adapter), self.plain.base)
         except LorafoldError as error:
             log.error("%s", error)
-            told = f"{name} can't be read now; the server's log says why"
-            raise Refusal(503, "adapter_unavailable", told, "model") from None
+            message = f"{name} can't be read now; the server's log says why"
+            raise Refusal(503, "adapter_unavailable", message, "model") from None
 
     def version(self, caller: Caller, model: str) -> AdapterFiles:
-        """The adapter that NAME or NAME@DIGEST stands for. Raises Refusal as `choose` does."""
+        """The adapter of NAME or NAME@DIGEST."""
         name, at, digest = model.partition("@")
-        found = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
-        if found is None or (at and len(digest) < 8) or not self.fits(found, digest):
-            told = f"model: found no {model[:200]!r} that you may use"
-            raise Refusal(404, "model_not_found", told, "model")
-        return found
+        adapter = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
+        if adapter is None or (at and len(digest) < 8) or not self.matches(adapter, digest):
+            message = f"model: found no {model[:200]!r} that you may use"
+            raise Refusal(404, "model_not_found", message, "model")
+        return adapter
 
-    def fits(self, found: AdapterFiles, given: str, unsure: bool = False) -> bool:
-        """Whether a digest, or the first digits of one, is that of a version, in either form.
-
-        Args:
-            given: the digits, as a client or the file of what is kept has them.
-            unsure: what it is where it may be another version's.
+    def matches(self, adapter: AdapterFiles, digits: str, unsure: bool = False) -> bool:
+        """Whether a digest, or its first digits, is that of a version, in either form; `unsure` if
+        it may be another version's.
         """
-        if found.digest.startswith(given):
+        if adapter.digest.startswith(digits):
             return True
-        if not found.old.startswith(given):
+        if not adapter.old.startswith(digits):
             return False
-        if found.key not in self._told:
-            self._told.add(found.key)
+        if adapter.key not in self._warned:
+            self._warned.add(adapter.key)
+            why = "or of another version without a tokenizer, so that it stands for nothing now"
+            if adapter.manifest:
+                why = "which lorafold 0.3 won't understand"
             log.warning(
                 "%s@%s is a digest of the old form, %s; use %s",
-                found.name, given[:SHOWN], WON_T if found.manifest else MAY_BE, found.key,
+                adapter.name, digits[:12], why, adapter.key,
             )  # fmt: skip
-        return found.manifest or unsure
+        return adapter.manifest or unsure
 
     def serves(self, chosen: ServedModel) -> bool:
-        """Whether what was chosen is what its name stands for still."""
-        found = self.found.get(chosen.name)
-        return chosen.key is None or (found is not None and found.key == chosen.key)
+        """Whether a name still stands for the version that was chosen."""
+        adapter = self.adapters.get(chosen.name)
+        return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
-        """Read the files of an adapter, new or changed, and lift its quarantine. Raises
-        LorafoldError if they are wrong; then everything is as it was.
+        """Read the files of an adapter, new or changed, and lift its quarantine; if they are wrong,
+        everything stays as it was.
         """
         with self._turns[name]:
-            found = self._verified(name, afresh=True)
+            adapter = self._verified(name, afresh=True)
             with self.lock:
-                if name in self.kept.quarantined:  # what was counted begins anew
-                    self._backend.load(found, "known")
-            self._backend.load(found, "resident")
+                if name in self.state.quarantined:  # resets its strikes
+                    self._backend.load(adapter, "known")
+            self._backend.load(adapter, "resident")
             with self.lock:
-                self._take(found, loaded=True)
-                self.wrong.pop(name, None)
-                unloaded = tuple(n for n in self.kept.unloaded if n != name)
-                self.keep(unloaded=unloaded, quarantined=without(self.kept.quarantined, name))
-            return found
+                self._serve(adapter, loaded=True)
+                self.rejected.pop(name, None)
+                self.save(
+                    unloaded=tuple(n for n in self.state.unloaded if n != name),
+                    quarantined=without(self.state.quarantined, name),
+                )
+            return adapter
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, until `load`. Requests that run finish with it."""
-        self.known(name)
-        with self.lock:
-            found = self.served(name)
-            self.keep(
-                unloaded=(*self.kept.unloaded, name),
-                pinned=tuple(n for n in self.kept.pinned if n != name),
+        """Forget an adapter, until `load`. Running requests finish with it."""
+        with self._changing(name) as [adapter]:
+            self.save(
+                unloaded=(*self.state.unloaded, name),
+                pinned=tuple(n for n in self.state.pinned if n != name),
             )
-            del self.found[name]
-            self._forget(found)
+            del self.adapters[name]
+            self._forget(adapter)
 
     def pin(self, name: str, pinned: bool) -> None:
         """Keep an adapter in memory, or no longer."""
-        self.known(name)
-        with self.lock:
-            found = self.served(name)
-            others = tuple(n for n in self.kept.pinned if n != name)
-            self.keep(pinned=(*others, name) if pinned else others)
-            self._backend.pin(found.key, pinned)
+        with self._changing(name) as [adapter]:
+            others = tuple(n for n in self.state.pinned if n != name)
+            self.save(pinned=(*others, name) if pinned else others)
+            self._backend.pin(adapter.key, pinned)
             if pinned:
-                self._backend.load(found, "begun")
+                self._backend.load(adapter, "begun")
 
     def quarantine(self, name: str, why: str) -> None:
         """Refuse an adapter's requests, until `load`."""
-        self.known(name)
-        with self.lock:
-            refused = self.kept.quarantined | {name: (self.served(name).digest, why)}
+        with self._changing(name) as [adapter]:
+            quarantined = self.state.quarantined | {name: (adapter.digest, why)}
             try:
-                self.keep(quarantined=refused)
+                self.save(quarantined=quarantined)
             except LorafoldError as error:  # it holds at least until the server ends
-                self.kept = self.kept.model_copy(update={"quarantined": refused})
+                self.state = self.state.model_copy(update={"quarantined": quarantined})
                 log.error("the quarantine of %s can't be kept: %s", name, error)
 
     def point(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
-        """Let an alias stand for these targets from the next request on."""
-        for target in targets:
-            self.known(target.adapter)
-        with self.lock:
+        """Point an alias to these targets from the next request on."""
+        with self._changing(*(target.adapter for target in targets)) as adapters:
             if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
                 raise wrong("name", f"found {name[:80]!r}, expected one that no model has")
-            for target in targets:
-                found = self.served(target.adapter)
-                if target.digest and not self.fits(found, target.digest):
-                    told = f"found digest {target.digest}, expected {found.digest[:12]}"
-                    raise wrong("targets", f"{target.adapter}: {told}")
-            before = self.kept.aliases.get(name)
+            for target, adapter in zip(targets, adapters, strict=True):
+                if target.digest and not self.matches(adapter, target.digest):
+                    message = f"found digest {target.digest}, expected {adapter.digest[:12]}"
+                    raise wrong("targets", f"{target.adapter}: {message}")
+            before = self.state.aliases.get(name)
             alias = Alias(targets=targets, previous=before.targets if before else ())
-            self.keep(aliases=self.kept.aliases | {name: alias})
+            self.save(aliases=self.state.aliases | {name: alias})
             return alias
 
     def roll_back(self, name: str) -> Alias:
-        """Let an alias stand for what it stood for before."""
+        """Point an alias to its targets before the last change."""
         alias = self.alias(name)
         if not alias.previous:
             raise Refusal(409, "nothing_before", f"{name} has stood for nothing else before")
@@ -297,83 +271,79 @@ class Registry:
         """Forget an alias."""
         with self.lock:
             self.alias(name)
-            self.keep(aliases=without(self.kept.aliases, name))
+            self.save(aliases=without(self.state.aliases, name))
 
     def alias(self, name: str) -> Alias:
-        """An alias. Raises Refusal for an unknown one."""
-        if name not in self.kept.aliases:
+        """The alias of a name."""
+        if name not in self.state.aliases:
             raise Refusal(404, "alias_not_found", f"found no alias {name[:80]!r}", "name")
-        return self.kept.aliases[name]
+        return self.state.aliases[name]
 
-    def known(self, name: str) -> None:
-        """Verify an adapter that is to be changed. It may wait, so no lock is held meanwhile."""
-        if NAME.fullmatch(name):
+    @contextmanager
+    def _changing(self, *names: str) -> Iterator[list[AdapterFiles]]:
+        """Verify adapters, which may wait, and then hold the lock to change them."""
+        for name in filter(NAME.fullmatch, names):
             self.ready(name)
-        self.served(name)
-
-    def served(self, name: str) -> AdapterFiles:
-        """The adapter that is served under a name. Raises Refusal if there is none."""
-        found = self.found.get(name)
-        if found is None:
-            raise Refusal(404, "adapter_not_found", f"found no adapter {name[:80]!r}", "adapter")
-        return found
+        with self.lock:
+            for name in names:
+                if name not in self.adapters:
+                    message = f"found no adapter {name[:80]!r}"
+                    raise Refusal(404, "adapter_not_found", message, "adapter")
+            yield [self.adapters[name] for name in names]
 
     def names(self) -> frozenset[str]:
         """The names of all adapters that were not unloaded."""
-        return self.directory.names() - set(self.kept.unloaded)
+        return self.directory.names() - set(self.state.unloaded)
 
     def _verified(self, name: str, afresh: bool = False) -> AdapterFiles:
-        if name == self.base or name in self.kept.aliases:
+        if name == self.base or name in self.state.aliases:
             raise LorafoldError(f"found {name!r}, the name of the base or an alias")
         return self.verifier.find(name, afresh)
 
-    def _take(self, found: AdapterFiles, loaded: bool = False) -> AdapterFiles:
-        """Serve a version from now on, which may have been loaded, instead of the one before."""
-        name = found.name
+    def _serve(self, adapter: AdapterFiles, loaded: bool = False) -> AdapterFiles:
+        name = adapter.name
         with self.lock:
-            before = self.found.get(name)
+            before = self.adapters.get(name)
             if not loaded:
-                self._backend.load(found, "known")
-            pinned = name in self.kept.pinned
-            self._backend.pin(found.key, pinned)
-            if pinned or len(self.found) < WARM:
-                self._backend.load(found, "begun")
-            self.found[name] = found
-            if before is not None and before.key != found.key:
+                self._backend.load(adapter, "known")
+            pinned = name in self.state.pinned
+            self._backend.pin(adapter.key, pinned)
+            if pinned or len(self.adapters) < WARM:
+                self._backend.load(adapter, "begun")
+            self.adapters[name] = adapter
+            if before is not None and before.key != adapter.key:
                 self._forget(before)
-            held = self.kept.quarantined.get(name)
+            quarantined = self.state.quarantined.get(name)
             # other files are another adapter
-            if held is not None and not self.fits(found, held[0], unsure=True):
+            if quarantined and not self.matches(adapter, quarantined[0], unsure=True):
                 with suppress(LorafoldError):
-                    self.keep(quarantined=without(self.kept.quarantined, name))
-        if self.verifier.seen.digests.get(name, found.digest) != found.digest:
-            log.warning("%s has other files than before: %s", name, found.key)
-        if found.note:
-            log.warning("%s: %s", name, found.note)
-        return found
+                    self.save(quarantined=without(self.state.quarantined, name))
+        if self.verifier.cache.digests.get(name, adapter.digest) != adapter.digest:
+            log.warning("%s has other files than before: %s", name, adapter.key)
+        if adapter.note:
+            log.warning("%s: %s", name, adapter.note)
+        return adapter
 
-    def _forget(self, found: AdapterFiles) -> None:
+    def _forget(self, adapter: AdapterFiles) -> None:
         with suppress(LorafoldError):
-            self._backend.unload(found.key)
+            self._backend.unload(adapter.key)
 
-    def keep(self, **changes: object) -> None:
-        """Change what is kept between runs. Raises LorafoldError if it can't be written."""
-        now = self.kept.model_copy(update=changes)
-        if now != self.kept:
-            write_text(self.file, now.model_dump_json(indent=2) + "\n")
-            self.kept = now
-
-
-def without(some: Mapping[str, V], name: str) -> dict[str, V]:
-    """All but the one of that name."""
-    return {n: one for n, one in some.items() if n != name}
+    def save(self, **changes: object) -> None:
+        """Change the state and its file."""
+        state = self.state.model_copy(update=changes)
+        if state != self.state:
+            write_text(self.file, state.model_dump_json(indent=2) + "\n")
+            self.state = state
 
 
-class Sweep:
-    """A thread that looks what there is to verify, again and again, and those that verify it.
+def without(entries: Mapping[str, V], name: str) -> dict[str, V]:
+    """All entries but the one of that name."""
+    return {key: value for key, value in entries.items() if key != name}
 
-    Args:
-        registry: the names.
+
+class DirectoryWatcher:
+    """Verifies the directory's adapters in the background, and looks for new ones. A request under
+    an adapter whose turn has not come verifies that one itself.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -381,7 +351,7 @@ class Sweep:
         self.closing, self._idle = threading.Event(), threading.Event()
         self._idle.set()
         self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
-        self._thread = threading.Thread(None, self._run, "lorafold-sweep", daemon=True)
+        self._thread = threading.Thread(None, self._run, "lorafold-watcher", daemon=True)
 
     def begin(self) -> None:
         """Begin with what there is now."""
@@ -404,7 +374,7 @@ class Sweep:
         while not self.closing.is_set():
             begun, names = time.monotonic(), list[str]()
             try:
-                names = sorted(self._registry.unseen())
+                names = self._registry.to_verify()
             except Exception:
                 log.exception("the directory can't be read")
             if names:
@@ -415,7 +385,7 @@ class Sweep:
             if n or time.monotonic() - saved > SAVE:
                 saved = time.monotonic()
                 try:
-                    self._registry.verifier.seen.save()
+                    self._registry.verifier.cache.save()
                 except Exception:
                     log.exception("what was verified can't be kept")
             self.closing.wait(LOOK)

@@ -1,7 +1,5 @@
-"""Requests as tokens, through a tokenizer and its chat template.
-
-`Renderers` has the base's renderer, and one for each adapter whose tokenizer files differ from the
-base's. Their tokens have to mean the same as the base's; new ones belong to the adapter.
+"""Requests as tokens, through a tokenizer and its chat template: the base's, or that of an adapter
+whose tokenizer files differ.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -28,28 +26,28 @@ from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
 from lorafold.serving.backend import Text, Token
 from lorafold.serving.errors import Refusal, wrong
-from lorafold.serving.schema import Compiles, check, held
-from lorafold.verification.checks import Screen
+from lorafold.serving.schema import Compiles, check, compact
+from lorafold.verification.checks import Sandbox
 from lorafold.verification.tokenizer_files import variables_of
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level BPE
-MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
+MARKS = 2048  # characters of a template's marks of reasoning and calls, sought in every text
 
 
 class TokenTexts:
-    """TokenTexts as texts, for log probabilities."""
+    """The texts of single tokens, for log probabilities."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._texts = tokenizer, dict[int, str]()  # at most the vocabulary's
 
     def text(self, token: int) -> str:
         """A token's text; a part of a character has the replacement character."""
-        if (found := self._texts.get(token)) is None:
-            found = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
-            self._texts[token] = found
-        return found
+        if (text := self._texts.get(token)) is None:
+            text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            self._texts[token] = text
+        return text
 
     def bytes(self, token: int) -> bytes:
         """A token's bytes, also where they are a part of a character."""
@@ -61,34 +59,26 @@ class TokenTexts:
         known = all(character in BYTES for character in piece)
         return bytes(BYTES[character] for character in piece) if known else text.encode()
 
-    def name(self, token: int) -> str:
-        """A token's text, or its bytes where they are a part of a character, so that no two tokens
-        are named alike.
+    def unique(self, token: int) -> str:
+        """A token's text, or its bytes if they are a part of a character: no two tokens share one.
         """
         text = self.text(token)
         return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
 
     def pieces(self, tokens: Sequence[int], text: str | None) -> list[str]:
-        """The text that each token of a prompt adds.
-
-        Args:
-            text: the text of them all, which has no words for tokens at its beginning that nobody
-                wrote; None: what they are decoded to.
+        """The text that each token of a prompt adds, but for tokens that the tokenizer put before
+        the prompt's own text.
         """
         reader = Text(self._tokenizer, special=True)
-        found = [reader.add(token) for token in tokens]
-        found[-1] += reader.finish()
-        unwritten = len(reader.text) - len(text) if text and reader.text.endswith(text) else 0
-        for i, piece in enumerate(found):
-            found[i], unwritten = piece[unwritten:], max(0, unwritten - len(piece))
-        return found
+        pieces = [reader.add(token) for token in tokens]
+        pieces[-1] += reader.finish()
+        added = len(reader.text) - len(text) if text and reader.text.endswith(text) else 0
+        for i, piece in enumerate(pieces):
+            pieces[i], added = piece[added:], max(0, added - len(piece))
+        return pieces
 
-    def chat(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
-        """Log probabilities as chat completions have them.
-
-        Args:
-            top: how many of the most likely ones are listed beside each.
-        """
+    def chat_logprobs(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
+        """Log probabilities in the form of chat completions."""
 
         def one(token: int, logprob: float) -> dict[str, Any]:
             return {
@@ -100,20 +90,16 @@ class TokenTexts:
             for t in tokens
         ]
 
-    def legacy(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
-        """Log probabilities as completions have them.
-
-        Args:
-            tokens: of which the first one of a prompt has none.
-            top: how many of the most likely ones are listed beside each.
-            offset: where in the text the first one begins.
+    def legacy_logprobs(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
+        """Log probabilities in the form of plain completions; the first token's text begins at that
+        offset.
         """
         offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
         return {
-            "tokens": [self.name(t.token) for t in tokens],
+            "tokens": [self.unique(t.token) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [
-                None if t.logprob is None else {self.name(i): p for i, p in t.top[:top]}
+                None if t.logprob is None else {self.unique(i): p for i, p in t.top[:top]}
                 for t in tokens
             ],
             "text_offset": offsets[:-1],
@@ -121,53 +107,41 @@ class TokenTexts:
 
 
 class Renderer:
-    """The tokenizer of the base, or of adapters.
-
-    Args:
-        tokenizer: with a chat template.
-        ends: the tokens that end a completion.
-        variables: the variables of the template that a caller may set.
+    """A tokenizer with a chat template, the tokens that end a completion, and the template's
+    variables that a client may set.
     """
 
     def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
-        self.tokenizer, self.ends, self.shown = tokenizer, ends, TokenTexts(tokenizer)
-        self.variables = variables
-
-    def probe(self) -> None:
-        """Find out how the template writes tools, calls and reasoning, which reading an answer back
-        needs to know at once.
-        """
+        self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
+        self.texts = TokenTexts(tokenizer)
+        # probe how the template writes tools, calls and reasoning, so that no request waits for it
         called: Message = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
-        asked = Conversation([ASKED, called], 0, (PROBE_TOOL,))
-        for look in (
-            lambda: check_able(asked, self.tokenizer),
-            lambda: template_of(self.tokenizer).block,
-            lambda: as_text(asked, self.tokenizer),
-            lambda: parse_calls(VALUE, self.tokenizer),
+        conversation = Conversation([ASKED, called], 0, (PROBE_TOOL,))
+        for probe in (
+            lambda: check_able(conversation, tokenizer),
+            lambda: template_of(tokenizer).block,
+            lambda: as_text(conversation, tokenizer),
+            lambda: parse_calls(VALUE, tokenizer),
         ):
             with suppress(LorafoldError):
-                look()
+                probe()
 
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
     ) -> str:
-        """A conversation as the prompt for its next turn. Raises Refusal for one that the template
-        refuses, or of which it leaves something out.
-
-        Args:
-            messages: the messages, in the form of `data.messages`.
-            variables: further variables of the template, which it must know.
+        """A conversation as the prompt for its next turn; Refusal if the template refuses it or
+        leaves something out.
         """
         for name in variables:
             if name not in self.variables:
                 raise wrong(name, "the model's chat template has no such variable")
-        asked = Conversation(list(messages), 0, tuple(tools))
         try:
-            return prompt_of(asked, self.tokenizer, variables)
+            conversation = Conversation(list(messages), 0, tuple(tools))
+            return prompt_of(conversation, self.tokenizer, variables)
         except LorafoldError as error:
-            told = str(error).removesuffix(f"; {HELP}").removesuffix(", so it would be lost")
-            told = told.replace("the row's tools", "the tools")
-            raise Refusal(400, "template_refuses", f"messages: {told}", "messages") from None
+            message = str(error).removesuffix(f"; {HELP}").removesuffix(", so it would be lost")
+            message = message.replace("the row's tools", "the tools")
+            raise Refusal(400, "template_refuses", f"messages: {message}", "messages") from None
 
     def prompt_tokens(self, text: str) -> tuple[int, ...]:
         """The tokens of a conversation that `chat` rendered."""
@@ -177,43 +151,31 @@ class Renderer:
             raise Refusal(400, "template_refuses", f"messages: {error}", "messages") from None
 
     def tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        """The tokens of a text as it stands.
-
-        Args:
-            special: add the tokens with which the tokenizer begins a text.
-        """
+        """The tokens of a text as it stands, with those that begin a text if `special` is set."""
         return tuple(tokens_of(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens. Raises Refusal for one that there is not."""
-        known = len(self.tokenizer)
+        """The text of tokens."""
+        size = len(self.tokenizer)
         for token in tokens:
-            if not 0 <= token < known:
-                raise wrong("tokens", f"found {token}, expected 0 to {known - 1}")
+            if not 0 <= token < size:
+                raise wrong("tokens", f"found {token}, expected 0 to {size - 1}")
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def call_grammar(
-        self,
-        tools: Sequence[Tool],
-        names: Sequence[str],
-        compiles: Compiles,
-        schema: str | None = None,
+        self, tools: Sequence[Tool], names: Sequence[str], compiles: Compiles, schema: str | None
     ) -> str:
-        """A grammar of one call of one of the named tools, as the chat template writes calls, or
-        else of JSON. Raises Refusal for a template that writes them otherwise than as JSON.
-
-        Args:
-            names: those of which one has to be called.
-            schema: what may be there instead of a call, None for nothing.
+        """A grammar of one call of one of the named tools, as the chat template writes calls, or of
+        JSON that fits the schema.
         """
-        found = grammar_of(self.tokenizer)
-        if found is None or found.pairs is not None:
-            told = "the model's template writes no calls as JSON, so"
+        calls_of = grammar_of(self.tokenizer)
+        if calls_of is None or calls_of.pairs is not None:
+            why = "the model's template writes no calls as JSON, so"
             if schema is None:
-                raise wrong("tool_choice", f"{told} none can be forced; use auto")
-            told = f"{told} that it can't stand beside tools; use tool_choice none, or no schema"
-            raise wrong("response_format", told)
-        form = found.without(special_words(self.tokenizer))
+                raise wrong("tool_choice", f"{why} none can be forced; use auto")
+            hint = "use tool_choice none, or no schema"
+            raise wrong("response_format", f"{why} that it can't stand beside tools; {hint}")
+        form = calls_of.without(special_words(self.tokenizer))
         calls, rules = [], []
         for i, tool in enumerate(tools):
             function = tool["function"]
@@ -223,7 +185,7 @@ class Renderer:
             parameters = function.get("parameters") or {"type": "object"}
             if not isinstance(parameters, Mapping):
                 raise wrong(field, f"found {parameters!r:.80}, expected a JSON schema")
-            arguments = held(parameters)
+            arguments = compact(parameters)
             check(arguments, field, compiles)
             calls.append(f"{json.dumps(function['name'] + form.named)} arguments{i}")
             rules.append(f"arguments{i}: %json {arguments}")
@@ -231,57 +193,46 @@ class Renderer:
         literal = [part for part in (before, "(" + " | ".join(calls) + ")", after) if part != '""']
         if schema is not None:
             check(schema, "response_format", compiles)
+            literal.append("| answer")
             rules.append(f"answer: %json {schema}")
-        either = "" if schema is None else " | answer"
-        return "\n".join([f"start: {' '.join(literal)}{either}", *rules])
+        return "\n".join([f"start: {' '.join(literal)}", *rules])
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a request runs under: the adapter's name, or the base's, its version in the engine, None
-    for the base, what renders it, and the base's identity.
-    """
+    """The base or a version of an adapter, under which a request runs."""
 
     name: str
-    key: str | None
+    key: str | None  # the adapter's version in the engine, None for the base
     renderer: Renderer
-    base: str
+    base: str  # the base's identity
 
 
 class Renderers:
-    """Makes renderers. Any thread may call it.
-
-    Args:
-        model: the base, whose generation config names tokens that end completions.
-    """
+    """The renderers of a base and its adapters. Any thread may call it."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, screen: Screen
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sandbox: Sandbox
     ) -> None:
-        self._model, self._screen = model, screen
+        self._model, self._sandbox = model, sandbox
         ends = end_tokens(model, tokenizer)
         self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
-        self.base.probe()
         self.known: dict[str, Renderer] = {}  # by the digest of the files
 
     def of(self, files: Contents) -> Renderer:
-        """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
-        they can't be read, or give a token of the base another number.
-        """
+        """The renderer of a tokenizer's files, without running any code of theirs."""
         if files.named in self.known:
             return self.known[files.named]
-        tokenizer = self._screen.open(files)
+        tokenizer: Any = self._sandbox.open(files)
         if tokenizer is None:
             return self.known.setdefault(files.named, self.base)
-        ends = end_tokens(self._model, cast(Any, tokenizer))
-        found = Renderer(tokenizer, ends, tokenizer.variables)
-        found.probe()
+        renderer = Renderer(tokenizer, end_tokens(self._model, tokenizer), tokenizer.variables)
         tokenizer.probed()
-        block, grammar = template_of(cast(Any, tokenizer)).block, grammar_of(cast(Any, tokenizer))
+        block, grammar = template_of(tokenizer).block, grammar_of(tokenizer)
         size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
         if size > MARKS:
             raise LorafoldError(
                 f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
                 f" around them, expected at most {MARKS:,}"
             )
-        return self.known.setdefault(files.named, found)
+        return self.known.setdefault(files.named, renderer)

@@ -1,8 +1,7 @@
-"""The body of a request, what all that ask for a completion share, and how a body is read; and what
-the bodies of answers share.
+"""The bodies of requests, and what the bodies of answers share.
 
-A field that is not known is refused by its name, since it may change the answer. Those in HARMLESS
-never do, and are left out; those in NEUTRAL are accepted with the value that asks for nothing.
+An unknown field is refused by its name, because it may change the answer. Those in HARMLESS never
+do and are ignored; those in NEUTRAL are accepted with a value that asks for nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +29,11 @@ NEUTRAL = {
 DONE = b"data: [DONE]\n\n"
 PIECE = 16384  # elements of a list that are written at a time
 ENTRIES = 8192  # of an object in a field; each may be an error of its own
-
-
 E = TypeVar("E")
 
 
 class FirstError(FailFast):
-    """Ends with the first error of a list: one is told, and a million take seconds."""
+    """Stops at the first error of a list: one is reported, and a million take seconds."""
 
     __hash__ = object.__hash__  # for unions
 
@@ -81,43 +78,35 @@ class Completing(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, **more: Any) -> Sampling:
-        """The engine's settings. Raises Refusal for values out of range.
-
-        Args:
-            more: what the fields here do not say.
-        """
+        """The engine's settings."""
         try:
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
             raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
-        given = {name: getattr(self, name) for name in NUMBERS}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
         try:
             return Sampling(
-                **given, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
+                **numbers, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
             )
         except LorafoldError as error:
-            found = Refusal(400, "invalid_value", str(error), str(error).partition(":")[0])
+            refusal = Refusal(400, "invalid_value", str(error), str(error).partition(":")[0])
             chat = "top_logprobs" in type(self).model_fields
-            raise found.sent_as({"logprobs": "top_logprobs"} if chat else {}) from None
+            raise refusal.sent_as({"logprobs": "top_logprobs"} if chat else {}) from None
 
 
 B = TypeVar("B", bound=Body)
 
 
 def read_body(kind: type[B], content: bytes) -> B:
-    """The body of a request. Raises Refusal, which names the first field that is wrong.
-
-    Args:
-        content: JSON of at most 200 levels.
-    """
+    """Parse the body of a request; Refusal names the first field that is wrong."""
     try:
-        found = from_json(content, allow_inf_nan=False)
+        fields = from_json(content, allow_inf_nan=False)  # at most 200 levels
     except ValueError as error:
         raise Refusal(400, "invalid_json", f"body: found no JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise Refusal(400, "invalid_json", "body: expected a JSON object")
-    given = {}
-    for name, value in found.items():
+    known_fields = {}
+    for name, value in fields.items():
         known = name in kind.model_fields
         if value is None or (not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))):
             continue
@@ -125,9 +114,9 @@ def read_body(kind: type[B], content: bytes) -> B:
             raise unsupported(name[:80], ", and the answer may change without it")
         if isinstance(value, dict) and len(value) > ENTRIES:
             raise wrong(name, f"found {len(value)} entries, expected at most {ENTRIES}")
-        given[name] = value
+        known_fields[name] = value
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(known_fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -137,23 +126,18 @@ def read_body(kind: type[B], content: bytes) -> B:
 
 
 def new_id(kind: str) -> str:
-    """A name that nothing else has, such as `chatcmpl-...`."""
+    """A unique name, such as `chatcmpl-...`."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
-def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
-    """One event of a stream.
-
-    Args:
-        name: its type, where there is one.
-    """
-    named = f"event: {name}\n" if name else ""
-    return named.encode() + b"data: " + to_json(value) + b"\n\n"
+def sse_event(value: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event, with its type if it has one."""
+    return (f"event: {name}\n" if name else "").encode() + b"data: " + to_json(value) + b"\n\n"
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """JSON of an answer with long lists. They are written in pieces: no other thread runs while one
-    is written.
+    """JSON of an answer whose lists may be long. They are written in pieces, because no other
+    thread runs while one is written.
     """
 
     def written(field: Any) -> bytes:
@@ -167,5 +151,5 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def finish(end: Ended) -> str:
-    """Why a completion ends, in OpenAI's words."""
+    """Why a completion ends, by OpenAI's names."""
     return "stop" if end.reason == "end" else end.reason

@@ -1,7 +1,7 @@
-"""From options to a listening server, and its orderly end.
+"""From options to a listening server, and its shutdown.
 
-The port is taken before the model is loaded, so that one that is in use is told at once. On SIGTERM
-or Ctrl-C what runs may end, for as long as the settings say, and nothing new begins; a second
+The port is taken before the model is loaded, so that a port in use fails at once. After SIGTERM or
+Ctrl-C running requests may finish for as long as the settings say, and no new ones begin; a second
 signal ends the process at once.
 """
 
@@ -38,53 +38,51 @@ from lorafold.runtime.process_tuning import all_set_aside
 from lorafold.serving import logs
 from lorafold.serving.app import application, bounded
 from lorafold.serving.directory import Directory
-from lorafold.serving.engine_backend import InProcess
+from lorafold.serving.engine_backend import EngineBackend
 from lorafold.serving.errors import Refusal
 from lorafold.serving.host import Admission, Host
-from lorafold.serving.keys import Keys, Spent, beside
+from lorafold.serving.keys import Keys, TokenUsage
 from lorafold.serving.metrics import Gauges, Metrics
 from lorafold.serving.registry import STATE, Registry
 from lorafold.serving.rendering import Renderers, ServedModel
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.verifier import VerifiedCache, Verifier
-from lorafold.verification.checks import Screen
+from lorafold.verification.checks import Sandbox
 
-# what an adapter that was verified once is known for, beside its files and the base
-ROOMS = (
+# the code that verifies adapters: if it changes, all are verified again
+CODE = (
     "adapter", "layers", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "verification", "serving",
 )  # fmt: skip
-# seconds for which a thread may keep the interpreter from the event loop, which asks for it again
-# after each call of the system
+PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
+# seconds for which a thread may keep the interpreter lock from the event loop, which releases it at
+# each system call
 SWITCH = 5e-4
 BACKLOG = 4096  # connections that wait to be accepted: one more tries again after a second
-PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
-
-
-# what loads a base and its tokenizer
 Load = Callable[[Base], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def listening(settings: Settings) -> socket.socket:
-    """A socket at the settings' address. Raises LorafoldError if it is taken, or if others could
-    reach it and there are no keys.
-    """
-    if settings.keys is None and not _is_here(settings.host):
+    """A socket at the settings' address; without keys only at a loopback address."""
+    host, port, loopback = settings.host, settings.port, settings.host == "localhost"
+    with contextlib.suppress(ValueError):
+        loopback = loopback or ip_address(host).is_loopback
+    if settings.keys is None and not loopback:
         raise LorafoldError(
-            f"--host {settings.host}: others can reach it, so that keys are needed: make one with"
+            f"--host {host}: others can reach it, so that keys are needed: make one with"
             " lorafold serve new-key TENANT --keys FILE, and pass --keys FILE"
         )
     try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        at = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
-        # what a client does not read stays here, where it is bounded, and not in the kernel
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        at = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        # unread data stays in this process, which bounds it, and not in the kernel
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
-        at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # nor what it sends unasked
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         return at
     except OSError as error:
         raise LorafoldError(
-            f"--port {settings.port}: {settings.host} can't be listened at ({error.strerror});"
+            f"--port {port}: {host} can't be listened at ({error.strerror});"
             " --port 0 takes a free one"
         ) from None
 
@@ -98,31 +96,24 @@ def serve(
     open_page: bool = False,
     own: OwnBase | None = None,
 ) -> None:
-    """Serve until a signal ends it.
-
-    Args:
-        console: for what the user has to know.
-        open_page: open the page in a browser.
-        own: how the adapters name the base, where nothing else named it: the next start takes it.
-
-    Raises LorafoldError for a model that can't be loaded, and as `listening` does.
+    """Serve until a signal ends it. `own` is the base as the adapters name it, if no option named
+    one: the next start takes the same.
     """
-    directory, keys = Directory(adapters), Keys(
-        settings.keys, settings.admin_key, settings.metrics_key
-    )
+    directory = Directory(adapters)
+    keys = Keys(settings.keys, settings.admin_key, settings.metrics_key)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # files and connections
-    with contextlib.suppress(OSError, ValueError):  # macOS calls unlimited what it does not allow
+    with contextlib.suppress(OSError, ValueError):  # macOS reports unlimited, and refuses that
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listening(settings) as at:
         server = server_of(base, load, directory, keys, settings)
         if own is not None:
             try:
-                server.registry.keep(base=own)
+                server.registry.save(base=own)
             except LorafoldError as error:
                 console.print(f"the next start takes the base that most name: {error}")
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
-        _tell(server, address, console)
+        _print_summary(server, address, console)
         logs.set_up(settings.json_logs, settings.log_texts)
         if open_page:
             webbrowser.open(f"http://{address}/")  # the socket listens already
@@ -134,50 +125,43 @@ def server_of(
     base: Base, load: Load, directory: Directory, keys: Keys, settings: Settings
 ) -> Server:
     """A server that is ready to start: the model is loaded, and adapters are verified once it runs.
-
-    Args:
-        base: the model, which requests ask for by the last part of its path, or by its name.
+    Requests name the base by the last part of its path, or by its name.
     """
     files, at, allowed = base.identity, Path(base.name), base.allow_other_base
     name = at.resolve().name if at.exists() else base.name
     model, tokenizer = load(base)
     if settings.allow_control_tokens:
         allow(tokenizer)
-    identity = joined([files, _storage(model)])
+    # the files don't determine how the tensors are stored
+    tensors = [[path, list(p.shape), str(p.dtype)] for path, p in model.named_parameters()]
+    identity = joined([files, sha256(json.dumps(tensors).encode()).hexdigest()])
     state = settings.state or directory.beside / STATE
-    free = settings.allow_control_tokens
-
-    def modules() -> list[str]:
-        return [path for path, _ in Anatomy.of(model).modules]
 
     room = settings.adapter_bytes or free_bytes(model.device) // 2
     settings = settings.model_copy(update={"adapter_bytes": room})
-    screen = Screen(modules, tokenizer, free, room // model.dtype.itemsize)
-    renderers = Renderers(model, tokenizer, screen)
+    most = room // model.dtype.itemsize
+    sandbox = Sandbox(
+        lambda: [path for path, _ in Anatomy.of(model).modules],
+        tokenizer, settings.allow_control_tokens, most,
+    )  # fmt: skip
+    renderers = Renderers(model, tokenizer, sandbox)
     plain = ServedModel(name, None, renderers.base, identity)
-    known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])
-    seen = VerifiedCache(state.with_name(f"{state.stem}-verified.json"), known_for)
+    verified_for = joined([identity, of_code(*CODE, packages=PACKAGES), *["any base"] * allowed])
+    cache = VerifiedCache(state.with_name(f"{state.stem}-verified.json"), verified_for)
     metrics, weights = Metrics(), InMemory.of_model(model) if allowed else None
-    backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
+    backend = EngineBackend(model, tokenizer, settings, metrics.restarts.inc, allowed)
     stored = (recorded_storage(model) or {}).get("storage", "auto")
-    verifier = Verifier(directory, screen, renderers, seen, name, backend, weights, stored)
+    verifier = Verifier(directory, sandbox, renderers, cache, name, backend, weights, stored)
     registry = Registry(plain, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
-    spent = Spent(beside(state), lambda: keys.limited)
+    usage = TokenUsage(state.with_name(f"{state.stem}-tokens.json"), lambda: keys.limited)
     metrics.registry.register(Gauges(metrics, host, registry, keys))
-    return Server(
-        settings, keys, registry, host, Admission(host, registry, spent, screen), metrics, spent
-    )
-
-
-def _storage(model: PreTrainedModel) -> str:
-    """The digest of how a model's tensors are stored, which its files don't say."""
-    parts = [[path, list(p.shape), str(p.dtype)] for path, p in model.named_parameters()]
-    return sha256(json.dumps(parts).encode()).hexdigest()
+    admission = Admission(host, registry, usage, sandbox)
+    return Server(settings, keys, registry, host, admission, metrics, usage)
 
 
 def over_http(server: Server) -> uvicorn.Config:
-    """How a server is reached."""
+    """uvicorn's configuration."""
     sys.setswitchinterval(SWITCH)
     return uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on", ws="none",
@@ -202,7 +186,6 @@ async def _run(server: Server, at: socket.socket) -> None:
 
 
 async def _drain(server: Server, http: uvicorn.Server) -> None:
-    """Let what runs end, for as long as it may, and then the server."""
     loop = asyncio.get_running_loop()
     until = loop.time() + server.settings.drain_seconds
     while (server.host.jobs or http.server_state.tasks) and loop.time() < until:
@@ -216,9 +199,9 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
 
 
 class Http(uvicorn.Server):
-    """uvicorn without its handlers of signals, which would end the process with the signal. It
-    accepts one connection at a time: without file descriptors asyncio would try, and log, as many
-    times as its backlog, again and again.
+    """uvicorn without its signal handlers, which would end the process with the signal. Its event
+    loop accepts one connection at a time: without free file descriptors asyncio would try, and log,
+    once for each connection of the backlog, again and again.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -233,48 +216,34 @@ class Http(uvicorn.Server):
         yield
 
 
-def _is_here(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _tell(server: Server, address: str, console: Console) -> None:
-    """Say what is served, what is not and why, and how to use it."""
-    registry, backend = server.registry, server.host.backend
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    names = registry.listed
+def _print_summary(server: Server, address: str, console: Console) -> None:
+    registry, backend, keys = server.registry, server.host.backend, server.keys
+    names, state, lines = registry.unverified, registry.state, list[str]()
     several = "adapter" if len(names) == 1 else "adapters"
-    say(f"base {registry.base}, {len(names)} {several}: {listed(names) or 'none'}")
+    lines.append(f"base {registry.base}, {len(names)} {several}: {listed(names) or 'none'}")
     if others := registry.directory.others():
-        say(f"no adapters: {', '.join(others)} (without adapter_config.json)")
-    if registry.kept.unloaded:
-        say(f"unloaded by the administrator: {', '.join(registry.kept.unloaded)}")
-    for name, (_, why) in registry.kept.quarantined.items():
-        say(f"in quarantine: {name}: {why}")
-    if unknown := sorted(server.settings.weights.keys() - set(server.keys.tenants)):
-        say(f"weights: no tenant has a key yet: {', '.join(unknown)}")
+        lines.append(f"no adapters: {', '.join(others)} (without adapter_config.json)")
+    if state.unloaded:
+        lines.append(f"unloaded by the administrator: {', '.join(state.unloaded)}")
+    lines += [f"in quarantine: {name}: {why}" for name, (_, why) in state.quarantined.items()]
+    if unknown := sorted(server.settings.weights.keys() - set(keys.tenants)):
+        lines.append(f"weights: no tenant has a key yet: {', '.join(unknown)}")
     if why := backend.states().alone:
-        say(f"requests run one at a time: {why}")
-    tenants = server.keys.tenants
-    who = f"{len(tenants)} tenants with keys" if server.keys.file else "no keys, for this machine"
-    say(f"{server.settings.slots} slots of {backend.length:,} tokens, {who}")
-    say(f"listening at http://{address}; Ctrl-C ends it")
+        lines.append(f"requests run one at a time: {why}")
+    who = f"{len(keys.tenants)} tenants with keys" if keys.file else "no keys, for this machine"
     model = names[0] if names else registry.base
-    key = "$KEY" if server.keys.file else "none"
-    bearer = ' -H "Authorization: Bearer $KEY"' if server.keys.file else ""
+    key, bearer = "none", ""
+    if keys.file:
+        key, bearer = "$KEY", ' -H "Authorization: Bearer $KEY"'
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    say(
+    lines += [
+        f"{server.settings.slots} slots of {backend.length:,} tokens, {who}",
+        f"listening at http://{address}; Ctrl-C ends it",
         f"  curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{bearer}"
-        f" -d '{body}'"
-    )
-    say(
+        f" -d '{body}'",
         f"  OPENAI_BASE_URL=http://{address}/v1 OPENAI_API_KEY={key} python -c 'import openai;"
         f' print(openai.OpenAI().chat.completions.create(model="{model}",'
-        ' messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)\''
-    )
-    say(f"  python -m webbrowser http://{address}/")
+        ' messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)\'',
+        f"  python -m webbrowser http://{address}/",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """JSON schemas that a completion, or the arguments of a call, have to fit.
 
-Between two tokens of the JSON is one blank at most: where white space is free, a small model writes
-line breaks until its limit. A schema with llguidance's `x-guidance` has its own way.
+At most one blank separates two tokens of the JSON, because a small model that may write any white
+space writes line breaks until its limit; a schema's own `x-guidance` of llguidance overrides that.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 from lorafold.errors import LorafoldError
 from lorafold.serving.errors import Refusal, wrong
 
-GUIDANCE = "x-guidance"
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-VALUES = {"const", "enum", "default", "examples"}  # what is below them is no schema
-NAMED = {"$defs", "definitions"}  # what is below them is one where a $ref leads to it
+VALUES = {"const", "enum", "default", "examples"}  # below them are no schemas
+DEFINITIONS = {"$defs", "definitions"}  # below them are schemas only as far as a $ref leads there
 # levels of objects, one inside another or behind a $ref: each takes up to 5.6 kB of the stack of
 # the thread that compiles them
 DEEPEST = 2000
@@ -27,60 +26,49 @@ Compiles = Callable[[tuple[str, str]], None]
 
 
 def schema_of(form: Mapping[str, Any], field: str) -> str | None:
-    """The schema that a format asks for, None for text. Raises Refusal for any other format.
-
-    Args:
-        field: where it stands.
-    """
+    """The schema that a response format asks for, None for text."""
     kind = form.get("type")
     known = {"json_schema", "name", "schema", "strict", "description"}
     for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:
-        told = f"{field}.{name[:80]}: it is not supported"
-        raise Refusal(400, "unsupported_parameter", told, field)
+        message = f"{field}.{name[:80]}: it is not supported"
+        raise Refusal(400, "unsupported_parameter", message, field)
     if kind == "text":
         return None
     if kind == "json_object":
-        return held({"type": "object"})
+        return compact({"type": "object"})
     inner = form.get("json_schema", form)
     schema = inner.get("schema") if isinstance(inner, Mapping) else None
     if kind != "json_schema" or not isinstance(schema, Mapping):
         expected = "text, json_object, or json_schema with a schema"
         raise wrong(field, f"found {kind!r}, expected {expected}")
-    return held(schema)
+    return compact(schema)
 
 
-def held(schema: Mapping[str, Any]) -> str:
-    """A schema as text, with its white space."""
-    return json.dumps({GUIDANCE: COMPACT} | dict(schema))
+def compact(schema: Mapping[str, Any]) -> str:
+    """A schema as text, with the rule for white space."""
+    return json.dumps({"x-guidance": COMPACT} | dict(schema))
 
 
 def check_founded(schema: str, field: str) -> None:
-    """Raise Refusal for a schema that is its own condition, or that is nested too deeply. A large
-    one takes its time.
-
-    Args:
-        field: where it stands.
+    """Raise Refusal for a schema that requires itself, or that is nested too deeply. A large one
+    takes its time.
     """
     whole = json.loads(schema)
     graph = {}
     for part, depth in _parts(whole):
         if depth > DEEPEST:
-            told = f"found more than {DEEPEST:,} levels of schemas, one inside another or by $ref"
-            raise wrong(field, told)
-        graph[id(part)] = [id(one) for one in _same(part, whole)]
+            message = f"more than {DEEPEST:,} levels of schemas, one inside another or by $ref"
+            raise wrong(field, f"found {message}")
+        graph[id(part)] = [id(one) for one in _required(part, whole)]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError:
-        told = "found a schema that refers to itself with nothing between, so that no text fits it"
-        raise wrong(field, told) from None
+        message = "a schema that refers to itself with nothing between, so that no text fits it"
+        raise wrong(field, f"found {message}") from None
 
 
 def check(schema: str, field: str, compiles: Compiles) -> None:
-    """Raise Refusal for a schema that can't be read. A large one takes its time.
-
-    Args:
-        field: where it stands.
-    """
+    """Raise Refusal for a schema that can't be compiled. A large one takes its time."""
     check_founded(schema, field)
     try:
         compiles(("schema", schema))
@@ -100,17 +88,17 @@ def _parts(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
         elif isinstance(one, Mapping) and id(one) not in seen:
             seen.add(id(one))
             yield one, depth
-            below = [value for key, value in one.items() if key not in VALUES | NAMED]
-            left += [(value, depth + 1) for value in reversed([*below, *_same(one, whole)])]
+            below = [value for key, value in one.items() if key not in VALUES | DEFINITIONS]
+            left += [(value, depth + 1) for value in reversed([*below, *_required(one, whole)])]
 
 
-def _same(part: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
-    """The schemas that whatever fits a part has to fit too."""
+def _required(part: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
+    """The schemas that a value has to fit as well, by allOf and $ref."""
     every, ref = part.get("allOf"), part.get("$ref")
-    found = list(every) if isinstance(every, list) else []
+    required = list(every) if isinstance(every, list) else []
     if isinstance(ref, str) and ref.startswith("#"):
         for step in filter(None, ref[1:].split("/")):
             name = step.replace("~1", "/").replace("~0", "~")
             whole = whole.get(name) if isinstance(whole, Mapping) else None
-        found.append(whole)
-    return [one for one in found if isinstance(one, Mapping)]
+        required.append(whole)
+    return [one for one in required if isinstance(one, Mapping)]

@@ -1,4 +1,5 @@
-"""What the routes share, and what every one of them does: who calls, what was asked, what came."""
+"""What the routes share: the parts of a server, the caller of a request, its body and its answer.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -21,10 +23,10 @@ from lorafold.errors import STOPS
 from lorafold.serving.completion_job import DialectRequest, Reply
 from lorafold.serving.errors import MESSAGES, Refusal, naming
 from lorafold.serving.host import Admission, Host
-from lorafold.serving.keys import Caller, Keys, Spent
+from lorafold.serving.keys import Caller, Keys, TokenUsage
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.registry import Registry
-from lorafold.serving.request_body import B, event, new_id, read_body
+from lorafold.serving.request_body import B, new_id, read_body, sse_event
 from lorafold.serving.settings import Settings
 
 T = TypeVar("T")
@@ -34,12 +36,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Record:
-    """What there is to say of one HTTP request once it has ended."""
+    """What is counted and logged of one HTTP request once it has ended."""
 
     id: str
     method: str
     path: str
-    sent: str  # the path as the client wrote it
+    raw_path: str  # as the client wrote it
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
     adapter: str = ""
@@ -50,19 +52,12 @@ class Record:
     texts: dict[str, object] = field(default_factory=dict)
 
 
+@dataclass
 class Dialect(ABC):
-    """Abstract: a request for completions in one of the API's dialects, which says how the answer
-    is written.
+    """Abstract: how a request for completions is answered in one of the API's dialects."""
 
-    Args:
-        body: what the client sent.
-        names: our names of fields with the client's.
-    """
-
-    def __init__(
-        self, body: Any, asked: DialectRequest, names: Mapping[str, str] | None = None
-    ) -> None:
-        self.body, self.asked, self.names = body, asked, names or {}
+    body: Any
+    request: Any  # the body as a DialectRequest
 
     @abstractmethod
     async def whole(self, reply: Reply) -> dict[str, Any]:
@@ -70,7 +65,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as it comes."""
+        """The answer as a stream of events."""
 
 
 @dataclass
@@ -83,79 +78,68 @@ class Server:
     host: Host
     admission: Admission
     metrics: Metrics
-    spent: Spent
-    # what parses JSON stops all other threads, so that only one may be about to
-    reading: Lock = field(default_factory=Lock)
+    usage: TokenUsage
+    # parsing JSON stops all other threads, so one body is parsed at a time
+    parsing: Lock = field(default_factory=Lock)
 
-    def caller(self, request: Request, sent: str | None = None) -> Caller:
-        """Who sent a request. Raises Refusal for a key that is not known.
-
-        Args:
-            sent: what counts instead of its headers.
-        """
-        found = self.keys.caller(sent or authorization(request.headers))
-        record_of(request).tenant = found.tenant
-        return found
+    def caller(self, request: Request, header: str | None = None) -> Caller:
+        """Who sent a request, by its headers or by this one in their place."""
+        caller = self.keys.caller(header or authorization(request.headers))
+        record_of(request).tenant = caller.tenant
+        return caller
 
     def admin(self, request: Request) -> Caller:
-        """The administrator. Raises Refusal for everybody else."""
-        found = self.keys.admin(authorization(request.headers))
-        record_of(request).tenant = found.tenant
-        return found
+        """The administrator; Refusal for everybody else."""
+        caller = self.keys.admin(authorization(request.headers))
+        record_of(request).tenant = caller.tenant
+        return caller
 
     async def body(
         self, request: Request, caller: Caller, kind: type[B], then: Callable[[B], T]
     ) -> T:
-        """What is made of the body of a request, beside the event loop if it is large. Raises
-        Refusal for any but JSON of that type.
-        """
-        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if given != "application/json":
-            told = f"content-type: found {given[:80]!r}, expected application/json"
-            raise Refusal(415, "unsupported_media_type", told)
-        with self.host.counted(caller.tenant):  # those that are half sent take memory, too
+        """Read the body of a request and call `then` with it; large ones beside the event loop."""
+        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if sent != "application/json":
+            message = f"content-type: found {sent[:80]!r}, expected application/json"
+            raise Refusal(415, "unsupported_media_type", message)
+        with self.host.counted(caller.tenant):  # a half-sent body takes memory, too
             content = await request.body()
 
-        def made() -> T:
-            with self.reading:
+        def parsed() -> T:
+            with self.parsing:
                 body = read_body(kind, content)
             return then(body)
 
         if len(content) <= SMALL:
-            return made()
-        return await unless_left(request, self.host.think(made, caller.tenant))
+            return parsed()
+        return await unless_left(request, self.host.think(parsed, caller.tenant))
 
     async def count(
+        self, request: Request, kind: type[B], read: Callable[[Server, B], DialectRequest]
+    ) -> int:
+        """The number of tokens of a request's prompts."""
+        caller = self.caller(request)
+        counted = await self.body(request, caller, kind, partial(read, self))
+        with naming(counted.names):
+            return await self.admission.count(caller, counted)
+
+    async def complete(
         self,
         request: Request,
         kind: type[B],
-        then: Callable[[B], tuple[DialectRequest, Mapping[str, str]]],
-    ) -> int:
-        """The tokens of the prompts of a request.
-
-        Args:
-            kind: the type of its body.
-            then: what is asked by a body, and our names of its fields with the client's.
-        """
-        caller = self.caller(request)
-        asked, names = await self.body(request, caller, kind, then)
-        with naming(names):
-            return await self.admission.count(caller, asked)
-
-    async def complete(
-        self, request: Request, kind: type[B], then: Callable[[B], Dialect], id: str
+        read: Callable[[Server, B], DialectRequest],
+        dialect_of: type[Dialect],
+        id: str,
     ) -> Response:
-        """Have the completions computed that a request asks for, and answer with them.
-
-        Args:
-            kind: the type of its body.
-            then: what is asked by a body, and how it is answered.
-            id: what the name of the reply begins with.
+        """Compute the completions that a request asks for, and answer in its dialect; the name of
+        the reply begins with `id`.
         """
         caller, record = self.caller(request), record_of(request)
-        dialect = await self.body(request, caller, kind, then)
-        admitted = self.admission.admit(caller, new_id(id), record.started, dialect.asked)
-        with naming(dialect.names):
+        dialect = await self.body(
+            request, caller, kind, lambda body: dialect_of(body, read(self, body))
+        )
+        admitted = self.admission.admit(caller, new_id(id), record.started, dialect.request)
+        with naming(dialect.request.names):
             reply = await unless_left(request, admitted)
             chosen = reply.prompted.chosen
             record.reply, record.adapter = reply, chosen.name
@@ -166,11 +150,11 @@ class Server:
                 return self._stream(request, reply, dialect.events(reply))
             try:
                 return answer(await unless_left(request, dialect.whole(reply)))
-            finally:  # if the client leaves before, its completions end
+            finally:  # also if the client has left
                 self.admission.drop(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
-        """A response of events. If the client leaves, or reads too slowly, its completions end."""
+        """Stream events. If the client leaves or reads too slowly, its completions end."""
         record, gone, complete = record_of(request), False, False
 
         async def guarded() -> AsyncIterator[bytes]:
@@ -180,19 +164,19 @@ class Server:
                     yield one
             except Refusal as refusal:
                 record.outcome = refusal.code
-                yield event(*told(record, refusal))
+                yield sse_event(*error_event(record, refusal))
             except asyncio.CancelledError:
                 if not gone and record.outcome == "ok":
-                    record.outcome = "not_ready"  # the server ends, and does not wait any longer
+                    record.outcome = "not_ready"  # the server shuts down and no longer waits
                 raise
             except (*STOPS, GeneratorExit):
                 raise
             except BaseException as error:  # a panic in a tokenizer is no Exception
-                yield event(*told(record, defect(record, error)))
+                yield sse_event(*error_event(record, defect(record, error)))
             finally:
-                whys = [job.failed or job.why for job in reply.jobs]
-                if record.outcome in ("ok", "client_left"):
-                    record.outcome = next((why.code for why in whys if why), record.outcome)
+                reasons = [why for job in reply.jobs if (why := job.failed or job.why)]
+                if reasons and record.outcome in ("ok", "client_left"):
+                    record.outcome = reasons[0].code
                 self.admission.drop(reply)
                 complete = True
 
@@ -208,11 +192,7 @@ class Server:
     def streaming(
         self, events: AsyncIterator[bytes], left: Callable[[object], Awaitable[None]]
     ) -> Response:
-        """A response of events.
-
-        Args:
-            left: called when the client leaves, or reads too slowly.
-        """
+        """A response of events; `left` is called if the client leaves or reads too slowly."""
         return EventSourceResponse(
             events, ping=15, sep="\n", send_timeout=self.settings.limits.send_seconds,
             client_close_handler_callable=left,
@@ -220,9 +200,8 @@ class Server:
 
 
 def record_of(request: Request) -> Record:
-    """The record of a request."""
-    found: Record = request.scope["record"]
-    return found
+    """The record of a request, which `app.Gate` made."""
+    return request.scope["record"]
 
 
 def authorization(headers: Headers) -> str | None:
@@ -231,8 +210,8 @@ def authorization(headers: Headers) -> str | None:
     return headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
-def told(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
-    """A refusal in the shape that the clients of its route know, and the type of its event."""
+def error_event(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
+    """A refusal in the dialect of its route, and the type of its event in a stream."""
     if f"{record.path}/".startswith(f"{MESSAGES}/"):
         return refusal.anthropic(record.id), "error"
     return refusal.body, None
@@ -241,34 +220,24 @@ def told(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
 def refused(record: Record, refusal: Refusal) -> Response:
     """The answer to a request that is refused."""
     record.outcome, record.status = refusal.code, refusal.status
-    response = answer(told(record, refusal)[0])
-    response.status_code = refusal.status
-    response.headers.update(refusal.headers)
-    return response
+    return answer(error_event(record, refusal)[0], refusal.status, refusal.headers)
 
 
-def answer(value: object) -> Response:
+def answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A response of JSON."""
-    return Response(to_json(value), media_type="application/json")
+    return Response(to_json(value), status, headers, "application/json")
 
 
 def defect(record: Record, error: BaseException) -> Refusal:
-    """The refusal that tells of an error that nothing expected, which is logged.
-
-    Args:
-        record: the request that it was raised for.
-    """
+    """Log an unexpected error and return what the client is told of it."""
     log.error("%s failed", record.id, exc_info=error)
-    told = f"the server failed; its log says why under {record.id}"
-    failed = Refusal(500, "internal_error", told)
-    record.outcome, record.status = failed.code, record.status or failed.status
-    return failed
+    message = f"the server failed; its log says why under {record.id}"
+    record.outcome, record.status = "internal_error", record.status or 500
+    return Refusal(500, "internal_error", message)
 
 
 async def unless_left(request: Request, doing: Coroutine[Any, Any, T]) -> T:
-    """What something gives that is done for a client; if it leaves before, that is ended, and
-    Refusal is raised.
-    """
+    """Await what is done for a client; if the client leaves first, cancel it and raise Refusal."""
     waiting = asyncio.create_task(doing)
     leaving = asyncio.create_task(_left(request))
     try:

@@ -1,14 +1,9 @@
 """Whether an adapter may be served: its files, its tokenizer, and that it fits the base.
 
-What comes with it is read in processes that can be ended (`lorafold.verification`), which name the
-digests of all its files and of those of the adapters below it; only then are its configuration and
-its record interpreted here, and its tokenizer opened, from bytes of these digests. Adapters that
-differ in nothing but their values fit the base if one of them does.
-
-`VerifiedCache` keeps what was found between runs, so that a start reads no adapter again. An entry
-holds for as long as every file of the adapter, and of those below it, has the marks that it had
-(`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code that
-verified it. Whoever reads an adapter compares its digest all the same.
+Its files, and those of the adapters below it, are read first in processes that can be killed
+(`lorafold.verification`), which return their digests; only then are its configuration and record
+interpreted here, and its tokenizer opened, from bytes of these digests. Adapters that differ in
+nothing but their values fit the base if one of them does.
 """
 
 from __future__ import annotations
@@ -40,71 +35,70 @@ from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import Directory
 from lorafold.serving.rendering import Renderer, Renderers
 from lorafold.serving.settings import Strict, read
-from lorafold.verification.checks import Screen, VerifiedFiles
+from lorafold.verification.checks import Sandbox, VerifiedFiles
 
 log = logging.getLogger(__name__)
-OVERS = 16  # adapters below one
-TOLD_MOST = 1000  # letters of how the bases differ
-NAMED = 300  # letters of the base's name that are kept
-# fields of the record that say how to read an adapter
-TOLD = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
+BELOW = 16  # adapters below one
+DIFFERENCE = 1000  # characters of how the bases differ
+BASE_NAME = 300  # characters of the base's name
+# fields of the record that decide how an adapter is read
+READ_BY = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
 
-class SeenAdapter(Strict):
-    """An adapter, and the marks that its files had, and those of the adapters below."""
+class CachedAdapter(Strict):
+    """An adapter, with the marks that its files had, and those of the adapters below."""
 
     found: AdapterFiles
     marks: dict[str, FileStamp]
 
 
-class SeenFile(Strict):
+class CacheFile(Strict):
     """The content of the file; `identity` is that of the base and of the code."""
 
     identity: str
-    adapters: dict[str, SeenAdapter] = Field({})
+    adapters: dict[str, CachedAdapter] = Field({})
 
 
 class VerifiedCache:
-    """The adapters that were verified. Any thread may call it.
-
-    Args:
-        identity: what they were verified for.
+    """The adapters that were verified, kept between runs. An entry holds as long as its files have
+    the same marks, for one base and for the code that verified it (`identity`); whoever reads an
+    adapter compares its digest all the same. Any thread may call it.
     """
 
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
         self._lock, self._saving, self._changed = threading.Lock(), threading.Lock(), False
         self._failed = False
-        self.adapters = dict[str, SeenAdapter]()  # without marks: it has to be verified again
+        self.adapters = dict[str, CachedAdapter]()  # without marks: it has to be verified again
         self.digests: dict[str, str] = {}  # that adapters had when they were last seen
         if os.path.lexists(file):
             try:
-                content = read(file, SeenFile, "it is written anew")
+                content = read(file, CacheFile, "it is written anew")
             except LorafoldError as error:
                 log.warning("adapters are verified again: %s", error)
                 return
             self.digests = {name: one.found.digest for name, one in content.adapters.items()}
-            for name, one in content.adapters.items():  # of another base the digest alone
+            for name, one in content.adapters.items():
                 marks = one.marks if content.identity == identity else {}
-                self.adapters[name] = SeenAdapter(found=one.found, marks=marks)
+                self.adapters[name] = CachedAdapter(found=one.found, marks=marks)
 
-    def put(self, found: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
-        """Note an adapter that was verified, without the marks of files that were written just now:
-        they could be written again without another one, and so are read again.
+    def put(self, adapter: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
+        """Add an adapter; without marks, so that it is verified again, if a file was written just
+        now: it could change again and keep its mark.
         """
-        noted = dict(marks) if all(mark.settled for mark in marks.values()) else {}
+        settled = dict(marks) if all(mark.settled for mark in marks.values()) else {}
         with self._lock:
-            self.adapters[found.name] = SeenAdapter(found=found, marks=noted)
+            self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
             self._changed = True
 
     def save(self) -> None:
-        """Write the file, if there is anything new."""
-        with self._saving:  # an older content is not written over a newer one
+        """Write the file, if anything changed."""
+        with self._saving:  # no older content is written over a newer one
             with self._lock:
                 if not self._changed:
                     return
                 self._changed = False
-                content = SeenFile(identity=self.identity, adapters=dict(self.adapters))
+                content = CacheFile(identity=self.identity, adapters=dict(self.adapters))
             try:
                 write_text(self.file, content.model_dump_json())
                 self._failed = False
@@ -115,32 +109,25 @@ class VerifiedCache:
 
 
 class Verifier:
-    """Verifies the adapters of one server. Any thread may call it.
-
-    Args:
-        seen: what was verified before.
-        weights: those of the base, where adapters of another one are served too.
-        storage: how the base stores its weights here.
+    """Verifies the adapters of one server; `weights` are those of the base if adapters of other
+    bases are served too, `storage` is its quantization. Any thread may call it.
     """
 
     def __init__(
-        self, directory: Directory, screen: Screen, renderers: Renderers, seen: VerifiedCache,
+        self, directory: Directory, sandbox: Sandbox, renderers: Renderers, cache: VerifiedCache,
         base: str, backend: Backend, weights: Weights | None = None, storage: str = "auto",
     ) -> None:  # fmt: skip
         self._weights, self._storage = weights, storage
-        self.directory, self.seen, self._backend = directory, seen, backend
-        self._screen, self._renderers, self._base = screen, renderers, base
-        self._forms = {one.found.form for one in seen.adapters.values() if one.marks}
+        self.directory, self.cache, self._backend = directory, cache, backend
+        self._sandbox, self._renderers, self._base = sandbox, renderers, base
+        self._forms = {one.found.form for one in cache.adapters.values() if one.marks}
 
     def find(self, name: str, afresh: bool = False) -> AdapterFiles:
-        """The adapter of a name, verified. Raises LorafoldError for one that can't be served, Busy
-        where the machine lacks what that needs, and nothing else, whatever reading it raises.
-
-        Args:
-            afresh: read it even if nothing was touched since it was read last.
+        """The adapter of a name, verified; read again in any case if `afresh`. Raises LorafoldError
+        if it can't be served, Busy if the machine lacks what that needs, and nothing else.
         """
         try:
-            return self._found(name, afresh)
+            return self._find(name, afresh)
         except STOPS:
             raise
         except BaseException as error:  # a panic in a library is no Exception
@@ -151,35 +138,33 @@ class Verifier:
             log.exception("%s can't be read", name)
             raise LorafoldError(f"it can't be read ({place(error)})") from None
 
-    def _found(self, name: str, afresh: bool) -> AdapterFiles:
+    def _find(self, name: str, afresh: bool) -> AdapterFiles:
         path, marks = self.directory.locate(name), dict[str, FileStamp]()
-        known = None if afresh else self.seen.adapters.get(name)
-        if known is not None and self._marks(path, *known.found.over) == known.marks:
-            return self._noted(known.found)
-        found = self._read(name, path, marks)
-        if afresh or found.form not in self._forms:
-            self._backend.load(found, "checked")
-            self._forms.add(found.form)
-        self.seen.put(found, marks)
-        return self._noted(found)
+        cached = None if afresh else self.cache.adapters.get(name)
+        if cached is not None and self._marks(path, *cached.found.over) == cached.marks:
+            return self._with_note(cached.found)
+        adapter = self._read(name, path, marks)
+        if afresh or adapter.form not in self._forms:
+            self._backend.load(adapter, "checked")
+            self._forms.add(adapter.form)
+        self.cache.put(adapter, marks)
+        return self._with_note(adapter)
 
-    def renderer(self, found: AdapterFiles) -> Renderer:
-        """What renders the adapter's requests. Raises LorafoldError if its tokenizer is another one
-        by now.
-        """
-        if found.words is None:
+    def renderer(self, adapter: AdapterFiles) -> Renderer:
+        """The renderer of an adapter's requests."""
+        if adapter.words is None:
             return self._renderers.base
-        if (renderer := self._renderers.known.get(found.tokenizer)) is not None:
+        if (renderer := self._renderers.known.get(adapter.tokenizer)) is not None:
             return renderer
-        files = self.directory.tokenizer(found.words)
-        if files.named != found.tokenizer:
-            raise LorafoldError(f"{found.name}: its tokenizer changed; load it again")
+        files = self.directory.tokenizer(adapter.words)
+        if files.named != adapter.tokenizer:
+            raise LorafoldError(f"{adapter.name}: its tokenizer changed; load it again")
         return self._renderers.of(files)
 
     def close(self) -> None:
-        """End the processes, and keep what was found."""
-        self._screen.close()
-        self.seen.save()
+        """End the processes, and save the cache."""
+        self._sandbox.close()
+        self.cache.save()
 
     def _marks(self, *paths: Path) -> dict[str, FileStamp]:
         return {name: mark for path in paths for name, mark in self.directory.marks(path).items()}
@@ -187,11 +172,11 @@ class Verifier:
     def _verified(self, path: Path, marks: dict[str, FileStamp]) -> VerifiedFiles:
         marks |= self._marks(path)
         files = (*FILES, *self.directory.words(path))
-        return self._screen.verify(path, files, CONFIG, RECORD, TOLD)
+        return self._sandbox.verify(path, files, CONFIG, RECORD, READ_BY)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
-        """What an adapter says it is, from the bytes that were verified; adds the marks that its
-        files had before, and those of the adapters below.
+        """Verify an adapter and read its record; adds the marks that its files had before, and
+        those of the adapters below.
         """
         verified = self._verified(path, marks)
         files = (CONFIG, RECORD, MANIFEST)
@@ -205,77 +190,75 @@ class Verifier:
                 " model"
             )
         over = parse_over(small.record)
-        if len(over) > OVERS:
-            raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {OVERS}")
+        if len(over) > BELOW:
+            raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {BELOW}")
         below = [self.directory.below(origin, path) for origin in over]
-        # which are read with it, whatever became of them by themselves
+        # they are read with it, so they are verified even if they were rejected by themselves
         stack = {at: self._verified(at, marks) for at in below} | {path: verified}
         for at, origin in zip(below, over, strict=True):
             if stack[at].digest_of((CONFIG, WEIGHTS)) != origin.sha256:
                 raise LorafoldError(not_found(origin, path))
         spec = read_config(config)[0]
-        if (most := _largest_rank(spec)) > verified.widest and _inner(spec).rank_is_dimension:
-            raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
+        ranked: Spec = getattr(spec, "over", spec)  # the method that has the rank
+        ranks = [getattr(ranked, "rank", 0), *getattr(ranked, "rank_pattern", {}).values()]
+        # factors of that rank would be made before they are compared with the file's tensors
+        rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+        if rank > verified.widest and ranked.rank_is_dimension:
+            raise LorafoldError(f"r: found {rank:,}, which no tensor of its file has")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
-        other = ""  # that it was trained on another base, where it is served all the same
-        if self._weights is not None:
-            other = OwnBase.of(path, small.object(CONFIG), small.record).other(self._weights)
-        made_on, here, told = TrainedOn.of(small.record), self._storage, ""
-        if made_on and made_on.storage != here and {made_on.storage, here} & {*MADE}:
-            stored = cut(made_on.storage, 20)
-            told = f"it was trained on {stored} weights: over {here} ones it is another model"
-            log.warning("%s: %s", name, told)
-        # each as `lorafold.identity.of_adapter` has it of the files
+        # in the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]
         identities = [one.digest_of(one.files.keys() - {MANIFEST}) for one in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
-        found = AdapterFiles(
+        other_base, other_storage = self._differences(name, path, small)
+        adapter = AdapterFiles(
             name=name, path=path, digest=joined(identities),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
             stack=tuple(one.digest_of(FILES) for one in each),
             sizes=tuple(one.bytes_of(FILES) for one in each),
-            method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
-            base=cut(str(base or ""), NAMED), words=words,
-            other_base=cut(other, TOLD_MOST), other_storage=told,
-            tokenizer="" if words is None else self._opened(words, stack[words]),
+            method=name_of(spec), rank=getattr(ranked, "rank", None),
+            base=cut(str(base or ""), BASE_NAME), words=words,
+            other_base=other_base, other_storage=other_storage,
+            tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
             form=joined([one.form for one in each]),
         )  # fmt: skip
         linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
-        before = self.seen.adapters.get(name)
-        if linked and (before is None or before.found.digest != found.digest):
+        cached = self.cache.adapters.get(name)
+        if linked and (cached is None or cached.found.digest != adapter.digest):
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
-        return found
+        return adapter
 
-    def _opened(self, path: Path, verified: VerifiedFiles) -> str:
-        """The digest of an adapter's tokenizer, opened from the bytes that were verified."""
+    def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
+        """How the base that an adapter was trained on, and its quantization, differ from those
+        that are served.
+        """
+        base, here = "", self._storage
+        if self._weights is not None:
+            base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
+        trained_on, storage = TrainedOn.of(files.record), ""
+        if trained_on and trained_on.storage != here and {trained_on.storage, here} & {*MADE}:
+            theirs = cut(trained_on.storage, 20)
+            storage = f"it was trained on {theirs} weights: over {here} ones it is another model"
+            log.warning("%s: %s", name, storage)
+        return cut(base, DIFFERENCE), storage
+
+    def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
+        """Open an adapter's tokenizer from the bytes that were verified, and return its digest."""
         words = self.directory.tokenizer(path)
         if words.named != verified.digest_of(verified.files.keys() - {*FILES, MANIFEST}):
             raise LorafoldError(f"{path} changes while it is read; load it again")
         self._renderers.of(words)
         return words.named
 
-    def _noted(self, found: AdapterFiles) -> AdapterFiles:
-        """With a line for an adapter that was trained on another base or quantization, or names
-        another base and has no fingerprint to tell by.
+    def _with_note(self, adapter: AdapterFiles) -> AdapterFiles:
+        """The adapter with a note if it was trained on another base or quantization, or names
+        another base and has no fingerprint of that.
         """
-        theirs, ours = (Path(each.rstrip("/")).name.lower() for each in (found.base, self._base))
-        told = f"it names the base {found.base[:200]!a}, and is served on {self._base!a}, which it"
-        note = f"{told} fits" if found.base and theirs != ours else found.other_base
-        notes = filter(None, (note, found.other_storage))
-        return found.model_copy(update={"note": "; ".join(notes)})
-
-
-def _inner(spec: Spec) -> Spec:
-    """The method that has the rank, which another one may lie around."""
-    inner: Spec = getattr(spec, "over", spec)
-    return inner
-
-
-def _largest_rank(spec: Spec) -> int:
-    """The largest rank that a method may have at a module, 0 for one without. Whatever is larger
-    than its tensors would be made before it is compared with them.
-    """
-    inner = _inner(spec)
-    ranks = [getattr(inner, "rank", 0), *getattr(inner, "rank_pattern", {}).values()]
-    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+        base, note = adapter.base, adapter.other_base
+        theirs, ours = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))
+        if base and theirs != ours:
+            served = f"and is served on {self._base!a}, which it fits"
+            note = f"it names the base {base[:200]!a}, {served}"
+        notes = filter(None, (note, adapter.other_storage))
+        return adapter.model_copy(update={"note": "; ".join(notes)})

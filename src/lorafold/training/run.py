@@ -78,7 +78,7 @@ def _train(setup: Setup, console: Console) -> Trained:
     layout, tokenizer, base = setup.layout, setup.tokenizer, request.base
     # of the model without the adapter that trains: its files, storage and device
     identities = [of["sha256"] for name, of in setup.files.items() if name != "init_adapter"]
-    identities += [base.loaded_as.name, str(base.held.dtype), base.where.type]
+    identities += [base.loaded_as.name, str(base.loaded_as.dtype), base.where.type]
 
     with layout.reading():
         model, adapter, base_weights = adapted_model(setup, console)

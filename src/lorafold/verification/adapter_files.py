@@ -1,10 +1,9 @@
-"""The files of an adapter, read in a process of their own: whether they may be interpreted without
-harm, and what they are by digest.
+"""The check of an adapter's files in a process, and their digests.
 
-The configuration and the record are JSON of a bounded size and depth, of finite numbers; patterns
-match the names of the base's modules in bounded time; the header of the weights fits the file, and
-all values are finite. Whether an adapter fits the base is for `lorafold.adapter` to say, from the
-bytes of this digest.
+The configuration and the record must be JSON of bounded size and depth with finite numbers;
+patterns must match the names of the base's modules in bounded time; the header of the weights must
+fit the file, and all values must be finite. Later `lorafold.adapter` checks that the adapter fits
+the base, from the bytes of these digests.
 """
 
 from __future__ import annotations
@@ -27,37 +26,30 @@ from lorafold.files.contents import Contents
 from lorafold.files.safetensors_header import check_numbers, places
 
 TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
-DEPTH, VALUES = 64, 1 << 18  # of JSON, keys and all: nine for each tensor of a header
-FIELDS = 1 << 16  # as many are they in a configuration or a record
+DEPTH, VALUES = 64, 1 << 18  # levels of JSON, and its keys and values: nine a tensor of a header
+FIELDS = 1 << 16  # keys and values of a configuration or a record
 LONG = 1 << 18  # letters of one text
-DIGITS = 1 << 63  # whole numbers lie below, as everything that computes with them has them
-# what patterns may take of the processor: all on one module's path, during which nothing else of
-# the server runs once it does the same, and all together
+INTEGERS = 1 << 63  # the bound of integers, as in everything that computes with them
+# CPU seconds of patterns: of all on one module's path, during which later nothing else of the
+# server runs, and of all together
 AT_ONCE, PATTERNS = 0.02, 0.5
 WEIGHTS = "adapter_model.safetensors"
-# by their names in safetensors: the integers as which they are read, and the bits of the exponent,
-# which are all set in a number that is not finite
+# by name in safetensors: the integers as which they are read, and the bits of the exponent, which
+# are all set unless the number is finite
 FLOATS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80),
 }  # fmt: skip
-PIECE = 1 << 20  # numbers that are looked at at a time
+PIECE = 1 << 20  # values that are checked at a time
 
 
 def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
-    told: Sequence[str], numbers: int | None = None,
+    read_by: Sequence[str], numbers: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the files of an adapter are: `files`, the size and the SHA-256 of each by name, `form`,
-    which adapters have in common that differ in nothing but their values, and `widest`, the largest
-    dimension of a tensor. Raises LorafoldError.
-
-    Args:
-        modules: the paths of the base's modules.
-        files: the files that belong to it; those of its tokenizer are digested and no more.
-        config, record: the two among them that are JSON.
-        told: the fields of the record that say how to read the rest.
-        numbers: the most numbers of the weights, which are not read if they have more.
+    """Verify an adapter's files: `config` and `record` are JSON, the fields `read_by` of the record
+    decide how the rest is read, and the weights have at most so many `numbers`. Returns the fields
+    of `checks.VerifiedFiles`.
     """
     directory = Path(path)
     for name in (config, record, MANIFEST):
@@ -71,30 +63,30 @@ def verified(
     contents.check_intact()
     if config not in contents.files:
         raise LorafoldError(f"found no {config}, expected the directory of an adapter")
-    there = [name for name in (config, record) if name in contents.files]
-    read = {name: _json(name, contents.files[name], FIELDS) for name in there}
+    present = [name for name in (config, record) if name in contents.files]
+    read = {name: _json(name, contents.files[name], FIELDS) for name in present}
     _match(read[config], modules)
     header, widest = "", 0
     if WEIGHTS in contents.files:
         header, widest = _header(contents.files[WEIGHTS])
-    about = {name: read.get(record, {}).get(name) for name in told}
-    form = json.dumps([read[config], header, about], sort_keys=True)
+    fields = {name: read.get(record, {}).get(name) for name in read_by}
+    form = json.dumps([read[config], header, fields], sort_keys=True)
     return {"files": contents.entries, "form": sha256(form.encode()).hexdigest(), "widest": widest}
 
 
 def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
-    """The object in a file, of so many values at most. Raises LorafoldError for anything that
-    somebody else could read in another way, or not at all.
+    """The object in a file, of so many keys and values at most; LorafoldError for anything that
+    another parser could read otherwise, or not at all.
     """
 
     def constant(text: str) -> None:
         raise LorafoldError(f"{name}: found {text}, expected a finite number")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             raise LorafoldError(f"{name}: found a key of an object twice, expected each once")
-        return found
+        return fields
 
     try:
         value = json.loads(content.decode("utf-8"), parse_constant=constant, object_pairs_hook=once)
@@ -113,10 +105,10 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
 
 
 def _wrong(value: Any) -> str:
-    """What is wrong with a value, whatever it is for."""
+    """The problem of a value, "" if there is none."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"found {value}, expected a finite number"
-    if isinstance(value, int) and abs(value) >= DIGITS:
+    if isinstance(value, int) and abs(value) >= INTEGERS:
         return "found a number of more than 63 bits"
     if isinstance(value, str) and len(value) > LONG:
         return f"found {len(value):,} letters, expected at most {LONG:,}"
@@ -126,7 +118,7 @@ def _wrong(value: Any) -> str:
 
 
 def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
-    """Every key and every value with its depth and the field in which it stands."""
+    """Every key and every value with its depth and its top-level field."""
     left: list[tuple[int, str, Any]] = [(0, "", value)]
     while left:
         depth, where, value = left.pop()
@@ -139,19 +131,19 @@ def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Try the configuration's patterns on the base's modules, in every way in which they are tried
-    later. One that never ends is ended with the process.
+    """Match the configuration's patterns with the base's modules, in every way in which that is
+    done later. One that never ends is ended with the process.
     """
     begun = time.process_time()
-    tried = []
+    compiled = []
     for field, pattern in _patterns(config):
         try:
-            tried.append((field, [re.compile(form) for form in _forms(field, pattern)]))
+            compiled.append((field, [re.compile(form) for form in _forms(field, pattern)]))
         except (re.error, RecursionError, OverflowError) as error:
             raise LorafoldError(f"{field}: found no regular expression ({error})") from None
         _in_time(field, begun, PATTERNS)
     for path in modules:
-        for field, forms in tried:
+        for field, forms in compiled:
             here = time.process_time()
             for form in forms:
                 form.match(path)
@@ -167,8 +159,8 @@ def _in_time(field: str, since: float, most: float) -> None:
 
 
 def _forms(field: str, pattern: str) -> tuple[str, ...]:
-    """The pattern as `lorafold.peft.config` and `lorafold.core.targets` have it, to be matched
-    from the beginning of a path.
+    """The regular expressions that `lorafold.peft.config` and `lorafold.core.targets` make of a
+    pattern.
     """
     whole = rf"(?:{pattern})\Z"
     return {
@@ -180,36 +172,36 @@ def _forms(field: str, pattern: str) -> tuple[str, ...]:
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(field)
-        patterned = field in ("layers_pattern", "modules_to_save")  # else a list has names
-        given = value if isinstance(value, list) and patterned else [value]
-        yield from ((field, pattern) for pattern in given if isinstance(pattern, str))
+        patterned = field in ("layers_pattern", "modules_to_save")  # lists of the others are names
+        patterns = value if isinstance(value, list) and patterned else [value]
+        yield from ((field, pattern) for pattern in patterns if isinstance(pattern, str))
     for field in ("rank_pattern", "alpha_pattern"):
         value = config.get(field)
         yield from ((field, p) for p in (value if isinstance(value, dict) else {}))
 
 
 def _header(content: bytearray) -> tuple[str, int]:
-    """The digest of the header of a safetensors file, which says where its tensors are, and their
-    largest dimension. Raises LorafoldError for a header that does not fit the file exactly, and for
-    values that are not finite.
+    """The digest of the header of a safetensors file, which must fit the file exactly, and the
+    largest dimension of its tensors, whose values must be finite.
     """
     size = int.from_bytes(content[:8], "little")
     if size > TEXT:
-        told = f"found a header of {size:,} bytes, expected {TEXT:,} at most"
-        raise LorafoldError(f"{WEIGHTS}: {told}")
+        found = f"found a header of {size:,} bytes"
+        raise LorafoldError(f"{WEIGHTS}: {found}, expected {TEXT:,} at most")
     try:
-        found = places(content, partial(_json, "header", most=VALUES))
+        tensors = places(content, partial(_json, "header", most=VALUES))
     except LorafoldError as error:
         raise LorafoldError(f"{WEIGHTS}: not readable as safetensors: {error}") from None
     data = memoryview(content)
-    for name, place in found.items():
+    for name, place in tensors.items():
         if place.dtype in ("F8_E4M3", "F8_E5M2"):
-            told = f"dtype: found {place.dtype}, expected one of {', '.join(FLOATS)}, or integers"
-            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: {told}")
-        numbers = data[place.start : place.stop]
-        if place.dtype in FLOATS and not _finite(numbers, *FLOATS[place.dtype]):
+            expected = f"expected one of {', '.join(FLOATS)}, or integers"
+            found = f"dtype: found {place.dtype}, {expected}"
+            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: {found}")
+        values = data[place.start : place.stop]
+        if place.dtype in FLOATS and not _finite(values, *FLOATS[place.dtype]):
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found NaN or infinity")
-    widest = max((n for place in found.values() for n in place.shape), default=0)
+    widest = max((n for place in tensors.values() for n in place.shape), default=0)
     return sha256(content[: 8 + size]).hexdigest(), widest
 
 

@@ -1,10 +1,8 @@
-"""The tokenizer of an adapter, as the server has it: what it says of tokens is known here, what its
-files decide is asked of a process.
+"""The tokenizer of an adapter in the server.
 
-Texts of tokens come from the base's own tokenizer, to which the adapter's new tokens are added,
-since a token has to mean what it means in the base. It is not copied, which for a large vocabulary
-takes a good part of a second, in which nothing else of the server runs. Templates, and the
-splitting of texts, are the adapter's: they run where they can be ended.
+Texts of tokens come from the base's tokenizer, which is not copied, and the adapter's new tokens:
+the others have to mean what they mean in the base. The adapter's template and its splitting of
+texts run in a process that can be killed.
 """
 
 from __future__ import annotations
@@ -20,21 +18,14 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lorafold.errors import LorafoldError
-from lorafold.verification.worker_pool import Refused
+from lorafold.verification.worker_pool import CheckFailed
 
-PROBES, SHOWN = 256, 1 << 16  # renderings of probes that are kept, and the letters of each
-DEATHS, MINUTE = 3, 60.0  # processes that one tokenizer may end in so many seconds
+PROBES, LONGEST = 256, 1 << 16  # cached renderings of probes, and the characters of each
+DEATHS, MINUTE = 3, 60.0  # processes that may die of one tokenizer in so many seconds
 
 
-class Opened:
-    """A tokenizer, with what `lorafold.data` and the engine ask of one.
-
-    Args:
-        about: what the process says of it. `new` are the number and the text of each token that
-            the base has not, and whether it is special. Raises LorafoldError unless the numbers
-            follow the base's.
-        known: the base's added tokens, by number.
-        call: asks a process for an act with this tokenizer.
+class AdapterTokenizer:
+    """A tokenizer with the methods that `lorafold.data` and the engine use; `call` calls a process.
     """
 
     is_fast = False  # it renders by a method of its own
@@ -45,8 +36,8 @@ class Opened:
     ) -> None:  # fmt: skip
         from transformers import AddedToken
 
-        self._ask, self._probing = call, True
-        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when the last ones were
+        self._process_call, self._probing = call, True
+        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when
         self._probes: dict[str, str | TemplateError] = {}
         self.chat_template: Any = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]
@@ -54,13 +45,12 @@ class Opened:
         self.variables = frozenset(about["variables"])
         new: Sequence[Sequence[Any]] = about["new"]
         self._base, self._texts = base, {number: text for number, text, _ in new}
-        own = {n: AddedToken(text, special=s, normalized=False) for n, text, s in new}
-        self.added_tokens_decoder = {**known, **own}
+        added = {n: AddedToken(text, special=s, normalized=False) for n, text, s in new}
+        self.added_tokens_decoder = {**known, **added}
         self._special = {t.content for t in self.added_tokens_decoder.values() if t.special}
         self._numbers = {text: number for number, text in self._texts.items()}
-        first = len(base)
-        self._size = first + len(new)
-        for expected, (number, text, _) in enumerate(new, first):
+        self._size = len(base) + len(new)
+        for expected, (number, text, _) in enumerate(new, len(base)):
             if number != expected:
                 raise LorafoldError(
                     f"it numbers the new token {text!r:.80} {number}, expected {expected}"
@@ -76,18 +66,15 @@ class Opened:
         self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
         **_: Any,
     ) -> Any:  # fmt: skip
-        """The tokens of a text, as `input_ids`. Raises LorafoldError.
-
-        Args:
-            sanitize_control_tokens: whether the text has marks of `data.control_tokens`.
+        """The tokens of a text, as `input_ids`. With `sanitize_control_tokens` it has the marks of
+        `data.control_tokens`.
         """
-        found = self._call(
+        ids = self._call(
             "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
         )
-        known = len(self)
-        if not all(isinstance(i, int) and 0 <= i < known for i in found):
+        if not all(isinstance(i, int) and 0 <= i < self._size for i in ids):
             raise LorafoldError("its tokenizer gives tokens that there are not")
-        return SimpleNamespace(input_ids=found)
+        return SimpleNamespace(input_ids=ids)
 
     def get_vocab(self) -> dict[str, int]:
         """The number of each token by its text."""
@@ -109,11 +96,7 @@ class Opened:
         self, ids: Sequence[int], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:  # fmt: skip
-        """The text of tokens, as the library makes it of a tokenizer that has them all.
-
-        Args:
-            clean_up_tokenization_spaces: False; the text is left as it is.
-        """
+        """The text of tokens."""
         if self._texts.keys().isdisjoint(ids):
             return str(
                 self._base.decode(
@@ -128,7 +111,7 @@ class Opened:
         return " ".join(tokens) if decoder is None else str(decoder.decode(tokens))
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The text of the template that renders with these tools."""
+        """The template that renders with these tools."""
         if isinstance(self.chat_template, str):
             return self.chat_template
         name = "tool_use" if tools and "tool_use" in self.chat_template else "default"
@@ -138,51 +121,36 @@ class Opened:
         self, messages: Sequence[Any], tools: Any = None, tokenize: bool = False,
         add_generation_prompt: bool = False, **variables: Any,
     ) -> str:  # fmt: skip
-        """A conversation, as the template writes it. Raises jinja2's TemplateError, as templates do
-        that refuse one.
-
-        Args:
-            tokenize: False; texts alone are made.
-            add_generation_prompt: whether the assistant's next turn is opened.
-            variables: further variables of the template.
-        """
-        given = {
+        """Render a conversation. Raises jinja2's TemplateError, as templates do that refuse one."""
+        conversation = {
             "messages": list(messages), "tools": tools,
             "add_generation_prompt": add_generation_prompt, "variables": variables,
         }  # fmt: skip
-        key = json.dumps(given, sort_keys=True, default=str)
-        if key not in self._probes:
-            found = self._rendered(given)
-            if self._probing and isinstance(found, str) and len(found) > SHOWN:
-                found = TemplateError(f"it makes {len(found):,} letters of a probe")
-            if not self._probing or len(self._probes) >= PROBES:
-                return _given(found)
-            self._probes[key] = found
-        return _given(self._probes[key])
+        key = json.dumps(conversation, sort_keys=True, default=str)
+        if (text := self._probes.get(key)) is None:
+            try:
+                text = str(self._call("render", **conversation))
+                if self._probing and len(text) > LONGEST:
+                    text = TemplateError(f"it makes {len(text):,} letters of a probe")
+            except CheckFailed as error:
+                text = TemplateError(str(error))
+            if self._probing and len(self._probes) < PROBES:
+                self._probes[key] = text
+        if isinstance(text, TemplateError):
+            raise text
+        return text
 
     def probed(self) -> None:
-        """Keep what was rendered until now, and nothing that is rendered from now on."""
+        """Cache no renderings from now on."""
         self._probing = False
 
     def _call(self, do: str, **arguments: Any) -> Any:
-        """What a process gives; none is asked for a while after several died of it."""
+        """Call a process, unless several died of this tokenizer lately."""
         if time.monotonic() - self._deaths[0] < MINUTE:
-            raise Refused(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
+            raise CheckFailed(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
         try:
-            return self._ask(do, **arguments)
-        except Refused as error:
+            return self._process_call(do, **arguments)
+        except CheckFailed as error:
             if not error.kind:
                 self._deaths.append(time.monotonic())
             raise
-
-    def _rendered(self, given: Mapping[str, Any]) -> str | TemplateError:
-        try:
-            return str(self._call("render", **given))
-        except Refused as error:
-            return TemplateError(str(error))
-
-
-def _given(found: str | TemplateError) -> str:
-    if isinstance(found, TemplateError):
-        raise found
-    return found

@@ -1,4 +1,4 @@
-"""What the server asks of what came with an adapter, or as the grammar of a request."""
+"""The checks of untrusted input, in processes: adapters' files and tokenizers, and grammars."""
 
 from __future__ import annotations
 
@@ -14,47 +14,40 @@ from typing import Any
 
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.contents import Contents, digest
-from lorafold.verification.adapter_tokenizer import Opened
+from lorafold.verification.adapter_tokenizer import AdapterTokenizer
 from lorafold.verification.tokenizer_files import backend_of, write
-from lorafold.verification.worker_pool import Refused, WorkerPool
+from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 
-# processes of each kind: two for what is verified in the background, one for what a request waits
-# for
+# processes of each kind: two for the background, one for what a request waits for
 VERIFYING, RENDERING, COMPILING = 3, 3, 2
 SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0, "compile": 2.0}
-EACH = 5e-9  # seconds more for each byte of the weights
+PER_BYTE = 5e-9  # seconds more for each byte of the weights
 BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20,
          "compile": 512 << 20}  # fmt: skip
-VERDICTS = 4096  # grammars of which it is known whether they can be compiled
+VERDICTS = 4096  # grammars whose verdict is cached
 
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """Files that were verified: (bytes, SHA-256 in hexadecimal) of each by name, the digest of what
-    adapters have in common which differ in nothing but their values, and the largest dimension of a
-    tensor.
-    """
+    """Files that were verified."""
 
-    files: Mapping[str, tuple[int, str]]
-    form: str
-    widest: int
+    files: Mapping[str, tuple[int, str]]  # (bytes, SHA-256 in hexadecimal) by name
+    form: str  # the digest of all but the values of the tensors
+    widest: int  # the largest dimension of a tensor
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The digest over those of these files that exist, as `Contents` has it."""
+        """The digest over the files of these names that exist, as `Contents` has it."""
         return digest((name, *self.files[name]) for name in names if name in self.files)
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """The bytes of those of these files that exist."""
+        """The bytes of the files of these names that exist."""
         return sum(self.files[name][0] for name in names if name in self.files)
 
 
-class Screen:
-    """Asks processes, which it makes when they are needed. Any thread may call it.
-
-    Args:
-        modules: gives the paths of the base's modules.
-        allow: whether contents may have control tokens.
-        numbers: the most numbers of an adapter's weights, or None.
+class Sandbox:
+    """Calls processes, which it starts when they are needed, for a base with these modules' paths
+    and this tokenizer; `allow` control tokens in messages, `numbers` parameters at most. Any thread
+    may call it.
     """
 
     def __init__(
@@ -75,32 +68,24 @@ class Screen:
         self._verdicts: OrderedDict[str, str] = OrderedDict()  # by digest, the oldest first
         self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
         self.backend = backend_of(tokenizer)
-        self._added = tokenizer.added_tokens_decoder  # made anew whenever it is asked for
+        self._added = tokenizer.added_tokens_decoder  # which the property computes each time
 
     def verify(
-        self, path: Path, files: Sequence[str], config: str, record: str, told: Sequence[str]
+        self, path: Path, files: Sequence[str], config: str, record: str, read_by: Sequence[str]
     ) -> VerifiedFiles:
-        """What the files of an adapter are. Raises LorafoldError for those that are wrong.
-
-        Args:
-            config, record: the two of them that are JSON.
-            told: the fields of the record that say how to read the rest.
-        """
+        """Verify an adapter's files (`adapter_files.verified`)."""
         size = sum(f.stat().st_size for name in files if (f := path / name).is_file())
-        found = self._verifying.call(
-            "verify", (SECONDS["verify"] + EACH * size, BYTES["verify"] + 2 * size),
-            path=str(path), files=list(files), config=config, record=record, told=list(told),
+        verified = self._verifying.call(
+            "verify", (SECONDS["verify"] + PER_BYTE * size, BYTES["verify"] + 2 * size),
+            path=str(path), files=list(files), config=config, record=record, read_by=list(read_by),
             numbers=self._numbers,
         )  # fmt: skip
-        entries = {name: (size, sha256) for name, (size, sha256) in found["files"].items()}
-        return VerifiedFiles(entries, found["form"], found["widest"])
+        entries = {name: (size, sha256) for name, (size, sha256) in verified["files"].items()}
+        return VerifiedFiles(entries, verified["form"], verified["widest"])
 
-    def open(self, contents: Contents) -> Opened | None:
-        """The tokenizer of these files; None if it is the base's. Raises LorafoldError for one that
-        can't be read or used.
-        """
-        # a copy stays as it is whatever becomes of the adapter's files: a process reads it again
-        # where another one died
+    def open(self, contents: Contents) -> AdapterTokenizer | None:
+        """The tokenizer of these files; None if it is the base's."""
+        # a copy, which another process can read again if one dies, whatever becomes of the files
         path = Path(self._copies.name) / contents.named
         write(contents, path)
         files = {"path": str(path), "names": list(contents.names), "digest": contents.named}
@@ -112,7 +97,7 @@ class Screen:
                 and about["template"] == base.chat_template
                 and about["special"] == base.special_tokens_map
             )
-            opened = None if same else Opened(about, base, self._added, call)
+            opened = None if same else AdapterTokenizer(about, base, self._added, call)
         except LorafoldError as error:
             rmtree(path, ignore_errors=True)
             raise LorafoldError(f"{contents.path}: its tokenizer: {error}") from None
@@ -121,24 +106,21 @@ class Screen:
         return opened
 
     def compile(self, grammar: str) -> None:
-        """Raise LorafoldError for a grammar that can't be compiled within the limits of a process:
-        whoever compiles it then can't be stopped. Each is compiled there once.
-
-        Args:
-            grammar: as llguidance has it.
+        """Raise LorafoldError for a grammar of llguidance that can't be compiled within the limits
+        of a process, since the engine, which compiles it again, can't be stopped.
         """
         if not self.backend or self._tokenizer.eos_token_id is None:
             return  # the engine refuses every grammar
-        known = sha256(grammar.encode("utf-8", "replace")).hexdigest()
-        if (why := self._verdicts.get(known)) is None:
+        key = sha256(grammar.encode("utf-8", "replace")).hexdigest()
+        if (why := self._verdicts.get(key)) is None:
             seconds, memory = SECONDS["compile"], BYTES["compile"]
             try:
                 why = str(self._compiling.call("compile", (seconds, memory), grammar=grammar))
-            except Refused as error:
+            except CheckFailed as error:
                 if not (why := str(error) if error.kind else ""):
                     limits = f"{seconds:g} s, {memory >> 20} MiB of memory or the stack of a thread"
                     why = f"compiling it takes more than {limits}"
-            self._verdicts[known] = why = cut(" ".join(why.split()), 300)
+            self._verdicts[key] = why = cut(" ".join(why.split()), 300)
             if len(self._verdicts) > VERDICTS:
                 self._verdicts.popitem(last=False)
         if why:

@@ -1,7 +1,5 @@
-"""The tokenizers that adapters bring, and what their chat templates render, in a process.
-
-They are read from the bytes of a digest, without any code of theirs; of those that were asked for
-last, a few are kept. Templates run in transformers' sandbox.
+"""The tokenizers of adapters, and their chat templates, in a process: they are read from the bytes
+of a digest, without running any code of theirs. AdapterTokenizers run in transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -25,50 +23,47 @@ from lorafold.files.contents import Contents
 OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
         "raise_exception", "strftime_now"}  # fmt: skip
 SETTINGS = ("truncation", "padding")  # of calls, not of the tokenizer
-KEPT = 8  # tokenizers
+CACHED = 8  # tokenizers
 LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
 TEMPLATE = 1 << 20  # letters of all templates
 NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
 
 
 class TokenizerFiles(TypedDict):
-    """The files of a tokenizer, and the digest that they have to have, as `Contents` has it."""
+    """The files of a tokenizer, and the digest that they must have, as `Contents` has it."""
 
     path: str
     names: list[str]
     digest: str
 
 
-class Templates:
-    """The tokenizers of adapters.
-
-    Args:
-        vocabulary: the base's tokens by text.
-        allow: whether contents may have control tokens.
+class AdapterTokenizers:
+    """The tokenizers of adapters for a base with this vocabulary; with `allow` contents of messages
+    may have control tokens.
     """
 
     def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
         self._allow = allow
         self._words = {number: word for word, number in vocabulary.items()}
-        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._cache: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be
-        read, or gives a token of the base another number.
+        """Describe a tokenizer for `AdapterTokenizer`; it must not give a token of the base another
+        number.
         """
         tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
-        own = {number: word for word, number in vocabulary.items()}
+        words = {number: word for word, number in vocabulary.items()}
         for number, word in self._words.items():
-            if (other := own.get(number, word)) != word:
+            if (other := words.get(number, word)) != word:
                 raise LorafoldError(
                     f"its tokenizer does not fit the base: token {number} is {other!r:.80},"
                     f" expected {word!r:.80}"
                 )
-        new = sorted(number for number in own if number not in self._words)
+        new = sorted(number for number in words if number not in self._words)
         if len(new) > NEW:
             raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
-        if (size := sum(len(own[n]) for n in new)) > LONG:
+        if (size := sum(len(words[n]) for n in new)) > LONG:
             raise LorafoldError(f"found new tokens of {size:,} letters, expected at most {LONG:,}")
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
@@ -86,20 +81,14 @@ class Templates:
             "special": special,
             "eos": tokenizer.eos_token_id,
             "backend": backend_of(tokenizer),
-            "new": [[n, own[n], n in added and bool(added[n].special)] for n in new],
+            "new": [[n, words[n], n in added and bool(added[n].special)] for n in new],
         }
 
     def render(
         self, files: TokenizerFiles, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """A conversation, as the template writes it. Raises as the template does.
-
-        Args:
-            messages: the messages, in the form that the template takes.
-            add_generation_prompt: whether the assistant's next turn is opened.
-            variables: further variables of the template.
-        """
+        """Render a conversation. Raises as the template does."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
@@ -117,28 +106,22 @@ class Templates:
         return text
 
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:
-        """The tokens of a text.
-
-        Args:
-            special: whether it gets the tokens with which a text begins.
-            marked: whether it has marks of `data.control_tokens`.
-        """
+        """The tokens of a text, which may have the marks of `data.control_tokens`."""
         tokenizer = self.opened(files)
-        found: list[int] = (
-            ids_of(text, tokenizer)
-            if marked
-            else tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-        )
-        if len(found) > TOKENS:
-            raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
-        return found
+        if marked:
+            ids: list[int] = ids_of(text, tokenizer)
+        else:
+            ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        if len(ids) > TOKENS:
+            raise LorafoldError(f"found {len(ids):,} tokens, expected at most {TOKENS:,}")
+        return ids
 
     def opened(self, files: TokenizerFiles, **_: object) -> Any:
-        """The tokenizer of these files, which is kept."""
+        """The tokenizer of these files; the last ones are cached."""
         digest = files["digest"]
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return self._kept[digest]
+        if digest in self._cache:
+            self._cache.move_to_end(digest)
+            return self._cache[digest]
         contents = Contents(files["path"], files["names"])
         contents.check_intact()
         if contents.named != digest:
@@ -147,9 +130,9 @@ class Templates:
         ensure_chat_template(tokenizer)
         new = (word for word, n in tokenizer.get_vocab().items() if n not in self._words)
         allow(tokenizer, ALL if self._allow else new)
-        self._kept[digest] = tokenizer
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        self._cache[digest] = tokenizer
+        if len(self._cache) > CACHED:
+            self._cache.popitem(last=False)
         return tokenizer
 
 
@@ -162,7 +145,6 @@ def write(contents: Contents, folder: Path) -> None:
 
 
 def _read(contents: Contents) -> Any:
-    """The tokenizer of these very bytes, wherever they came from."""
     from transformers import AutoTokenizer
 
     with TemporaryDirectory(prefix="lorafold-tokenizer-") as folder:
@@ -182,12 +164,13 @@ def backend_of(tokenizer: Any) -> str:
     if backend is None:
         return ""
     parts = json.loads(backend.to_str())
-    kept = {name: part for name, part in parts.items() if name not in SETTINGS}
-    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    for setting in SETTINGS:
+        parts.pop(setting, None)
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def variables_of(tokenizer: Any) -> frozenset[str]:
-    """The variables that a caller may set for the tokenizer's chat template."""
+    """The variables of a tokenizer's chat template that a client may set."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             str(tokenizer.get_chat_template())

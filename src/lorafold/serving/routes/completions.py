@@ -1,6 +1,4 @@
-"""`POST /v1/chat/completions` and `POST /v1/completions`, whose answers are lists of choices; and
-`POST /tokenize` and `POST /detokenize`.
-"""
+"""`POST /v1/chat/completions`, `/v1/completions`, `/tokenize` and `/detokenize`."""
 
 from __future__ import annotations
 
@@ -8,42 +6,41 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, cast
 
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.serving.backend import Token
-from lorafold.serving.chat import AllSaid, ChatBody, NextTurn
-from lorafold.serving.completion_job import CONTENT, DialectRequest, Prompted, Prompts, Reply
-from lorafold.serving.errors import Refusal, check_number, naming, wrong
+from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn
+from lorafold.serving.completion_job import CompletionJob, DialectRequest, Prompted, Prompts, Reply
+from lorafold.serving.errors import Refusal, check_number, wrong
 from lorafold.serving.keys import Caller
 from lorafold.serving.rendering import Renderer, ServedModel
-from lorafold.serving.request_body import DONE, Body, Completing, Listed, as_json, event, finish
+from lorafold.serving.request_body import DONE, Body, Completing, Listed, as_json, finish, sse_event
 from lorafold.serving.server import Dialect, Server, answer, unless_left
 
 Ids = Listed[int]
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add them."""
+    """Add the routes of completions."""
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         """A model's next message in a conversation."""
-        return await server.complete(request, ChatBody, partial(ChatAnswer, server), "chatcmpl")
+        return await server.complete(request, ChatBody, NextTurn, ChatAnswer, "chatcmpl")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """What follows a prompt, given as text or as tokens, or several."""
         return await server.complete(
-            request, CompletionsBody, partial(CompletionsReply, server), "cmpl"
+            request, CompletionsBody, PlainPrompts, CompletionsReply, "cmpl"
         )
 
 
 def tokens(app: FastAPI, server: Server) -> None:
-    """Add the routes of tokens."""
+    """Add the routes of the tokenizer."""
 
     def admitted(request: Request) -> Caller:
         caller = server.caller(request)
@@ -52,8 +49,8 @@ def tokens(app: FastAPI, server: Server) -> None:
 
     def renderer_of(caller: Caller, model: str | None) -> Renderer:
         if model is None and not caller.base:
-            told = "model: expected a value, since the key may not use the base"
-            raise Refusal(400, "missing_parameter", told, "model")
+            message = "model: expected a value, since the key may not use the base"
+            raise Refusal(400, "missing_parameter", message, "model")
         return server.registry.choose(caller, model or server.registry.base).renderer
 
     @app.post("/tokenize")
@@ -67,19 +64,19 @@ def tokens(app: FastAPI, server: Server) -> None:
         def tokens() -> bytes:
             renderer = renderer_of(caller, body.model)
             if body.prompt is not None:
-                found = renderer.tokens(body.prompt, body.add_special_tokens)
+                ids = renderer.tokens(body.prompt, body.add_special_tokens)
             else:
                 chat = ChatBody(model="", messages=body.messages or [], tools=body.tools)
                 limits = server.settings.limits
-                text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
-                found = renderer.prompt_tokens(text)
-            server.spent.add(caller.tenant, len(found))
-            told: dict[str, Any] = {
-                "count": len(found), "max_model_len": server.host.backend.length, "tokens": found,
+                text = renderer.chat(chat.conversation(limits), chat.offered(limits)[0], {})
+                ids = renderer.prompt_tokens(text)
+            server.usage.add(caller.tenant, len(ids))
+            content: dict[str, Any] = {
+                "count": len(ids), "max_model_len": server.host.backend.length, "tokens": ids,
             }  # fmt: skip
             if body.return_token_strs:
-                told["token_strs"] = [renderer.shown.text(token) for token in found]
-            return as_json(told)
+                content["token_strs"] = [renderer.texts.text(token) for token in ids]
+            return as_json(content)
 
         content = await unless_left(request, server.host.think(tokens, caller.tenant))
         return Response(content, media_type="application/json")
@@ -89,13 +86,13 @@ def tokens(app: FastAPI, server: Server) -> None:
         """The text of tokens."""
         caller = admitted(request)
         body = await server.body(request, caller, Detokenize, lambda body: body)
-        server.spent.add(caller.tenant, len(body.tokens))
+        server.usage.add(caller.tenant, len(body.tokens))
 
         def text() -> str:
             return renderer_of(caller, body.model).text(body.tokens)
 
-        found = await unless_left(request, server.host.think(text, caller.tenant))
-        return answer({"prompt": found})
+        prompt = await unless_left(request, server.host.think(text, caller.tenant))
+        return answer({"prompt": prompt})
 
 
 class CompletionsBody(Completing):
@@ -132,11 +129,11 @@ class PlainPrompts(DialectRequest):
     body: CompletionsBody
 
     def __init__(self, server: Server, body: CompletionsBody) -> None:
-        super().__init__(body, "prompt", body.max_tokens)
+        super().__init__(body, {}, "prompt", body.max_tokens)
         server.admission.check(body)
-        given = body.prompt
-        one = isinstance(given, str) or not given or isinstance(given[0], int)
-        self.given = cast(list[str | Ids], [given] if one else given)  # each a text or tokens
+        prompt = body.prompt
+        one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        self.given = cast(list[str | Ids], [prompt] if one else prompt)  # each a text or tokens
         check_number("prompt", len(self.given), server.settings.limits.choices)
         self._sampling = body.sampling(logprobs=body.logprobs)
 
@@ -165,21 +162,20 @@ class Choices(Dialect):
 
     @abstractmethod
     def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
-        """What is new of a choice, as it comes."""
+        """The choices in parts, as they are generated."""
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        """The whole answer."""
         choices = await self.choices(reply)
-        return self._head(reply, self.whole_kind) | {"choices": choices, "usage": reply.usage}
+        head, usage = self._head(reply, self.whole_kind), reply.usage.openai
+        return head | {"choices": choices, "usage": usage}
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as it comes."""
         head, counted = self._head(reply, self.chunk_kind), self.body.stream_options.include_usage
         usage = {"usage": None} if counted else {}
         async for choice in self.chunks(reply):
-            yield event(head | {"choices": [choice]} | usage)
+            yield sse_event(head | {"choices": [choice]} | usage)
         if counted:
-            yield event(head | {"choices": [], "usage": reply.usage})
+            yield sse_event(head | {"choices": [], "usage": reply.usage.openai})
         yield DONE
 
     def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
@@ -189,29 +185,25 @@ class Choices(Dialect):
             "object": kind,
             "created": reply.created,
             "model": self.body.model,
-            # what computes the answer
             "system_fingerprint": f"{chosen.key or chosen.name}+{chosen.base[:12]}",
         }
 
 
 class CompletionsReply(Choices):
-    """Completions of plain prompts, as OpenAI's older clients have them."""
+    """Completions of plain prompts, for OpenAI's older clients."""
 
     body: CompletionsBody
-
-    def __init__(self, server: Server, body: CompletionsBody) -> None:
-        self.prompts = PlainPrompts(server, body)
-        super().__init__(body, self.prompts)
+    request: PlainPrompts
 
     async def choices(self, reply: Reply) -> list[dict[str, Any]]:
         tokens: list[list[Token]] = [[] for _ in reply.jobs]
-        async for i, one in reply.events():
-            if isinstance(one, Token):
-                tokens[i].append(one)
+        async for i, event in reply.events():
+            if isinstance(event, Token):
+                tokens[i].append(event)
         choices = []
         for i, job in enumerate(reply.jobs):
             assert job.end is not None
-            echo, logprobs = await asyncio.to_thread(self._told, reply, i, tokens[i])
+            echo, logprobs = await asyncio.to_thread(self._echo, reply, i, tokens[i])
             choice = _choice(i, echo + job.end.text, logprobs, finish(job.end))
             if self.body.return_token_ids:
                 choice["token_ids"] = job.end.tokens
@@ -221,39 +213,36 @@ class CompletionsReply(Choices):
 
     async def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
         lengths = [0] * len(reply.jobs)
-        echoed: dict[int, int] = {}  # how long the text of each prompt is that was sent
-        async for i, one in reply.events():
+        echoed: dict[int, int] = {}  # the length of each prompt's text that was sent
+        async for i, event in reply.events():
             if self.body.echo and i not in echoed:
-                echo, logprobs = await asyncio.to_thread(self._told, reply, i, [])
+                echo, logprobs = await asyncio.to_thread(self._echo, reply, i, [])
                 echoed[i] = len(echo)
                 yield _choice(i, echo, logprobs)
-            if isinstance(one, Token):
-                scores = self._logprobs(reply, [one], echoed.get(i, 0) + lengths[i])
-                ids = {"token_ids": [one.token]} if self.body.return_token_ids else {}
-                lengths[i] += len(one.text)
-                yield _choice(i, one.text, scores) | ids
+            if isinstance(event, Token):
+                scores = self._logprobs(reply, [event], echoed.get(i, 0) + lengths[i])
+                ids = {"token_ids": [event.token]} if self.body.return_token_ids else {}
+                lengths[i] += len(event.text)
+                yield _choice(i, event.text, scores) | ids
             else:
-                yield _choice(i, one.text[lengths[i] :], None, finish(one))
+                yield _choice(i, event.text[lengths[i] :], None, finish(event))
 
-    def _told(self, reply: Reply, i: int, tokens: list[Token]) -> tuple[str, dict[str, Any] | None]:
+    def _echo(self, reply: Reply, i: int, tokens: list[Token]) -> tuple[str, dict[str, Any] | None]:
         """The text of a completion's prompt, if it is wanted, and the log probabilities of its
         tokens and of those of the completion. It takes its time.
         """
-        echo = self._echo(reply, i) if self.body.echo else []
+        echo = list[Token]()
+        if self.body.echo:
+            request, prompt = reply.jobs[i].request, self.request.given[i // self.body.n]
+            text = prompt if isinstance(prompt, str) else None
+            pieces = reply.prompted.chosen.renderer.texts.pieces(request.prompt, text)
+            scored = reply.jobs[i].prompt or [Token(request.id, id) for id in request.prompt]
+            echo = [replace(t, text=piece) for t, piece in zip(scored, pieces, strict=True)]
         return "".join(token.text for token in echo), self._logprobs(reply, echo + tokens, 0)
 
-    def _echo(self, reply: Reply, i: int) -> list[Token]:
-        """The prompt of a completion as tokens, with their texts."""
-        job, given = reply.jobs[i], self.prompts.given[i // self.body.n]
-        ids = job.request.prompt
-        shown = job.prompt or [Token(job.request.id, token) for token in ids]
-        text = given if isinstance(given, str) else None
-        pieces = reply.prompted.chosen.renderer.shown.pieces(ids, text)
-        return [replace(t, text=piece) for t, piece in zip(shown, pieces, strict=True)]
-
     def _logprobs(self, reply: Reply, tokens: list[Token], offset: int) -> dict[str, Any] | None:
-        top, shown = self.body.logprobs, reply.prompted.chosen.renderer.shown
-        return None if top is None else shown.legacy(tokens, top, offset)
+        top, texts = self.body.logprobs, reply.prompted.chosen.renderer.texts
+        return None if top is None else texts.legacy_logprobs(tokens, top, offset)
 
 
 def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> dict[str, Any]:
@@ -261,61 +250,52 @@ def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> d
 
 
 class ChatAnswer(Choices):
-    """A turn as chat completions have it."""
+    """A turn as a chat completion."""
 
     body: ChatBody
+    request: NextTurn
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, server: Server, body: ChatBody) -> None:
-        with naming(body.names):
-            self.turn = NextTurn(server, body)
-        super().__init__(body, self.turn, body.names)
-
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        found = await super().whole(reply)
-        if self.body.return_token_ids:
-            found["prompt_token_ids"] = reply.jobs[0].request.prompt
-        return found
+        return await super().whole(reply) | self._prompt_ids(reply.jobs[0])
+
+    def _prompt_ids(self, job: CompletionJob) -> dict[str, Any]:
+        return {"prompt_token_ids": job.request.prompt} if self.body.return_token_ids else {}
 
     async def choices(self, reply: Reply) -> list[dict[str, Any]]:
-        messages = await self.turn.all_said(reply)
-        return [
-            await asyncio.to_thread(self._choice, reply, i, said) for i, said in enumerate(messages)
-        ]
+        messages = await self.request.messages_of(reply)
+        return [await asyncio.to_thread(self._choice, reply, i, m) for i, m in enumerate(messages)]
 
     async def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
         def chunk(i: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
             return {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} | more
 
         for i, job in enumerate(reply.jobs):
-            ids = {"prompt_token_ids": job.request.prompt} if self.body.return_token_ids else {}
-            yield chunk(i, {"role": "assistant", "content": ""}, **ids)
-        async for said in self.turn.said(reply):
-            i, more = said.index, dict[str, Any]()
-            if said.token is not None and self.body.logprobs:
-                more["logprobs"] = self._logprobs(reply, [said.token])
-            if said.token is not None and self.body.return_token_ids:
-                more["token_ids"] = [said.token.token]
-            if said.parts or more:
-                yield chunk(i, dict(said.parts), **more)
-            for k, call in enumerate(said.calls):
+            yield chunk(i, {"role": "assistant", "content": ""}, **self._prompt_ids(job))
+        async for delta in self.request.deltas(reply):
+            i, more = delta.index, dict[str, Any]()
+            if delta.token is not None and self.body.logprobs:
+                more["logprobs"] = self._logprobs(reply, [delta.token])
+            if delta.token is not None and self.body.return_token_ids:
+                more["token_ids"] = [delta.token.token]
+            if delta.texts or more:
+                yield chunk(i, delta.texts, **more)
+            for k, call in enumerate(delta.calls):
                 yield chunk(i, {"tool_calls": [{"index": k} | call]})
-            if said.end is not None:
-                yield chunk(i, {}, finish_reason="tool_calls" if said.calls else finish(said.end))
+            if delta.end is not None:
+                yield chunk(i, {}, finish_reason="tool_calls" if delta.calls else finish(delta.end))
 
-    def _choice(self, reply: Reply, i: int, message: AllSaid) -> dict[str, Any]:
-        assert message.end is not None
-        content = message.texts.pop(CONTENT, None if message.calls else "")
-        told: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        calls = {"tool_calls": message.calls} if message.calls else {}
+    def _choice(self, reply: Reply, i: int, generated: GeneratedMessage) -> dict[str, Any]:
+        calls = {"tool_calls": generated.calls} if generated.calls else {}
+        empty: dict[str, Any] = {"content": None if calls else "", "refusal": None}
         choice = {
             "index": i,
-            "message": told | message.texts | calls,
-            "logprobs": self._logprobs(reply, [token for _, token in message.tokens]),
-            "finish_reason": "tool_calls" if message.calls else finish(message.end),
+            "message": {"role": "assistant"} | empty | generated.texts | calls,
+            "logprobs": self._logprobs(reply, [token for _, token in generated.tokens]),
+            "finish_reason": "tool_calls" if calls else finish(generated.end),
         }
-        return choice | ({"token_ids": message.end.tokens} if self.body.return_token_ids else {})
+        return choice | ({"token_ids": generated.end.tokens} if self.body.return_token_ids else {})
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> dict[str, Any] | None:
-        top, shown = self.body.top_logprobs or 0, reply.prompted.chosen.renderer.shown
-        return {"content": shown.chat(tokens, top)} if self.body.logprobs else None
+        top, texts = self.body.top_logprobs or 0, reply.prompted.chosen.renderer.texts
+        return {"content": texts.chat_logprobs(tokens, top)} if self.body.logprobs else None

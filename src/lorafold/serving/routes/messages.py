@@ -1,23 +1,20 @@
-"""`POST /v1/messages`: Anthropic's messages, as the conversation that they are, and the turn as its
-clients have it.
-
-A user's turn may hold results of tools beside text; those are messages of their own here.
+"""`POST /v1/messages`, Anthropic's dialect. A user's turn may have results of tools beside text; as
+a chat completion those are messages of their own.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.serving.chat import AllSaid, ChatBody, NextTurn, call_of, chat_of, text_of
-from lorafold.serving.completion_job import REASONING, Reply
-from lorafold.serving.errors import MESSAGES, naming, unsupported, wrong
-from lorafold.serving.request_body import Body, Listed, event
+from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.completion_job import REASONING, Reply, Usage
+from lorafold.serving.errors import MESSAGES, unsupported, wrong
+from lorafold.serving.request_body import Body, Listed, sse_event
 from lorafold.serving.server import Dialect, Server, answer
 
 Block = dict[str, Any]
@@ -33,9 +30,9 @@ BLOCKS = {
     "thinking": {"thinking", "signature"} | HINTS,
 }
 NO_TEXT = "found a block of type {}, expected text"
-ABOUT = ("max_tokens", "temperature", "top_p", "top_k", "stream")  # of a chat, too
+SHARED = ("max_tokens", "temperature", "top_p", "top_k", "stream")  # fields that chats have, too
 STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
-# of each kind of block: the type of what is added to it, and the field that grows
+# by kind of block: the type of its deltas, and the field that they add to
 DELTAS = {
     "text": ("text_delta", "text"),
     "thinking": ("thinking_delta", "thinking"),
@@ -44,22 +41,21 @@ DELTAS = {
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add them."""
+    """Add the routes of messages."""
 
     @app.post(MESSAGES)
     async def messages(request: Request) -> Response:
         """A model's next message in a conversation, in Anthropic's dialect."""
-        return await server.complete(request, Ask, partial(MessagesReply, server), "msg")
+        return await server.complete(request, MessagesBody, turn_of, MessagesReply, "msg")
 
     @app.post(f"{MESSAGES}/count_tokens")
     async def count(request: Request) -> Response:
         """How many tokens the conversation has."""
-        found = await server.count(request, CountTokens, partial(turned, server))
-        return answer({"input_tokens": found})
+        return answer({"input_tokens": await server.count(request, CountTokens, turn_of)})
 
 
 class CountTokens(Body):
-    """The body of `POST /v1/messages/count_tokens`: a request without what is about its answer."""
+    """The body of `POST /v1/messages/count_tokens`: a request without the fields of its answer."""
 
     model: str
     messages: Listed[dict[str, Any]]
@@ -69,32 +65,27 @@ class CountTokens(Body):
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
 
-    def chat(self) -> tuple[ChatBody, dict[str, str]]:
-        """The same as a chat completion, and the names of its fields here. Raises Refusal for what
-        is not supported.
-        """
+    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
+        """The same as a chat completion, and the names of its fields here."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
-        given = list(self._conversation())
+        conversation = list(self._conversation())
         tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
         names = {
             f"tools[{i}].function.parameters": f"tools[{i}].input_schema" for i in range(len(tools))
         }
         choice = self._choice()
-        _known(self.output_config, {"format"}, "output_config")
+        _check_keys(self.output_config, {"format"}, "output_config")
         return chat_of(
-            given,
+            conversation,
             tools,
             NAMES | names,
             model=self.model,
             tool_choice=choice,
             parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use"),
             response_format=self.output_config.get("format") or {"type": "text"},
-            **self._about_the_answer(),
+            **more,
         )
-
-    def _about_the_answer(self) -> dict[str, Any]:
-        return {}
 
     def _conversation(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The messages, each with the field that it comes from."""
@@ -104,14 +95,14 @@ class CountTokens(Body):
         for i, message in enumerate(self.messages):
             where, role = f"messages[{i}]", message.get("role")
             if role not in ROLES:
-                told = f"found {role!r:.80}, expected one of {', '.join(ROLES)}"
-                raise wrong(f"{where}.role", told)
-            _known(message, {"role", "content"}, where)
-            for said in _turn(role, message.get("content"), f"{where}.content", names):
-                yield where, said
+                expected = f"expected one of {', '.join(ROLES)}"
+                raise wrong(f"{where}.role", f"found {role!r:.80}, {expected}")
+            _check_keys(message, {"role", "content"}, where)
+            for part in _turn(role, message.get("content"), f"{where}.content", names):
+                yield where, part
         if self.messages and self.messages[-1]["role"] == "assistant":
-            told = "found the assistant's at the end, expected the user's: none is continued here"
-            raise wrong("messages", told)
+            expected = "expected the user's: none is continued here"
+            raise wrong("messages", f"found the assistant's at the end, {expected}")
 
     def _choice(self) -> str | dict[str, Any]:
         kind = self.tool_choice.get("type")
@@ -122,7 +113,7 @@ class CountTokens(Body):
         return CHOICES[kind]
 
 
-class Ask(CountTokens):
+class MessagesBody(CountTokens):
     """The body of `POST /v1/messages`."""
 
     max_tokens: int
@@ -132,56 +123,51 @@ class Ask(CountTokens):
     top_k: int = 0
     stream: bool = False
 
-    def _about_the_answer(self) -> dict[str, Any]:
-        return {"stop": self.stop_sequences} | {name: getattr(self, name) for name in ABOUT}
+    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
+        shared = {name: getattr(self, name) for name in SHARED}
+        return super().chat(stop=self.stop_sequences, **shared)
 
 
-def turned(server: Server, body: CountTokens) -> tuple[NextTurn, dict[str, str]]:
-    """The turn that a body asks for, and the names of its fields there."""
-    chat, names = body.chat()
-    with naming(names):
-        # for a template that knows it
-        wishes = {"enable_thinking": False} if body.thinking else None
-        return NextTurn(server, chat, wishes=wishes), names
+def turn_of(server: Server, body: CountTokens) -> NextTurn:
+    """The turn that a body asks for."""
+    # with `thinking` disabled, for a template that has the variable
+    wishes = {"enable_thinking": False} if body.thinking else None
+    return NextTurn(server, *body.chat(), wishes=wishes)
 
 
 class MessagesReply(Dialect):
-    """A turn as messages have it."""
+    """A turn in Anthropic's form."""
 
-    body: Ask
-
-    def __init__(self, server: Server, body: Ask) -> None:
-        self.turn, names = turned(server, body)
-        super().__init__(body, self.turn, names)
+    body: MessagesBody
+    request: NextTurn
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        """The whole answer."""
-        [message] = await self.turn.all_said(reply)
-        content = [_spoken(name, text) for name, text in message.texts.items()]
-        content += [_called(call) for call in message.calls]
+        [message] = await self.request.messages_of(reply)
+        content = [_text_block(field, text) for field, text in message.texts.items()]
+        content += [_call_block(call) for call in message.calls]
         return self._message(reply, content) | self._end(reply, message)
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as it comes: text in pieces, each call whole once it is there."""
-        tokens = len(reply.jobs[0].request.prompt)
-        begun = self._message(reply, []) | {"usage": _usage(tokens, 0, 0)}
+        # text in pieces, each call whole
+        usage = _usage(Usage(len(reply.jobs[0].request.prompt), 0, 0))
+        begun = self._message(reply, []) | {"usage": usage}
         yield _event("message_start", message=begun)
-        message, at, open = AllSaid(), -1, ""
-        async for said in self.turn.said(reply):
-            message.take(said)
-            for name, text in said.parts:
-                if name != open:
+        message, at, open = GeneratedMessage(), -1, ""
+        async for delta in self.request.deltas(reply):
+            message.add(delta)
+            for field, text in delta.texts.items():
+                block = _text_block(field, "")
+                if field != open:
                     if open:
                         yield _event("content_block_stop", index=at)
-                    at, open = at + 1, name
-                    block = _spoken(name, "")
+                    at, open = at + 1, field
                     yield _event("content_block_start", index=at, content_block=block)
-                yield _delta(at, _spoken(name, "")["type"], text)
+                yield _delta(at, block["type"], text)
         if open:
             yield _event("content_block_stop", index=at)
         for call in message.calls:
             at += 1
-            block = _called(call) | {"input": {}}
+            block = _call_block(call) | {"input": {}}
             yield _event("content_block_start", index=at, content_block=block)
             yield _delta(at, "tool_use", call["function"]["arguments"])
             yield _event("content_block_stop", index=at)
@@ -201,31 +187,27 @@ class MessagesReply(Dialect):
             "stop_sequence": None,
         }
 
-    def _end(self, reply: Reply, message: AllSaid) -> dict[str, Any]:
-        assert message.end is not None
-        end, prompt, stop = message.end, len(reply.jobs[0].request.prompt), None
+    def _end(self, reply: Reply, message: GeneratedMessage) -> dict[str, Any]:
+        end, stop = message.end, None
         if end.reason == "stop":  # by the text that follows
             after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
             stop = next((one for one in self.body.stop_sequences if after.startswith(one)), None)
         return {
             "stop_reason": "tool_use" if message.calls else STOPS[end.reason],
             "stop_sequence": stop,
-            "usage": _usage(prompt - end.cached, end.cached, len(end.tokens)),
+            "usage": _usage(reply.usage),
         }
 
 
-def _spoken(name: str, text: str) -> Block:
-    """A block of what is said under a field of the message."""
-    if name == REASONING:
+def _text_block(field: str, text: str) -> Block:
+    if field == REASONING:
         return {"type": "thinking", "thinking": text, "signature": ""}
     return {"type": "text", "text": text}
 
 
-def _called(call: Block) -> Block:
-    """A block of a call."""
-    function = call["function"]
-    given = json.loads(function["arguments"])
-    return {"type": "tool_use", "id": call["id"], "name": function["name"], "input": given}
+def _call_block(call: Block) -> Block:
+    name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+    return {"type": "tool_use", "id": call["id"], "name": name, "input": arguments}
 
 
 def _delta(at: int, kind: str, text: str) -> bytes:
@@ -234,13 +216,13 @@ def _delta(at: int, kind: str, text: str) -> bytes:
 
 
 def _event(kind: str, **fields: Any) -> bytes:
-    return event({"type": kind} | fields, kind)
+    return sse_event({"type": kind} | fields, kind)
 
 
-def _usage(prompt: int, cached: int, completion: int) -> dict[str, int]:
+def _usage(usage: Usage) -> dict[str, int]:
     return {
-        "input_tokens": prompt, "cache_read_input_tokens": cached,
-        "cache_creation_input_tokens": 0, "output_tokens": completion,
+        "input_tokens": usage.prompt - usage.cached, "cache_read_input_tokens": usage.cached,
+        "cache_creation_input_tokens": 0, "output_tokens": usage.completion,
     }  # fmt: skip
 
 
@@ -249,55 +231,54 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:
         raise wrong(where, "expected text or a list of blocks")
-    said: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     for i, block in enumerate(blocks):
         kind, at = block.get("type") if isinstance(block, Mapping) else None, f"{where}[{i}]"
         if isinstance(kind, str) and kind in BLOCKS:
-            _known(block, BLOCKS[kind], at)
+            _check_keys(block, BLOCKS[kind], at)
         if kind == "text":
             text = text_of([block], ("text",), at, NO_TEXT)
-            said["content"] = said.get("content", "") + text
+            message["content"] = message.get("content", "") + text
         elif kind == "tool_result" and role == "user":
-            if said:
-                yield {"role": role} | said
-                said = {}
-            id, found = str(block.get("tool_use_id")), block.get("content") or ""
-            told = {"tool_call_id": id, "name": names.get(id, "")}
-            yield {"role": "tool"} | told | {"content": _text(found, f"{at}.content")}
+            if message:
+                yield {"role": role} | message
+                message = {}
+            id, text = str(block.get("tool_use_id")), _text(block.get("content"), f"{at}.content")
+            result = {"tool_call_id": id, "name": names.get(id, ""), "content": text}
+            yield {"role": "tool"} | result
         elif kind == "tool_use" and role == "assistant":
             name = block.get("name")
             call = call_of(block.get("id"), name, block.get("input"), at, "input")
             names[call["id"]] = str(name)
-            said.setdefault("tool_calls", []).append(call)
+            message.setdefault("tool_calls", []).append(call)
         elif kind == "thinking" and role == "assistant":
-            said["reasoning_content"] = block.get("thinking")
+            message["reasoning_content"] = block.get("thinking")
         else:
             raise wrong(f"{at}.type", f"found {kind!r:.80} of the {role}, which is not supported")
-    if said:
-        yield {"role": role} | said
+    if message:
+        yield {"role": role} | message
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A tool in OpenAI's form."""
     if (tool.get("type") or "custom") != "custom":
         raise wrong(f"{where}.type", f"found {tool['type']!r:.80}, expected custom")
-    _known(tool, TOOL, where)
+    _check_keys(tool, TOOL, where)
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
-    told = {} if tool.get("description") is None else {"description": tool["description"]}
-    return {"type": "function", "function": function | told}
+    if tool.get("description") is not None:
+        function["description"] = tool["description"]
+    return {"type": "function", "function": function}
 
 
 def _text(content: Any, where: str) -> str:
-    """A text, or blocks of text joined."""
-    if isinstance(content, str):
-        return content
+    if not content or isinstance(content, str):
+        return content or ""
     if not isinstance(content, list):
         raise wrong(where, "expected text or a list of blocks")
     return text_of(content, ("text",), where + "[{}]", NO_TEXT)
 
 
-def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:
-    """Raise Refusal for a key that is not known and asks for something."""
-    for key in given.keys() - keys:
-        if given[key] not in (None, False, []):
+def _check_keys(fields: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Raise Refusal for an unknown key that asks for something."""
+    for key in fields.keys() - known:
+        if fields[key] not in (None, False, []):
             raise unsupported(f"{where}.{key[:80]}")

@@ -1,12 +1,11 @@
-"""Models: the list of them, one of them, what changes of them, as server-sent events, and the
-administration of adapters and aliases.
+"""Models: the list, single ones, their changes as server-sent events, and the administration of
+adapters and aliases.
 
-    async for data in feed.events(caller, admin):     the whole list, then what changed since
+    async for data in feed.events(caller, admin):     the whole list, then the changes
 
-A `Look` copies what is known of all adapters, and two are compared, so only models that changed are
-described again. The feed looks once a second, for all who listen. Callers that may see the same
-models share a view, for which an event is written once. A listener that does not take events as
-fast as they come gets the whole list again instead of those between.
+Once a second the feed takes a `Snapshot`, for all listeners, and describes the models that differ
+from the one before. Callers that may see the same models share a view, for which an event is
+written once. A listener that is too slow gets the whole list again in place of missed events.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,30 +28,30 @@ from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import ADMIN, Caller
 from lorafold.serving.metrics import state_of
 from lorafold.serving.registry import REASON, AliasTarget, Registry
-from lorafold.serving.request_body import Body, event
+from lorafold.serving.request_body import Body, sse_event
 from lorafold.serving.server import Server, answer, authorization, record_of
 
 K = TypeVar("K")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-EACH = 1.0  # seconds between two looks
+EACH = 1.0  # seconds between two snapshots
 ACTS = ("pin", "unpin", "quarantine")
-OURS = ""  # the name of no tenant, as which the feed thinks
+NOBODY = ""  # the name of no tenant, on whose behalf the feed works
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add them."""
+    """Add the routes of models."""
     feed, registry = ModelChanges(server), server.registry
-    held = defaultdict[str, set[str]](set)  # the streams that are open, by tenant
+    streams = defaultdict[str, set[str]](set)  # that are open, by tenant
     most = server.settings.limits.tenant_streams
 
     def may_listen(request: Request) -> tuple[Caller, bool]:
-        """Who listens, and whether it is the administrator. Raises Refusal as any route does."""
-        sent = authorization(request.headers)
+        """Who listens, and whether it is the administrator."""
+        header = authorization(request.headers)
         try:
-            return server.keys.admin(sent), True
+            return server.keys.admin(header), True
         except Refusal:
-            return server.keys.caller(sent), False
+            return server.keys.caller(header), False
 
     @app.get("/v1/models/events")  # before that of models, one of which could be called `events`
     async def events(request: Request) -> Response:
@@ -61,23 +61,23 @@ def routes(app: FastAPI, server: Server) -> None:
         record.tenant = caller.tenant
         if server.host.draining:
             raise Refusal(503, "not_ready", server.host.ready, retry_after=1)
-        if (n := len(held[caller.tenant])) >= most:
-            told = f"{n} such streams are open, expected at most"
-            raise Refusal(429, "too_many_streams", f"{told} {most} with this one")
+        if (n := len(streams[caller.tenant])) >= most:
+            message = f"{n} such streams are open, expected at most {most} with this one"
+            raise Refusal(429, "too_many_streams", message)
         if record.method == "HEAD":
             return Response(media_type="text/event-stream")
-        held[caller.tenant].add(record.id)
+        streams[caller.tenant].add(record.id)
 
         async def end(_: object = None) -> None:  # perhaps before the first event
-            held[caller.tenant].discard(record.id)
+            streams[caller.tenant].discard(record.id)
 
         async def following() -> AsyncIterator[bytes]:
             stream = feed.events(*who)
             try:
-                async for one in stream:
-                    if may_listen(request) != who:  # its key is another one by now
+                async for data in stream:
+                    if may_listen(request) != who:  # the key was revoked or changed
                         break
-                    yield one
+                    yield data
             except Refusal as refusal:
                 record.outcome = refusal.code
             finally:
@@ -90,124 +90,117 @@ def routes(app: FastAPI, server: Server) -> None:
     async def models(request: Request) -> Response:
         """Every model that the caller may name."""
         caller = server.caller(request)
-        found = await server.host.think(lambda: Look(server).listed(caller), caller.tenant)
-        return answer({"object": "list", "data": found})
+        models = await server.host.think(lambda: Snapshot(server).models(caller), caller.tenant)
+        return answer({"object": "list", "data": models})
 
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
-        """One of them."""
+        """One model."""
         caller = server.caller(request)
 
-        def shown() -> dict[str, Any]:
+        def described() -> dict[str, Any]:
             if model == registry.base and caller.base:
-                return Look(server).base()
-            if model in registry.kept.aliases and caller.may(model):
-                return Look(server).alias(model)
-            found = registry.version(caller, model)
-            return Look(server).adapter(found)
+                return Snapshot(server).base()
+            if model in registry.state.aliases and caller.may(model):
+                return Snapshot(server).alias(model)
+            adapter = registry.version(caller, model)
+            return Snapshot(server).adapter(adapter)
 
-        return answer(await server.host.think(shown, caller.tenant))
+        return answer(await server.host.think(described, caller.tenant))
 
 
-class Look:
-    """What is known at one moment, by names: the adapters that were verified, those still to be,
-    those that are wrong and why, what administrators decided, where the adapters are, how many
-    completions run and wait, by whether they run, and how many ran; and whether the server is
-    ready.
-    """
+class Snapshot:
+    """The models at one moment."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self.registry = server, server.registry
+        self.server, registry = server, server.registry
         uses, jobs = list(server.metrics.uses.items()), list(server.host.jobs.values())
-        self.found, self.listing = dict(self.registry.found), frozenset(self.registry.listed)
-        self.wrong, self.kept = dict(self.registry.wrong), self.registry.kept
+        self.registry, self.state = registry, registry.state
+        self.adapters, self.unverified = dict(registry.adapters), frozenset(registry.unverified)
+        self.rejected = dict(registry.rejected)
         self.states, self.ready = server.host.backend.states(), server.host.ready
         self.load = Counter((job.adapter, job.began is not None) for job in jobs)
         self.uses = {name: (use.requests, use.tokens) for name, use in uses}
 
-    def changed(self, before: Look) -> set[str]:
-        """The names of what is another thing now, or is there no longer, or is new."""
-        old, a, b = before.found, before.kept, self.kept
-        found = {name for name, one in self.found.items() if old.get(name) is not one}
-        found |= old.keys() - self.found.keys() | (before.listing ^ self.listing)
-        moved = _differing(before.states.adapters, self.states.adapters)
-        found |= {key.partition("@")[0] for key in moved}
-        found |= {name for name, _ in _differing(before.load, self.load)}
-        found |= _differing(before.wrong, self.wrong) | _differing(before.uses, self.uses)
+    def changed(self, before: Snapshot) -> set[str]:
+        """The names of models that differ, are new, or are gone."""
+        old, a, b = before.adapters, before.state, self.state
+        names = {name for name, one in self.adapters.items() if old.get(name) is not one}
+        names |= old.keys() - self.adapters.keys() | (before.unverified ^ self.unverified)
+        keys = _differing(before.states.adapters, self.states.adapters)
+        names |= {key.partition("@")[0] for key in keys}
+        names |= {name for name, _ in _differing(before.load, self.load)}
+        names |= _differing(before.rejected, self.rejected) | _differing(before.uses, self.uses)
         if a is not b:
-            found |= {*a.pinned} ^ {*b.pinned} | {*a.unloaded} ^ {*b.unloaded}
-            found |= _differing(a.quarantined, b.quarantined) | _differing(a.aliases, b.aliases)
-        return found
+            names |= {*a.pinned} ^ {*b.pinned} | {*a.unloaded} ^ {*b.unloaded}
+            names |= _differing(a.quarantined, b.quarantined) | _differing(a.aliases, b.aliases)
+        return names
 
-    def listed(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
-        """The models that a caller may name, the base first and aliases last.
-
-        Args:
-            admin: list what is not served too, and why.
+    def models(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
+        """The models that a caller may use, the base first and aliases last; for the administrator
+        also those that are not served, and why.
         """
-        names = {*self.found, *self.listing, *((*self.wrong, *self.kept.unloaded) if admin else ())}
-        aliases = self.kept.aliases
+        aliases, names = self.state.aliases, {*self.adapters, *self.unverified}
+        if admin:
+            names |= {*self.rejected, *self.state.unloaded}
         ordered = [self.registry.base, *sorted(names - aliases.keys()), *sorted(aliases)]
-        seen = (self.described(name, admin) for name in ordered if self.sees(caller, name))
-        return [one for one in seen if one is not None]
+        models = (self.described(name, admin) for name in ordered if self.sees(caller, name))
+        return [model for model in models if model is not None]
 
     def sees(self, caller: Caller, name: str) -> bool:
         """Whether a caller may see a model."""
         return caller.base if name == self.registry.base else caller.may(name)
 
     def described(self, name: str, admin: bool) -> dict[str, Any] | None:
-        """A model, as the list has it, None if there is none.
-
-        Args:
-            admin: describe what is not served too, and why.
-        """
+        """An entry of the list, None if there is no such model."""
         if name == self.registry.base:
             return self.base()
-        if name in self.kept.aliases:
+        if name in self.state.aliases:
             return self.alias(name)
-        if name in self.found:
-            found, held = self.found[name], self.kept.quarantined.get(name)
-            why = held[1] if held else found.note
-            return self.adapter(found) | ({"why": why} if admin and (held or why) else {})
-        if name in self.listing:
+        if name in self.adapters:
+            adapter, quarantined = self.adapters[name], self.state.quarantined.get(name)
+            why = quarantined[1] if quarantined else adapter.note
+            shown = {"why": why} if admin and (quarantined or why) else {}
+            return self.adapter(adapter) | shown
+        if name in self.unverified:
             return self._model(name, state="unverified")
-        if admin and name in self.kept.unloaded:
+        if admin and name in self.state.unloaded:
             return self._model(name, state="unloaded")
-        if admin and name in self.wrong:
-            return self._model(name, state="wrong", why=self.wrong[name])
+        if admin and name in self.rejected:
+            return self._model(name, state="wrong", why=self.rejected[name])
         return None
 
     def base(self) -> dict[str, Any]:
-        """The base, as the list has it."""
+        """The base's entry."""
         name, length = self.registry.base, self.server.host.backend.length
-        about = self._model(name, parent=None, state="resident", max_model_len=length)
-        return about | self._use(name)
+        model = self._model(name, parent=None, state="resident", max_model_len=length)
+        return model | self._use(name)
 
-    def adapter(self, found: AdapterFiles) -> dict[str, Any]:
-        """An adapter, as the list has it."""
-        state, nbytes = state_of(self.registry, found, self.states)
-        about = self._model(
-            found.name,
-            digest=found.digest,
+    def adapter(self, adapter: AdapterFiles) -> dict[str, Any]:
+        """An adapter's entry."""
+        state, nbytes = state_of(self.registry, adapter, self.states)
+        model = self._model(
+            adapter.name,
+            digest=adapter.digest,
             state=state,
-            pinned=found.name in self.kept.pinned,
-            method=found.method,
-            rank=found.rank,
+            pinned=adapter.name in self.state.pinned,
+            method=adapter.method,
+            rank=adapter.rank,
             bytes=nbytes,
-            page=self.registry.directory.page(found.name) is not None,
+            page=self.registry.directory.page(adapter.name) is not None,
         )
-        return about | self._use(found.name)
+        return model | self._use(adapter.name)
 
     def alias(self, name: str) -> dict[str, Any]:
-        """An alias, as the list has it."""
-        targets = self.kept.aliases[name].targets
+        """An alias's entry."""
+        targets = self.state.aliases[name].targets
         shown = [target.model_dump(exclude_none=True) for target in targets]
         return self._model(name, state="alias", targets=shown)
 
-    def _model(self, name: str, **about: Any) -> dict[str, Any]:
+    def _model(self, name: str, **fields: Any) -> dict[str, Any]:
         created, parent = self.registry.created, self.registry.base
         head = {"id": name, "object": "model", "created": created, "owned_by": "lorafold"}
-        return head | {"parent": parent} | about
+        return head | {"parent": parent} | fields
 
     def _use(self, name: str) -> dict[str, Any]:
         requests, tokens = self.uses.get(name, (0, 0))
@@ -226,21 +219,19 @@ def _differing(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
 
 
 class View:
-    """What the listeners share that see the same models: the last event and its number."""
+    """The listeners that see the same models, each with a queue of the next event."""
 
     def __init__(self, caller: Caller, admin: bool) -> None:
         self.caller, self.admin = caller, admin
-        self.listeners, self.n, self.last, self.ended = 0, 0, b"", False
-        self.next = asyncio.Event()
+        self.queues: list[asyncio.Queue[bytes | None]] = []
 
-    def tell(self, data: bytes | None) -> None:
-        """Tell an event, or that none follows."""
-        if data is None:
-            self.ended = True
-        else:
-            self.n, self.last = self.n + 1, data
-        self.next.set()
-        self.next = asyncio.Event()
+    def send(self, data: bytes | None) -> None:
+        """Queue an event, or None after the last one. If the event before is still there, b"" for
+        the whole list takes the place of both.
+        """
+        for queue in self.queues:
+            missed = data is not None and not queue.empty() and queue.get_nowait() is not None
+            queue.put_nowait(b"" if missed else data)
 
 
 class ModelChanges:
@@ -253,51 +244,42 @@ class ModelChanges:
         self._task: asyncio.Task[None] | None = None
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
-        """The whole list, then what changes, until the server ends.
-
-        Args:
-            admin: tell what is not served too, and why.
-        """
+        """The whole list, then the changes, until the server ends."""
         key = (caller.adapters, caller.base, admin)
         view = self._views.setdefault(key, View(caller, admin))
-        view.listeners += 1
+        queue = asyncio.Queue[bytes | None]()
+        queue.put_nowait(b"")
+        view.queues.append(queue)
         if self._task is None:
             self._begun = asyncio.Event()
             self._task = asyncio.create_task(self._run())
         try:
-            await self._begun.wait()  # what changes after the list is an event
-            while not view.ended:
-                n = view.n
-                yield await self._server.host.think(partial(self._whole, view), caller.tenant)
-                while not view.ended:
-                    if view.n == n:
-                        await view.next.wait()
-                    if view.n > n + 1:
-                        break
-                    if view.n > n:
-                        n += 1
-                        yield view.last
+            await self._begun.wait()  # the first snapshot: every change after it is an event
+            whole = partial(self._whole, view)
+            while (data := await queue.get()) is not None:
+                yield data or await self._server.host.think(whole, caller.tenant)
         finally:
-            view.listeners -= 1
-            if not view.listeners and self._views.get(key) is view:
+            view.queues.remove(queue)
+            if not view.queues and self._views.get(key) is view:
                 del self._views[key]
 
     def _whole(self, view: View) -> bytes:
-        now = Look(self._server)
-        told: dict[str, Any] = {"object": "list", "data": now.listed(view.caller, view.admin)}
-        return event(told | {"status": now.ready, "administrator": view.admin})
+        now = Snapshot(self._server)
+        models = now.models(view.caller, view.admin)
+        head = {"object": "list", "data": models}
+        return sse_event(head | {"status": now.ready, "administrator": view.admin})
 
     async def _run(self) -> None:
         think = self._server.host.think
         try:
-            now = await think(lambda: Look(self._server), OURS)
+            now = await think(lambda: Snapshot(self._server), NOBODY)
             self._begun.set()
             while self._views:
                 await asyncio.sleep(EACH)
-                doing = partial(self._changes, now, list(self._views.values()))
-                now, changes = await think(doing, OURS)
+                changes_of = partial(self._changes, now, list(self._views.values()))
+                now, changes = await think(changes_of, NOBODY)
                 for view, data in changes:
-                    view.tell(data)
+                    view.send(data)
                 if self._server.host.draining:
                     break
         except STOPS:
@@ -309,39 +291,40 @@ class ModelChanges:
             self._task = None
             self._begun.set()
             for view in self._views.values():
-                view.tell(None)
+                view.send(None)
             self._views.clear()
 
-    def _changes(self, before: Look, views: list[View]) -> tuple[Look, list[tuple[View, bytes]]]:
-        """Another look, and the events of views that something changed for since the one before."""
-        now, found = Look(self._server), list[tuple[View, bytes]]()
+    def _changes(
+        self, before: Snapshot, views: list[View]
+    ) -> tuple[Snapshot, list[tuple[View, bytes]]]:
+        """The next snapshot, and an event for each view that something changed for."""
+        now, events = Snapshot(self._server), list[tuple[View, bytes]]()
         names = sorted(now.changed(before))
+        status = {} if now.ready == before.ready else {"status": now.ready}
         for view in views:
             seen = [name for name in names if now.sees(view.caller, name)]
             models = {name: now.described(name, view.admin) for name in seen}
+            new = [model for model in models.values() if model is not None]
             gone = [
                 name for name, model in models.items()
                 if model is None and before.described(name, view.admin)
             ]  # fmt: skip
-            new = [model for model in models.values() if model is not None]
-            told: dict[str, Any] = {"object": "changes", "data": new, "removed": gone}
-            if now.ready != before.ready:
-                told["status"] = now.ready
-            if new or gone or now.ready != before.ready:
-                found.append((view, event(told)))
-        return now, found
+            if new or gone or status:
+                changes = {"object": "changes", "data": new, "removed": gone}
+                events.append((view, sse_event(changes | status)))
+        return now, events
 
 
 class UnloadBody(Body):
-    """The body of vLLM's route that forgets an adapter. vLLM's number of it has no use here."""
+    """The body of vLLM's route that unloads an adapter, whose number has no use here."""
 
     lora_name: str
     lora_int_id: int | None = None
 
 
 class LoadBody(UnloadBody):
-    """The body of vLLM's route that reads one. Its base is the one that is served, which the files
-    are checked against.
+    """The body of vLLM's route that loads one; its files are checked against the base that is
+    served, whatever it names.
     """
 
     lora_path: str | None = None
@@ -349,45 +332,47 @@ class LoadBody(UnloadBody):
     base_model_name: str | None = None
 
     def check(self, registry: Registry) -> None:
-        """Raise Refusal for a path to anything but the directory's entry of that name, and for one
-        that is there where it may not be replaced.
+        """Raise Refusal for a path to anything but the directory's entry of that name, and for an
+        adapter that exists and may not be replaced.
         """
-        entry = registry.directory.locate(self.lora_name)
-        if self.lora_path is not None and not _leads_to(self.lora_path, entry):
-            told = f"expected the entry {self.lora_name} of the directory of adapters, or no path"
-            raise wrong("lora_path", f"found {self.lora_path!r:.200}, {told}")
-        if self.lora_name in registry.found and not self.load_inplace:
-            told = f"found false, and {self.lora_name} has already been loaded; true replaces it"
-            raise wrong("load_inplace", told)
+        name, path = self.lora_name, self.lora_path
+        entry, same = registry.directory.locate(name), path is None
+        if path is not None:
+            with suppress(OSError, ValueError):
+                same = Path(path).resolve() == entry.resolve()
+        if not same:
+            expected = f"expected the entry {name} of the directory of adapters, or no path"
+            raise wrong("lora_path", f"found {path!r:.200}, {expected}")
+        if name in registry.adapters and not self.load_inplace:
+            message = f"found false, and {name} has already been loaded; true replaces it"
+            raise wrong("load_inplace", message)
 
 
-class Pointed(Body):
-    """The body of `PUT /admin/aliases/NAME`: one target, several, or what was there before."""
+class AliasBody(Body):
+    """The body of `PUT /admin/aliases/NAME`: one target, several, or those before."""
 
     target: str | None = None
     targets: list[dict[str, Any]] = Field(default_factory=list, max_length=16)
     rollback: bool = False
 
     def read(self) -> tuple[AliasTarget, ...]:
-        """The targets. Raises Refusal for none, or for both kinds."""
+        """The targets."""
         if (self.target is None) == (not self.targets):
             raise wrong("target", "expected one of target, targets and rollback")
         name, _, digest = (self.target or "").partition("@")
-        given = self.targets or [{"adapter": name, "digest": digest or None}]
+        targets = self.targets or [{"adapter": name, "digest": digest or None}]
         try:
-            return tuple(AliasTarget(**one) for one in given)
+            return tuple(AliasTarget(**target) for target in targets)
         except (ValueError, TypeError) as error:
             raise wrong("targets", " ".join(str(error).split())) from None
 
 
 def administration(app: FastAPI, server: Server) -> None:
-    """Add the routes for administration, which need the key for it. Adapters are named by their
-    entry in the server's directory; a path may only lead to that entry.
-    """
+    """Add the routes for administration, which need its key."""
     registry = server.registry
 
     async def done(change: Callable[[], T]) -> T:
-        """Make a change beside the event loop. Raises Refusal for one that can't be made."""
+        """Make a change beside the event loop."""
         try:
             return await server.host.think(change, ADMIN)
         except LorafoldError as error:
@@ -404,12 +389,12 @@ def administration(app: FastAPI, server: Server) -> None:
             body.check(registry)
             return registry.load(name)
 
-        found = await done(load_now)
-        return answer({"id": name, "digest": found.digest, "status": "loaded"})
+        adapter = await done(load_now)
+        return answer({"id": name, "digest": adapter.digest, "status": "loaded"})
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
-        """Forget an adapter until it is loaded again. Requests that run finish with it."""
+        """Forget an adapter until it is loaded again. Running requests finish with it."""
         caller = server.admin(request)
         name = await server.body(request, caller, UnloadBody, lambda body: body.lora_name)
         await done(lambda: registry.unload(name))
@@ -421,16 +406,16 @@ def administration(app: FastAPI, server: Server) -> None:
         server.admin(request)
 
         def listed() -> Response:
-            now = Look(server)
+            now = Snapshot(server)
             return answer(
                 {
-                    "adapters": [now.adapter(one) for one in now.found.values()],
-                    "unverified": registry.listed,  # which may read the directory
-                    "notes": {n: f.note for n, f in now.found.items() if f.note},
-                    "unloaded": registry.kept.unloaded,
-                    "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
-                    "wrong": dict(registry.wrong),
-                    "aliases": registry.kept.aliases,
+                    "adapters": [now.adapter(one) for one in now.adapters.values()],
+                    "unverified": registry.unverified,  # which may read the directory
+                    "notes": {n: one.note for n, one in now.adapters.items() if one.note},
+                    "unloaded": now.state.unloaded,
+                    "quarantined": {n: why for n, (_, why) in now.state.quarantined.items()},
+                    "wrong": now.rejected,
+                    "aliases": now.state.aliases,
                 }
             )
 
@@ -441,20 +426,20 @@ def administration(app: FastAPI, server: Server) -> None:
         """Pin an adapter in memory, unpin it, or refuse its requests."""
         server.admin(request)
         if act not in ACTS:
-            told = f"found {act[:40]!r}, expected one of {', '.join(ACTS)}"
-            raise Refusal(404, "no_route", told)
+            message = f"found {act[:40]!r}, expected one of {', '.join(ACTS)}"
+            raise Refusal(404, "no_route", message)
         if act == "quarantine":
             await done(lambda: registry.quarantine(name, "the administrator put it there"))
             server.metrics.quarantines.inc()
         else:
             await done(lambda: registry.pin(name, act == "pin"))
-        return answer(Look(server).adapter(registry.found[name]))
+        return answer(Snapshot(server).adapter(registry.adapters[name]))
 
     @app.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
-        """Let an alias stand for other adapters from the next request on."""
+        """Point an alias to other adapters from the next request on."""
         caller = server.admin(request)
-        body = await server.body(request, caller, Pointed, lambda body: body)
+        body = await server.body(request, caller, AliasBody, lambda body: body)
         if body.rollback:
             alias = await done(lambda: registry.roll_back(name))
         else:
@@ -468,10 +453,3 @@ def administration(app: FastAPI, server: Server) -> None:
         server.admin(request)
         await done(lambda: registry.drop_alias(name))
         return answer({"id": name, "status": "deleted"})
-
-
-def _leads_to(path: str, entry: Path) -> bool:
-    try:
-        return Path(path).resolve() == entry.resolve()
-    except (OSError, ValueError):
-        return False

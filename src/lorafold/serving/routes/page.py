@@ -20,19 +20,18 @@ FILES = {  # by path; the look is that of all pages
     "/look.css": "files/look.css",
     **{f"/{name}": f"serving/page/{name}" for name in OWN},
 }
-# nothing from elsewhere, and nothing of ours in another's frame
+# nothing from other origins, and no frames
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-# an adapter's page is its maker's: it may not run, send or load anything
-SHUT = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-FORM = 4096  # bytes of a form, which is read before it is known who sent it
+# an adapter's page comes from its author: it may not run, send or load anything
+SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+FORM = 4096  # bytes of a form, which is read before the key is checked
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add them."""
+    """Add the routes of pages."""
     registry, place = server.registry, files("lorafold")
     content = {path: (place / file).read_bytes() for path, file in FILES.items()}
 
@@ -53,16 +52,16 @@ def routes(app: FastAPI, server: Server) -> None:
 
     async def shown(caller: Caller, name: str) -> Response:
         def content() -> bytes:
-            known = name in registry.found and caller.may(name)
+            known = name in registry.adapters and caller.may(name)
             file = registry.directory.page(name) if known else None
             if file is None:
-                told = f"adapter: found no {name[:80]!r} with a page that you may see"
-                raise Refusal(404, "model_not_found", told, "model")
+                message = f"adapter: found no {name[:80]!r} with a page that you may see"
+                raise Refusal(404, "model_not_found", message, "model")
             return file.read_bytes()
 
-        headers = {"Content-Security-Policy": SHUT, "X-Content-Type-Options": "nosniff"}
-        found = await server.host.think(content, caller.tenant)
-        return Response(found, media_type="text/html; charset=utf-8", headers=headers)
+        headers = {"Content-Security-Policy": SANDBOX, "X-Content-Type-Options": "nosniff"}
+        html = await server.host.think(content, caller.tenant)
+        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/v1/adapters/{name}/page")
     async def inspected(request: Request, name: str) -> Response:
@@ -71,8 +70,8 @@ def routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/adapters/{name}/page")
     async def opened(request: Request, name: str) -> Response:
-        """The same for a form, whose field has the key: a browser that opens a page sends no header
-        of ours, and a key in an address would be kept in histories and logs.
+        """The same for a form with the key: a browser that opens a page sends no such header, and
+        keys in addresses end up in histories and logs.
         """
         content = b""
         async for part in request.stream():

@@ -1,13 +1,13 @@
-"""`POST /v1/responses`: what is asked for, as the conversation that it is, and the turn as items.
-
-Nothing is kept between requests, so that fields that name an earlier response are not supported.
+"""`POST /v1/responses`. Nothing is stored between requests, so fields that refer to an earlier one
+are not supported.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -15,43 +15,43 @@ from pydantic import Field
 
 from lorafold.data.messages import without_nulls
 from lorafold.serving.backend import Token
-from lorafold.serving.chat import AllSaid, ChatBody, NextTurn, call_of, chat_of, text_of
+from lorafold.serving.chat import ChatBody, GeneratedMessage, NextTurn, call_of, chat_of, text_of
 from lorafold.serving.completion_job import CONTENT, REASONING, Reply
-from lorafold.serving.errors import naming, wrong
-from lorafold.serving.request_body import Body, Listed, StreamOptions, event, new_id
+from lorafold.serving.errors import wrong
+from lorafold.serving.request_body import Body, Listed, StreamOptions, new_id, sse_event
 from lorafold.serving.server import Dialect, Server, answer
 
 Item = dict[str, Any]
 PARTS = ("input_text", "output_text", "text", "reasoning_text")
 LOGPROBS = "message.output_text.logprobs"
-INCLUDED = (LOGPROBS, "reasoning.encrypted_content")  # of the second there is none
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")  # there is nothing to include of the second
 PAIRS, KEY, VALUE = 16, 64, 512  # OpenAI's limits of metadata
 NAMES = {
     "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
     "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
 }  # fmt: skip
-ABOUT = ("temperature", "top_p", "stream", "logprobs")  # of a chat, too
+SHARED = ("temperature", "top_p", "stream", "logprobs")  # fields that chats have, too
 KINDS = {REASONING: "reasoning", CONTENT: "message"}
 TEXTS = {"reasoning": "reasoning_text", "message": "output_text"}  # the events of an item's text
 
 
 def routes(app: FastAPI, server: Server) -> None:
-    """Add them."""
+    """Add the routes of responses."""
 
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
         """A model's next message, and its calls, in a conversation given as items."""
-        return await server.complete(request, Respond, partial(ResponsesReply, server), "resp")
+        return await server.complete(request, ResponsesBody, turn_of, ResponsesReply, "resp")
 
     @app.post("/v1/responses/input_tokens")
     async def count(request: Request) -> Response:
         """How many tokens the conversation has."""
-        found = await server.count(request, InputTokens, partial(turned, server))
-        return answer({"object": "response.input_tokens", "input_tokens": found})
+        tokens = await server.count(request, InputTokens, turn_of)
+        return answer({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 class InputTokens(Body):
-    """The body of `POST /v1/responses/input_tokens`: a request without what is about its answer."""
+    """The body of `POST /v1/responses/input_tokens`: a request without the fields of its answer."""
 
     model: str
     input: str | Listed[dict[str, Any]]
@@ -63,17 +63,16 @@ class InputTokens(Body):
     reasoning: dict[str, Any] = Field(default_factory=dict)
     truncation: Literal["auto", "disabled"] = "disabled"
 
-    def chat(self) -> tuple[ChatBody, dict[str, str]]:
-        """The same as a chat completion, and the names of its fields here. Raises Refusal for an
-        item that is not supported.
-        """
-        told = self.instructions
-        given: list[tuple[str, dict[str, Any]]]
-        given = [] if told is None else [("instructions", {"role": "system", "content": told})]
+    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
+        """The same as a chat completion, and the names of its fields here."""
+        conversation: list[tuple[str, dict[str, Any]]] = []
+        if self.instructions is not None:
+            system = {"role": "system", "content": self.instructions}
+            conversation.append(("instructions", system))
         if isinstance(self.input, str):
-            given.append(("input", {"role": "user", "content": self.input}))
+            conversation.append(("input", {"role": "user", "content": self.input}))
         else:
-            given += _messages(self.input)
+            conversation += _messages(self.input)
         if (summary := self.reasoning.get("summary")) not in (None, "auto"):
             raise wrong("reasoning.summary", f"found {summary!r:.80}, expected auto: there is none")
         for name, values, known in (
@@ -86,10 +85,11 @@ class InputTokens(Body):
         for i, tool in enumerate(self.tools):
             if tool.get("type") != "function":
                 raise wrong(f"tools[{i}].type", f"found {tool.get('type')!r}, expected function")
-            kept = ("name", "description", "parameters", "strict")
-            tools.append({"type": "function", "function": {k: tool[k] for k in kept if k in tool}})
+            fields = ("name", "description", "parameters", "strict")
+            function = {name: tool[name] for name in fields if name in tool}
+            tools.append({"type": "function", "function": function})
         return chat_of(
-            given,
+            conversation,
             tools,
             NAMES,
             model=self.model,
@@ -98,14 +98,11 @@ class InputTokens(Body):
             response_format=self.text.get("format") or {"type": "text"},
             reasoning_effort=self.reasoning.get("effort"),
             verbosity=self.text.get("verbosity"),
-            **self._about_the_answer(),
+            **more,
         )
 
-    def _about_the_answer(self) -> dict[str, Any]:
-        return {}
 
-
-class Respond(InputTokens):
+class ResponsesBody(InputTokens):
     """The body of `POST /v1/responses`."""
 
     max_output_tokens: int | None = None
@@ -122,7 +119,7 @@ class Respond(InputTokens):
         """Whether log probabilities are asked for."""
         return LOGPROBS in self.include
 
-    def _about_the_answer(self) -> dict[str, Any]:
+    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
         for i, name in enumerate(self.include):
             if name not in INCLUDED:
                 expected = " or ".join(INCLUDED)
@@ -130,154 +127,152 @@ class Respond(InputTokens):
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", f"found it without include, expected {LOGPROBS} in that")
         if len(self.metadata) > PAIRS:
-            told = f"found {len(self.metadata)} pairs, expected at most {PAIRS}"
-            raise wrong("metadata", told)
+            raise wrong("metadata", f"found {len(self.metadata)} pairs, expected at most {PAIRS}")
         for key, value in self.metadata.items():
             if len(key) > KEY or len(value) > VALUE:
-                told = f"expected a key of at most {KEY} characters and a value of at most {VALUE}"
-                raise wrong(f"metadata.{key[:KEY]}", told)
-        top = self.top_logprobs if self.logprobs else None
-        about = {"max_tokens": self.max_output_tokens, "top_logprobs": top}
-        return about | {name: getattr(self, name) for name in ABOUT}
+                most = f"a key of at most {KEY} characters and a value of at most {VALUE}"
+                raise wrong(f"metadata.{key[:KEY]}", f"expected {most}")
+        return super().chat(
+            max_tokens=self.max_output_tokens,
+            top_logprobs=self.top_logprobs if self.logprobs else None,
+            **{name: getattr(self, name) for name in SHARED},
+        )
 
 
-def turned(server: Server, body: InputTokens) -> tuple[NextTurn, dict[str, str]]:
-    """The turn that a body asks for, and the names of its fields there."""
-    chat, names = body.chat()
-    with naming(names):
-        return NextTurn(server, chat, "input", shorten=body.truncation == "auto"), names
+def turn_of(server: Server, body: InputTokens) -> NextTurn:
+    """The turn that a body asks for."""
+    return NextTurn(server, *body.chat(), "input", shorten=body.truncation == "auto")
 
 
 class ResponsesReply(Dialect):
-    """A turn as responses have it."""
+    """A turn in the form of responses: items of reasoning, text and calls."""
 
-    body: Respond
+    body: ResponsesBody
+    request: NextTurn
 
-    def __init__(self, server: Server, body: Respond) -> None:
-        self.turn, names = turned(server, body)
-        super().__init__(body, self.turn, names)
-        self._number = 0
-        self._unsaid: list[Token] = []  # of a message, whose text is not yet there
+    def __init__(self, body: ResponsesBody, request: NextTurn) -> None:
+        super().__init__(body, request)
+        self._numbers, self._events = count(), deque[bytes]()  # of events, and those to be sent
+        self._items: list[Item] = []  # that were streamed so far
+        self._pending: list[Token] = []  # tokens of a message whose text is still held back
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        """The whole answer."""
-        [message] = await self.turn.all_said(reply)
-        items = await asyncio.to_thread(self._items, reply, message)
-        return self._ended(reply, message, items)
+        [message] = await self.request.messages_of(reply)
+        items = [_text_item(KINDS[field], text) for field, text in message.texts.items()]
+        for item in items:
+            if item["type"] == "message":
+                tokens = [token for field, token in message.tokens if field == CONTENT]
+                logprobs = await asyncio.to_thread(self._logprobs, reply, tokens)
+                item["content"][0]["logprobs"] = logprobs
+        items += map(_call_item, message.calls)
+        return self._ended(reply, message, items or [_text_item("message", "")])
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as it comes: text in pieces, each call whole once it is there."""
+        # text in pieces, each call whole
         begun = self._response(reply, "in_progress", [])
         yield self._event("response.created", response=begun)
         yield self._event("response.in_progress", response=begun)
-        message, items = AllSaid(), list[Item]()
-        async for said in self.turn.said(reply):
-            message.take(said)
-            if said.token is not None and said.where == CONTENT:
-                self._unsaid.append(said.token)
-            for name, text in said.parts:
-                if not items or items[-1]["type"] != KINDS[name]:
-                    for one in (*self._closed(reply, items), *self._opened(items, KINDS[name])):
-                        yield one
-                yield self._delta(reply, items, text)
-        for one in self._closed(reply, items):
-            yield one
+        message, items = GeneratedMessage(), self._items
+        async for delta in self.request.deltas(reply):
+            message.add(delta)
+            if delta.token is not None and delta.field == CONTENT:
+                self._pending.append(delta.token)
+            for field, text in delta.texts.items():
+                self._add_text(reply, KINDS[field], text)
+            while self._events:
+                yield self._events.popleft()
+        if items or not message.calls:
+            self._close_text(reply)
         for call in message.calls:
-            items.append(_called(call))
-            for one in self._call(items):
-                yield one
-        if not items:
-            for one in (*self._opened(items, "message"), *self._closed(reply, items)):
-                yield one
+            self._add_call(_call_item(call))
         ended = self._ended(reply, message, items)
-        yield self._event(f"response.{ended['status']}", response=ended)
+        self._add_event(f"response.{ended['status']}", response=ended)
+        for data in self._events:
+            yield data
 
-    def _opened(self, items: list[Item], kind: str) -> Iterator[bytes]:
-        """Begin another item, which is spoken."""
-        items.append(item := _spoken(kind, ""))
-        yield self._added(items, content=[])
-        part = dict(item["content"][0])
-        yield self._event("response.content_part.added", **_where(items), part=part)
-
-    def _delta(self, reply: Reply, items: list[Item], text: str) -> bytes:
-        """Add to the last item."""
-        item = items[-1]
-        part = item["content"][0]
+    def _add_text(self, reply: Reply, kind: str, text: str) -> None:
+        """Add text to the last item, or to a new one if that is of another kind."""
+        if not self._items or self._items[-1]["type"] != kind:
+            if self._items:
+                self._close_text(reply)
+            self._open_text(kind)
+        part = self._items[-1]["content"][0]
         part["text"] += text
         more = {"logprobs": self._add_logprobs(reply, part)} if "logprobs" in part else {}
-        kind = f"response.{TEXTS[item['type']]}.delta"
-        return self._event(kind, **_where(items), delta=text, **more)
+        self._add_event(f"response.{TEXTS[kind]}.delta", **self._place, delta=text, **more)
 
-    def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
-        """Those of the tokens up to here, which are added to a message's text."""
-        new = self._logprobs(reply, self._unsaid)
-        part["logprobs"] += new
-        self._unsaid = []
-        return new
+    def _open_text(self, kind: str) -> None:
+        item = _text_item(kind, "")
+        self._add_item(item, content=[])
+        part = dict(item["content"][0])
+        self._add_event("response.content_part.added", **self._place, part=part)
 
-    def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
-        shown = reply.prompted.chosen.renderer.shown
-        return shown.chat(tokens, self.body.top_logprobs) if self.body.logprobs else []
-
-    def _closed(self, reply: Reply, items: list[Item]) -> Iterator[bytes]:
-        """End the last item, if there is one."""
-        if not items:
-            return
-        where, part, more = _where(items), items[-1]["content"][0], dict[str, Any]()
+    def _close_text(self, reply: Reply) -> None:
+        if not self._items:  # an empty answer
+            self._open_text("message")
+        item = self._items[-1]
+        place, part, more = self._place, item["content"][0], dict[str, Any]()
         if "logprobs" in part:
             self._add_logprobs(reply, part)
             more["logprobs"] = part["logprobs"]
-        kind = f"response.{TEXTS[items[-1]['type']]}.done"
-        yield self._event(kind, **where, text=part["text"], **more)
-        yield self._event("response.content_part.done", **where, part=part)
-        yield self._done(items)
+        kind = f"response.{TEXTS[item['type']]}.done"
+        self._add_event(kind, **place, text=part["text"], **more)
+        self._add_event("response.content_part.done", **place, part=part)
+        self._add_done()
 
-    def _call(self, items: list[Item]) -> Iterator[bytes]:
-        """The last item, which is a call."""
-        yield self._added(items, arguments="")
-        item = items[-1]
-        where = {"output_index": len(items) - 1, "item_id": item["id"]}
+    def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
+        """The log probabilities of the pending tokens, which a message's part gets."""
+        new = self._logprobs(reply, self._pending)
+        part["logprobs"] += new
+        self._pending = []
+        return new
+
+    def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
+        texts, top = reply.prompted.chosen.renderer.texts, self.body.top_logprobs
+        return texts.chat_logprobs(tokens, top) if self.body.logprobs else []
+
+    def _add_call(self, item: Item) -> None:
+        self._add_item(item, arguments="")
+        place = {"output_index": len(self._items) - 1, "item_id": item["id"]}
         kind, arguments = "response.function_call_arguments", item["arguments"]
-        yield self._event(f"{kind}.delta", **where, delta=arguments)
-        yield self._event(f"{kind}.done", **where, arguments=arguments, name=item["name"])
-        yield self._done(items)
+        self._add_event(f"{kind}.delta", **place, delta=arguments)
+        self._add_event(f"{kind}.done", **place, arguments=arguments, name=item["name"])
+        self._add_done()
 
-    def _added(self, items: list[Item], **empty: Any) -> bytes:
-        item = items[-1] | {"status": "in_progress"} | empty
-        return self._event("response.output_item.added", output_index=len(items) - 1, item=item)
+    def _add_item(self, item: Item, **empty: Any) -> None:
+        self._items.append(item)
+        at, shown = len(self._items) - 1, item | {"status": "in_progress"} | empty
+        self._add_event("response.output_item.added", output_index=at, item=shown)
 
-    def _done(self, items: list[Item]) -> bytes:
-        at = len(items) - 1
-        return self._event("response.output_item.done", output_index=at, item=items[-1])
+    def _add_done(self) -> None:
+        at, item = len(self._items) - 1, self._items[-1]
+        self._add_event("response.output_item.done", output_index=at, item=item)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        at, id = len(self._items) - 1, self._items[-1]["id"]
+        return {"item_id": id, "output_index": at, "content_index": 0}
+
+    def _add_event(self, kind: str, **fields: Any) -> None:
+        self._events.append(self._event(kind, **fields))
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        self._number += 1
-        return event({"type": kind, "sequence_number": self._number - 1} | fields, kind)
+        return sse_event({"type": kind, "sequence_number": next(self._numbers)} | fields, kind)
 
-    def _items(self, reply: Reply, message: AllSaid) -> list[Item]:
-        spoken = [_spoken(KINDS[name], text) for name, text in message.texts.items()]
-        for item in spoken:
-            if item["type"] == "message":
-                said = [token for field, token in message.tokens if field == CONTENT]
-                item["content"][0]["logprobs"] = self._logprobs(reply, said)
-        return [*spoken, *map(_called, message.calls)] or [_spoken("message", "")]
-
-    def _ended(self, reply: Reply, message: AllSaid, items: list[Item]) -> dict[str, Any]:
-        assert message.end is not None
+    def _ended(self, reply: Reply, message: GeneratedMessage, items: list[Item]) -> dict[str, Any]:
         cut = message.end.reason == "length"
-        found = self._response(reply, "incomplete" if cut else "completed", items)
-        usage: Any = reply.usage
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        found["usage"] = {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": usage["completion_tokens"],
+        response = self._response(reply, "incomplete" if cut else "completed", items)
+        usage = reply.usage
+        response["usage"] = {
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+            "output_tokens": usage.completion,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage["total_tokens"],
+            "total_tokens": usage.prompt + usage.completion,
         }
         if cut:
-            found["incomplete_details"] = {"reason": "max_output_tokens"}
-        return found
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        return response
 
     def _response(self, reply: Reply, status: str, items: list[Item]) -> dict[str, Any]:
         body = self.body
@@ -307,13 +302,7 @@ class ResponsesReply(Dialect):
         }
 
 
-def _where(items: list[Item]) -> dict[str, Any]:
-    """Where the text of the last item is."""
-    return {"item_id": items[-1]["id"], "output_index": len(items) - 1, "content_index": 0}
-
-
-def _spoken(kind: str, text: str) -> Item:
-    """An item of reasoning, or a message."""
+def _text_item(kind: str, text: str) -> Item:
     if kind == "reasoning":
         content: list[Item] = [{"type": "reasoning_text", "text": text}]
         return {"type": kind, "id": new_id("rs"), "summary": [], "content": content}
@@ -324,61 +313,59 @@ def _spoken(kind: str, text: str) -> Item:
     }  # fmt: skip
 
 
-def _called(call: Item) -> Item:
-    """An item of a call."""
+def _call_item(call: Item) -> Item:
     return {
         "type": "function_call",
         "id": new_id("fc"),
         "call_id": call["id"],
-        "name": call["function"]["name"],
-        "arguments": call["function"]["arguments"],
+        **call["function"],
         "status": "completed",
     }
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The items as messages, each with the item where it begins; calls and reasoning belong to the
-    assistant's message they are in.
+    """The items as messages, each with the item where it begins. Calls and reasoning belong to the
+    assistant's message beside them.
     """
     names: dict[str, str] = {}
     turn: dict[str, Any] = {}
     begun = ""
     for i, item in enumerate(items):
-        kind = item.get("type", "message")
+        kind, where = item.get("type", "message"), f"input[{i}]"
         assistant = kind in ("function_call", "reasoning") or item.get("role") == "assistant"
         if turn and (not assistant or (kind == "message" and "content" in turn)):
             yield begun, turn
             turn = {}
         if assistant and not turn:
-            begun, turn = f"input[{i}]", {"role": "assistant"}
-        if kind == "message" and assistant:
-            turn["content"] = _text(item.get("content"), f"input[{i}].content")
-        elif kind == "message":
-            text = _text(item.get("content"), f"input[{i}].content")
-            yield f"input[{i}]", {"role": item.get("role"), "content": text}
+            begun, turn = where, {"role": "assistant"}
+        if kind == "message":
+            text = _text(item.get("content"), f"{where}.content")
+            if assistant:
+                turn["content"] = text
+            else:
+                yield where, {"role": item.get("role"), "content": text}
         elif kind == "function_call":
             name, id = item.get("name"), item.get("call_id")
-            call = call_of(id, name, item.get("arguments"), f"input[{i}]")
+            call = call_of(id, name, item.get("arguments"), where)
             names[call["id"]] = str(name)
             turn.setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             id = str(item.get("call_id"))
-            text = _text(item.get("output"), f"input[{i}].output")
-            said = {"tool_call_id": id, "name": names.get(id, ""), "content": text}
-            yield f"input[{i}]", {"role": "tool"} | said
+            text = _text(item.get("output"), f"{where}.output")
+            result = {"tool_call_id": id, "name": names.get(id, ""), "content": text}
+            yield where, {"role": "tool"} | result
         elif kind == "reasoning":
             if item.get("encrypted_content"):
-                raise wrong(f"input[{i}].encrypted_content", "it can't be read here")
-            content = _text(item.get("content") or [], f"input[{i}].content")
-            turn["reasoning_content"] = content
+                raise wrong(f"{where}.encrypted_content", "it can't be read here")
+            turn["reasoning_content"] = _text(item.get("content") or [], f"{where}.content")
         else:
-            raise wrong(f"input[{i}].type", f"found {kind!r}, which is not supported here")
+            raise wrong(f"{where}.type", f"found {kind!r}, which is not supported here")
     if turn:
         yield begun, turn
 
 
 def _text(content: Any, where: str) -> Any:
-    """Parts of text joined; what is no list is checked as a message is."""
+    """Parts of text joined; anything but a list is checked with its message."""
     if not isinstance(content, list):
         return content
     return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected text alone")
