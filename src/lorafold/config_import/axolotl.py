@@ -103,11 +103,7 @@ def is_quantized(settings: ToolSettings) -> bool:
 
 
 def adapter(value: Any, settings: ToolSettings) -> Outcome:
-    """`adapter` becomes the method; with none the whole model trains.
-
-    LorafoldError where a key is missing that axolotl asks for, and for combinations that lorafold
-    can't train.
-    """
+    """`adapter` becomes the method; with none the whole model trains."""
     if not is_lora(settings):
         if settings["pretraining_dataset"]:
             raise LorafoldError("found none and a pretraining_dataset: lorafold does not pretrain")
@@ -267,7 +263,7 @@ def chat_template_kwargs(value: Any, settings: ToolSettings) -> Outcome:
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
     what no pattern matches after it has attached the adapter, whose weights are called
-    base_model.model.PATH.lora_A.default.weight. LorafoldError where the whole model trains.
+    base_model.model.PATH.lora_A.default.weight.
     """
     if not is_lora(settings):
         raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")
@@ -296,7 +292,7 @@ def tracker(name: str) -> Reader:
 
 
 def plugins(value: Any, settings: ToolSettings) -> Outcome:
-    """`plugins`. LorafoldError for one that lorafold has nothing in place of."""
+    """`plugins`."""
     others = []
     for name in names(value):
         part = name.removeprefix(OF_AXOLOTL).partition(".")[0]

@@ -144,10 +144,7 @@ def of_policy(row: Reader, otherwise: Row = None) -> Reader:
 
 
 def rl(value: Any, settings: ToolSettings) -> Outcome:
-    """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which.
-
-    LorafoldError for objectives that lorafold does not have, and for what axolotl refuses.
-    """
+    """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which."""
     if is_off(value):
         return OFF
     if str(value) in REFUSED:
@@ -165,7 +162,7 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
     """`dpo_loss_type` becomes the objective and, where sft is its second, `sft_weight`, of which
-    `dpo_loss_weights` are the weights. LorafoldError for other losses and mixtures.
+    `dpo_loss_weights` are the weights.
     """
     return of_dpo(names(value), settings["dpo_loss_weights"], "dpo_loss_weights")
 

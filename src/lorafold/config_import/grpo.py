@@ -74,10 +74,7 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` becomes the objective and its average. LorafoldError for those that lorafold does
-    not have, and for a cispo whose `epsilon_high`, which bounds the ratio itself in TRL, leaves
-    every weight below 1, as TRL's own does.
-    """
+    """`loss_type` becomes the objective and its average."""
     if value in ("sapo", "vespo"):
         raise refused(value, "lorafold has no such law of policies")
     options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
@@ -96,8 +93,6 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
     """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence.
-
-    LorafoldError where cispo has it.
     """
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
         raise refused(value, "lorafold's cispo has a ratio for each token")
@@ -138,7 +133,7 @@ def beta(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`sync_ref_model` moves the reference: LorafoldError where it is on and there is one."""
+    """`sync_ref_model` moves the reference:"""
     if not boolean(value):
         return OFF
     if not settings.read("beta", number):
@@ -187,9 +182,7 @@ def completion_length(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def num_iterations(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_iterations` becomes `updates`. LorafoldError for several of RLOO, whose ratios TRL clips
-    and lorafold does not have.
-    """
+    """`num_iterations` becomes `updates`."""
     found = integer(value)
     if found == 1:
         return taken("a step draws and learns once")
@@ -210,8 +203,7 @@ def drawn_plainly(*neutral: float) -> Reader:
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """The reader of a further bound of ratios, which has no effect where they are 1. LorafoldError
-    where they are not.
+    """The reader of a further bound of ratios, which has no effect where they are 1.
 
     `least` is the least value of which that is so.
     """
@@ -227,10 +219,7 @@ def bound_of_ratios(least: float) -> Reader:
 
 
 def reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
-    """`reward_funcs` become the rewards; those that are no functions of a file are left.
-
-    LorafoldError for a model that scores, and for others than one of `reward_weights` for each.
-    """
+    """`reward_funcs` become the rewards; those that are no functions of a file are left."""
     found, given = names(value), settings["reward_weights"]
     if not found:
         return left(f"pass what judges completions as --reward {PLACE}", f"--reward {PLACE}")
@@ -266,7 +255,7 @@ def reward_weights(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def count(key: str, settings: ToolSettings, least: int = 1) -> int:
-    """A number of things. LorafoldError names the key where it is less than `least`."""
+    """A number of things."""
     found = settings.read(key, integer)
     if found < least:
         raise LorafoldError(f"{key}: found {found}, expected {least} or more")

@@ -139,9 +139,7 @@ def is_fresh(settings: ToolSettings) -> bool:
 
 
 def of_supervised(value: Any, settings: ToolSettings) -> bool:
-    """A switch. LorafoldError where one is on that LLaMA-Factory refuses outside supervised
-    training.
-    """
+    """A switch."""
     if objective_of(settings) is not None and boolean(value):
         raise LorafoldError(
             f"found {value!r}, which LLaMA-Factory refuses with stage {settings['stage']}"

@@ -64,9 +64,7 @@ def is_lora(settings: ToolSettings) -> bool:
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file with the keys of its block of LoRA as keys `lora_parameters.KEY`. LorafoldError
-    where it has one without the rank, scale or dropout that mlx-lm asks for.
-    """
+    """The file with the keys of its block of LoRA as keys `lora_parameters.KEY`."""
     block = config.get(BLOCK)
     if block is None:
         return config
@@ -97,7 +95,7 @@ def in_steps(name: str, key: str) -> Reader:
 
 
 def fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`fine_tune_type` becomes the method. LorafoldError where only some layers train whole."""
+    """`fine_tune_type` becomes the method."""
     if choice(value, "lora", "dora", "full") == "full" and settings["num_layers"] != -1:
         raise LorafoldError(
             f"found 'full' of the last {settings['num_layers']} layers (num_layers), but lorafold's"

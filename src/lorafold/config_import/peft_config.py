@@ -44,10 +44,7 @@ BESIDE = {
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of an adapter_config.json as an entry.
-
-    LorafoldError lists every value that can't be read, or that lorafold can't train.
-    """
+    """Every key of an adapter_config.json as an entry."""
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters

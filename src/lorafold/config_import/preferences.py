@@ -80,15 +80,7 @@ def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
 
 
 def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
-    """A weight of the chosen completions' supervised loss becomes `sft_weight`.
-
-    Args:
-        objective: The objective of preferences, or None.
-        remark: What differs in the other tool's loss.
-
-    Raises:
-        LorafoldError: the objective has no such term.
-    """
+    """A weight of the chosen completions' supervised loss becomes `sft_weight`."""
     if objective is None:
         return None
     weight = number(value)
@@ -106,11 +98,7 @@ def supervised_as(objective: str) -> Reader:
 
 def of_dpo(found: Sequence[str], given: Any, key: str) -> Outcome:
     """The losses of TRL's DPOTrainer become the objective and, where sft is the second, its
-    `sft_weight`. LorafoldError for other losses and mixtures.
-
-    Args:
-        given: Their weights, or None.
-        key: What the file calls them.
+    `sft_weight`.
     """
     weights = [1.0] * len(found)
     if given is not None:

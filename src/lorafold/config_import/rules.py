@@ -66,14 +66,14 @@ class ToolSettings:
         return self.defaults.get(key) if value is None else value
 
     def read(self, key: str, convert: Callable[[Any], T]) -> T:
-        """The value, converted. LorafoldError names the key."""
+        """The value, converted."""
         try:
             return convert(self[key])
         except LorafoldError as error:
             raise LorafoldError(f"{key}: {error}") from None
 
     def on(self, key: str) -> bool:
-        """Whether a switch is on. LorafoldError names the key."""
+        """Whether a switch is on."""
         return self.read(key, boolean)
 
 
@@ -98,11 +98,7 @@ Condition = Callable[[ToolSettings], bool]
 
 
 def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
-    """The rules of keys, which are separated by spaces; a row may have the tool's default too.
-
-    Args:
-        only: The settings with which the keys have an effect; None: all.
-    """
+    """The rules of keys, which are separated by spaces; a row may have the tool's default too."""
     return tuple(
         Rule(key, either(only, reader) if only else reader, default)
         for keys, row in rows.items()
@@ -220,8 +216,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
     """Every key of `config` as an entry, and the tool's defaults that matter where it is silent.
 
     Where a rule passes `--init-adapter`, that adapter brings its own method, rank and targets, and
-    the file's are left. LorafoldError lists the values that can't be read, or that lorafold can't
-    train.
+    the file's are left.
     """
     settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
     entries: list[TranslatedKey] = []
@@ -282,9 +277,6 @@ class SourceRows:
 
 def given_as_data(found: Sequence[SourceRows], wanted: str) -> Outcome:
     """Rows are left, and the command names them and the columns with other names than lorafold's.
-
-    Args:
-        wanted: The shapes of rows that the objective takes, in words.
     """
     columns: dict[str, str] = {}
     clash = any(
@@ -306,11 +298,6 @@ def given_as_data(found: Sequence[SourceRows], wanted: str) -> Outcome:
 def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) -> SourceRows:
     """The rows of a path or hub dataset, of which lorafold reads the default configuration and the
     split train.
-
-    Args:
-        config: The name of a configuration; None: the default.
-        split: That of a split; None: train.
-        files: The dataset's files, where only some are read.
     """
     said = [f"its configuration {config}"] if config is not None else []
     said += [f"its split {split}"] if split not in (None, "train") else []

@@ -279,8 +279,7 @@ def _as_json(entry: TranslatedKey) -> dict[str, Any]:
 def translate(path: str | Path, kind: str | None = None) -> Translation:
     """A configuration of another tool as a recipe, with a report on every key.
 
-    `kind` is the tool, a key of TOOLS; without it the file's own keys tell. LorafoldError names the
-    file and every value that can't be read, or can't be trained here.
+    `kind` is the tool, a key of TOOLS; without it the file's own keys tell.
     """
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
@@ -303,15 +302,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
 
 
 def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
-    """Write the recipe to a YAML file.
-
-    Args:
-        translation: The recipe and what became of each key.
-        overwrite: Whether a file that exists is replaced.
-
-    Raises:
-        LorafoldError: `out` exists and `overwrite` is off, or it is a directory.
-    """
+    """Write the recipe to a YAML file."""
     check_free(out, overwrite)
     write_text(out, translation.to_yaml(str(out)))
 
@@ -342,7 +333,7 @@ def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
 
 
 def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
-    """The recipe of all entries' fields. LorafoldError names the keys of those it refuses."""
+    """The recipe of all entries' fields."""
     values: dict[str, Any] = {}
     for entry in entries:
         for name, value in entry.outcome.fields.items():
@@ -388,7 +379,7 @@ def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> Transla
 
 
 def kind_of(path: Path, config: Mapping[str, Any]) -> str:
-    """The tool that a file is of. LorafoldError where none fits well, or several as well."""
+    """The tool that a file is of."""
     signs = {kind: tool.signs_in(config) for kind, tool in TOOLS.items()}
     unknown = {kind: tool.unknown_in(config) for kind, tool in TOOLS.items()}
     rank = {kind: (not signs[kind], len(unknown[kind]), -signs[kind]) for kind in TOOLS}
@@ -431,15 +422,10 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's,
-    axolotl's or mlx-lm's.
+    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's, axolotl's or
+    mlx-lm's.
 
-    Args:
-        key: The option's name without dashes in front, as in lora_r.
-        given: The values of all options of that kind on the command line, by such names.
-
-    Returns None for what none of them has. LorafoldError for a value that the tool would refuse, or
-    that lorafold can't train.
+    Returns None for what none of them has.
     """
     name, value = SWITCHES.get(key, (key, given[key]))
     for rules in _tables():

@@ -156,9 +156,6 @@ def trackers(value: Any, settings: ToolSettings) -> Outcome:
 def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
     """Names of parameters become targets beside those of modules; a linear module is called by its
     own name, and not by its weight's.
-
-    Args:
-        modules: The names of the modules, or a preset or a regular expression.
     """
     if modules == "all-linear":
         return changed("all-linear has the matrices of experts too")
@@ -197,12 +194,7 @@ def save_total_limit(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
-    """Rows of a micro-batch times accumulation become the batch.
-
-    Args:
-        of_one: What they are counted for, in words.
-        packed: Where rows are packed: the tool, and its key that a sequence fills.
-    """
+    """Rows of a micro-batch times accumulation become the batch."""
     if not packed:
         return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
     tool, _, fills = packed.partition(" ")
@@ -214,16 +206,7 @@ def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The kind of LoRA becomes `method` and `options`.
-
-    Args:
-        dora: Whether the update is weight-decomposed.
-        rslora: Whether the update is scaled by alpha over the square root of the rank.
-        init: PEFT's `init_lora_weights`.
-
-    Raises:
-        LorafoldError: lorafold does not have the combination.
-    """
+    """The kind of LoRA becomes `method` and `options`."""
     beneath, options, why = "rslora" if rslora else "lora", dict[str, Any](), ""
     if init in ("gaussian", "loftq"):
         options = {"init": init}

@@ -115,7 +115,7 @@ def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
-    """`load_in_4bit` becomes a base in nf4. LorafoldError for FP4."""
+    """`load_in_4bit` becomes a base in nf4."""
     if not boolean(value):
         return OFF
     if settings["bnb_4bit_quant_type"] != "nf4":

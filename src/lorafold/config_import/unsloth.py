@@ -303,14 +303,7 @@ def _unread(
 
 
 def arguments_of(text: str, where: str) -> Mapping[str, Any]:
-    """The arguments of a script, by their keys, and its trainer under `trainer`.
-
-    Args:
-        where: The file, for errors.
-
-    Raises:
-        LorafoldError: it is no Python, or calls no model of Unsloth's.
-    """
+    """The arguments of a script, by their keys, and its trainer under `trainer`."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:

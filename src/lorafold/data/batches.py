@@ -51,13 +51,7 @@ class Batches(Sequence[list[int]]):
     def __init__(
         self, parts: int | Sequence[SourcePart], batch: int, steps: int, seed: int
     ) -> None:
-        """Raises LorafoldError if there are no examples.
-
-        Args:
-            parts: The number of examples, or that of each source with its weight.
-            batch: Examples of an optimizer step.
-            steps: The number of optimizer steps.
-        """
+        """Raise LorafoldError if there are no examples."""
         self._parts = [SourcePart(parts)] if isinstance(parts, int) else list(parts)
         self._taken = [epoch_size([part]) for part in self._parts]
         self._batch, self._steps, self._seed = batch, steps, seed
@@ -103,11 +97,7 @@ def epoch_size(parts: Sequence[SourcePart]) -> int:
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Return (training rows, held-out rows), chosen at random, each in the order given.
 
-    Either has at least one row, unless `fraction` is 0. Raises LorafoldError if there are fewer
-    than two rows to split.
-
-    Args:
-        fraction: The share of the rows to hold out, from 0 to 1.
+    Either has at least one row, unless `fraction` is 0.
     """
     rows = Rows.of(rows)
     if not fraction:
@@ -137,16 +127,11 @@ class WithLabels(Protocol):
 def collate(examples: Sequence[WithLabels], packed: bool, pad_id: int) -> dict[str, Tensor]:
     """Return the tensors of one forward pass over the examples.
 
-    Packed: input_ids, position_ids and labels, (1, T), where T is the sum of the lengths.
-    Padded at the right: input_ids, attention_mask and labels, (B, T), where T is the longest.
+    Packed: input_ids, position_ids and labels, (1, T), where T is the sum of the lengths. Padded at
+    the right: input_ids, attention_mask and labels, (B, T), where T is the longest.
 
     The labels returned are shifted: labels[b, t] is the token after position t, or -100 if the loss
     leaves it out, as it does at the last position of each example.
-
-    Args:
-        examples: The tokenized rows, with unshifted labels.
-        packed: Pack the examples into one sequence instead of padding them.
-        pad_id: The token id that fills short sequences; the attention mask hides it.
     """
     ids = [torch.tensor(e.ids, dtype=torch.long) for e in examples]
     targets = [torch.tensor([*e.labels[1:], NO_LOSS], dtype=torch.long) for e in examples]
@@ -191,15 +176,7 @@ def micro_batches(
     capacity: int | None = None,
     size: Callable[[Any], int] | None = None,
 ) -> list[Sequence[Any]]:
-    """Divide the examples of an optimizer step into micro-batches.
-
-    Args:
-        examples: The examples of one step, each with `ids`.
-        n: The number of micro-batches; packing may make more of them.
-        capacity: The tokens that a packed sequence may have; each sequence is then a micro-batch.
-            None: the examples are padded.
-        size: The tokens that an example takes of a packed sequence; None: those of its `ids`.
-    """
+    """Divide the examples of an optimizer step into micro-batches."""
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
     if capacity is None:
@@ -233,13 +210,7 @@ class BatchFeed(ABC):
 
     @abstractmethod
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        """Examples that no step depends on.
-
-        Args:
-            n: How many batches.
-            size: Rows of a batch.
-            seed: The seed of their order.
-        """
+        """Examples that no step depends on."""
 
 
 class StoredFeed(BatchFeed):
@@ -255,14 +226,7 @@ class StoredFeed(BatchFeed):
         steps: int,
         seed: int,
     ) -> None:
-        """Plan the steps.
-
-        Args:
-            parts: How many rows are from each source.
-            batch: Rows of an optimizer step.
-            steps: The number of optimizer steps.
-            seed: The seed of the order.
-        """
+        """Plan the steps."""
         self.examples, self.steps, self.batch = examples, steps, batch
         # where the examples of each row begin; each has one, unless the examples know their rows
         rows = getattr(examples, "rows", np.arange(len(examples)))
@@ -328,13 +292,7 @@ def forest(
     limits: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Forest:
-    """The forest of tokenized rows with unshifted labels.
-
-    Args:
-        limits: the most tokens that each may share; None: all.
-        groups: which of them may share with each other, ascending; None: all. Those of a group have
-            the first tokens in common, up to their limits.
-    """
+    """The forest of tokenized rows with unshifted labels."""
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
     targets = np.full(size, NO_LOSS, np.int64)
@@ -368,11 +326,7 @@ def forest(
 
 
 def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
-    """Of each token of each row, (t,): the first row that begins with the same tokens up to it.
-
-    Args:
-        rows: the ids of what each may have in common with others.
-    """
+    """Of each token of each row, (t,): the first row that begins with the same tokens up to it."""
     first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
     of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
     for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
@@ -392,12 +346,6 @@ def alike(
     size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
     """Divide the rows of an optimizer step into micro-batches in which those that begin alike meet.
-
-    Args:
-        n: the number of micro-batches; there are more where their tokens would exceed the capacity.
-        capacity: the tokens that a packed sequence may have. A longer row has one of its own.
-        beginning: the ids that a row may have in common with others.
-        size: the tokens of a row; None: as many as it begins with.
     """
     found: list[list[R]] = []
     tokens, share, ids = 0, ceil(len(rows) / n), np.zeros(0, np.int64)
@@ -415,12 +363,7 @@ def alike(
 
 
 def _common(ids: Array, targets: Array, own: Array, wanted: Array) -> int:
-    """How many tokens a row has in common with the one before, up to one that predicts another.
-
-    Args:
-        ids, targets: of the row before, (t,).
-        own, wanted: of the row, (u,).
-    """
+    """How many tokens a row has in common with the one before, up to one that predicts another."""
     n = min(len(ids), len(own))
     targets, wanted = targets[:n], wanted[:n]
     either = (targets == wanted) | (targets == NO_LOSS) | (wanted == NO_LOSS)

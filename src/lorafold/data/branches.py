@@ -127,11 +127,7 @@ class Branches(Encoder):
         return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
 
     def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The columns of one example.
-
-        Args:
-            documents: What each completion gave: its entries in the table of `CompletionEncoder`.
-        """
+        """The columns of one example."""
         problem = ""
         if not isinstance(one.desirable, bool):
             problem = f"field label: found {kind_of(one.desirable)}, expected true or false"
@@ -330,19 +326,7 @@ def encode_preferred(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> PreferredData:
-    """Tokenize rows of preferences, each prompt once.
-
-    Raises LorafoldError that lists the bad rows: those that the chat template refuses, that have no
-    token to train on, or whose completions are equal, also within `max_length`.
-
-    Args:
-        rows: The user's rows, of a shape that suits `kind`.
-        tokenizer: A fast tokenizer with a chat template.
-        max_length: Longer documents (a prompt with one completion) are cut to this many tokens.
-        kind: pairs or judged.
-        console: For progress; None is quiet.
-        rendering: What of a completion is trained on.
-    """
+    """Tokenize rows of preferences, each prompt once."""
     rows = as_checked(rows, kind)
     return preferred(
         tokenized(rows, Branches(tokenizer, kind, rendering), console), rows, max_length, kind
@@ -350,16 +334,7 @@ def encode_preferred(
 
 
 def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> PreferredData:
-    """The examples of a table that `Branches` made.
-
-    Args:
-        table: The ids of prompts and completions.
-        rows: What it was made of.
-        max_length: Longer documents are cut to this many tokens.
-        kind: pairs or judged.
-
-    Raises LorafoldError for rows of which nothing is left to compare within `max_length`.
-    """
+    """The examples of a table that `Branches` made."""
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
@@ -383,13 +358,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Prefer
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raise LorafoldError for rows of which nothing is left to compare.
-
-    Args:
-        rows: What the examples were made of.
-        max_length: To which they are cut.
-        cut: Which of them are cut, (n,).
-    """
+    """Raise LorafoldError for rows of which nothing is left to compare."""
     bad: dict[int, str] = {}
     for n in np.flatnonzero(cut).tolist():
         example, row = examples[n], int(examples.rows[n])

@@ -199,10 +199,7 @@ def parse_calls(
 
 
 def read_tools(path: Path) -> list[Tool]:
-    """The tools of a JSON file, which holds a list of them.
-
-    Raises LorafoldError for a file that can't be read or holds anything else.
-    """
+    """The tools of a JSON file, which holds a list of them."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

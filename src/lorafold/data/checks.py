@@ -136,11 +136,7 @@ class Account:
 
 
 def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
-    """What the tokenizer's chat template does.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-    """
+    """What the tokenizer's chat template does."""
     template, asked = template_of(tokenizer), ASKED["content"]
     form, block, ending = template.form, template.block, template.ending
     bare = attempt(form.of([ASKED]), tokenizer)
@@ -288,14 +284,7 @@ def look(
     max_length: int,
     held_out: tuple[Sequence[Any], Rows] | None = None,
 ) -> Findings:
-    """What there is to know of the rows of a run.
-
-    Args:
-        examples: Those to train on.
-        rows: What they were made of.
-        max_length: The tokens to which they are cut.
-        held_out: The examples to measure on, and their rows.
-    """
+    """What there is to know of the rows of a run."""
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
     of, digests = _compared(examples)
@@ -338,14 +327,7 @@ def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
 def _finding(
     name: str, rows: Rows, found: Pairs, told: Any = "", like: Rows | None = None
 ) -> DataFinding:
-    """What was found of some of the rows.
-
-    Args:
-        name: In SAID.
-        found: The indices of the rows, and of those that they are compared with.
-        told: What stands in its words.
-        like: The rows that they are compared with; None: the same.
-    """
+    """What was found of some of the rows."""
     said, others = SAID[name].format(told), found[1]
     chosen, at = np.unique(found[0], return_index=True)  # each once
     if not len(chosen):

@@ -84,10 +84,7 @@ class LabelledData:
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the labels of the rows, sorted: whole numbers by size, text by character.
-
-    Raises LorafoldError if the rows have no labels, or only one.
-    """
+    """Return the labels of the rows, sorted: whole numbers by size, text by character."""
     known = Rows.of(rows, LABELS)
     check_given(known.shapes, LABELS)
     labels = {given.label for given in known.given(LABELS)}
@@ -175,17 +172,7 @@ def encode_labelled(
     classes: Sequence[str],
     console: "Console | None" = None,
 ) -> LabelledData:
-    """Tokenize labelled texts and turn their labels into class numbers.
-
-    Raises LorafoldError that lists the bad rows: those whose label is none of the classes and those
-    whose text has no token.
-
-    Args:
-        max_length: Longer rows are cut to this many tokens, at the end of their text: the special
-            tokens that the tokenizer closes it with stay.
-        classes: The classes; a class's number is its index.
-        console: For progress; None is quiet.
-    """
+    """Tokenize labelled texts and turn their labels into class numbers."""
     rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     return labelled(table, rows, max_length, classes)
@@ -194,14 +181,7 @@ def encode_labelled(
 def labelled(
     table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]
 ) -> LabelledData:
-    """The examples of a table that `Labels` made.
-
-    Args:
-        rows: What it was made of.
-        max_length: Longer rows are cut to this many tokens, at the end of their text: the special
-            tokens that the tokenizer closes it with stay.
-        classes: The classes, by number.
-    """
+    """The examples of a table that `Labels` made."""
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
     report = LabelledReport(
@@ -217,11 +197,7 @@ def labelled(
 def preview_labelled(
     example: LabelledExample, tokenizer: "PreTrainedTokenizerBase", classes: Sequence[str]
 ) -> "Text":
-    """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict.
-
-    Args:
-        classes: The classes, by number.
-    """
+    """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict."""
     from rich.text import Text
 
     text = str(

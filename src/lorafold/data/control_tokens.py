@@ -57,10 +57,6 @@ SAID = ("content", "reasoning_content")  # what the assistant writes itself
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
     """Let contents have these tokens, besides those that they may have already, and without those
     that the template writes.
-
-    Args:
-        tokenizer: With its chat template, or with several; without one nothing is to be said.
-        words: The texts of the tokens; None allows all.
     """
     if not (template := tokenizer.chat_template):
         return
@@ -87,9 +83,6 @@ def written_by(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
     """Those of some words that a chat template writes itself, of pieces (as <|user|>) or as a word.
-
-    Args:
-        tokenizer: With this template, which probes of each role show.
     """
     form, result = template_of(tokenizer).form, {"role": "tool", "content": VALUE}
     said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
@@ -123,9 +116,6 @@ class ControlTokenFinder(NamedTuple):
 def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
     """The conversation with the control tokens of its contents and tools marked; the same one if
     there are none.
-
-    Args:
-        tokenizer: With the chat template that is to render it.
     """
     found = _found(template_of(tokenizer, conversation.tools))
     if found is None:
@@ -201,9 +191,7 @@ def is_marked(text: str) -> bool:
 
 
 def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a rendered text. Raises LorafoldError for a control token that the tokenizer
-    can't read as text.
-    """
+    """The token ids of a rendered text."""
     if OPENING not in text:
         return tokens_of(text, tokenizer)
     if tokenizer.is_fast:
@@ -267,9 +255,6 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
     marked token share its characters. All pieces but the first are tokenized as they are after a
     line break: some tokenizers put a space before the beginning of a text.
-
-    Args:
-        tokenizer: A fast tokenizer.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]

@@ -199,13 +199,7 @@ def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def first_token(
     encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
 ) -> int:
-    """The first token that starts at or after a character.
-
-    Args:
-        encoding: Of the text.
-        character: Its number, from 0.
-        spaced: A token with the character counts that has nothing but white space before it.
-    """
+    """The first token that starts at or after a character."""
     if character >= len(text):
         return len(encoding)
     at = encoding.char_to_token(character)
@@ -342,13 +336,7 @@ class Examples(TableExamples[Example]):
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
-    """The example of some ids.
-
-    Args:
-        ids: The token ids, (T,).
-        spans: The starts and ends of n trained spans, (2n,); what is beyond the last id is left
-            out.
-    """
+    """The example of some ids."""
     labels = [NO_LOSS] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -362,19 +350,7 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of conversations, prompts with completions, or plain text.
-
-    Raises LorafoldError if rows are malformed, if the chat template refuses some, or if no row has
-    a token to train on.
-
-    Args:
-        rows: The user's rows, all of one shape.
-        tokenizer: A fast tokenizer. Conversations need its chat template; `ensure_chat_template`
-            sets one where there is none.
-        max_length: Longer rows are cut to this many tokens, at their end.
-        console: For progress; None is quiet.
-        rendering: What of a conversation is trained on.
-    """
+    """Tokenize rows of conversations, prompts with completions, or plain text."""
     rows = as_checked(rows, CONVERSATIONS)
     return encoded(
         tokenized(rows, CompletionEncoder(tokenizer, rendering), console), rows, max_length
@@ -382,14 +358,7 @@ def encode(
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-    """The examples of a table that `CompletionEncoder` made.
-
-    Args:
-        rows: What it was made of.
-        max_length: Longer rows are cut to this many tokens, at their end.
-
-    Raises LorafoldError if no row has a token to train on.
-    """
+    """The examples of a table that `CompletionEncoder` made."""
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
@@ -422,14 +391,7 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
 def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
-    """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
-
-    Args:
-        tokenizer: A fast tokenizer with a chat template.
-        rendering: What of a conversation is trained on.
-
-    Raises LorafoldError if the chat template refuses the row.
-    """
+    """The examples of one row, whole, and how many of its turns are left out or lack reasoning."""
     encoder = CompletionEncoder(tokenizer, rendering)
     given = Rows.of([row], encoder.takes).given(encoder.takes)
     found = encoder.encode(given, 0).to_pylist()

@@ -96,12 +96,7 @@ def row_of(line: bytes) -> Found:
 
 
 def as_row(value: Any, look: bool = True) -> Found:
-    """The value as a row, if it is an object that can be used.
-
-    Args:
-        value: What stands where a row is expected.
-        look: Whether to look through it.
-    """
+    """The value as a row, if it is an object that can be used."""
     if not isinstance(value, dict):
         return f"found {kind_of(value)}, expected an object"
     return (unusable(value) if look else "") or value

@@ -50,11 +50,7 @@ def text_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def list_problems(name: str, value: Any, of: str) -> Iterator[str]:
-    """What is wrong with a field that has to be a list with something in it.
-
-    Args:
-        of: What the list is expected to hold, for the message.
-    """
+    """What is wrong with a field that has to be a list with something in it."""
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else kind_of(value)
         yield f"field {name}: found {found}, expected a list of {of}"
@@ -311,13 +307,7 @@ def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
 
 
 def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
-    """What is wrong with a row of an instruction.
-
-    Args:
-        answered: The key of the answer.
-        beside: That of what the instruction is about, which may be absent.
-        row: Has the instruction and the answer.
-    """
+    """What is wrong with a row of an instruction."""
     for key in ("instruction", answered, *([beside] if row.get(beside) is not None else [])):
         yield from text_problems(key, row[key])
 
@@ -344,12 +334,7 @@ def query(row: Row) -> Said:
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """What is wrong with the system message that stands beside what is said in a row.
-
-    Args:
-        row: The row, which has one.
-        wrong: Whether something is wrong with the rest of it.
-    """
+    """What is wrong with the system message that stands beside what is said in a row."""
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
         yield "field system: found beside another system message, expected one of the two"

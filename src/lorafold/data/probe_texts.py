@@ -20,8 +20,6 @@ def probe_ids(
     tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
 ) -> list[tuple[int, ...]]:
     """Token ids of the probe texts: the built-in ones, or the rows of a file that training takes.
-
-    Raises LorafoldError for bad rows.
     """
     ensure_chat_template(tokenizer)
     return [

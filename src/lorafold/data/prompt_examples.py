@@ -141,12 +141,7 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:
-    """The examples of a table that `PromptEncoder` made. Raises LorafoldError for a prompt that is
-    too long.
-
-    Args:
-        most: The most tokens of a prompt.
-    """
+    """The examples of a table that `PromptEncoder` made."""
     examples = PromptExamples(table, rows)
     lengths = examples.lengths
     if len(lengths) and lengths.max() > most:

@@ -33,13 +33,6 @@ def after_block(
 
     A prompt that opens a block of reasoning is followed by the reasoning, which may be empty, the
     closing and the answer; one that has an empty block is followed by the answer.
-
-    Args:
-        prompt: The rendering of the messages before the turn, with the generation prompt.
-        after: The rendering up to and including the turn.
-        said: The turn's reasoning, or an empty text, and its content, which may begin with a block.
-        block: How the template encloses reasoning.
-        specials: Matches the tokenizer's special tokens.
     """
     begun = _begun(prompt, after, block, specials)
     if begun is None or not after.startswith(prompt[: begun.at]):
@@ -96,11 +89,6 @@ def _begun(
 def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
     """The text of a turn at whose arrival the template rewrites earlier messages: the prompt, then
     what follows the same end of a prompt in the rewritten text. None where it is not found.
-
-    Args:
-        prompt: The rendering of the messages before the turn, with the generation prompt.
-        after: The rendering up to and including the turn.
-        before: The rendering of the messages before the turn, without the generation prompt.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None

@@ -50,9 +50,7 @@ def references(
     The reference of a conversation is its last assistant turn, but for those that its row leaves
     out of training: the content or, where the turn has calls, the text that the template renders
     for it, without special tokens and reasoning. The prompt has the row's tools, and the template's
-    special tokens: tokenize it with add_special_tokens=False. Raises LorafoldError for plain text,
-    for conversations without an assistant turn after a prompt, and for those that the template does
-    not show whole.
+    special tokens: tokenize it with add_special_tokens=False.
     """
     found: list[Reference] = []
     bad: list[str] = []
@@ -75,12 +73,7 @@ def references(
 
 
 def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A completion without the block of reasoning that it begins with, if it has one.
-
-    Args:
-        prompt: The prompt that it completes, which may open the block.
-        tokenizer: Its chat template says how reasoning is enclosed.
-    """
+    """A completion without the block of reasoning that it begins with, if it has one."""
     if tokenizer.chat_template is None:
         return text
     return text[template_of(tokenizer).block.end(text, prompt) :]
@@ -89,14 +82,7 @@ def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase
 def reference_of(
     conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
 ) -> Reference:
-    """The prompt of one assistant turn, and the turn.
-
-    Args:
-        last: The turn's index, from 1.
-        tokenizer: With the chat template.
-
-    Raises LorafoldError for what the template refuses or does not show whole.
-    """
+    """The prompt of one assistant turn, and the turn."""
     messages = conversation.messages[: last + 1]
     check_able(conversation, tokenizer)
     given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
@@ -139,15 +125,7 @@ def _asked(row: Row) -> Conversation:
 def read_prompts(
     numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str], source: str
 ) -> list[Row]:
-    """The rows, once they are known to be prompts of one shape.
-
-    Args:
-        numbered: (number, row) pairs, as a source gives them.
-        columns: The names that keys have in the rows, by those that lorafold knows.
-        source: The name of the rows in messages.
-
-    Raises LorafoldError for bad rows, and if there is none.
-    """
+    """The rows, once they are known to be prompts of one shape."""
     return [row for *_, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
 
 
@@ -168,14 +146,7 @@ def asked_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """The rendered prompts of rows that `read_prompts` checked.
-
-    Args:
-        tokenizer: With the chat template.
-        name: What messages call the rows.
-
-    Raises LorafoldError for a prompt that the template refuses or does not show whole.
-    """
+    """The rendered prompts of rows that `read_prompts` checked."""
     found = []
     for number, row in enumerate(rows, 1):
         try:

@@ -68,12 +68,7 @@ class Unreadable(ValueError):
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
-    """The file with its text in UTF-8; what is neither that nor known stays as it is.
-
-    Args:
-        windows: Whether it may be in Windows-1252.
-        tell: Is told where it is.
-    """
+    """The file with its text in UTF-8; what is neither that nor known stays as it is."""
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
@@ -166,13 +161,7 @@ def kind_of_file(path: Path) -> Kind | None:
 
 
 def numbered(path: Path, tell: Tell) -> Numbered:
-    """The numbered rows of a file of a kind that is known, unchecked.
-
-    Args:
-        tell: Is told in which encoding it is, where that was guessed.
-
-    Raises LorafoldError where the file can't be read.
-    """
+    """The numbered rows of a file of a kind that is known, unchecked."""
     kind = kind_of_file(path)
     assert kind is not None
     try:

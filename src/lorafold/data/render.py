@@ -75,13 +75,7 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raise LorafoldError if the text lacks a part of the conversation.
-
-    Args:
-        text: Its rendering.
-        tokenizer: The tokenizer whose chat template rendered it.
-        turns: What the template adds for a message with calls, by its number, where that is known.
-    """
+    """Raise LorafoldError if the text lacks a part of the conversation."""
     messages, tools = conversation.messages, conversation.tools
     # a part that is not in the text, messages and tools with a probe in its place, and the probe
     missing = list[tuple[str, list[Message], tuple[Tool, ...], str]]()
@@ -157,9 +151,6 @@ def _has_text(text: str, value: Any) -> bool:
 def hidden(messages: list[Message], index: int, turn: str) -> bool:
     """Whether the turn's text lacks the reasoning that its message has, or what it says beside its
     calls.
-
-    Args:
-        index: The turn's message.
     """
     message = messages[index]
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
@@ -247,11 +238,7 @@ class ConversationRenderings:
         return text, tuple((start, end) for start, end in marks)
 
     def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
-        """Turn i as generation would have it, or None where the template has no such form.
-
-        Args:
-            whole: All messages, if they are drawn.
-        """
+        """Turn i as generation would have it, or None where the template has no such form."""
         if i == 0:
             return None  # the first message has no prompt before it
         message, last = self.formed[i], i == len(self.formed) - 1
@@ -299,14 +286,6 @@ def render_trained(
     """Render a conversation and find the spans of its trained assistant turns.
 
     A conversation of which nothing is trained on gives its whole text, without spans.
-
-    Args:
-        conversation: The messages, and from which on they are trained on.
-        tokenizer: A tokenizer with a chat template.
-        rendering: What of them is trained on.
-
-    Raises LorafoldError if the template refuses the conversation, or does not show its tools, a
-    call, or what is said by anyone but the assistant.
     """
     check_able(conversation, tokenizer)
     conversation = as_text(conversation, tokenizer)
@@ -364,9 +343,6 @@ def render_trained(
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Give a tokenizer without a chat template a plain one; return the notice to print, or None if
     it has a template already.
-
-    Raises LorafoldError if the tokenizer has no end-of-sequence token either, without which no
-    completion would end.
     """
     if tokenizer.chat_template is not None:
         return None
@@ -390,17 +366,7 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Render messages with the tokenizer's chat template, as `data.control_tokens` has texts.
-
-    Raises LorafoldError if the template refuses the messages.
-
-    Args:
-        messages: The messages, in the form of `data.messages`.
-        tokenizer: A tokenizer with a chat template.
-        for_generation: Append the generation prompt, which opens the assistant's next turn.
-        tools: The tools that the conversation offers, in OpenAI's form.
-        variables: Further variables of the template, such as enable_thinking.
-    """
+    """Render messages with the tokenizer's chat template, as `data.control_tokens` has texts."""
     given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
     return _applied(given, tokenizer, for_generation, variables)
 
@@ -410,14 +376,7 @@ def prompt_of(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The prompt for the next turn of a conversation, as `data.control_tokens` has texts.
-
-    Raises LorafoldError if the template refuses the conversation or leaves something of it out.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        variables: Further variables of the template, such as enable_thinking.
-    """
+    """The prompt for the next turn of a conversation, as `data.control_tokens` has texts."""
     check_able(conversation, tokenizer)
     given = as_text(conversation, tokenizer)
     text = _applied(given, tokenizer, True, variables)

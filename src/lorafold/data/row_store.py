@@ -226,12 +226,7 @@ class Rows(Sequence[Row]):
         return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
 
     def given(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
-        """What the shapes of the rows give, a key of `Shape.gives` that all have.
-
-        Args:
-            some: Some of the rows, as they follow each other; None takes all.
-            first: The index of the first of them.
-        """
+        """What the shapes of the rows give, a key of `Shape.gives` that all have."""
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
@@ -255,12 +250,7 @@ class Rows(Sequence[Row]):
 
 
 def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]:
-    """How many of some rows, or of examples made of them, are from each source.
-
-    Args:
-        rows: The indices of the rows, (n,), ascending.
-        parts: How many of all rows are from each source.
-    """
+    """How many of some rows, or of examples made of them, are from each source."""
     borders = np.cumsum([0, *(part.size for part in parts)])
     sizes = np.diff(np.searchsorted(rows, borders))
     return tuple(SourcePart(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))

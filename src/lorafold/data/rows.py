@@ -76,10 +76,6 @@ class Noticed:
     def left_out(self, row: Any, place: str, shape: Shape | None = None) -> bool:
         """Whether a row is left out: it has nothing in any of its fields, as spreadsheets have
         them, or an empty answer where answers are needed.
-
-        Args:
-            place: Where it is, for messages.
-            shape: The shape of a checked row.
         """
         if shape is None:
             values = row.values() if isinstance(row, dict) else [row]
@@ -217,17 +213,8 @@ def checked(
     """Yield the rows that are well-formed and of the first one's shape, with the keys by which
     shapes know them, each after its number and the shape.
 
-    After the last row, raises LorafoldError that lists the first bad rows, or says that there
-    is no row.
-
-    Args:
-        numbered: (number, row) pairs. A str in place of a row is the reason why that row could not
-            be read.
-        source: The name of the data in messages, such as the path of a file.
-        at_once: Raise the error for the first bad row, without reading on.
-        shapes: The shapes that a row may have; of several it has the first.
-        none: There may be no row.
-        noticed: Looks at each good row, and says which are left out; None: none is.
+    After the last row, raises LorafoldError that lists the first bad rows, or says that there is no
+    row.
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
     first: tuple[int, Shape] | None = None
@@ -295,12 +282,7 @@ def _null(keys: Iterable[str], shape: Shape) -> Iterator[str]:
 
 
 def check_given(shapes: Iterable[Shape | None], what: str) -> None:
-    """Raise LorafoldError if one of the shapes does not give what is taken of its rows.
-
-    Args:
-        shapes: One for each source; None for rows of no known shape.
-        what: One of what shapes give.
-    """
+    """Raise LorafoldError if one of the shapes does not give what is taken of its rows."""
     for shape in shapes:
         if shape is None or what not in shape.gives:
             expected = " or ".join(str(known) for known in SHAPES if what in known.gives)
@@ -314,15 +296,7 @@ def _reading(
     notice: Notice,
     about: dict[str, Any],
 ) -> Iterator[Row]:
-    """The rows of sources as they are read. LorafoldError for bad ones, and for a source without
-    any.
-
-    Args:
-        about: Gets what is known of the rows after the last one, as JSON: `parts` and `files` as
-            pairs of the number of a source and a count of rows, the `runs` of `Origins` with the
-            number of a file, `ignored` and `told` as `Rows` has them, and what was `guessed` of
-            files.
-    """
+    """The rows of sources as they are read."""
     parts, files, runs = list[list[int]](), list[list[int]](), list[list[int]]()
     noticed, shapes, guessed = Noticed(wanted), shapes_for(wanted), list[str]()
     for number, source in enumerate(sources):
@@ -357,18 +331,6 @@ def read_rows(
 ) -> Rows:
     """Read the rows of one or several sources: files, directories and patterns that stand for
     files, or hub datasets (their train split). SOURCE:0.3 gives a source a weight.
-
-    Args:
-        sources: The sources, in the order of their rows.
-        columns: The names that keys have in the sources, by those that lorafold knows, as in
-            {"prompt": "question"}.
-        notice: Is told how large data is kept, how many of its rows are read, and which files a
-            directory has.
-        wanted: What is asked of the rows, of what shapes give: chooses the shape of rows that have
-            the keys of several.
-
-    Raises LorafoldError if a source can't be read, has no row, or has bad rows (all are counted,
-    the first ten listed).
     """
     named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
     columns, about, known = columns or {}, dict[str, Any](), None
@@ -416,13 +378,7 @@ def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
 
 
 def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
-    """Return rows, once they are known to be well-formed and of one shape. Raises as `checked`.
-
-    Args:
-        numbered: (number, row) pairs, as `checked` takes them.
-        source: The name of the data in messages.
-        wanted: What is asked of the rows, as for `read_rows`.
-    """
+    """Return rows, once they are known to be well-formed and of one shape."""
     noticed, found, runs = Noticed(wanted), list[Row](), list[list[int]]()
     usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
     for place, _, row in checked(usable, source, shapes=shapes_for(wanted), noticed=noticed):

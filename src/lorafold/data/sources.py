@@ -59,10 +59,7 @@ def is_pattern(name: str) -> bool:
 
 
 def files_of(name: str) -> RowFiles:
-    """The files of rows that a directory or a pattern stands for.
-
-    Raises LorafoldError if there is none, and for splits of which none is for training.
-    """
+    """The files of rows that a directory or a pattern stands for."""
     directory, matched = Path(name), is_pattern(name)
     if matched:
         names = {Path(path): path for path in glob(name, recursive=True)}
@@ -139,20 +136,13 @@ class DataSource:
 
     @cached_property
     def files(self) -> tuple[DataSource, ...]:
-        """The files that it is made of, in their order; itself, if it is one file or a dataset.
-
-        Raises LorafoldError for a directory or a pattern without files of rows.
-        """
+        """The files that it is made of, in their order; itself, if it is one file or a dataset."""
         if not self.several:
             return (self,)
         return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
 
     def told(self, counts: Mapping[str, int] | None = None) -> str:
-        """Which files it is made of, and which it leaves out.
-
-        Args:
-            counts: The rows of each file, by its name.
-        """
+        """Which files it is made of, and which it leaves out."""
         names = [Path(file.name) for file in self.files]
         if self._path.is_dir():
             names = [name.relative_to(self._path) for name in names]
@@ -183,13 +173,7 @@ class DataSource:
         return f"{kind} {of_file(self._path)[1]}" if self._is_file else self._dataset._fingerprint
 
     def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
-        """The numbered rows of a file or dataset, unchecked. LorafoldError where they can't be
-        read.
-
-        Args:
-            tell: Is told in which encoding a file is, where that was guessed.
-            streaming: Make no copy of a dataset.
-        """
+        """The numbered rows of a file or dataset, unchecked."""
         if self._is_file:
             return numbered(self._path, lambda text: tell(f"{self.name}: {text}"))
         found = _dataset(self.name, self._path, True) if streaming else self._dataset
@@ -213,10 +197,7 @@ class DataSource:
 
 
 def source_from(text: str) -> DataSource:
-    """The source that a user names: a file, directory or hub dataset, with `:WEIGHT` or without.
-
-    Raises LorafoldError for a weight that is not above 0.
-    """
+    """The source that a user names: a file, directory or hub dataset, with `:WEIGHT` or without."""
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):

@@ -56,14 +56,7 @@ class RowStream:
         return {"streamed": self.identity}
 
     def rows(self, seed: int, buffer: int) -> Iterator[Named]:
-        """All rows, without end, in a shuffled order.
-
-        Args:
-            seed: Of the order.
-            buffer: The rows among which the next one is drawn.
-
-        Raises LorafoldError for the first bad row that is read, and for sources that can't be read.
-        """
+        """All rows, without end, in a shuffled order."""
         rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
         readers = [self._endless(source) for source in self.sources]
         weights = [source.weight for source in self.sources]
@@ -106,10 +99,7 @@ class RowStream:
 def stream_of(
     sources: str | Sequence[str], columns: Mapping[str, str] | None = None, wanted: str = ""
 ) -> RowStream:
-    """The stream of one or several sources, with columns and what is wanted as for `read_rows`.
-
-    Raises LorafoldError if the first rows of a source can't be read.
-    """
+    """The stream of one or several sources, with columns and what is wanted as for `read_rows`."""
     named = [sources] if isinstance(sources, str) else sources
     stream = RowStream(tuple(map(source_from, named)), columns or {}, wanted)
     stream.noticed()
@@ -159,10 +149,7 @@ class StreamFeed(BatchFeed):
         return text
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
-        """The examples of the next n rows.
-
-        Raises LorafoldError for a row that can't be used, and if none has a token to train on.
-        """
+        """The examples of the next n rows."""
         import pyarrow as pa
 
         chunk = list(islice(rows, n))

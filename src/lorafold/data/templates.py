@@ -309,16 +309,7 @@ def apply(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The text of messages that are in the template's form.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        tools: The tools that the conversation offers.
-        for_generation: Append the generation prompt, which opens the assistant's next turn.
-        variables: Further variables of the template, such as enable_thinking.
-
-    Raises LorafoldError if the template refuses the messages.
-    """
+    """The text of messages that are in the template's form."""
     given: Any = list(tools) or None
     try:
         if not tokenizer.is_fast:  # it may have a way of its own
@@ -378,10 +369,6 @@ def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
     """The tokenizer with a chat template that writes one date, where the template itself has the
     form of the date: it `is_dated` still where a form is a variable.
-
-    Args:
-        tokenizer: It stays as it is.
-        day: The date, as 2026-11-28; empty where the template asks for none.
     """
 
     def written(found: re.Match[str]) -> str:

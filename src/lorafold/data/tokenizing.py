@@ -52,21 +52,11 @@ class Encoder(ABC):
     def encode(self, given: Sequence[Any], first: int) -> pa.RecordBatch:
         """The examples of some rows, of which the first has the index `first`: `row` is the row's
         index, `ids` (T,) are its token ids, and `problem` says why the row can't be used.
-
-        Args:
-            given: What the shape of each row gives, as `takes` names it.
         """
 
 
 def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
-    """Return the table of all examples, in the order of the rows.
-
-    Args:
-        console: For a progress bar and a notice of how much is written; None is quiet.
-
-    Raises LorafoldError for rows of other shapes than the encoder takes, for rows with problems
-    (the first ten are listed), for a full disk, and if a worker process was killed.
-    """
+    """Return the table of all examples, in the order of the rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

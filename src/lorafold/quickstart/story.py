@@ -121,12 +121,6 @@ def quickstart(
 ) -> Story:
     """Run all steps and write `train.jsonl`, `test.jsonl`, `asked.jsonl`, `adapter/`,
     `adapter.html`, `merged/` and `gguf/`.
-
-    Args:
-        overwrite: Replace what an earlier quickstart wrote to `out`.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-
-    Raises LorafoldError if `out` exists and `overwrite` is off.
     """
     start = time.perf_counter()
     if out.exists() and not overwrite:
@@ -228,12 +222,7 @@ def measure(
     where: torch.device,
     console: Console,
 ) -> Evaluation:
-    """Evaluate the embedded model.
-
-    Args:
-        adapter: A saved adapter to load on it, or None.
-        storage: How the base stores its weights.
-    """
+    """Evaluate the embedded model."""
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)

@@ -253,10 +253,6 @@ INTENTS = {
 def rows(split: Split, n: int, seed: int) -> list[Row]:
     """Different rows {"prompt": [system, user], "completion": [assistant]}, equally many for each
     intent; the same for the same arguments.
-
-    Args:
-        split: train or test, which have no words of values in common.
-        seed: Draws the rows.
     """
     rng = random.Random(f"{split} {seed}")
     drawn: dict[str, Row] = {}

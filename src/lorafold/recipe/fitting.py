@@ -44,10 +44,7 @@ def without(recipe: Recipe) -> str | None:
 
 
 def spec_of(recipe: Recipe) -> Spec:
-    """Make the spec of the recipe's method, without the fields that are `left_out`.
-
-    Raises LorafoldError for an unknown method and for `options` that the method does not have.
-    """
+    """Make the spec of the recipe's method, without the fields that are `left_out`."""
     known = known_options(recipe.method, recipe.options.get("over"))
     fields = {name: value for name, value in recipe.for_method().items() if name in known}
     draws = OBJECTIVES[recipe.objective].draws
@@ -82,7 +79,7 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
 
 def trainable_storage(recipe: Recipe) -> str:
     """Return the storage of a base whose own weights are trained: fp32, or bf16 if the recipe asks
-    for it. Raises LorafoldError if it asks for quantized weights.
+    for it.
     """
     storage = str(recipe.storage)
     if storage in QUANTIZED and "storage" in recipe.model_fields_set:
@@ -101,14 +98,6 @@ def settled_base(
     If the recipe does not set it, it is that of the model's files if these are quantized, else that
     on which the adapters that the run loads were trained, else the recipe's default. It is not
     quantized if bitsandbytes is not installed, or if the method trains the base's own weights.
-
-    Raises LorafoldError if the recipe asks for a quantized base in one of these two cases.
-
-    Args:
-        recipe: The recipe of the run.
-        spec: The spec of its method.
-        source: The base model.
-        adapters: The saved adapters that the run loads.
     """
     storage, asked = str(recipe.storage), "storage" in recipe.model_fields_set
     if spec.trains_base:
@@ -132,11 +121,6 @@ def settled_base(
 def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
     """The recipe with the length that rows are cut to. If it does not set one, that is the default
     or, where the base has fewer positions, as many as it has; the console is told.
-
-    Raises LorafoldError for a length that it sets and that the base has no positions for.
-
-    Args:
-        before: The positions that adapters take before each row.
     """
     asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
     head = OBJECTIVES[recipe.objective].head
@@ -146,14 +130,7 @@ def settled_length(recipe: Recipe, base: Base, before: int, console: Console) ->
 
 
 def fitted_length(found: Positions, asked: int | None, before: int, console: Console) -> int:
-    """As `settled_length`, by what is known of the positions.
-
-    Args:
-        found: Those of the model.
-        asked: The length that was asked for; None: a recipe's default.
-        before: The positions that adapters take before each row.
-        console: For a line where they bound it, or do not reach as far.
-    """
+    """As `settled_length`, by what is known of the positions."""
     length, told = found.after(before).fitted(asked, LENGTH)
     if told:
         console.print(told, highlight=False, markup=False, soft_wrap=True)

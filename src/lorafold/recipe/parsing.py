@@ -33,19 +33,7 @@ def load_recipe(
     defaults: Recipe | None = None,
     **flags: Any,
 ) -> Recipe:
-    """Make a recipe of a YAML file, `--set key=value` pairs and flags.
-
-    Raises LorafoldError that lists every bad field with its source, what was found and what was
-    expected.
-
-    Args:
-        config: A YAML file of recipe fields.
-        sets: `key=value` pairs, whose values are YAML. Up to its first dot, a key may name options,
-            template_kwargs, rank_pattern or alpha_pattern, and after it an entry of that field
-            (`options.init=gaussian`, `rank_pattern.0.q_proj=8`).
-        defaults: The recipe whose set fields apply where the others set nothing.
-        flags: Recipe fields; None means that the flag was not given.
-    """
+    """Make a recipe of a YAML file, `--set key=value` pairs and flags."""
     values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
     sources: dict[str, str] = dict.fromkeys(values, "the defaults")
     problems: list[str] = []
@@ -91,11 +79,7 @@ def load_recipe(
 
 
 def text_of(path: Path, what: str) -> str:
-    """The text of a file in UTF-8, as Windows writes it too. LorafoldError where it can't be read.
-
-    Args:
-        what: What it is expected to be.
-    """
+    """The text of a file in UTF-8, as Windows writes it too."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -121,7 +105,7 @@ _Yaml.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. LorafoldError names `where` it stands if it is none."""
+    """The value of a YAML text."""
     try:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError as error:

@@ -91,7 +91,7 @@ class Recipe(Fields):
     if not TYPE_CHECKING:  # type checkers say so themselves
 
         def __setattr__(self, name: str, value: Any) -> NoReturn:
-            """A recipe does not change. Raises LorafoldError, which says how to make another."""
+            """A recipe does not change."""
             raise LorafoldError(
                 f"recipe: {name}: found a new value, expected none, as a recipe is frozen; make"
                 f" another one, as in lf.Recipe({name}={cut(repr(value), 80)})"

@@ -21,13 +21,7 @@ NOWHERE: Mapping[str, str] = MappingProxyType({})
 def explain(
     error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str] = NOWHERE
 ) -> Iterator[str]:
-    """What is wrong with a recipe, field by field: what was found and what was expected.
-
-    Args:
-        error: What pydantic says of the values.
-        values: The fields that were given.
-        sources: Where each comes from, by its name; one that comes from a call has none.
-    """
+    """What is wrong with a recipe, field by field: what was found and what was expected."""
 
     def origin(field: str) -> str:
         return f" (from {sources[field]})" if field in sources else ""

@@ -49,12 +49,7 @@ class Wrong(Exception):
 
 
 class Function:
-    """A function that judges.
-
-    Args:
-        function: what is called. Wrong is raised where its parameters are not as above.
-        file: the file whose lines errors name, None for where they were raised.
-    """
+    """A function that judges."""
 
     def __init__(self, function: Callable[..., Any], file: str | None = None) -> None:
         self._function, self._file = function, file
@@ -74,7 +69,7 @@ class Function:
             )
 
     def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
-        """The rewards in order, as they are computed. Raises Wrong."""
+        """The rewards in order, as they are computed."""
         if self.batched:
             yield self._of_all(items)
         else:
@@ -125,11 +120,7 @@ class Function:
 
 
 def number(value: Any, at: int | None) -> float | None:
-    """A reward as a finite float, of at most LARGEST either way, or None. Raises Wrong.
-
-    Args:
-        at: which item it is of.
-    """
+    """A reward as a finite float, of at most LARGEST either way, or None."""
     if value is None:
         return None
     item = getattr(value, "item", None)
@@ -146,11 +137,7 @@ def number(value: Any, at: int | None) -> float | None:
 
 
 def raised(error: BaseException, file: str | None) -> str:
-    """The type, message and line of an error.
-
-    Args:
-        file: the file whose line is told, if the error passed through it; else where it arose.
-    """
+    """The type, message and line of an error."""
     told = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         return (

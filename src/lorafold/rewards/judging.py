@@ -76,34 +76,21 @@ class Reward(Protocol):
     weight: float
 
     def __call__(self, judged: Sequence[Judged]) -> Sequence[float | None]:
-        """A finite number for each, or None where the reward does not apply. Raises LorafoldError,
-        which names the reward and the completion that it fails on.
-        """
+        """A finite number for each, or None where the reward does not apply."""
 
     def close(self) -> None:
         """End what it runs. It may be called again, and then begins anew."""
 
 
 def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> RewardFailed:
-    """The error of a reward.
-
-    Args:
-        told: what is wrong, and what was expected.
-        judged: the completions that it is about, in their order.
-    """
+    """The error of a reward."""
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
     return RewardFailed(printable(f"reward {name}: {where}{told}"))
 
 
 class SeparateReward:
-    """A reward in a process of its own. One thread at a time may call it.
-
-    Args:
-        kind: of `kinds.KINDS`.
-        text: what of that kind.
-        limit: the seconds that a call may take; it may be set later.
-    """
+    """A reward in a process of its own. One thread at a time may call it."""
 
     def __init__(
         self, name: str, kind: str, text: str, weight: float = 1.0, limit: float = LIMIT
@@ -113,7 +100,7 @@ class SeparateReward:
         self._process = self._started()
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None. Raises LorafoldError."""
+        """A finite number for each, or None."""
         if not judged:
             return []
         message = packed(pickle.dumps([self._sent(one) for one in judged]))
@@ -183,9 +170,7 @@ def _end(code: int) -> str:
 
 
 def parted(text: str) -> tuple[float, str]:
-    """The weight that a reward's name begins with, 1 where it begins with none, and the name.
-    Raises LorafoldError for a weight that is not finite.
-    """
+    """The weight that a reward's name begins with, 1 where it begins with none, and the name."""
     found = re.match(rf"\s*({NUMBER})\s*\*\s*", text, re.IGNORECASE)
     weight, name = (float(found[1]), text[found.end() :]) if found else (1.0, text)
     if not math.isfinite(weight):
@@ -200,9 +185,7 @@ def adapter_in(text: str) -> str:
 
 
 def kind_of(text: str) -> tuple[str, str]:
-    """The kind of `kinds.KINDS` that a reward's name, without a weight, is of, and what of it.
-    Raises LorafoldError for a name of no known form.
-    """
+    """The kind of `kinds.KINDS` that a reward's name, without a weight, is of, and what of it."""
     name = parted(text)[1]
     kind, colon, rest = name.partition(":")
     if colon and rest and kind in ("regex", "reasoning-gym"):
@@ -234,9 +217,6 @@ def check_there(texts: Iterable[str]) -> None:
 def reward_of(text: str) -> Reward:
     """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
     process of its own from now on, until it is closed.
-
-    Raises LorafoldError for a name of no known form, for what can't judge, and for an adapter,
-    which needs a model.
     """
     weight, name = parted(text)
     if adapter_in(name):
@@ -248,9 +228,7 @@ def reward_of(text: str) -> Reward:
 
 
 def check_judges(texts: Iterable[str]) -> None:
-    """Start what these names stand for, and end it again; adapters are left out. Raises
-    LorafoldError for what can't judge.
-    """
+    """Start what these names stand for, and end it again; adapters are left out."""
     for text in texts:
         if not adapter_in(text):
             reward_of(text).close()
@@ -288,7 +266,7 @@ class DirectReward:
             raise failure(self.name, wrong.told) from None
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None. Raises LorafoldError."""
+        """A finite number for each, or None."""
         if not judged:
             return []
         items = [Item(one.prompt, one.completion, one.row) for one in judged]
@@ -353,8 +331,7 @@ class Rewards(AbstractContextManager["Rewards"]):
         self, judged: Sequence[Judged]
     ) -> tuple[list[float | None], dict[str, list[float | None]]]:
         """The weighted sum for each completion, and the numbers of each reward by its name; None
-        stands for a reward that does not apply, and for the sum where none does. Raises
-        LorafoldError, which names the reward and the completion that it fails on.
+        stands for a reward that does not apply, and for the sum where none does.
         """
         each = {reward.name: _checked(reward, judged) for reward in self._rewards}
         weights, sums = self.weights.values(), list[float | None]()

@@ -59,9 +59,6 @@ def pattern(text: str) -> Function:
 def schema(text: str) -> Function:
     """1 for a completion that is JSON of a schema, as llguidance reads both; space around it is
     left out.
-
-    Args:
-        text: the path of the schema's file.
     """
     try:
         from llguidance import LLMatcher, LLTokenizer
@@ -93,9 +90,6 @@ def task(text: str) -> Function:
     """The verifier of a task of reasoning-gym. The entry is the row's field `entry`, or its fields
     `answer` and `metadata`, of which tasks with many right answers have no `answer`; the answer is
     what the completion has in its last <answer>, and all of it where it has none.
-
-    Args:
-        text: the name of the task.
     """
     try:
         from reasoning_gym.factory import DATASETS
@@ -132,11 +126,7 @@ def task(text: str) -> Function:
 
 
 def as_object(name: str, value: Any) -> dict[str, Any]:
-    """A field of a row that is an object, or the JSON text of one. Raises Wrong.
-
-    Args:
-        name: what the field is called.
-    """
+    """A field of a row that is an object, or the JSON text of one."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except ValueError:
