@@ -153,6 +153,11 @@ def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
     return lambda value, settings: taken(**{name: read(value)})
 
 
+def to_options(name: str, read: Callable[[Any], Any] = number) -> Reader:
+    """The reader of a key whose value becomes the option `name` of the objective."""
+    return lambda value, settings: taken(objective_options={name: read(value)})
+
+
 def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
     """The reader of a key that is true or false."""
     return lambda value, settings: on if boolean(value) else off

@@ -207,7 +207,7 @@ def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
     """The kind of LoRA becomes `method` and `options`."""
-    beneath, options, why = "rslora" if rslora else "lora", dict[str, Any](), ""
+    beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
         options = {"init": init}
     elif init == "olora" or str(init).startswith("pissa"):

@@ -278,6 +278,7 @@ def _of_mixture(one: Any) -> SourceRows:
 LORA_DROPOUT = dropout(
     lambda settings: bool(settings["disable_dropout"]) and settings.on("disable_dropout")
 )
+OF_DRAWN: Row = lambda value, settings: changed(grpo.NO_DROPOUT if number(value) else "", dropout=0.0)
 RATE = trainer.rate(is_lora)
 GIVEN: Table = {
     "per_device_train_batch_size": (batch, 8),
@@ -464,7 +465,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     ),
 }
 DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
-DROPOUTS = {kind: grpo.dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
+DROPOUTS = {kind: OF_DRAWN if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
     for kind, (_, _, rows) in TRAINERS.items()

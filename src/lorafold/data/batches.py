@@ -76,7 +76,7 @@ class Batches(Sequence[list[int]]):
             if taken != part.size:
                 # the next ones, in an order that is drawn anew each time the source is through
                 turn, at = divmod(epoch * taken, part.size)
-                drawn = list[int]()
+                drawn: list[int] = []
                 while len(drawn) < at + taken:
                     rng = random.Random(f"{self._seed}/source {number}/{turn}")
                     drawn += rng.sample(range(part.size), part.size)
@@ -296,7 +296,7 @@ def forest(
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
     targets = np.full(size, NO_LOSS, np.int64)
-    lens, starts = list[int](), list[int]()
+    lens, starts = [], []
     places, of_rows = ([np.zeros(0, np.int64)] * len(rows) for _ in range(2))
     path, limit, end = np.zeros(0, np.int64), size, 0  # of the row before; the tokens so far
     group, order = None, range(len(rows))

@@ -29,11 +29,11 @@ from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.json_input import kind_of
 from lorafold.data.render import Rendering
-from lorafold.data.row_store import Rows, SourcePart, named, parts_of
+from lorafold.data.row_store import Rows, named, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
 from lorafold.errors import LISTED, LorafoldError, listed
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Branches(Encoder):
             return {"ids": [], "starts": [], "spans": [], TURNS: "", **about}
         spans = [entries[0]["spans"] for entries in documents]
         shared = max(0, min(common(ids), *(of[0] for of in spans)) - 1)
-        at, starts, moved = shared, list[int](), list[int]()
+        at, starts, moved = shared, [], []
         for document, of in zip(ids, spans, strict=True):
             starts.append(at)
             moved += [place - shared + at for place in of]
@@ -233,7 +233,7 @@ class BranchedExamples(TableExamples[Branched]):
             found.update(array.tobytes())
         return found.hexdigest()
 
-    def _example(self, entry: int) -> Branched:
+    def example(self, entry: int) -> Branched:
         ids, starts = self._ids[entry].tolist(), self._starts[entry].tolist()
         spans = self._spans[entry].reshape(-1, 2)
         branches = []
@@ -263,8 +263,8 @@ class MismatchedExamples(BranchedExamples):
         labels = {"true": true, "false": len(self) - true}
         return Judgements(digests(self._ids), np.array(self._desirable), contrary, labels)
 
-    def _example(self, entry: int) -> Branched:
-        own, other = super()._example(entry), super()._example((entry or len(self)) - 1)
+    def example(self, entry: int) -> Branched:
+        own, other = super().example(entry), super().example((entry or len(self)) - 1)
         [branch], [strange], length = own.branches, other.branches, int(self.own[entry, 1])
         ids = (branch.ids[:1] + strange.ids[1:])[:length]
         return replace(own, branches=(branch, Example(ids, strange.labels[:length])))
@@ -275,13 +275,11 @@ EXAMPLES: dict[str, type[BranchedExamples]] = {PAIRS: BranchedExamples, JUDGED: 
 
 @dataclass(frozen=True)
 class PreferenceReport:
-    """What `encode_preferred` made of the rows; `str` gives it as lines of text.
+    """What became of the rows.
 
     `tokens` are those that a step computes, with each prompt once, and `apart` those of the
     documents if every completion had a prompt of its own. `means` are the mean lengths of the
-    completions in tokens, those of the chosen and the rejected ones. `longest` is the length of the
-    longest document before cutting, and `truncated` rows were cut. `marked` have control tokens in
-    their contents, which are text.
+    completions in tokens, by kind, and `longest` the length of the longest document before cutting.
     """
 
     rows: int
@@ -295,27 +293,13 @@ class PreferenceReport:
 
     def __str__(self) -> str:
         lengths = ", ".join(f"{name} {mean:.1f}" for name, mean in self.means.items())
-        text = (
+        return with_counts(
             f"{self.rows} rows, {self.tokens} tokens ({self.apart} if each completion had its own"
             f" prompt); completions have on average {lengths} tokens; the longest document has"
-            f" {self.longest}"
+            f" {self.longest}",
+            (self.truncated, f"rows were cut at {self.max_length} tokens"),
+            (self.marked, MARKED),
         )
-        if self.truncated:
-            text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-        if self.marked:
-            text += f"\n{self.marked} {MARKED}"
-        return text
-
-
-@dataclass(frozen=True)
-class PreferredData:
-    """The examples in the order of their rows, the report, and how many rows are from each
-    source.
-    """
-
-    examples: Sequence[Branched]
-    report: PreferenceReport
-    parts: tuple[SourcePart, ...]
 
 
 def encode_preferred(
@@ -325,7 +309,7 @@ def encode_preferred(
     kind: str,
     console: Console | None = None,
     rendering: Rendering = WHOLE,
-) -> PreferredData:
+) -> Encoded:
     """Tokenize rows of preferences, each prompt once."""
     rows = as_checked(rows, kind)
     return preferred(
@@ -333,7 +317,7 @@ def encode_preferred(
     )
 
 
-def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> PreferredData:
+def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
     """The examples of a table that `Branches` made."""
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
@@ -354,7 +338,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Prefer
         len(np.unique(examples.rows[cut])),
         examples.marked,
     )
-    return PreferredData(examples, report, parts_of(np.unique(examples.rows), rows.parts))
+    return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:

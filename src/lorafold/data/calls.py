@@ -21,12 +21,13 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.data.messages import Message, Tool, tool_problems
-from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
+from lorafold.data.messages import Tool, tool_problems
+from lorafold.data.templates import ASKED, KNOWN, Template, call, common, probe, template_of
 from lorafold.errors import LorafoldError, as_one
 
 if TYPE_CHECKING:
@@ -89,43 +90,37 @@ def _grammar_of(template: Template) -> Grammar | None:
     tokenizer = template.tokenizer
     texts, numbers = dict(zip(KEYS, TEXTS, strict=True)), dict(zip(KEYS, NUMBERS, strict=True))
     one, two = _said([texts], tokenizer), _said([texts, texts], tokenizer)
-    before, found, rest = one.partition(NAMES[0])
-    if not found:
+    before, name, rest = one.partition(NAMES[0])
+    if not name:
         return None
-    between = None
-    if NAMES[1] in two and _after(one, KEYS, TEXTS)[-1] is not None:
+    special, between = special_words(tokenizer), None
+    if NAMES[1] in two and _after(one, texts)[-1] is not None:
         head = two.partition(NAMES[1])[0]
         _, between = _json_at(head, texts) or (0, "")
-        between = between or str(_after(head, KEYS, TEXTS)[-1])
-    bare = _said([{}], tokenizer).partition(NAMES[0])[2]
+        between = between or str(_after(head, texts)[-1])
     if as_json := _json_at(rest, texts):
         after, follows = as_json
-        ends = [follows.find(word) for word in special_words(tokenizer) if word in follows]
+        ends = [follows.find(word) for word in special if word in follows]
         alone = follows[: min(ends, default=len(follows))]
         closes = (alone if between is None else common(follows, between)).rstrip()
         return Grammar(before, between, rest[:after], "", None, closes)
-    named, equals, comma, closing = _after(rest, KEYS, TEXTS)
-    _, plain, plain_comma, plain_end = _after(
-        _said([numbers], tokenizer).partition(NAMES[0])[2], KEYS, NUMBERS
-    )
-    if named is None or equals is None or comma is None or plain is None or closing is None:
+    named, equals, comma, closing = _after(rest, texts)
+    plain_rest = _said([numbers], tokenizer).partition(NAMES[0])[2]
+    _, plain, plain_comma, plain_end = _after(plain_rest, numbers)
+    if None in (named, equals, comma, plain, closing):
         return None
     opening = equals[len(plain) :] if equals.startswith(plain) else ""
-    ending = comma[: len(comma) - len(plain_comma or "")] if opening else ""
-    plain_close = plain_end or ""
+    ending = comma[: len(comma) - len(plain_comma)] if opening else ""
     if between is not None:
         two_numbers = _said([numbers, numbers], tokenizer).partition(NAMES[1])[0]
-        shared = common(str(_after(two_numbers, KEYS, NUMBERS)[-1]), plain_close)
-        plain_close = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
-    else:
-        words = (word for word in special_words(tokenizer) if word in plain_close)
-        at = min(map(plain_close.find, words), default=0)
-        plain_close = plain_close[:at] if at else plain_close
-    between = None if between is None else between.removeprefix(ending).removeprefix(plain_close)
-    return Grammar(
-        before, between, named, bare.rstrip(),
-        Pairs(plain, plain_comma or "", plain_close, opening, ending),
-    )  # fmt: skip
+        shared = common(str(_after(two_numbers, numbers)[-1]), plain_end)
+        plain_end = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
+        between = between.removeprefix(ending).removeprefix(plain_end)
+    elif at := min((plain_end.find(word) for word in special if word in plain_end), default=0):
+        plain_end = plain_end[:at]
+    bare = _said([{}], tokenizer).partition(NAMES[0])[2].rstrip()
+    pairs = Pairs(plain, plain_comma, plain_end, opening, ending)
+    return Grammar(before, between, named, bare, pairs)
 
 
 def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -135,25 +130,19 @@ def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template adds to a generation prompt for a turn of calls with these arguments."""
-    calls = [call(name, given) for name, given in zip(NAMES, arguments, strict=False)]
-    turn: Message = {"role": "assistant", "tool_calls": calls}
-    form = template_of(tokenizer).form
-    prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
-    text = attempt(form.of([ASKED, turn]), tokenizer)
+    calls = list(map(call, NAMES, arguments))
+    prompt = probe([ASKED], tokenizer, for_generation=True)
+    text = probe([ASKED, {"role": "assistant", "tool_calls": calls}], tokenizer)
     said = text[len(common(prompt, text)) :]
     return said[template_of(tokenizer).block.end(said, prompt) :]
 
 
-def _after(
-    text: str, keys: Sequence[str], values: Sequence[Any]
-) -> tuple[str | None, str | None, str | None, str | None]:
-    """What stands before the first key, between it and its value, between that and the next key,
-    and after the last value; None for what is not found.
+def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """What stands before the first key of two arguments, between it and its value, between that and
+    the next key, and after the last value; None for all where one is not found.
     """
-    parts = re.split(
-        "({})".format("|".join(re.escape(str(part)) for part in (*keys, *values))), text
-    )
-    wanted = [str(keys[0]), str(values[0]), str(keys[1]), str(values[1])]
+    wanted = [str(part) for pair in arguments.items() for part in pair]
+    parts = re.split("({})".format("|".join(map(re.escape, wanted))), text)
     if parts[1::2][-4:] != wanted:
         return None, None, None, None
     before, equals, comma, _, after = parts[0::2][-5:]
@@ -190,7 +179,7 @@ def parse_calls(
         raise LorafoldError(
             "the chat template does not show calls (tool_calls), so none can be read back"
         )
-    prompt = attempt(template_of(tokenizer).form.of([ASKED]), tokenizer, for_generation=True)
+    prompt = probe([ASKED], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
     for form in (grammar, grammar.without(special_words(tokenizer))):
         if found := list(_calls(text, form, tools)):
@@ -212,17 +201,16 @@ def read_tools(path: Path) -> list[Tool]:
 
 
 def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]:
-    # without anything before a name, a call can only be the whole text
-    first = _regex(grammar.before.lstrip()) or r"\A\s*"
-    named = f"(?:{_regex(grammar.named)})"
-    if grammar.bare.strip() and grammar.pairs is not None:
+    named, pairs = f"(?:{_regex(grammar.named)})", grammar.pairs
+    if grammar.bare.strip() and pairs is not None:
         named = f"(?:{_regex(grammar.named)}|(?P<bare>{_regex(grammar.bare)}))"
-    begin = re.compile(first + NAME + named)
+    # without anything before a name, a call can only be the whole text
+    begin = re.compile((_regex(grammar.before.lstrip()) or r"\A\s*") + NAME + named)
     further = re.compile(_regex(grammar.between) + NAME + named) if grammar.between else None
     at, match = 0, begin.search(text)
     while match is not None:
         name, at = match["name"], match.end()
-        if grammar.pairs is None:
+        if pairs is None:
             try:
                 arguments, at = json.JSONDecoder().raw_decode(text, at)
             except json.JSONDecodeError as error:
@@ -233,7 +221,7 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
         elif match.groupdict().get("bare") is not None:
             arguments = {}
         else:
-            arguments, at = _pairs(text, at, grammar.pairs, _types(tools, name))
+            arguments, at = _pairs(text, at, pairs, _types(tools, name))
         yield call(name, arguments)
         match = (further.match(text, at) if further else None) or begin.search(text, at)
 
@@ -277,12 +265,9 @@ def _value(text: str, pairs: Pairs) -> Any:
     for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
     named = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', plain)  # keys without quotes
-    readings = ((json.loads, plain), (ast.literal_eval, text), (json.loads, named))
-    for read, given in readings:
-        try:
+    for read, given in ((json.loads, plain), (ast.literal_eval, text), (json.loads, named)):
+        with suppress(ValueError, SyntaxError):
             return read(given)
-        except (ValueError, SyntaxError):
-            continue
     return text
 
 

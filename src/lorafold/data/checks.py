@@ -48,9 +48,9 @@ from lorafold.data.templates import (
     SYSTEM,
     VALUE,
     WITH_TURN,
-    attempt,
     call,
-    day_of,
+    is_dated,
+    probe,
     template_of,
 )
 from lorafold.errors import LorafoldError
@@ -59,7 +59,6 @@ from lorafold.models.built_in_templates import set_variables, variables_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pairs = tuple[Array, Array | None]  # indices of rows, and of those that they are compared with
 SHOWN = 5  # rows that one line names
 HELD_OUT = "held_out_in_training"
 SAID = {
@@ -109,26 +108,21 @@ class Account:
     def lines(self) -> list[str]:
         """What there is to know, a line each."""
         end = f"a turn ends with {self.end}"
-        if self.ended == NOWHERE:
-            end = (
-                f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
-                if self.end
-                else "it ends no turn, and the tokenizer has no end token: a model never stops"
-            )
+        if self.ended == NOWHERE and self.end:
+            end = f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
+        elif self.ended == NOWHERE:
+            end = "it ends no turn, and the tokenizer has no end token: a model never stops"
         elif self.ended != WITH_TURN:
             end += ", which it writes before the next message only"
-        found = [end]
-        if self.prompt:
-            found.append(f"the prompt {self.prompt}")
-        if self.system:
-            found.append(f"without a system message it writes {self.system!r}")
-        if self.dated:
-            found.append("it writes the date of the day")
-        if self.hides:
-            found.append(f"it does not show {', '.join(self.hides)}")
-        if self.plain:
-            found.append(self.plain)
-        return found
+        remarks = {
+            end: True,
+            f"the prompt {self.prompt}": self.prompt,
+            f"without a system message it writes {self.system!r}": self.system,
+            "it writes the date of the day": self.dated,
+            f"it does not show {', '.join(self.hides)}": self.hides,
+            self.plain: self.plain,
+        }
+        return [line for line, applies in remarks.items() if applies]
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -137,45 +131,43 @@ class Account:
 
 def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
     """What the tokenizer's chat template does."""
-    template, asked = template_of(tokenizer), ASKED["content"]
-    form, block, ending = template.form, template.block, template.ending
-    bare = attempt(form.of([ASKED]), tokenizer)
-    added = attempt(form.of([ASKED]), tokenizer, for_generation=True)
+    template, block = template_of(tokenizer), template_of(tokenizer).block
+    bare = probe([ASKED], tokenizer)
+    added = probe([ASKED], tokenizer, for_generation=True)
     added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
     if added.endswith(block.opening):
         prompt = f"opens a block of reasoning ({block.opening})"
     elif block.opening in added and block.closing in added:
         prompt = f"has an empty block of reasoning ({block.opening}{block.closing})"
     # the words before the first message that are no role's
-    before = template.specials.sub("\n", bare.partition(str(asked))[0])
+    before = template.specials.sub("\n", bare.partition(str(ASKED["content"]))[0])
     lines = (line.strip() for line in before.splitlines())
     said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
     if len(WORDS.findall(said)) < 3:
         said = ""
     elif len(said) > QUOTED:
         said = f"{said[:QUOTED].rstrip()}..."
-    hides = [] if VALUE in attempt(form.of([SYSTEM, ASKED]), tokenizer) else ["system messages"]
-    if not template_of(tokenizer, [PROBE_TOOL]).shows_tools:
-        hides.append("tools")
-    if not template.shows_calls:
-        hides.append("calls")
-    else:
-        turns = (
-            {"content": BESIDE, "tool_calls": CALLS[:1]},
-            {"content": "", "tool_calls": CALLS},
-        )
-        one, both = (
-            attempt(form.of([ASKED, {"role": "assistant", **turn}]), tokenizer) for turn in turns
-        )
-        hides += ["what is said beside a call"] * (BESIDE not in one)
-        hides += ["a second call"] * (OTHER not in both)
-    hides += ["reasoning"] * (not block.shown)
+    beside, several = (
+        probe([ASKED, {"role": "assistant", "content": content, "tool_calls": calls}], tokenizer)
+        for content, calls in ((BESIDE, CALLS[:1]), ("", CALLS))
+    )
+    shows = {
+        "system messages": VALUE in probe([SYSTEM, ASKED], tokenizer),
+        "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
+        "calls": template.shows_calls,
+        "what is said beside a call": BESIDE in beside or not template.shows_calls,
+        "a second call": OTHER in several or not template.shows_calls,
+        "reasoning": block.shown,
+    }
     plain = _untrained(tokenizer)
     if plain:
         with suppress(LorafoldError):
             plain += _helps(tokenizer)
-    dated = bool(day_of(tokenizer))
-    return Account(ending.text.strip(), ending.written, prompt, said, dated, tuple(hides), plain)
+    hides = tuple(part for part, is_shown in shows.items() if not is_shown)
+    end = template.ending
+    return Account(
+        end.text.strip(), end.written, prompt, said, is_dated(tokenizer), hides, plain
+    )
 
 
 def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -195,10 +187,9 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
     """Why a plain turn can't be trained; empty if it can."""
     said: Message = {"role": "assistant", "content": VALUE}
     try:
-        found = render_trained(Conversation([ASKED, said]), tokenizer)
+        return LEFT_OUT * render_trained(Conversation([ASKED, said]), tokenizer).left_out
     except LorafoldError as error:
         return f"a plain conversation is refused ({error})"
-    return LEFT_OUT * found.left_out
 
 
 @dataclass(frozen=True)
@@ -216,8 +207,7 @@ class DataFinding:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
         rows = []
         for name, (one, other) in zip(named(p for p, _ in self.first), self.first, strict=True):
-            _, like = ("", "") if other is None else named([one, other])
-            rows.append(f"{name} (as {like})" if like else name)
+            rows.append(name if other is None else f"{name} (as {[*named([one, other])][1]})")
         return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(rows)}{more}"
 
 
@@ -242,16 +232,16 @@ class Findings:
     @property
     def lines(self) -> list[str]:
         """One line for each thing that was found, and for what was not looked at."""
-        told = [f"data: {self.unseen}"] * bool(self.unseen)
+        lines = [f"data: {self.unseen}"] * bool(self.unseen)
         for name, one in self.found.items():
             if one.count:
-                told.append(f"{'held out' if name == HELD_OUT else 'data'}: {one}")
+                lines.append(f"{'held out' if name == HELD_OUT else 'data'}: {one}")
         if missing := [label for label, count in self.labels.items() if not count]:
             there = ", ".join(f"{label} {n:,}" for label, n in self.labels.items() if n)
-            told.append(f"data: no row has the label {' or '.join(missing)} ({there})")
+            lines.append(f"data: no row has the label {' or '.join(missing)} ({there})")
         for file, turns in self.silent.items():
-            told.append(f"data: {file}: none of its {turns:,} assistant turns is trained on")
-        return told
+            lines.append(f"data: {file}: none of its {turns:,} assistant turns is trained on")
+        return lines
 
     @property
     def nothing(self) -> str:
@@ -264,7 +254,7 @@ class Findings:
         found: dict[str, Any] = dict.fromkeys(SAID)
         for name, of in self.found.items():
             first = [
-                one._asdict() | ({} if other is None else {"as": other._asdict()})
+                one._asdict() | ({"as": other._asdict()} if other else {})
                 for one, other in of.first
             ]
             found[name] = {"rows": of.count, "of": of.of, "first": first}
@@ -284,35 +274,39 @@ def look(
     max_length: int,
     held_out: tuple[Sequence[Any], Rows] | None = None,
 ) -> Findings:
-    """What there is to know of the rows of a run."""
+    """What there is to know of the rows of a run: of the examples to train on, which are cut to
+    `max_length` tokens, and of the examples to measure on and their rows.
+    """
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
-    of, digests = _compared(examples)
-    each, at, which = np.unique(digests, return_index=True, return_inverse=True)
+    of, own = _compared(examples)
+    each, at, which = np.unique(own, return_index=True, return_inverse=True)
     first = at[which]  # of those that are equal
     later = first != np.arange(len(first))
-    found = {"duplicates": _finding("duplicates", rows, (of[later], of[first[later]]))}
+    results = {"duplicates": _finding("duplicates", rows, of[later], of[first[later]])}
     if held_out is not None and isinstance(held_out[0], TableExamples):
         theirs, others = _compared(held_out[0])
         near = np.minimum(np.searchsorted(each, others), len(each) - 1)
         there = each[near] == others
-        shared = theirs[there], of[at[near[there]]]
-        found[HELD_OUT] = _finding(HELD_OUT, held_out[1], shared, like=rows)
+        shared = of[at[near[there]]]
+        results[HELD_OUT] = _finding(HELD_OUT, held_out[1], theirs[there], shared, like=rows)
     roles, silent, empty = turns_of(examples, rows)
     if roles:
-        found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
+        results["empty_answers"] = _finding("empty_answers", rows, empty)
     if judged := examples.judged:
         # those whose verdict on a subject is not that of the first row that judges it
         _, at, which = np.unique(judged.subjects, return_index=True, return_inverse=True)
         other = judged.verdicts != judged.verdicts[at[which]]
         contrary = examples.rows[other], examples.rows[at[which][other]]
-        found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
+        results["contradictions"] = _finding(
+            "contradictions", rows, *contrary, about=judged.contrary
+        )
     if examples.ends_lost is not None:
-        cut = examples.rows[examples.ends_lost], None
-        found["ends_lost"] = _finding("ends_lost", rows, cut, max_length)
+        cut = examples.rows[examples.ends_lost]
+        results["ends_lost"] = _finding("ends_lost", rows, cut, about=max_length)
     untrained = np.setdiff1d(np.arange(len(rows)), of)
-    found["untrained"] = _finding("untrained", rows, (untrained, None))
-    return Findings(len(rows), found, judged.labels if judged else {}, roles, silent)
+    results["untrained"] = _finding("untrained", rows, untrained)
+    return Findings(len(rows), results, judged.labels if judged else {}, roles, silent)
 
 
 def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
@@ -325,17 +319,24 @@ def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
 
 
 def _finding(
-    name: str, rows: Rows, found: Pairs, told: Any = "", like: Rows | None = None
+    name: str,
+    rows: Rows,
+    indices: Array,
+    others: Array | None = None,
+    like: Rows | None = None,
+    about: Any = "",
 ) -> DataFinding:
-    """What was found of some of the rows."""
-    said, others = SAID[name].format(told), found[1]
-    chosen, at = np.unique(found[0], return_index=True)  # each once
+    """What was found of the rows with these indices, compared with `others` of the same rows or of
+    `like`; `about` stands in its words.
+    """
+    said = SAID[name].format(about)
+    chosen, at = np.unique(indices, return_index=True)  # each once
     if not len(chosen):
         return DataFinding(0, len(rows), said)
     first = rows.origins.places(chosen[:SHOWN])
-    compared: list[RowPlace | None] = [None] * len(first)
+    compared: list[Any] = [None] * len(first)
     if others is not None:
-        compared = [*(like or rows).origins.places(others[at[:SHOWN]])]
+        compared = (like or rows).origins.places(others[at[:SHOWN]])
     return DataFinding(len(chosen), len(rows), said, tuple(zip(first, compared, strict=True)))
 
 
@@ -345,28 +346,25 @@ def turns_of(
     """What becomes of the turns of rows: `roles` and `silent` as `Findings` has them, and the
     indices of rows with an empty answer.
     """
-    texts, of = list[str](), np.zeros(0, np.int64)
-    if TURNS in examples.table.column_names:
-        chunks, of = examples.table.column(TURNS).chunks, column(examples.table, "row")
-        texts = [text for chunk in chunks for text in chunk.to_pylist()]
-    kinds = dict[str, int]()
-    kind = np.array([kinds.setdefault(text, len(kinds)) for text in texts], np.int64)
-    turns, trained, empty = Counter[str](), Counter[str](), set[int]()
-    answers = np.zeros((len(kinds), 2))  # turns of the assistant, and those trained on
-    for (text, number), count in zip(kinds.items(), np.bincount(kind).tolist(), strict=True):
+    table = examples.table
+    if TURNS not in table.column_names:
+        return {}, {}, np.zeros(0, np.int64)
+    texts = [text for chunk in table.column(TURNS).chunks for text in chunk.to_pylist()]
+    of = column(table, "row")
+    names, file = rows.origins.files(len(rows))
+    turns, trained, empty = Counter[str](), Counter[str](), set[str]()
+    answers, learned = Counter[int](), Counter[int]()  # of the assistant, by file
+    for (text, number), count in Counter(zip(texts, file[of].tolist(), strict=True)).items():
         for line in text.splitlines():
             became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
             role = line.removesuffix(became)
             turns[role] += count
             trained[role] += count * bool(became)
             if became == EMPTY:
-                empty.add(number)
+                empty.add(text)
             if role == "assistant":
-                answers[number] += 1, bool(became)
+                answers[number] += count
+                learned[number] += count * bool(became)
     roles = {role: (n, trained[role]) for role, n in turns.items()}
-    silent = dict[str, int]()
-    if len({name for name, *_ in rows.origins.runs}) > 1:
-        names, file = rows.origins.files(len(rows))
-        said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
-        silent = {name: int(n) for name, n, k in zip(names, said, kept, strict=True) if n and not k}
-    return roles, silent, of[np.isin(kind, [*empty])]
+    silent = {names[n]: answers[n] for n in sorted(answers) if not learned[n] and len(names) > 1}
+    return roles, silent, of[[text in empty for text in texts]]

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import Judgements, Lists, TableExamples, batch_of, column, digests
-from lorafold.data.examples import NO_LOSS, identity_of
-from lorafold.data.row_store import Rows, SourcePart
+from lorafold.data.examples import NO_LOSS, identity_of, shown
+from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked, check_given
 from lorafold.data.shapes import LABELS, Labelled
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
 from lorafold.errors import LorafoldError, listed, shortened
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ class LabelledExample:
 
 @dataclass(frozen=True)
 class LabelledReport:
-    """What `encode_labelled` made of the rows; `str` gives it as lines of text.
-
-    `longest` is the length of the longest row in tokens, before cutting; `truncated` rows were cut
-    at `max_length` tokens; `counts` gives the number of rows of each class.
+    """What became of the rows. `longest` is the length of the longest row in tokens, before cutting
+    at `max_length`; `counts` has the rows of each class.
     """
 
     rows: int
@@ -61,40 +59,27 @@ class LabelledReport:
 
     def __str__(self) -> str:
         shares = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-        cut = (
-            f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-            if self.truncated
-            else ""
-        )
-        return (
+        return with_counts(
             f"{self.rows} rows of {len(self.counts)} classes ({shares}); the longest row has"
-            f" {self.longest} tokens{cut}"
+            f" {self.longest} tokens",
+            (self.truncated, f"rows were cut at {self.max_length} tokens"),
         )
-
-
-@dataclass(frozen=True)
-class LabelledData:
-    """One example for each row, in the order of the rows, the report, and how many are from each
-    source.
-    """
-
-    examples: Sequence[LabelledExample]
-    report: LabelledReport
-    parts: tuple[SourcePart, ...]
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the labels of the rows, sorted: whole numbers by size, text by character."""
+    """Return the labels of the rows, of which there must be several, sorted: whole numbers by size,
+    text by character.
+    """
     known = Rows.of(rows, LABELS)
     check_given(known.shapes, LABELS)
     labels = {given.label for given in known.given(LABELS)}
-    numbers = all(isinstance(label, int) for label in labels)
-    classes = tuple(map(str, sorted(labels))) if numbers else tuple(sorted(set(map(str, labels))))
-    if len(classes) < 2:
+    if not all(isinstance(label, int) for label in labels):
+        labels = set(map(str, labels))
+    if len(labels) < 2:
         raise LorafoldError(
-            f"data: field label: found {classes[0]!r} in every row, expected at least two classes"
+            f"data: field label: found {str(*labels)!r} in every row, expected at least two classes"
         )
-    return classes
+    return tuple(map(str, sorted(labels)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +118,10 @@ class Labels(Encoder):
     def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
         if not ids:
             return f"field text: found no token in {given.text!r}"
-        if str(given.label) not in self.classes:
-            expected = listed(self.classes, room=100)
-            found = shortened(repr(str(given.label)), 80)
-            return f"field label: found {found}, expected one of {expected}"
-        return ""
+        if (label := str(given.label)) in self.classes:
+            return ""
+        expected = listed(self.classes, room=100)
+        return f"field label: found {shortened(repr(label), 80)}, expected one of {expected}"
 
 
 class LabelledExamples(TableExamples[LabelledExample]):
@@ -157,7 +141,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
         contrary = "have the text of an earlier one, and another label"
         return Judgements(digests(self._ids), self._labels, contrary, self.counts)
 
-    def _example(self, entry: int) -> LabelledExample:
+    def example(self, entry: int) -> LabelledExample:
         # the text is cut before the special tokens that end it, which stay
         ids, most = self._ids[entry].tolist(), self._max_length
         end = min(int(self._closing[entry]), most) if len(ids) > most else 0
@@ -171,27 +155,25 @@ def encode_labelled(
     max_length: int,
     classes: Sequence[str],
     console: "Console | None" = None,
-) -> LabelledData:
-    """Tokenize labelled texts and turn their labels into class numbers."""
+) -> Encoded:
+    """Tokenize labelled texts and turn their labels into class numbers, which are the indices of
+    `classes`. Longer rows are cut to `max_length` tokens, at the end of their text: the special
+    tokens that the tokenizer closes it with stay.
+    """
     rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     return labelled(table, rows, max_length, classes)
 
 
-def labelled(
-    table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]
-) -> LabelledData:
-    """The examples of a table that `Labels` made."""
+def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]) -> Encoded:
+    """The examples of a table that `Labels` made of rows, cut to `max_length` tokens; `classes` are
+    by number.
+    """
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
-    report = LabelledReport(
-        len(rows),
-        int(whole.max()),
-        max_length,
-        int((whole > max_length).sum()),
-        examples.counts,
-    )
-    return LabelledData(examples, report, rows.parts)
+    cut = int((whole > max_length).sum())
+    report = LabelledReport(len(rows), int(whole.max()), max_length, cut, examples.counts)
+    return Encoded(examples, report, rows.parts)
 
 
 def preview_labelled(
@@ -200,9 +182,5 @@ def preview_labelled(
     """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict."""
     from rich.text import Text
 
-    text = str(
-        tokenizer.decode(
-            list(example.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-    )
-    return Text(text, style="dim").append(f" ⟦{classes[example.label]}⟧", style="bold green")
+    text = Text(shown(tokenizer, example.ids), style="dim")
+    return text.append(f" ⟦{classes[example.label]}⟧", style="bold green")

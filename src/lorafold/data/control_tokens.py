@@ -33,7 +33,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 
 from lorafold.data.messages import Message, Tool
 from lorafold.data.shapes import Conversation
-from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
+from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, probe, template_of
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import JOINED
 
@@ -82,14 +82,12 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
 def written_by(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
-    """Those of some words that a chat template writes itself, of pieces (as <|user|>) or as a word.
+    """Those of some words that the tokenizer's chat template writes itself, of pieces (as <|user|>)
+    or as a word.
     """
-    form, result = template_of(tokenizer).form, {"role": "tool", "content": VALUE}
     said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
-    texts = [
-        attempt(form.of(messages), tokenizer, for_generation=True)
-        for messages in (said, [SYSTEM, *said], [*said[:2], result])
-    ]
+    conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
+    texts = [probe(messages, tokenizer, for_generation=True) for messages in conversations]
     text = "".join([NOTE.sub("", template), *texts])
     return frozenset(word for word in words if word in text)
 

@@ -27,13 +27,13 @@ import numpy as np
 
 from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
-from lorafold.data.render import Rendered, Rendering, Span, TrainedRenderings, render_trained
-from lorafold.data.row_store import Rows, SourcePart, parts_of
+from lorafold.data.render import Rendered, Rendering, TrainedRenderings, render_trained
+from lorafold.data.row_store import Rows, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.templates import day_of, template_of
-from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class CompletionEncoder(Encoder):
                     " offsets; expected a fast tokenizer (one with a tokenizer.json)"
                 )
             found |= zip(some, encodings, strict=True)
-        made = list[PendingExample]()
+        made = []
         for n, piece in enumerate(pieces):
             if (encoding := found.get(n)) is None:
                 made.append(piece)
@@ -150,7 +150,7 @@ class CompletionEncoder(Encoder):
         each turn before which a token would span the border.
         """
         assert piece.rendered is not None
-        rendered, text, together = piece.rendered, piece.text, list[Span]()
+        rendered, text, together = piece.rendered, piece.text, []
         if OPENING in text:
             encoding = pieces_of(text, self.tokenizer)
         apart: list[PendingExample] = []
@@ -223,7 +223,7 @@ def in_pieces(
     rest = pieces_of(rendered.text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
     starts += [border + start for start, _ in rest.offsets]
-    spans = list[int]()
+    spans = []
     for a, b in rendered.spans:
         first = bisect_left(starts, a)
         last = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
@@ -245,14 +245,10 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What `encode` made of the rows; `str` gives it as lines of text.
+    """What became of the rows.
 
-    `rows` counts all rows, `tokens` and `labelled` the tokens of the examples. `longest` is the
-    length of the longest row in tokens, before cutting. `truncated` rows were cut at `max_length`
-    tokens, `unlabelled` rows have no token to train on, and `turns_left_out` assistant turns are
-    not trained on. `examples` are what the rows gave, and `reasoning_hidden` trained turns have a
-    reasoning that the chat template leaves out. `marked` rows have control tokens in their
-    contents, which are text.
+    `longest` is the length of the longest row in tokens, before cutting at `max_length`; `labelled`
+    tokens, of `tokens`, are trained on, and `turns_left_out` assistant turns are not.
     """
 
     rows: int
@@ -268,43 +264,29 @@ class EncodingReport:
     marked: int = 0
 
     def __str__(self) -> str:
-        text = (
+        several = self.examples > self.rows - self.unlabelled
+        return with_counts(
             f"{self.rows} rows, {self.tokens} tokens, {self.labelled} of them trained on; the"
-            f" longest row has {self.longest}"
+            f" longest row has {self.longest}",
+            (self.truncated, f"rows were cut at {self.max_length} tokens"),
+            (self.unlabelled, "rows have no token to train on and are left out"),
+            (
+                self.turns_left_out,
+                "assistant turns are not trained on: the chat template renders them differently at"
+                " generation",
+            ),
+            (
+                several * self.examples,
+                "examples: a row gives several where the chat template rewrites earlier turns, or"
+                " tokens would span their borders",
+            ),
+            (
+                self.reasoning_hidden,
+                "assistant turns are trained on without their reasoning, or without what they say"
+                " beside a call: the chat template leaves it out",
+            ),
+            (self.marked, MARKED),
         )
-        if self.truncated:
-            text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-        if self.unlabelled:
-            text += f"\n{self.unlabelled} rows have no token to train on and are left out"
-        if self.turns_left_out:
-            text += (
-                f"\n{self.turns_left_out} assistant turns are not trained on: the chat template"
-                " renders them differently at generation"
-            )
-        if self.examples > self.rows - self.unlabelled:
-            text += (
-                f"\n{self.examples} examples: a row gives several where the chat template rewrites"
-                " earlier turns, or tokens would span their borders"
-            )
-        if self.reasoning_hidden:
-            text += (
-                f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning,"
-                " or without what they say beside a call: the chat template leaves it out"
-            )
-        if self.marked:
-            text += f"\n{self.marked} {MARKED}"
-        return text
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The examples that have a token to train on, in the order of their rows, the report over all
-    rows, and how many rows with examples are from each source.
-    """
-
-    examples: Examples
-    report: EncodingReport
-    parts: tuple[SourcePart, ...]
 
 
 class Examples(TableExamples[Example]):
@@ -330,7 +312,7 @@ class Examples(TableExamples[Example]):
         self.told_by = self._ids, self._spans
         self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
-    def _example(self, entry: int) -> Example:
+    def example(self, entry: int) -> Example:
         ids = self._ids[entry][: self._max_length].tolist()
         return example_of(ids, self._spans[entry].tolist())
 
@@ -358,7 +340,7 @@ def encode(
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-    """The examples of a table that `CompletionEncoder` made."""
+    """The examples of a table that `CompletionEncoder` made of rows, cut to `max_length` tokens."""
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
@@ -366,12 +348,13 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
     if not examples:
         cut = f"{truncated} were cut at max_length {max_length} (the longest has {longest} tokens)"
         lost = f"{left_out} assistant turns are left out, as the template renders them differently"
-        found = [*[cut] * bool(truncated), *[f"{lost} at generation"] * bool(left_out)]
+        reasons = [*[cut] * bool(truncated), *[f"{lost} at generation"] * bool(left_out)]
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on:"
-            f" {', and '.join(found) or 'they have no answer of an assistant that may train'};"
+            f" {', and '.join(reasons) or 'they have no answer of an assistant that may train'};"
             " expected answers within max_length"
         )
+    used = np.unique(examples.rows)
     report = EncodingReport(
         len(rows),
         int(examples.lengths.sum()),
@@ -379,13 +362,13 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         longest,
         max_length,
         truncated,
-        len(rows) - len(np.unique(examples.rows)),
+        len(rows) - len(used),
         left_out,
         len(examples),
         int(column(table, "hidden").sum()),
         examples.marked,
     )
-    return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
+    return Encoded(examples, report, parts_of(used, rows.parts))
 
 
 def encode_row(
@@ -409,17 +392,15 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     """
     from rich.text import Text
 
-    text = Text()
-    for trained, run in groupby(
-        zip(example.ids, example.labels, strict=True), key=lambda pair: pair[1] != NO_LOSS
-    ):
-        piece = str(
-            tokenizer.decode(
-                [token for token, _ in run],
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
-            )
-        )
-        shown, style = (f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")
-        text.append(shown, style=style)
+    text, tokens = Text(), zip(example.ids, example.labels, strict=True)
+    for trained, run in groupby(tokens, key=lambda pair: pair[1] != NO_LOSS):
+        piece = shown(tokenizer, [token for token, _ in run])
+        text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
     return text
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of token ids, as it is."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )

@@ -32,12 +32,15 @@ SPOKEN = {"Human": "user", "Assistant": "assistant"}
 AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
 
 
+def content_problems(name: str, value: Any) -> Iterator[str]:
+    """What is wrong with a field that has to be text or a list of messages."""
+    return (message_problems if isinstance(value, list) else text_problems)(name, value)
+
+
 def preference_problems(row: Row) -> Iterator[str]:
     """What is wrong with a row of prompt, chosen and rejected."""
-    problems = list[str]()
-    for name in ("prompt", "chosen", "rejected"):
-        check = message_problems if isinstance(row[name], list) else text_problems
-        problems += check(name, row[name])
+    fields = ("prompt", "chosen", "rejected")
+    problems = [problem for name in fields for problem in content_problems(name, row[name])]
     yield from problems
     lists = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
     if not problems and lists and not preference(row)[0]:
@@ -49,7 +52,7 @@ def preference_problems(row: Row) -> Iterator[str]:
 
 def implicit_problems(row: Row) -> Iterator[str]:
     """What is wrong with a row of two conversations, chosen and rejected."""
-    problems = list[str]()
+    problems: list[str] = []
     for name in ("chosen", "rejected"):
         said = row[name]
         if not isinstance(said, str):
@@ -62,7 +65,7 @@ def implicit_problems(row: Row) -> Iterator[str]:
     yield from problems
     if problems:
         return
-    chosen, rejected = _said_in(row["chosen"]), _said_in(row["rejected"])
+    chosen, rejected = (_conversation(row[name]) for name in ("chosen", "rejected"))
     if not (shared := _shared(chosen, rejected)):
         yield "fields chosen and rejected: found no common first message, expected one prompt"
     elif shared == min(len(chosen), len(rejected)):
@@ -79,25 +82,27 @@ def turns_preference_problems(row: Row) -> Iterator[str]:
 def preference(row: Row) -> Said:
     """The messages of a checked row of prompt, chosen and rejected."""
     text, answers = row["prompt"], [row["chosen"], row["rejected"]]
-    prompt = _asked(text) if isinstance(text, str) else normalized(text)
-    if prompt[0]["content"] != text and isinstance(text, str):
+    is_text = isinstance(text, str)
+    prompt = _prompt(text) if is_text else normalized(text)
+    if is_text and prompt[0]["content"] != text:
         answers = [said.removeprefix(" ") if isinstance(said, str) else said for said in answers]
     chosen, rejected = (said_by("assistant", said) for said in answers)
     shared = chosen[: _shared(chosen, rejected)]
-    if isinstance(text, str) and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+    if is_text and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
         # the text is one of the messages with which both answers begin
-        asked = text.strip() in (str(one.get("content")).strip() for one in shared)
-        prompt = shared if asked else []
-    if shared[: len(prompt)] == prompt and len(prompt) < min(len(chosen), len(rejected)):
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        said = {str(one.get("content")).strip() for one in shared}
+        prompt = shared if text.strip() in said else []
+    at = len(prompt)
+    if shared[:at] == prompt and at < min(len(chosen), len(rejected)):
+        chosen, rejected = chosen[at:], rejected[at:]
     return prompt, {"chosen": chosen, "rejected": rejected}
 
 
 def implicit_preference(row: Row) -> Said:
     """The messages of a checked row of two conversations."""
-    chosen, rejected = normalized(_said_in(row["chosen"])), normalized(_said_in(row["rejected"]))
-    shared = _shared(chosen, rejected)
-    return chosen[:shared], {"chosen": chosen[shared:], "rejected": rejected[shared:]}
+    both = {name: normalized(_conversation(row[name])) for name in ("chosen", "rejected")}
+    shared = _shared(*both.values())
+    return both["chosen"][:shared], {name: messages[shared:] for name, messages in both.items()}
 
 
 def as_turns(row: Row) -> str:
@@ -108,9 +113,8 @@ def as_turns(row: Row) -> str:
 
 def turns_preference(row: Row) -> Said:
     """The messages of a checked row of ShareGPT's turns with two last turns."""
-    prompt = turns_to_messages(row["conversations"])
-    chosen, rejected = (turns_to_messages([row[name]]) for name in ("chosen", "rejected"))
-    return prompt, {"chosen": chosen, "rejected": rejected}
+    answers = {name: turns_to_messages([row[name]]) for name in ("chosen", "rejected")}
+    return turns_to_messages(row["conversations"]), answers
 
 
 def _shared(chosen: list[Any], rejected: list[Any]) -> int:
@@ -119,7 +123,7 @@ def _shared(chosen: list[Any], rejected: list[Any]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
 
 
-def _said_in(said: Any) -> list[Message]:
+def _conversation(said: Any) -> list[Message]:
     """A conversation, also as a text of turns."""
     return _turns(said) if isinstance(said, str) else said
 
@@ -133,7 +137,7 @@ def _turns(text: str) -> list[Message]:
     return [{"role": SPOKEN[name], "content": said} for name, said in turns]
 
 
-def _asked(prompt: str) -> list[Message]:
+def _prompt(prompt: str) -> list[Message]:
     """The messages of a prompt: one, or its turns before the one that is opened at its end."""
     turns = _turns(prompt)
     opened = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()

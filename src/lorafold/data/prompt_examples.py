@@ -18,9 +18,9 @@ from lorafold.data.arrow import TableExamples, batch_of
 from lorafold.data.control_tokens import MARKED, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.render import prompt_of
-from lorafold.data.row_store import Rows, SourcePart
+from lorafold.data.row_store import Rows
 from lorafold.data.shapes import PROMPTS, Conversation, Shape, shape_of, shapes_for
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.tokenizing import Encoded, Encoder, with_counts
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -76,24 +76,15 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What became of the rows; `str` gives it as lines of text."""
+    """What became of the rows."""
 
     rows: int
     longest: int
     marked: int
 
     def __str__(self) -> str:
-        marked = f"\n{self.marked} {MARKED}" if self.marked else ""
-        return f"{self.rows} prompts; the longest has {self.longest} tokens{marked}"
-
-
-@dataclass(frozen=True)
-class PromptData:
-    """One example for each row, the report, and how many are from each source."""
-
-    examples: Sequence[TokenizedPrompt]
-    report: PromptReport
-    parts: tuple[SourcePart, ...]
+        first = f"{self.rows} prompts; the longest has {self.longest} tokens"
+        return with_counts(first, (self.marked, MARKED))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +105,7 @@ class PromptEncoder(Encoder):
         return batch_of(entries, ("row",), ("ids",), ("marked",), ("problem",))
 
     def _prompt(self, given: Conversation) -> dict[str, Any]:
-        text, ids, problem = "", list[int](), ""
+        text, ids, problem = "", [], ""
         try:
             if not given.messages:
                 what = "found no message before the assistant's turn, expected a prompt"
@@ -134,21 +125,20 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
         self._rows, self.told_by = rows, (self._ids,)
 
-    def _example(self, entry: int) -> TokenizedPrompt:
+    def example(self, entry: int) -> TokenizedPrompt:
         number = int(self.rows[entry])
         [place] = self._rows.origins.places([number])
         return TokenizedPrompt(tuple(self._ids[entry].tolist()), self._rows[number], str(place))
 
 
-def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:
-    """The examples of a table that `PromptEncoder` made."""
+def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
+    """The examples of a table that `PromptEncoder` made, each of `most` tokens at most."""
     examples = PromptExamples(table, rows)
-    lengths = examples.lengths
-    if len(lengths) and lengths.max() > most:
-        n = int(lengths.argmax())
+    longest = int(examples.lengths.max(initial=0))
+    if longest > most:
         raise LorafoldError(
-            f"{examples[n].where}: found a prompt of {lengths[n]} tokens, expected at most {most},"
-            " which max_length leaves beside max_new_tokens"
+            f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
+            f" expected at most {most}, which max_length leaves beside max_new_tokens"
         )
-    report = PromptReport(len(examples), int(lengths.max(initial=0)), examples.marked)
-    return PromptData(examples, report, rows.parts)
+    report = PromptReport(len(examples), longest, examples.marked)
+    return Encoded(examples, report, rows.parts)

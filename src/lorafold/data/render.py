@@ -31,7 +31,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.control_tokens import as_text, variables_as_text
@@ -50,6 +49,8 @@ from lorafold.data.templates import (
     apply,
     attempt,
     call,
+    probe,
+    refused,
     template_of,
 )
 from lorafold.errors import LorafoldError
@@ -75,32 +76,31 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raise LorafoldError if the text lacks a part of the conversation."""
+    """Raise LorafoldError if the text, its rendering, lacks a part of the conversation. `turns` are
+    what the template adds for messages with calls, by their number, where that is known.
+    """
     messages, tools = conversation.messages, conversation.tools
     # a part that is not in the text, messages and tools with a probe in its place, and the probe
-    missing = list[tuple[str, list[Message], tuple[Tool, ...], str]]()
+    missing: list[tuple[str, list[Message], tuple[Tool, ...], str]] = []
+
+    def lacks(what: str, n: int, change: Message, value: str) -> None:
+        probed = [*messages[:n], messages[n] | change, *messages[n + 1 :]]
+        missing.append((f"messages[{n}].{what}", probed, tools, value))
+
     for n, message in enumerate(messages):
         content = message.get("content")
         if message["role"] != "assistant" and content and content.strip() not in text:
-            what = f"messages[{n}].content ({message['role']})"
-            probed = [*messages[:n], message | {"content": VALUE}, *messages[n + 1 :]]
-            missing.append((what, probed, tools, VALUE))
+            lacks(f"content ({message['role']})", n, {"content": VALUE}, VALUE)
         for number, given in enumerate(message.get("tool_calls", ())):
             if not _has_call((turns or {}).get(n, text), given):
-                where, calls = f"messages[{n}].tool_calls[{number}]", [*message["tool_calls"]]
+                calls = [*message["tool_calls"]]
                 calls[number] = given | call(NAME, {KEY: VALUE})
-                probed = [*messages[:n], message | {"tool_calls": calls}, *messages[n + 1 :]]
-                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
-                    missing.append((what, probed, tools, probe))
+                for part, value in (("its name", NAME), ("arguments", VALUE)):
+                    lacks(f"tool_calls[{number}]: {part}", n, {"tool_calls": calls}, value)
     if tools and not all(_has_tool(text, tool) for tool in tools):
         missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), KEY))
-    for part, probed, offered, probe in missing:
-        form = template_of(tokenizer, offered).form
-        try:
-            again = apply(form.of(probed), tokenizer, offered)
-        except LorafoldError:
-            again = ""
-        if probe not in again:
+    for part, probed, offered, value in missing:
+        if value not in probe(probed, tokenizer, offered):
             raise LorafoldError(
                 f"the chat template does not show {part}, so it would be lost; {HELP}"
             )
@@ -110,13 +110,11 @@ def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
     """Raise LorafoldError if the conversation has tools, or calls, and the chat template shows none
     in any conversation.
     """
+    tools = conversation.tools
     called = any("tool_calls" in message for message in conversation.messages)
-    if not conversation.tools and not called:
-        return
-    template = template_of(tokenizer, conversation.tools)
-    if conversation.tools and not template.shows_tools:
+    if tools and not template_of(tokenizer, tools).shows_tools:
         raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
-    if called and not template.shows_calls:
+    if called and not template_of(tokenizer, tools).shows_calls:
         raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
 
 
@@ -141,21 +139,15 @@ def _has_call(text: str, given: dict[str, Any]) -> bool:
 def _has_text(text: str, value: Any) -> bool:
     """Whether a text stands in another one, as it is or as in JSON."""
     value = str(value)
-    return (
-        value in text
-        or json.dumps(value, ensure_ascii=False)[1:-1] in text
-        or json.dumps(value)[1:-1] in text
-    )
+    forms = (value, *(json.dumps(value, ensure_ascii=a)[1:-1] for a in (False, True)))
+    return any(form in text for form in forms)
 
 
-def hidden(messages: list[Message], index: int, turn: str) -> bool:
-    """Whether the turn's text lacks the reasoning that its message has, or what it says beside its
-    calls.
-    """
-    message = messages[index]
+def hidden(message: Message, turn: str) -> bool:
+    """Whether a turn's text lacks the reasoning of its message, or what it says beside calls."""
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
     beside = said if message.get("tool_calls") else ""
-    return thought not in turn or (bool(beside) and not _has_text(turn, beside))
+    return thought not in turn or not _has_text(turn, beside)
 
 
 @dataclass(frozen=True)
@@ -222,8 +214,8 @@ class ConversationRenderings:
         if not self.template.marks_own:
             return apply(messages, self.tokenizer, self.tools), None
         special: Any = self.tokenizer.special_tokens_map
-        try:
-            found: Any = render_jinja_template(
+        with refused():
+            rendered: Any = render_jinja_template(
                 [messages],
                 tools=list(self.tools) or None,
                 chat_template=self.template.text,
@@ -231,48 +223,47 @@ class ConversationRenderings:
                 add_generation_prompt=False,
                 **special,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
-            raise LorafoldError(f"the model's chat template: {error}") from error
-        [text], [marks] = found
-        return text, tuple((start, end) for start, end in marks)
+        [text], [marks] = rendered
+        return text, tuple(map(tuple, marks))
 
     def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
-        """Turn i as generation would have it, or None where the template has no such form."""
+        """Turn i as generation would have it, or None where the template has no such form; `whole`
+        is the rendering of all messages, if it is known.
+        """
         if i == 0:
             return None  # the first message has no prompt before it
-        message, last = self.formed[i], i == len(self.formed) - 1
+        message, earlier = self.formed[i], self.formed[:i]
         # the text that the generation of the turn starts from
-        prompt = apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
-        text, marks = whole if whole and last else self.draw(self.formed[: i + 1])
-        found = text
-        if not text.startswith(prompt) and message.get("reasoning_content"):
+        prompt = apply(earlier, self.tokenizer, self.tools, for_generation=True)
+        is_last = i == len(self.formed) - 1
+        after, marks = whole if whole and is_last else self.draw(self.formed[: i + 1])
+        text, reasoning = after, message.get("reasoning_content", "")
+        if not text.startswith(prompt) and reasoning:
             bare = {k: v for k, v in message.items() if k != "reasoning_content"}
-            plain, plain_marks = self.draw([*self.formed[:i], bare])
+            plain, plain_marks = self.draw([*earlier, bare])
             if plain.startswith(prompt):
-                found, marks = plain, plain_marks
-        if not found.startswith(prompt):
-            reasoning = message.get("reasoning_content", "")
+                text, marks = plain, plain_marks
+        if not text.startswith(prompt):
             said = self.messages[i].get("content", "")
             block, specials = self.own.block, self.own.specials
-            joined = after_block(prompt, text, (reasoning, said), block, specials)
+            joined = after_block(prompt, after, (reasoning, said), block, specials)
             if joined is None:
-                before = attempt(self.formed[:i], self.tokenizer, self.tools)
-                joined = after_rewriting(prompt, text, before, said)
+                before = attempt(earlier, self.tokenizer, self.tools)
+                joined = after_rewriting(prompt, after, before, said)
             if joined is None or marks == ():
                 return None
-            found, marks = joined, marks and ((len(prompt), len(joined)),)
+            text, marks = joined, marks and ((len(prompt), len(joined)),)
         # whitespace after the token that ends a turn is the template's
-        start, end = len(prompt), max(len(prompt), len(found.rstrip()))
-        return TrainedTurn(found, start, end, found[start:end], marks)
+        start, end = len(prompt), max(len(prompt), len(text.rstrip()))
+        return TrainedTurn(text, start, end, text[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str:
         """The end of turn i, which its text lacks: the template does not write it with the turn."""
         ending, text = self.own.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
             follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
-            [next_one] = follows or self.template.form.of([ASKED])
-            longer = attempt([*self.formed[: i + 1], next_one], self.tokenizer, self.tools)
+            following = [*self.formed[: i + 1], *(follows or self.template.form.of([ASKED]))]
+            longer = attempt(following, self.tokenizer, self.tools)
             if longer.startswith(text):
                 return self.own.through_special(longer[len(text) :]) or ending.text
         return ending.text
@@ -289,55 +280,52 @@ def render_trained(
     """
     check_able(conversation, tokenizer)
     conversation = as_text(conversation, tokenizer)
-    drawing, messages = ConversationRenderings(conversation, tokenizer), conversation.messages
-    drawn_whole = whole, _ = drawing.draw(drawing.formed)
+    renderings, messages = ConversationRenderings(conversation, tokenizer), conversation.messages
+    drawn_whole = whole, _ = renderings.draw(renderings.formed)
     turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
     called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
-    drawn = {i: drawing.turn(i, drawn_whole) for i in {*turns, *called}}
+    drawn = {i: renderings.turn(i, drawn_whole) for i in {*turns, *called}}
     calls = {i: turn.said for i in called if (turn := drawn[i]) is not None}
     check_shown(conversation, whole, tokenizer, calls)
-    found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
-    left_out = lost = 0
-    kept = set[int]()
+    examples: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
+    lost, trained = 0, set[int]()
     for i in reversed(turns):
         turn = drawn[i]
         if turn is None:
-            left_out += 1
             continue
         if messages[i].keys() & {"reasoning_content", "tool_calls"}:
-            lost += hidden(messages, i, turn.said)
+            lost += hidden(messages[i], turn.said)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
-        if rendering.end_of_turn == "auto" and drawing.own.ending.written != WITH_TURN:
-            text = text[:end] + drawing.end(i, turn)
+        if rendering.end_of_turn == "auto" and renderings.own.ending.written != WITH_TURN:
+            text = text[:end] + renderings.end(i, turn)
             if marks is not None and any(last > start for _, last in marks):
                 marks = (*marks, (end, len(text)))
             end = len(text)
         if rendering.mask_reasoning:
-            start += drawing.own.block.end(text[start:end], text[:start])
+            start += renderings.own.block.end(text[start:end], text[:start])
         # a mark may go on to the end of the line, behind the token that ends the turn
         marks = ((start, end),) if marks is None else marks
         cut = ((max(start, first), min(len(text), last)) for first, last in marks)
         if not (spans := [(first, last) for first, last in cut if first < last]):
-            left_out += 1
             continue
-        home = next((entry for entry in found if entry[0].startswith(text)), None)
-        if home is None:
-            home = (text, [], [])
+        example = next((one for one in examples if one[0].startswith(text)), None)
+        if example is None:
+            example = (text, [], [])
             if text.startswith(whole):  # and has its end
-                found[0] = home
+                examples[0] = example
             else:
-                found.append(home)
-        kept.add(i)
-        home[1].extend(spans)
-        home[2].append(turn.start)
-    renderings = [
-        Rendered(of, tuple(sorted(spans)), tuple(sorted(starts)))
-        for of, spans, starts in found
+                examples.append(example)
+        trained.add(i)
+        example[1].extend(spans)
+        example[2].append(turn.start)
+    rendered = [
+        Rendered(text, tuple(sorted(spans)), tuple(sorted(starts)))
+        for text, spans, starts in reversed(examples)
         if spans
     ]
-    shown = tuple(renderings[::-1]) or (Rendered(whole, ()),)
-    return TrainedRenderings(shown, left_out, lost, frozenset(kept))
+    shown = tuple(rendered) or (Rendered(whole, ()),)
+    return TrainedRenderings(shown, len(turns) - len(trained), lost, frozenset(trained))
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -366,9 +354,15 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Render messages with the tokenizer's chat template, as `data.control_tokens` has texts."""
+    """Render messages in the form of `data.messages` with the tokenizer's chat template, control
+    tokens in their contents as text, with the prompt that opens the assistant's next turn or
+    without it. `variables` are further ones of the template, such as enable_thinking.
+    """
     given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
-    return _applied(given, tokenizer, for_generation, variables)
+    formed = template_of(tokenizer, given.tools).form.of(given.messages)
+    if variables:
+        variables = variables_as_text(variables, tokenizer, given.tools)
+    return apply(formed, tokenizer, given.tools, for_generation, variables)
 
 
 def prompt_of(
@@ -376,21 +370,9 @@ def prompt_of(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The prompt for the next turn of a conversation, as `data.control_tokens` has texts."""
+    """As `render`, the prompt for the next turn of a conversation, which must show all of it."""
     check_able(conversation, tokenizer)
-    given = as_text(conversation, tokenizer)
-    text = _applied(given, tokenizer, True, variables)
-    check_shown(given, text, tokenizer)
+    text = render(conversation.messages, tokenizer, True, conversation.tools, variables)
+    check_shown(as_text(conversation, tokenizer), text, tokenizer)
     return text
 
-
-def _applied(
-    given: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    for_generation: bool,
-    variables: Mapping[str, Any],
-) -> str:
-    formed = template_of(tokenizer, given.tools).form.of(given.messages)
-    if variables:
-        variables = variables_as_text(variables, tokenizer, given.tools)
-    return apply(formed, tokenizer, given.tools, for_generation, variables)

@@ -16,11 +16,11 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorafold.data.arrow import Array, open_table
+from lorafold.data.arrow import Array, Items, open_table
 from lorafold.data.json_input import Row
 from lorafold.data.shapes import Shape, shape_of, shapes_for
 
@@ -75,7 +75,7 @@ class Origins:
         """The names of the files, and the number of that which each of n rows is from, (n,)."""
         if not self.runs:
             return [""], np.zeros(n, np.int64)
-        numbers = dict[str, int]()
+        numbers: dict[str, int] = {}
         of_run = [numbers.setdefault(name, len(numbers)) for name, *_ in self.runs]
         return [*numbers], np.array(of_run)[self._runs(np.arange(n))[0]]
 
@@ -97,7 +97,7 @@ class SourcePart:
     weight: float = 1.0
 
 
-class ArrowRows(Sequence[Row]):
+class ArrowRows(Items[Row]):
     """The rows of a file that `write_rows` wrote: all, or those with the indices `chosen` (n,)."""
 
     def __init__(self, path: Path, chosen: Array | None = None) -> None:
@@ -110,13 +110,7 @@ class ArrowRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._text) if self._chosen is None else len(self._chosen)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Row:
         at = index if self._chosen is None else int(self._chosen[index])
         row: Row = json.loads(self._text[at].as_py())
         return row
@@ -138,7 +132,7 @@ class ArrowRows(Sequence[Row]):
 
 
 @dataclass(frozen=True)
-class Rows(Sequence[Row]):
+class Rows(Items[Row]):
     """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
     `known` is the digest and the bytes of large rows. `wanted` of what shapes give chose theirs,
     `told` is what else there is to say of them, `files` has the rows of each file of a source that
@@ -168,12 +162,8 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        return list(self.rows[index]) if isinstance(index, slice) else self.rows[index]
+    def item(self, index: int) -> Row:
+        return self.rows[index]
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)

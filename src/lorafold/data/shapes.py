@@ -51,8 +51,10 @@ from lorafold.data.messages import (
     tools_of,
     turns_problems,
     turns_to_messages,
+    unlike,
 )
 from lorafold.data.preferences import (
+    content_problems,
     implicit_preference,
     implicit_problems,
     preference,
@@ -152,10 +154,11 @@ class Shape:
     def given(self, what: str, row: Row) -> Any:
         """One of what the shape `gives`, of a checked row."""
         if self.read is None:
-            found = Conversation([], text=row["text"])
-            return Labelled(row["text"], row["label"]) if what == LABELS else found
-        asked, answers = self.read(row)
-        before = [*system_of(row), *asked] if row.get("system") else asked
+            if what == LABELS:
+                return Labelled(row["text"], row["label"])
+            return Conversation([], text=row["text"])
+        prompt, answers = self.read(row)
+        before = [*system_of(row), *prompt] if row.get("system") else prompt
         tools = tools_of(row["tools"]) if row.get("tools") else ()
         if what == PAIRS:
             return [Compared(before, answers, tools)]
@@ -165,10 +168,10 @@ class Shape:
         said = next(iter(answers.values()), [])
         if what == PROMPTS:
             # what comes before the last turn of the assistant, or all where that is not the last
-            own = not asked and bool(said) and said[-1]["role"] == "assistant"
-            said = [] if asked else said[: len(said) - own]
+            if prompt or (said and said[-1]["role"] == "assistant"):
+                said = [] if prompt else said[:-1]
             return Conversation([*before, *said], tools=tools)
-        return Conversation([*before, *said], len(before) if asked else 0, tools)
+        return Conversation([*before, *said], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
         """The conversation of a row; one without messages where the shape gives none."""
@@ -181,11 +184,9 @@ class Shape:
         """
         for key in [key for key in self.keys if key in ANSWERS] or self.keys[:1]:
             value = row[key]
-            if isinstance(value, str):
-                if not value.strip():
-                    return False
-                continue
-            turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+            if isinstance(value, str) and not value.strip():
+                return False
+            turns = value if isinstance(value, list) else [value] * isinstance(value, dict)
             own = [t for t in turns if role_of(t.get("role", t.get("from"))) in SPEAKERS]
             said = [asks(t) or any(str(t.get(k) or "").strip() for k in SAID) for t in own]
             if own and not any(said[-1:] if key in COMPARED else said):
@@ -205,8 +206,8 @@ def shapes_for(wanted: str = "") -> tuple[Shape, ...]:
 
 
 def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
-    """Return the first shape whose keys the row has (a key with the value null counts as absent),
-    or None if there is none. The shapes are SHAPES, or those that are given.
+    """Return the first shape, of SHAPES or those that are given, whose keys the row has (a key with
+    the value null counts as absent), or None if there is none.
     """
     for shape in SHAPES if shapes is None else shapes:
         if all(row.get(key) is not None for key in shape.keys):
@@ -214,18 +215,12 @@ def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
     return None
 
 
-def _prompt_problems(row: Row) -> Iterator[str]:
-    check = message_problems if isinstance(row["prompt"], list) else text_problems
-    return check("prompt", row["prompt"])
-
-
 def _pair_problems(row: Row) -> Iterator[str]:
     kinds = [type(row[key]) for key in ("prompt", "completion")]
     if {*kinds} == {str, list}:
-        found = " and ".join(kind_of(row[key]) for key in ("prompt", "completion"))
         yield (
-            f"fields prompt and completion: found {found},"
-            " expected both text or both lists of messages"
+            f"fields prompt and completion: found {kind_of(row['prompt'])} and"
+            f" {kind_of(row['completion'])}, expected both text or both lists of messages"
         )
         return
     # of a prompt that is no list of messages, neither is the completion
@@ -234,14 +229,10 @@ def _pair_problems(row: Row) -> Iterator[str]:
     yield from check("completion", row["completion"])
 
 
-def _pair(row: Row) -> Said:
-    return said_by("user", row["prompt"]), {"completion": said_by("assistant", row["completion"])}
-
-
 def _label_problems(row: Row) -> Iterator[str]:
     yield from text_problems("text", row["text"])
     if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
-        yield f"field label: found {kind_of(row['label'])}, expected text or a whole number"
+        yield unlike("label", row["label"], "text or a whole number")
 
 
 def _instruction(answered: str, beside: str) -> Shape:
@@ -255,7 +246,7 @@ CHAT = (CONVERSATIONS, PROMPTS)
 TWO = (*CHAT, PAIRS, JUDGED)
 PROMPT_ALONE = Shape(  # elsewhere such a row lacks a completion
     ("prompt",),
-    _prompt_problems,
+    lambda row: content_problems("prompt", row["prompt"]),
     lambda row: (said_by("user", row["prompt"]), {}),
     (PROMPTS,),
 )
@@ -266,7 +257,15 @@ SHAPES = (
         lambda row: ([], {"messages": normalized(row["messages"])}),
         CHAT,
     ),
-    Shape(("prompt", "completion"), _pair_problems, _pair, (*CHAT, JUDGED)),
+    Shape(
+        ("prompt", "completion"),
+        _pair_problems,
+        lambda row: (
+            said_by("user", row["prompt"]),
+            {"completion": said_by("assistant", row["completion"])},
+        ),
+        (*CHAT, JUDGED),
+    ),
     Shape(("prompt", *COMPARED), preference_problems, preference, TWO),
     Shape(("conversations", *COMPARED), turns_preference_problems, turns_preference, TWO),
     Shape(COMPARED, implicit_problems, implicit_preference, TWO),

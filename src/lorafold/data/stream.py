@@ -60,7 +60,7 @@ class RowStream:
         rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
         readers = [self._endless(source) for source in self.sources]
         weights = [source.weight for source in self.sources]
-        waiting = list[Named]()
+        waiting = []
         while True:
             [reader] = sources.choices(readers, weights)
             waiting.append(next(reader))

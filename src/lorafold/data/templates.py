@@ -27,7 +27,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property, lru_cache
@@ -71,6 +72,7 @@ CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # the beginning of a tag, which others ha
 WITH_TURN: Final = "with the turn"
 WITH_NEXT: Final = "with the next message"
 NOWHERE: Final = "not at all"
+Written = Literal["with the turn", "with the next message", "not at all"]
 
 
 def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +84,7 @@ CALLED: Message = {
     "role": "assistant",
     "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}],
 }
+RESULT: Message = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Ending:
     tokens: The ids of the special tokens that end a turn, whoever speaks next.
     """
 
-    written: Literal["with the turn", "with the next message", "not at all"]
+    written: Written
     text: str
     tokens: frozenset[int]
 
@@ -185,9 +188,9 @@ class Template:
     @cached_property
     def form(self) -> MessageForm:
         """The form in which it takes messages."""
-        asked = str(ASKED["content"])
+        question = str(ASKED["content"])
         shown = [
-            asked in attempt(MessageForm(parts=p).of([ASKED]), self.tokenizer)
+            question in attempt(MessageForm(parts=p).of([ASKED]), self.tokenizer)
             for p in (False, True)
         ]
         parts = shown == [False, True]
@@ -206,12 +209,9 @@ class Template:
     @cached_property
     def block(self) -> Block:
         """How it encloses reasoning."""
-        form = MessageForm(parts=template_of(self.tokenizer).form.parts)
-        texts = [
-            attempt(form.of([ASKED, turn]), self.tokenizer)
-            for turn in (SAID | {"reasoning_content": THOUGHT}, SAID)
-        ]
-        prompt = attempt(form.of([ASKED]), self.tokenizer, for_generation=True)
+        turns = (SAID | {"reasoning_content": THOUGHT}, SAID)
+        texts = [probe([ASKED, turn], self.tokenizer) for turn in turns]
+        prompt = probe([ASKED], self.tokenizer, for_generation=True)
         if THOUGHT not in texts[0] or WORD not in texts[0]:
             return USUAL
         header = CUT.sub("", common(*texts, prompt))
@@ -232,42 +232,34 @@ class Template:
     @cached_property
     def ending(self) -> Ending:
         """How it ends a turn."""
-        tokenizer, form = self.tokenizer, template_of(self.tokenizer).form
-        said = form.of([ASKED, SAID])
-        behind = attempt(said, tokenizer).rpartition(WORD)[2]
+        behind = probe([ASKED, SAID], self.tokenizer).rpartition(WORD)[2]
         at = 0
-        for found in self.specials.finditer(behind):
-            if at and behind[at : found.start()].strip():
+        for special in self.specials.finditer(behind):
+            if at and behind[at : special.start()].strip():
                 break
-            at = found.end()  # through all special tokens that follow upon the first
-        written: Literal["with the turn", "with the next message", "not at all"] = WITH_TURN
+            at = special.end()  # through all special tokens that follow upon the first
+        written: Written = WITH_TURN
         ends = [behind[:at]]
         if not at:
-            following = attempt([*said, *form.of([{"role": "user", "content": NEXT}])], tokenizer)
+            following = probe([ASKED, SAID, {"role": "user", "content": NEXT}], self.tokenizer)
             between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
             written, ends = NOWHERE, [self.eos]
             if end := self.through_special(between):
                 written, ends = WITH_NEXT, [end, self._before_result()]
-        each = [tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
+        each = [self.tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
         return Ending(written, ends[0], frozenset(int(ids[-1]) for ids in each if len(ids)))
 
     @cached_property
     def shows_tools(self) -> bool:
         """Whether it shows a probe tool, with a system message or without."""
-        form = template_of(self.tokenizer, [PROBE_TOOL]).form
-        asked = (form.of([ASKED]), form.of([SYSTEM, ASKED]))
-        return any(KEY in attempt(m, self.tokenizer, [PROBE_TOOL], True) for m in asked)
+        conversations = ([ASKED], [SYSTEM, ASKED])
+        return any(KEY in probe(c, self.tokenizer, [PROBE_TOOL], True) for c in conversations)
 
     @cached_property
     def shows_calls(self) -> bool:
         """Whether it shows a probe call, as the last message or in an earlier one."""
-        said: list[Message] = [
-            CALLED,
-            {"role": "tool", "content": VALUE, "name": NAME, "tool_call_id": "probe0000"},
-            {"role": "assistant", "content": VALUE},
-        ]
-        form = template_of(self.tokenizer).form
-        texts = (attempt(form.of([ASKED, *said[:n]]), self.tokenizer) for n in (1, 3))
+        after = [RESULT | {"content": VALUE}, {"role": "assistant", "content": VALUE}]
+        texts = (probe([ASKED, CALLED, *after[:n]], self.tokenizer) for n in (0, 2))
         return any(NAME in text.replace(VALUE, "") for text in texts)
 
     def through_special(self, text: str) -> str:
@@ -278,11 +270,8 @@ class Template:
 
     def _before_result(self) -> str:
         """What ends a call where its result comes next; empty if it shows no such thing."""
-        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
-        form = template_of(self.tokenizer, [PROBE_TOOL]).form
-        called = form.of([ASKED, CALLED])
-        text = attempt(called, self.tokenizer, [PROBE_TOOL]).rstrip()
-        longer = attempt([*called, *form.of([result])], self.tokenizer, [PROBE_TOOL])
+        text = probe([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
+        longer = probe([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
         return self.through_special(follows.partition(NEXT)[0])
 
@@ -309,18 +298,21 @@ def apply(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The text of messages that are in the template's form."""
+    """The text of messages that are in the template's form, with the prompt that opens the
+    assistant's next turn or without it.
+    """
     given: Any = list(tools) or None
-    try:
+    with refused():
         if not tokenizer.is_fast:  # it may have a way of its own
-            text = tokenizer.apply_chat_template(
-                list(messages),
-                tools=given,
-                tokenize=False,
-                add_generation_prompt=for_generation,
-                **variables,
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=given,
+                    tokenize=False,
+                    add_generation_prompt=for_generation,
+                    **variables,
+                )
             )
-            return str(text)
         # what apply_chat_template calls, without the checks that `data.messages` has done: two
         # thirds of the time
         special: Any = tokenizer.special_tokens_map
@@ -332,6 +324,13 @@ def apply(
             **special | dict(variables),
         )
         return str(rendered[0][0])
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Inside it an error of a chat template is a LorafoldError of one line."""
+    try:
+        yield
     except TemplateError as error:
         raise LorafoldError(
             f"the model's chat template refuses this conversation: {error}"
@@ -356,30 +355,44 @@ def attempt(
         return ""
 
 
+def probe(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Tool] = (),
+    for_generation: bool = False,
+) -> str:
+    """As `attempt`, for messages as `data.messages` has them."""
+    form = template_of(tokenizer, tools).form
+    return attempt(form.of(messages), tokenizer, tools, for_generation)
+
+
 def is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template asks for the date, so that it renders otherwise tomorrow."""
-    return bool(day_of(tokenizer))
+    return bool(DATED.search(str(tokenizer.chat_template)))
 
 
 def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The date of today, as 2026-11-28, where the chat template asks for it; else empty."""
-    return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
+    return date.today().isoformat() * is_dated(tokenizer)
 
 
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a chat template that writes one date, where the template itself has the
-    form of the date: it `is_dated` still where a form is a variable.
+    """The tokenizer with a chat template that writes one date, as 2026-11-28, where the template
+    itself has the form of the date: it `is_dated` still where a form is a variable. The tokenizer
+    itself stays as it is, and is returned for an empty date.
     """
-
-    def written(found: re.Match[str]) -> str:
-        return json.dumps(datetime.fromisoformat(day).strftime(found[2]))
-
     if not day:
         return tokenizer
     fixed, template = copy.copy(tokenizer), tokenizer.chat_template
-    named = template if isinstance(template, dict) else {"": template}
-    texts = {name: ASKING.sub(written, text) for name, text in named.items()}
-    fixed.chat_template = texts if isinstance(template, dict) else texts[""]
+
+    def written(text: str) -> str:
+        form = datetime.fromisoformat(day).strftime
+        return ASKING.sub(lambda match: json.dumps(form(match[2])), text)
+
+    if isinstance(template, dict):
+        fixed.chat_template = {name: written(text) for name, text in template.items()}
+    else:
+        fixed.chat_template = written(template)
     return fixed
 
 

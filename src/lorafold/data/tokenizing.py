@@ -2,9 +2,9 @@
 
     table = tokenized(rows, encoder, console)      a pyarrow.Table, memory-mapped if it is large
 
-An `Encoder` makes a record batch of some rows. The table of large data is kept in the cache, under
-the digest of the rows and all that the encoder depends on. `datasets.map` is not used for this: a
-killed run would leave its workers and its manager behind, which would keep their memory.
+The table of large data is kept in the cache, under the digest of the rows and all that the encoder
+depends on. `datasets.map` is not used for this: a killed run would leave its workers and its
+manager behind, which would keep their memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.row_store import CHUNK, LARGE, Rows, named
+from lorafold.data.row_store import CHUNK, LARGE, Rows, SourcePart, named
 from lorafold.data.rows import check_given
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
@@ -53,6 +54,22 @@ class Encoder(ABC):
         """The examples of some rows, of which the first has the index `first`: `row` is the row's
         index, `ids` (T,) are its token ids, and `problem` says why the row can't be used.
         """
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples that have a token to train on, in the order of their rows, a report over all
+    rows, whose `str` has lines of text, and how many rows with examples are from each source.
+    """
+
+    examples: Any
+    report: Any
+    parts: tuple[SourcePart, ...]
+
+
+def with_counts(first: str, *counts: tuple[int, str]) -> str:
+    """A line, and one more for each count that is not 0."""
+    return "\n".join([first, *(f"{count} {text}" for count, text in counts if count)])
 
 
 def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:

@@ -24,13 +24,13 @@ from lorafold.core.contexts import undropped
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
-from lorafold.data.prompt_examples import PromptData, PromptEncoder, TokenizedPrompt, prompt_data
+from lorafold.data.prompt_examples import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PROMPTS
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.policy import Rewarded
@@ -141,7 +141,7 @@ class PolicyObjective(OnPolicy):
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return PromptEncoder(tokenizer)
 
-    def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
 
     def updates(self, examples: Sequence[Rollout], loss: Playing) -> Iterator[Sequence[Rollout]]:
@@ -251,7 +251,7 @@ class PolicyObjective(OnPolicy):
             rollouts = []  # a policy that is its reference has nothing to be held back from
         return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
 
-    def measure(self, loss: Playing, held_out: PromptData) -> Measured:
+    def measure(self, loss: Playing, held_out: Encoded) -> Measured:
         """The mean reward of one completion of each prompt, always of the same draws, with its
         interval; the loss is minus that.
         """

@@ -308,7 +308,7 @@ class Rewards(AbstractContextManager["Rewards"]):
         """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
         in this process and without a limit, and rewards. Functions of one name are numbered.
         """
-        made, names = list[Reward](), Counter[str]()
+        made, names = [], Counter[str]()
         try:
             for one in given:
                 found: Any = reward_of(one) if isinstance(one, str) else one
@@ -334,7 +334,7 @@ class Rewards(AbstractContextManager["Rewards"]):
         stands for a reward that does not apply, and for the sum where none does.
         """
         each = {reward.name: _checked(reward, judged) for reward in self._rewards}
-        weights, sums = self.weights.values(), list[float | None]()
+        weights, sums = self.weights.values(), []
         for numbers in zip(*each.values(), strict=True):
             applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
             sums.append(sum(applied) if applied else None)

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from lorafold.data.checks import Findings, account_of
-from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
+from lorafold.data.examples import NO_LOSS, EncodingReport, Example, encode_row
 from lorafold.data.messages import Message, Tool
 from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
@@ -142,7 +142,7 @@ def _shown(
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[PreviewExample]:
-    if not isinstance(train, Encoded):
+    if not isinstance(train.report, EncodingReport):
         examples: Sequence[Any] = train.examples
         for number, one in enumerate(examples, 1):
             text = objective.preview(one, tokenizer)
