@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,7 +102,6 @@ class Branches(Encoder):
     rendering: Rendering = field(default_factory=Rendering)
 
     def __post_init__(self) -> None:
-        # what makes the ids of a prompt with one completion
         self._completions = CompletionEncoder(self.tokenizer, self.rendering)
 
     @property
@@ -116,10 +115,10 @@ class Branches(Encoder):
             for one in row
             for said in one.completions.values()
         ]
-        found = self._completions.encode(documents, 0).to_pylist()
-        by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
+        encoded = self._completions.encode(documents, 0).to_pylist()
+        by_document = (list(of) for _, of in groupby(encoded, key=lambda entry: entry["row"]))
         entries = [
-            {"row": n} | self._made(one, [next(by_document) for _ in one.completions])
+            {"row": n} | self._made(one, list(islice(by_document, len(one.completions))))
             for n, row in enumerate(given, first)
             for one in row
         ]
@@ -127,53 +126,56 @@ class Branches(Encoder):
         return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
 
     def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The columns of one example."""
-        problem = ""
-        if not isinstance(one.desirable, bool):
-            problem = f"field label: found {kind_of(one.desirable)}, expected true or false"
-        for name, entries in zip(one.completions, documents, strict=True):
-            if told := entries[0]["problem"]:
-                problem = problem or told
-            elif len(entries) > 1:
-                problem = problem or (
-                    f"field {name}: found {len(entries)} texts, because the chat template rewrites"
-                    " earlier turns of the completion; expected one turn of the assistant"
-                )
-            elif not entries[0]["spans"]:
-                problem = problem or (
-                    f"field {name}: found no token to train on, expected a turn of the assistant"
-                    " that the chat template renders as at generation"
-                )
-        ids = [entries[0]["ids"] for entries in documents]
+        """The columns of one example; `documents` are what each completion gave, its entries in the
+        table of `CompletionEncoder`.
+        """
+        firsts = [entries[0] for entries in documents]
+        ids = [entry["ids"] for entry in firsts]
+        problem = self._problem(one, documents)
         if not problem and len(ids) == 2 and ids[0] == ids[1]:
             problem = "fields chosen and rejected: found the same text, expected two that differ"
-        about = {
+        columns = {
             "desirable": one.desirable is True,
-            "marked": any(entries[0]["marked"] for entries in documents),
+            "marked": any(entry["marked"] for entry in firsts),
             "problem": problem,
         }
         if problem:
-            return {"ids": [], "starts": [], "spans": [], TURNS: "", **about}
-        spans = [entries[0]["spans"] for entries in documents]
-        shared = max(0, min(common(ids), *(of[0] for of in spans)) - 1)
-        at, starts, moved = shared, [], []
-        for document, of in zip(ids, spans, strict=True):
-            starts.append(at)
-            moved += [place - shared + at for place in of]
-            at += len(document) - shared
-        together = ids[0][:shared] + [token for document in ids for token in document[shared:]]
-        asked, *turns = (entries[0][TURNS] for entries in documents)
-        own = (turn for of in turns for turn in of.splitlines()[len(one.prompt) :])
-        turns_of_both = "\n".join([asked, *own])
-        return {"ids": together, "starts": starts, "spans": moved, TURNS: turns_of_both, **about}
+            return {"ids": [], "starts": [], "spans": [], TURNS: "", **columns}
+        shared = max(0, min(common(ids), *(entry["spans"][0] for entry in firsts)) - 1)
+        together, starts, spans = ids[0][:shared], [], []
+        for entry in firsts:
+            start = len(together)
+            starts.append(start)
+            spans += [place - shared + start for place in entry["spans"]]
+            together = together + entry["ids"][shared:]
+        turns = [entry[TURNS].splitlines() for entry in firsts]
+        own = [turn for of in turns[1:] for turn in of[len(one.prompt) :]]
+        lines = "\n".join([firsts[0][TURNS], *own])
+        return {"ids": together, "starts": starts, "spans": spans, TURNS: lines, **columns}
+
+    def _problem(self, one: Compared, documents: list[list[dict[str, Any]]]) -> str:
+        if not isinstance(one.desirable, bool):
+            return f"field label: found {kind_of(one.desirable)}, expected true or false"
+        for name, entries in zip(one.completions, documents, strict=True):
+            if problem := str(entries[0]["problem"]):
+                return problem
+            if len(entries) > 1:
+                return (
+                    f"field {name}: found {len(entries)} texts, because the chat template rewrites"
+                    " earlier turns of the completion; expected one turn of the assistant"
+                )
+            if not entries[0]["spans"]:
+                return (
+                    f"field {name}: found no token to train on, expected a turn of the assistant"
+                    " that the chat template renders as at generation"
+                )
+        return ""
 
 
 def common(documents: Sequence[Sequence[int]]) -> int:
     """How many ids the documents (T,) have in common at their beginning."""
-    shortest = min(map(len, documents))
-    table = np.array([document[:shortest] for document in documents])
-    same = (table == table[0]).all(0)
-    return shortest if same.all() else int(same.argmin())
+    columns = enumerate(zip(*documents, strict=False))
+    return next((n for n, ids in columns if len({*ids}) > 1), min(map(len, documents)))
 
 
 class BranchedExamples(TableExamples[Branched]):
@@ -186,14 +188,12 @@ class BranchedExamples(TableExamples[Branched]):
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
         self.told_by = self._ids, self._starts, self._spans, self._desirable
-        borders = [
-            [*self._starts[n].tolist(), int(length)]
-            for n, length in enumerate(self._ids.lengths.tolist())
-        ]
-        shared = np.array([of[0] for of in borders])  # (n,)
-        own = np.array([np.diff(of) for of in borders])  # (n, k)
+        lengths = self._ids.lengths.tolist()
+        pairs = zip(self._starts, lengths, strict=True)
+        borders = np.array([[*starts.tolist(), length] for starts, length in pairs])
+        shared, own = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)
         self.shared = np.minimum(shared, max_length)
-        self.own = np.minimum(own, max_length - self.shared[:, None])  # of the branches, cut
+        self.own = np.minimum(own, max_length - self.shared[:, None])  # cut
         self.whole: Array = shared[:, None] + own
         self.lengths = self.shared + self.own.sum(1)
 
@@ -227,18 +227,17 @@ class BranchedExamples(TableExamples[Branched]):
     @property
     def digest(self) -> str:
         """The SHA-256 of all that the examples are made of."""
-        found = sha256(type(self).__name__.encode())
+        digest = sha256(type(self).__name__.encode())
         lists = (self._ids, self._starts, self._spans)
         for array in (*(a for of in lists for a in (*of.ends, *of.values)), self.shared, self.own):
-            found.update(array.tobytes())
-        return found.hexdigest()
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def example(self, entry: int) -> Branched:
         ids, starts = self._ids[entry].tolist(), self._starts[entry].tolist()
-        spans = self._spans[entry].reshape(-1, 2)
+        spans, lengths = self._spans[entry].reshape(-1, 2), self.own[entry].tolist()
         branches = []
-        borders, lengths = pairwise([*starts, len(ids)]), self.own[entry].tolist()
-        for (start, end), length in zip(borders, lengths, strict=False):
+        for (start, end), length in zip(pairwise([*starts, len(ids)]), lengths, strict=False):
             own = spans[(spans[:, 0] >= start) & (spans[:, 1] <= end)] - start
             branches.append(example_of(ids[start : start + length], own.flatten().tolist()))
         shared = tuple(ids[: int(self.shared[entry])])
@@ -310,29 +309,32 @@ def encode_preferred(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of preferences, each prompt once."""
+    """Tokenize rows of preferences, PAIRS or JUDGED, each prompt once. Longer documents (a prompt
+    with one completion) are cut to `max_length` tokens.
+    """
     rows = as_checked(rows, kind)
-    return preferred(
-        tokenized(rows, Branches(tokenizer, kind, rendering), console), rows, max_length, kind
-    )
+    table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
+    return preferred(table, rows, max_length, kind)
 
 
 def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
-    """The examples of a table that `Branches` made."""
+    """The examples of a table that `Branches` made of rows; longer documents are cut to
+    `max_length` tokens.
+    """
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
-    names = [["chosen", "rejected"]] * len(table)  # of the completions of each example, (n, k)
-    if examples.whole.shape[1] == 1:
-        judged = table.column("desirable").to_pylist()
-        names = [["desirable" if good else "undesirable"] for good in judged]
-    of = np.array(names)
-    own = examples.own[:, : of.shape[1]]
+    own = examples.own[:, : examples.whole.shape[1]]
+    columns = {"chosen": own[:, 0], "rejected": own[:, -1]}
+    if own.shape[1] == 1:
+        good = np.array(table.column("desirable").to_pylist())
+        names = ("desirable", "undesirable") if good[0] else ("undesirable", "desirable")
+        columns = {name: own[good == (name == "desirable"), 0] for name in names}
     report = PreferenceReport(
         len(rows),
         int(examples.lengths.sum()),
         int((examples.shared[:, None] + examples.own).sum()),
-        {name: float(own[of == name].mean()) - 1 for name in dict.fromkeys(of.flatten().tolist())},
+        {name: float(of.mean()) - 1 for name, of in columns.items() if len(of)},
         int(examples.whole.max()),
         max_length,
         len(np.unique(examples.rows[cut])),
@@ -342,19 +344,20 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raise LorafoldError for rows of which nothing is left to compare."""
+    """Raise LorafoldError for those of the examples that are `cut`, (n,), of which nothing is left
+    to compare.
+    """
     bad: dict[int, str] = {}
     for n in np.flatnonzero(cut).tolist():
-        example, row = examples[n], int(examples.rows[n])
-        own = example.branches[: examples.whole.shape[1]]
-        if any(set(branch.labels) == {-100} for branch in own):
+        row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]
+        if any(set(branch.labels) == {NO_LOSS} for branch in own):
             bad[row] = "no token of a completion is left"
         elif len(own) == 2 and own[0] == own[1]:
             bad[row] = "chosen and rejected are equal"
     if bad:
         first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
-        told = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
+        lines = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
         raise LorafoldError(
-            f"data: within max_length {max_length}: {told}; raise max_length, or leave"
+            f"data: within max_length {max_length}: {lines}; raise max_length, or leave"
             " these rows out"
         )

@@ -87,42 +87,42 @@ class CompletionEncoder(Encoder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        about = {"kind": "completions", "rendering": asdict(self.rendering)}
-        return about | identity_of(self.tokenizer)
+        of_tokenizer = identity_of(self.tokenizer)
+        return {"kind": "completions", "rendering": asdict(self.rendering), **of_tokenizer}
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
         pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
-        found: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
+        encodings: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
         for plain in (False, True):
             some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
             if not some:
                 continue
-            encodings = self.tokenizer(
+            encoded = self.tokenizer(
                 [pieces[n].text for n in some],
                 add_special_tokens=plain,
                 return_attention_mask=False,
                 verbose=False,
             ).encodings
-            if encodings is None:
+            if encoded is None:
                 raise LorafoldError(
                     f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
                     " offsets; expected a fast tokenizer (one with a tokenizer.json)"
                 )
-            found |= zip(some, encodings, strict=True)
-        made = []
+            encodings |= zip(some, encoded, strict=True)
+        examples: list[PendingExample] = []
         for n, piece in enumerate(pieces):
-            if (encoding := found.get(n)) is None:
-                made.append(piece)
-            elif piece.rendered:
-                made += self._examples(piece, encoding)
-            else:
+            encoding = encodings.get(n)
+            if encoding is not None and piece.rendered:
+                examples += self._examples(piece, encoding)
+                continue
+            if encoding is not None:
                 end = self.tokenizer.eos_token_id
                 ended = end is None or encoding.ids[-1:] == [end]
-                ids = encoding.ids if ended else [*encoding.ids, end]
-                made.append(replace(piece, ids=ids, spans=[0, len(ids)]))
-        entries = [vars(piece) for piece in made]
-        numbers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
-        return batch_of(entries, numbers, lists, ("marked",), (TURNS, "problem"))
+                piece.ids = encoding.ids if ended else [*encoding.ids, end]
+                piece.spans = [0, len(piece.ids)]
+            examples.append(piece)
+        integers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
+        return batch_of([*map(vars, examples)], integers, lists, ("marked",), (TURNS, "problem"))
 
     def _pieces(self, given: Conversation, number: int) -> list[PendingExample]:
         if not given.messages:
@@ -132,17 +132,15 @@ class CompletionEncoder(Encoder):
             trained = render_trained(given, self.tokenizer, self.rendering)
         except LorafoldError as error:
             return [PendingExample(number, problem=str(error))]
-        pieces = [
-            PendingExample(number, rendered=found, text=found.text) for found in trained.renderings
-        ]
-        became_of = []
+        pieces = [PendingExample(number, rendered=one, text=one.text) for one in trained.renderings]
+        first, became_of = pieces[0], []
         for n, message in enumerate(given.messages):
             said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
             became = "" if n not in trained.turns else TRAINED if said else EMPTY
             became_of.append(" ".join(message["role"].split()) + became)
-        pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
-        pieces[0].marked = any(OPENING in piece.text for piece in pieces)
-        pieces[0].turns = "\n".join(became_of)
+        first.left_out, first.hidden = trained.left_out, trained.hidden
+        first.marked = any(OPENING in piece.text for piece in pieces)
+        first.turns = "\n".join(became_of)
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
@@ -153,7 +151,7 @@ class CompletionEncoder(Encoder):
         rendered, text, together = piece.rendered, piece.text, []
         if OPENING in text:
             encoding = pieces_of(text, self.tokenizer)
-        apart: list[PendingExample] = []
+        examples: list[PendingExample] = []
         ids, added = encoding.ids, template_of(self.tokenizer).added
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
@@ -162,26 +160,29 @@ class CompletionEncoder(Encoder):
             last = next((i for i in reversed(range(at)) if ids[i] in added), 0)
             start = encoding.token_to_chars(last) if last else None
             ending = text[start[0] if start else 0 : border]
-            if ending not in self._openings:
-                if len(self._openings) > OPENINGS:
-                    self._openings.clear()
-                self._openings[ending] = ids_of(ending, self.tokenizer)
-            if self._openings[ending] == ids[last:at]:
+            if self._ids_of_ending(ending) == ids[last:at]:
                 together += spans
                 continue
-            final = following > len(text)
-            cut = Rendered(text if final else text[: spans[-1][1]], tuple(spans), (border,))
-            apart.append(PendingExample(piece.row))
-            apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
-        if together or not apart:
+            end = len(text) if following > len(text) else spans[-1][1]
+            cut = Rendered(text[:end], tuple(spans), (border,))
+            examples.append(PendingExample(piece.row))
+            examples[-1].ids, examples[-1].spans = in_pieces(cut, self.tokenizer)
+        if together or not examples:
             places = [
                 first_token(encoding, at, text, spaced=not n)
                 for span in together
                 for n, at in enumerate(span)
             ]
-            apart.append(PendingExample(piece.row, ids=ids, spans=places))
-        first = apart[0]
-        return [replace(piece, ids=first.ids, spans=first.spans), *apart[1:]]
+            examples.append(PendingExample(piece.row, ids=ids, spans=places))
+        first = examples[0]
+        return [replace(piece, ids=first.ids, spans=first.spans), *examples[1:]]
+
+    def _ids_of_ending(self, ending: str) -> list[int]:
+        if ending not in self._openings:
+            if len(self._openings) > OPENINGS:
+                self._openings.clear()
+            self._openings[ending] = ids_of(ending, self.tokenizer)
+        return self._openings[ending]
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -199,7 +200,9 @@ def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def first_token(
     encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
 ) -> int:
-    """The first token that starts at or after a character."""
+    """The first token of the encoding of a text that starts at or after a character. With `spaced`
+    a token with the character counts that has nothing but white space before it.
+    """
     if character >= len(text):
         return len(encoding)
     at = encoding.char_to_token(character)
@@ -218,16 +221,15 @@ def in_pieces(
     """(token ids, starts and ends of trained spans of tokens) of a text with one turn, cut where
     the turn begins.
     """
-    [border] = rendered.turns
-    before = pieces_of(rendered.text[:border], tokenizer)
-    rest = pieces_of(rendered.text[border:], tokenizer)
+    [border], text = rendered.turns, rendered.text
+    before, rest = pieces_of(text[:border], tokenizer), pieces_of(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
     starts += [border + start for start, _ in rest.offsets]
-    spans = []
+    spans: list[int] = []
     for a, b in rendered.spans:
         first = bisect_left(starts, a)
         last = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
-        inside = last >= border and not rendered.text[last:a].strip()
+        inside = last >= border and not text[last:a].strip()
         spans += first - inside, bisect_left(starts, b)
     return before.ids + rest.ids, spans
 
@@ -302,13 +304,13 @@ class Examples(TableExamples[Example]):
             length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
             # the first token does not count, because nothing comes before it
             counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
-            counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+            counts.append(np.diff(np.append(0, np.cumsum(counted))[border]))
             there = np.append(values, np.int32(0))[ends[1:] - 1]
             last.append(np.where(np.diff(ends) > 0, there, 0))
             first += len(border) - 1
-        found = np.concatenate(counts)
-        super().__init__(table, max_length, np.flatnonzero(found))
-        self.labelled = found[self.chosen]  # (n,), tokens that the loss counts
+        labelled = np.concatenate(counts)
+        super().__init__(table, max_length, np.flatnonzero(labelled))
+        self.labelled = labelled[self.chosen]  # (n,), tokens that the loss counts
         self.told_by = self._ids, self._spans
         self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
@@ -318,7 +320,9 @@ class Examples(TableExamples[Example]):
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
-    """The example of some ids."""
+    """The example of token ids (T,) and the starts and ends of n trained spans, (2n,), in which
+    what is beyond the last id is left out.
+    """
     labels = [NO_LOSS] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -332,11 +336,12 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of conversations, prompts with completions, or plain text."""
+    """Tokenize rows of conversations, prompts with completions, or plain text, with a fast
+    tokenizer. Longer rows are cut to `max_length` tokens, at their end.
+    """
     rows = as_checked(rows, CONVERSATIONS)
-    return encoded(
-        tokenized(rows, CompletionEncoder(tokenizer, rendering), console), rows, max_length
-    )
+    table = tokenized(rows, CompletionEncoder(tokenizer, rendering), console)
+    return encoded(table, rows, max_length)
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
@@ -377,11 +382,11 @@ def encode_row(
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning."""
     encoder = CompletionEncoder(tokenizer, rendering)
     given = Rows.of([row], encoder.takes).given(encoder.takes)
-    found = encoder.encode(given, 0).to_pylist()
-    if problem := found[0]["problem"]:
+    entries = encoder.encode(given, 0).to_pylist()
+    if problem := entries[0]["problem"]:
         raise LorafoldError(problem)
-    examples = [example_of(entry["ids"], entry["spans"]) for entry in found]
-    counts = (sum(entry[name] for entry in found) for name in ("left_out", "hidden"))
+    examples = [example_of(entry["ids"], entry["spans"]) for entry in entries]
+    counts = (sum(entry[name] for entry in entries) for name in ("left_out", "hidden"))
     return examples, TrainedRenderings((), *counts)
 
 
