@@ -172,11 +172,6 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
     return trainer.batch(integer(value) * accumulation(settings), "GPU", packed)
 
 
-def micro_batches(value: Any, settings: ToolSettings) -> Outcome:
-    """`gradient_accumulation_steps` become the micro-batches of a step."""
-    return taken(accumulate=accumulation(settings))
-
-
 def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     """`sample_packing` becomes packing, except that a policy reads a prompt once for its group. Of
     a file that names no attention axolotl lets packed rows see each other, with positions that
@@ -244,22 +239,6 @@ def chat_template(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def chat_template_jinja(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template_jinja` becomes the chat template where it is a file's path."""
-    if "{" not in str(value) and Path(str(value)).suffix:
-        return taken(chat_template=str(value))
-    return left("write the template to a file and pass it as --chat-template FILE")
-
-
-def chat_template_kwargs(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template_kwargs` become the variables of the chat template."""
-    if not isinstance(value, dict):
-        return left("expected an object of variables of the chat template")
-    return changed(
-        "a run refuses those that the model's chat template does not read", template_kwargs=value
-    )
-
-
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
     what no pattern matches after it has attached the adapter, whose weights are called
@@ -277,13 +256,6 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
         "axolotl freezes every weight of the adapter that none matches, by names such as"
         f" {OF_LORA[0]}; here they all train, and of the base none: --set targets=REGEX"
     )
-
-
-def new_tokens(value: Any, settings: ToolSettings) -> Outcome:
-    """`tokens` become new tokens; a table of special tokens is left."""
-    if isinstance(value, dict):
-        return left("the tokenizer's own special tokens are used")
-    return changed("the base is not resized: their rows train beside it", new_tokens=names(value))
 
 
 def tracker(name: str) -> Reader:
@@ -381,7 +353,12 @@ OWN: Table = {
     "optimizer": (trainer.optimizer, "adamw_torch_fused"),
     "num_epochs": (SAME, 1.0),
     "micro_batch_size": (of_policy(grpo.batch, batch), 1),
-    "gradient_accumulation_steps": (of_policy(grpo.accumulation, micro_batches), 1),
+    "gradient_accumulation_steps": (
+        of_policy(
+            grpo.accumulation, lambda value, settings: taken(accumulate=accumulation(settings))
+        ),
+        1,
+    ),
     "batch_size": taken("accumulation follows from it"),
     "sequence_len": (
         either(
@@ -403,10 +380,25 @@ OWN: Table = {
     "saves_per_epoch": per_epoch("save_every"),
     "evaluation_strategy": trainer.interval_strategy,
     "default_system_message": SYSTEM,
-    "tokens": new_tokens,
+    "tokens": lambda value, settings: (
+        left("the tokenizer's own special tokens are used")
+        if isinstance(value, dict)
+        else changed("the base is not resized: their rows train beside it", new_tokens=names(value))
+    ),
     "chat_template": chat_template,
-    "chat_template_jinja": chat_template_jinja,
-    "chat_template_kwargs": chat_template_kwargs,
+    "chat_template_jinja": lambda value, settings: (
+        taken(chat_template=str(value))
+        if "{" not in str(value) and Path(str(value)).suffix
+        else left("write the template to a file and pass it as --chat-template FILE")
+    ),
+    "chat_template_kwargs": lambda value, settings: (
+        left("expected an object of variables of the chat template")
+        if not isinstance(value, dict)
+        else changed(
+            "a run refuses those that the model's chat template does not read",
+            template_kwargs=value,
+        )
+    ),
     "use_wandb": tracker("wandb"),
     "wandb_project": changed("the tracker's project is named lorafold", trackers=("wandb",)),
     "use_tensorboard": tracker("tensorboard"),

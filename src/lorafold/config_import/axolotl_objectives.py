@@ -160,13 +160,6 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
     return changed(ORPO_TERM if value == "orpo" else "", objective=value)
 
 
-def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`dpo_loss_type` becomes the objective and, where sft is its second, `sft_weight`, of which
-    `dpo_loss_weights` are the weights.
-    """
-    return of_dpo(names(value), settings["dpo_loss_weights"], "dpo_loss_weights")
-
-
 def loss_weights(value: Any, settings: ToolSettings) -> Outcome:
     """`dpo_loss_weights` are read with `dpo_loss_type`."""
     if settings.given.get("dpo_loss_type") is None:
@@ -193,13 +186,6 @@ def beta_of(key: str) -> Reader:
         return taken(beta=number(inner if key == "trl" else value))
 
     return read
-
-
-def reward_model(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`reward_model` becomes the objective reward."""
-    if not boolean(value):
-        return OFF
-    return taken(objective="reward") if is_reward_model(settings) else None
 
 
 def center_rewards(value: Any, settings: ToolSettings) -> Outcome:
@@ -232,18 +218,15 @@ def starts_afresh(settings: ToolSettings) -> bool:
     return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
 
 
-def lora_model_dir(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_model_dir` goes to `--init-adapter`, except where axolotl does not load it."""
-    if not starts_afresh(settings):
-        return flagged("--init-adapter", value)
-    return left(
-        f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over the"
-        " base; to train over this one pass it as --over"
-    )
-
-
 OWN: Table = {
-    "lora_model_dir": lora_model_dir,
+    "lora_model_dir": lambda value, settings: (
+        flagged("--init-adapter", value)
+        if not starts_afresh(settings)
+        else left(
+            f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over the"
+            " base; to train over this one pass it as --over"
+        )
+    ),
     "rl": rl,
     "trl": beta_of("trl"),
     "trl.beta": beta_of("trl.beta"),
@@ -257,11 +240,22 @@ OWN: Table = {
     "simpo_gamma": law_option("gamma", objective_of),
     "kto_desirable_weight": law_option("desirable_weight", objective_of),
     "kto_undesirable_weight": law_option("undesirable_weight", objective_of),
-    "reward_model": reward_model,
+    "reward_model": lambda value, settings: (
+        OFF
+        if not boolean(value)
+        else taken(objective="reward")
+        if is_reward_model(settings)
+        else None
+    ),
     "process_reward_model": refusing("lorafold's reward models score whole texts"),
 }
 OF_DPO: Table = {
-    "dpo_loss_type": (loss_type, ["sigmoid"]),
+    "dpo_loss_type": (
+        lambda value, settings: of_dpo(
+            names(value), settings["dpo_loss_weights"], "dpo_loss_weights"
+        ),
+        ["sigmoid"],
+    ),
     "dpo_loss_weights": loss_weights,
     "dpo_label_smoothing": smoothing_of_dpo,
 }

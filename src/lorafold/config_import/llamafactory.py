@@ -186,18 +186,6 @@ def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
     return trainer.OF_METHOD if boolean(value) else None
 
 
-def lora_alpha(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_alpha` becomes alpha; 0 stands for twice the rank."""
-    return taken(alpha=number(value) or 2.0 * settings.read("lora_rank", integer))
-
-
-def lora_rank(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_rank` becomes the rank, and gives alpha as twice the rank where the file has none."""
-    if settings.given.get("lora_alpha"):
-        return taken(rank=integer(value))
-    return taken("alpha is twice the rank there", rank=integer(value), alpha=2.0 * integer(value))
-
-
 def quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
     """`quantization_bit` becomes a quantized base, the nearest of those that lorafold makes."""
     by, kind = settings["quantization_method"], settings["quantization_type"]
@@ -220,13 +208,6 @@ def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     return None if settings.on("fp16") else taken(trainer.AUTO, storage="auto")
 
 
-def fp16(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`fp16` becomes a base in bf16, unless that is quantized or `bf16` is on."""
-    if not boolean(value) or is_quantized(settings) or settings.on("bf16"):
-        return None
-    return changed(NO_FP16, storage="bf16")
-
-
 def neat_packing(value: Any, settings: ToolSettings) -> Outcome:
     """`neat_packing` and `packing` become `packing`, where packed rows never see each other."""
     neat, packed = of_supervised(value, settings), is_packed(settings)
@@ -239,34 +220,6 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
     packed = "LLaMA-Factory cutoff_len" if is_packed(settings) else ""
     return trainer.batch(rows, "device", packed)
-
-
-def template(value: Any, settings: ToolSettings) -> Outcome:
-    """`template` is left: the model's own chat template is used."""
-    return left(
-        f"the model's own template is used; for {value} write it to a file and pass it as"
-        " --chat-template FILE"
-    )
-
-
-def train_on_prompt(value: Any, settings: ToolSettings) -> Outcome:
-    """`train_on_prompt` is left where it is on: the loss is on completions."""
-    return trainer.EVERY_TOKEN if of_supervised(value, settings) else trainer.COMPLETIONS
-
-
-def mask_history(value: Any, settings: ToolSettings) -> Outcome:
-    """`mask_history` trains the last turn of the assistant alone, where it is on."""
-    if of_supervised(value, settings):
-        return taken(train_on="last")
-    return taken("every turn of the assistant is trained", train_on="all")
-
-
-def enable_thinking(value: Any, settings: ToolSettings) -> Outcome:
-    """`enable_thinking` becomes a variable of the chat template, where it is given."""
-    return changed(
-        "a run refuses it where the model's chat template does not read it",
-        template_kwargs={"enable_thinking": boolean(value)},
-    )
 
 
 def pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -318,13 +271,6 @@ def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
         " that trains lies over it",
         " ".join(flags),
     )
-
-
-def create_new_adapter(value: Any, settings: ToolSettings) -> Outcome:
-    """`create_new_adapter` is read with `adapter_name_or_path`."""
-    if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings):
-        return taken("there a quantized base goes on with the adapter that is named")
-    return read_with("adapter_name_or_path")
 
 
 def ref_model(value: Any, settings: ToolSettings) -> Outcome:
@@ -398,7 +344,14 @@ OWN: Table = {
     ),
     "pissa_convert": taken("an adapter is always saved as LoRA over the plain base"),
     "adapter_name_or_path": named_adapters,
-    "create_new_adapter": (create_new_adapter, False),
+    "create_new_adapter": (
+        lambda value, settings: (
+            taken("there a quantized base goes on with the adapter that is named")
+            if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings)
+            else read_with("adapter_name_or_path")
+        ),
+        False,
+    ),
     "pref_beta": (beta(objective_of), 0.1),
     "pref_ftx": (pref_ftx, 0.0),
     "pref_bco_weight": (bco_weight, 0.0),
@@ -411,16 +364,32 @@ OWN: Table = {
     "quantization_bit": quantization_bit,
     "bf16": (bf16, False),
     "pure_bf16": (switch(taken("bf16 is read with it"), None), False),
-    "fp16": (fp16, False),
+    "fp16": (
+        lambda value, settings: (
+            None
+            if not boolean(value) or is_quantized(settings) or settings.on("bf16")
+            else changed(NO_FP16, storage="bf16")
+        ),
+        False,
+    ),
     "learning_rate": (to("lr", number), 5e-5),
     "per_device_train_batch_size": (batch, 8),
     "gradient_accumulation_steps": (SAME, 1),
     "cutoff_len": (SAME, 2048),
     "packing": taken("neat_packing is read with it"),
     "neat_packing": (neat_packing, False),
-    "train_on_prompt": train_on_prompt,
-    "mask_history": mask_history,
-    "enable_thinking": enable_thinking,
+    "train_on_prompt": lambda value, settings: (
+        trainer.EVERY_TOKEN if of_supervised(value, settings) else trainer.COMPLETIONS
+    ),
+    "mask_history": lambda value, settings: (
+        taken(train_on="last")
+        if of_supervised(value, settings)
+        else taken("every turn of the assistant is trained", train_on="all")
+    ),
+    "enable_thinking": lambda value, settings: changed(
+        "a run refuses it where the model's chat template does not read it",
+        template_kwargs={"enable_thinking": boolean(value)},
+    ),
     "disable_gradient_checkpointing": to(
         "gradient_checkpointing", lambda value: not boolean(value)
     ),
@@ -428,7 +397,10 @@ OWN: Table = {
     "val_size": (trainer.held_out_rows, 0.0),
     "default_system": SYSTEM,
     "use_swanlab": switch(taken(trackers=("swanlab",))),
-    "template": template,
+    "template": lambda value, settings: left(
+        f"the model's own template is used; for {value} write it to a file and pass it as"
+        " --chat-template FILE"
+    ),
     "model_revision": "--revision",
     "dataset": dataset,
     "dataset_dir": read_with("dataset"),
@@ -444,8 +416,19 @@ OWN: Table = {
     **LLAMAFACTORY,
 }
 OF_METHOD: Table = {
-    "lora_rank": (lora_rank, 8),
-    "lora_alpha": lora_alpha,
+    "lora_rank": (
+        lambda value, settings: (
+            taken(rank=integer(value))
+            if settings.given.get("lora_alpha")
+            else taken(
+                "alpha is twice the rank there", rank=integer(value), alpha=2.0 * integer(value)
+            )
+        ),
+        8,
+    ),
+    "lora_alpha": lambda value, settings: taken(
+        alpha=number(value) or 2.0 * settings.read("lora_rank", integer)
+    ),
     "lora_dropout": (dropout(lambda settings: settings["stage"] in ("dpo", "kto")), 0.0),
     "lora_target": (SAME, "all"),
     "additional_target": SAME,

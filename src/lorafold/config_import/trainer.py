@@ -80,13 +80,6 @@ def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     return warmed(found)
 
 
-def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_ratio` becomes the warm-up, unless `warmup_steps` says it."""
-    if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0:
-        return None
-    return warmed(number(value), share=True)
-
-
 def warmed(found: float, share: bool = False) -> Outcome:
     """A warm-up of so many steps, or of a share of them: one below 1, as transformers 5 reads it,
     or any that `share` says is one.
@@ -102,11 +95,6 @@ def total_steps(settings: ToolSettings) -> int | None:
     """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
     found = integer(settings["max_steps"] or 0)
     return found if found > 0 else None
-
-
-def max_steps(value: Any, settings: ToolSettings) -> Outcome:
-    """`max_steps` becomes the number of steps, unless it leaves that to the epochs."""
-    return taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
 
 
 def interval(name: str) -> Reader:
@@ -186,13 +174,6 @@ def rate(is_lora: Condition) -> Reader:
     return read
 
 
-def save_total_limit(value: Any, settings: ToolSettings) -> Outcome:
-    """`save_total_limit` becomes the number of checkpoints that are kept besides the best."""
-    if integer(value) > 0:
-        return taken("the best is kept besides", keep=integer(value))
-    return left("lorafold keeps 2 checkpoints and the best: --set keep=N")
-
-
 def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
     """Rows of a micro-batch times accumulation become the batch."""
     if not packed:
@@ -241,11 +222,17 @@ STEPS: Table = {
     "weight_decay": (to("weight_decay", number), 0.0),
     "max_grad_norm": (SAME, 1.0),
     "adam_beta1 adam_beta2 adam_epsilon": SAME,
-    "max_steps": max_steps,
+    "max_steps": lambda value, settings: (
+        taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
+    ),
     "eval_steps": interval("eval_every"),
     "save_steps": interval("save_every"),
     "save_strategy eval_strategy": interval_strategy,
-    "save_total_limit": save_total_limit,
+    "save_total_limit": lambda value, settings: (
+        taken("the best is kept besides", keep=integer(value))
+        if integer(value) > 0
+        else left("lorafold keeps 2 checkpoints and the best: --set keep=N")
+    ),
     "seed": to("seed", integer),
     "trust_remote_code": TRUST,
     "output_dir": "--out",
@@ -256,7 +243,11 @@ STEPS: Table = {
 ARGUMENTS: Table = {
     "lr_scheduler_type": (schedule, "linear"),
     "warmup_steps": (warmup_steps, 0),
-    "warmup_ratio": warmup_ratio,
+    "warmup_ratio": lambda value, settings: (
+        None
+        if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0
+        else warmed(number(value), share=True)
+    ),
     "optim": (optimizer, "adamw_torch_fused"),
     "num_train_epochs": (SAME, 3.0),
     "use_cpu": switch(left("pass --device cpu", "--device cpu")),

@@ -80,11 +80,6 @@ def use_peft(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def target_modules(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_target_modules` become the targets; without them both have a rule of their own."""
-    return trainer.LOOKED_UP if value == BY_ARCHITECTURE else taken(targets=targets(value))
-
-
 def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_target_parameters` become targets beside the modules."""
     return trainer.target_parameters(settings["lora_target_modules"], names(value))
@@ -152,7 +147,12 @@ SWITCHES: Table = {
 OF_METHOD: Table = {
     "lora_r": (SAME, 16),
     "lora_alpha": (SAME, 32),
-    "lora_target_modules": (target_modules, BY_ARCHITECTURE),
+    "lora_target_modules": (
+        lambda value, settings: (
+            trainer.LOOKED_UP if value == BY_ARCHITECTURE else taken(targets=targets(value))
+        ),
+        BY_ARCHITECTURE,
+    ),
     "lora_target_parameters": target_parameters,
     "lora_modules_to_save": modules_to_save,
 }

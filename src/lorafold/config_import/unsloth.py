@@ -141,13 +141,6 @@ def length(value: Any, settings: ToolSettings) -> Outcome:
     return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
-def checkpointing(value: Any, settings: ToolSettings) -> Outcome:
-    """`use_gradient_checkpointing` becomes gradient_checkpointing; Unsloth's own is auto."""
-    if value == "unsloth":
-        return changed("activations are recomputed where a step would not fit, and not offloaded")
-    return taken(gradient_checkpointing=boolean(value))
-
-
 def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`target_parameters` become targets beside the modules."""
     return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
@@ -205,7 +198,14 @@ AT_LOADING: Table = {
     " disable_log_stats fast_inference random_state": MEMORY,
 }
 AT_ADAPTING: Table = {
-    "use_gradient_checkpointing": (checkpointing, "unsloth"),
+    "use_gradient_checkpointing": (
+        lambda value, settings: (
+            changed("activations are recomputed where a step would not fit, and not offloaded")
+            if value == "unsloth"
+            else taken(gradient_checkpointing=boolean(value))
+        ),
+        "unsloth",
+    ),
     "random_state": taken("seed decides"),
     "max_seq_length": None,
     "model": taken("it is the base"),

@@ -51,9 +51,9 @@ def named(places: Iterable[RowPlace]) -> Iterator[str]:
 @dataclass(frozen=True)
 class Origins:
     """Where each row is from. `runs` are the name of a file, the number of a row in it, and how
-    many rows follow one another from there on; rows without any are numbered as they come. `chosen`
-    are the indices of the rows that were selected of all, (n,). What is kept are the runs of rows
-    that follow one another: one for most files, and one more after each blank line.
+    many rows follow one another from there on, one for most files and one more after each blank
+    line; rows without any are numbered as they come. `chosen` are the indices of the rows that were
+    selected of all, (n,).
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()
@@ -66,10 +66,9 @@ class Origins:
     def places(self, rows: Iterable[int]) -> list[RowPlace]:
         """The places of the rows with these indices."""
         run, after = self._runs(np.fromiter(rows, np.int64))
-        if not self.runs:
-            return [RowPlace("", n + 1) for n in after.tolist()]
-        starts = [self.runs[n] for n in run.tolist()]
-        return [RowPlace(s[0], s[1] + n) for s, n in zip(starts, after.tolist(), strict=True)]
+        runs = self.runs or (("", 1, 0),)
+        pairs = zip(run.tolist(), after.tolist(), strict=True)
+        return [RowPlace(runs[n][0], runs[n][1] + at) for n, at in pairs]
 
     def files(self, n: int) -> tuple[list[str], Array]:
         """The names of the files, and the number of that which each of n rows is from, (n,)."""
@@ -151,9 +150,9 @@ class Rows(Items[Row]):
     @staticmethod
     def of(rows: Sequence[Row], wanted: str = "") -> Rows:
         """Rows of one source; those that are `Rows` already stay as they are."""
-        return (
-            rows if isinstance(rows, Rows) else Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
-        )
+        if isinstance(rows, Rows):
+            return rows
+        return Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
 
     def __getstate__(self) -> dict[str, Any]:
         # another process finds their shapes again, which have functions that can't be sent
@@ -216,7 +215,9 @@ class Rows(Items[Row]):
         return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
 
     def given(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
-        """What the shapes of the rows give, a key of `Shape.gives` that all have."""
+        """What the shapes of the rows give, a key of `Shape.gives` that all have: of all rows, or
+        of some that follow each other, of which the first has the index `first`.
+        """
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()

@@ -10,8 +10,9 @@ resumed reads the rows of the steps before and leaves them out.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -75,24 +76,24 @@ class RowStream:
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
     def noticed(self) -> Noticed:
-        """What there is to say of the first rows of each source."""
-        found = Noticed(self.wanted)
+        """Remarks on the first rows of each source."""
+        noticed = Noticed(self.wanted)
         for source in self.sources:
-            for _ in islice(self._endless(source, found), PEEKED):
+            for _ in islice(self._endless(source, noticed), PEEKED):
                 pass
-        return found
+        return noticed
 
     def _endless(self, source: DataSource, noticed: Noticed | None = None) -> Iterator[Named]:
         noticed, shapes = noticed or Noticed(self.wanted), shapes_for(self.wanted)
         while True:
-            found = None
+            any_row = False
             for file in source.files:
                 rows = renamed(file.numbered(streaming=True), self.columns)
                 good = checked(rows, file.name, True, shapes, source.several, noticed)
                 for number, shape, row in good:
-                    found = f"{file.name}: row {number}", row, shape
-                    yield found
-            if found is None:
+                    any_row = True
+                    yield f"{file.name}: row {number}", row, shape
+            if not any_row:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
 
 
@@ -108,13 +109,9 @@ def stream_of(
 
 @dataclass(eq=False)
 class StreamFeed(BatchFeed):
-    """The examples of rows that are read as they are needed; `batch` rows a step.
-
-    rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.
-    max_length: Longer examples are cut to this many tokens, at their end.
-    batch: Rows of an optimizer step.
-    steps: The number of optimizer steps.
-    seed: The seed of the order.
+    """The examples of rows that are read as they are needed, `batch` rows a step. `rows` gives all
+    rows without end, in the order of a seed, as `RowStream.rows` does. Examples are cut to
+    `max_length` tokens, at their end.
     """
 
     rows: Callable[[int], Iterator[Named]]
@@ -124,36 +121,32 @@ class StreamFeed(BatchFeed):
     steps: int
     seed: int
     foreseen = 50
-    _read = _cut = _unlabelled = _marked = 0
+    _counts: Counter[str] = field(default_factory=Counter)
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
-        self._read = self._cut = self._unlabelled = self._marked = 0
+        self._counts.clear()
         rows = islice(self.rows(self.seed), step * self.batch, None)
-        for _ in range(step, self.steps):
-            yield self._examples(rows, self.batch)
+        return (self._examples(rows, self.batch) for _ in range(step, self.steps))
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
         rows = self.rows(seed)
-        for _ in range(n):
-            yield self._examples(rows, size)
+        return (self._examples(rows, size) for _ in range(n))
 
     @property
     def told(self) -> str:  # type: ignore[override]
-        text = f"stream: {self._read:,} rows read"
-        if self._cut:
-            text += f"; {self._cut:,} were cut at {self.max_length} tokens"
-        if self._unlabelled:
-            text += f"; {self._unlabelled:,} have no token to train on"
-        if self._marked:
-            text += f"\n{self._marked} {MARKED}"
-        return text
+        counts = {
+            "cut": f"were cut at {self.max_length} tokens",
+            "unlabelled": "have no token to train on",
+        }
+        parts = [f"{n:,} {what}" for name, what in counts.items() if (n := self._counts[name])]
+        marked = f"\n{self._counts['marked']} {MARKED}" if self._counts["marked"] else ""
+        return "; ".join([f"stream: {self._counts['read']:,} rows read", *parts]) + marked
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
         """The examples of the next n rows."""
         import pyarrow as pa
 
-        chunk = list(islice(rows, n))
-        takes = self.encoder.takes
+        chunk, takes = list(islice(rows, n)), self.encoder.takes
         check_given((shape for *_, shape in chunk), takes)
         batch = self.encoder.encode([shape.given(takes, row) for _, row, shape in chunk], 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
@@ -166,8 +159,7 @@ class StreamFeed(BatchFeed):
                 f"stream: none of {n} rows from {chunk[0][0]} on has a token to train on within"
                 f" max_length {self.max_length}"
             )
-        self._read += n
-        self._cut += int((Lists(table.column("ids")).lengths > self.max_length).sum())
-        self._unlabelled += n - len(set(examples.rows.tolist()))
-        self._marked += examples.marked
+        cut = int((Lists(table.column("ids")).lengths > self.max_length).sum())
+        unlabelled = n - len(set(examples.rows.tolist()))
+        self._counts.update(read=n, cut=cut, unlabelled=unlabelled, marked=examples.marked)
         return examples
