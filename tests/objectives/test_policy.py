@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from lorafold.core.attach import only
-from lorafold.data.prompt_examples import TokenizedPrompt
+from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
 from lorafold.objectives.algorithms import SamplingOptions

@@ -17,7 +17,6 @@ from lorafold.advice import NO_FP16, boolean, integer, modules, names, number
 from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
-from lorafold.config_import.preferences import rows_wanted
 from lorafold.config_import.rules import (
     OFF,
     PLACEHOLDER,
@@ -42,6 +41,7 @@ from lorafold.config_import.rules import (
     taken,
     to,
 )
+from lorafold.config_import.trainer import rows_wanted
 from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of

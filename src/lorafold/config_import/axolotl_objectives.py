@@ -14,15 +14,6 @@ from typing import Any
 
 from lorafold.advice import boolean, integer, names, number
 from lorafold.config_import import grpo
-from lorafold.config_import.preferences import (
-    DPO_LOSSES,
-    NO_DROPOUT,
-    ORPO_TERM,
-    law_option,
-    of_dpo,
-    smoothing_of_dpo,
-    supervised_as,
-)
 from lorafold.config_import.rules import (
     OFF,
     Outcome,
@@ -42,6 +33,15 @@ from lorafold.config_import.rules import (
     table,
     taken,
     unless,
+)
+from lorafold.config_import.trainer import (
+    DPO_LOSSES,
+    NO_DROPOUT,
+    ORPO_TERM,
+    law_option,
+    of_dpo,
+    smoothing_of_dpo,
+    supervised_as,
 )
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES

@@ -19,15 +19,6 @@ from typing import Any
 
 from lorafold.advice import NO_FP16, boolean, integer, names, number
 from lorafold.config_import import trainer
-from lorafold.config_import.preferences import (
-    NO_SECOND_MODEL,
-    beta,
-    dropout,
-    has_reference,
-    law_option,
-    rows_wanted,
-    supervised,
-)
 from lorafold.config_import.rules import (
     OFF,
     SAME,
@@ -51,6 +42,15 @@ from lorafold.config_import.rules import (
     table,
     taken,
     to,
+)
+from lorafold.config_import.trainer import (
+    NO_SECOND_MODEL,
+    beta,
+    dropout,
+    has_reference,
+    law_option,
+    rows_wanted,
+    supervised,
 )
 from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError

@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafold.advice import integer, names, number, product
 from lorafold.config_import import trainer
-from lorafold.config_import.preferences import rows_wanted
 from lorafold.config_import.rules import (
     SAME,
     Outcome,
@@ -36,6 +35,7 @@ from lorafold.config_import.rules import (
     taken,
     to,
 )
+from lorafold.config_import.trainer import rows_wanted
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of

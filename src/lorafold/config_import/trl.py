@@ -15,17 +15,6 @@ from typing import Any
 
 from lorafold.advice import NO_FP16, boolean, integer, names, number, targets
 from lorafold.config_import import grpo, trainer
-from lorafold.config_import.preferences import (
-    DPO_LOSSES,
-    ORPO_TERM,
-    beta,
-    dropout,
-    law_option,
-    of_dpo,
-    rows_wanted,
-    smoothing_of_dpo,
-    supervised_as,
-)
 from lorafold.config_import.rules import (
     OFF,
     SAME,
@@ -49,6 +38,17 @@ from lorafold.config_import.rules import (
     taken,
     to,
     unless,
+)
+from lorafold.config_import.trainer import (
+    DPO_LOSSES,
+    ORPO_TERM,
+    beta,
+    dropout,
+    law_option,
+    of_dpo,
+    rows_wanted,
+    smoothing_of_dpo,
+    supervised_as,
 )
 from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError

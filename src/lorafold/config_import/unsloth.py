@@ -21,7 +21,6 @@ from typing import Any
 
 from lorafold.advice import boolean, integer, modules, names, number
 from lorafold.config_import import trainer, trl
-from lorafold.config_import.preferences import rows_wanted
 from lorafold.config_import.rules import (
     PLACEHOLDER,
     Outcome,
@@ -39,6 +38,7 @@ from lorafold.config_import.rules import (
     taken,
     to,
 )
+from lorafold.config_import.trainer import rows_wanted
 from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS, ROWS
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of

@@ -21,15 +21,22 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
-from lorafold.data.render import Rendered, Rendering, TrainedRenderings, render_trained
+from lorafold.data.render import (
+    Rendered,
+    Rendering,
+    TrainedRenderings,
+    ensure_chat_template,
+    render_trained,
+)
 from lorafold.data.row_store import Rows, parts_of
-from lorafold.data.rows import as_checked
+from lorafold.data.rows import as_checked, read_rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.templates import day_of, template_of
@@ -409,3 +416,19 @@ def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
+
+
+PROBES = Path(__file__).with_name("probes.jsonl")
+PROBE_LENGTH = 512  # tokens; longer probe texts are cut
+
+
+def probe_ids(
+    tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
+) -> list[tuple[int, ...]]:
+    """Token ids of the probe texts: the built-in ones, or the rows of a file that training takes.
+    """
+    ensure_chat_template(tokenizer)
+    return [
+        example.ids
+        for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples
+    ]

@@ -148,8 +148,8 @@ class DataSource:
         names = [Path(file.name) for file in self.files]
         if self._path.is_dir():
             names = [name.relative_to(self._path) for name in names]
-        rows = zip(names, counts.values(), strict=True)
-        files = shown(f"{name} {count:,} rows" for name, count in rows)
+        numbers = [f" {n:,} rows" for n in counts.values()] if counts else [""] * len(names)
+        files = shown(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
         out = f"; left out: {self._files}" if self._files.left_out else ""
         return f"{len(names):,} files: {files}{out}"
 

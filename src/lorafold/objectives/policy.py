@@ -24,7 +24,7 @@ from lorafold.core.contexts import undropped
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
-from lorafold.data.prompt_examples import PromptEncoder, TokenizedPrompt, prompt_data
+from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
 from lorafold.files.record import RENAMED, named_as_now
-from lorafold.recipe.recipe import UNWORDED, Recipe
-from lorafold.recipe.validation import explain
+from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
 log = logging.getLogger(__name__)
 TRANSLATES = "lorafold recipe --from {} reads other tools' files"

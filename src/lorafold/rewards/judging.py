@@ -29,8 +29,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, printable
 from lorafold.files.paths import beside
-from lorafold.rewards.calling import LARGEST, Function, Item, Wrong, number
-from lorafold.rewards.kinds import pattern
+from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, pattern
 from lorafold.runtime.killable_process import Died, Killable, Late, packed
 
 LIMIT = 30.0  # seconds of a call

@@ -22,8 +22,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
-from lorafold.rewards.calling import Function, Item, Wrong
-from lorafold.rewards.kinds import KINDS
+from lorafold.rewards.functions import KINDS, Function, Item, Wrong
 from lorafold.runtime.killable_process import packed, read
 
 GRACE = 1.0  # seconds that a call may go on after nobody waits for it any more
