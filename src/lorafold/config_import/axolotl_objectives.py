@@ -32,7 +32,9 @@ from lorafold.config_import.rules import (
     refusing,
     table,
     taken,
+    to_options,
     unless,
+    where,
 )
 from lorafold.config_import.trainer import (
     DPO_LOSSES,
@@ -72,9 +74,7 @@ OF_BLOCK = (
 )
 
 
-def is_policy(settings: ToolSettings) -> bool:
-    """Whether the file trains a policy on rewards."""
-    return settings["rl"] == "grpo"
+is_policy = where("rl", "grpo")
 
 
 def is_reward_model(settings: ToolSettings) -> bool:
@@ -82,21 +82,14 @@ def is_reward_model(settings: ToolSettings) -> bool:
     return is_off(settings["rl"]) and not is_off(settings["reward_model"])
 
 
-def is_dpo(settings: ToolSettings) -> bool:
-    """Whether TRL's DPOTrainer trains."""
-    return settings["rl"] == "dpo"
-
-
 def objective_of(settings: ToolSettings) -> str | None:
     """The objective of preferences or of a policy that the file trains, or None."""
-    found = str(settings["rl"])
+    rl = str(settings["rl"])
     if is_policy(settings):
         return grpo.objective_of(as_trl(settings))
-    if found == "dpo":
+    if rl == "dpo":
         return DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
-    if found in OTHERS:
-        return found
-    return "reward" if is_reward_model(settings) else None
+    return rl if rl in OTHERS else "reward" if is_reward_model(settings) else None
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,7 +111,7 @@ def accumulation(settings: ToolSettings) -> int:
 
 def as_trl(settings: ToolSettings) -> ToolSettings:
     """The block, with what stands outside of it, as settings of TRL's trainer."""
-    given = settings.given
+    given = {k: v for k, v in settings.given.items() if v is not None}
     block = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
     outside = {
         "beta": given.get(beta_key(settings), 0.0),
@@ -126,8 +119,7 @@ def as_trl(settings: ToolSettings) -> ToolSettings:
         "gradient_accumulation_steps": accumulation(settings),
         "max_prompt_length": settings["sequence_len"],
     }
-    present = {name: value for name, value in block.items() if value is not None}
-    return ToolSettings(present | outside, {rule.key: rule.default for rule in OF_BLOCK})
+    return ToolSettings(block | outside, {rule.key: rule.default for rule in OF_BLOCK})
 
 
 def beta_key(settings: ToolSettings) -> str:
@@ -152,7 +144,7 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
     choice(value, "dpo", *OTHERS, "grpo")
     if settings["sample_packing"]:
         raise LorafoldError(f"found {value!r} and sample_packing, which axolotl refuses together")
-    if value in ("dpo", "grpo"):
+    if value not in OTHERS:
         key = "dpo_loss_type" if value == "dpo" else "trl.loss_type"
         return taken(f"{key} says which objective")
     if value == "simpo" and settings["simpo_gamma"] is None:
@@ -178,20 +170,13 @@ def beta_of(key: str) -> Reader:
         if objective_of(settings) in (None, "reward"):
             return None
         values = {k: settings.given.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
-        inner = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
-        values["trl"] = inner
+        values["trl"] = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
         decides = next((k for k, v in values.items() if v is not None), "rl_beta")
         if key != decides:
             return None
-        return taken(beta=number(inner if key == "trl" else value))
+        return taken(beta=number(values["trl"] if key == "trl" else value))
 
     return read
-
-
-def center_rewards(value: Any, settings: ToolSettings) -> Outcome:
-    """`center_rewards_coefficient` becomes `centre`."""
-    found = number(value)
-    return taken(objective_options={"centre": found}) if found else OFF
 
 
 def num_labels(value: Any, settings: ToolSettings) -> Outcome:
@@ -205,12 +190,12 @@ def dropout(value: Any, settings: ToolSettings) -> Outcome:
     """`lora_dropout` becomes the dropout, which TRL turns off for preferences, and which there is
     none of where completions are drawn.
     """
-    found, objective = number(value), objective_of(settings)
-    if found and objective is not None and OBJECTIVES[objective].draws:
+    rate, objective = number(value), objective_of(settings)
+    if not rate or objective is None:
+        return taken(dropout=rate)
+    if OBJECTIVES[objective].draws:
         return changed(grpo.NO_DROPOUT, dropout=0.0)
-    if found and objective is not None:
-        return taken(NO_DROPOUT, dropout=0.0)
-    return taken(dropout=found)
+    return taken(NO_DROPOUT, dropout=0.0)
 
 
 def starts_afresh(settings: ToolSettings) -> bool:
@@ -223,8 +208,8 @@ OWN: Table = {
         flagged("--init-adapter", value)
         if not starts_afresh(settings)
         else left(
-            f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over the"
-            " base; to train over this one pass it as --over"
+            f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over"
+            " the base; to train over this one pass it as --over"
         )
     ),
     "rl": rl,
@@ -261,12 +246,17 @@ OF_DPO: Table = {
 }
 RULES: tuple[Rule, ...] = (
     *table(OWN),
-    *table(OF_DPO, is_dpo),
+    *table(OF_DPO, where("rl", "dpo")),
     *table(
-        {"cpo_alpha": (supervised_as("simpo"), 1.0)}, lambda settings: settings["rl"] == "simpo"
+        {"cpo_alpha": (supervised_as("simpo"), 1.0)}, where("rl", "simpo")
     ),
     *table(
-        {"center_rewards_coefficient": center_rewards, "num_labels": num_labels}, is_reward_model
+        {
+            "center_rewards_coefficient": lambda value, settings: (
+                to_options("centre")(value, settings) if number(value) else OFF
+            ),
+            "num_labels": num_labels,
+        }, is_reward_model
     ),
     *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in OF_BLOCK),
 )

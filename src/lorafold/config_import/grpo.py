@@ -76,8 +76,8 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` becomes the objective and its average. TRL's `epsilon_high` bounds the ratio itself
-    with cispo.
+    """`loss_type` becomes the objective and its average; with cispo, TRL's `epsilon_high` bounds
+    the ratio itself.
     """
     if value in ("sapo", "vespo"):
         raise refused(value, "lorafold has no such law of policies")
@@ -97,7 +97,8 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
-    """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence."""
+    """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence.
+    """
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
         raise refused(value, "lorafold's cispo has a ratio for each token")
     return read_with("loss_type")
@@ -229,8 +230,9 @@ def count(key: str, settings: ToolSettings, least: int = 1) -> int:
 
 def sizes(settings: ToolSettings) -> tuple[int, int, int]:
     """The completions of an optimizer step of one process, those of a prompt, and the prompts."""
-    micro, size = count("per_device_train_batch_size", settings), count("num_generations", settings, 2)
+    micro = count("per_device_train_batch_size", settings)
     completions = micro * count("gradient_accumulation_steps", settings)
+    size = count("num_generations", settings, 2)
     return completions, size, ceil(completions / size)
 
 
@@ -352,7 +354,9 @@ GRPO: Table = {
 RLOO: Table = {
     **SHARED,
     "num_generations": (
-        lambda value, settings: taken(objective="rloo", objective_options={"group": integer(value)}),
+        lambda value, settings: taken(
+            objective="rloo", objective_options={"group": integer(value)}
+        ),
         2,
     ),
     "beta": (beta, 0.05),

@@ -42,6 +42,7 @@ from lorafold.config_import.rules import (
     table,
     taken,
     to,
+    where,
 )
 from lorafold.config_import.trainer import (
     NO_SECOND_MODEL,
@@ -93,14 +94,10 @@ JUDGED = {
 LEFT = ("history", "images", "videos", "audios")
 
 
-def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
-    return bool(settings["finetuning_type"] == "lora")
+is_lora = where("finetuning_type", "lora")
 
 
-def is_dpo(settings: ToolSettings) -> bool:
-    """Whether the stage is that of pairs of completions."""
-    return bool(settings["stage"] == "dpo")
+is_dpo = where("stage", "dpo")
 
 
 def is_quantized(settings: ToolSettings) -> bool:
@@ -124,11 +121,11 @@ def is_packed(settings: ToolSettings) -> bool:
     """Whether rows are packed, as LLaMA-Factory decides it: where `neat_packing` or `packing` is
     on, and in pretraining unless `packing` is off. Rows of preferences are not.
     """
-    found = settings["packing"]
-    by_stage = settings["stage"] == "pt"
     if objective_of(settings) is not None:
         return False
-    return settings.on("neat_packing") or (by_stage if found is None else boolean(found))
+    packing = settings["packing"]
+    by_stage = settings["stage"] == "pt"
+    return settings.on("neat_packing") or (by_stage if packing is None else boolean(packing))
 
 
 def is_fresh(settings: ToolSettings) -> bool:
@@ -139,8 +136,8 @@ def is_fresh(settings: ToolSettings) -> bool:
 
 
 def of_supervised(value: Any, settings: ToolSettings) -> bool:
-    """A switch."""
-    if objective_of(settings) is not None and boolean(value):
+    """A switch that LLaMA-Factory refuses outside supervised training."""
+    if boolean(value) and objective_of(settings) is not None:
         raise LorafoldError(
             f"found {value!r}, which LLaMA-Factory refuses with stage {settings['stage']}"
         )
@@ -148,9 +145,11 @@ def of_supervised(value: Any, settings: ToolSettings) -> bool:
 
 
 def stage(value: Any, settings: ToolSettings) -> Outcome:
-    """`stage` becomes the objective; LorafoldError for those that lorafold does not have."""
-    whole = "lorafold reads plain text as rows of {text}, and cuts or packs them whole"
-    head = "its head there has a bias and a dropout of its own, and here neither"
+    """`stage` becomes the objective."""
+    remarks = {
+        "pt": "lorafold reads plain text as rows of {text}, and cuts or packs them whole",
+        "rm": "its head there has a bias and a dropout of its own, and here neither",
+    }
     choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto")
     if value == "dpo":
         return taken("pref_loss says which objective")
@@ -161,8 +160,8 @@ def stage(value: Any, settings: ToolSettings) -> Outcome:
             "found 'ppo', whose reward is a model and whose value is learned, but lorafold's ppo"
             " takes functions and has groups of completions"
         )
-    ours = {"pt": "sft", "rm": "reward"}.get(value, value)
-    return changed({"pt": whole, "rm": head}.get(value, ""), objective=ours)
+    ours = {"pt": "sft", "rm": "reward"}
+    return changed(remarks.get(value, ""), objective=ours.get(value, value))
 
 
 def finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -188,11 +187,10 @@ def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
 
 def quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
     """`quantization_bit` becomes a quantized base, the nearest of those that lorafold makes."""
-    by, kind = settings["quantization_method"], settings["quantization_type"]
-    found = made_of(integer(value))
-    nearest = found or DEFAULT
+    kind, made = settings["quantization_type"], made_of(integer(value))
+    nearest = made or DEFAULT
     same = STORAGES[nearest].made.get("bnb_4bit_quant_type", kind) == kind
-    exact = found and same and by in ("bnb", "bitsandbytes")
+    exact = made and same and settings["quantization_method"] in ("bnb", "bitsandbytes")
     why = f"lorafold quantizes with bitsandbytes, as {' or '.join(MADE)}, of which {nearest} is"
     return changed("" if exact else f"{why} nearest", storage=nearest)
 
@@ -248,28 +246,26 @@ def bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
 
 def adapters_below(settings: ToolSettings) -> tuple[str, ...]:
     """The adapters that stay as they are, beneath the one that trains; the lowest first."""
-    named = settings["adapter_name_or_path"]
-    if named is None or not is_lora(settings):
-        return ()
-    found = names(named)
-    return found if is_fresh(settings) else found[:-1]
+    given = settings["adapter_name_or_path"] if is_lora(settings) else None
+    adapters = () if given is None else names(given)
+    return adapters if is_fresh(settings) else adapters[:-1]
 
 
 def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
     """`adapter_name_or_path` goes to `--over`, for adapters below the one that trains, and to
     `--init-adapter` for the one that goes on.
     """
-    found, below = names(value), adapters_below(settings)
-    if not found:
+    adapters, below = names(value), adapters_below(settings)
+    if not adapters:
         return None
     if not below:
-        return flagged("--init-adapter", found[-1])
-    flags = [f"--over {shlex.quote(name)}" for name in below]
-    flags += [f"--init-adapter {shlex.quote(name)}" for name in found[len(below) :]]
+        return flagged("--init-adapter", adapters[-1])
+    options = ["--over"] * len(below) + ["--init-adapter"] * (len(adapters) - len(below))
+    pairs = zip(options, adapters, strict=True)
     return left(
         f"LLaMA-Factory merges {', '.join(below)} first; here nothing is merged, and the adapter"
         " that trains lies over it",
-        " ".join(flags),
+        " ".join(f"{option} {shlex.quote(name)}" for option, name in pairs),
     )
 
 
@@ -296,8 +292,8 @@ def dataset(value: Any, settings: ToolSettings) -> Outcome:
     """`dataset` goes to `--data`, as `dataset_info.json` says where that can be read."""
     folder = Path(str(settings["dataset_dir"] or "data"))
     info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
-    found = [_rows(name, info.get(name), folder) for name in names(value)]
-    return given_as_data(found, rows_wanted(objective_of(settings)))
+    sources = [_rows(name, info.get(name), folder) for name in names(value)]
+    return given_as_data(sources, rows_wanted(objective_of(settings)))
 
 
 def _rows(name: str, info: Any, folder: Path) -> SourceRows:
@@ -308,7 +304,8 @@ def _rows(name: str, info: Any, folder: Path) -> SourceRows:
     file = info.get("file_name")
     path = info.get("hf_hub_url") or (str(folder / file) if file else None)
     at = of_hub(path or name, info.get("subset"), info.get("split"))
-    return SourceRows(name, at.path if path else None, _columns(info), [*at.said, *_said(info)])
+    remarks = [*at.said, *_remarks(info)]
+    return SourceRows(name, at.path if path else None, _columns(info), remarks)
 
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +319,7 @@ def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
     return turns | (judged if info.get("ranking") or "kto_tag" in given else {})
 
 
-def _said(info: Mapping[str, Any]) -> Iterator[str]:
+def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
     tags, given = info.get("tags") or {}, info.get("columns") or {}
     pair = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
     if pair not in (("from", "value"), ("role", "content")):
@@ -429,7 +426,7 @@ OF_METHOD: Table = {
     "lora_alpha": lambda value, settings: taken(
         alpha=number(value) or 2.0 * settings.read("lora_rank", integer)
     ),
-    "lora_dropout": (dropout(lambda settings: settings["stage"] in ("dpo", "kto")), 0.0),
+    "lora_dropout": (dropout(where("stage", "dpo", "kto")), 0.0),
     "lora_target": (SAME, "all"),
     "additional_target": SAME,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),

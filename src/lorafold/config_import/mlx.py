@@ -28,12 +28,14 @@ from lorafold.config_import.rules import (
     flagged,
     given_as_data,
     left,
+    objects_with_path,
     of_hub,
     read_with,
     switch,
     table,
     taken,
     to,
+    where,
 )
 from lorafold.config_import.trainer import rows_wanted
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
@@ -132,20 +134,18 @@ def optimizer(value: Any, settings: ToolSettings) -> Outcome:
     fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": decay}
     if name not in ("adam", "adamw"):
         return changed(trainer.ADAMW, **fields)
-    if "betas" in given:
-        fields["betas"] = _betas(given["betas"])
-    if "eps" in given:
-        fields["eps"] = number(given["eps"])
+    readers = {"betas": _betas, "eps": number}
+    fields |= {key: read(given[key]) for key, read in readers.items() if key in given}
     corrected = given.get("bias_correction")
     why = "" if corrected else _uncorrected(fields.get("betas", BETAS), settings)
     return changed(why, **fields)
 
 
 def _betas(value: Any) -> tuple[float, ...]:
-    found = tuple(map(number, value)) if isinstance(value, list) else ()
-    if len(found) != 2 or not all(0 <= one < 1 for one in found):
+    betas = tuple(map(number, value)) if isinstance(value, list) else ()
+    if len(betas) != 2 or not all(0 <= one < 1 for one in betas):
         raise LorafoldError(f"found betas {value!r}, expected two numbers from 0 to below 1")
-    return found
+    return betas
 
 
 def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
@@ -219,14 +219,12 @@ def data(value: Any, settings: ToolSettings) -> Outcome:
 
 def hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
     """`hf_dataset` goes to `--data` and `--columns`."""
-    found = []
-    for one in value if isinstance(value, list) else [value]:
-        if not isinstance(one, dict) or not one.get("path"):
-            raise LorafoldError(f"found {one!r}, expected an object with path")
+    sources = []
+    for one in objects_with_path(value):
         rows = of_hub(one["path"], one.get("config"), one.get("train_split", "train[:80%]"))
         columns = {ours: one.get(theirs) for ours, theirs in FEATURES.items()}
-        found.append(replace(rows, columns=columns))
-    return given_as_data(found, rows_wanted(None))
+        sources.append(replace(rows, columns=columns))
+    return given_as_data(sources, rows_wanted(None))
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:
@@ -298,7 +296,7 @@ RULES: tuple[Rule, ...] = (
     *table(OWN),
     *table(
         {"learning_rate": (trainer.rate(is_lora), 1e-5)},
-        lambda settings: bool(settings["lr_schedule"] == CONSTANT),
+        where("lr_schedule", CONSTANT),
     ),
     *table(RATE, is_lora),
 )

@@ -399,7 +399,8 @@ def kind_of(path: Path, config: Mapping[str, Any]) -> str:
 
 def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
     given = config.get(key)
-    return key in config and (not equals or value in (given if isinstance(given, list) else [given]))
+    values = given if isinstance(given, list) else [given]
+    return key in config and (not equals or value in values)
 
 
 def _some(keys: Sequence[str]) -> str:

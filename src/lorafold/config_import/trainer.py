@@ -37,6 +37,7 @@ from lorafold.config_import.rules import (
     switch,
     taken,
     to,
+    to_options,
 )
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.data.shapes import JUDGED
@@ -80,55 +81,52 @@ def optimizer(value: Any, settings: ToolSettings) -> Outcome:
 
 def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     """`warmup_steps` becomes the warm-up, unless it is off beside `warmup_ratio`."""
-    found, ratio = number(value), settings["warmup_ratio"]
-    if settings["lr_scheduler_type"] == "constant" or (found == 0 and ratio is not None):
+    steps, ratio = number(value), settings["warmup_ratio"]
+    if settings["lr_scheduler_type"] == "constant" or (steps == 0 and ratio is not None):
         return None
-    return warmed(found)
+    return warmed(steps)
 
 
-def warmed(found: float, share: bool = False) -> Outcome:
+def warmed(length: float, share: bool = False) -> Outcome:
     """A warm-up of so many steps, or of a share of them: one below 1, as transformers 5 reads it,
     or any that `share` says is one.
     """
-    if found == 0:
+    if length == 0:
         return taken(warmup=0.0)
-    if share or found < 1:
-        return taken(RISES, warmup=found)
-    return taken(RISES, warmup_steps=integer(found))
+    if share or length < 1:
+        return taken(RISES, warmup=length)
+    return taken(RISES, warmup_steps=integer(length))
 
 
 def total_steps(settings: ToolSettings) -> int | None:
     """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
-    found = integer(settings["max_steps"] or 0)
-    return found if found > 0 else None
+    return max(0, integer(settings["max_steps"] or 0)) or None
 
 
 def interval(name: str) -> Reader:
-    """The reader of an interval, which the Trainer takes in steps or as a share of the run's steps.
-
-    `name` is the recipe field.
+    """The reader of an interval, which the Trainer takes in steps or as a share of the run's steps,
+    for a recipe field.
     """
     checkpoints = "there are about ten checkpoints a run"
     otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
-        found, total = number(value), total_steps(settings)
-        if found >= 1:
+        every, total = number(value), total_steps(settings)
+        if every >= 1:
             return taken(**{name: integer(value)})
-        if found <= 0:
-            return taken("it is off")
+        if every <= 0:
+            return OFF
         if total is None:
             return left(f"intervals are in steps here: --set {name}=STEPS; without it {otherwise}")
-        return taken(**{name: ceil(found * total)})
+        return taken(**{name: ceil(every * total)})
 
     return read
 
 
 def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
     """A share of held-out rows becomes `eval_fraction`; a count of them is left."""
-    found = number(value)
-    if found < 1:
-        return taken(eval_fraction=found)
+    if number(value) < 1:
+        return taken(eval_fraction=number(value))
     return left(
         f"rows are held out as a share here: --set eval_fraction=SHARE, {integer(value)} over all"
         " rows, or give them as --eval-data"
@@ -137,19 +135,18 @@ def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
 
 def trackers(value: Any, settings: ToolSettings) -> Outcome:
     """`report_to` becomes the trackers; names that lorafold does not have are left."""
-    found = (value,) if value in ("all", "none") else names(value)
-    if found == ("none",):
+    if value == "none" or (named := (value,) if value == "all" else names(value)) == ("none",):
         return taken("no tracker")
-    if unknown := [name for name in found if name not in TRACKERS]:
+    if unknown := [name for name in named if name not in TRACKERS]:
         return left(
             f"{', '.join(unknown)}: name trackers one by one, as in --set trackers=[tensorboard]"
         )
-    return taken(trackers=found)
+    return taken(trackers=named)
 
 
 def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
-    """Names of parameters become targets beside those of modules; a linear module is called by its
-    own name, and not by its weight's.
+    """Names of parameters become targets beside those of modules, which may be a preset or a
+    regular expression; a linear module is called by its own name, and not by its weight's.
     """
     if modules == "all-linear":
         return changed("all-linear has the matrices of experts too")
@@ -170,18 +167,16 @@ def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
 
 def rate(is_lora: Condition) -> Reader:
     """The reader of a learning rate, of LoRA that of both factors."""
-
-    def read(value: Any, settings: ToolSettings) -> Outcome:
-        both = ELSEWHERE["learning_rate"]
-        if is_lora(settings):
-            return taken(both.remark, **both.read(value, {}))
-        return taken(lr=number(value))
-
-    return read
+    both = ELSEWHERE["learning_rate"]
+    return lambda value, settings: (
+        taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
+    )
 
 
 def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
-    """Rows of a micro-batch times accumulation become the batch."""
+    """Rows of a micro-batch times accumulation become the batch. `of_one` is what they are counted
+    for; where rows are packed, `packed` are the tool and its key that a sequence fills.
+    """
     if not packed:
         return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
     tool, _, fills = packed.partition(" ")
@@ -193,10 +188,12 @@ def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The kind of LoRA becomes `method` and `options`."""
+    """The kind of LoRA becomes `method` and `options`: whether the update is weight-decomposed,
+    whether it is scaled by alpha over the square root of the rank, and PEFT's `init_lora_weights`.
+    """
     beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
-        options = {"init": init}
+        options["init"] = init
     elif init == "olora" or str(init).startswith("pissa"):
         if rslora:
             raise LorafoldError(f"initialization {init!r} can't be had with rsLoRA here")
@@ -207,7 +204,7 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
         why = f"initialization {init!r} is not here; A is drawn uniformly and B is zero"
     if dora and beneath != "lora":
         options = {"over": beneath, **options}
-    fields = {"method": "dora" if dora else beneath, **({"options": options} if options else {})}
+    fields = {"method": "dora" if dora else beneath} | ({"options": options} if options else {})
     return changed(why, **fields)
 
 
@@ -284,12 +281,11 @@ ObjectiveOf = Callable[[ToolSettings], str | None]
 
 def has_reference(objective: str | None) -> bool:
     """Whether the objective compares with a reference."""
-    declared = OBJECTIVES[objective] if objective is not None else None
-    if declared is None or not declared.law:
+    if objective is None or not OBJECTIVES[objective].law:
         return False
     from lorafold.training_step import preference_algorithms
 
-    return bool(class_of(declared, preference_algorithms).has_reference)
+    return bool(class_of(OBJECTIVES[objective], preference_algorithms).has_reference)
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:
@@ -306,18 +302,19 @@ def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
     """The reader of a key that becomes the option `name`, of the objectives that have it."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
-        found = options_of(objective_of(settings))
-        if name not in found:
+        options = options_of(objective_of(settings))
+        if name not in options:
             return None
-        if number(value) == found[name]:
-            return taken("the objective's own")
-        return taken(objective_options={name: number(value)})
+        is_default = number(value) == options[name]
+        return taken("the objective's own") if is_default else to_options(name)(value, settings)
 
     return read
 
 
 def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
-    """A weight of the chosen completions' supervised loss becomes `sft_weight`."""
+    """A weight of the chosen completions' supervised loss becomes `sft_weight` of an objective of
+    preferences; `remark` says what differs in the other tool's loss.
+    """
     if objective is None:
         return None
     weight = number(value)
@@ -333,55 +330,58 @@ def supervised_as(objective: str) -> Reader:
     return lambda value, settings: supervised(value, objective, SUPERVISED)
 
 
-def of_dpo(found: Sequence[str], given: Any, key: str) -> Outcome:
+def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
     """The losses of TRL's DPOTrainer become the objective and, where sft is the second, its
-    `sft_weight`.
+    `sft_weight`. `given` are their weights, or None, which the file calls `key`.
     """
-    weights = [1.0] * len(found)
+    losses = list(losses)
+    weights = [1.0] * len(losses)
     if given is not None:
-        if not isinstance(given, list) or len(given) != len(found):
-            raise LorafoldError(f"found {list(found)}, and {key}: {given!r}, one for each")
-        weights = [number(one) for one in given]
-    if not found or found[0] not in DPO_LOSSES:
+        if not isinstance(given, list) or len(given) != len(losses):
+            raise LorafoldError(f"found {losses}, and {key}: {given!r}, one for each")
+        weights = [*map(number, given)]
+    if not losses or losses[0] not in DPO_LOSSES:
         raise LorafoldError(
-            f"found {list(found)}, expected {', '.join(DPO_LOSSES)}, of what lorafold has"
+            f"found {losses}, expected {', '.join(DPO_LOSSES)}, of what lorafold has"
         )
-    if tuple(found[1:]) not in ((), ("sft",)) or weights[0] != 1:
+    if losses[1:] not in ([], ["sft"]) or weights[0] != 1:
         raise LorafoldError(
-            f"found {list(found)} with weights {weights}, but lorafold has one loss of weight 1"
+            f"found {losses} with weights {weights}, but lorafold has one loss of weight 1"
             " and, for sigmoid, sft besides"
         )
-    objective = DPO_LOSSES[found[0]]
-    extra = supervised(weights[1], objective, SUPERVISED) if found[1:] else None
-    fields = {} if extra is None else extra.fields
+    objective = DPO_LOSSES[losses[0]]
+    extra = supervised(weights[1], objective, SUPERVISED) if losses[1:] else None
+    fields = extra.fields if extra else {}
     return changed(SUPERVISED if fields else "", objective=objective, **fields)
 
 
 def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
     """TRL's DPOTrainer reads `label_smoothing` for other losses than those of lorafold only."""
-    found = number(value)
-    told = "TRL 1 does not read it for this loss; for cDPO pass --objective-options label_smoothing"
-    return left(f"{told}={found:g}") if found else None
+    if not (smoothing := number(value)):
+        return None
+    remark = "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
+    return left(f"{remark} label_smoothing={smoothing:g}")
 
 
 def rows_wanted(objective: str | None) -> str:
     """The rows to give as --data, in words."""
-    rows = "prompt, chosen and rejected"
     if objective is None:
         rows = "messages, of prompt and completion, or of text"
     elif OBJECTIVES[objective].draws:
         rows = "prompt, and of what the rewards read,"
     elif OBJECTIVES[objective].takes == JUDGED:
         rows = "prompt, completion and label (true or false)"
+    else:
+        rows = "prompt, chosen and rejected"
     return f"pass rows of {rows} as --data"
 
 
-def dropout(turned_off: Callable[[ToolSettings], bool]) -> Reader:
+def dropout(turned_off: Condition) -> Reader:
     """The reader of a dropout, which tools turn off with some settings."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
-        found = number(value)
-        off = bool(found) and turned_off(settings)
-        return taken(NO_DROPOUT if off else "", dropout=0.0 if off else found)
+        rate = number(value)
+        off = bool(rate) and turned_off(settings)
+        return taken(NO_DROPOUT if off else "", dropout=0.0 if off else rate)
 
     return read

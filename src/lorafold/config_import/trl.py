@@ -10,6 +10,7 @@ packs, it counts packed sequences, and lorafold's batch counts rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from lorafold.config_import.rules import (
     SAME,
     Outcome,
     Row,
-    SourceRows,
     Table,
     ToolSettings,
     cases,
@@ -30,6 +30,7 @@ from lorafold.config_import.rules import (
     flagged,
     given_as_data,
     left,
+    objects_with_path,
     of_hub,
     read_with,
     refusing,
@@ -96,17 +97,17 @@ def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
     """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
     multiplies in bf16, unless `bf16` is off.
     """
-    found = choice(value, *DTYPES)
+    name = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
         return None
-    if found == "float16" or settings.on("fp16"):
+    if name == "float16" or settings.on("fp16"):
         return changed(NO_FP16, storage="bf16")
-    if found == "float32" and not is_lora(settings):
+    if name == "float32" and not is_lora(settings):
         return taken("weights that train are kept in fp32", storage="fp32")
-    if found == "float32" and not settings.on("bf16"):
+    if name == "float32" and not settings.on("bf16"):
         return taken(storage="fp32")
     remarks = {"float32": "its products are in bf16 there", "auto": trainer.AUTO}
-    return taken(remarks.get(found, ""), storage=DTYPES[found])
+    return taken(remarks.get(name, ""), storage=DTYPES[name])
 
 
 def load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
@@ -177,10 +178,9 @@ COMMON = (
 
 def packing(value: Any, settings: ToolSettings) -> Outcome:
     """`packing` becomes packing, in which rows are always kept apart."""
-    on = boolean(value)
-    mixed = on and "flash" not in str(settings["attn_implementation"])
+    mixed = boolean(value) and "flash" not in str(settings["attn_implementation"])
     why = "without FlashAttention rows see each other there, and are kept apart here"
-    return changed(why if mixed else "", packing=on)
+    return changed(why if mixed else "", packing=boolean(value))
 
 
 def batch(value: Any, settings: ToolSettings) -> Outcome:
@@ -199,13 +199,6 @@ def max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     return changed(why, max_length=integer(value))
 
 
-def dataset_text_field(value: Any, settings: ToolSettings) -> Outcome:
-    """`dataset_text_field` is the column of plain text, which goes to `--columns`."""
-    if value == "text":
-        return taken("the column has lorafold's name")
-    return left("rows of plain text have it in that column", f"--columns text={value}")
-
-
 def chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     """`chat_template_path` becomes the chat template where it is a file's path."""
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
@@ -216,23 +209,8 @@ def chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
 def losses(settings: ToolSettings) -> tuple[str, ...]:
     """The losses of DPO; robust is sigmoid where labels are not smoothed."""
     plain = not number(settings["label_smoothing"] or 0)
-    found = settings.read("loss_type", names)
-    return tuple("sigmoid" if name == "robust" and plain else name for name in found)
-
-
-def objective_of_dpo(settings: ToolSettings) -> str | None:
-    """The objective that the losses of DPO train, or None for those that lorafold lacks."""
-    return DPO_LOSSES.get(next(iter(losses(settings)), ""))
-
-
-def dpo_loss(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` of DPO becomes the objective; LorafoldError for others than lorafold's."""
-    return of_dpo(losses(settings), settings["loss_weights"], "loss_weights")
-
-
-def orpo_beta(value: Any, settings: ToolSettings) -> Outcome:
-    """`beta` of ORPO, which has no field that names its loss, becomes the objective too."""
-    return changed(ORPO_TERM, objective="orpo", beta=number(value))
+    given = settings.read("loss_type", names)
+    return tuple("sigmoid" if name == "robust" and plain else name for name in given)
 
 
 def centre(value: Any, settings: ToolSettings) -> Outcome:
@@ -243,20 +221,30 @@ def centre(value: Any, settings: ToolSettings) -> Outcome:
     return taken(objective="reward", **options)
 
 
+def drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
+    """`lora_dropout` is 0 where completions are drawn."""
+    return changed(grpo.NO_DROPOUT if number(value) else "", dropout=0.0)
+
+
 def data_rows(objective: str | None) -> Table:
     """The rows of the script's fields that name rows, of a trainer with that objective."""
 
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
             return taken("datasets takes its place")
-        found = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
-        return given_as_data([found], rows_wanted(objective))
+        rows = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
+        return given_as_data([rows], rows_wanted(objective))
 
     def several(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
             raise LorafoldError(f"found {value!r}, expected a list of objects with path")
-        found = [_of_mixture(one) for one in value]
-        return given_as_data(found, rows_wanted(objective)) if found else None
+        sources = []
+        for one in objects_with_path(value):
+            files = one.get("data_files") or one.get("data_dir")
+            rows = of_hub(one["path"], one.get("name"), one.get("split"), files)
+            remarks = [f"its columns {one['columns']} alone"] if one.get("columns") else []
+            sources.append(replace(rows, said=[*rows.said, *remarks]))
+        return given_as_data(sources, rows_wanted(objective)) if sources else None
 
     return {
         "dataset_name": name,
@@ -266,19 +254,9 @@ def data_rows(objective: str | None) -> Table:
     }
 
 
-def _of_mixture(one: Any) -> SourceRows:
-    if not isinstance(one, dict) or not one.get("path"):
-        raise LorafoldError(f"found {one!r}, expected an object with path")
-    files = one.get("data_files") or one.get("data_dir")
-    found = of_hub(one["path"], one.get("name"), one.get("split"), files)
-    said = [f"its columns {one['columns']} alone"] if one.get("columns") else []
-    return SourceRows(found.name, found.path, {}, [*found.said, *said])
-
-
 LORA_DROPOUT = dropout(
     lambda settings: bool(settings["disable_dropout"]) and settings.on("disable_dropout")
 )
-OF_DRAWN: Row = lambda value, settings: changed(grpo.NO_DROPOUT if number(value) else "", dropout=0.0)
 RATE = trainer.rate(is_lora)
 GIVEN: Table = {
     "per_device_train_batch_size": (batch, 8),
@@ -368,7 +346,11 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 ),
                 False,
             ),
-            "dataset_text_field": dataset_text_field,
+            "dataset_text_field": lambda value, settings: (
+                taken("the column has lorafold's name")
+                if value == "text"
+                else left("rows of plain text have it in that column", f"--columns text={value}")
+            ),
             "chat_template_path": chat_template_path,
             **data_rows(None),
             **GIVEN,
@@ -379,9 +361,17 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         " ".join(f"loss_type={name}" for name in DPO_NAMES)
         + " loss_weights f_divergence_type use_weighting discopop_tau ld_alpha",
         {
-            "loss_type": (dpo_loss, ["sigmoid"]),
+            "loss_type": (
+                lambda value, settings: of_dpo(
+                    losses(settings), settings["loss_weights"], "loss_weights"
+                ),
+                ["sigmoid"],
+            ),
             "loss_weights": taken("they are read with loss_type"),
-            "beta": (beta(objective_of_dpo), 0.1),
+            "beta": (
+                beta(lambda settings: DPO_LOSSES.get(next(iter(losses(settings)), ""))),
+                0.1,
+            ),
             "label_smoothing": smoothing_of_dpo,
             "f_divergence_type": cases(
                 {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL}: expected reverse_kl"
@@ -419,7 +409,19 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
             **COMPARING,
         },
     ),
-    "trl-orpo": ("ORPO", "", {"beta": (orpo_beta, 0.1), **data_rows("orpo"), **COMPARING}),
+    "trl-orpo": (
+        "ORPO",
+        "",
+        {
+            # it has no field that names its loss
+            "beta": (
+                lambda value, settings: changed(ORPO_TERM, objective="orpo", beta=number(value)),
+                0.1,
+            ),
+            **data_rows("orpo"),
+            **COMPARING,
+        },
+    ),
     "trl-cpo": (
         "CPO",
         "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
@@ -465,7 +467,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     ),
 }
 DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
-DROPOUTS = {kind: OF_DRAWN if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
+DROPOUTS = {kind: drawn_dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
     for kind, (_, _, rows) in TRAINERS.items()

@@ -100,14 +100,9 @@ OBJECTS = {
 }
 
 
-def is_full(settings: ToolSettings) -> bool:
-    """Whether the whole model is trained."""
-    return settings.on(f"{LOADED}full_finetuning")
-
-
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained."""
-    return not is_full(settings)
+    """Whether an adapter is trained, and not the whole model."""
+    return not settings.on(f"{LOADED}full_finetuning")
 
 
 def method(value: Any, settings: ToolSettings) -> Outcome:
@@ -124,7 +119,7 @@ def storage(value: Any, settings: ToolSettings) -> Outcome:
     """`load_in_4bit`, on unless the script says, becomes the base's storage; other switches are
     read with it.
     """
-    if is_full(settings):
+    if not is_lora(settings):
         return changed("the whole model trains in bf16 where it can", storage="bf16")
     if settings.on(f"{LOADED}load_in_8bit"):
         return taken(storage=made_of(8))
@@ -157,20 +152,6 @@ def loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
     if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
         return given_as_data([of_hub(files)], wanted(settings))
     return given_as_data([of_hub(value, name, split, files)], wanted(settings))
-
-
-def train_dataset(value: Any, settings: ToolSettings) -> Outcome:
-    """`train_dataset` is what the script loads, where that is read."""
-    if settings[f"{SET}path"]:
-        return taken("it is load_dataset's")
-    return left(wanted(settings), PLACEHOLDER)
-
-
-def get_chat_template(value: Any, settings: ToolSettings) -> Outcome:
-    """The template of a name is left."""
-    return left(
-        f"the model's own template is used; write {value}'s to a file: --chat-template FILE"
-    )
 
 
 def _of(prefix: str, rows: Table) -> Table:
@@ -238,9 +219,15 @@ OWN: tuple[Rule, ...] = (
             "embedding_learning_rate": ABSENT,
             f"{SET}path": loaded_rows,
             f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
-            "train_dataset": train_dataset,
+            "train_dataset": lambda value, settings: (
+                taken("it is load_dataset's")
+                if settings[f"{SET}path"]
+                else left(wanted(settings), PLACEHOLDER)
+            ),
             "eval_dataset": trainer.EVAL_DATA,
-            "get_chat_template.chat_template": get_chat_template,
+            "get_chat_template.chat_template": lambda value, settings: left(
+                f"the model's own template is used; write {value}'s to a file: --chat-template FILE"
+            ),
             "get_chat_template.mapping get_chat_template.map_eos_token"
             " get_chat_template.system_message": "the model's own template is used",
             "model tokenizer processing_class args data_collator get_chat_template.tokenizer"

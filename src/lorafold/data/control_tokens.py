@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
+import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
@@ -56,15 +57,14 @@ SAID = ("content", "reasoning_content")  # what the assistant writes itself
 
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
     """Let contents have these tokens, besides those that they may have already, and without those
-    that the template writes.
+    that the template writes. None allows all tokens.
     """
     if not (template := tokenizer.chat_template):
         return
     named = template if isinstance(template, dict) else {"": template}
     if words is not None:
         words = frozenset(words)
-        if words:
-            words -= written_by("".join(named.values()), tokenizer, words)
+        words -= written_by("".join(named.values()), tokenizer, words) if words else words
         if not words:
             return
     noted = dict(named)
@@ -74,8 +74,8 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
         before = allowed(text)
         given = True if words is None or before is None else sorted({*before, *words})
         # a comment ends with #}, which no word may write
-        said = json.dumps(given).replace("#", "\\u0023")
-        noted[name] = f"{{# control tokens in contents: {said} #}}\n{NOTE.sub('', text)}"
+        note = json.dumps(given).replace("#", "\\u0023")
+        noted[name] = f"{{# control tokens in contents: {note} #}}\n{NOTE.sub('', text)}"
     tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
 
 
@@ -115,23 +115,20 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
     """The conversation with the control tokens of its contents and tools marked; the same one if
     there are none.
     """
-    found = _found(template_of(tokenizer, conversation.tools))
-    if found is None:
+    finder = _finder(template_of(tokenizer, conversation.tools))
+    if finder is None:
         return conversation
-    messages = [
-        {
-            key: value
-            if key in ("role", "weight")
-            else _mark(
-                value,
-                found.own if key in SAID and message["role"] == "assistant" else found.all,
-                found,
-            )
+
+    def marked(message: Message) -> Message:
+        own = SAID if message["role"] == "assistant" else ()
+        words = {key: finder.own if key in own else finder.all for key in message}
+        return {
+            key: value if key in ("role", "weight") else _mark(value, words[key], finder)
             for key, value in message.items()
         }
-        for message in conversation.messages
-    ]
-    tools = tuple(_mark(tool, found.all, found) for tool in conversation.tools)
+
+    messages = list(map(marked, conversation.messages))
+    tools = tuple(_mark(tool, finder.all, finder) for tool in conversation.tools)
     if messages == conversation.messages and tools == conversation.tools:
         return conversation
     return replace(conversation, messages=messages, tools=tools)
@@ -143,12 +140,12 @@ def variables_as_text(
     """Variables of the chat template that renders with these tools, with the control tokens in them
     marked.
     """
-    found = _found(template_of(tokenizer, tools))
-    return variables if found is None else _mark(variables, found.all, found)
+    finder = _finder(template_of(tokenizer, tools))
+    return variables if finder is None else _mark(variables, finder.all, finder)
 
 
 @lru_cache(maxsize=KNOWN)
-def _found(template: Template) -> ControlTokenFinder | None:
+def _finder(template: Template) -> ControlTokenFinder | None:
     """What finds control tokens; None where contents may have all of them."""
     free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
@@ -160,27 +157,31 @@ def _found(template: Template) -> ControlTokenFinder | None:
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
     block = template_of(tokenizer).block
-    own = special - {word for word in (block.opening, block.closing) if word in added}
-    first = sorted(words, key=lambda word: (-len(word), word))  # the longest
-    both = first, [word for word in first if word in own]
-    all_, its = (re.compile("|".join(map(re.escape, some)) or "(?!)") for some in both)
-    return ControlTokenFinder(all_, its, tuple({word[:1] for word in words}))
+    own = special - ({block.opening, block.closing} & added.keys())
+
+    def any_of(some: Iterable[str]) -> re.Pattern[str]:
+        longest_first = sorted(some, key=lambda word: (-len(word), word))
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    return ControlTokenFinder(any_of(words), any_of(own), tuple({word[:1] for word in words}))
 
 
-def _mark(value: Any, words: re.Pattern[str], found: ControlTokenFinder) -> Any:
+def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any:
     if isinstance(value, str):
-        if not any(character in value for character in (OPENING, CLOSING, *found.first)):
+        if not any(character in value for character in (OPENING, CLOSING, *finder.first)):
             return value  # as nearly all are
         return mark_control_tokens(value, words)
-    if isinstance(value, Mapping):
+    if isinstance(value, list | tuple):
+        return [_mark(one, words, finder) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+
+    def key(name: Any) -> Any:
         # keys are marked as templates write them of arguments, but for names, which they look up
-        return {
-            _mark(k, found.all, found)
-            if isinstance(k, str) and not k.isidentifier()
-            else k: _mark(v, words, found)
-            for k, v in value.items()
-        }
-    return [_mark(one, words, found) for one in value] if isinstance(value, list | tuple) else value
+        plain = not isinstance(name, str) or name.isidentifier()
+        return name if plain else _mark(name, finder.all, finder)
+
+    return {key(name): _mark(one, words, finder) for name, one in value.items()}
 
 
 def is_marked(text: str) -> bool:
@@ -233,16 +234,12 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [start for start, _ in self.offsets]
-
     def char_to_token(self, character: int) -> int | None:
-        """The token that has a character, or None."""
-        last = bisect_right(self._starts, character) - 1
-        while last >= 0 and self.offsets[last][0] == self.offsets[last - 1][0] and last:
-            last -= 1  # the first of those that share it
-        return last if last >= 0 and character < self.offsets[last][1] else None
+        """The first token that has a character, or None."""
+        last = bisect_right(self.offsets, (character, sys.maxsize)) - 1
+        if last < 0 or character >= self.offsets[last][1]:
+            return None
+        return bisect_left(self.offsets, (self.offsets[last][0],))
 
     def token_to_chars(self, token: int) -> tuple[int, int]:
         """The characters of a token."""
@@ -250,9 +247,9 @@ class Pieces:
 
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
-    marked token share its characters. All pieces but the first are tokenized as they are after a
-    line break: some tokenizers put a space before the beginning of a text.
+    """The tokens of a rendered text by a fast tokenizer, as `encode_marked_chat` of transformers
+    has them; those of a marked token share its characters. All pieces but the first are tokenized
+    as they are after a line break: some tokenizers put a space before the beginning of a text.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
@@ -260,8 +257,9 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     [line] = tokenizer(["\n"], **options).input_ids
     given = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
     each = [*dict.fromkeys(given)]  # a content may repeat itself
-    found: Any = tokenizer(each, **options)
-    tokens = dict(zip(each, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
+    encoded: Any = tokenizer(each, **options)
+    pairs = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+    tokens = dict(zip(each, pairs, strict=True))
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     for start, piece, cut in zip(starts, given, [*cuts, None], strict=True):

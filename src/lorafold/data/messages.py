@@ -291,7 +291,8 @@ def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
         message = {"role": role_of(turn["from"]), "content": turn["value"]}
         if turn["from"] in CALLERS:
             calls = parsed(turn["value"])
-            message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+            calls = calls if isinstance(calls, list) else [calls]
+            message = {"role": "assistant", "tool_calls": calls}
         messages.append(message | {key: turn[key] for key in ASKING if key in turn})
     return normalized(messages)
 

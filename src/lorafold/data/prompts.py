@@ -1,9 +1,10 @@
-"""Prompts of rows, and the references that generation is measured against.
+"""Prompts of rows: for models that are asked, and as examples that a policy completes by itself.
 
     {"prompt": text or messages}        or a row of any shape that is a conversation
 
-The prompt of a conversation is all that comes before its last assistant turn, if it ends with one;
-that turn is then the reference. Use it where a model is asked and not trained.
+The prompt of a conversation is all that comes before its last assistant turn, if it ends with one.
+That turn is then the reference that generation is measured against. The row of an example goes
+with it: whatever else that holds is for the rewards.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
 
 
+NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
+
+
 class Reference(NamedTuple):
     """The content of the message before a turn, the rendered prompt and the turn's own text."""
 
@@ -61,8 +65,7 @@ def references(
     for it, without special tokens and reasoning. The prompt has the row's tools, and the template's
     special tokens: tokenize it with add_special_tokens=False.
     """
-    found: list[Reference] = []
-    bad: list[str] = []
+    result, bad = [], []
     for number, given in enumerate(conversations, 1):
         turns = replace(given, trained=0).turns
         if not turns or not turns[-1]:
@@ -70,7 +73,7 @@ def references(
             bad.append(f"row {number}: found {what}")
             continue
         try:
-            found.append(reference_of(given, turns[-1], tokenizer))
+            result.append(reference_of(given, turns[-1], tokenizer))
         except LorafoldError as error:
             raise LorafoldError(f"data: row {number}: {error}") from error
     if bad:
@@ -78,7 +81,7 @@ def references(
             "data: evaluation by generation needs rows with a prompt and a reference completion:"
             f" {listed(bad, '; ')}"
         )
-    return found
+    return result
 
 
 def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -91,26 +94,25 @@ def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase
 def reference_of(
     conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
 ) -> Reference:
-    """The prompt of one assistant turn, and the turn."""
+    """The prompt of one assistant turn, which has the index `last`, from 1, and the turn."""
     messages = conversation.messages[: last + 1]
     check_able(conversation, tokenizer)
     given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
-    drawing = ConversationRenderings(given, tokenizer)
-    prompt, message = apply(drawing.formed[:last], tokenizer, given.tools, True), messages[last]
-    asked = messages[last - 1].get("content", "")
+    renderings = ConversationRenderings(given, tokenizer)
+    prompt = apply(renderings.formed[:last], tokenizer, given.tools, True)
+    question, message = messages[last - 1].get("content", ""), messages[last]
     if not message.get("tool_calls"):
         check_shown(replace(given, messages=given.messages[:last]), prompt, tokenizer)
-        return Reference(asked, prompt, message.get("content", ""))
-    turn = drawing.turn(last)
+        return Reference(question, prompt, message.get("content", ""))
+    turn = renderings.turn(last)
     if turn is None:
         raise LorafoldError(
             f"messages[{last}]: the chat template renders this turn differently at generation"
         )
     check_shown(given, turn.text, tokenizer)
-    said = without_reasoning(turn.said, prompt, tokenizer)
-    ids = ids_of(said, tokenizer)
+    ids = ids_of(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Reference(asked, prompt, str(text))
+    return Reference(question, prompt, str(text))
 
 
 class PromptRow(NamedTuple):
@@ -122,13 +124,13 @@ class PromptRow(NamedTuple):
     reference: str | None
 
 
-def _asked(row: Row) -> Conversation:
+def _conversation(row: Row) -> Conversation:
     """The conversation of a row; one without messages where it asks nothing."""
     shape = shape_of(row, ASKING)
     if shape is None:
         return Conversation([])
-    found: Conversation = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
-    return found
+    given: Conversation = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
+    return given
 
 
 def read_prompts(
@@ -142,12 +144,10 @@ def asked_in(row: Row) -> list[str]:
     """What a row asks before each turn of the assistant, or at its end, each as a text to compare
     rows of any shapes by; none for rows of plain text. Case and outer space do not count.
     """
-    messages = _asked(row).messages
-    if not messages:
-        return []
+    messages = _conversation(row).messages
     said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
     ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
-    if messages[-1]["role"] != "assistant":
+    if messages and messages[-1]["role"] != "assistant":
         ends.append(len(messages))
     return ["\n".join(said[:n]) for n in ends]
 
@@ -155,23 +155,23 @@ def asked_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """The rendered prompts of rows that `read_prompts` checked."""
-    found = []
+    """The rendered prompts of rows that `read_prompts` checked, which messages call by this name.
+    """
+    prompts = []
     for number, row in enumerate(rows, 1):
         try:
-            given = _asked(row)
+            given = _conversation(row)
             last = len(given.messages) - 1
             if given.messages[last]["role"] != "assistant":
-                found.append(PromptRow(prompt_of(given, tokenizer), None))
+                prompts.append(PromptRow(prompt_of(given, tokenizer), None))
                 continue
             if not last:
-                what = "found no message before the assistant's turn, expected a prompt"
-                raise LorafoldError(what)
+                raise LorafoldError(NO_PROMPT)
             reference = reference_of(given, last, tokenizer)
-            found.append(PromptRow(reference.prompt, reference.text))
+            prompts.append(PromptRow(reference.prompt, reference.text))
         except LorafoldError as error:
             raise LorafoldError(f"{name}: row {number}: {error}") from error
-    return found
+    return prompts
 
 
 ASKED = ("prompt", "messages", "conversations")  # the keys of a row that hold its prompt
@@ -197,8 +197,8 @@ class TokenizedPrompt:
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        found: Conversation = self._shape.given(PROMPTS, dict(self.row))
-        return found
+        given: Conversation = self._shape.given(PROMPTS, dict(self.row))
+        return given
 
     @property
     def answer(self) -> str | None:
@@ -209,10 +209,10 @@ class TokenizedPrompt:
     @property
     def besides(self) -> dict[str, Any]:
         """The other fields of the row, and its answer as one, unless it has a field `answer`."""
-        found = {key: value for key, value in self.row.items() if key not in ASKED}
-        if found.get("answer") is None and self.answer is not None:
-            found["answer"] = self.answer
-        return found
+        fields = {key: value for key, value in self.row.items() if key not in ASKED}
+        if fields.get("answer") is None and self.answer is not None:
+            fields["answer"] = self.answer
+        return fields
 
     @property
     def _shape(self) -> Shape:
@@ -252,16 +252,14 @@ class PromptEncoder(Encoder):
         return batch_of(entries, ("row",), ("ids",), ("marked",), ("problem",))
 
     def _prompt(self, given: Conversation) -> dict[str, Any]:
-        text, ids, problem = "", [], ""
         try:
             if not given.messages:
-                what = "found no message before the assistant's turn, expected a prompt"
-                raise LorafoldError(what)
+                raise LorafoldError(NO_PROMPT)
             text = prompt_of(given, self.tokenizer)
             ids = ids_of(text, self.tokenizer)
-            problem = "" if ids else "found a prompt without tokens"
         except LorafoldError as error:
-            text, problem = "", str(error)
+            return {"ids": [], "marked": False, "problem": str(error)}
+        problem = "" if ids else "found a prompt without tokens"
         return {"ids": ids, "marked": is_marked(text), "problem": problem}
 
 

@@ -68,81 +68,75 @@ class Unreadable(ValueError):
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
-    """The file with its text in UTF-8; what is neither that nor known stays as it is."""
+    """The file with its text in UTF-8, also of one that may be in Windows-1252; what is neither
+    stays as it is. `tell` gets the encoding where it is guessed.
+    """
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
-    stream: io.RawIOBase = _Utf8(file, begins in WIDE, tell)
+    stream: io.RawIOBase = _Utf8(_recoded(file, begins in WIDE, tell))
     return io.BufferedReader(stream, PIECE)
 
 
 class _Utf8(io.RawIOBase):
     """Final: another file's text in UTF-8, as it is read."""
 
-    def __init__(self, file: io.BufferedReader, wide: bool, tell: Tell) -> None:
-        self._file, self._tell = file, tell
-        self._codec = "utf-16" if wide else "utf-8"
-        self._decoder = codecs.getincrementaldecoder(self._codec)()
-        self._plain = not wide  # so far there is ASCII alone
-        self._ready = b""
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._ready = pieces, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, into: memoryview) -> int:  # type: ignore[override]
-        more = True
-        while more and not self._ready:
-            piece = self._file.read1(PIECE)
-            more = bool(piece)
-            self._ready = self._read(piece)
+        while not self._ready and (piece := next(self._pieces, None)) is not None:
+            self._ready = piece
         count = min(len(into), len(self._ready))
         into[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
-    def _read(self, piece: bytes) -> bytes:
-        """A piece of the file in UTF-8, or as it is. Raises Unreadable for what is no text."""
-        if not self._codec or (self._plain and piece.isascii()):
-            return piece
-        waiting = b"" if self._codec == WINDOWS else self._decoder.getstate()[0]
+
+def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]:
+    """The pieces of a file in UTF-8, or as they are."""
+    decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
+    plain, windows = not wide, False  # so far there is ASCII alone
+    piece = b" "
+    while piece:
+        piece = file.read1(PIECE)
+        if plain and piece.isascii():
+            yield piece
+            continue
+        waiting = decoder.getstate()[0]
         try:
-            text = self._decoder.decode(piece, final=not piece)
+            text = _windows(piece) if windows else decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             whole = waiting + piece
-            if self._codec == "utf-16":
+            if wide:
                 raise Unreadable("no UTF-16, as its first bytes say; save it as UTF-8") from error
-            if self._codec == WINDOWS:
-                raise Unreadable(NEITHER) from error
-            if not (self._plain and whole[: error.start].isascii()):
-                self._codec = ""  # whoever reads the rows says which of them is no text
-                return whole
-            return self._switched(whole)
-        if self._codec == WINDOWS:
-            _check(text)
-        self._plain = self._plain and text.isascii()
-        return text.encode()
-
-    def _switched(self, piece: bytes) -> bytes:
-        """The piece in which the first byte stands that is no UTF-8."""
-        self._codec, self._decoder = WINDOWS, codecs.getincrementaldecoder(WINDOWS)()
-        try:
-            text = self._decoder.decode(piece)
-        except UnicodeDecodeError as error:
-            raise Unreadable(NEITHER) from error
-        _check(text)
-        found = LETTERS.search(text) or WORD.search(text)
-        self._tell(
-            f"no UTF-8, so it is read as Windows-1252, as Excel saves CSV: {found and found[0]!r};"
-            " where that is wrong, save it as UTF-8"
-        )
-        return text.encode()
+            if not (plain and whole[: error.start].isascii()):
+                yield whole  # whoever reads the rows says which of them is no text
+                yield from iter(lambda: file.read1(PIECE), b"")
+                return
+            windows, text = True, _windows(whole)
+            word = LETTERS.search(text) or WORD.search(text)
+            tell(
+                "no UTF-8, so it is read as Windows-1252, as Excel saves CSV:"
+                f" {word and word[0]!r}; where that is wrong, save it as UTF-8"
+            )
+        plain = plain and text.isascii()
+        yield text.encode()
 
 
-def _check(text: str) -> None:
-    """Raise Unreadable for what can't have been text in Windows-1252."""
+def _windows(piece: bytes) -> str:
+    """Text in Windows-1252. Raises Unreadable for what can't have been."""
+    try:
+        text = piece.decode(WINDOWS)
+    except UnicodeDecodeError as error:
+        raise Unreadable(NEITHER) from error
     if CONTROLS.search(text):
         raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with its byte order mark")
     if FOREIGN.search(text):
         raise Unreadable(NEITHER)
+    return text
 
 
 class Kind(NamedTuple):

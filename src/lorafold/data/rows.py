@@ -59,9 +59,9 @@ AS_THEY_ARE = "messages go to the chat template with roles of their own, and are
 
 @dataclass
 class Noticed:
-    """Gathers remarks on good rows, row by row: `ignored` are the keys that are no part of shapes, as
-    they appear (messages[].id for one inside), and `told` all else. `wanted` is what is asked of the
-    rows, of what shapes give.
+    """Gathers remarks on good rows, row by row: `ignored` are the keys that are no part of shapes,
+    as they appear (messages[].id for one inside), and `told` all else. `wanted` is what is asked of
+    the rows, of what shapes give.
     """
 
     wanted: str = ""

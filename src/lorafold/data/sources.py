@@ -240,6 +240,7 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
         return dataset
     if "train" not in dataset and len(dataset) != 1:
         raise LorafoldError(
-            f"{source}: found the splits {', '.join(dataset)}; expected only one, or one named train"
+            f"{source}: found the splits {', '.join(dataset)}; expected only one, or one named"
+            " train"
         )
     return dataset["train"] if "train" in dataset else next(iter(dataset.values()))

@@ -120,18 +120,19 @@ def settled_base(
 
 def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
     """The recipe with the length that rows are cut to. If it does not set one, that is the default
-    or, where the base has fewer positions, as many as it has; the console is told.
+    or, where the base has fewer positions, as many as it has after the `before` positions that
+    adapters take; the console is told.
     """
     asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
     head = OBJECTIVES[recipe.objective].head
-    found = positions_in(base.config(), head, base.trust_remote_code)
-    length = fitted_length(found, asked, before, console)
+    positions = positions_in(base.config(), head, base.trust_remote_code)
+    length = fitted_length(positions, asked, before, console)
     return recipe.model_copy(update={"max_length": length} if length != recipe.max_length else {})
 
 
-def fitted_length(found: Positions, asked: int | None, before: int, console: Console) -> int:
-    """As `settled_length`, by what is known of the positions."""
-    length, told = found.after(before).fitted(asked, LENGTH)
-    if told:
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+def fitted_length(positions: Positions, asked: int | None, before: int, console: Console) -> int:
+    """As `settled_length`, by a model's positions, for the length that was asked for, if any."""
+    length, remark = positions.after(before).fitted(asked, LENGTH)
+    if remark:
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
     return length

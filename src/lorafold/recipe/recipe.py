@@ -35,7 +35,9 @@ NOWHERE: Mapping[str, str] = MappingProxyType({})
 def explain(
     error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str] = NOWHERE
 ) -> Iterator[str]:
-    """What is wrong with a recipe, field by field: what was found and what was expected."""
+    """What is wrong with the values of a recipe, field by field: what was found and what was
+    expected. `sources` are where fields come from; one that comes from a call has none.
+    """
 
     def origin(field: str) -> str:
         return f" (from {sources[field]})" if field in sources else ""
@@ -48,26 +50,25 @@ def explain(
         if not problem["loc"]:
             yield message
             continue
-        message = WORDS.get(problem["type"], message)
-        if problem["type"].startswith("bool_"):
-            message = "on or off"
+        kind = problem["type"]
+        message = "on or off" if kind.startswith("bool_") else WORDS.get(kind, message)
         field, *inner = map(str, problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            if hint := advice(field, values, Fields.model_fields):
-                yield f"{field}{origin(field)} is not a field of a recipe: {hint}"
-            else:
-                strange.setdefault(origin(field), []).append(field)
-            continue
-        deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
-        expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
+        if kind != "extra_forbidden":
+            deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
+            expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
+        elif hint := advice(field, values, Fields.model_fields):
+            yield f"{field}{origin(field)} is not a field of a recipe: {hint}"
+        else:
+            strange.setdefault(origin(field), []).append(field)
     for place, names in strange.items():
         what = "is not a field" if len(names) == 1 else "are no fields"
         known = listed(Fields.model_fields, room=60)
         yield f"{listed(names, room=60)}{place} {what} of a recipe: expected one of {known}"
     for (field, key), messages in expected.items():
-        found = values[field][key] if key else values[field]
-        name = f"{field}.{key}" if key else field
-        yield f"{name}: found {found!r}{origin(field)}, expected {' or '.join(messages)}"
+        value, name = values[field], field
+        if key:
+            value, name = value[key], f"{field}.{key}"
+        yield f"{name}: found {value!r}{origin(field)}, expected {' or '.join(messages)}"
 
 
 STEPS = 100  # the least of `epochs="auto"`
@@ -100,20 +101,21 @@ class Recipe(Fields):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        if self.batch % self.accumulate:
-            raise ValueError(
-                f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
-                f" {self.batch}"
-            )
-        if self.warmup_steps and self.warmup != type(self).model_fields["warmup"].default:
-            raise ValueError("warmup_steps: found beside warmup, expected one of the two")
-        if self.streaming and self.steps is None:
-            raise ValueError("streaming: expected a number of steps, since the rows have no end")
-        if self.streaming and self.eval_fraction:
-            raise ValueError("eval_fraction: a stream has no rows to hold out; give held-out rows")
-        if self.streaming and not OBJECTIVES[self.objective].streams:
-            streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
-            raise ValueError(f"streaming: expected the objective {streamed}")
+        streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
+        wrong = {
+            f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
+            f" {self.batch}": self.batch % self.accumulate,
+            "warmup_steps: found beside warmup, expected one of the two": self.warmup_steps
+            and self.warmup != type(self).model_fields["warmup"].default,
+            "streaming: expected a number of steps, since the rows have no end": self.streaming
+            and self.steps is None,
+            "eval_fraction: a stream has no rows to hold out; give held-out rows": self.streaming
+            and self.eval_fraction,
+            f"streaming: expected the objective {streamed}": self.streaming
+            and not OBJECTIVES[self.objective].streams,
+        }
+        if problem := next((text for text, applies in wrong.items() if applies), ""):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="wrap")

@@ -1,11 +1,12 @@
-"""How a function judges: what it is called with, and what it may return.
+"""Functions that judge completions: how one is called, and where rewards' names get one from.
 
     fn(prompt, completion, **row) -> number                 called for each completion
     fn(prompts, completions, **row) -> a list of numbers    called for a batch, fields as lists too
 
 It is called with what it names, of the row's fields too; with `**` it is called with all of them.
 A bool counts as 0 or 1, and a scalar of NumPy or torch as its number. None in place of a number
-says that the reward does not apply to the row.
+says that the reward does not apply to the row. Patterns and schemas run in a process of their own
+too, since a pattern may backtrack for longer than anyone waits.
 """
 
 from __future__ import annotations
@@ -83,39 +84,36 @@ class Function:
                 yield [number(self._called(at, given), at)]
 
     def _of_all(self, items: Sequence[Item]) -> list[float | None]:
-        fields = dict.fromkeys(name for item in items for name in item.row)
         needed = {p.name for p in self._named if p.default is p.empty} - ALL
         for at, item in enumerate(items):
             if lacking := sorted(needed - item.row.keys()):
                 raise _lacks(lacking, item.row, at)
+        fields = dict.fromkeys(name for item in items for name in item.row)
         given: dict[str, Any] = {name: [item.row.get(name) for item in items] for name in fields}
-        given |= {
-            "prompts": [i.prompt for i in items],
-            "completions": [i.completion for i in items],
-        }
-        found = self._called(None, given, as_list=True)
-        if not isinstance(found, list):
-            raise Wrong(f"it returned {_shown(found)}, expected a list of {len(items)} numbers")
-        if len(found) != len(items):
+        prompts, completions = [i.prompt for i in items], [i.completion for i in items]
+        given |= {"prompts": prompts, "completions": completions}
+        rewards = self._called(None, given, as_list=True)
+        if not isinstance(rewards, list):
+            raise Wrong(f"it returned {_shown(rewards)}, expected a list of {len(items)} numbers")
+        if len(rewards) != len(items):
             raise Wrong(
-                f"it returned {len(found)} rewards, expected {len(items)}, one a completion"
+                f"it returned {len(rewards)} rewards, expected {len(items)}, one a completion"
             )
-        return [number(value, at) for at, value in enumerate(found)]
+        return [number(value, at) for at, value in enumerate(rewards)]
 
     def _called(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
         lacking = [p.name for p in self._named if p.default is p.empty and p.name not in given]
         if lacking:
             raise _lacks(lacking, given.keys() - ONE, at)
-        first = [p for p in self._named if p.kind == p.POSITIONAL_ONLY]
-        names = {p.name for p in self._named} - {p.name for p in first}
-        fields = given.keys() - {p.name for p in first} if self._every else given.keys() & names
+        first = {p.name: p.default for p in self._named if p.kind == p.POSITIONAL_ONLY}
+        names = given.keys() if self._every else {p.name for p in self._named}
         try:
-            found = self._function(
-                *(given.get(p.name, p.default) for p in first),
-                **{name: value for name, value in given.items() if name in fields},
+            result = self._function(
+                *(given.get(name, default) for name, default in first.items()),
+                **{k: v for k, v in given.items() if k in names and k not in first},
             )
-            plain = isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable)
-            return found if plain or not as_list else list(found)
+            plain = isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable)
+            return result if plain or not as_list else list(result)
         except KeyboardInterrupt:
             raise
         except Wrong as wrong:
@@ -125,35 +123,36 @@ class Function:
 
 
 def number(value: Any, at: int | None) -> float | None:
-    """A reward as a finite float, of at most LARGEST either way, or None."""
+    """The reward of item `at` as a finite float, of at most LARGEST either way, or None."""
     if value is None:
         return None
     item = getattr(value, "item", None)
     plain = item() if callable(item) and getattr(value, "shape", None) == () else value
     try:
-        found = float(plain) if isinstance(plain, Real) else math.nan
+        reward = float(plain) if isinstance(plain, Real) else math.nan
     except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
+        reward = math.inf
+    if not math.isfinite(reward):
         raise Wrong(f"it returned {_shown(value)}, expected a finite number", at)
-    if abs(found) > LARGEST:
+    if abs(reward) > LARGEST:
         raise Wrong(f"it returned {_shown(value)}, expected at most {LARGEST:g} either way", at)
-    return found
+    return reward
 
 
 def raised(error: BaseException, file: str | None) -> str:
-    """The type, message and line of an error."""
+    """The type, message and line of an error: the line of this file, if the error passed through
+    it; else where it arose.
+    """
     told = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
-        return (
-            f"SyntaxError: {error.msg} (line {error.lineno} of {Path(error.filename or '').name})"
-        )
+        name = Path(error.filename or "").name
+        return f"SyntaxError: {error.msg} (line {error.lineno} of {name})"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    own = [f for f in frames if f.filename == file] or frames
-    if not own:
+    if not (own := [f for f in frames if f.filename == file] or frames):
         return told
-    line = f": {cut(own[-1].line, SHOWN)}" if own[-1].line else ""
-    return f"{told} (line {own[-1].lineno} of {Path(own[-1].filename).name}{line})"
+    last = own[-1]
+    line = f": {cut(last.line, SHOWN)}" if last.line else ""
+    return f"{told} (line {last.lineno} of {Path(last.filename).name}{line})"
 
 
 def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong:

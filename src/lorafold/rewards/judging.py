@@ -82,14 +82,16 @@ class Reward(Protocol):
 
 
 def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> RewardFailed:
-    """The error of a reward."""
+    """The error of a reward: what is wrong with these completions, and what was expected."""
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
     return RewardFailed(printable(f"reward {name}: {where}{told}"))
 
 
 class SeparateReward:
-    """A reward in a process of its own. One thread at a time may call it."""
+    """A reward in a process of its own, of a kind of `functions.KINDS` and what of it. One thread
+    at a time may call it; a call may take `limit` seconds.
+    """
 
     def __init__(
         self, name: str, kind: str, text: str, weight: float = 1.0, limit: float = LIMIT
@@ -106,28 +108,30 @@ class SeparateReward:
         if not self._process.lives:
             self.close()
             self._process = self._started()
-        process, found = self._process, list[float | None]()
+        rewards: list[float | None] = []
         until = time.monotonic() + self.limit
         try:
-            process.write(message, until)
-            while len(found) < len(judged):
-                answer = json.loads(process.read(until))
+            self._process.write(message, until)
+            while len(rewards) < len(judged):
+                answer = json.loads(self._process.read(until))
                 if isinstance(answer, dict):
                     wrong = Wrong(answer["wrong"], answer["at"])
                     raise failure(self.name, wrong.told, wrong.of(judged))
-                found += answer
+                rewards += answer
         except (Late, Died, KeyboardInterrupt) as error:
             self.close()
             if isinstance(error, KeyboardInterrupt):
                 raise
-            at_work = judged if self._batched else judged[len(found) : len(found) + 1]
+            at_work = judged if self._batched else judged[len(rewards) : len(rewards) + 1]
             if isinstance(error, Died):
                 raise failure(self.name, _end(error.code), at_work) from None
-            done = "" if self._batched else f"{len(found)} done of "
-            told = f"it took more than {self.limit:g} s ({done}{len(judged)} completions)"
-            told += "; expected less, or a longer limit"
+            done = "" if self._batched else f"{len(rewards)} done of "
+            told = (
+                f"it took more than {self.limit:g} s ({done}{len(judged)} completions); expected"
+                " less, or a longer limit"
+            )
             raise failure(self.name, told, at_work) from None
-        return found
+        return rewards
 
     def close(self) -> None:
         """End the process; a later call starts another."""
@@ -184,16 +188,17 @@ def adapter_in(text: str) -> str:
 
 
 def kind_of(text: str) -> tuple[str, str]:
-    """The kind of `kinds.KINDS` that a reward's name, without a weight, is of, and what of it."""
+    """The kind of `functions.KINDS` that a reward's name, without a weight, is of, and what of it.
+    """
     name = parted(text)[1]
-    kind, colon, rest = name.partition(":")
-    if colon and rest and kind in ("regex", "reasoning-gym"):
+    kind, _, rest = name.partition(":")
+    if rest and kind in ("regex", "reasoning-gym"):
         return kind, rest
-    if colon and rest and kind == "schema":
-        return kind, _whole(rest)
-    file, colon, function = name.rpartition(":")
+    if rest and kind == "schema":
+        return kind, _absolute(rest)
+    file, _, function = name.rpartition(":")
     if file.endswith(".py") and function.isidentifier():
-        return "file", f"{_whole(file)}:{function}"
+        return "file", f"{_absolute(file)}:{function}"
     raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
 
 
@@ -203,14 +208,19 @@ def check_there(texts: Iterable[str]) -> None:
     """
     for text in texts:
         kind, what = ("", "") if adapter_in(text) else kind_of(text)
-        file = Path(what.rpartition(":")[0] if kind == "file" else what)
-        if kind in ("file", "schema") and not file.is_file():
+        file = _file(kind, what)
+        if file and not file.is_file():
             raise LorafoldError(f"reward {text}: found no file {file}, expected one{beside(file)}")
         if kind == "regex":
             try:
                 pattern(what)
             except Wrong as error:
                 raise LorafoldError(f"reward {text}: {error}") from None
+
+
+def _file(kind: str, text: str) -> Path | None:
+    """The file that a reward of a kind has."""
+    return {"schema": Path(text), "file": Path(text.rpartition(":")[0])}.get(kind)
 
 
 def reward_of(text: str) -> Reward:
@@ -235,25 +245,17 @@ def check_judges(texts: Iterable[str]) -> None:
 
 def digest_of(text: str) -> str:
     """The SHA-256 of the file that a name stands for; empty where it stands for none."""
-    _, name = parted(text)
-    kind, _, rest = name.partition(":")
-    if kind in ("regex", "reasoning-gym"):
-        return ""
-    path = Path(rest if kind == "schema" else name.rpartition(":")[0]).expanduser()
-    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    file = None if adapter_in(text) else _file(*kind_of(text))
+    return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
-def _whole(path: str) -> str:
+def _absolute(path: str) -> str:
     """A path that stays the same when the process goes to another directory."""
     return str(Path(path).expanduser().absolute())
 
 
 class DirectReward:
-    """A function as a reward.
-
-    Args:
-        function: as `calling.py` says.
-    """
+    """A function as a reward, which `functions.py` says how to write."""
 
     def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
         self.name = str(getattr(function, "__name__", type(function).__name__))
@@ -307,14 +309,16 @@ class Rewards(AbstractContextManager["Rewards"]):
         """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
         in this process and without a limit, and rewards. Functions of one name are numbered.
         """
-        made, names = [], Counter[str]()
+        made: list[Reward] = []
+        names = Counter[str]()
         try:
             for one in given:
-                found: Any = reward_of(one) if isinstance(one, str) else one
-                made.append(found := found if isinstance(found, Reward) else DirectReward(found))
-                names[found.name] += 1
-                if isinstance(found, DirectReward) and names[found.name] > 1:
-                    found.name += f" {names[found.name]}"  # two lambdas have one name
+                reward: Any = reward_of(one) if isinstance(one, str) else one
+                reward = reward if isinstance(reward, Reward) else DirectReward(reward)
+                made.append(reward)
+                names[reward.name] += 1
+                if isinstance(reward, DirectReward) and names[reward.name] > 1:
+                    reward.name += f" {names[reward.name]}"  # two lambdas have one name
             return cls(made, limit)
         except BaseException:
             for reward in made:
