@@ -1,6 +1,6 @@
 """What a table of rules is made of, and how a configuration is read with one.
 
-    Rule            one key of another tool: what becomes of it, and what that tool assumes without it
+    Rule            one key of another tool: what becomes of it, and the default of that tool
     Outcome         taken, taken differently (changed), or left, with recipe fields and a remark
     TranslatedKey   a key with its value and its outcome
 
@@ -257,7 +257,8 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
         if rest or not fields:
             yield replace(entry, outcome=replace(entry.outcome, fields=rest))
         elif entry.given:
-            yield replace(entry, outcome=left("the adapter that --init-adapter names brings its own"))
+            brought = left("the adapter that --init-adapter names brings its own")
+            yield replace(entry, outcome=brought)
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def quickstart(
         model_bytes,
         merged.kl,
         str(exported_to),
-        exported.proof and exported.proof.share,
+        None if exported.proof is None else exported.proof.share,
         base,
     )
 
