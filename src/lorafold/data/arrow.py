@@ -44,19 +44,18 @@ def batch_of(
         data = np.asarray(values, np.int32)
         return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
 
-    def ends(parts: Sequence[Any]) -> Any:
-        return int32(np.cumsum([0, *map(len, parts)]))
-
     columns = {name: int32([entry[name] for entry in entries]) for name in integers}
     for name in lists:
         parts = [np.asarray(entry[name], np.int32) for entry in entries]
+        ends = np.cumsum([0, *map(len, parts)])
         flat = np.concatenate([np.zeros(0, np.int32), *parts])
-        columns[name] = pa.ListArray.from_arrays(ends(parts), int32(flat))
+        columns[name] = pa.ListArray.from_arrays(int32(ends), int32(flat))
     for name in flags:
         columns[name] = int32([entry[name] for entry in entries]).cast(pa.bool_())
     for name in texts:
         encoded = [entry[name].encode() for entry in entries]
-        buffers = [None, ends(encoded).buffers()[1], pa.py_buffer(b"".join(encoded))]
+        ends = np.cumsum([0, *map(len, encoded)])
+        buffers = [None, int32(ends).buffers()[1], pa.py_buffer(b"".join(encoded))]
         columns[name] = pa.Array.from_buffers(pa.string(), len(encoded), buffers)
     return pa.record_batch(columns)
 
@@ -119,9 +118,8 @@ class Items(Sequence[E]):
     @overload
     def __getitem__(self, index: slice) -> list[E]: ...
     def __getitem__(self, index: int | slice) -> E | list[E]:
-        if isinstance(index, slice):
-            return [self.item(i) for i in range(*index.indices(len(self)))]
-        return self.item(index)
+        at = range(len(self))[index]
+        return self.item(at) if isinstance(at, int) else list(map(self.item, at))
 
 
 class TableExamples(Items[E]):
@@ -145,13 +143,6 @@ class TableExamples(Items[E]):
         if "marked" in table.column_names:
             marked = table.filter(table.column("marked"))
             self.marked = len(np.unique(column(marked, "row")))
-
-    @abstractmethod
-    def example(self, entry: int) -> E:
-        """The example of one entry of the table."""
-
-    def item(self, index: int) -> E:
-        return self.example(int(self.chosen[index]))
 
     def __len__(self) -> int:
         return len(self.chosen)

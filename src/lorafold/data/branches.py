@@ -233,15 +233,15 @@ class BranchedExamples(TableExamples[Branched]):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def example(self, entry: int) -> Branched:
-        ids, starts = self._ids[entry].tolist(), self._starts[entry].tolist()
-        spans, lengths = self._spans[entry].reshape(-1, 2), self.own[entry].tolist()
+    def item(self, index: int) -> Branched:
+        ids, starts = self._ids[index].tolist(), self._starts[index].tolist()
+        spans, lengths = self._spans[index].reshape(-1, 2), self.own[index].tolist()
         branches = []
         for (start, end), length in zip(pairwise([*starts, len(ids)]), lengths, strict=False):
             own = spans[(spans[:, 0] >= start) & (spans[:, 1] <= end)] - start
             branches.append(example_of(ids[start : start + length], own.flatten().tolist()))
-        shared = tuple(ids[: int(self.shared[entry])])
-        return Branched(shared, tuple(branches), self._desirable[entry])
+        shared = tuple(ids[: int(self.shared[index])])
+        return Branched(shared, tuple(branches), self._desirable[index])
 
 
 class MismatchedExamples(BranchedExamples):
@@ -262,9 +262,9 @@ class MismatchedExamples(BranchedExamples):
         labels = {"true": true, "false": len(self) - true}
         return Judgements(digests(self._ids), np.array(self._desirable), contrary, labels)
 
-    def example(self, entry: int) -> Branched:
-        own, other = super().example(entry), super().example((entry or len(self)) - 1)
-        [branch], [strange], length = own.branches, other.branches, int(self.own[entry, 1])
+    def item(self, index: int) -> Branched:
+        own, other = super().item(index), super().item((index or len(self)) - 1)
+        [branch], [strange], length = own.branches, other.branches, int(self.own[index, 1])
         ids = (branch.ids[:1] + strange.ids[1:])[:length]
         return replace(own, branches=(branch, Example(ids, strange.labels[:length])))
 

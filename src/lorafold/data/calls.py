@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.data.messages import Tool, tool_problems
-from lorafold.data.templates import ASKED, KNOWN, Template, call, common, probe, template_of
+from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
 from lorafold.errors import LorafoldError, as_one
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template adds to a generation prompt for a turn of calls with these arguments."""
     calls = list(map(call, NAMES, arguments))
-    prompt = probe([ASKED], tokenizer, for_generation=True)
-    text = probe([ASKED, {"role": "assistant", "tool_calls": calls}], tokenizer)
+    prompt = attempt([ASKED], tokenizer, for_generation=True)
+    text = attempt([ASKED, {"role": "assistant", "tool_calls": calls}], tokenizer)
     said = text[len(common(prompt, text)) :]
     return said[template_of(tokenizer).block.end(said, prompt) :]
 
@@ -179,7 +179,7 @@ def parse_calls(
         raise LorafoldError(
             "the chat template does not show calls (tool_calls), so none can be read back"
         )
-    prompt = probe([ASKED], tokenizer, for_generation=True)
+    prompt = attempt([ASKED], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
     for form in (grammar, grammar.without(special_words(tokenizer))):
         if found := list(_calls(text, form, tools)):

@@ -48,9 +48,9 @@ from lorafold.data.templates import (
     SYSTEM,
     VALUE,
     WITH_TURN,
+    attempt,
     call,
-    is_dated,
-    probe,
+    day_of,
     template_of,
 )
 from lorafold.errors import LorafoldError
@@ -132,8 +132,8 @@ class Account:
 def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
     """What the tokenizer's chat template does."""
     template, block = template_of(tokenizer), template_of(tokenizer).block
-    bare = probe([ASKED], tokenizer)
-    added = probe([ASKED], tokenizer, for_generation=True)
+    bare = attempt([ASKED], tokenizer)
+    added = attempt([ASKED], tokenizer, for_generation=True)
     added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
     if added.endswith(block.opening):
         prompt = f"opens a block of reasoning ({block.opening})"
@@ -148,11 +148,11 @@ def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
     elif len(said) > QUOTED:
         said = f"{said[:QUOTED].rstrip()}..."
     beside, several = (
-        probe([ASKED, {"role": "assistant", "content": content, "tool_calls": calls}], tokenizer)
+        attempt([ASKED, {"role": "assistant", "content": content, "tool_calls": calls}], tokenizer)
         for content, calls in ((BESIDE, CALLS[:1]), ("", CALLS))
     )
     shows = {
-        "system messages": VALUE in probe([SYSTEM, ASKED], tokenizer),
+        "system messages": VALUE in attempt([SYSTEM, ASKED], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
         "calls": template.shows_calls,
         "what is said beside a call": BESIDE in beside or not template.shows_calls,
@@ -166,7 +166,7 @@ def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
     hides = tuple(part for part, is_shown in shows.items() if not is_shown)
     end = template.ending
     return Account(
-        end.text.strip(), end.written, prompt, said, is_dated(tokenizer), hides, plain
+        end.text.strip(), end.written, prompt, said, bool(day_of(tokenizer)), hides, plain
     )
 
 
@@ -351,7 +351,9 @@ def turns_of(
         return {}, {}, np.zeros(0, np.int64)
     texts = [text for chunk in table.column(TURNS).chunks for text in chunk.to_pylist()]
     of = column(table, "row")
-    names, file = rows.origins.files(len(rows))
+    names, file = [""], np.zeros(len(rows), np.int64)
+    if len({name for name, *_ in rows.origins.runs}) > 1:
+        names, file = rows.origins.files(len(rows))
     turns, trained, empty = Counter[str](), Counter[str](), set[str]()
     answers, learned = Counter[int](), Counter[int]()  # of the assistant, by file
     for (text, number), count in Counter(zip(texts, file[of].tolist(), strict=True)).items():

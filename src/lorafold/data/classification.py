@@ -141,12 +141,12 @@ class LabelledExamples(TableExamples[LabelledExample]):
         contrary = "have the text of an earlier one, and another label"
         return Judgements(digests(self._ids), self._labels, contrary, self.counts)
 
-    def example(self, entry: int) -> LabelledExample:
+    def item(self, index: int) -> LabelledExample:
         # the text is cut before the special tokens that end it, which stay
-        ids, most = self._ids[entry].tolist(), self._max_length
-        end = min(int(self._closing[entry]), most) if len(ids) > most else 0
+        ids, most = self._ids[index].tolist(), self._max_length
+        end = min(int(self._closing[index]), most) if len(ids) > most else 0
         cut = (*ids[: most - end], *ids[len(ids) - end :])
-        return LabelledExample(cut, int(self._labels[entry]))
+        return LabelledExample(cut, int(self._labels[index]))
 
 
 def encode_labelled(

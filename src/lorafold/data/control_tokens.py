@@ -34,7 +34,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 
 from lorafold.data.messages import Message, Tool
 from lorafold.data.shapes import Conversation
-from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, probe, template_of
+from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import JOINED
 
@@ -87,7 +87,7 @@ def written_by(
     """
     said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
     conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
-    texts = [probe(messages, tokenizer, for_generation=True) for messages in conversations]
+    texts = [attempt(messages, tokenizer, for_generation=True) for messages in conversations]
     text = "".join([NOTE.sub("", template), *texts])
     return frozenset(word for word in words if word in text)
 
@@ -118,16 +118,15 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
     finder = _finder(template_of(tokenizer, conversation.tools))
     if finder is None:
         return conversation
-
-    def marked(message: Message) -> Message:
+    messages = []
+    for message in conversation.messages:
         own = SAID if message["role"] == "assistant" else ()
-        words = {key: finder.own if key in own else finder.all for key in message}
-        return {
-            key: value if key in ("role", "weight") else _mark(value, words[key], finder)
+        messages.append({
+            key: value
+            if key in ("role", "weight")
+            else _mark(value, finder.own if key in own else finder.all, finder)
             for key, value in message.items()
-        }
-
-    messages = list(map(marked, conversation.messages))
+        })
     tools = tuple(_mark(tool, finder.all, finder) for tool in conversation.tools)
     if messages == conversation.messages and tools == conversation.tools:
         return conversation
@@ -158,12 +157,9 @@ def _finder(template: Template) -> ControlTokenFinder | None:
     words = special | (written if listed is None else added.keys() & listed - free)
     block = template_of(tokenizer).block
     own = special - ({block.opening, block.closing} & added.keys())
-
-    def any_of(some: Iterable[str]) -> re.Pattern[str]:
-        longest_first = sorted(some, key=lambda word: (-len(word), word))
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-    return ControlTokenFinder(any_of(words), any_of(own), tuple({word[:1] for word in words}))
+    longest_first = (sorted(some, key=lambda word: (-len(word), word)) for some in (words, own))
+    of_all, of_own = (re.compile("|".join(map(re.escape, s)) or "(?!)") for s in longest_first)
+    return ControlTokenFinder(of_all, of_own, tuple({word[:1] for word in words}))
 
 
 def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any:

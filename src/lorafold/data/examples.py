@@ -167,7 +167,11 @@ class CompletionEncoder(Encoder):
             last = next((i for i in reversed(range(at)) if ids[i] in added), 0)
             start = encoding.token_to_chars(last) if last else None
             ending = text[start[0] if start else 0 : border]
-            if self._ids_of_ending(ending) == ids[last:at]:
+            if ending not in self._openings:
+                if len(self._openings) > OPENINGS:
+                    self._openings.clear()
+                self._openings[ending] = ids_of(ending, self.tokenizer)
+            if self._openings[ending] == ids[last:at]:
                 together += spans
                 continue
             end = len(text) if following > len(text) else spans[-1][1]
@@ -183,13 +187,6 @@ class CompletionEncoder(Encoder):
             examples.append(PendingExample(piece.row, ids=ids, spans=places))
         first = examples[0]
         return [replace(piece, ids=first.ids, spans=first.spans), *examples[1:]]
-
-    def _ids_of_ending(self, ending: str) -> list[int]:
-        if ending not in self._openings:
-            if len(self._openings) > OPENINGS:
-                self._openings.clear()
-            self._openings[ending] = ids_of(ending, self.tokenizer)
-        return self._openings[ending]
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -321,7 +318,8 @@ class Examples(TableExamples[Example]):
         self.told_by = self._ids, self._spans
         self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
-    def example(self, entry: int) -> Example:
+    def item(self, index: int) -> Example:
+        entry = int(self.chosen[index])
         ids = self._ids[entry][: self._max_length].tolist()
         return example_of(ids, self._spans[entry].tolist())
 

@@ -270,10 +270,10 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
         self._rows, self.told_by = rows, (self._ids,)
 
-    def example(self, entry: int) -> TokenizedPrompt:
-        number = int(self.rows[entry])
+    def item(self, index: int) -> TokenizedPrompt:
+        number = int(self.rows[index])
         [place] = self._rows.origins.places([number])
-        return TokenizedPrompt(tuple(self._ids[entry].tolist()), self._rows[number], str(place))
+        return TokenizedPrompt(tuple(self._ids[index].tolist()), self._rows[number], str(place))
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:

@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.control_tokens import as_text, variables_as_text
@@ -49,8 +50,6 @@ from lorafold.data.templates import (
     apply,
     attempt,
     call,
-    probe,
-    refused,
     template_of,
 )
 from lorafold.errors import LorafoldError
@@ -100,7 +99,7 @@ def check_shown(
     if tools and not all(_has_tool(text, tool) for tool in tools):
         missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), KEY))
     for part, probed, offered, value in missing:
-        if value not in probe(probed, tokenizer, offered):
+        if value not in attempt(probed, tokenizer, offered):
             raise LorafoldError(
                 f"the chat template does not show {part}, so it would be lost; {HELP}"
             )
@@ -214,7 +213,7 @@ class ConversationRenderings:
         if not self.template.marks_own:
             return apply(messages, self.tokenizer, self.tools), None
         special: Any = self.tokenizer.special_tokens_map
-        with refused():
+        try:
             rendered: Any = render_jinja_template(
                 [messages],
                 tools=list(self.tools) or None,
@@ -223,6 +222,9 @@ class ConversationRenderings:
                 add_generation_prompt=False,
                 **special,
             )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
+            raise LorafoldError(f"the model's chat template: {error}") from error
         [text], [marks] = rendered
         return text, tuple(map(tuple, marks))
 
@@ -248,7 +250,7 @@ class ConversationRenderings:
             block, specials = self.own.block, self.own.specials
             joined = after_block(prompt, after, (reasoning, said), block, specials)
             if joined is None:
-                before = attempt(earlier, self.tokenizer, self.tools)
+                before = attempt(self.messages[:i], self.tokenizer, self.tools)
                 joined = after_rewriting(prompt, after, before, said)
             if joined is None or marks == ():
                 return None
@@ -261,8 +263,8 @@ class ConversationRenderings:
         """The end of turn i, which its text lacks: the template does not write it with the turn."""
         ending, text = self.own.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
-            follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
-            following = [*self.formed[: i + 1], *(follows or self.template.form.of([ASKED]))]
+            follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
+            following = [*self.messages[: i + 1], *(follows or [ASKED])]
             longer = attempt(following, self.tokenizer, self.tools)
             if longer.startswith(text):
                 return self.own.through_special(longer[len(text) :]) or ending.text

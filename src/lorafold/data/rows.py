@@ -294,14 +294,6 @@ class RowsRead:
     ignored: Sequence[str] = ()
     told: Sequence[str] = ()
 
-    def count(self, place: int) -> None:
-        """Count a row of the last file, by its number there."""
-        file, run = len(self.files) - 1, self.runs[-1] if self.runs else [-1]
-        if run[0] != file or place != sum(run[1:]):
-            self.runs.append([file, place, 0])
-        for counts in (self.runs[-1], self.parts[-1], self.files[-1]):
-            counts[-1] += 1
-
 
 def _reading(
     sources: Sequence[DataSource],
@@ -322,7 +314,11 @@ def _reading(
                 if shape is not last:  # files of one source and one shape are one part
                     read.parts.append([number, 0])
                     last = shape
-                read.count(place)
+                file_number, run = len(read.files) - 1, read.runs[-1] if read.runs else [-1]
+                if run[0] != file_number or place != sum(run[1:]):
+                    read.runs.append([file_number, place, 0])
+                for counts in (read.runs[-1], read.parts[-1], read.files[-1]):
+                    counts[-1] += 1
                 if read.files[-1][1] % 100_000 == 0:
                     notice(f"{file.name}: {read.files[-1][1]:,} rows read")
                 yield row
@@ -393,11 +389,14 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
     """Return rows, once they are known to be well-formed and of one shape; `source` is the name of
     the data in messages.
     """
-    noticed, rows, read = Noticed(wanted), [], RowsRead([[0, 0]], [[0, 0]])
+    noticed, rows, runs = Noticed(wanted), [], [[0, 0]]
     usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
     for place, _, row in checked(usable, source, shapes=shapes_for(wanted), noticed=noticed):
         rows.append(row)
-        read.count(place)
-    origins = Origins(tuple(("", first, count) for _, first, count in read.runs))
-    parts, ignored = (SourcePart(len(rows)),), tuple(noticed.ignored)
+        if place != sum(runs[-1]):
+            runs.append([place, 0])
+        runs[-1][1] += 1
+    parts = (SourcePart(len(rows)),)
+    origins = Origins(tuple(("", first, count) for first, count in runs if count))
+    ignored = tuple(noticed.ignored)
     return Rows(rows, parts, ignored, None, wanted, noticed.told, origins=origins)

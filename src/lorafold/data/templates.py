@@ -27,8 +27,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property, lru_cache
@@ -190,7 +189,7 @@ class Template:
         """The form in which it takes messages."""
         question = str(ASKED["content"])
         shown = [
-            question in attempt(MessageForm(parts=p).of([ASKED]), self.tokenizer)
+            question in attempt([ASKED], self.tokenizer, form=MessageForm(parts=p))
             for p in (False, True)
         ]
         parts = shown == [False, True]
@@ -199,7 +198,7 @@ class Template:
             message = {"role": "assistant", "tool_calls": [call(NAME, arguments)]}
             quoted = json.dumps(json.dumps(arguments))[1:-1]
             for form in (MessageForm(n > 1, n % 2 > 0, parts) for n in range(4)):
-                text = attempt(form.of([ASKED, message]), self.tokenizer, [PROBE_TOOL])
+                text = attempt([ASKED, message], self.tokenizer, [PROBE_TOOL], form=form)
                 after = text.rpartition(NAME)[2]
                 odd = quoted in after or str(arguments) in after
                 if KEY in after and VALUE in after and not odd:
@@ -210,8 +209,8 @@ class Template:
     def block(self) -> Block:
         """How it encloses reasoning."""
         turns = (SAID | {"reasoning_content": THOUGHT}, SAID)
-        texts = [probe([ASKED, turn], self.tokenizer) for turn in turns]
-        prompt = probe([ASKED], self.tokenizer, for_generation=True)
+        texts = [attempt([ASKED, turn], self.tokenizer) for turn in turns]
+        prompt = attempt([ASKED], self.tokenizer, for_generation=True)
         if THOUGHT not in texts[0] or WORD not in texts[0]:
             return USUAL
         header = CUT.sub("", common(*texts, prompt))
@@ -232,7 +231,7 @@ class Template:
     @cached_property
     def ending(self) -> Ending:
         """How it ends a turn."""
-        behind = probe([ASKED, SAID], self.tokenizer).rpartition(WORD)[2]
+        behind = attempt([ASKED, SAID], self.tokenizer).rpartition(WORD)[2]
         at = 0
         for special in self.specials.finditer(behind):
             if at and behind[at : special.start()].strip():
@@ -241,7 +240,7 @@ class Template:
         written: Written = WITH_TURN
         ends = [behind[:at]]
         if not at:
-            following = probe([ASKED, SAID, {"role": "user", "content": NEXT}], self.tokenizer)
+            following = attempt([ASKED, SAID, {"role": "user", "content": NEXT}], self.tokenizer)
             between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
             written, ends = NOWHERE, [self.eos]
             if end := self.through_special(between):
@@ -253,13 +252,13 @@ class Template:
     def shows_tools(self) -> bool:
         """Whether it shows a probe tool, with a system message or without."""
         conversations = ([ASKED], [SYSTEM, ASKED])
-        return any(KEY in probe(c, self.tokenizer, [PROBE_TOOL], True) for c in conversations)
+        return any(KEY in attempt(c, self.tokenizer, [PROBE_TOOL], True) for c in conversations)
 
     @cached_property
     def shows_calls(self) -> bool:
         """Whether it shows a probe call, as the last message or in an earlier one."""
         after = [RESULT | {"content": VALUE}, {"role": "assistant", "content": VALUE}]
-        texts = (probe([ASKED, CALLED, *after[:n]], self.tokenizer) for n in (0, 2))
+        texts = (attempt([ASKED, CALLED, *after[:n]], self.tokenizer) for n in (0, 2))
         return any(NAME in text.replace(VALUE, "") for text in texts)
 
     def through_special(self, text: str) -> str:
@@ -270,8 +269,8 @@ class Template:
 
     def _before_result(self) -> str:
         """What ends a call where its result comes next; empty if it shows no such thing."""
-        text = probe([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
-        longer = probe([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
+        text = attempt([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
+        longer = attempt([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
         return self.through_special(follows.partition(NEXT)[0])
 
@@ -302,35 +301,19 @@ def apply(
     assistant's next turn or without it.
     """
     given: Any = list(tools) or None
-    with refused():
+    prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
+    try:
         if not tokenizer.is_fast:  # it may have a way of its own
-            return str(
-                tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=given,
-                    tokenize=False,
-                    add_generation_prompt=for_generation,
-                    **variables,
-                )
-            )
+            prompt |= {"tokenize": False, **variables}
+            return str(tokenizer.apply_chat_template(list(messages), **prompt))
         # what apply_chat_template calls, without the checks that `data.messages` has done: two
         # thirds of the time
-        special: Any = tokenizer.special_tokens_map
+        template = tokenizer.get_chat_template(tools=given)
+        special: Any = tokenizer.special_tokens_map | dict(variables)
         rendered: Any = render_jinja_template(
-            [list(messages)],
-            tools=given,
-            chat_template=tokenizer.get_chat_template(tools=given),
-            add_generation_prompt=for_generation,
-            **special | dict(variables),
+            [list(messages)], chat_template=template, **prompt, **special
         )
         return str(rendered[0][0])
-
-
-@contextmanager
-def refused() -> Iterator[None]:
-    """Inside it an error of a chat template is a LorafoldError of one line."""
-    try:
-        yield
     except TemplateError as error:
         raise LorafoldError(
             f"the model's chat template refuses this conversation: {error}"
@@ -347,33 +330,26 @@ def attempt(
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Tool] = (),
     for_generation: bool = False,
+    form: MessageForm | None = None,
 ) -> str:
-    """As `apply`, with an empty text where the template refuses the messages."""
+    """As `apply`, for messages as `data.messages` has them, in the template's form or another one;
+    an empty text where the template refuses them.
+    """
+    form = form or template_of(tokenizer, tools).form
     try:
-        return apply(messages, tokenizer, tools, for_generation)
+        return apply(form.of(messages), tokenizer, tools, for_generation)
     except LorafoldError:
         return ""
 
 
-def probe(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    tools: Sequence[Tool] = (),
-    for_generation: bool = False,
-) -> str:
-    """As `attempt`, for messages as `data.messages` has them."""
-    form = template_of(tokenizer, tools).form
-    return attempt(form.of(messages), tokenizer, tools, for_generation)
-
-
 def is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template asks for the date, so that it renders otherwise tomorrow."""
-    return bool(DATED.search(str(tokenizer.chat_template)))
+    return bool(day_of(tokenizer))
 
 
 def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The date of today, as 2026-11-28, where the chat template asks for it; else empty."""
-    return date.today().isoformat() * is_dated(tokenizer)
+    return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
 
 
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:

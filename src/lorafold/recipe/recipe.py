@@ -101,21 +101,20 @@ class Recipe(Fields):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
-        wrong = {
-            f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
-            f" {self.batch}": self.batch % self.accumulate,
-            "warmup_steps: found beside warmup, expected one of the two": self.warmup_steps
-            and self.warmup != type(self).model_fields["warmup"].default,
-            "streaming: expected a number of steps, since the rows have no end": self.streaming
-            and self.steps is None,
-            "eval_fraction: a stream has no rows to hold out; give held-out rows": self.streaming
-            and self.eval_fraction,
-            f"streaming: expected the objective {streamed}": self.streaming
-            and not OBJECTIVES[self.objective].streams,
-        }
-        if problem := next((text for text, applies in wrong.items() if applies), ""):
-            raise ValueError(problem)
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
+                f" {self.batch}"
+            )
+        if self.warmup_steps and self.warmup != type(self).model_fields["warmup"].default:
+            raise ValueError("warmup_steps: found beside warmup, expected one of the two")
+        if self.streaming and self.steps is None:
+            raise ValueError("streaming: expected a number of steps, since the rows have no end")
+        if self.streaming and self.eval_fraction:
+            raise ValueError("eval_fraction: a stream has no rows to hold out; give held-out rows")
+        if self.streaming and not OBJECTIVES[self.objective].streams:
+            streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
+            raise ValueError(f"streaming: expected the objective {streamed}")
         return self
 
     @model_validator(mode="wrap")
