@@ -102,8 +102,7 @@ def is_quantized(settings: ToolSettings) -> bool:
     return bool(settings["load_in_4bit"] or settings["load_in_8bit"])
 
 
-def adapter(value: Any, settings: ToolSettings) -> Outcome:
-    """`adapter` becomes the method; with none the whole model trains."""
+def _adapter(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
         if settings["pretraining_dataset"]:
             raise LorafoldError("found none and a pretraining_dataset: lorafold does not pretrain")
@@ -131,19 +130,16 @@ def _require(keys: str, settings: ToolSettings) -> None:
         raise LorafoldError(f"{', '.join(missing)} missing, and axolotl has no default for it")
 
 
-def part_of_method(value: Any, settings: ToolSettings) -> Outcome:
-    """A switch of the method, such as `peft_use_dora`, is read by the rule of `adapter`."""
+def _part_of_method(value: Any, settings: ToolSettings) -> Outcome:
     return trainer.OF_METHOD if value else OFF
 
 
-def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_target_parameters` become targets beside the modules."""
+def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     modules = "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"]
     return trainer.target_parameters(modules, names(value))
 
 
-def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`bf16` becomes the base's storage, unless a quantized base, `fp16` or `float32` decides."""
+def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
         return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
     if value not in ("full", True) and any(settings[key] for key in ("fp16", "float16", "float32")):
@@ -166,8 +162,7 @@ def unless_bf16(outcome: Outcome) -> Reader:
     return read
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`micro_batch_size` times accumulation becomes the batch, which counts rows."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     packed = "axolotl sequence_len" if settings["sample_packing"] else ""
     return trainer.batch(integer(value) * accumulation(settings), "GPU", packed)
 
@@ -184,8 +179,7 @@ def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     return changed(why if mixed else "", packing=boolean(value))
 
 
-def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_steps` becomes the warm-up; axolotl makes two steps of one."""
+def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     return trainer.warmed(2 if number(value) == 1 else number(value))
 
 
@@ -219,16 +213,14 @@ def per_epoch(name: str) -> Reader:
     return of_count
 
 
-def checkpointing(value: Any, settings: ToolSettings) -> Outcome:
-    """`gradient_checkpointing` becomes that of lorafold, which offloads nothing."""
+def _checkpointing(value: Any, settings: ToolSettings) -> Outcome:
     if str(value).startswith(("offload", "unsloth")):
         why = "activations are recomputed, and not offloaded"
         return changed(why, gradient_checkpointing=True)
     return taken(gradient_checkpointing=boolean(value))
 
 
-def chat_template(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template` is left, unless it is the model's own or `chat_template_jinja`'s."""
+def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
     if value == "tokenizer_default":
         return taken("the model's own template")
     if value == "jinja":
@@ -263,8 +255,7 @@ def tracker(name: str) -> Reader:
     return lambda value, settings: taken(trackers=(name,)) if value else OFF
 
 
-def plugins(value: Any, settings: ToolSettings) -> Outcome:
-    """`plugins`."""
+def _plugins(value: Any, settings: ToolSettings) -> Outcome:
     others = []
     for name in names(value):
         part = name.removeprefix(OF_AXOLOTL).partition(".")[0]
@@ -278,8 +269,7 @@ def plugins(value: Any, settings: ToolSettings) -> Outcome:
     return left("they make steps faster there, measure or log, and do not change what is learned")
 
 
-def datasets(value: Any, settings: ToolSettings) -> Outcome:
-    """`datasets` go to `--data` and `--columns`; what else one says is told with its path."""
+def _datasets(value: Any, settings: ToolSettings) -> Outcome:
     wanted = rows_wanted(objectives.objective_of(settings))
     found = value if isinstance(value, list) else [value]
     if not all(isinstance(one, Mapping) and one.get("path") for one in found):
@@ -341,10 +331,10 @@ def _said(one: Mapping[str, Any]) -> Iterator[str]:
 
 
 OWN: Table = {
-    "adapter": (adapter, NO_ADAPTER),
+    "adapter": (_adapter, NO_ADAPTER),
     "load_in_4bit": switch(taken(storage=made_of(4))),
     "load_in_8bit": switch(taken(storage=made_of(8))),
-    "bf16": (bf16, "auto"),
+    "bf16": (_bf16, "auto"),
     "bfloat16": taken("bf16 decides"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
     "float32": unless_bf16(taken(storage="fp32")),
@@ -352,7 +342,7 @@ OWN: Table = {
     "lr_scheduler": (trainer.schedule, "cosine"),
     "optimizer": (trainer.optimizer, "adamw_torch_fused"),
     "num_epochs": (SAME, 1.0),
-    "micro_batch_size": (of_policy(grpo.batch, batch), 1),
+    "micro_batch_size": (of_policy(grpo.batch, _batch), 1),
     "gradient_accumulation_steps": (
         of_policy(
             grpo.accumulation, lambda value, settings: taken(accumulate=accumulation(settings))
@@ -374,7 +364,7 @@ OWN: Table = {
     ),
     "sample_packing": (sample_packing, False),
     "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
-    "gradient_checkpointing": checkpointing,
+    "gradient_checkpointing": _checkpointing,
     "val_set_size": (trainer.held_out_rows, 0.0),
     "evals_per_epoch": per_epoch("eval_every"),
     "saves_per_epoch": per_epoch("save_every"),
@@ -385,7 +375,7 @@ OWN: Table = {
         if isinstance(value, dict)
         else changed("the base is not resized: their rows train beside it", new_tokens=names(value))
     ),
-    "chat_template": chat_template,
+    "chat_template": _chat_template,
     "chat_template_jinja": lambda value, settings: (
         taken(chat_template=str(value))
         if "{" not in str(value) and Path(str(value)).suffix
@@ -408,22 +398,22 @@ OWN: Table = {
     "use_swanlab": tracker("swanlab"),
     "base_model": "--model",
     "model_revision revision_of_model": "--revision",
-    "datasets pretraining_dataset": datasets,
+    "datasets pretraining_dataset": _datasets,
     "test_datasets": trainer.EVAL_DATA,
     "auto_resume_from_checkpoints": "pass --resume to go on with a run",
     "reinit_weights": refusing("lorafold does not pretrain"),
     "relora": refusing("lorafold does not restart LoRA"),
     "unfrozen_parameters": unfrozen_parameters,
     "qat": refusing("lorafold does not train for later quantization"),
-    "plugins": plugins,
+    "plugins": _plugins,
     "diffusion": refusing("lorafold does not train a model that fills in masks"),
     "special_tokens": "the tokenizer's own are used; words that are to be tokens: --new-tokens",
     **trainer.STEPS,
     **AXOLOTL,
 }
 OF_METHOD: Table = {
-    "peft_use_dora peft_use_rslora": (part_of_method, False),
-    "peft_init_lora_weights peft": part_of_method,
+    "peft_use_dora peft_use_rslora": (_part_of_method, False),
+    "peft_init_lora_weights peft": _part_of_method,
     "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": SAME,
     "lora_dropout": (objectives.dropout, 0.0),
     "lora_target_linear": switch(taken(targets="all-linear")),
@@ -434,7 +424,7 @@ OF_METHOD: Table = {
         ),
         to("targets", modules),
     ),
-    "lora_target_parameters": target_parameters,
+    "lora_target_parameters": _target_parameters,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
     "lora_fan_in_fan_out": taken("the base's storage decides"),
 }
@@ -442,7 +432,7 @@ RULES: tuple[Rule, ...] = (
     *table(OWN),
     *table(OF_METHOD, is_lora),
     *table(
-        {"warmup_steps": warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
+        {"warmup_steps": _warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
         lambda settings: bool(settings["lr_scheduler"] != "constant"),
     ),
     *objectives.RULES,

@@ -152,8 +152,7 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
     return changed(ORPO_TERM if value == "orpo" else "", objective=value)
 
 
-def loss_weights(value: Any, settings: ToolSettings) -> Outcome:
-    """`dpo_loss_weights` are read with `dpo_loss_type`."""
+def _loss_weights(value: Any, settings: ToolSettings) -> Outcome:
     if settings.given.get("dpo_loss_type") is None:
         raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl asks for")
     return taken("they are read with dpo_loss_type")
@@ -179,8 +178,7 @@ def beta_of(key: str) -> Reader:
     return read
 
 
-def num_labels(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_labels` of a reward model is one; LorafoldError for more."""
+def _num_labels(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) != 1:
         raise refused(value, "a reward model of lorafold gives one score")
     return taken("a reward model gives one score")
@@ -241,7 +239,7 @@ OF_DPO: Table = {
         ),
         ["sigmoid"],
     ),
-    "dpo_loss_weights": loss_weights,
+    "dpo_loss_weights": _loss_weights,
     "dpo_label_smoothing": smoothing_of_dpo,
 }
 RULES: tuple[Rule, ...] = (
@@ -255,7 +253,7 @@ RULES: tuple[Rule, ...] = (
             "center_rewards_coefficient": lambda value, settings: (
                 to_options("centre")(value, settings) if number(value) else OFF
             ),
-            "num_labels": num_labels,
+            "num_labels": _num_labels,
         }, is_reward_model
     ),
     *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in OF_BLOCK),

@@ -124,15 +124,13 @@ def beta(value: Any, settings: ToolSettings) -> Outcome:
     return changed(why, beta=coefficient)
 
 
-def sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`sync_ref_model` would move the reference, if there is one."""
+def _sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
     if boolean(value) and settings.read("beta", number):
         raise refused(value, "lorafold's reference never moves")
     return None if boolean(value) else OFF
 
 
-def mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
-    """`mask_truncated_completions` becomes `truncated`."""
+def _mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
     masked = boolean(value)
     same = not masked or settings["loss_type"] in ("dapo", "bnpo", "cispo")
     why = "TRL averages over them too, with a loss of 0; lorafold leaves them out of the mean"
@@ -140,8 +138,7 @@ def mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
     return changed("" if same else why, objective_options={"truncated": truncated})
 
 
-def completion_length(value: Any, settings: ToolSettings) -> Outcome:
-    """`max_completion_length` becomes `max_new_tokens`, and with the prompt's the `max_length`."""
+def _completion_length(value: Any, settings: ToolSettings) -> Outcome:
     longest, prompt, remarks = settings.given.get("max_completion_length", value), BESIDE, []
     if longest in (None, WITHOUT_LIMIT):
         longest = LIMIT
@@ -155,8 +152,7 @@ def completion_length(value: Any, settings: ToolSettings) -> Outcome:
     return changed("; ".join(remarks), objective_options=options, max_length=longest + prompt)
 
 
-def num_iterations(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_iterations` becomes `updates`; TRL clips RLOO's ratios where there are several."""
+def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
     updates = integer(value)
     if updates == 1:
         return taken("a step draws and learns once")
@@ -191,8 +187,7 @@ def bound_of_ratios(least: float) -> Reader:
     return read
 
 
-def reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
-    """`reward_funcs` become the rewards; those that are no functions of a file are left."""
+def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
     functions, given = names(value), settings["reward_weights"]
     if not functions:
         return left(f"pass what judges completions as --reward {PLACE}", f"--reward {PLACE}")
@@ -271,17 +266,17 @@ def draws_for(factor: str) -> Reader:
 
 
 REFERENCE: Table = {
-    "sync_ref_model": sync_ref_model,
+    "sync_ref_model": _sync_ref_model,
     "ref_model_mixup_alpha ref_model_sync_steps": read_with("sync_ref_model"),
 }
 SHARED: Table = {
-    "reward_funcs": (reward_funcs, ()),
+    "reward_funcs": (_reward_funcs, ()),
     "reward_weights": lambda value, settings: (
         taken("they are part of the rewards")
         if names(settings["reward_funcs"] or ())
         else left("write each before its reward, as in --reward 0.5*FILE.py:FUNCTION")
     ),
-    "max_completion_length": (completion_length, 512),
+    "max_completion_length": (_completion_length, 512),
     "epsilon": (
         lambda value, settings: (
             None
@@ -293,7 +288,7 @@ SHARED: Table = {
     "epsilon_high": lambda value, settings: {
         "rloo": None, "cispo": taken("it is part of the bound")
     }.get(objective_of(settings), taken("the upper")),
-    "num_iterations": num_iterations,
+    "num_iterations": _num_iterations,
     "steps_per_generation": draws_for(""),
     "generation_batch_size": draws_for("per_device_train_batch_size"),
     "temperature top_p repetition_penalty": drawn_plainly(1),
@@ -301,7 +296,7 @@ SHARED: Table = {
     "min_p": drawn_plainly(0),
     "generation_kwargs": PLAINLY,
     "chat_template_kwargs": to("template_kwargs"),
-    "mask_truncated_completions": (mask_truncated, False),
+    "mask_truncated_completions": (_mask_truncated, False),
     **REFERENCE,
     "disable_dropout": taken("there is no dropout here"),
     "num_generations_eval": "held-out prompts have one completion each, and their reward its"

@@ -135,8 +135,7 @@ def is_fresh(settings: ToolSettings) -> bool:
     return settings.on("create_new_adapter") and not is_quantized(settings)
 
 
-def of_supervised(value: Any, settings: ToolSettings) -> bool:
-    """A switch that LLaMA-Factory refuses outside supervised training."""
+def _of_supervised(value: Any, settings: ToolSettings) -> bool:
     if boolean(value) and objective_of(settings) is not None:
         raise LorafoldError(
             f"found {value!r}, which LLaMA-Factory refuses with stage {settings['stage']}"
@@ -144,8 +143,7 @@ def of_supervised(value: Any, settings: ToolSettings) -> bool:
     return boolean(value)
 
 
-def stage(value: Any, settings: ToolSettings) -> Outcome:
-    """`stage` becomes the objective."""
+def _stage(value: Any, settings: ToolSettings) -> Outcome:
     remarks = {
         "pt": "lorafold reads plain text as rows of {text}, and cuts or packs them whole",
         "rm": "its head there has a bias and a dropout of its own, and here neither",
@@ -164,8 +162,7 @@ def stage(value: Any, settings: ToolSettings) -> Outcome:
     return changed(remarks.get(value, ""), objective=ours.get(value, value))
 
 
-def finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`finetuning_type` becomes the method, with the switches of LoRA's kinds."""
+def _finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
     if not is_lora(settings):
         return FULL(value, settings)
     pissa = f"pissa_niter_{max(0, settings.read('pissa_iter', integer))}"
@@ -185,8 +182,7 @@ def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
     return trainer.OF_METHOD if boolean(value) else None
 
 
-def quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
-    """`quantization_bit` becomes a quantized base, the nearest of those that lorafold makes."""
+def _quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
     kind, made = settings["quantization_type"], made_of(integer(value))
     nearest = made or DEFAULT
     same = STORAGES[nearest].made.get("bnb_4bit_quant_type", kind) == kind
@@ -195,8 +191,7 @@ def quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
     return changed("" if exact else f"{why} nearest", storage=nearest)
 
 
-def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`bf16` becomes the base's storage, unless that is quantized or `fp16` is on."""
+def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
         return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
     if boolean(value) or settings.on("pure_bf16"):
@@ -206,30 +201,26 @@ def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     return None if settings.on("fp16") else taken(trainer.AUTO, storage="auto")
 
 
-def neat_packing(value: Any, settings: ToolSettings) -> Outcome:
-    """`neat_packing` and `packing` become `packing`, where packed rows never see each other."""
-    neat, packed = of_supervised(value, settings), is_packed(settings)
+def _neat_packing(value: Any, settings: ToolSettings) -> Outcome:
+    neat, packed = _of_supervised(value, settings), is_packed(settings)
     why = "rows see each other there and are kept apart here" if packed and not neat else ""
     return changed(why, packing=packed)
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
     packed = "LLaMA-Factory cutoff_len" if is_packed(settings) else ""
     return trainer.batch(rows, "device", packed)
 
 
-def pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`pref_ftx` becomes `sft_weight`; a reward model has no such term there."""
+def _pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
     objective = objective_of(settings)
     if objective == "reward":
         return None
     return supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
 
 
-def label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
-    """`dpo_label_smoothing` becomes `label_smoothing`, which only DPO's own loss has there too."""
+def _label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
     if number(value) <= NEGLIGIBLE:
         return OFF
     if objective_of(settings) != "dpo":
@@ -237,8 +228,7 @@ def label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
     return taken(objective_options={"label_smoothing": number(value)})
 
 
-def bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`pref_bco_weight` is a term that lorafold does not have, where the loss has a reference."""
+def _bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
     if number(value) > NEGLIGIBLE and compares(settings) and is_dpo(settings):
         raise refused(value, NO_TERM)
     return None
@@ -269,8 +259,7 @@ def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
     )
 
 
-def ref_model(value: Any, settings: ToolSettings) -> Outcome:
-    """`ref_model` is taken where it is what lies below the new adapter; else LorafoldError."""
+def _ref_model(value: Any, settings: ToolSettings) -> Outcome:
     theirs = names(settings["ref_model_adapters"] or ())
     if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
         return taken("it is what lies below the new adapter, and so lorafold's reference")
@@ -278,8 +267,7 @@ def ref_model(value: Any, settings: ToolSettings) -> Outcome:
     raise LorafoldError(f"found {over} as the reference, but {NO_SECOND_MODEL}")
 
 
-def ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | None:
-    """The reference has the storage of the base beneath the adapter that trains."""
+def _ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | None:
     if settings["ref_model"] is None:
         return None
     own = settings["quantization_bit"]
@@ -288,8 +276,7 @@ def ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | 
     return changed("the reference is the base itself, in the storage that it is trained in")
 
 
-def dataset(value: Any, settings: ToolSettings) -> Outcome:
-    """`dataset` goes to `--data`, as `dataset_info.json` says where that can be read."""
+def _dataset(value: Any, settings: ToolSettings) -> Outcome:
     folder = Path(str(settings["dataset_dir"] or "data"))
     info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
     sources = [_rows(name, info.get(name), folder) for name in names(value)]
@@ -331,8 +318,8 @@ def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
 
 
 OWN: Table = {
-    "stage": (stage, "sft"),
-    "finetuning_type": (finetuning_type, "lora"),
+    "stage": (_stage, "sft"),
+    "finetuning_type": (_finetuning_type, "lora"),
     "use_dora use_rslora": (switch(trainer.OF_METHOD, None), False),
     "pissa_init": (pissa_init, False),
     "pissa_iter": (
@@ -350,16 +337,16 @@ OWN: Table = {
         False,
     ),
     "pref_beta": (beta(objective_of), 0.1),
-    "pref_ftx": (pref_ftx, 0.0),
-    "pref_bco_weight": (bco_weight, 0.0),
+    "pref_ftx": (_pref_ftx, 0.0),
+    "pref_bco_weight": (_bco_weight, 0.0),
     "simpo_gamma": (law_option("gamma", objective_of), 0.5),
     "kto_chosen_weight": (law_option("desirable_weight", objective_of), 1.0),
     "kto_rejected_weight": (law_option("undesirable_weight", objective_of), 1.0),
     "ref_model_adapters": lambda value, settings: (
         None if settings["ref_model"] is None else read_with("ref_model")
     ),
-    "quantization_bit": quantization_bit,
-    "bf16": (bf16, False),
+    "quantization_bit": _quantization_bit,
+    "bf16": (_bf16, False),
     "pure_bf16": (switch(taken("bf16 is read with it"), None), False),
     "fp16": (
         lambda value, settings: (
@@ -370,17 +357,17 @@ OWN: Table = {
         False,
     ),
     "learning_rate": (to("lr", number), 5e-5),
-    "per_device_train_batch_size": (batch, 8),
+    "per_device_train_batch_size": (_batch, 8),
     "gradient_accumulation_steps": (SAME, 1),
     "cutoff_len": (SAME, 2048),
     "packing": taken("neat_packing is read with it"),
-    "neat_packing": (neat_packing, False),
+    "neat_packing": (_neat_packing, False),
     "train_on_prompt": lambda value, settings: (
-        trainer.EVERY_TOKEN if of_supervised(value, settings) else trainer.COMPLETIONS
+        trainer.EVERY_TOKEN if _of_supervised(value, settings) else trainer.COMPLETIONS
     ),
     "mask_history": lambda value, settings: (
         taken(train_on="last")
-        if of_supervised(value, settings)
+        if _of_supervised(value, settings)
         else taken("every turn of the assistant is trained", train_on="all")
     ),
     "enable_thinking": lambda value, settings: changed(
@@ -399,7 +386,7 @@ OWN: Table = {
         " --chat-template FILE"
     ),
     "model_revision": "--revision",
-    "dataset": dataset,
+    "dataset": _dataset,
     "dataset_dir": read_with("dataset"),
     "eval_dataset": trainer.EVAL_DATA,
     "do_train": trainer.TRAINS,
@@ -434,11 +421,11 @@ OF_METHOD: Table = {
 OF_PAIRS: Table = {
     "pref_loss": (PREF_LOSS, "sigmoid"),
     "ld_alpha": refusing(NO_TERM, lambda value: False),
-    "dpo_label_smoothing": (label_smoothing, 0.0),
+    "dpo_label_smoothing": (_label_smoothing, 0.0),
 }
 OF_REFERENCE: Table = {
-    "ref_model": ref_model,
-    "ref_model_quantization_bit": ref_model_quantization_bit,
+    "ref_model": _ref_model,
+    "ref_model_quantization_bit": _ref_model_quantization_bit,
 }
 OF_QUANTIZED: Table = {
     "quantization_method": (taken("it is part of the base"), "bnb"),

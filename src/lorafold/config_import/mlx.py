@@ -96,8 +96,7 @@ def in_steps(name: str, key: str) -> Reader:
     return lambda value, settings: taken(**{name: steps_of(key, settings)})
 
 
-def fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`fine_tune_type` becomes the method."""
+def _fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
     if choice(value, "lora", "dora", "full") == "full" and settings["num_layers"] != -1:
         raise LorafoldError(
             f"found 'full' of the last {settings['num_layers']} layers (num_layers), but lorafold's"
@@ -106,14 +105,12 @@ def fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
     return taken(objective="sft", method=value)
 
 
-def alpha(value: Any, settings: ToolSettings) -> Outcome:
-    """`scale` times the rank becomes alpha."""
+def _alpha(value: Any, settings: ToolSettings) -> Outcome:
     scaled = product(value, settings[f"{BLOCK}.rank"])
     return taken("alpha is scale times the rank", alpha=scaled)
 
 
-def num_layers(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_layers` is left, unless it is all: targets name modules, and not the last layers."""
+def _num_layers(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) < 0:
         return taken("every layer")
     return left(
@@ -122,8 +119,7 @@ def num_layers(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def optimizer(value: Any, settings: ToolSettings) -> Outcome:
-    """The optimizer becomes adamw, with what `optimizer_config` says of it."""
+def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
     name = str(value).lower()
     choice(name, "adam", "adamw", "muon", "sgd", "adafactor")
     config = settings["optimizer_config"] or {}
@@ -169,8 +165,7 @@ def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     )
 
 
-def lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
-    """`lr_schedule` becomes the rate, the schedule and the warm-up, in optimizer steps."""
+def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
     if value == CONSTANT:
         return taken("there is no warm-up", schedule="constant", warmup=0.0)
     arguments = value.get("arguments") if isinstance(value, dict) else None
@@ -196,8 +191,7 @@ def lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
     return changed("; ".join(said), **fields)
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`batch_size` times accumulation becomes the batch."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     several = micro(settings)
     fields = {"batch": integer(value) * several, "accumulate": several}
     said = "; its micro-batches weigh alike there, and tokens here" if several > 1 else ""
@@ -206,8 +200,7 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def data(value: Any, settings: ToolSettings) -> Outcome:
-    """`data` goes to `--data`: a hub dataset, or a directory whose `train.jsonl` is taken."""
+def _data(value: Any, settings: ToolSettings) -> Outcome:
     if settings["hf_dataset"]:
         return taken("hf_dataset takes its place")
     columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
@@ -217,8 +210,7 @@ def data(value: Any, settings: ToolSettings) -> Outcome:
     return replace(rows, remark=said)
 
 
-def hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
-    """`hf_dataset` goes to `--data` and `--columns`."""
+def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
     sources = []
     for one in objects_with_path(value):
         rows = of_hub(one["path"], one.get("config"), one.get("train_split", "train[:80%]"))
@@ -245,15 +237,15 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
 
 
 OWN: Table = {
-    "fine_tune_type": (fine_tune_type, "lora"),
+    "fine_tune_type": (_fine_tune_type, "lora"),
     f"{BLOCK}.alpha": taken("scale decides"),
     BLOCK: None,
     "model": (model, "Qwen/Qwen3-0.6b"),
-    "optimizer": (optimizer, "adam"),
+    "optimizer": (_optimizer, "adam"),
     "optimizer_config": read_with("optimizer"),
-    "lr_schedule": (lr_schedule, CONSTANT),
+    "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
-    "batch_size": (batch, 4),
+    "batch_size": (_batch, 4),
     "grad_accumulation_steps": (taken("batch has it"), 1),
     "max_seq_length": (SAME, 2048),
     "mask_prompt": (
@@ -270,8 +262,8 @@ OWN: Table = {
     "report_to": trainer.trackers,
     "train": trainer.TRAINS,
     "test": "lorafold eval measures the rows of test.jsonl",
-    "data": (data, "mlx-community/WikiSQL"),
-    "hf_dataset": hf_dataset,
+    "data": (_data, "mlx-community/WikiSQL"),
+    "hf_dataset": _hf_dataset,
     " ".join(FEATURES.values()): read_with("data"),
     "adapter_path": ("--out", "adapters"),
     "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
@@ -283,14 +275,14 @@ OWN: Table = {
 }
 RATE: Table = {
     f"{BLOCK}.rank": (to("rank", integer), 8),
-    f"{BLOCK}.scale": (alpha, 20.0),
+    f"{BLOCK}.scale": (_alpha, 20.0),
     f"{BLOCK}.dropout": (to("dropout", number), 0.0),
     f"{BLOCK}.keys": (
         to("targets", lambda value: "all-linear" if value == ALL else names(value)),
         ALL,
     ),
-    "num_layers": (num_layers, 16),
-    "lora_layers": num_layers,
+    "num_layers": (_num_layers, 16),
+    "lora_layers": _num_layers,
 }
 RULES: tuple[Rule, ...] = (
     *table(OWN),

@@ -79,8 +79,7 @@ def optimizer(value: Any, settings: ToolSettings) -> Outcome:
     return changed("" if known else why, optimizer=OPTIMIZERS.get(value, "adamw"))
 
 
-def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_steps` becomes the warm-up, unless it is off beside `warmup_ratio`."""
+def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     steps, ratio = number(value), settings["warmup_ratio"]
     if settings["lr_scheduler_type"] == "constant" or (steps == 0 and ratio is not None):
         return None
@@ -245,7 +244,7 @@ STEPS: Table = {
 # Of its arguments, as they are called there
 ARGUMENTS: Table = {
     "lr_scheduler_type": (schedule, "linear"),
-    "warmup_steps": (warmup_steps, 0),
+    "warmup_steps": (_warmup_steps, 0),
     "warmup_ratio": lambda value, settings: (
         None
         if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0

@@ -71,8 +71,7 @@ def is_lora(settings: ToolSettings) -> bool:
     return settings.on("use_peft") or settings["model_name_or_path"] is None
 
 
-def use_peft(value: Any, settings: ToolSettings) -> Outcome:
-    """`use_peft` becomes the method, with the switches of LoRA's kinds."""
+def _use_peft(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
         return taken(method="full")
     kind = trainer.kind_of_lora(settings.on("use_dora"), settings.on("use_rslora"), None)
@@ -81,13 +80,11 @@ def use_peft(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_target_parameters` become targets beside the modules."""
+def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     return trainer.target_parameters(settings["lora_target_modules"], names(value))
 
 
-def modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_modules_to_save`, without the head that a reward model trains in any case."""
+def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
     others = tuple(name for name in names(value) if name != HEAD)
     said = f"{HEAD} is trained with a reward model in any case" if HEAD in names(value) else ""
     return taken(said, modules_to_save=others) if others else taken(said)
@@ -110,8 +107,7 @@ def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
     return taken(remarks.get(name, ""), storage=DTYPES[name])
 
 
-def load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
-    """`load_in_4bit` becomes a base in nf4."""
+def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
     if not boolean(value):
         return OFF
     if settings["bnb_4bit_quant_type"] != "nf4":
@@ -126,12 +122,12 @@ def part_of(key: str) -> Row:
 
 # Of the model: ModelConfig and what goes with it
 SWITCHES: Table = {
-    "use_peft": (use_peft, False),
+    "use_peft": (_use_peft, False),
     "use_dora use_rslora": (part_of("use_peft"), False),
     "lora_task_type": cases(
         dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("the objective decides"))
     ),
-    "load_in_4bit": (load_in_4bit, False),
+    "load_in_4bit": (_load_in_4bit, False),
     "load_in_8bit": (switch(taken(storage=made_of(8))), False),
     "bnb_4bit_quant_type": (taken("it is part of the base"), "nf4"),
     "use_bnb_nested_quant": taken("nf4 always quantizes its scales"),
@@ -154,8 +150,8 @@ OF_METHOD: Table = {
         ),
         BY_ARCHITECTURE,
     ),
-    "lora_target_parameters": target_parameters,
-    "lora_modules_to_save": modules_to_save,
+    "lora_target_parameters": _target_parameters,
+    "lora_modules_to_save": _modules_to_save,
 }
 MODEL = (
     *table(SWITCHES),
@@ -176,22 +172,19 @@ COMMON = (
 )
 
 
-def packing(value: Any, settings: ToolSettings) -> Outcome:
-    """`packing` becomes packing, in which rows are always kept apart."""
+def _packing(value: Any, settings: ToolSettings) -> Outcome:
     mixed = boolean(value) and "flash" not in str(settings["attn_implementation"])
     why = "without FlashAttention rows see each other there, and are kept apart here"
     return changed(why if mixed else "", packing=boolean(value))
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
     packed = settings["packing"] and settings.on("packing")
     return trainer.batch(rows, "process", "TRL max_length" if packed else "")
 
 
-def max_length(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`max_length` becomes max_length; null does not cut there."""
+def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     if settings["max_seq_length"] is not None:
         return None
     uncut = settings.given.get("max_length", value) is None
@@ -199,8 +192,7 @@ def max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     return changed(why, max_length=integer(value))
 
 
-def chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template_path` becomes the chat template where it is a file's path."""
+def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
         return taken(chat_template=str(value))
     return left(f"{NO_TEMPLATE}, that of {value}")
@@ -221,8 +213,7 @@ def centre(value: Any, settings: ToolSettings) -> Outcome:
     return taken(objective="reward", **options)
 
 
-def drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_dropout` is 0 where completions are drawn."""
+def _drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
     return changed(grpo.NO_DROPOUT if number(value) else "", dropout=0.0)
 
 
@@ -259,9 +250,9 @@ LORA_DROPOUT = dropout(
 )
 RATE = trainer.rate(is_lora)
 GIVEN: Table = {
-    "per_device_train_batch_size": (batch, 8),
+    "per_device_train_batch_size": (_batch, 8),
     "gradient_accumulation_steps": (SAME, 1),
-    "max_length": (max_length, 1024),
+    "max_length": (_max_length, 1024),
     "max_prompt_length max_completion_length": changed(
         "prompt and completion are cut together here, at max_length"
     ),
@@ -317,7 +308,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 "nll",
             ),
             "learning_rate": (RATE, 2e-5),
-            "packing": (packing, False),
+            "packing": (_packing, False),
             "packing_strategy": either(
                 lambda settings: settings.on("packing"),
                 cases(
@@ -351,7 +342,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 if value == "text"
                 else left("rows of plain text have it in that column", f"--columns text={value}")
             ),
-            "chat_template_path": chat_template_path,
+            "chat_template_path": _chat_template_path,
             **data_rows(None),
             **GIVEN,
         },
@@ -447,7 +438,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "center_rewards_coefficient",
         {
             "center_rewards_coefficient": (centre, 0.0),
-            "chat_template_path": chat_template_path,
+            "chat_template_path": _chat_template_path,
             **data_rows("reward"),
             **COMPARING,
             "learning_rate": (RATE, 1e-4),
@@ -467,7 +458,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     ),
 }
 DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
-DROPOUTS = {kind: drawn_dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
+DROPOUTS = {kind: _drawn_dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
     for kind, (_, _, rows) in TRAINERS.items()

@@ -105,8 +105,7 @@ def is_lora(settings: ToolSettings) -> bool:
     return not settings.on(f"{LOADED}full_finetuning")
 
 
-def method(value: Any, settings: ToolSettings) -> Outcome:
-    """`full_finetuning` becomes the method, with the switches of LoRA's kinds."""
+def _method(value: Any, settings: ToolSettings) -> Outcome:
     if boolean(value):
         return taken(method="full")
     start = settings[f"{ADAPTED}init_lora_weights"]
@@ -130,14 +129,12 @@ def storage(value: Any, settings: ToolSettings) -> Outcome:
     return taken(storage=made_of(4))
 
 
-def length(value: Any, settings: ToolSettings) -> Outcome:
-    """`max_seq_length` of the model bounds the rows; the trainer's, where it is less, decides."""
+def _length(value: Any, settings: ToolSettings) -> Outcome:
     own = [settings[key] for key in ("max_length", "max_seq_length")]
     return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
-def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`target_parameters` become targets beside the modules."""
+def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
 
 
@@ -146,8 +143,7 @@ def wanted(settings: ToolSettings) -> str:
     return rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
 
 
-def loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
-    """The first dataset that the script loads goes to `--data`."""
+def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
     name, split, files = (settings[f"{SET}{key}"] for key in ("name", "split", "data_files"))
     if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
         return given_as_data([of_hub(files)], wanted(settings))
@@ -160,13 +156,13 @@ def _of(prefix: str, rows: Table) -> Table:
 
 
 AT_LOADING: Table = {
-    "full_finetuning": (method, False),
+    "full_finetuning": (_method, False),
     "model_name": "--model",
     "load_in_4bit": (storage, True),
     "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
     "load_in_fp8": read_with("load_in_4bit"),
     "dtype": "a base that is not quantized is stored as its files are",
-    "max_seq_length": (length, 2048),
+    "max_seq_length": (_length, 2048),
     "revision": "--revision",
     "trust_remote_code": trainer.TRUST,
     "use_gradient_checkpointing": taken("get_peft_model's decides"),
@@ -200,7 +196,7 @@ OF_LORA: Table = {
     "r": (to("rank", integer), 16),
     "lora_alpha": (to("alpha", number), 16),
     "target_modules": (to("targets", modules), LINEARS),
-    "target_parameters": target_parameters,
+    "target_parameters": _target_parameters,
     "bias": to("bias"),
     "modules_to_save": to("modules_to_save", names),
     "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
@@ -217,7 +213,7 @@ OWN: tuple[Rule, ...] = (
             "gradient_checkpointing": taken("get_peft_model's decides"),
             "bf16 fp16": taken("the base's storage decides"),
             "embedding_learning_rate": ABSENT,
-            f"{SET}path": loaded_rows,
+            f"{SET}path": _loaded_rows,
             f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
             "train_dataset": lambda value, settings: (
                 taken("it is load_dataset's")
