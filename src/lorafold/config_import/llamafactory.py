@@ -1,13 +1,10 @@
 """LLaMA-Factory's training YAML, with its own defaults and those of the Trainer that it hands them
-to.
+to, read off its argument classes as of August 2026.
 
-Read off LLaMA-Factory's argument classes as of August 2026. A batch is counted for one device, as
-LLaMA-Factory's own is. Where it packs, its batch counts packed sequences, and lorafold's batch
-counts rows.
-
-Its losses of preferences are those of lorafold, equation by equation: log-probabilities are means
-over tokens for ipo, orpo and simpo and sums for the others, and `pref_ftx` weighs the mean over the
-tokens of each chosen completion. Its reference is the model without the adapter that trains.
+A batch is counted for one device; where it packs, its batch counts packed sequences. Its losses of
+preferences are lorafold's, equation by equation: log-probabilities are means over tokens for ipo,
+orpo and simpo and sums for the others, and `pref_ftx` weighs the mean over the tokens of each
+chosen completion. Its reference is the model without the adapter that trains.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What several tools hand to Hugging Face's Trainer and to PEFT: schedules, optimizers, intervals,
-trackers, and which kind of LoRA it is.
+"""What several tools hand to Hugging Face's Trainer, to TRL's trainers of preferences and to PEFT:
+schedules, optimizers, intervals, trackers, the kind of LoRA, and options of an objective.
 
 Read off transformers 5.24 and PEFT 0.21.
 """

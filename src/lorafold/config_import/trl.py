@@ -1,10 +1,8 @@
 """TRL's files, one table a trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, the reward trainer, GRPO and
-RLOO. What is GRPO's and RLOO's own stands in `policies`.
+RLOO, read off TRL 1.16 (CPO and ORPO off its experimental part) and transformers 5.24.
 
-Read off TRL 1.16, of CPO and ORPO off its experimental part, and transformers 5.24. A file of a
-trainer's fields alone says nothing of the model: then LoRA is trained, lorafold's default, where
-`trl` would train the whole model. A batch is counted for one process, as TRL's own is. Where TRL
-packs, it counts packed sequences, and lorafold's batch counts rows.
+A file of a trainer's fields alone says nothing of the model: then LoRA is trained, lorafold's
+default. A batch is counted for one process; where TRL packs, it counts packed sequences.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
-"""Unsloth's scripts: the keyword arguments of the functions that make its model, and of TRL's
-trainers, with the defaults that Unsloth puts in place of TRL's.
+"""Unsloth's scripts, as of August 2026: the keyword arguments of the functions that make its model,
+and of TRL's trainers, with the defaults that Unsloth puts in place of TRL's.
 
-    FastLanguageModel.from_pretrained(model_name="m", ...)     from_pretrained.model_name
     FastLanguageModel.get_peft_model(model, r=16, ...)         get_peft_model.r
     SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
-    load_dataset("acme/chats", split="train")                  load_dataset.path
 
-A script is read from its text, and nothing of it is executed. A value is a literal, or a name that
-the script gives one literal; every other one is an `Expression`, its text. Of several calls of one
-function the first counts. What a script does with its rows before it trains is not read. Read off
-Unsloth as of August 2026.
+A script is read from its text and not executed. A value is a literal, or a name that the script
+gives one literal; every other one is an `Expression`. Of several calls of one function the first
+counts. What a script does with its rows before it trains is not read.
 """
 
 from __future__ import annotations

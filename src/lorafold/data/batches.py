@@ -1,21 +1,11 @@
-"""Batches: which examples each optimizer step trains on, which rows are held out, which examples
-are packed into one sequence (best fit decreasing), and the tensors made of them.
+"""Batches: examples of each optimizer step, held-out rows, packing by best fit, and tensors.
 
-    for examples in feed.after(step): ...        a `BatchFeed`: the examples of each step, from any
-    on
-
-`Batches` and feeds depend on nothing but their arguments, so a resumed run computes its batches
-again and a checkpoint stores none.
-
-Rows that begin alike are a forest: what several have in common is one path, to any depth.
+Feeds depend on nothing but their arguments, so a resumed run computes its batches again. Rows that
+begin alike are a forest; a token that rows train on with different next ones is in each of them.
 
     rows     a b c d         tokens   a b c d  e  f       each node once, depth first
              a b e           lens     4  3  1             of the rows, in that order
              f               starts   0  2  0             the tokens that the row before has too
-
-A token is computed once and counts for every row that trains on it. It can predict one token only:
-where rows go on with different ones and train on both, the token before is in each of them. A row
-that another goes on from is a part of it, and equal rows are one.
 """
 
 from __future__ import annotations

@@ -1,16 +1,11 @@
 """Examples of preferences: the tokens of a prompt once, and those of the completions after it.
 
-    data = encode_preferred(rows, tokenizer, 1024, "pairs", console)
-
-`"pairs"` have a chosen and a rejected completion, `"judged"` rows one completion with a label (or
-both of a pair, the chosen one labelled true).
-
     ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
 
-Of a pair, branch 1 is the chosen completion and branch 2 the rejected one. A branch begins with the
-last token that both documents have in common before the first trained one, so that each position
-predicts one token. What `shared` + `branch` holds is what supervised training makes of the row with
-that completion: the ids before a trained turn are those that generation starts from.
+PAIRS have a chosen completion, branch 1, and a rejected one; JUDGED rows one completion with a
+label. A branch begins with the last token that both documents have in common before the first
+trained one, so that each position predicts one token. `shared` + `branch` are the ids that
+supervised training makes of the row with that completion.
 """
 
 from __future__ import annotations

@@ -1,18 +1,11 @@
 """Calls in a generated text, read back the way the chat template writes them.
 
-    parse_calls('<tool_call>\\n{"name": "weather", "arguments": {"city": "Rome"}}\\n</tool_call>',
-                tokenizer)
-    [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    parse_calls('<tool_call>{"name": "f", "arguments": {"city": "Rome"}}</tool_call>', tokenizer)
+    [{"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}]
 
-How the template writes them is read off its rendering of probe calls: two in one turn show what
-stands between calls, numbers beside texts show the quotes.
-
-    <tool_call>\\n{"name": "       the text before a name
-    ", "arguments": {...}         between the name and the arguments, which are JSON
-    city: <|"|>Rome<|"|>,         or they are keys and values, with what stands between and around
-
-Runs of whitespace may differ, and special tokens may be left out of the text, as `lf.generate`
-leaves them out.
+The template's rendering of probe calls shows how it writes them: two in one turn show the text
+between calls, numbers beside texts show the quotes. Arguments are JSON, or keys and values with
+text between and around. Whitespace may differ, and special tokens may be left out of the text.
 """
 
 from __future__ import annotations

@@ -1,24 +1,11 @@
 """What there is to know before the first step of a run: what the chat template does with a
 conversation that its user can't see in a row, and what the tokens of the rows show.
 
-    account = account_of(tokenizer)
-    account.lines                   found by rendering probes, a line each
+    account_of(tokenizer).lines     the template, by rendering probes, a line each
+    look(train.examples, rows, max_length, (held_out.examples, held_out_rows)).lines
 
-    found = look(train.examples, rows, max_length, (held_out.examples, held_out_rows))
-    found.lines                     one line for each thing that was found
-    found.as_json()                 the figures, also of what was not found
-
-| finding | rows that |
-|---|---|
-| duplicates | are the same as an earlier one: in every token, in what is trained, in the label |
-| held_out_in_training | are held out, and are among those that are trained on too |
-| empty_answers | have an answer to train on that says nothing |
-| contradictions | judge the same text, or the same two answers, otherwise than an earlier one |
-| ends_lost | lose the end of an answer by being cut at max_length |
-| untrained | have no token to train on |
-
-Rows are compared by digests of tokens that are there anyway (`TableExamples`). A label that no row
-has is told too, and a file of which no turn of the assistant is trained on.
+Rows are compared by digests of tokens that are there anyway (`TableExamples`). `SAID` has what is
+looked for; a label that no row has is reported too, and a file of which no turn is trained on.
 """
 
 from __future__ import annotations
@@ -84,16 +71,10 @@ QUOTED = 60  # characters of a text that the template supplies
 
 @dataclass(frozen=True)
 class Account:
-    """What a template does.
-
-    end: What ends a turn; empty if nothing does.
-    ended: With what the end is written, as `Ending.written`.
-    prompt: What the generation prompt adds of reasoning: it opens a block, has an empty one, or
-        nothing.
-    system: The words that the template puts before a conversation without a system message.
-    dated: It writes the date of the day.
-    hides: The parts of a conversation that it does not show.
-    plain: Why plain turns can't be trained; empty if they can.
+    """What a template does. `end` ends a turn, and `ended` is `Ending.written`; `prompt` is what
+    the generation prompt adds of reasoning, `system` the words before a conversation without a
+    system message, `hides` the parts of a conversation that are not shown, and `plain` why plain
+    turns can't be trained; each is empty if there is nothing.
     """
 
     end: str
@@ -213,13 +194,9 @@ class DataFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found of the `rows` rows to train on.
-
-    found: What was looked for, by its name in SAID.
-    labels: The examples of each label.
-    roles: The turns of each role, and those of them that are trained on.
-    silent: The assistant turns of each file of which none is trained on.
-    unseen: What was not looked at, in words.
+    """What was found of the `rows` rows to train on, by its name in SAID, the examples of each
+    label, the turns of each role, and those of them that are trained on, the assistant turns of
+    each file of which none is trained on, and what was not looked at, in words.
     """
 
     rows: int

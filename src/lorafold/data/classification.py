@@ -1,12 +1,9 @@
 """Examples for classification: `{"text": ..., "label": ...}` rows for `--objective classify`.
 
-    classes = classes_of(rows)                          ("neg", "pos"), sorted; a class's number is
-                                                        its index
-    encode_labelled(rows, tokenizer, 512, classes)      ids (T,) as the tokenizer gives them, and
-                                                        one class number a row
+    classes_of(rows)                                ("neg", "pos"), sorted
+    encode_labelled(rows, tokenizer, 512, classes)  ids (T,), and one class's index a row
 
-The classes are saved in a classifier's config and in an adapter's `lorafold.json`. Labels are
-compared as text, so that 1 and "1" are one class.
+Labels are compared as text, so that 1 and "1" are one class.
 """
 
 from collections.abc import Sequence

@@ -1,22 +1,11 @@
-"""Control tokens inside the contents of messages, which are read as text.
+"""Control tokens inside the contents of messages, which are read as text: else `<|im_end|>` in a
+question would end the user's turn, and a turn could be forged after it.
 
-    as_text(conversation, tokenizer)     the conversation with each of them between two marks
-    ids_of(text, tokenizer)              the ids of a rendered text; what is marked is split as text
-    pieces_of(text, tokenizer)           with the characters of each
-
-Else `<|im_end|>` in a question would end the user's turn, and what follows would be another one's.
-The marks are those of `sanitize_control_tokens` in transformers, and so is what counts as a control
-token: special tokens, and added ones that the chat template writes, here also those that it makes
-of pieces. The assistant writes some of the latter itself, such as <tool_call>: in its own contents
-only special ones are text, but for those that enclose its reasoning.
-
-Which of them the contents may have as tokens is written in the chat template:
-
-    {# control tokens in contents: ["<|user|>"] #}        or true, for all of them
-
-A comment, so that every program renders the same, and whatever keeps, compares or sends the
-template has it. Tokens that it does not name are read as text. A template that joins contents as
-they stand has no turns that one could forge: it allows all.
+`as_text` puts each between the two marks of transformers' `sanitize_control_tokens`, and `ids_of`
+splits marked ones as text. Control tokens are special tokens, and added ones that the chat template
+writes; of these, the assistant's own contents may have those that are not special, as <tool_call>.
+A comment before the template, which all programs render alike, names tokens that contents may have:
+{# control tokens in contents: ["<|user|>"] #}, or true for all of them.
 """
 
 from __future__ import annotations

@@ -1,18 +1,12 @@
 """Examples: the token ids of a row, with labels that say which tokens are trained on.
 
-    table = tokenized(rows, Completions(tokenizer))     ids, and the spans of tokens to train on
-    encoded(table, rows, 1024).examples[3]              an `Example`, made when it is asked for
+    table = tokenized(rows, CompletionEncoder(tokenizer))     ids, and the spans of trained tokens
+    encoded(table, rows, 1024).examples[3]                    an `Example`, made when asked for
 
-Tokens inside a trained span are their own labels; all others are labelled -100. An example is made
-of its table when it is asked for, so that a million take no memory of their own.
-
-A row of a conversation, a prompt with its completion, or plain text has one example, or several
-(`data.render`). A text is tokenized once. If a token would span the border between a prompt and its
-turn, the turn has an example of its own, which is tokenized in two pieces, so that the ids before
-the turn are the ones that generation sees. To tell, the end of the prompt is tokenized alone, from
-its last added token on: tokenizers split a text at added tokens before all else, so what comes
-before has the same ids in both. That end is mostly the opening of an assistant turn, and is
-tokenized once for all rows.
+Tokens inside a trained span are their own labels; all others are labelled -100. A text is tokenized
+once. If a token would span the border between a prompt and its turn, the turn has an example of its
+own, tokenized in two pieces, so that the ids before the turn are those that generation sees. To
+tell, the end of the prompt is tokenized alone, from its last added token on.
 """
 
 from __future__ import annotations
@@ -77,14 +71,12 @@ class PendingExample:
 
 @dataclass(eq=False)
 class CompletionEncoder(Encoder):
-    """Makes examples whose completions are trained on.
-
-    Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
-    `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
-    chat template leaves out, `marked` whether control tokens in its contents are text, `turns` the
-    role of each message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`,
-    why the row can't be used. All between `spans` and it are with the row's first example. A row
-    has one example or several; one with a problem has an empty one.
+    """Makes examples whose completions are trained on, one or several of a row. Columns: `row`,
+    `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens and, with a row's
+    first example, `left_out` assistant turns that are not trained on, `hidden` ones whose reasoning
+    is not shown, `marked` whether contents have control tokens as text, `turns` the role of each
+    message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`, why it can't
+    be used.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -1,19 +1,9 @@
 """JSON that others wrote: what can't be read, or could not be written again, is told in one line.
 
-    parsed('{"a": 1}')      {"a": 1}; ValueError with one line for what can't be used
-    as_row(value)           the value as a row, or the reason why it is none
-
 Half of a surrogate pair, which JSON may hold and UTF-8 can't, numbers of thousands of digits, and
 values that lie too deep are refused wherever they stand, since rows are kept as they are.
-
-Rows have the keys and lists of other tools too, and get those by which `data.shapes` knows them:
-
-| found | becomes |
-|---|---|
-| `messages` or `conversations` as JSON text | the list |
-| lists of messages by columns: `{"role": [...], "content": [...]}` | a list of messages |
-| `conversations` whose turns have `role` | `messages` |
-| `functions` beside messages | `tools` |
+`as_known` gives rows the keys and lists by which `data.shapes` knows them: lists of messages that
+are JSON text or columns become lists, turns with `role` `messages`, and `functions` `tools`.
 """
 
 from __future__ import annotations

@@ -4,17 +4,7 @@
         {"type": "function", "function": {"name": text, "arguments": {...}}}]}
 
 That is OpenAI's form, with arguments as an object; `weight` is there where a turn is not trained
-on. Rows may also have arguments as JSON text, flat calls {"name", "arguments"}, one call under
-`function_call`, content as a list of text parts (joined with nothing between), reasoning under
-`reasoning` or `thinking`, `train: false`, and the names that others have for roles. A key whose
-value is null counts as absent, in tools and arguments too, since Arrow and Parquet fill rows up
-with nulls; JSON text keeps its nulls.
-
-    {"from": "human", "value": text}                                    a turn of ShareGPT
-    {"from": "function_call", "value": '{"name": ..., "arguments": ...}'}       with a call, as JSON
-    {"instruction": "Add.", "input": "1, 2", "output": "3"}             a row of Alpaca
-    {"instruction": "Add.", "context": "1, 2", "response": "3"}         a row of Dolly
-    {"query": "Add 1 and 2.", "answers": calls, "tools": [...]}         calls as a list, or its JSON
+on. A key whose value is null counts as absent, since Arrow and Parquet fill rows up with nulls.
 """
 
 from __future__ import annotations

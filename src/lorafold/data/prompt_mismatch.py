@@ -29,10 +29,9 @@ def after_block(
     prompt: str, after: str, said: tuple[str, str], block: Block, specials: re.Pattern[str]
 ) -> str | None:
     """The text of a turn whose prompt ends with a block of reasoning: the prompt, then what it
-    leaves to the model. None where no such form is found.
-
-    A prompt that opens a block of reasoning is followed by the reasoning, which may be empty, the
-    closing and the answer; one that has an empty block is followed by the answer.
+    leaves to the model (of one that opens a block reasoning, closing and answer; of one with an
+    empty block the answer). None where no such form is found. `said` are the turn's reasoning, or
+    an empty text, and its content; `after` is the rendering up to and including the turn.
     """
     begun = _begun(prompt, after, block, specials)
     if begun is None or not after.startswith(prompt[: begun.at]):
@@ -88,7 +87,8 @@ def _begun(
 
 def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
     """The text of a turn at whose arrival the template rewrites earlier messages: the prompt, then
-    what follows the same end of a prompt in the rewritten text. None where it is not found.
+    what follows the same end of a prompt in `after`, the rewritten text. None where it is not
+    found. `before` is the prompt's rendering without the generation prompt.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None

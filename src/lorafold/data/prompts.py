@@ -58,12 +58,10 @@ class Reference(NamedTuple):
 def references(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[Reference]:
-    """The prompt and the reference of each conversation, which is a row of its own.
-
-    The reference of a conversation is its last assistant turn, but for those that its row leaves
-    out of training: the content or, where the turn has calls, the text that the template renders
-    for it, without special tokens and reasoning. The prompt has the row's tools, and the template's
-    special tokens: tokenize it with add_special_tokens=False.
+    """The prompt and the reference of each conversation: its last assistant turn, but for those
+    that its row leaves out of training, as the content or, where the turn has calls, the text that
+    the template renders for it, without special tokens and reasoning. Tokenize the prompt with
+    add_special_tokens=False.
     """
     result, bad = [], []
     for number, given in enumerate(conversations, 1):

@@ -1,14 +1,10 @@
 """Reads the rows of a file: JSON lines, JSON, CSV, Parquet, Arrow, and those of text compressed.
 
-    numbered(Path("rows.jsonl.gz"), tell)     (1, row), (2, row), ...
-
-A row that can't be read is handed on as the reason, so that all bad rows are told together. Rows
+A row that can't be read is handed on as the reason, so that all bad rows are listed together. Rows
 are numbered from 1: by line in a file of JSON lines, by record after the header in a CSV file.
-
-Text is UTF-8, or UTF-16 with its byte order mark. Excel saves CSV in Windows-1252 unless it is
-asked for UTF-8: such a file is read as that if it can only be that: all before the first byte that
-is no UTF-8 is ASCII, what follows has no control characters, and no four letters outside of ASCII
-in a row, which text in other code pages has. It is said, with a word by which a wrong guess shows.
+Text is UTF-8, or UTF-16 with its byte order mark. A CSV file is read as Windows-1252, with a
+warning, if it can only be that: ASCII before the first byte that is no UTF-8, then no control
+characters, and no four letters outside of ASCII in a row.
 """
 
 from __future__ import annotations

@@ -1,27 +1,12 @@
 """Renders conversations with the model's chat template: whole, as prompts, and for training.
 
-    render(messages, tokenizer, for_generation=True, tools=tools)     one text
-    render_trained(conversation, tokenizer)     the texts of its examples, and the spans in them
-
-    prompt(i) = render(messages[:i], with the generation prompt)
-    after(i)  = render(messages[:i + 1]) = prompt(i) + what the model shall generate
+    after(i) = render(messages[:i + 1]) = prompt(i) + what the model shall generate
 
 **The law**: the ids before a trained turn are those that generation starts from, and nothing that
-the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
-`after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
-(drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
-with the prompt, `data.prompt_mismatch` looks for the form that generation has; a turn without one
-is left out and counted. If the template marks its own spans with {% generation %}, what lies
-outside them is not trained on.
-
-A turn ends with a token at which generation stops (`Template.ending`). Where the template writes it
-with the next message, `after` goes on through it; where it writes none, the tokenizer's own stands
-there, and each turn has an example of its own, since no later prompt has that token.
-
-A conversation of which the template leaves out a part is refused: its tools, a call, the content of
-a message. Nearly always every part is found in the text as it stands. Where one is not, it is
-rendered once more with a probe in its place, since a template may trim, quote or spell a part in
-its own way.
+the template supplies is trained on. Turns whose `after` is a prefix of a longer text are spans of
+that text; others have an example of their own. `data.prompt_mismatch` looks for the form of a turn
+whose `after` does not begin with the prompt, and `Template.ending` has the token that ends a turn
+where the template writes none with it. A conversation of which a part is not shown is refused.
 """
 
 from __future__ import annotations

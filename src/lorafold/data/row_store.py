@@ -1,10 +1,6 @@
-"""A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
+"""A user's rows after they are checked: in a list, or as JSON text in a memory-mapped Arrow file.
 
-    rows.origins.places([0, 17])      [Place("a.jsonl", 1), Place("b.jsonl", 5)]
-
-A file is memory-mapped: rows are parsed when they are asked for and take no memory of their own.
-`Rows` adds to either what a run must know of them all: their digest, how many are from each source,
-and where each is from, so that it is named as its user finds it.
+    rows.origins.places([0, 17])      [RowPlace("a.jsonl", 1), RowPlace("b.jsonl", 5)]
 """
 
 from __future__ import annotations

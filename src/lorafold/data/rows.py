@@ -2,9 +2,8 @@
 
     rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
 
-Further keys are ignored, and `Rows.ignored` names them. One error message lists everything that is
-wrong, each with its file, row (in a JSONL file the line, from 1), field, and what was found and
-expected. Large data is checked once: its rows are kept in the cache, under the digest of the files.
+One error message lists everything that is wrong, each with its file, row, field, and what was found
+and expected. Large data is checked once: its rows are kept in the cache, under the files' digest.
 """
 
 from __future__ import annotations

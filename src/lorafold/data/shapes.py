@@ -1,24 +1,9 @@
 """The shapes that a user's rows may have, and what they give of a row: conversations, completions
-to compare, labels.
+to compare, labels. `SHAPES` is the table of shapes: a new shape is a new entry.
 
-| shape | row |
-|---|---|
-| conversation | `{"messages": [{"role": ..., "content": ...}, ...]}`, with or without `tools` |
-| prompt, completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
-| preference | `{"prompt": ..., "chosen": ..., "rejected": ...}`, or without `prompt` |
-| ShareGPT | `{"conversations": [{"from": "human", "value": ...}, ...]}`, with or without `system` |
-| Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` |
-| Dolly | `{"instruction": ..., "response": ...}`, with or without `context` |
-| calls | `{"query": ..., "answers": ..., "tools": ...}`, the answers calls, as JSON |
-| labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
-| plain text | `{"text": ...}` |
-
-Where prompts are asked for, `{"prompt": ...}` is a shape too, text or a list of messages. All but
-the last two may have a `system` message. Where completions are judged, a row of prompt and
-completion has a `label`, true or false. Of a preference the conversation has the chosen answer.
-`SHAPES` is the table of shapes: a new shape is a new entry. A row of several shapes has that of
-which most is asked: `shapes_for`. What a shape gives of its rows is what encoders take: the row
-itself goes no further.
+Texts of preferences may be turns, as "\\n\\nHuman: Hi\\n\\nAssistant: Yes". Where answers begin
+with the messages of the prompt, what follows is taken. A row of several shapes has that of which
+most is asked (`shapes_for`). Encoders take what a shape gives: the row itself goes no further.
 """
 
 from __future__ import annotations
@@ -231,11 +216,8 @@ class Labelled:
 @dataclass(frozen=True)
 class Shape:
     """One shape of rows: the keys by which it is recognized, a function that lists what is wrong
-    with them in a row, one that reads a checked row, what is given of it, and the keys that a row
-    may have besides.
-
-    `read` gives the messages of a prompt and those of each completion, by the name of its field; a
-    shape without it is of a text.
+    with them in a row, one that reads the messages of a checked row (those of a prompt and of each
+    completion; None for a text), what is given of it, and the keys that a row may have besides.
     """
 
     keys: tuple[str, ...]

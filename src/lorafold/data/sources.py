@@ -1,10 +1,8 @@
 """Where rows come from: a file, all files of a directory or that match a pattern, or a dataset of
 the Hugging Face hub or that `datasets` saved.
 
-Files of a directory or a pattern such as `data/*.jsonl` are taken in the order of their names, with
-numbers by size: part-2 comes before part-10. If names say that files are of the split `train`,
-those of other splits are left out, as hubs have them: `train` and the like are whole words of a
-file's name or of a folder's.
+Files are taken in the order of their names, with numbers by size: part-2 comes before part-10. If
+names have the word `train`, files of other splits are left out.
 """
 
 from __future__ import annotations

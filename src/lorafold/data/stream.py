@@ -1,12 +1,8 @@
 """Rows that are read while a run trains: data of any size, of which nothing is kept.
 
-    stream = stream_of(["rows.jsonl", "owner/name:0.3"])
-    for name, row, shape in stream.rows(seed, 10_000): ...
-
 Each row comes from a source that is drawn with a probability in proportion to its weight. A source
 that ends begins again. Rows pass through a buffer, from which one is drawn for each that enters.
-Both draws are seeded: step i of a run has the same rows whenever it is read, and a run that is
-resumed reads the rows of the steps before and leaves them out.
+Both draws are seeded, so a resumed run reads the rows of the steps before and leaves them out.
 """
 
 import random

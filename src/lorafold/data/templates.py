@@ -1,25 +1,11 @@
-"""What a chat template does with a conversation, found out by rendering probes once per template.
-
-    template = template_of(tokenizer, tools)
-    template.form         how it takes messages: arguments of calls as an object or as text, say
-    template.block        how it encloses reasoning, as in <think> and </think>
-    template.ending       how it ends a turn of the assistant
-
-Some take a call's arguments as an object, others as JSON text; some a message of calls without
-content, others with an empty one; some content as text, others as a list of parts. The first form
-is taken whose rendering has the arguments, and not as Python prints them or quoted twice.
-
-A template that shows no reasoning is taken to have <think> and </think>, which rows may have in
-their contents.
+"""What a chat template does with a conversation, found out by rendering probes once per template:
+how it takes messages (`form`), encloses reasoning (`block`), and ends the assistant's turns:
 
     with the turn               ... answer<end>\\n
     with the next message       ... answer<user>\\nnext          what opens that one ends it
-    not at all                  ... answer
+    not at all                  ... answer                      the tokenizer's end token is trained
 
-A model stops at a token, so an end is the special token behind the answer, the last one if several
-follow upon each other. Where a template writes none with the turn, its rendering lacks what
-generation has to produce: the token that the next message begins with is trained as the end, or the
-tokenizer's own end token.
+An end is the special token behind the answer, the last one if several follow upon each other.
 """
 
 from __future__ import annotations
@@ -114,11 +100,10 @@ class MessageForm:
 
 @dataclass(frozen=True)
 class Block:
-    """What stands before and after the reasoning of a turn, without surrounding whitespace.
-
-    `shown` is whether the chat template shows the reasoning of the last turn, `spaced` whether the
-    whitespace after the closing belongs to the block; `lead` and `between` are what stands before
-    the reasoning and behind it, the opening left out.
+    """What stands before and after the reasoning of a turn, without surrounding whitespace. `shown`
+    is whether the template shows the reasoning of the last turn, `spaced` whether the whitespace
+    after the closing is part of the block; `lead` and `between` stand before and behind the
+    reasoning.
     """
 
     opening: str
@@ -154,11 +139,9 @@ USUAL = Block.of_tags("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a template ends a turn.
-
-    written: With what the end is written.
-    text: The end; where nothing writes one, the tokenizer's end token, empty if it has none.
-    tokens: The ids of the special tokens that end a turn, whoever speaks next.
+    """Where a template ends a turn: with what the end is written, its text (the tokenizer's end
+    token where nothing writes one), and the ids of the special tokens that end a turn, whoever
+    speaks next.
     """
 
     written: Written

@@ -3,16 +3,10 @@
     "Could you book a table for four at The Copper Lantern on Friday at 8pm"
     -> {"intent":"book","people":4,"place":"The Copper Lantern","day":"Friday","time":"8:00 pm"}
 
-Names, places, errands and messages are copied verbatim; numbers and times are normalised (four ->
-4, half past eight in the evening -> 8:30 pm). The keys have a fixed order, without spaces. A small
-model scores 0% before training, so everything that it can do afterwards comes from these rows.
-
-Every word list below is split in two: about every fifth word belongs to the test split, the others
-to the train split. Test values are made of test words only, so none of their names, places, errands
-or messages occurs in training, whole or in part. The lists are long because a model that sees few
-words memorizes them, while one that sees many learns to copy. Most values begin with a fixed word
-("The", "Aunt", "Lake"), because the tokens of a word after an opening quote differ from those of
-the same word after a space. The rows need no network and are the same for the same arguments.
+Names, places, errands and messages are copied verbatim; numbers and times are normalised. About
+every fifth word of each list is in test values only, so nothing of them occurs in training. The
+lists are long because a model that sees few words memorizes them. Most values begin with a fixed
+word ("The", "Lake"), because tokens after an opening quote differ from those after a space.
 """
 
 import json
