@@ -156,8 +156,7 @@ def unless_bf16(outcome: Outcome) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         if not boolean(value):
             return OFF
-        decided = is_quantized(settings) or settings["bf16"] in (True, "full")
-        return None if decided else outcome
+        return None if (is_quantized(settings) or settings["bf16"] in (True, "full")) else outcome
 
     return read
 
@@ -215,8 +214,7 @@ def per_epoch(name: str) -> Reader:
 
 def _checkpointing(value: Any, settings: ToolSettings) -> Outcome:
     if str(value).startswith(("offload", "unsloth")):
-        why = "activations are recomputed, and not offloaded"
-        return changed(why, gradient_checkpointing=True)
+        return changed("activations are recomputed, and not offloaded", gradient_checkpointing=True)
     return taken(gradient_checkpointing=boolean(value))
 
 

@@ -206,8 +206,7 @@ def _neat_packing(value: Any, settings: ToolSettings) -> Outcome:
 
 def _batch(value: Any, settings: ToolSettings) -> Outcome:
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
-    packed = "LLaMA-Factory cutoff_len" if is_packed(settings) else ""
-    return trainer.batch(rows, "device", packed)
+    return trainer.batch(rows, "device", "LLaMA-Factory cutoff_len" if is_packed(settings) else "")
 
 
 def _pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -288,8 +287,7 @@ def _rows(name: str, info: Any, folder: Path) -> SourceRows:
     file = info.get("file_name")
     path = info.get("hf_hub_url") or (str(folder / file) if file else None)
     at = of_hub(path or name, info.get("subset"), info.get("split"))
-    remarks = [*at.said, *_remarks(info)]
-    return SourceRows(name, at.path if path else None, _columns(info), remarks)
+    return SourceRows(name, at.path if path else None, _columns(info), [*at.said, *_remarks(info)])
 
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,8 +106,7 @@ def _fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _alpha(value: Any, settings: ToolSettings) -> Outcome:
-    scaled = product(value, settings[f"{BLOCK}.rank"])
-    return taken("alpha is scale times the rank", alpha=scaled)
+    return taken("alpha is scale times the rank", alpha=product(value, settings[f"{BLOCK}.rank"]))
 
 
 def _num_layers(value: Any, settings: ToolSettings) -> Outcome:
@@ -132,8 +131,7 @@ def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
         return changed(trainer.ADAMW, **fields)
     readers = {"betas": _betas, "eps": number}
     fields |= {key: read(given[key]) for key, read in readers.items() if key in given}
-    corrected = given.get("bias_correction")
-    why = "" if corrected else _uncorrected(fields.get("betas", BETAS), settings)
+    why = "" if given.get("bias_correction") else _uncorrected(fields.get("betas", BETAS), settings)
     return changed(why, **fields)
 
 
@@ -150,8 +148,7 @@ def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     """
     steps = steps_of("iters", settings)
     first = range(1, min(steps, 20_000) + 1)  # later ones are as large as with it
-    more = sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first)
-    times = 1 + more / steps
+    times = 1 + sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first) / steps
     if round(times, 1) == 1:
         return ""
     schedule = settings["lr_schedule"]

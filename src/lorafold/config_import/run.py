@@ -237,8 +237,7 @@ def _named(entry: TranslatedKey) -> str:
 
 
 def _shown(value: Any) -> str:
-    is_text = isinstance(value, str)
-    text = value if is_text else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -141,8 +141,7 @@ class TableExamples(Items[E]):
         self.rows = column(table, "row")[chosen]
         self.marked, self.table = 0, table
         if "marked" in table.column_names:
-            marked = table.filter(table.column("marked"))
-            self.marked = len(np.unique(column(marked, "row")))
+            self.marked = len(np.unique(column(table.filter(table.column("marked")), "row")))
 
     def __len__(self) -> int:
         return len(self.chosen)

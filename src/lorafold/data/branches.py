@@ -57,8 +57,7 @@ class Branched:
     @property
     def labels(self) -> tuple[int, ...]:
         """The label of each of `ids`, (T,)."""
-        shared = (NO_LOSS,) * len(self.shared)
-        return sum((branch.labels for branch in self.branches), shared)
+        return sum((branch.labels for branch in self.branches), (NO_LOSS,) * len(self.shared))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -183,8 +182,7 @@ class BranchedExamples(TableExamples[Branched]):
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
         self.told_by = self._ids, self._starts, self._spans, self._desirable
-        lengths = self._ids.lengths.tolist()
-        pairs = zip(self._starts, lengths, strict=True)
+        pairs = zip(self._starts, self._ids.lengths.tolist(), strict=True)
         borders = np.array([[*starts.tolist(), length] for starts, length in pairs])
         shared, own = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)
         self.shared = np.minimum(shared, max_length)
@@ -210,8 +208,7 @@ class BranchedExamples(TableExamples[Branched]):
         chosen, rejected = (digests(self._documents(n)) for n in (0, 1))
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
         contrary = "choose the answer that an earlier one rejects, and reject its chosen one"
-        subjects = digests(*(of.tolist() for of in ordered))
-        return Judgements(subjects, chosen < rejected, contrary)
+        return Judgements(digests(*(of.tolist() for of in ordered)), chosen < rejected, contrary)
 
     def _documents(self, branch: int) -> Iterator[bytes]:
         """The bytes of the ids of one document of each example, whole."""

@@ -281,8 +281,7 @@ def look(
     if examples.ends_lost is not None:
         cut = examples.rows[examples.ends_lost]
         results["ends_lost"] = _finding("ends_lost", rows, cut, about=max_length)
-    untrained = np.setdiff1d(np.arange(len(rows)), of)
-    results["untrained"] = _finding("untrained", rows, untrained)
+    results["untrained"] = _finding("untrained", rows, np.setdiff1d(np.arange(len(rows)), of))
     return Findings(len(rows), results, judged.labels if judged else {}, roles, silent)
 
 

@@ -225,8 +225,7 @@ def in_pieces(
     for a, b in rendered.spans:
         first = bisect_left(starts, a)
         last = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
-        inside = last >= border and not text[last:a].strip()
-        spans += first - inside, bisect_left(starts, b)
+        spans += first - (last >= border and not text[last:a].strip()), bisect_left(starts, b)
     return before.ids + rest.ids, spans
 
 
@@ -262,7 +261,6 @@ class EncodingReport:
     marked: int = 0
 
     def __str__(self) -> str:
-        several = self.examples > self.rows - self.unlabelled
         return with_counts(
             f"{self.rows} rows, {self.tokens} tokens, {self.labelled} of them trained on; the"
             f" longest row has {self.longest}",
@@ -274,7 +272,7 @@ class EncodingReport:
                 " generation",
             ),
             (
-                several * self.examples,
+                (self.examples > self.rows - self.unlabelled) * self.examples,
                 "examples: a row gives several where the chat template rewrites earlier turns, or"
                 " tokens would span their borders",
             ),
@@ -378,8 +376,7 @@ def encode_row(
 ) -> tuple[list[Example], TrainedRenderings]:
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning."""
     encoder = CompletionEncoder(tokenizer, rendering)
-    given = Rows.of([row], encoder.takes).given(encoder.takes)
-    entries = encoder.encode(given, 0).to_pylist()
+    entries = encoder.encode(Rows.of([row], encoder.takes).given(encoder.takes), 0).to_pylist()
     if problem := entries[0]["problem"]:
         raise LorafoldError(problem)
     examples = [example_of(entry["ids"], entry["spans"]) for entry in entries]

@@ -29,8 +29,7 @@ def decoded(text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        wrong = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
-        raise ValueError(wrong) from error
+        raise ValueError(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from error
 
 
 def loaded(text: str) -> Any:

@@ -327,8 +327,7 @@ def system_problems(row: Row, wrong: bool) -> Iterator[str]:
 
 def system_of(row: Row) -> list[Message]:
     """The system message that stands beside what is said in a checked row, unless that has it."""
-    own = _own_system(row)
-    return [] if own is not None else [{"role": "system", "content": row["system"]}]
+    return [] if _own_system(row) is not None else [{"role": "system", "content": row["system"]}]
 
 
 def _own_system(row: Row) -> str | None:

@@ -80,8 +80,7 @@ def _begun(
     if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
         (_, opened), (closing, end) = marks
         if re.fullmatch(r"\w*\s*", prompt[opened:closing]):
-            empty = Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
-            return Begun(at, True, empty)
+            return Begun(at, True, Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end]))
     return None
 
 

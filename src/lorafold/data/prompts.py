@@ -283,5 +283,4 @@ def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
             f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
             f" expected at most {most}, which max_length leaves beside max_new_tokens"
         )
-    report = PromptReport(len(examples), longest, examples.marked)
-    return Encoded(examples, report, rows.parts)
+    return Encoded(examples, PromptReport(len(examples), longest, examples.marked), rows.parts)

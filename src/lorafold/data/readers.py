@@ -229,8 +229,7 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             if told := re.fullmatch(r"sep=(.)\s*", header):  # as Excel begins such a file
                 delimiter, header = told[1], lines.readline()
             # the one that the header has most often outside of quotes, the earlier of equals
-            bare = re.sub(r'"[^"]*"', "", header)
-            delimiter = delimiter or max(DELIMITERS, key=bare.count)
+            delimiter = delimiter or max(DELIMITERS, key=re.sub(r'"[^"]*"', "", header).count)
             records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])
             names = [name if name.strip() else f"column {n}" for n, name in enumerate(names, 1)]

@@ -130,8 +130,7 @@ def _has_text(text: str, value: Any) -> bool:
 def hidden(message: Message, turn: str) -> bool:
     """Whether a turn's text lacks the reasoning of its message, or what it says beside calls."""
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
-    beside = said if message.get("tool_calls") else ""
-    return thought not in turn or not _has_text(turn, beside)
+    return thought not in turn or not _has_text(turn, said if message.get("tool_calls") else "")
 
 
 @dataclass(frozen=True)

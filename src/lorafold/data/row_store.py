@@ -238,8 +238,7 @@ class Rows(Items[Row]):
 
 def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]:
     """How many of some rows, or of examples made of them, are from each source."""
-    borders = np.cumsum([0, *(part.size for part in parts)])
-    sizes = np.diff(np.searchsorted(rows, borders))
+    sizes = np.diff(np.searchsorted(rows, np.cumsum([0, *(part.size for part in parts)])))
     return tuple(SourcePart(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 

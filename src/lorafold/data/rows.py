@@ -397,5 +397,4 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
         runs[-1][1] += 1
     parts = (SourcePart(len(rows)),)
     origins = Origins(tuple(("", first, count) for first, count in runs if count))
-    ignored = tuple(noticed.ignored)
-    return Rows(rows, parts, ignored, None, wanted, noticed.told, origins=origins)
+    return Rows(rows, parts, tuple(noticed.ignored), None, wanted, noticed.told, origins=origins)

@@ -139,8 +139,7 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
 
 def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
     """The examples of some rows as JSON text, of which the first has the index `first`."""
-    read = [*map(json.loads, texts)]
-    return encoder.encode(rows.given(encoder.takes, read, first), first)
+    return encoder.encode(rows.given(encoder.takes, [*map(json.loads, texts)], first), first)
 
 
 def _chunks(

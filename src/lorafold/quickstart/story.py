@@ -167,8 +167,7 @@ def quickstart(
     for sentence in (*found["advice"], f"all figures: {out / 'adapter.html'}"):
         console.print(sentence, highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
-    options = MergeOptions(overwrite=overwrite)
-    merged = merge(Base(MODEL), adapters, merged_to, options, console)
+    merged = merge(Base(MODEL), adapters, merged_to, MergeOptions(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
     console.rule("6  export: the adapter for llama.cpp, proved there")
     wanted = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)

@@ -1,9 +1,9 @@
 """What judges completions: a reward by its name, which runs in a process of its own, a function
 that is called in this one, and several of them, summed with their weights.
 
-    FILE.py:fn             a Python function            reasoning-gym:TASK     a task's verifier
-    regex:PATTERN          1 for a whole match          adapter:DIR            a reward model's score
-    schema:FILE.json       1 for JSON that fits         0.5*FILE.py:fn         any with a weight
+    FILE.py:fn             a Python function            reasoning-gym:TASK   a task's verifier
+    regex:PATTERN          1 for a whole match          adapter:DIR          a reward model's score
+    schema:FILE.json       1 for JSON that fits         0.5*FILE.py:fn       any with a weight
 """
 
 from __future__ import annotations
