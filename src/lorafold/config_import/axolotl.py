@@ -212,12 +212,6 @@ def per_epoch(name: str) -> Reader:
     return of_count
 
 
-def _checkpointing(value: Any, settings: ToolSettings) -> Outcome:
-    if str(value).startswith(("offload", "unsloth")):
-        return changed("activations are recomputed, and not offloaded", gradient_checkpointing=True)
-    return taken(gradient_checkpointing=boolean(value))
-
-
 def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
     if value == "tokenizer_default":
         return taken("the model's own template")
@@ -362,7 +356,11 @@ OWN: Table = {
     ),
     "sample_packing": (sample_packing, False),
     "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
-    "gradient_checkpointing": _checkpointing,
+    "gradient_checkpointing": lambda value, settings: (
+        changed("activations are recomputed, and not offloaded", gradient_checkpointing=True)
+        if str(value).startswith(("offload", "unsloth"))
+        else taken(gradient_checkpointing=boolean(value))
+    ),
     "val_set_size": (trainer.held_out_rows, 0.0),
     "evals_per_epoch": per_epoch("eval_every"),
     "saves_per_epoch": per_epoch("save_every"),

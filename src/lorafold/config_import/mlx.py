@@ -105,10 +105,6 @@ def _fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
     return taken(objective="sft", method=value)
 
 
-def _alpha(value: Any, settings: ToolSettings) -> Outcome:
-    return taken("alpha is scale times the rank", alpha=product(value, settings[f"{BLOCK}.rank"]))
-
-
 def _num_layers(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) < 0:
         return taken("every layer")
@@ -272,7 +268,12 @@ OWN: Table = {
 }
 RATE: Table = {
     f"{BLOCK}.rank": (to("rank", integer), 8),
-    f"{BLOCK}.scale": (_alpha, 20.0),
+    f"{BLOCK}.scale": (
+        lambda value, settings: taken(
+            "alpha is scale times the rank", alpha=product(value, settings[f"{BLOCK}.rank"])
+        ),
+        20.0,
+    ),
     f"{BLOCK}.dropout": (to("dropout", number), 0.0),
     f"{BLOCK}.keys": (
         to("targets", lambda value: "all-linear" if value == ALL else names(value)),

@@ -78,10 +78,6 @@ def _use_peft(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    return trainer.target_parameters(settings["lora_target_modules"], names(value))
-
-
 def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
     others = tuple(name for name in names(value) if name != HEAD)
     said = f"{HEAD} is trained with a reward model in any case" if HEAD in names(value) else ""
@@ -148,7 +144,9 @@ OF_METHOD: Table = {
         ),
         BY_ARCHITECTURE,
     ),
-    "lora_target_parameters": _target_parameters,
+    "lora_target_parameters": lambda value, settings: trainer.target_parameters(
+        settings["lora_target_modules"], names(value)
+    ),
     "lora_modules_to_save": _modules_to_save,
 }
 MODEL = (

@@ -131,10 +131,6 @@ def _length(value: Any, settings: ToolSettings) -> Outcome:
     return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
-def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
-
-
 def wanted(settings: ToolSettings) -> str:
     """The rows that the script's trainer takes, in words."""
     return rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
@@ -193,7 +189,9 @@ OF_LORA: Table = {
     "r": (to("rank", integer), 16),
     "lora_alpha": (to("alpha", number), 16),
     "target_modules": (to("targets", modules), LINEARS),
-    "target_parameters": _target_parameters,
+    "target_parameters": lambda value, settings: trainer.target_parameters(
+        settings[f"{ADAPTED}target_modules"], names(value)
+    ),
     "bias": to("bias"),
     "modules_to_save": to("modules_to_save", names),
     "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
