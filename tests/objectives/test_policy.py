@@ -588,7 +588,7 @@ def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> 
     row, prompt, answer = ANSWERED[case]
     found = TokenizedPrompt((1,), row, "row 1")
     assert found.asked == prompt
-    assert found.besides.get("answer") == answer
+    assert found.other_fields.get("answer") == answer
 
 
 @pytest.mark.slow

@@ -274,7 +274,7 @@ def _rows(one: Mapping[str, Any]) -> SourceRows:
     if path in FILES and files and isinstance(files, str):
         path, files = files, None
     at = of_hub(path, one.get("name"), one.get("split"), files)
-    said = [*at.said, *_said(one)]
+    said = [*at.remarks, *_said(one)]
     return SourceRows(f"{path} ({one.get('type', 'no type')})", at.path, _columns(one), said)
 
 

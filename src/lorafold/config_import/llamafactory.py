@@ -287,7 +287,8 @@ def _rows(name: str, info: Any, folder: Path) -> SourceRows:
     file = info.get("file_name")
     path = info.get("hf_hub_url") or (str(folder / file) if file else None)
     at = of_hub(path or name, info.get("subset"), info.get("split"))
-    return SourceRows(name, at.path if path else None, _columns(info), [*at.said, *_remarks(info)])
+    remarks = [*at.remarks, *_remarks(info)]
+    return SourceRows(name, at.path if path else None, _columns(info), remarks)
 
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:

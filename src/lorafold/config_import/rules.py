@@ -264,16 +264,16 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
 @dataclass(frozen=True)
 class SourceRows:
     """The rows of one source. `path`: a file, a directory or a hub dataset, or None where no
-    option can name them; `columns`: theirs by lorafold's names; `said`: what differs.
+    option can name them; `columns`: theirs by lorafold's names; `remarks`: what differs.
     """
 
     name: str
     path: str | None
     columns: Mapping[str, Any] = field(default_factory=dict)
-    said: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     def __str__(self) -> str:
-        return f"{self.name} ({'; '.join(self.said)})" if self.said else self.name
+        return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
 
 
 def given_as_data(sources: Sequence[SourceRows], wanted: str) -> Outcome:

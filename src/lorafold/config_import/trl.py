@@ -230,7 +230,7 @@ def data_rows(objective: str | None) -> Table:
             files = one.get("data_files") or one.get("data_dir")
             rows = of_hub(one["path"], one.get("name"), one.get("split"), files)
             remarks = [f"its columns {one['columns']} alone"] if one.get("columns") else []
-            sources.append(replace(rows, said=[*rows.said, *remarks]))
+            sources.append(replace(rows, remarks=[*rows.remarks, *remarks]))
         return given_as_data(sources, rows_wanted(objective)) if sources else None
 
     return {

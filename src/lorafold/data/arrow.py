@@ -126,11 +126,11 @@ class TableExamples(Items[E]):
     """Abstract: examples of a table.
 
     `lengths` (n,) are the tokens of each, after cutting, and `rows` (n,) the index of its row.
-    `marked` rows of the table have control tokens that are text. `told_by` are columns of the whole
-    table in which two examples differ: tokens before cutting, and what is trained.
+    `marked` rows of the table have control tokens that are text. `compared_by` are columns of the
+    whole table in which two examples differ: tokens before cutting, and what is trained.
     """
 
-    told_by: tuple[Iterable[Any], ...]
+    compared_by: tuple[Iterable[Any], ...]
     judged: Judgements | None = None  # what they judge, if they judge anything
     ends_lost: Array | None = None  # whether the end of an answer is cut off each, (n,), if known
 

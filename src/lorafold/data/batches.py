@@ -178,7 +178,7 @@ class BatchFeed(ABC):
 
     foreseen: int
     steps: int
-    told = ""  # what is worth telling after the last step
+    summary = ""  # what is worth telling after the last step
 
     @abstractmethod
     def after(self, step: int) -> Iterator[Sequence[Any]]:

@@ -181,7 +181,7 @@ class BranchedExamples(TableExamples[Branched]):
         super().__init__(table, max_length, np.arange(len(table)))
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
-        self.told_by = self._ids, self._starts, self._spans, self._desirable
+        self.compared_by = self._ids, self._starts, self._spans, self._desirable
         pairs = zip(self._starts, self._ids.lengths.tolist(), strict=True)
         borders = np.array([[*starts.tolist(), length] for starts, length in pairs])
         shared, own = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)

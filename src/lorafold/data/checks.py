@@ -1,8 +1,8 @@
 """What there is to know before the first step of a run: what the chat template does with a
 conversation that its user can't see in a row, and what the tokens of the rows show.
 
-    account_of(tokenizer).lines     the template, by rendering probes, a line each
-    look(train.examples, rows, max_length, (held_out.examples, held_out_rows)).lines
+    describe_template(tokenizer).lines     the template, by rendering probes, a line each
+    find_problems(train.examples, rows, max_length, (held_out.examples, held_out_rows)).lines
 
 Rows are compared by digests of tokens that are there anyway (`TableExamples`). `SAID` has what is
 looked for; a label that no row has is reported too, and a file of which no turn is trained on.
@@ -70,7 +70,7 @@ QUOTED = 60  # characters of a text that the template supplies
 
 
 @dataclass(frozen=True)
-class Account:
+class TemplateSummary:
     """What a template does. `end` ends a turn, and `ended` is `Ending.written`; `prompt` is what
     the generation prompt adds of reasoning, `system` the words before a conversation without a
     system message, `hides` the parts of a conversation that are not shown, and `plain` why plain
@@ -110,7 +110,7 @@ class Account:
         return asdict(self)
 
 
-def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
+def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     """What the tokenizer's chat template does."""
     template, block = template_of(tokenizer), template_of(tokenizer).block
     bare = attempt([ASKED], tokenizer)
@@ -146,7 +146,7 @@ def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
             plain += _helps(tokenizer)
     hides = tuple(part for part, is_shown in shows.items() if not is_shown)
     end = template.ending
-    return Account(
+    return TemplateSummary(
         end.text.strip(), end.written, prompt, said, bool(day_of(tokenizer)), hides, plain
     )
 
@@ -245,7 +245,7 @@ class Findings:
         }
 
 
-def look(
+def find_problems(
     examples: Sequence[Any],
     rows: Rows,
     max_length: int,
@@ -289,7 +289,7 @@ def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
     """The indices of the rows that have an example, which ascend, (n,), and a digest of each."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
     place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-    own = digests(*examples.told_by)[examples.chosen]
+    own = digests(*examples.compared_by)[examples.chosen]
     weighted = own.astype(np.uint64) * (2 * place + 1).astype(np.uint64)
     return examples.rows[starts], np.add.reduceat(weighted, starts)
 

@@ -128,7 +128,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
         super().__init__(table, max_length, np.arange(len(table)))
         self._labels = column(table, "label")  # (n,)
         self._closing = column(table, "closing")  # (n,)
-        self.told_by = self._ids, self._labels.tolist()
+        self.compared_by = self._ids, self._labels.tolist()
         counts = np.bincount(self._labels, minlength=len(classes)).tolist()
         self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 

@@ -305,7 +305,7 @@ class Examples(TableExamples[Example]):
         labelled = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(labelled))
         self.labelled = labelled[self.chosen]  # (n,), tokens that the loss counts
-        self.told_by = self._ids, self._spans
+        self.compared_by = self._ids, self._spans
         self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
     def item(self, index: int) -> Example:

@@ -17,7 +17,7 @@ CLOSED = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at 
 SEEN = 24  # characters of the message before the turn by which it is found again
 
 
-class Begun(NamedTuple):
+class OpenBlock(NamedTuple):
     """The block at a prompt's end: where it begins, and whether the prompt closes it too."""
 
     at: int
@@ -33,11 +33,11 @@ def after_block(
     empty block the answer). None where no such form is found. `said` are the turn's reasoning, or
     an empty text, and its content; `after` is the rendering up to and including the turn.
     """
-    begun = _begun(prompt, after, block, specials)
-    if begun is None or not after.startswith(prompt[: begun.at]):
+    block_at_end = _open_block(prompt, after, block, specials)
+    if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
         return None
-    answer, (reasoning, content) = after[begun.at :], said
-    opening, closing = begun.block.opening, begun.block.closing
+    answer, (reasoning, content) = after[block_at_end.at :], said
+    opening, closing = block_at_end.block.opening, block_at_end.block.closing
     bare = answer.lstrip()
     if not bare:
         return None
@@ -45,34 +45,34 @@ def after_block(
         inner, _, answer = bare.removeprefix(opening).partition(closing)
         reasoning = reasoning or inner
     elif bare.startswith(closing):
-        if not begun.closed and not reasoning.strip():
+        if not block_at_end.closed and not reasoning.strip():
             return prompt + bare  # an empty block, as the template writes it
         answer = bare.removeprefix(closing)
     elif closing in content:
         reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
-    if begun.closed:
+    if block_at_end.closed:
         return prompt + answer.lstrip("\n")
-    lead, between = begun.block.lead, begun.block.between
-    left = prompt[begun.at + len(opening) :]
+    lead, between = block_at_end.block.lead, block_at_end.block.between
+    left = prompt[block_at_end.at + len(opening) :]
     first = lead.removeprefix(left) if lead.startswith(left) else ""
     spaced = between != between.rstrip()
     return f"{prompt}{first}{reasoning.strip()}{between}{answer.lstrip() if spaced else answer}"
 
 
-def _begun(
+def _open_block(
     prompt: str, after: str, block: Block, specials: re.Pattern[str]
-) -> Begun | None:
+) -> OpenBlock | None:
     bare = prompt.rstrip()
     if bare.endswith(block.opening):
-        return Begun(len(bare) - len(block.opening), False, block)
+        return OpenBlock(len(bare) - len(block.opening), False, block)
     inside = bare.removesuffix(block.closing).rstrip()
     if inside != bare and inside.endswith(block.opening):
-        return Begun(len(inside) - len(block.opening), True, block)
+        return OpenBlock(len(inside) - len(block.opening), True, block)
     for pattern, closed in ((CLOSED, True), (OPENED, False)):
         if found := pattern.search(prompt):
             left, name, right = found.groups()
             tagged = Block.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
-            return Begun(found.start(), closed, tagged)
+            return OpenBlock(found.start(), closed, tagged)
     at = len(common(prompt, after))
     at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
     # one token opens it, a word may name it, and another token closes it
@@ -80,7 +80,8 @@ def _begun(
     if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
         (_, opened), (closing, end) = marks
         if re.fullmatch(r"\w*\s*", prompt[opened:closing]):
-            return Begun(at, True, Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end]))
+            block = Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
+            return OpenBlock(at, True, block)
     return None
 
 

@@ -50,7 +50,7 @@ NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
 class Reference(NamedTuple):
     """The content of the message before a turn, the rendered prompt and the turn's own text."""
 
-    asked: str
+    question: str
     prompt: str
     text: str
 
@@ -138,7 +138,7 @@ def read_prompts(
     return [row for *_, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
 
 
-def asked_in(row: Row) -> list[str]:
+def questions_in(row: Row) -> list[str]:
     """What a row asks before each turn of the assistant, or at its end, each as a text to compare
     rows of any shapes by; none for rows of plain text. Case and outer space do not count.
     """
@@ -184,7 +184,7 @@ class TokenizedPrompt:
     where: str
 
     @property
-    def asked(self) -> Any:
+    def question(self) -> Any:
         """The row's field `prompt`, a text or messages; the messages before the answer of a row
         whose shape has no such field.
         """
@@ -205,7 +205,7 @@ class TokenizedPrompt:
         return said[-1].get("content") or None if said else None
 
     @property
-    def besides(self) -> dict[str, Any]:
+    def other_fields(self) -> dict[str, Any]:
         """The other fields of the row, and its answer as one, unless it has a field `answer`."""
         fields = {key: value for key, value in self.row.items() if key not in ASKED}
         if fields.get("answer") is None and self.answer is not None:
@@ -266,7 +266,7 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
 
     def __init__(self, table: pa.Table, rows: Rows) -> None:
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
-        self._rows, self.told_by = rows, (self._ids,)
+        self._rows, self.compared_by = rows, (self._ids,)
 
     def item(self, index: int) -> TokenizedPrompt:
         number = int(self.rows[index])

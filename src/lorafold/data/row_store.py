@@ -130,7 +130,7 @@ class ArrowRows(Items[Row]):
 class Rows(Items[Row]):
     """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
     `known` is the digest and the bytes of large rows. `wanted` of what shapes give chose theirs,
-    `told` is what else there is to say of them, `files` has the rows of each file of a source that
+    `remarks` are lines on them, `files` has the rows of each file of a source that
     is made of several, and `origins` says where each is from.
     """
 
@@ -139,7 +139,7 @@ class Rows(Items[Row]):
     ignored: tuple[str, ...] = ()
     known: tuple[str, int] | None = field(default=None, repr=False)
     wanted: str = ""
-    told: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     origins: Origins = field(default_factory=Origins, repr=False)
 

@@ -57,10 +57,10 @@ AS_THEY_ARE = "messages go to the chat template with roles of their own, and are
 
 
 @dataclass
-class Noticed:
+class RowRemarks:
     """Gathers remarks on good rows, row by row: `ignored` are the keys that are no part of shapes,
-    as they appear (messages[].id for one inside), and `told` all else. `wanted` is what is asked of
-    the rows, of what shapes give.
+    as they appear (messages[].id for one inside), and `lines` all else. `wanted` is what is asked
+    of the rows, of what shapes give.
     """
 
     wanted: str = ""
@@ -122,7 +122,7 @@ class Noticed:
             self._roles.setdefault(what, Counter())[role] += 1
 
     @property
-    def told(self) -> tuple[str, ...]:
+    def lines(self) -> tuple[str, ...]:
         """All other remarks, a line each."""
         counts = self._counts.items()
         lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
@@ -133,7 +133,7 @@ class Noticed:
         return tuple(lines)
 
 
-def proposed(row: Row) -> str:
+def proposed_columns(row: Row) -> str:
     """The option `--columns` to try for a row of no known shape: known names first, else the first
     and the last column of text, marked as a guess. Empty where there is no plain guess.
     """
@@ -165,7 +165,8 @@ def renamed(
         if not (columns and isinstance(row, dict)):
             yield number, row
         elif missing := [key for key in theirs if key not in row]:
-            hint = f"; it has {listed(map(repr, row), room=100) or 'none'}{meant(names, row)}"
+            keys = listed(map(repr, row), room=100) or "none"
+            hint = f"; it has {keys}{near_columns(names, row)}"
             if {*columns} <= {*row} and not dropped:
                 turned = ",".join(f"{key}={name}" for name, key in names.items())
                 hint = f"; NAME=COLUMN is --columns {turned}"
@@ -178,7 +179,7 @@ def renamed(
             yield number, rest | {name: row[key] for name, key in names.items()}
 
 
-def meant(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
+def near_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
     """A question, after a semicolon, for the columns whose names are nearest to those that a row
     has not; empty where one of these has none.
     """
@@ -196,14 +197,14 @@ def checked(
     at_once: bool = False,
     shapes: Sequence[Shape] = SHAPES,
     none: bool = False,
-    noticed: Noticed | None = None,
+    remarks: RowRemarks | None = None,
 ) -> Iterator[tuple[int, Shape, Row]]:
     """Yield the rows that are well-formed and of the first one's shape, with the keys by which
     shapes know them, each after its number and the shape. In place of a row that could not be read
     there is the reason, a text.
 
     After the last row, or the first bad one with `at_once`, raises LorafoldError that lists the bad
-    rows, or says that there is no row, unless there may be `none`. `noticed` looks at each good row
+    rows, or says that there is no row, unless there may be `none`. `remarks` looks at each good row
     and says which are left out.
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
@@ -211,7 +212,7 @@ def checked(
     used = False  # of any row
     for number, given in numbered:
         place = f"{source}: row {number}"
-        if noticed and noticed.left_out(given, place):
+        if remarks and remarks.left_out(given, place):
             continue
         row = as_known(given)
         if isinstance(row, str):
@@ -224,9 +225,9 @@ def checked(
             if shape is not first[1]:
                 nulls = _null(first[1], row)
                 problems += nulls or [f"shape {shape}, but row {first[0]} has {first[1]}"]
-            if not (problems or bad or (noticed and noticed.left_out(row, place, shape))):
-                if noticed:
-                    noticed.add(shape, row)
+            if not (problems or bad or (remarks and remarks.left_out(row, place, shape))):
+                if remarks:
+                    remarks.add(shape, row)
                 used = True
                 yield number, shape, row
         for problem in problems:
@@ -237,7 +238,7 @@ def checked(
         lines = (f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items())
         raise LorafoldError(f"{source}: {listed(lines, '; ')}")
     if not used and not none:
-        out = "".join(f"; {text}" for text in noticed.told) if noticed else ""
+        out = "".join(f"; {text}" for text in remarks.lines) if remarks else ""
         raise LorafoldError(f"{source}: no rows found, expected at least one{out}")
 
 
@@ -257,7 +258,7 @@ def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
         yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
     keys = listed(map(repr, row), room=80) or "none"
-    guess = proposed(row)
+    guess = proposed_columns(row)
     known = listed(shapes, room=40 if guess else 90)
     renames = f"; {guess}" if guess else " (--columns renames)"
     yield f"keys found: {keys}; expected one of {known}{renames}"
@@ -291,7 +292,7 @@ class RowsRead:
     runs: list[list[int]] = field(default_factory=list)
     guessed: list[str] = field(default_factory=list)  # what was guessed of files
     ignored: Sequence[str] = ()
-    told: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
 
 def _reading(
@@ -302,13 +303,13 @@ def _reading(
     read: RowsRead,
 ) -> Iterator[Row]:
     """The rows of sources as they are read."""
-    noticed, shapes = Noticed(wanted), shapes_for(wanted)
+    remarks, shapes = RowRemarks(wanted), shapes_for(wanted)
     for number, source in enumerate(sources):
         last = None
         for file in source.files:
             read.files.append([number, 0])
             numbered = renamed(file.numbered(read.guessed.append), columns)
-            rows = checked(numbered, file.name, False, shapes, source.several, noticed)
+            rows = checked(numbered, file.name, False, shapes, source.several, remarks)
             for place, shape, row in rows:
                 if shape is not last:  # files of one source and one shape are one part
                     read.parts.append([number, 0])
@@ -323,7 +324,7 @@ def _reading(
                 yield row
         if last is None:
             raise LorafoldError(f"{source.name}: no rows found, expected at least one")
-    read.ignored, read.told = [*noticed.ignored], noticed.told
+    read.ignored, read.remarks = [*remarks.ignored], remarks.lines
 
 
 def read_rows(
@@ -371,12 +372,12 @@ def read_rows(
     for source in named:
         of = {file.name: next(counts) for file in source.files}
         if source.several:
-            notice(f"{source.name}: {source.told(of)}")
+            notice(f"{source.name}: {source.described(of)}")
             files |= of
     names = [file.name for source in named for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
-    ignored, told = tuple(read.ignored), tuple(read.told)
-    return Rows(rows, parts, ignored, known, wanted, told, files, origins)
+    ignored, lines = tuple(read.ignored), tuple(read.remarks)
+    return Rows(rows, parts, ignored, known, wanted, lines, files, origins)
 
 
 def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
@@ -388,13 +389,13 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
     """Return rows, once they are known to be well-formed and of one shape; `source` is the name of
     the data in messages.
     """
-    noticed, rows, runs = Noticed(wanted), [], [[0, 0]]
+    remarks, rows, runs = RowRemarks(wanted), [], [[0, 0]]
     usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
-    for place, _, row in checked(usable, source, shapes=shapes_for(wanted), noticed=noticed):
+    for place, _, row in checked(usable, source, shapes=shapes_for(wanted), remarks=remarks):
         rows.append(row)
         if place != sum(runs[-1]):
             runs.append([place, 0])
         runs[-1][1] += 1
     parts = (SourcePart(len(rows)),)
     origins = Origins(tuple(("", first, count) for first, count in runs if count))
-    return Rows(rows, parts, tuple(noticed.ignored), None, wanted, noticed.told, origins=origins)
+    return Rows(rows, parts, tuple(remarks.ignored), None, wanted, remarks.lines, origins=origins)

@@ -141,7 +141,7 @@ class DataSource:
             return (self,)
         return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
 
-    def told(self, counts: Mapping[str, int] | None = None) -> str:
+    def described(self, counts: Mapping[str, int] | None = None) -> str:
         """Which files it is made of, with the rows of each by its name, and which it leaves out."""
         names = [Path(file.name) for file in self.files]
         if self._path.is_dir():

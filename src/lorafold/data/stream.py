@@ -19,7 +19,7 @@ from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
 from lorafold.data.json_input import Row
-from lorafold.data.rows import Noticed, check_given, checked, renamed
+from lorafold.data.rows import RowRemarks, check_given, checked, renamed
 from lorafold.data.shapes import Shape, shapes_for
 from lorafold.data.sources import DataSource, source_from
 from lorafold.data.tokenizing import Encoder
@@ -71,21 +71,21 @@ class RowStream:
         """The shape of the rows of each source."""
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
-    def noticed(self) -> Noticed:
+    def remarks(self) -> RowRemarks:
         """Remarks on the first rows of each source."""
-        noticed = Noticed(self.wanted)
+        remarks = RowRemarks(self.wanted)
         for source in self.sources:
-            for _ in islice(self._endless(source, noticed), PEEKED):
+            for _ in islice(self._endless(source, remarks), PEEKED):
                 pass
-        return noticed
+        return remarks
 
-    def _endless(self, source: DataSource, noticed: Noticed | None = None) -> Iterator[Named]:
-        noticed, shapes = noticed or Noticed(self.wanted), shapes_for(self.wanted)
+    def _endless(self, source: DataSource, remarks: RowRemarks | None = None) -> Iterator[Named]:
+        remarks, shapes = remarks or RowRemarks(self.wanted), shapes_for(self.wanted)
         while True:
             any_row = False
             for file in source.files:
                 rows = renamed(file.numbered(streaming=True), self.columns)
-                good = checked(rows, file.name, True, shapes, source.several, noticed)
+                good = checked(rows, file.name, True, shapes, source.several, remarks)
                 for number, shape, row in good:
                     any_row = True
                     yield f"{file.name}: row {number}", row, shape
@@ -99,7 +99,7 @@ def stream_of(
     """The stream of one or several sources, with columns and what is wanted as for `read_rows`."""
     named = [sources] if isinstance(sources, str) else sources
     stream = RowStream(tuple(map(source_from, named)), columns or {}, wanted)
-    stream.noticed()
+    stream.remarks()
     return stream
 
 
@@ -129,7 +129,7 @@ class StreamFeed(BatchFeed):
         return (self._examples(rows, size) for _ in range(n))
 
     @property
-    def told(self) -> str:  # type: ignore[override]
+    def summary(self) -> str:  # type: ignore[override]
         counts = {
             "cut": f"were cut at {self.max_length} tokens",
             "unlabelled": "have no token to train on",

@@ -96,9 +96,10 @@ class Rewarded:
             progress: is told how many completions are judged, of how many.
         """
         judged = [
-            Judged(asked, one.text, row, f"{prompt.where}, completion {n}", conversation)
+            Judged(question, one.text, row, f"{prompt.where}, completion {n}", conversation)
             for prompt, group in zip(prompts, groups, strict=True)
-            for asked, row, conversation in ((prompt.asked, prompt.besides, prompt.conversation),)
+            for question, row in ((prompt.question, prompt.other_fields),)
+            for conversation in (prompt.conversation,)
             for n, one in enumerate(group, 1)
         ]
         sums, each = list[float | None](), dict[str, list[float | None]]()

@@ -267,6 +267,6 @@ def _completions(
             progress=step,
         )
     return tuple(
-        Answer(r.asked, r.text, without_reasoning(text, r.prompt, tokenizer))
+        Answer(r.question, r.text, without_reasoning(text, r.prompt, tokenizer))
         for r, text in zip(found, texts, strict=True)
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from lorafold.data.checks import Findings, account_of
+from lorafold.data.checks import Findings, describe_template
 from lorafold.data.examples import NO_LOSS, EncodingReport, Example, encode_row
 from lorafold.data.messages import Message, Tool
 from lorafold.data.row_store import Rows
@@ -85,7 +85,7 @@ def show(
     called = "the first rows"
     train = examples_of(objective, few, tokenizer, limit, console, rendering, called)
     found = list(_shown(request, few, train, objective, tokenizer))
-    told = [] if tokenizer.chat_template is None else account_of(tokenizer).lines
+    told = [] if tokenizer.chat_template is None else describe_template(tokenizer).lines
     for line in told:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for one in found:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
-from lorafold.data.checks import STREAMED, Findings, look
+from lorafold.data.checks import STREAMED, Findings, find_problems
 from lorafold.data.control_tokens import ALL, allow
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
@@ -206,7 +206,7 @@ def tokenized(
         if held_out is not None:
             measured = examples_of(objective, held_out, *made, called="held out")
             compared = measured.examples, Rows.of(held_out)
-        findings = look(train.examples, Rows.of(rows), recipe.max_length, compared)
+        findings = find_problems(train.examples, Rows.of(rows), recipe.max_length, compared)
     for line in findings.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return feed, measured, findings

@@ -97,7 +97,7 @@ def _train(setup: Setup, console: Console) -> Trained:
             with Display(console, feed.steps, progress.step, trackers) as display:
                 fit(plan, progress, display)
 
-        for line in (feed.told, adapter.spec.report(adapter.own_deltas)):
+        for line in (feed.summary, adapter.spec.report(adapter.own_deltas)):
             if line:
                 console.print(line, highlight=False)
         return finish(setup, plan, progress, base_weights)
