@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, batch_of, digests
-from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.json_input import kind_of
 from lorafold.data.render import Rendering
@@ -28,7 +27,7 @@ from lorafold.data.row_store import Rows, named, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
+from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LISTED, LorafoldError, listed
 
 if TYPE_CHECKING:
@@ -264,35 +263,6 @@ class MismatchedExamples(BranchedExamples):
 EXAMPLES: dict[str, type[BranchedExamples]] = {PAIRS: BranchedExamples, JUDGED: MismatchedExamples}
 
 
-@dataclass(frozen=True)
-class PreferenceReport:
-    """What became of the rows.
-
-    `tokens` are those that a step computes, with each prompt once, and `apart` those of the
-    documents if every completion had a prompt of its own. `means` are the mean lengths of the
-    completions in tokens, by kind, and `longest` the length of the longest document before cutting.
-    """
-
-    rows: int
-    tokens: int
-    apart: int
-    means: dict[str, float]
-    longest: int
-    max_length: int
-    truncated: int
-    marked: int = 0
-
-    def __str__(self) -> str:
-        lengths = ", ".join(f"{name} {mean:.1f}" for name, mean in self.means.items())
-        return with_counts(
-            f"{self.rows} rows, {self.tokens} tokens ({self.apart} if each completion had its own"
-            f" prompt); completions have on average {lengths} tokens; the longest document has"
-            f" {self.longest}",
-            (self.truncated, f"rows were cut at {self.max_length} tokens"),
-            (self.marked, MARKED),
-        )
-
-
 def encode_preferred(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -322,16 +292,15 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
         good = np.array(table.column("desirable").to_pylist())
         names = ("desirable", "undesirable") if good[0] else ("undesirable", "desirable")
         columns = {name: own[good == (name == "desirable"), 0] for name in names}
-    report = PreferenceReport(
-        len(rows),
-        int(examples.lengths.sum()),
-        int((examples.shared[:, None] + examples.own).sum()),
-        {name: float(of.mean()) - 1 for name, of in columns.items() if len(of)},
-        int(examples.whole.max()),
-        max_length,
-        len(np.unique(examples.rows[cut])),
-        examples.marked,
+    means = [f"{name} {of.mean() - 1:.1f}" for name, of in columns.items() if len(of)]
+    line = (
+        f"{len(rows)} rows, {examples.lengths.sum()} tokens"
+        f" ({(examples.shared[:, None] + examples.own).sum()} if each completion had its own"
+        f" prompt); completions have on average {', '.join(means)} tokens; the longest document has"
+        f" {examples.whole.max()}"
     )
+    truncated = len(np.unique(examples.rows[cut]))
+    report = Report(line, max_length, truncated, examples.marked)
     return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 

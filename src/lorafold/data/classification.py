@@ -19,7 +19,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked, check_given
 from lorafold.data.shapes import LABELS, Labelled
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
+from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LorafoldError, listed, shortened
 
 if TYPE_CHECKING:
@@ -40,27 +40,6 @@ class LabelledExample:
     def labels(self) -> tuple[int, ...]:
         """Those of its tokens (T,): none is trained."""
         return (NO_LOSS,) * len(self.ids)
-
-
-@dataclass(frozen=True)
-class LabelledReport:
-    """What became of the rows. `longest` is the length of the longest row in tokens, before cutting
-    at `max_length`; `counts` has the rows of each class.
-    """
-
-    rows: int
-    longest: int
-    max_length: int
-    truncated: int
-    counts: dict[str, int]
-
-    def __str__(self) -> str:
-        shares = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-        return with_counts(
-            f"{self.rows} rows of {len(self.counts)} classes ({shares}); the longest row has"
-            f" {self.longest} tokens",
-            (self.truncated, f"rows were cut at {self.max_length} tokens"),
-        )
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -168,8 +147,12 @@ def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[s
     """
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
-    cut = int((whole > max_length).sum())
-    report = LabelledReport(len(rows), int(whole.max()), max_length, cut, examples.counts)
+    shares = ", ".join(f"{name} {count}" for name, count in examples.counts.items())
+    line = (
+        f"{len(rows)} rows of {len(classes)} classes ({shares}); the longest row has"
+        f" {whole.max()} tokens"
+    )
+    report = Report(line, max_length, int((whole > max_length).sum()))
     return Encoded(examples, report, rows.parts)
 
 

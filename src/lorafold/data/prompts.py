@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lorafold.data.arrow import TableExamples, batch_of
-from lorafold.data.control_tokens import MARKED, as_text, ids_of, is_marked
+from lorafold.data.control_tokens import as_text, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
 from lorafold.data.row_store import Rows
@@ -34,7 +34,7 @@ from lorafold.data.shapes import (
 )
 from lorafold.data.sources import Row
 from lorafold.data.templates import apply, template_of
-from lorafold.data.tokenizing import Encoded, Encoder, with_counts
+from lorafold.data.tokenizing import Encoded, Encoder, Report
 from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
@@ -219,19 +219,6 @@ class TokenizedPrompt:
         return shape
 
 
-@dataclass(frozen=True)
-class PromptReport:
-    """What became of the rows."""
-
-    rows: int
-    longest: int
-    marked: int
-
-    def __str__(self) -> str:
-        first = f"{self.rows} prompts; the longest has {self.longest} tokens"
-        return with_counts(first, (self.marked, MARKED))
-
-
 @dataclass(frozen=True, eq=False)
 class PromptEncoder(Encoder):
     """Makes examples of prompts. Columns: `row`, `ids` (T,), `marked` whether control tokens in its
@@ -283,4 +270,5 @@ def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
             f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
             f" expected at most {most}, which max_length leaves beside max_new_tokens"
         )
-    return Encoded(examples, PromptReport(len(examples), longest, examples.marked), rows.parts)
+    line = f"{len(examples)} prompts; the longest has {longest} tokens"
+    return Encoded(examples, Report(line, marked=examples.marked), rows.parts)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
+from lorafold.data.control_tokens import MARKED
 from lorafold.data.row_store import CHUNK, LARGE, Rows, SourcePart, named
 from lorafold.data.rows import check_given
 from lorafold.errors import LISTED, LorafoldError, listed
@@ -70,6 +71,20 @@ class Encoded:
 def with_counts(first: str, *counts: tuple[int, str]) -> str:
     """A line, and one more for each count that is not 0."""
     return "\n".join([first, *(f"{count} {text}" for count, text in counts if count)])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of rows: a line, and how many were cut and have control tokens as text."""
+
+    line: str
+    max_length: int = 0
+    truncated: int = 0
+    marked: int = 0
+
+    def __str__(self) -> str:
+        cut = f"rows were cut at {self.max_length} tokens"
+        return with_counts(self.line, (self.truncated, cut), (self.marked, MARKED))
 
 
 def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
