@@ -250,11 +250,11 @@ def tracker(name: str) -> Reader:
 def _plugins(value: Any, settings: ToolSettings) -> Outcome:
     others = []
     for name in names(value):
-        part = name.removeprefix(OF_AXOLOTL).partition(".")[0]
         own = name.startswith(OF_AXOLOTL)
-        if own and part in LEARNS_OTHERWISE:
+        part = name.removeprefix(OF_AXOLOTL).partition(".")[0] if own else ""
+        if part in LEARNS_OTHERWISE:
             raise LorafoldError(f"found {name}, which {LEARNS_OTHERWISE[part]}: lorafold does not")
-        if not own or part not in LEARNS_THE_SAME:
+        if part not in LEARNS_THE_SAME:
             others.append(name)
     if others:
         return left(f"what {', '.join(others)} does there is not known and not done")
@@ -263,10 +263,10 @@ def _plugins(value: Any, settings: ToolSettings) -> Outcome:
 
 def _datasets(value: Any, settings: ToolSettings) -> Outcome:
     wanted = rows_wanted(objectives.objective_of(settings))
-    found = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, Mapping) and one.get("path") for one in found):
+    sources = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, Mapping) and one.get("path") for one in sources):
         return left(f"{wanted}: {value}", PLACEHOLDER)
-    return given_as_data([_rows(one) for one in found], wanted)
+    return given_as_data([*map(_rows, sources)], wanted)
 
 
 def _rows(one: Mapping[str, Any]) -> SourceRows:
@@ -274,8 +274,8 @@ def _rows(one: Mapping[str, Any]) -> SourceRows:
     if path in FILES and files and isinstance(files, str):
         path, files = files, None
     at = of_hub(path, one.get("name"), one.get("split"), files)
-    said = [*at.remarks, *_said(one)]
-    return SourceRows(f"{path} ({one.get('type', 'no type')})", at.path, _columns(one), said)
+    name = f"{path} ({one.get('type', 'no type')})"
+    return SourceRows(name, at.path, _columns(one), [*at.remarks, *_remarks(one)])
 
 
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,14 +301,14 @@ def _properties(one: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(given.get(k) or one.get(f"message_field_{k}") or k) for k in TURNS[0])
 
 
-def _said(one: Mapping[str, Any]) -> Iterator[str]:
+def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
     """What a dataset says that has no counterpart."""
     kind, template = one.get("type"), one.get("chat_template")
     form, known = str(kind).split(".")[0], READ | {"chat_template"}
-    if isinstance(kind, Mapping):
-        yield "its prompt form is not written, but the model's chat template is"
-    elif form.split(":")[0] == "alpaca":
-        yield "its prompt form (### Instruction:) is not written, but the model's chat template is"
+    alpaca = form.split(":")[0] == "alpaca"
+    if isinstance(kind, Mapping) or alpaca:
+        form_of = " (### Instruction:)" * alpaca
+        yield f"its prompt form{form_of} is not written, but the model's chat template is"
     elif form == "chat_template":
         known |= OF_TURNS
         if _properties(one) not in TURNS:

@@ -165,23 +165,23 @@ def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
     if not isinstance(arguments, list) or not arguments or "name" not in value:
         raise LorafoldError(f"found {value!r}, expected an object with name and arguments, a list")
     name, rate = value["name"], trainer.rate(is_lora)(arguments[0], settings)
-    fields = {**(rate.fields if rate else {}), "schedule": SCHEDULES.get(name, "cosine")}
     warm = integer(value.get("warmup") or 0)
+    fields = {**(rate.fields if rate else {}), "schedule": SCHEDULES.get(name, "cosine")}
     fields |= {"warmup_steps": warm} if warm else {"warmup": 0.0}
-    said = [] if name in SCHEDULES else [f"lorafold has no {name}"]
+    remarks = [] if name in SCHEDULES else [f"lorafold has no {name}"]
     if name in SCHEDULES:
         rest = [*arguments[1:], 0, 0][:2]
         length, end = rest if name == "cosine_decay" else reversed(rest)
         steps = steps_of("iters", settings) - warm
         if number(end):
-            said.append(f"it ends at {end} there, and at 0 here")
+            remarks.append(f"it ends at {end} there, and at 0 here")
         if integer(length) != steps:
-            said.append(f"it falls over {length} steps there, and over {steps} here")
+            remarks.append(f"it falls over {length} steps there, and over {steps} here")
     if warm and number(value.get("warmup_init") or 0):
-        said.append(
+        remarks.append(
             f"the warm-up begins at {value['warmup_init']} there, and at a step's share here"
         )
-    return changed("; ".join(said), **fields)
+    return changed("; ".join(remarks), **fields)
 
 
 def _batch(value: Any, settings: ToolSettings) -> Outcome:

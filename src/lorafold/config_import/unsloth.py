@@ -242,13 +242,13 @@ OWN: tuple[Rule, ...] = (
 
 def _rules(kind: str) -> tuple[Rule, ...]:
     own = {rule.key for rule in OWN} | OF_MODEL
-    given = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
+    defaults = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
     rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
     return (
         *OWN,
-        *table({"learning_rate": (trainer.rate(is_lora), given["learning_rate"])}),
+        *table({"learning_rate": (trainer.rate(is_lora), defaults["learning_rate"])}),
         *table({f"{ADAPTED}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
-        *(replace(rule, default=given.get(rule.key, rule.default)) for rule in rest),
+        *(replace(rule, default=defaults.get(rule.key, rule.default)) for rule in rest),
     )
 
 
@@ -261,39 +261,37 @@ class Expression(str):
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every argument of a script as an entry; those that are no literals are told, and not read."""
+    """Every argument of a script as an entry; those that are no literals are listed, and not read.
+    """
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     objects = {"bf16", "fp16", *(r.key for r in OWN if r.key.split(".")[-1] in OBJECTS)}
     unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
-    found = by_rules(rules, {k: v for k, v in config.items() if k not in unread})
-    return (*(e for e in found if e.key not in unread), *_unread(unread, found))
-
-
-def _unread(
-    expressions: Mapping[str, Expression], found: tuple[TranslatedKey, ...]
-) -> Iterator[TranslatedKey]:
-    defaults = {entry.key: entry.outcome.fields for entry in found}
-    for key, text in expressions.items():
-        fields = defaults.get(key, ())
-        flag = " ".join(f"--{name.replace('_', '-')} {name.upper()}" for name in fields)
-        told = "no literal, so that it is not read" + (f": give {flag}" if flag else "")
-        yield TranslatedKey(key, text, True, left(told, flag))
+    read = by_rules(rules, {k: v for k, v in config.items() if k not in unread})
+    defaults = {entry.key: entry.outcome.fields for entry in read}
+    result = [entry for entry in read if entry.key not in unread]
+    for key, text in unread.items():
+        options = [f"--{name.replace('_', '-')} {name.upper()}" for name in defaults.get(key, ())]
+        flag, remark = " ".join(options), "no literal, so that it is not read"
+        outcome = left(f"{remark}: give {flag}" if flag else remark, flag)
+        result.append(TranslatedKey(key, text, True, outcome))
+    return tuple(result)
 
 
 def arguments_of(text: str, where: str) -> Mapping[str, Any]:
-    """The arguments of a script, by their keys, and its trainer under `trainer`."""
+    """The arguments of a script, by their keys, and its trainer under `trainer`; `where` is the
+    file, for errors.
+    """
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise LorafoldError(f"{where}: not Python{f' at line {line}' if line else ''}") from None
-    named = _literals(tree)
-    found: dict[str, Any] = {}
-    seen: set[str] = set()
+    literals, seen = _literals(tree), set[str]()
+    arguments: dict[str, Any] = {}
     for call in _calls(tree):
         name, owner = _name_of(call.func)
-        if name in TRAINERS and "trainer" not in found:
-            found["trainer"] = name
+        if name in TRAINERS and "trainer" not in arguments:
+            arguments["trainer"] = name
         elif name not in CONFIGS and name not in FUNCTIONS:
             continue
         if name in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
@@ -302,24 +300,22 @@ def arguments_of(text: str, where: str) -> Mapping[str, Any]:
         prefix = f"{name}." if name in FUNCTIONS else ""
         for key, node in _arguments(call, FUNCTIONS.get(name, ())):
             if not (isinstance(node, ast.Call) and _name_of(node.func)[0] in CONFIGS):
-                found[f"{prefix}{key}"] = _value(node, named)
-    if not any(key.startswith("from_pretrained.") for key in found):
+                arguments[f"{prefix}{key}"] = _value(node, literals)
+    if not any(key.startswith(LOADED) for key in arguments):
         raise LorafoldError(
             f"{where}: found no call of {', '.join(MODELS[:2])}.from_pretrained, expected a script"
             " of Unsloth"
         )
-    return found
+    return arguments
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
     """The calls in their order, without what stands under `if False`."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
-            for other in node.orelse:
-                yield from _calls(other)
-            continue
         if isinstance(node, ast.Call):
             yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
+            node = ast.Module(node.orelse, [])
         yield from _calls(node)
 
 
@@ -341,23 +337,22 @@ def _literals(tree: ast.Module) -> Mapping[str, Any]:
     """The names to which the script assigns once, and a literal."""
     assigned: dict[str, list[ast.expr]] = {}
     for node in ast.walk(tree):
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        for target in targets:
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            value = node.value if isinstance(target, ast.Name) else target
             for one in ast.walk(target):
                 if isinstance(one, ast.Name):
-                    value = getattr(node, "value", target)
-                    found = value if isinstance(target, ast.Name) else target
-                    assigned.setdefault(one.id, []).append(found)
-    once = {name: nodes[0] for name, nodes in assigned.items() if len(nodes) == 1}
-    values = {name: _value(node, {}) for name, node in once.items()}
+                    assigned.setdefault(one.id, []).append(value)
+    values = {name: _value(nodes[0], {}) for name, nodes in assigned.items() if len(nodes) == 1}
     return {name: value for name, value in values.items() if not isinstance(value, Expression)}
 
 
-def _value(node: ast.expr, named: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Name) and node.id in named:
-        return named[node.id]
+def _value(node: ast.expr, literals: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name) and node.id in literals:
+        return literals[node.id]
     try:
-        found = ast.literal_eval(node)
+        value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return Expression(ast.unparse(node))
-    return list(found) if isinstance(found, tuple | set) else found
+    return list(value) if isinstance(value, tuple | set) else value

@@ -38,13 +38,13 @@ ABOUT = ("dataset_info.json", "dataset_infos.json")  # which `datasets` writes b
 
 
 class RowFiles(NamedTuple):
-    """The files of rows, and the reasons why others, by name, are none of them."""
+    """The files of rows, and the reasons why others, by name, are none of them, which `str` lists.
+    """
 
     paths: list[Path]
     left_out: dict[str, str]
 
     def __str__(self) -> str:
-        """What is left out, and why; empty for nothing."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)

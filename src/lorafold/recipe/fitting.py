@@ -99,23 +99,23 @@ def settled_base(
     on which the adapters that the run loads were trained, else the recipe's default. It is not
     quantized if bitsandbytes is not installed, or if the method trains the base's own weights.
     """
-    storage, asked = str(recipe.storage), "storage" in recipe.model_fields_set
+    storage, is_set = str(recipe.storage), "storage" in recipe.model_fields_set
     if spec.trains_base:
         return trainable_storage(recipe)
-    if not asked:
+    if not is_set:
         in_files, made_on = default_storage(source), trained_on(adapters)
         if in_files != "auto":
             storage = in_files
         elif made_on is not None and made_on.storage in (*MADE, *PLAIN):
             storage = made_on.storage
-    if storage in MADE and importlib.util.find_spec("bitsandbytes") is None:
-        if asked:
-            raise LorafoldError(
-                f"storage {storage}: needs bitsandbytes, which is not installed; pip install"
-                " bitsandbytes, or expected bf16, fp32 or auto"
-            )
-        return "auto"
-    return storage
+    if storage not in MADE or importlib.util.find_spec("bitsandbytes") is not None:
+        return storage
+    if is_set:
+        raise LorafoldError(
+            f"storage {storage}: needs bitsandbytes, which is not installed; pip install"
+            " bitsandbytes, or expected bf16, fp32 or auto"
+        )
+    return "auto"
 
 
 def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
