@@ -27,6 +27,7 @@ from lorafold.data.row_store import Rows, named, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.sources import Row
+from lorafold.data.templates import common
 from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LISTED, LorafoldError, listed
 
@@ -134,7 +135,7 @@ class Branches(Encoder):
         }
         if problem:
             return {"ids": [], "starts": [], "spans": [], TURNS: "", **columns}
-        shared = max(0, min(common(ids), *(entry["spans"][0] for entry in firsts)) - 1)
+        shared = max(0, min(len(common(*ids)), *(entry["spans"][0] for entry in firsts)) - 1)
         together, starts, spans = ids[0][:shared], [], []
         for entry in firsts:
             start = len(together)
@@ -163,12 +164,6 @@ class Branches(Encoder):
                     " that the chat template renders as at generation"
                 )
         return ""
-
-
-def common(documents: Sequence[Sequence[int]]) -> int:
-    """How many ids the documents (T,) have in common at their beginning."""
-    columns = enumerate(zip(*documents, strict=False))
-    return next((n for n, ids in columns if len({*ids}) > 1), min(map(len, documents)))
 
 
 class BranchedExamples(TableExamples[Branched]):

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property, lru_cache
+from os.path import commonprefix
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -355,8 +356,6 @@ def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerB
     return fixed
 
 
-def common(*texts: str) -> str:
-    """The beginning that texts have in common."""
-    columns = zip(*texts, strict=False)
-    length = next((n for n, found in enumerate(columns) if len(set(found)) > 1), None)
-    return min(texts, key=len) if length is None else texts[0][:length]
+def common(*parts: Any) -> Any:
+    """What texts, or lists, have in common at their beginning."""
+    return commonprefix(parts)  # noqa: RUF071  (by characters, as is wanted)
