@@ -45,9 +45,9 @@ class Wrong(Exception):
     item, or any.
     """
 
-    def __init__(self, told: str, at: int | None = None) -> None:
-        super().__init__(told)
-        self.told, self.at = told, at
+    def __init__(self, message: str, at: int | None = None) -> None:
+        super().__init__(message)
+        self.message, self.at = message, at
 
     def of(self, items: Sequence[J]) -> Sequence[J]:
         """The item that it is about, or all."""
@@ -117,7 +117,7 @@ class Function:
         except KeyboardInterrupt:
             raise
         except Wrong as wrong:
-            raise Wrong(wrong.told, at) from None
+            raise Wrong(wrong.message, at) from None
         except BaseException as error:  # also an exit, and a panic in a library
             raise Wrong(f"it raised {raised(error, self._file)}", at) from None
 

@@ -112,7 +112,7 @@ class SeparateReward:
                 answer = json.loads(self._process.read(until))
                 if isinstance(answer, dict):
                     wrong = Wrong(answer["wrong"], answer["at"])
-                    raise failure(self.name, wrong.told, wrong.of(judged))
+                    raise failure(self.name, wrong.message, wrong.of(judged))
                 rewards += answer
         except (Late, Died, KeyboardInterrupt) as error:
             self.close()
@@ -260,7 +260,7 @@ class DirectReward:
         try:
             self._function = Function(function, code and code.co_filename)
         except Wrong as wrong:
-            raise failure(self.name, wrong.told) from None
+            raise failure(self.name, wrong.message) from None
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
         """A finite number for each, or None."""
@@ -270,7 +270,7 @@ class DirectReward:
         try:
             return [reward for part in self._function.rewards(items) for reward in part]
         except Wrong as wrong:
-            raise failure(self.name, wrong.told, wrong.of(judged)) from None
+            raise failure(self.name, wrong.message, wrong.of(judged)) from None
 
     def close(self) -> None:
         """Nothing runs."""
@@ -361,4 +361,4 @@ def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
     try:
         return [number(value, at) for at, value in enumerate(found)]
     except Wrong as wrong:
-        raise failure(reward.name, wrong.told, wrong.of(judged)) from None
+        raise failure(reward.name, wrong.message, wrong.of(judged)) from None

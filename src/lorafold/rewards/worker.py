@@ -47,7 +47,7 @@ def main() -> None:
     try:
         function = KINDS[opening["kind"]](opening["text"])
     except Wrong as wrong:
-        return answer({"wrong": wrong.told, "at": None})
+        return answer({"wrong": wrong.message, "at": None})
     answer({"batched": function.batched})
     while (message := inbox.get()) is not None:
         for content in _judge(function, message):
@@ -75,7 +75,7 @@ def _judge(function: Function, message: bytes) -> Iterator[Any]:
                 raise Wrong(f"its row can't be read in another process: {error}", at) from None
         yield from function.rewards(items)
     except Wrong as wrong:
-        yield {"wrong": wrong.told, "at": wrong.at}
+        yield {"wrong": wrong.message, "at": wrong.at}
 
 
 if __name__ == "__main__":
