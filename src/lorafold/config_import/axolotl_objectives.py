@@ -123,9 +123,7 @@ def as_trl(settings: ToolSettings) -> ToolSettings:
 
 
 def beta_key(settings: ToolSettings) -> str:
-    """The key that holds beta of a policy, the first that the file sets of those that may; empty
-    for none.
-    """
+    """The first key of those for a policy's beta that the file sets; empty for none."""
     may = (f"{PREFIX}beta", "rl_beta", "orpo_alpha")
     return next((key for key in may if settings.given.get(key) is not None), "")
 
@@ -185,9 +183,7 @@ def _num_labels(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def dropout(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_dropout` becomes the dropout, which TRL turns off for preferences, and which there is
-    none of where completions are drawn.
-    """
+    """`lora_dropout`, which is off for preferences and where completions are drawn."""
     rate, objective = number(value), objective_of(settings)
     if not rate or objective is None:
         return taken(dropout=rate)

@@ -165,17 +165,13 @@ def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def drawn_plainly(*neutral: float) -> Reader:
-    """The reader of what bends the distribution that completions are drawn from, as a temperature,
-    unless it has one of the neutral values.
-    """
+    """The reader of a sampling setting, such as a temperature, that must be neutral."""
     bent = changed(f"{PLAINLY}: what draws is what learns")
     return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """The reader of a further bound of ratios, of `least` or more, which has no effect where they
-    are 1.
-    """
+    """The reader of a bound of ratios, `least` or more, of no effect where they are 1."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if number(value) < least:

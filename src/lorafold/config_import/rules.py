@@ -306,9 +306,7 @@ def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
 
 
 def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) -> SourceRows:
-    """The rows of a path or hub dataset, of which lorafold reads the default configuration, the
-    split train, and all files.
-    """
+    """The rows of a path or hub dataset; lorafold reads its default configuration and train."""
     remarks = [f"its configuration {config}"] if config is not None else []
     remarks += [f"its split {split}"] if split not in (None, "train") else []
     remarks += [f"its files {files}"] if files else []

@@ -209,9 +209,7 @@ class Translation:
         }
 
     def report(self, config: str = "recipe.yaml") -> str:
-        """What became of each key, as lines of text, and the command, with `config` as the place of
-        the recipe.
-        """
+        """What became of each key, as lines of text, and the command to train with."""
         lines = [f"{self.source}, of {self.tool}, as a recipe"]
         silent = [entry for entry in self.taken if _is_silent(entry)]
         for how, head in HEADS.items():
@@ -261,9 +259,7 @@ def _as_json(entry: TranslatedKey) -> dict[str, Any]:
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
-    """A configuration of another tool as a recipe, with a report on every key. `kind` is the tool,
-    a key of TOOLS; without it the file's own keys tell.
-    """
+    """A configuration of another tool, a key of TOOLS or as its keys tell, as a recipe."""
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)

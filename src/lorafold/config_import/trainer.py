@@ -103,9 +103,7 @@ def total_steps(settings: ToolSettings) -> int | None:
 
 
 def interval(name: str) -> Reader:
-    """The reader of an interval, which the Trainer takes in steps or as a share of the run's steps,
-    for a recipe field.
-    """
+    """The reader of an interval in steps, or as a share of the run's, for a recipe field."""
     checkpoints = "there are about ten checkpoints a run"
     otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
@@ -157,9 +155,7 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
 
 
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
-    """The ratio of LoRA+ becomes the learning rate of B; without one PEFT trains both factors at
-    one rate, and lorafold with LoRA+.
-    """
+    """The ratio of LoRA+ becomes the rate of B; PEFT trains at one rate without one."""
     remark = ONE_RATE if number(value) == 1 else ""
     return taken(remark, lr_b=product(settings["learning_rate"], value))
 
@@ -311,9 +307,7 @@ def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
 
 
 def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
-    """A weight of the chosen completions' supervised loss becomes `sft_weight` of an objective of
-    preferences; `remark` says what differs in the other tool's loss.
-    """
+    """A weight of the chosen completions' supervised loss becomes `sft_weight`."""
     if objective is None:
         return None
     weight = number(value)

@@ -202,9 +202,7 @@ def losses(settings: ToolSettings) -> tuple[str, ...]:
 
 
 def centre(value: Any, settings: ToolSettings) -> Outcome:
-    """`center_rewards_coefficient` becomes `centre`, of the reward trainer, which has no field that
-    names its loss.
-    """
+    """`center_rewards_coefficient` becomes `centre`; no field of the trainer names its loss."""
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
     return taken(objective="reward", **options)
 

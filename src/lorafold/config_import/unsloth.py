@@ -112,9 +112,7 @@ def _method(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def storage(value: Any, settings: ToolSettings) -> Outcome:
-    """`load_in_4bit`, on unless the script says, becomes the base's storage; other switches are
-    read with it.
-    """
+    """`load_in_4bit` and the other switches become the base's storage."""
     if not is_lora(settings):
         return changed("the whole model trains in bf16 where it can", storage="bf16")
     if settings.on(f"{LOADED}load_in_8bit"):
@@ -278,9 +276,7 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
 
 
 def arguments_of(text: str, where: str) -> Mapping[str, Any]:
-    """The arguments of a script, by their keys, and its trainer under `trainer`; `where` is the
-    file, for errors.
-    """
+    """The arguments of a script, by their keys, and its trainer under `trainer`."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:

@@ -87,9 +87,7 @@ class Lists:
 
 
 def digests(*columns: Iterable[Any]) -> Array:
-    """A number for each entry of columns of lists, texts, bytes or numbers, (n,), as this process
-    has it: the same for equal ones, and for two others with a chance of about 2^-64.
-    """
+    """A number for each entry of columns, (n,), the same for equal ones in this process."""
     plain = (map(np.ndarray.tobytes, c) if isinstance(c, Lists) else c for c in columns)
     return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
 

@@ -85,10 +85,7 @@ def epoch_size(parts: Sequence[SourcePart]) -> int:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Return (training rows, held-out rows), chosen at random, each in the order given.
-
-    Either has at least one row, unless `fraction` is 0.
-    """
+    """Return (training rows, held-out rows), chosen at random, each in the order given."""
     rows = Rows.of(rows)
     if not fraction:
         return rows, Rows.of([])
@@ -152,9 +149,7 @@ def micro_batches(
     capacity: int | None = None,
     size: Callable[[Any], int] = lambda example: len(example.ids),
 ) -> list[Sequence[Any]]:
-    """Divide the examples of an optimizer step into `n` micro-batches, or into more where packed
-    sequences have at most `capacity` tokens; without it the examples are padded.
-    """
+    """Divide a step's examples into `n` micro-batches, or more of at most `capacity` tokens."""
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
     if capacity is None:
@@ -172,9 +167,7 @@ def labelled(example: Example) -> int:
 
 
 class BatchFeed(ABC):
-    """Abstract: the examples of each of `steps` optimizer steps. `foreseen` is how many of them can
-    be looked at in advance at little cost.
-    """
+    """Abstract: the examples of `steps` steps, of which `foreseen` are cheap to see in advance."""
 
     foreseen: int
     steps: int
@@ -306,9 +299,7 @@ def forest(
 
 
 def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
-    """Of each token of each row of ids, (t,): the first row that begins with the same tokens up to
-    it.
-    """
+    """Of each token of each row of ids, (t,): the first row that has the same tokens up to it."""
     first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
     of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
     for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):

@@ -120,9 +120,7 @@ class Branches(Encoder):
         return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
 
     def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The columns of one example; `documents` are what each completion gave, its entries in the
-        table of `CompletionEncoder`.
-        """
+        """The columns of one example, from the entries of each completion's document."""
         firsts = [entries[0] for entries in documents]
         ids = [entry["ids"] for entry in firsts]
         problem = self._problem(one, documents)
@@ -196,8 +194,7 @@ class BranchedExamples(TableExamples[Branched]):
 
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
-        """Of two answers one is preferred: the first of the pair, as their digests are sorted, or
-        the second.
+        """The preferred answer: the first of the pair, as their digests are sorted, or the second.
         """
         chosen, rejected = (digests(self._documents(n)) for n in (0, 1))
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
@@ -266,18 +263,14 @@ def encode_preferred(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of preferences, PAIRS or JUDGED, each prompt once. Longer documents (a prompt
-    with one completion) are cut to `max_length` tokens.
-    """
+    """Tokenize rows of PAIRS or JUDGED, each prompt once, cut to `max_length` tokens a document."""
     rows = as_checked(rows, kind)
     table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
     return preferred(table, rows, max_length, kind)
 
 
 def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
-    """The examples of a table that `Branches` made of rows; longer documents are cut to
-    `max_length` tokens.
-    """
+    """The examples of a table that `Branches` made, cut to `max_length` tokens a document."""
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
@@ -300,9 +293,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raise LorafoldError for those of the examples that are `cut`, (n,), of which nothing is left
-    to compare.
-    """
+    """Raise LorafoldError for `cut` examples, (n,), of which nothing is left to compare."""
     bad: dict[int, str] = {}
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]

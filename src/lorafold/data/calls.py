@@ -35,9 +35,7 @@ NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 class Pairs(NamedTuple):
-    """Arguments as keys and values: what stands between a key and its value, between a value and
-    the next key, what closes a call, and the quotes before and after a text.
-    """
+    """Arguments as keys and values: the text between, after and around them."""
 
     equals: str
     comma: str

@@ -152,9 +152,7 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
 
 
 def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
-    """After a semicolon, the variable of the template with which plain turns can be trained; empty
-    for none.
-    """
+    """After a semicolon, the template's variable with which plain turns can be trained, if any."""
     for name in sorted(variables_of(tokenizer)):
         for value in (False, True):
             with_value = copy.copy(tokenizer)
@@ -175,9 +173,7 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class DataFinding:
-    """How many of some rows have something in common, what, and the first of them, each with the
-    row that it is compared with, if any.
-    """
+    """How many rows have something in common, and the first of them with their counterparts."""
 
     count: int
     of: int
@@ -251,9 +247,7 @@ def find_problems(
     max_length: int,
     held_out: tuple[Sequence[Any], Rows] | None = None,
 ) -> Findings:
-    """What there is to know of the rows of a run: of the examples to train on, which are cut to
-    `max_length` tokens, and of the examples to measure on and their rows.
-    """
+    """Problems in the rows that are trained on and, if there are any, in those held out."""
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
     of, own = _compared(examples)
@@ -302,9 +296,7 @@ def _finding(
     like: Rows | None = None,
     about: Any = "",
 ) -> DataFinding:
-    """What was found of the rows with these indices, compared with `others` of the same rows or of
-    `like`; `about` stands in its words.
-    """
+    """The rows with these indices, compared with `others` of the same rows or of `like`."""
     said = SAID[name].format(about)
     chosen, at = np.unique(indices, return_index=True)  # each once
     if not len(chosen):
@@ -319,9 +311,7 @@ def _finding(
 def turns_of(
     examples: TableExamples[Any], rows: Rows
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array]:
-    """What becomes of the turns of rows: `roles` and `silent` as `Findings` has them, and the
-    indices of rows with an empty answer.
-    """
+    """`roles` and `silent` as `Findings` has them, and the rows with an empty answer."""
     table = examples.table
     if TURNS not in table.column_names:
         return {}, {}, np.zeros(0, np.int64)

@@ -43,9 +43,7 @@ class LabelledExample:
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the labels of the rows, of which there must be several, sorted: whole numbers by size,
-    text by character.
-    """
+    """Return the rows' labels, sorted: whole numbers by size, text by character."""
     known = Rows.of(rows, LABELS)
     check_given(known.shapes, LABELS)
     labels = {given.label for given in known.given(LABELS)}
@@ -142,9 +140,7 @@ def encode_labelled(
 
 
 def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]) -> Encoded:
-    """The examples of a table that `Labels` made of rows, cut to `max_length` tokens; `classes` are
-    by number.
-    """
+    """The examples of a table that `Labels` made, cut to `max_length` tokens."""
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
     shares = ", ".join(f"{name} {count}" for name, count in examples.counts.items())

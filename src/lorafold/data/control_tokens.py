@@ -45,8 +45,7 @@ SAID = ("content", "reasoning_content")  # what the assistant writes itself
 
 
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
-    """Let contents have these tokens, besides those that they may have already, and without those
-    that the template writes. None allows all tokens.
+    """Let contents have these tokens too, but for those that the template writes; None allows all.
     """
     if not (template := tokenizer.chat_template):
         return
@@ -71,9 +70,7 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
 def written_by(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
-    """Those of some words that the tokenizer's chat template writes itself, of pieces (as <|user|>)
-    or as a word.
-    """
+    """Those of some words that the chat template writes itself, of pieces or as a word."""
     said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
     conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
     texts = [attempt(messages, tokenizer, for_generation=True) for messages in conversations]
@@ -91,9 +88,7 @@ def allowed(template: str) -> frozenset[str] | None:
 
 
 class ControlTokenFinder(NamedTuple):
-    """What finds the control tokens in the contents of all roles but the assistant's, and in its
-    own. `first` are the characters with which they begin.
-    """
+    """Finds control tokens: of all roles but the assistant's, its own, and their first letters."""
 
     all: re.Pattern[str]
     own: re.Pattern[str]
@@ -101,9 +96,7 @@ class ControlTokenFinder(NamedTuple):
 
 
 def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """The conversation with the control tokens of its contents and tools marked; the same one if
-    there are none.
-    """
+    """The conversation with the control tokens of its contents and tools marked."""
     finder = _finder(template_of(tokenizer, conversation.tools))
     if finder is None:
         return conversation
@@ -125,9 +118,7 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
 def variables_as_text(
     variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
-    """Variables of the chat template that renders with these tools, with the control tokens in them
-    marked.
-    """
+    """Variables of the chat template, with the control tokens in them marked."""
     finder = _finder(template_of(tokenizer, tools))
     return variables if finder is None else _mark(variables, finder.all, finder)
 

@@ -53,9 +53,7 @@ OPENINGS = 1000  # ends of prompts whose ids are kept
 
 @dataclass
 class PendingExample:
-    """One example in the making: the text of a row with its trained spans of characters, or of a
-    row of plain text; then its token ids, with the starts and ends of the spans of tokens.
-    """
+    """One example in the making: text and spans of characters, then ids and spans of tokens."""
 
     row: int
     left_out: int = 0
@@ -143,9 +141,7 @@ class CompletionEncoder(Encoder):
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
-        """The examples of a rendered piece, with their ids and trained spans: one, and one more for
-        each turn before which a token would span the border.
-        """
+        """The examples of a piece: one, and one for each turn whose border a token would span."""
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, []
         if OPENING in text:
@@ -182,9 +178,7 @@ class CompletionEncoder(Encoder):
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the ids of a text depend on: the tokenizer and its template, and the day where that one
-    asks for it.
-    """
+    """What the ids of a text depend on, also the day where the template asks for it."""
     return {
         "day": day_of(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -214,9 +208,7 @@ def first_token(
 def in_pieces(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """(token ids, starts and ends of trained spans of tokens) of a text with one turn, cut where
-    the turn begins.
-    """
+    """(token ids, starts and ends of trained spans) of a text, cut where its one turn begins."""
     [border], text = rendered.turns, rendered.text
     before, rest = pieces_of(text[:border], tokenizer), pieces_of(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
@@ -315,9 +307,7 @@ class Examples(TableExamples[Example]):
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
-    """The example of token ids (T,) and the starts and ends of n trained spans, (2n,), in which
-    what is beyond the last id is left out.
-    """
+    """The example of token ids (T,) and the starts and ends of n trained spans, (2n,)."""
     labels = [NO_LOSS] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -331,9 +321,7 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of conversations, prompts with completions, or plain text, with a fast
-    tokenizer. Longer rows are cut to `max_length` tokens, at their end.
-    """
+    """Tokenize rows of conversations or plain text, cut to `max_length` tokens at their end."""
     rows = as_checked(rows, CONVERSATIONS)
     table = tokenized(rows, CompletionEncoder(tokenizer, rendering), console)
     return encoded(table, rows, max_length)

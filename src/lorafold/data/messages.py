@@ -148,9 +148,7 @@ def call_problem(field: str, call: Any) -> Iterator[str]:
 
 
 def tool_problems(value: Any) -> Iterator[str]:
-    """What is wrong with a row's tools: a list of JSON schemas, or JSON text of one; an empty text
-    has none.
-    """
+    """What is wrong with a row's tools: a list of JSON schemas, or JSON text of one, or empty."""
     if isinstance(value, str):
         if not value.strip():
             return
@@ -317,9 +315,7 @@ def query(row: Row) -> Said:
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """What is wrong with the system message beside the other fields of a row, of which something is
-    `wrong` already.
-    """
+    """Problems of a row's system message; `wrong`: something else in the row is already."""
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
         yield "field system: found beside another system message, expected one of the two"

@@ -114,9 +114,7 @@ def reference_of(
 
 
 class PromptRow(NamedTuple):
-    """A prompt as the chat template renders it for generation, and the completion that its row has,
-    or None.
-    """
+    """A prompt as the chat template renders it, and the completion that its row has, or None."""
 
     text: str
     reference: str | None
@@ -185,9 +183,7 @@ class TokenizedPrompt:
 
     @property
     def question(self) -> Any:
-        """The row's field `prompt`, a text or messages; the messages before the answer of a row
-        whose shape has no such field.
-        """
+        """The row's field `prompt`, or else the messages before its answer."""
         if "prompt" in self._shape.keys:
             return self.row["prompt"]
         return [dict(message) for message in self.conversation.messages]
@@ -221,9 +217,7 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptEncoder(Encoder):
-    """Makes examples of prompts. Columns: `row`, `ids` (T,), `marked` whether control tokens in its
-    contents are text, and `problem`.
-    """
+    """Makes examples of prompts, in columns `row`, `ids` (T,), `marked` and `problem`."""
 
     tokenizer: PreTrainedTokenizerBase
     takes = PROMPTS

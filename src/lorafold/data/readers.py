@@ -64,9 +64,7 @@ class Unreadable(ValueError):
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
-    """The file with its text in UTF-8, also of one that may be in Windows-1252; what is neither
-    stays as it is. `tell` gets the encoding where it is guessed.
-    """
+    """The file's text in UTF-8; what is neither that nor known stays as it is."""
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
@@ -218,8 +216,7 @@ def _json(file: io.BufferedReader) -> Numbered:
 
 
 def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
-    """Rows under the names of the header; every value is text. A column without a name, such as
-    the index that pandas writes, is called by its place: column 1.
+    """Rows of text under the names of the header; a column without a name is called by its place.
     """
     csv.field_size_limit(LONGEST)
     last = 0  # the line with which the last good record ends

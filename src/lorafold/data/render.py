@@ -94,9 +94,7 @@ def check_shown(
 
 
 def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise LorafoldError if the conversation has tools, or calls, and the chat template shows none
-    in any conversation.
-    """
+    """Raise LorafoldError if the chat template never shows tools, or calls, that there are."""
     tools = conversation.tools
     called = any("tool_calls" in message for message in conversation.messages)
     if tools and not template_of(tokenizer, tools).shows_tools:
@@ -216,9 +214,7 @@ class ConversationRenderings:
         return text, tuple(map(tuple, marks))
 
     def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
-        """Turn i as generation would have it, or None where the template has no such form; `whole`
-        is the rendering of all messages, if it is known.
-        """
+        """Turn i as generation would have it, or None where the template has no such form."""
         if i == 0:
             return None  # the first message has no prompt before it
         message, earlier = self.formed[i], self.formed[:i]
@@ -318,9 +314,7 @@ def render_trained(
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Give a tokenizer without a chat template a plain one; return the notice to print, or None if
-    it has a template already.
-    """
+    """Give a tokenizer without a chat template a plain one; return the notice to print."""
     if tokenizer.chat_template is not None:
         return None
     if tokenizer.eos_token is None:

@@ -84,9 +84,7 @@ class Origins:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """How many of the rows, or of the examples made of them, are from one source, and its weight:
-    how often an epoch goes through them.
-    """
+    """How many rows are from one source, and how often an epoch goes through them."""
 
     size: int
     weight: float = 1.0
@@ -199,9 +197,7 @@ class Rows(Items[Row]):
 
     @cached_property
     def shapes(self) -> tuple[Shape | None, ...]:
-        """The shape of the rows of each source that has any; None for rows that are not checked and
-        have none.
-        """
+        """The shape of the rows of each source that has any; None for those of none."""
         starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
         return tuple(shape_of(row, shapes_for(self.wanted)) for row in firsts)
@@ -243,9 +239,7 @@ def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
-    """Write rows to an Arrow file as JSON text, whose keys keep their order; return what they are
-    `measured`.
-    """
+    """Write rows to an Arrow file as JSON text; return what they are `measured`."""
     import pyarrow as pa
 
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0

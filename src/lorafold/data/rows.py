@@ -180,9 +180,7 @@ def renamed(
 
 
 def near_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    """A question, after a semicolon, for the columns whose names are nearest to those that a row
-    has not; empty where one of these has none.
-    """
+    """A question, after a semicolon, for the columns with the names nearest to those missing."""
     near = {
         name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
         for name, key in names.items()
@@ -251,9 +249,7 @@ def _numbers(rows: Sequence[int]) -> str:
 
 
 def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
-    """What is wrong with a row of no shape: it has all keys of one, and some without a value, or it
-    lacks keys.
-    """
+    """What is wrong with a row of no shape: keys without a value, or absent ones."""
     if near := [shape for shape in shapes if {*shape.keys} <= row.keys()]:
         yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
@@ -272,9 +268,7 @@ def _null(shape: Shape, row: Row) -> list[str]:
 
 
 def check_given(shapes: Iterable[Shape | None], what: str) -> None:
-    """Raise LorafoldError if the shape of a source, None for rows of no known shape, does not give
-    what is taken of its rows.
-    """
+    """Raise LorafoldError if the shape of a source's rows does not give what is taken."""
     for shape in shapes:
         if shape is None or what not in shape.gives:
             expected = " or ".join(str(known) for known in SHAPES if what in known.gives)

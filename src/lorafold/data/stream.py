@@ -41,9 +41,7 @@ class RowStream:
 
     @cached_property
     def identity(self) -> str:
-        """What a resumed run must have in common with the one before: the names, and what tells
-        whether the rows are the same, but for a dataset of the hub.
-        """
+        """What a resumed run must have in common, but for datasets of the hub."""
         local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 

@@ -75,9 +75,7 @@ RESULT: Message = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id"
 
 @dataclass(frozen=True)
 class MessageForm:
-    """How a template takes messages: `text`: arguments as JSON text; `empty`: an empty content
-    beside calls; `parts`: content as a list of parts.
-    """
+    """Arguments as JSON `text`, `empty` content beside calls, content as a list of `parts`."""
 
     text: bool = False
     empty: bool = False
@@ -281,9 +279,7 @@ def apply(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The text of messages that are in the template's form, with the prompt that opens the
-    assistant's next turn or without it.
-    """
+    """The text of messages in the template's form, with the generation prompt or without it."""
     given: Any = list(tools) or None
     prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
     try:
@@ -316,9 +312,7 @@ def attempt(
     for_generation: bool = False,
     form: MessageForm | None = None,
 ) -> str:
-    """As `apply`, for messages as `data.messages` has them, in the template's form or another one;
-    an empty text where the template refuses them.
-    """
+    """As `apply`, for messages as `data.messages` has them; empty where they are refused."""
     form = form or template_of(tokenizer, tools).form
     try:
         return apply(form.of(messages), tokenizer, tools, for_generation)

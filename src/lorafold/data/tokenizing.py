@@ -160,9 +160,7 @@ def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> 
 def _chunks(
     rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Chunks of rows, each after the index of its first one, while a progress bar shows how many
-    have passed, and the time left.
-    """
+    """Chunks of rows, each after the index of its first one, with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())

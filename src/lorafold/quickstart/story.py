@@ -105,9 +105,7 @@ class Story:
 
 
 def fastest(device: torch.device) -> Storage:
-    """bf16 or fp32, whichever this device multiplies faster; the task is learned equally well with
-    both.
-    """
+    """bf16 or fp32, whichever this device multiplies faster; both learn the task equally."""
     best = choose_storage("auto", device)
     if not widens(best.dtype, device):
         return best
@@ -194,9 +192,7 @@ def quickstart(
 
 
 def computing(where: torch.device, storage: Storage) -> Iterator[str]:
-    """Lines about what computes: the processor or the GPU, what it multiplies in, and whether the
-    operations of a step could be compiled.
-    """
+    """Lines about the processor or GPU, its dtype, and whether operations were compiled."""
     if where.type != "cpu":
         [name] = [gpu.name for gpu in gpus() if gpu.device == str(where)] or [str(where)]
         yield f"computing on {where}: {name}"

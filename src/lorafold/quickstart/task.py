@@ -101,9 +101,7 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The words of a list that belong to a split: about a fifth to test. A word has the same split
-    in every list.
-    """
+    """A split's words of a list: about a fifth to test, the same ones in every list."""
     is_test = {word: zlib.crc32(word.lower().encode()) % 5 == 0 for word in words}
     return tuple(word for word in words if is_test[word] == (split == "test"))
 
@@ -173,9 +171,7 @@ NEWS = composed(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (
 
 @dataclass(frozen=True)
 class Intent:
-    """Slots in the order of the JSON keys, and phrasings, in which `(a|b)` is a choice and `<slot>`
-    the spoken value of a slot.
-    """
+    """Slots in the order of JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` its value."""
 
     slots: Mapping[str, Slot]
     requests: tuple[str, ...]  # imperatives, which take an opening
@@ -239,9 +235,7 @@ INTENTS = {
 
 
 def rows(split: Split, n: int, seed: int) -> list[Row]:
-    """Different rows {"prompt": [system, user], "completion": [assistant]} of a split, drawn by the
-    seed, equally many for each intent.
-    """
+    """Different rows of prompt and completion, equally many for each intent, by the seed."""
     rng = random.Random(f"{split} {seed}")
     drawn: dict[str, Row] = {}
     names = list(INTENTS)

@@ -29,9 +29,7 @@ LENGTH: int = Recipe.model_fields["max_length"].default
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """Return the fields that the recipe sets but its method has no option for, such as the rank of
-    a prompt.
-    """
+    """Return the fields that the recipe sets but its method has no option for."""
     known = known_options(recipe.method, recipe.options.get("over"))
     return [name for name in recipe.for_method() if name not in known]
 
@@ -78,9 +76,7 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
 
 
 def trainable_storage(recipe: Recipe) -> str:
-    """Return the storage of a base whose own weights are trained: fp32, or bf16 if the recipe asks
-    for it.
-    """
+    """Return the storage of a base that trains: fp32, or bf16 if the recipe asks for it."""
     storage = str(recipe.storage)
     if storage in QUANTIZED and "storage" in recipe.model_fields_set:
         raise LorafoldError(

@@ -41,9 +41,7 @@ class Item(NamedTuple):
 
 
 class Wrong(Exception):
-    """What is wrong with a function, a row or what was returned, and `at` which item; None for no
-    item, or any.
-    """
+    """What is wrong with a function, a row or a result, and `at` which item, if with one."""
 
     def __init__(self, message: str, at: int | None = None) -> None:
         super().__init__(message)
@@ -140,9 +138,7 @@ def number(value: Any, at: int | None) -> float | None:
 
 
 def raised(error: BaseException, file: str | None) -> str:
-    """The type, message and line of an error: the line of this file, if the error passed through
-    it; else where it arose.
-    """
+    """The type, message and line of an error: of this file, if it passed through it."""
     told = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         name = Path(error.filename or "").name
@@ -169,9 +165,7 @@ def _shown(value: Any) -> str:
 
 
 def in_file(text: str) -> Function:
-    """A function of a Python file: `/path/FILE.py:fn`. Modules beside the file can be imported, as
-    a script's can.
-    """
+    """A function of `/path/FILE.py:fn`, which can import modules beside the file."""
     path, _, name = text.rpartition(":")
     file = Path(path)
     if not file.is_file():
@@ -196,9 +190,7 @@ def in_file(text: str) -> Function:
 
 
 def pattern(text: str) -> Function:
-    """1 for a completion that a regular expression matches from its start to its end; `.` matches
-    newlines too.
-    """
+    """1 for a completion that a regular expression matches whole; `.` matches newlines."""
     try:
         compiled = re.compile(text, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
@@ -207,9 +199,7 @@ def pattern(text: str) -> Function:
 
 
 def schema(text: str) -> Function:
-    """1 for a completion that is JSON of a schema, as llguidance reads both; space around it is
-    left out.
-    """
+    """1 for a completion that is JSON of a schema, as llguidance reads both."""
     try:
         from llguidance import LLMatcher, LLTokenizer
     except ImportError:
