@@ -279,7 +279,6 @@ def _rows(one: Mapping[str, Any]) -> SourceRows:
 
 
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns by lorafold's names."""
     kind, turns = one.get("type"), one.get("field_messages") or "messages"
     if isinstance(kind, Mapping):
         ours = ("instruction", "input", "output", "system")
@@ -296,13 +295,11 @@ def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _properties(one: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a turn calls its role and its content."""
     given = one.get("message_property_mappings") or {}
     return tuple(str(given.get(k) or one.get(f"message_field_{k}") or k) for k in TURNS[0])
 
 
 def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
-    """What a dataset says that has no counterpart."""
     kind, template = one.get("type"), one.get("chat_template")
     form, known = str(kind).split(".")[0], READ | {"chat_template"}
     alpaca = form.split(":")[0] == "alpaca"

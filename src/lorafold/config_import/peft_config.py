@@ -84,7 +84,6 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
 
 
 def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Outcome]]:
-    """The keys of the method's own fields; `spec` lies beneath DoRA, where that is on."""
     dora, name = method.outer is not None, name_of(spec)
     full_name = "dora" if dora else name
     if start is not None:

@@ -225,7 +225,6 @@ class Translation:
 
 
 def _is_silent(entry: TranslatedKey) -> bool:
-    """Does the entry say no more than that something is off?"""
     off = entry.outcome.remark in ("it is off", "it is not set")
     return off and entry.outcome.how == "taken" and not entry.outcome.fields
 
@@ -310,7 +309,6 @@ def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
 
 
 def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
-    """The recipe of all entries' fields."""
     values: dict[str, Any] = {}
     for entry in entries:
         for name, value in entry.outcome.fields.items():
@@ -348,7 +346,6 @@ def _joined(before: Any, value: Any) -> Any:
 
 
 def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> TranslatedKey:
-    """The entry without fields that the method has no option for."""
     fields = entry.outcome.fields
     rest = {name: value for name, value in fields.items() if name not in names}
     if len(rest) == len(fields):

@@ -142,7 +142,6 @@ def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _of(prefix: str, rows: Table) -> Table:
-    """The rows of the arguments of one function."""
     return {" ".join(f"{prefix}{k}" for k in keys.split()): row for keys, row in rows.items()}
 
 

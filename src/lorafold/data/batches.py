@@ -59,7 +59,6 @@ class Batches(Sequence[list[int]]):
         return [int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)]
 
     def _epoch(self, epoch: int) -> Array:
-        """The indices of an epoch's examples in the order of training, (size,)."""
         first, pool = 0, []
         for number, (part, taken) in enumerate(zip(self._parts, self._taken, strict=True)):
             own = np.arange(part.size, dtype=np.int32)

@@ -120,7 +120,6 @@ class Branches(Encoder):
         return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
 
     def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The columns of one example, from the entries of each completion's document."""
         firsts = [entries[0] for entries in documents]
         ids = [entry["ids"] for entry in firsts]
         problem = self._problem(one, documents)
@@ -202,7 +201,6 @@ class BranchedExamples(TableExamples[Branched]):
         return Judgements(digests(*(of.tolist() for of in ordered)), chosen < rejected, contrary)
 
     def _documents(self, branch: int) -> Iterator[bytes]:
-        """The bytes of the ids of one document of each example, whole."""
         for ids, starts in zip(self._ids, self._starts, strict=True):
             start, end = [*starts.tolist(), len(ids)][branch : branch + 2]
             yield ids[: starts[0]].tobytes() + ids[start:end].tobytes()

@@ -263,7 +263,6 @@ def _value(text: str, pairs: Pairs) -> Any:
 
 
 def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
-    """The types of a tool's arguments."""
     for tool in tools:
         function = tool.get("function", tool)
         if function["name"] == name:

@@ -163,7 +163,6 @@ def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why a plain turn can't be trained; empty if it can."""
     said: Message = {"role": "assistant", "content": VALUE}
     try:
         return LEFT_OUT * render_trained(Conversation([ASKED, said]), tokenizer).left_out

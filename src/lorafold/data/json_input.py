@@ -154,7 +154,6 @@ def as_known(row: Any) -> Found:
 
 
 def _moved(row: Row, key: str, name: str) -> Row:
-    """The row with the value of one key under another name, unless that has a value too."""
     if row.get(key) is None or row.get(name) is not None:
         return row
     return {name if k == key else k: v for k, v in row.items() if k != name}

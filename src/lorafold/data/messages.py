@@ -100,7 +100,6 @@ def role_of(name: Any) -> Any:
 
 
 def _calls(message: Message) -> list[Any]:
-    """The calls of a message, also the single one that the older form has."""
     single = message.get("function_call")
     return message.get("tool_calls") or [single] * (single is not None)
 
@@ -327,7 +326,6 @@ def system_of(row: Row) -> list[Message]:
 
 
 def _own_system(row: Row) -> str | None:
-    """The system message with which the messages of a row begin."""
     for key in ("messages", "conversations", "prompt", "chosen"):
         first = row[key][0] if isinstance(row.get(key), list) and row[key] else None
         if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):

@@ -121,7 +121,6 @@ class PromptRow(NamedTuple):
 
 
 def _conversation(row: Row) -> Conversation:
-    """The conversation of a row; one without messages where it asks nothing."""
     shape = shape_of(row, ASKING)
     if shape is None:
         return Conversation([])

@@ -90,7 +90,6 @@ class _Utf8(io.RawIOBase):
 
 
 def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]:
-    """The pieces of a file in UTF-8, or as they are."""
     decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
     plain, windows = not wide, False  # so far there is ASCII alone
     piece = b" "
@@ -196,7 +195,6 @@ def _lines(lines: Iterable[bytes]) -> Numbered:
 
 
 def _json(file: io.BufferedReader) -> Numbered:
-    """One list of objects, one object, or objects one a line."""
     first = file.readline().removeprefix(BOM)
     if first.lstrip()[:1] == b"{" and isinstance(row_of(first), dict):
         yield from _lines(chain([first], file))
@@ -260,7 +258,6 @@ def _parquet(file: io.BufferedReader) -> Numbered:
 
 
 def _arrow(file: io.BufferedReader) -> Numbered:
-    """A file of Arrow, or a stream of it, as `datasets` writes them."""
     import pyarrow as pa
 
     try:

@@ -241,7 +241,6 @@ def checked(
 
 
 def _numbers(rows: Sequence[int]) -> str:
-    """The numbers of rows, which ascend, in words."""
     first, last = rows[0], rows[-1]
     if last - first >= len(rows):
         return f"{len(rows)} rows from {first} to {last}"
@@ -261,7 +260,6 @@ def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
 
 
 def _null(shape: Shape, row: Row) -> list[str]:
-    """The keys of a shape that have no value in a row, as problems."""
     keys = [key for key in shape.keys if key in row and row[key] is None]
     expected = f"expected a value, as rows of {shape} have one"
     return [f"field {key}: found null, {expected}" for key in keys]
@@ -296,7 +294,6 @@ def _reading(
     notice: Notice,
     read: RowsRead,
 ) -> Iterator[Row]:
-    """The rows of sources as they are read."""
     remarks, shapes = RowRemarks(wanted), shapes_for(wanted)
     for number, source in enumerate(sources):
         last = None

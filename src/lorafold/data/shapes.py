@@ -132,13 +132,11 @@ def turns_preference(row: Row) -> Said:
 
 
 def _shared(chosen: list[Any], rejected: list[Any]) -> int:
-    """How many messages the two have in common at their beginning."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
 
 
 def _conversation(said: Any) -> list[Message]:
-    """A conversation, also as a text of turns."""
     return _turns(said) if isinstance(said, str) else said
 
 
@@ -328,7 +326,6 @@ def _label_problems(row: Row) -> Iterator[str]:
 
 
 def _instruction(answered: str, beside: str) -> Shape:
-    """A shape of an instruction, what it is about, and an answer, all text."""
     wrong = partial(instruction_problems, answered, beside)
     read, keys = partial(instruction, answered, beside), ("instruction", answered)
     return Shape(keys, wrong, read, CHAT, (beside, "system", "tools"))

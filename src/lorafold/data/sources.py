@@ -111,7 +111,6 @@ def _hidden(name: str) -> bool:
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:
-    """By which paths are sorted: text without case, and numbers by size."""
     pieces = re.split(r"([0-9]+)", path.as_posix().casefold())
     return [int(p) if n % 2 else p for n, p in enumerate(pieces)], str(path)
 

@@ -137,7 +137,6 @@ class StreamFeed(BatchFeed):
         return "; ".join([f"stream: {self._counts['read']:,} rows read", *parts]) + marked
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
-        """The examples of the next n rows."""
         import pyarrow as pa
 
         chunk, takes = list(islice(rows, n)), self.encoder.takes

@@ -115,7 +115,6 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
 
 
 def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
-    """The table of large data, made once and kept in the cache."""
     import pyarrow as pa
 
     def notice(text: str) -> None:
@@ -153,7 +152,6 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
 
 
 def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
-    """The examples of some rows as JSON text, of which the first has the index `first`."""
     return encoder.encode(rows.given(encoder.takes, [*map(json.loads, texts)], first), first)
 
 

@@ -251,7 +251,6 @@ def rows(split: Split, n: int, seed: int) -> list[Row]:
 
 
 def _draw(name: str, rng: random.Random, split: Split) -> tuple[str, str]:
-    """One request of an intent, and its JSON."""
     intent = INTENTS[name]
     values = {key: slot(rng, split) for key, slot in intent.slots.items()}  # spoken, recorded
     openings = [OPENINGS + request for request in intent.requests]

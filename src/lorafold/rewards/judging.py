@@ -160,7 +160,6 @@ class SeparateReward:
 
 
 def _end(code: int) -> str:
-    """How a process ended."""
     if code >= 0:
         return f"its process ended with exit code {code}"
     known = {int(number): number.name for number in signal.Signals}
@@ -215,7 +214,6 @@ def check_there(texts: Iterable[str]) -> None:
 
 
 def _file(kind: str, text: str) -> Path | None:
-    """The file that a reward of a kind has."""
     return {"schema": Path(text), "file": Path(text.rpartition(":")[0])}.get(kind)
 
 
@@ -353,7 +351,6 @@ class Rewards(AbstractContextManager["Rewards"]):
 
 
 def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
-    """The numbers of a reward, which may be one that others wrote."""
     found = reward(judged)
     if len(found) != len(judged):
         told = f"it returned {len(found)} rewards, expected {len(judged)}, one a completion"
