@@ -41,7 +41,6 @@ from lorafold.config_import.rules import (
     taken,
     to,
 )
-from lorafold.config_import.trainer import rows_wanted
 from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of
@@ -262,7 +261,7 @@ def _plugins(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _datasets(value: Any, settings: ToolSettings) -> Outcome:
-    wanted = rows_wanted(objectives.objective_of(settings))
+    wanted = trainer.rows_wanted(objectives.objective_of(settings))
     sources = value if isinstance(value, list) else [value]
     if not all(isinstance(one, Mapping) and one.get("path") for one in sources):
         return left(f"{wanted}: {value}", PLACEHOLDER)

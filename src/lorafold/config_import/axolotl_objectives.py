@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorafold.advice import boolean, integer, names, number
-from lorafold.config_import import grpo
+from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     OFF,
     Outcome,
@@ -35,15 +35,6 @@ from lorafold.config_import.rules import (
     to_options,
     unless,
     where,
-)
-from lorafold.config_import.trainer import (
-    DPO_LOSSES,
-    NO_DROPOUT,
-    ORPO_TERM,
-    law_option,
-    of_dpo,
-    smoothing_of_dpo,
-    supervised_as,
 )
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
@@ -88,7 +79,7 @@ def objective_of(settings: ToolSettings) -> str | None:
     if is_policy(settings):
         return grpo.objective_of(as_trl(settings))
     if rl == "dpo":
-        return DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
+        return trainer.DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
     return rl if rl in OTHERS else "reward" if is_reward_model(settings) else None
 
 
@@ -147,7 +138,7 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
         return taken(f"{key} says which objective")
     if value == "simpo" and settings["simpo_gamma"] is None:
         raise LorafoldError("simpo_gamma missing, and axolotl has no default for it")
-    return changed(ORPO_TERM if value == "orpo" else "", objective=value)
+    return changed(trainer.ORPO_TERM if value == "orpo" else "", objective=value)
 
 
 def _loss_weights(value: Any, settings: ToolSettings) -> Outcome:
@@ -189,7 +180,7 @@ def dropout(value: Any, settings: ToolSettings) -> Outcome:
         return taken(dropout=rate)
     if OBJECTIVES[objective].draws:
         return changed(grpo.NO_DROPOUT, dropout=0.0)
-    return taken(NO_DROPOUT, dropout=0.0)
+    return taken(trainer.NO_DROPOUT, dropout=0.0)
 
 
 def starts_afresh(settings: ToolSettings) -> bool:
@@ -216,9 +207,9 @@ OWN: Table = {
     "dpo_use_weighting": refusing("lorafold weighs every pair alike"),
     "rpo_alpha": refusing("axolotl refuses it; dpo_loss_type: [sigmoid, sft] has the term"),
     "dpo_norm_loss": refusing("axolotl refuses it"),
-    "simpo_gamma": law_option("gamma", objective_of),
-    "kto_desirable_weight": law_option("desirable_weight", objective_of),
-    "kto_undesirable_weight": law_option("undesirable_weight", objective_of),
+    "simpo_gamma": trainer.law_option("gamma", objective_of),
+    "kto_desirable_weight": trainer.law_option("desirable_weight", objective_of),
+    "kto_undesirable_weight": trainer.law_option("undesirable_weight", objective_of),
     "reward_model": lambda value, settings: (
         OFF
         if not boolean(value)
@@ -230,19 +221,19 @@ OWN: Table = {
 }
 OF_DPO: Table = {
     "dpo_loss_type": (
-        lambda value, settings: of_dpo(
+        lambda value, settings: trainer.of_dpo(
             names(value), settings["dpo_loss_weights"], "dpo_loss_weights"
         ),
         ["sigmoid"],
     ),
     "dpo_loss_weights": _loss_weights,
-    "dpo_label_smoothing": smoothing_of_dpo,
+    "dpo_label_smoothing": trainer.smoothing_of_dpo,
 }
 RULES: tuple[Rule, ...] = (
     *table(OWN),
     *table(OF_DPO, where("rl", "dpo")),
     *table(
-        {"cpo_alpha": (supervised_as("simpo"), 1.0)}, where("rl", "simpo")
+        {"cpo_alpha": (trainer.supervised_as("simpo"), 1.0)}, where("rl", "simpo")
     ),
     *table(
         {

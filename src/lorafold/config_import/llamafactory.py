@@ -41,15 +41,6 @@ from lorafold.config_import.rules import (
     to,
     where,
 )
-from lorafold.config_import.trainer import (
-    NO_SECOND_MODEL,
-    beta,
-    dropout,
-    has_reference,
-    law_option,
-    rows_wanted,
-    supervised,
-)
 from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object
@@ -111,7 +102,7 @@ def objective_of(settings: ToolSettings) -> str | None:
 
 def compares(settings: ToolSettings) -> bool:
     """Whether the objective compares with a reference."""
-    return has_reference(objective_of(settings))
+    return trainer.has_reference(objective_of(settings))
 
 
 def is_packed(settings: ToolSettings) -> bool:
@@ -213,7 +204,7 @@ def _pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
     objective = objective_of(settings)
     if objective == "reward":
         return None
-    return supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
+    return trainer.supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
 
 
 def _label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
@@ -260,7 +251,7 @@ def _ref_model(value: Any, settings: ToolSettings) -> Outcome:
     if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
         return taken("it is what lies below the new adapter, and so lorafold's reference")
     over = " over ".join((*reversed(theirs), str(value)))
-    raise LorafoldError(f"found {over} as the reference, but {NO_SECOND_MODEL}")
+    raise LorafoldError(f"found {over} as the reference, but {trainer.NO_SECOND_MODEL}")
 
 
 def _ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -276,7 +267,7 @@ def _dataset(value: Any, settings: ToolSettings) -> Outcome:
     folder = Path(str(settings["dataset_dir"] or "data"))
     info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
     sources = [_rows(name, info.get(name), folder) for name in names(value)]
-    return given_as_data(sources, rows_wanted(objective_of(settings)))
+    return given_as_data(sources, trainer.rows_wanted(objective_of(settings)))
 
 
 def _rows(name: str, info: Any, folder: Path) -> SourceRows:
@@ -332,12 +323,12 @@ OWN: Table = {
         ),
         False,
     ),
-    "pref_beta": (beta(objective_of), 0.1),
+    "pref_beta": (trainer.beta(objective_of), 0.1),
     "pref_ftx": (_pref_ftx, 0.0),
     "pref_bco_weight": (_bco_weight, 0.0),
-    "simpo_gamma": (law_option("gamma", objective_of), 0.5),
-    "kto_chosen_weight": (law_option("desirable_weight", objective_of), 1.0),
-    "kto_rejected_weight": (law_option("undesirable_weight", objective_of), 1.0),
+    "simpo_gamma": (trainer.law_option("gamma", objective_of), 0.5),
+    "kto_chosen_weight": (trainer.law_option("desirable_weight", objective_of), 1.0),
+    "kto_rejected_weight": (trainer.law_option("undesirable_weight", objective_of), 1.0),
     "ref_model_adapters": lambda value, settings: (
         None if settings["ref_model"] is None else read_with("ref_model")
     ),
@@ -409,7 +400,7 @@ OF_METHOD: Table = {
     "lora_alpha": lambda value, settings: taken(
         alpha=number(value) or 2.0 * settings.read("lora_rank", integer)
     ),
-    "lora_dropout": (dropout(where("stage", "dpo", "kto")), 0.0),
+    "lora_dropout": (trainer.dropout(where("stage", "dpo", "kto")), 0.0),
     "lora_target": (SAME, "all"),
     "additional_target": SAME,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),

@@ -37,7 +37,6 @@ from lorafold.config_import.rules import (
     to,
     where,
 )
-from lorafold.config_import.trainer import rows_wanted
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of
@@ -197,7 +196,7 @@ def _data(value: Any, settings: ToolSettings) -> Outcome:
     if settings["hf_dataset"]:
         return taken("hf_dataset takes its place")
     columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
-    rows = given_as_data([SourceRows(str(value), str(value), columns)], rows_wanted(None))
+    rows = given_as_data([SourceRows(str(value), str(value), columns)], trainer.rows_wanted(None))
     valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
     said = f"{rows.remark}; of a directory train.jsonl is taken: --eval-data {valid}"
     return replace(rows, remark=said)
@@ -209,7 +208,7 @@ def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
         rows = of_hub(one["path"], one.get("config"), one.get("train_split", "train[:80%]"))
         columns = {ours: one.get(theirs) for ours, theirs in FEATURES.items()}
         sources.append(replace(rows, columns=columns))
-    return given_as_data(sources, rows_wanted(None))
+    return given_as_data(sources, trainer.rows_wanted(None))
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:

@@ -38,17 +38,6 @@ from lorafold.config_import.rules import (
     to,
     unless,
 )
-from lorafold.config_import.trainer import (
-    DPO_LOSSES,
-    ORPO_TERM,
-    beta,
-    dropout,
-    law_option,
-    of_dpo,
-    rows_wanted,
-    smoothing_of_dpo,
-    supervised_as,
-)
 from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of
@@ -58,8 +47,8 @@ HEAD = "score"  # what transformers calls the head of a reward model
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
 # The losses of DPOTrainer; those that DPO_LOSSES lacks are refused by name
 DPO_NAMES = (
-    *DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    *trainer.DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 NO_TEMPLATE = "the model's own template is used; write the other to a file: --chat-template FILE"
 
@@ -218,7 +207,7 @@ def data_rows(objective: str | None) -> Table:
         if settings["datasets"]:
             return taken("datasets takes its place")
         rows = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
-        return given_as_data([rows], rows_wanted(objective))
+        return given_as_data([rows], trainer.rows_wanted(objective))
 
     def several(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
@@ -229,7 +218,7 @@ def data_rows(objective: str | None) -> Table:
             rows = of_hub(one["path"], one.get("name"), one.get("split"), files)
             remarks = [f"its columns {one['columns']} alone"] if one.get("columns") else []
             sources.append(replace(rows, remarks=[*rows.remarks, *remarks]))
-        return given_as_data(sources, rows_wanted(objective)) if sources else None
+        return given_as_data(sources, trainer.rows_wanted(objective)) if sources else None
 
     return {
         "dataset_name": name,
@@ -239,7 +228,7 @@ def data_rows(objective: str | None) -> Table:
     }
 
 
-LORA_DROPOUT = dropout(
+LORA_DROPOUT = trainer.dropout(
     lambda settings: bool(settings["disable_dropout"]) and settings.on("disable_dropout")
 )
 RATE = trainer.rate(is_lora)
@@ -347,17 +336,19 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         + " loss_weights f_divergence_type use_weighting discopop_tau ld_alpha",
         {
             "loss_type": (
-                lambda value, settings: of_dpo(
+                lambda value, settings: trainer.of_dpo(
                     losses(settings), settings["loss_weights"], "loss_weights"
                 ),
                 ["sigmoid"],
             ),
             "loss_weights": taken("they are read with loss_type"),
             "beta": (
-                beta(lambda settings: DPO_LOSSES.get(next(iter(losses(settings)), ""))),
+                trainer.beta(
+                    lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))
+                ),
                 0.1,
             ),
-            "label_smoothing": smoothing_of_dpo,
+            "label_smoothing": trainer.smoothing_of_dpo,
             "f_divergence_type": cases(
                 {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL}: expected reverse_kl"
             ),
@@ -387,8 +378,8 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 "kto",
             ),
             "beta": (to("beta", number), 0.1),
-            "desirable_weight": (law_option("desirable_weight", lambda _: "kto"), 1.0),
-            "undesirable_weight": (law_option("undesirable_weight", lambda _: "kto"), 1.0),
+            "desirable_weight": (trainer.law_option("desirable_weight", lambda _: "kto"), 1.0),
+            "undesirable_weight": (trainer.law_option("undesirable_weight", lambda _: "kto"), 1.0),
             **data_rows("kto"),
             **grpo.REFERENCE,
             **COMPARING,
@@ -400,7 +391,9 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         {
             # it has no field that names its loss
             "beta": (
-                lambda value, settings: changed(ORPO_TERM, objective="orpo", beta=number(value)),
+                lambda value, settings: changed(
+                    trainer.ORPO_TERM, objective="orpo", beta=number(value)
+                ),
                 0.1,
             ),
             **data_rows("orpo"),
@@ -419,8 +412,8 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 "sigmoid",
             ),
             "beta": (to("beta", number), 0.1),
-            "simpo_gamma": (law_option("gamma", lambda _: "simpo"), 0.5),
-            "cpo_alpha": (supervised_as("simpo"), 1.0),
+            "simpo_gamma": (trainer.law_option("gamma", lambda _: "simpo"), 0.5),
+            "cpo_alpha": (trainer.supervised_as("simpo"), 1.0),
             "alpha": unless(0, "lorafold's rewards are log-probabilities, without AlphaPO's power"),
             "label_smoothing": unless(0, "lorafold's simpo has no such option"),
             **data_rows("simpo"),

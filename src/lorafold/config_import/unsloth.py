@@ -35,7 +35,6 @@ from lorafold.config_import.rules import (
     taken,
     to,
 )
-from lorafold.config_import.trainer import rows_wanted
 from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS, ROWS
 from lorafold.errors import LorafoldError
 from lorafold.models.quantizations import made_of
@@ -131,7 +130,7 @@ def _length(value: Any, settings: ToolSettings) -> Outcome:
 
 def wanted(settings: ToolSettings) -> str:
     """The rows that the script's trainer takes, in words."""
-    return rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
+    return trainer.rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
 
 
 def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
