@@ -182,8 +182,8 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_ratio` becomes the warm-up; of a run whose steps the file gives, axolotl takes the
-    steps rounded down, and at most 100 where the ratio is its own.
+    """`warmup_ratio` becomes the warm-up; axolotl rounds known steps down, to at most 100 by
+    default.
     """
     if settings["warmup_steps"] is not None:
         return None

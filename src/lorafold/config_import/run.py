@@ -401,9 +401,8 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's, axolotl's or
-    mlx-lm's, as in lora_r; None for what none of them has. `given` are the values of all such
-    options on the command line, by their names without dashes in front.
+    """What becomes of an option of any of the tools, as in lora_r, beside all such options that are
+    given; None for what none has.
     """
     name, value = SWITCHES.get(key, (key, given[key]))
     for rules in _tables():

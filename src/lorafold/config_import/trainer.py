@@ -169,8 +169,8 @@ def rate(is_lora: Condition) -> Reader:
 
 
 def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
-    """Rows of a micro-batch times accumulation become the batch. `of_one` is what they are counted
-    for; where rows are packed, `packed` are the tool and its key that a sequence fills.
+    """Micro-batch times accumulation becomes the batch; `packed`: the tool and its key that a
+    packed sequence fills.
     """
     if not packed:
         return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
@@ -183,9 +183,7 @@ def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The kind of LoRA becomes `method` and `options`: whether the update is weight-decomposed,
-    whether it is scaled by alpha over the square root of the rank, and PEFT's `init_lora_weights`.
-    """
+    """The kind of LoRA, with PEFT's `init_lora_weights`, becomes `method` and `options`."""
     beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
         options["init"] = init

@@ -93,9 +93,8 @@ def digests(*columns: Iterable[Any]) -> Array:
 
 
 class Judgements(NamedTuple):
-    """What examples judge and how: a digest of each subject (n,), and the number of a verdict on it
-    (n,). `contrary` says in words that a row judges a subject otherwise than another does, and
-    `labels` how many examples have each of the labels that there may be.
+    """What examples judge: digests of subjects (n,), verdicts (n,), what contradictions are called,
+    and how many examples have each label.
     """
 
     subjects: Array

@@ -260,9 +260,8 @@ def forest(
     limits: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Forest:
-    """The forest of tokenized rows with unshifted labels, each of which may share `limits` tokens
-    at most. With `groups`, ascending, rows share with those of their group alone, which have the
-    first tokens in common, up to their limits.
+    """The forest of rows with unshifted labels, each of which may share `limits` tokens at most;
+    with `groups`, ascending, with those of its group alone.
     """
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
@@ -317,9 +316,8 @@ def alike(
     beginning: Callable[[R], Sequence[int]],
     size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
-    """Divide the rows of an optimizer step into `n` micro-batches in which those that begin alike
-    meet, and into more where their tokens would exceed the capacity of a packed sequence. `size`
-    gives the tokens of a row; None: as many as it begins with.
+    """Divide a step's rows into `n` micro-batches, or more of at most `capacity` tokens, in which
+    those that begin alike meet. `size` gives a row's tokens; None: as many as it begins with.
     """
     parts: list[Sequence[R]] = []
     part: list[R] = []
@@ -338,9 +336,7 @@ def alike(
 
 
 def _common(before: Array, ids: Array, targets: Array = EMPTY, wanted: Array = EMPTY) -> int:
-    """How many ids a row (u,) has in common with the one before (t,), up to one that predicts
-    another token: `targets` are those of the row before, `wanted` of the row.
-    """
+    """How many ids a row (u,) shares with the one before (t,), up to another target."""
     n = min(len(before), len(ids))
     same = before[:n] == ids[:n]
     if len(wanted):

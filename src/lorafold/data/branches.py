@@ -84,11 +84,8 @@ def continued(example: Example) -> Branched:
 
 @dataclass(eq=False)
 class Branches(Encoder):
-    """Makes examples of preferences; it takes `data.shapes.PAIRS` or `JUDGED`.
-
-    Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
-    starts and ends of trained spans in them, `desirable`, `turns` as `CompletionEncoder` has them,
-    those of the prompt once, and `problem`.
+    """Makes examples of PAIRS or JUDGED. Columns: `row`, `ids` (T,), `starts` (k,) of the branches,
+    `spans` (2n,) that are trained, `desirable`, `marked`, `turns`, `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -226,8 +223,8 @@ class BranchedExamples(TableExamples[Branched]):
 
 
 class MismatchedExamples(BranchedExamples):
-    """The same for judged completions, each with a second branch: the completion of the example
-    before (that of the last one for the first), which KTO measures its divergence on.
+    """Judged completions, each with the one of the example before (for the first: of the last) as a
+    second branch, on which KTO measures its divergence.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:

@@ -129,9 +129,7 @@ def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
 
 
 def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """What stands before the first key of two arguments, between it and its value, between that and
-    the next key, and after the last value; None for all where one is not found.
-    """
+    """What stands before two keys, between a key and its value, between both, and behind them."""
     wanted = [str(part) for pair in arguments.items() for part in pair]
     parts = re.split("({})".format("|".join(map(re.escape, wanted))), text)
     if parts[1::2][-4:] != wanted:

@@ -59,7 +59,7 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 @dataclass(frozen=True, eq=False)
 class Labels(Encoder):
     """Makes examples of texts with labels. Columns: `row`, `ids` (T,), `closing`, how many special
-    tokens end them, `label`, the number of the class, and `problem`.
+    tokens end them, `label`, the class's number, and `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -130,9 +130,8 @@ def encode_labelled(
     classes: Sequence[str],
     console: "Console | None" = None,
 ) -> Encoded:
-    """Tokenize labelled texts and turn their labels into class numbers, which are the indices of
-    `classes`. Longer rows are cut to `max_length` tokens, at the end of their text: the special
-    tokens that the tokenizer closes it with stay.
+    """Tokenize labelled texts; a label becomes its index in `classes`. Longer rows are cut to
+    `max_length` tokens before the special tokens that close them.
     """
     rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)

@@ -223,9 +223,8 @@ class Pieces:
 
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The tokens of a rendered text by a fast tokenizer, as `encode_marked_chat` of transformers
-    has them; those of a marked token share its characters. All pieces but the first are tokenized
-    as they are after a line break: some tokenizers put a space before the beginning of a text.
+    """The tokens of a rendered text, as `encode_marked_chat` has them. All pieces but the first are
+    tokenized as after a line break: some tokenizers put a space before a text.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]

@@ -190,8 +190,8 @@ def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def first_token(
     encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
 ) -> int:
-    """The first token of the encoding of a text that starts at or after a character. With `spaced`
-    a token with the character counts that has nothing but white space before it.
+    """The first token that starts at or after a character; with `spaced` also one with only white
+    space before it.
     """
     if character >= len(text):
         return len(encoding)

@@ -136,8 +136,7 @@ def read_prompts(
 
 
 def questions_in(row: Row) -> list[str]:
-    """What a row asks before each turn of the assistant, or at its end, each as a text to compare
-    rows of any shapes by; none for rows of plain text. Case and outer space do not count.
+    """The texts before each turn of the assistant, or the whole row, without case and outer space.
     """
     messages = _conversation(row).messages
     said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]

@@ -63,8 +63,8 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raise LorafoldError if the text, its rendering, lacks a part of the conversation. `turns` are
-    what the template adds for messages with calls, by their number, where that is known.
+    """Raise LorafoldError if the text lacks a part of the conversation. `turns` are what the
+    template adds for messages with calls.
     """
     messages, tools = conversation.messages, conversation.tools
     # a part that is not in the text, messages and tools with a probe in its place, and the probe
@@ -148,9 +148,8 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of one example and its trained character spans [start, end). `turns` are the
-    characters at which its trained turns begin: the text before one is what generation starts from,
-    so that the tokens are to be cut there.
+    """The text of one example, its trained character spans [start, end), and the characters at
+    which its trained turns begin, where the tokens are to be cut.
     """
 
     text: str
@@ -160,9 +159,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TrainedRenderings:
-    """The examples of one conversation. `left_out` assistant turns are not trained on, and the
-    text of `hidden` trained turns lacks their reasoning, or what they say beside a call, since the
-    template leaves it out. `turns` are the indices of the messages that are trained on.
+    """The examples of one conversation, how many assistant turns are left out, in how many the
+    template hides a part, and the messages that are trained on.
     """
 
     renderings: tuple[Rendered, ...]
@@ -173,8 +171,8 @@ class TrainedRenderings:
 
 @dataclass(frozen=True)
 class TrainedTurn:
-    """One assistant turn: a text that ends with it, where it starts and ends in that text, what
-    generation makes of it, and the spans that the template marks, None if it marks none anywhere.
+    """One assistant turn: a text that ends with it, its characters there, what generation makes of
+    it, and the spans that the template marks, None if it marks none anywhere.
     """
 
     text: str
@@ -337,9 +335,8 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Render messages in the form of `data.messages` with the tokenizer's chat template, control
-    tokens in their contents as text, with the prompt that opens the assistant's next turn or
-    without it. `variables` are further ones of the template, such as enable_thinking.
+    """Render messages in the form of `data.messages`, control tokens in their contents as text,
+    with further variables of the chat template, such as enable_thinking.
     """
     given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
     formed = template_of(tokenizer, given.tools).form.of(given.messages)

@@ -207,8 +207,8 @@ class Rows(Items[Row]):
         return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
 
     def given(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
-        """What the shapes of the rows give, a key of `Shape.gives` that all have: of all rows, or
-        of some that follow each other, of which the first has the index `first`.
+        """What the shapes of the rows give, a key of `Shape.gives`: of all rows or of `some`, of
+        which the first has the index `first`.
         """
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])

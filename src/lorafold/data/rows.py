@@ -70,8 +70,7 @@ class RowRemarks:
     _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by what becomes of them
 
     def left_out(self, row: Any, place: str, shape: Shape | None = None) -> bool:
-        """Whether a row is left out: it has nothing in any of its fields, as spreadsheets have
-        them, or, once its shape is known, an empty answer where answers are needed.
+        """Whether a row is left out: all its fields are empty or, where answers are needed, one is.
         """
         if shape is None:
             values = row.values() if isinstance(row, dict) else [row]
@@ -134,8 +133,8 @@ class RowRemarks:
 
 
 def proposed_columns(row: Row) -> str:
-    """The option `--columns` to try for a row of no known shape: known names first, else the first
-    and the last column of text, marked as a guess. Empty where there is no plain guess.
+    """The option `--columns` to try for a row of no known shape: known names first, else a guess of
+    the first and the last column of text, if there are two.
     """
     texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
     prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (ASKED, SAID))
@@ -154,9 +153,8 @@ def proposed_columns(row: Row) -> str:
 def renamed(
     numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Any]]:
-    """Numbered rows whose keys have other names: the value under `columns[name]` is then under
-    `name`. A key of which there is no other name is dropped. A row that lacks one of these keys, or
-    has a value under `name` too, which would be lost, becomes the reason why it can't be read.
+    """Numbered rows in which the value under `columns[name]` is under `name`; a key without a new
+    name is dropped. A row where that can't be done becomes the reason.
     """
     names = {name: key for name, key in columns.items() if key}
     dropped = [name for name in columns if name not in names]
@@ -275,8 +273,8 @@ def check_given(shapes: Iterable[Shape | None], what: str) -> None:
 
 @dataclass
 class RowsRead:
-    """What is known of rows after the last one: `parts` and `files` are pairs of the number of a
-    source and a count of rows, the `runs` are those of `Origins` with the number of a file.
+    """What is known of rows after the last one: pairs of a source's number and a count, and the
+    runs of `Origins` with a file's number.
     """
 
     parts: list[list[int]] = field(default_factory=list)

@@ -103,9 +103,8 @@ def stream_of(
 
 @dataclass(eq=False)
 class StreamFeed(BatchFeed):
-    """The examples of rows that are read as they are needed, `batch` rows a step. `rows` gives all
-    rows without end, in the order of a seed, as `RowStream.rows` does. Examples are cut to
-    `max_length` tokens, at their end.
+    """The examples of rows that are read as they are needed, `batch` a step; `rows` gives all rows,
+    without end, in the order of a seed.
     """
 
     rows: Callable[[int], Iterator[Named]]

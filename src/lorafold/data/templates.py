@@ -331,9 +331,8 @@ def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a chat template that writes one date, as 2026-11-28, where the template
-    itself has the form of the date: it `is_dated` still where a form is a variable. The tokenizer
-    itself stays as it is, and is returned for an empty date.
+    """The tokenizer with a chat template that writes one date, as 2026-11-28, where it has the
+    date's form itself; unchanged for an empty date.
     """
     if not day:
         return tokenizer

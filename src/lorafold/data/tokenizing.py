@@ -59,8 +59,8 @@ class Encoder(ABC):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples that have a token to train on, in the order of their rows, a report over all
-    rows, whose `str` has lines of text, and how many rows with examples are from each source.
+    """The examples that have a token to train on, a report over all rows, whose `str` has lines of
+    text, and how many rows with examples are from each source.
     """
 
     examples: Any

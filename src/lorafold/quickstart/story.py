@@ -58,9 +58,8 @@ RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
 @dataclass(frozen=True)
 class Story:
-    """The figures of the quickstart. Exact match is a share of the unseen rows, `kl` is that of the
-    certificate in nats a token, `lost` the share of what the adapter changes that llama.cpp
-    computes otherwise, None where it is not installed, and `base` the storage of the base.
+    """The figures of the quickstart: shares of unseen rows, `kl` in nats a token, and `lost`, the
+    share of the adapter's changes that llama.cpp computes otherwise, if it is installed.
     """
 
     exact_match_before: float

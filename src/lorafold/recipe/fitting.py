@@ -115,9 +115,8 @@ def settled_base(
 
 
 def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
-    """The recipe with the length that rows are cut to. If it does not set one, that is the default
-    or, where the base has fewer positions, as many as it has after the `before` positions that
-    adapters take; the console is told.
+    """The recipe with the length that rows are cut to: the one it sets, or the default within the
+    base's positions behind the `before` ones that adapters take.
     """
     asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
     head = OBJECTIVES[recipe.objective].head

@@ -228,8 +228,7 @@ def schema(text: str) -> Function:
 
 def task(text: str) -> Function:
     """The verifier of a task of reasoning-gym. The entry is the row's field `entry`, or its fields
-    `answer` and `metadata`, of which tasks with many right answers have no `answer`; the answer is
-    what the completion has in its last <answer>, and all of it where it has none.
+    `answer` and `metadata`; the answer is the completion's last <answer>, or all of it.
     """
     try:
         from reasoning_gym.factory import DATASETS
