@@ -213,10 +213,10 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
 
 def count(key: str, settings: ToolSettings, least: int = 1) -> int:
     """A number of things, of `least` or more."""
-    number_of = settings.read(key, integer)
-    if number_of < least:
-        raise LorafoldError(f"{key}: found {number_of}, expected {least} or more")
-    return number_of
+    value = settings.read(key, integer)
+    if value < least:
+        raise LorafoldError(f"{key}: found {value}, expected {least} or more")
+    return value
 
 
 def sizes(settings: ToolSettings) -> tuple[int, int, int]:

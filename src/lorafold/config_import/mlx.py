@@ -79,10 +79,10 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def micro(settings: ToolSettings) -> int:
     """The iterations of an optimizer step."""
-    found = settings.read("grad_accumulation_steps", integer)
-    if found < 1:
-        raise LorafoldError(f"grad_accumulation_steps: found {found}, expected 1 or more")
-    return found
+    steps = settings.read("grad_accumulation_steps", integer)
+    if steps < 1:
+        raise LorafoldError(f"grad_accumulation_steps: found {steps}, expected 1 or more")
+    return steps
 
 
 def steps_of(key: str, settings: ToolSettings) -> int:

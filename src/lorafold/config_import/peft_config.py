@@ -65,9 +65,9 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
         understood[INIT] = True  # how it starts is read below
     spec, selection, bias = read_config(understood)
     beneath: Any = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
-    found = {**vars(selection), "bias": bias, **vars(beneath)}
+    read = {**vars(selection), "bias": bias, **vars(beneath)}
     outcomes = dict(_of_method(method, beneath, start))
-    outcomes |= {f.key: _of_selection(f, config.get(f.key), found) for f in shared}
+    outcomes |= {f.key: _of_selection(f, config.get(f.key), read) for f in shared}
     outcomes |= {k: _about(k, config[k]) for k in config if k in ABOUT and k not in outcomes}
     known = method.known | set(method.marks)
     outcomes |= {

@@ -252,9 +252,9 @@ def _table(entries: Sequence[TranslatedKey]) -> Iterator[str]:
 
 
 def _as_json(entry: TranslatedKey) -> dict[str, Any]:
-    found = vars(entry) | vars(entry.outcome)
+    values = vars(entry) | vars(entry.outcome)
     names = ("key", "value", "given", "fields", "remark", "flag")
-    return {name: found[name] for name in names} | {"fields": dict(entry.outcome.fields)}
+    return {name: values[name] for name in names} | {"fields": dict(entry.outcome.fields)}
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:

@@ -251,8 +251,8 @@ class Forest:
             "input_ids": self.ids, "position_ids": self.positions, "labels": self.targets,
             "counts": self.counts, "document": self.first,
         }  # fmt: skip
-        found = {name: torch.from_numpy(array)[None] for name, array in tokens.items()}
-        return found | {"lens": torch.tensor([self.lens, self.starts]).t()}
+        tensors = {name: torch.from_numpy(array)[None] for name, array in tokens.items()}
+        return tensors | {"lens": torch.tensor([self.lens, self.starts]).t()}
 
 
 def forest(

@@ -142,10 +142,10 @@ def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
     """Where the wanted JSON object begins, and what follows it; None without one."""
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
-            found, end = json.JSONDecoder().raw_decode(text, at)
+            value, end = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError:
             continue
-        if found == wanted:
+        if value == wanted:
             return at, text[end:]
     return None
 
@@ -171,22 +171,22 @@ def parse_calls(
     prompt = attempt([ASKED], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
     for form in (grammar, grammar.without(special_words(tokenizer))):
-        if found := list(_calls(text, form, tools)):
-            return found
+        if calls := list(_calls(text, form, tools)):
+            return calls
     return []
 
 
 def read_tools(path: Path) -> list[Tool]:
     """The tools of a JSON file, which holds a list of them."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tools = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read: {error.strerror}") from error
     except ValueError as error:
         raise LorafoldError(f"{path}: not JSON: {error}") from error
-    if problems := list(tool_problems(found)):
+    if problems := list(tool_problems(tools)):
         raise LorafoldError(f"{path}: {as_one(problems)}")
-    return list(found)
+    return list(tools)
 
 
 def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]:
@@ -217,7 +217,7 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
 
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The keys and values from a character on, and where they end."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
     after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\Z)"
@@ -234,11 +234,11 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
             break
         value = match["value"] if quoted else text[key.end() : match.start()]
         is_text = quoted is not None or types.get(key[1].strip()) == "string"
-        found[key[1].strip()] = value if is_text else _value(value, pairs)
+        arguments[key[1].strip()] = value if is_text else _value(value, pairs)
         at = match.end()
         if match["more"] is None:
             break
-    return found, at
+    return arguments, at
 
 
 def _closed(value: str) -> bool:

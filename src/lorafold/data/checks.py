@@ -223,16 +223,16 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """All by name; null stands for what was not looked for."""
-        found: dict[str, Any] = dict.fromkeys(SAID)
+        results: dict[str, Any] = dict.fromkeys(SAID)
         for name, of in self.found.items():
             first = [
                 one._asdict() | ({"as": other._asdict()} if other else {})
                 for one, other in of.first
             ]
-            found[name] = {"rows": of.count, "of": of.of, "first": first}
+            results[name] = {"rows": of.count, "of": of.of, "first": first}
         return {
             "rows": self.rows,
-            **found,
+            **results,
             "labels": dict(self.labels),
             "roles": {role: {"turns": n, "trained": t} for role, (n, t) in self.roles.items()},
             "untrained_files": dict(self.silent),

@@ -71,11 +71,11 @@ class Labels(Encoder):
         return {"kind": "labels", "classes": self.classes, **identity_of(self.tokenizer)}
 
     def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             [one.text for one in given], verbose=False, return_special_tokens_mask=True
         )
         number_of = {name: number for number, name in enumerate(self.classes)}
-        each = zip(given, found.input_ids, found["special_tokens_mask"], strict=True)
+        each = zip(given, encoded.input_ids, encoded["special_tokens_mask"], strict=True)
         entries = [
             {
                 "row": n,

@@ -82,8 +82,8 @@ def allowed(template: str) -> frozenset[str] | None:
     """The tokens that contents may have under a chat template; None for all."""
     if template.endswith(JOINED):
         return ALL
-    found = NOTE.match(template)
-    words = json.loads(found[1]) if found else []
+    note = NOTE.match(template)
+    words = json.loads(note[1]) if note else []
     return ALL if words is True else frozenset(words)
 
 
@@ -173,10 +173,10 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return pieces_of(text, tokenizer).ids
     options: Any = {"sanitize_control_tokens": True}
     try:
-        found: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
+        encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
     except ValueError as error:
         raise LorafoldError(_not_text(str(error))) from error
-    return list(found.input_ids)
+    return list(encoded.input_ids)
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
@@ -194,8 +194,8 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Fal
         if whole and backend.encode_special_tokens == tokenizer.split_special_tokens:
             ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
             return ids
-    found: Any = tokenizer(text, add_special_tokens=special, verbose=False)
-    return list(found.input_ids)
+    encoded: Any = tokenizer(text, add_special_tokens=special, verbose=False)
+    return list(encoded.input_ids)
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,8 @@ def numbered(path: Path, tell: Tell) -> Numbered:
     except (OSError, ValueError, NotImplementedError) as error:
         known = isinstance(error, Unreadable)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        told = reason if known else f"can't be read: {reason}"
-        raise LorafoldError(f"{path}: {told}") from error
+        message = reason if known else f"can't be read: {reason}"
+        raise LorafoldError(f"{path}: {message}") from error
 
 
 def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
@@ -253,20 +253,20 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
 def _parquet(file: io.BufferedReader) -> Numbered:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as found:
-        yield from _rows(found.iter_batches(AT_ONCE))
+    with pq.ParquetFile(file) as table:
+        yield from _rows(table.iter_batches(AT_ONCE))
 
 
 def _arrow(file: io.BufferedReader) -> Numbered:
     import pyarrow as pa
 
     try:
-        found = pa.ipc.open_file(file)
+        batches = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
         yield from _rows(pa.ipc.open_stream(file))
         return
-    yield from _rows(found.get_batch(n) for n in range(found.num_record_batches))
+    yield from _rows(batches.get_batch(n) for n in range(batches.num_record_batches))
 
 
 def _rows(batches: Iterable[pa.RecordBatch]) -> Numbered:

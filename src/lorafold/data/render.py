@@ -413,10 +413,10 @@ def _open_block(
     if inside != bare and inside.endswith(block.opening):
         return OpenBlock(len(inside) - len(block.opening), True, block)
     for pattern, closed in ((CLOSED, True), (OPENED, False)):
-        if found := pattern.search(prompt):
-            left, name, right = found.groups()
+        if tag := pattern.search(prompt):
+            left, name, right = tag.groups()
             tagged = Block.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
-            return OpenBlock(found.start(), closed, tagged)
+            return OpenBlock(tag.start(), closed, tagged)
     at = len(common(prompt, after))
     at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
     # one token opens it, a word may name it, and another token closes it

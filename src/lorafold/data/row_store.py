@@ -180,8 +180,8 @@ class Rows(Items[Row]):
     @property
     def record(self) -> dict[str, Any]:
         """What an adapter's record says of them."""
-        found = {"rows": len(self.rows), "sha256": self.measured[0]}
-        return found | ({"files": dict(self.files)} if self.files else {})
+        record = {"rows": len(self.rows), "sha256": self.measured[0]}
+        return record | ({"files": dict(self.files)} if self.files else {})
 
     @cached_property
     def measured(self) -> tuple[str, int]:

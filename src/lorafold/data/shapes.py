@@ -265,8 +265,8 @@ class Shape:
 
     def conversation(self, row: Row) -> Conversation:
         """The conversation of a row; one without messages where the shape gives none."""
-        found = self.given(CONVERSATIONS, row) if CONVERSATIONS in self.gives else None
-        return found or Conversation([])
+        conversation = self.given(CONVERSATIONS, row) if CONVERSATIONS in self.gives else None
+        return conversation or Conversation([])
 
     def answered(self, row: Row) -> bool:
         """Whether every answer of a checked row says something, or is to be trained on all the same

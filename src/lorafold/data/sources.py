@@ -80,8 +80,8 @@ def files_of(name: str) -> RowFiles:
             left_out[file] = "of no kind that is read"
         else:
             words = () if matched else re.split(r"[^a-z]+", file.lower())
-            found = [SPLITS[word] for word in words if word in SPLITS]
-            splits[path] = "train" if "train" in found else (found or [""])[0]
+            splits_named = [SPLITS[word] for word in words if word in SPLITS]
+            splits[path] = "train" if "train" in splits_named else (splits_named or [""])[0]
     known = sorted({*splits.values()})
     if "train" in known:
         others = [path for path, split in splits.items() if split not in ("train", "")]

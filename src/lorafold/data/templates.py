@@ -246,8 +246,8 @@ class Template:
     def through_special(self, text: str) -> str:
         """The beginning of a text up to its first special token, and that token; empty without one.
         """
-        found = self.specials.search(text)
-        return text[: found.end()] if found else ""
+        special = self.specials.search(text)
+        return text[: special.end()] if special else ""
 
     def _before_result(self) -> str:
         """What ends a call where its result comes next; empty if it shows no such thing."""

@@ -108,9 +108,9 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
         first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
         places = rows.origins.places(one["row"] for one in first)
         problems = zip(named(places), first, strict=True)
-        told = (f"{name}: {one['problem']}" for name, one in problems)
+        lines = (f"{name}: {one['problem']}" for name, one in problems)
         source = "" if places[0].file else "data: "
-        raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
+        raise LorafoldError(f"{source}{listed(lines, '; ', count=len(bad))}")
     return table
 
 

@@ -45,8 +45,8 @@ def spec_of(recipe: Recipe) -> Spec:
     """Make the spec of the recipe's method, without the fields that are `left_out`."""
     known = known_options(recipe.method, recipe.options.get("over"))
     fields = {name: value for name, value in recipe.for_method().items() if name in known}
-    draws = OBJECTIVES[recipe.objective].draws
-    if draws and "dropout" in known:
+    samples = OBJECTIVES[recipe.objective].draws
+    if samples and "dropout" in known:
         if given := recipe.options.get("dropout", recipe.dropout):
             raise LorafoldError(
                 f"dropout: found {given}, expected 0: the objective {recipe.objective}"
@@ -54,7 +54,7 @@ def spec_of(recipe: Recipe) -> Spec:
             )
         fields["dropout"] = 0.0
     spec = make_spec(recipe.method, **fields | recipe.options)
-    if draws and spec.asks_losses:
+    if samples and spec.asks_losses:
         raise LorafoldError(
             f"method: found {recipe.method}, which chooses what it trains by the losses of rows;"
             f" the objective {recipe.objective} has no loss before completions are drawn"

@@ -58,15 +58,15 @@ class Function:
     def __init__(self, function: Callable[..., Any], file: str | None = None) -> None:
         self._function, self._file = function, file
         try:
-            found = inspect.signature(function).parameters.values()
+            parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
             raise Wrong("its parameters can't be told, expected a function in Python") from None
-        self._named = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        self._every = any(p.kind == p.VAR_KEYWORD for p in found)
+        self._named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self._every = any(p.kind == p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in self._named}
         self.batched = bool(names & ALL)
         if self.batched == bool(names & ONE):
-            given = ", ".join(map(str, found)) or "none"
+            given = ", ".join(map(str, parameters)) or "none"
             raise Wrong(
                 f"found the parameters {cut(given, SHOWN)}; expected prompt and completion, or"
                 " prompts and completions, or one of them"
@@ -139,21 +139,21 @@ def number(value: Any, at: int | None) -> float | None:
 
 def raised(error: BaseException, file: str | None) -> str:
     """The type, message and line of an error: of this file, if it passed through it."""
-    told = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
+    message = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         name = Path(error.filename or "").name
         return f"SyntaxError: {error.msg} (line {error.lineno} of {name})"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     if not (own := [f for f in frames if f.filename == file] or frames):
-        return told
+        return message
     last = own[-1]
     line = f": {cut(last.line, SHOWN)}" if last.line else ""
-    return f"{told} (line {last.lineno} of {Path(last.filename).name}{line})"
+    return f"{message} (line {last.lineno} of {Path(last.filename).name}{line})"
 
 
 def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong:
-    found = ", ".join(sorted(fields)) or "none"
-    return Wrong(f"it asks for {', '.join(names)}; found the fields {cut(found, SHOWN)}", at)
+    names_of = ", ".join(sorted(fields)) or "none"
+    return Wrong(f"it asks for {', '.join(names)}; found the fields {cut(names_of, SHOWN)}", at)
 
 
 def _shown(value: Any) -> str:
@@ -216,8 +216,8 @@ def schema(text: str) -> Function:
     except BaseException as error:  # a panic in a library is no Exception
         raise Wrong(f"it can't be used as a schema: {cut(str(error), SHOWN)}") from None
     if fresh.is_error():
-        told = " ".join(fresh.get_error().partition("<state>")[0].split())
-        raise Wrong(f"it can't be used as a schema: {cut(told, SHOWN)}")
+        message = " ".join(fresh.get_error().partition("<state>")[0].split())
+        raise Wrong(f"it can't be used as a schema: {cut(message, SHOWN)}")
 
     def fits(completion: str) -> bool:
         matcher, tokens = fresh.deep_copy(), list(completion.strip().encode("utf-8", "replace"))
@@ -251,15 +251,15 @@ def task(text: str) -> Function:
         return float(made.score_answer(said, entry(prompt, row)))
 
     def entry(prompt: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-        found = as_object("entry", row["entry"]) if row.get("entry") is not None else dict(row)
-        if lacking := needed - {k for k, v in found.items() if v is not None}:
+        fields = as_object("entry", row["entry"]) if row.get("entry") is not None else dict(row)
+        if lacking := needed - {k for k, v in fields.items() if v is not None}:
             missing = " and ".join(sorted(lacking))
             raise Wrong(f"found no {missing} in its row, expected entry, or answer and metadata")
-        found["metadata"] = as_object("metadata", found["metadata"])
-        of = found["metadata"].get("source_dataset", text)
+        fields["metadata"] = as_object("metadata", fields["metadata"])
+        of = fields["metadata"].get("source_dataset", text)
         if of != text:
             raise Wrong(f"found an entry of the task {of}, expected one of {text}")
-        return {"question": prompt, "answer": None, **found}
+        return {"question": prompt, "answer": None, **fields}
 
     return Function(score)
 

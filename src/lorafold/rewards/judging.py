@@ -77,11 +77,11 @@ class Reward(Protocol):
         """End what it runs. It may be called again, and then begins anew."""
 
 
-def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> RewardFailed:
+def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
     """The error of a reward: what is wrong with these completions, and what was expected."""
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
-    return RewardFailed(printable(f"reward {name}: {where}{told}"))
+    return RewardFailed(printable(f"reward {name}: {where}{message}"))
 
 
 class SeparateReward:
@@ -122,11 +122,11 @@ class SeparateReward:
             if isinstance(error, Died):
                 raise failure(self.name, _end(error.code), at_work) from None
             done = "" if self._batched else f"{len(rewards)} done of "
-            told = (
+            why = (
                 f"it took more than {self.limit:g} s ({done}{len(judged)} completions); expected"
                 " less, or a longer limit"
             )
-            raise failure(self.name, told, at_work) from None
+            raise failure(self.name, why, at_work) from None
         return rewards
 
     def close(self) -> None:
@@ -155,8 +155,8 @@ class SeparateReward:
         try:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
         except Exception as error:  # whatever a field's own way of being pickled raises
-            told = f"its row can't be sent to another process: {error}"
-            raise failure(self.name, told, [one]) from None
+            message = f"its row can't be sent to another process: {error}"
+            raise failure(self.name, message, [one]) from None
 
 
 def _end(code: int) -> str:
@@ -335,10 +335,10 @@ class Rewards(AbstractContextManager["Rewards"]):
         for numbers in zip(*each.values(), strict=True):
             applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
             sums.append(sum(applied) if applied else None)
-        for one, found in zip(judged, sums, strict=True):
-            if found is not None and not abs(found) <= LARGEST:
-                told = f"with weights it is {found:g}, expected at most {LARGEST:g} either way"
-                raise failure(" + ".join(each), told, [one])
+        for one, total in zip(judged, sums, strict=True):
+            if total is not None and not abs(total) <= LARGEST:
+                why = f"with weights it is {total:g}, expected at most {LARGEST:g} either way"
+                raise failure(" + ".join(each), why, [one])
         return sums, each
 
     def close(self) -> None:
@@ -351,11 +351,11 @@ class Rewards(AbstractContextManager["Rewards"]):
 
 
 def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
-    found = reward(judged)
-    if len(found) != len(judged):
-        told = f"it returned {len(found)} rewards, expected {len(judged)}, one a completion"
-        raise failure(reward.name, told, judged)
+    rewards = reward(judged)
+    if len(rewards) != len(judged):
+        why = f"it returned {len(rewards)} rewards, expected {len(judged)}, one a completion"
+        raise failure(reward.name, why, judged)
     try:
-        return [number(value, at) for at, value in enumerate(found)]
+        return [number(value, at) for at, value in enumerate(rewards)]
     except Wrong as wrong:
         raise failure(reward.name, wrong.message, wrong.of(judged)) from None
