@@ -587,7 +587,7 @@ ANSWERED: dict[str, tuple[dict[str, Any], Any, str | None]] = {
 def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> None:
     row, prompt, answer = ANSWERED[case]
     found = TokenizedPrompt((1,), row, "row 1")
-    assert found.asked == prompt
+    assert found.question == prompt
     assert found.other_fields.get("answer") == answer
 
 
