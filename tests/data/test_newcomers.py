@@ -126,7 +126,8 @@ def test_blank_rows_are_left_out_and_counted(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     rows = read_rows(str(tmp_path / name))
     assert [row["prompt"] for row in rows] == ["a", "c"]
-    assert rows.remarks == (f"4 rows are blank and are left out; the first: {tmp_path / name}: row 2",)
+    line = f"4 rows are blank and are left out; the first: {tmp_path / name}: row 2"
+    assert rows.remarks == (line,)
     assert [place.row for place in rows.origins.places(range(2))] == numbers
 
 
