@@ -32,7 +32,7 @@ from torch import nn
 import lorafold as lf
 from lorafold.comparing.measure import forgetting
 from lorafold.core.contexts import evaluating
-from lorafold.data.probe_texts import probe_ids
+from lorafold.data.examples import probe_ids
 from lorafold.evaluation import evaluate, held_out_loss
 from lorafold.models.loading import load_model
 from lorafold.quickstart.story import RECIPE

@@ -41,7 +41,7 @@ from lib.short import parsed
 from torch import Tensor, nn
 
 from lorafold.core.targets import all_linear
-from lorafold.data.probe_texts import probe_ids
+from lorafold.data.examples import probe_ids
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.ops import nf4

@@ -14,7 +14,7 @@ import pytest
 from conversation_cases import WEATHER
 from families import embedded
 from families import tokenizer_of as family
-from lorafold.data.checks import account_of
+from lorafold.data.checks import describe_template
 from lorafold.data.examples import encode, encode_row, identity_of
 from lorafold.data.templates import is_dated, on_day
 from lorafold.doctor.hardware import template as looked_at
@@ -92,7 +92,7 @@ def test_what_is_said_beside_a_call_is_counted_where_it_is_left_out() -> None:
     ],
 )
 def test_one_line_says_what_a_template_does(tokenizer: Any, parts: list[str]) -> None:
-    line = "; ".join(account_of(tokenizer()).lines)
+    line = "; ".join(describe_template(tokenizer()).lines)
     print(line)
     assert "\n" not in line
     assert all(part in line for part in parts), line
@@ -109,7 +109,7 @@ def test_a_date_is_that_of_the_rendering_and_part_of_what_ids_depend_on() -> Non
     tokenizer = copy.deepcopy(embedded())
     assert identity_of(tokenizer)["day"] == ""
     tokenizer.chat_template = DATED
-    assert "it writes the date of the day" in "; ".join(account_of(tokenizer).lines)
+    assert "it writes the date of the day" in "; ".join(describe_template(tokenizer).lines)
     row = {"prompt": "How?", "completion": "So."}
     fixed = on_day(tokenizer, "2024-02-03")
     [[example], _] = encode_row(row, fixed)
@@ -179,13 +179,13 @@ def test_the_variable_that_lets_plain_turns_train_is_said(helps: str) -> None:
     tokenizer.chat_template = WORDS.replace("SET", expression)
     name = {"true": "plain=true", "false": "thinking=false"}.get(helps)
     wanted = told if name is None else f"{told}; --template-kwargs {name} helps"
-    assert account_of(tokenizer).plain == wanted
-    assert wanted in "; ".join(account_of(tokenizer).lines)
+    assert describe_template(tokenizer).plain == wanted
+    assert wanted in "; ".join(describe_template(tokenizer).lines)
     tokenizer.chat_template = WORDS.replace("SET", "false")
-    assert account_of(tokenizer).plain == ""
+    assert describe_template(tokenizer).plain == ""
 
 
 def test_a_template_that_refuses_plain_conversations_is_said_to() -> None:
     tokenizer = copy.deepcopy(embedded())
     tokenizer.chat_template = "{{ raise_exception('needs functions') }}"
-    assert "needs functions" in account_of(tokenizer).plain
+    assert "needs functions" in describe_template(tokenizer).plain

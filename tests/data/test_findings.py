@@ -19,7 +19,7 @@ from lorafold.api.arguments import as_rows, as_stream
 from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
-from lorafold.data.checks import Findings, look
+from lorafold.data.checks import Findings, find_problems
 from lorafold.data.row_store import Origins, RowPlace, Rows
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
@@ -333,7 +333,7 @@ def test_rows_that_are_refused_are_named_by_their_file(
 
 
 def test_examples_of_no_table_say_that_they_are_not_looked_at() -> None:
-    findings = look([object()], Rows.of([asked(1)]), 100)
+    findings = find_problems([object()], Rows.of([asked(1)]), 100)
     assert findings.lines == [
         "data: these examples are of no table, so that nothing was looked for in them"
     ]

@@ -114,7 +114,7 @@ def test_labelled_rows_are_kept_too(large: Path) -> None:
     said = '{{"text": "Book table {} early or late", "label": "{}"}}\n'
     data.write_text("".join(said.format(i, "ab"[i % 2]) for i in range(N)))
     kept = encode_labelled(read_rows(str(data)), make_tokenizer(), 8, ("a", "b"))
-    assert kept.report.counts == {"a": N // 2, "b": N // 2}
+    assert kept.examples.counts == {"a": N // 2, "b": N // 2}
     assert [example.label for example in kept.examples[:4]] == [0, 1, 0, 1]
     assert {len(example.ids) for example in kept.examples} == {8}
     assert [entry.kind for entry in cache.entries()] == ["rows", "tokens"]

@@ -97,7 +97,7 @@ def test_json_is_read_as_the_shell_of_windows_writes_it(name: str, tmp_path: Pat
 
 def test_cells_that_name_nothing_are_said_to_be_words(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion\na,NULL\nb,NULL\nc,#N/A\nNone,a\n")
-    assert read_rows(str(tmp_path / "rows.csv")).told == tuple(
+    assert read_rows(str(tmp_path / "rows.csv")).remarks == tuple(
         f"{count} texts of {key} are {word!r} alone, which is read as that word and not as an empty"
         " cell"
         for count, key, word in [
@@ -126,7 +126,8 @@ def test_blank_rows_are_left_out_and_counted(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     rows = read_rows(str(tmp_path / name))
     assert [row["prompt"] for row in rows] == ["a", "c"]
-    assert rows.told == (f"4 rows are blank and are left out; the first: {tmp_path / name}: row 2",)
+    line = f"4 rows are blank and are left out; the first: {tmp_path / name}: row 2"
+    assert rows.remarks == (line,)
     assert [place.row for place in rows.origins.places(range(2))] == numbers
 
 
@@ -175,8 +176,8 @@ def test_rows_with_an_empty_answer_are_left_out_and_counted(case: str) -> None:
     rows = check_rows(enumerate([full, empty, full], 1), "data", wanted)
     assert list(rows) == [full, full]
     assert [place.row for place in rows.origins.places(range(2))] == [1, 3]
-    assert rows.told[0].startswith("1 rows ")
-    assert rows.told[0].endswith("; the first: data: row 2")
+    assert rows.remarks[0].startswith("1 rows ")
+    assert rows.remarks[0].endswith("; the first: data: row 2")
     with pytest.raises(LorafoldError, match=r"data: no rows found, .*; 1 rows (have|are) "):
         check_rows([(1, empty)], "data", wanted)
 

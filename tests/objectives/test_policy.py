@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from lorafold.core.attach import only
-from lorafold.data.prompt_examples import TokenizedPrompt
+from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
 from lorafold.objectives.algorithms import SamplingOptions
@@ -588,8 +588,8 @@ ANSWERED: dict[str, tuple[dict[str, Any], Any, str | None]] = {
 def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> None:
     row, prompt, answer = ANSWERED[case]
     found = TokenizedPrompt((1,), row, "row 1")
-    assert found.asked == prompt
-    assert found.besides.get("answer") == answer
+    assert found.question == prompt
+    assert found.other_fields.get("answer") == answer
 
 
 @pytest.mark.slow

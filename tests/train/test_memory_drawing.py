@@ -12,7 +12,7 @@ import transformers as tf
 import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.data.batches import StoredFeed
-from lorafold.data.prompt_examples import TokenizedPrompt
+from lorafold.data.prompts import TokenizedPrompt
 from lorafold.data.row_store import SourcePart
 from lorafold.engine.fast_path import Packed
 from lorafold.engine.runner import SlotRunner

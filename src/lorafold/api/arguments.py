@@ -64,7 +64,7 @@ def as_rows(
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
     read = () if declared is None else declared.keys
-    told = [*(_dropped(columns) if columns else ()), *rows.told]
+    told = [*(_dropped(columns) if columns else ()), *rows.remarks]
     if declared is not None:
         told += declared.told(rows.shapes)
     everything = declared is not None and declared.draws
@@ -149,12 +149,12 @@ def as_stream(
         raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
     declared = OBJECTIVES[objective]
     stream = stream_of(sources, columns, declared.takes)
-    noticed = stream.noticed()
-    told = [source.told() for source in stream.sources if source.several]
+    remarks = stream.remarks()
+    told = [source.described() for source in stream.sources if source.several]
     told += [*(_dropped(columns) if columns else ()), *declared.told(stream.shapes)]
-    told += [f"the first rows: {text}" for text in noticed.told]
-    if noticed.ignored:
-        told.append(_ignored([*noticed.ignored]))
+    told += [f"the first rows: {text}" for text in remarks.lines]
+    if remarks.ignored:
+        told.append(_ignored([*remarks.ignored]))
     if console is not None:
         for text in told:
             line = f"{source_of(data)}: {text}"

@@ -37,7 +37,7 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.adapter import Adapter, load
-from lorafold.data.probe_texts import probe_ids
+from lorafold.data.examples import probe_ids
 from lorafold.data.sources import Row
 from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError, NotMergeable, listed

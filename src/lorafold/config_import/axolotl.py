@@ -17,7 +17,6 @@ from lorafold.advice import NO_FP16, boolean, integer, modules, names, number
 from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
-from lorafold.config_import.preferences import rows_wanted
 from lorafold.config_import.rules import (
     OFF,
     PLACEHOLDER,
@@ -102,12 +101,7 @@ def is_quantized(settings: ToolSettings) -> bool:
     return bool(settings["load_in_4bit"] or settings["load_in_8bit"])
 
 
-def adapter(value: Any, settings: ToolSettings) -> Outcome:
-    """`adapter` becomes the method; with none the whole model trains.
-
-    LorafoldError where a key is missing that axolotl asks for, and for combinations that lorafold
-    can't train.
-    """
+def _adapter(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
         if settings["pretraining_dataset"]:
             raise LorafoldError("found none and a pretraining_dataset: lorafold does not pretrain")
@@ -135,19 +129,16 @@ def _require(keys: str, settings: ToolSettings) -> None:
         raise LorafoldError(f"{', '.join(missing)} missing, and axolotl has no default for it")
 
 
-def part_of_method(value: Any, settings: ToolSettings) -> Outcome:
-    """A switch of the method, such as `peft_use_dora`, is read by the rule of `adapter`."""
+def _part_of_method(value: Any, settings: ToolSettings) -> Outcome:
     return trainer.OF_METHOD if value else OFF
 
 
-def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_target_parameters` become targets beside the modules."""
+def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
     modules = "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"]
     return trainer.target_parameters(modules, names(value))
 
 
-def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`bf16` becomes the base's storage, unless a quantized base, `fp16` or `float32` decides."""
+def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
         return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
     if value not in ("full", True) and any(settings[key] for key in ("fp16", "float16", "float32")):
@@ -164,21 +155,14 @@ def unless_bf16(outcome: Outcome) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
         if not boolean(value):
             return OFF
-        decided = is_quantized(settings) or settings["bf16"] in (True, "full")
-        return None if decided else outcome
+        return None if (is_quantized(settings) or settings["bf16"] in (True, "full")) else outcome
 
     return read
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`micro_batch_size` times accumulation becomes the batch, which counts rows."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     packed = "axolotl sequence_len" if settings["sample_packing"] else ""
     return trainer.batch(integer(value) * accumulation(settings), "GPU", packed)
-
-
-def micro_batches(value: Any, settings: ToolSettings) -> Outcome:
-    """`gradient_accumulation_steps` become the micro-batches of a step."""
-    return taken(accumulate=accumulation(settings))
 
 
 def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
@@ -193,14 +177,13 @@ def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     return changed(why if mixed else "", packing=boolean(value))
 
 
-def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_steps` becomes the warm-up; axolotl makes two steps of one."""
+def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
     return trainer.warmed(2 if number(value) == 1 else number(value))
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_ratio` becomes the warm-up; of a run whose steps the file gives, axolotl takes the
-    steps rounded down, and at most 100 where the ratio is its own.
+    """`warmup_ratio` becomes the warm-up; axolotl rounds known steps down, to at most 100 by
+    default.
     """
     if settings["warmup_steps"] is not None:
         return None
@@ -228,16 +211,7 @@ def per_epoch(name: str) -> Reader:
     return of_count
 
 
-def checkpointing(value: Any, settings: ToolSettings) -> Outcome:
-    """`gradient_checkpointing` becomes that of lorafold, which offloads nothing."""
-    if str(value).startswith(("offload", "unsloth")):
-        why = "activations are recomputed, and not offloaded"
-        return changed(why, gradient_checkpointing=True)
-    return taken(gradient_checkpointing=boolean(value))
-
-
-def chat_template(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template` is left, unless it is the model's own or `chat_template_jinja`'s."""
+def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
     if value == "tokenizer_default":
         return taken("the model's own template")
     if value == "jinja":
@@ -248,26 +222,10 @@ def chat_template(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def chat_template_jinja(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template_jinja` becomes the chat template where it is a file's path."""
-    if "{" not in str(value) and Path(str(value)).suffix:
-        return taken(chat_template=str(value))
-    return left("write the template to a file and pass it as --chat-template FILE")
-
-
-def chat_template_kwargs(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template_kwargs` become the variables of the chat template."""
-    if not isinstance(value, dict):
-        return left("expected an object of variables of the chat template")
-    return changed(
-        "a run refuses those that the model's chat template does not read", template_kwargs=value
-    )
-
-
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
     what no pattern matches after it has attached the adapter, whose weights are called
-    base_model.model.PATH.lora_A.default.weight. LorafoldError where the whole model trains.
+    base_model.model.PATH.lora_A.default.weight.
     """
     if not is_lora(settings):
         raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")
@@ -283,40 +241,31 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def new_tokens(value: Any, settings: ToolSettings) -> Outcome:
-    """`tokens` become new tokens; a table of special tokens is left."""
-    if isinstance(value, dict):
-        return left("the tokenizer's own special tokens are used")
-    return changed("the base is not resized: their rows train beside it", new_tokens=names(value))
-
-
 def tracker(name: str) -> Reader:
     """The reader of a tracker's switch, such as `use_wandb`, which becomes this tracker."""
     return lambda value, settings: taken(trackers=(name,)) if value else OFF
 
 
-def plugins(value: Any, settings: ToolSettings) -> Outcome:
-    """`plugins`. LorafoldError for one that lorafold has nothing in place of."""
+def _plugins(value: Any, settings: ToolSettings) -> Outcome:
     others = []
     for name in names(value):
-        part = name.removeprefix(OF_AXOLOTL).partition(".")[0]
         own = name.startswith(OF_AXOLOTL)
-        if own and part in LEARNS_OTHERWISE:
+        part = name.removeprefix(OF_AXOLOTL).partition(".")[0] if own else ""
+        if part in LEARNS_OTHERWISE:
             raise LorafoldError(f"found {name}, which {LEARNS_OTHERWISE[part]}: lorafold does not")
-        if not own or part not in LEARNS_THE_SAME:
+        if part not in LEARNS_THE_SAME:
             others.append(name)
     if others:
         return left(f"what {', '.join(others)} does there is not known and not done")
     return left("they make steps faster there, measure or log, and do not change what is learned")
 
 
-def datasets(value: Any, settings: ToolSettings) -> Outcome:
-    """`datasets` go to `--data` and `--columns`; what else one says is told with its path."""
-    wanted = rows_wanted(objectives.objective_of(settings))
-    found = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, Mapping) and one.get("path") for one in found):
+def _datasets(value: Any, settings: ToolSettings) -> Outcome:
+    wanted = trainer.rows_wanted(objectives.objective_of(settings))
+    sources = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, Mapping) and one.get("path") for one in sources):
         return left(f"{wanted}: {value}", PLACEHOLDER)
-    return given_as_data([_rows(one) for one in found], wanted)
+    return given_as_data([*map(_rows, sources)], wanted)
 
 
 def _rows(one: Mapping[str, Any]) -> SourceRows:
@@ -324,12 +273,11 @@ def _rows(one: Mapping[str, Any]) -> SourceRows:
     if path in FILES and files and isinstance(files, str):
         path, files = files, None
     at = of_hub(path, one.get("name"), one.get("split"), files)
-    said = [*at.said, *_said(one)]
-    return SourceRows(f"{path} ({one.get('type', 'no type')})", at.path, _columns(one), said)
+    name = f"{path} ({one.get('type', 'no type')})"
+    return SourceRows(name, at.path, _columns(one), [*at.remarks, *_remarks(one)])
 
 
 def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns by lorafold's names."""
     kind, turns = one.get("type"), one.get("field_messages") or "messages"
     if isinstance(kind, Mapping):
         ours = ("instruction", "input", "output", "system")
@@ -346,19 +294,17 @@ def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _properties(one: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a turn calls its role and its content."""
     given = one.get("message_property_mappings") or {}
     return tuple(str(given.get(k) or one.get(f"message_field_{k}") or k) for k in TURNS[0])
 
 
-def _said(one: Mapping[str, Any]) -> Iterator[str]:
-    """What a dataset says that has no counterpart."""
+def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
     kind, template = one.get("type"), one.get("chat_template")
     form, known = str(kind).split(".")[0], READ | {"chat_template"}
-    if isinstance(kind, Mapping):
-        yield "its prompt form is not written, but the model's chat template is"
-    elif form.split(":")[0] == "alpaca":
-        yield "its prompt form (### Instruction:) is not written, but the model's chat template is"
+    alpaca = form.split(":")[0] == "alpaca"
+    if isinstance(kind, Mapping) or alpaca:
+        form_of = " (### Instruction:)" * alpaca
+        yield f"its prompt form{form_of} is not written, but the model's chat template is"
     elif form == "chat_template":
         known |= OF_TURNS
         if _properties(one) not in TURNS:
@@ -373,10 +319,10 @@ def _said(one: Mapping[str, Any]) -> Iterator[str]:
 
 
 OWN: Table = {
-    "adapter": (adapter, NO_ADAPTER),
+    "adapter": (_adapter, NO_ADAPTER),
     "load_in_4bit": switch(taken(storage=made_of(4))),
     "load_in_8bit": switch(taken(storage=made_of(8))),
-    "bf16": (bf16, "auto"),
+    "bf16": (_bf16, "auto"),
     "bfloat16": taken("bf16 decides"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
     "float32": unless_bf16(taken(storage="fp32")),
@@ -384,8 +330,13 @@ OWN: Table = {
     "lr_scheduler": (trainer.schedule, "cosine"),
     "optimizer": (trainer.optimizer, "adamw_torch_fused"),
     "num_epochs": (SAME, 1.0),
-    "micro_batch_size": (of_policy(grpo.batch, batch), 1),
-    "gradient_accumulation_steps": (of_policy(grpo.accumulation, micro_batches), 1),
+    "micro_batch_size": (of_policy(grpo.batch, _batch), 1),
+    "gradient_accumulation_steps": (
+        of_policy(
+            grpo.accumulation, lambda value, settings: taken(accumulate=accumulation(settings))
+        ),
+        1,
+    ),
     "batch_size": taken("accumulation follows from it"),
     "sequence_len": (
         either(
@@ -401,16 +352,35 @@ OWN: Table = {
     ),
     "sample_packing": (sample_packing, False),
     "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
-    "gradient_checkpointing": checkpointing,
+    "gradient_checkpointing": lambda value, settings: (
+        changed("activations are recomputed, and not offloaded", gradient_checkpointing=True)
+        if str(value).startswith(("offload", "unsloth"))
+        else taken(gradient_checkpointing=boolean(value))
+    ),
     "val_set_size": (trainer.held_out_rows, 0.0),
     "evals_per_epoch": per_epoch("eval_every"),
     "saves_per_epoch": per_epoch("save_every"),
     "evaluation_strategy": trainer.interval_strategy,
     "default_system_message": SYSTEM,
-    "tokens": new_tokens,
-    "chat_template": chat_template,
-    "chat_template_jinja": chat_template_jinja,
-    "chat_template_kwargs": chat_template_kwargs,
+    "tokens": lambda value, settings: (
+        left("the tokenizer's own special tokens are used")
+        if isinstance(value, dict)
+        else changed("the base is not resized: their rows train beside it", new_tokens=names(value))
+    ),
+    "chat_template": _chat_template,
+    "chat_template_jinja": lambda value, settings: (
+        taken(chat_template=str(value))
+        if "{" not in str(value) and Path(str(value)).suffix
+        else left("write the template to a file and pass it as --chat-template FILE")
+    ),
+    "chat_template_kwargs": lambda value, settings: (
+        left("expected an object of variables of the chat template")
+        if not isinstance(value, dict)
+        else changed(
+            "a run refuses those that the model's chat template does not read",
+            template_kwargs=value,
+        )
+    ),
     "use_wandb": tracker("wandb"),
     "wandb_project": changed("the tracker's project is named lorafold", trackers=("wandb",)),
     "use_tensorboard": tracker("tensorboard"),
@@ -420,22 +390,22 @@ OWN: Table = {
     "use_swanlab": tracker("swanlab"),
     "base_model": "--model",
     "model_revision revision_of_model": "--revision",
-    "datasets pretraining_dataset": datasets,
+    "datasets pretraining_dataset": _datasets,
     "test_datasets": trainer.EVAL_DATA,
     "auto_resume_from_checkpoints": "pass --resume to go on with a run",
     "reinit_weights": refusing("lorafold does not pretrain"),
     "relora": refusing("lorafold does not restart LoRA"),
     "unfrozen_parameters": unfrozen_parameters,
     "qat": refusing("lorafold does not train for later quantization"),
-    "plugins": plugins,
+    "plugins": _plugins,
     "diffusion": refusing("lorafold does not train a model that fills in masks"),
     "special_tokens": "the tokenizer's own are used; words that are to be tokens: --new-tokens",
     **trainer.STEPS,
     **AXOLOTL,
 }
 OF_METHOD: Table = {
-    "peft_use_dora peft_use_rslora": (part_of_method, False),
-    "peft_init_lora_weights peft": part_of_method,
+    "peft_use_dora peft_use_rslora": (_part_of_method, False),
+    "peft_init_lora_weights peft": _part_of_method,
     "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": SAME,
     "lora_dropout": (objectives.dropout, 0.0),
     "lora_target_linear": switch(taken(targets="all-linear")),
@@ -446,7 +416,7 @@ OF_METHOD: Table = {
         ),
         to("targets", modules),
     ),
-    "lora_target_parameters": target_parameters,
+    "lora_target_parameters": _target_parameters,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
     "lora_fan_in_fan_out": taken("the base's storage decides"),
 }
@@ -454,7 +424,7 @@ RULES: tuple[Rule, ...] = (
     *table(OWN),
     *table(OF_METHOD, is_lora),
     *table(
-        {"warmup_steps": warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
+        {"warmup_steps": _warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
         lambda settings: bool(settings["lr_scheduler"] != "constant"),
     ),
     *objectives.RULES,

@@ -13,16 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorafold.advice import boolean, integer, names, number
-from lorafold.config_import import grpo
-from lorafold.config_import.preferences import (
-    DPO_LOSSES,
-    NO_DROPOUT,
-    ORPO_TERM,
-    law_option,
-    of_dpo,
-    smoothing_of_dpo,
-    supervised_as,
-)
+from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     OFF,
     Outcome,
@@ -41,7 +32,9 @@ from lorafold.config_import.rules import (
     refusing,
     table,
     taken,
+    to_options,
     unless,
+    where,
 )
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
@@ -72,9 +65,7 @@ OF_BLOCK = (
 )
 
 
-def is_policy(settings: ToolSettings) -> bool:
-    """Whether the file trains a policy on rewards."""
-    return settings["rl"] == "grpo"
+is_policy = where("rl", "grpo")
 
 
 def is_reward_model(settings: ToolSettings) -> bool:
@@ -82,21 +73,14 @@ def is_reward_model(settings: ToolSettings) -> bool:
     return is_off(settings["rl"]) and not is_off(settings["reward_model"])
 
 
-def is_dpo(settings: ToolSettings) -> bool:
-    """Whether TRL's DPOTrainer trains."""
-    return settings["rl"] == "dpo"
-
-
 def objective_of(settings: ToolSettings) -> str | None:
     """The objective of preferences or of a policy that the file trains, or None."""
-    found = str(settings["rl"])
+    rl = str(settings["rl"])
     if is_policy(settings):
         return grpo.objective_of(as_trl(settings))
-    if found == "dpo":
-        return DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
-    if found in OTHERS:
-        return found
-    return "reward" if is_reward_model(settings) else None
+    if rl == "dpo":
+        return trainer.DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
+    return rl if rl in OTHERS else "reward" if is_reward_model(settings) else None
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,7 +102,7 @@ def accumulation(settings: ToolSettings) -> int:
 
 def as_trl(settings: ToolSettings) -> ToolSettings:
     """The block, with what stands outside of it, as settings of TRL's trainer."""
-    given = settings.given
+    given = {k: v for k, v in settings.given.items() if v is not None}
     block = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX)}
     outside = {
         "beta": given.get(beta_key(settings), 0.0),
@@ -126,14 +110,11 @@ def as_trl(settings: ToolSettings) -> ToolSettings:
         "gradient_accumulation_steps": accumulation(settings),
         "max_prompt_length": settings["sequence_len"],
     }
-    present = {name: value for name, value in block.items() if value is not None}
-    return ToolSettings(present | outside, {rule.key: rule.default for rule in OF_BLOCK})
+    return ToolSettings(block | outside, {rule.key: rule.default for rule in OF_BLOCK})
 
 
 def beta_key(settings: ToolSettings) -> str:
-    """The key that holds beta of a policy, the first that the file sets of those that may; empty
-    for none.
-    """
+    """The first key of those for a policy's beta that the file sets; empty for none."""
     may = (f"{PREFIX}beta", "rl_beta", "orpo_alpha")
     return next((key for key in may if settings.given.get(key) is not None), "")
 
@@ -144,10 +125,7 @@ def of_policy(row: Reader, otherwise: Row = None) -> Reader:
 
 
 def rl(value: Any, settings: ToolSettings) -> Outcome:
-    """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which.
-
-    LorafoldError for objectives that lorafold does not have, and for what axolotl refuses.
-    """
+    """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which."""
     if is_off(value):
         return OFF
     if str(value) in REFUSED:
@@ -155,23 +133,15 @@ def rl(value: Any, settings: ToolSettings) -> Outcome:
     choice(value, "dpo", *OTHERS, "grpo")
     if settings["sample_packing"]:
         raise LorafoldError(f"found {value!r} and sample_packing, which axolotl refuses together")
-    if value in ("dpo", "grpo"):
+    if value not in OTHERS:
         key = "dpo_loss_type" if value == "dpo" else "trl.loss_type"
         return taken(f"{key} says which objective")
     if value == "simpo" and settings["simpo_gamma"] is None:
         raise LorafoldError("simpo_gamma missing, and axolotl has no default for it")
-    return changed(ORPO_TERM if value == "orpo" else "", objective=value)
+    return changed(trainer.ORPO_TERM if value == "orpo" else "", objective=value)
 
 
-def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`dpo_loss_type` becomes the objective and, where sft is its second, `sft_weight`, of which
-    `dpo_loss_weights` are the weights. LorafoldError for other losses and mixtures.
-    """
-    return of_dpo(names(value), settings["dpo_loss_weights"], "dpo_loss_weights")
-
-
-def loss_weights(value: Any, settings: ToolSettings) -> Outcome:
-    """`dpo_loss_weights` are read with `dpo_loss_type`."""
+def _loss_weights(value: Any, settings: ToolSettings) -> Outcome:
     if settings.given.get("dpo_loss_type") is None:
         raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl asks for")
     return taken("they are read with dpo_loss_type")
@@ -188,46 +158,29 @@ def beta_of(key: str) -> Reader:
         if objective_of(settings) in (None, "reward"):
             return None
         values = {k: settings.given.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
-        inner = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
-        values["trl"] = inner
+        values["trl"] = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
         decides = next((k for k, v in values.items() if v is not None), "rl_beta")
         if key != decides:
             return None
-        return taken(beta=number(inner if key == "trl" else value))
+        return taken(beta=number(values["trl"] if key == "trl" else value))
 
     return read
 
 
-def reward_model(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`reward_model` becomes the objective reward."""
-    if not boolean(value):
-        return OFF
-    return taken(objective="reward") if is_reward_model(settings) else None
-
-
-def center_rewards(value: Any, settings: ToolSettings) -> Outcome:
-    """`center_rewards_coefficient` becomes `centre`."""
-    found = number(value)
-    return taken(objective_options={"centre": found}) if found else OFF
-
-
-def num_labels(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_labels` of a reward model is one; LorafoldError for more."""
+def _num_labels(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) != 1:
         raise refused(value, "a reward model of lorafold gives one score")
     return taken("a reward model gives one score")
 
 
 def dropout(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_dropout` becomes the dropout, which TRL turns off for preferences, and which there is
-    none of where completions are drawn.
-    """
-    found, objective = number(value), objective_of(settings)
-    if found and objective is not None and OBJECTIVES[objective].draws:
+    """`lora_dropout`, which is off for preferences and where completions are drawn."""
+    rate, objective = number(value), objective_of(settings)
+    if not rate or objective is None:
+        return taken(dropout=rate)
+    if OBJECTIVES[objective].draws:
         return changed(grpo.NO_DROPOUT, dropout=0.0)
-    if found and objective is not None:
-        return taken(NO_DROPOUT, dropout=0.0)
-    return taken(dropout=found)
+    return taken(trainer.NO_DROPOUT, dropout=0.0)
 
 
 def starts_afresh(settings: ToolSettings) -> bool:
@@ -235,18 +188,15 @@ def starts_afresh(settings: ToolSettings) -> bool:
     return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
 
 
-def lora_model_dir(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_model_dir` goes to `--init-adapter`, except where axolotl does not load it."""
-    if not starts_afresh(settings):
-        return flagged("--init-adapter", value)
-    return left(
-        f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over the"
-        " base; to train over this one pass it as --over"
-    )
-
-
 OWN: Table = {
-    "lora_model_dir": lora_model_dir,
+    "lora_model_dir": lambda value, settings: (
+        flagged("--init-adapter", value)
+        if not starts_afresh(settings)
+        else left(
+            f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over"
+            " the base; to train over this one pass it as --over"
+        )
+    ),
     "rl": rl,
     "trl": beta_of("trl"),
     "trl.beta": beta_of("trl.beta"),
@@ -257,25 +207,41 @@ OWN: Table = {
     "dpo_use_weighting": refusing("lorafold weighs every pair alike"),
     "rpo_alpha": refusing("axolotl refuses it; dpo_loss_type: [sigmoid, sft] has the term"),
     "dpo_norm_loss": refusing("axolotl refuses it"),
-    "simpo_gamma": law_option("gamma", objective_of),
-    "kto_desirable_weight": law_option("desirable_weight", objective_of),
-    "kto_undesirable_weight": law_option("undesirable_weight", objective_of),
-    "reward_model": reward_model,
+    "simpo_gamma": trainer.law_option("gamma", objective_of),
+    "kto_desirable_weight": trainer.law_option("desirable_weight", objective_of),
+    "kto_undesirable_weight": trainer.law_option("undesirable_weight", objective_of),
+    "reward_model": lambda value, settings: (
+        OFF
+        if not boolean(value)
+        else taken(objective="reward")
+        if is_reward_model(settings)
+        else None
+    ),
     "process_reward_model": refusing("lorafold's reward models score whole texts"),
 }
 OF_DPO: Table = {
-    "dpo_loss_type": (loss_type, ["sigmoid"]),
-    "dpo_loss_weights": loss_weights,
-    "dpo_label_smoothing": smoothing_of_dpo,
+    "dpo_loss_type": (
+        lambda value, settings: trainer.of_dpo(
+            names(value), settings["dpo_loss_weights"], "dpo_loss_weights"
+        ),
+        ["sigmoid"],
+    ),
+    "dpo_loss_weights": _loss_weights,
+    "dpo_label_smoothing": trainer.smoothing_of_dpo,
 }
 RULES: tuple[Rule, ...] = (
     *table(OWN),
-    *table(OF_DPO, is_dpo),
+    *table(OF_DPO, where("rl", "dpo")),
     *table(
-        {"cpo_alpha": (supervised_as("simpo"), 1.0)}, lambda settings: settings["rl"] == "simpo"
+        {"cpo_alpha": (trainer.supervised_as("simpo"), 1.0)}, where("rl", "simpo")
     ),
     *table(
-        {"center_rewards_coefficient": center_rewards, "num_labels": num_labels}, is_reward_model
+        {
+            "center_rewards_coefficient": lambda value, settings: (
+                to_options("centre")(value, settings) if number(value) else OFF
+            ),
+            "num_labels": _num_labels,
+        }, is_reward_model
     ),
     *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in OF_BLOCK),
 )

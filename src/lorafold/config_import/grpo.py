@@ -28,6 +28,7 @@ from lorafold.config_import.rules import (
     switch,
     taken,
     to,
+    to_options,
     unless,
 )
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
@@ -41,6 +42,8 @@ AVERAGES = {
     "dr_grpo": "longest",
     "luspo": "sums",
 }
+# also of `scale_rewards` as true and false
+SCALES = {"true": "group", "batch": "batch", "false": "none"}
 WITHOUT_LIMIT = "no limit"  # what stands for a file that leaves the length of completions open
 LIMIT = 256  # the most tokens of one of theirs
 BESIDE = 1024  # the tokens that a prompt may have, where the file does not say
@@ -50,7 +53,6 @@ PLAINLY = "completions are drawn at temperature 1 among all tokens"
 SUMMED = "lorafold sums rewards before it compares them"
 NO_PART = "tokens count alike here, and entropy has no part in the loss"
 RATIOS = "ratios are 1 where a step draws and learns once"
-STAYS = "lorafold's reference never moves"
 PLACE = "FILE.py:FUNCTION"
 INSTALLED = ("trl", "axolotl")  # packages whose modules are no files of the user
 TEXTS = (
@@ -74,9 +76,8 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` becomes the objective and its average. LorafoldError for those that lorafold does
-    not have, and for a cispo whose `epsilon_high`, which bounds the ratio itself in TRL, leaves
-    every weight below 1, as TRL's own does.
+    """`loss_type` becomes the objective and its average; with cispo, TRL's `epsilon_high` bounds
+    the ratio itself.
     """
     if value in ("sapo", "vespo"):
         raise refused(value, "lorafold has no such law of policies")
@@ -90,25 +91,17 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
             )
         options["clip_high"] = float(f"{bound - 1:.12g}")
     why = "TRL averages over the tokens of a micro-batch, and lorafold over those of the step"
-    fields = {"objective": objective_of(settings), "objective_options": options}
-    return changed(why if value == "bnpo" else "", **fields)
+    return changed(
+        why if value == "bnpo" else "", objective=objective_of(settings), objective_options=options
+    )
 
 
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
     """`importance_sampling_level` is read with `loss_type`, which has GSPO's where it is sequence.
-
-    LorafoldError where cispo has it.
     """
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
         raise refused(value, "lorafold's cispo has a ratio for each token")
     return read_with("loss_type")
-
-
-def epsilon(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`epsilon` becomes the clip; `epsilon_high`, where it is absent, is the same."""
-    if objective_of(settings) in ("rloo", "cispo"):
-        return None
-    return taken(objective_options={"clip": number(value), "clip_high": upper(settings)})
 
 
 def upper(settings: ToolSettings) -> float:
@@ -116,17 +109,11 @@ def upper(settings: ToolSettings) -> float:
     return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
 
 
-def epsilon_high(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`epsilon_high` is read with `epsilon`, except that it bounds the weights of cispo."""
-    said = {"rloo": None, "cispo": taken("it is part of the bound")}
-    return said.get(objective_of(settings), taken("the upper"))
-
-
 def beta(value: Any, settings: ToolSettings) -> Outcome:
-    """`beta` becomes beta, where it is not 0."""
-    found, why = number(value), ""
-    if not found:
+    """`beta` becomes beta, unless it is 0."""
+    if not (coefficient := number(value)):
         return taken("there is no KL to a reference")
+    why = ""
     if is_leave_one_out(settings):
         why = (
             "TRL takes the KL of a completion off its reward, and lorafold adds that of each token"
@@ -134,87 +121,57 @@ def beta(value: Any, settings: ToolSettings) -> Outcome:
         )
     elif objective_of(settings) == "gspo" or not settings.on("use_bias_correction_kl"):
         why = "lorafold weighs the KL of each token by its ratio, so that its gradient is the KL's"
-    return changed(why, beta=found)
+    return changed(why, beta=coefficient)
 
 
-def sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`sync_ref_model` moves the reference: LorafoldError where it is on and there is one."""
-    if not boolean(value):
-        return OFF
-    if not settings.read("beta", number):
-        return None
-    raise refused(value, STAYS)
+def _sync_ref_model(value: Any, settings: ToolSettings) -> Outcome | None:
+    if boolean(value) and settings.read("beta", number):
+        raise refused(value, "lorafold's reference never moves")
+    return None if boolean(value) else OFF
 
 
-def scale_rewards(value: Any, settings: ToolSettings) -> Outcome:
-    """`scale_rewards` becomes the scale, also as true (group) and false (none)."""
-    found = {"true": "group", "false": "none"}.get(str(value).lower(), value)
-    return taken(objective_options={"scale": choice(found, "group", "batch", "none")})
-
-
-def mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
-    """`mask_truncated_completions` becomes `truncated`."""
+def _mask_truncated(value: Any, settings: ToolSettings) -> Outcome:
     masked = boolean(value)
-    why = "TRL averages over them too, with a loss of 0; lorafold leaves them out of the mean"
     same = not masked or settings["loss_type"] in ("dapo", "bnpo", "cispo")
-    options = {"truncated": "masked" if masked else "counted"}
-    return changed("" if same else why, objective_options=options)
+    why = "TRL averages over them too, with a loss of 0; lorafold leaves them out of the mean"
+    truncated = "masked" if masked else "counted"
+    return changed("" if same else why, objective_options={"truncated": truncated})
 
 
-def group(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_generations` becomes the group; RLOO's objective has no key of its own."""
-    fields = {"objective": "rloo"} if is_leave_one_out(settings) else {}
-    return taken(**fields, objective_options={"group": integer(value)})
-
-
-def dropout(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_dropout` is 0 where completions are drawn."""
-    return changed(NO_DROPOUT if number(value) else "", dropout=0.0)
-
-
-def completion_length(value: Any, settings: ToolSettings) -> Outcome:
-    """`max_completion_length` becomes `max_new_tokens`, and with the prompt's the `max_length`."""
-    given, prompt = settings.given.get("max_completion_length", value), BESIDE
-    longest, said = LIMIT, [f"completions have no limit there, and {LIMIT} tokens here"]
-    if given not in (None, WITHOUT_LIMIT):
-        longest, said = integer(value), []
+def _completion_length(value: Any, settings: ToolSettings) -> Outcome:
+    longest, prompt, remarks = settings.given.get("max_completion_length", value), BESIDE, []
+    if longest in (None, WITHOUT_LIMIT):
+        longest = LIMIT
+        remarks.append(f"completions have no limit there, and {LIMIT} tokens here")
     if settings["max_prompt_length"] is None:
-        said.append(f"prompts have none there; here a run refuses those of more than {BESIDE}")
+        remarks.append(f"prompts have none there; here a run refuses those of more than {BESIDE}")
     else:
         prompt = settings.read("max_prompt_length", integer)
+    longest = integer(longest)
     options = {"max_new_tokens": longest}
-    return changed("; ".join(said), objective_options=options, max_length=longest + prompt)
+    return changed("; ".join(remarks), objective_options=options, max_length=longest + prompt)
 
 
-def num_iterations(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_iterations` becomes `updates`. LorafoldError for several of RLOO, whose ratios TRL clips
-    and lorafold does not have.
-    """
-    found = integer(value)
-    if found == 1:
+def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
+    updates = integer(value)
+    if updates == 1:
         return taken("a step draws and learns once")
     if is_leave_one_out(settings):
         raise refused(value, "lorafold's rloo clips no ratios")
     return changed(
-        f"steps count draws here, and updates there: of {found} each, for max_steps too",
-        objective_options={"updates": found},
+        f"steps count draws here, and updates there: of {updates} each, for max_steps too",
+        objective_options={"updates": updates},
     )
 
 
 def drawn_plainly(*neutral: float) -> Reader:
-    """The reader of what bends the distribution that completions are drawn from, as a temperature,
-    unless it has one of the neutral values.
-    """
+    """The reader of a sampling setting, such as a temperature, that must be neutral."""
     bent = changed(f"{PLAINLY}: what draws is what learns")
     return lambda value, settings: taken(PLAINLY) if number(value) in neutral else bent
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """The reader of a further bound of ratios, which has no effect where they are 1. LorafoldError
-    where they are not.
-
-    `least` is the least value of which that is so.
-    """
+    """The reader of a bound of ratios, `least` or more, of no effect where they are 1."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if number(value) < least:
@@ -226,26 +183,22 @@ def bound_of_ratios(least: float) -> Reader:
     return read
 
 
-def reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
-    """`reward_funcs` become the rewards; those that are no functions of a file are left.
-
-    LorafoldError for a model that scores, and for others than one of `reward_weights` for each.
-    """
-    found, given = names(value), settings["reward_weights"]
-    if not found:
+def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
+    functions, given = names(value), settings["reward_weights"]
+    if not functions:
         return left(f"pass what judges completions as --reward {PLACE}", f"--reward {PLACE}")
-    if models := [name for name in found if "/" in name]:
+    if models := [name for name in functions if "/" in name]:
         raise LorafoldError(
             f"found {models[0]!r}, a model that scores, but lorafold's rewards are functions,"
             " patterns, schemas and verifiers"
         )
     weights = given if isinstance(given, list | tuple) else [given]
-    weights = [1.0] * len(found) if given is None else weights
-    if len(weights) != len(found):
-        counts = f"{len(found)} functions and {len(weights)} reward_weights"
+    weights = [1.0] * len(functions) if given is None else weights
+    if len(weights) != len(functions):
+        counts = f"{len(functions)} functions and {len(weights)} reward_weights"
         raise LorafoldError(f"found {counts}, one for each")
-    rewards, others, flags = list[str](), list[str](), list[str]()
-    for name, weight in zip(found, map(number, weights), strict=True):
+    rewards, others, flags = [], [], []
+    for name, weight in zip(functions, map(number, weights), strict=True):
         scale = "" if weight == 1 else f"{weight:.12g}*"
         module, _, function = name.rpartition(".")
         if module and module.split(".")[0] not in INSTALLED:
@@ -253,63 +206,55 @@ def reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
         else:
             others.append(name)
             flags.append(f"--reward {scale}{PLACE}")
-    said = f"no file of yours has {', '.join(others)}: write a function; " if others else ""
+    remark = f"no file of yours has {', '.join(others)}: write a function; " if others else ""
     fields = {"objective_options": {"rewards": rewards}} if rewards else {}
-    return Outcome("changed" if rewards else "left", fields, f"{said}{TEXTS}", " ".join(flags))
-
-
-def reward_weights(value: Any, settings: ToolSettings) -> Outcome:
-    """`reward_weights` are read with `reward_funcs`, without which they are left."""
-    if names(settings["reward_funcs"] or ()):
-        return taken("they are part of the rewards")
-    return left("write each before its reward, as in --reward 0.5*FILE.py:FUNCTION")
+    return Outcome("changed" if rewards else "left", fields, f"{remark}{TEXTS}", " ".join(flags))
 
 
 def count(key: str, settings: ToolSettings, least: int = 1) -> int:
-    """A number of things. LorafoldError names the key where it is less than `least`."""
-    found = settings.read(key, integer)
-    if found < least:
-        raise LorafoldError(f"{key}: found {found}, expected {least} or more")
-    return found
+    """A number of things, of `least` or more."""
+    value = settings.read(key, integer)
+    if value < least:
+        raise LorafoldError(f"{key}: found {value}, expected {least} or more")
+    return value
 
 
 def sizes(settings: ToolSettings) -> tuple[int, int, int]:
     """The completions of an optimizer step of one process, those of a prompt, and the prompts."""
     micro = count("per_device_train_batch_size", settings)
-    found = micro * count("gradient_accumulation_steps", settings)
+    completions = micro * count("gradient_accumulation_steps", settings)
     size = count("num_generations", settings, 2)
-    return found, size, ceil(found / size)
+    return completions, size, ceil(completions / size)
 
 
 def batch(value: Any, settings: ToolSettings) -> Outcome:
     """`per_device_train_batch_size` times accumulation, in groups, becomes the batch of prompts."""
-    found, size, rows = sizes(settings)
-    if found == rows * size:
-        return taken(f"{found} completions of one process, {size} a prompt", batch=rows)
+    completions, size, rows = sizes(settings)
+    if completions == rows * size:
+        return taken(f"{completions} completions of one process, {size} a prompt", batch=rows)
     return changed(
-        f"{found} completions of one process are not whole groups of {size}: for N processes"
-        f" --batch is N*{found}/{size}",
+        f"{completions} completions of one process are not whole groups of {size}: for N processes"
+        f" --batch is N*{completions}/{size}",
         batch=rows,
     )
 
 
 def accumulation(value: Any, settings: ToolSettings) -> Outcome:
     """`gradient_accumulation_steps` become micro-batches of whole groups."""
-    found, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
-    why = "a micro-batch has whole groups here" if rows % found else ""
-    return changed(why, accumulate=gcd(rows, found))
+    steps, rows = count("gradient_accumulation_steps", settings), sizes(settings)[2]
+    why = "a micro-batch has whole groups here" if rows % steps else ""
+    return changed(why, accumulate=gcd(rows, steps))
 
 
 def draws_for(factor: str) -> Reader:
     """The reader of `steps_per_generation`, in micro-batches, or of `generation_batch_size`, in
-    completions: how many updates learn from what is drawn at once.
-
-    `factor` is the key whose value is that of one micro-batch; empty for one.
+    completions: how many updates learn from one sample. `factor` is the key whose value is that of
+    one micro-batch; empty for one.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
-        drawn = integer(value) / (count(factor, settings) if factor else 1)
-        if drawn <= count("gradient_accumulation_steps", settings):
+        sampled = integer(value) / (count(factor, settings) if factor else 1)
+        if sampled <= count("gradient_accumulation_steps", settings):
             return taken("a step learns from what it draws")
         return changed("several updates learn from one draw there; here each draws for itself")
 
@@ -317,16 +262,29 @@ def draws_for(factor: str) -> Reader:
 
 
 REFERENCE: Table = {
-    "sync_ref_model": sync_ref_model,
+    "sync_ref_model": _sync_ref_model,
     "ref_model_mixup_alpha ref_model_sync_steps": read_with("sync_ref_model"),
 }
 SHARED: Table = {
-    "reward_funcs": (reward_funcs, ()),
-    "reward_weights": reward_weights,
-    "max_completion_length": (completion_length, 512),
-    "epsilon": (epsilon, 0.2),
-    "epsilon_high": epsilon_high,
-    "num_iterations": num_iterations,
+    "reward_funcs": (_reward_funcs, ()),
+    "reward_weights": lambda value, settings: (
+        taken("they are part of the rewards")
+        if names(settings["reward_funcs"] or ())
+        else left("write each before its reward, as in --reward 0.5*FILE.py:FUNCTION")
+    ),
+    "max_completion_length": (_completion_length, 512),
+    "epsilon": (
+        lambda value, settings: (
+            None
+            if objective_of(settings) in ("rloo", "cispo")
+            else taken(objective_options={"clip": number(value), "clip_high": upper(settings)})
+        ),
+        0.2,
+    ),
+    "epsilon_high": lambda value, settings: {
+        "rloo": None, "cispo": taken("it is part of the bound")
+    }.get(objective_of(settings), taken("the upper")),
+    "num_iterations": _num_iterations,
     "steps_per_generation": draws_for(""),
     "generation_batch_size": draws_for("per_device_train_batch_size"),
     "temperature top_p repetition_penalty": drawn_plainly(1),
@@ -334,7 +292,7 @@ SHARED: Table = {
     "min_p": drawn_plainly(0),
     "generation_kwargs": PLAINLY,
     "chat_template_kwargs": to("template_kwargs"),
-    "mask_truncated_completions": (mask_truncated, False),
+    "mask_truncated_completions": (_mask_truncated, False),
     **REFERENCE,
     "disable_dropout": taken("there is no dropout here"),
     "num_generations_eval": "held-out prompts have one completion each, and their reward its"
@@ -358,10 +316,15 @@ GRPO: Table = {
     **SHARED,
     "loss_type": (loss_type, "dapo"),
     "importance_sampling_level": (importance_sampling_level, "token"),
-    "num_generations": (group, 8),
+    "num_generations": (to_options("group", integer), 8),
     "beta": (beta, 0.0),
     "use_bias_correction_kl": (read_with("beta"), True),
-    "scale_rewards": (scale_rewards, "group"),
+    "scale_rewards": (
+        to_options(
+            "scale", lambda value: choice(SCALES.get(str(value).lower(), value), *SCALES.values())
+        ),
+        "group",
+    ),
     "multi_objective_aggregation": cases(
         {
             "sum_then_normalize": taken("rewards are summed, then compared"),
@@ -381,7 +344,12 @@ GRPO: Table = {
 }
 RLOO: Table = {
     **SHARED,
-    "num_generations": (group, 2),
+    "num_generations": (
+        lambda value, settings: taken(
+            objective="rloo", objective_options={"group": integer(value)}
+        ),
+        2,
+    ),
     "beta": (beta, 0.05),
     "normalize_advantages": (
         switch(

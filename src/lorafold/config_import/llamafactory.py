@@ -1,13 +1,10 @@
 """LLaMA-Factory's training YAML, with its own defaults and those of the Trainer that it hands them
-to.
+to, read off its argument classes as of August 2026.
 
-Read off LLaMA-Factory's argument classes as of August 2026. A batch is counted for one device, as
-LLaMA-Factory's own is. Where it packs, its batch counts packed sequences, and lorafold's batch
-counts rows.
-
-Its losses of preferences are those of lorafold, equation by equation: log-probabilities are means
-over tokens for ipo, orpo and simpo and sums for the others, and `pref_ftx` weighs the mean over the
-tokens of each chosen completion. Its reference is the model without the adapter that trains.
+A batch is counted for one device; where it packs, its batch counts packed sequences. Its losses of
+preferences are lorafold's, equation by equation: log-probabilities are means over tokens for ipo,
+orpo and simpo and sums for the others, and `pref_ftx` weighs the mean over the tokens of each
+chosen completion. Its reference is the model without the adapter that trains.
 """
 
 from __future__ import annotations
@@ -19,15 +16,6 @@ from typing import Any
 
 from lorafold.advice import NO_FP16, boolean, integer, names, number
 from lorafold.config_import import trainer
-from lorafold.config_import.preferences import (
-    NO_SECOND_MODEL,
-    beta,
-    dropout,
-    has_reference,
-    law_option,
-    rows_wanted,
-    supervised,
-)
 from lorafold.config_import.rules import (
     OFF,
     SAME,
@@ -51,6 +39,7 @@ from lorafold.config_import.rules import (
     table,
     taken,
     to,
+    where,
 )
 from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
@@ -93,14 +82,10 @@ JUDGED = {
 LEFT = ("history", "images", "videos", "audios")
 
 
-def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained, and not the whole model."""
-    return bool(settings["finetuning_type"] == "lora")
+is_lora = where("finetuning_type", "lora")
 
 
-def is_dpo(settings: ToolSettings) -> bool:
-    """Whether the stage is that of pairs of completions."""
-    return bool(settings["stage"] == "dpo")
+is_dpo = where("stage", "dpo")
 
 
 def is_quantized(settings: ToolSettings) -> bool:
@@ -117,18 +102,18 @@ def objective_of(settings: ToolSettings) -> str | None:
 
 def compares(settings: ToolSettings) -> bool:
     """Whether the objective compares with a reference."""
-    return has_reference(objective_of(settings))
+    return trainer.has_reference(objective_of(settings))
 
 
 def is_packed(settings: ToolSettings) -> bool:
     """Whether rows are packed, as LLaMA-Factory decides it: where `neat_packing` or `packing` is
     on, and in pretraining unless `packing` is off. Rows of preferences are not.
     """
-    found = settings["packing"]
-    by_stage = settings["stage"] == "pt"
     if objective_of(settings) is not None:
         return False
-    return settings.on("neat_packing") or (by_stage if found is None else boolean(found))
+    packing = settings["packing"]
+    by_stage = settings["stage"] == "pt"
+    return settings.on("neat_packing") or (by_stage if packing is None else boolean(packing))
 
 
 def is_fresh(settings: ToolSettings) -> bool:
@@ -138,21 +123,19 @@ def is_fresh(settings: ToolSettings) -> bool:
     return settings.on("create_new_adapter") and not is_quantized(settings)
 
 
-def of_supervised(value: Any, settings: ToolSettings) -> bool:
-    """A switch. LorafoldError where one is on that LLaMA-Factory refuses outside supervised
-    training.
-    """
-    if objective_of(settings) is not None and boolean(value):
+def _of_supervised(value: Any, settings: ToolSettings) -> bool:
+    if boolean(value) and objective_of(settings) is not None:
         raise LorafoldError(
             f"found {value!r}, which LLaMA-Factory refuses with stage {settings['stage']}"
         )
     return boolean(value)
 
 
-def stage(value: Any, settings: ToolSettings) -> Outcome:
-    """`stage` becomes the objective; LorafoldError for those that lorafold does not have."""
-    whole = "lorafold reads plain text as rows of {text}, and cuts or packs them whole"
-    head = "its head there has a bias and a dropout of its own, and here neither"
+def _stage(value: Any, settings: ToolSettings) -> Outcome:
+    remarks = {
+        "pt": "lorafold reads plain text as rows of {text}, and cuts or packs them whole",
+        "rm": "its head there has a bias and a dropout of its own, and here neither",
+    }
     choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto")
     if value == "dpo":
         return taken("pref_loss says which objective")
@@ -163,12 +146,11 @@ def stage(value: Any, settings: ToolSettings) -> Outcome:
             "found 'ppo', whose reward is a model and whose value is learned, but lorafold's ppo"
             " takes functions and has groups of completions"
         )
-    ours = {"pt": "sft", "rm": "reward"}.get(value, value)
-    return changed({"pt": whole, "rm": head}.get(value, ""), objective=ours)
+    ours = {"pt": "sft", "rm": "reward"}
+    return changed(remarks.get(value, ""), objective=ours.get(value, value))
 
 
-def finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`finetuning_type` becomes the method, with the switches of LoRA's kinds."""
+def _finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
     if not is_lora(settings):
         return FULL(value, settings)
     pissa = f"pissa_niter_{max(0, settings.read('pissa_iter', integer))}"
@@ -188,31 +170,16 @@ def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
     return trainer.OF_METHOD if boolean(value) else None
 
 
-def lora_alpha(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_alpha` becomes alpha; 0 stands for twice the rank."""
-    return taken(alpha=number(value) or 2.0 * settings.read("lora_rank", integer))
-
-
-def lora_rank(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_rank` becomes the rank, and gives alpha as twice the rank where the file has none."""
-    if settings.given.get("lora_alpha"):
-        return taken(rank=integer(value))
-    return taken("alpha is twice the rank there", rank=integer(value), alpha=2.0 * integer(value))
-
-
-def quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
-    """`quantization_bit` becomes a quantized base, the nearest of those that lorafold makes."""
-    by, kind = settings["quantization_method"], settings["quantization_type"]
-    found = made_of(integer(value))
-    nearest = found or DEFAULT
+def _quantization_bit(value: Any, settings: ToolSettings) -> Outcome:
+    kind, made = settings["quantization_type"], made_of(integer(value))
+    nearest = made or DEFAULT
     same = STORAGES[nearest].made.get("bnb_4bit_quant_type", kind) == kind
-    exact = found and same and by in ("bnb", "bitsandbytes")
+    exact = made and same and settings["quantization_method"] in ("bnb", "bitsandbytes")
     why = f"lorafold quantizes with bitsandbytes, as {' or '.join(MADE)}, of which {nearest} is"
     return changed("" if exact else f"{why} nearest", storage=nearest)
 
 
-def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`bf16` becomes the base's storage, unless that is quantized or `fp16` is on."""
+def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
         return taken("a quantized base computes in 16 bits") if "bf16" in settings.given else None
     if boolean(value) or settings.on("pure_bf16"):
@@ -222,65 +189,25 @@ def bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     return None if settings.on("fp16") else taken(trainer.AUTO, storage="auto")
 
 
-def fp16(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`fp16` becomes a base in bf16, unless that is quantized or `bf16` is on."""
-    if not boolean(value) or is_quantized(settings) or settings.on("bf16"):
-        return None
-    return changed(NO_FP16, storage="bf16")
-
-
-def neat_packing(value: Any, settings: ToolSettings) -> Outcome:
-    """`neat_packing` and `packing` become `packing`, where packed rows never see each other."""
-    neat, packed = of_supervised(value, settings), is_packed(settings)
+def _neat_packing(value: Any, settings: ToolSettings) -> Outcome:
+    neat, packed = _of_supervised(value, settings), is_packed(settings)
     why = "rows see each other there and are kept apart here" if packed and not neat else ""
     return changed(why, packing=packed)
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
-    packed = "LLaMA-Factory cutoff_len" if is_packed(settings) else ""
-    return trainer.batch(rows, "device", packed)
+    return trainer.batch(rows, "device", "LLaMA-Factory cutoff_len" if is_packed(settings) else "")
 
 
-def template(value: Any, settings: ToolSettings) -> Outcome:
-    """`template` is left: the model's own chat template is used."""
-    return left(
-        f"the model's own template is used; for {value} write it to a file and pass it as"
-        " --chat-template FILE"
-    )
-
-
-def train_on_prompt(value: Any, settings: ToolSettings) -> Outcome:
-    """`train_on_prompt` is left where it is on: the loss is on completions."""
-    return trainer.EVERY_TOKEN if of_supervised(value, settings) else trainer.COMPLETIONS
-
-
-def mask_history(value: Any, settings: ToolSettings) -> Outcome:
-    """`mask_history` trains the last turn of the assistant alone, where it is on."""
-    if of_supervised(value, settings):
-        return taken(train_on="last")
-    return taken("every turn of the assistant is trained", train_on="all")
-
-
-def enable_thinking(value: Any, settings: ToolSettings) -> Outcome:
-    """`enable_thinking` becomes a variable of the chat template, where it is given."""
-    return changed(
-        "a run refuses it where the model's chat template does not read it",
-        template_kwargs={"enable_thinking": boolean(value)},
-    )
-
-
-def pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`pref_ftx` becomes `sft_weight`; a reward model has no such term there."""
+def _pref_ftx(value: Any, settings: ToolSettings) -> Outcome | None:
     objective = objective_of(settings)
     if objective == "reward":
         return None
-    return supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
+    return trainer.supervised(value if number(value) > NEGLIGIBLE else 0.0, objective)
 
 
-def label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
-    """`dpo_label_smoothing` becomes `label_smoothing`, which only DPO's own loss has there too."""
+def _label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
     if number(value) <= NEGLIGIBLE:
         return OFF
     if objective_of(settings) != "dpo":
@@ -288,8 +215,7 @@ def label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
     return taken(objective_options={"label_smoothing": number(value)})
 
 
-def bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`pref_bco_weight` is a term that lorafold does not have, where the loss has a reference."""
+def _bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
     if number(value) > NEGLIGIBLE and compares(settings) and is_dpo(settings):
         raise refused(value, NO_TERM)
     return None
@@ -297,49 +223,38 @@ def bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
 
 def adapters_below(settings: ToolSettings) -> tuple[str, ...]:
     """The adapters that stay as they are, beneath the one that trains; the lowest first."""
-    named = settings["adapter_name_or_path"]
-    if named is None or not is_lora(settings):
-        return ()
-    found = names(named)
-    return found if is_fresh(settings) else found[:-1]
+    given = settings["adapter_name_or_path"] if is_lora(settings) else None
+    adapters = () if given is None else names(given)
+    return adapters if is_fresh(settings) else adapters[:-1]
 
 
 def named_adapters(value: Any, settings: ToolSettings) -> Outcome | None:
     """`adapter_name_or_path` goes to `--over`, for adapters below the one that trains, and to
     `--init-adapter` for the one that goes on.
     """
-    found, below = names(value), adapters_below(settings)
-    if not found:
+    adapters, below = names(value), adapters_below(settings)
+    if not adapters:
         return None
     if not below:
-        return flagged("--init-adapter", found[-1])
-    flags = [f"--over {shlex.quote(name)}" for name in below]
-    flags += [f"--init-adapter {shlex.quote(name)}" for name in found[len(below) :]]
+        return flagged("--init-adapter", adapters[-1])
+    options = ["--over"] * len(below) + ["--init-adapter"] * (len(adapters) - len(below))
+    pairs = zip(options, adapters, strict=True)
     return left(
         f"LLaMA-Factory merges {', '.join(below)} first; here nothing is merged, and the adapter"
         " that trains lies over it",
-        " ".join(flags),
+        " ".join(f"{option} {shlex.quote(name)}" for option, name in pairs),
     )
 
 
-def create_new_adapter(value: Any, settings: ToolSettings) -> Outcome:
-    """`create_new_adapter` is read with `adapter_name_or_path`."""
-    if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings):
-        return taken("there a quantized base goes on with the adapter that is named")
-    return read_with("adapter_name_or_path")
-
-
-def ref_model(value: Any, settings: ToolSettings) -> Outcome:
-    """`ref_model` is taken where it is what lies below the new adapter; else LorafoldError."""
+def _ref_model(value: Any, settings: ToolSettings) -> Outcome:
     theirs = names(settings["ref_model_adapters"] or ())
     if value == settings["model_name_or_path"] and theirs == adapters_below(settings):
         return taken("it is what lies below the new adapter, and so lorafold's reference")
     over = " over ".join((*reversed(theirs), str(value)))
-    raise LorafoldError(f"found {over} as the reference, but {NO_SECOND_MODEL}")
+    raise LorafoldError(f"found {over} as the reference, but {trainer.NO_SECOND_MODEL}")
 
 
-def ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | None:
-    """The reference has the storage of the base beneath the adapter that trains."""
+def _ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | None:
     if settings["ref_model"] is None:
         return None
     own = settings["quantization_bit"]
@@ -348,12 +263,11 @@ def ref_model_quantization_bit(value: Any, settings: ToolSettings) -> Outcome | 
     return changed("the reference is the base itself, in the storage that it is trained in")
 
 
-def dataset(value: Any, settings: ToolSettings) -> Outcome:
-    """`dataset` goes to `--data`, as `dataset_info.json` says where that can be read."""
+def _dataset(value: Any, settings: ToolSettings) -> Outcome:
     folder = Path(str(settings["dataset_dir"] or "data"))
     info = read_object(folder / INFO) if (folder / INFO).is_file() else {}
-    found = [_rows(name, info.get(name), folder) for name in names(value)]
-    return given_as_data(found, rows_wanted(objective_of(settings)))
+    sources = [_rows(name, info.get(name), folder) for name in names(value)]
+    return given_as_data(sources, trainer.rows_wanted(objective_of(settings)))
 
 
 def _rows(name: str, info: Any, folder: Path) -> SourceRows:
@@ -364,7 +278,8 @@ def _rows(name: str, info: Any, folder: Path) -> SourceRows:
     file = info.get("file_name")
     path = info.get("hf_hub_url") or (str(folder / file) if file else None)
     at = of_hub(path or name, info.get("subset"), info.get("split"))
-    return SourceRows(name, at.path if path else None, _columns(info), [*at.said, *_said(info)])
+    remarks = [*at.remarks, *_remarks(info)]
+    return SourceRows(name, at.path if path else None, _columns(info), remarks)
 
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,7 +293,7 @@ def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
     return turns | (judged if info.get("ranking") or "kto_tag" in given else {})
 
 
-def _said(info: Mapping[str, Any]) -> Iterator[str]:
+def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
     tags, given = info.get("tags") or {}, info.get("columns") or {}
     pair = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
     if pair not in (("from", "value"), ("role", "content")):
@@ -390,8 +305,8 @@ def _said(info: Mapping[str, Any]) -> Iterator[str]:
 
 
 OWN: Table = {
-    "stage": (stage, "sft"),
-    "finetuning_type": (finetuning_type, "lora"),
+    "stage": (_stage, "sft"),
+    "finetuning_type": (_finetuning_type, "lora"),
     "use_dora use_rslora": (switch(trainer.OF_METHOD, None), False),
     "pissa_init": (pissa_init, False),
     "pissa_iter": (
@@ -400,29 +315,52 @@ OWN: Table = {
     ),
     "pissa_convert": taken("an adapter is always saved as LoRA over the plain base"),
     "adapter_name_or_path": named_adapters,
-    "create_new_adapter": (create_new_adapter, False),
-    "pref_beta": (beta(objective_of), 0.1),
-    "pref_ftx": (pref_ftx, 0.0),
-    "pref_bco_weight": (bco_weight, 0.0),
-    "simpo_gamma": (law_option("gamma", objective_of), 0.5),
-    "kto_chosen_weight": (law_option("desirable_weight", objective_of), 1.0),
-    "kto_rejected_weight": (law_option("undesirable_weight", objective_of), 1.0),
+    "create_new_adapter": (
+        lambda value, settings: (
+            taken("there a quantized base goes on with the adapter that is named")
+            if boolean(value) and settings["adapter_name_or_path"] and not is_fresh(settings)
+            else read_with("adapter_name_or_path")
+        ),
+        False,
+    ),
+    "pref_beta": (trainer.beta(objective_of), 0.1),
+    "pref_ftx": (_pref_ftx, 0.0),
+    "pref_bco_weight": (_bco_weight, 0.0),
+    "simpo_gamma": (trainer.law_option("gamma", objective_of), 0.5),
+    "kto_chosen_weight": (trainer.law_option("desirable_weight", objective_of), 1.0),
+    "kto_rejected_weight": (trainer.law_option("undesirable_weight", objective_of), 1.0),
     "ref_model_adapters": lambda value, settings: (
         None if settings["ref_model"] is None else read_with("ref_model")
     ),
-    "quantization_bit": quantization_bit,
-    "bf16": (bf16, False),
+    "quantization_bit": _quantization_bit,
+    "bf16": (_bf16, False),
     "pure_bf16": (switch(taken("bf16 is read with it"), None), False),
-    "fp16": (fp16, False),
+    "fp16": (
+        lambda value, settings: (
+            None
+            if not boolean(value) or is_quantized(settings) or settings.on("bf16")
+            else changed(NO_FP16, storage="bf16")
+        ),
+        False,
+    ),
     "learning_rate": (to("lr", number), 5e-5),
-    "per_device_train_batch_size": (batch, 8),
+    "per_device_train_batch_size": (_batch, 8),
     "gradient_accumulation_steps": (SAME, 1),
     "cutoff_len": (SAME, 2048),
     "packing": taken("neat_packing is read with it"),
-    "neat_packing": (neat_packing, False),
-    "train_on_prompt": train_on_prompt,
-    "mask_history": mask_history,
-    "enable_thinking": enable_thinking,
+    "neat_packing": (_neat_packing, False),
+    "train_on_prompt": lambda value, settings: (
+        trainer.EVERY_TOKEN if _of_supervised(value, settings) else trainer.COMPLETIONS
+    ),
+    "mask_history": lambda value, settings: (
+        taken(train_on="last")
+        if _of_supervised(value, settings)
+        else taken("every turn of the assistant is trained", train_on="all")
+    ),
+    "enable_thinking": lambda value, settings: changed(
+        "a run refuses it where the model's chat template does not read it",
+        template_kwargs={"enable_thinking": boolean(value)},
+    ),
     "disable_gradient_checkpointing": to(
         "gradient_checkpointing", lambda value: not boolean(value)
     ),
@@ -430,9 +368,12 @@ OWN: Table = {
     "val_size": (trainer.held_out_rows, 0.0),
     "default_system": SYSTEM,
     "use_swanlab": switch(taken(trackers=("swanlab",))),
-    "template": template,
+    "template": lambda value, settings: left(
+        f"the model's own template is used; for {value} write it to a file and pass it as"
+        " --chat-template FILE"
+    ),
     "model_revision": "--revision",
-    "dataset": dataset,
+    "dataset": _dataset,
     "dataset_dir": read_with("dataset"),
     "eval_dataset": trainer.EVAL_DATA,
     "do_train": trainer.TRAINS,
@@ -446,9 +387,20 @@ OWN: Table = {
     **LLAMAFACTORY,
 }
 OF_METHOD: Table = {
-    "lora_rank": (lora_rank, 8),
-    "lora_alpha": lora_alpha,
-    "lora_dropout": (dropout(lambda settings: settings["stage"] in ("dpo", "kto")), 0.0),
+    "lora_rank": (
+        lambda value, settings: (
+            taken(rank=integer(value))
+            if settings.given.get("lora_alpha")
+            else taken(
+                "alpha is twice the rank there", rank=integer(value), alpha=2.0 * integer(value)
+            )
+        ),
+        8,
+    ),
+    "lora_alpha": lambda value, settings: taken(
+        alpha=number(value) or 2.0 * settings.read("lora_rank", integer)
+    ),
+    "lora_dropout": (trainer.dropout(where("stage", "dpo", "kto")), 0.0),
     "lora_target": (SAME, "all"),
     "additional_target": SAME,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
@@ -456,11 +408,11 @@ OF_METHOD: Table = {
 OF_PAIRS: Table = {
     "pref_loss": (PREF_LOSS, "sigmoid"),
     "ld_alpha": refusing(NO_TERM, lambda value: False),
-    "dpo_label_smoothing": (label_smoothing, 0.0),
+    "dpo_label_smoothing": (_label_smoothing, 0.0),
 }
 OF_REFERENCE: Table = {
-    "ref_model": ref_model,
-    "ref_model_quantization_bit": ref_model_quantization_bit,
+    "ref_model": _ref_model,
+    "ref_model_quantization_bit": _ref_model_quantization_bit,
 }
 OF_QUANTIZED: Table = {
     "quantization_method": (taken("it is part of the base"), "bnb"),

@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafold.advice import integer, names, number, product
 from lorafold.config_import import trainer
-from lorafold.config_import.preferences import rows_wanted
 from lorafold.config_import.rules import (
     SAME,
     Outcome,
@@ -29,12 +28,14 @@ from lorafold.config_import.rules import (
     flagged,
     given_as_data,
     left,
+    objects_with_path,
     of_hub,
     read_with,
     switch,
     table,
     taken,
     to,
+    where,
 )
 from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
@@ -64,9 +65,7 @@ def is_lora(settings: ToolSettings) -> bool:
 
 
 def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file with the keys of its block of LoRA as keys `lora_parameters.KEY`. LorafoldError
-    where it has one without the rank, scale or dropout that mlx-lm asks for.
-    """
+    """The file with the keys of its block of LoRA as keys `lora_parameters.KEY`."""
     block = config.get(BLOCK)
     if block is None:
         return config
@@ -80,10 +79,10 @@ def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def micro(settings: ToolSettings) -> int:
     """The iterations of an optimizer step."""
-    found = settings.read("grad_accumulation_steps", integer)
-    if found < 1:
-        raise LorafoldError(f"grad_accumulation_steps: found {found}, expected 1 or more")
-    return found
+    steps = settings.read("grad_accumulation_steps", integer)
+    if steps < 1:
+        raise LorafoldError(f"grad_accumulation_steps: found {steps}, expected 1 or more")
+    return steps
 
 
 def steps_of(key: str, settings: ToolSettings) -> int:
@@ -96,8 +95,7 @@ def in_steps(name: str, key: str) -> Reader:
     return lambda value, settings: taken(**{name: steps_of(key, settings)})
 
 
-def fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`fine_tune_type` becomes the method. LorafoldError where only some layers train whole."""
+def _fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
     if choice(value, "lora", "dora", "full") == "full" and settings["num_layers"] != -1:
         raise LorafoldError(
             f"found 'full' of the last {settings['num_layers']} layers (num_layers), but lorafold's"
@@ -106,14 +104,7 @@ def fine_tune_type(value: Any, settings: ToolSettings) -> Outcome:
     return taken(objective="sft", method=value)
 
 
-def alpha(value: Any, settings: ToolSettings) -> Outcome:
-    """`scale` times the rank becomes alpha."""
-    scaled = product(value, settings[f"{BLOCK}.rank"])
-    return taken("alpha is scale times the rank", alpha=scaled)
-
-
-def num_layers(value: Any, settings: ToolSettings) -> Outcome:
-    """`num_layers` is left, unless it is all: targets name modules, and not the last layers."""
+def _num_layers(value: Any, settings: ToolSettings) -> Outcome:
     if integer(value) < 0:
         return taken("every layer")
     return left(
@@ -122,8 +113,7 @@ def num_layers(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def optimizer(value: Any, settings: ToolSettings) -> Outcome:
-    """The optimizer becomes adamw, with what `optimizer_config` says of it."""
+def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
     name = str(value).lower()
     choice(name, "adam", "adamw", "muon", "sgd", "adafactor")
     config = settings["optimizer_config"] or {}
@@ -134,20 +124,17 @@ def optimizer(value: Any, settings: ToolSettings) -> Outcome:
     fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": decay}
     if name not in ("adam", "adamw"):
         return changed(trainer.ADAMW, **fields)
-    if "betas" in given:
-        fields["betas"] = _betas(given["betas"])
-    if "eps" in given:
-        fields["eps"] = number(given["eps"])
-    corrected = given.get("bias_correction")
-    why = "" if corrected else _uncorrected(fields.get("betas", BETAS), settings)
+    readers = {"betas": _betas, "eps": number}
+    fields |= {key: read(given[key]) for key, read in readers.items() if key in given}
+    why = "" if given.get("bias_correction") else _uncorrected(fields.get("betas", BETAS), settings)
     return changed(why, **fields)
 
 
 def _betas(value: Any) -> tuple[float, ...]:
-    found = tuple(map(number, value)) if isinstance(value, list) else ()
-    if len(found) != 2 or not all(0 <= one < 1 for one in found):
+    betas = tuple(map(number, value)) if isinstance(value, list) else ()
+    if len(betas) != 2 or not all(0 <= one < 1 for one in betas):
         raise LorafoldError(f"found betas {value!r}, expected two numbers from 0 to below 1")
-    return found
+    return betas
 
 
 def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
@@ -156,8 +143,7 @@ def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     """
     steps = steps_of("iters", settings)
     first = range(1, min(steps, 20_000) + 1)  # later ones are as large as with it
-    more = sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first)
-    times = 1 + more / steps
+    times = 1 + sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first) / steps
     if round(times, 1) == 1:
         return ""
     schedule = settings["lr_schedule"]
@@ -171,35 +157,33 @@ def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     )
 
 
-def lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
-    """`lr_schedule` becomes the rate, the schedule and the warm-up, in optimizer steps."""
+def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
     if value == CONSTANT:
         return taken("there is no warm-up", schedule="constant", warmup=0.0)
     arguments = value.get("arguments") if isinstance(value, dict) else None
     if not isinstance(arguments, list) or not arguments or "name" not in value:
         raise LorafoldError(f"found {value!r}, expected an object with name and arguments, a list")
     name, rate = value["name"], trainer.rate(is_lora)(arguments[0], settings)
-    fields = {**(rate.fields if rate else {}), "schedule": SCHEDULES.get(name, "cosine")}
     warm = integer(value.get("warmup") or 0)
+    fields = {**(rate.fields if rate else {}), "schedule": SCHEDULES.get(name, "cosine")}
     fields |= {"warmup_steps": warm} if warm else {"warmup": 0.0}
-    said = [] if name in SCHEDULES else [f"lorafold has no {name}"]
+    remarks = [] if name in SCHEDULES else [f"lorafold has no {name}"]
     if name in SCHEDULES:
         rest = [*arguments[1:], 0, 0][:2]
         length, end = rest if name == "cosine_decay" else reversed(rest)
         steps = steps_of("iters", settings) - warm
         if number(end):
-            said.append(f"it ends at {end} there, and at 0 here")
+            remarks.append(f"it ends at {end} there, and at 0 here")
         if integer(length) != steps:
-            said.append(f"it falls over {length} steps there, and over {steps} here")
+            remarks.append(f"it falls over {length} steps there, and over {steps} here")
     if warm and number(value.get("warmup_init") or 0):
-        said.append(
+        remarks.append(
             f"the warm-up begins at {value['warmup_init']} there, and at a step's share here"
         )
-    return changed("; ".join(said), **fields)
+    return changed("; ".join(remarks), **fields)
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`batch_size` times accumulation becomes the batch."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     several = micro(settings)
     fields = {"batch": integer(value) * several, "accumulate": several}
     said = "; its micro-batches weigh alike there, and tokens here" if several > 1 else ""
@@ -208,27 +192,23 @@ def batch(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def data(value: Any, settings: ToolSettings) -> Outcome:
-    """`data` goes to `--data`: a hub dataset, or a directory whose `train.jsonl` is taken."""
+def _data(value: Any, settings: ToolSettings) -> Outcome:
     if settings["hf_dataset"]:
         return taken("hf_dataset takes its place")
     columns = {ours: settings[theirs] for ours, theirs in FEATURES.items()}
-    rows = given_as_data([SourceRows(str(value), str(value), columns)], rows_wanted(None))
+    rows = given_as_data([SourceRows(str(value), str(value), columns)], trainer.rows_wanted(None))
     valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
     said = f"{rows.remark}; of a directory train.jsonl is taken: --eval-data {valid}"
     return replace(rows, remark=said)
 
 
-def hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
-    """`hf_dataset` goes to `--data` and `--columns`."""
-    found = []
-    for one in value if isinstance(value, list) else [value]:
-        if not isinstance(one, dict) or not one.get("path"):
-            raise LorafoldError(f"found {one!r}, expected an object with path")
+def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
+    sources = []
+    for one in objects_with_path(value):
         rows = of_hub(one["path"], one.get("config"), one.get("train_split", "train[:80%]"))
         columns = {ours: one.get(theirs) for ours, theirs in FEATURES.items()}
-        found.append(replace(rows, columns=columns))
-    return given_as_data(found, rows_wanted(None))
+        sources.append(replace(rows, columns=columns))
+    return given_as_data(sources, trainer.rows_wanted(None))
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:
@@ -249,15 +229,15 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
 
 
 OWN: Table = {
-    "fine_tune_type": (fine_tune_type, "lora"),
+    "fine_tune_type": (_fine_tune_type, "lora"),
     f"{BLOCK}.alpha": taken("scale decides"),
     BLOCK: None,
     "model": (model, "Qwen/Qwen3-0.6b"),
-    "optimizer": (optimizer, "adam"),
+    "optimizer": (_optimizer, "adam"),
     "optimizer_config": read_with("optimizer"),
-    "lr_schedule": (lr_schedule, CONSTANT),
+    "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
-    "batch_size": (batch, 4),
+    "batch_size": (_batch, 4),
     "grad_accumulation_steps": (taken("batch has it"), 1),
     "max_seq_length": (SAME, 2048),
     "mask_prompt": (
@@ -274,8 +254,8 @@ OWN: Table = {
     "report_to": trainer.trackers,
     "train": trainer.TRAINS,
     "test": "lorafold eval measures the rows of test.jsonl",
-    "data": (data, "mlx-community/WikiSQL"),
-    "hf_dataset": hf_dataset,
+    "data": (_data, "mlx-community/WikiSQL"),
+    "hf_dataset": _hf_dataset,
     " ".join(FEATURES.values()): read_with("data"),
     "adapter_path": ("--out", "adapters"),
     "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
@@ -287,20 +267,25 @@ OWN: Table = {
 }
 RATE: Table = {
     f"{BLOCK}.rank": (to("rank", integer), 8),
-    f"{BLOCK}.scale": (alpha, 20.0),
+    f"{BLOCK}.scale": (
+        lambda value, settings: taken(
+            "alpha is scale times the rank", alpha=product(value, settings[f"{BLOCK}.rank"])
+        ),
+        20.0,
+    ),
     f"{BLOCK}.dropout": (to("dropout", number), 0.0),
     f"{BLOCK}.keys": (
         to("targets", lambda value: "all-linear" if value == ALL else names(value)),
         ALL,
     ),
-    "num_layers": (num_layers, 16),
-    "lora_layers": num_layers,
+    "num_layers": (_num_layers, 16),
+    "lora_layers": _num_layers,
 }
 RULES: tuple[Rule, ...] = (
     *table(OWN),
     *table(
         {"learning_rate": (trainer.rate(is_lora), 1e-5)},
-        lambda settings: bool(settings["lr_schedule"] == CONSTANT),
+        where("lr_schedule", CONSTANT),
     ),
     *table(RATE, is_lora),
 )

@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lorafold.config_import.rules import NOT_KNOWN, Outcome, TranslatedKey, flagged, left, taken
+from lorafold.config_import.rules import (
+    NOT_KNOWN,
+    OFF,
+    Outcome,
+    TranslatedKey,
+    flagged,
+    left,
+    taken,
+)
 from lorafold.config_import.trainer import LOOKED_UP, kind_of_lora, target_parameters
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -44,10 +52,7 @@ BESIDE = {
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of an adapter_config.json as an entry.
-
-    LorafoldError lists every value that can't be read, or that lorafold can't train.
-    """
+    """Every key of an adapter_config.json as an entry."""
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters
@@ -60,9 +65,9 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
         understood[INIT] = True  # how it starts is read below
     spec, selection, bias = read_config(understood)
     beneath: Any = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
-    found = {**vars(selection), "bias": bias, **vars(beneath)}
+    read = {**vars(selection), "bias": bias, **vars(beneath)}
     outcomes = dict(_of_method(method, beneath, start))
-    outcomes |= {f.key: _of_selection(f, config.get(f.key), found) for f in shared}
+    outcomes |= {f.key: _of_selection(f, config.get(f.key), read) for f in shared}
     outcomes |= {k: _about(k, config[k]) for k in config if k in ABOUT and k not in outcomes}
     known = method.known | set(method.marks)
     outcomes |= {
@@ -79,28 +84,21 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
 
 
 def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Outcome]]:
-    """The keys of the method's own fields; `spec` lies beneath DoRA, where that is on."""
-    dora = method.outer is not None
-    name = name_of(spec)
+    dora, name = method.outer is not None, name_of(spec)
+    full_name = "dora" if dora else name
     if start is not None:
         kind = kind_of_lora(dora, name == "rslora", start)
-        yield INIT, Outcome(kind.how, {
-            k: v for k, v in kind.fields.items() if k == "options"
-        }, kind.remark or "it is part of the method")  # fmt: skip
+        options = {k: v for k, v in kind.fields.items() if k == "options"}
+        yield INIT, Outcome(kind.how, options, kind.remark or "it is part of the method")
         full_name = kind.fields["method"]
-    else:
-        full_name = "dora" if dora else name
-    yield (
-        "peft_type",
-        taken(method=full_name, **({"options": {"over": name}} if dora and name != "lora" else {})),
-    )
+    over = {"options": {"over": name}} if dora and name != "lora" else {}
+    yield "peft_type", taken(method=full_name, **over)
     usual = make_spec(name)
     for field in method.fields:
         value = getattr(spec, field.attribute)
         if field.key == INIT:
-            if start is None:
-                continue
-        elif field.attribute in OF_METHOD:
+            continue
+        if field.attribute in OF_METHOD:
             yield field.key, taken(**{field.attribute: value})
         elif value != getattr(usual, field.attribute) and value not in ((), None):
             yield field.key, taken(options={field.attribute: value})
@@ -108,27 +106,23 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
             yield field.key, taken(f"it is so in method {full_name}")
 
 
-def _of_selection(field: Field, value: Any, found: Mapping[str, Any]) -> Outcome:
+def _of_selection(field: Field, value: Any, read: Mapping[str, Any]) -> Outcome:
     if field.key in BESIDE:
-        return left(BESIDE[field.key]) if value not in (None, [], {}, "") else taken("it is off")
+        return left(BESIDE[field.key]) if value not in (None, [], {}, "") else OFF
     if field.key == PARAMETERS.key and value:
-        return target_parameters(found[TARGETS], found[field.attribute])
-    if field.key == TARGETS and not value and found[PARAMETERS.attribute]:
-        return taken("it is off")
-    if field.key == TARGETS and not value:
-        return LOOKED_UP
-    if not value:
-        return taken("it is off")
-    return taken(**{{TARGETS: "targets"}.get(field.key, field.key): found[field.attribute]})
+        return target_parameters(read[TARGETS], read[field.attribute])
+    if value:
+        name = "targets" if field.key == TARGETS else field.key
+        return taken(**{name: read[field.attribute]})
+    return LOOKED_UP if field.key == TARGETS and not read[PARAMETERS.attribute] else OFF
 
 
 def _about(key: str, value: Any) -> Outcome:
-    if key == "base_model_name_or_path" and value:
-        return flagged("--model", value)
-    if key == "revision" and value:
-        return flagged("--revision", value)
+    options = {"base_model_name_or_path": "--model", "revision": "--revision"}
+    if key in options and value:
+        return flagged(options[key], value)
     if key != "task_type" or value is None:
-        return left("it says how the file was made") if value else taken("it is off")
+        return left("it says how the file was made") if value else OFF
     if str(value) not in OBJECTIVES:
         raise LorafoldError(
             f"{CONFIG}: task_type: found {value!r}, but lorafold's objectives are sft (CAUSAL_LM)"
@@ -140,10 +134,12 @@ def _about(key: str, value: Any) -> Outcome:
 def _of_rest(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
     if key in PHASES and key in method.known:
         return taken(options={key: value})
+    if not value:
+        return OFF
     if key in method.marks:
-        return taken("it is part of the method") if value else taken("it is off")
-    if key in STARTS or not value:
-        return taken("the base and the method decide") if value else taken("it is off")
+        return taken("it is part of the method")
+    if key in STARTS:
+        return taken("the base and the method decide")
     if key in method.known:
         return left("lorafold has no such option and trains without it")
-    return taken("it is off") if harmless else left(NOT_KNOWN)
+    return OFF if harmless else left(NOT_KNOWN)

@@ -1,15 +1,11 @@
 """What a table of rules is made of, and how a configuration is read with one.
 
-    Rule            one key of another tool: what becomes of it, and what that tool assumes
-                    without it
+    Rule            one key of another tool: what becomes of it, and the default of that tool
     Outcome         taken, taken differently (changed), or left, with recipe fields and a remark
     TranslatedKey   a key with its value and its outcome
-    Settings        the file's values, and behind them the tool's defaults
-    Rows            the rows of one source of a file: where they lie, what their columns are called
 
-Each tool's table stands in a file of its own; `by_rules` reads a configuration with it. A rule's
-reader raises LorafoldError for a value that the other tool would refuse, and for one that lorafold
-has no way to train; all of these are reported together.
+A rule's reader raises LorafoldError for a value that the other tool would refuse, and for one that
+lorafold has no way to train; all of these are reported together.
 """
 
 from __future__ import annotations
@@ -66,14 +62,14 @@ class ToolSettings:
         return self.defaults.get(key) if value is None else value
 
     def read(self, key: str, convert: Callable[[Any], T]) -> T:
-        """The value, converted. LorafoldError names the key."""
+        """The value, converted."""
         try:
             return convert(self[key])
         except LorafoldError as error:
             raise LorafoldError(f"{key}: {error}") from None
 
     def on(self, key: str) -> bool:
-        """Whether a switch is on. LorafoldError names the key."""
+        """Whether a switch is on."""
         return self.read(key, boolean)
 
 
@@ -98,11 +94,7 @@ Condition = Callable[[ToolSettings], bool]
 
 
 def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
-    """The rules of keys, which are separated by spaces; a row may have the tool's default too.
-
-    Args:
-        only: The settings with which the keys have an effect; None: all.
-    """
+    """The rules of keys, which are separated by spaces; a row may have the tool's default too."""
     return tuple(
         Rule(key, either(only, reader) if only else reader, default)
         for keys, row in rows.items()
@@ -127,6 +119,11 @@ def either(condition: Condition, row: Row, otherwise: Row = None) -> Reader:
     """The reader of one row with some settings, and of another one, or none, with others."""
     reader, other = _reader(row), _reader(otherwise)
     return lambda value, settings: (reader if condition(settings) else other)(value, settings)
+
+
+def where(key: str, *values: Any) -> Condition:
+    """The condition that a key has one of some values."""
+    return lambda settings: settings[key] in values
 
 
 def taken(remark: str = "", /, **fields: Any) -> Outcome:
@@ -157,23 +154,26 @@ def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
     return lambda value, settings: taken(**{name: read(value)})
 
 
+def to_options(name: str, read: Callable[[Any], Any] = number) -> Reader:
+    """The reader of a key whose value becomes the option `name` of the objective."""
+    return lambda value, settings: taken(objective_options={name: read(value)})
+
+
 def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
     """The reader of a key that is true or false."""
     return lambda value, settings: on if boolean(value) else off
 
 
 def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
-    """The reader of a key by its value; a text is why lorafold can't train it: LorafoldError, as
-    for a value that is not there.
-    """
+    """The reader of a key by its value; a text is why lorafold can't train it."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
-        found = outcomes.get(str(value), otherwise)
-        if not found:
+        outcome = outcomes.get(str(value), otherwise)
+        if not outcome:
             choice(value, *(key for key, one in outcomes.items() if not isinstance(one, str)))
-        if isinstance(found, str):
-            raise refused(value, found)
-        return found
+        if isinstance(outcome, str):
+            raise refused(value, outcome)
+        return outcome
 
     return read
 
@@ -220,18 +220,14 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
     """Every key of `config` as an entry, and the tool's defaults that matter where it is silent.
 
     Where a rule passes `--init-adapter`, that adapter brings its own method, rank and targets, and
-    the file's are left. LorafoldError lists the values that can't be read, or that lorafold can't
-    train.
+    the file's are left.
     """
     settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
-    entries: list[TranslatedKey] = []
-    problems: list[str] = []
+    entries, problems = [], []
     for rule in rules:
-        value, given = settings[rule.key], config.get(rule.key) is not None
+        value, there = settings[rule.key], rule.key in config
         if value is None:
-            entries += [TranslatedKey(rule.key, None, True, taken("it is not set"))] * (
-                rule.key in config
-            )
+            entries += [TranslatedKey(rule.key, None, True, taken("it is not set"))] * there
             continue
         try:
             outcome = rule.reader(value, settings)
@@ -240,7 +236,8 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
             continue
         if outcome is None:
             outcome = OFF if is_off(value) else taken("it has no effect here")
-        if given or rule.key in config or outcome.fields or outcome.how != "taken":
+        if there or outcome.fields or outcome.how != "taken":
+            given = config.get(rule.key) is not None
             entries.append(TranslatedKey(rule.key, value, given, outcome))
     if problems:
         raise LorafoldError(as_one(problems))
@@ -248,73 +245,71 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
         entries = list(_brought_by_adapter(entries))
     known = [rule.key for rule in rules]
     for key in (key for key in config if key not in known):
-        told = "; ".join(filter(None, (NOT_KNOWN, near(key, known, 0.75))))
-        entries.append(TranslatedKey(key, config[key], True, left(told)))
+        remark = "; ".join(filter(None, (NOT_KNOWN, near(key, known, 0.75))))
+        entries.append(TranslatedKey(key, config[key], True, left(remark)))
     return tuple(entries)
 
 
 def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[TranslatedKey]:
     for entry in entries:
-        rest = {k: v for k, v in entry.outcome.fields.items() if k not in OF_ADAPTER}
-        if rest == entry.outcome.fields:
-            yield entry
-        elif rest:
+        fields = entry.outcome.fields
+        rest = {k: v for k, v in fields.items() if k not in OF_ADAPTER}
+        if rest or not fields:
             yield replace(entry, outcome=replace(entry.outcome, fields=rest))
         elif entry.given:
-            told = left("the adapter that --init-adapter names brings its own")
-            yield replace(entry, outcome=told)
+            brought = left("the adapter that --init-adapter names brings its own")
+            yield replace(entry, outcome=brought)
 
 
 @dataclass(frozen=True)
 class SourceRows:
     """The rows of one source. `path`: a file, a directory or a hub dataset, or None where no
-    option can name them; `columns`: theirs by lorafold's names; `said`: what differs.
+    option can name them; `columns`: theirs by lorafold's names; `remarks`: what differs.
     """
 
     name: str
     path: str | None
     columns: Mapping[str, Any] = field(default_factory=dict)
-    said: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     def __str__(self) -> str:
-        return f"{self.name} ({'; '.join(self.said)})" if self.said else self.name
+        return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
 
 
-def given_as_data(found: Sequence[SourceRows], wanted: str) -> Outcome:
+def given_as_data(sources: Sequence[SourceRows], wanted: str) -> Outcome:
     """Rows are left, and the command names them and the columns with other names than lorafold's.
-
-    Args:
-        wanted: The shapes of rows that the objective takes, in words.
+    `wanted` are the shapes of rows that the objective takes, in words.
     """
-    columns: dict[str, str] = {}
-    clash = any(
-        columns.setdefault(ours, str(theirs)) != str(theirs)
-        for rows in found
+    pairs = {
+        (ours, str(theirs))
+        for rows in sources
         for ours, theirs in rows.columns.items()
         if theirs and theirs != ours
-    )
-    listed = ", ".join(map(str, found))
-    if clash:
+    }
+    listed, columns = ", ".join(map(str, sources)), sorted(pairs)
+    if len(dict(columns)) < len(columns):
         listed += "; their columns have other names in each: rename them in the files"
-        columns = {}
-    flags = [PLACEHOLDER if r.path is None else f"--data {shlex.quote(r.path)}" for r in found]
-    pairs = [f"{ours}={theirs}" for ours, theirs in sorted(columns.items())]
-    named = [f"--columns {shlex.quote(','.join(pairs))}"] if pairs else []
-    return left(f"{wanted}: {listed}", " ".join([*dict.fromkeys(flags), *named]) or PLACEHOLDER)
+        columns = []
+    flags = [PLACEHOLDER if r.path is None else f"--data {shlex.quote(r.path)}" for r in sources]
+    if columns:
+        flags.append(f"--columns {shlex.quote(','.join(map('='.join, columns)))}")
+    return left(f"{wanted}: {listed}", " ".join(dict.fromkeys(flags)) or PLACEHOLDER)
+
+
+def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
+    """The objects that name datasets, one or a list of them."""
+    objects = value if isinstance(value, list) else [value]
+    for one in objects:
+        if not isinstance(one, dict) or not one.get("path"):
+            raise LorafoldError(f"found {one!r}, expected an object with path")
+    return objects
 
 
 def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) -> SourceRows:
-    """The rows of a path or hub dataset, of which lorafold reads the default configuration and the
-    split train.
-
-    Args:
-        config: The name of a configuration; None: the default.
-        split: That of a split; None: train.
-        files: The dataset's files, where only some are read.
-    """
-    said = [f"its configuration {config}"] if config is not None else []
-    said += [f"its split {split}"] if split not in (None, "train") else []
-    said += [f"its files {files}"] if files else []
-    if said:
-        said[-1] += ": save these rows to a file, as --data reads the default and train"
-    return SourceRows(str(path), None if said or path is None else str(path), {}, said)
+    """The rows of a path or hub dataset; lorafold reads its default configuration and train."""
+    remarks = [f"its configuration {config}"] if config is not None else []
+    remarks += [f"its split {split}"] if split not in (None, "train") else []
+    remarks += [f"its files {files}"] if files else []
+    if remarks:
+        remarks[-1] += ": save these rows to a file, as --data reads the default and train"
+    return SourceRows(str(path), None if remarks or path is None else str(path), {}, remarks)

@@ -84,14 +84,6 @@ class Tool:
     known: frozenset[str] | None
     note: str = ""
 
-    def signs_in(self, config: Mapping[str, Any]) -> int:
-        """How many of its signs a file has."""
-        return sum(_has(config, *sign.partition("=")) for sign in self.signs.split())
-
-    def unknown_in(self, config: Mapping[str, Any]) -> list[str]:
-        """The fields of a file that it does not know."""
-        return [] if self.known is None else [key for key in config if key not in self.known]
-
 
 def _by_rules(
     name: str,
@@ -170,12 +162,14 @@ class Translation:
         """
         fields = self.recipe.model_dump(mode="json", exclude_unset=True)
         defaults = Recipe().model_dump(mode="json")
-        order = [name for name in Recipe.model_fields if name in fields]
-        return {n: fields[n] for n in order if n == "storage" or fields[n] != defaults[n]}
+        return {
+            name: fields[name]
+            for name in defaults
+            if name in fields and (name == "storage" or fields[name] != defaults[name])
+        }
 
     def to_yaml(self, path: str = "recipe.yaml") -> str:
         """The recipe's file, with a comment on every line that says where its value came from.
-
         `path` is where the file will lie, for the command in its head.
         """
         lines = [
@@ -187,10 +181,9 @@ class Translation:
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
             line = f"{name}: {text.strip().removesuffix('...').strip()}"
             sources = [entry for entry in self.entries if name in entry.outcome.fields]
-            for entry in sources:
-                if entry.outcome.how == "changed":
-                    lines.append(f"# {entry.outcome.remark}:")
-            comment = ", ".join(_named(entry) for entry in sources)
+            changes = [e.outcome.remark for e in sources if e.outcome.how == "changed"]
+            lines += [f"# {remark}:" for remark in changes]
+            comment = ", ".join(map(_named, sources))
             fits = len(line) + len(comment) + 4 <= WIDTH
             lines += [f"{line}  # {comment}"] if fits else [f"# {comment}", line]
         return "\n".join(lines) + "\n"
@@ -198,11 +191,10 @@ class Translation:
     def command(self, config: str = "recipe.yaml") -> str:
         """The command line that trains by the recipe; the user fills in what is in capitals."""
         flags = {"--model": "", "--data": "--data DATA", "--eval-data": "", "--out": "--out OUT"}
-        given = [entry.outcome.flag for entry in self.entries if entry.outcome.flag]
+        given = [entry.outcome.flag for entry in self.entries]
         flags |= {flag.partition(" ")[0]: flag for flag in given}
-        return " ".join(
-            ["lorafold train --config", shlex.quote(config), *filter(None, flags.values())]
-        )
+        parts = ["lorafold train --config", shlex.quote(config), *flags.values()]
+        return " ".join(filter(None, parts))
 
     def as_json(self) -> dict[str, Any]:
         """The translation as an object of JSON, which `--json` prints."""
@@ -217,18 +209,14 @@ class Translation:
         }
 
     def report(self, config: str = "recipe.yaml") -> str:
-        """What became of each key, as lines of text.
-
-        `config` is where the recipe lies, for the command at the end.
-        """
+        """What became of each key, as lines of text, and the command to train with."""
         lines = [f"{self.source}, of {self.tool}, as a recipe"]
+        silent = [entry for entry in self.taken if _is_silent(entry)]
         for how, head in HEADS.items():
-            found = [e for e in getattr(self, how) if _speaks(e)]
-            if found:
-                lines += [f"{head}:", *_table(found)]
-        silent = [e.key for e in self.taken if not _speaks(e)]
+            if entries := [entry for entry in getattr(self, how) if entry not in silent]:
+                lines += [f"{head}:", *_table(entries)]
         if silent:
-            lines.append(f"off or not set: {', '.join(silent)}")
+            lines.append(f"off or not set: {', '.join(entry.key for entry in silent)}")
         lines += [self.note] * bool(self.note)
         return "\n".join([*lines, f"train with: {self.command(config)}"])
 
@@ -236,10 +224,9 @@ class Translation:
         return self.report()
 
 
-def _speaks(entry: TranslatedKey) -> bool:
-    """Does the entry say more than that something is off?"""
+def _is_silent(entry: TranslatedKey) -> bool:
     off = entry.outcome.remark in ("it is off", "it is not set")
-    return entry.outcome.how != "taken" or bool(entry.outcome.fields) or not off
+    return off and entry.outcome.how == "taken" and not entry.outcome.fields
 
 
 def _named(entry: TranslatedKey) -> str:
@@ -247,41 +234,31 @@ def _named(entry: TranslatedKey) -> str:
 
 
 def _shown(value: Any) -> str:
-    as_text = isinstance(value, str)
-    text = value if as_text else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _table(entries: Sequence[TranslatedKey]) -> Iterator[str]:
-    left = [_named(e) for e in entries]
-    right = [", ".join(f"{k}: {_shown(v)}" for k, v in e.outcome.fields.items()) for e in entries]
+    left = [*map(_named, entries)]
     wide = min(44, max(map(len, left)))
-    for entry, theirs, ours in zip(entries, left, right, strict=True):
-        said = "; ".join(filter(None, (ours, entry.outcome.remark)))
-        line = f"  {theirs:<{wide}}  {'->' if ours else ' -'} {said}"
+    for entry, theirs in zip(entries, left, strict=True):
+        fields = ", ".join(f"{k}: {_shown(v)}" for k, v in entry.outcome.fields.items())
+        remarks = "; ".join(filter(None, (fields, entry.outcome.remark)))
+        line = f"  {theirs:<{wide}}  {'->' if fields else ' -'} {remarks}"
         yield textwrap.fill(
             line, WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
         )
 
 
 def _as_json(entry: TranslatedKey) -> dict[str, Any]:
-    return {
-        "key": entry.key,
-        "value": entry.value,
-        "given": entry.given,
-        "fields": dict(entry.outcome.fields),
-        "remark": entry.outcome.remark,
-        "flag": entry.outcome.flag,
-    }
+    values = vars(entry) | vars(entry.outcome)
+    names = ("key", "value", "given", "fields", "remark", "flag")
+    return {name: values[name] for name in names} | {"fields": dict(entry.outcome.fields)}
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
-    """A configuration of another tool as a recipe, with a report on every key.
-
-    `kind` is the tool, a key of TOOLS; without it the file's own keys tell. LorafoldError names the
-    file and every value that can't be read, or can't be trained here.
-    """
+    """A configuration of another tool, a key of TOOLS or as its keys tell, as a recipe."""
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
@@ -294,24 +271,14 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
             trainable_storage(recipe)
     except LorafoldError as error:
         raise LorafoldError(f"{source}: {error}") from None
-    entries = tuple(_without(entry, left_out(recipe), recipe.method) for entry in entries)
-    by_outcome = {
-        how: tuple(entry for entry in entries if entry.outcome.how == how)
-        for how in ("taken", "changed", "left")
-    }
+    absent = left_out(recipe)
+    entries = tuple(_without(entry, absent, recipe.method) for entry in entries)
+    by_outcome = {how: tuple(e for e in entries if e.outcome.how == how) for how in HEADS}
     return Translation(source, tool.name, _recipe(entries), **by_outcome, note=tool.note)
 
 
 def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
-    """Write the recipe to a YAML file.
-
-    Args:
-        translation: The recipe and what became of each key.
-        overwrite: Whether a file that exists is replaced.
-
-    Raises:
-        LorafoldError: `out` exists and `overwrite` is off, or it is a directory.
-    """
+    """Write the recipe to a YAML file."""
     check_free(out, overwrite)
     write_text(out, translation.to_yaml(str(out)))
 
@@ -332,30 +299,32 @@ def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
         return unsloth.arguments_of(text, str(path))
     if path.suffix == ".json":
         return read_object(path)
-    found = parse_yaml(text, str(path))
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    config = parse_yaml(text, str(path))
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise LorafoldError(
-            f"{path}: found {in_words(found)}, expected `name: value` lines of a training"
+            f"{path}: found {in_words(config)}, expected `name: value` lines of a training"
             " configuration"
         )
-    return found
+    return config
 
 
 def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
-    """The recipe of all entries' fields. LorafoldError names the keys of those it refuses."""
     values: dict[str, Any] = {}
     for entry in entries:
         for name, value in entry.outcome.fields.items():
             values[name] = _joined(values.get(name), value)
+
+    def keys(*names: str) -> str:
+        return ", ".join(e.key for e in entries if {*names} & e.outcome.fields.keys())
+
     try:
         recipe = Recipe.model_validate(values, context=UNWORDED)
     except ValidationError as error:
         problems: dict[str, str] = {}
         for problem in error.errors(include_url=False):
             name = str(problem["loc"][0]) if problem["loc"] else ""
-            keys = [e.key for e in entries if name in e.outcome.fields]
             problems[name] = (
-                f"{', '.join(keys)}: found {values.get(name)!r} as recipe field {name};"
+                f"{keys(name)}: found {values.get(name)!r} as recipe field {name};"
                 f" {problem['msg'].removeprefix('Value error, ').lower()}"
             )
         raise LorafoldError("; ".join(problems.values())) from None
@@ -365,8 +334,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
         try:
             check(recipe.objective, recipe.beta, recipe.objective_options)
         except LorafoldError as error:
-            keys = [e.key for e in entries if {"beta", "objective_options"} & {*e.outcome.fields}]
-            raise LorafoldError(f"{', '.join(keys)}: {error}") from None
+            raise LorafoldError(f"{keys('beta', 'objective_options')}: {error}") from None
     return recipe
 
 
@@ -378,22 +346,24 @@ def _joined(before: Any, value: Any) -> Any:
 
 
 def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> TranslatedKey:
-    """The entry without fields that the method has no option for."""
-    absent = [name for name in entry.outcome.fields if name in names]
-    if not absent:
+    fields = entry.outcome.fields
+    rest = {name: value for name, value in fields.items() if name not in names}
+    if len(rest) == len(fields):
         return entry
-    rest = {k: v for k, v in entry.outcome.fields.items() if k not in absent}
-    told = left(f"method {method} has no option {', '.join(absent)}")
-    return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else told)
+    absent = ", ".join(name for name in fields if name not in rest)
+    outcome = left(f"method {method} has no option {absent}")
+    return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else outcome)
 
 
 def kind_of(path: Path, config: Mapping[str, Any]) -> str:
-    """The tool that a file is of. LorafoldError where none fits well, or several as well."""
-    signs = {kind: tool.signs_in(config) for kind, tool in TOOLS.items()}
-    unknown = {kind: tool.unknown_in(config) for kind, tool in TOOLS.items()}
+    """The tool that a file is of."""
+    signs, unknown = {}, {}
+    for kind, tool in TOOLS.items():
+        signs[kind] = sum(_has(config, *sign.partition("=")) for sign in tool.signs.split())
+        known = config.keys() if tool.known is None else tool.known
+        unknown[kind] = [key for key in config if key not in known]
     rank = {kind: (not signs[kind], len(unknown[kind]), -signs[kind]) for kind in TOOLS}
-    order = sorted(TOOLS, key=lambda kind: rank[kind])
-    best, *others = [kind for kind in order if rank[kind] == rank[order[0]]]
+    best, *others = [kind for kind in TOOLS if rank[kind] == min(rank.values())]
     if signs[best] and not others and 3 * len(unknown[best]) <= len(config):
         return best
     own = [key for key in config if key in Recipe.model_fields]
@@ -402,26 +372,26 @@ def kind_of(path: Path, config: Mapping[str, Any]) -> str:
             f"{path}: found a recipe of lorafold's own ({_some(own)}), expected another tool's"
             f" file; train with: lorafold train --config {path}"
         )
-    if stranger := next((told for key, told in STRANGERS.items() if key in config), None):
+    if stranger := next((what for key, what in STRANGERS.items() if key in config), None):
         raise LorafoldError(f"{path}: found {stranger}")
     # any key may stand in PEFT's, so it is near where its own do
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = _some([TOOLS[kind].name for kind in kinds])
     if len(kinds) > 1:
-        told = f"{names} know as many of them"
+        why = f"{names} know as many of them"
     elif signs[best]:
-        told = f"{names} does not know {_some(unknown[best])}"
+        why = f"{names} does not know {_some(unknown[best])}"
     else:
-        told, kinds = "they are no tool's own", TOOLS
+        why, kinds = "they are no tool's own", TOOLS
     raise LorafoldError(
         f"{path}: can't tell which tool's it is by its keys ({_some(list(config)) or 'none'}):"
-        f" {told}; expected --kind {', '.join(kinds)}"
+        f" {why}; expected --kind {', '.join(kinds)}"
     )
 
 
 def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
-    found = config.get(key)
-    values = found if isinstance(found, list) else [found]
+    given = config.get(key)
+    values = given if isinstance(given, list) else [given]
     return key in config and (not equals or value in values)
 
 
@@ -431,43 +401,32 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's,
-    axolotl's or mlx-lm's.
-
-    Args:
-        key: The option's name without dashes in front, as in lora_r.
-        given: The values of all options of that kind on the command line, by such names.
-
-    Returns None for what none of them has. LorafoldError for a value that the tool would refuse, or
-    that lorafold can't train.
+    """What becomes of an option of any of the tools, as in lora_r, beside all such options that are
+    given; None for what none has.
     """
     name, value = SWITCHES.get(key, (key, given[key]))
     for rules in _tables():
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}
             known = {rules[n].key: v for n, v in given.items() if n in rules}
-            found = rule.reader(value, ToolSettings({**known, rule.key: value}, defaults))
             # what has no effect among the others means something by itself
-            return found or rule.reader(value, ToolSettings({rule.key: value}, defaults))
+            outcomes = (
+                rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
+                for others in (known, {})
+            )
+            return next(filter(None, outcomes), None)
     return None
 
 
 def _tables() -> Iterator[Mapping[str, Rule]]:
     """The rules of each tool by the names of options; of several tools the first one counts."""
     yield _by_name(trl.RULES["trl-sft"])
-    yield _by_name(unsloth.OWN, unsloth.LOADED, unsloth.ADAPTED)  # the arguments of PEFT's LoRA too
-    yield from (_by_name(rules) for rules in trl.RULES.values())
-    yield _by_name(llamafactory.RULES)
-    yield _by_name(axolotl.RULES)
-    yield _by_name(mlx.RULES)
+    # the arguments of PEFT's LoRA too, without the function that takes them in a script
+    calls = (unsloth.LOADED, unsloth.ADAPTED)
+    own = [rule for rule in unsloth.OWN if rule.key.startswith(calls)]
+    yield {rule.key.partition(".")[2]: rule for rule in own}
+    yield from map(_by_name, (*trl.RULES.values(), llamafactory.RULES, axolotl.RULES, mlx.RULES))
 
 
-def _by_name(rules: Sequence[Rule], *calls: str) -> Mapping[str, Rule]:
-    """Rules by their keys, without the function that takes the argument in a script."""
-    starts = calls or ("",)
-    return {
-        rule.key.removeprefix(start): rule
-        for rule in rules
-        for start in starts
-        if rule.key.startswith(start)
-    }
+def _by_name(rules: Sequence[Rule]) -> Mapping[str, Rule]:
+    return {rule.key: rule for rule in rules}

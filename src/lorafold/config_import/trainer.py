@@ -1,12 +1,12 @@
-"""What several tools hand to Hugging Face's Trainer and to PEFT: schedules, optimizers, intervals,
-trackers, and which kind of LoRA it is.
+"""What several tools hand to Hugging Face's Trainer, to TRL's trainers of preferences and to PEFT:
+schedules, optimizers, intervals, trackers, the kind of LoRA, and options of an objective.
 
 Read off transformers 5.24 and PEFT 0.21.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -21,6 +21,7 @@ from lorafold.advice import (
     product,
 )
 from lorafold.config_import.rules import (
+    OFF,
     SAME,
     Condition,
     Outcome,
@@ -30,13 +31,19 @@ from lorafold.config_import.rules import (
     ToolSettings,
     cases,
     changed,
+    either,
     left,
+    refused,
     switch,
     taken,
     to,
+    to_options,
 )
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
+from lorafold.data.shapes import JUDGED
 from lorafold.errors import LorafoldError
+from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.algorithms import law_class
 
 AUTO = "there as the model's files are; here bf16 where the device multiplies it, else fp32"
 RISES = "the first step has a rate of 0 there, and a share here"
@@ -72,69 +79,51 @@ def optimizer(value: Any, settings: ToolSettings) -> Outcome:
     return changed("" if known else why, optimizer=OPTIMIZERS.get(value, "adamw"))
 
 
-def warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_steps` becomes the warm-up, unless it is off beside `warmup_ratio`."""
-    found, ratio = number(value), settings["warmup_ratio"]
-    if settings["lr_scheduler_type"] == "constant" or (found == 0 and ratio is not None):
+def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
+    steps, ratio = number(value), settings["warmup_ratio"]
+    if settings["lr_scheduler_type"] == "constant" or (steps == 0 and ratio is not None):
         return None
-    return warmed(found)
+    return warmed(steps)
 
 
-def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_ratio` becomes the warm-up, unless `warmup_steps` says it."""
-    if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0:
-        return None
-    return warmed(number(value), share=True)
-
-
-def warmed(found: float, share: bool = False) -> Outcome:
+def warmed(length: float, share: bool = False) -> Outcome:
     """A warm-up of so many steps, or of a share of them: one below 1, as transformers 5 reads it,
     or any that `share` says is one.
     """
-    if found == 0:
+    if length == 0:
         return taken(warmup=0.0)
-    if share or found < 1:
-        return taken(RISES, warmup=found)
-    return taken(RISES, warmup_steps=integer(found))
+    if share or length < 1:
+        return taken(RISES, warmup=length)
+    return taken(RISES, warmup_steps=integer(length))
 
 
 def total_steps(settings: ToolSettings) -> int | None:
     """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
-    found = integer(settings["max_steps"] or 0)
-    return found if found > 0 else None
-
-
-def max_steps(value: Any, settings: ToolSettings) -> Outcome:
-    """`max_steps` becomes the number of steps, unless it leaves that to the epochs."""
-    return taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
+    return max(0, integer(settings["max_steps"] or 0)) or None
 
 
 def interval(name: str) -> Reader:
-    """The reader of an interval, which the Trainer takes in steps or as a share of the run's steps.
-
-    `name` is the recipe field.
-    """
+    """The reader of an interval in steps, or as a share of the run's, for a recipe field."""
     checkpoints = "there are about ten checkpoints a run"
     otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
-        found, total = number(value), total_steps(settings)
-        if found >= 1:
+        every, total = number(value), total_steps(settings)
+        if every >= 1:
             return taken(**{name: integer(value)})
-        if found <= 0:
-            return taken("it is off")
+        if every <= 0:
+            return OFF
         if total is None:
             return left(f"intervals are in steps here: --set {name}=STEPS; without it {otherwise}")
-        return taken(**{name: ceil(found * total)})
+        return taken(**{name: ceil(every * total)})
 
     return read
 
 
 def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
     """A share of held-out rows becomes `eval_fraction`; a count of them is left."""
-    found = number(value)
-    if found < 1:
-        return taken(eval_fraction=found)
+    if number(value) < 1:
+        return taken(eval_fraction=number(value))
     return left(
         f"rows are held out as a share here: --set eval_fraction=SHARE, {integer(value)} over all"
         " rows, or give them as --eval-data"
@@ -143,22 +132,18 @@ def held_out_rows(value: Any, settings: ToolSettings) -> Outcome:
 
 def trackers(value: Any, settings: ToolSettings) -> Outcome:
     """`report_to` becomes the trackers; names that lorafold does not have are left."""
-    found = (value,) if value in ("all", "none") else names(value)
-    if found == ("none",):
+    if value == "none" or (named := (value,) if value == "all" else names(value)) == ("none",):
         return taken("no tracker")
-    if unknown := [name for name in found if name not in TRACKERS]:
+    if unknown := [name for name in named if name not in TRACKERS]:
         return left(
             f"{', '.join(unknown)}: name trackers one by one, as in --set trackers=[tensorboard]"
         )
-    return taken(trackers=found)
+    return taken(trackers=named)
 
 
 def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
-    """Names of parameters become targets beside those of modules; a linear module is called by its
-    own name, and not by its weight's.
-
-    Args:
-        modules: The names of the modules, or a preset or a regular expression.
+    """Names of parameters become targets beside those of modules, which may be a preset or a
+    regular expression; a linear module is called by its own name, and not by its weight's.
     """
     if modules == "all-linear":
         return changed("all-linear has the matrices of experts too")
@@ -170,38 +155,22 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
 
 
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
-    """The ratio of LoRA+ becomes the learning rate of B; without one PEFT trains both factors at
-    one rate, and lorafold with LoRA+.
-    """
+    """The ratio of LoRA+ becomes the rate of B; PEFT trains at one rate without one."""
     remark = ONE_RATE if number(value) == 1 else ""
     return taken(remark, lr_b=product(settings["learning_rate"], value))
 
 
 def rate(is_lora: Condition) -> Reader:
     """The reader of a learning rate, of LoRA that of both factors."""
-
-    def read(value: Any, settings: ToolSettings) -> Outcome:
-        both = ELSEWHERE["learning_rate"]
-        if is_lora(settings):
-            return taken(both.remark, **both.read(value, {}))
-        return taken(lr=number(value))
-
-    return read
-
-
-def save_total_limit(value: Any, settings: ToolSettings) -> Outcome:
-    """`save_total_limit` becomes the number of checkpoints that are kept besides the best."""
-    if integer(value) > 0:
-        return taken("the best is kept besides", keep=integer(value))
-    return left("lorafold keeps 2 checkpoints and the best: --set keep=N")
+    both = ELSEWHERE["learning_rate"]
+    return lambda value, settings: (
+        taken(both.remark, **both.read(value, {})) if is_lora(settings) else taken(lr=number(value))
+    )
 
 
 def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
-    """Rows of a micro-batch times accumulation become the batch.
-
-    Args:
-        of_one: What they are counted for, in words.
-        packed: Where rows are packed: the tool, and its key that a sequence fills.
+    """Micro-batch times accumulation becomes the batch; `packed`: the tool and its key that a
+    packed sequence fills.
     """
     if not packed:
         return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
@@ -214,19 +183,10 @@ def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The kind of LoRA becomes `method` and `options`.
-
-    Args:
-        dora: Whether the update is weight-decomposed.
-        rslora: Whether the update is scaled by alpha over the square root of the rank.
-        init: PEFT's `init_lora_weights`.
-
-    Raises:
-        LorafoldError: lorafold does not have the combination.
-    """
-    beneath, options, why = "rslora" if rslora else "lora", dict[str, Any](), ""
+    """The kind of LoRA, with PEFT's `init_lora_weights`, becomes `method` and `options`."""
+    beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
-        options = {"init": init}
+        options["init"] = init
     elif init == "olora" or str(init).startswith("pissa"):
         if rslora:
             raise LorafoldError(f"initialization {init!r} can't be had with rsLoRA here")
@@ -237,7 +197,7 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
         why = f"initialization {init!r} is not here; A is drawn uniformly and B is zero"
     if dora and beneath != "lora":
         options = {"over": beneath, **options}
-    fields = {"method": "dora" if dora else beneath, **({"options": options} if options else {})}
+    fields = {"method": "dora" if dora else beneath} | ({"options": options} if options else {})
     return changed(why, **fields)
 
 
@@ -258,11 +218,17 @@ STEPS: Table = {
     "weight_decay": (to("weight_decay", number), 0.0),
     "max_grad_norm": (SAME, 1.0),
     "adam_beta1 adam_beta2 adam_epsilon": SAME,
-    "max_steps": max_steps,
+    "max_steps": lambda value, settings: (
+        taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
+    ),
     "eval_steps": interval("eval_every"),
     "save_steps": interval("save_every"),
     "save_strategy eval_strategy": interval_strategy,
-    "save_total_limit": save_total_limit,
+    "save_total_limit": lambda value, settings: (
+        taken("the best is kept besides", keep=integer(value))
+        if integer(value) > 0
+        else left("lorafold keeps 2 checkpoints and the best: --set keep=N")
+    ),
     "seed": to("seed", integer),
     "trust_remote_code": TRUST,
     "output_dir": "--out",
@@ -272,8 +238,12 @@ STEPS: Table = {
 # Of its arguments, as they are called there
 ARGUMENTS: Table = {
     "lr_scheduler_type": (schedule, "linear"),
-    "warmup_steps": (warmup_steps, 0),
-    "warmup_ratio": warmup_ratio,
+    "warmup_steps": (_warmup_steps, 0),
+    "warmup_ratio": lambda value, settings: (
+        None
+        if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0
+        else warmed(number(value), share=True)
+    ),
     "optim": (optimizer, "adamw_torch_fused"),
     "num_train_epochs": (SAME, 3.0),
     "use_cpu": switch(left("pass --device cpu", "--device cpu")),
@@ -282,3 +252,127 @@ ARGUMENTS: Table = {
     "model_name_or_path": "--model",
     **TRANSFORMERS,
 }
+
+
+NO_DROPOUT = "there it is off while preferences are trained"
+NO_SECOND_MODEL = (
+    "lorafold loads one model, and its reference is what lies below the new adapter: the base, or"
+    " the adapters of --over"
+)
+DPO_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}  # of TRL's DPOTrainer
+SUPERVISED = (
+    "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
+    " those of each row"
+)
+ORPO_TERM = (
+    "TRL's supervised term also learns the prompts, and averages over the tokens of a micro-batch;"
+    " lorafold's learns each chosen completion"
+)
+# Of a file's settings, the objective of preferences that it trains; None: another, or one refused
+ObjectiveOf = Callable[[ToolSettings], str | None]
+
+
+def has_reference(objective: str | None) -> bool:
+    """Whether the objective compares with a reference."""
+    if objective is None or not OBJECTIVES[objective].law:
+        return False
+    from lorafold.training_step import preference_algorithms
+
+    return bool(law_class(OBJECTIVES[objective], preference_algorithms).has_reference)
+
+
+def options_of(objective: str | None) -> Mapping[str, Any]:
+    """The options of the objective with their defaults; none where it is not one of preferences."""
+    return {} if objective is None else OBJECTIVES[objective].options()
+
+
+def beta(objective_of: ObjectiveOf) -> Reader:
+    """The reader of a key that becomes beta; a reward model has none."""
+    return either(lambda one: "beta" in options_of(objective_of(one)), to("beta", number))
+
+
+def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
+    """The reader of a key that becomes the option `name`, of the objectives that have it."""
+
+    def read(value: Any, settings: ToolSettings) -> Outcome | None:
+        options = options_of(objective_of(settings))
+        if name not in options:
+            return None
+        is_default = number(value) == options[name]
+        return taken("the objective's own") if is_default else to_options(name)(value, settings)
+
+    return read
+
+
+def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
+    """A weight of the chosen completions' supervised loss becomes `sft_weight`."""
+    if objective is None:
+        return None
+    weight = number(value)
+    if weight == 0:
+        return OFF
+    if "sft_weight" not in options_of(objective):
+        raise refused(value, f"lorafold's objective {objective} takes no such term")
+    return changed(remark, objective_options={"sft_weight": weight})
+
+
+def supervised_as(objective: str) -> Reader:
+    """The reader of TRL's weight of the supervised term, of one objective."""
+    return lambda value, settings: supervised(value, objective, SUPERVISED)
+
+
+def of_dpo(losses: Sequence[str], given: Any, key: str) -> Outcome:
+    """The losses of TRL's DPOTrainer become the objective and, where sft is the second, its
+    `sft_weight`. `given` are their weights, or None, which the file calls `key`.
+    """
+    losses = list(losses)
+    weights = [1.0] * len(losses)
+    if given is not None:
+        if not isinstance(given, list) or len(given) != len(losses):
+            raise LorafoldError(f"found {losses}, and {key}: {given!r}, one for each")
+        weights = [*map(number, given)]
+    if not losses or losses[0] not in DPO_LOSSES:
+        raise LorafoldError(
+            f"found {losses}, expected {', '.join(DPO_LOSSES)}, of what lorafold has"
+        )
+    if losses[1:] not in ([], ["sft"]) or weights[0] != 1:
+        raise LorafoldError(
+            f"found {losses} with weights {weights}, but lorafold has one loss of weight 1"
+            " and, for sigmoid, sft besides"
+        )
+    objective = DPO_LOSSES[losses[0]]
+    extra = supervised(weights[1], objective, SUPERVISED) if losses[1:] else None
+    fields = extra.fields if extra else {}
+    return changed(SUPERVISED if fields else "", objective=objective, **fields)
+
+
+def smoothing_of_dpo(value: Any, settings: ToolSettings) -> Outcome | None:
+    """TRL's DPOTrainer reads `label_smoothing` for other losses than those of lorafold only."""
+    if not (smoothing := number(value)):
+        return None
+    remark = "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
+    return left(f"{remark} label_smoothing={smoothing:g}")
+
+
+def rows_wanted(objective: str | None) -> str:
+    """The rows to give as --data, in words."""
+    if objective is None:
+        rows = "messages, of prompt and completion, or of text"
+    elif OBJECTIVES[objective].draws:
+        rows = "prompt, and of what the rewards read,"
+    elif OBJECTIVES[objective].takes == JUDGED:
+        rows = "prompt, completion and label (true or false)"
+    else:
+        rows = "prompt, chosen and rejected"
+    return f"pass rows of {rows} as --data"
+
+
+def dropout(turned_off: Condition) -> Reader:
+    """The reader of a dropout, which tools turn off with some settings."""
+
+    def read(value: Any, settings: ToolSettings) -> Outcome:
+        rate = number(value)
+        off = bool(rate) and turned_off(settings)
+        return taken(NO_DROPOUT if off else "", dropout=0.0 if off else rate)
+
+    return read

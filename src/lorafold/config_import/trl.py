@@ -1,37 +1,24 @@
 """TRL's files, one table a trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, the reward trainer, GRPO and
-RLOO. What is GRPO's and RLOO's own stands in `policies`.
+RLOO, read off TRL 1.16 (CPO and ORPO off its experimental part) and transformers 5.24.
 
-Read off TRL 1.16, of CPO and ORPO off its experimental part, and transformers 5.24. A file of a
-trainer's fields alone says nothing of the model: then LoRA is trained, lorafold's default, where
-`trl` would train the whole model. A batch is counted for one process, as TRL's own is. Where TRL
-packs, it counts packed sequences, and lorafold's batch counts rows.
+A file of a trainer's fields alone says nothing of the model: then LoRA is trained, lorafold's
+default. A batch is counted for one process; where TRL packs, it counts packed sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorafold.advice import NO_FP16, boolean, integer, names, number, targets
 from lorafold.config_import import grpo, trainer
-from lorafold.config_import.preferences import (
-    DPO_LOSSES,
-    ORPO_TERM,
-    beta,
-    dropout,
-    law_option,
-    of_dpo,
-    rows_wanted,
-    smoothing_of_dpo,
-    supervised_as,
-)
 from lorafold.config_import.rules import (
     OFF,
     SAME,
     Outcome,
     Row,
-    SourceRows,
     Table,
     ToolSettings,
     cases,
@@ -41,6 +28,7 @@ from lorafold.config_import.rules import (
     flagged,
     given_as_data,
     left,
+    objects_with_path,
     of_hub,
     read_with,
     refusing,
@@ -59,8 +47,8 @@ HEAD = "score"  # what transformers calls the head of a reward model
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
 # The losses of DPOTrainer; those that DPO_LOSSES lacks are refused by name
 DPO_NAMES = (
-    *DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    *trainer.DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 NO_TEMPLATE = "the model's own template is used; write the other to a file: --chat-template FILE"
 
@@ -70,8 +58,7 @@ def is_lora(settings: ToolSettings) -> bool:
     return settings.on("use_peft") or settings["model_name_or_path"] is None
 
 
-def use_peft(value: Any, settings: ToolSettings) -> Outcome:
-    """`use_peft` becomes the method, with the switches of LoRA's kinds."""
+def _use_peft(value: Any, settings: ToolSettings) -> Outcome:
     if not is_lora(settings):
         return taken(method="full")
     kind = trainer.kind_of_lora(settings.on("use_dora"), settings.on("use_rslora"), None)
@@ -80,18 +67,7 @@ def use_peft(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def target_modules(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_target_modules` become the targets; without them both have a rule of their own."""
-    return trainer.LOOKED_UP if value == BY_ARCHITECTURE else taken(targets=targets(value))
-
-
-def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_target_parameters` become targets beside the modules."""
-    return trainer.target_parameters(settings["lora_target_modules"], names(value))
-
-
-def modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
-    """`lora_modules_to_save`, without the head that a reward model trains in any case."""
+def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
     others = tuple(name for name in names(value) if name != HEAD)
     said = f"{HEAD} is trained with a reward model in any case" if HEAD in names(value) else ""
     return taken(said, modules_to_save=others) if others else taken(said)
@@ -101,21 +77,20 @@ def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
     """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
     multiplies in bf16, unless `bf16` is off.
     """
-    found = choice(value, *DTYPES)
+    name = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
         return None
-    if found == "float16" or settings.on("fp16"):
+    if name == "float16" or settings.on("fp16"):
         return changed(NO_FP16, storage="bf16")
-    if found == "float32" and not is_lora(settings):
+    if name == "float32" and not is_lora(settings):
         return taken("weights that train are kept in fp32", storage="fp32")
-    if found == "float32" and not settings.on("bf16"):
+    if name == "float32" and not settings.on("bf16"):
         return taken(storage="fp32")
     remarks = {"float32": "its products are in bf16 there", "auto": trainer.AUTO}
-    return taken(remarks.get(found, ""), storage=DTYPES[found])
+    return taken(remarks.get(name, ""), storage=DTYPES[name])
 
 
-def load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
-    """`load_in_4bit` becomes a base in nf4. LorafoldError for FP4."""
+def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
     if not boolean(value):
         return OFF
     if settings["bnb_4bit_quant_type"] != "nf4":
@@ -130,12 +105,12 @@ def part_of(key: str) -> Row:
 
 # Of the model: ModelConfig and what goes with it
 SWITCHES: Table = {
-    "use_peft": (use_peft, False),
+    "use_peft": (_use_peft, False),
     "use_dora use_rslora": (part_of("use_peft"), False),
     "lora_task_type": cases(
         dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("the objective decides"))
     ),
-    "load_in_4bit": (load_in_4bit, False),
+    "load_in_4bit": (_load_in_4bit, False),
     "load_in_8bit": (switch(taken(storage=made_of(8))), False),
     "bnb_4bit_quant_type": (taken("it is part of the base"), "nf4"),
     "use_bnb_nested_quant": taken("nf4 always quantizes its scales"),
@@ -152,9 +127,16 @@ SWITCHES: Table = {
 OF_METHOD: Table = {
     "lora_r": (SAME, 16),
     "lora_alpha": (SAME, 32),
-    "lora_target_modules": (target_modules, BY_ARCHITECTURE),
-    "lora_target_parameters": target_parameters,
-    "lora_modules_to_save": modules_to_save,
+    "lora_target_modules": (
+        lambda value, settings: (
+            trainer.LOOKED_UP if value == BY_ARCHITECTURE else taken(targets=targets(value))
+        ),
+        BY_ARCHITECTURE,
+    ),
+    "lora_target_parameters": lambda value, settings: trainer.target_parameters(
+        settings["lora_target_modules"], names(value)
+    ),
+    "lora_modules_to_save": _modules_to_save,
 }
 MODEL = (
     *table(SWITCHES),
@@ -175,23 +157,19 @@ COMMON = (
 )
 
 
-def packing(value: Any, settings: ToolSettings) -> Outcome:
-    """`packing` becomes packing, in which rows are always kept apart."""
-    on = boolean(value)
-    mixed = on and "flash" not in str(settings["attn_implementation"])
+def _packing(value: Any, settings: ToolSettings) -> Outcome:
+    mixed = boolean(value) and "flash" not in str(settings["attn_implementation"])
     why = "without FlashAttention rows see each other there, and are kept apart here"
-    return changed(why if mixed else "", packing=on)
+    return changed(why if mixed else "", packing=boolean(value))
 
 
-def batch(value: Any, settings: ToolSettings) -> Outcome:
-    """`per_device_train_batch_size` times accumulation becomes the batch, which counts rows."""
+def _batch(value: Any, settings: ToolSettings) -> Outcome:
     rows = integer(value) * settings.read("gradient_accumulation_steps", integer)
     packed = settings["packing"] and settings.on("packing")
     return trainer.batch(rows, "process", "TRL max_length" if packed else "")
 
 
-def max_length(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`max_length` becomes max_length; null does not cut there."""
+def _max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     if settings["max_seq_length"] is not None:
         return None
     uncut = settings.given.get("max_length", value) is None
@@ -199,15 +177,7 @@ def max_length(value: Any, settings: ToolSettings) -> Outcome | None:
     return changed(why, max_length=integer(value))
 
 
-def dataset_text_field(value: Any, settings: ToolSettings) -> Outcome:
-    """`dataset_text_field` is the column of plain text, which goes to `--columns`."""
-    if value == "text":
-        return taken("the column has lorafold's name")
-    return left("rows of plain text have it in that column", f"--columns text={value}")
-
-
-def chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
-    """`chat_template_path` becomes the chat template where it is a file's path."""
+def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     if Path(str(value)).suffix in (".jinja", ".j2", ".txt"):
         return taken(chat_template=str(value))
     return left(f"{NO_TEMPLATE}, that of {value}")
@@ -216,31 +186,18 @@ def chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
 def losses(settings: ToolSettings) -> tuple[str, ...]:
     """The losses of DPO; robust is sigmoid where labels are not smoothed."""
     plain = not number(settings["label_smoothing"] or 0)
-    found = settings.read("loss_type", names)
-    return tuple("sigmoid" if name == "robust" and plain else name for name in found)
-
-
-def objective_of_dpo(settings: ToolSettings) -> str | None:
-    """The objective that the losses of DPO train, or None for those that lorafold lacks."""
-    return DPO_LOSSES.get(next(iter(losses(settings)), ""))
-
-
-def dpo_loss(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` of DPO becomes the objective; LorafoldError for others than lorafold's."""
-    return of_dpo(losses(settings), settings["loss_weights"], "loss_weights")
-
-
-def orpo_beta(value: Any, settings: ToolSettings) -> Outcome:
-    """`beta` of ORPO, which has no field that names its loss, becomes the objective too."""
-    return changed(ORPO_TERM, objective="orpo", beta=number(value))
+    given = settings.read("loss_type", names)
+    return tuple("sigmoid" if name == "robust" and plain else name for name in given)
 
 
 def centre(value: Any, settings: ToolSettings) -> Outcome:
-    """`center_rewards_coefficient` becomes `centre`, of the reward trainer, which has no field that
-    names its loss.
-    """
+    """`center_rewards_coefficient` becomes `centre`; no field of the trainer names its loss."""
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
     return taken(objective="reward", **options)
+
+
+def _drawn_dropout(value: Any, settings: ToolSettings) -> Outcome:
+    return changed(grpo.NO_DROPOUT if number(value) else "", dropout=0.0)
 
 
 def data_rows(objective: str | None) -> Table:
@@ -249,14 +206,19 @@ def data_rows(objective: str | None) -> Table:
     def name(value: Any, settings: ToolSettings) -> Outcome:
         if settings["datasets"]:
             return taken("datasets takes its place")
-        found = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
-        return given_as_data([found], rows_wanted(objective))
+        rows = of_hub(value, settings["dataset_config"], settings["dataset_train_split"])
+        return given_as_data([rows], trainer.rows_wanted(objective))
 
     def several(value: Any, settings: ToolSettings) -> Outcome | None:
         if not isinstance(value, list):
             raise LorafoldError(f"found {value!r}, expected a list of objects with path")
-        found = [_of_mixture(one) for one in value]
-        return given_as_data(found, rows_wanted(objective)) if found else None
+        sources = []
+        for one in objects_with_path(value):
+            files = one.get("data_files") or one.get("data_dir")
+            rows = of_hub(one["path"], one.get("name"), one.get("split"), files)
+            remarks = [f"its columns {one['columns']} alone"] if one.get("columns") else []
+            sources.append(replace(rows, remarks=[*rows.remarks, *remarks]))
+        return given_as_data(sources, trainer.rows_wanted(objective)) if sources else None
 
     return {
         "dataset_name": name,
@@ -266,23 +228,14 @@ def data_rows(objective: str | None) -> Table:
     }
 
 
-def _of_mixture(one: Any) -> SourceRows:
-    if not isinstance(one, dict) or not one.get("path"):
-        raise LorafoldError(f"found {one!r}, expected an object with path")
-    files = one.get("data_files") or one.get("data_dir")
-    found = of_hub(one["path"], one.get("name"), one.get("split"), files)
-    said = [f"its columns {one['columns']} alone"] if one.get("columns") else []
-    return SourceRows(found.name, found.path, {}, [*found.said, *said])
-
-
-LORA_DROPOUT = dropout(
+LORA_DROPOUT = trainer.dropout(
     lambda settings: bool(settings["disable_dropout"]) and settings.on("disable_dropout")
 )
 RATE = trainer.rate(is_lora)
 GIVEN: Table = {
-    "per_device_train_batch_size": (batch, 8),
+    "per_device_train_batch_size": (_batch, 8),
     "gradient_accumulation_steps": (SAME, 1),
-    "max_length": (max_length, 1024),
+    "max_length": (_max_length, 1024),
     "max_prompt_length max_completion_length": changed(
         "prompt and completion are cut together here, at max_length"
     ),
@@ -338,7 +291,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 "nll",
             ),
             "learning_rate": (RATE, 2e-5),
-            "packing": (packing, False),
+            "packing": (_packing, False),
             "packing_strategy": either(
                 lambda settings: settings.on("packing"),
                 cases(
@@ -367,8 +320,12 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 ),
                 False,
             ),
-            "dataset_text_field": dataset_text_field,
-            "chat_template_path": chat_template_path,
+            "dataset_text_field": lambda value, settings: (
+                taken("the column has lorafold's name")
+                if value == "text"
+                else left("rows of plain text have it in that column", f"--columns text={value}")
+            ),
+            "chat_template_path": _chat_template_path,
             **data_rows(None),
             **GIVEN,
         },
@@ -378,10 +335,20 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         " ".join(f"loss_type={name}" for name in DPO_NAMES)
         + " loss_weights f_divergence_type use_weighting discopop_tau ld_alpha",
         {
-            "loss_type": (dpo_loss, ["sigmoid"]),
+            "loss_type": (
+                lambda value, settings: trainer.of_dpo(
+                    losses(settings), settings["loss_weights"], "loss_weights"
+                ),
+                ["sigmoid"],
+            ),
             "loss_weights": taken("they are read with loss_type"),
-            "beta": (beta(objective_of_dpo), 0.1),
-            "label_smoothing": smoothing_of_dpo,
+            "beta": (
+                trainer.beta(
+                    lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))
+                ),
+                0.1,
+            ),
+            "label_smoothing": trainer.smoothing_of_dpo,
             "f_divergence_type": cases(
                 {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL}: expected reverse_kl"
             ),
@@ -411,14 +378,28 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 "kto",
             ),
             "beta": (to("beta", number), 0.1),
-            "desirable_weight": (law_option("desirable_weight", lambda _: "kto"), 1.0),
-            "undesirable_weight": (law_option("undesirable_weight", lambda _: "kto"), 1.0),
+            "desirable_weight": (trainer.law_option("desirable_weight", lambda _: "kto"), 1.0),
+            "undesirable_weight": (trainer.law_option("undesirable_weight", lambda _: "kto"), 1.0),
             **data_rows("kto"),
             **grpo.REFERENCE,
             **COMPARING,
         },
     ),
-    "trl-orpo": ("ORPO", "", {"beta": (orpo_beta, 0.1), **data_rows("orpo"), **COMPARING}),
+    "trl-orpo": (
+        "ORPO",
+        "",
+        {
+            # it has no field that names its loss
+            "beta": (
+                lambda value, settings: changed(
+                    trainer.ORPO_TERM, objective="orpo", beta=number(value)
+                ),
+                0.1,
+            ),
+            **data_rows("orpo"),
+            **COMPARING,
+        },
+    ),
     "trl-cpo": (
         "CPO",
         "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
@@ -431,8 +412,8 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 "sigmoid",
             ),
             "beta": (to("beta", number), 0.1),
-            "simpo_gamma": (law_option("gamma", lambda _: "simpo"), 0.5),
-            "cpo_alpha": (supervised_as("simpo"), 1.0),
+            "simpo_gamma": (trainer.law_option("gamma", lambda _: "simpo"), 0.5),
+            "cpo_alpha": (trainer.supervised_as("simpo"), 1.0),
             "alpha": unless(0, "lorafold's rewards are log-probabilities, without AlphaPO's power"),
             "label_smoothing": unless(0, "lorafold's simpo has no such option"),
             **data_rows("simpo"),
@@ -444,7 +425,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "center_rewards_coefficient",
         {
             "center_rewards_coefficient": (centre, 0.0),
-            "chat_template_path": chat_template_path,
+            "chat_template_path": _chat_template_path,
             **data_rows("reward"),
             **COMPARING,
             "learning_rate": (RATE, 1e-4),
@@ -464,7 +445,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     ),
 }
 DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
-DROPOUTS = {kind: grpo.dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
+DROPOUTS = {kind: _drawn_dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
     for kind, (_, _, rows) in TRAINERS.items()

@@ -1,15 +1,12 @@
-"""Unsloth's scripts: the keyword arguments of the functions that make its model, and of TRL's
-trainers, with the defaults that Unsloth puts in place of TRL's.
+"""Unsloth's scripts, as of August 2026: the keyword arguments of the functions that make its model,
+and of TRL's trainers, with the defaults that Unsloth puts in place of TRL's.
 
-    FastLanguageModel.from_pretrained(model_name="m", ...)     from_pretrained.model_name
     FastLanguageModel.get_peft_model(model, r=16, ...)         get_peft_model.r
     SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
-    load_dataset("acme/chats", split="train")                  load_dataset.path
 
-A script is read from its text, and nothing of it is executed. A value is a literal, or a name that
-the script gives one literal; every other one is an `Expression`, its text. Of several calls of one
-function the first counts. What a script does with its rows before it trains is not read. Read off
-Unsloth as of August 2026.
+A script is read from its text and not executed. A value is a literal, or a name that the script
+gives one literal; every other one is an `Expression`. Of several calls of one function the first
+counts. What a script does with its rows before it trains is not read.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ from typing import Any
 
 from lorafold.advice import boolean, integer, modules, names, number
 from lorafold.config_import import trainer, trl
-from lorafold.config_import.preferences import rows_wanted
 from lorafold.config_import.rules import (
     PLACEHOLDER,
     Outcome,
@@ -100,18 +96,12 @@ OBJECTS = {
 }
 
 
-def is_full(settings: ToolSettings) -> bool:
-    """Whether the whole model is trained."""
-    return settings.on(f"{LOADED}full_finetuning")
-
-
 def is_lora(settings: ToolSettings) -> bool:
-    """Whether an adapter is trained."""
-    return not is_full(settings)
+    """Whether an adapter is trained, and not the whole model."""
+    return not settings.on(f"{LOADED}full_finetuning")
 
 
-def method(value: Any, settings: ToolSettings) -> Outcome:
-    """`full_finetuning` becomes the method, with the switches of LoRA's kinds."""
+def _method(value: Any, settings: ToolSettings) -> Outcome:
     if boolean(value):
         return taken(method="full")
     start = settings[f"{ADAPTED}init_lora_weights"]
@@ -121,10 +111,8 @@ def method(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def storage(value: Any, settings: ToolSettings) -> Outcome:
-    """`load_in_4bit`, on unless the script says, becomes the base's storage; other switches are
-    read with it.
-    """
-    if is_full(settings):
+    """`load_in_4bit` and the other switches become the base's storage."""
+    if not is_lora(settings):
         return changed("the whole model trains in bf16 where it can", storage="bf16")
     if settings.on(f"{LOADED}load_in_8bit"):
         return taken(storage=made_of(8))
@@ -135,64 +123,35 @@ def storage(value: Any, settings: ToolSettings) -> Outcome:
     return taken(storage=made_of(4))
 
 
-def length(value: Any, settings: ToolSettings) -> Outcome:
-    """`max_seq_length` of the model bounds the rows; the trainer's, where it is less, decides."""
+def _length(value: Any, settings: ToolSettings) -> Outcome:
     own = [settings[key] for key in ("max_length", "max_seq_length")]
     return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
-def checkpointing(value: Any, settings: ToolSettings) -> Outcome:
-    """`use_gradient_checkpointing` becomes gradient_checkpointing; Unsloth's own is auto."""
-    if value == "unsloth":
-        return changed("activations are recomputed where a step would not fit, and not offloaded")
-    return taken(gradient_checkpointing=boolean(value))
-
-
-def target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """`target_parameters` become targets beside the modules."""
-    return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
-
-
 def wanted(settings: ToolSettings) -> str:
     """The rows that the script's trainer takes, in words."""
-    return rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
+    return trainer.rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
 
 
-def loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
-    """The first dataset that the script loads goes to `--data`."""
+def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
     name, split, files = (settings[f"{SET}{key}"] for key in ("name", "split", "data_files"))
     if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
         return given_as_data([of_hub(files)], wanted(settings))
     return given_as_data([of_hub(value, name, split, files)], wanted(settings))
 
 
-def train_dataset(value: Any, settings: ToolSettings) -> Outcome:
-    """`train_dataset` is what the script loads, where that is read."""
-    if settings[f"{SET}path"]:
-        return taken("it is load_dataset's")
-    return left(wanted(settings), PLACEHOLDER)
-
-
-def get_chat_template(value: Any, settings: ToolSettings) -> Outcome:
-    """The template of a name is left."""
-    return left(
-        f"the model's own template is used; write {value}'s to a file: --chat-template FILE"
-    )
-
-
 def _of(prefix: str, rows: Table) -> Table:
-    """The rows of the arguments of one function."""
     return {" ".join(f"{prefix}{k}" for k in keys.split()): row for keys, row in rows.items()}
 
 
 AT_LOADING: Table = {
-    "full_finetuning": (method, False),
+    "full_finetuning": (_method, False),
     "model_name": "--model",
     "load_in_4bit": (storage, True),
     "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
     "load_in_fp8": read_with("load_in_4bit"),
     "dtype": "a base that is not quantized is stored as its files are",
-    "max_seq_length": (length, 2048),
+    "max_seq_length": (_length, 2048),
     "revision": "--revision",
     "trust_remote_code": trainer.TRUST,
     "use_gradient_checkpointing": taken("get_peft_model's decides"),
@@ -205,7 +164,14 @@ AT_LOADING: Table = {
     " disable_log_stats fast_inference random_state": MEMORY,
 }
 AT_ADAPTING: Table = {
-    "use_gradient_checkpointing": (checkpointing, "unsloth"),
+    "use_gradient_checkpointing": (
+        lambda value, settings: (
+            changed("activations are recomputed where a step would not fit, and not offloaded")
+            if value == "unsloth"
+            else taken(gradient_checkpointing=boolean(value))
+        ),
+        "unsloth",
+    ),
     "random_state": taken("seed decides"),
     "max_seq_length": None,
     "model": taken("it is the base"),
@@ -219,7 +185,9 @@ OF_LORA: Table = {
     "r": (to("rank", integer), 16),
     "lora_alpha": (to("alpha", number), 16),
     "target_modules": (to("targets", modules), LINEARS),
-    "target_parameters": target_parameters,
+    "target_parameters": lambda value, settings: trainer.target_parameters(
+        settings[f"{ADAPTED}target_modules"], names(value)
+    ),
     "bias": to("bias"),
     "modules_to_save": to("modules_to_save", names),
     "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
@@ -236,11 +204,17 @@ OWN: tuple[Rule, ...] = (
             "gradient_checkpointing": taken("get_peft_model's decides"),
             "bf16 fp16": taken("the base's storage decides"),
             "embedding_learning_rate": ABSENT,
-            f"{SET}path": loaded_rows,
+            f"{SET}path": _loaded_rows,
             f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
-            "train_dataset": train_dataset,
+            "train_dataset": lambda value, settings: (
+                taken("it is load_dataset's")
+                if settings[f"{SET}path"]
+                else left(wanted(settings), PLACEHOLDER)
+            ),
             "eval_dataset": trainer.EVAL_DATA,
-            "get_chat_template.chat_template": get_chat_template,
+            "get_chat_template.chat_template": lambda value, settings: left(
+                f"the model's own template is used; write {value}'s to a file: --chat-template FILE"
+            ),
             "get_chat_template.mapping get_chat_template.map_eos_token"
             " get_chat_template.system_message": "the model's own template is used",
             "model tokenizer processing_class args data_collator get_chat_template.tokenizer"
@@ -264,13 +238,13 @@ OWN: tuple[Rule, ...] = (
 
 def _rules(kind: str) -> tuple[Rule, ...]:
     own = {rule.key for rule in OWN} | OF_MODEL
-    given = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
+    defaults = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
     rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
     return (
         *OWN,
-        *table({"learning_rate": (trainer.rate(is_lora), given["learning_rate"])}),
+        *table({"learning_rate": (trainer.rate(is_lora), defaults["learning_rate"])}),
         *table({f"{ADAPTED}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
-        *(replace(rule, default=given.get(rule.key, rule.default)) for rule in rest),
+        *(replace(rule, default=defaults.get(rule.key, rule.default)) for rule in rest),
     )
 
 
@@ -283,46 +257,35 @@ class Expression(str):
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every argument of a script as an entry; those that are no literals are told, and not read."""
+    """Every argument of a script as an entry; those that are no literals are listed, and not read.
+    """
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     objects = {"bf16", "fp16", *(r.key for r in OWN if r.key.split(".")[-1] in OBJECTS)}
     unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
-    found = by_rules(rules, {k: v for k, v in config.items() if k not in unread})
-    return (*(e for e in found if e.key not in unread), *_unread(unread, found))
-
-
-def _unread(
-    expressions: Mapping[str, Expression], found: tuple[TranslatedKey, ...]
-) -> Iterator[TranslatedKey]:
-    defaults = {entry.key: entry.outcome.fields for entry in found}
-    for key, text in expressions.items():
-        fields = defaults.get(key, ())
-        flag = " ".join(f"--{name.replace('_', '-')} {name.upper()}" for name in fields)
-        told = "no literal, so that it is not read" + (f": give {flag}" if flag else "")
-        yield TranslatedKey(key, text, True, left(told, flag))
+    read = by_rules(rules, {k: v for k, v in config.items() if k not in unread})
+    defaults = {entry.key: entry.outcome.fields for entry in read}
+    result = [entry for entry in read if entry.key not in unread]
+    for key, text in unread.items():
+        options = [f"--{name.replace('_', '-')} {name.upper()}" for name in defaults.get(key, ())]
+        flag, remark = " ".join(options), "no literal, so that it is not read"
+        outcome = left(f"{remark}: give {flag}" if flag else remark, flag)
+        result.append(TranslatedKey(key, text, True, outcome))
+    return tuple(result)
 
 
 def arguments_of(text: str, where: str) -> Mapping[str, Any]:
-    """The arguments of a script, by their keys, and its trainer under `trainer`.
-
-    Args:
-        where: The file, for errors.
-
-    Raises:
-        LorafoldError: it is no Python, or calls no model of Unsloth's.
-    """
+    """The arguments of a script, by their keys, and its trainer under `trainer`."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise LorafoldError(f"{where}: not Python{f' at line {line}' if line else ''}") from None
-    named = _literals(tree)
-    found: dict[str, Any] = {}
-    seen: set[str] = set()
+    literals, seen = _literals(tree), set[str]()
+    arguments: dict[str, Any] = {}
     for call in _calls(tree):
         name, owner = _name_of(call.func)
-        if name in TRAINERS and "trainer" not in found:
-            found["trainer"] = name
+        if name in TRAINERS and "trainer" not in arguments:
+            arguments["trainer"] = name
         elif name not in CONFIGS and name not in FUNCTIONS:
             continue
         if name in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
@@ -331,24 +294,22 @@ def arguments_of(text: str, where: str) -> Mapping[str, Any]:
         prefix = f"{name}." if name in FUNCTIONS else ""
         for key, node in _arguments(call, FUNCTIONS.get(name, ())):
             if not (isinstance(node, ast.Call) and _name_of(node.func)[0] in CONFIGS):
-                found[f"{prefix}{key}"] = _value(node, named)
-    if not any(key.startswith("from_pretrained.") for key in found):
+                arguments[f"{prefix}{key}"] = _value(node, literals)
+    if not any(key.startswith(LOADED) for key in arguments):
         raise LorafoldError(
             f"{where}: found no call of {', '.join(MODELS[:2])}.from_pretrained, expected a script"
             " of Unsloth"
         )
-    return found
+    return arguments
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
     """The calls in their order, without what stands under `if False`."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
-            for other in node.orelse:
-                yield from _calls(other)
-            continue
         if isinstance(node, ast.Call):
             yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
+            node = ast.Module(node.orelse, [])
         yield from _calls(node)
 
 
@@ -370,23 +331,22 @@ def _literals(tree: ast.Module) -> Mapping[str, Any]:
     """The names to which the script assigns once, and a literal."""
     assigned: dict[str, list[ast.expr]] = {}
     for node in ast.walk(tree):
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        for target in targets:
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            value = node.value if isinstance(target, ast.Name) else target
             for one in ast.walk(target):
                 if isinstance(one, ast.Name):
-                    value = getattr(node, "value", target)
-                    found = value if isinstance(target, ast.Name) else target
-                    assigned.setdefault(one.id, []).append(found)
-    once = {name: nodes[0] for name, nodes in assigned.items() if len(nodes) == 1}
-    values = {name: _value(node, {}) for name, node in once.items()}
+                    assigned.setdefault(one.id, []).append(value)
+    values = {name: _value(nodes[0], {}) for name, nodes in assigned.items() if len(nodes) == 1}
     return {name: value for name, value in values.items() if not isinstance(value, Expression)}
 
 
-def _value(node: ast.expr, named: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Name) and node.id in named:
-        return named[node.id]
+def _value(node: ast.expr, literals: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name) and node.id in literals:
+        return literals[node.id]
     try:
-        found = ast.literal_eval(node)
+        value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return Expression(ast.unparse(node))
-    return list(found) if isinstance(found, tuple | set) else found
+    return list(value) if isinstance(value, tuple | set) else value

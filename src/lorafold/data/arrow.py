@@ -1,8 +1,8 @@
-"""Lists of numbers in Arrow files, memory-mapped: what a row's tokens are kept in.
+"""Lists of integers in memory-mapped Arrow files: the tokens of rows.
 
     table = open_table(path);  ids = Lists(table.column("ids"));  ids[3]  ->  an array (T,)
 
-Nothing is copied and no Python object is made for a token until an example is asked for.
+Nothing is copied, and no Python object is made for a token until an example is asked for.
 """
 
 from abc import abstractmethod
@@ -30,7 +30,7 @@ def open_table(path: Path) -> "pa.Table":
 
 def batch_of(
     entries: Sequence[Mapping[str, Any]],
-    numbers: Iterable[str] = (),
+    integers: Iterable[str] = (),
     lists: Iterable[str] = (),
     flags: Iterable[str] = (),
     texts: Iterable[str] = (),
@@ -40,27 +40,24 @@ def batch_of(
     """
     import pyarrow as pa
 
-    n, made = len(entries), dict[str, pa.Array]()
-    for name in numbers:
-        data = pa.py_buffer(np.array([entry[name] for entry in entries], np.int32))
-        made[name] = pa.Array.from_buffers(pa.int32(), n, [None, data])
+    def int32(values: Any) -> Any:
+        data = np.asarray(values, np.int32)
+        return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
+
+    columns = {name: int32([entry[name] for entry in entries]) for name in integers}
     for name in lists:
-        each = [np.asarray(entry[name], np.int32) for entry in entries]
-        flat = np.concatenate([np.zeros(0, np.int32), *each])
-        inner = pa.Array.from_buffers(pa.int32(), len(flat), [None, pa.py_buffer(flat)])
-        ends = pa.py_buffer(np.cumsum([0, *map(len, each)], dtype=np.int32))
-        kind = pa.list_(pa.int32())
-        made[name] = pa.Array.from_buffers(kind, n, [None, ends], children=[inner])
+        parts = [np.asarray(entry[name], np.int32) for entry in entries]
+        ends = np.cumsum([0, *map(len, parts)])
+        flat = np.concatenate([np.zeros(0, np.int32), *parts])
+        columns[name] = pa.ListArray.from_arrays(int32(ends), int32(flat))
     for name in flags:
-        marks = np.array([entry[name] for entry in entries], bool)
-        bits = pa.py_buffer(np.packbits(marks, bitorder="little"))
-        made[name] = pa.Array.from_buffers(pa.bool_(), n, [None, bits])
+        columns[name] = int32([entry[name] for entry in entries]).cast(pa.bool_())
     for name in texts:
         encoded = [entry[name].encode() for entry in entries]
-        ends = pa.py_buffer(np.cumsum([0, *map(len, encoded)], dtype=np.int32))
-        data = pa.py_buffer(b"".join(encoded))
-        made[name] = pa.Array.from_buffers(pa.string(), n, [None, ends, data])
-    return pa.record_batch([*made.values()], names=[*made])
+        ends = np.cumsum([0, *map(len, encoded)])
+        buffers = [None, int32(ends).buffers()[1], pa.py_buffer(b"".join(encoded))]
+        columns[name] = pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+    return pa.record_batch(columns)
 
 
 def column(table: "pa.Table", name: str) -> Array:
@@ -90,17 +87,14 @@ class Lists:
 
 
 def digests(*columns: Iterable[Any]) -> Array:
-    """A number for each entry of columns of lists, texts, bytes or numbers, (n,), as this process
-    has it: the same for equal ones, and for two others with a chance of about 2^-64.
-    """
+    """A number for each entry of columns, (n,), the same for equal ones in this process."""
     plain = (map(np.ndarray.tobytes, c) if isinstance(c, Lists) else c for c in columns)
     return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
 
 
 class Judgements(NamedTuple):
-    """What examples judge and how: a digest of each subject (n,), and the number of a verdict on it
-    (n,). `contrary` says in words that a row judges a subject otherwise than another does, and
-    `labels` how many examples have each of the labels that there may be.
+    """What examples judge: digests of subjects (n,), verdicts (n,), what contradictions are called,
+    and how many examples have each label.
     """
 
     subjects: Array
@@ -109,15 +103,31 @@ class Judgements(NamedTuple):
     labels: Mapping[str, int] = {}
 
 
-class TableExamples(Sequence[E]):
-    """Abstract: examples of a table, each made when it is asked for.
+class Items(Sequence[E]):
+    """Abstract: a sequence whose items are made when they are asked for."""
+
+    @abstractmethod
+    def item(self, index: int) -> E:
+        """One item."""
+
+    @overload
+    def __getitem__(self, index: int) -> E: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[E]: ...
+    def __getitem__(self, index: int | slice) -> E | list[E]:
+        at = range(len(self))[index]
+        return self.item(at) if isinstance(at, int) else list(map(self.item, at))
+
+
+class TableExamples(Items[E]):
+    """Abstract: examples of a table.
 
     `lengths` (n,) are the tokens of each, after cutting, and `rows` (n,) the index of its row.
-    `marked` rows of the table have control tokens that are text. `told_by` are columns of the whole
-    table in which two examples differ: tokens before cutting, and what is trained.
+    `marked` rows of the table have control tokens that are text. `compared_by` are columns of the
+    whole table in which two examples differ: tokens before cutting, and what is trained.
     """
 
-    told_by: tuple[Iterable[Any], ...]
+    compared_by: tuple[Iterable[Any], ...]
     judged: Judgements | None = None  # what they judge, if they judge anything
     ends_lost: Array | None = None  # whether the end of an answer is cut off each, (n,), if known
 
@@ -128,29 +138,14 @@ class TableExamples(Sequence[E]):
         self.rows = column(table, "row")[chosen]
         self.marked, self.table = 0, table
         if "marked" in table.column_names:
-            marked = table.column("marked")
-            self.marked = len(np.unique(column(table.filter(marked), "row")))
-
-    @abstractmethod
-    def _example(self, entry: int) -> E:
-        """The example of one entry of the table."""
+            self.marked = len(np.unique(column(table.filter(table.column("marked")), "row")))
 
     def __len__(self) -> int:
         return len(self.chosen)
-
-    @overload
-    def __getitem__(self, index: int) -> E: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[E]: ...
-    def __getitem__(self, index: int | slice) -> E | list[E]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._example(int(self.chosen[index]))
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:
     """The tokens of each example; no example of a table is made for it."""
     if isinstance(examples, TableExamples):
-        lengths: list[int] = examples.lengths.tolist()
-        return lengths
+        return list(map(int, examples.lengths))
     return [len(example.ids) for example in examples]

@@ -1,21 +1,11 @@
-"""Batches: which examples each optimizer step trains on, which rows are held out, which examples
-are packed into one sequence (best fit decreasing), and the tensors made of them.
+"""Batches: examples of each optimizer step, held-out rows, packing by best fit, and tensors.
 
-    for examples in feed.after(step): ...        a `BatchFeed`: the examples of each step, from any
-    on
-
-`Batches` and feeds depend on nothing but their arguments, so a resumed run computes its batches
-again and a checkpoint stores none.
-
-Rows that begin alike are a forest: what several have in common is one path, to any depth.
+Feeds depend on nothing but their arguments, so a resumed run computes its batches again. Rows that
+begin alike are a forest; a token that rows train on with different next ones is in each of them.
 
     rows     a b c d         tokens   a b c d  e  f       each node once, depth first
              a b e           lens     4  3  1             of the rows, in that order
              f               starts   0  2  0             the tokens that the row before has too
-
-A token is computed once and counts for every row that trains on it. It can predict one token only:
-where rows go on with different ones and train on both, the token before is in each of them. A row
-that another goes on from is a part of it, and equal rows are one.
 """
 
 from __future__ import annotations
@@ -27,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,13 +41,7 @@ class Batches(Sequence[list[int]]):
     def __init__(
         self, parts: int | Sequence[SourcePart], batch: int, steps: int, seed: int
     ) -> None:
-        """Raises LorafoldError if there are no examples.
-
-        Args:
-            parts: The number of examples, or that of each source with its weight.
-            batch: Examples of an optimizer step.
-            steps: The number of optimizer steps.
-        """
+        """Raise LorafoldError if there are no examples."""
         self._parts = [SourcePart(parts)] if isinstance(parts, int) else list(parts)
         self._taken = [epoch_size([part]) for part in self._parts]
         self._batch, self._steps, self._seed = batch, steps, seed
@@ -75,14 +59,13 @@ class Batches(Sequence[list[int]]):
         return [int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)]
 
     def _epoch(self, epoch: int) -> Array:
-        """The indices of an epoch's examples in the order of training, (size,)."""
         first, pool = 0, []
         for number, (part, taken) in enumerate(zip(self._parts, self._taken, strict=True)):
             own = np.arange(part.size, dtype=np.int32)
             if taken != part.size:
                 # the next ones, in an order that is drawn anew each time the source is through
                 turn, at = divmod(epoch * taken, part.size)
-                drawn = list[int]()
+                drawn: list[int] = []
                 while len(drawn) < at + taken:
                     rng = random.Random(f"{self._seed}/source {number}/{turn}")
                     drawn += rng.sample(range(part.size), part.size)
@@ -90,9 +73,9 @@ class Batches(Sequence[list[int]]):
                 own = np.sort(np.array(drawn[at : at + taken], np.int32))
             pool.append(first + own)
             first += part.size
-        found = np.concatenate(pool)
+        indices = np.concatenate(pool)
         rng = random.Random(f"{self._seed}/{epoch}")
-        return found[rng.sample(range(len(found)), len(found))]
+        return indices[rng.sample(range(len(indices)), len(indices))]
 
 
 def epoch_size(parts: Sequence[SourcePart]) -> int:
@@ -101,14 +84,7 @@ def epoch_size(parts: Sequence[SourcePart]) -> int:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Return (training rows, held-out rows), chosen at random, each in the order given.
-
-    Either has at least one row, unless `fraction` is 0. Raises LorafoldError if there are fewer
-    than two rows to split.
-
-    Args:
-        fraction: The share of the rows to hold out, from 0 to 1.
-    """
+    """Return (training rows, held-out rows), chosen at random, each in the order given."""
     rows = Rows.of(rows)
     if not fraction:
         return rows, Rows.of([])
@@ -122,41 +98,22 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
-class WithLabels(Protocol):
-    """Anything with token ids (T,) and unshifted labels (T,), such as an `Example`."""
-
-    @property
-    def ids(self) -> Sequence[int]:
-        """The token ids, (T,)."""
-
-    @property
-    def labels(self) -> Sequence[int]:
-        """The label of each token, (T,): its id, or -100 if the loss leaves it out."""
-
-
-def collate(examples: Sequence[WithLabels], packed: bool, pad_id: int) -> dict[str, Tensor]:
-    """Return the tensors of one forward pass over the examples.
+def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Tensor]:
+    """Return the tensors of one forward pass over examples with `ids` (T,) and unshifted `labels`
+    (T,), such as `Example`.
 
     Packed: input_ids, position_ids and labels, (1, T), where T is the sum of the lengths.
     Padded at the right: input_ids, attention_mask and labels, (B, T), where T is the longest.
 
     The labels returned are shifted: labels[b, t] is the token after position t, or -100 if the loss
     leaves it out, as it does at the last position of each example.
-
-    Args:
-        examples: The tokenized rows, with unshifted labels.
-        packed: Pack the examples into one sequence instead of padding them.
-        pad_id: The token id that fills short sequences; the attention mask hides it.
     """
     ids = [torch.tensor(e.ids, dtype=torch.long) for e in examples]
     targets = [torch.tensor([*e.labels[1:], NO_LOSS], dtype=torch.long) for e in examples]
     if packed:
-        positions = torch.cat([torch.arange(len(i)) for i in ids])
-        return {
-            "input_ids": torch.cat(ids)[None],
-            "position_ids": positions[None],
-            "labels": torch.cat(targets)[None],
-        }
+        positions = [torch.arange(len(i)) for i in ids]
+        tensors = {"input_ids": ids, "position_ids": positions, "labels": targets}
+        return {name: torch.cat(parts)[None] for name, parts in tensors.items()}
 
     def pad(sequences: list[Tensor], value: int) -> Tensor:
         return nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
@@ -176,10 +133,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = [n for n, left in enumerate(room) if left >= lengths[i]]
+        chosen = min(fitting, key=room.__getitem__, default=len(room))
         if not fitting:
             sequences.append([])
             room.append(capacity)
-        chosen = min(fitting, key=room.__getitem__) if fitting else -1
         sequences[chosen].append(i)
         room[chosen] -= lengths[i]
     return [sorted(indices) for indices in sequences]
@@ -189,43 +146,31 @@ def micro_batches(
     examples: Sequence[Any],
     n: int,
     capacity: int | None = None,
-    size: Callable[[Any], int] | None = None,
+    size: Callable[[Any], int] = lambda example: len(example.ids),
 ) -> list[Sequence[Any]]:
-    """Divide the examples of an optimizer step into micro-batches.
-
-    Args:
-        examples: The examples of one step, each with `ids`.
-        n: The number of micro-batches; packing may make more of them.
-        capacity: The tokens that a packed sequence may have; each sequence is then a micro-batch.
-            None: the examples are padded.
-        size: The tokens that an example takes of a packed sequence; None: those of its `ids`.
-    """
+    """Divide a step's examples into `n` micro-batches, or more of at most `capacity` tokens."""
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
     if capacity is None:
-        return list(runs)
+        return runs
     return [
         [run[i] for i in sequence]
         for run in runs
-        for sequence in best_fit([size(e) if size else len(e.ids) for e in run], capacity)
+        for sequence in best_fit([*map(size, run)], capacity)
     ]
 
 
 def labelled(example: Example) -> int:
-    """Count the example's tokens that the loss counts. The first token is none of them, because
-    nothing comes before it.
-    """
-    return sum(label != -100 for label in example.labels[1:])
+    """Count the example's tokens that the loss counts, of which the first token is none."""
+    return sum(label != NO_LOSS for label in example.labels[1:])
 
 
 class BatchFeed(ABC):
-    """Abstract: the examples of each of `steps` optimizer steps. `foreseen` is how many of them can
-    be looked at in advance at little cost.
-    """
+    """Abstract: the examples of `steps` steps, of which `foreseen` are cheap to see in advance."""
 
     foreseen: int
     steps: int
-    told = ""  # what is worth telling after the last step
+    summary = ""  # what is worth telling after the last step
 
     @abstractmethod
     def after(self, step: int) -> Iterator[Sequence[Any]]:
@@ -233,13 +178,7 @@ class BatchFeed(ABC):
 
     @abstractmethod
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        """Examples that no step depends on.
-
-        Args:
-            n: How many batches.
-            size: Rows of a batch.
-            seed: The seed of their order.
-        """
+        """Examples that no step depends on."""
 
 
 class StoredFeed(BatchFeed):
@@ -255,14 +194,6 @@ class StoredFeed(BatchFeed):
         steps: int,
         seed: int,
     ) -> None:
-        """Plan the steps.
-
-        Args:
-            parts: How many rows are from each source.
-            batch: Rows of an optimizer step.
-            steps: The number of optimizer steps.
-            seed: The seed of the order.
-        """
         self.examples, self.steps, self.batch = examples, steps, batch
         # where the examples of each row begin; each has one, unless the examples know their rows
         rows = getattr(examples, "rows", np.arange(len(examples)))
@@ -277,17 +208,18 @@ class StoredFeed(BatchFeed):
         return changed
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
+        borders = self._borders.tolist()
         for i in range(step, self.steps):
-            ends = ((int(self._borders[n]), int(self._borders[n + 1])) for n in self._batches[i])
-            yield [self.examples[i] for start, end in ends for i in range(start, end)]
+            indices = (range(borders[n], borders[n + 1]) for n in self._batches[i])
+            yield [self.examples[i] for row in indices for i in row]
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        return StoredFeed(self.examples, [SourcePart(len(self._borders) - 1)], size, n, seed).after(
-            0
-        )
+        parts = [SourcePart(len(self._borders) - 1)]
+        return StoredFeed(self.examples, parts, size, n, seed).after(0)
 
 
 R = TypeVar("R")
+EMPTY: Array = np.zeros(0, np.int64)
 PAYS = 0.95  # of the tokens, at most: with less in common a forest costs more than it saves
 WINDOW = 1024  # rows among which those that begin alike are looked for, where nothing is trained
 
@@ -319,33 +251,30 @@ class Forest:
             "input_ids": self.ids, "position_ids": self.positions, "labels": self.targets,
             "counts": self.counts, "document": self.first,
         }  # fmt: skip
-        found = {name: torch.from_numpy(array)[None] for name, array in tokens.items()}
-        return found | {"lens": torch.tensor([self.lens, self.starts]).t()}
+        tensors = {name: torch.from_numpy(array)[None] for name, array in tokens.items()}
+        return tensors | {"lens": torch.tensor([self.lens, self.starts]).t()}
 
 
 def forest(
-    rows: Sequence[WithLabels],
+    rows: Sequence[Any],
     limits: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Forest:
-    """The forest of tokenized rows with unshifted labels.
-
-    Args:
-        limits: the most tokens that each may share; None: all.
-        groups: which of them may share with each other, ascending; None: all. Those of a group have
-            the first tokens in common, up to their limits.
+    """The forest of rows with unshifted labels, each of which may share `limits` tokens at most;
+    with `groups`, ascending, with those of its group alone.
     """
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
     targets = np.full(size, NO_LOSS, np.int64)
-    lens, starts = list[int](), list[int]()
+    lens: list[int] = []
+    starts: list[int] = []
     places, of_rows = ([np.zeros(0, np.int64)] * len(rows) for _ in range(2))
     path, limit, end = np.zeros(0, np.int64), size, 0  # of the row before; the tokens so far
     group, order = None, range(len(rows))
     for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
         own, wanted = np.array(rows[n].ids), np.array([*rows[n].labels[1:], NO_LOSS])
         before, limit = limit, size if limits is None else limits[n]
-        shared = min(_common(ids[path], targets[path], own, wanted), before, limit)
+        shared = min(_common(ids[path], own, targets[path], wanted), before, limit)
         if groups:
             shared, group = shared * (groups[n] == group), groups[n]
         if lens and shared == len(path):
@@ -368,16 +297,12 @@ def forest(
 
 
 def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
-    """Of each token of each row, (t,): the first row that begins with the same tokens up to it.
-
-    Args:
-        rows: the ids of what each may have in common with others.
-    """
+    """Of each token of each row of ids, (t,): the first row that has the same tokens up to it."""
     first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
     of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
     for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
         before, ids = ids, np.array(rows[n], np.int64)
-        shared = _common(before, before, ids, ids)
+        shared = _common(before, ids)
         path = np.concatenate([path[:shared], np.arange(end, end := end + len(ids) - shared)])
         of_rows[n] = path
         first[path] = np.minimum(first[path], n)
@@ -391,38 +316,30 @@ def alike(
     beginning: Callable[[R], Sequence[int]],
     size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
-    """Divide the rows of an optimizer step into micro-batches in which those that begin alike meet.
-
-    Args:
-        n: the number of micro-batches; there are more where their tokens would exceed the capacity.
-        capacity: the tokens that a packed sequence may have. A longer row has one of its own.
-        beginning: the ids that a row may have in common with others.
-        size: the tokens of a row; None: as many as it begins with.
+    """Divide a step's rows into `n` micro-batches, or more of at most `capacity` tokens, in which
+    those that begin alike meet. `size` gives a row's tokens; None: as many as it begins with.
     """
-    found: list[list[R]] = []
+    parts: list[Sequence[R]] = []
+    part: list[R] = []
     tokens, share, ids = 0, ceil(len(rows) / n), np.zeros(0, np.int64)
     for place, row in enumerate(sorted(rows, key=lambda row: tuple(beginning(row)))):
         before, ids = ids, np.array(beginning(row))
         own = size(row) if size else len(ids)
-        common = _common(before, before, ids, ids)
+        shared = _common(before, ids)
         # where both go on, the last may predict another token in each, and then is in both
-        tokens += own - max(0, common - (common < min(len(before), len(ids))))
+        tokens += own - max(0, shared - (shared < min(len(before), len(ids))))
         if place % share == 0 or tokens > capacity:
-            found.append([])
+            parts.append(part := [])
             tokens = own
-        found[-1].append(row)
-    return list(found)
+        part.append(row)
+    return parts
 
 
-def _common(ids: Array, targets: Array, own: Array, wanted: Array) -> int:
-    """How many tokens a row has in common with the one before, up to one that predicts another.
-
-    Args:
-        ids, targets: of the row before, (t,).
-        own, wanted: of the row, (u,).
-    """
-    n = min(len(ids), len(own))
-    targets, wanted = targets[:n], wanted[:n]
-    either = (targets == wanted) | (targets == NO_LOSS) | (wanted == NO_LOSS)
-    same = (ids[:n] == own[:n]) & either
+def _common(before: Array, ids: Array, targets: Array = EMPTY, wanted: Array = EMPTY) -> int:
+    """How many ids a row (u,) shares with the one before (t,), up to another target."""
+    n = min(len(before), len(ids))
+    same = before[:n] == ids[:n]
+    if len(wanted):
+        there, here = targets[:n], wanted[:n]
+        same &= (there == here) | (there == NO_LOSS) | (here == NO_LOSS)
     return n if same.all() else int(same.argmin())

@@ -1,16 +1,11 @@
 """Examples of preferences: the tokens of a prompt once, and those of the completions after it.
 
-    data = encode_preferred(rows, tokenizer, 1024, "pairs", console)
-
-`"pairs"` have a chosen and a rejected completion, `"judged"` rows one completion with a label (or
-both of a pair, the chosen one labelled true).
-
     ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
 
-Of a pair, branch 1 is the chosen completion and branch 2 the rejected one. A branch begins with the
-last token that both documents have in common before the first trained one, so that each position
-predicts one token. What `shared` + `branch` holds is what supervised training makes of the row with
-that completion: the ids before a trained turn are those that generation starts from.
+PAIRS have a chosen completion, branch 1, and a rejected one; JUDGED rows one completion with a
+label. A branch begins with the last token that both documents have in common before the first
+trained one, so that each position predicts one token. `shared` + `branch` are the ids that
+supervised training makes of the row with that completion.
 """
 
 from __future__ import annotations
@@ -19,21 +14,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, Judgements, Lists, TableExamples, batch_of, digests
-from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import NO_LOSS, WHOLE, CompletionEncoder, Example, example_of
 from lorafold.data.json_input import kind_of
 from lorafold.data.render import Rendering
-from lorafold.data.row_store import Rows, SourcePart, named, parts_of
+from lorafold.data.row_store import Rows, named, parts_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.data.templates import common
+from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LISTED, LorafoldError, listed
 
 if TYPE_CHECKING:
@@ -62,8 +57,7 @@ class Branched:
     @property
     def labels(self) -> tuple[int, ...]:
         """The label of each of `ids`, (T,)."""
-        shared = (NO_LOSS,) * len(self.shared)
-        return sum((branch.labels for branch in self.branches), shared)
+        return sum((branch.labels for branch in self.branches), (NO_LOSS,) * len(self.shared))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -90,11 +84,8 @@ def continued(example: Example) -> Branched:
 
 @dataclass(eq=False)
 class Branches(Encoder):
-    """Makes examples of preferences; it takes `data.shapes.PAIRS` or `JUDGED`.
-
-    Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
-    starts and ends of trained spans in them, `desirable`, `turns` as `CompletionEncoder` has them,
-    those of the prompt once, and `problem`.
+    """Makes examples of PAIRS or JUDGED. Columns: `row`, `ids` (T,), `starts` (k,) of the branches,
+    `spans` (2n,) that are trained, `desirable`, `marked`, `turns`, `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -102,7 +93,6 @@ class Branches(Encoder):
     rendering: Rendering = field(default_factory=Rendering)
 
     def __post_init__(self) -> None:
-        # what makes the ids of a prompt with one completion
         self._completions = CompletionEncoder(self.tokenizer, self.rendering)
 
     @property
@@ -116,10 +106,10 @@ class Branches(Encoder):
             for one in row
             for said in one.completions.values()
         ]
-        found = self._completions.encode(documents, 0).to_pylist()
-        by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
+        encoded = self._completions.encode(documents, 0).to_pylist()
+        by_document = (list(of) for _, of in groupby(encoded, key=lambda entry: entry["row"]))
         entries = [
-            {"row": n} | self._made(one, [next(by_document) for _ in one.completions])
+            {"row": n} | self._made(one, list(islice(by_document, len(one.completions))))
             for n, row in enumerate(given, first)
             for one in row
         ]
@@ -127,57 +117,47 @@ class Branches(Encoder):
         return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
 
     def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The columns of one example.
-
-        Args:
-            documents: What each completion gave: its entries in the table of `CompletionEncoder`.
-        """
-        problem = ""
-        if not isinstance(one.desirable, bool):
-            problem = f"field label: found {kind_of(one.desirable)}, expected true or false"
-        for name, entries in zip(one.completions, documents, strict=True):
-            if told := entries[0]["problem"]:
-                problem = problem or told
-            elif len(entries) > 1:
-                problem = problem or (
-                    f"field {name}: found {len(entries)} texts, because the chat template rewrites"
-                    " earlier turns of the completion; expected one turn of the assistant"
-                )
-            elif not entries[0]["spans"]:
-                problem = problem or (
-                    f"field {name}: found no token to train on, expected a turn of the assistant"
-                    " that the chat template renders as at generation"
-                )
-        ids = [entries[0]["ids"] for entries in documents]
+        firsts = [entries[0] for entries in documents]
+        ids = [entry["ids"] for entry in firsts]
+        problem = self._problem(one, documents)
         if not problem and len(ids) == 2 and ids[0] == ids[1]:
             problem = "fields chosen and rejected: found the same text, expected two that differ"
-        about = {
+        columns = {
             "desirable": one.desirable is True,
-            "marked": any(entries[0]["marked"] for entries in documents),
+            "marked": any(entry["marked"] for entry in firsts),
             "problem": problem,
         }
         if problem:
-            return {"ids": [], "starts": [], "spans": [], TURNS: "", **about}
-        spans = [entries[0]["spans"] for entries in documents]
-        shared = max(0, min(common(ids), *(of[0] for of in spans)) - 1)
-        at, starts, moved = shared, list[int](), list[int]()
-        for document, of in zip(ids, spans, strict=True):
-            starts.append(at)
-            moved += [place - shared + at for place in of]
-            at += len(document) - shared
-        together = ids[0][:shared] + [token for document in ids for token in document[shared:]]
-        asked, *turns = (entries[0][TURNS] for entries in documents)
-        own = (turn for of in turns for turn in of.splitlines()[len(one.prompt) :])
-        turns_of_both = "\n".join([asked, *own])
-        return {"ids": together, "starts": starts, "spans": moved, TURNS: turns_of_both, **about}
+            return {"ids": [], "starts": [], "spans": [], TURNS: "", **columns}
+        shared = max(0, min(len(common(*ids)), *(entry["spans"][0] for entry in firsts)) - 1)
+        together, starts, spans = ids[0][:shared], [], []
+        for entry in firsts:
+            start = len(together)
+            starts.append(start)
+            spans += [place - shared + start for place in entry["spans"]]
+            together = together + entry["ids"][shared:]
+        turns = [entry[TURNS].splitlines() for entry in firsts]
+        own = [turn for of in turns[1:] for turn in of[len(one.prompt) :]]
+        lines = "\n".join([firsts[0][TURNS], *own])
+        return {"ids": together, "starts": starts, "spans": spans, TURNS: lines, **columns}
 
-
-def common(documents: Sequence[Sequence[int]]) -> int:
-    """How many ids the documents (T,) have in common at their beginning."""
-    shortest = min(map(len, documents))
-    table = np.array([document[:shortest] for document in documents])
-    same = (table == table[0]).all(0)
-    return shortest if same.all() else int(same.argmin())
+    def _problem(self, one: Compared, documents: list[list[dict[str, Any]]]) -> str:
+        if not isinstance(one.desirable, bool):
+            return f"field label: found {kind_of(one.desirable)}, expected true or false"
+        for name, entries in zip(one.completions, documents, strict=True):
+            if problem := str(entries[0]["problem"]):
+                return problem
+            if len(entries) > 1:
+                return (
+                    f"field {name}: found {len(entries)} texts, because the chat template rewrites"
+                    " earlier turns of the completion; expected one turn of the assistant"
+                )
+            if not entries[0]["spans"]:
+                return (
+                    f"field {name}: found no token to train on, expected a turn of the assistant"
+                    " that the chat template renders as at generation"
+                )
+        return ""
 
 
 class BranchedExamples(TableExamples[Branched]):
@@ -189,15 +169,12 @@ class BranchedExamples(TableExamples[Branched]):
         super().__init__(table, max_length, np.arange(len(table)))
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
-        self.told_by = self._ids, self._starts, self._spans, self._desirable
-        borders = [
-            [*self._starts[n].tolist(), int(length)]
-            for n, length in enumerate(self._ids.lengths.tolist())
-        ]
-        shared = np.array([of[0] for of in borders])  # (n,)
-        own = np.array([np.diff(of) for of in borders])  # (n, k)
+        self.compared_by = self._ids, self._starts, self._spans, self._desirable
+        pairs = zip(self._starts, self._ids.lengths.tolist(), strict=True)
+        borders = np.array([[*starts.tolist(), length] for starts, length in pairs])
+        shared, own = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)
         self.shared = np.minimum(shared, max_length)
-        self.own = np.minimum(own, max_length - self.shared[:, None])  # of the branches, cut
+        self.own = np.minimum(own, max_length - self.shared[:, None])  # cut
         self.whole: Array = shared[:, None] + own
         self.lengths = self.shared + self.own.sum(1)
 
@@ -213,17 +190,14 @@ class BranchedExamples(TableExamples[Branched]):
 
     @cached_property
     def judged(self) -> Judgements:  # type: ignore[override]
-        """Of two answers one is preferred: the first of the pair, as their digests are sorted, or
-        the second.
+        """The preferred answer: the first of the pair, as their digests are sorted, or the second.
         """
         chosen, rejected = (digests(self._documents(n)) for n in (0, 1))
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
         contrary = "choose the answer that an earlier one rejects, and reject its chosen one"
-        subjects = digests(*(of.tolist() for of in ordered))
-        return Judgements(subjects, chosen < rejected, contrary)
+        return Judgements(digests(*(of.tolist() for of in ordered)), chosen < rejected, contrary)
 
     def _documents(self, branch: int) -> Iterator[bytes]:
-        """The bytes of the ids of one document of each example, whole."""
         for ids, starts in zip(self._ids, self._starts, strict=True):
             start, end = [*starts.tolist(), len(ids)][branch : branch + 2]
             yield ids[: starts[0]].tobytes() + ids[start:end].tobytes()
@@ -231,27 +205,26 @@ class BranchedExamples(TableExamples[Branched]):
     @property
     def digest(self) -> str:
         """The SHA-256 of all that the examples are made of."""
-        found = sha256(type(self).__name__.encode())
+        digest = sha256(type(self).__name__.encode())
         lists = (self._ids, self._starts, self._spans)
         for array in (*(a for of in lists for a in (*of.ends, *of.values)), self.shared, self.own):
-            found.update(array.tobytes())
-        return found.hexdigest()
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
-    def _example(self, entry: int) -> Branched:
-        ids, starts = self._ids[entry].tolist(), self._starts[entry].tolist()
-        spans = self._spans[entry].reshape(-1, 2)
+    def item(self, index: int) -> Branched:
+        ids, starts = self._ids[index].tolist(), self._starts[index].tolist()
+        spans, lengths = self._spans[index].reshape(-1, 2), self.own[index].tolist()
         branches = []
-        borders, lengths = pairwise([*starts, len(ids)]), self.own[entry].tolist()
-        for (start, end), length in zip(borders, lengths, strict=False):
+        for (start, end), length in zip(pairwise([*starts, len(ids)]), lengths, strict=False):
             own = spans[(spans[:, 0] >= start) & (spans[:, 1] <= end)] - start
             branches.append(example_of(ids[start : start + length], own.flatten().tolist()))
-        shared = tuple(ids[: int(self.shared[entry])])
-        return Branched(shared, tuple(branches), self._desirable[entry])
+        shared = tuple(ids[: int(self.shared[index])])
+        return Branched(shared, tuple(branches), self._desirable[index])
 
 
 class MismatchedExamples(BranchedExamples):
-    """The same for judged completions, each with a second branch: the completion of the example
-    before (that of the last one for the first), which KTO measures its divergence on.
+    """Judged completions, each with the one of the example before (for the first: of the last) as a
+    second branch, on which KTO measures its divergence.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -267,59 +240,14 @@ class MismatchedExamples(BranchedExamples):
         labels = {"true": true, "false": len(self) - true}
         return Judgements(digests(self._ids), np.array(self._desirable), contrary, labels)
 
-    def _example(self, entry: int) -> Branched:
-        own, other = super()._example(entry), super()._example((entry or len(self)) - 1)
-        [branch], [strange], length = own.branches, other.branches, int(self.own[entry, 1])
+    def item(self, index: int) -> Branched:
+        own, other = super().item(index), super().item((index or len(self)) - 1)
+        [branch], [strange], length = own.branches, other.branches, int(self.own[index, 1])
         ids = (branch.ids[:1] + strange.ids[1:])[:length]
         return replace(own, branches=(branch, Example(ids, strange.labels[:length])))
 
 
 EXAMPLES: dict[str, type[BranchedExamples]] = {PAIRS: BranchedExamples, JUDGED: MismatchedExamples}
-
-
-@dataclass(frozen=True)
-class PreferenceReport:
-    """What `encode_preferred` made of the rows; `str` gives it as lines of text.
-
-    `tokens` are those that a step computes, with each prompt once, and `apart` those of the
-    documents if every completion had a prompt of its own. `means` are the mean lengths of the
-    completions in tokens, those of the chosen and the rejected ones. `longest` is the length of the
-    longest document before cutting, and `truncated` rows were cut. `marked` have control tokens in
-    their contents, which are text.
-    """
-
-    rows: int
-    tokens: int
-    apart: int
-    means: dict[str, float]
-    longest: int
-    max_length: int
-    truncated: int
-    marked: int = 0
-
-    def __str__(self) -> str:
-        lengths = ", ".join(f"{name} {mean:.1f}" for name, mean in self.means.items())
-        text = (
-            f"{self.rows} rows, {self.tokens} tokens ({self.apart} if each completion had its own"
-            f" prompt); completions have on average {lengths} tokens; the longest document has"
-            f" {self.longest}"
-        )
-        if self.truncated:
-            text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-        if self.marked:
-            text += f"\n{self.marked} {MARKED}"
-        return text
-
-
-@dataclass(frozen=True)
-class PreferredData:
-    """The examples in the order of their rows, the report, and how many rows are from each
-    source.
-    """
-
-    examples: Sequence[Branched]
-    report: PreferenceReport
-    parts: tuple[SourcePart, ...]
 
 
 def encode_preferred(
@@ -329,79 +257,49 @@ def encode_preferred(
     kind: str,
     console: Console | None = None,
     rendering: Rendering = WHOLE,
-) -> PreferredData:
-    """Tokenize rows of preferences, each prompt once.
-
-    Raises LorafoldError that lists the bad rows: those that the chat template refuses, that have no
-    token to train on, or whose completions are equal, also within `max_length`.
-
-    Args:
-        rows: The user's rows, of a shape that suits `kind`.
-        tokenizer: A fast tokenizer with a chat template.
-        max_length: Longer documents (a prompt with one completion) are cut to this many tokens.
-        kind: pairs or judged.
-        console: For progress; None is quiet.
-        rendering: What of a completion is trained on.
-    """
+) -> Encoded:
+    """Tokenize rows of PAIRS or JUDGED, each prompt once, cut to `max_length` tokens a document."""
     rows = as_checked(rows, kind)
-    return preferred(
-        tokenized(rows, Branches(tokenizer, kind, rendering), console), rows, max_length, kind
-    )
+    table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
+    return preferred(table, rows, max_length, kind)
 
 
-def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> PreferredData:
-    """The examples of a table that `Branches` made.
-
-    Args:
-        table: The ids of prompts and completions.
-        rows: What it was made of.
-        max_length: Longer documents are cut to this many tokens.
-        kind: pairs or judged.
-
-    Raises LorafoldError for rows of which nothing is left to compare within `max_length`.
-    """
+def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
+    """The examples of a table that `Branches` made, cut to `max_length` tokens a document."""
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
-    names = [["chosen", "rejected"]] * len(table)  # of the completions of each example, (n, k)
-    if examples.whole.shape[1] == 1:
-        judged = table.column("desirable").to_pylist()
-        names = [["desirable" if good else "undesirable"] for good in judged]
-    of = np.array(names)
-    own = examples.own[:, : of.shape[1]]
-    report = PreferenceReport(
-        len(rows),
-        int(examples.lengths.sum()),
-        int((examples.shared[:, None] + examples.own).sum()),
-        {name: float(own[of == name].mean()) - 1 for name in dict.fromkeys(of.flatten().tolist())},
-        int(examples.whole.max()),
-        max_length,
-        len(np.unique(examples.rows[cut])),
-        examples.marked,
+    own = examples.own[:, : examples.whole.shape[1]]
+    columns = {"chosen": own[:, 0], "rejected": own[:, -1]}
+    if own.shape[1] == 1:
+        good = np.array(table.column("desirable").to_pylist())
+        names = ("desirable", "undesirable") if good[0] else ("undesirable", "desirable")
+        columns = {name: own[good == (name == "desirable"), 0] for name in names}
+    means = [f"{name} {of.mean() - 1:.1f}" for name, of in columns.items() if len(of)]
+    line = (
+        f"{len(rows)} rows, {examples.lengths.sum()} tokens"
+        f" ({(examples.shared[:, None] + examples.own).sum()} if each completion had its own"
+        f" prompt); completions have on average {', '.join(means)} tokens; the longest document has"
+        f" {examples.whole.max()}"
     )
-    return PreferredData(examples, report, parts_of(np.unique(examples.rows), rows.parts))
+    truncated = len(np.unique(examples.rows[cut]))
+    report = Report(line, max_length, truncated, examples.marked)
+    return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raise LorafoldError for rows of which nothing is left to compare.
-
-    Args:
-        rows: What the examples were made of.
-        max_length: To which they are cut.
-        cut: Which of them are cut, (n,).
-    """
+    """Raise LorafoldError for `cut` examples, (n,), of which nothing is left to compare."""
     bad: dict[int, str] = {}
     for n in np.flatnonzero(cut).tolist():
-        example, row = examples[n], int(examples.rows[n])
-        own = example.branches[: examples.whole.shape[1]]
-        if any(set(branch.labels) == {-100} for branch in own):
+        row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]
+        if any(set(branch.labels) == {NO_LOSS} for branch in own):
             bad[row] = "no token of a completion is left"
         elif len(own) == 2 and own[0] == own[1]:
             bad[row] = "chosen and rejected are equal"
     if bad:
         first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
-        told = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
+        lines = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
         raise LorafoldError(
-            f"data: within max_length {max_length}: {told}; raise max_length, or leave"
+            f"data: within max_length {max_length}: {lines}; raise max_length, or leave"
             " these rows out"
         )

@@ -1,18 +1,11 @@
 """Calls in a generated text, read back the way the chat template writes them.
 
-    parse_calls('<tool_call>\\n{"name": "weather", "arguments": {"city": "Rome"}}\\n</tool_call>',
-                tokenizer)
-    [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    parse_calls('<tool_call>{"name": "f", "arguments": {"city": "Rome"}}</tool_call>', tokenizer)
+    [{"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}]
 
-How the template writes them is read off its rendering of probe calls: two in one turn show what
-stands between calls, numbers beside texts show the quotes.
-
-    <tool_call>\\n{"name": "       the text before a name
-    ", "arguments": {...}         between the name and the arguments, which are JSON
-    city: <|"|>Rome<|"|>,         or they are keys and values, with what stands between and around
-
-Runs of whitespace may differ, and special tokens may be left out of the text, as `lf.generate`
-leaves them out.
+The template's rendering of probe calls shows how it writes them: two in one turn show the text
+between calls, numbers beside texts show the quotes. Arguments are JSON, or keys and values with
+text between and around. Whitespace may differ, and special tokens may be left out of the text.
 """
 
 from __future__ import annotations
@@ -21,11 +14,12 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.data.messages import Message, Tool, tool_problems
+from lorafold.data.messages import Tool, tool_problems
 from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
 from lorafold.errors import LorafoldError, as_one
 
@@ -41,9 +35,7 @@ NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 class Pairs(NamedTuple):
-    """Arguments as keys and values: what stands between a key and its value, between a value and
-    the next key, what closes a call, and the quotes before and after a text.
-    """
+    """Arguments as keys and values: the text between, after and around them."""
 
     equals: str
     comma: str
@@ -89,43 +81,37 @@ def _grammar_of(template: Template) -> Grammar | None:
     tokenizer = template.tokenizer
     texts, numbers = dict(zip(KEYS, TEXTS, strict=True)), dict(zip(KEYS, NUMBERS, strict=True))
     one, two = _said([texts], tokenizer), _said([texts, texts], tokenizer)
-    before, found, rest = one.partition(NAMES[0])
-    if not found:
+    before, name, rest = one.partition(NAMES[0])
+    if not name:
         return None
-    between = None
-    if NAMES[1] in two and _after(one, KEYS, TEXTS)[-1] is not None:
+    special, between = special_words(tokenizer), None
+    if NAMES[1] in two and _after(one, texts)[-1] is not None:
         head = two.partition(NAMES[1])[0]
         _, between = _json_at(head, texts) or (0, "")
-        between = between or str(_after(head, KEYS, TEXTS)[-1])
-    bare = _said([{}], tokenizer).partition(NAMES[0])[2]
+        between = between or str(_after(head, texts)[-1])
     if as_json := _json_at(rest, texts):
         after, follows = as_json
-        ends = [follows.find(word) for word in special_words(tokenizer) if word in follows]
+        ends = [follows.find(word) for word in special if word in follows]
         alone = follows[: min(ends, default=len(follows))]
         closes = (alone if between is None else common(follows, between)).rstrip()
         return Grammar(before, between, rest[:after], "", None, closes)
-    named, equals, comma, closing = _after(rest, KEYS, TEXTS)
-    _, plain, plain_comma, plain_end = _after(
-        _said([numbers], tokenizer).partition(NAMES[0])[2], KEYS, NUMBERS
-    )
-    if named is None or equals is None or comma is None or plain is None or closing is None:
+    named, equals, comma, closing = _after(rest, texts)
+    plain_rest = _said([numbers], tokenizer).partition(NAMES[0])[2]
+    _, plain, plain_comma, plain_end = _after(plain_rest, numbers)
+    if None in (named, equals, comma, plain, closing):
         return None
     opening = equals[len(plain) :] if equals.startswith(plain) else ""
-    ending = comma[: len(comma) - len(plain_comma or "")] if opening else ""
-    plain_close = plain_end or ""
+    ending = comma[: len(comma) - len(plain_comma)] if opening else ""
     if between is not None:
         two_numbers = _said([numbers, numbers], tokenizer).partition(NAMES[1])[0]
-        shared = common(str(_after(two_numbers, KEYS, NUMBERS)[-1]), plain_close)
-        plain_close = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
-    else:
-        words = (word for word in special_words(tokenizer) if word in plain_close)
-        at = min(map(plain_close.find, words), default=0)
-        plain_close = plain_close[:at] if at else plain_close
-    between = None if between is None else between.removeprefix(ending).removeprefix(plain_close)
-    return Grammar(
-        before, between, named, bare.rstrip(),
-        Pairs(plain, plain_comma or "", plain_close, opening, ending),
-    )  # fmt: skip
+        shared = common(str(_after(two_numbers, numbers)[-1]), plain_end)
+        plain_end = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
+        between = between.removeprefix(ending).removeprefix(plain_end)
+    elif at := min((plain_end.find(word) for word in special if word in plain_end), default=0):
+        plain_end = plain_end[:at]
+    bare = _said([{}], tokenizer).partition(NAMES[0])[2].rstrip()
+    pairs = Pairs(plain, plain_comma, plain_end, opening, ending)
+    return Grammar(before, between, named, bare, pairs)
 
 
 def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -135,25 +121,17 @@ def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template adds to a generation prompt for a turn of calls with these arguments."""
-    calls = [call(name, given) for name, given in zip(NAMES, arguments, strict=False)]
-    turn: Message = {"role": "assistant", "tool_calls": calls}
-    form = template_of(tokenizer).form
-    prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
-    text = attempt(form.of([ASKED, turn]), tokenizer)
+    calls = list(map(call, NAMES, arguments))
+    prompt = attempt([ASKED], tokenizer, for_generation=True)
+    text = attempt([ASKED, {"role": "assistant", "tool_calls": calls}], tokenizer)
     said = text[len(common(prompt, text)) :]
     return said[template_of(tokenizer).block.end(said, prompt) :]
 
 
-def _after(
-    text: str, keys: Sequence[str], values: Sequence[Any]
-) -> tuple[str | None, str | None, str | None, str | None]:
-    """What stands before the first key, between it and its value, between that and the next key,
-    and after the last value; None for what is not found.
-    """
-    parts = re.split(
-        "({})".format("|".join(re.escape(str(part)) for part in (*keys, *values))), text
-    )
-    wanted = [str(keys[0]), str(values[0]), str(keys[1]), str(values[1])]
+def _after(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """What stands before two keys, between a key and its value, between both, and behind them."""
+    wanted = [str(part) for pair in arguments.items() for part in pair]
+    parts = re.split("({})".format("|".join(map(re.escape, wanted))), text)
     if parts[1::2][-4:] != wanted:
         return None, None, None, None
     before, equals, comma, _, after = parts[0::2][-5:]
@@ -164,10 +142,10 @@ def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
     """Where the wanted JSON object begins, and what follows it; None without one."""
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
-            found, end = json.JSONDecoder().raw_decode(text, at)
+            value, end = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError:
             continue
-        if found == wanted:
+        if value == wanted:
             return at, text[end:]
     return None
 
@@ -190,42 +168,38 @@ def parse_calls(
         raise LorafoldError(
             "the chat template does not show calls (tool_calls), so none can be read back"
         )
-    prompt = attempt(template_of(tokenizer).form.of([ASKED]), tokenizer, for_generation=True)
+    prompt = attempt([ASKED], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
     for form in (grammar, grammar.without(special_words(tokenizer))):
-        if found := list(_calls(text, form, tools)):
-            return found
+        if calls := list(_calls(text, form, tools)):
+            return calls
     return []
 
 
 def read_tools(path: Path) -> list[Tool]:
-    """The tools of a JSON file, which holds a list of them.
-
-    Raises LorafoldError for a file that can't be read or holds anything else.
-    """
+    """The tools of a JSON file, which holds a list of them."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tools = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read: {error.strerror}") from error
     except ValueError as error:
         raise LorafoldError(f"{path}: not JSON: {error}") from error
-    if problems := list(tool_problems(found)):
+    if problems := list(tool_problems(tools)):
         raise LorafoldError(f"{path}: {as_one(problems)}")
-    return list(found)
+    return list(tools)
 
 
 def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]:
-    # without anything before a name, a call can only be the whole text
-    first = _regex(grammar.before.lstrip()) or r"\A\s*"
-    named = f"(?:{_regex(grammar.named)})"
-    if grammar.bare.strip() and grammar.pairs is not None:
+    named, pairs = f"(?:{_regex(grammar.named)})", grammar.pairs
+    if grammar.bare.strip() and pairs is not None:
         named = f"(?:{_regex(grammar.named)}|(?P<bare>{_regex(grammar.bare)}))"
-    begin = re.compile(first + NAME + named)
+    # without anything before a name, a call can only be the whole text
+    begin = re.compile((_regex(grammar.before.lstrip()) or r"\A\s*") + NAME + named)
     further = re.compile(_regex(grammar.between) + NAME + named) if grammar.between else None
     at, match = 0, begin.search(text)
     while match is not None:
         name, at = match["name"], match.end()
-        if grammar.pairs is None:
+        if pairs is None:
             try:
                 arguments, at = json.JSONDecoder().raw_decode(text, at)
             except json.JSONDecodeError as error:
@@ -236,14 +210,14 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
         elif match.groupdict().get("bare") is not None:
             arguments = {}
         else:
-            arguments, at = _pairs(text, at, grammar.pairs, _types(tools, name))
+            arguments, at = _pairs(text, at, pairs, _types(tools, name))
         yield call(name, arguments)
         match = (further.match(text, at) if further else None) or begin.search(text, at)
 
 
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The keys and values from a character on, and where they end."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
     after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\Z)"
@@ -260,11 +234,11 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
             break
         value = match["value"] if quoted else text[key.end() : match.start()]
         is_text = quoted is not None or types.get(key[1].strip()) == "string"
-        found[key[1].strip()] = value if is_text else _value(value, pairs)
+        arguments[key[1].strip()] = value if is_text else _value(value, pairs)
         at = match.end()
         if match["more"] is None:
             break
-    return found, at
+    return arguments, at
 
 
 def _closed(value: str) -> bool:
@@ -280,17 +254,13 @@ def _value(text: str, pairs: Pairs) -> Any:
     for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
     named = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', plain)  # keys without quotes
-    readings = ((json.loads, plain), (ast.literal_eval, text), (json.loads, named))
-    for read, given in readings:
-        try:
+    for read, given in ((json.loads, plain), (ast.literal_eval, text), (json.loads, named)):
+        with suppress(ValueError, SyntaxError):
             return read(given)
-        except (ValueError, SyntaxError):
-            continue
     return text
 
 
 def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
-    """The types of a tool's arguments."""
     for tool in tools:
         function = tool.get("function", tool)
         if function["name"] == name:

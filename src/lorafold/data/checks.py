@@ -1,24 +1,11 @@
 """What there is to know before the first step of a run: what the chat template does with a
 conversation that its user can't see in a row, and what the tokens of the rows show.
 
-    account = account_of(tokenizer)
-    account.lines                   found by rendering probes, a line each
+    describe_template(tokenizer).lines     the template, by rendering probes, a line each
+    find_problems(train.examples, rows, max_length, (held_out.examples, held_out_rows)).lines
 
-    found = look(train.examples, rows, max_length, (held_out.examples, held_out_rows))
-    found.lines                     one line for each thing that was found
-    found.as_json()                 the figures, also of what was not found
-
-| finding | rows that |
-|---|---|
-| duplicates | are the same as an earlier one: in every token, in what is trained, in the label |
-| held_out_in_training | are held out, and are among those that are trained on too |
-| empty_answers | have an answer to train on that says nothing |
-| contradictions | judge the same text, or the same two answers, otherwise than an earlier one |
-| ends_lost | lose the end of an answer by being cut at max_length |
-| untrained | have no token to train on |
-
-Rows are compared by digests of tokens that are there anyway (`TableExamples`). A label that no row
-has is told too, and a file of which no turn of the assistant is trained on.
+Rows are compared by digests of tokens that are there anyway (`TableExamples`). `SAID` has what is
+looked for; a label that no row has is reported too, and a file of which no turn is trained on.
 """
 
 from __future__ import annotations
@@ -59,7 +46,6 @@ from lorafold.models.built_in_templates import set_variables, variables_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pairs = tuple[Array, Array | None]  # indices of rows, and of those that they are compared with
 SHOWN = 5  # rows that one line names
 HELD_OUT = "held_out_in_training"
 SAID = {
@@ -84,17 +70,11 @@ QUOTED = 60  # characters of a text that the template supplies
 
 
 @dataclass(frozen=True)
-class Account:
-    """What a template does.
-
-    end: What ends a turn; empty if nothing does.
-    ended: With what the end is written, as `Ending.written`.
-    prompt: What the generation prompt adds of reasoning: it opens a block, has an empty one, or
-        nothing.
-    system: The words that the template puts before a conversation without a system message.
-    dated: It writes the date of the day.
-    hides: The parts of a conversation that it does not show.
-    plain: Why plain turns can't be trained; empty if they can.
+class TemplateSummary:
+    """What a template does. `end` ends a turn, and `ended` is `Ending.written`; `prompt` is what
+    the generation prompt adds of reasoning, `system` the words before a conversation without a
+    system message, `hides` the parts of a conversation that are not shown, and `plain` why plain
+    turns can't be trained; each is empty if there is nothing.
     """
 
     end: str
@@ -109,83 +89,70 @@ class Account:
     def lines(self) -> list[str]:
         """What there is to know, a line each."""
         end = f"a turn ends with {self.end}"
-        if self.ended == NOWHERE:
-            end = (
-                f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
-                if self.end
-                else "it ends no turn, and the tokenizer has no end token: a model never stops"
-            )
+        if self.ended == NOWHERE and self.end:
+            end = f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
+        elif self.ended == NOWHERE:
+            end = "it ends no turn, and the tokenizer has no end token: a model never stops"
         elif self.ended != WITH_TURN:
             end += ", which it writes before the next message only"
-        found = [end]
-        if self.prompt:
-            found.append(f"the prompt {self.prompt}")
-        if self.system:
-            found.append(f"without a system message it writes {self.system!r}")
-        if self.dated:
-            found.append("it writes the date of the day")
-        if self.hides:
-            found.append(f"it does not show {', '.join(self.hides)}")
-        if self.plain:
-            found.append(self.plain)
-        return found
+        remarks = {
+            end: True,
+            f"the prompt {self.prompt}": self.prompt,
+            f"without a system message it writes {self.system!r}": self.system,
+            "it writes the date of the day": self.dated,
+            f"it does not show {', '.join(self.hides)}": self.hides,
+            self.plain: self.plain,
+        }
+        return [line for line, applies in remarks.items() if applies]
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name."""
         return asdict(self)
 
 
-def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
-    """What the tokenizer's chat template does.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-    """
-    template, asked = template_of(tokenizer), ASKED["content"]
-    form, block, ending = template.form, template.block, template.ending
-    bare = attempt(form.of([ASKED]), tokenizer)
-    added = attempt(form.of([ASKED]), tokenizer, for_generation=True)
+def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
+    """What the tokenizer's chat template does."""
+    template, block = template_of(tokenizer), template_of(tokenizer).block
+    bare = attempt([ASKED], tokenizer)
+    added = attempt([ASKED], tokenizer, for_generation=True)
     added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
     if added.endswith(block.opening):
         prompt = f"opens a block of reasoning ({block.opening})"
     elif block.opening in added and block.closing in added:
         prompt = f"has an empty block of reasoning ({block.opening}{block.closing})"
     # the words before the first message that are no role's
-    before = template.specials.sub("\n", bare.partition(str(asked))[0])
+    before = template.specials.sub("\n", bare.partition(str(ASKED["content"]))[0])
     lines = (line.strip() for line in before.splitlines())
     said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
     if len(WORDS.findall(said)) < 3:
         said = ""
     elif len(said) > QUOTED:
         said = f"{said[:QUOTED].rstrip()}..."
-    hides = [] if VALUE in attempt(form.of([SYSTEM, ASKED]), tokenizer) else ["system messages"]
-    if not template_of(tokenizer, [PROBE_TOOL]).shows_tools:
-        hides.append("tools")
-    if not template.shows_calls:
-        hides.append("calls")
-    else:
-        turns = (
-            {"content": BESIDE, "tool_calls": CALLS[:1]},
-            {"content": "", "tool_calls": CALLS},
-        )
-        one, both = (
-            attempt(form.of([ASKED, {"role": "assistant", **turn}]), tokenizer) for turn in turns
-        )
-        hides += ["what is said beside a call"] * (BESIDE not in one)
-        hides += ["a second call"] * (OTHER not in both)
-    hides += ["reasoning"] * (not block.shown)
+    beside, several = (
+        attempt([ASKED, {"role": "assistant", "content": content, "tool_calls": calls}], tokenizer)
+        for content, calls in ((BESIDE, CALLS[:1]), ("", CALLS))
+    )
+    shows = {
+        "system messages": VALUE in attempt([SYSTEM, ASKED], tokenizer),
+        "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
+        "calls": template.shows_calls,
+        "what is said beside a call": BESIDE in beside or not template.shows_calls,
+        "a second call": OTHER in several or not template.shows_calls,
+        "reasoning": block.shown,
+    }
     plain = _untrained(tokenizer)
     if plain:
         with suppress(LorafoldError):
             plain += _helps(tokenizer)
-    dated = bool(day_of(tokenizer))
-    return Account(ending.text.strip(), ending.written, prompt, said, dated, tuple(hides), plain)
+    hides = tuple(part for part, is_shown in shows.items() if not is_shown)
+    end = template.ending
+    return TemplateSummary(
+        end.text.strip(), end.written, prompt, said, bool(day_of(tokenizer)), hides, plain
+    )
 
 
 def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
-    """After a semicolon, the variable of the template with which plain turns can be trained; empty
-    for none.
-    """
+    """After a semicolon, the template's variable with which plain turns can be trained, if any."""
     for name in sorted(variables_of(tokenizer)):
         for value in (False, True):
             with_value = copy.copy(tokenizer)
@@ -196,20 +163,16 @@ def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why a plain turn can't be trained; empty if it can."""
     said: Message = {"role": "assistant", "content": VALUE}
     try:
-        found = render_trained(Conversation([ASKED, said]), tokenizer)
+        return LEFT_OUT * render_trained(Conversation([ASKED, said]), tokenizer).left_out
     except LorafoldError as error:
         return f"a plain conversation is refused ({error})"
-    return LEFT_OUT * found.left_out
 
 
 @dataclass(frozen=True)
 class DataFinding:
-    """How many of some rows have something in common, what, and the first of them, each with the
-    row that it is compared with, if any.
-    """
+    """How many rows have something in common, and the first of them with their counterparts."""
 
     count: int
     of: int
@@ -220,20 +183,15 @@ class DataFinding:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
         rows = []
         for name, (one, other) in zip(named(p for p, _ in self.first), self.first, strict=True):
-            _, like = ("", "") if other is None else named([one, other])
-            rows.append(f"{name} (as {like})" if like else name)
+            rows.append(name if other is None else f"{name} (as {[*named([one, other])][1]})")
         return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(rows)}{more}"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found of the `rows` rows to train on.
-
-    found: What was looked for, by its name in SAID.
-    labels: The examples of each label.
-    roles: The turns of each role, and those of them that are trained on.
-    silent: The assistant turns of each file of which none is trained on.
-    unseen: What was not looked at, in words.
+    """What was found of the `rows` rows to train on, by its name in SAID, the examples of each
+    label, the turns of each role, and those of them that are trained on, the assistant turns of
+    each file of which none is trained on, and what was not looked at, in words.
     """
 
     rows: int
@@ -246,16 +204,16 @@ class Findings:
     @property
     def lines(self) -> list[str]:
         """One line for each thing that was found, and for what was not looked at."""
-        told = [f"data: {self.unseen}"] * bool(self.unseen)
+        lines = [f"data: {self.unseen}"] * bool(self.unseen)
         for name, one in self.found.items():
             if one.count:
-                told.append(f"{'held out' if name == HELD_OUT else 'data'}: {one}")
+                lines.append(f"{'held out' if name == HELD_OUT else 'data'}: {one}")
         if missing := [label for label, count in self.labels.items() if not count]:
             there = ", ".join(f"{label} {n:,}" for label, n in self.labels.items() if n)
-            told.append(f"data: no row has the label {' or '.join(missing)} ({there})")
+            lines.append(f"data: no row has the label {' or '.join(missing)} ({there})")
         for file, turns in self.silent.items():
-            told.append(f"data: {file}: none of its {turns:,} assistant turns is trained on")
-        return told
+            lines.append(f"data: {file}: none of its {turns:,} assistant turns is trained on")
+        return lines
 
     @property
     def nothing(self) -> str:
@@ -265,16 +223,16 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """All by name; null stands for what was not looked for."""
-        found: dict[str, Any] = dict.fromkeys(SAID)
+        results: dict[str, Any] = dict.fromkeys(SAID)
         for name, of in self.found.items():
             first = [
-                one._asdict() | ({} if other is None else {"as": other._asdict()})
+                one._asdict() | ({"as": other._asdict()} if other else {})
                 for one, other in of.first
             ]
-            found[name] = {"rows": of.count, "of": of.of, "first": first}
+            results[name] = {"rows": of.count, "of": of.of, "first": first}
         return {
             "rows": self.rows,
-            **found,
+            **results,
             "labels": dict(self.labels),
             "roles": {role: {"turns": n, "trained": t} for role, (n, t) in self.roles.items()},
             "untrained_files": dict(self.silent),
@@ -282,109 +240,98 @@ class Findings:
         }
 
 
-def look(
+def find_problems(
     examples: Sequence[Any],
     rows: Rows,
     max_length: int,
     held_out: tuple[Sequence[Any], Rows] | None = None,
 ) -> Findings:
-    """What there is to know of the rows of a run.
-
-    Args:
-        examples: Those to train on.
-        rows: What they were made of.
-        max_length: The tokens to which they are cut.
-        held_out: The examples to measure on, and their rows.
-    """
+    """Problems in the rows that are trained on and, if there are any, in those held out."""
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
-    of, digests = _compared(examples)
-    each, at, which = np.unique(digests, return_index=True, return_inverse=True)
+    of, own = _compared(examples)
+    each, at, which = np.unique(own, return_index=True, return_inverse=True)
     first = at[which]  # of those that are equal
     later = first != np.arange(len(first))
-    found = {"duplicates": _finding("duplicates", rows, (of[later], of[first[later]]))}
+    results = {"duplicates": _finding("duplicates", rows, of[later], of[first[later]])}
     if held_out is not None and isinstance(held_out[0], TableExamples):
         theirs, others = _compared(held_out[0])
         near = np.minimum(np.searchsorted(each, others), len(each) - 1)
         there = each[near] == others
-        shared = theirs[there], of[at[near[there]]]
-        found[HELD_OUT] = _finding(HELD_OUT, held_out[1], shared, like=rows)
+        shared = of[at[near[there]]]
+        results[HELD_OUT] = _finding(HELD_OUT, held_out[1], theirs[there], shared, like=rows)
     roles, silent, empty = turns_of(examples, rows)
     if roles:
-        found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
+        results["empty_answers"] = _finding("empty_answers", rows, empty)
     if judged := examples.judged:
         # those whose verdict on a subject is not that of the first row that judges it
         _, at, which = np.unique(judged.subjects, return_index=True, return_inverse=True)
         other = judged.verdicts != judged.verdicts[at[which]]
         contrary = examples.rows[other], examples.rows[at[which][other]]
-        found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
+        results["contradictions"] = _finding(
+            "contradictions", rows, *contrary, about=judged.contrary
+        )
     if examples.ends_lost is not None:
-        cut = examples.rows[examples.ends_lost], None
-        found["ends_lost"] = _finding("ends_lost", rows, cut, max_length)
-    untrained = np.setdiff1d(np.arange(len(rows)), of)
-    found["untrained"] = _finding("untrained", rows, (untrained, None))
-    return Findings(len(rows), found, judged.labels if judged else {}, roles, silent)
+        cut = examples.rows[examples.ends_lost]
+        results["ends_lost"] = _finding("ends_lost", rows, cut, about=max_length)
+    results["untrained"] = _finding("untrained", rows, np.setdiff1d(np.arange(len(rows)), of))
+    return Findings(len(rows), results, judged.labels if judged else {}, roles, silent)
 
 
 def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
     """The indices of the rows that have an example, which ascend, (n,), and a digest of each."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
     place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-    own = digests(*examples.told_by)[examples.chosen]
+    own = digests(*examples.compared_by)[examples.chosen]
     weighted = own.astype(np.uint64) * (2 * place + 1).astype(np.uint64)
     return examples.rows[starts], np.add.reduceat(weighted, starts)
 
 
 def _finding(
-    name: str, rows: Rows, found: Pairs, told: Any = "", like: Rows | None = None
+    name: str,
+    rows: Rows,
+    indices: Array,
+    others: Array | None = None,
+    like: Rows | None = None,
+    about: Any = "",
 ) -> DataFinding:
-    """What was found of some of the rows.
-
-    Args:
-        name: In SAID.
-        found: The indices of the rows, and of those that they are compared with.
-        told: What stands in its words.
-        like: The rows that they are compared with; None: the same.
-    """
-    said, others = SAID[name].format(told), found[1]
-    chosen, at = np.unique(found[0], return_index=True)  # each once
+    """The rows with these indices, compared with `others` of the same rows or of `like`."""
+    said = SAID[name].format(about)
+    chosen, at = np.unique(indices, return_index=True)  # each once
     if not len(chosen):
         return DataFinding(0, len(rows), said)
     first = rows.origins.places(chosen[:SHOWN])
-    compared: list[RowPlace | None] = [None] * len(first)
+    compared: list[Any] = [None] * len(first)
     if others is not None:
-        compared = [*(like or rows).origins.places(others[at[:SHOWN]])]
+        compared = (like or rows).origins.places(others[at[:SHOWN]])
     return DataFinding(len(chosen), len(rows), said, tuple(zip(first, compared, strict=True)))
 
 
 def turns_of(
     examples: TableExamples[Any], rows: Rows
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array]:
-    """What becomes of the turns of rows: `roles` and `silent` as `Findings` has them, and the
-    indices of rows with an empty answer.
-    """
-    texts, of = list[str](), np.zeros(0, np.int64)
-    if TURNS in examples.table.column_names:
-        chunks, of = examples.table.column(TURNS).chunks, column(examples.table, "row")
-        texts = [text for chunk in chunks for text in chunk.to_pylist()]
-    kinds = dict[str, int]()
-    kind = np.array([kinds.setdefault(text, len(kinds)) for text in texts], np.int64)
-    turns, trained, empty = Counter[str](), Counter[str](), set[int]()
-    answers = np.zeros((len(kinds), 2))  # turns of the assistant, and those trained on
-    for (text, number), count in zip(kinds.items(), np.bincount(kind).tolist(), strict=True):
+    """`roles` and `silent` as `Findings` has them, and the rows with an empty answer."""
+    table = examples.table
+    if TURNS not in table.column_names:
+        return {}, {}, np.zeros(0, np.int64)
+    texts = [text for chunk in table.column(TURNS).chunks for text in chunk.to_pylist()]
+    of = column(table, "row")
+    names, file = [""], np.zeros(len(rows), np.int64)
+    if len({name for name, *_ in rows.origins.runs}) > 1:
+        names, file = rows.origins.files(len(rows))
+    turns, trained, empty = Counter[str](), Counter[str](), set[str]()
+    answers, learned = Counter[int](), Counter[int]()  # of the assistant, by file
+    for (text, number), count in Counter(zip(texts, file[of].tolist(), strict=True)).items():
         for line in text.splitlines():
             became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
             role = line.removesuffix(became)
             turns[role] += count
             trained[role] += count * bool(became)
             if became == EMPTY:
-                empty.add(number)
+                empty.add(text)
             if role == "assistant":
-                answers[number] += 1, bool(became)
+                answers[number] += count
+                learned[number] += count * bool(became)
     roles = {role: (n, trained[role]) for role, n in turns.items()}
-    silent = dict[str, int]()
-    if len({name for name, *_ in rows.origins.runs}) > 1:
-        names, file = rows.origins.files(len(rows))
-        said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
-        silent = {name: int(n) for name, n, k in zip(names, said, kept, strict=True) if n and not k}
-    return roles, silent, of[np.isin(kind, [*empty])]
+    silent = {names[n]: answers[n] for n in sorted(answers) if not learned[n] and len(names) > 1}
+    return roles, silent, of[[text in empty for text in texts]]

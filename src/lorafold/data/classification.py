@@ -1,12 +1,9 @@
 """Examples for classification: `{"text": ..., "label": ...}` rows for `--objective classify`.
 
-    classes = classes_of(rows)                          ("neg", "pos"), sorted; a class's number is
-                                                        its index
-    encode_labelled(rows, tokenizer, 512, classes)      ids (T,) as the tokenizer gives them, and
-                                                        one class number a row
+    classes_of(rows)                                ("neg", "pos"), sorted
+    encode_labelled(rows, tokenizer, 512, classes)  ids (T,), and one class's index a row
 
-The classes are saved in a classifier's config and in an adapter's `lorafold.json`. Labels are
-compared as text, so that 1 and "1" are one class.
+Labels are compared as text, so that 1 and "1" are one class.
 """
 
 from collections.abc import Sequence
@@ -17,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import Judgements, Lists, TableExamples, batch_of, column, digests
-from lorafold.data.examples import NO_LOSS, identity_of
-from lorafold.data.row_store import Rows, SourcePart
+from lorafold.data.examples import NO_LOSS, identity_of, shown
+from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked, check_given
 from lorafold.data.shapes import LABELS, Labelled
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.data.tokenizing import Encoded, Encoder, Report, tokenized
 from lorafold.errors import LorafoldError, listed, shortened
 
 if TYPE_CHECKING:
@@ -45,65 +42,24 @@ class LabelledExample:
         return (NO_LOSS,) * len(self.ids)
 
 
-@dataclass(frozen=True)
-class LabelledReport:
-    """What `encode_labelled` made of the rows; `str` gives it as lines of text.
-
-    `longest` is the length of the longest row in tokens, before cutting; `truncated` rows were cut
-    at `max_length` tokens; `counts` gives the number of rows of each class.
-    """
-
-    rows: int
-    longest: int
-    max_length: int
-    truncated: int
-    counts: dict[str, int]
-
-    def __str__(self) -> str:
-        shares = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-        cut = (
-            f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-            if self.truncated
-            else ""
-        )
-        return (
-            f"{self.rows} rows of {len(self.counts)} classes ({shares}); the longest row has"
-            f" {self.longest} tokens{cut}"
-        )
-
-
-@dataclass(frozen=True)
-class LabelledData:
-    """One example for each row, in the order of the rows, the report, and how many are from each
-    source.
-    """
-
-    examples: Sequence[LabelledExample]
-    report: LabelledReport
-    parts: tuple[SourcePart, ...]
-
-
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the labels of the rows, sorted: whole numbers by size, text by character.
-
-    Raises LorafoldError if the rows have no labels, or only one.
-    """
+    """Return the rows' labels, sorted: whole numbers by size, text by character."""
     known = Rows.of(rows, LABELS)
     check_given(known.shapes, LABELS)
     labels = {given.label for given in known.given(LABELS)}
-    numbers = all(isinstance(label, int) for label in labels)
-    classes = tuple(map(str, sorted(labels))) if numbers else tuple(sorted(set(map(str, labels))))
-    if len(classes) < 2:
+    if not all(isinstance(label, int) for label in labels):
+        labels = set(map(str, labels))
+    if len(labels) < 2:
         raise LorafoldError(
-            f"data: field label: found {classes[0]!r} in every row, expected at least two classes"
+            f"data: field label: found {str(*labels)!r} in every row, expected at least two classes"
         )
-    return classes
+    return tuple(map(str, sorted(labels)))
 
 
 @dataclass(frozen=True, eq=False)
 class Labels(Encoder):
     """Makes examples of texts with labels. Columns: `row`, `ids` (T,), `closing`, how many special
-    tokens end them, `label`, the number of the class, and `problem`.
+    tokens end them, `label`, the class's number, and `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -115,11 +71,11 @@ class Labels(Encoder):
         return {"kind": "labels", "classes": self.classes, **identity_of(self.tokenizer)}
 
     def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             [one.text for one in given], verbose=False, return_special_tokens_mask=True
         )
         number_of = {name: number for number, name in enumerate(self.classes)}
-        each = zip(given, found.input_ids, found["special_tokens_mask"], strict=True)
+        each = zip(given, encoded.input_ids, encoded["special_tokens_mask"], strict=True)
         entries = [
             {
                 "row": n,
@@ -136,11 +92,10 @@ class Labels(Encoder):
     def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
         if not ids:
             return f"field text: found no token in {given.text!r}"
-        if str(given.label) not in self.classes:
-            expected = listed(self.classes, room=100)
-            found = shortened(repr(str(given.label)), 80)
-            return f"field label: found {found}, expected one of {expected}"
-        return ""
+        if (label := str(given.label)) in self.classes:
+            return ""
+        expected = listed(self.classes, room=100)
+        return f"field label: found {shortened(repr(label), 80)}, expected one of {expected}"
 
 
 class LabelledExamples(TableExamples[LabelledExample]):
@@ -150,7 +105,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
         super().__init__(table, max_length, np.arange(len(table)))
         self._labels = column(table, "label")  # (n,)
         self._closing = column(table, "closing")  # (n,)
-        self.told_by = self._ids, self._labels.tolist()
+        self.compared_by = self._ids, self._labels.tolist()
         counts = np.bincount(self._labels, minlength=len(classes)).tolist()
         self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 
@@ -160,12 +115,12 @@ class LabelledExamples(TableExamples[LabelledExample]):
         contrary = "have the text of an earlier one, and another label"
         return Judgements(digests(self._ids), self._labels, contrary, self.counts)
 
-    def _example(self, entry: int) -> LabelledExample:
+    def item(self, index: int) -> LabelledExample:
         # the text is cut before the special tokens that end it, which stay
-        ids, most = self._ids[entry].tolist(), self._max_length
-        end = min(int(self._closing[entry]), most) if len(ids) > most else 0
+        ids, most = self._ids[index].tolist(), self._max_length
+        end = min(int(self._closing[index]), most) if len(ids) > most else 0
         cut = (*ids[: most - end], *ids[len(ids) - end :])
-        return LabelledExample(cut, int(self._labels[entry]))
+        return LabelledExample(cut, int(self._labels[index]))
 
 
 def encode_labelled(
@@ -174,59 +129,33 @@ def encode_labelled(
     max_length: int,
     classes: Sequence[str],
     console: "Console | None" = None,
-) -> LabelledData:
-    """Tokenize labelled texts and turn their labels into class numbers.
-
-    Raises LorafoldError that lists the bad rows: those whose label is none of the classes and those
-    whose text has no token.
-
-    Args:
-        max_length: Longer rows are cut to this many tokens, at the end of their text: the special
-            tokens that the tokenizer closes it with stay.
-        classes: The classes; a class's number is its index.
-        console: For progress; None is quiet.
+) -> Encoded:
+    """Tokenize labelled texts; a label becomes its index in `classes`. Longer rows are cut to
+    `max_length` tokens before the special tokens that close them.
     """
     rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     return labelled(table, rows, max_length, classes)
 
 
-def labelled(
-    table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]
-) -> LabelledData:
-    """The examples of a table that `Labels` made.
-
-    Args:
-        rows: What it was made of.
-        max_length: Longer rows are cut to this many tokens, at the end of their text: the special
-            tokens that the tokenizer closes it with stay.
-        classes: The classes, by number.
-    """
+def labelled(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]) -> Encoded:
+    """The examples of a table that `Labels` made, cut to `max_length` tokens."""
     examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
-    report = LabelledReport(
-        len(rows),
-        int(whole.max()),
-        max_length,
-        int((whole > max_length).sum()),
-        examples.counts,
+    shares = ", ".join(f"{name} {count}" for name, count in examples.counts.items())
+    line = (
+        f"{len(rows)} rows of {len(classes)} classes ({shares}); the longest row has"
+        f" {whole.max()} tokens"
     )
-    return LabelledData(examples, report, rows.parts)
+    report = Report(line, max_length, int((whole > max_length).sum()))
+    return Encoded(examples, report, rows.parts)
 
 
 def preview_labelled(
     example: LabelledExample, tokenizer: "PreTrainedTokenizerBase", classes: Sequence[str]
 ) -> "Text":
-    """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict.
-
-    Args:
-        classes: The classes, by number.
-    """
+    """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict."""
     from rich.text import Text
 
-    text = str(
-        tokenizer.decode(
-            list(example.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-    )
-    return Text(text, style="dim").append(f" ⟦{classes[example.label]}⟧", style="bold green")
+    text = Text(shown(tokenizer, example.ids), style="dim")
+    return text.append(f" ⟦{classes[example.label]}⟧", style="bold green")

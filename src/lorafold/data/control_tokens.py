@@ -1,32 +1,22 @@
-"""Control tokens inside the contents of messages, which are read as text.
+"""Control tokens inside the contents of messages, which are read as text: else `<|im_end|>` in a
+question would end the user's turn, and a turn could be forged after it.
 
-    as_text(conversation, tokenizer)     the conversation with each of them between two marks
-    ids_of(text, tokenizer)              the ids of a rendered text; what is marked is split as text
-    pieces_of(text, tokenizer)           with the characters of each
-
-Else `<|im_end|>` in a question would end the user's turn, and what follows would be another one's.
-The marks are those of `sanitize_control_tokens` in transformers, and so is what counts as a control
-token: special tokens, and added ones that the chat template writes, here also those that it makes
-of pieces. The assistant writes some of the latter itself, such as <tool_call>: in its own contents
-only special ones are text, but for those that enclose its reasoning.
-
-Which of them the contents may have as tokens is written in the chat template:
-
-    {# control tokens in contents: ["<|user|>"] #}        or true, for all of them
-
-A comment, so that every program renders the same, and whatever keeps, compares or sends the
-template has it. Tokens that it does not name are read as text. A template that joins contents as
-they stand has no turns that one could forge: it allows all.
+`as_text` puts each between the two marks of transformers' `sanitize_control_tokens`, and `ids_of`
+splits marked ones as text. Control tokens are special tokens, and added ones that the chat template
+writes; of these, the assistant's own contents may have those that are not special, as <tool_call>.
+A comment before the template, which all programs render alike, names tokens that contents may have:
+{# control tokens in contents: ["<|user|>"] #}, or true for all of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
+import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
@@ -55,20 +45,14 @@ SAID = ("content", "reasoning_content")  # what the assistant writes itself
 
 
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
-    """Let contents have these tokens, besides those that they may have already, and without those
-    that the template writes.
-
-    Args:
-        tokenizer: With its chat template, or with several; without one nothing is to be said.
-        words: The texts of the tokens; None allows all.
+    """Let contents have these tokens too, but for those that the template writes; None allows all.
     """
     if not (template := tokenizer.chat_template):
         return
     named = template if isinstance(template, dict) else {"": template}
     if words is not None:
         words = frozenset(words)
-        if words:
-            words -= written_by("".join(named.values()), tokenizer, words)
+        words -= written_by("".join(named.values()), tokenizer, words) if words else words
         if not words:
             return
     noted = dict(named)
@@ -78,25 +62,18 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
         before = allowed(text)
         given = True if words is None or before is None else sorted({*before, *words})
         # a comment ends with #}, which no word may write
-        said = json.dumps(given).replace("#", "\\u0023")
-        noted[name] = f"{{# control tokens in contents: {said} #}}\n{NOTE.sub('', text)}"
+        note = json.dumps(given).replace("#", "\\u0023")
+        noted[name] = f"{{# control tokens in contents: {note} #}}\n{NOTE.sub('', text)}"
     tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
 
 
 def written_by(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
-    """Those of some words that a chat template writes itself, of pieces (as <|user|>) or as a word.
-
-    Args:
-        tokenizer: With this template, which probes of each role show.
-    """
-    form, result = template_of(tokenizer).form, {"role": "tool", "content": VALUE}
+    """Those of some words that the chat template writes itself, of pieces or as a word."""
     said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
-    texts = [
-        attempt(form.of(messages), tokenizer, for_generation=True)
-        for messages in (said, [SYSTEM, *said], [*said[:2], result])
-    ]
+    conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
+    texts = [attempt(messages, tokenizer, for_generation=True) for messages in conversations]
     text = "".join([NOTE.sub("", template), *texts])
     return frozenset(word for word in words if word in text)
 
@@ -105,15 +82,13 @@ def allowed(template: str) -> frozenset[str] | None:
     """The tokens that contents may have under a chat template; None for all."""
     if template.endswith(JOINED):
         return ALL
-    found = NOTE.match(template)
-    words = json.loads(found[1]) if found else []
+    note = NOTE.match(template)
+    words = json.loads(note[1]) if note else []
     return ALL if words is True else frozenset(words)
 
 
 class ControlTokenFinder(NamedTuple):
-    """What finds the control tokens in the contents of all roles but the assistant's, and in its
-    own. `first` are the characters with which they begin.
-    """
+    """Finds control tokens: of all roles but the assistant's, its own, and their first letters."""
 
     all: re.Pattern[str]
     own: re.Pattern[str]
@@ -121,29 +96,20 @@ class ControlTokenFinder(NamedTuple):
 
 
 def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """The conversation with the control tokens of its contents and tools marked; the same one if
-    there are none.
-
-    Args:
-        tokenizer: With the chat template that is to render it.
-    """
-    found = _found(template_of(tokenizer, conversation.tools))
-    if found is None:
+    """The conversation with the control tokens of its contents and tools marked."""
+    finder = _finder(template_of(tokenizer, conversation.tools))
+    if finder is None:
         return conversation
-    messages = [
-        {
+    messages = []
+    for message in conversation.messages:
+        own = SAID if message["role"] == "assistant" else ()
+        messages.append({
             key: value
             if key in ("role", "weight")
-            else _mark(
-                value,
-                found.own if key in SAID and message["role"] == "assistant" else found.all,
-                found,
-            )
+            else _mark(value, finder.own if key in own else finder.all, finder)
             for key, value in message.items()
-        }
-        for message in conversation.messages
-    ]
-    tools = tuple(_mark(tool, found.all, found) for tool in conversation.tools)
+        })
+    tools = tuple(_mark(tool, finder.all, finder) for tool in conversation.tools)
     if messages == conversation.messages and tools == conversation.tools:
         return conversation
     return replace(conversation, messages=messages, tools=tools)
@@ -152,15 +118,13 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
 def variables_as_text(
     variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
-    """Variables of the chat template that renders with these tools, with the control tokens in them
-    marked.
-    """
-    found = _found(template_of(tokenizer, tools))
-    return variables if found is None else _mark(variables, found.all, found)
+    """Variables of the chat template, with the control tokens in them marked."""
+    finder = _finder(template_of(tokenizer, tools))
+    return variables if finder is None else _mark(variables, finder.all, finder)
 
 
 @lru_cache(maxsize=KNOWN)
-def _found(template: Template) -> ControlTokenFinder | None:
+def _finder(template: Template) -> ControlTokenFinder | None:
     """What finds control tokens; None where contents may have all of them."""
     free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
@@ -172,27 +136,28 @@ def _found(template: Template) -> ControlTokenFinder | None:
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
     block = template_of(tokenizer).block
-    own = special - {word for word in (block.opening, block.closing) if word in added}
-    first = sorted(words, key=lambda word: (-len(word), word))  # the longest
-    both = first, [word for word in first if word in own]
-    all_, its = (re.compile("|".join(map(re.escape, some)) or "(?!)") for some in both)
-    return ControlTokenFinder(all_, its, tuple({word[:1] for word in words}))
+    own = special - ({block.opening, block.closing} & added.keys())
+    longest_first = (sorted(some, key=lambda word: (-len(word), word)) for some in (words, own))
+    of_all, of_own = (re.compile("|".join(map(re.escape, s)) or "(?!)") for s in longest_first)
+    return ControlTokenFinder(of_all, of_own, tuple({word[:1] for word in words}))
 
 
-def _mark(value: Any, words: re.Pattern[str], found: ControlTokenFinder) -> Any:
+def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any:
     if isinstance(value, str):
-        if not any(character in value for character in (OPENING, CLOSING, *found.first)):
+        if not any(character in value for character in (OPENING, CLOSING, *finder.first)):
             return value  # as nearly all are
         return mark_control_tokens(value, words)
-    if isinstance(value, Mapping):
+    if isinstance(value, list | tuple):
+        return [_mark(one, words, finder) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+
+    def key(name: Any) -> Any:
         # keys are marked as templates write them of arguments, but for names, which they look up
-        return {
-            _mark(k, found.all, found)
-            if isinstance(k, str) and not k.isidentifier()
-            else k: _mark(v, words, found)
-            for k, v in value.items()
-        }
-    return [_mark(one, words, found) for one in value] if isinstance(value, list | tuple) else value
+        plain = not isinstance(name, str) or name.isidentifier()
+        return name if plain else _mark(name, finder.all, finder)
+
+    return {key(name): _mark(one, words, finder) for name, one in value.items()}
 
 
 def is_marked(text: str) -> bool:
@@ -201,19 +166,17 @@ def is_marked(text: str) -> bool:
 
 
 def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a rendered text. Raises LorafoldError for a control token that the tokenizer
-    can't read as text.
-    """
+    """The token ids of a rendered text."""
     if OPENING not in text:
         return tokens_of(text, tokenizer)
     if tokenizer.is_fast:
         return pieces_of(text, tokenizer).ids
     options: Any = {"sanitize_control_tokens": True}
     try:
-        found: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
+        encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
     except ValueError as error:
         raise LorafoldError(_not_text(str(error))) from error
-    return list(found.input_ids)
+    return list(encoded.input_ids)
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
@@ -231,8 +194,8 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Fal
         if whole and backend.encode_special_tokens == tokenizer.split_special_tokens:
             ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
             return ids
-    found: Any = tokenizer(text, add_special_tokens=special, verbose=False)
-    return list(found.input_ids)
+    encoded: Any = tokenizer(text, add_special_tokens=special, verbose=False)
+    return list(encoded.input_ids)
 
 
 @dataclass(frozen=True)
@@ -247,16 +210,12 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [start for start, _ in self.offsets]
-
     def char_to_token(self, character: int) -> int | None:
-        """The token that has a character, or None."""
-        last = bisect_right(self._starts, character) - 1
-        while last >= 0 and self.offsets[last][0] == self.offsets[last - 1][0] and last:
-            last -= 1  # the first of those that share it
-        return last if last >= 0 and character < self.offsets[last][1] else None
+        """The first token that has a character, or None."""
+        last = bisect_right(self.offsets, (character, sys.maxsize)) - 1
+        if last < 0 or character >= self.offsets[last][1]:
+            return None
+        return bisect_left(self.offsets, (self.offsets[last][0],))
 
     def token_to_chars(self, token: int) -> tuple[int, int]:
         """The characters of a token."""
@@ -264,12 +223,8 @@ class Pieces:
 
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
-    marked token share its characters. All pieces but the first are tokenized as they are after a
-    line break: some tokenizers put a space before the beginning of a text.
-
-    Args:
-        tokenizer: A fast tokenizer.
+    """The tokens of a rendered text, as `encode_marked_chat` has them. All pieces but the first are
+    tokenized as after a line break: some tokenizers put a space before a text.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
@@ -277,8 +232,9 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     [line] = tokenizer(["\n"], **options).input_ids
     given = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
     each = [*dict.fromkeys(given)]  # a content may repeat itself
-    found: Any = tokenizer(each, **options)
-    tokens = dict(zip(each, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
+    encoded: Any = tokenizer(each, **options)
+    pairs = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+    tokens = dict(zip(each, pairs, strict=True))
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     for start, piece, cut in zip(starts, given, [*cuts, None], strict=True):

@@ -1,18 +1,12 @@
 """Examples: the token ids of a row, with labels that say which tokens are trained on.
 
-    table = tokenized(rows, Completions(tokenizer))     ids, and the spans of tokens to train on
-    encoded(table, rows, 1024).examples[3]              an `Example`, made when it is asked for
+    table = tokenized(rows, CompletionEncoder(tokenizer))     ids, and the spans of trained tokens
+    encoded(table, rows, 1024).examples[3]                    an `Example`, made when asked for
 
-Tokens inside a trained span are their own labels; all others are labelled -100. An example is made
-of its table when it is asked for, so that a million take no memory of their own.
-
-A row of a conversation, a prompt with its completion, or plain text has one example, or several
-(`data.render`). A text is tokenized once. If a token would span the border between a prompt and its
-turn, the turn has an example of its own, which is tokenized in two pieces, so that the ids before
-the turn are the ones that generation sees. To tell, the end of the prompt is tokenized alone, from
-its last added token on: tokenizers split a text at added tokens before all else, so what comes
-before has the same ids in both. That end is mostly the opening of an assistant turn, and is
-tokenized once for all rows.
+Tokens inside a trained span are their own labels; all others are labelled -100. A text is tokenized
+once. If a token would span the border between a prompt and its turn, the turn has an example of its
+own, tokenized in two pieces, so that the ids before the turn are those that generation sees. To
+tell, the end of the prompt is tokenized alone, from its last added token on.
 """
 
 from __future__ import annotations
@@ -21,19 +15,26 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
-from lorafold.data.render import Rendered, Rendering, Span, TrainedRenderings, render_trained
-from lorafold.data.row_store import Rows, SourcePart, parts_of
-from lorafold.data.rows import as_checked
+from lorafold.data.render import (
+    Rendered,
+    Rendering,
+    TrainedRenderings,
+    ensure_chat_template,
+    render_trained,
+)
+from lorafold.data.row_store import Rows, parts_of
+from lorafold.data.rows import as_checked, read_rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.templates import day_of, template_of
-from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ OPENINGS = 1000  # ends of prompts whose ids are kept
 
 @dataclass
 class PendingExample:
-    """One example in the making: the text of a row with its trained spans of characters, or of a
-    row of plain text; then its token ids, with the starts and ends of the spans of tokens.
-    """
+    """One example in the making: text and spans of characters, then ids and spans of tokens."""
 
     row: int
     left_out: int = 0
@@ -70,14 +69,12 @@ class PendingExample:
 
 @dataclass(eq=False)
 class CompletionEncoder(Encoder):
-    """Makes examples whose completions are trained on.
-
-    Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
-    `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
-    chat template leaves out, `marked` whether control tokens in its contents are text, `turns` the
-    role of each message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`,
-    why the row can't be used. All between `spans` and it are with the row's first example. A row
-    has one example or several; one with a problem has an empty one.
+    """Makes examples whose completions are trained on, one or several of a row. Columns: `row`,
+    `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens and, with a row's
+    first example, `left_out` assistant turns that are not trained on, `hidden` ones whose reasoning
+    is not shown, `marked` whether contents have control tokens as text, `turns` the role of each
+    message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`, why it can't
+    be used.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -87,42 +84,42 @@ class CompletionEncoder(Encoder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        about = {"kind": "completions", "rendering": asdict(self.rendering)}
-        return about | identity_of(self.tokenizer)
+        of_tokenizer = identity_of(self.tokenizer)
+        return {"kind": "completions", "rendering": asdict(self.rendering), **of_tokenizer}
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
         pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
-        found: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
+        encodings: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
         for plain in (False, True):
             some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
             if not some:
                 continue
-            encodings = self.tokenizer(
+            encoded = self.tokenizer(
                 [pieces[n].text for n in some],
                 add_special_tokens=plain,
                 return_attention_mask=False,
                 verbose=False,
             ).encodings
-            if encodings is None:
+            if encoded is None:
                 raise LorafoldError(
                     f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
                     " offsets; expected a fast tokenizer (one with a tokenizer.json)"
                 )
-            found |= zip(some, encodings, strict=True)
-        made = list[PendingExample]()
+            encodings |= zip(some, encoded, strict=True)
+        examples: list[PendingExample] = []
         for n, piece in enumerate(pieces):
-            if (encoding := found.get(n)) is None:
-                made.append(piece)
-            elif piece.rendered:
-                made += self._examples(piece, encoding)
-            else:
+            encoding = encodings.get(n)
+            if encoding is not None and piece.rendered:
+                examples += self._examples(piece, encoding)
+                continue
+            if encoding is not None:
                 end = self.tokenizer.eos_token_id
                 ended = end is None or encoding.ids[-1:] == [end]
-                ids = encoding.ids if ended else [*encoding.ids, end]
-                made.append(replace(piece, ids=ids, spans=[0, len(ids)]))
-        entries = [vars(piece) for piece in made]
-        numbers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
-        return batch_of(entries, numbers, lists, ("marked",), (TURNS, "problem"))
+                piece.ids = encoding.ids if ended else [*encoding.ids, end]
+                piece.spans = [0, len(piece.ids)]
+            examples.append(piece)
+        integers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
+        return batch_of([*map(vars, examples)], integers, lists, ("marked",), (TURNS, "problem"))
 
     def _pieces(self, given: Conversation, number: int) -> list[PendingExample]:
         if not given.messages:
@@ -132,28 +129,24 @@ class CompletionEncoder(Encoder):
             trained = render_trained(given, self.tokenizer, self.rendering)
         except LorafoldError as error:
             return [PendingExample(number, problem=str(error))]
-        pieces = [
-            PendingExample(number, rendered=found, text=found.text) for found in trained.renderings
-        ]
-        became_of = []
+        pieces = [PendingExample(number, rendered=one, text=one.text) for one in trained.renderings]
+        first, became_of = pieces[0], []
         for n, message in enumerate(given.messages):
             said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
             became = "" if n not in trained.turns else TRAINED if said else EMPTY
             became_of.append(" ".join(message["role"].split()) + became)
-        pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
-        pieces[0].marked = any(OPENING in piece.text for piece in pieces)
-        pieces[0].turns = "\n".join(became_of)
+        first.left_out, first.hidden = trained.left_out, trained.hidden
+        first.marked = any(OPENING in piece.text for piece in pieces)
+        first.turns = "\n".join(became_of)
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
-        """The examples of a rendered piece, with their ids and trained spans: one, and one more for
-        each turn before which a token would span the border.
-        """
+        """The examples of a piece: one, and one for each turn whose border a token would span."""
         assert piece.rendered is not None
-        rendered, text, together = piece.rendered, piece.text, list[Span]()
+        rendered, text, together = piece.rendered, piece.text, []
         if OPENING in text:
             encoding = pieces_of(text, self.tokenizer)
-        apart: list[PendingExample] = []
+        examples: list[PendingExample] = []
         ids, added = encoding.ids, template_of(self.tokenizer).added
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
@@ -169,25 +162,23 @@ class CompletionEncoder(Encoder):
             if self._openings[ending] == ids[last:at]:
                 together += spans
                 continue
-            final = following > len(text)
-            cut = Rendered(text if final else text[: spans[-1][1]], tuple(spans), (border,))
-            apart.append(PendingExample(piece.row))
-            apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
-        if together or not apart:
+            end = len(text) if following > len(text) else spans[-1][1]
+            cut = Rendered(text[:end], tuple(spans), (border,))
+            examples.append(PendingExample(piece.row))
+            examples[-1].ids, examples[-1].spans = in_pieces(cut, self.tokenizer)
+        if together or not examples:
             places = [
                 first_token(encoding, at, text, spaced=not n)
                 for span in together
                 for n, at in enumerate(span)
             ]
-            apart.append(PendingExample(piece.row, ids=ids, spans=places))
-        first = apart[0]
-        return [replace(piece, ids=first.ids, spans=first.spans), *apart[1:]]
+            examples.append(PendingExample(piece.row, ids=ids, spans=places))
+        first = examples[0]
+        return [replace(piece, ids=first.ids, spans=first.spans), *examples[1:]]
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the ids of a text depend on: the tokenizer and its template, and the day where that one
-    asks for it.
-    """
+    """What the ids of a text depend on, also the day where the template asks for it."""
     return {
         "day": day_of(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -199,12 +190,8 @@ def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def first_token(
     encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
 ) -> int:
-    """The first token that starts at or after a character.
-
-    Args:
-        encoding: Of the text.
-        character: Its number, from 0.
-        spaced: A token with the character counts that has nothing but white space before it.
+    """The first token that starts at or after a character; with `spaced` also one with only white
+    space before it.
     """
     if character >= len(text):
         return len(encoding)
@@ -221,20 +208,16 @@ def first_token(
 def in_pieces(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """(token ids, starts and ends of trained spans of tokens) of a text with one turn, cut where
-    the turn begins.
-    """
-    [border] = rendered.turns
-    before = pieces_of(rendered.text[:border], tokenizer)
-    rest = pieces_of(rendered.text[border:], tokenizer)
+    """(token ids, starts and ends of trained spans) of a text, cut where its one turn begins."""
+    [border], text = rendered.turns, rendered.text
+    before, rest = pieces_of(text[:border], tokenizer), pieces_of(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
     starts += [border + start for start, _ in rest.offsets]
-    spans = list[int]()
+    spans: list[int] = []
     for a, b in rendered.spans:
         first = bisect_left(starts, a)
         last = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
-        inside = last >= border and not rendered.text[last:a].strip()
-        spans += first - inside, bisect_left(starts, b)
+        spans += first - (last >= border and not text[last:a].strip()), bisect_left(starts, b)
     return before.ids + rest.ids, spans
 
 
@@ -251,14 +234,10 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What `encode` made of the rows; `str` gives it as lines of text.
+    """What became of the rows.
 
-    `rows` counts all rows, `tokens` and `labelled` the tokens of the examples. `longest` is the
-    length of the longest row in tokens, before cutting. `truncated` rows were cut at `max_length`
-    tokens, `unlabelled` rows have no token to train on, and `turns_left_out` assistant turns are
-    not trained on. `examples` are what the rows gave, and `reasoning_hidden` trained turns have a
-    reasoning that the chat template leaves out. `marked` rows have control tokens in their
-    contents, which are text.
+    `longest` is the length of the longest row in tokens, before cutting at `max_length`; `labelled`
+    tokens, of `tokens`, are trained on, and `turns_left_out` assistant turns are not.
     """
 
     rows: int
@@ -274,43 +253,28 @@ class EncodingReport:
     marked: int = 0
 
     def __str__(self) -> str:
-        text = (
+        return with_counts(
             f"{self.rows} rows, {self.tokens} tokens, {self.labelled} of them trained on; the"
-            f" longest row has {self.longest}"
+            f" longest row has {self.longest}",
+            (self.truncated, f"rows were cut at {self.max_length} tokens"),
+            (self.unlabelled, "rows have no token to train on and are left out"),
+            (
+                self.turns_left_out,
+                "assistant turns are not trained on: the chat template renders them differently at"
+                " generation",
+            ),
+            (
+                (self.examples > self.rows - self.unlabelled) * self.examples,
+                "examples: a row gives several where the chat template rewrites earlier turns, or"
+                " tokens would span their borders",
+            ),
+            (
+                self.reasoning_hidden,
+                "assistant turns are trained on without their reasoning, or without what they say"
+                " beside a call: the chat template leaves it out",
+            ),
+            (self.marked, MARKED),
         )
-        if self.truncated:
-            text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-        if self.unlabelled:
-            text += f"\n{self.unlabelled} rows have no token to train on and are left out"
-        if self.turns_left_out:
-            text += (
-                f"\n{self.turns_left_out} assistant turns are not trained on: the chat template"
-                " renders them differently at generation"
-            )
-        if self.examples > self.rows - self.unlabelled:
-            text += (
-                f"\n{self.examples} examples: a row gives several where the chat template rewrites"
-                " earlier turns, or tokens would span their borders"
-            )
-        if self.reasoning_hidden:
-            text += (
-                f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning,"
-                " or without what they say beside a call: the chat template leaves it out"
-            )
-        if self.marked:
-            text += f"\n{self.marked} {MARKED}"
-        return text
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The examples that have a token to train on, in the order of their rows, the report over all
-    rows, and how many rows with examples are from each source.
-    """
-
-    examples: Examples
-    report: EncodingReport
-    parts: tuple[SourcePart, ...]
 
 
 class Examples(TableExamples[Example]):
@@ -326,29 +290,24 @@ class Examples(TableExamples[Example]):
             length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
             # the first token does not count, because nothing comes before it
             counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
-            counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+            counts.append(np.diff(np.append(0, np.cumsum(counted))[border]))
             there = np.append(values, np.int32(0))[ends[1:] - 1]
             last.append(np.where(np.diff(ends) > 0, there, 0))
             first += len(border) - 1
-        found = np.concatenate(counts)
-        super().__init__(table, max_length, np.flatnonzero(found))
-        self.labelled = found[self.chosen]  # (n,), tokens that the loss counts
-        self.told_by = self._ids, self._spans
+        labelled = np.concatenate(counts)
+        super().__init__(table, max_length, np.flatnonzero(labelled))
+        self.labelled = labelled[self.chosen]  # (n,), tokens that the loss counts
+        self.compared_by = self._ids, self._spans
         self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
-    def _example(self, entry: int) -> Example:
+    def item(self, index: int) -> Example:
+        entry = int(self.chosen[index])
         ids = self._ids[entry][: self._max_length].tolist()
         return example_of(ids, self._spans[entry].tolist())
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
-    """The example of some ids.
-
-    Args:
-        ids: The token ids, (T,).
-        spans: The starts and ends of n trained spans, (2n,); what is beyond the last id is left
-            out.
-    """
+    """The example of token ids (T,) and the starts and ends of n trained spans, (2n,)."""
     labels = [NO_LOSS] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -362,34 +321,14 @@ def encode(
     console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
-    """Tokenize rows of conversations, prompts with completions, or plain text.
-
-    Raises LorafoldError if rows are malformed, if the chat template refuses some, or if no row has
-    a token to train on.
-
-    Args:
-        rows: The user's rows, all of one shape.
-        tokenizer: A fast tokenizer. Conversations need its chat template; `ensure_chat_template`
-            sets one where there is none.
-        max_length: Longer rows are cut to this many tokens, at their end.
-        console: For progress; None is quiet.
-        rendering: What of a conversation is trained on.
-    """
+    """Tokenize rows of conversations or plain text, cut to `max_length` tokens at their end."""
     rows = as_checked(rows, CONVERSATIONS)
-    return encoded(
-        tokenized(rows, CompletionEncoder(tokenizer, rendering), console), rows, max_length
-    )
+    table = tokenized(rows, CompletionEncoder(tokenizer, rendering), console)
+    return encoded(table, rows, max_length)
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-    """The examples of a table that `CompletionEncoder` made.
-
-    Args:
-        rows: What it was made of.
-        max_length: Longer rows are cut to this many tokens, at their end.
-
-    Raises LorafoldError if no row has a token to train on.
-    """
+    """The examples of a table that `CompletionEncoder` made of rows, cut to `max_length` tokens."""
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
@@ -397,12 +336,13 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
     if not examples:
         cut = f"{truncated} were cut at max_length {max_length} (the longest has {longest} tokens)"
         lost = f"{left_out} assistant turns are left out, as the template renders them differently"
-        found = [*[cut] * bool(truncated), *[f"{lost} at generation"] * bool(left_out)]
+        reasons = [*[cut] * bool(truncated), *[f"{lost} at generation"] * bool(left_out)]
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on:"
-            f" {', and '.join(found) or 'they have no answer of an assistant that may train'};"
+            f" {', and '.join(reasons) or 'they have no answer of an assistant that may train'};"
             " expected answers within max_length"
         )
+    used = np.unique(examples.rows)
     report = EncodingReport(
         len(rows),
         int(examples.lengths.sum()),
@@ -410,33 +350,25 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         longest,
         max_length,
         truncated,
-        len(rows) - len(np.unique(examples.rows)),
+        len(rows) - len(used),
         left_out,
         len(examples),
         int(column(table, "hidden").sum()),
         examples.marked,
     )
-    return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
+    return Encoded(examples, report, parts_of(used, rows.parts))
 
 
 def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], TrainedRenderings]:
-    """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
-
-    Args:
-        tokenizer: A fast tokenizer with a chat template.
-        rendering: What of a conversation is trained on.
-
-    Raises LorafoldError if the chat template refuses the row.
-    """
+    """The examples of one row, whole, and how many of its turns are left out or lack reasoning."""
     encoder = CompletionEncoder(tokenizer, rendering)
-    given = Rows.of([row], encoder.takes).given(encoder.takes)
-    found = encoder.encode(given, 0).to_pylist()
-    if problem := found[0]["problem"]:
+    entries = encoder.encode(Rows.of([row], encoder.takes).given(encoder.takes), 0).to_pylist()
+    if problem := entries[0]["problem"]:
         raise LorafoldError(problem)
-    examples = [example_of(entry["ids"], entry["spans"]) for entry in found]
-    counts = (sum(entry[name] for entry in found) for name in ("left_out", "hidden"))
+    examples = [example_of(entry["ids"], entry["spans"]) for entry in entries]
+    counts = (sum(entry[name] for entry in entries) for name in ("left_out", "hidden"))
     return examples, TrainedRenderings((), *counts)
 
 
@@ -447,17 +379,31 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     """
     from rich.text import Text
 
-    text = Text()
-    for trained, run in groupby(
-        zip(example.ids, example.labels, strict=True), key=lambda pair: pair[1] != NO_LOSS
-    ):
-        piece = str(
-            tokenizer.decode(
-                [token for token, _ in run],
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
-            )
-        )
-        shown, style = (f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")
-        text.append(shown, style=style)
+    text, tokens = Text(), zip(example.ids, example.labels, strict=True)
+    for trained, run in groupby(tokens, key=lambda pair: pair[1] != NO_LOSS):
+        piece = shown(tokenizer, [token for token, _ in run])
+        text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
     return text
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of token ids, as it is."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+
+
+PROBES = Path(__file__).with_name("probes.jsonl")
+PROBE_LENGTH = 512  # tokens; longer probe texts are cut
+
+
+def probe_ids(
+    tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
+) -> list[tuple[int, ...]]:
+    """Token ids of the probe texts: the built-in ones, or the rows of a file that training takes.
+    """
+    ensure_chat_template(tokenizer)
+    return [
+        example.ids
+        for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples
+    ]

@@ -1,19 +1,9 @@
 """JSON that others wrote: what can't be read, or could not be written again, is told in one line.
 
-    parsed('{"a": 1}')      {"a": 1}; ValueError with one line for what can't be used
-    as_row(value)           the value as a row, or the reason why it is none
-
 Half of a surrogate pair, which JSON may hold and UTF-8 can't, numbers of thousands of digits, and
 values that lie too deep are refused wherever they stand, since rows are kept as they are.
-
-Rows have the keys and lists of other tools too, and get those by which `data.shapes` knows them:
-
-| found | becomes |
-|---|---|
-| `messages` or `conversations` as JSON text | the list |
-| lists of messages by columns: `{"role": [...], "content": [...]}` | a list of messages |
-| `conversations` whose turns have `role` | `messages` |
-| `functions` beside messages | `tools` |
+`as_known` gives rows the keys and lists by which `data.shapes` knows them: lists of messages that
+are JSON text or columns become lists, turns with `role` `messages`, and `functions` `tools`.
 """
 
 from __future__ import annotations
@@ -39,8 +29,7 @@ def decoded(text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        wrong = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
-        raise ValueError(wrong) from error
+        raise ValueError(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from error
 
 
 def loaded(text: str) -> Any:
@@ -53,7 +42,9 @@ def loaded(text: str) -> Any:
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
     except ValueError as error:  # of Python's limit of digits
-        raise ValueError(unusable(json.loads(text, parse_int=_whole))) from error
+        most = sys.get_int_max_str_digits()
+        long = json.loads(text, parse_int=lambda s: int(s) if len(s) <= most else 10 ** len(s))
+        raise ValueError(unusable(long)) from error
 
 
 def _wrong(error: json.JSONDecodeError) -> str:
@@ -96,12 +87,7 @@ def row_of(line: bytes) -> Found:
 
 
 def as_row(value: Any, look: bool = True) -> Found:
-    """The value as a row, if it is an object that can be used.
-
-    Args:
-        value: What stands where a row is expected.
-        look: Whether to look through it.
-    """
+    """The value as a row, if it is an object, and one that can be used if it is looked through."""
     if not isinstance(value, dict):
         return f"found {kind_of(value)}, expected an object"
     return (unusable(value) if look else "") or value
@@ -109,26 +95,27 @@ def as_row(value: Any, look: bool = True) -> Found:
 
 def unusable(value: Any) -> str:
     """What can't be used in a value, with its field; empty for nothing."""
+    digits = sys.get_int_max_str_digits()  # of the longest whole number that Python reads; 0: any
     waiting: list[tuple[str, Any, int]] = [("", value, 0)]
     while waiting:
-        name, found, depth = waiting.pop()
+        name, one, depth = waiting.pop()
         field = f"field {name}: " if name else ""
-        if isinstance(found, str):
-            if not found.isascii() and (half := HALF.search(found)):
+        if isinstance(one, str):
+            if not one.isascii() and (half := HALF.search(one)):
                 what = f"{ascii(half[0])[1:-1]} at character {half.start() + 1}"
                 return f"{field}found half of a surrogate pair, {what}, expected whole characters"
-        elif isinstance(found, dict | list):
+        elif isinstance(one, dict | list):
             if depth > DEEPEST:
                 return f"field {re.split(r'[.[]', name)[0]}: {TOO_DEEP}"
-            if isinstance(found, list):
-                inner = [(f"{name}[{n}]", one) for n, one in enumerate(found)]
-            elif wrong := [key for key in found if not isinstance(key, str) or HALF.search(key)]:
+            if isinstance(one, list):
+                inner = [(f"{name}[{n}]", item) for n, item in enumerate(one)]
+            elif wrong := [key for key in one if not isinstance(key, str) or HALF.search(key)]:
                 return f"{field}found the key {wrong[0]!a}, expected text in keys"
             else:
-                inner = [(f"{name}.{key}" if name else key, one) for key, one in found.items()]
+                inner = [(f"{name}.{key}" if name else key, item) for key, item in one.items()]
             waiting += ((*pair, depth + 1) for pair in reversed(inner))
-        elif isinstance(found, int) and 0 < _digits() < found.bit_length() * log10(2):
-            return f"{field}found a whole number of more than {_digits():,} digits, expected fewer"
+        elif isinstance(one, int) and 0 < digits < one.bit_length() * log10(2):
+            return f"{field}found a whole number of more than {digits:,} digits, expected fewer"
     return ""
 
 
@@ -140,21 +127,11 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _digits() -> int:
-    """The digits of the longest whole number that Python reads and writes; 0 for any."""
-    return sys.get_int_max_str_digits()
-
-
-def _whole(digits: str) -> int:
-    """A whole number, or in place of one that is too long the power of ten above it."""
-    return int(digits) if len(digits) <= _digits() else 10 ** len(digits)
-
-
 def as_known(row: Any) -> Found:
     """The row with the keys and lists that shapes know, or the reason why it can't be read."""
     if not isinstance(row, dict):
         return row if isinstance(row, str) else as_row(row)
-    found: Row = row
+    known: Row = row
     for key in SPOKEN:
         value = row.get(key)
         if isinstance(value, str) and key in CONVERSED and value.lstrip()[:1] in ("[", "{"):
@@ -163,22 +140,20 @@ def as_known(row: Any) -> Found:
             except ValueError as error:
                 what = f"found text that is no JSON of messages ({error})"
                 return f"field {key}: {what}, expected a list of messages"
-            found = found | {key: value}
+            known = known | {key: value}
         if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-            lengths = {name: len(column) for name, column in value.items()}
-            if len(set(lengths.values())) > 1:
-                many = ", ".join(f"{n} of {name}" for name, n in lengths.items())
+            if len({*map(len, value.values())}) > 1:
+                many = ", ".join(f"{len(column)} of {name}" for name, column in value.items())
                 return f"field {key}: found {many}, expected as many of each"
             columns = zip(*value.values(), strict=True)
-            found = found | {key: [dict(zip(value, one, strict=True)) for one in columns]}
-    turns = found.get("conversations")
+            known = known | {key: [dict(zip(value, one, strict=True)) for one in columns]}
+    turns = known.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        found = _moved(found, "conversations", "messages")
-    return _moved(found, "functions", "tools") if "messages" in found else found
+        known = _moved(known, "conversations", "messages")
+    return _moved(known, "functions", "tools") if "messages" in known else known
 
 
 def _moved(row: Row, key: str, name: str) -> Row:
-    """The row with the value of one key under another name, unless that has a value too."""
     if row.get(key) is None or row.get(name) is not None:
         return row
     return {name if k == key else k: v for k, v in row.items() if k != name}

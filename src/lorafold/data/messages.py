@@ -4,17 +4,7 @@
         {"type": "function", "function": {"name": text, "arguments": {...}}}]}
 
 That is OpenAI's form, with arguments as an object; `weight` is there where a turn is not trained
-on. Rows may also have arguments as JSON text, flat calls {"name", "arguments"}, one call under
-`function_call`, content as a list of text parts (joined with nothing between), reasoning under
-`reasoning` or `thinking`, `train: false`, and the names that others have for roles. A key whose
-value is null counts as absent, in tools and arguments too, since Arrow and Parquet fill rows up
-with nulls; JSON text keeps its nulls.
-
-    {"from": "human", "value": text}                                    a turn of ShareGPT
-    {"from": "function_call", "value": '{"name": ..., "arguments": ...}'}       with a call, as JSON
-    {"instruction": "Add.", "input": "1, 2", "output": "3"}             a row of Alpaca
-    {"instruction": "Add.", "context": "1, 2", "response": "3"}         a row of Dolly
-    {"query": "Add 1 and 2.", "answers": calls, "tools": [...]}         calls as a list, or its JSON
+on. A key whose value is null counts as absent, since Arrow and Parquet fill rows up with nulls.
 """
 
 from __future__ import annotations
@@ -43,47 +33,46 @@ SPEAKERS = (*ROLES, *CALLERS)
 TURN_KEYS = {"from", "value", *ASKING}
 
 
+def unlike(field: str, value: Any, expected: str) -> str:
+    """The message for a value that is not what is expected."""
+    return f"field {field}: found {kind_of(value)}, expected {expected}"
+
+
 def text_problems(name: str, value: Any) -> Iterator[str]:
     """What is wrong with a field that has to be text."""
     if not isinstance(value, str):
-        yield f"field {name}: found {kind_of(value)}, expected text"
+        yield unlike(name, value, "text")
 
 
-def list_problems(name: str, value: Any, of: str) -> Iterator[str]:
-    """What is wrong with a field that has to be a list with something in it.
-
-    Args:
-        of: What the list is expected to hold, for the message.
-    """
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else kind_of(value)
-        yield f"field {name}: found {found}, expected a list of {of}"
+def list_problem(name: str, value: Any, of: str) -> str:
+    """What is wrong with a field that has to be a list with something in it."""
+    if value == []:
+        return f"field {name}: found an empty list, expected a list of {of}"
+    return "" if isinstance(value, list) else unlike(name, value, f"a list of {of}")
 
 
 def message_problems(name: str, value: Any) -> Iterator[str]:
     """What is wrong with a list of messages, each with the field that it concerns."""
-    if any(wrong := list(list_problems(name, value, "messages"))):
-        yield from wrong
+    if wrong := list_problem(name, value, "messages"):
+        yield wrong
         return
     for index, message in enumerate(value):
         field = f"{name}[{index}]"
         if not isinstance(message, dict):
-            found = kind_of(message)
-            yield f"field {field}: found {found}, expected an object with role and content"
+            yield unlike(field, message, "an object with role and content")
             continue
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and isinstance(role, str) and isinstance(content, str):
             continue  # most have no more
         yield from text_problems(f"{field}.role", role)
-        calls = message.get("tool_calls")
-        called = bool(_calls(message))
+        calls, called = message.get("tool_calls"), bool(_calls(message))
         yield from _content(f"{field}.content", content, called)
+        key = "tool_calls" if calls else "function_call"
         if calls:
-            yield from call_problems(f"{field}.tool_calls", calls)
-        elif message.get("function_call") is not None:
-            yield from call_problem(f"{field}.function_call", message["function_call"])
+            yield from call_problems(f"{field}.{key}", calls)
+        elif called:
+            yield from call_problem(f"{field}.{key}", message[key])
         if called and role_of(role) != "assistant":
-            key = "tool_calls" if calls else "function_call"
             yield f"field {field}.{key}: found in a {role} message, expected assistant"
         for key in REASONING:
             if message.get(key) is not None:
@@ -95,8 +84,7 @@ def asking_problems(field: str, message: Message) -> Iterator[str]:
     """What is wrong with what a message says of being trained on."""
     for key in ASKING:
         if message.get(key) not in (None, 0, 1):
-            found = kind_of(message[key])
-            yield f"field {field}.{key}: found {found}, expected 0 or 1, or false or true"
+            yield unlike(f"{field}.{key}", message[key], "0 or 1, or false or true")
 
 
 def asks(message: Message) -> bool | None:
@@ -112,9 +100,8 @@ def role_of(name: Any) -> Any:
 
 
 def _calls(message: Message) -> list[Any]:
-    """The calls of a message, also the single one that the older form has."""
     single = message.get("function_call")
-    return message.get("tool_calls") or ([] if single is None else [single])
+    return message.get("tool_calls") or [single] * (single is not None)
 
 
 def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
@@ -126,7 +113,7 @@ def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
     for index, part in enumerate(value):
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if kind is None:
-            yield f"field {name}[{index}]: found {kind_of(part)}, expected a part of type text"
+            yield unlike(f"{name}[{index}]", part, "a part of type text")
         elif kind != "text":
             yield f"field {name}[{index}]: found a part of type {kind}, expected text alone"
         else:
@@ -136,7 +123,7 @@ def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
 def call_problems(name: str, calls: Any) -> Iterator[str]:
     """What is wrong with a list of calls, in OpenAI's form or flat."""
     if not isinstance(calls, list):
-        yield f"field {name}: found {kind_of(calls)}, expected a list of calls"
+        yield unlike(name, calls, "a list of calls")
         return
     for index, call in enumerate(calls):
         yield from call_problem(f"{name}[{index}]", call)
@@ -144,46 +131,38 @@ def call_problems(name: str, calls: Any) -> Iterator[str]:
 
 def call_problem(field: str, call: Any) -> Iterator[str]:
     """What is wrong with a call, whose field has that name."""
+    expected = "an object with name and arguments"
+    if isinstance(call, dict) and call.get("function") is not None:
+        field, call, expected = f"{field}.function", call["function"], "an object"
     if not isinstance(call, dict):
-        found = kind_of(call)
-        yield f"field {field}: found {found}, expected an object with name and arguments"
+        yield unlike(field, call, expected)
         return
-    if call.get("function") is not None:
-        field, call = f"{field}.function", call["function"]
-        if not isinstance(call, dict):
-            yield f"field {field}: found {kind_of(call)}, expected an object"
-            return
     yield from text_problems(f"{field}.name", call.get("name"))
     arguments = call.get("arguments")
     if isinstance(arguments, str):
-        if found := _other(arguments, dict):
-            yield f"field {field}.arguments: found {found}, expected JSON of an object"
+        if other := _other(arguments, dict):
+            yield f"field {field}.arguments: found {other}, expected JSON of an object"
     elif arguments is not None and not isinstance(arguments, dict):
-        yield (
-            f"field {field}.arguments: found {kind_of(arguments)}, expected an object or JSON"
-            " of one"
-        )
+        yield unlike(f"{field}.arguments", arguments, "an object or JSON of one")
 
 
 def tool_problems(value: Any) -> Iterator[str]:
-    """What is wrong with a row's tools: a list of JSON schemas, or JSON text of one; an empty text
-    has none.
-    """
+    """What is wrong with a row's tools: a list of JSON schemas, or JSON text of one, or empty."""
     if isinstance(value, str):
         if not value.strip():
             return
-        if found := _other(value, list):
-            yield f"field tools: found {found}, expected JSON of a list of tools"
+        if other := _other(value, list):
+            yield f"field tools: found {other}, expected JSON of a list of tools"
             return
         value = parsed(value)
     if not isinstance(value, list):
-        yield f"field tools: found {kind_of(value)}, expected a list of tools"
+        yield unlike("tools", value, "a list of tools")
         return
     for index, tool in enumerate(value):
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(function, dict):
-            yield f"field tools[{index}]: found {kind_of(function)}, expected an object with a name"
-        elif not isinstance(function.get("name"), str):
+            yield unlike(f"tools[{index}]", function, "an object with a name")
+        else:
             yield from text_problems(f"tools[{index}].name", function.get("name"))
 
 
@@ -209,11 +188,11 @@ def normalized(messages: list[Message]) -> list[Message]:
 def tools_of(value: Any) -> tuple[Tool, ...]:
     """The tools of a checked row in OpenAI's form: {"type": "function", "function": {...}}."""
     if isinstance(value, str):
-        tools = parsed(value) if value.strip() else []
+        value = parsed(value) if value.strip() else []
     else:
-        tools = without_nulls(value or [])
+        value = without_nulls(value or [])
     return tuple(
-        {"type": "function", "function": tool} if "function" not in tool else tool for tool in tools
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in value
     )
 
 
@@ -222,9 +201,9 @@ def call_of(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function") or call
     arguments = function.get("arguments")
     arguments = parsed(arguments) if isinstance(arguments, str) else without_nulls(arguments)
-    wanted = {"name": function["name"], "arguments": arguments or {}}
+    function = {"name": function["name"], "arguments": arguments or {}}
     more = {k: v for k, v in call.items() if v is not None and k not in ("name", "arguments")}
-    return more | {"type": "function", "function": wanted}
+    return more | {"type": "function", "function": function}
 
 
 def without_nulls(value: Any) -> Any:
@@ -235,24 +214,23 @@ def without_nulls(value: Any) -> Any:
 
 
 def _normalized(message: Message) -> Message:
-    found = {key: value for key, value in message.items() if value is not None}
-    calls, asked = _calls(found), asks(found)
+    result = {key: value for key, value in message.items() if value is not None}
+    calls, trained = _calls(result), asks(result)
     for key in ("tool_calls", "function_call", *ASKING):
-        found.pop(key, None)
-    found["role"] = role_of(found["role"])
-    if asked is False and found["role"] == "assistant":
-        found["weight"] = 0
-    content = found.get("content")
-    if isinstance(content, list):
-        found["content"] = "".join(part["text"] for part in content)
-    thoughts = [found.pop(key) for key in REASONING if key in found]
+        result.pop(key, None)
+    result["role"] = role_of(result["role"])
+    if trained is False and result["role"] == "assistant":
+        result["weight"] = 0
+    if isinstance(result.get("content"), list):
+        result["content"] = "".join(part["text"] for part in result["content"])
+    thoughts = [result.pop(key) for key in REASONING if key in result]
     if thoughts and thoughts[0]:
-        found["reasoning_content"] = thoughts[0]
+        result["reasoning_content"] = thoughts[0]
     if calls:
-        found["tool_calls"] = [call_of(call) for call in calls]
-        if not found.get("content"):
-            found.pop("content", None)
-    return found
+        result["tool_calls"] = list(map(call_of, calls))
+        if not result.get("content"):
+            result.pop("content", None)
+    return result
 
 
 def _other(text: str, kind: type) -> str:
@@ -260,16 +238,15 @@ def _other(text: str, kind: type) -> str:
     try:
         value = parsed(text)
     except ValueError as error:
-        reason = str(error)
-        return "no JSON" if "not JSON" in reason else f"JSON of which can't be used: {reason}"
+        return "no JSON" if "not JSON" in str(error) else f"JSON of which can't be used: {error}"
     return "" if isinstance(value, kind) else f"JSON of {kind_of(value)}"
 
 
 def turns_problems(row: Row) -> Iterator[str]:
     """What is wrong with the turns of a row, under `conversations`."""
     turns = row["conversations"]
-    if any(wrong := list(list_problems("conversations", turns, "turns"))):
-        yield from wrong
+    if wrong := list_problem("conversations", turns, "turns"):
+        yield wrong
         return
     for index, turn in enumerate(turns):
         yield from turn_problems(f"conversations[{index}]", turn)
@@ -278,54 +255,47 @@ def turns_problems(row: Row) -> Iterator[str]:
 def turn_problems(name: str, turn: Any) -> Iterator[str]:
     """What is wrong with one turn, whose field has that name."""
     if not isinstance(turn, dict):
-        yield f"field {name}: found {kind_of(turn)}, expected an object with from and value"
+        yield unlike(name, turn, "an object with from and value")
         return
     speaker, value = turn.get("from"), turn.get("value")
     yield from asking_problems(name, turn)
     if speaker not in CALLERS and role_of(speaker) not in ROLES:
         yield f"field {name}.from: found {speaker!r}, expected one of {', '.join(SPEAKERS)}"
-    if not isinstance(value, str) or speaker not in CALLERS:
-        yield from text_problems(f"{name}.value", value)
-        return
-    try:
-        calls = parsed(value)
-    except ValueError as error:
-        yield f"field {name}.value: found no JSON ({error}), expected that of a call"
-        return
-    yield from call_problems(f"{name}.value", calls if isinstance(calls, list) else [calls])
+    yield from text_problems(f"{name}.value", value)
+    if isinstance(value, str) and speaker in CALLERS:
+        try:
+            calls = parsed(value)
+        except ValueError as error:
+            yield f"field {name}.value: found no JSON ({error}), expected that of a call"
+            return
+        yield from call_problems(f"{name}.value", calls if isinstance(calls, list) else [calls])
 
 
 def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
     """The messages of checked turns."""
-    found = list[Message]()
+    messages = []
     for turn in turns:
-        speaker, value = turn["from"], turn["value"]
-        if speaker in CALLERS:
-            calls = parsed(value)
+        message = {"role": role_of(turn["from"]), "content": turn["value"]}
+        if turn["from"] in CALLERS:
+            calls = parsed(turn["value"])
             calls = calls if isinstance(calls, list) else [calls]
-            said = {"role": "assistant", "tool_calls": [call_of(call) for call in calls]}
-        else:
-            said = {"role": role_of(speaker), "content": value}
-        found.append(said | {key: turn[key] for key in ASKING if key in turn})
-    return normalized(found)
+            message = {"role": "assistant", "tool_calls": calls}
+        messages.append(message | {key: turn[key] for key in ASKING if key in turn})
+    return normalized(messages)
 
 
 def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
-    """What is wrong with a row of an instruction.
-
-    Args:
-        answered: The key of the answer.
-        beside: That of what the instruction is about, which may be absent.
-        row: Has the instruction and the answer.
+    """What is wrong with a row of an instruction: `answered` is the key of the answer, `beside`
+    that of what the instruction is about, which may be absent.
     """
     for key in ("instruction", answered, *([beside] if row.get(beside) is not None else [])):
         yield from text_problems(key, row[key])
 
 
 def instruction(answered: str, beside: str, row: Row) -> Said:
-    """The messages of a checked row of an instruction, whose keys are those of its problems."""
-    asked = "\n".join(filter(None, (row["instruction"], row.get(beside))))
-    return said_by("user", asked), {answered: said_by("assistant", row[answered])}
+    """The messages of a checked row of an instruction."""
+    request = "\n".join(filter(None, (row["instruction"], row.get(beside))))
+    return said_by("user", request), {answered: said_by("assistant", row[answered])}
 
 
 def query_problems(row: Row) -> Iterator[str]:
@@ -339,17 +309,12 @@ def query_problems(row: Row) -> Iterator[str]:
 
 def query(row: Row) -> Said:
     """The messages of a checked row of a question that calls answer."""
-    calls = [call_of(call) for call in _answers(row)]
+    calls = list(map(call_of, _answers(row)))
     return said_by("user", row["query"]), {"answers": [{"role": "assistant", "tool_calls": calls}]}
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """What is wrong with the system message that stands beside what is said in a row.
-
-    Args:
-        row: The row, which has one.
-        wrong: Whether something is wrong with the rest of it.
-    """
+    """Problems of a row's system message; `wrong`: something else in the row is already."""
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
         yield "field system: found beside another system message, expected one of the two"
@@ -357,12 +322,10 @@ def system_problems(row: Row, wrong: bool) -> Iterator[str]:
 
 def system_of(row: Row) -> list[Message]:
     """The system message that stands beside what is said in a checked row, unless that has it."""
-    own = _own_system(row)
-    return [] if own is not None else [{"role": "system", "content": row["system"]}]
+    return [] if _own_system(row) is not None else [{"role": "system", "content": row["system"]}]
 
 
 def _own_system(row: Row) -> str | None:
-    """The system message with which the messages of a row begin."""
     for key in ("messages", "conversations", "prompt", "chosen"):
         first = row[key][0] if isinstance(row.get(key), list) and row[key] else None
         if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):

@@ -1,20 +1,26 @@
-"""Prompts of rows, and the references that generation is measured against.
+"""Prompts of rows: for models that are asked, and as examples that a policy completes by itself.
 
     {"prompt": text or messages}        or a row of any shape that is a conversation
 
-The prompt of a conversation is all that comes before its last assistant turn, if it ends with one;
-that turn is then the reference. Use it where a model is asked and not trained.
+The prompt of a conversation is all that comes before its last assistant turn, if it ends with one.
+That turn is then the reference that generation is measured against. The row of an example goes
+with it: whatever else that holds is for the rewards.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.data.control_tokens import as_text, ids_of
+import numpy as np
+
+from lorafold.data.arrow import TableExamples, batch_of
+from lorafold.data.control_tokens import as_text, ids_of, is_marked
+from lorafold.data.examples import identity_of
 from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
+from lorafold.data.row_store import Rows
 from lorafold.data.rows import checked, renamed
 from lorafold.data.shapes import (
     CONVERSATIONS,
@@ -22,22 +28,29 @@ from lorafold.data.shapes import (
     PROMPTS,
     SHAPES,
     Conversation,
+    Shape,
     shape_of,
+    shapes_for,
 )
 from lorafold.data.sources import Row
 from lorafold.data.templates import apply, template_of
+from lorafold.data.tokenizing import Encoded, Encoder, Report
 from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
 
 
+NO_PROMPT = "found no message before the assistant's turn, expected a prompt"
+
+
 class Reference(NamedTuple):
     """The content of the message before a turn, the rendered prompt and the turn's own text."""
 
-    asked: str
+    question: str
     prompt: str
     text: str
 
@@ -45,17 +58,12 @@ class Reference(NamedTuple):
 def references(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[Reference]:
-    """The prompt and the reference of each conversation, which is a row of its own.
-
-    The reference of a conversation is its last assistant turn, but for those that its row leaves
-    out of training: the content or, where the turn has calls, the text that the template renders
-    for it, without special tokens and reasoning. The prompt has the row's tools, and the template's
-    special tokens: tokenize it with add_special_tokens=False. Raises LorafoldError for plain text,
-    for conversations without an assistant turn after a prompt, and for those that the template does
-    not show whole.
+    """The prompt and the reference of each conversation: its last assistant turn, but for those
+    that its row leaves out of training, as the content or, where the turn has calls, the text that
+    the template renders for it, without special tokens and reasoning. Tokenize the prompt with
+    add_special_tokens=False.
     """
-    found: list[Reference] = []
-    bad: list[str] = []
+    result, bad = [], []
     for number, given in enumerate(conversations, 1):
         turns = replace(given, trained=0).turns
         if not turns or not turns[-1]:
@@ -63,7 +71,7 @@ def references(
             bad.append(f"row {number}: found {what}")
             continue
         try:
-            found.append(reference_of(given, turns[-1], tokenizer))
+            result.append(reference_of(given, turns[-1], tokenizer))
         except LorafoldError as error:
             raise LorafoldError(f"data: row {number}: {error}") from error
     if bad:
@@ -71,16 +79,11 @@ def references(
             "data: evaluation by generation needs rows with a prompt and a reference completion:"
             f" {listed(bad, '; ')}"
         )
-    return found
+    return result
 
 
 def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A completion without the block of reasoning that it begins with, if it has one.
-
-    Args:
-        prompt: The prompt that it completes, which may open the block.
-        tokenizer: Its chat template says how reasoning is enclosed.
-    """
+    """A completion without the block of reasoning that it begins with, if it has one."""
     if tokenizer.chat_template is None:
         return text
     return text[template_of(tokenizer).block.end(text, prompt) :]
@@ -89,78 +92,56 @@ def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase
 def reference_of(
     conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
 ) -> Reference:
-    """The prompt of one assistant turn, and the turn.
-
-    Args:
-        last: The turn's index, from 1.
-        tokenizer: With the chat template.
-
-    Raises LorafoldError for what the template refuses or does not show whole.
-    """
+    """The prompt of one assistant turn, which has the index `last`, from 1, and the turn."""
     messages = conversation.messages[: last + 1]
     check_able(conversation, tokenizer)
     given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
-    drawing = ConversationRenderings(given, tokenizer)
-    prompt, message = apply(drawing.formed[:last], tokenizer, given.tools, True), messages[last]
-    asked = messages[last - 1].get("content", "")
+    renderings = ConversationRenderings(given, tokenizer)
+    prompt = apply(renderings.formed[:last], tokenizer, given.tools, True)
+    question, message = messages[last - 1].get("content", ""), messages[last]
     if not message.get("tool_calls"):
         check_shown(replace(given, messages=given.messages[:last]), prompt, tokenizer)
-        return Reference(asked, prompt, message.get("content", ""))
-    turn = drawing.turn(last)
+        return Reference(question, prompt, message.get("content", ""))
+    turn = renderings.turn(last)
     if turn is None:
         raise LorafoldError(
             f"messages[{last}]: the chat template renders this turn differently at generation"
         )
     check_shown(given, turn.text, tokenizer)
-    said = without_reasoning(turn.said, prompt, tokenizer)
-    ids = ids_of(said, tokenizer)
+    ids = ids_of(without_reasoning(turn.said, prompt, tokenizer), tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Reference(asked, prompt, str(text))
+    return Reference(question, prompt, str(text))
 
 
 class PromptRow(NamedTuple):
-    """A prompt as the chat template renders it for generation, and the completion that its row has,
-    or None.
-    """
+    """A prompt as the chat template renders it, and the completion that its row has, or None."""
 
     text: str
     reference: str | None
 
 
-def _asked(row: Row) -> Conversation:
-    """The conversation of a row; one without messages where it asks nothing."""
+def _conversation(row: Row) -> Conversation:
     shape = shape_of(row, ASKING)
     if shape is None:
         return Conversation([])
-    found: Conversation = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
-    return found
+    given: Conversation = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
+    return given
 
 
 def read_prompts(
     numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str], source: str
 ) -> list[Row]:
-    """The rows, once they are known to be prompts of one shape.
-
-    Args:
-        numbered: (number, row) pairs, as a source gives them.
-        columns: The names that keys have in the rows, by those that lorafold knows.
-        source: The name of the rows in messages.
-
-    Raises LorafoldError for bad rows, and if there is none.
-    """
+    """The rows, once they are known to be prompts of one shape."""
     return [row for *_, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
 
 
-def asked_in(row: Row) -> list[str]:
-    """What a row asks before each turn of the assistant, or at its end, each as a text to compare
-    rows of any shapes by; none for rows of plain text. Case and outer space do not count.
+def questions_in(row: Row) -> list[str]:
+    """The texts before each turn of the assistant, or the whole row, without case and outer space.
     """
-    messages = _asked(row).messages
-    if not messages:
-        return []
+    messages = _conversation(row).messages
     said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
     ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
-    if messages[-1]["role"] != "assistant":
+    if messages and messages[-1]["role"] != "assistant":
         ends.append(len(messages))
     return ["\n".join(said[:n]) for n in ends]
 
@@ -168,27 +149,118 @@ def asked_in(row: Row) -> list[str]:
 def prompts_of(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[PromptRow]:
-    """The rendered prompts of rows that `read_prompts` checked.
-
-    Args:
-        tokenizer: With the chat template.
-        name: What messages call the rows.
-
-    Raises LorafoldError for a prompt that the template refuses or does not show whole.
+    """The rendered prompts of rows that `read_prompts` checked, which messages call by this name.
     """
-    found = []
+    prompts = []
     for number, row in enumerate(rows, 1):
         try:
-            given = _asked(row)
+            given = _conversation(row)
             last = len(given.messages) - 1
             if given.messages[last]["role"] != "assistant":
-                found.append(PromptRow(prompt_of(given, tokenizer), None))
+                prompts.append(PromptRow(prompt_of(given, tokenizer), None))
                 continue
             if not last:
-                what = "found no message before the assistant's turn, expected a prompt"
-                raise LorafoldError(what)
+                raise LorafoldError(NO_PROMPT)
             reference = reference_of(given, last, tokenizer)
-            found.append(PromptRow(reference.prompt, reference.text))
+            prompts.append(PromptRow(reference.prompt, reference.text))
         except LorafoldError as error:
             raise LorafoldError(f"{name}: row {number}: {error}") from error
-    return found
+    return prompts
+
+
+ASKED = ("prompt", "messages", "conversations")  # the keys of a row that hold its prompt
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A tokenized prompt: `ids` (T,), its row, and where that is, for messages."""
+
+    ids: tuple[int, ...]
+    row: Mapping[str, Any]
+    where: str
+
+    @property
+    def question(self) -> Any:
+        """The row's field `prompt`, or else the messages before its answer."""
+        if "prompt" in self._shape.keys:
+            return self.row["prompt"]
+        return [dict(message) for message in self.conversation.messages]
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as messages, with the tools of its row."""
+        given: Conversation = self._shape.given(PROMPTS, dict(self.row))
+        return given
+
+    @property
+    def answer(self) -> str | None:
+        """The text of the row's own answer, if it has one."""
+        said = self._shape.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
+        return said[-1].get("content") or None if said else None
+
+    @property
+    def other_fields(self) -> dict[str, Any]:
+        """The other fields of the row, and its answer as one, unless it has a field `answer`."""
+        fields = {key: value for key, value in self.row.items() if key not in ASKED}
+        if fields.get("answer") is None and self.answer is not None:
+            fields["answer"] = self.answer
+        return fields
+
+    @property
+    def _shape(self) -> Shape:
+        shape = shape_of(dict(self.row), shapes_for(PROMPTS))
+        assert shape is not None  # of a row that was checked
+        return shape
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEncoder(Encoder):
+    """Makes examples of prompts, in columns `row`, `ids` (T,), `marked` and `problem`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    takes = PROMPTS
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "prompts", **identity_of(self.tokenizer)}
+
+    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
+        entries = [{"row": n} | self._prompt(one) for n, one in enumerate(given, first)]
+        return batch_of(entries, ("row",), ("ids",), ("marked",), ("problem",))
+
+    def _prompt(self, given: Conversation) -> dict[str, Any]:
+        try:
+            if not given.messages:
+                raise LorafoldError(NO_PROMPT)
+            text = prompt_of(given, self.tokenizer)
+            ids = ids_of(text, self.tokenizer)
+        except LorafoldError as error:
+            return {"ids": [], "marked": False, "problem": str(error)}
+        problem = "" if ids else "found a prompt without tokens"
+        return {"ids": ids, "marked": is_marked(text), "problem": problem}
+
+
+class PromptExamples(TableExamples[TokenizedPrompt]):
+    """The examples of a table that `PromptEncoder` made."""
+
+    def __init__(self, table: pa.Table, rows: Rows) -> None:
+        super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
+        self._rows, self.compared_by = rows, (self._ids,)
+
+    def item(self, index: int) -> TokenizedPrompt:
+        number = int(self.rows[index])
+        [place] = self._rows.origins.places([number])
+        return TokenizedPrompt(tuple(self._ids[index].tolist()), self._rows[number], str(place))
+
+
+def prompt_data(table: pa.Table, rows: Rows, most: int) -> Encoded:
+    """The examples of a table that `PromptEncoder` made, each of `most` tokens at most."""
+    examples = PromptExamples(table, rows)
+    longest = int(examples.lengths.max(initial=0))
+    if longest > most:
+        raise LorafoldError(
+            f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
+            f" expected at most {most}, which max_length leaves beside max_new_tokens"
+        )
+    line = f"{len(examples)} prompts; the longest has {longest} tokens"
+    return Encoded(examples, Report(line, marked=examples.marked), rows.parts)

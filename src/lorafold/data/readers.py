@@ -1,14 +1,10 @@
 """Reads the rows of a file: JSON lines, JSON, CSV, Parquet, Arrow, and those of text compressed.
 
-    numbered(Path("rows.jsonl.gz"), tell)     (1, row), (2, row), ...
-
-A row that can't be read is handed on as the reason, so that all bad rows are told together. Rows
+A row that can't be read is handed on as the reason, so that all bad rows are listed together. Rows
 are numbered from 1: by line in a file of JSON lines, by record after the header in a CSV file.
-
-Text is UTF-8, or UTF-16 with its byte order mark. Excel saves CSV in Windows-1252 unless it is
-asked for UTF-8: such a file is read as that if it can only be that: all before the first byte that
-is no UTF-8 is ASCII, what follows has no control characters, and no four letters outside of ASCII
-in a row, which text in other code pages has. It is said, with a word by which a wrong guess shows.
+Text is UTF-8, or UTF-16 with its byte order mark. A CSV file is read as Windows-1252, with a
+warning, if it can only be that: ASCII before the first byte that is no UTF-8, then no control
+characters, and no four letters outside of ASCII in a row.
 """
 
 from __future__ import annotations
@@ -68,86 +64,72 @@ class Unreadable(ValueError):
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
-    """The file with its text in UTF-8; what is neither that nor known stays as it is.
-
-    Args:
-        windows: Whether it may be in Windows-1252.
-        tell: Is told where it is.
-    """
+    """The file's text in UTF-8; what is neither that nor known stays as it is."""
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
-    stream: io.RawIOBase = _Utf8(file, begins in WIDE, tell)
+    stream: io.RawIOBase = _Utf8(_recoded(file, begins in WIDE, tell))
     return io.BufferedReader(stream, PIECE)
 
 
 class _Utf8(io.RawIOBase):
     """Final: another file's text in UTF-8, as it is read."""
 
-    def __init__(self, file: io.BufferedReader, wide: bool, tell: Tell) -> None:
-        self._file, self._tell = file, tell
-        self._codec = "utf-16" if wide else "utf-8"
-        self._decoder = codecs.getincrementaldecoder(self._codec)()
-        self._plain = not wide  # so far there is ASCII alone
-        self._ready = b""
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._ready = pieces, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, into: memoryview) -> int:  # type: ignore[override]
-        more = True
-        while more and not self._ready:
-            piece = self._file.read1(PIECE)
-            more = bool(piece)
-            self._ready = self._read(piece)
+        while not self._ready and (piece := next(self._pieces, None)) is not None:
+            self._ready = piece
         count = min(len(into), len(self._ready))
         into[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
-    def _read(self, piece: bytes) -> bytes:
-        """A piece of the file in UTF-8, or as it is. Raises Unreadable for what is no text."""
-        if not self._codec or (self._plain and piece.isascii()):
-            return piece
-        waiting = b"" if self._codec == WINDOWS else self._decoder.getstate()[0]
+
+def _recoded(file: io.BufferedReader, wide: bool, tell: Tell) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
+    plain, windows = not wide, False  # so far there is ASCII alone
+    piece = b" "
+    while piece:
+        piece = file.read1(PIECE)
+        if plain and piece.isascii():
+            yield piece
+            continue
+        waiting = decoder.getstate()[0]
         try:
-            text = self._decoder.decode(piece, final=not piece)
+            text = _windows(piece) if windows else decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             whole = waiting + piece
-            if self._codec == "utf-16":
+            if wide:
                 raise Unreadable("no UTF-16, as its first bytes say; save it as UTF-8") from error
-            if self._codec == WINDOWS:
-                raise Unreadable(NEITHER) from error
-            if not (self._plain and whole[: error.start].isascii()):
-                self._codec = ""  # whoever reads the rows says which of them is no text
-                return whole
-            return self._switched(whole)
-        if self._codec == WINDOWS:
-            _check(text)
-        self._plain = self._plain and text.isascii()
-        return text.encode()
-
-    def _switched(self, piece: bytes) -> bytes:
-        """The piece in which the first byte stands that is no UTF-8."""
-        self._codec, self._decoder = WINDOWS, codecs.getincrementaldecoder(WINDOWS)()
-        try:
-            text = self._decoder.decode(piece)
-        except UnicodeDecodeError as error:
-            raise Unreadable(NEITHER) from error
-        _check(text)
-        found = LETTERS.search(text) or WORD.search(text)
-        self._tell(
-            f"no UTF-8, so it is read as Windows-1252, as Excel saves CSV: {found and found[0]!r};"
-            " where that is wrong, save it as UTF-8"
-        )
-        return text.encode()
+            if not (plain and whole[: error.start].isascii()):
+                yield whole  # whoever reads the rows says which of them is no text
+                yield from iter(lambda: file.read1(PIECE), b"")
+                return
+            windows, text = True, _windows(whole)
+            word = LETTERS.search(text) or WORD.search(text)
+            tell(
+                "no UTF-8, so it is read as Windows-1252, as Excel saves CSV:"
+                f" {word and word[0]!r}; where that is wrong, save it as UTF-8"
+            )
+        plain = plain and text.isascii()
+        yield text.encode()
 
 
-def _check(text: str) -> None:
-    """Raise Unreadable for what can't have been text in Windows-1252."""
+def _windows(piece: bytes) -> str:
+    """Text in Windows-1252. Raises Unreadable for what can't have been."""
+    try:
+        text = piece.decode(WINDOWS)
+    except UnicodeDecodeError as error:
+        raise Unreadable(NEITHER) from error
     if CONTROLS.search(text):
         raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with its byte order mark")
     if FOREIGN.search(text):
         raise Unreadable(NEITHER)
+    return text
 
 
 class Kind(NamedTuple):
@@ -166,13 +148,7 @@ def kind_of_file(path: Path) -> Kind | None:
 
 
 def numbered(path: Path, tell: Tell) -> Numbered:
-    """The numbered rows of a file of a kind that is known, unchecked.
-
-    Args:
-        tell: Is told in which encoding it is, where that was guessed.
-
-    Raises LorafoldError where the file can't be read.
-    """
+    """The numbered rows of a file of a kind that is known, unchecked."""
     kind = kind_of_file(path)
     assert kind is not None
     try:
@@ -190,8 +166,8 @@ def numbered(path: Path, tell: Tell) -> Numbered:
     except (OSError, ValueError, NotImplementedError) as error:
         known = isinstance(error, Unreadable)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        told = reason if known else f"can't be read: {reason}"
-        raise LorafoldError(f"{path}: {told}") from error
+        message = reason if known else f"can't be read: {reason}"
+        raise LorafoldError(f"{path}: {message}") from error
 
 
 def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
@@ -219,7 +195,6 @@ def _lines(lines: Iterable[bytes]) -> Numbered:
 
 
 def _json(file: io.BufferedReader) -> Numbered:
-    """One list of objects, one object, or objects one a line."""
     first = file.readline().removeprefix(BOM)
     if first.lstrip()[:1] == b"{" and isinstance(row_of(first), dict):
         yield from _lines(chain([first], file))
@@ -239,8 +214,7 @@ def _json(file: io.BufferedReader) -> Numbered:
 
 
 def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
-    """Rows under the names of the header; every value is text. A column without a name, such as
-    the index that pandas writes, is called by its place: column 1.
+    """Rows of text under the names of the header; a column without a name is called by its place.
     """
     csv.field_size_limit(LONGEST)
     last = 0  # the line with which the last good record ends
@@ -250,8 +224,7 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             if told := re.fullmatch(r"sep=(.)\s*", header):  # as Excel begins such a file
                 delimiter, header = told[1], lines.readline()
             # the one that the header has most often outside of quotes, the earlier of equals
-            bare = re.sub(r'"[^"]*"', "", header)
-            delimiter = delimiter or max(DELIMITERS, key=bare.count)
+            delimiter = delimiter or max(DELIMITERS, key=re.sub(r'"[^"]*"', "", header).count)
             records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])
             names = [name if name.strip() else f"column {n}" for n, name in enumerate(names, 1)]
@@ -280,21 +253,20 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
 def _parquet(file: io.BufferedReader) -> Numbered:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as found:
-        yield from _rows(found.iter_batches(AT_ONCE))
+    with pq.ParquetFile(file) as table:
+        yield from _rows(table.iter_batches(AT_ONCE))
 
 
 def _arrow(file: io.BufferedReader) -> Numbered:
-    """A file of Arrow, or a stream of it, as `datasets` writes them."""
     import pyarrow as pa
 
     try:
-        found = pa.ipc.open_file(file)
+        batches = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
         yield from _rows(pa.ipc.open_stream(file))
         return
-    yield from _rows(found.get_batch(n) for n in range(found.num_record_batches))
+    yield from _rows(batches.get_batch(n) for n in range(batches.num_record_batches))
 
 
 def _rows(batches: Iterable[pa.RecordBatch]) -> Numbered:

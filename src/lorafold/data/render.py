@@ -1,55 +1,43 @@
 """Renders conversations with the model's chat template: whole, as prompts, and for training.
 
-    render(messages, tokenizer, for_generation=True, tools=tools)     one text
-    render_trained(conversation, tokenizer)     the texts of its examples, and the spans in them
-
-    prompt(i) = render(messages[:i], with the generation prompt)
-    after(i)  = render(messages[:i + 1]) = prompt(i) + what the model shall generate
+    after(i) = render(messages[:i + 1]) = prompt(i) + what the model shall generate
 
 **The law**: the ids before a trained turn are those that generation starts from, and nothing that
-the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
-`after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
-(drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
-with the prompt, `data.prompt_mismatch` looks for the form that generation has; a turn without one
-is left out and counted. If the template marks its own spans with {% generation %}, what lies
-outside them is not trained on.
-
-A turn ends with a token at which generation stops (`Template.ending`). Where the template writes it
-with the next message, `after` goes on through it; where it writes none, the tokenizer's own stands
-there, and each turn has an example of its own, since no later prompt has that token.
-
-A conversation of which the template leaves out a part is refused: its tools, a call, the content of
-a message. Nearly always every part is found in the text as it stands. Where one is not, it is
-rendered once more with a probe in its place, since a template may trim, quote or spell a part in
-its own way.
+the template supplies is trained on. Turns whose `after` is a prefix of a longer text are spans of
+that text; others have an example of their own. `after_block` looks for the form of a turn
+whose `after` does not begin with the prompt, and `Template.ending` has the token that ends a turn
+where the template writes none with it. A conversation of which a part is not shown is refused.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.control_tokens import as_text, variables_as_text
 from lorafold.data.messages import Message, Tool
-from lorafold.data.prompt_mismatch import after_block, after_rewriting
 from lorafold.data.shapes import Conversation
 from lorafold.data.templates import (
     ASKED,
     KEY,
     NAME,
     NONE,
+    OPENED,
     PROBE_TOOL,
     VALUE,
     WITH_NEXT,
     WITH_TURN,
+    Block,
     apply,
     attempt,
     call,
+    common,
     template_of,
 )
 from lorafold.errors import LorafoldError
@@ -75,54 +63,43 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raise LorafoldError if the text lacks a part of the conversation.
-
-    Args:
-        text: Its rendering.
-        tokenizer: The tokenizer whose chat template rendered it.
-        turns: What the template adds for a message with calls, by its number, where that is known.
+    """Raise LorafoldError if the text lacks a part of the conversation. `turns` are what the
+    template adds for messages with calls.
     """
     messages, tools = conversation.messages, conversation.tools
     # a part that is not in the text, messages and tools with a probe in its place, and the probe
-    missing = list[tuple[str, list[Message], tuple[Tool, ...], str]]()
+    missing: list[tuple[str, list[Message], tuple[Tool, ...], str]] = []
+
+    def lacks(what: str, n: int, change: Message, value: str) -> None:
+        probed = [*messages[:n], messages[n] | change, *messages[n + 1 :]]
+        missing.append((f"messages[{n}].{what}", probed, tools, value))
+
     for n, message in enumerate(messages):
         content = message.get("content")
         if message["role"] != "assistant" and content and content.strip() not in text:
-            what = f"messages[{n}].content ({message['role']})"
-            probed = [*messages[:n], message | {"content": VALUE}, *messages[n + 1 :]]
-            missing.append((what, probed, tools, VALUE))
+            lacks(f"content ({message['role']})", n, {"content": VALUE}, VALUE)
         for number, given in enumerate(message.get("tool_calls", ())):
             if not _has_call((turns or {}).get(n, text), given):
-                where, calls = f"messages[{n}].tool_calls[{number}]", [*message["tool_calls"]]
+                calls = [*message["tool_calls"]]
                 calls[number] = given | call(NAME, {KEY: VALUE})
-                probed = [*messages[:n], message | {"tool_calls": calls}, *messages[n + 1 :]]
-                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
-                    missing.append((what, probed, tools, probe))
+                for part, value in (("its name", NAME), ("arguments", VALUE)):
+                    lacks(f"tool_calls[{number}]: {part}", n, {"tool_calls": calls}, value)
     if tools and not all(_has_tool(text, tool) for tool in tools):
         missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), KEY))
-    for part, probed, offered, probe in missing:
-        form = template_of(tokenizer, offered).form
-        try:
-            again = apply(form.of(probed), tokenizer, offered)
-        except LorafoldError:
-            again = ""
-        if probe not in again:
+    for part, probed, offered, value in missing:
+        if value not in attempt(probed, tokenizer, offered):
             raise LorafoldError(
                 f"the chat template does not show {part}, so it would be lost; {HELP}"
             )
 
 
 def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise LorafoldError if the conversation has tools, or calls, and the chat template shows none
-    in any conversation.
-    """
+    """Raise LorafoldError if the chat template never shows tools, or calls, that there are."""
+    tools = conversation.tools
     called = any("tool_calls" in message for message in conversation.messages)
-    if not conversation.tools and not called:
-        return
-    template = template_of(tokenizer, conversation.tools)
-    if conversation.tools and not template.shows_tools:
+    if tools and not template_of(tokenizer, tools).shows_tools:
         raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
-    if called and not template.shows_calls:
+    if called and not template_of(tokenizer, tools).shows_calls:
         raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
 
 
@@ -147,24 +124,14 @@ def _has_call(text: str, given: dict[str, Any]) -> bool:
 def _has_text(text: str, value: Any) -> bool:
     """Whether a text stands in another one, as it is or as in JSON."""
     value = str(value)
-    return (
-        value in text
-        or json.dumps(value, ensure_ascii=False)[1:-1] in text
-        or json.dumps(value)[1:-1] in text
-    )
+    forms = (value, *(json.dumps(value, ensure_ascii=a)[1:-1] for a in (False, True)))
+    return any(form in text for form in forms)
 
 
-def hidden(messages: list[Message], index: int, turn: str) -> bool:
-    """Whether the turn's text lacks the reasoning that its message has, or what it says beside its
-    calls.
-
-    Args:
-        index: The turn's message.
-    """
-    message = messages[index]
+def hidden(message: Message, turn: str) -> bool:
+    """Whether a turn's text lacks the reasoning of its message, or what it says beside calls."""
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
-    beside = said if message.get("tool_calls") else ""
-    return thought not in turn or (bool(beside) and not _has_text(turn, beside))
+    return thought not in turn or not _has_text(turn, said if message.get("tool_calls") else "")
 
 
 @dataclass(frozen=True)
@@ -181,9 +148,8 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of one example and its trained character spans [start, end). `turns` are the
-    characters at which its trained turns begin: the text before one is what generation starts from,
-    so that the tokens are to be cut there.
+    """The text of one example, its trained character spans [start, end), and the characters at
+    which its trained turns begin, where the tokens are to be cut.
     """
 
     text: str
@@ -193,9 +159,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TrainedRenderings:
-    """The examples of one conversation. `left_out` assistant turns are not trained on, and the
-    text of `hidden` trained turns lacks their reasoning, or what they say beside a call, since the
-    template leaves it out. `turns` are the indices of the messages that are trained on.
+    """The examples of one conversation, how many assistant turns are left out, in how many the
+    template hides a part, and the messages that are trained on.
     """
 
     renderings: tuple[Rendered, ...]
@@ -206,8 +171,8 @@ class TrainedRenderings:
 
 @dataclass(frozen=True)
 class TrainedTurn:
-    """One assistant turn: a text that ends with it, where it starts and ends in that text, what
-    generation makes of it, and the spans that the template marks, None if it marks none anywhere.
+    """One assistant turn: a text that ends with it, its characters there, what generation makes of
+    it, and the spans that the template marks, None if it marks none anywhere.
     """
 
     text: str
@@ -232,7 +197,7 @@ class ConversationRenderings:
             return apply(messages, self.tokenizer, self.tools), None
         special: Any = self.tokenizer.special_tokens_map
         try:
-            found: Any = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [messages],
                 tools=list(self.tools) or None,
                 chat_template=self.template.text,
@@ -243,49 +208,45 @@ class ConversationRenderings:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
             raise LorafoldError(f"the model's chat template: {error}") from error
-        [text], [marks] = found
-        return text, tuple((start, end) for start, end in marks)
+        [text], [marks] = rendered
+        return text, tuple(map(tuple, marks))
 
     def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
-        """Turn i as generation would have it, or None where the template has no such form.
-
-        Args:
-            whole: All messages, if they are drawn.
-        """
+        """Turn i as generation would have it, or None where the template has no such form."""
         if i == 0:
             return None  # the first message has no prompt before it
-        message, last = self.formed[i], i == len(self.formed) - 1
+        message, earlier = self.formed[i], self.formed[:i]
         # the text that the generation of the turn starts from
-        prompt = apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
-        text, marks = whole if whole and last else self.draw(self.formed[: i + 1])
-        found = text
-        if not text.startswith(prompt) and message.get("reasoning_content"):
+        prompt = apply(earlier, self.tokenizer, self.tools, for_generation=True)
+        is_last = i == len(self.formed) - 1
+        after, marks = whole if whole and is_last else self.draw(self.formed[: i + 1])
+        text, reasoning = after, message.get("reasoning_content", "")
+        if not text.startswith(prompt) and reasoning:
             bare = {k: v for k, v in message.items() if k != "reasoning_content"}
-            plain, plain_marks = self.draw([*self.formed[:i], bare])
+            plain, plain_marks = self.draw([*earlier, bare])
             if plain.startswith(prompt):
-                found, marks = plain, plain_marks
-        if not found.startswith(prompt):
-            reasoning = message.get("reasoning_content", "")
+                text, marks = plain, plain_marks
+        if not text.startswith(prompt):
             said = self.messages[i].get("content", "")
             block, specials = self.own.block, self.own.specials
-            joined = after_block(prompt, text, (reasoning, said), block, specials)
+            joined = after_block(prompt, after, (reasoning, said), block, specials)
             if joined is None:
-                before = attempt(self.formed[:i], self.tokenizer, self.tools)
-                joined = after_rewriting(prompt, text, before, said)
+                before = attempt(self.messages[:i], self.tokenizer, self.tools)
+                joined = after_rewriting(prompt, after, before, said)
             if joined is None or marks == ():
                 return None
-            found, marks = joined, marks and ((len(prompt), len(joined)),)
+            text, marks = joined, marks and ((len(prompt), len(joined)),)
         # whitespace after the token that ends a turn is the template's
-        start, end = len(prompt), max(len(prompt), len(found.rstrip()))
-        return TrainedTurn(found, start, end, found[start:end], marks)
+        start, end = len(prompt), max(len(prompt), len(text.rstrip()))
+        return TrainedTurn(text, start, end, text[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str:
         """The end of turn i, which its text lacks: the template does not write it with the turn."""
         ending, text = self.own.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
-            follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
-            [next_one] = follows or self.template.form.of([ASKED])
-            longer = attempt([*self.formed[: i + 1], next_one], self.tokenizer, self.tools)
+            follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
+            following = [*self.messages[: i + 1], *(follows or [ASKED])]
+            longer = attempt(following, self.tokenizer, self.tools)
             if longer.startswith(text):
                 return self.own.through_special(longer[len(text) :]) or ending.text
         return ending.text
@@ -299,75 +260,59 @@ def render_trained(
     """Render a conversation and find the spans of its trained assistant turns.
 
     A conversation of which nothing is trained on gives its whole text, without spans.
-
-    Args:
-        conversation: The messages, and from which on they are trained on.
-        tokenizer: A tokenizer with a chat template.
-        rendering: What of them is trained on.
-
-    Raises LorafoldError if the template refuses the conversation, or does not show its tools, a
-    call, or what is said by anyone but the assistant.
     """
     check_able(conversation, tokenizer)
     conversation = as_text(conversation, tokenizer)
-    drawing, messages = ConversationRenderings(conversation, tokenizer), conversation.messages
-    drawn_whole = whole, _ = drawing.draw(drawing.formed)
+    renderings, messages = ConversationRenderings(conversation, tokenizer), conversation.messages
+    drawn_whole = whole, _ = renderings.draw(renderings.formed)
     turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
     called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
-    drawn = {i: drawing.turn(i, drawn_whole) for i in {*turns, *called}}
+    drawn = {i: renderings.turn(i, drawn_whole) for i in {*turns, *called}}
     calls = {i: turn.said for i in called if (turn := drawn[i]) is not None}
     check_shown(conversation, whole, tokenizer, calls)
-    found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
-    left_out = lost = 0
-    kept = set[int]()
+    examples: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
+    lost, trained = 0, set[int]()
     for i in reversed(turns):
         turn = drawn[i]
         if turn is None:
-            left_out += 1
             continue
         if messages[i].keys() & {"reasoning_content", "tool_calls"}:
-            lost += hidden(messages, i, turn.said)
+            lost += hidden(messages[i], turn.said)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
-        if rendering.end_of_turn == "auto" and drawing.own.ending.written != WITH_TURN:
-            text = text[:end] + drawing.end(i, turn)
+        if rendering.end_of_turn == "auto" and renderings.own.ending.written != WITH_TURN:
+            text = text[:end] + renderings.end(i, turn)
             if marks is not None and any(last > start for _, last in marks):
                 marks = (*marks, (end, len(text)))
             end = len(text)
         if rendering.mask_reasoning:
-            start += drawing.own.block.end(text[start:end], text[:start])
+            start += renderings.own.block.end(text[start:end], text[:start])
         # a mark may go on to the end of the line, behind the token that ends the turn
         marks = ((start, end),) if marks is None else marks
         cut = ((max(start, first), min(len(text), last)) for first, last in marks)
         if not (spans := [(first, last) for first, last in cut if first < last]):
-            left_out += 1
             continue
-        home = next((entry for entry in found if entry[0].startswith(text)), None)
-        if home is None:
-            home = (text, [], [])
+        example = next((one for one in examples if one[0].startswith(text)), None)
+        if example is None:
+            example = (text, [], [])
             if text.startswith(whole):  # and has its end
-                found[0] = home
+                examples[0] = example
             else:
-                found.append(home)
-        kept.add(i)
-        home[1].extend(spans)
-        home[2].append(turn.start)
-    renderings = [
-        Rendered(of, tuple(sorted(spans)), tuple(sorted(starts)))
-        for of, spans, starts in found
+                examples.append(example)
+        trained.add(i)
+        example[1].extend(spans)
+        example[2].append(turn.start)
+    rendered = [
+        Rendered(text, tuple(sorted(spans)), tuple(sorted(starts)))
+        for text, spans, starts in reversed(examples)
         if spans
     ]
-    shown = tuple(renderings[::-1]) or (Rendered(whole, ()),)
-    return TrainedRenderings(shown, left_out, lost, frozenset(kept))
+    shown = tuple(rendered) or (Rendered(whole, ()),)
+    return TrainedRenderings(shown, len(turns) - len(trained), lost, frozenset(trained))
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Give a tokenizer without a chat template a plain one; return the notice to print, or None if
-    it has a template already.
-
-    Raises LorafoldError if the tokenizer has no end-of-sequence token either, without which no
-    completion would end.
-    """
+    """Give a tokenizer without a chat template a plain one; return the notice to print."""
     if tokenizer.chat_template is not None:
         return None
     if tokenizer.eos_token is None:
@@ -390,19 +335,14 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Render messages with the tokenizer's chat template, as `data.control_tokens` has texts.
-
-    Raises LorafoldError if the template refuses the messages.
-
-    Args:
-        messages: The messages, in the form of `data.messages`.
-        tokenizer: A tokenizer with a chat template.
-        for_generation: Append the generation prompt, which opens the assistant's next turn.
-        tools: The tools that the conversation offers, in OpenAI's form.
-        variables: Further variables of the template, such as enable_thinking.
+    """Render messages in the form of `data.messages`, control tokens in their contents as text,
+    with further variables of the chat template, such as enable_thinking.
     """
     given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
-    return _applied(given, tokenizer, for_generation, variables)
+    formed = template_of(tokenizer, given.tools).form.of(given.messages)
+    if variables:
+        variables = variables_as_text(variables, tokenizer, given.tools)
+    return apply(formed, tokenizer, given.tools, for_generation, variables)
 
 
 def prompt_of(
@@ -410,28 +350,93 @@ def prompt_of(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The prompt for the next turn of a conversation, as `data.control_tokens` has texts.
-
-    Raises LorafoldError if the template refuses the conversation or leaves something of it out.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        variables: Further variables of the template, such as enable_thinking.
-    """
+    """As `render`, the prompt for the next turn of a conversation, which must show all of it."""
     check_able(conversation, tokenizer)
-    given = as_text(conversation, tokenizer)
-    text = _applied(given, tokenizer, True, variables)
-    check_shown(given, text, tokenizer)
+    text = render(conversation.messages, tokenizer, True, conversation.tools, variables)
+    check_shown(as_text(conversation, tokenizer), text, tokenizer)
     return text
 
 
-def _applied(
-    given: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    for_generation: bool,
-    variables: Mapping[str, Any],
-) -> str:
-    formed = template_of(tokenizer, given.tools).form.of(given.messages)
-    if variables:
-        variables = variables_as_text(variables, tokenizer, given.tools)
-    return apply(formed, tokenizer, given.tools, for_generation, variables)
+CLOSED = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
+SEEN = 24  # characters of the message before the turn by which it is found again
+
+
+class OpenBlock(NamedTuple):
+    """The block at a prompt's end: where it begins, and whether the prompt closes it too."""
+
+    at: int
+    closed: bool
+    block: Block
+
+
+def after_block(
+    prompt: str, after: str, said: tuple[str, str], block: Block, specials: re.Pattern[str]
+) -> str | None:
+    """The text of a turn whose prompt ends with a block of reasoning: the prompt, then what it
+    leaves to the model (of one that opens a block reasoning, closing and answer; of one with an
+    empty block the answer). None where no such form is found. `said` are the turn's reasoning, or
+    an empty text, and its content; `after` is the rendering up to and including the turn.
+    """
+    block_at_end = _open_block(prompt, after, block, specials)
+    if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
+        return None
+    answer, (reasoning, content) = after[block_at_end.at :], said
+    opening, closing = block_at_end.block.opening, block_at_end.block.closing
+    bare = answer.lstrip()
+    if not bare:
+        return None
+    if bare.startswith(opening) and closing in bare:
+        inner, _, answer = bare.removeprefix(opening).partition(closing)
+        reasoning = reasoning or inner
+    elif bare.startswith(closing):
+        if not block_at_end.closed and not reasoning.strip():
+            return prompt + bare  # an empty block, as the template writes it
+        answer = bare.removeprefix(closing)
+    elif closing in content:
+        reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
+    if block_at_end.closed:
+        return prompt + answer.lstrip("\n")
+    lead, between = block_at_end.block.lead, block_at_end.block.between
+    left = prompt[block_at_end.at + len(opening) :]
+    first = lead.removeprefix(left) if lead.startswith(left) else ""
+    spaced = between != between.rstrip()
+    return f"{prompt}{first}{reasoning.strip()}{between}{answer.lstrip() if spaced else answer}"
+
+
+def _open_block(
+    prompt: str, after: str, block: Block, specials: re.Pattern[str]
+) -> OpenBlock | None:
+    bare = prompt.rstrip()
+    if bare.endswith(block.opening):
+        return OpenBlock(len(bare) - len(block.opening), False, block)
+    inside = bare.removesuffix(block.closing).rstrip()
+    if inside != bare and inside.endswith(block.opening):
+        return OpenBlock(len(inside) - len(block.opening), True, block)
+    for pattern, closed in ((CLOSED, True), (OPENED, False)):
+        if tag := pattern.search(prompt):
+            left, name, right = tag.groups()
+            tagged = Block.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
+            return OpenBlock(tag.start(), closed, tagged)
+    at = len(common(prompt, after))
+    at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
+    # one token opens it, a word may name it, and another token closes it
+    marks = [m.span() for m in specials.finditer(prompt, at)]
+    if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
+        (_, opened), (closing, end) = marks
+        if re.fullmatch(r"\w*\s*", prompt[opened:closing]):
+            block = Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
+            return OpenBlock(at, True, block)
+    return None
+
+
+def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
+    """The text of a turn at whose arrival the template rewrites earlier messages: the prompt, then
+    what follows the same end of a prompt in `after`, the rewritten text. None where it is not
+    found. `before` is the prompt's rendering without the generation prompt.
+    """
+    if not prompt.startswith(before) or len(prompt) == len(before):
+        return None
+    end = prompt[max(0, len(before) - SEEN) :]
+    at = after.rfind(end)
+    said = after[at + len(end) :]
+    return prompt + said if at >= 0 and said.strip() and content.strip() in said else None

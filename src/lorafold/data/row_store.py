@@ -1,10 +1,6 @@
-"""A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
+"""A user's rows after they are checked: in a list, or as JSON text in a memory-mapped Arrow file.
 
-    rows.origins.places([0, 17])      [Place("a.jsonl", 1), Place("b.jsonl", 5)]
-
-A file is memory-mapped: rows are parsed when they are asked for and take no memory of their own.
-`Rows` adds to either what a run must know of them all: their digest, how many are from each source,
-and where each is from, so that it is named as its user finds it.
+    rows.origins.places([0, 17])      [RowPlace("a.jsonl", 1), RowPlace("b.jsonl", 5)]
 """
 
 from __future__ import annotations
@@ -16,11 +12,11 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorafold.data.arrow import Array, open_table
+from lorafold.data.arrow import Array, Items, open_table
 from lorafold.data.json_input import Row
 from lorafold.data.shapes import Shape, shape_of, shapes_for
 
@@ -51,9 +47,9 @@ def named(places: Iterable[RowPlace]) -> Iterator[str]:
 @dataclass(frozen=True)
 class Origins:
     """Where each row is from. `runs` are the name of a file, the number of a row in it, and how
-    many rows follow one another from there on; rows without any are numbered as they come. `chosen`
-    are the indices of the rows that were selected of all, (n,). What is kept are the runs of rows
-    that follow one another: one for most files, and one more after each blank line.
+    many rows follow one another from there on, one for most files and one more after each blank
+    line; rows without any are numbered as they come. `chosen` are the indices of the rows that were
+    selected of all, (n,).
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()
@@ -66,16 +62,15 @@ class Origins:
     def places(self, rows: Iterable[int]) -> list[RowPlace]:
         """The places of the rows with these indices."""
         run, after = self._runs(np.fromiter(rows, np.int64))
-        if not self.runs:
-            return [RowPlace("", n + 1) for n in after.tolist()]
-        starts = [self.runs[n] for n in run.tolist()]
-        return [RowPlace(s[0], s[1] + n) for s, n in zip(starts, after.tolist(), strict=True)]
+        runs = self.runs or (("", 1, 0),)
+        pairs = zip(run.tolist(), after.tolist(), strict=True)
+        return [RowPlace(runs[n][0], runs[n][1] + at) for n, at in pairs]
 
     def files(self, n: int) -> tuple[list[str], Array]:
         """The names of the files, and the number of that which each of n rows is from, (n,)."""
         if not self.runs:
             return [""], np.zeros(n, np.int64)
-        numbers = dict[str, int]()
+        numbers: dict[str, int] = {}
         of_run = [numbers.setdefault(name, len(numbers)) for name, *_ in self.runs]
         return [*numbers], np.array(of_run)[self._runs(np.arange(n))[0]]
 
@@ -89,15 +84,13 @@ class Origins:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """How many of the rows, or of the examples made of them, are from one source, and its weight:
-    how often an epoch goes through them.
-    """
+    """How many rows are from one source, and how often an epoch goes through them."""
 
     size: int
     weight: float = 1.0
 
 
-class ArrowRows(Sequence[Row]):
+class ArrowRows(Items[Row]):
     """The rows of a file that `write_rows` wrote: all, or those with the indices `chosen` (n,)."""
 
     def __init__(self, path: Path, chosen: Array | None = None) -> None:
@@ -110,13 +103,7 @@ class ArrowRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._text) if self._chosen is None else len(self._chosen)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Row:
         at = index if self._chosen is None else int(self._chosen[index])
         row: Row = json.loads(self._text[at].as_py())
         return row
@@ -138,10 +125,10 @@ class ArrowRows(Sequence[Row]):
 
 
 @dataclass(frozen=True)
-class Rows(Sequence[Row]):
+class Rows(Items[Row]):
     """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
     `known` is the digest and the bytes of large rows. `wanted` of what shapes give chose theirs,
-    `told` is what else there is to say of them, `files` has the rows of each file of a source that
+    `remarks` are lines on them, `files` has the rows of each file of a source that
     is made of several, and `origins` says where each is from.
     """
 
@@ -150,16 +137,16 @@ class Rows(Sequence[Row]):
     ignored: tuple[str, ...] = ()
     known: tuple[str, int] | None = field(default=None, repr=False)
     wanted: str = ""
-    told: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     origins: Origins = field(default_factory=Origins, repr=False)
 
     @staticmethod
     def of(rows: Sequence[Row], wanted: str = "") -> Rows:
         """Rows of one source; those that are `Rows` already stay as they are."""
-        return (
-            rows if isinstance(rows, Rows) else Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
-        )
+        if isinstance(rows, Rows):
+            return rows
+        return Rows(rows, (SourcePart(len(rows)),), wanted=wanted)
 
     def __getstate__(self) -> dict[str, Any]:
         # another process finds their shapes again, which have functions that can't be sent
@@ -168,12 +155,8 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        return list(self.rows[index]) if isinstance(index, slice) else self.rows[index]
+    def item(self, index: int) -> Row:
+        return self.rows[index]
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -197,8 +180,8 @@ class Rows(Sequence[Row]):
     @property
     def record(self) -> dict[str, Any]:
         """What an adapter's record says of them."""
-        found = {"rows": len(self.rows), "sha256": self.measured[0]}
-        return found | ({"files": dict(self.files)} if self.files else {})
+        record = {"rows": len(self.rows), "sha256": self.measured[0]}
+        return record | ({"files": dict(self.files)} if self.files else {})
 
     @cached_property
     def measured(self) -> tuple[str, int]:
@@ -214,9 +197,7 @@ class Rows(Sequence[Row]):
 
     @cached_property
     def shapes(self) -> tuple[Shape | None, ...]:
-        """The shape of the rows of each source that has any; None for rows that are not checked and
-        have none.
-        """
+        """The shape of the rows of each source that has any; None for those of none."""
         starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
         return tuple(shape_of(row, shapes_for(self.wanted)) for row in firsts)
@@ -226,11 +207,8 @@ class Rows(Sequence[Row]):
         return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
 
     def given(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
-        """What the shapes of the rows give, a key of `Shape.gives` that all have.
-
-        Args:
-            some: Some of the rows, as they follow each other; None takes all.
-            first: The index of the first of them.
+        """What the shapes of the rows give, a key of `Shape.gives`: of all rows or of `some`, of
+        which the first has the index `first`.
         """
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
@@ -255,21 +233,13 @@ class Rows(Sequence[Row]):
 
 
 def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]:
-    """How many of some rows, or of examples made of them, are from each source.
-
-    Args:
-        rows: The indices of the rows, (n,), ascending.
-        parts: How many of all rows are from each source.
-    """
-    borders = np.cumsum([0, *(part.size for part in parts)])
-    sizes = np.diff(np.searchsorted(rows, borders))
+    """How many of some rows, or of examples made of them, are from each source."""
+    sizes = np.diff(np.searchsorted(rows, np.cumsum([0, *(part.size for part in parts)])))
     return tuple(SourcePart(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
-    """Write rows to an Arrow file as JSON text, whose keys keep their order; return what they are
-    `measured`.
-    """
+    """Write rows to an Arrow file as JSON text; return what they are `measured`."""
     import pyarrow as pa
 
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0

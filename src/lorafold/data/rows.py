@@ -2,9 +2,8 @@
 
     rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
 
-Further keys are ignored, and `Rows.ignored` names them. One error message lists everything that is
-wrong, each with its file, row (in a JSONL file the line, from 1), field, and what was found and
-expected. Large data is checked once: its rows are kept in the cache, under the digest of the files.
+One error message lists everything that is wrong, each with its file, row, field, and what was found
+and expected. Large data is checked once: its rows are kept in the cache, under the files' digest.
 """
 
 from __future__ import annotations
@@ -15,17 +14,15 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorafold.data.json_input import SPOKEN, Row, as_known, unusable
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
-from lorafold.data.preferences import as_turns
 from lorafold.data.row_store import LARGE, ArrowRows, Origins, Rows, SourcePart, write_rows
-from lorafold.data.shapes import PAIRS, PROMPTS, SHAPES, Shape, shape_of, shapes_for
+from lorafold.data.shapes import PAIRS, PROMPTS, SHAPES, Shape, as_turns, shape_of, shapes_for
 from lorafold.data.sources import DataSource, source_from
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
@@ -60,11 +57,10 @@ AS_THEY_ARE = "messages go to the chat template with roles of their own, and are
 
 
 @dataclass
-class Noticed:
-    """Gathers what there is to say of rows that are good, row by row: `ignored` are the keys that
-    are no part of shapes, as they appear (messages[].id for one inside), and `told` all else.
-
-    wanted: What is asked of the rows, of what shapes give.
+class RowRemarks:
+    """Gathers remarks on good rows, row by row: `ignored` are the keys that are no part of shapes,
+    as they appear (messages[].id for one inside), and `lines` all else. `wanted` is what is asked
+    of the rows, of what shapes give.
     """
 
     wanted: str = ""
@@ -74,12 +70,7 @@ class Noticed:
     _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by what becomes of them
 
     def left_out(self, row: Any, place: str, shape: Shape | None = None) -> bool:
-        """Whether a row is left out: it has nothing in any of its fields, as spreadsheets have
-        them, or an empty answer where answers are needed.
-
-        Args:
-            place: Where it is, for messages.
-            shape: The shape of a checked row.
+        """Whether a row is left out: all its fields are empty or, where answers are needed, one is.
         """
         if shape is None:
             values = row.values() if isinstance(row, dict) else [row]
@@ -102,61 +93,57 @@ class Noticed:
             elif isinstance(value, str):
                 if len(value) <= LONGEST and value in NOTHING and key != "label":
                     self._counts[f"texts of {key} are {value!r} alone, {AS_WORD}"] += 1
-            elif key in SPOKEN and isinstance(value, list):
-                for message in value:
-                    self._look(f"{key}[]", message)
-            elif key in SPOKEN and isinstance(value, dict):
-                self._look(key, value)
+            elif key in SPOKEN:
+                inside = isinstance(value, list)
+                for message in value if inside else [value] * isinstance(value, dict):
+                    self._look(f"{key}[]" if inside else key, message)
         if PAIRS in shape.gives and (remark := as_turns(row)):
             self._counts[remark] += 1
 
     def _look(self, name: str, message: dict[str, Any]) -> None:
         turn = "from" in message
-        role = message["from" if turn else "role"]
-        content = message.get("content")
+        role, content = message["from" if turn else "role"], message.get("content")
         if role in PLAIN and len(message) == 2 and not isinstance(content, list):
             return
         known = TURN_KEYS if turn else KEYS
-        for key, value in message.items():
-            if key not in known and value is not None:
-                self.ignored[f"{name}.{key}"] = None
+        keys = [f"{name}.{k}" for k, v in message.items() if k not in known and v is not None]
         for part in content if isinstance(content, list) else ():
-            for key in sorted(part.keys() - {"type", "text"}):
-                if part[key] is not None:
-                    self.ignored[f"{name}.content[].{key}"] = None
-        meant, asked = role_of(role), asks(message)
-        if meant == "assistant" and asked is False:
+            extra = sorted(part.keys() - {"type", "text"})
+            keys += [f"{name}.content[].{key}" for key in extra if part[key] is not None]
+        self.ignored |= dict.fromkeys(keys)
+        meant, trained = role_of(role), asks(message)
+        if meant == "assistant" and trained is False:
             self._counts[LEFT] += 1
-        elif meant != "assistant" and asked:
+        elif meant != "assistant" and trained:
             self._counts[OTHERS] += 1
         if not turn and role not in PLAIN:
             what = f"messages are read as those of {meant}" if meant in PLAIN else AS_THEY_ARE
             self._roles.setdefault(what, Counter())[role] += 1
 
     @property
-    def told(self) -> tuple[str, ...]:
-        """What else there is to say, in one line each."""
+    def lines(self) -> tuple[str, ...]:
+        """All other remarks, a line each."""
         counts = self._counts.items()
-        found = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
+        lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
         for what, roles in self._roles.items():
             named = ", ".join(map(repr, list(roles)[:SHOWN]))
             more = f" and {len(roles) - SHOWN} more" if len(roles) > SHOWN else ""
-            found.append(f"{roles.total():,} {what}: {named}{more}")
-        return tuple(found)
+            lines.append(f"{roles.total():,} {what}: {named}{more}")
+        return tuple(lines)
 
 
-def proposed(row: Row) -> str:
-    """The option `--columns` to try for a row of no known shape: known names first, else the first
-    and the last column of text, marked as a guess. Empty where there is no plain guess.
+def proposed_columns(row: Row) -> str:
+    """The option `--columns` to try for a row of no known shape: known names first, else a guess of
+    the first and the last column of text, if there are two.
     """
     texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
-    asked, said = ([k for k in texts if k.strip().lower() in names] for names in (ASKED, SAID))
+    prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (ASKED, SAID))
     guess = ""
-    if not len(asked) == len(said) == 1:
+    if not len(prompts) == len(answers) == 1:
         if len(texts) != 2:
             return ""
-        (asked, said), guess = (texts[:1], texts[1:]), GUESS
-    names = {"prompt": asked[0], "completion": said[0]}
+        prompts, answers, guess = texts[:1], texts[1:], GUESS
+    names = {"prompt": prompts[0], "completion": answers[0]}
     pairs = [f"{name}={column}" for name, column in names.items() if name != column]
     if any("," in pair or pair != pair.strip() for pair in pairs) or not pairs:
         return ""  # `columns_of` could not read them
@@ -166,25 +153,21 @@ def proposed(row: Row) -> str:
 def renamed(
     numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Any]]:
-    """Numbered rows whose keys have other names: the value under `columns[name]` is then under
-    `name`. A key of which there is no other name is dropped. A row that lacks one of these keys, or
-    has a value under `name` too, which would be lost, becomes the reason why it can't be read.
+    """Numbered rows in which the value under `columns[name]` is under `name`; a key without a new
+    name is dropped. A row where that can't be done becomes the reason.
     """
-    if not columns:
-        yield from numbered
-        return
     names = {name: key for name, key in columns.items() if key}
     dropped = [name for name in columns if name not in names]
-    theirs = {*names.values(), *dropped}
+    theirs = [*names.values(), *dropped]
     for number, row in numbered:
-        if not isinstance(row, dict):
+        if not (columns and isinstance(row, dict)):
             yield number, row
-        elif missing := [key for key in (*names.values(), *dropped) if key not in row]:
+        elif missing := [key for key in theirs if key not in row]:
             keys = listed(map(repr, row), room=100) or "none"
-            there = {*columns} <= {*row} and all(names.values())
-            turned = ",".join(f"{key}={name}" for name, key in names.items())
-            has = f"; it has {keys}{meant(names, row)}"
-            hint = f"; NAME=COLUMN is --columns {turned}" if there else has
+            hint = f"; it has {keys}{near_columns(names, row)}"
+            if {*columns} <= {*row} and not dropped:
+                turned = ",".join(f"{key}={name}" for name, key in names.items())
+                hint = f"; NAME=COLUMN is --columns {turned}"
             yield number, f"found no column {listed(map(repr, missing), room=80)}{hint}"
         elif lost := [name for name in names if name in row and name not in theirs]:
             pairs = ", ".join(f"{name}={names[name]}" for name in lost)
@@ -194,10 +177,8 @@ def renamed(
             yield number, rest | {name: row[key] for name, key in names.items()}
 
 
-def meant(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    """A question, after a semicolon, for the columns whose names are nearest to those that a row
-    has not; empty where one of these has none.
-    """
+def near_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
+    """A question, after a semicolon, for the columns with the names nearest to those missing."""
     near = {
         name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
         for name, key in names.items()
@@ -212,29 +193,22 @@ def checked(
     at_once: bool = False,
     shapes: Sequence[Shape] = SHAPES,
     none: bool = False,
-    noticed: Noticed | None = None,
+    remarks: RowRemarks | None = None,
 ) -> Iterator[tuple[int, Shape, Row]]:
     """Yield the rows that are well-formed and of the first one's shape, with the keys by which
-    shapes know them, each after its number and the shape.
+    shapes know them, each after its number and the shape. In place of a row that could not be read
+    there is the reason, a text.
 
-    After the last row, raises LorafoldError that lists the first bad rows, or says that there
-    is no row.
-
-    Args:
-        numbered: (number, row) pairs. A str in place of a row is the reason why that row could not
-            be read.
-        source: The name of the data in messages, such as the path of a file.
-        at_once: Raise the error for the first bad row, without reading on.
-        shapes: The shapes that a row may have; of several it has the first.
-        none: There may be no row.
-        noticed: Looks at each good row, and says which are left out; None: none is.
+    After the last row, or the first bad one with `at_once`, raises LorafoldError that lists the bad
+    rows, or says that there is no row, unless there may be `none`. `remarks` looks at each good row
+    and says which are left out.
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
     first: tuple[int, Shape] | None = None
     used = False  # of any row
     for number, given in numbered:
         place = f"{source}: row {number}"
-        if noticed and noticed.left_out(given, place):
+        if remarks and remarks.left_out(given, place):
             continue
         row = as_known(given)
         if isinstance(row, str):
@@ -244,67 +218,71 @@ def checked(
         else:
             first = first or (number, shape)
             problems = list(shape.problems(row))
-            nulls = [key for key in first[1].keys if key in row and row[key] is None]
-            if shape is not first[1] and nulls:
-                problems += _null(nulls, first[1])
-            elif shape is not first[1]:
-                problems.append(f"shape {shape}, but row {first[0]} has {first[1]}")
-            if not (problems or bad or (noticed and noticed.left_out(row, place, shape))):
-                if noticed:
-                    noticed.add(shape, row)
+            if shape is not first[1]:
+                nulls = _null(first[1], row)
+                problems += nulls or [f"shape {shape}, but row {first[0]} has {first[1]}"]
+            if not (problems or bad or (remarks and remarks.left_out(row, place, shape))):
+                if remarks:
+                    remarks.add(shape, row)
                 used = True
                 yield number, shape, row
         for problem in problems:
             bad.setdefault(problem, []).append(number)
         if bad and at_once:
             break
-    told = []
-    for problem, numbers in bad.items():
-        one, last = numbers[0], numbers[-1]
-        rows = f"{len(numbers)} rows from {one} to {last}"
-        if last - one == len(numbers) - 1:
-            rows = f"row {one}" if one == last else f"rows {one} to {last}"
-        told.append(f"{rows}: {problem}")
     if bad:
-        raise LorafoldError(f"{source}: {listed(told, '; ')}")
+        lines = (f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items())
+        raise LorafoldError(f"{source}: {listed(lines, '; ')}")
     if not used and not none:
-        out = "".join(f"; {text}" for text in noticed.told) if noticed else ""
+        out = "".join(f"; {text}" for text in remarks.lines) if remarks else ""
         raise LorafoldError(f"{source}: no rows found, expected at least one{out}")
 
 
+def _numbers(rows: Sequence[int]) -> str:
+    first, last = rows[0], rows[-1]
+    if last - first >= len(rows):
+        return f"{len(rows)} rows from {first} to {last}"
+    return f"row {first}" if first == last else f"rows {first} to {last}"
+
+
 def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
-    """What is wrong with a row of no shape: it has all keys of one, and some without a value, or it
-    lacks keys.
-    """
-    near = [shape for shape in shapes if all(key in row for key in shape.keys)]
-    if near:
-        nearest = max(near, key=lambda shape: sum(row[key] is not None for key in shape.keys))
-        yield from _null((key for key in nearest.keys if row[key] is None), nearest)
+    """What is wrong with a row of no shape: keys without a value, or absent ones."""
+    if near := [shape for shape in shapes if {*shape.keys} <= row.keys()]:
+        yield from _null(max(near, key=lambda s: sum(row[key] is not None for key in s.keys)), row)
         return
     keys = listed(map(repr, row), room=80) or "none"
-    guess = proposed(row)
+    guess = proposed_columns(row)
     known = listed(shapes, room=40 if guess else 90)
     renames = f"; {guess}" if guess else " (--columns renames)"
     yield f"keys found: {keys}; expected one of {known}{renames}"
 
 
-def _null(keys: Iterable[str], shape: Shape) -> Iterator[str]:
-    """That these keys have no value."""
-    for key in keys:
-        yield f"field {key}: found null, expected a value, as rows of {shape} have one"
+def _null(shape: Shape, row: Row) -> list[str]:
+    keys = [key for key in shape.keys if key in row and row[key] is None]
+    expected = f"expected a value, as rows of {shape} have one"
+    return [f"field {key}: found null, {expected}" for key in keys]
 
 
 def check_given(shapes: Iterable[Shape | None], what: str) -> None:
-    """Raise LorafoldError if one of the shapes does not give what is taken of its rows.
-
-    Args:
-        shapes: One for each source; None for rows of no known shape.
-        what: One of what shapes give.
-    """
+    """Raise LorafoldError if the shape of a source's rows does not give what is taken."""
     for shape in shapes:
         if shape is None or what not in shape.gives:
             expected = " or ".join(str(known) for known in SHAPES if what in known.gives)
             raise LorafoldError(f"data: found rows of {shape}, expected rows of {expected}")
+
+
+@dataclass
+class RowsRead:
+    """What is known of rows after the last one: pairs of a source's number and a count, and the
+    runs of `Origins` with a file's number.
+    """
+
+    parts: list[list[int]] = field(default_factory=list)
+    files: list[list[int]] = field(default_factory=list)
+    runs: list[list[int]] = field(default_factory=list)
+    guessed: list[str] = field(default_factory=list)  # what was guessed of files
+    ignored: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
 
 def _reading(
@@ -312,41 +290,30 @@ def _reading(
     columns: Mapping[str, str],
     wanted: str,
     notice: Notice,
-    about: dict[str, Any],
+    read: RowsRead,
 ) -> Iterator[Row]:
-    """The rows of sources as they are read. LorafoldError for bad ones, and for a source without
-    any.
-
-    Args:
-        about: Gets what is known of the rows after the last one, as JSON: `parts` and `files` as
-            pairs of the number of a source and a count of rows, the `runs` of `Origins` with the
-            number of a file, `ignored` and `told` as `Rows` has them, and what was `guessed` of
-            files.
-    """
-    parts, files, runs = list[list[int]](), list[list[int]](), list[list[int]]()
-    noticed, shapes, guessed = Noticed(wanted), shapes_for(wanted), list[str]()
+    remarks, shapes = RowRemarks(wanted), shapes_for(wanted)
     for number, source in enumerate(sources):
         last = None
         for file in source.files:
-            files.append([number, 0])
-            begins, none = True, source.several
-            numbered = renamed(file.numbered(guessed.append), columns)
-            for place, shape, row in checked(numbered, file.name, False, shapes, none, noticed):
+            read.files.append([number, 0])
+            numbered = renamed(file.numbered(read.guessed.append), columns)
+            rows = checked(numbered, file.name, False, shapes, source.several, remarks)
+            for place, shape, row in rows:
                 if shape is not last:  # files of one source and one shape are one part
-                    parts.append([number, 0])
+                    read.parts.append([number, 0])
                     last = shape
-                if begins or place != sum(runs[-1][1:]):
-                    runs.append([len(files) - 1, place, 0])
-                    begins = False
-                for count in (runs[-1], parts[-1], files[-1]):
-                    count[-1] += 1
-                if files[-1][1] % 100_000 == 0:
-                    notice(f"{file.name}: {files[-1][1]:,} rows read")
+                file_number, run = len(read.files) - 1, read.runs[-1] if read.runs else [-1]
+                if run[0] != file_number or place != sum(run[1:]):
+                    read.runs.append([file_number, place, 0])
+                for counts in (read.runs[-1], read.parts[-1], read.files[-1]):
+                    counts[-1] += 1
+                if read.files[-1][1] % 100_000 == 0:
+                    notice(f"{file.name}: {read.files[-1][1]:,} rows read")
                 yield row
         if last is None:
             raise LorafoldError(f"{source.name}: no rows found, expected at least one")
-    about |= {"parts": parts, "files": files, "runs": runs, "guessed": guessed}
-    about |= {"ignored": [*noticed.ignored], "told": noticed.told}
+    read.ignored, read.remarks = [*remarks.ignored], remarks.lines
 
 
 def read_rows(
@@ -358,32 +325,24 @@ def read_rows(
     """Read the rows of one or several sources: files, directories and patterns that stand for
     files, or hub datasets (their train split). SOURCE:0.3 gives a source a weight.
 
-    Args:
-        sources: The sources, in the order of their rows.
-        columns: The names that keys have in the sources, by those that lorafold knows, as in
-            {"prompt": "question"}.
-        notice: Is told how large data is kept, how many of its rows are read, and which files a
-            directory has.
-        wanted: What is asked of the rows, of what shapes give: chooses the shape of rows that have
-            the keys of several.
-
-    Raises LorafoldError if a source can't be read, has no row, or has bad rows (all are counted,
-    the first ten listed).
+    `columns` are the names that keys have in the sources, by those that lorafold knows, as in
+    {"prompt": "question"}. `wanted` is what is asked of the rows, of what shapes give: it chooses
+    the shape of rows that have the keys of several.
     """
     named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
-    columns, about, known = columns or {}, dict[str, Any](), None
+    columns, read, known = columns or {}, RowsRead(), None
     size = sum(source.size for source in named)
-    reading = partial(_reading, named, columns, wanted, notice)
     if size <= LARGE:
-        rows: Sequence[Row] = list(reading(about))
+        rows: Sequence[Row] = list(_reading(named, columns, wanted, notice, read))
     else:
 
         def write(directory: Path) -> None:
             notice(f"reading {size / 1e9:.2f} GB of rows; they are kept in {directory.parent}")
-            about = dict[str, Any]()
-            sha256, written = write_rows(reading(about), directory / "rows.arrow")
-            known = {"sha256": sha256, "bytes": written}
-            write_json(directory / "about.json", about | known)
+            read = RowsRead()
+            reading = _reading(named, columns, wanted, notice, read)
+            sha256, written = write_rows(reading, directory / "rows.arrow")
+            about = asdict(read) | {"sha256": sha256, "bytes": written}
+            write_json(directory / "about.json", about)
 
         from lorafold.identity import of_code  # which loads torch
 
@@ -392,22 +351,22 @@ def read_rows(
         key = json.dumps([code, identities, sorted(columns.items()), wanted])
         path = cached("rows", key, write, notice)
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
-        rows, known = ArrowRows(path / "rows.arrow"), (about["sha256"], about["bytes"])
-    parts = tuple(SourcePart(count, named[n].weight) for n, count in about["parts"])
-    for guessed in about["guessed"]:
+        known = (about.pop("sha256"), about.pop("bytes"))
+        rows, read = ArrowRows(path / "rows.arrow"), RowsRead(**about)
+    parts = tuple(SourcePart(count, named[n].weight) for n, count in read.parts)
+    for guessed in read.guessed:
         log.warning(guessed)
-    counts = [count for _, count in about["files"]]
-    files = dict[str, int]()
+    counts = iter([count for _, count in read.files])
+    files: dict[str, int] = {}
     for source in named:
-        of = dict(zip((file.name for file in source.files), counts, strict=False))
-        del counts[: len(of)]
+        of = {file.name: next(counts) for file in source.files}
         if source.several:
-            notice(f"{source.name}: {source.told(of)}")
+            notice(f"{source.name}: {source.described(of)}")
             files |= of
     names = [file.name for source in named for file in source.files]
-    origins = Origins(tuple((names[n], first, count) for n, first, count in about["runs"]))
-    ignored, told = tuple(about["ignored"]), tuple(about["told"])
-    return Rows(rows, parts, ignored, known, wanted, told, files, origins)
+    origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
+    ignored, lines = tuple(read.ignored), tuple(read.remarks)
+    return Rows(rows, parts, ignored, known, wanted, lines, files, origins)
 
 
 def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
@@ -416,20 +375,16 @@ def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
 
 
 def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
-    """Return rows, once they are known to be well-formed and of one shape. Raises as `checked`.
-
-    Args:
-        numbered: (number, row) pairs, as `checked` takes them.
-        source: The name of the data in messages.
-        wanted: What is asked of the rows, as for `read_rows`.
+    """Return rows, once they are known to be well-formed and of one shape; `source` is the name of
+    the data in messages.
     """
-    noticed, found, runs = Noticed(wanted), list[Row](), list[list[int]]()
+    remarks, rows, runs = RowRemarks(wanted), [], [[0, 0]]
     usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
-    for place, _, row in checked(usable, source, shapes=shapes_for(wanted), noticed=noticed):
-        found.append(row)
-        if not runs or place != sum(runs[-1]):
+    for place, _, row in checked(usable, source, shapes=shapes_for(wanted), remarks=remarks):
+        rows.append(row)
+        if place != sum(runs[-1]):
             runs.append([place, 0])
         runs[-1][1] += 1
-    parts, origins = (SourcePart(len(found)),), Origins(tuple(("", first, n) for first, n in runs))
-    ignored = tuple(noticed.ignored)
-    return Rows(found, parts, ignored, None, wanted, noticed.told, origins=origins)
+    parts = (SourcePart(len(rows)),)
+    origins = Origins(tuple(("", first, count) for first, count in runs if count))
+    return Rows(rows, parts, tuple(remarks.ignored), None, wanted, remarks.lines, origins=origins)

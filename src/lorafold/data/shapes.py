@@ -1,28 +1,14 @@
 """The shapes that a user's rows may have, and what they give of a row: conversations, completions
-to compare, labels.
+to compare, labels. `SHAPES` is the table of shapes: a new shape is a new entry.
 
-| shape | row |
-|---|---|
-| conversation | `{"messages": [{"role": ..., "content": ...}, ...]}`, with or without `tools` |
-| prompt, completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
-| preference | `{"prompt": ..., "chosen": ..., "rejected": ...}`, or without `prompt` |
-| ShareGPT | `{"conversations": [{"from": "human", "value": ...}, ...]}`, with or without `system` |
-| Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` |
-| Dolly | `{"instruction": ..., "response": ...}`, with or without `context` |
-| calls | `{"query": ..., "answers": ..., "tools": ...}`, the answers calls, as JSON |
-| labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
-| plain text | `{"text": ...}` |
-
-Where prompts are asked for, `{"prompt": ...}` is a shape too, text or a list of messages. All but
-the last two may have a `system` message. Where completions are judged, a row of prompt and
-completion has a `label`, true or false. Of a preference the conversation has the chosen answer.
-`SHAPES` is the table of shapes: a new shape is a new entry. A row of several shapes has that of
-which most is asked: `shapes_for`. What a shape gives of its rows is what encoders take: the row
-itself goes no further.
+Texts of preferences may be turns, as "\\n\\nHuman: Hi\\n\\nAssistant: Yes". Where answers begin
+with the messages of the prompt, what follows is taken. A row of several shapes has that of which
+most is asked (`shapes_for`). Encoders take what a shape gives: the row itself goes no further.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -49,17 +35,126 @@ from lorafold.data.messages import (
     text_problems,
     tool_problems,
     tools_of,
+    turn_problems,
     turns_problems,
     turns_to_messages,
+    unlike,
 )
-from lorafold.data.preferences import (
-    implicit_preference,
-    implicit_problems,
-    preference,
-    preference_problems,
-    turns_preference,
-    turns_preference_problems,
-)
+
+TURN = re.compile(r"\n\n(Human|Assistant): ?")
+SPOKEN = {"Human": "user", "Assistant": "assistant"}
+AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
+
+
+def content_problems(name: str, value: Any) -> Iterator[str]:
+    """What is wrong with a field that has to be text or a list of messages."""
+    return (message_problems if isinstance(value, list) else text_problems)(name, value)
+
+
+def preference_problems(row: Row) -> Iterator[str]:
+    """What is wrong with a row of prompt, chosen and rejected."""
+    fields = ("prompt", "chosen", "rejected")
+    problems = [problem for name in fields for problem in content_problems(name, row[name])]
+    yield from problems
+    lists = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
+    if not problems and lists and not preference(row)[0]:
+        yield (
+            "fields prompt, chosen and rejected: found conversations that do not begin with the"
+            " prompt, expected answers to it"
+        )
+
+
+def implicit_problems(row: Row) -> Iterator[str]:
+    """What is wrong with a row of two conversations, chosen and rejected."""
+    problems: list[str] = []
+    for name in ("chosen", "rejected"):
+        said = row[name]
+        if not isinstance(said, str):
+            problems += message_problems(name, said)
+        elif not _turns(said):
+            problems.append(
+                f"field {name}: found text, expected a list of messages, or text of turns that"
+                r" begin with \n\nHuman: and \n\nAssistant:"
+            )
+    yield from problems
+    if problems:
+        return
+    chosen, rejected = (_conversation(row[name]) for name in ("chosen", "rejected"))
+    if not (shared := _shared(chosen, rejected)):
+        yield "fields chosen and rejected: found no common first message, expected one prompt"
+    elif shared == min(len(chosen), len(rejected)):
+        yield "fields chosen and rejected: found no answer in which they differ, expected one"
+
+
+def turns_preference_problems(row: Row) -> Iterator[str]:
+    """What is wrong with a row of ShareGPT's turns with two last turns."""
+    yield from turns_problems(row)
+    for name in ("chosen", "rejected"):
+        yield from turn_problems(name, row[name])
+
+
+def preference(row: Row) -> Said:
+    """The messages of a checked row of prompt, chosen and rejected."""
+    text, answers = row["prompt"], [row["chosen"], row["rejected"]]
+    is_text = isinstance(text, str)
+    prompt = _prompt(text) if is_text else normalized(text)
+    if is_text and prompt[0]["content"] != text:
+        answers = [said.removeprefix(" ") if isinstance(said, str) else said for said in answers]
+    chosen, rejected = (said_by("assistant", said) for said in answers)
+    shared = chosen[: _shared(chosen, rejected)]
+    if is_text and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        # the text is one of the messages with which both answers begin
+        said = {str(one.get("content")).strip() for one in shared}
+        prompt = shared if text.strip() in said else []
+    at = len(prompt)
+    if shared[:at] == prompt and at < min(len(chosen), len(rejected)):
+        chosen, rejected = chosen[at:], rejected[at:]
+    return prompt, {"chosen": chosen, "rejected": rejected}
+
+
+def implicit_preference(row: Row) -> Said:
+    """The messages of a checked row of two conversations."""
+    both = {name: normalized(_conversation(row[name])) for name in ("chosen", "rejected")}
+    shared = _shared(*both.values())
+    return both["chosen"][:shared], {name: messages[shared:] for name, messages in both.items()}
+
+
+def as_turns(row: Row) -> str:
+    """A remark on a row whose texts are read as turns; empty for others."""
+    texts = [row.get("chosen"), row.get("rejected")] if "prompt" not in row else [row["prompt"]]
+    return AS_TURNS if any(isinstance(t, str) and TURN.match(t) for t in texts) else ""
+
+
+def turns_preference(row: Row) -> Said:
+    """The messages of a checked row of ShareGPT's turns with two last turns."""
+    answers = {name: turns_to_messages([row[name]]) for name in ("chosen", "rejected")}
+    return turns_to_messages(row["conversations"]), answers
+
+
+def _shared(chosen: list[Any], rejected: list[Any]) -> int:
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+
+
+def _conversation(said: Any) -> list[Message]:
+    return _turns(said) if isinstance(said, str) else said
+
+
+def _turns(text: str) -> list[Message]:
+    """The turns of a text that begins with one of them; none of any other."""
+    before, *pieces = TURN.split(text)
+    if before.strip():
+        return []
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": SPOKEN[name], "content": said} for name, said in turns]
+
+
+def _prompt(prompt: str) -> list[Message]:
+    """The messages of a prompt: one, or its turns before the one that is opened at its end."""
+    turns = _turns(prompt)
+    opened = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
+    return turns[:-1] if opened and len(turns) > 1 else said_by("user", prompt)
+
 
 # What a shape may give of its rows, each row once.
 CONVERSATIONS = "conversations"  # a Conversation
@@ -119,11 +214,8 @@ class Labelled:
 @dataclass(frozen=True)
 class Shape:
     """One shape of rows: the keys by which it is recognized, a function that lists what is wrong
-    with them in a row, one that reads a checked row, what is given of it, and the keys that a row
-    may have besides.
-
-    `read` gives the messages of a prompt and those of each completion, by the name of its field; a
-    shape without it is of a text.
+    with them in a row, one that reads the messages of a checked row (those of a prompt and of each
+    completion; None for a text), what is given of it, and the keys that a row may have besides.
     """
 
     keys: tuple[str, ...]
@@ -152,10 +244,11 @@ class Shape:
     def given(self, what: str, row: Row) -> Any:
         """One of what the shape `gives`, of a checked row."""
         if self.read is None:
-            found = Conversation([], text=row["text"])
-            return Labelled(row["text"], row["label"]) if what == LABELS else found
-        asked, answers = self.read(row)
-        before = [*system_of(row), *asked] if row.get("system") else asked
+            if what == LABELS:
+                return Labelled(row["text"], row["label"])
+            return Conversation([], text=row["text"])
+        prompt, answers = self.read(row)
+        before = [*system_of(row), *prompt] if row.get("system") else prompt
         tools = tools_of(row["tools"]) if row.get("tools") else ()
         if what == PAIRS:
             return [Compared(before, answers, tools)]
@@ -165,15 +258,15 @@ class Shape:
         said = next(iter(answers.values()), [])
         if what == PROMPTS:
             # what comes before the last turn of the assistant, or all where that is not the last
-            own = not asked and bool(said) and said[-1]["role"] == "assistant"
-            said = [] if asked else said[: len(said) - own]
+            if prompt or (said and said[-1]["role"] == "assistant"):
+                said = [] if prompt else said[:-1]
             return Conversation([*before, *said], tools=tools)
-        return Conversation([*before, *said], len(before) if asked else 0, tools)
+        return Conversation([*before, *said], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
         """The conversation of a row; one without messages where the shape gives none."""
-        found = self.given(CONVERSATIONS, row) if CONVERSATIONS in self.gives else None
-        return found or Conversation([])
+        conversation = self.given(CONVERSATIONS, row) if CONVERSATIONS in self.gives else None
+        return conversation or Conversation([])
 
     def answered(self, row: Row) -> bool:
         """Whether every answer of a checked row says something, or is to be trained on all the same
@@ -181,11 +274,9 @@ class Shape:
         """
         for key in [key for key in self.keys if key in ANSWERS] or self.keys[:1]:
             value = row[key]
-            if isinstance(value, str):
-                if not value.strip():
-                    return False
-                continue
-            turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+            if isinstance(value, str) and not value.strip():
+                return False
+            turns = value if isinstance(value, list) else [value] * isinstance(value, dict)
             own = [t for t in turns if role_of(t.get("role", t.get("from"))) in SPEAKERS]
             said = [asks(t) or any(str(t.get(k) or "").strip() for k in SAID) for t in own]
             if own and not any(said[-1:] if key in COMPARED else said):
@@ -205,8 +296,8 @@ def shapes_for(wanted: str = "") -> tuple[Shape, ...]:
 
 
 def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
-    """Return the first shape whose keys the row has (a key with the value null counts as absent),
-    or None if there is none. The shapes are SHAPES, or those that are given.
+    """Return the first shape, of SHAPES or those that are given, whose keys the row has (a key with
+    the value null counts as absent), or None if there is none.
     """
     for shape in SHAPES if shapes is None else shapes:
         if all(row.get(key) is not None for key in shape.keys):
@@ -214,18 +305,12 @@ def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
     return None
 
 
-def _prompt_problems(row: Row) -> Iterator[str]:
-    check = message_problems if isinstance(row["prompt"], list) else text_problems
-    return check("prompt", row["prompt"])
-
-
 def _pair_problems(row: Row) -> Iterator[str]:
     kinds = [type(row[key]) for key in ("prompt", "completion")]
     if {*kinds} == {str, list}:
-        found = " and ".join(kind_of(row[key]) for key in ("prompt", "completion"))
         yield (
-            f"fields prompt and completion: found {found},"
-            " expected both text or both lists of messages"
+            f"fields prompt and completion: found {kind_of(row['prompt'])} and"
+            f" {kind_of(row['completion'])}, expected both text or both lists of messages"
         )
         return
     # of a prompt that is no list of messages, neither is the completion
@@ -234,18 +319,13 @@ def _pair_problems(row: Row) -> Iterator[str]:
     yield from check("completion", row["completion"])
 
 
-def _pair(row: Row) -> Said:
-    return said_by("user", row["prompt"]), {"completion": said_by("assistant", row["completion"])}
-
-
 def _label_problems(row: Row) -> Iterator[str]:
     yield from text_problems("text", row["text"])
     if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
-        yield f"field label: found {kind_of(row['label'])}, expected text or a whole number"
+        yield unlike("label", row["label"], "text or a whole number")
 
 
 def _instruction(answered: str, beside: str) -> Shape:
-    """A shape of an instruction, what it is about, and an answer, all text."""
     wrong = partial(instruction_problems, answered, beside)
     read, keys = partial(instruction, answered, beside), ("instruction", answered)
     return Shape(keys, wrong, read, CHAT, (beside, "system", "tools"))
@@ -255,7 +335,7 @@ CHAT = (CONVERSATIONS, PROMPTS)
 TWO = (*CHAT, PAIRS, JUDGED)
 PROMPT_ALONE = Shape(  # elsewhere such a row lacks a completion
     ("prompt",),
-    _prompt_problems,
+    lambda row: content_problems("prompt", row["prompt"]),
     lambda row: (said_by("user", row["prompt"]), {}),
     (PROMPTS,),
 )
@@ -266,7 +346,15 @@ SHAPES = (
         lambda row: ([], {"messages": normalized(row["messages"])}),
         CHAT,
     ),
-    Shape(("prompt", "completion"), _pair_problems, _pair, (*CHAT, JUDGED)),
+    Shape(
+        ("prompt", "completion"),
+        _pair_problems,
+        lambda row: (
+            said_by("user", row["prompt"]),
+            {"completion": said_by("assistant", row["completion"])},
+        ),
+        (*CHAT, JUDGED),
+    ),
     Shape(("prompt", *COMPARED), preference_problems, preference, TWO),
     Shape(("conversations", *COMPARED), turns_preference_problems, turns_preference, TWO),
     Shape(COMPARED, implicit_problems, implicit_preference, TWO),

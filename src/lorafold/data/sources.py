@@ -1,10 +1,8 @@
 """Where rows come from: a file, all files of a directory or that match a pattern, or a dataset of
 the Hugging Face hub or that `datasets` saved.
 
-Files of a directory or a pattern such as `data/*.jsonl` are taken in the order of their names, with
-numbers by size: part-2 comes before part-10. If names say that files are of the split `train`,
-those of other splits are left out, as hubs have them: `train` and the like are whole words of a
-file's name or of a folder's.
+Files are taken in the order of their names, with numbers by size: part-2 comes before part-10. If
+names have the word `train`, files of other splits are left out.
 """
 
 from __future__ import annotations
@@ -40,13 +38,13 @@ ABOUT = ("dataset_info.json", "dataset_infos.json")  # which `datasets` writes b
 
 
 class RowFiles(NamedTuple):
-    """The files of rows, and the reasons why others, by name, are none of them."""
+    """The files of rows, and the reasons why others, by name, are none of them, which `str` lists.
+    """
 
     paths: list[Path]
     left_out: dict[str, str]
 
     def __str__(self) -> str:
-        """What is left out, and why; empty for nothing."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
@@ -59,9 +57,8 @@ def is_pattern(name: str) -> bool:
 
 
 def files_of(name: str) -> RowFiles:
-    """The files of rows that a directory or a pattern stands for.
-
-    Raises LorafoldError if there is none, and for splits of which none is for training.
+    """The files of rows that a directory or a pattern stands for; of several splits those for
+    training.
     """
     directory, matched = Path(name), is_pattern(name)
     if matched:
@@ -70,9 +67,9 @@ def files_of(name: str) -> RowFiles:
         names = {path: path.relative_to(directory).as_posix() for path in directory.rglob("*")}
         # of what is hidden, such as .git, only rows are worth a word
         names = {p: n for p, n in names.items() if not _hidden(n) or kind_of_file(p)}
-    splits, left_out = dict[Path, str](), dict[str, str]()
-    if matched and "**" not in name:
-        left_out = {n: "a directory" for path, n in names.items() if path.is_dir()}
+    splits: dict[Path, str] = {}
+    directories = [n for path, n in names.items() if path.is_dir() and matched and "**" not in name]
+    left_out = dict.fromkeys(directories, "a directory")
     for path in sorted(filter(Path.is_file, names), key=_natural):
         file = names[path]
         if not matched and _hidden(file):
@@ -83,8 +80,8 @@ def files_of(name: str) -> RowFiles:
             left_out[file] = "of no kind that is read"
         else:
             words = () if matched else re.split(r"[^a-z]+", file.lower())
-            found = [SPLITS[word] for word in words if word in SPLITS]
-            splits[path] = "train" if "train" in found else (found or [""])[0]
+            splits_named = [SPLITS[word] for word in words if word in SPLITS]
+            splits[path] = "train" if "train" in splits_named else (splits_named or [""])[0]
     known = sorted({*splits.values()})
     if "train" in known:
         others = [path for path, split in splits.items() if split not in ("train", "")]
@@ -96,9 +93,9 @@ def files_of(name: str) -> RowFiles:
             f" train; a pattern such as {directory / f'*{known[0]}*'} takes one"
         )
     if not splits:
-        beside = f" ({RowFiles([], left_out)})" if left_out else ""
+        others_found = f" ({RowFiles([], left_out)})" if left_out else ""
         what = "no file that matches" if matched else "no file of rows"
-        raise LorafoldError(f"{name}: found {what}{beside}, expected {KINDS}")
+        raise LorafoldError(f"{name}: found {what}{others_found}, expected {KINDS}")
     return RowFiles([*splits], left_out)
 
 
@@ -114,7 +111,6 @@ def _hidden(name: str) -> bool:
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:
-    """By which paths are sorted: text without case, and numbers by size."""
     pieces = re.split(r"([0-9]+)", path.as_posix().casefold())
     return [int(p) if n % 2 else p for n, p in enumerate(pieces)], str(path)
 
@@ -139,24 +135,17 @@ class DataSource:
 
     @cached_property
     def files(self) -> tuple[DataSource, ...]:
-        """The files that it is made of, in their order; itself, if it is one file or a dataset.
-
-        Raises LorafoldError for a directory or a pattern without files of rows.
-        """
+        """The files that it is made of, in their order; itself, if it is one file or a dataset."""
         if not self.several:
             return (self,)
         return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
 
-    def told(self, counts: Mapping[str, int] | None = None) -> str:
-        """Which files it is made of, and which it leaves out.
-
-        Args:
-            counts: The rows of each file, by its name.
-        """
+    def described(self, counts: Mapping[str, int] | None = None) -> str:
+        """Which files it is made of, with the rows of each by its name, and which it leaves out."""
         names = [Path(file.name) for file in self.files]
         if self._path.is_dir():
             names = [name.relative_to(self._path) for name in names]
-        numbers = [""] * len(names) if counts is None else [f" {n:,} rows" for n in counts.values()]
+        numbers = [f" {n:,} rows" for n in counts.values()] if counts else [""] * len(names)
         files = shown(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
         out = f"; left out: {self._files}" if self._files.left_out else ""
         return f"{len(names):,} files: {files}{out}"
@@ -183,17 +172,12 @@ class DataSource:
         return f"{kind} {of_file(self._path)[1]}" if self._is_file else self._dataset._fingerprint
 
     def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
-        """The numbered rows of a file or dataset, unchecked. LorafoldError where they can't be
-        read.
-
-        Args:
-            tell: Is told in which encoding a file is, where that was guessed.
-            streaming: Make no copy of a dataset.
+        """The numbered rows of a file or dataset, unchecked; `streaming` makes no copy of a
+        dataset. `tell` gets the encoding of a file, where that was guessed.
         """
         if self._is_file:
             return numbered(self._path, lambda text: tell(f"{self.name}: {text}"))
-        found = _dataset(self.name, self._path, True) if streaming else self._dataset
-        return enumerate(found, 1)
+        return enumerate(_dataset(self.name, self._path, True) if streaming else self._dataset, 1)
 
     @property
     def _path(self) -> Path:
@@ -213,10 +197,7 @@ class DataSource:
 
 
 def source_from(text: str) -> DataSource:
-    """The source that a user names: a file, directory or hub dataset, with `:WEIGHT` or without.
-
-    Raises LorafoldError for a weight that is not above 0.
-    """
+    """The source that a user names: a file, directory or hub dataset, with `:WEIGHT` or without."""
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
@@ -228,37 +209,35 @@ def source_from(text: str) -> DataSource:
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
+    near = "" if local else beside(path)
     if path.is_file() and path.suffix.lower() in SPREADSHEETS:
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {AS_CSV}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
-        found = f"a {path.suffix or 'nameless'} file" if local else "no such file or directory"
-        near = "" if local else beside(path)
+        kind = f"a {path.suffix or 'nameless'} file" if local else "no such file or directory"
         expected = near or f", expected {KINDS}, a directory or a hub dataset"
-        raise LorafoldError(f"{source}: found {found}{expected}")
+        raise LorafoldError(f"{source}: found {kind}{expected}")
     from datasets import load_dataset, load_from_disk
     from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
-    away, near = "", "" if local else beside(path)
+    away = ""
     try:
         if local:
-            found = load_from_disk(source)
+            dataset = load_from_disk(source)
         else:
             with asked_once() as away:
-                found = load_dataset(source, streaming=streaming)
+                dataset = load_dataset(source, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = shortened((str(error) or type(error).__name__).splitlines()[0], 150)
         reason = f"{away}, and it is not in {HF_DATASETS_CACHE}" if away else reason
-        what = (
-            "can't be read"
-            if local
-            else "there is no such file, and it can't be loaded as a hub dataset"
-        )
+        what = "there is no such file, and it can't be loaded as a hub dataset"
+        what = "can't be read" if local else what
         raise LorafoldError(f"{source}: {what}: {reason}{near}") from error
-    if not isinstance(found, dict):
-        return found
-    if "train" not in found and len(found) != 1:
+    if not isinstance(dataset, dict):
+        return dataset
+    if "train" not in dataset and len(dataset) != 1:
         raise LorafoldError(
-            f"{source}: found the splits {', '.join(found)}; expected only one, or one named train"
+            f"{source}: found the splits {', '.join(dataset)}; expected only one, or one named"
+            " train"
         )
-    return found["train"] if "train" in found else next(iter(found.values()))
+    return dataset["train"] if "train" in dataset else next(iter(dataset.values()))

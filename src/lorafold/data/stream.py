@@ -1,17 +1,14 @@
 """Rows that are read while a run trains: data of any size, of which nothing is kept.
 
-    stream = stream_of(["rows.jsonl", "owner/name:0.3"])
-    for name, row, shape in stream.rows(seed, 10_000): ...
-
 Each row comes from a source that is drawn with a probability in proportion to its weight. A source
 that ends begins again. Rows pass through a buffer, from which one is drawn for each that enters.
-Both draws are seeded: step i of a run has the same rows whenever it is read, and a run that is
-resumed reads the rows of the steps before and leaves them out.
+Both draws are seeded, so a resumed run reads the rows of the steps before and leaves them out.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,7 +19,7 @@ from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
 from lorafold.data.json_input import Row
-from lorafold.data.rows import Noticed, check_given, checked, renamed
+from lorafold.data.rows import RowRemarks, check_given, checked, renamed
 from lorafold.data.shapes import Shape, shapes_for
 from lorafold.data.sources import DataSource, source_from
 from lorafold.data.tokenizing import Encoder
@@ -44,9 +41,7 @@ class RowStream:
 
     @cached_property
     def identity(self) -> str:
-        """What a resumed run must have in common with the one before: the names, and what tells
-        whether the rows are the same, but for a dataset of the hub.
-        """
+        """What a resumed run must have in common, but for datasets of the hub."""
         local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
@@ -56,18 +51,11 @@ class RowStream:
         return {"streamed": self.identity}
 
     def rows(self, seed: int, buffer: int) -> Iterator[Named]:
-        """All rows, without end, in a shuffled order.
-
-        Args:
-            seed: Of the order.
-            buffer: The rows among which the next one is drawn.
-
-        Raises LorafoldError for the first bad row that is read, and for sources that can't be read.
-        """
+        """All rows, without end, in a shuffled order."""
         rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
         readers = [self._endless(source) for source in self.sources]
         weights = [source.weight for source in self.sources]
-        waiting = list[Named]()
+        waiting = []
         while True:
             [reader] = sources.choices(readers, weights)
             waiting.append(next(reader))
@@ -81,50 +69,42 @@ class RowStream:
         """The shape of the rows of each source."""
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
-    def noticed(self) -> Noticed:
-        """What there is to say of the first rows of each source."""
-        found = Noticed(self.wanted)
+    def remarks(self) -> RowRemarks:
+        """Remarks on the first rows of each source."""
+        remarks = RowRemarks(self.wanted)
         for source in self.sources:
-            for _ in islice(self._endless(source, found), PEEKED):
+            for _ in islice(self._endless(source, remarks), PEEKED):
                 pass
-        return found
+        return remarks
 
-    def _endless(self, source: DataSource, noticed: Noticed | None = None) -> Iterator[Named]:
-        noticed, shapes = noticed or Noticed(self.wanted), shapes_for(self.wanted)
+    def _endless(self, source: DataSource, remarks: RowRemarks | None = None) -> Iterator[Named]:
+        remarks, shapes = remarks or RowRemarks(self.wanted), shapes_for(self.wanted)
         while True:
-            found = None
+            any_row = False
             for file in source.files:
                 rows = renamed(file.numbered(streaming=True), self.columns)
-                good = checked(rows, file.name, True, shapes, source.several, noticed)
+                good = checked(rows, file.name, True, shapes, source.several, remarks)
                 for number, shape, row in good:
-                    found = f"{file.name}: row {number}", row, shape
-                    yield found
-            if found is None:
+                    any_row = True
+                    yield f"{file.name}: row {number}", row, shape
+            if not any_row:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
 
 
 def stream_of(
     sources: str | Sequence[str], columns: Mapping[str, str] | None = None, wanted: str = ""
 ) -> RowStream:
-    """The stream of one or several sources, with columns and what is wanted as for `read_rows`.
-
-    Raises LorafoldError if the first rows of a source can't be read.
-    """
+    """The stream of one or several sources, with columns and what is wanted as for `read_rows`."""
     named = [sources] if isinstance(sources, str) else sources
     stream = RowStream(tuple(map(source_from, named)), columns or {}, wanted)
-    stream.noticed()
+    stream.remarks()
     return stream
 
 
 @dataclass(eq=False)
 class StreamFeed(BatchFeed):
-    """The examples of rows that are read as they are needed; `batch` rows a step.
-
-    rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.
-    max_length: Longer examples are cut to this many tokens, at their end.
-    batch: Rows of an optimizer step.
-    steps: The number of optimizer steps.
-    seed: The seed of the order.
+    """The examples of rows that are read as they are needed, `batch` a step; `rows` gives all rows,
+    without end, in the order of a seed.
     """
 
     rows: Callable[[int], Iterator[Named]]
@@ -134,39 +114,31 @@ class StreamFeed(BatchFeed):
     steps: int
     seed: int
     foreseen = 50
-    _read = _cut = _unlabelled = _marked = 0
+    _counts: Counter[str] = field(default_factory=Counter)
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
-        self._read = self._cut = self._unlabelled = self._marked = 0
+        self._counts.clear()
         rows = islice(self.rows(self.seed), step * self.batch, None)
-        for _ in range(step, self.steps):
-            yield self._examples(rows, self.batch)
+        return (self._examples(rows, self.batch) for _ in range(step, self.steps))
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
         rows = self.rows(seed)
-        for _ in range(n):
-            yield self._examples(rows, size)
+        return (self._examples(rows, size) for _ in range(n))
 
     @property
-    def told(self) -> str:  # type: ignore[override]
-        text = f"stream: {self._read:,} rows read"
-        if self._cut:
-            text += f"; {self._cut:,} were cut at {self.max_length} tokens"
-        if self._unlabelled:
-            text += f"; {self._unlabelled:,} have no token to train on"
-        if self._marked:
-            text += f"\n{self._marked} {MARKED}"
-        return text
+    def summary(self) -> str:  # type: ignore[override]
+        counts = {
+            "cut": f"were cut at {self.max_length} tokens",
+            "unlabelled": "have no token to train on",
+        }
+        parts = [f"{n:,} {what}" for name, what in counts.items() if (n := self._counts[name])]
+        marked = f"\n{self._counts['marked']} {MARKED}" if self._counts["marked"] else ""
+        return "; ".join([f"stream: {self._counts['read']:,} rows read", *parts]) + marked
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
-        """The examples of the next n rows.
-
-        Raises LorafoldError for a row that can't be used, and if none has a token to train on.
-        """
         import pyarrow as pa
 
-        chunk = list(islice(rows, n))
-        takes = self.encoder.takes
+        chunk, takes = list(islice(rows, n)), self.encoder.takes
         check_given((shape for *_, shape in chunk), takes)
         batch = self.encoder.encode([shape.given(takes, row) for _, row, shape in chunk], 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
@@ -179,8 +151,7 @@ class StreamFeed(BatchFeed):
                 f"stream: none of {n} rows from {chunk[0][0]} on has a token to train on within"
                 f" max_length {self.max_length}"
             )
-        self._read += n
-        self._cut += int((Lists(table.column("ids")).lengths > self.max_length).sum())
-        self._unlabelled += n - len(set(examples.rows.tolist()))
-        self._marked += examples.marked
+        cut = int((Lists(table.column("ids")).lengths > self.max_length).sum())
+        unlabelled = n - len(set(examples.rows.tolist()))
+        self._counts.update(read=n, cut=cut, unlabelled=unlabelled, marked=examples.marked)
         return examples

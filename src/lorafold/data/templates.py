@@ -1,25 +1,11 @@
-"""What a chat template does with a conversation, found out by rendering probes once per template.
-
-    template = template_of(tokenizer, tools)
-    template.form         how it takes messages: arguments of calls as an object or as text, say
-    template.block        how it encloses reasoning, as in <think> and </think>
-    template.ending       how it ends a turn of the assistant
-
-Some take a call's arguments as an object, others as JSON text; some a message of calls without
-content, others with an empty one; some content as text, others as a list of parts. The first form
-is taken whose rendering has the arguments, and not as Python prints them or quoted twice.
-
-A template that shows no reasoning is taken to have <think> and </think>, which rows may have in
-their contents.
+"""What a chat template does with a conversation, found out by rendering probes once per template:
+how it takes messages (`form`), encloses reasoning (`block`), and ends the assistant's turns:
 
     with the turn               ... answer<end>\\n
     with the next message       ... answer<user>\\nnext          what opens that one ends it
-    not at all                  ... answer
+    not at all                  ... answer                      the tokenizer's end token is trained
 
-A model stops at a token, so an end is the special token behind the answer, the last one if several
-follow upon each other. Where a template writes none with the turn, its rendering lacks what
-generation has to produce: the token that the next message begins with is trained as the end, or the
-tokenizer's own end token.
+An end is the special token behind the answer, the last one if several follow upon each other.
 """
 
 from __future__ import annotations
@@ -31,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property, lru_cache
+from os.path import commonprefix
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -71,6 +58,7 @@ CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # the beginning of a tag, which others ha
 WITH_TURN: Final = "with the turn"
 WITH_NEXT: Final = "with the next message"
 NOWHERE: Final = "not at all"
+Written = Literal["with the turn", "with the next message", "not at all"]
 
 
 def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -82,13 +70,12 @@ CALLED: Message = {
     "role": "assistant",
     "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}],
 }
+RESULT: Message = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
 
 
 @dataclass(frozen=True)
 class MessageForm:
-    """How a template takes messages: `text`: arguments as JSON text; `empty`: an empty content
-    beside calls; `parts`: content as a list of parts.
-    """
+    """Arguments as JSON `text`, `empty` content beside calls, content as a list of `parts`."""
 
     text: bool = False
     empty: bool = False
@@ -112,11 +99,10 @@ class MessageForm:
 
 @dataclass(frozen=True)
 class Block:
-    """What stands before and after the reasoning of a turn, without surrounding whitespace.
-
-    `shown` is whether the chat template shows the reasoning of the last turn, `spaced` whether the
-    whitespace after the closing belongs to the block; `lead` and `between` are what stands before
-    the reasoning and behind it, the opening left out.
+    """What stands before and after the reasoning of a turn, without surrounding whitespace. `shown`
+    is whether the template shows the reasoning of the last turn, `spaced` whether the whitespace
+    after the closing is part of the block; `lead` and `between` stand before and behind the
+    reasoning.
     """
 
     opening: str
@@ -152,14 +138,12 @@ USUAL = Block.of_tags("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a template ends a turn.
-
-    written: With what the end is written.
-    text: The end; where nothing writes one, the tokenizer's end token, empty if it has none.
-    tokens: The ids of the special tokens that end a turn, whoever speaks next.
+    """Where a template ends a turn: with what the end is written, its text (the tokenizer's end
+    token where nothing writes one), and the ids of the special tokens that end a turn, whoever
+    speaks next.
     """
 
-    written: Literal["with the turn", "with the next message", "not at all"]
+    written: Written
     text: str
     tokens: frozenset[int]
 
@@ -185,9 +169,9 @@ class Template:
     @cached_property
     def form(self) -> MessageForm:
         """The form in which it takes messages."""
-        asked = str(ASKED["content"])
+        question = str(ASKED["content"])
         shown = [
-            asked in attempt(MessageForm(parts=p).of([ASKED]), self.tokenizer)
+            question in attempt([ASKED], self.tokenizer, form=MessageForm(parts=p))
             for p in (False, True)
         ]
         parts = shown == [False, True]
@@ -196,7 +180,7 @@ class Template:
             message = {"role": "assistant", "tool_calls": [call(NAME, arguments)]}
             quoted = json.dumps(json.dumps(arguments))[1:-1]
             for form in (MessageForm(n > 1, n % 2 > 0, parts) for n in range(4)):
-                text = attempt(form.of([ASKED, message]), self.tokenizer, [PROBE_TOOL])
+                text = attempt([ASKED, message], self.tokenizer, [PROBE_TOOL], form=form)
                 after = text.rpartition(NAME)[2]
                 odd = quoted in after or str(arguments) in after
                 if KEY in after and VALUE in after and not odd:
@@ -206,12 +190,9 @@ class Template:
     @cached_property
     def block(self) -> Block:
         """How it encloses reasoning."""
-        form = MessageForm(parts=template_of(self.tokenizer).form.parts)
-        texts = [
-            attempt(form.of([ASKED, turn]), self.tokenizer)
-            for turn in (SAID | {"reasoning_content": THOUGHT}, SAID)
-        ]
-        prompt = attempt(form.of([ASKED]), self.tokenizer, for_generation=True)
+        turns = (SAID | {"reasoning_content": THOUGHT}, SAID)
+        texts = [attempt([ASKED, turn], self.tokenizer) for turn in turns]
+        prompt = attempt([ASKED], self.tokenizer, for_generation=True)
         if THOUGHT not in texts[0] or WORD not in texts[0]:
             return USUAL
         header = CUT.sub("", common(*texts, prompt))
@@ -232,57 +213,46 @@ class Template:
     @cached_property
     def ending(self) -> Ending:
         """How it ends a turn."""
-        tokenizer, form = self.tokenizer, template_of(self.tokenizer).form
-        said = form.of([ASKED, SAID])
-        behind = attempt(said, tokenizer).rpartition(WORD)[2]
+        behind = attempt([ASKED, SAID], self.tokenizer).rpartition(WORD)[2]
         at = 0
-        for found in self.specials.finditer(behind):
-            if at and behind[at : found.start()].strip():
+        for special in self.specials.finditer(behind):
+            if at and behind[at : special.start()].strip():
                 break
-            at = found.end()  # through all special tokens that follow upon the first
-        written: Literal["with the turn", "with the next message", "not at all"] = WITH_TURN
+            at = special.end()  # through all special tokens that follow upon the first
+        written: Written = WITH_TURN
         ends = [behind[:at]]
         if not at:
-            following = attempt([*said, *form.of([{"role": "user", "content": NEXT}])], tokenizer)
+            following = attempt([ASKED, SAID, {"role": "user", "content": NEXT}], self.tokenizer)
             between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
             written, ends = NOWHERE, [self.eos]
             if end := self.through_special(between):
                 written, ends = WITH_NEXT, [end, self._before_result()]
-        each = [tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
+        each = [self.tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
         return Ending(written, ends[0], frozenset(int(ids[-1]) for ids in each if len(ids)))
 
     @cached_property
     def shows_tools(self) -> bool:
         """Whether it shows a probe tool, with a system message or without."""
-        form = template_of(self.tokenizer, [PROBE_TOOL]).form
-        asked = (form.of([ASKED]), form.of([SYSTEM, ASKED]))
-        return any(KEY in attempt(m, self.tokenizer, [PROBE_TOOL], True) for m in asked)
+        conversations = ([ASKED], [SYSTEM, ASKED])
+        return any(KEY in attempt(c, self.tokenizer, [PROBE_TOOL], True) for c in conversations)
 
     @cached_property
     def shows_calls(self) -> bool:
         """Whether it shows a probe call, as the last message or in an earlier one."""
-        said: list[Message] = [
-            CALLED,
-            {"role": "tool", "content": VALUE, "name": NAME, "tool_call_id": "probe0000"},
-            {"role": "assistant", "content": VALUE},
-        ]
-        form = template_of(self.tokenizer).form
-        texts = (attempt(form.of([ASKED, *said[:n]]), self.tokenizer) for n in (1, 3))
+        after = [RESULT | {"content": VALUE}, {"role": "assistant", "content": VALUE}]
+        texts = (attempt([ASKED, CALLED, *after[:n]], self.tokenizer) for n in (0, 2))
         return any(NAME in text.replace(VALUE, "") for text in texts)
 
     def through_special(self, text: str) -> str:
         """The beginning of a text up to its first special token, and that token; empty without one.
         """
-        found = self.specials.search(text)
-        return text[: found.end()] if found else ""
+        special = self.specials.search(text)
+        return text[: special.end()] if special else ""
 
     def _before_result(self) -> str:
         """What ends a call where its result comes next; empty if it shows no such thing."""
-        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
-        form = template_of(self.tokenizer, [PROBE_TOOL]).form
-        called = form.of([ASKED, CALLED])
-        text = attempt(called, self.tokenizer, [PROBE_TOOL]).rstrip()
-        longer = attempt([*called, *form.of([result])], self.tokenizer, [PROBE_TOOL])
+        text = attempt([ASKED, CALLED], self.tokenizer, [PROBE_TOOL]).rstrip()
+        longer = attempt([ASKED, CALLED, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
         return self.through_special(follows.partition(NEXT)[0])
 
@@ -309,36 +279,19 @@ def apply(
     for_generation: bool = False,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """The text of messages that are in the template's form.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        tools: The tools that the conversation offers.
-        for_generation: Append the generation prompt, which opens the assistant's next turn.
-        variables: Further variables of the template, such as enable_thinking.
-
-    Raises LorafoldError if the template refuses the messages.
-    """
+    """The text of messages in the template's form, with the generation prompt or without it."""
     given: Any = list(tools) or None
+    prompt: Any = {"tools": given, "add_generation_prompt": for_generation}
     try:
         if not tokenizer.is_fast:  # it may have a way of its own
-            text = tokenizer.apply_chat_template(
-                list(messages),
-                tools=given,
-                tokenize=False,
-                add_generation_prompt=for_generation,
-                **variables,
-            )
-            return str(text)
+            prompt |= {"tokenize": False, **variables}
+            return str(tokenizer.apply_chat_template(list(messages), **prompt))
         # what apply_chat_template calls, without the checks that `data.messages` has done: two
         # thirds of the time
-        special: Any = tokenizer.special_tokens_map
+        template = tokenizer.get_chat_template(tools=given)
+        special: Any = tokenizer.special_tokens_map | dict(variables)
         rendered: Any = render_jinja_template(
-            [list(messages)],
-            tools=given,
-            chat_template=tokenizer.get_chat_template(tools=given),
-            add_generation_prompt=for_generation,
-            **special | dict(variables),
+            [list(messages)], chat_template=template, **prompt, **special
         )
         return str(rendered[0][0])
     except TemplateError as error:
@@ -357,10 +310,12 @@ def attempt(
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Tool] = (),
     for_generation: bool = False,
+    form: MessageForm | None = None,
 ) -> str:
-    """As `apply`, with an empty text where the template refuses the messages."""
+    """As `apply`, for messages as `data.messages` has them; empty where they are refused."""
+    form = form or template_of(tokenizer, tools).form
     try:
-        return apply(messages, tokenizer, tools, for_generation)
+        return apply(form.of(messages), tokenizer, tools, for_generation)
     except LorafoldError:
         return ""
 
@@ -376,28 +331,24 @@ def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a chat template that writes one date, where the template itself has the
-    form of the date: it `is_dated` still where a form is a variable.
-
-    Args:
-        tokenizer: It stays as it is.
-        day: The date, as 2026-11-28; empty where the template asks for none.
+    """The tokenizer with a chat template that writes one date, as 2026-11-28, where it has the
+    date's form itself; unchanged for an empty date.
     """
-
-    def written(found: re.Match[str]) -> str:
-        return json.dumps(datetime.fromisoformat(day).strftime(found[2]))
-
     if not day:
         return tokenizer
     fixed, template = copy.copy(tokenizer), tokenizer.chat_template
-    named = template if isinstance(template, dict) else {"": template}
-    texts = {name: ASKING.sub(written, text) for name, text in named.items()}
-    fixed.chat_template = texts if isinstance(template, dict) else texts[""]
+
+    def written(text: str) -> str:
+        form = datetime.fromisoformat(day).strftime
+        return ASKING.sub(lambda match: json.dumps(form(match[2])), text)
+
+    if isinstance(template, dict):
+        fixed.chat_template = {name: written(text) for name, text in template.items()}
+    else:
+        fixed.chat_template = written(template)
     return fixed
 
 
-def common(*texts: str) -> str:
-    """The beginning that texts have in common."""
-    columns = zip(*texts, strict=False)
-    length = next((n for n, found in enumerate(columns) if len(set(found)) > 1), None)
-    return min(texts, key=len) if length is None else texts[0][:length]
+def common(*parts: Any) -> Any:
+    """What texts, or lists, have in common at their beginning."""
+    return commonprefix(parts)  # noqa: RUF071  (by characters, as is wanted)

@@ -2,9 +2,9 @@
 
     table = tokenized(rows, encoder, console)      a pyarrow.Table, memory-mapped if it is large
 
-An `Encoder` makes a record batch of some rows. The table of large data is kept in the cache, under
-the digest of the rows and all that the encoder depends on. `datasets.map` is not used for this: a
-killed run would leave its workers and its manager behind, which would keep their memory.
+The table of large data is kept in the cache, under the digest of the rows and all that the encoder
+depends on. `datasets.map` is not used for this: a killed run would leave its workers and its
+manager behind, which would keep their memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.row_store import CHUNK, LARGE, Rows, named
+from lorafold.data.control_tokens import MARKED
+from lorafold.data.row_store import CHUNK, LARGE, Rows, SourcePart, named
 from lorafold.data.rows import check_given
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
@@ -52,21 +54,41 @@ class Encoder(ABC):
     def encode(self, given: Sequence[Any], first: int) -> pa.RecordBatch:
         """The examples of some rows, of which the first has the index `first`: `row` is the row's
         index, `ids` (T,) are its token ids, and `problem` says why the row can't be used.
-
-        Args:
-            given: What the shape of each row gives, as `takes` names it.
         """
 
 
-def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
-    """Return the table of all examples, in the order of the rows.
-
-    Args:
-        console: For a progress bar and a notice of how much is written; None is quiet.
-
-    Raises LorafoldError for rows of other shapes than the encoder takes, for rows with problems
-    (the first ten are listed), for a full disk, and if a worker process was killed.
+@dataclass(frozen=True)
+class Encoded:
+    """The examples that have a token to train on, a report over all rows, whose `str` has lines of
+    text, and how many rows with examples are from each source.
     """
+
+    examples: Any
+    report: Any
+    parts: tuple[SourcePart, ...]
+
+
+def with_counts(first: str, *counts: tuple[int, str]) -> str:
+    """A line, and one more for each count that is not 0."""
+    return "\n".join([first, *(f"{count} {text}" for count, text in counts if count)])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of rows: a line, and how many were cut and have control tokens as text."""
+
+    line: str
+    max_length: int = 0
+    truncated: int = 0
+    marked: int = 0
+
+    def __str__(self) -> str:
+        cut = f"rows were cut at {self.max_length} tokens"
+        return with_counts(self.line, (self.truncated, cut), (self.marked, MARKED))
+
+
+def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
+    """Return the table of all examples, in the order of the rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -86,14 +108,13 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
         first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
         places = rows.origins.places(one["row"] for one in first)
         problems = zip(named(places), first, strict=True)
-        told = (f"{name}: {one['problem']}" for name, one in problems)
+        lines = (f"{name}: {one['problem']}" for name, one in problems)
         source = "" if places[0].file else "data: "
-        raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
+        raise LorafoldError(f"{source}{listed(lines, '; ', count=len(bad))}")
     return table
 
 
 def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
-    """The table of large data, made once and kept in the cache."""
     import pyarrow as pa
 
     def notice(text: str) -> None:
@@ -131,17 +152,13 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
 
 
 def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
-    """The examples of some rows as JSON text, of which the first has the index `first`."""
-    read = [*map(json.loads, texts)]
-    return encoder.encode(rows.given(encoder.takes, read, first), first)
+    return encoder.encode(rows.given(encoder.takes, [*map(json.loads, texts)], first), first)
 
 
 def _chunks(
     rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Chunks of rows, each after the index of its first one, while a progress bar shows how many
-    have passed, and the time left.
-    """
+    """Chunks of rows, each after the index of its first one, with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())

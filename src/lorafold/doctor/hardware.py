@@ -324,12 +324,12 @@ def template(model: str, **how: Any) -> Iterator[Finding]:
         model: Its tokenizer is read.
         how: How it is opened, as fields of `resolve.base.Base`.
     """
-    from lorafold.data.checks import account_of
+    from lorafold.data.checks import describe_template
     from lorafold.resolve.base import Base
 
     tokenizer = Base(model, **how).tokenizer()
     if tokenizer.chat_template is None:
         yield Finding("template", "none; a plain one is used (### User: / ### Assistant:)", "")
         return
-    account = account_of(tokenizer)
+    account = describe_template(tokenizer)
     yield Finding("template", "; ".join(account.lines), account.as_json())

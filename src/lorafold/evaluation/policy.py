@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafold.data.arrow import lengths_of
-from lorafold.data.prompt_examples import PromptEncoder, TokenizedPrompt, prompt_data
+from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
@@ -101,7 +101,7 @@ class Rewarded:
         """
         judged = [
             Judged(
-                prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}",
+                prompt.question, one.text, prompt.other_fields, f"{prompt.where}, completion {n}",
                 prompt.conversation,
             )
             for prompt, group in zip(prompts, groups, strict=True)

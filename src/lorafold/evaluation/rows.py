@@ -229,6 +229,6 @@ def _completions(
     with progress_bar(console, "completions") as step:
         texts = complete(model, tokenizer, prompts, most, progress=step)
     return tuple(
-        Answer(r.asked, r.text, without_reasoning(text, r.prompt, tokenizer))
+        Answer(r.question, r.text, without_reasoning(text, r.prompt, tokenizer))
         for r, text in zip(expected, texts, strict=True)
     )

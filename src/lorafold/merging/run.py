@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.adapter import load
-from lorafold.data.probe_texts import probe_ids
+from lorafold.data.examples import probe_ids
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks

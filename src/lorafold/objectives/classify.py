@@ -15,7 +15,6 @@ from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
 from lorafold.data.classification import (
-    LabelledData,
     LabelledExample,
     Labels,
     classes_of,
@@ -25,7 +24,7 @@ from lorafold.data.classification import (
 from lorafold.data.examples import WHOLE
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.model_card import CLASSES
 from lorafold.layers import is_linear
@@ -82,7 +81,7 @@ class Classify(Objective):
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Labels(tokenizer, self.classes)
 
-    def data(self, table: pa.Table, rows: Rows, max_length: int) -> LabelledData:
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         return labelled(table, rows, max_length, self.classes)
 
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:

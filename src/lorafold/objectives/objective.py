@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
 from lorafold.data.batches import BatchFeed
-from lorafold.data.checks import account_of
+from lorafold.data.checks import describe_template
 from lorafold.data.examples import WHOLE
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.row_store import Rows, SourcePart
@@ -194,7 +194,7 @@ class Objective(ABC):
         notice of what was added, or of how the template renders.
         """
         plain = ensure_chat_template(tokenizer)
-        return plain or f"chat template: {'; '.join(account_of(tokenizer).lines)}"
+        return plain or f"chat template: {'; '.join(describe_template(tokenizer).lines)}"
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         """Paths of the modules that must be trained whole, whatever the method adapts.

@@ -24,13 +24,13 @@ from lorafold.core.contexts import undropped
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
-from lorafold.data.prompt_examples import PromptData, PromptEncoder, TokenizedPrompt, prompt_data
+from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PROMPTS
 from lorafold.data.sources import Row
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.policy import Rewarded
@@ -144,7 +144,7 @@ class PolicyObjective(OnPolicy):
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return PromptEncoder(tokenizer)
 
-    def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         return prompt_data(table, rows, max_length - self.sampling.max_new_tokens)
 
     def updates(
@@ -254,7 +254,7 @@ class PolicyObjective(OnPolicy):
             rollouts = []  # a policy that is its reference has nothing to be held back from
         return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
 
-    def measure(self, loss: RolloutLoss, held_out: PromptData) -> Measured:
+    def measure(self, loss: RolloutLoss, held_out: Encoded) -> Measured:
         """The mean reward of one completion of each prompt, always from the same samples, with its
         interval; the loss is minus that.
         """

@@ -25,12 +25,12 @@ from torch import nn
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array
 from lorafold.data.batches import BatchFeed, StoredFeed
-from lorafold.data.branches import Branched, BranchedExamples, Branches, PreferredData, preferred
+from lorafold.data.branches import Branched, BranchedExamples, Branches, preferred
 from lorafold.data.examples import WHOLE, preview
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.shapes import PAIRS
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.files.terminal import print_lines
@@ -72,7 +72,7 @@ class Comparing(Objective):
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Branches(tokenizer, self.law.kind, rendering)
 
-    def data(self, table: pa.Table, rows: Rows, max_length: int) -> PreferredData:
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         return preferred(table, rows, max_length, self.law.kind)
 
     def trained(self, example: Branched) -> Branched:
@@ -216,7 +216,7 @@ class Preference(Comparing):
             feed = feed.with_examples(refer)
         else:
             print_lines(console, "reference: log-probabilities are computed in each step")
-        if moves(loss.model) and isinstance(held_out, PreferredData):
+        if moves(loss.model) and isinstance(held_out, Encoded):
             examples = cast(BranchedExamples, held_out.examples)
             known = referenced(loss, examples, below, console, layout)
             held_out = replace(held_out, examples=known)

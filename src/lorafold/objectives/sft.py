@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorafold.data.examples import WHOLE, CompletionEncoder, Encoded, Example, encoded, preview
+from lorafold.data.examples import WHOLE, CompletionEncoder, Example, encoded, preview
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import Objective, Packing
 from lorafold.training_step.losses import CompletionLoss, Loss

@@ -58,9 +58,8 @@ RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
 @dataclass(frozen=True)
 class Story:
-    """The figures of the quickstart. Exact match is a share of the unseen rows, `kl` is that of the
-    certificate in nats a token, `lost` the share of what the adapter changes that llama.cpp
-    computes otherwise, None where it is not installed, and `base` the storage of the base.
+    """The figures of the quickstart: shares of unseen rows, `kl` in nats a token, and `lost`, the
+    share of the adapter's changes that llama.cpp computes otherwise, if it is installed.
     """
 
     exact_match_before: float
@@ -78,26 +77,25 @@ class Story:
 
     def meaning(self) -> list[str]:
         """Each figure in a sentence: what it is, and whether it is good."""
-        after = self.exact_match_after
+        after, share = self.exact_match_after, self.adapter_bytes / self.model_bytes
         learned = next(words for share, words in LEARNED if after >= share)
-        found = [
+        sentences = [
             f"exact match {self.exact_match_before:.1%} before, {after:.1%} after: the share of"
             f" {UNSEEN} requests it never saw that get the right JSON, to the letter; {learned}",
         ]
         if self.kl is not None:
             close = "no difference but rounding: good" if self.kl < ROUNDING else CHANGED
-            found.append(
+            sentences.append(
                 f"KL {self.kl:.1e} nats a token: how far the merged model is from base plus"
                 f" adapter; {close}"
             )
         if self.lost is not None:
-            found.append(
+            sentences.append(
                 f"{self.lost:.2%} lost in llama.cpp: of what the adapter changes, how much that"
                 f" engine computes otherwise; export allows {exporting.SHARE:.0%}, so this is good"
             )
-        share = self.adapter_bytes / self.model_bytes
         return [
-            *found,
+            *sentences,
             f"adapter {self.adapter_bytes / 1e6:.1f} MB, model {self.model_bytes / 1e6:.1f} MB: a"
             f" further task costs {share:.1%} of a model; that is usual for LoRA of rank 16 on a"
             " model as small as this, and larger ones need a smaller share",
@@ -106,45 +104,40 @@ class Story:
 
 
 def fastest(device: torch.device) -> Storage:
-    """bf16 or fp32, whichever this device multiplies faster; the task is learned equally well with
-    both.
-    """
+    """bf16 or fp32, whichever this device multiplies faster; both learn the task equally."""
     best = choose_storage("auto", device)
     if not widens(best.dtype, device):
         return best
-    has = best.why.partition(": ")[2]
-    return Storage(torch.float32, None, f"fp32: {has}, and is faster in fp32")
+    why = f"fp32: {best.why.partition(': ')[2]}, and is faster in fp32"
+    return Storage(torch.float32, None, why)
 
 
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> Story:
     """Run all steps and write `train.jsonl`, `test.jsonl`, `asked.jsonl`, `adapter/`,
-    `adapter.html`, `merged/` and `gguf/`.
-
-    Args:
-        overwrite: Replace what an earlier quickstart wrote to `out`.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-
-    Raises LorafoldError if `out` exists and `overwrite` is off.
+    `adapter.html`, `merged/` and `gguf/`, over those of an earlier quickstart with `overwrite`.
     """
     start = time.perf_counter()
     if out.exists() and not overwrite:
         raise LorafoldError(
             f"{out} exists; pass --overwrite to replace what an earlier quickstart wrote to it"
         )
-    for part in ("adapter", "merged", "gguf"):
-        check_out(out / part, overwrite)
+    adapter, merged_to, exported_to = parts = [out / p for p in ("adapter", "merged", "gguf")]
+    for part in parts:
+        check_out(part, overwrite)
     where = choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
     storage = fastest(where)
     base = "bf16" if storage.dtype is torch.bfloat16 else "fp32"
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     for sentence in computing(where, storage):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    train_rows, test_rows = (
-        rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0),
-        rows("test", UNSEEN, seed=0),
-    )
+        tell(sentence)
+    train_rows = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
+    test_rows = rows("test", UNSEEN, seed=0)
     asked = [{"prompt": row["prompt"]} for row in test_rows[:ABROAD]]
     for name, data in (("train", train_rows), ("test", test_rows), ("asked", asked)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -154,7 +147,7 @@ def quickstart(
     console.rule("2  training: LoRA on every linear layer of the blocks")
     request = RunRequest(
         Base(MODEL, device=device),
-        out / "adapter",
+        adapter,
         RECIPE.model_copy(update={"storage": base}),
         train_rows,
         str(out / "train.jsonl"),
@@ -162,49 +155,43 @@ def quickstart(
     )
     trained = train(request, console)
     console.rule("3  after: the same unseen rows")
-    after = measure(test_rows, out / "adapter", storage, where, console)
+    after = measure(test_rows, adapter, storage, where, console)
     side_by_side(before, after, console)
     console.rule("4  inspect: what the adapter changed")
-    adapters = open_all([out / "adapter"])
+    adapters = open_all([adapter])
     found = inspect(Base(MODEL), adapters)
     page(found, out / "adapter.html")
-    for sentence in found["advice"]:
+    for sentence in (*found["advice"], f"all figures: {out / 'adapter.html'}"):
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"all figures: {out / 'adapter.html'}", highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
-    merged = merge(
-        Base(MODEL), adapters, out / "merged", MergeOptions(overwrite=overwrite), console
-    )
+    merged = merge(Base(MODEL), adapters, merged_to, MergeOptions(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
     console.rule("6  export: the adapter for llama.cpp, proved there")
     wanted = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
-    exported = exporting.export(Base(MODEL), adapters, out / "gguf", wanted, console)
-    console.print(exported.summary(), highlight=False, markup=False, soft_wrap=True)
+    exported = exporting.export(Base(MODEL), adapters, exported_to, wanted, console)
+    tell(exported.summary())
 
     adapter_bytes, model_bytes = (
-        sum(f.stat().st_size for f in (out / p).glob("*.safetensors"))
-        for p in ("adapter", "merged")
+        sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (adapter, merged_to)
     )
     return Story(
         before.exact_match or 0.0,
         after.exact_match or 0.0,
         trained.seconds,
         time.perf_counter() - start,
-        str(out / "adapter"),
-        str(out / "merged"),
+        str(adapter),
+        str(merged_to),
         adapter_bytes,
         model_bytes,
         merged.kl,
-        str(out / "gguf"),
+        str(exported_to),
         None if exported.proof is None else exported.proof.share,
         base,
     )
 
 
 def computing(where: torch.device, storage: Storage) -> Iterator[str]:
-    """Lines about what computes: the processor or the GPU, what it multiplies in, and whether the
-    operations of a step could be compiled.
-    """
+    """Lines about the processor or GPU, its dtype, and whether operations were compiled."""
     if where.type != "cpu":
         [name] = [gpu.name for gpu in gpus() if gpu.device == str(where)] or [str(where)]
         yield f"computing on {where}: {name}"
@@ -228,12 +215,7 @@ def measure(
     where: torch.device,
     console: Console,
 ) -> Evaluation:
-    """Evaluate the embedded model.
-
-    Args:
-        adapter: A saved adapter to load on it, or None.
-        storage: How the base stores its weights.
-    """
+    """Evaluate the embedded model."""
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
@@ -244,9 +226,8 @@ def measure(
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
     """Print completions before and after training as a table."""
-    table = Table(
-        *(Column(name, overflow="fold") for name in ("prompt", "before", "after")), show_lines=True
-    )
+    columns = (Column(name, overflow="fold") for name in ("prompt", "before", "after"))
+    table = Table(*columns, show_lines=True)
     for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:
         table.add_row(first.prompt, first.answer, second.answer)
     console.print(table)

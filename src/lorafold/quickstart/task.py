@@ -3,16 +3,10 @@
     "Could you book a table for four at The Copper Lantern on Friday at 8pm"
     -> {"intent":"book","people":4,"place":"The Copper Lantern","day":"Friday","time":"8:00 pm"}
 
-Names, places, errands and messages are copied verbatim; numbers and times are normalised (four ->
-4, half past eight in the evening -> 8:30 pm). The keys have a fixed order, without spaces. A small
-model scores 0% before training, so everything that it can do afterwards comes from these rows.
-
-Every word list below is split in two: about every fifth word belongs to the test split, the others
-to the train split. Test values are made of test words only, so none of their names, places, errands
-or messages occurs in training, whole or in part. The lists are long because a model that sees few
-words memorizes them, while one that sees many learns to copy. Most values begin with a fixed word
-("The", "Aunt", "Lake"), because the tokens of a word after an opening quote differ from those of
-the same word after a space. The rows need no network and are the same for the same arguments.
+Names, places, errands and messages are copied verbatim; numbers and times are normalised. About
+every fifth word of each list is in test values only, so nothing of them occurs in training. The
+lists are long because a model that sees few words memorizes them. Most values begin with a fixed
+word ("The", "Lake"), because tokens after an opening quote differ from those after a space.
 """
 
 import json
@@ -21,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "test"]
 Message = dict[str, str]
@@ -107,12 +101,9 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The words of a list that belong to a split: about a fifth to test. A word has the same split
-    in every list.
-    """
-    return tuple(
-        word for word in words if (zlib.crc32(word.lower().encode()) % 5 == 0) == (split == "test")
-    )
+    """A split's words of a list: about a fifth to test, the same ones in every list."""
+    is_test = {word: zlib.crc32(word.lower().encode()) % 5 == 0 for word in words}
+    return tuple(word for word in words if is_test[word] == (split == "test"))
 
 
 def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
@@ -132,9 +123,8 @@ def number(low: int, high: int) -> Slot:
 
     def draw(rng: random.Random, split: Split) -> tuple[str, int]:
         value = rng.randint(low, high)
-        return (
-            NUMBERS[value - 1] if value <= len(NUMBERS) and rng.random() < 0.6 else str(value)
-        ), value
+        in_words = value <= len(NUMBERS) and rng.random() < 0.6
+        return NUMBERS[value - 1] if in_words else str(value), value
 
     return draw
 
@@ -149,17 +139,13 @@ def clock(rng: random.Random, split: Split) -> tuple[str, str]:
     """A time as "8pm", "8:30pm", "eight in the evening" or "half past eight in the evening" ->
     "8:00 pm", "8:30 pm".
     """
-    hour, minutes, half = (
-        rng.choice((6, 7, 8, 9)),
-        *rng.choice((("00", "am"), ("30", "am"), ("00", "pm"), ("30", "pm"))),
-    )
+    hour = rng.choice((6, 7, 8, 9))
+    minutes, half = rng.choice((("00", "am"), ("30", "am"), ("00", "pm"), ("30", "pm")))
+    past = minutes == "30"
+    spoken = f"{hour}{':30' * past}{half}"
     if rng.random() < 0.3:
-        spoken = (
-            f"{'half past ' if minutes == '30' else ''}{NUMBERS[hour - 1]} in the"
-            f" {'morning' if half == 'am' else 'evening'}"
-        )
-    else:
-        spoken = f"{hour}{':30' if minutes == '30' else ''}{half}"
+        when = "morning" if half == "am" else "evening"
+        spoken = f"{'half past ' * past}{NUMBERS[hour - 1]} in the {when}"
     return spoken, f"{hour}:{minutes} {half}"
 
 
@@ -185,9 +171,7 @@ NEWS = composed(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (
 
 @dataclass(frozen=True)
 class Intent:
-    """Slots in the order of the JSON keys, and phrasings, in which `(a|b)` is a choice and `<slot>`
-    the spoken value of a slot.
-    """
+    """Slots in the order of JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` its value."""
 
     slots: Mapping[str, Slot]
     requests: tuple[str, ...]  # imperatives, which take an opening
@@ -251,13 +235,7 @@ INTENTS = {
 
 
 def rows(split: Split, n: int, seed: int) -> list[Row]:
-    """Different rows {"prompt": [system, user], "completion": [assistant]}, equally many for each
-    intent; the same for the same arguments.
-
-    Args:
-        split: train or test, which have no words of values in common.
-        seed: Draws the rows.
-    """
+    """Different rows of prompt and completion, equally many for each intent, by the seed."""
     rng = random.Random(f"{split} {seed}")
     drawn: dict[str, Row] = {}
     names = list(INTENTS)
@@ -273,19 +251,14 @@ def rows(split: Split, n: int, seed: int) -> list[Row]:
 
 
 def _draw(name: str, rng: random.Random, split: Split) -> tuple[str, str]:
-    """One request of an intent, and its JSON."""
     intent = INTENTS[name]
-    spoken: dict[str, str] = {}
-    record: dict[str, str | int] = {"intent": name}
-    for key, slot in intent.slots.items():
-        words, value = slot(rng, split)
-        spoken[key], record[key] = words, value
-    phrasing = (
-        rng.choice([OPENINGS + request for request in intent.requests] + list(intent.sentences))
-        + CLOSINGS
-    )
+    values = {key: slot(rng, split) for key, slot in intent.slots.items()}  # spoken, recorded
+    openings = [OPENINGS + request for request in intent.requests]
+    phrasing = rng.choice([*openings, *intent.sentences]) + CLOSINGS
     phrasing = re.sub(r"\(([^()]*)\)", lambda choice: rng.choice(choice[1].split("|")), phrasing)
-    request = re.sub(r"<(\w+)>", lambda key: spoken[key[1]], phrasing)
+    request = re.sub(r"<(\w+)>", lambda key: values[key[1]][0], phrasing)
     if rng.random() < 0.5:
         request = request[0].upper() + request[1:]
+    record: dict[str, Any] = {"intent": name}
+    record |= {key: recorded for key, (_, recorded) in values.items()}
     return request, json.dumps(record, separators=(",", ":"), ensure_ascii=False)

@@ -1,7 +1,6 @@
 """The fields of a recipe: the type, the default and the meaning of each choice of a training run.
 
-A field that is None asks for the method's own default, so that this file knows no method. Defaults
-are keywords (`default=`), where type checkers look for them.
+A field that is None asks for the method's own default, so that this file knows no method.
 """
 
 from typing import Annotated, Any, Literal
@@ -54,219 +53,178 @@ COMMON = {
 }
 
 
+def described(default: Any, description: str) -> Any:
+    """A field with a default and what `--help` says of it."""
+    return Field(default=default, description=description)
+
+
 class Fields(BaseModel):
     """What each field is alone; `Recipe` says what they are together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Name = Field(
-        default="lora", description=f"The adaptation method: {', '.join(METHODS)}."
+    method: Name = described("lora", f"The adaptation method: {', '.join(METHODS)}.")
+    rank: Count | None = described(
+        None, "The rank r of the update. Without it the method's own; LoRA has 16."
     )
-    rank: Count | None = Field(
-        default=None,
-        description="The rank r of the update. Without it the method's own; LoRA has 16.",
+    alpha: Positive | None = described(
+        None, "The update is scaled by alpha / r. Without it 2r for LoRA."
     )
-    alpha: Positive | None = Field(
-        default=None, description="The update is scaled by alpha / r. Without it 2r for LoRA."
+    dropout: Decay | None = described(
+        None, "Dropout on the input of the update. Without it 0.05 for LoRA."
     )
-    dropout: Decay | None = Field(
-        default=None, description="Dropout on the input of the update. Without it 0.05 for LoRA."
+    options: dict[str, Any] = described(
+        {}, "Further options of the method, as in init=gaussian or over=loha."
     )
-    options: dict[str, Any] = Field(
-        default={}, description="Further options of the method, as in init=gaussian or over=loha."
+    targets: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = described(
+        None,
+        "The modules to adapt: a preset such as all-linear, a regular expression over whole"
+        " module paths, or a list of name endings such as q_proj. Without it the method's own;"
+        " LoRA has all-linear.",
     )
-    targets: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = Field(
-        default=None,
-        description=(
-            "The modules to adapt: a preset such as all-linear, a regular expression over whole"
-            " module paths, or a list of name endings such as q_proj. Without it the method's own;"
-            " LoRA has all-linear."
-        ),
+    rank_pattern: dict[str, Count] = described(
+        {}, "Another rank for the modules that a pattern matches, as in 0.q_proj=8."
     )
-    rank_pattern: dict[str, Count] = Field(
-        default={},
-        description="Another rank for the modules that a pattern matches, as in 0.q_proj=8.",
+    alpha_pattern: dict[str, Positive] = described(
+        {}, "Another alpha for the modules that a pattern matches."
     )
-    alpha_pattern: dict[str, Positive] = Field(
-        default={}, description="Another alpha for the modules that a pattern matches."
+    bias: Literal["none", "lora_only", "all"] = described(
+        "none", "Also train the biases of the adapted modules, or of all modules."
     )
-    bias: Literal["none", "lora_only", "all"] = Field(
-        default="none",
-        description="Also train the biases of the adapted modules, or of all modules.",
+    modules_to_save: tuple[Name, ...] = described(
+        (), "Modules that are trained whole and saved with the adapter."
     )
-    modules_to_save: tuple[Name, ...] = Field(
-        default=(), description="Modules that are trained whole and saved with the adapter."
+    new_tokens: tuple[Name, ...] = described(
+        (),
+        "Words that shall each be one token. Their rows of the embedding and the head are"
+        ' trained, also those of words that are tokens already. As in "<|user|>,<|bot|>".',
     )
-    new_tokens: tuple[Name, ...] = Field(
-        default=(),
-        description=(
-            "Words that shall each be one token. Their rows of the embedding and the head are"
-            ' trained, also those of words that are tokens already. As in "<|user|>,<|bot|>".'
-        ),
+    chat_template: Name | None = described(
+        None,
+        "A file with a Jinja chat template, which replaces the model's own and is saved with"
+        " the adapter. none joins prompt and completion as they stand (./none is a file); tools"
+        " is ChatML with tools, for models whose own template has none.",
     )
-    chat_template: Name | None = Field(
-        default=None,
-        description=(
-            "A file with a Jinja chat template, which replaces the model's own and is saved with"
-            " the adapter. none joins prompt and completion as they stand (./none is a file); tools"
-            " is ChatML with tools, for models whose own template has none."
-        ),
+    template_kwargs: dict[Name, Any] = described(
+        {}, "Variables of the chat template, saved with it: enable_thinking=false."
     )
-    template_kwargs: dict[Name, Any] = Field(
-        default={},
-        description="Variables of the chat template, saved with it: enable_thinking=false.",
+    allow_control_tokens: bool = described(
+        False, "Control tokens in contents are tokens; else they are read as text."
     )
-    allow_control_tokens: bool = Field(
-        default=False,
-        description="Control tokens in contents are tokens; else they are read as text.",
+    train_on: Literal["all", "last"] = described(
+        "all", "The turns of the assistant to train on: all, or the last of each row."
     )
-    train_on: Literal["all", "last"] = Field(
-        default="all",
-        description="The turns of the assistant to train on: all, or the last of each row.",
+    mask_reasoning: bool = described(
+        False, "Leave the reasoning of the assistant's turns out of the loss."
     )
-    mask_reasoning: bool = Field(
-        default=False, description="Leave the reasoning of the assistant's turns out of the loss."
-    )
-    end_of_turn: Literal["auto", "none"] = Field(
-        default="auto",
-        description="Train an end also where the template writes none with a turn, or none there.",
+    end_of_turn: Literal["auto", "none"] = described(
+        "auto", "Train an end also where the template writes none with a turn, or none there."
     )
 
-    objective: str = Field(default=DEFAULT, description=descriptions())
-    beta: NonNegative | None = Field(
-        default=None,
-        description=(
-            "How strongly a preference or a policy is held to the reference: small allows large"
-            " changes. Without it the objective's own; DPO has 0.1, GRPO 0."
-        ),
+    objective: str = described(DEFAULT, descriptions())
+    beta: NonNegative | None = described(
+        None,
+        "How strongly a preference or a policy is held to the reference: small allows large"
+        " changes. Without it the objective's own; DPO has 0.1, GRPO 0.",
     )
-    objective_options: dict[str, Any] = Field(
-        default={},
-        description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
+    objective_options: dict[str, Any] = described(
+        {}, "Further options of the objective, as in label_smoothing=0.1 or sft_weight=1."
     )
-    storage: quantizations.StorageName = Field(
-        default=quantizations.DEFAULT,
-        description=(
-            "How the base stores its weights while the adapter is trained:"
-            f" {quantizations.LISTED}. auto is bf16 where the device multiplies it natively,"
-            " else fp32."
-        ),
+    storage: quantizations.StorageName = described(
+        quantizations.DEFAULT,
+        "How the base stores its weights while the adapter is trained:"
+        f" {quantizations.LISTED}. auto is bf16 where the device multiplies it natively,"
+        " else fp32.",
     )
 
-    lr: Positive | None = Field(
-        default=None,
-        description=(
-            "The peak learning rate. Without it the method's own, of which preferences take a"
-            " twentieth; LoRA has 2e-4."
-        ),
+    lr: Positive | None = described(
+        None,
+        "The peak learning rate. Without it the method's own, of which preferences take a"
+        " twentieth; LoRA has 2e-4.",
     )
-    lr_b: Positive | None = Field(
-        default=None,
-        description=(
-            "The peak learning rate of LoRA's up factors B (LoRA+). Without it the method's own;"
-            " LoRA has 3e-3, and 4e-4 for classes."
-        ),
+    lr_b: Positive | None = described(
+        None,
+        "The peak learning rate of LoRA's up factors B (LoRA+). Without it the method's own;"
+        " LoRA has 3e-3, and 4e-4 for classes.",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate goes on after the warm-up."
+    schedule: Literal["cosine", "linear", "constant"] = described(
+        "cosine", "How the learning rate goes on after the warm-up."
     )
-    warmup: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.03, description="The share of the steps over which the learning rate rises."
+    warmup: Annotated[float, Field(ge=0, le=1)] = described(
+        0.03, "The share of the steps over which the learning rate rises."
     )
-    warmup_steps: Count | None = Field(
-        default=None,
-        description="The number of steps over which it rises, in place of their share.",
+    warmup_steps: Count | None = described(
+        None, "The number of steps over which it rises, in place of their share."
     )
-    weight_decay: NonNegative = Field(
-        default=0.0,
-        description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",
+    weight_decay: NonNegative = described(
+        0.0, "AdamW's decoupled weight decay of matrices; vectors, as biases, have none."
     )
-    clip: NonNegative = Field(
-        default=1.0,
-        description="Gradients are scaled down to this norm. 0 leaves them as they are.",
+    clip: NonNegative = described(
+        1.0, "Gradients are scaled down to this norm. 0 leaves them as they are."
     )
-    betas: tuple[Decay, Decay] = Field(
-        default=(0.9, 0.999), description="The decay rates of AdamW's two moments."
-    )
-    eps: Positive = Field(default=1e-8, description="AdamW's epsilon.")
-    optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = Field(
-        default="auto",
-        description=(
-            "AdamW with its moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a"
-            " CUDA device that is short of memory."
-        ),
+    betas: tuple[Decay, Decay] = described((0.9, 0.999), "The decay rates of AdamW's two moments.")
+    eps: Positive = described(1e-8, "AdamW's epsilon.")
+    optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = described(
+        "auto",
+        "AdamW with its moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a"
+        " CUDA device that is short of memory.",
     )
 
-    epochs: Positive | Literal["auto"] = Field(
-        default="auto",
-        description=(
-            "Passes over the training rows. auto is one, of few rows as many as 100 steps take; it"
-            " ends where the held-out loss no longer falls, and keeps the adapter of the best step"
-            " (a policy makes all steps)."
-        ),
+    epochs: Positive | Literal["auto"] = described(
+        "auto",
+        "Passes over the training rows. auto is one, of few rows as many as 100 steps take; it"
+        " ends where the held-out loss no longer falls, and keeps the adapter of the best step"
+        " (a policy makes all steps).",
     )
-    steps: Count | None = Field(
-        default=None, description="The number of optimizer steps. It takes precedence over epochs."
+    steps: Count | None = described(
+        None, "The number of optimizer steps. It takes precedence over epochs."
     )
-    batch: Count = Field(default=8, description="Rows of an optimizer step.")
-    accumulate: Count = Field(
-        default=1, description="Micro-batches of an optimizer step, at least. It divides batch."
+    batch: Count = described(8, "Rows of an optimizer step.")
+    accumulate: Count = described(
+        1, "Micro-batches of an optimizer step, at least. It divides batch."
     )
-    streaming: bool = Field(
-        default=False,
-        description=(
-            "Read rows while training, and keep none: for data that is larger than the disk. It"
-            " takes a number of steps, and held-out rows of their own."
-        ),
+    streaming: bool = described(
+        False,
+        "Read rows while training, and keep none: for data that is larger than the disk. It"
+        " takes a number of steps, and held-out rows of their own.",
     )
-    shuffle_buffer: Count = Field(
-        default=10_000, description="With streaming, the rows among which the next one is drawn."
+    shuffle_buffer: Count = described(
+        10_000, "With streaming, the rows among which the next one is drawn."
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(
-        default=1024,
-        description=(
-            "Longer rows are cut to this many tokens, and counted. A packed sequence holds as many."
-            " Unless it is set, it is at most the model's positions."
-        ),
+    max_length: Annotated[int, Field(ge=2)] = described(
+        1024,
+        "Longer rows are cut to this many tokens, and counted. A packed sequence holds as many."
+        " Unless it is set, it is at most the model's positions.",
     )
-    packing: bool | Literal["auto"] = Field(
-        default="auto",
-        description=(
-            "Lay rows end to end, with attention per row, instead of padding them. auto also"
-            " computes once what rows begin with in common, where that pays."
-        ),
+    packing: bool | Literal["auto"] = described(
+        "auto",
+        "Lay rows end to end, with attention per row, instead of padding them. auto also"
+        " computes once what rows begin with in common, where that pays.",
     )
-    gradient_checkpointing: bool | Literal["auto"] = Field(
-        default="auto",
-        description=(
-            "Recompute activations in the backward pass, which takes less memory and more time."
-            " auto does it where a step would not fit otherwise."
-        ),
+    gradient_checkpointing: bool | Literal["auto"] = described(
+        "auto",
+        "Recompute activations in the backward pass, which takes less memory and more time."
+        " auto does it where a step would not fit otherwise.",
     )
-    strategy: Literal["ddp", "fsdp"] = Field(
-        default="ddp",
-        description=(
-            "What several processes hold: ddp the whole model in each, fsdp a part of its weights,"
-            " of which one block is whole at a time."
-        ),
+    strategy: Literal["ddp", "fsdp"] = described(
+        "ddp",
+        "What several processes hold: ddp the whole model in each, fsdp a part of its weights,"
+        " of which one block is whole at a time.",
     )
 
-    eval_fraction: Decay = Field(
-        default=0.0, description="The share of the rows to hold out if no held-out rows are given."
+    eval_fraction: Decay = described(
+        0.0, "The share of the rows to hold out if no held-out rows are given."
     )
-    eval_every: Count | None = Field(
-        default=None,
-        description="Steps between evaluations. Without it at each checkpoint and at the end.",
+    eval_every: Count | None = described(
+        None, "Steps between evaluations. Without it at each checkpoint and at the end."
     )
-    save_every: Count | None = Field(
-        default=None,
-        description="Steps between checkpoints. Without it about ten checkpoints a run.",
+    save_every: Count | None = described(
+        None, "Steps between checkpoints. Without it about ten checkpoints a run."
     )
-    keep: Count = Field(default=2, description="Checkpoints to keep besides the best.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default=0, description="The seed of the initialization, the order of the rows and dropout."
+    keep: Count = described(2, "Checkpoints to keep besides the best.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = described(
+        0, "The seed of the initialization, the order of the rows and dropout."
     )
-    trackers: tuple[Name, ...] = Field(
-        default=(),
-        description="Trackers of the accelerate library to report to, as in tensorboard.",
+    trackers: tuple[Name, ...] = described(
+        (), "Trackers of the accelerate library to report to, as in tensorboard."
     )

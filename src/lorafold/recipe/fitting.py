@@ -29,9 +29,7 @@ LENGTH: int = Recipe.model_fields["max_length"].default
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """Return the fields that the recipe sets but its method has no option for, such as the rank of
-    a prompt.
-    """
+    """Return the fields that the recipe sets but its method has no option for."""
     known = known_options(recipe.method, recipe.options.get("over"))
     return [name for name in recipe.for_method() if name not in known]
 
@@ -44,14 +42,11 @@ def without(recipe: Recipe) -> str | None:
 
 
 def spec_of(recipe: Recipe) -> Spec:
-    """Make the spec of the recipe's method, without the fields that are `left_out`.
-
-    Raises LorafoldError for an unknown method and for `options` that the method does not have.
-    """
+    """Make the spec of the recipe's method, without the fields that are `left_out`."""
     known = known_options(recipe.method, recipe.options.get("over"))
     fields = {name: value for name, value in recipe.for_method().items() if name in known}
-    draws = OBJECTIVES[recipe.objective].draws
-    if draws and "dropout" in known:
+    samples = OBJECTIVES[recipe.objective].draws
+    if samples and "dropout" in known:
         if given := recipe.options.get("dropout", recipe.dropout):
             raise LorafoldError(
                 f"dropout: found {given}, expected 0: the objective {recipe.objective}"
@@ -59,7 +54,7 @@ def spec_of(recipe: Recipe) -> Spec:
             )
         fields["dropout"] = 0.0
     spec = make_spec(recipe.method, **fields | recipe.options)
-    if draws and spec.asks_losses:
+    if samples and spec.asks_losses:
         raise LorafoldError(
             f"method: found {recipe.method}, which chooses what it trains by the losses of rows;"
             f" the objective {recipe.objective} has no loss before completions are drawn"
@@ -81,9 +76,7 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
 
 
 def trainable_storage(recipe: Recipe) -> str:
-    """Return the storage of a base whose own weights are trained: fp32, or bf16 if the recipe asks
-    for it. Raises LorafoldError if it asks for quantized weights.
-    """
+    """Return the storage of a base that trains: fp32, or bf16 if the recipe asks for it."""
     storage = str(recipe.storage)
     if storage in QUANTIZED and "storage" in recipe.model_fields_set:
         raise LorafoldError(
@@ -101,60 +94,40 @@ def settled_base(
     If the recipe does not set it, it is that of the model's files if these are quantized, else that
     on which the adapters that the run loads were trained, else the recipe's default. It is not
     quantized if bitsandbytes is not installed, or if the method trains the base's own weights.
-
-    Raises LorafoldError if the recipe asks for a quantized base in one of these two cases.
-
-    Args:
-        recipe: The recipe of the run.
-        spec: The spec of its method.
-        source: The base model.
-        adapters: The saved adapters that the run loads.
     """
-    storage, asked = str(recipe.storage), "storage" in recipe.model_fields_set
+    storage, is_set = str(recipe.storage), "storage" in recipe.model_fields_set
     if spec.trains_base:
         return trainable_storage(recipe)
-    if not asked:
+    if not is_set:
         in_files, made_on = default_storage(source), trained_on(adapters)
         if in_files != "auto":
             storage = in_files
         elif made_on is not None and made_on.storage in (*MADE, *PLAIN):
             storage = made_on.storage
-    if storage in MADE and importlib.util.find_spec("bitsandbytes") is None:
-        if asked:
-            raise LorafoldError(
-                f"storage {storage}: needs bitsandbytes, which is not installed; pip install"
-                " bitsandbytes, or expected bf16, fp32 or auto"
-            )
-        return "auto"
-    return storage
+    if storage not in MADE or importlib.util.find_spec("bitsandbytes") is not None:
+        return storage
+    if is_set:
+        raise LorafoldError(
+            f"storage {storage}: needs bitsandbytes, which is not installed; pip install"
+            " bitsandbytes, or expected bf16, fp32 or auto"
+        )
+    return "auto"
 
 
 def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
-    """The recipe with the length that rows are cut to. If it does not set one, that is the default
-    or, where the base has fewer positions, as many as it has; the console is told.
-
-    Raises LorafoldError for a length that it sets and that the base has no positions for.
-
-    Args:
-        before: The positions that adapters take before each row.
+    """The recipe with the length that rows are cut to: the one it sets, or the default within the
+    base's positions behind the `before` ones that adapters take.
     """
     asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
     head = OBJECTIVES[recipe.objective].head
-    found = positions_in(base.config(), head, base.trust_remote_code)
-    length = fitted_length(found, asked, before, console)
+    positions = positions_in(base.config(), head, base.trust_remote_code)
+    length = fitted_length(positions, asked, before, console)
     return recipe.model_copy(update={"max_length": length} if length != recipe.max_length else {})
 
 
-def fitted_length(found: Positions, asked: int | None, before: int, console: Console) -> int:
-    """As `settled_length`, by what is known of the positions.
-
-    Args:
-        found: Those of the model.
-        asked: The length that was asked for; None: a recipe's default.
-        before: The positions that adapters take before each row.
-        console: For a line where they bound it, or do not reach as far.
-    """
-    length, told = found.after(before).fitted(asked, LENGTH)
-    if told:
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+def fitted_length(positions: Positions, asked: int | None, before: int, console: Console) -> int:
+    """As `settled_length`, by a model's positions, for the length that was asked for, if any."""
+    length, remark = positions.after(before).fitted(asked, LENGTH)
+    if remark:
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
     return length

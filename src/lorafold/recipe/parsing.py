@@ -17,8 +17,7 @@ from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
 from lorafold.files.record import RENAMED, named_as_now
-from lorafold.recipe.recipe import UNWORDED, Recipe
-from lorafold.recipe.validation import explain
+from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
 log = logging.getLogger(__name__)
 TRANSLATES = "lorafold recipe --from {} reads other tools' files"
@@ -33,24 +32,19 @@ def load_recipe(
     defaults: Recipe | None = None,
     **flags: Any,
 ) -> Recipe:
-    """Make a recipe of a YAML file, `--set key=value` pairs and flags.
+    """Make a recipe of a YAML file of recipe fields, `--set key=value` pairs and flags, of which
+    None was not given; `defaults` apply where the others set nothing.
 
-    Raises LorafoldError that lists every bad field with its source, what was found and what was
-    expected.
-
-    Args:
-        config: A YAML file of recipe fields.
-        sets: `key=value` pairs, whose values are YAML. Up to its first dot, a key may name options,
-            template_kwargs, rank_pattern or alpha_pattern, and after it an entry of that field
-            (`options.init=gaussian`, `rank_pattern.0.q_proj=8`).
-        defaults: The recipe whose set fields apply where the others set nothing.
-        flags: Recipe fields; None means that the flag was not given.
+    The values of pairs are YAML. Up to its first dot, a key may name options, template_kwargs,
+    rank_pattern or alpha_pattern, and after it an entry of that field (`options.init=gaussian`,
+    `rank_pattern.0.q_proj=8`).
     """
     values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
     sources: dict[str, str] = dict.fromkeys(values, "the defaults")
     problems: list[str] = []
-    for key, value in (_read(config) if config is not None else {}).items():
-        values[key], sources[key] = value, str(config)
+    given = {} if config is None else _read(config)
+    values |= given
+    sources |= dict.fromkeys(given, str(config))
     named = {pair.partition("=")[0].strip() for pair in sets}
     for old in RENAMED.keys() & named:
         if (now := RENAMED[old]) in named:
@@ -59,28 +53,26 @@ def load_recipe(
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
-        field = RENAMED.get(field, field)
+        field, source = RENAMED.get(field, field), "--set"
         value = parse_yaml(text, f"--set {pair}")
         if not equals or not field:
             problems.append(f"--set {pair}: expected key=value")
-        elif not dot:
-            values[field], sources[field] = value, "--set"
-        elif field in Recipe.model_fields and Recipe.model_fields[field].default != {}:
+            continue
+        if dot and field in Recipe.model_fields and field not in MAPPINGS:
             problems.append(
                 f"--set {pair}: found a dotted key, but {field} has no entries; expected"
                 f" {field}=value (only {', '.join(MAPPINGS[:-1])} and {MAPPINGS[-1]} have entries)"
             )
-        else:
+            continue
+        if dot:
             below = values.get(field)
-            values[field] = (below if isinstance(below, dict) else {}) | {inner: value}
-            sources[field] = (
-                f"{sources[field]} and --set"
-                if below and sources[field] not in ("--set", "the defaults")
-                else "--set"
-            )
-    for field, value in flags.items():
-        if value is not None:
-            values[field], sources[field] = value, "--" + field.replace("_", "-")
+            value = (below if isinstance(below, dict) else {}) | {inner: value}
+            if below and sources[field] not in ("--set", "the defaults"):
+                source = f"{sources[field]} and --set"
+        values[field], sources[field] = value, source
+    given = {field: value for field, value in flags.items() if value is not None}
+    values |= given
+    sources |= {field: "--" + field.replace("_", "-") for field in given}
     try:
         recipe = Recipe.model_validate(values, context=UNWORDED)
     except ValidationError as error:
@@ -91,11 +83,7 @@ def load_recipe(
 
 
 def text_of(path: Path, what: str) -> str:
-    """The text of a file in UTF-8, as Windows writes it too. LorafoldError where it can't be read.
-
-    Args:
-        what: What it is expected to be.
-    """
+    """The text of a file in UTF-8, as Windows writes it too."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -121,7 +109,7 @@ _Yaml.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. LorafoldError names `where` it stands if it is none."""
+    """The value of a YAML text."""
     try:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
@@ -132,23 +120,23 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _read(config: Path) -> Mapping[str, Any]:
-    found = parse_yaml(text_of(config, "a recipe"), str(config))
-    if found is None:
+    fields = parse_yaml(text_of(config, "a recipe"), str(config))
+    if fields is None:
         log.warning("%s: it says nothing, so the defaults hold", config)
         return {}
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise LorafoldError(
-            f"{config}: expected recipe fields as `name: value` lines, found {kind_of(found)};"
+            f"{config}: expected recipe fields as `name: value` lines, found {kind_of(fields)};"
             f" {TRANSLATES.format(config)}"
         )
-    theirs = [name for name in found if name not in {*Recipe.model_fields, *RENAMED}]
-    if 2 * len(theirs) > len(found) and len(theirs) > 1:
+    theirs = [name for name in fields if name not in {*Recipe.model_fields, *RENAMED}]
+    if 2 * len(theirs) > len(fields) and len(theirs) > 1:
         raise LorafoldError(
             f"{config}: found {listed(theirs, room=100)}, which are no fields of a recipe;"
             f" {TRANSLATES.format(config)}"
         )
     try:
-        return named_as_now(found)
+        return named_as_now(fields)
     except LorafoldError as error:
         raise LorafoldError(f"{config}: {error}") from None
 

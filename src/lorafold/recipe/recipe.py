@@ -4,7 +4,9 @@ Use `Recipe(...)` from Python; `recipe.parsing` makes one of a YAML file, `--set
 """
 
 import warnings
+from collections.abc import Iterator, Mapping
 from math import ceil
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, get_args
 
 import yaml
@@ -16,11 +18,58 @@ from pydantic import (
     model_validator,
 )
 
-from lorafold.errors import LorafoldError, both_names, called_now, cut
+from lorafold.advice import advice
+from lorafold.errors import LorafoldError, both_names, called_now, cut, listed
 from lorafold.files.record import RENAMED
 from lorafold.objectives import OBJECTIVES, named
 from lorafold.recipe.fields import OF_METHOD, Fields
-from lorafold.recipe.validation import explain
+
+WORDS = {
+    "missing": "one more value",
+    **dict.fromkeys(("int_parsing", "int_from_float"), "a whole number"),
+    "float_parsing": "a number",
+}
+NOWHERE: Mapping[str, str] = MappingProxyType({})
+
+
+def explain(
+    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str] = NOWHERE
+) -> Iterator[str]:
+    """What is wrong with the values of a recipe, field by field: what was found and what was
+    expected. `sources` are where fields come from; one that comes from a call has none.
+    """
+
+    def origin(field: str) -> str:
+        return f" (from {sources[field]})" if field in sources else ""
+
+    # (field, key of its entry) -> the expectations that it fails, in order, each once
+    expected: dict[tuple[str, str], dict[str, None]] = {}
+    strange: dict[str, list[str]] = {}  # fields that there are not, by where they come from
+    for problem in error.errors(include_url=False):
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if not problem["loc"]:
+            yield message
+            continue
+        kind = problem["type"]
+        message = "on or off" if kind.startswith("bool_") else WORDS.get(kind, message)
+        field, *inner = map(str, problem["loc"])
+        if kind != "extra_forbidden":
+            deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
+            expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
+        elif hint := advice(field, values, Fields.model_fields):
+            yield f"{field}{origin(field)} is not a field of a recipe: {hint}"
+        else:
+            strange.setdefault(origin(field), []).append(field)
+    for place, names in strange.items():
+        what = "is not a field" if len(names) == 1 else "are no fields"
+        known = listed(Fields.model_fields, room=60)
+        yield f"{listed(names, room=60)}{place} {what} of a recipe: expected one of {known}"
+    for (field, key), messages in expected.items():
+        value, name = values[field], field
+        if key:
+            value, name = value[key], f"{field}.{key}"
+        yield f"{name}: found {value!r}{origin(field)}, expected {' or '.join(messages)}"
+
 
 STEPS = 100  # the least of `epochs="auto"`
 FEW = 30  # steps, by which a run learns little
@@ -91,7 +140,7 @@ class Recipe(Fields):
     if not TYPE_CHECKING:  # type checkers say so themselves
 
         def __setattr__(self, name: str, value: Any) -> NoReturn:
-            """A recipe does not change. Raises LorafoldError, which says how to make another."""
+            """A recipe does not change."""
             raise LorafoldError(
                 f"recipe: {name}: found a new value, expected none, as a recipe is frozen; make"
                 f" another one, as in lf.Recipe({name}={cut(repr(value), 80)})"

@@ -5,8 +5,8 @@
 
     judging.py     what is judged, what judges, by its name, and several with weights
     worker.py      the process of a reward that has one of its own
-    kinds.py       what the process opens: files with a function, patterns, schemas, verifiers
-    calling.py     how a function is called, and what it may return
+    functions.py   what the process opens (files with a function, patterns, schemas, verifiers), how
+                   a function is called, and what it may return
 
 A function of the user may loop for ever, call a program that never ends, exit, or take all memory,
 and a pattern may backtrack for minutes. Each of these ends a process that nothing else depends on,

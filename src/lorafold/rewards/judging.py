@@ -1,13 +1,9 @@
 """What judges completions: a reward by its name, which runs in a process of its own, a function
 that is called in this one, and several of them, summed with their weights.
 
-    FILE.py:fn             a Python function
-    regex:PATTERN          1 where the whole completion matches
-    schema:FILE.json       1 where the completion is JSON that fits
-    reasoning-gym:TASK     the verifier of a task
-    adapter:DIR            the score of a reward model: `lorafold.evaluation.reward_adapter`, which
-                           has the model that it needs
-    0.5*FILE.py:fn         any of them with a weight
+    FILE.py:fn             a Python function            reasoning-gym:TASK   a task's verifier
+    regex:PATTERN          1 for a whole match          adapter:DIR          a reward model's score
+    schema:FILE.json       1 for JSON that fits         0.5*FILE.py:fn       any with a weight
 """
 
 from __future__ import annotations
@@ -29,8 +25,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, printable
 from lorafold.files.paths import beside
-from lorafold.rewards.calling import LARGEST, Function, Item, Wrong, number
-from lorafold.rewards.kinds import pattern
+from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, pattern
 from lorafold.runtime.killable_process import Died, Killable, Late, packed
 
 LIMIT = 30.0  # seconds of a call
@@ -76,33 +71,22 @@ class Reward(Protocol):
     weight: float
 
     def __call__(self, judged: Sequence[Judged]) -> Sequence[float | None]:
-        """A finite number for each, or None where the reward does not apply. Raises LorafoldError,
-        which names the reward and the completion that it fails on.
-        """
+        """A finite number for each, or None where the reward does not apply."""
 
     def close(self) -> None:
         """End what it runs. It may be called again, and then begins anew."""
 
 
-def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> RewardFailed:
-    """The error of a reward.
-
-    Args:
-        told: what is wrong, and what was expected.
-        judged: the completions that it is about, in their order.
-    """
+def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
+    """The error of a reward: what is wrong with these completions, and what was expected."""
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
-    return RewardFailed(printable(f"reward {name}: {where}{told}"))
+    return RewardFailed(printable(f"reward {name}: {where}{message}"))
 
 
 class SeparateReward:
-    """A reward in a process of its own. One thread at a time may call it.
-
-    Args:
-        kind: of `kinds.KINDS`.
-        text: what of that kind.
-        limit: the seconds that a call may take; it may be set later.
+    """A reward in a process of its own, of a kind of `functions.KINDS` and what of it. One thread
+    at a time may call it; a call may take `limit` seconds.
     """
 
     def __init__(
@@ -113,35 +97,37 @@ class SeparateReward:
         self._process = self._started()
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None. Raises LorafoldError."""
+        """A finite number for each, or None."""
         if not judged:
             return []
         message = packed(pickle.dumps([self._sent(one) for one in judged]))
         if not self._process.lives:
             self.close()
             self._process = self._started()
-        process, found = self._process, list[float | None]()
+        rewards: list[float | None] = []
         until = time.monotonic() + self.limit
         try:
-            process.write(message, until)
-            while len(found) < len(judged):
-                answer = json.loads(process.read(until))
+            self._process.write(message, until)
+            while len(rewards) < len(judged):
+                answer = json.loads(self._process.read(until))
                 if isinstance(answer, dict):
                     wrong = Wrong(answer["wrong"], answer["at"])
-                    raise failure(self.name, wrong.told, wrong.of(judged))
-                found += answer
+                    raise failure(self.name, wrong.message, wrong.of(judged))
+                rewards += answer
         except (Late, Died, KeyboardInterrupt) as error:
             self.close()
             if isinstance(error, KeyboardInterrupt):
                 raise
-            at_work = judged if self._batched else judged[len(found) : len(found) + 1]
+            at_work = judged if self._batched else judged[len(rewards) : len(rewards) + 1]
             if isinstance(error, Died):
                 raise failure(self.name, _end(error.code), at_work) from None
-            done = "" if self._batched else f"{len(found)} done of "
-            told = f"it took more than {self.limit:g} s ({done}{len(judged)} completions)"
-            told += "; expected less, or a longer limit"
-            raise failure(self.name, told, at_work) from None
-        return found
+            done = "" if self._batched else f"{len(rewards)} done of "
+            why = (
+                f"it took more than {self.limit:g} s ({done}{len(judged)} completions); expected"
+                " less, or a longer limit"
+            )
+            raise failure(self.name, why, at_work) from None
+        return rewards
 
     def close(self) -> None:
         """End the process; a later call starts another."""
@@ -169,12 +155,11 @@ class SeparateReward:
         try:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
         except Exception as error:  # whatever a field's own way of being pickled raises
-            told = f"its row can't be sent to another process: {error}"
-            raise failure(self.name, told, [one]) from None
+            message = f"its row can't be sent to another process: {error}"
+            raise failure(self.name, message, [one]) from None
 
 
 def _end(code: int) -> str:
-    """How a process ended."""
     if code >= 0:
         return f"its process ended with exit code {code}"
     known = {int(number): number.name for number in signal.Signals}
@@ -183,9 +168,7 @@ def _end(code: int) -> str:
 
 
 def parted(text: str) -> tuple[float, str]:
-    """The weight that a reward's name begins with, 1 where it begins with none, and the name.
-    Raises LorafoldError for a weight that is not finite.
-    """
+    """The weight that a reward's name begins with, 1 where it begins with none, and the name."""
     found = re.match(rf"\s*({NUMBER})\s*\*\s*", text, re.IGNORECASE)
     weight, name = (float(found[1]), text[found.end() :]) if found else (1.0, text)
     if not math.isfinite(weight):
@@ -200,18 +183,17 @@ def adapter_in(text: str) -> str:
 
 
 def kind_of(text: str) -> tuple[str, str]:
-    """The kind of `kinds.KINDS` that a reward's name, without a weight, is of, and what of it.
-    Raises LorafoldError for a name of no known form.
+    """The kind of `functions.KINDS` that a reward's name, without a weight, is of, and what of it.
     """
     name = parted(text)[1]
-    kind, colon, rest = name.partition(":")
-    if colon and rest and kind in ("regex", "reasoning-gym"):
+    kind, _, rest = name.partition(":")
+    if rest and kind in ("regex", "reasoning-gym"):
         return kind, rest
-    if colon and rest and kind == "schema":
-        return kind, _whole(rest)
-    file, colon, function = name.rpartition(":")
+    if rest and kind == "schema":
+        return kind, _absolute(rest)
+    file, _, function = name.rpartition(":")
     if file.endswith(".py") and function.isidentifier():
-        return "file", f"{_whole(file)}:{function}"
+        return "file", f"{_absolute(file)}:{function}"
     raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
 
 
@@ -221,8 +203,8 @@ def check_there(texts: Iterable[str]) -> None:
     """
     for text in texts:
         kind, what = ("", "") if adapter_in(text) else kind_of(text)
-        file = Path(what.rpartition(":")[0] if kind == "file" else what)
-        if kind in ("file", "schema") and not file.is_file():
+        file = _file(kind, what)
+        if file and not file.is_file():
             raise LorafoldError(f"reward {text}: found no file {file}, expected one{beside(file)}")
         if kind == "regex":
             try:
@@ -231,12 +213,13 @@ def check_there(texts: Iterable[str]) -> None:
                 raise LorafoldError(f"reward {text}: {error}") from None
 
 
+def _file(kind: str, text: str) -> Path | None:
+    return {"schema": Path(text), "file": Path(text.rpartition(":")[0])}.get(kind)
+
+
 def reward_of(text: str) -> Reward:
     """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
     process of its own from now on, until it is closed.
-
-    Raises LorafoldError for a name of no known form, for what can't judge, and for an adapter,
-    which needs a model.
     """
     weight, name = parted(text)
     if adapter_in(name):
@@ -248,9 +231,7 @@ def reward_of(text: str) -> Reward:
 
 
 def check_judges(texts: Iterable[str]) -> None:
-    """Start what these names stand for, and end it again; adapters are left out. Raises
-    LorafoldError for what can't judge.
-    """
+    """Start what these names stand for, and end it again; adapters are left out."""
     for text in texts:
         if not adapter_in(text):
             reward_of(text).close()
@@ -258,25 +239,17 @@ def check_judges(texts: Iterable[str]) -> None:
 
 def digest_of(text: str) -> str:
     """The SHA-256 of the file that a name stands for; empty where it stands for none."""
-    _, name = parted(text)
-    kind, _, rest = name.partition(":")
-    if kind in ("regex", "reasoning-gym"):
-        return ""
-    path = Path(rest if kind == "schema" else name.rpartition(":")[0]).expanduser()
-    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    file = None if adapter_in(text) else _file(*kind_of(text))
+    return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
-def _whole(path: str) -> str:
+def _absolute(path: str) -> str:
     """A path that stays the same when the process goes to another directory."""
     return str(Path(path).expanduser().absolute())
 
 
 class DirectReward:
-    """A function as a reward.
-
-    Args:
-        function: as `calling.py` says.
-    """
+    """A function as a reward, which `functions.py` says how to write."""
 
     def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
         self.name = str(getattr(function, "__name__", type(function).__name__))
@@ -285,17 +258,17 @@ class DirectReward:
         try:
             self._function = Function(function, code and code.co_filename)
         except Wrong as wrong:
-            raise failure(self.name, wrong.told) from None
+            raise failure(self.name, wrong.message) from None
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
-        """A finite number for each, or None. Raises LorafoldError."""
+        """A finite number for each, or None."""
         if not judged:
             return []
         items = [Item(one.prompt, one.completion, one.row) for one in judged]
         try:
             return [reward for part in self._function.rewards(items) for reward in part]
         except Wrong as wrong:
-            raise failure(self.name, wrong.told, wrong.of(judged)) from None
+            raise failure(self.name, wrong.message, wrong.of(judged)) from None
 
     def close(self) -> None:
         """Nothing runs."""
@@ -330,14 +303,16 @@ class Rewards(AbstractContextManager["Rewards"]):
         """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
         in this process and without a limit, and rewards. Functions of one name are numbered.
         """
-        made, names = list[Reward](), Counter[str]()
+        made: list[Reward] = []
+        names = Counter[str]()
         try:
             for one in given:
-                found: Any = reward_of(one) if isinstance(one, str) else one
-                made.append(found := found if isinstance(found, Reward) else DirectReward(found))
-                names[found.name] += 1
-                if isinstance(found, DirectReward) and names[found.name] > 1:
-                    found.name += f" {names[found.name]}"  # two lambdas have one name
+                reward: Any = reward_of(one) if isinstance(one, str) else one
+                reward = reward if isinstance(reward, Reward) else DirectReward(reward)
+                made.append(reward)
+                names[reward.name] += 1
+                if isinstance(reward, DirectReward) and names[reward.name] > 1:
+                    reward.name += f" {names[reward.name]}"  # two lambdas have one name
             return cls(made, limit)
         except BaseException:
             for reward in made:
@@ -353,18 +328,17 @@ class Rewards(AbstractContextManager["Rewards"]):
         self, judged: Sequence[Judged]
     ) -> tuple[list[float | None], dict[str, list[float | None]]]:
         """The weighted sum for each completion, and the numbers of each reward by its name; None
-        stands for a reward that does not apply, and for the sum where none does. Raises
-        LorafoldError, which names the reward and the completion that it fails on.
+        stands for a reward that does not apply, and for the sum where none does.
         """
         each = {reward.name: _checked(reward, judged) for reward in self._rewards}
-        weights, sums = self.weights.values(), list[float | None]()
+        weights, sums = self.weights.values(), []
         for numbers in zip(*each.values(), strict=True):
             applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
             sums.append(sum(applied) if applied else None)
-        for one, found in zip(judged, sums, strict=True):
-            if found is not None and not abs(found) <= LARGEST:
-                told = f"with weights it is {found:g}, expected at most {LARGEST:g} either way"
-                raise failure(" + ".join(each), told, [one])
+        for one, total in zip(judged, sums, strict=True):
+            if total is not None and not abs(total) <= LARGEST:
+                why = f"with weights it is {total:g}, expected at most {LARGEST:g} either way"
+                raise failure(" + ".join(each), why, [one])
         return sums, each
 
     def close(self) -> None:
@@ -377,12 +351,11 @@ class Rewards(AbstractContextManager["Rewards"]):
 
 
 def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
-    """The numbers of a reward, which may be one that others wrote."""
-    found = reward(judged)
-    if len(found) != len(judged):
-        told = f"it returned {len(found)} rewards, expected {len(judged)}, one a completion"
-        raise failure(reward.name, told, judged)
+    rewards = reward(judged)
+    if len(rewards) != len(judged):
+        why = f"it returned {len(rewards)} rewards, expected {len(judged)}, one a completion"
+        raise failure(reward.name, why, judged)
     try:
-        return [number(value, at) for at, value in enumerate(found)]
+        return [number(value, at) for at, value in enumerate(rewards)]
     except Wrong as wrong:
-        raise failure(reward.name, wrong.told, wrong.of(judged)) from None
+        raise failure(reward.name, wrong.message, wrong.of(judged)) from None

@@ -22,8 +22,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
-from lorafold.rewards.calling import Function, Item, Wrong
-from lorafold.rewards.kinds import KINDS
+from lorafold.rewards.functions import KINDS, Function, Item, Wrong
 from lorafold.runtime.killable_process import packed, read
 
 GRACE = 1.0  # seconds that a call may go on after nobody waits for it any more
@@ -48,7 +47,7 @@ def main() -> None:
     try:
         function = KINDS[opening["kind"]](opening["text"])
     except Wrong as wrong:
-        return answer({"wrong": wrong.told, "at": None})
+        return answer({"wrong": wrong.message, "at": None})
     answer({"batched": function.batched})
     while (message := inbox.get()) is not None:
         for content in _judge(function, message):
@@ -76,7 +75,7 @@ def _judge(function: Function, message: bytes) -> Iterator[Any]:
                 raise Wrong(f"its row can't be read in another process: {error}", at) from None
         yield from function.rewards(items)
     except Wrong as wrong:
-        yield {"wrong": wrong.told, "at": wrong.at}
+        yield {"wrong": wrong.message, "at": wrong.at}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lorafold.composing.updates import names
-from lorafold.data.prompts import asked_in
+from lorafold.data.prompts import questions_in
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, as_one, listed
@@ -257,13 +257,13 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))
         for number, row in enumerate(rows, 1)
-        for prompt in asked_in(row)[-1:]
+        for prompt in questions_in(row)[-1:]
     }
     for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
         told = [
             f"row {number} has the prompt of {asked[prompt]}"
             for number, row in enumerate(rows, 1)
-            for prompt in asked_in(row)
+            for prompt in questions_in(row)
             if prompt in asked
         ]
         if told:

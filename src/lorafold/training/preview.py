@@ -11,15 +11,14 @@ import html as markup
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from lorafold.data.checks import Findings, account_of
-from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
+from lorafold.data.checks import Findings, describe_template
+from lorafold.data.examples import NO_LOSS, EncodingReport, Example, encode_row
 from lorafold.data.messages import Message, Tool
 from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
@@ -74,17 +73,13 @@ def show(
     objective = objective_of(request, saved)
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
     findings = _findings(request, objective, tokenizer, console)
-    recipe, rendering = request.recipe, rendering_of(request.recipe)
-    if isinstance(request.rows, RowStream):  # those that training begins with
-        stream = request.rows.rows(recipe.seed, recipe.shuffle_buffer)
-        first: Sequence[Row] = [row for _, row, _ in islice(stream, rows)]
-    else:
-        first = request.rows[:rows]
+    first, rendering = request.first_rows(rows), rendering_of(request.recipe)
+    limit = request.recipe.max_length
     train = examples_of(
-        objective, first, tokenizer, recipe.max_length, console, rendering, "the first rows"
+        objective, first, tokenizer, limit, console, rendering, "the first rows"
     )
     examples = list(_previewed(request, first, train, objective, tokenizer))
-    template = [] if tokenizer.chat_template is None else account_of(tokenizer).lines
+    template = [] if tokenizer.chat_template is None else describe_template(tokenizer).lines
     print_lines(console, *(f"  {line}" for line in template))
     for one in examples:
         console.rule()
@@ -138,7 +133,7 @@ def _previewed(
     request: RunRequest, rows: Sequence[Row], train: Data, objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[PreviewExample]:
-    if not isinstance(train, Encoded):
+    if not isinstance(train.report, EncodingReport):
         for number, one in enumerate(train.examples, 1):
             text = objective.preview(one, tokenizer)
             yield PreviewExample(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)

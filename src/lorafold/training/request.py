@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
-from lorafold.data.checks import STREAMED, Findings, look
+from lorafold.data.checks import STREAMED, Findings, find_problems
 from lorafold.data.control_tokens import ALL, allow
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
@@ -77,6 +78,13 @@ class RunRequest:
     def data(self) -> Rows | RowStream:
         """The rows as one of the two that know their identity."""
         return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
+
+    def first_rows(self, n: int) -> Sequence[Row]:
+        """The rows that training begins with, if they are streamed, else the first ones."""
+        if not isinstance(self.rows, RowStream):
+            return self.rows[:n]
+        rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
+        return [row for _, row, _ in islice(rows, n)]
 
 
 
@@ -179,7 +187,7 @@ def tokenized(
         if held_out is not None:
             measured = encode(held_out, called="held out")
             compared = measured.examples, Rows.of(held_out)
-        findings = look(train.examples, Rows.of(rows), recipe.max_length, compared)
+        findings = find_problems(train.examples, Rows.of(rows), recipe.max_length, compared)
     print_lines(console, *findings.lines)
     return feed, measured, findings
 

@@ -111,7 +111,7 @@ def _train(setup: Setup, console: Console) -> Trained:
             with Display(console, feed.steps, progress.step, trackers) as display:
                 fit(plan, progress, display)
 
-        print_lines(console, feed.told, adapter.spec.report(adapter.own_deltas))
+        print_lines(console, feed.summary, adapter.spec.report(adapter.own_deltas))
         return finish(setup, plan, progress, base_weights)
 
 

@@ -1,0 +1,280 @@
+"""Functions that judge completions: how one is called, and where rewards' names get one from.
+
+    fn(prompt, completion, **row) -> number                 called for each completion
+    fn(prompts, completions, **row) -> a list of numbers    called for a batch, fields as lists too
+
+It is called with what it names, of the row's fields too; with `**` it is called with all of them.
+A bool counts as 0 or 1, and a scalar of NumPy or torch as its number. None in place of a number
+says that the reward does not apply to the row. Patterns and schemas run in a process of their own
+too, since a pattern may backtrack for longer than anyone waits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from lorafold.errors import cut
+
+J = TypeVar("J")
+ONE, ALL = {"prompt", "completion"}, {"prompts", "completions"}
+SHOWN = 300  # characters of a message or value
+LARGEST = 1e150  # of a reward: its square is still a number, and so are means and intervals
+
+
+class Item(NamedTuple):
+    """A completion as a function gets it: the prompt, the text, and the other fields."""
+
+    prompt: str | list[dict[str, Any]]
+    completion: str
+    row: Mapping[str, Any]
+
+
+class Wrong(Exception):
+    """What is wrong with a function, a row or a result, and `at` which item, if with one."""
+
+    def __init__(self, message: str, at: int | None = None) -> None:
+        super().__init__(message)
+        self.message, self.at = message, at
+
+    def of(self, items: Sequence[J]) -> Sequence[J]:
+        """The item that it is about, or all."""
+        return items if self.at is None else items[self.at : self.at + 1]
+
+
+class Function:
+    """A function that judges."""
+
+    def __init__(self, function: Callable[..., Any], file: str | None = None) -> None:
+        self._function, self._file = function, file
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            raise Wrong("its parameters can't be told, expected a function in Python") from None
+        self._named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self._every = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in self._named}
+        self.batched = bool(names & ALL)
+        if self.batched == bool(names & ONE):
+            given = ", ".join(map(str, parameters)) or "none"
+            raise Wrong(
+                f"found the parameters {cut(given, SHOWN)}; expected prompt and completion, or"
+                " prompts and completions, or one of them"
+            )
+
+    def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
+        """The rewards in order, as they are computed."""
+        if self.batched:
+            yield self._of_all(items)
+        else:
+            for at, item in enumerate(items):
+                given = {**item.row, "prompt": item.prompt, "completion": item.completion}
+                yield [number(self._called(at, given), at)]
+
+    def _of_all(self, items: Sequence[Item]) -> list[float | None]:
+        needed = {p.name for p in self._named if p.default is p.empty} - ALL
+        for at, item in enumerate(items):
+            if lacking := sorted(needed - item.row.keys()):
+                raise _lacks(lacking, item.row, at)
+        fields = dict.fromkeys(name for item in items for name in item.row)
+        given: dict[str, Any] = {name: [item.row.get(name) for item in items] for name in fields}
+        prompts, completions = [i.prompt for i in items], [i.completion for i in items]
+        given |= {"prompts": prompts, "completions": completions}
+        rewards = self._called(None, given, as_list=True)
+        if not isinstance(rewards, list):
+            raise Wrong(f"it returned {_shown(rewards)}, expected a list of {len(items)} numbers")
+        if len(rewards) != len(items):
+            raise Wrong(
+                f"it returned {len(rewards)} rewards, expected {len(items)}, one a completion"
+            )
+        return [number(value, at) for at, value in enumerate(rewards)]
+
+    def _called(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
+        lacking = [p.name for p in self._named if p.default is p.empty and p.name not in given]
+        if lacking:
+            raise _lacks(lacking, given.keys() - ONE, at)
+        first = {p.name: p.default for p in self._named if p.kind == p.POSITIONAL_ONLY}
+        names = given.keys() if self._every else {p.name for p in self._named}
+        try:
+            result = self._function(
+                *(given.get(name, default) for name, default in first.items()),
+                **{k: v for k, v in given.items() if k in names and k not in first},
+            )
+            plain = isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable)
+            return result if plain or not as_list else list(result)
+        except KeyboardInterrupt:
+            raise
+        except Wrong as wrong:
+            raise Wrong(wrong.message, at) from None
+        except BaseException as error:  # also an exit, and a panic in a library
+            raise Wrong(f"it raised {raised(error, self._file)}", at) from None
+
+
+def number(value: Any, at: int | None) -> float | None:
+    """The reward of item `at` as a finite float, of at most LARGEST either way, or None."""
+    if value is None:
+        return None
+    item = getattr(value, "item", None)
+    plain = item() if callable(item) and getattr(value, "shape", None) == () else value
+    try:
+        reward = float(plain) if isinstance(plain, Real) else math.nan
+    except OverflowError:
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise Wrong(f"it returned {_shown(value)}, expected a finite number", at)
+    if abs(reward) > LARGEST:
+        raise Wrong(f"it returned {_shown(value)}, expected at most {LARGEST:g} either way", at)
+    return reward
+
+
+def raised(error: BaseException, file: str | None) -> str:
+    """The type, message and line of an error: of this file, if it passed through it."""
+    message = cut(f"{type(error).__name__}: {error}".removesuffix(": "), SHOWN)
+    if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
+        name = Path(error.filename or "").name
+        return f"SyntaxError: {error.msg} (line {error.lineno} of {name})"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    if not (own := [f for f in frames if f.filename == file] or frames):
+        return message
+    last = own[-1]
+    line = f": {cut(last.line, SHOWN)}" if last.line else ""
+    return f"{message} (line {last.lineno} of {Path(last.filename).name}{line})"
+
+
+def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong:
+    names_of = ", ".join(sorted(fields)) or "none"
+    return Wrong(f"it asks for {', '.join(names)}; found the fields {cut(names_of, SHOWN)}", at)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = cut(repr(value), 80)
+    except Exception:  # as of an integer with too many digits
+        return f"a value of type {type(value).__name__}"
+    return f"{text} ({type(value).__name__})"
+
+
+def in_file(text: str) -> Function:
+    """A function of `/path/FILE.py:fn`, which can import modules beside the file."""
+    path, _, name = text.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise Wrong(f"found no file {path}, expected one")
+    sys.path.insert(0, str(file.parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # as dataclasses and pickles expect it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:  # also an exit
+        raise Wrong(f"{file.name} can't be run: {raised(error, str(file))}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = f"a {type(function).__name__}" if hasattr(module, name) else "none"
+        own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == file.stem]
+        there = f"; there are {', '.join(own)}" if own else ""
+        raise Wrong(f"expected a function {name} in {file.name}, found {found}{there}")
+    return Function(function, str(file))
+
+
+def pattern(text: str) -> Function:
+    """1 for a completion that a regular expression matches whole; `.` matches newlines."""
+    try:
+        compiled = re.compile(text, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise Wrong(f"it is no regular expression: {error}") from None
+    return Function(lambda completion: compiled.fullmatch(completion) is not None)
+
+
+def schema(text: str) -> Function:
+    """1 for a completion that is JSON of a schema, as llguidance reads both."""
+    try:
+        from llguidance import LLMatcher, LLTokenizer
+    except ImportError:
+        raise Wrong("found no llguidance, expected it; install lorafold[rl]") from None
+    try:
+        content = json.loads(Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Wrong(f"it can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Wrong(f"it is no JSON: {error}") from None
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(content)
+        fresh = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    except BaseException as error:  # a panic in a library is no Exception
+        raise Wrong(f"it can't be used as a schema: {cut(str(error), SHOWN)}") from None
+    if fresh.is_error():
+        message = " ".join(fresh.get_error().partition("<state>")[0].split())
+        raise Wrong(f"it can't be used as a schema: {cut(message, SHOWN)}")
+
+    def fits(completion: str) -> bool:
+        matcher, tokens = fresh.deep_copy(), list(completion.strip().encode("utf-8", "replace"))
+        return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
+
+    return Function(fits)
+
+
+def task(text: str) -> Function:
+    """The verifier of a task of reasoning-gym. The entry is the row's field `entry`, or its fields
+    `answer` and `metadata`; the answer is the completion's last <answer>, or all of it.
+    """
+    try:
+        from reasoning_gym.factory import DATASETS
+        from reasoning_gym.utils import extract_answer
+    except ImportError as error:
+        raise Wrong(f"reasoning-gym can't be imported ({error}); install lorafold[rl]") from None
+    if text not in DATASETS:
+        near = difflib.get_close_matches(text, DATASETS) or sorted(DATASETS)[:5]
+        raise Wrong(f"found no task {text!r}, expected one as {', '.join(near)}")
+    try:
+        own, config = DATASETS[text]
+        made: Any = own(config())
+        needed = {"metadata"} if made[0]["answer"] is None else {"answer", "metadata"}
+    except Exception as error:  # as for a task that is made of others
+        raise Wrong(f"its verifier can't be made: {raised(error, None)}") from None
+
+    def score(prompt: Any, completion: str, **row: Any) -> float:
+        answer = extract_answer(completion)
+        said = completion.strip() if answer is None else answer
+        return float(made.score_answer(said, entry(prompt, row)))
+
+    def entry(prompt: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+        fields = as_object("entry", row["entry"]) if row.get("entry") is not None else dict(row)
+        if lacking := needed - {k for k, v in fields.items() if v is not None}:
+            missing = " and ".join(sorted(lacking))
+            raise Wrong(f"found no {missing} in its row, expected entry, or answer and metadata")
+        fields["metadata"] = as_object("metadata", fields["metadata"])
+        of = fields["metadata"].get("source_dataset", text)
+        if of != text:
+            raise Wrong(f"found an entry of the task {of}, expected one of {text}")
+        return {"question": prompt, "answer": None, **fields}
+
+    return Function(score)
+
+
+def as_object(name: str, value: Any) -> dict[str, Any]:
+    """A field of a row that is an object, or the JSON text of one."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = value
+    if not isinstance(found, Mapping):
+        raise Wrong(f"{name}: found {cut(repr(value), 80)}, expected an object or its JSON text")
+    return dict(found)
+
+
+KINDS: Mapping[str, Callable[[str], Function]] = {
+    "file": in_file, "regex": pattern, "schema": schema, "reasoning-gym": task,
+}  # fmt: skip
