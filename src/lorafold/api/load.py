@@ -1,4 +1,4 @@
-"""`lf.load`: a saved adapter on a model that is loaded, or with its base."""
+"""`lf.load`: a saved adapter on a loaded model, or with its base model."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ def load(
     trainable: bool = False,
     base: Weights | None = None,
 ) -> Adapter:
-    """Attach a saved adapter to a model. Every key must be used and every shape right.
+    """Attach a saved adapter to a model.
 
-    Otherwise LorafoldError is raised and the model is left as it is. The error lists everything
-    that is wrong: unknown or missing keys, shapes, values that are not finite, options that are not
-    supported, a base with another fingerprint. An adapter that was trained over others is loaded
-    over exactly these, which must be the active ones, in their order.
+    If anything is wrong, LorafoldError lists all of it, and the model stays as it is: unknown or
+    missing keys, wrong shapes, values that are not finite, unsupported options, a base with another
+    fingerprint. An adapter that was trained on top of other adapters requires exactly these to be
+    active, in their order.
 
     Args:
-        model: A model. A name or path, or None for the base that the adapter says it was trained
-            on, is loaded first, in the storage that it was trained on: `adapter.model`.
-        path: The adapter's directory, or what was read of it already.
+        model: A model. A name or path, or None for the base model that the adapter was trained on,
+            is loaded first, in the quantization or dtype that it was trained with:
+            `adapter.model`.
+        path: The adapter's directory.
         name: The adapter's name on this model.
-        allow_other_base: Accept a base with another fingerprint, and other adapters below; the log
-            says so.
-        trainable: Make the adapter's parameters trainable; one that lay over nothing lies over the
-            active adapters from then on.
-        base: The base's own weights, if a model does not have them, because it is quantized or on
-            the meta device.
+        allow_other_base: Accept a base with another fingerprint, and other base adapters. The log
+            then contains a warning.
+        trainable: Make the adapter's parameters trainable. An adapter without base adapters is then
+            on top of the active ones.
+        base: The base's original weights, for a model that does not have them because it is
+            quantized or on the meta device.
     """
     if path is None:
         raise missing("path")

@@ -144,14 +144,14 @@ def _taken(one: DeclaredOption) -> Taken:
         from lorafold.cli.recipe_options import options_of, recipe_of
 
         return Taken(one, options_of(option), partial(recipe_of, option))
-    if not option.typed:
+    if option.python_only:
         return Taken(one, [], lambda _: None)
     if option.saved:
         return Taken(one, _adapters(one), partial(_saved, option.saved))
     shown = [parameter_of(one)]
     read = READERS.get(name, lambda value: value)
-    if option.beside:
-        flag, text = option.beside
+    if option.second_flag:
+        flag, text = option.second_flag
         more = Option(text, flag=flag, rare=True)
         shown.append(parameter_of(DeclaredOption(name, one.hint, (), more, text)))
     return Taken(one, shown, lambda typed: read(*(typed[p.name] for p in shown)))

@@ -17,7 +17,9 @@ from lorafold.cli.usage_errors import Line, repeated, unquoted, unread
 from lorafold.errors import LorafoldError, both_names, called_now
 
 # names that options had, and what they are called now: the first of these that the command has
+SILENT = {"--quantization": ("--storage",)}  # other names, which stay
 OLD_NAMES = {
+    **SILENT,
     "--base": ("--storage", "--model"),
     "--seq": ("--max-length",),
     "--answers": ("--completions",),
@@ -78,7 +80,8 @@ def _as_now(args: Sequence[str], params: Sequence[Any]) -> list[str]:
         if name in options:
             new[option.name] = now = name
         else:
-            typer.echo(called_now(name, now), err=True)
+            if name not in SILENT:
+                typer.echo(called_now(name, now), err=True)
             old_of[option.name] = name
         found.append(now + equals + value)
         values = 0 if equals or getattr(option, "is_flag", False) else option.nargs

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
-from lorafold.files.record import RENAMED, named_as_now
+from lorafold.files.record import NAMES, RENAMED, named_as_now
 from lorafold.recipe.recipe import UNWORDED, Recipe
 from lorafold.recipe.validation import explain
 
@@ -52,14 +52,15 @@ def load_recipe(
     for key, value in (_read(config) if config is not None else {}).items():
         values[key], sources[key] = value, str(config)
     named = {pair.partition("=")[0].strip() for pair in sets}
-    for old in RENAMED.keys() & named:
-        if (now := RENAMED[old]) in named:
+    for old, now in NAMES.items():
+        if {old, now} <= named:
             problems.append(both_names(f"--set {old}", f"--set {now}"))
-        log.warning(called_now(f"--set {old}", f"--set {now}"))
+        if old in RENAMED and old in named:
+            log.warning(called_now(f"--set {old}", f"--set {now}"))
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
-        field = RENAMED.get(field, field)
+        field = NAMES.get(field, field)
         value = parse_yaml(text, f"--set {pair}")
         if not equals or not field:
             problems.append(f"--set {pair}: expected key=value")
@@ -141,7 +142,7 @@ def _read(config: Path) -> Mapping[str, Any]:
             f"{config}: expected recipe fields as `name: value` lines, found {kind_of(found)};"
             f" {TRANSLATES.format(config)}"
         )
-    theirs = [name for name in found if name not in {*Recipe.model_fields, *RENAMED}]
+    theirs = [name for name in found if name not in {*Recipe.model_fields, *NAMES}]
     if 2 * len(theirs) > len(found) and len(theirs) > 1:
         raise LorafoldError(
             f"{config}: found {listed(theirs, room=100)}, which are no fields of a recipe;"
