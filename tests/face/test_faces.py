@@ -17,7 +17,7 @@ from adapter_cases import make_adapter
 from conftest import lorafold, refused, unestimating
 from lorafold.api.options import DeclaredOption, Docs, Option, Progress, RecipeOptions, declared
 from lorafold.cli import COMMANDS, _load, app, commands, verb_of
-from lorafold.cli.parser import OLD_NAMES
+from lorafold.cli.command_line import OTHER_NAMES
 from lorafold.cli.recipe_options import fields_in
 from lorafold.cli.runners import RUNNERS
 from lorafold.errors import LorafoldError
@@ -152,7 +152,7 @@ def test_what_is_said_of_a_parameter_reaches_the_reader_of_python(name: str) -> 
 
 @pytest.mark.parametrize("verb", NAMES)
 def test_no_option_has_an_old_name(verb: str) -> None:
-    assert not OLD_NAMES.keys() & {name for names in options(verb).values() for name in names}
+    assert not OTHER_NAMES.keys() & {name for names in options(verb).values() for name in names}
 
 
 def test_old_names_work_and_say_what_they_are_called_now(tiny_model_dir, tmp_path: Path) -> None:

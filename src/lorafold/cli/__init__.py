@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from lorafold.cli.command_line import words
-from lorafold.cli.help import OTHERS, help_all_option, write_examples, write_lists
+from lorafold.cli.help import OTHERS, HelpAll, write_examples, write_lists
 from lorafold.cli.parser import Above, Command, CommandGroup
 from lorafold.cli.suggestions import no_options
 from lorafold.errors import Interrupted, LorafoldError
@@ -84,7 +84,7 @@ class Commands(CommandGroup):
         self.commands.update(
             {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
         )
-        self.params.append(help_all_option(hidden=True))
+        self.params[-1].hidden = True  # --help-all, which has nothing more
 
     def help_all(self, ctx: Any) -> str:
         """The help, which leaves nothing to another one."""
@@ -157,7 +157,8 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def root(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Low-rank adapters of transformer models: train, measure, fold.
 

@@ -17,6 +17,7 @@ import typer
 
 from lorafold.api.options import DeclaredOption, Docs, Option, RecipeOptions, declared
 from lorafold.cli.columns import columns_of
+from lorafold.cli.help import HELP_ALL, HelpAll
 from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
 
@@ -121,6 +122,8 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
 
     docs = Docs.of(verb)
     command.__doc__ = as_typed(docs.about)
+    help_all = Parameter(HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
+    shown.append(help_all)
     if above:
         context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
         shown.insert(0, context)

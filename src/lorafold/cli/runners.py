@@ -93,7 +93,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     asked = {**run.keywords}
     most, console, tools = asked.pop("max_new_tokens"), asked["console"], asked.get("tools")
     choice = engine.Sampling(temperature=asked.pop("temperature"), seed=asked.pop("seed"))
-    ready = prepared(prompts=[asked.pop("prompts")], **asked)
+    ready = prepared(asked.pop("model", None), [asked.pop("prompts")], **asked)
     [text] = ready.texts
     if is_marked(text):
         console.print(IN_PROMPT, highlight=False, markup=False, soft_wrap=True)
