@@ -130,7 +130,7 @@ def test_the_text_of_an_option_stands_once() -> None:
         p.name for p in CLI.glob("*.py") if re.search(r"typer\.(Option|Argument)\(", p.read_text())
     }
     of_help = {"help.py", "__init__.py"}  # --help-all, --version
-    assert declaring - of_help == {"commands.py", "parameters.py", "recipe_options.py"}
+    assert declaring - of_help == {"parameters.py"}
 
 
 def test_what_would_be_declared_twice_is_found() -> None:

@@ -59,6 +59,7 @@ class Option:
     python_only: The command has no such option.
     saved: For saved adapters, given by position or by `--adapter`: how many.
     second_flag: Another option that adds values: its name and its help.
+    choices: The values to complete in a shell.
     """
 
     help: str = ""
@@ -74,6 +75,7 @@ class Option:
     python_only: bool = False
     saved: Literal["", "one", "some", "any"] = ""
     second_flag: tuple[str, str] | None = None
+    choices: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return "..."  # in signatures that are shown

@@ -84,7 +84,8 @@ class Commands(CommandGroup):
         self.commands.update(
             {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
         )
-        self.params[-1].hidden = True  # --help-all, which has nothing more
+        help_all: Any = self.params[-1]
+        help_all.hidden = True  # it has nothing more
 
     def help_all(self, ctx: Any) -> str:
         """The help, which leaves nothing to another one."""

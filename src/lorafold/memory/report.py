@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lorafold.files.html_page import document, notes, section, table
+from lorafold.files.html_page import document, html_table, notes, section
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
 from lorafold.memory.estimate import TERMS, Estimate
 from lorafold.memory.fit import Advice
@@ -103,14 +102,14 @@ def page(
         memory: The device's bytes, at which a line is drawn; None if not known.
     """
     cells = [
-        [words(name), in_words(n), f"{n / found.total:.1%}", html.escape(TERMS[name])]
+        [words(name), in_words(n), f"{n / found.total:.1%}", TERMS[name]]
         for name, n in shown(found).items()
     ]
     parts = (
         notes(said),
         picture(found, memory),
         section("What each term is"),
-        table(("term", "bytes", "share", "what it is"), cells, "texts"),
+        html_table(("term", "bytes", "share", "what it is"), cells, "texts"),
         f"<p>Counted: {counted(found)}.</p>",
     )
     document(title, "\n".join(parts), path)

@@ -24,7 +24,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream
-from lorafold.files.html_page import document, html_table, notes, section, table
+from lorafold.files.html_page import document, html_table, notes, section
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.saved import open_all
 from lorafold.training.request import (
@@ -196,10 +196,9 @@ def _section(one: PreviewExample) -> str:
     """One example of the page."""
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
-    said = (_said(message).partition(": ")[::2] for message in one.conversation.messages)
-    turns = [[markup.escape(part) for part in parts] for parts in said]
+    turns = [_said(message).partition(": ")[::2] for message in one.conversation.messages]
     folded = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
-    folded += [("The turns of the row", table(("role", "turn"), turns, "texts"))] * bool(turns)
+    folded += [("The turns of the row", html_table(("role", "turn"), turns, "texts"))] * bool(turns)
     return (
         f"<h3>{markup.escape(one.heading)}</h3>"
         + notes(map(_line, tools))
