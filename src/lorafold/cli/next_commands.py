@@ -1,4 +1,4 @@
-"""Commands to go on with, printed so that they can be pasted as they stand."""
+"""Commands to go on with, ready to paste."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def this_command() -> str:
-    """What runs lorafold from this directory: its name where that is on the PATH, else what was
-    typed, else this Python.
+    """The command that runs lorafold from this directory: its name if it is on the PATH, else its
+    path as typed, else this Python.
     """
     typed, found = Path(sys.argv[0]), which("lorafold")
     if typed.name != "lorafold" or not typed.is_file():
@@ -29,15 +29,11 @@ def this_command() -> str:
 def after_training(
     result: "Trained", recipe: "Recipe", over: Sequence[str | Path]
 ) -> Iterator[str]:
-    """What to do with a new adapter, and what if it learned too little.
-
-    Args:
-        over: the adapters that it lies over.
-    """
+    """Commands to go on with after training on top of the adapters `over`."""
     if recipe.steps is None and not recipe.stops and result.steps < FEW:
         yield (
-            f"{result.steps} steps are few to learn by; if its answers are poor: the same command"
-            " with --epochs auto"
+            f"{result.steps} steps are few to learn from; if the answers are poor, run the same"
+            " command with --epochs auto"
         )
     if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
         adapters = " ".join(quote(str(one)) for one in (*over, result.adapter))

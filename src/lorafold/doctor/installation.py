@@ -39,7 +39,8 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
     own = distribution(name)
     place = Path(__file__).parents[1]
     yield Finding(name, own.version, {"version": own.version, "path": str(place)})
-    python, declared = platform.python_version(), own.metadata.get("Requires-Python", "")
+    python = platform.python_version()
+    [declared] = own.metadata.get_all("Requires-Python") or [""]
     fine = SpecifierSet(declared).contains(python, prereleases=True)
     problem = "" if fine else f"expected Python {declared}; install one and make a new environment"
     value = {"version": python, "declared": declared, "problem": problem}

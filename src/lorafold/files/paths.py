@@ -1,4 +1,4 @@
-"""Paths: the cache, the nearest name to a missing one, and where a result may be written."""
+"""Paths: the cache, the nearest name to a missing one, and checks of where to write."""
 
 import os
 from collections.abc import Iterable
@@ -22,8 +22,7 @@ def cache_directory() -> Path:
 
 
 def beside(path: Path) -> str:
-    """A question, after a semicolon, for the entry of the same directory whose name is nearest;
-    empty where none is near.
+    """A question, after a semicolon, for the entry of the directory with the nearest name, or "".
     """
     try:
         names = [entry.name for entry in islice(path.parent.iterdir(), MOST)]
@@ -40,9 +39,7 @@ def check_name(out: str | Path) -> None:
 
 
 def check_kept(out: str | Path, read: Iterable[str | Path]) -> None:
-    """Raise LorafoldError if a directory that is written takes the place of one that is read, or
-    has it inside.
-    """
+    """Raise LorafoldError if writing a directory would replace one that is read."""
     target = Path(out).expanduser().resolve()
     for path in read:
         if Path(path).expanduser().resolve().is_relative_to(target):
