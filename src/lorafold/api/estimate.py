@@ -67,8 +67,9 @@ def estimate(
         device_memory: The memory of a device, for example 24GB, to check whether the run fits and
             what would fit. In Python, in bytes.
         measure: Also load the model and run two real steps, to check the estimate.
-        device: cpu estimates for this machine's CPU, the default for a CUDA GPU. With `measure`,
-            the steps run on this device: cpu, cuda, cuda:N or mps; by default on the fastest one.
+        device: The device to estimate for: cpu is this machine's CPU. Default: a CUDA GPU. With
+            `measure`, the device that runs the steps: cpu, cuda, cuda:N or mps. Default: the
+            fastest one.
         compute_capability: The compute capability of the GPU, for example 7.5 for a T4. Default:
             8.0 or newer, which has FlashAttention.
         html: Also write a chart of the parts to one HTML file.

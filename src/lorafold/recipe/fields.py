@@ -64,126 +64,126 @@ class Fields(BaseModel):
     )
     rank: Count | None = Field(
         default=None,
-        description="The rank r of the update. Without it the method's own; LoRA has 16.",
+        description="The rank r of the update. Default: the method's; 16 for LoRA.",
     )
     alpha: Positive | None = Field(
-        default=None, description="The update is scaled by alpha / r. Without it 2r for LoRA."
+        default=None, description="The update is scaled by alpha / r. Default for LoRA: 2r."
     )
     dropout: Decay | None = Field(
-        default=None, description="Dropout on the input of the update. Without it 0.05 for LoRA."
+        default=None, description="Dropout on the input of the update. Default for LoRA: 0.05."
     )
     options: dict[str, Any] = Field(
-        default={}, description="Further options of the method, as in init=gaussian or over=loha."
+        default={}, description="Further options of the method, for example init=gaussian."
     )
     targets: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = Field(
         default=None,
         description=(
-            "The modules to adapt: a preset such as all-linear, a regular expression over whole"
-            " module paths, or a list of name endings such as q_proj. Without it the method's own;"
-            " LoRA has all-linear."
+            "The target modules: a preset such as all-linear, a regular expression for whole module"
+            " paths, or a list of name endings such as q_proj. Default: the method's; all-linear"
+            " for LoRA."
         ),
     )
     rank_pattern: dict[str, Count] = Field(
         default={},
-        description="Another rank for the modules that a pattern matches, as in 0.q_proj=8.",
+        description="Another rank for modules that match a pattern, for example 0.q_proj=8.",
     )
     alpha_pattern: dict[str, Positive] = Field(
-        default={}, description="Another alpha for the modules that a pattern matches."
+        default={}, description="Another alpha for modules that match a pattern."
     )
     bias: Literal["none", "lora_only", "all"] = Field(
         default="none",
-        description="Also train the biases of the adapted modules, or of all modules.",
+        description="Also train the biases of the target modules, or of all modules.",
     )
     modules_to_save: tuple[Name, ...] = Field(
-        default=(), description="Modules that are trained whole and saved with the adapter."
+        default=(), description="Modules to train in full and save with the adapter."
     )
     new_tokens: tuple[Name, ...] = Field(
         default=(),
         description=(
-            "Words that shall each be one token. Their rows of the embedding and the head are"
-            ' trained, also those of words that are tokens already. As in "<|user|>,<|bot|>".'
+            'New tokens, for example "<|user|>,<|bot|>". Their rows of the embeddings and the LM'
+            " head are trained, even if they are tokens already."
         ),
     )
     chat_template: Name | None = Field(
         default=None,
         description=(
-            "A file with a Jinja chat template, which replaces the model's own and is saved with"
-            " the adapter. none joins prompt and completion as they stand (./none is a file); tools"
-            " is ChatML with tools, for models whose own template has none."
+            "A file with a Jinja chat template, which replaces the model's template and is saved"
+            " with the adapter. none concatenates prompt and completion (./none is a file); tools"
+            " is ChatML with tools, for models whose template does not support tools."
         ),
     )
     template_kwargs: dict[Name, Any] = Field(
         default={},
-        description="Variables of the chat template, saved with it: enable_thinking=false.",
+        description="Variables for the chat template, saved with it: enable_thinking=false.",
     )
     allow_control_tokens: bool = Field(
         default=False,
-        description="Control tokens in contents are tokens; else they are read as text.",
+        description="Read control tokens inside messages as tokens instead of plain text.",
     )
     train_on: Literal["all", "last"] = Field(
         default="all",
-        description="The turns of the assistant to train on: all, or the last of each row.",
+        description="The assistant turns to train on: all, or the last one of each row.",
     )
     mask_reasoning: bool = Field(
-        default=False, description="Leave the reasoning of the assistant's turns out of the loss."
+        default=False, description="Exclude the reasoning in assistant turns from the loss."
     )
     end_of_turn: Literal["auto", "none"] = Field(
         default="auto",
-        description="Train an end also where the template writes none with a turn, or none there.",
+        description="Whether to train an end-of-turn token if the template writes none.",
     )
 
     objective: str = Field(default=DEFAULT, description=in_words())
     beta: NonNegative | None = Field(
         default=None,
         description=(
-            "How strongly a preference or a policy is held to the reference: small allows large"
-            " changes. Without it the objective's own; DPO has 0.1, GRPO 0."
+            "The strength of the pull towards the reference model; smaller values allow larger"
+            " changes. Default: the objective's; 0.1 for DPO, 0 for GRPO."
         ),
     )
     objective_options: dict[str, Any] = Field(
         default={},
-        description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
+        description="Further options of the objective, for example label_smoothing=0.1.",
     )
     storage: quantizations.StorageName = Field(
         default=quantizations.DEFAULT,
         description=(
-            "How the base stores its weights while the adapter is trained:"
-            f" {quantizations.LISTED}. auto is bf16 where the device multiplies it natively,"
-            " else fp32."
+            "The quantization or dtype of the base model during training:"
+            f" {quantizations.LISTED}. auto is bf16 if the device multiplies it natively, else"
+            " fp32. You can also write --quantization."
         ),
     )
 
     lr: Positive | None = Field(
         default=None,
         description=(
-            "The peak learning rate. Without it the method's own, of which preferences take a"
-            " twentieth; LoRA has 2e-4."
+            "The peak learning rate. Default: the method's, or a twentieth of it for preferences;"
+            " 2e-4 for LoRA."
         ),
     )
     lr_b: Positive | None = Field(
         default=None,
         description=(
-            "The peak learning rate of LoRA's up factors B (LoRA+). Without it the method's own;"
-            " LoRA has 3e-3, and 4e-4 for classes."
+            "The peak learning rate of LoRA's B matrices (LoRA+). Default: the method's; 3e-3 for"
+            " LoRA, 4e-4 for LoRA with classes."
         ),
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate goes on after the warm-up."
+        default="cosine", description="The learning rate schedule after the warm-up."
     )
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.03, description="The share of the steps over which the learning rate rises."
+        default=0.03, description="The warm-up, as a share of the steps."
     )
     warmup_steps: Count | None = Field(
         default=None,
-        description="The number of steps over which it rises, in place of their share.",
+        description="The warm-up as a number of steps instead.",
     )
     weight_decay: NonNegative = Field(
         default=0.0,
-        description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",
+        description="AdamW's decoupled weight decay of matrices; vectors such as biases have none.",
     )
     clip: NonNegative = Field(
         default=1.0,
-        description="Gradients are scaled down to this norm. 0 leaves them as they are.",
+        description="Clip the gradient norm at this value. 0 turns clipping off.",
     )
     betas: tuple[Decay, Decay] = Field(
         default=(0.9, 0.999), description="The decay rates of AdamW's two moments."
@@ -192,81 +192,84 @@ class Fields(BaseModel):
     optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = Field(
         default="auto",
         description=(
-            "AdamW with its moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a"
-            " CUDA device that is short of memory."
+            "AdamW with moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a CUDA"
+            " device that is short of memory."
         ),
     )
 
     epochs: Positive | Literal["auto"] = Field(
         default="auto",
         description=(
-            "Passes over the training rows. auto is one, of few rows as many as 100 steps take; it"
-            " ends where the held-out loss no longer falls, and keeps the adapter of the best step"
-            " (a policy makes all steps)."
+            "Passes over the training rows. auto is one pass, or at least 100 steps; it stops early"
+            " when the held-out loss no longer falls and keeps the best adapter (policies run all"
+            " steps)."
         ),
     )
     steps: Count | None = Field(
-        default=None, description="The number of optimizer steps. It takes precedence over epochs."
+        default=None, description="The number of optimizer steps. Takes precedence over epochs."
     )
-    batch: Count = Field(default=8, description="Rows of an optimizer step.")
+    batch: Count = Field(
+        default=8, description="Rows per optimizer step, over all micro-batches and processes."
+    )
     accumulate: Count = Field(
-        default=1, description="Micro-batches of an optimizer step, at least. It divides batch."
+        default=1,
+        description="Gradient accumulation: split the batch into at least this many parts.",
     )
     streaming: bool = Field(
         default=False,
         description=(
-            "Read rows while training, and keep none: for data that is larger than the disk. It"
-            " takes a number of steps, and held-out rows of their own."
+            "Read rows while training without storing them, for data that is larger than the disk."
+            " Requires a number of steps, and separate held-out rows."
         ),
     )
     shuffle_buffer: Count = Field(
-        default=10_000, description="With streaming, the rows among which the next one is drawn."
+        default=10_000, description="With streaming, how many rows to sample the next one from."
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
         default=1024,
         description=(
-            "Longer rows are cut to this many tokens, and counted. A packed sequence holds as many."
-            " Unless it is set, it is at most the model's positions."
+            "Truncate rows to this many tokens, which is also the length of packed sequences. The"
+            " default is reduced to the model's maximum if that is smaller."
         ),
     )
     packing: bool | Literal["auto"] = Field(
         default="auto",
         description=(
-            "Lay rows end to end, with attention per row, instead of padding them. auto also"
-            " computes once what rows begin with in common, where that pays."
+            "Pack rows end to end, with attention inside each row, instead of padding. auto also"
+            " computes shared prefixes once if that is faster."
         ),
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         default="auto",
         description=(
-            "Recompute activations in the backward pass, which takes less memory and more time."
-            " auto does it where a step would not fit otherwise."
+            "Recompute activations in the backward pass, to trade time for memory. auto does so if"
+            " a step would not fit otherwise."
         ),
     )
     strategy: Literal["ddp", "fsdp"] = Field(
         default="ddp",
         description=(
-            "What several processes hold: ddp the whole model in each, fsdp a part of its weights,"
-            " of which one block is whole at a time."
+            "For several processes: ddp replicates the model in each; fsdp shards its weights and"
+            " gathers one block at a time."
         ),
     )
 
     eval_fraction: Decay = Field(
-        default=0.0, description="The share of the rows to hold out if no held-out rows are given."
+        default=0.0, description="The share of the rows to hold out if you give no held-out rows."
     )
     eval_every: Count | None = Field(
         default=None,
-        description="Steps between evaluations. Without it at each checkpoint and at the end.",
+        description="Steps between evaluations. Default: at each checkpoint and at the end.",
     )
     save_every: Count | None = Field(
         default=None,
-        description="Steps between checkpoints. Without it about ten checkpoints a run.",
+        description="Steps between checkpoints. Default: about ten checkpoints per run.",
     )
-    keep: Count = Field(default=2, description="Checkpoints to keep besides the best.")
+    keep: Count = Field(default=2, description="How many checkpoints to keep besides the best.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default=0, description="The seed of the initialization, the order of the rows and dropout."
+        default=0, description="The seed for the initialization, the order of the rows and dropout."
     )
     trackers: tuple[Name, ...] = Field(
         default=(),
-        description="Trackers of the accelerate library to report to, as in tensorboard.",
+        description="Experiment trackers, for example tensorboard or wandb.",
     )
