@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lorafold.api.inspect import inspect as inspect
     from lorafold.api.intrinsic import intrinsic as intrinsic
     from lorafold.api.load import load as load
-    from lorafold.api.load_model import load_model as load_model
+    from lorafold.api.load import load_model as load_model
     from lorafold.api.merge import merge as merge
     from lorafold.api.resize import extract as extract
     from lorafold.api.resize import resize as resize
@@ -72,7 +72,7 @@ _HOME = {
     "history": "api.history",
     "inspect": "api.inspect",
     "intrinsic": "api.intrinsic",
-    "load_model": "api.load_model",
+    "load_model": "api.load",
     "extract": "api.resize",
     "resize": "api.resize",
     "score": "api.score",

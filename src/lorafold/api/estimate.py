@@ -12,8 +12,12 @@ from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lorafold.memory.result import Forecast
+    from lorafold.memory.trace import Setting
     from lorafold.recipe.recipe import Recipe
+    from lorafold.resolve import Base
 
 
 @opt.verb
@@ -102,7 +106,6 @@ def estimate(
     from dataclasses import replace
 
     from lorafold.api.arguments import as_page, as_recipe, or_quiet
-    from lorafold.api.estimate_rows import setting_on_rows
     from lorafold.memory import estimate
     from lorafold.memory.fit import advise, advise_on_rows
     from lorafold.memory.measure import measure as measured_bytes
@@ -203,6 +206,35 @@ def estimate(
         title = f"{mode} of {params or model}, {rows}"
         page(total, title, chart, forecast.remarks(), device_memory)
     return forecast
+
+
+def setting_on_rows(
+    base: "Base",
+    mode: str,
+    recipe: "Recipe",
+    data: opt.Data,
+    rewards: opt.RewardSources,
+    columns: opt.ColumnNames | None,
+    console: "Console",
+) -> "Setting":
+    """The setting of the largest micro-batch in the first steps of `lorafold train`."""
+    from dataclasses import replace
+    from tempfile import TemporaryDirectory
+
+    from lorafold.api.arguments import as_rows, source_of, with_rewards
+    from lorafold.memory.presets import check_fields, recipe_in
+
+    check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
+    recipe, functions = with_rewards(recipe_in(mode, recipe), rewards)
+    rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
+    from lorafold.training.request import RunRequest
+    from lorafold.training.setup import largest_setting, set_up
+
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "adapter"
+        request = RunRequest(base, out, recipe, rows, source_of(data), rewards=functions)
+        found = largest_setting(set_up(request, console))
+    return replace(found, checkpointing=recipe.gradient_checkpointing is True)
 
 
 def check_none(option: str, excluded: Mapping[str, bool], why: str) -> None:

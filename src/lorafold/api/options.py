@@ -142,25 +142,29 @@ class DeclaredOption(NamedTuple):
 
 def declared(verb: Any) -> Iterator[DeclaredOption]:
     """The parameters of a verb, in which a group is replaced by its own parameters."""
-    docs = Docs.of(verb)
+    entries = Docs.of(verb).args
     for name, parameter in inspect.signature(verb, follow_wrapped=False).parameters.items():
-        hint = parameter.annotation
+        hint, default = parameter.annotation, parameter.default
         [group] = get_args(hint) if parameter.kind is Parameter.VAR_KEYWORD else [hint]
         if is_typeddict(group):
             for inner, one in get_type_hints(group, include_extras=True).items():
-                option = _option(one)
-                yield DeclaredOption(inner, one, option.default, option, option.help)
+                yield _declaration(inner, one, _option(one).default, {})
         elif is_dataclass(group) and isinstance(group, type):
-            entries = Docs.of(group).args
+            of_group = Docs.of(group).args
             for field in fields(group):
-                option = _option(field.type)
-                default = Parameter.empty if field.default is MISSING else field.default
-                text = getattr(option, "help", "") or entries.get(field.name, "")
-                yield DeclaredOption(field.name, field.type, default, option, text, (name, group))
+                own = Parameter.empty if field.default is MISSING else field.default
+                one = _declaration(field.name, field.type, own, of_group)
+                yield one._replace(group=(name, group))
         else:
-            option = _option(hint)
-            text = getattr(option, "help", "") or docs.args.get(name, "")
-            yield DeclaredOption(name, hint, parameter.default, option, text)
+            yield _declaration(name, hint, default, entries)
+
+
+def _declaration(
+    name: str, hint: Any, default: Any, entries: Mapping[str, str]
+) -> DeclaredOption:
+    option = _option(hint)
+    text = getattr(option, "help", "") or entries.get(name, "")
+    return DeclaredOption(name, hint, default, option, text)
 
 
 def _option(hint: Any) -> Any:

@@ -2,15 +2,21 @@
 cache, the doctor, and keys of a server.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, NamedTuple, Unpack
+from shutil import which
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
 from lorafold.api.options import Device, Hub, OnlyModel, Option, Progress, verb
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import KINDS
+
+if TYPE_CHECKING:
+    from lorafold.recipe.recipe import Recipe
+    from lorafold.training.finish import Trained
 
 
 class Result(NamedTuple):
@@ -61,9 +67,36 @@ def quickstart(
     return Result(asdict(story), "\n".join([*figures, "", *_next(Path(out))]))
 
 
+def this_command() -> str:
+    """The command that runs lorafold from this directory: its name if it is on the PATH, else its
+    path as typed, else this Python.
+    """
+    typed, found = Path(sys.argv[0]), which("lorafold")
+    if typed.name != "lorafold" or not typed.is_file():
+        return f"{quote(sys.executable)} -m lorafold"
+    return "lorafold" if found and typed.samefile(found) else quote(str(typed))
+
+
+def after_training(
+    result: "Trained", recipe: "Recipe", over: Sequence[str | Path]
+) -> Iterator[str]:
+    """Commands to go on with after training on top of the adapters `over`."""
+    from lorafold.objectives import OBJECTIVES
+    from lorafold.peft.config import CONFIG
+    from lorafold.recipe.recipe import FEW
+
+    if recipe.steps is None and not recipe.stops and result.steps < FEW:
+        yield (
+            f"{result.steps} steps are few to learn from; if the answers are poor, run the same"
+            " command with --epochs auto"
+        )
+    if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
+        adapters = " ".join(quote(str(one)) for one in (*over, result.adapter))
+        yield f"talk to it: {this_command()} chat {adapters}"
+
+
 def _next(out: Path) -> Iterator[str]:
     """Commands to go on with, one per line, ready to paste."""
-    from lorafold.cli.next_commands import this_command
     from lorafold.quickstart.story import MODEL, PROMPT
 
     run, names = this_command(), ("adapter", "merged", "train.jsonl", "test.jsonl", "mine")

@@ -67,7 +67,7 @@ def train(
         if html is not None:
             raise LorafoldError("--html writes the page of --preview; expected both")
         result = run()
-        from lorafold.cli.next_commands import after_training
+        from lorafold.cli.other_commands import after_training
 
         asked = run.keywords
         lines = [str(result), *after_training(result, asked["recipe"], asked.get("over", ()))]
