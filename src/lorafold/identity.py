@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from lorafold.files.contents import of_file, of_files
+from lorafold.files.contents import file_digest, files_digest
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
@@ -44,10 +44,10 @@ def of_model(source: ModelSource) -> str:
     if source.gguf is not None:
         return source.gguf.identity
     own = (CODE,) if source.trust_remote_code else ()
-    here = of_files(source.path, (*MODEL_FILES, *WORDS, *own))
+    here = files_digest(source.path, (*MODEL_FILES, *WORDS, *own))
     indexed = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []
     beside = _code_elsewhere(source.path) if source.trust_remote_code else []
-    return joined([here, *(of_file(f)[1] for f in indexed if f.parent != source.path), *beside])
+    return joined([here, *(file_digest(f)[1] for f in indexed if f.parent != source.path), *beside])
 
 
 def _code_elsewhere(path: Path) -> list[str]:
@@ -61,7 +61,7 @@ def _code_elsewhere(path: Path) -> list[str]:
             at = try_to_load_from_cache(repo, f"{module.replace('.', '/')}.py")
             if isinstance(at, str):
                 found.add(Path(at).parent)
-    return sorted(of_files(folder, (CODE,)) for folder in found)
+    return sorted(files_digest(folder, (CODE,)) for folder in found)
 
 
 def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
@@ -79,7 +79,7 @@ def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
         path, read = Path(adapter), {}
     if not (path / CONFIG).is_file():
         raise no_adapter(path)
-    return of_files(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
+    return files_digest(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
 
 
 def of_stack(base: str, adapters: Sequence[str | Path]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.doctor.finding import Finding, FindingGroup, gigabytes, looked_at
+from lorafold.doctor.finding import Finding, FindingGroup, findings_of, gigabytes
 from lorafold.doctor.hardware import Hardware, findings, gflops, slow
 from lorafold.doctor.installation import extras, packages, size_of
 from lorafold.doctor.report import DoctorReport
@@ -177,7 +177,7 @@ def test_what_fails_while_it_is_looked_at_is_a_finding() -> None:
         yield Finding("first", "fine")
         raise RuntimeError("no\nmore")
 
-    (found,) = looked_at("place", look)
+    (found,) = findings_of("place", look)
     assert (found.problem, found.broken) == ("RuntimeError: no", True)
 
 

@@ -51,14 +51,14 @@ def chat(
         /quit: exit, as Ctrl-D does.
     """
     from lorafold.api.arguments import as_paths
-    from lorafold.api.loaded_model import base_with, opened
+    from lorafold.api.loaded_model import base_with, load_with_adapters
     from lorafold.conversation import Chat, unique_names
     from lorafold.data.control_tokens import allow
     from lorafold.engine import Sampling
 
     paths = as_paths(adapters)
     base, saved = base_with(model, paths, console, **opening)
-    loaded, tokenizer = opened(base, saved, console=console)
+    loaded, tokenizer = load_with_adapters(base, saved, console=console)
     if allow_control_tokens:
         allow(tokenizer)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`

@@ -105,7 +105,7 @@ def compose(
     from functools import partial
 
     from lorafold.api.arguments import as_path, as_recipe, or_quiet
-    from lorafold.api.loaded_model import base_with, opened
+    from lorafold.api.loaded_model import base_with, load_with_adapters
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
     from lorafold.composing.request import ComposeRequest
@@ -132,7 +132,7 @@ def compose(
         completions=completions,
         overwrite=overwrite,
     )
-    return run.compose(request, partial(opened, base, saved, console=console), console)
+    return run.compose(request, partial(load_with_adapters, base, saved, console=console), console)
 
 
 def by_name(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:

@@ -103,7 +103,7 @@ def evaluate(
             f" {PROMPT_ALONE} with or without a completion"
         )
     from lorafold import evaluation
-    from lorafold.api.loaded_model import length_for, model_with, opened
+    from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
 
     base, saved = model_with(model, adapters, console, **opening)
     labels = rows.give(LABELS) and not rewards
@@ -116,9 +116,9 @@ def evaluate(
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
         settings = evaluation.RewardSettings(length, longest, **sampling)
         with Rewards.of(*rewards, **limit) as judging:
-            loaded, tokenizer = opened(base, saved, tokenizer, console=console)
+            loaded, tokenizer = load_with_adapters(base, saved, tokenizer, console=console)
             return evaluation.evaluate_rewards(loaded, tokenizer, rows, judging, settings, console)
-    loaded, tokenizer = opened(base, saved, tokenizer, classify=labels, console=console)
+    loaded, tokenizer = load_with_adapters(base, saved, tokenizer, classify=labels, console=console)
     law = law_of_adapters(saved)
     measured = evaluation.EvaluationSettings(completions, max_new_tokens, law)
     return evaluation.evaluate(loaded, tokenizer, rows, length, measured, console)

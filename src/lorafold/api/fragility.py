@@ -153,7 +153,7 @@ def fragility(
         or_quiet,
         source_of,
     )
-    from lorafold.api.loaded_model import opened
+    from lorafold.api.loaded_model import load_with_adapters
     from lorafold.data.row_store import Rows
     from lorafold.files.atomic import write_json, write_text
     from lorafold.files.terminal import say
@@ -211,7 +211,7 @@ def fragility(
         recipe=recipe,
         max_new_tokens=probes.max_new_tokens,
     )
-    opening_base = partial(opened, base)
+    opening_base = partial(load_with_adapters, base)
     if tuned is not None:
         with console.status("measuring"):
             found = run.gate(task, as_path(tuned, "tuned"), instead, opening_base)

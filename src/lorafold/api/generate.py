@@ -98,11 +98,11 @@ def prepared(
     """The model and the rendered prompts, from the arguments of `generate`."""
     import copy
 
-    from lorafold.api.loaded_model import model_with, opened
+    from lorafold.api.loaded_model import load_with_adapters, model_with
     from lorafold.data.control_tokens import allow
 
     base, saved = model_with(model, adapters, console, **opening)
-    loaded, own = opened(base, saved, tokenizer, console=console)
+    loaded, own = load_with_adapters(base, saved, tokenizer, console=console)
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
         allow(own)

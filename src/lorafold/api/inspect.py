@@ -61,7 +61,7 @@ def inspect(
         rises above the straight line between their losses, in nats.
     """
     from lorafold.api.arguments import as_page, as_path, as_paths, as_rows, or_quiet
-    from lorafold.api.loaded_model import length_for, opened
+    from lorafold.api.loaded_model import length_for, load_with_adapters
     from lorafold.files.terminal import say
     from lorafold.inspecting import run
     from lorafold.inspecting.paths import measured_paths
@@ -95,7 +95,7 @@ def inspect(
         say(console, found["tokens_left_out"])
     if examples is not None:
         both = stack if other is None else (stack[-1], other)
-        loaded, tokenizer = opened(base, both, console=console)
+        loaded, tokenizer = load_with_adapters(base, both, console=console)
         with console.status("measuring the loss along lines in weight space"):
             found["paths"] = measured_paths(loaded, tokenizer, examples, length, len(below))
         found["advice"] += of_paths(found["paths"])

@@ -69,7 +69,7 @@ def model_with(
     return LoadedModel(model, how.get("trust_remote_code", False)), ()
 
 
-def opened(
+def load_with_adapters(
     model: Base | LoadedModel,
     adapters: Sequence[Saved] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -50,7 +50,7 @@ def resize(
     from dataclasses import replace
 
     from lorafold.api.arguments import as_path, as_paths, as_rows
-    from lorafold.api.loaded_model import length_for, opened
+    from lorafold.api.loaded_model import length_for, load_with_adapters
     from lorafold.inspecting import resize as best
     from lorafold.inspecting.paths import losses_of
     from lorafold.peft.saved import Saved, open_all
@@ -66,7 +66,7 @@ def resize(
         return result
     # reading them has already checked the base and the base adapters
     base, both = replace(base, allow_other_base=True), (*stack, Saved.open(out))
-    loaded, tokenizer = opened(base, both, console=console)
+    loaded, tokenizer = load_with_adapters(base, both, console=console)
     return replace(result, losses=losses_of(loaded, tokenizer, rows, length, len(stack) - 1))
 
 

@@ -52,12 +52,12 @@ def score(
         again = "; pass --overwrite to replace it" * place.is_file()
         raise LorafoldError(f"{place} {what}{again}")
     rows = as_rows(data, columns, console, objective=None)
-    from lorafold.api.loaded_model import length_for, model_with, opened
+    from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
     from lorafold.evaluation.scoring import score_rows
 
     base, saved = model_with(model, adapters, console, **opening)
     length = length_for(base, max_length, saved, console, head=True)
-    loaded, tokenizer = opened(base, saved, tokenizer, reward=True, console=console)
+    loaded, tokenizer = load_with_adapters(base, saved, tokenizer, reward=True, console=console)
     scored = score_rows(loaded, tokenizer, rows, length, console=console)
     if place is not None:
         scored.write(place)

@@ -70,7 +70,7 @@ def serve(
     from functools import partial
 
     from lorafold.api.arguments import as_path, or_quiet
-    from lorafold.api.loaded_model import opened
+    from lorafold.api.loaded_model import load_with_adapters
     from lorafold.peft.provenance import OwnBase
     from lorafold.resolve import base_for
     from lorafold.serving import run
@@ -95,7 +95,8 @@ def serve(
         with suppress(LorafoldError):  # as many were trained on one as on another
             base = base.stored_as_trained(own)
     first = own[0] if own and model is None else None
-    run.serve(base, partial(opened, console=console), folder, read, console, open_page, first)
+    load = partial(load_with_adapters, console=console)
+    run.serve(base, load, folder, read, console, open_page, first)
 
 
 def own_bases(

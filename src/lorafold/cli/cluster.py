@@ -22,10 +22,10 @@ def table(on: str, workers: int, out: Path | None) -> str:
     if out is None:
         raise LorafoldError("--on: found no --out, expected the directory that workers share")
     check_folder(out)
-    return on_ray(bare(sys.argv[1:]), out, workers)
+    return on_ray(without_cluster_options(sys.argv[1:]), out, workers)
 
 
-def bare(arguments: Sequence[str]) -> list[str]:
+def without_cluster_options(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command without --on and --workers."""
     others, rest = list[str](), iter(arguments)
     for argument in rest:
@@ -53,7 +53,8 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     out.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
     write_text(out / TOKEN, token)
-    start = ray.remote(worker).options(scheduling_strategy="SPREAD", **share(ray.nodes(), workers))
+    resources = worker_resources(ray.nodes(), workers)
+    start = ray.remote(worker).options(scheduling_strategy="SPREAD", **resources)
     started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
     ended: list[tuple[int, str]] = []
     for one in started:
@@ -72,7 +73,7 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     return tables[0].rstrip("\n")
 
 
-def share(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
+def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
     """The resources of a worker: a GPU if there are some, and as many cores as every node has."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cores = int(min((one.get("CPU", 0) for one in resources), default=0))

@@ -53,7 +53,7 @@ class FindingGroup:
             yield from paragraph(f.problem, " " * (width + 4)) if f.problem else ()
 
 
-def looked_at(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
+def findings_of(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
     """The findings of `look`. If it fails for any reason, that is the finding, since the doctor is
     for broken installations.
     """

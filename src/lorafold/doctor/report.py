@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from lorafold.doctor.finding import Finding, FindingGroup, looked_at
+from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.files.terminal import paragraph
 
 # key, title, and the function that gives the findings. Its module is imported when it is called, so
@@ -79,7 +79,7 @@ def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
             examine = getattr(import_module(f"lorafold.doctor.{module}"), name)
             return examine(*given, **how if given else {})
 
-        findings = looked_at(name, look)
+        findings = findings_of(name, look)
         groups.append(FindingGroup(key, title.format(model), findings, key == "packages"))
     try:
         slow = (*import_module("lorafold.doctor.hardware").slow_here(),)

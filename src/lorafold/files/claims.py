@@ -70,7 +70,7 @@ def shared(
             time.sleep(PAUSE)
 
 
-def tell_strangers(work: Iterable[Path], say: Callable[[str], object]) -> None:
+def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> None:
     """Report claims on other work beside `work`, all paths that this process is asked for."""
     own = set(work)
     claims = {claim for folder in {p.parent for p in own} for claim in folder.glob(f"*{CLAIM}")}
@@ -130,7 +130,7 @@ def _held(claim: SoftFileLease) -> str:
     return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
 
 
-def kept(
+def cached_figures(
     measures: Mapping[Path, Callable[[], Figures]],
     done: Callable[[Path, Figures], object] = lambda file, found: None,
     say: Callable[[str], object] = silent,

@@ -46,7 +46,7 @@ def digest(files: Iterable[tuple[str, int, str]]) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A file and its size in bytes; OSError for anything else, for example a pipe."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         about = os.fstat(file.fileno())
@@ -57,7 +57,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 def _bytes(path: Path, most: float) -> bytearray | None:
     """The content of a file; None if it has more than so many bytes."""
-    with opened(path) as (file, size):
+    with open_regular(path) as (file, size):
         if size > most:
             return None
         content = bytearray(size)
@@ -150,7 +150,7 @@ class FileStamp(NamedTuple):
         return time.time_ns() - max(self.modified, self.changed) > FRESH * 1e9
 
 
-def of_file(path: Path) -> tuple[int, str]:
+def file_digest(path: Path) -> tuple[int, str]:
     """(bytes, SHA-256 in hexadecimal) of a file."""
     try:
         real = path.resolve(strict=True)
@@ -173,7 +173,7 @@ def of_file(path: Path) -> tuple[int, str]:
     return stamp.size, digest
 
 
-def of_files(
+def files_digest(
     directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
 ) -> str:
     """The SHA-256 over the names, sizes and contents of the files that exist in a directory.
@@ -187,5 +187,5 @@ def of_files(
     shown = sorted(path.relative_to(directory).as_posix() for path in found)
     known = read or {}
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        entries = threads.map(lambda name: known.get(name) or of_file(directory / name), shown)
+        entries = threads.map(lambda name: known.get(name) or file_digest(directory / name), shown)
         return digest((name, *own) for name, own in zip(shown, entries, strict=True))

@@ -68,7 +68,7 @@ def rendered(template: str, **values: Any) -> str:
     return str(_environment().get_template(template).render(values))
 
 
-def document(title: str, body: str, path: str | Path) -> None:
+def write_page(title: str, body: str, path: str | Path) -> None:
     """Write a page with a title (text) and a body (HTML)."""
     place = files("lorafold.files")
     style = "".join((place / name).read_text(encoding="utf-8") for name in STYLES)

@@ -21,7 +21,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
 
 
-def beside(path: Path) -> str:
+def nearest_name(path: Path) -> str:
     """A question, after a semicolon, for the entry of the directory with the nearest name, or "".
     """
     try:
@@ -38,7 +38,7 @@ def check_name(out: str | Path) -> None:
         raise LorafoldError(f"{out}: expected the name of a new directory")
 
 
-def check_kept(out: str | Path, read: Iterable[str | Path]) -> None:
+def check_not_replaced(out: str | Path, read: Iterable[str | Path]) -> None:
     """Raise LorafoldError if writing a directory would replace one that is read."""
     target = Path(out).expanduser().resolve()
     for path in read:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.files.contents import opened
+from lorafold.files.contents import open_regular
 
 HEADER = 100_000_000  # bytes, as the library reads no longer one
 
@@ -41,7 +41,7 @@ def check_numbers(
     more than `longest` bytes. `read` parses the JSON. A file of at most `most` bytes is not read.
     """
     try:
-        with opened(path) as (file, end):
+        with open_regular(path) as (file, end):
             if end <= most:
                 return
             size = int.from_bytes(file.read(8), "little")

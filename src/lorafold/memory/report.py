@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lorafold.files.html_page import document, html_table, notes, section
+from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
 from lorafold.memory.estimate import TERMS, Estimate
 from lorafold.memory.fit import Advice
@@ -112,7 +112,7 @@ def page(
         html_table(("term", "bytes", "share", "what it is"), cells, "texts"),
         f"<p>Counted: {counted(found)}.</p>",
     )
-    document(title, "\n".join(parts), path)
+    write_page(title, "\n".join(parts), path)
 
 
 def picture(found: Estimate, memory: int | None) -> str:

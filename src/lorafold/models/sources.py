@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import check_intact, read_object, verify
 from lorafold.files.model_card import EMBEDDED
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
 from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of, one_file
 from lorafold.models.load_errors import loading, one_line
@@ -152,7 +152,7 @@ def meant(name: str) -> str:
         return f"did you mean {page[1]}?"
     if get_close_matches(name.lower(), [EMBEDDED], 1, 0.8):
         return f"did you mean {EMBEDDED}?"
-    near = beside(Path(name).expanduser()).removeprefix("; ")
+    near = nearest_name(Path(name).expanduser()).removeprefix("; ")
     return "" if Path(name).exists() else near
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed, shortened
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.sources import called
@@ -96,7 +96,7 @@ def no_adapter(path: Path) -> LorafoldError:
         own = (path.parent / CONFIG).is_file()
         told = f"; it is a file, and its directory is {path.parent}" if own else "; it is a file"
     elif not path.exists():
-        told = "; there is none on this machine" + beside(path)
+        told = "; there is none on this machine" + nearest_name(path)
     elif inside := sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}")):
         told = f"; there is one in {listed(inside)}"
     elif (path / "config.json").is_file():

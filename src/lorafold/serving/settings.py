@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from lorafold.errors import LorafoldError, why_unread
-from lorafold.files.contents import opened
+from lorafold.files.contents import open_regular
 from lorafold.recipe.parsing import parse_yaml
 
 M = TypeVar("M", bound=BaseModel)
@@ -147,7 +147,7 @@ def content_of(file: Path) -> bytes:
     """The bytes of a file. Raises LorafoldError for one that can't be read, or would be waited for.
     """
     try:
-        with opened(file) as (content, _):
+        with open_regular(file) as (content, _):
             return content.read()
     except OSError as error:
         raise LorafoldError(f"{file}: can't be read ({error.strerror})") from None

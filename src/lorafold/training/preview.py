@@ -24,7 +24,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream
-from lorafold.files.html_page import document, html_table, notes, section
+from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.saved import open_all
 from lorafold.training.request import (
@@ -102,7 +102,7 @@ def show(
         counted = html_table(("role", "turns", "trained on"), roles) if roles else ""
         of_data = notes(findings.lines or [findings.nothing]) + counted
         body = of_data + of_template + LEGEND + "".join(map(_section, found))
-        document(f"Preview of {request.source}", body, html)
+        write_page(f"Preview of {request.source}", body, html)
         console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
     return findings
 

@@ -21,7 +21,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.data.templates import day_of
-from lorafold.files.contents import of_file
+from lorafold.files.contents import file_digest
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.models.built_in_templates import set_variables
 from lorafold.models.tokenizer import BUILT_IN, Words, add_words, set_template
@@ -220,7 +220,7 @@ def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
     found: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template
     if template is not None and Path(template).is_file():
-        found["chat_template"] = of_file(Path(template))[1]
+        found["chat_template"] = file_digest(Path(template))[1]
     return found
 
 
@@ -235,7 +235,7 @@ def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
         template: The recipe's chat template, whose file may change.
         *rooms: The packages that measure, besides those that train.
     """
-    file = None if template is None or template in BUILT_IN else of_file(Path(template))[1]
+    file = None if template is None or template in BUILT_IN else file_digest(Path(template))[1]
     return {
         FILES: base.identity,
         "device": base.where.type,
