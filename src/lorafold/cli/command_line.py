@@ -35,14 +35,10 @@ class Word(NamedTuple):
 def words(
     args: Sequence[str], options: Mapping[str, Any], interspersed: bool = True
 ) -> Iterator[Word]:
-    """The words of a command line, in order. A value may look like an option; the value of an
-    unknown option is the next word, unless that begins with two dashes. Of an option on|off|auto,
-    `--x` and `--no-x` are the values on and off.
-
-    Args:
-        options: The command's options, by each of their names.
-        interspersed: Whether options may follow a word without an option; else that word and those
-            after it are the last one.
+    """The words of a command line, in order; `options` are the command's, by each of their names. A
+    value may look like an option; the value of an unknown option is the next word, unless that
+    begins with two dashes. For an option on|off|auto, `--x` and `--no-x` are the values on and off.
+    If options are not `interspersed`, the first word without an option is the last.
     """
     now = {
         other: name

@@ -60,11 +60,8 @@ def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
 
 
 def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
-    """The command of a verb.
-
-    Args:
-        runner: Calls the verb, as a partial with all that is typed; its keywords are options too.
-        above: Whether the command has subcommands, one of which may be called instead.
+    """The command of a verb, which the runner calls as a partial with all that is typed. If there
+    are subcommands (`above`), one of them may be called instead.
     """
     declarations = [*declared(verb)]
     recipe_last = sorted(declarations, key=lambda one: isinstance(one.option, RecipeOptions))

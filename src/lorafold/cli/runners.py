@@ -255,20 +255,9 @@ def new_key(run: Run) -> None:
     typer.echo(message, err=True)
 
 
+OWN = (train, generate, chat, serve, score, inspect, compare, intrinsic, fragility, estimate)
 RUNNERS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "generate": generate,
-    "chat": chat,
-    "serve": serve,
-    "merge": summarized,
-    "export": summarized,
+    **{runner.__name__: runner for runner in (*OWN, recipe, doctor)},
+    **dict.fromkeys(("merge", "export"), summarized),
     "serve new-key": new_key,
-    "score": score,
-    "inspect": inspect,
-    "compare": compare,
-    "intrinsic": intrinsic,
-    "fragility": fragility,
-    "estimate": estimate,
-    "recipe": recipe,
-    "doctor": doctor,
 }

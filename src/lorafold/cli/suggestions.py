@@ -41,12 +41,8 @@ HINTS = {
 def no_command(
     name: str, commands: Collection[str], path: str, after: Sequence[str] = (), where: str = ""
 ) -> LorafoldError:
-    """The error for an unknown command.
-
-    Args:
-        path: The command above it, as typed.
-        after: The words that follow it.
-        where: The option of the command above that takes a path; empty for none.
+    """The error for an unknown command: `path` is the command above it, which takes a path as the
+    option `where`, and `after` are the words that follow.
     """
     from lorafold.objectives import OBJECTIVES
 

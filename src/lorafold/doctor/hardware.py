@@ -195,12 +195,9 @@ def slow_here() -> Iterator[str]:
 def slow(
     h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
 ) -> Iterator[str]:
-    """What would be slow, the weightiest first.
-
-    Args:
-        pages: Who gets huge pages from the kernel: always, madvise or never, or None.
-        threads: The environment variables that limit threads.
-        untuned: Whether the tuning of training processes is off.
+    """What would be slow, the weightiest first. `pages` is who gets huge pages from the kernel
+    (always, madvise or never), `threads` the environment variables that limit threads, and
+    `untuned` whether the tuning of training processes is off.
     """
     cpu, few = h.device == "cpu", h.threads < h.cores
     seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)

@@ -40,13 +40,9 @@ HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of what is 
 def atomic_directory(
     path: str | Path, overwrite: bool = False, durable: bool = True
 ) -> Iterator[Path]:
-    """Yield an empty directory that becomes `path` when the block ends without an error.
-
-    Args:
-        path: The directory.
-        overwrite: Replace one that lorafold wrote before; it stays until the new one is complete.
-        durable: Flush everything to the disk. Not needed for what can be made again, since `verify`
-            detects if a power cut left it torn.
+    """Yield an empty directory that becomes `path` when the block ends without an error, perhaps
+    in place of one that lorafold wrote before. What can be made again need not be `durable`
+    (flushed), since `verify` detects if a power cut left it torn.
     """
     check_out(path, overwrite)
     target = Path(path).expanduser().resolve()
@@ -147,15 +143,9 @@ def verify(
     manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
 ) -> list[str]:
-    """Compare a directory with its manifest: a line for each file that is missing or has another
-    size or content. Files that were added are ignored.
-
-    Args:
-        path: The directory.
-        patterns: Shell patterns of the files to compare (`*` matches across folders too).
-        manifest: The content of the manifest; None reads it.
-        read: (bytes, SHA-256 in hexadecimal) by name if the files were read already; None compares
-            those on disk.
+    """Compare the files of a directory that match a shell pattern with its manifest: a line for
+    each that is missing or has another size or content. `manifest` is its content if it was read
+    already, and `read` the (bytes, SHA-256 in hexadecimal) of files that were.
     """
     root, problems = Path(path), list[str]()
     try:

@@ -39,13 +39,8 @@ class CacheEntry:
 def cached(
     kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
 ) -> Path:
-    """The directory of an entry, complete and undamaged.
-
-    Args:
-        kind: The entry's group, such as tokens.
-        key: Everything that the entry depends on, as text.
-        write: Fills an empty directory; called unless the entry exists already.
-        notice: Receives the reason for a delay.
+    """The directory of an entry, complete and undamaged. `write` fills an empty directory unless
+    the entry exists already; `notice` receives the reason for a delay.
     """
     path = _place(kind, key)
     with _locked(path, notice):

@@ -45,12 +45,8 @@ def shared(
     done: Callable[[Path], object] = lambda path: None,
     say: Callable[[str], object] = silent,
 ) -> None:
-    """Return when every path exists, each made by this process or by another.
-
-    Args:
-        work: Makes each path, whole or not at all; tried in this order.
-        done: Called with each path once it exists.
-        say: Receives the names of the processes that this one waits for.
+    """Return when every path exists, each made whole by `work` here or in another process. `done`
+    is called with each; `say` receives the names of the processes that this one waits for.
     """
     claims = {
         path: SoftFileLease(f"{path}{CLAIM}", lease_duration=LEASE, on_compromise=_lost)
@@ -136,12 +132,7 @@ def cached_figures(
     say: Callable[[str], object] = silent,
 ) -> list[Figures]:
     """The figures in each file, in this order. Missing ones are measured first, by this process or
-    by another with the same work.
-
-    Args:
-        measures: Measures the figures of each file.
-        done: Called with each file and its figures, once they exist.
-        say: Receives the names of the processes that this one waits for.
+    by another with the same work; `done` and `say` are as for `shared`.
     """
 
     def write(file: Path) -> None:

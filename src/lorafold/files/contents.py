@@ -176,12 +176,8 @@ def file_digest(path: Path) -> tuple[int, str]:
 def files_digest(
     directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
 ) -> str:
-    """The SHA-256 over the names, sizes and contents of the files that exist in a directory.
-
-    Args:
-        directory: Where the files are.
-        names: Names in it, or patterns such as `*.safetensors`.
-        read: (bytes, SHA-256 in hexadecimal) by name of files that were read already.
+    """The SHA-256 over the names, sizes and contents of the files of these names or patterns that
+    exist. `read` has the (bytes, SHA-256 in hexadecimal) of files that were read already.
     """
     found = {path for name in names for path in directory.glob(name) if path.is_file()}
     shown = sorted(path.relative_to(directory).as_posix() for path in found)

@@ -47,15 +47,8 @@ def training_card(
     opened_by: str = "AutoModelForCausalLM",
     in_peft: bool = True,
 ) -> str:
-    """The model card, as Markdown with YAML front matter.
-
-    Args:
-        base: The Hub ID or the directory of the base.
-        record: The record, whose "recipe" and "data" are shown as tables.
-        figures: Measurements by name; the numbers are shown.
-        whole: The directory contains a plain model, not an adapter.
-        opened_by: The auto class of transformers that loads the base, if it is a language model.
-        in_peft: PEFT can read the adapter.
+    """The model card, as Markdown with YAML front matter. `whole` is for a plain model, `opened_by`
+    the auto class that loads the base, and `in_peft` whether PEFT can read the adapter.
     """
     from jinja2 import Environment, PackageLoader
 

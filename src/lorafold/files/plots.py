@@ -100,15 +100,10 @@ def brief(names: Sequence[str]) -> list[str]:
 
 
 def drawing(
-    draw: Callable[[Any], str | None], title: str, said: str, size: tuple[float, float] = SIZE
+    draw: Callable[[Any], str | None], title: str, caption: str, size: tuple[float, float] = SIZE
 ) -> str:
-    """A plot as an HTML figure with inline SVG.
-
-    Args:
-        draw: Draws on matplotlib's axes, and may return a sentence on what it left out.
-        title: The title, as text.
-        said: What the plot shows, in sentences with figures.
-        size: Width and height in inches.
+    """A plot as an HTML figure with inline SVG, a title and a caption. `draw` draws on matplotlib's
+    axes, and may return a sentence for the caption; the size is in inches.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -119,13 +114,13 @@ def drawing(
         # the page's font has more glyphs than the font of matplotlib, which measures
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         plot = Figure(figsize=size, layout="constrained", dpi=72)
-        said += draw(plot.add_subplot()) or ""
+        caption += draw(plot.add_subplot()) or ""
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
     _, tag, rest = text.getvalue().replace(SECOND, "").partition("<svg")
     svg = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
-    title, said = html.escape(title), html.escape(said)
+    title, caption = html.escape(title), html.escape(caption)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}" ', 1)
-    return f"<figure><figcaption><b>{title}</b> {said}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption><b>{title}</b> {caption}</figcaption>{svg}</figure>"
 
 
 def _of_page(found: re.Match[str]) -> str:

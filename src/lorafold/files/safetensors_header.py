@@ -66,13 +66,9 @@ def check_numbers(
 def places(
     content: bytearray, read: Callable[[bytes], Any] = json.loads, end: int | None = None
 ) -> dict[str, TensorPlace]:
-    """The tensors of a file by name, in the order of their data. LorafoldError, without the file's
-    name, for a header that does not fit the file exactly.
-
-    Args:
-        content: The file, or its header.
-        read: Parses the JSON.
-        end: The bytes of the whole file; None means of the content.
+    """The tensors of a file by name, in the order of their data, from its content or its header
+    alone, if `end` is the size of the file. LorafoldError, without the file's name, for a header
+    that does not fit the file exactly.
     """
     size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
     if not 0 < size <= end - 8:
