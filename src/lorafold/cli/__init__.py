@@ -116,9 +116,10 @@ class Commands(CommandGroup):
 
 def verb_of(name: str) -> Any:
     """The function that declares a command."""
+    if name in TOOLS:
+        return getattr(importlib.import_module("lorafold.cli.other_commands"), TOOLS[name])
     file, function = FUNCTIONS.get(name, (name, name))
-    module = "lorafold.cli.other_commands" if name in TOOLS else f"lorafold.api.{file}"
-    return getattr(importlib.import_module(module), TOOLS.get(name, function))
+    return getattr(importlib.import_module(f"lorafold.api.{file}"), function)
 
 
 def _load(name: str) -> Any:

@@ -37,6 +37,13 @@ from lorafold.runtime.processor import (
 
 SHAPE = (1024, 576, 1536)  # rows, in, out: a matmul of the embedded model's MLP
 GPU_SHAPE = (4096, 4096, 4096)
+FEW_CORES = 4
+BUSY = 0.5  # cores
+LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
+PARAMETERS, TOKENS = 1e9, 1024  # of the example
+FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
+HF_HOME = "~/.cache/huggingface"
+CONFIG = "accelerate/default_config.yaml"
 
 
 def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
@@ -180,13 +187,6 @@ def _has_kernels() -> bool | None:
     return "_lib" in vars(library)  # what stands in for a missing library has none
 
 
-FEW_CORES = 4
-BUSY = 0.5  # cores
-LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
-PARAMETERS, TOKENS = 1e9, 1024  # of the example
-FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
-
-
 def slow_here() -> Iterator[str]:
     """The sentences that hold for this machine and process."""
     return slow(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
@@ -237,10 +237,6 @@ def slow(
         " estimate to see what fits.": cpu and h.free < LITTLE_MEMORY,
     }
     return (sentence for sentence, holds in sentences.items() if holds)
-
-
-HF_HOME = "~/.cache/huggingface"
-CONFIG = "accelerate/default_config.yaml"
 
 
 def launchers() -> Iterator[Finding]:

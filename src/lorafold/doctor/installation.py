@@ -32,6 +32,8 @@ PURPOSES = {
     "docs": "the documentation as a site",
     "quantized": "further packed storages",
 }
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
@@ -122,10 +124,6 @@ def _import_failure(name: str) -> str:
     finally:
         logging.disable(before)
     return ""
-
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
 
 
 def models() -> Iterator[Finding]:
