@@ -136,7 +136,7 @@ def models() -> Iterator[Finding]:
 
     yield _directory("models of the hub", Path(constants.HF_HUB_CACHE), "HF_HUB_CACHE")
     offline = constants.HF_HUB_OFFLINE
-    text = "off: HF_HUB_OFFLINE is set" if offline else "on, for models that are asked for"
+    text = "off: HF_HUB_OFFLINE is set" if offline else "on, for models that you name"
     yield Finding("downloads", text, not offline)
 
 
@@ -187,13 +187,13 @@ def tuning() -> Iterator[Finding]:
     missing = wishes()
     shown = ", ".join(f"{name}={value}" for name, value in missing.items())
     if os.environ.get(SWITCH) == "off":
-        text = f"off: {SWITCH}=off, so commands that train begin once and leave it alone"
+        text = f"off: {SWITCH}=off, so training commands do not restart"
     elif platform.libc_ver()[0] != "glibc":
-        text = "nothing to set: it takes glibc"
+        text = "nothing to set: this needs glibc"
     elif missing:
-        text = f"commands that train begin again with {shown}"
+        text = f"training commands restart with {shown}"
     else:
-        text = "complete: commands that train begin once"
+        text = "complete: training commands need no restart"
     value = {"would_set": missing, "set": {n: os.environ[n] for n in WISHES if n in os.environ}}
     yield Finding("environment", text, value)
     pages = huge_pages()
