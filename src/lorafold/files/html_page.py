@@ -15,7 +15,7 @@ from typing import Any
 
 from lorafold.errors import cut
 from lorafold.files.atomic import write_text
-from lorafold.files.model_card import within
+from lorafold.files.model_card import as_text, within
 
 STYLES = ("look.css", "page.css")
 PARTS = ("table", "section", "notes", "cards", "grid")
@@ -103,12 +103,8 @@ def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
 
 def _text(value: Any) -> str:
     """A value as a cell."""
-    if isinstance(value, float):
-        return f"{value:,.6g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return "" if value is None else cut(str(value), 200)
+        return "" if value is None else cut(as_text(value), 200)
     if len(value) > 4 and all(isinstance(one, int | float) for one in value):
         return f"{_text(value[0])} ... {_text(value[-1])} ({len(value):,})"
     if len(value) > ENTRIES:

@@ -72,7 +72,11 @@ def training_card(
     }
     tables = {
         "Rewards": _rewards(record) if record.get(JUDGED_BY) else {},
-        "Figures": {name: n for name, n in figures.items() if _is_number(n)},
+        "Figures": {
+            name: value
+            for name, value in figures.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        },
         "Recipe": record.get("recipe", {}),
         "Data": data,
     }
@@ -94,10 +98,6 @@ def training_card(
         names=[*(f"below{n}" for n in range(1, len(below) + 1)), "default"],
         vocabulary=record.get(VOCABULARY),
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
@@ -122,15 +122,17 @@ def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
     return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
 
 
+def as_text(value: Any) -> str:
+    """A value as text; numbers have separators, and floats six digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+
+
 def _cells(rows: Mapping[str, Any]) -> dict[str, str]:
     """The names and texts of the values that are not empty."""
-    known = {key: value for key, value in rows.items() if value not in (None, "", [], {})}
-    texts = {
-        key: f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
-        for key, value in known.items()
-        if _is_number(value)
-    }
     return {
-        key.replace("_", " "): texts.get(key, str(value)).replace("|", "\\|").replace("\n", " ")
-        for key, value in known.items()
+        key.replace("_", " "): as_text(value).replace("|", "\\|").replace("\n", " ")
+        for key, value in rows.items()
+        if value not in (None, "", [], {})
     }
