@@ -31,7 +31,7 @@ import lorafold
 from lorafold.api.options import declared
 from lorafold.cli import GROUPS as COMMANDS
 from lorafold.cli import _load
-from lorafold.cli.help import OTHERS, entry, panel
+from lorafold.cli.help import OTHERS, help_entry
 from lorafold.recipe.fields import GROUPS
 from lorafold.recipe.recipe import Recipe
 
@@ -184,13 +184,14 @@ def options(name: str) -> str:
     panels: dict[str, list[list[str]]] = {"Arguments": [], OTHERS: []}
     fields: list[str] = []
     for parameter in command.get_params(context):
-        if (record := entry(parameter, context)) is None:
+        if (entry := help_entry(parameter, context)) is None:
             continue
+        panel, record = entry
         field = Recipe.model_fields.get(parameter.name)
         if field is not None and str(field.description) in record[1]:
             fields.append(f"[`{parameter.opts[0]}`](../recipe.md#{parameter.name})")
         else:
-            rows = panels.setdefault(panel(parameter), [])
+            rows = panels.setdefault(panel, [])
             rows.append([code(record[0]), cell(record[1])])
     parts = [f"    {command.get_usage(context)}"]
     head = ["option", "meaning"]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lorafold.api.inspect import inspect as inspect
     from lorafold.api.intrinsic import intrinsic as intrinsic
     from lorafold.api.load import load as load
-    from lorafold.api.load_model import load_model as load_model
+    from lorafold.api.load import load_model as load_model
     from lorafold.api.merge import merge as merge
     from lorafold.api.resize import extract as extract
     from lorafold.api.resize import resize as resize
@@ -54,6 +54,7 @@ _NAMES = {
     "adapter": "Adapter attach only reference",
     "api.compose": "compose Learning",
     "api.fragility": "fragility Probes Tuning Defending",
+    "api.load": "load load_model",
     "api.resize": "extract resize",
     "api.train": "train preview",
     "data.calls": "parse_calls",
@@ -64,7 +65,7 @@ _NAMES = {
         f"api.{name}": name
         for name in (
             "chat", "compare", "estimate", "evaluate", "export", "generate", "history", "inspect",
-            "intrinsic", "load", "load_model", "merge", "score", "serve",
+            "intrinsic", "merge", "score", "serve",
         )
     },
 }  # fmt: skip

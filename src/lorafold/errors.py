@@ -73,7 +73,7 @@ def called_now(old: str, now: str) -> str:
 
 def both_names(old: str, now: str) -> str:
     """The line for an old name that was used beside the new one."""
-    return f"{old}: found it beside {now}, which is its name now; expected {now} alone"
+    return f"{old}: found it beside {now}, which is the same; expected {now} alone"
 
 
 def place(error: BaseException) -> str:

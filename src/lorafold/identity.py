@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from lorafold.files.contents import of_file, of_files
+from lorafold.files.contents import file_digest, files_digest
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
@@ -41,10 +41,11 @@ def of_model(source: ModelSource) -> str:
     if source.gguf is not None:
         return source.gguf.identity
     code = (CODE,) if source.trust_remote_code else ()
-    files = of_files(source.path, (*MODEL_FILES, *WORDS, *code))
+    files = files_digest(source.path, (*MODEL_FILES, *WORDS, *code))
     shards = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []
     elsewhere = _code_elsewhere(source.path) if source.trust_remote_code else []
-    return joined([files, *(of_file(f)[1] for f in shards if f.parent != source.path), *elsewhere])
+    beside = (file_digest(shard)[1] for shard in shards if shard.parent != source.path)
+    return joined([files, *beside, *elsewhere])
 
 
 def _code_elsewhere(path: Path) -> list[str]:
@@ -58,7 +59,7 @@ def _code_elsewhere(path: Path) -> list[str]:
             at = try_to_load_from_cache(repo, f"{module.replace('.', '/')}.py")
             if isinstance(at, str):
                 folders.add(Path(at).parent)
-    return sorted(of_files(folder, (CODE,)) for folder in folders)
+    return sorted(files_digest(folder, (CODE,)) for folder in folders)
 
 
 def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
@@ -70,7 +71,7 @@ def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
         path, read = Path(adapter), {}
     if not (path / CONFIG).is_file():
         raise no_adapter(path)
-    return of_files(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
+    return files_digest(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
 
 
 def joined(identities: Sequence[str]) -> str:

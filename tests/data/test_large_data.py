@@ -239,7 +239,7 @@ def test_a_cache_that_cant_be_written_names_the_variable(
 ) -> None:
     (large.parent / "file").write_text("")
     monkeypatch.setenv("LORAFOLD_CACHE", str(large.parent / "file"))
-    with pytest.raises(LorafoldError, match=r"can't be written: .*LORAFOLD_CACHE names another"):
+    with pytest.raises(LorafoldError, match=r"can't be written: .*set LORAFOLD_CACHE to another"):
         read_rows(str(large))
 
 

@@ -141,7 +141,7 @@ def test_errors_say_what_there_is(tiny_model_dir, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match=r"chat template none: .* no end-of-sequence token"):
         set_template(tokenizer, "none")
     told = " ".join(lorafold("train", "--help-all").stdout.replace("│", " ").split())
-    assert "none joins prompt and completion as they stand" in told
+    assert "none concatenates prompt and completion" in told
     assert "(./none is a file)" in told
 
 

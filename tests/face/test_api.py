@@ -52,9 +52,8 @@ SIGNATURES = {
         " columns html console revision trust_remote_code device allow_other_base storage"
     ),
     "generate": (
-        "model prompts *adapters tokenizer system tools max_new_tokens temperature seed"
-        " allow_control_tokens console revision trust_remote_code device allow_other_base"
-        " storage"
+        "model prompts *adapters tokenizer max_new_tokens temperature seed console revision"
+        " trust_remote_code device allow_other_base storage system tools allow_control_tokens"
     ),
     "history": "adapter *html",
     "inspect": (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import refused
-from lorafold.cli.cluster import bare, share
+from lorafold.cli.cluster import without_cluster_options, worker_resources
 
 
 @pytest.mark.parametrize("verb", ["compare", "intrinsic"])
@@ -32,8 +32,9 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_worker_gets_the_command_without_where_it_runs() -> None:
     asked = ["compare", "--on", "ray", "--out", "o", "--workers=3", "--workers", "2", "--json"]
-    assert bare(asked) == ["compare", "--out", "o", "--json"]
-    assert bare(["compare", "--on=ray", "--seeds", "2"]) == ["compare", "--seeds", "2"]
+    assert without_cluster_options(asked) == ["compare", "--out", "o", "--json"]
+    asked = ["compare", "--on=ray", "--seeds", "2"]
+    assert without_cluster_options(asked) == ["compare", "--seeds", "2"]
 
 
 @pytest.mark.parametrize(
@@ -46,4 +47,5 @@ def test_a_worker_gets_the_command_without_where_it_runs() -> None:
 )
 def test_a_worker_asks_for_what_every_node_has(nodes, workers: int, expected) -> None:
     gone = {"Alive": False, "Resources": {"CPU": 1.0}}
-    assert share([gone, *({"Alive": True, "Resources": n} for n in nodes)], workers) == expected
+    alive = [{"Alive": True, "Resources": n} for n in nodes]
+    assert worker_resources([gone, *alive], workers) == expected

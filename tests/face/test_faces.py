@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict, Unpack
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import lorafold as lf
@@ -16,7 +17,7 @@ from adapter_cases import make_adapter
 from conftest import lorafold, refused, unestimating
 from lorafold.api.options import DeclaredOption, Docs, Option, Progress, RecipeOptions, declared
 from lorafold.cli import COMMANDS, _load, app, commands, verb_of
-from lorafold.cli.parser import OLD_NAMES
+from lorafold.cli.command_line import OTHER_NAMES
 from lorafold.cli.recipe_options import fields_in
 from lorafold.cli.runners import RUNNERS
 from lorafold.errors import LorafoldError
@@ -74,7 +75,7 @@ def declarations(name: str) -> list[tuple[str, DeclaredOption]]:
     runner = RUNNERS.get(name, commands.plain)
     found = [("verb", one) for one in declared(verb_of(name))]
     found += [("runner", one) for one in declared(runner) if one.default is not Parameter.empty]
-    return [(place, one) for place, one in found if getattr(one.option, "typed", True)]
+    return [(place, one) for place, one in found if not getattr(one.option, "python_only", False)]
 
 
 def test_every_verb_that_opens_a_model_is_in_the_table() -> None:
@@ -105,7 +106,8 @@ def test_an_option_is_declared_once(name: str) -> None:
         assert one.help, n
         flag = option.flag.split("/")[0] or ("--adapter" if option.saved else "")
         assert flag in ("", CALLED.get(n)), n
-        expected |= {flag or f"--{n.replace('_', '-')}", *(option.beside or ())[:1]} - {"TENANT"}
+        second = (option.second_flag or ())[:1]
+        expected |= {flag or f"--{n.replace('_', '-')}", *second} - {"TENANT"}
     for one in recipes:
         assert isinstance(one.option, RecipeOptions)
         expected |= {f"--{n.replace('_', '-')}" for n in ("set", *fields_in(one.option))}
@@ -130,7 +132,7 @@ def test_the_text_of_an_option_stands_once() -> None:
         p.name for p in CLI.glob("*.py") if re.search(r"typer\.(Option|Argument)\(", p.read_text())
     }
     of_help = {"help.py", "__init__.py"}  # --help-all, --version
-    assert declaring - of_help == {"commands.py", "parameters.py", "recipe_options.py"}
+    assert declaring - of_help == {"parameters.py"}
 
 
 def test_what_would_be_declared_twice_is_found() -> None:
@@ -152,7 +154,7 @@ def test_what_is_said_of_a_parameter_reaches_the_reader_of_python(name: str) -> 
 
 @pytest.mark.parametrize("verb", NAMES)
 def test_no_option_has_an_old_name(verb: str) -> None:
-    assert not OLD_NAMES.keys() & {name for names in options(verb).values() for name in names}
+    assert not OTHER_NAMES.keys() & {name for names in options(verb).values() for name in names}
 
 
 def test_old_names_work_and_say_what_they_are_called_now(tiny_model_dir, tmp_path: Path) -> None:
@@ -189,9 +191,29 @@ def test_a_recipe_keeps_the_old_names_of_its_fields(tmp_path: Path, caplog) -> N
         load_recipe(None, ["base=fp32", "storage=fp32"])
 
 
+def test_quantization_is_another_name_for_storage(tiny_model_dir, tmp_path: Path) -> None:
+    from lorafold.recipe.parsing import load_recipe
+
+    model, file = tiny_model_dir("llama"), tmp_path / "recipe.yaml"
+    asked = ["estimate", "--model", str(model), "--mode", "inference"]
+    alias = CliRunner().invoke(app, [*asked, "--quantization", "int8"])
+    assert alias.stdout == CliRunner().invoke(app, [*asked, "--storage", "int8"]).stdout
+    assert "quantization" not in alias.stderr
+    file.write_text("quantization: int8\n")
+    expected = lf.Recipe(storage="int8")
+    assert lf.Recipe(quantization="int8") == expected == load_recipe(file)  # type: ignore[call-arg]
+    assert load_recipe(None, ["quantization=int8"]) == expected
+    assert lf.load_model(model, quantization="fp32").dtype == torch.float32
+    with pytest.raises(LorafoldError, match="storage foo: unknown"):
+        lf.generate(model, "a", quantization="foo")  # type: ignore[call-arg]
+    with pytest.raises(LorafoldError, match="quantization: found it beside storage"):
+        lf.generate(model, "a", quantization="fp32", storage="fp32")  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        (("estimate", "--quantization=nf4", "--storage=fp32"), "--quantization: found it beside"),
         (("estimate", "--base", "nf4", "--storage=fp32"), "--base: found it beside --storage"),
         (("estimate", "--seq=8", "--max-length", "9"), "--seq: found it beside --max-length"),
         (("eval", "--answers", "--no-completions"), "--answers: found it beside --no-completions"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafold.cli.next_commands import this_command
+from lorafold.cli.other_commands import this_command
 from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.peft.saved import Saved

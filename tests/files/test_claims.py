@@ -18,7 +18,7 @@ from filelock import SoftFileLease
 
 from lorafold.errors import LorafoldError
 from lorafold.files import claims
-from lorafold.files.claims import CLAIM, TOKEN, VARIABLE, check_token, shared, tell_strangers
+from lorafold.files.claims import CLAIM, TOKEN, VARIABLE, check_token, report_other_claims, shared
 
 # Makes the paths whose names it is given; of each it first writes a line "NAME PROCESS" to a log.
 # A path waits while there is a file NAME.hold.
@@ -159,9 +159,9 @@ def test_an_error_gives_the_claim_up(tmp_path: Path) -> None:
 def test_claims_on_other_work_are_told(tmp_path: Path) -> None:
     said: list[str] = []
     with SoftFileLease(f"{tmp_path / 'lora-0-aa.json'}{CLAIM}", lease_duration=claims.LEASE):
-        tell_strangers([tmp_path / "lora-0-aa.json"], said.append)
+        report_other_claims([tmp_path / "lora-0-aa.json"], said.append)
         assert said == []
-        tell_strangers([tmp_path / "lora-0-bb.json"], said.append)
+        report_other_claims([tmp_path / "lora-0-bb.json"], said.append)
     assert len(said) == 1
     assert said[0].startswith("found claims on lora-0-aa.json, which is other work")
 

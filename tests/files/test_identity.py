@@ -36,17 +36,17 @@ def test_a_file_is_read_once_and_known_by_its_marks(cache, tmp_path, monkeypatch
     read: list[Path] = []
     monkeypatch.setattr(contents, "file_sha256", lambda path: (read.append(path), sha256(path))[1])
     monkeypatch.setattr(contents, "FRESH", 0.0)
-    assert contents.of_file(file) == contents.of_file(file) == (3, sha256(file))
+    assert contents.file_digest(file) == contents.file_digest(file) == (3, sha256(file))
     assert read == [file]
     file.write_bytes(b"two")
-    assert contents.of_file(file) == (3, sha256(file))
+    assert contents.file_digest(file) == (3, sha256(file))
     assert read == [file, file]
 
 
 def test_a_file_that_was_written_just_now_is_read_again(cache, tmp_path) -> None:
     file = tmp_path / "it"
     file.write_bytes(b"one")
-    contents.of_file(aged(file))  # its content is old; its marks changed just now
+    contents.file_digest(aged(file))  # its content is old; its marks changed just now
     assert not (cache / "digests").exists()
 
 
@@ -54,11 +54,11 @@ def test_a_kept_digest_that_is_damaged_is_made_anew(cache, tmp_path, monkeypatch
     file = tmp_path / "it"
     file.write_bytes(b"one")
     monkeypatch.setattr(contents, "FRESH", 0.0)
-    contents.of_file(file)
+    contents.file_digest(file)
     [entry] = (cache / "digests" / "known").iterdir()
     for damaged in ("", "[]", '{"marks": [], "sha256": 1}'):
         entry.write_text(damaged)
-        assert contents.of_file(file) == (3, sha256(file))
+        assert contents.file_digest(file) == (3, sha256(file))
 
 
 def test_a_file_of_the_hub_is_taken_by_its_name(cache, tmp_path) -> None:
@@ -67,7 +67,7 @@ def test_a_file_of_the_hub_is_taken_by_its_name(cache, tmp_path) -> None:
     blob.write_bytes(b"weights")
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
-    assert contents.of_file(link) == (7, "a" * 64)
+    assert contents.file_digest(link) == (7, "a" * 64)
 
 
 @pytest.mark.parametrize(

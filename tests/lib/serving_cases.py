@@ -24,7 +24,7 @@ import pytest
 
 from engine_cases import save_adapters
 from fresh_models import fresh_model
-from lorafold.api.loaded_model import opened
+from lorafold.api.loaded_model import load_with_adapters
 from lorafold.engine import Engine
 from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
@@ -170,7 +170,7 @@ def running(
         port = at.getsockname()[1]
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
         with mock.patch.multiple(checks, VERIFYING=processes, RENDERING=processes):
-            parts = server_of(base, opened, Directory(folder), known, chosen)
+            parts = server_of(base, load_with_adapters, Directory(folder), known, chosen)
         http = Http(over_http(parts))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.doctor.finding import Finding, FindingGroup, looked_at
+from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.doctor.hardware import Hardware, findings, gflops, slow
 from lorafold.doctor.installation import extras, packages, size_of
 from lorafold.doctor.report import DoctorReport
@@ -72,7 +72,7 @@ CPU = replace(FINE, device="cpu", fp32=400.0, bf16=800.0)
         (replace(CPU, native_bf16=False), "At 400 GFLOP/s"),
         (replace(CPU, cores=1, threads=1), "Only one core is usable"),
         (replace(CPU, cores=2, threads=2), "Only 2 cores are usable"),
-        (replace(CPU, threads=4), "torch uses 4 of 8 usable cores, as OMP_NUM_THREADS=4 says"),
+        (replace(CPU, threads=4), "torch uses 4 of 8 usable cores, because of OMP_NUM_THREADS=4"),
         (replace(CPU, busy=1.26), "Other processes keep 1.3 of"),
         (replace(CPU, free=10**9), "Only 1.0 GB of memory are free"),
         (replace(FINE, kernels=False), "bitsandbytes has no native library"),
@@ -177,7 +177,7 @@ def test_what_fails_while_it_is_looked_at_is_a_finding() -> None:
         yield Finding("first", "fine")
         raise RuntimeError("no\nmore")
 
-    (found,) = looked_at("place", look)
+    (found,) = findings_of("place", look)
     assert (found.problem, found.broken) == ("RuntimeError: no", True)
 
 
@@ -281,10 +281,10 @@ def test_the_report_for_people_has_every_group_and_what_would_be_slow() -> None:
 @pytest.mark.parametrize(
     ("capability", "found"),
     [
-        ((7, 5), ("7.5: weights and products in fp32", "in tiles", "one after the other")),
-        ((8, 6), ("8.6: weights and products in bf16", "flash attention", "one after the other")),
-        ((9, 0), ("9.0: weights and products in bf16", "by flash attention", "in one product")),
-        ((12, 0), ("12.0: weights and products in bf16", "by flash attention", "one after")),
+        ((7, 5), ("7.5: weights and matmuls in fp32", "in tiles", "one after the other")),
+        ((8, 6), ("8.6: weights and matmuls in bf16", "flash attention", "one after the other")),
+        ((9, 0), ("9.0: weights and matmuls in bf16", "by flash attention", "in one product")),
+        ((12, 0), ("12.0: weights and matmuls in bf16", "by flash attention", "one after")),
     ],
 )
 def test_the_paths_of_a_card_are_named(capability, found) -> None:

@@ -21,7 +21,7 @@ from adapter_cases import make_adapter
 from conftest import lorafold, unestimating
 from fresh_models import fresh_model
 from lorafold.api.arguments import as_prompts
-from lorafold.api.loaded_model import opened
+from lorafold.api.loaded_model import load_with_adapters
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.row_store import Rows
@@ -83,7 +83,7 @@ def task(model_dir, policy) -> FragilityTask:
 
 
 def bench_of(task: FragilityTask) -> Bench:
-    return Bench(task, task.stacks[0], partial(opened, task.base))
+    return Bench(task, task.stacks[0], partial(load_with_adapters, task.base))
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

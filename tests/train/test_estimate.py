@@ -224,7 +224,7 @@ def test_ddp_holds_all_and_sends_gradients_alone() -> None:
     [
         (["--strategy", "zero"], "--strategy: found zero, expected one of fsdp, ddp"),
         (["--mode", "inference"], "--gpus: found --mode inference too, expected none: the"),
-        (["--measure"], "--gpus: found --measure too, expected none: the estimate is that of a"),
+        (["--measure"], "--gpus: found --measure too, expected none: the estimate is for a"),
     ],
 )
 def test_what_several_processes_do_not_do(arguments: list[str], message: str) -> None:

@@ -1,7 +1,7 @@
-"""What a verb is given: rows, paths of adapters, a console.
+"""The arguments of verbs: rows, paths of adapters, a console.
 
-Nothing here imports torch, nor transformers before rows are read, so that what is wrong with them
-is told at once.
+It imports neither torch nor, before rows are read, transformers, so that errors in rows are
+reported at once.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lorafold.api.options import Data, Named, Paths, Rewarding
+from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import check_rows, read_rows, renamed
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
 from lorafold.errors import LorafoldError, cut
+from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
 from lorafold.recipe.parsing import check_trackers
 from lorafold.rewards.judging import check_there
@@ -30,97 +31,67 @@ if TYPE_CHECKING:
 
 def as_rows(
     data: Data,
-    columns: Named | None = None,
+    columns: ColumnNames | None = None,
     console: Console | None = None,
     weighted: bool = False,
     objective: str | None = DEFAULT,
 ) -> Rows:
-    """The rows, after they are read, if sources are named, and checked.
-
-    Args:
-        data: A file, a directory or a hub dataset, several of them, or the rows themselves.
-        columns: The user's names of keys, by lorafold's, as in {"prompt": "question"}; "" drops a
-            key.
-        console: Where the keys are named that the rows have and lorafold ignores, and what else
-            there is to say of rows of this shape.
-        weighted: Whether sources may have weights, as in rows.jsonl:0.3.
-        objective: What is trained on the rows; None for what reads all that they have.
-
-    Raises LorafoldError for bad rows and for a source that can't be read.
+    """The rows after checks, read first if `data` names sources; an objective of None reads all
+    that they have. The console shows which keys are ignored.
     """
-
-    def notice(text: str) -> None:
-        if console is not None:
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    declared = None if objective is None else OBJECTIVES[objective]
+    declared, source = None if objective is None else OBJECTIVES[objective], source_of(data)
     wanted = PAIRS if declared is None else declared.takes  # all that rows have: both answers
     if (sources := sources_in(data)) is not None:
-        rows = read_rows(sources, columns, notice, wanted)
+        rows = read_rows(sources, columns, lambda text: print_lines(console, text), wanted)
     else:
         numbered: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
         numbered = renamed(numbered, columns) if columns else numbered
-        rows = check_rows(numbered, source_of(data), wanted)
+        rows = check_rows(numbered, source, wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
-        raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
-    read = () if declared is None else declared.keys
-    told = [*(_dropped(columns) if columns else ()), *rows.remarks]
+        raise LorafoldError(f"{source}: found a weight, which only training rows may have")
+    messages = [*_dropped(columns), *rows.remarks]
+    ignored: Sequence[str] = rows.ignored
     if declared is not None:
-        told += declared.told(rows.shapes)
-    everything = declared is not None and declared.draws
-    if ignored := [key for key in rows.ignored if key not in read and not everything]:
-        told.insert(0, f"{_ignored(ignored)} (rows of {rows.shapes[0]})")
-    for text in told:
-        notice(f"{source_of(data)}: {text}")
+        messages += declared.told(rows.shapes)
+        ignored = [] if declared.draws else [key for key in ignored if key not in declared.keys]
+    if ignored:
+        messages.insert(0, f"{_ignored(ignored)} (rows of {rows.shapes[0]})")
+    for text in messages:
+        print_lines(console, f"{source}: {text}")
     return rows
 
 
 def with_rewards(
-    recipe: Recipe, rewards: Rewarding
+    recipe: Recipe, rewards: RewardSources
 ) -> tuple[Recipe, tuple[Callable[..., Any], ...]]:
-    """The recipe with the rewards that are named, and those that are functions.
-
-    Raises LorafoldError for rewards of an objective that takes none.
-    """
+    """The recipe with the rewards that are names, and the rewards that are functions."""
     given = as_rewards(rewards)
     if given and not OBJECTIVES[recipe.objective].draws:
-        drawing = named(name for name, one in OBJECTIVES.items() if one.draws)
+        sampling = named(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
-            f"rewards: the objective {recipe.objective} takes none; expected {drawing}"
+            f"rewards: the objective {recipe.objective} takes none; expected {sampling}"
         )
-    names = [one for one in given if isinstance(one, str)]
-    if names:
+    if names := [one for one in given if isinstance(one, str)]:
         options = recipe.objective_options
-        before = options.get("rewards", ())
-        recipe = recipe.model_copy(
-            update={"objective_options": {**options, "rewards": [*before, *names]}}
-        )
+        options = {**options, "rewards": [*options.get("rewards", ()), *names]}
+        recipe = recipe.model_copy(update={"objective_options": options})
     return recipe, tuple(one for one in given if not isinstance(one, str))
 
 
-def as_rewards(rewards: Rewarding) -> list[str | Callable[..., Any]]:
-    """The rewards as a list, also if there is only one. Raises LorafoldError for what can't be one.
-    """
-    one = isinstance(rewards, str) or not isinstance(rewards, Iterable)
-    given: list[Any] = [rewards] if one or callable(rewards) else [*cast(Iterable[Any], rewards)]
+def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
+    """The rewards as a list, also if there is only one."""
+    one = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
+    given: list[Any] = [rewards] if one else [*cast(Iterable[Any], rewards)]
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
         found = cut(repr(wrong[0]), 80)
         raise LorafoldError(f"rewards: found {found}, expected functions or names")
-    if names := [one for one in given if isinstance(one, str)]:
+    if names := [each for each in given if isinstance(each, str)]:
         check_there(names)
     return given
 
 
-def as_prompts(data: Data, columns: Named | None = None) -> list[Row]:
-    """Prompts, whose rows need no completion, after they are read, if sources are named, and
-    checked.
-
-    Args:
-        data: As for `as_rows`.
-        columns: The user's names of keys, by lorafold's.
-
-    Raises LorafoldError for bad rows and for a source that can't be read.
-    """
+def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
+    """Prompts after checks; their rows need no completion."""
     from lorafold.data.prompts import read_prompts  # and with it transformers
 
     if (sources := sources_in(data)) is None:
@@ -131,18 +102,9 @@ def as_prompts(data: Data, columns: Named | None = None) -> list[Row]:
 
 
 def as_stream(
-    data: Data, columns: Named | None, console: Console | None, objective: str
+    data: Data, columns: ColumnNames | None, console: Console | None, objective: str
 ) -> RowStream:
-    """The stream of the rows that a recipe with `streaming` trains on.
-
-    Args:
-        data: The names of sources, as for `as_rows`.
-        columns: The user's names of keys, by lorafold's.
-        console: Where ignored keys are named.
-        objective: What is trained on the rows.
-
-    Raises LorafoldError for bad rows and for sources that can't be read.
-    """
+    """The stream of the rows for a recipe with `streaming`."""
     from lorafold.data.stream import stream_of
 
     if (sources := sources_in(data)) is None:
@@ -150,26 +112,21 @@ def as_stream(
     declared = OBJECTIVES[objective]
     stream = stream_of(sources, columns, declared.takes)
     remarks = stream.remarks()
-    told = [source.described() for source in stream.sources if source.several]
-    told += [*(_dropped(columns) if columns else ()), *declared.told(stream.shapes)]
-    told += [f"the first rows: {text}" for text in remarks.lines]
+    messages = [source.described() for source in stream.sources if source.several]
+    messages += [*_dropped(columns), *declared.told(stream.shapes)]
+    messages += [f"the first rows: {text}" for text in remarks.lines]
     if remarks.ignored:
-        told.append(_ignored([*remarks.ignored]))
-    if console is not None:
-        for text in told:
-            line = f"{source_of(data)}: {text}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        messages.append(_ignored([*remarks.ignored]))
+    print_lines(console, *(f"{source_of(data)}: {text}" for text in messages))
     return stream
 
 
-def _dropped(columns: Named) -> list[str]:
-    """What a user is told of columns without another name."""
-    names = ", ".join(name for name, column in columns.items() if not column)
+def _dropped(columns: ColumnNames | None) -> list[str]:
+    names = ", ".join(name for name, column in (columns or {}).items() if not column)
     return [f"dropped by --columns: {names}"] if names else []
 
 
 def _ignored(keys: Sequence[str]) -> str:
-    """What a user is told of keys that are no part of rows."""
     inside = any(key.startswith("messages[]") for key in keys)
     of = "; those of messages go to the chat template" if inside else ""
     return f"ignored keys: {', '.join(keys)}{of}"
@@ -179,8 +136,8 @@ def sources_in(data: Data) -> list[str] | None:
     """The sources that data names, or None for the rows themselves."""
     if isinstance(data, (str, Path)):
         return [str(data)]
-    named = [item for item in data if isinstance(item, (str, Path))]
-    return [str(item) for item in named] if named and len(named) == len(data) else None
+    names = [str(item) for item in data if isinstance(item, (str, Path))]
+    return names if names and len(names) == len(data) else None
 
 
 def source_of(data: Data) -> str:
@@ -189,48 +146,38 @@ def source_of(data: Data) -> str:
 
 
 def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> Recipe:
-    """The recipe, or the default for None. Raises LorafoldError for anything else, and of one that
-    trains for trackers that there are not.
-    """
+    """The recipe, or the default for None; the trackers are checked if it trains."""
     if recipe is not None and not isinstance(recipe, type(default)):
         raise LorafoldError(
             f"recipe: found {type(recipe).__name__}, expected an lf.Recipe, as in lf.Recipe(rank=8)"
         )
-    found = default if recipe is None else recipe
-    if trains and found.trackers:
-        check_trackers(found.trackers)
-    return found
+    recipe = recipe or default
+    if trains and recipe.trackers:
+        check_trackers(recipe.trackers)
+    return recipe
 
 
 def missing(name: str) -> LorafoldError:
-    """The error for an argument that has no default besides `model`, which stands before it."""
+    """The error for a required argument that follows `model`, which has a default."""
     return LorafoldError(f"{name}: found none, expected it")
 
 
 def as_paths(adapters: Paths) -> list[Path]:
-    """The paths as a list, also if there is only one. Raises LorafoldError for anything else."""
+    """The paths as a list, also if there is only one."""
     given: Any = adapters
     several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
     return [as_path(one, "adapters") for one in (given if several else [given])]
 
 
 def as_path(path: str | PathLike[str], name: str = "out") -> Path:
-    """The path, with ~ as the user's home. Raises LorafoldError for what is none.
-
-    Args:
-        name: Of the argument, for the message.
-    """
+    """The path with ~ expanded; `name` is the argument's, for the message."""
     if not isinstance(path, (str, PathLike)):
         raise LorafoldError(f"{name}: found {cut(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
 
 
 def as_page(file: str | Path | None, name: str = "html") -> Path | None:
-    """The file of a page, or None. Raises LorafoldError for one that can't be written.
-
-    Args:
-        name: Of the argument, for the message.
-    """
+    """The file of a page, or None. LorafoldError for a file that can't be written."""
     from lorafold.files.atomic import check_file
 
     if file is None:
@@ -240,32 +187,35 @@ def as_page(file: str | Path | None, name: str = "html") -> Path | None:
     return place
 
 
-def as_console(console: Console | None) -> Console | None:
-    """The console. Raises LorafoldError for what is none."""
-    from rich.console import Console
+def as_study(out: str | Path) -> Path:
+    """The directory of a study, which can be written and is the one that the workers share."""
+    from lorafold.files.atomic import check_folder
+    from lorafold.files.claims import check_token
 
-    if console is not None and not isinstance(console, Console):
-        found = cut(repr(console), 80)
-        raise LorafoldError(f"console: found {found}, expected a rich Console or None")
-    return console
+    place = as_path(out)
+    check_folder(place)
+    check_token(place)
+    return place
 
 
 def or_shown(console: Console | Literal[False] | None) -> Console:
-    """The console, for None one that shows progress where somebody looks, on a terminal or in a
-    notebook, and else nothing, as for False.
+    """The console; for None one that prints on a terminal and in a notebook, and nothing elsewhere;
+    for False one that prints nothing.
     """
     from rich.console import Console
 
     if console is not None and console is not False:
-        as_console(console)
-        return console
-    found = Console(stderr=True)
-    quiet = console is False or not (found.is_terminal or found.is_jupyter)
-    return Console(quiet=True) if quiet else found
+        return or_quiet(console)
+    shown = Console(stderr=True)
+    visible = console is None and (shown.is_terminal or shown.is_jupyter)
+    return shown if visible else Console(quiet=True)
 
 
 def or_quiet(console: Console | None) -> Console:
     """The console, or for None one that prints nothing."""
     from rich.console import Console
 
-    return as_console(console) or Console(quiet=True)
+    if console is not None and not isinstance(console, Console):
+        found = cut(repr(console), 80)
+        raise LorafoldError(f"console: found {found}, expected a rich Console or None")
+    return console or Console(quiet=True)

@@ -1,4 +1,4 @@
-"""`lf.chat`: a conversation with a base and its adapters."""
+"""`lf.chat`: a conversation with a base model and its adapters."""
 
 from typing import TYPE_CHECKING, Unpack
 
@@ -21,19 +21,20 @@ def chat(
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
 ) -> "Chat":
-    """Talk to the model; each answer sees the conversation so far, and streams to stdout.
+    """Chat with the model. Each answer takes the whole conversation into account and streams to
+    stdout.
 
-    The model is loaded once, and adapters are switched as you talk: all of them answer, stacked as
-    for generate, until /adapter NAME chooses one. Ctrl-C stops an answer; at the
-    prompt it leaves with exit code 130. Where stdin is no terminal, each of its lines is a message
-    or a command; stdout then has the answers alone, and notices go to stderr. A line that begins
-    with / is a command; // begins a message with one.
+    The model is loaded once, and you can switch adapters as you talk. At first all adapters are
+    active, stacked as for generate; /adapter NAME selects one. Ctrl-C stops an answer; at the
+    prompt, it exits with code 130. If stdin is not a terminal, each line is a message or a command,
+    stdout contains only the answers, and notices go to stderr. A line that begins with / is a
+    command; begin a message with // to send a slash.
 
-    In Python it returns a context manager: `turn = chat.ask(text)`, then `chat.answer(turn,
-    chat.active)` streams, and `chat.keep` remembers. `Chat.switch` knows adapters by the last parts
-    of their paths; each later turn has the next seed.
+    In Python, this returns a context manager: `turn = chat.ask(text)`, then `chat.answer(turn,
+    chat.active)` streams the answer, and `chat.keep` adds it to the conversation. `Chat.switch`
+    takes the last parts of the adapters' paths as names. Each turn uses the next seed.
 
-    Raises LorafoldError for a model or adapter that can't be loaded.
+    Raises LorafoldError if the model or an adapter can't be loaded.
 
     Examples:
         lorafold chat
@@ -41,26 +42,23 @@ def chat(
         lorafold chat demo/adapter --system "Answer in JSON." --temperature 0.7
 
     Notes:
-        /adapter NAME: one adapter answers; all: all of them; none: the base; no name: the list.
-        /both: the base answers too, beside the adapter; /both again ends that.
-        /system TEXT: set the system message; none takes it away; no text: what it is.
+        /adapter NAME: use one adapter; all: all of them; none: only the base; no name: list them.
+        /both: the base model answers too, next to the adapter; repeat it to stop that.
+        /system TEXT: set the system message; none removes it; no text: show it.
         /reset: forget the conversation (or /new); adapter and system message stay.
-        /save FILE: add the conversation to FILE.jsonl, as a row that lorafold train reads.
+        /save FILE: append the conversation to FILE.jsonl, as a row that lorafold train reads.
         /help: this list.
-        /quit: the end, as Ctrl-D.
+        /quit: exit, as Ctrl-D does.
     """
     from lorafold.api.arguments import as_paths
-    from lorafold.api.loaded_model import opened
+    from lorafold.api.loaded_model import base_with, load_with_adapters
     from lorafold.conversation import Chat, unique_names
     from lorafold.data.control_tokens import allow
     from lorafold.engine import Sampling
-    from lorafold.peft.saved import open_all
-    from lorafold.resolve import base_for
 
     paths = as_paths(adapters)
-    found = open_all(paths)
-    base = base_for(model, found, console, **opening)
-    loaded, tokenizer = opened(base, found, console=console)
+    base, saved = base_with(model, paths, console, **opening)
+    loaded, tokenizer = load_with_adapters(base, saved, console=console)
     if allow_control_tokens:
         allow(tokenizer)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`

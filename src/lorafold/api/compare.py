@@ -1,4 +1,4 @@
-"""`lf.compare`: every method on one's own model and data, measured in one table."""
+"""`lf.compare`: every method on your model and data, measured in one table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ def compare(
     model: opt.OnlyModel = "smollm2",
     data: opt.StudyRows = None,
     eval_data: opt.HeldOut = None,
-    rewards: opt.Judges = (),
+    rewards: opt.Rewards = (),
     columns: opt.Columns = None,
     methods: Annotated[Sequence[str], opt.Option(metavar="NAME,NAME")] = (),
     vary: Annotated[
@@ -34,41 +34,38 @@ def compare(
     console: opt.Progress = None,
     **opening: Unpack[opt.Computing],
 ) -> "Comparison":
-    """Train every method on the same data with the same budget, and measure what the choice between
-    them depends on.
+    """Train every method on the same data with the same budget, and compare the results.
 
-    The table has the figures that decide: the held-out loss, how far it is from that of the base
-    (which is the first line), forgetting on text outside the task, peak memory, seconds and trained
-    parameters. Only --wide, --json and the page have adapter size, tokens/s, exact match, latency
-    attached and merged relative to the base, whether the method can be merged (proved by folding),
-    and whether it adds modules. A best method is named only where the rows, in pairs, and at least
-    three seeds tell it from all others. Texts with labels need --objective classify. Unless the
-    recipe sets a learning rate, each method has its own.
+    The table contains the held-out loss, its difference from the base model's loss (first line),
+    forgetting on unrelated text, peak memory, time and trainable parameters. --wide, --json and the
+    page add adapter size, tokens/s, exact match, latency attached and merged relative to the base
+    model, whether the method can be merged (tested by merging), and whether it adds modules. A best
+    method is named only if paired tests over the rows and at least three seeds separate it from all
+    others. For texts with labels, use --objective classify. Each method uses its own default
+    learning rate, unless the recipe sets one.
 
-    `vary` tries several values of a setting, as in --vary rank=8,32, and of several settings every
-    combination. One half of the held-out rows chooses the best setting, and the other half gives
-    its loss.
+    `vary` sweeps settings: --vary rank=8,32 tries two values, and several settings are combined
+    into a grid. One half of the held-out rows selects the best setting, the other half measures its
+    loss.
 
-    Policies (--objective grpo, with `rewards`) draw as many completions each, and are compared by
-    the reward of held-out prompts.
+    Policies (--objective grpo, with `rewards`) sample the same number of completions each, and are
+    compared by their reward on held-out prompts.
 
-    In Python too rewards are names and no functions, since each method is measured in a process of
-    its own, and figures are kept under the digest of a reward's file.
+    In Python, too, rewards are names and not functions, because each method is measured in a
+    process of its own and results are cached under the digest of the reward's file.
 
     Args:
-        methods: The methods, as in lora,dora. Default: all that can learn the objective.
-        vary: A field of the recipe and the values to try, as in rank=8,32 or
-            options.init=kaiming,gaussian; values are YAML, as in
-            targets=all-linear,[q_proj,v_proj]. In Python a mapping such as {"rank": [8, 16],
-            "options.init": ["kaiming", "gaussian"]}.
-        seeds: Seeds of each line; a verdict needs 3.
-        recipe: The recipe of all runs; without a learning rate each method has its own.
-        html: Also write the table with plots as one HTML file.
+        methods: The methods, for example lora,dora. Default: all that support the objective.
+        vary: A recipe field and the values to try, for example rank=8,32 or
+            options.init=kaiming,gaussian. Values are YAML, so that
+            targets=all-linear,[q_proj,v_proj] works too. In Python, a mapping such as
+            {"rank": [8, 16], "options.init": ["kaiming", "gaussian"]}.
+        seeds: The number of seeds per line. Naming a best method takes 3.
+        recipe: The recipe of all runs. Without a learning rate, each method uses its own.
+        html: Also write the table and plots to one HTML file.
 
-    Raises LorafoldError, before anything is trained, for an unknown method, for one that can't
-    learn the objective, for recipe options and varied settings that none of the methods has, for
-    fields that change what is measured, and for rewards that are missing or that the objective does
-    not take.
+    Raises LorafoldError before anything is trained, for example for a method that is unknown or
+    does not support the objective, for recipe options that no method has, and for missing rewards.
 
     Examples:
         lorafold compare --out compared
@@ -77,7 +74,7 @@ def compare(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_page, as_path, as_recipe, or_quiet, with_rewards
+    from lorafold.api.arguments import as_page, as_recipe, as_study, or_quiet, with_rewards
     from lorafold.api.task_rows import train_and_test
     from lorafold.comparing import run
     from lorafold.comparing.comparison import Comparison
@@ -85,18 +82,15 @@ def compare(
     from lorafold.comparing.paired_tests import alike, chosen_apart
     from lorafold.comparing.report import page
     from lorafold.comparing.run import known_methods, methods_for, unfit
-    from lorafold.files.atomic import check_folder, write_text
-    from lorafold.files.claims import check_token
+    from lorafold.files.atomic import write_text
+    from lorafold.files.terminal import print_lines
     from lorafold.quickstart.story import RECIPE
     from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
     from lorafold.rewards.judging import check_judges
 
-    place = as_page(html)
-    check_folder(as_path(out))
-    check_token(as_path(out))
-    console = or_quiet(console)
+    place, folder, console = as_page(html), as_study(out), or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     recipe, functions = with_rewards(recipe, rewards)
     if functions:
@@ -109,35 +103,33 @@ def compare(
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # the runs hold out no more
     base = Base(model, **opening)
     names = known_methods(methods) or methods_for(recipe.objective)
-    left_out: dict[str, str] = {}
-    if not methods:
-        left_out = {name: why for name in names if (why := unfit(recipe, name))}
-        names = [name for name in names if name not in left_out]
-    asked = variants(recipe, names, vary or {})
-    fitted = [fitting(one.of(recipe), one.method) for one in asked]
-    before = max(spec_of(one).positions for one in fitted)
-    recipe = settled_length(recipe, base, before, console)
+    left_out = {} if methods else {name: why for name in names if (why := unfit(recipe, name))}
+    names = [name for name in names if name not in left_out]
+    settings = variants(recipe, names, vary or {})
+    virtual = max(spec_of(fitting(one.of(recipe), one.method)).positions for one in settings)
+    recipe = settled_length(recipe, base, virtual, console)
     task = ComparisonTask(base, rows, held_out, source, recipe)
     _ = task.identity  # what is wrong with rewards is told first
     check_judges(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():
-        console.print(f"{name} left out: it {why}", highlight=False, soft_wrap=True)
+        print_lines(console, f"{name} left out: it {why}")
     for name in names:
         if notice := without(recipe.model_copy(update={"method": name})):
-            console.print(notice, highlight=False)
-        varied = {setting for one in asked if one.method == name for setting in one.settings}
-        if same := [setting for setting in vary or {} if setting not in varied]:
-            console.print(f"{', '.join(same)} not varied: {name} has no such choice", markup=False)
+            print_lines(console, notice)
+        varied = {field for one in settings if one.method == name for field in one.settings}
+        if same := [field for field in vary or {} if field not in varied]:
+            print_lines(console, f"{', '.join(same)} not varied: {name} has no such choice")
 
     def tell(one: "Measurement", done: int, total: int) -> None:
-        console.print(f"{done}/{total} {one}", highlight=False, markup=False)
+        print_lines(console, f"{done}/{total} {one}")
 
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    rows_found = run.compare(task, asked, range(seeds), as_path(out), tell, say)
-    for same in alike(rows_found):
-        say(f"the same loss on every row: {', '.join(same)}; what they differ in did nothing")
-    found = Comparison(tuple(chosen_apart(rows_found)), str(model), source)
-    write_text(as_path(out) / "table.md", str(found))
+    said = partial(print_lines, console)
+    measured = run.compare(task, settings, range(seeds), folder, tell, said)
+    for same in alike(measured):
+        names = ", ".join(same)
+        print_lines(console, f"the same loss on every row: {names}; their difference did nothing")
+    comparison = Comparison(tuple(chosen_apart(measured)), str(model), source)
+    write_text(folder / "table.md", str(comparison))
     if place is not None:
-        page(found.rows, f"Methods on {found.model}, {found.source}", place)
-    return found
+        page(comparison.rows, f"Methods on {comparison.model}, {comparison.source}", place)
+    return comparison

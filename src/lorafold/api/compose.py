@@ -22,15 +22,15 @@ def _of_gates(_: Any) -> "Recipe":
 
 @dataclass(frozen=True)
 class Learning:
-    """How lorahub finds weights, and a mixture its gates.
+    """How lorahub finds weights, and how a mixture trains its gates.
 
     Args:
-        gates: The gates of a mixture: one for each adapter (global), for each adapter and layer
-            (layer), or computed from each token (token).
-        examples: Rows that lorahub and mixture learn from, for each task. Default: half of the rows
-            of each `data`.
-        evaluations: How many choices of weights lorahub measures.
-        recipe: The recipe by which a mixture's gates are trained.
+        gates: The gates of a mixture: one per adapter (global), one per adapter and layer (layer),
+            or computed from each token (token).
+        examples: Rows of a task for lorahub and mixture to learn from; repeat it for each task.
+            Default: half of the rows of each `data`.
+        evaluations: How many combinations of weights lorahub tries.
+        recipe: The recipe for training a mixture's gates.
     """
 
     gates: Literal["global", "layer", "token"] = "global"
@@ -41,7 +41,7 @@ class Learning:
         opt.RecipeOptions(
             names=(),
             config=False,
-            sets="A field of the recipe by which a mixture's gates are trained, as in steps=40.",
+            sets="A field of the recipe for training a mixture's gates, for example steps=40.",
             defaults=_of_gates,
         ),
     ] = None
@@ -65,23 +65,23 @@ def compose(
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
 ) -> "Composition":
-    """Make one adapter from the weight updates of several, and measure the interference between
-    their tasks.
+    """Combine several adapters into one, and measure the interference between their tasks.
 
-    Ranks, target modules and methods may differ. With `data` the base, each adapter alone and each
-    composition are evaluated on every task. The geometry of the updates (cosine, shared subspaces,
-    sign conflict) shows where they oppose each other.
+    Adapters may differ in rank, target modules and method. With `data`, the base model, each
+    adapter and each composition are evaluated on every task. The geometry of the updates (cosine
+    similarity, shared subspaces, sign conflicts) shows where they oppose each other.
 
     Args:
-        how: The way to compose, from the list below; several are compared, each in OUT/WAY.
-        weights: The weight of an adapter, for each of them in order. Default: the way's.
-        rank: Cut every module's update to this rank.
-        density: The share of the entries that ties, dare and magnitude keep.
+        how: A method of composing, from the list below. Repeat it to compare several; each gets a
+            subdirectory of OUT.
+        weights: The weight of an adapter; repeat it for each adapter, in order. Default: the
+            composing method's.
+        rank: Truncate the update of each module to this rank.
+        density: The share of entries that ties, dare and magnitude keep.
         learning: How weights and gates are learned.
-        data: Rows of a task to measure on, for each task.
+        data: Rows of a task to evaluate on; repeat it for each task.
 
-    Raises LorafoldError, with nothing written, for everything that is wrong with the arguments, an
-    adapter or rows.
+    Raises LorafoldError, with nothing written, for arguments, adapters or rows that don't work.
 
     Examples:
         lorafold compose demo/adapter adapter --storage fp32 --out sum
@@ -90,33 +90,31 @@ def compose(
             --how linear --how ties --out ways
 
     Notes:
-        Ways to compose. linear: the weighted average, exact. task-arithmetic: the weighted sum,
-        exact; a negative weight removes a task. svd: the average, cut to the largest rank. ties:
-        keep the largest fifth of each matrix, elect a sign for each entry, and average the entries
-        that have it. dare, dare-ties: drop a random half of the entries and rescale the others,
-        then average as linear or as ties. magnitude: keep the largest fifth and average. lorahub:
-        search for the weights on examples, without gradients. mixture: keep the adapters and train
+        Composing methods. linear: the weighted average, exact. task-arithmetic: the weighted sum,
+        exact; a negative weight removes a task. svd: the average, truncated to the largest rank.
+        ties: keep the largest fifth of each matrix, elect a sign for each entry, and average the
+        entries that agree. dare, dare-ties: drop a random half of the entries and rescale the rest,
+        then average as linear or ties do. magnitude: keep the largest fifth and average. lorahub:
+        search for weights on examples, without gradients. mixture: keep the adapters and train
         gates for them (--gates global, layer or token).
 
-        All ways but mixture give one LoRA. linear and task-arithmetic concatenate the factors, so
-        the rank is the sum of the adapters' ranks unless `rank` cuts it. The others compute dense
-        updates, of which an SVD keeps a rank; the result states how much of the update was lost.
+        Every method but mixture gives a single LoRA adapter. linear and task-arithmetic concatenate
+        the factors, so the result has the sum of the ranks unless `rank` truncates it. The others
+        compute dense updates and factorize them by SVD; the result reports how much was lost.
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_path, as_paths, as_recipe, or_quiet
-    from lorafold.api.loaded_model import opened
+    from lorafold.api.arguments import as_path, as_recipe, or_quiet
+    from lorafold.api.loaded_model import base_with, load_with_adapters
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
     from lorafold.composing.request import ComposeRequest
-    from lorafold.peft.saved import open_all
     from lorafold.recipe.fitting import settled_length
-    from lorafold.resolve import base_for
 
-    saved, console = open_all(as_paths(adapters)), or_quiet(console)
-    base = base_for(model, saved, console, **opening)
-    before = sum(one.spec.positions for one in saved)
-    recipe = settled_length(as_recipe(learning.recipe, RECIPE), base, before, console)
+    console = or_quiet(console)
+    base, saved = base_with(model, adapters, console, **opening)
+    virtual = sum(one.spec.positions for one in saved)
+    recipe = settled_length(as_recipe(learning.recipe, RECIPE), base, virtual, console)
     request = ComposeRequest(
         base,
         saved,
@@ -134,13 +132,11 @@ def compose(
         completions=completions,
         overwrite=overwrite,
     )
-    return run.compose(request, partial(opened, base, saved, console=console), console)
+    return run.compose(request, partial(load_with_adapters, base, saved, console=console), console)
 
 
 def by_name(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
-    """Rows by the name of their task; that of a file is the last part of its path. The console is
-    told which keys of the rows are ignored.
-    """
+    """Rows by the name of their task, which for a file is the last part of its path."""
     from collections.abc import Mapping
 
     from lorafold.api.arguments import as_rows

@@ -3,6 +3,7 @@
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
@@ -11,8 +12,12 @@ from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lorafold.memory.result import Forecast
+    from lorafold.memory.trace import Setting
     from lorafold.recipe.recipe import Recipe
+    from lorafold.resolve import Base
 
 
 @opt.verb
@@ -22,7 +27,7 @@ def estimate(
     *,
     params: str | None = None,
     data: Annotated[opt.Data | None, opt.Option(kind=list[str])] = None,
-    rewards: opt.Judges = (),
+    rewards: opt.Rewards = (),
     columns: opt.Columns = None,
     batch: Annotated[int | None, opt.Option(min=1)] = None,
     max_length: Annotated[int | None, opt.Option(min=2)] = None,
@@ -39,39 +44,39 @@ def estimate(
     compute_capability: Annotated[str | None, opt.Option(metavar="X.Y")] = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    length: Annotated[int | None, opt.Option(typed=False)] = None,
+    length: Annotated[int | None, opt.Option(python_only=True)] = None,
     **opening: Unpack[opt.Hub],
 ) -> "Forecast":
-    """Estimate the memory of training or inference from a model's configuration alone, without its
+    """Estimate the memory of training or inference from a model's configuration, without its
     weights.
 
-    With `data`, and --objective and its options as for train, the estimate is that of a run on
-    these rows: of preferences, of a classifier, or of a policy with what draws its completions.
+    With `data` (and --objective and its options, as for train), the estimate is for a run on these
+    rows: for preferences, a classifier, or a policy including the sampling of its completions.
 
     Args:
         mode: inference, full, lora, qlora, or the name of a method.
         params: Instead of a model, a Llama of this size: 7b, 13b, 33b, 65b or 70b.
-        data: Training rows, as for train: the estimate is that of the largest micro-batch of a run
-            on them, whatever the objective.
-        batch: Rows computed at a time. Training packs rows up to max_length tokens at a time.
-            Default: 1, and with `data` 8 rows of a step.
-        max_length: Tokens of a row. For inference those of prompt and completion together. Default:
-            1,024, or as many as the model has positions.
-        labelled: Tokens of a batch that count in the loss. Default: all.
-        recipe: Its fields take precedence over the mode; those that an estimate does not support
-            are refused.
-        gpus: Devices that train together; the estimate is that of each, with `batch` rows.
-        strategy: What each of `gpus` holds: its part (fsdp), or all (ddp).
-        tflops: What a device computes, in TFLOP/s, to say which bandwidth `gpus` need.
-        device_memory: The memory of a device, as in 24GB, to say whether it fits and what would. In
-            Python in bytes.
+        data: Training rows, as for train. The estimate is for the largest micro-batch of a run on
+            them.
+        batch: Rows per forward pass. Training packs rows up to max_length tokens per pass. Default:
+            1; with `data`, 8 rows per step.
+        max_length: Tokens per row; for inference, of prompt and completion together. Default:
+            1,024, or the model's maximum if it is smaller.
+        labelled: Tokens per batch that count in the loss. Default: all.
+        recipe: Its fields override the mode. Fields that an estimate does not support are rejected.
+        gpus: The number of devices that train together. The estimate is for each of them, with
+            `batch` rows.
+        strategy: Whether each of `gpus` holds a shard of the weights (fsdp) or all (ddp).
+        tflops: The throughput of a device in TFLOP/s, to compute the bandwidth that `gpus` need.
+        device_memory: The memory of a device, for example 24GB, to check whether the run fits and
+            what would fit. In Python, in bytes.
         measure: Also load the model and run two real steps, to check the estimate.
-        device: cpu estimates for this machine's CPU; without it for a GPU of CUDA. `measure` runs
-            on this device: cpu, cuda, cuda:N or mps; without it on the fastest that this machine
-            has.
-        compute_capability: Of the GPU, such as 7.5 of a T4; 8.0 or newer is assumed, which has
-            flash attention.
-        html: Also write the terms as a chart, in one HTML file.
+        device: The device to estimate for: cpu is this machine's CPU. Default: a CUDA GPU. With
+            `measure`, the device that runs the steps: cpu, cuda, cuda:N or mps. Default: the
+            fastest one.
+        compute_capability: The compute capability of the GPU, for example 7.5 for a T4. Default:
+            8.0 or newer, which has FlashAttention.
+        html: Also write a chart of the parts to one HTML file.
         length: The old name of `max_length`.
 
     Raises LorafoldError for an unknown mode or size, for arguments that exclude each other, and for
@@ -83,31 +88,30 @@ def estimate(
         lorafold estimate --params 70b --gpus 8 --device-memory 80GB
 
     Notes:
-        Modes. inference; full (every weight in fp32, AdamW); lora (on a base in bf16); qlora (on a
-        base in 4 bits); or the name of any method of `lorafold train` (on a base in 4 bits).
-        --storage chooses another storage of the base.
+        Modes. inference; full (all weights in fp32, AdamW); lora (base model in bf16); qlora (base
+        model in 4 bits); or any method of `lorafold train` (base model in 4 bits). --storage
+        chooses another quantization of the base model.
 
-        For a GPU, the estimate is the memory that torch's allocator has allocated to tensors at the
-        peak of a step. It assumes that 16-bit matrices are multiplied as they are, so every machine
-        gives the same number. CUDA's context, the scratch memory of kernels and fragmentation are
-        not counted, so leave a tenth of the device free. No estimate has been compared with a GPU
-        yet.
+        For a GPU, the estimate is the peak memory that torch's allocator has allocated to tensors
+        during a step. It assumes that 16-bit matrices are multiplied without conversion, so it is
+        the same on every machine. It does not include the CUDA context, scratch memory of kernels
+        or fragmentation, so leave a tenth of the device free. No estimate has been compared with a
+        real GPU yet.
 
         With --device cpu, the estimate is for this machine, whose CPU may be faster with copies of
-        16-bit matrices in fp32. Of training, it is the resident memory of the whole process without
-        the libraries that it imports: the term "process" is added to the tensors. `measure` runs
-        two real steps and compares tensors alone, as torch's allocator counts them.
+        16-bit matrices in fp32. For training, it is the resident memory of the whole process
+        without the libraries that it imports: the term "process" is added to the tensors. `measure`
+        runs two real steps and compares only tensors, as counted by torch's allocator.
     """
     from dataclasses import replace
-    from functools import partial
 
     from lorafold.api.arguments import as_page, as_recipe, or_quiet
-    from lorafold.api.estimate_rows import setting_on_rows
     from lorafold.memory import estimate
     from lorafold.memory.estimate import advise, advise_on_rows
     from lorafold.memory.measure import measure as measured_bytes
     from lorafold.memory.presets import as_in_files, llama, setting_of
     from lorafold.memory.result import Forecast, page
+    from lorafold.memory.trace import STRATEGIES
     from lorafold.models.loading import load_model
     from lorafold.models.positions import positions_in
     from lorafold.models.sources import EMBEDDED
@@ -132,116 +136,114 @@ def estimate(
         raise LorafoldError(
             f"--measure: found --params {params}, which has no weights; expected --model"
         )
-    if gpus > 1:
-        check_shared(mode, strategy, data is not None, measure)
-    console, asked = or_quiet(console), as_recipe(recipe, Recipe())
-    if data is None:
-        check_rows_given(asked, rewards, columns)
-    else:
-        check_rows_alone(mode, params, labelled, measure)
-    kind = (device or "cuda").partition(":")[0]
-    if compute_capability is not None and (measure or kind != "cuda"):
-        found_too = "--measure" if measure else f"--device {device}"
+    if gpus > 1 and strategy not in STRATEGIES:
         raise LorafoldError(
-            f"--compute-capability: found {found_too} too, expected it alone: it is of a GPU of"
-            " CUDA that is not asked"
+            f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}"
         )
+    excluded = {"--mode inference": mode == "inference", "--measure": measure}
+    if gpus > 1:
+        why = "the estimate is for a training step with --batch rows in each process"
+        check_none("--gpus", {**excluded, "--data": data is not None}, why)
+    console, asked = or_quiet(console), as_recipe(recipe, Recipe())
+    given = asked.model_dump(exclude_unset=True)
+    needy = sorted(given.keys() & OF_ROWS)
+    needy += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
+    if data is not None:
+        excluded[f"--params {params}"] = params is not None
+        excluded[f"--labelled {labelled}"] = labelled is not None
+        why = "rows need a tokenizer, have lengths and labels of their own, and are trained on"
+        check_none("--data", excluded, why)
+    elif needy:
+        raise LorafoldError(
+            f"estimate: found {', '.join(needy)} without data; expected --data, since the memory of"
+            " a run with them depends on its rows"
+        )
+    kind = (device or "cuda").partition(":")[0]
+    if compute_capability is not None:
+        no_gpu = {f"--device {device}": kind != "cuda", "--measure": measure}
+        check_none("--compute-capability", no_gpu, "it describes a CUDA GPU that is not used")
     asked_for = DeviceKind(kind, capability(compute_capability))
     choose_device(device, absent=True)  # without `measure` it may be one that this machine lacks
-    on_it = device if measure else None
     trusted = opening.get("trust_remote_code", False)
-    base = Base(model, device=on_it, **opening)
+    base = Base(model, device=device if measure else None, **opening)
     if data is None:
-        of_length = partial(setting_of, mode, asked, batch or 1, labelled=labelled)
-        of_length(length=max_length or LENGTH)  # what is wrong with it needs no model
+        setting = setting_of(mode, asked, batch or 1, max_length or LENGTH, labelled)
         config = base.config() if params is None else llama(params)
-        positions = positions_in(config, False, trusted)
-        setting = of_length(length=fitted_length(positions, max_length, 0, console))
+        fitted = fitted_length(positions_in(config, False, trusted), max_length, 0, console)
+        setting = setting_of(mode, asked, batch or 1, fitted, labelled)
     else:
         sizes = {"batch": batch, "max_length": max_length}
-        given = asked.model_dump(exclude_unset=True)
         of_run = Recipe(**given | {name: n for name, n in sizes.items() if n is not None})
         setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
-        bare = {k: v for k, v in given.items() if k in OF_MEMORY}
-        stored_as = setting_of(mode, Recipe(**bare), 1, LENGTH).base
+        bare = Recipe(**{k: v for k, v in given.items() if k in OF_MEMORY})
+        stored_as = setting_of(mode, bare, 1, LENGTH).base
         # for a GPU, as without rows
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
-    setting = replace(setting, trust_remote_code=trusted)
-    setting = replace(setting, processes=gpus, strategy=strategy)
-    stored = "storage" in asked.model_fields_set
-    setting = as_in_files(setting, config, str(model), stored)
+    setting = replace(setting, trust_remote_code=trusted, processes=gpus, strategy=strategy)
+    setting = as_in_files(setting, config, str(model), "storage" in given)
     on = base.where if measure else None
     of_this_cpu = (device if on is None else on.type) == "cpu"
-    if of_this_cpu:
-        setting = replace(setting, widened=widens(setting.base.dtype))
-    place = asked_for if on is None else place_of(on)
-    training = setting.spec is not None
-    setting = replace(setting, place=place, resident=of_this_cpu and training and on is None)
-    found, advice, measured = estimate.estimate(config, setting), None, None
+    setting = replace(
+        setting,
+        widened=widens(setting.base.dtype) if of_this_cpu else setting.widened,
+        place=asked_for if on is None else place_of(on),
+        resident=of_this_cpu and setting.spec is not None and on is None,
+    )
+    total, advice, measured = estimate.estimate(config, setting), None, None
     if device_memory is not None:
         with console.status("searching for what fits, in about twenty settings"):
-            looked_for = advise if data is None else advise_on_rows
-            advice = looked_for(config, setting, device_memory)
+            search = advise if data is None else advise_on_rows
+            advice = search(config, setting, device_memory)
     if on is not None:
         with console.status("running two real steps"):
             measured = measured_bytes(
                 lambda: load_model(base.source, setting.base, on), setting, on
             )
-    forecast = Forecast(found, setting, advice, measured, of_this_cpu, tflops * 1e12)
+    forecast = Forecast(total, setting, advice, measured, of_this_cpu, tflops * 1e12)
     if chart is not None:
-        rows = f"{setting.batch} x {setting.length} tokens"
-        title = f"{mode} of {params or model}, {rows if data is None else 'on its rows'}"
-        page(found, title, chart, forecast.remarks(), device_memory)
+        rows = f"{setting.batch} x {setting.length} tokens" if data is None else "on its rows"
+        title = f"{mode} of {params or model}, {rows}"
+        page(total, title, chart, forecast.remarks(), device_memory)
     return forecast
 
 
-def check_shared(mode: str, strategy: str, data: bool, measure: bool) -> None:
-    """Raise LorafoldError for what several processes don't do, or no estimate of them."""
-    from lorafold.memory.trace import STRATEGIES
+def setting_on_rows(
+    base: "Base",
+    mode: str,
+    recipe: "Recipe",
+    data: opt.Data,
+    rewards: opt.RewardSources,
+    columns: opt.ColumnNames | None,
+    console: "Console",
+) -> "Setting":
+    """The setting of the largest micro-batch in the first steps of `lorafold train`."""
+    from dataclasses import replace
+    from tempfile import TemporaryDirectory
 
-    if strategy not in STRATEGIES:
-        raise LorafoldError(
-            f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}"
-        )
-    found = {"--mode inference": mode == "inference", "--data": data, "--measure": measure}
-    if wrong := [name for name, given in found.items() if given]:
-        raise LorafoldError(
-            f"--gpus: found {', '.join(wrong)} too, expected none: the estimate is that of a"
-            " training step of which each process has --batch rows"
-        )
+    from lorafold.api.arguments import as_rows, source_of, with_rewards
+    from lorafold.memory.presets import check_fields, recipe_in
+
+    check_fields(recipe, OF_MEMORY | OF_ROWS | {"batch", "max_length"})
+    recipe, functions = with_rewards(recipe_in(mode, recipe), rewards)
+    rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
+    from lorafold.training.request import RunRequest
+    from lorafold.training.setup import largest_setting, set_up
+
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "adapter"
+        request = RunRequest(base, out, recipe, rows, source_of(data), rewards=functions)
+        found = largest_setting(set_up(request, console))
+    return replace(found, checkpointing=recipe.gradient_checkpointing is True)
 
 
-def check_rows_given(recipe: "Recipe", rewards: opt.Rewarding, columns: opt.Named | None) -> None:
-    """Raise LorafoldError for what is of use with rows alone."""
-    needy = sorted(recipe.model_fields_set & OF_ROWS)
-    needy += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
-    if needy:
-        raise LorafoldError(
-            f"estimate: found {', '.join(needy)} without data; expected --data, since the memory of"
-            " a run with them follows from its rows"
-        )
-
-
-def check_rows_alone(mode: str, params: str | None, labelled: int | None, measure: bool) -> None:
-    """Raise LorafoldError for what is not for rows."""
-    found = {
-        "--mode inference": mode == "inference",
-        f"--params {params}": params is not None,
-        f"--labelled {labelled}": labelled is not None,
-        "--measure": measure,
-    }
-    if wrong := [name for name, given in found.items() if given]:
-        raise LorafoldError(
-            f"--data: found {', '.join(wrong)} too, expected none: rows need a tokenizer, have"
-            " lengths and labels of their own, and are trained on"
-        )
+def check_none(option: str, excluded: Mapping[str, bool], why: str) -> None:
+    """Raise LorafoldError if options are given that an option excludes."""
+    if found := [name for name, is_given in excluded.items() if is_given]:
+        raise LorafoldError(f"{option}: found {', '.join(found)} too, expected none: {why}")
 
 
 def capability(given: str | None) -> tuple[int, int]:
-    """The compute capability of a GPU, major and minor, from text such as 8.0.
-
-    Raises LorafoldError for other text.
-    """
+    """The compute capability of a GPU, major and minor, from text such as 8.0."""
     from lorafold.runtime.devices import AMPERE
 
     if given is None:

@@ -1,4 +1,4 @@
-"""`lf.export`: adapters or a model for another engine, proved in it."""
+"""`lf.export`: adapters or a model for another engine, verified there."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
@@ -28,51 +28,47 @@ def export(
     console: opt.Progress = None,
     **opening: Unpack[opt.AsTrained],
 ) -> "Exported":
-    """Write adapters, or a model, for another engine, and prove them there.
+    """Write adapters, or a whole model, for another engine, and verify them there.
 
-    The engine itself answers 32 prompts, and its probabilities of all tokens are compared with
-    lorafold's: an engine that loads the files and ignores them, or reads them in another way, is
-    found. OUT/export.json has the figures. The directory appears whole or not at all.
+    The engine answers 32 prompts, and its probabilities of all tokens are compared with lorafold's.
+    This detects an engine that loads the files but ignores or misreads them. OUT/export.json
+    contains the figures. The directory appears only when it is complete.
 
     Args:
         to: The engine or format: peft, gguf or llama.cpp (the adapter), gguf-model or ollama (the
             whole model), vllm, sglang or mlx.
-        tensors: The type of the tensors, where there are several. Default: its first.
-        as_lora: Write the best LoRA of this rank in place of what the adapters change, and say what
-            that loses.
-        prove: Ask the engine itself, and compare its answers with lorafold's in fp32.
-        prompts: Rows with prompts to compare on. Default: 32 built-in ones.
-        engine_python: The Python of another environment, which has the engine.
-        engine_url: The URL of vLLM's server on this machine, which proves instead.
-        into: The weights that a whole model has: trained (those that the adapters were trained on,
-            dequantized) or original (the base's before quantization). Default: trained.
+        tensors: The tensor type, for formats that have several. Default: the format's first.
+        as_lora: Write the best LoRA of this rank instead of the adapters' own changes, and report
+            what that loses.
+        prove: Run the engine and compare its answers with lorafold's in fp32.
+        prompts: Rows whose prompts to compare on. Default: 32 built-in prompts.
+        engine_python: The Python of another environment in which the engine is installed.
+        engine_url: The URL of a vLLM server on this machine to compare with.
+        into: For a whole model, the weights to merge into: trained (the weights that the adapters
+            were trained on, dequantized) or original (before quantization). Default: trained.
 
     Raises LorafoldError, with nothing written, for a model, adapter or `out` that can't be used,
-    for what the target can't say, and if the engine computes something else than lorafold.
+    for something that the target can't express, and if the engine's results differ from lorafold's.
 
     Examples:
         lorafold export demo/adapter --to peft --out for-peft
         lorafold export demo/adapter --to gguf --out for-llamacpp
         lorafold export demo/adapter --to ollama --tensors Q8_0 --out for-ollama
     """
-    from lorafold.api.arguments import as_console, as_path, as_paths, missing
+    from lorafold.api.arguments import as_path, missing, or_quiet
+    from lorafold.api.loaded_model import base_with
     from lorafold.exporting import run
-    from lorafold.exporting.run import target_of
-    from lorafold.peft.saved import open_all
-    from lorafold.resolve import base_for
 
     if out is None:
         raise missing("out")
-    target_of(to)  # before anything is opened
-    as_console(console)
-    place = as_path(out)
+    run.target_of(to)  # before anything is opened
+    console, place = or_quiet(console), as_path(out)
     python = None if engine_python is None else str(as_path(engine_python, "engine_python"))
     if engine_url is not None and not isinstance(engine_url, str):
         raise LorafoldError(f"engine_url: found {engine_url!r}, expected a URL")
-    asked = None if prompts is None else as_path(prompts, "prompts")
-    found = open_all(as_paths(adapters))
-    base = base_for(model, found, console, **opening)
+    rows = None if prompts is None else as_path(prompts, "prompts")
+    base, saved = base_with(model, adapters, console, **opening)
     wanted = run.ExportOptions(
-        to, tensors, as_lora, prove, asked, python, engine_url, overwrite, into
+        to, tensors, as_lora, prove, rows, python, engine_url, overwrite, into
     )
-    return run.export(base, found, place, wanted, console)
+    return run.export(base, saved, place, wanted, console)

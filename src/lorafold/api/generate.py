@@ -22,6 +22,22 @@ class RenderedPrompts(NamedTuple):
     texts: list[str]
 
 
+class Rendering(opt.Opening, total=False):
+    """How to load the model and to render a prompt."""
+
+    system: opt.System
+    tools: Annotated[
+        str | Sequence[Mapping[str, Any]],
+        opt.Option(
+            "A JSON file with a list of functions that the model may call. In Python, their JSON"
+            " schemas or the JSON text of the list.",
+            kind=Path,
+            default=(),
+        ),
+    ]
+    allow_control_tokens: opt.ControlTokens
+
+
 @opt.verb
 def generate(
     model: opt.ModelOrLoaded = None,
@@ -29,29 +45,25 @@ def generate(
     *,
     adapters: opt.Adapters = (),
     tokenizer: opt.Tokenizer = None,
-    system: opt.System = None,
-    tools: Annotated[str | Sequence[Mapping[str, Any]], opt.Option(kind=Path)] = (),
     max_new_tokens: opt.NewTokens = 256,
     temperature: opt.Temperature = 0.0,
     seed: opt.Seed = 0,
-    allow_control_tokens: opt.ControlTokens = False,
     console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **rendering: Unpack[Rendering],
 ) -> Prompts:
-    """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr.
+    """Complete one prompt. The text streams to stdout, the speed goes to stderr.
 
-    With `tools`, the calls in it are read back: they are listed on stderr, and in the JSON, which
-    has null for calls that can't be read.
+    With `tools`, function calls in the completion are parsed: they are listed on stderr and in the
+    JSON, as null if they can't be parsed.
 
-    In Python the text is returned, and of a list of prompts a list; `lf.parse_calls` reads calls.
+    In Python, the text is returned, or a list of texts for a list of prompts; `lf.parse_calls`
+    parses function calls.
 
     Args:
-        prompts: The user's message, which the model's chat template renders.
-        tools: A JSON file with a list of functions that the model may call. In Python their JSON
-            schemas, or JSON text of their list.
+        prompts: The user message, rendered with the model's chat template.
 
     Raises LorafoldError for a model or adapter that can't be loaded, a negative temperature, and a
-    prompt that the template refuses or that has no tokens.
+    prompt that the template rejects or that has no tokens.
 
     Examples:
         lorafold generate demo/adapter --prompt "a table for two at Noma at 7pm"
@@ -65,52 +77,37 @@ def generate(
     if prompts is None:
         raise missing("prompts")
     asked = [prompts] if isinstance(prompts, str) else prompts
-    ready = prepared(
-        model,
-        asked,
-        adapters=adapters,
-        tokenizer=tokenizer,
-        system=system,
-        tools=tools,
-        allow_control_tokens=allow_control_tokens,
-        console=console,
-        **opening,
-    )
+    ready = prepared(model, asked, adapters, tokenizer, console, **rendering)
     sampling = Sampling(temperature=temperature, seed=seed)
     made = complete(ready.model, ready.tokenizer, ready.texts, max_new_tokens, sampling)
     return made[0] if isinstance(prompts, str) else made
 
 
 def prepared(
-    model: opt.ModelOrLoaded = None,
-    prompts: Sequence[str] = (),
-    *,
-    adapters: opt.Adapters = (),
+    model: opt.ModelOrLoaded,
+    prompts: Sequence[str],
+    adapters: opt.Paths = (),
     tokenizer: opt.Tokenizer = None,
-    system: opt.System = None,
+    console: opt.Progress = None,
+    *,
+    system: str | None = None,
     tools: str | Sequence[Mapping[str, Any]] = (),
     allow_control_tokens: bool = False,
-    console: opt.Progress = None,
-    **opening: Unpack[opt.Opening],
+    **opening: Any,
 ) -> RenderedPrompts:
-    """What `generate` computes with, from its arguments. Raises LorafoldError as it does."""
+    """The model and the rendered prompts, from the arguments of `generate`."""
     import copy
 
-    from lorafold.api.arguments import as_paths
-    from lorafold.api.loaded_model import at_hand, opened
+    from lorafold.api.loaded_model import load_with_adapters, model_with
     from lorafold.data.control_tokens import allow
-    from lorafold.peft.saved import open_all
 
-    found = open_all(as_paths(adapters))
-    loaded, own = opened(
-        at_hand(model, found, console, **opening), found, tokenizer, console=console
-    )
+    base, saved = model_with(model, adapters, console, **opening)
+    loaded, own = load_with_adapters(base, saved, tokenizer, console=console)
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
         allow(own)
-    return RenderedPrompts(
-        loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts]
-    )
+    texts = [rendered(prompt, system, own, tools) for prompt in prompts]
+    return RenderedPrompts(loaded, own, texts)
 
 
 def rendered(
@@ -119,17 +116,7 @@ def rendered(
     tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """A prompt as the chat template renders it.
-
-    Args:
-        prompt: The user's message.
-        system: A system message, or None.
-        tokenizer: With the chat template.
-        tools: JSON schemas of functions that the model may call, or JSON text of their list.
-
-    Raises LorafoldError where the template refuses the messages or does not show the tools, and for
-    tools that are no schemas.
-    """
+    """A prompt as the chat template renders it, with a system message and tools."""
     from lorafold.data.messages import tool_problems, tools_of
     from lorafold.data.render import prompt_of
     from lorafold.data.shapes import Conversation

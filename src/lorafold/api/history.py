@@ -1,4 +1,4 @@
-"""`lf.history`: what the run that wrote an adapter has shown, step by step."""
+"""`lf.history`: the run that wrote an adapter, step by step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 @opt.verb
 def history(adapter: opt.Adapter, *, html: str | Path | None = None) -> "History":
-    """Show the run that wrote an adapter: its figures by step, held-out figures, completions.
+    """Show the run that wrote an adapter: metrics by step, held-out metrics and completions.
 
-    All of it is in the adapter's record: no model is opened. Of a policy there are the reward and
-    each reward, how long completions are, how many are cut off, entropy, KL and mismatch, the
-    completions of the first and of the last measure, and what is to be looked at. Of other
-    objectives there are their losses and held-out figures.
+    Everything comes from the adapter's record, so no model is loaded. For a policy, this is the
+    total reward and each reward, completion lengths, the share of truncated completions, entropy,
+    KL, sampler/trainer log-probability difference, the completions of the first and the last
+    evaluation, and warnings. For other objectives, it is the losses and held-out metrics.
 
     Args:
-        html: Also write curves and completions as one HTML file.
+        html: Also write curves and completions to one HTML file.
 
-    Raises LorafoldError where there is no record of a run.
+    Raises LorafoldError if there is no record of a run.
 
     Examples:
         lorafold history demo/adapter

@@ -26,22 +26,23 @@ def inspect(
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
 ) -> "Inspection":
-    """Measure an adapter's update: its effective rank, its relation to the base, the tokens that it
-    reads and writes, and the loss along it.
+    """Analyse an adapter's update: its effective rank, its relation to the base model, the tokens
+    that it reads and writes, and the loss along it.
 
-    The figures come from the adapter's factors and the base's files. Only `data` loads the model
-    itself.
+    The figures come from the adapter's factors and the base model's files. Only `data` loads the
+    model itself.
 
     Args:
-        against: A second adapter of the same base: another rank, seed or task. With `over`, one
-            over the same adapters, or one of these.
-        directions: A safetensors file of named vectors in the residual stream, such as probes or
-            the decoder of a sparse autoencoder.
-        data: Rows, as for train, for the loss along base + t dW and between two adapters.
-        rows: How many rows of the data to use, once for each point of a line.
-        full: Also compare with the base's spectrum: intruder dimensions, and which of the base's
-            directions change. It takes the SVD of every base matrix, which is slow the first time.
-        html: Also write heat maps, spectra and tables as one HTML file.
+        against: A second adapter for the same base model: another rank, seed or task. With `over`,
+            an adapter on top of the same base adapters, or one of them.
+        directions: A safetensors file with named vectors in the residual stream, for example probes
+            or the decoder of a sparse autoencoder.
+        data: Rows, as for train, to measure the loss along base + t dW and between two adapters.
+        rows: How many rows of the data to use for each point of a line.
+        full: Also compare with the base model's spectrum: intruder dimensions, and which of the
+            base directions change. This needs the SVD of every base matrix, which is slow the first
+            time.
+        html: Also write heat maps, spectra and tables to one HTML file.
 
     Raises LorafoldError as `lf.load` does, and for a method that does not change matrices.
 
@@ -51,16 +52,17 @@ def inspect(
         lorafold inspect demo/adapter --data demo/test.jsonl --rows 16
 
     Notes:
-        How to read the figures. Effective rank: the number of directions that hold 90, 95 or 99% of
-        an update's energy (its squared singular values). If it is far below the nominal rank,
-        `lorafold resize` can make the adapter smaller. Relative norm: the norm of the update
-        divided by that of the base. Amplification: the norm of the update divided by that of the
-        base in the update's own directions. phi, with `against`: the share of one subspace that
-        lies in another, at most 1. Barrier: how far the loss between two adapters rises above the
-        straight line between their losses, in nats.
+        How to read the figures. Effective rank: the number of directions that contain 90, 95 or 99%
+        of an update's energy (its squared singular values). If it is far below the nominal rank,
+        use `lorafold resize` to make the adapter smaller. Relative norm: the norm of the update
+        divided by the norm of the base weight. Amplification: the norm of the update divided by the
+        norm of the base weight in the update's directions. phi, with `against`: the share of one
+        subspace that lies in another, at most 1. Barrier: how far the loss between two adapters
+        rises above the straight line between their losses, in nats.
     """
     from lorafold.api.arguments import as_page, as_path, as_paths, as_rows, or_quiet
-    from lorafold.api.loaded_model import length_for, opened
+    from lorafold.api.loaded_model import length_for, load_with_adapters
+    from lorafold.files.terminal import print_lines
     from lorafold.inspecting import run
     from lorafold.inspecting.paths import measured_paths
     from lorafold.inspecting.report import page
@@ -78,8 +80,7 @@ def inspect(
     examples = None if data is None else as_rows(data, None, console)[:rows]
     stack = open_all([*below, as_path(adapter, "adapter")])
     other = None if against is None else Saved.open(against)
-    known = stack if other is None else (*stack, other)
-    base = base_for(model, known, console, **opening)
+    base = base_for(model, stack if other is None else (*stack, other), console, **opening)
     length = 0 if examples is None else length_for(base, max_length, stack, console)
     with console.status("sites") as status:
         found = run.inspect(
@@ -91,10 +92,10 @@ def inspect(
             progress=lambda done, total: status.update(f"site {done} of {total}"),
         )
     if found["tokens_left_out"]:
-        console.print(found["tokens_left_out"], highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, found["tokens_left_out"])
     if examples is not None:
         both = stack if other is None else (stack[-1], other)
-        loaded, tokenizer = opened(base, both, console=console)
+        loaded, tokenizer = load_with_adapters(base, both, console=console)
         with console.status("measuring the loss along lines in weight space"):
             found["paths"] = measured_paths(loaded, tokenizer, examples, length, len(below))
         found["advice"] += of_paths(found["paths"])

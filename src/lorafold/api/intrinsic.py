@@ -30,19 +30,19 @@ def intrinsic(
     """Find the intrinsic dimension of a task: the dimension of the smallest random subspace of the
     weights in which training reaches 90% of the improvement of full training.
 
-    The search bisects powers of 2, which takes about five runs besides the full one. All matrices
-    are trained in one subspace, by Fastfood projections with a learned scale each (arXiv
-    2012.13255). A low dimension means that the base nearly has the task already, so that an adapter
-    of small rank is enough.
+    The search bisects powers of 2, which takes about five runs after the full one. All matrices are
+    trained in one subspace, by Fastfood projections with one learned scale each (arXiv 2012.13255).
+    A low dimension means that the base model almost solves the task already, so an adapter of small
+    rank is enough.
 
     Args:
         smallest: The smallest dimension to try.
         largest: The largest dimension to try.
-        share: The share of the improvement of full training that a dimension must reach.
-        recipe: The recipe of all runs, whose method is ignored.
+        share: The share of full training's improvement that a dimension must reach.
+        recipe: The recipe of all runs; its method is ignored.
 
-    Raises LorafoldError as `lf.train`, for a directory that has another search in it, and where
-    full training does not lower the held-out loss.
+    Raises LorafoldError as `lf.train` does, for a directory that contains another search, and if
+    full training does not reduce the held-out loss.
 
     Examples:
         lorafold intrinsic --out search
@@ -51,12 +51,11 @@ def intrinsic(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_path, as_recipe, or_quiet
+    from lorafold.api.arguments import as_recipe, as_study, or_quiet
     from lorafold.api.task_rows import train_and_test
     from lorafold.data.batches import epoch_size
     from lorafold.data.row_store import Rows
-    from lorafold.files.atomic import check_folder
-    from lorafold.files.claims import check_token
+    from lorafold.files.terminal import print_lines
     from lorafold.inspecting.intrinsic import search
     from lorafold.quickstart.story import RECIPE
     from lorafold.recipe.fitting import settled_length
@@ -66,24 +65,18 @@ def intrinsic(
 
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
-    check_folder(as_path(out))
-    check_token(as_path(out))
-    console = or_quiet(console)
+    folder, console = as_study(out), or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, **opening)
     recipe = settled_length(recipe, base, 0, console)
-    # what is held out measures here, and so chooses no step
+    # held-out rows measure here, so they must not select the number of steps
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))
     recipe = recipe.model_copy(update={"steps": steps})
 
     def tell(point: "SubspaceRun") -> None:
-        console.print(
-            f"dimension {point.dimension}: loss {point.loss:.4f}, {point.reached:.1%} of the"
-            " improvement of full training",
-            highlight=False,
-        )
+        reached = f"{point.reached:.1%} of the improvement of full training"
+        print_lines(console, f"dimension {point.dimension}: loss {point.loss:.4f}, {reached}")
 
-    request = RunRequest(base, as_path(out), recipe, rows, source, eval_rows=held_out)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    return search(request, smallest, largest, share, tell, say)
+    request = RunRequest(base, folder, recipe, rows, source, eval_rows=held_out)
+    return search(request, smallest, largest, share, tell, partial(print_lines, console))

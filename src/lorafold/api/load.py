@@ -1,18 +1,53 @@
-"""`lf.load`: a saved adapter on a model that is loaded, or with its base."""
+"""`lf.load_model`: a base model by its name, quantized and on a device of your choice; `lf.load`: a
+saved adapter on a loaded model, or with its base model.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lorafold.adapter import Adapter
 from lorafold.adapter import load as load_on
 from lorafold.api.arguments import missing
+from lorafold.api.options import takes_quantization
 from lorafold.models.weights import Weights
 from lorafold.peft.saved import Saved
-from lorafold.resolve import base_for
+from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import check_language_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@takes_quantization
+def load_model(
+    model: str | Path,
+    storage: str = "auto",
+    device: str | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a language model in evaluation mode. A model that also takes images or audio runs
+    without them.
+
+    Args:
+        model: smollm2 (embedded), a directory, a .gguf file or a Hub ID.
+        storage: The quantization or dtype of its weights: fp32, bf16, nf4 (4 bits) or int8. auto
+            keeps the quantization of the files, or else uses bf16 or fp32, whichever is faster on
+            the device. `quantization` is another name for this argument.
+        device: cpu, cuda, cuda:N or mps. None uses the fastest device available.
+        revision: The branch, tag or commit of a Hub model.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises LorafoldError for an unknown model, storage or device, for a model that transformers
+    can't load, and for files that lack weights or were modified since lorafold wrote them.
+    """
+    base = Base(model, storage, device, revision, trust_remote_code)
+    return base.stored_as_trained().load()
 
 
 def load(
@@ -24,24 +59,25 @@ def load(
     trainable: bool = False,
     base: Weights | None = None,
 ) -> Adapter:
-    """Attach a saved adapter to a model. Every key must be used and every shape right.
+    """Attach a saved adapter to a model.
 
-    Otherwise LorafoldError is raised and the model is left as it is. The error lists everything
-    that is wrong: unknown or missing keys, shapes, values that are not finite, options that are not
-    supported, a base with another fingerprint. An adapter that was trained over others is loaded
-    over exactly these, which must be the active ones, in their order.
+    If anything is wrong, LorafoldError lists all of it, and the model stays as it is: unknown or
+    missing keys, wrong shapes, values that are not finite, unsupported options, a base with another
+    fingerprint. An adapter that was trained on top of other adapters requires exactly these to be
+    active, in their order.
 
     Args:
-        model: A model. A name or path, or None for the base that the adapter says it was trained
-            on, is loaded first, in the storage that it was trained on: `adapter.model`.
-        path: The adapter's directory, or what was read of it already.
+        model: A model. A name or path, or None for the base model that the adapter was trained on,
+            is loaded first, in the quantization or dtype that it was trained with:
+            `adapter.model`.
+        path: The adapter's directory.
         name: The adapter's name on this model.
-        allow_other_base: Accept a base with another fingerprint, and other adapters below; the log
-            says so.
-        trainable: Make the adapter's parameters trainable; one that lay over nothing lies over the
-            active adapters from then on.
-        base: The base's own weights, if a model does not have them, because it is quantized or on
-            the meta device.
+        allow_other_base: Accept a base with another fingerprint, and other base adapters. The log
+            then contains a warning.
+        trainable: Make the adapter's parameters trainable. An adapter without base adapters is then
+            on top of the active ones.
+        base: The base's original weights, for a model that does not have them because it is
+            quantized or on the meta device.
     """
     if path is None:
         raise missing("path")

@@ -1,21 +1,19 @@
-"""How the parameters of a verb are the options of its command, and the parameters that verbs share.
+"""How the parameters of a verb become the options of its command, and the shared parameters.
 
-A verb is a typed function. Its docstring has the help: the summary and the text of the command,
-`Args:` of its options, `Examples:` to copy and `Notes:` that end the help. The command's help
-leaves out paragraphs on errors, and from "In Python" on what is said of the function alone. A hint
-says what is typed, and `Option` what a hint can't say. What several verbs take stands here, once:
+A verb is a typed function. Its docstring contains the help: the summary, `Args:` for the options,
+`Examples:` to copy and `Notes:` at the end. Paragraphs that begin with "Raises" or "In Python" are
+for the function alone. `Option` adds what type hints can't express:
 
     @verb
     def resize(adapter: Adapter, out: Out, *, rank: Annotated[int | None, Option(min=1)] = None,
-               **opening: Unpack[Opening]) -> "Resized": ...     a group; so is a dataclass
-
-Nothing here imports what takes long.
+               **opening: Unpack[Opening]) -> "Resized": ...     a group; a dataclass is one too
 """
 
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import wraps
 from inspect import Parameter
 from pathlib import Path
 from textwrap import dedent, fill, indent
@@ -32,6 +30,7 @@ from typing import (
     is_typeddict,
 )
 
+from lorafold.files.record import ALIASES, named_as_now
 from lorafold.models.quantizations import LISTED
 
 if TYPE_CHECKING:
@@ -49,18 +48,18 @@ ENTRY = re.compile(r"^(\w+): (.*\n(?:    .*\n)*)", re.MULTILINE)
 
 @dataclass(frozen=True, repr=False)
 class Option:
-    """How a command takes a parameter, where the hint, the name and the docstring don't say it.
+    """How a command takes a parameter, where type hint, name and docstring don't say it.
 
-    help: Of a parameter that verbs share; others have an entry of `Args:`.
-    kind: What is typed, where the hint has more or other things: str, Path, list[str].
-    flag: The option's name where it is not the parameter's, as in "--weight" of a list of weights.
-    rare: Of a command with many options, only `--help-all` has it.
-    required: The command asks for it, although the parameter has a default.
-    default: That of a parameter of a group.
-    typed: False for what only Python takes.
-    saved: Of saved adapters, which are given by position or by `--adapter`, how many: one, some or
-        any.
-    beside: Another option for more of it: its name, and its help.
+    help: For a parameter that verbs share; others are described under `Args:`.
+    kind: The type on the command line, if the hint allows more: str, Path, list[str].
+    flag: The option's name if it differs, as in "--weight" for a list of weights.
+    rare: Show it in `--help-all` only, if the command has many options.
+    required: The command requires it although the parameter has a default.
+    default: The default of a parameter of a group.
+    python_only: The command has no such option.
+    saved: For saved adapters, given by position or by `--adapter`: how many.
+    second_flag: Another option that adds values: its name and its help.
+    choices: The values to complete in a shell.
     """
 
     help: str = ""
@@ -73,39 +72,40 @@ class Option:
     default: Any = None
     min: float | None = None
     max: float | None = None
-    typed: bool = True
+    python_only: bool = False
     saved: Literal["", "one", "some", "any"] = ""
-    beside: tuple[str, str] | None = None
+    second_flag: tuple[str, str] | None = None
+    choices: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return "..."  # of signatures that are shown
+        return "..."  # in signatures that are shown
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """A recipe, of which the command takes fields as options, `--set` and, if so, `--config`.
+    """A recipe whose fields are options of the command, beside `--set` and `--config`.
 
-    names: The fields; None for all but `without`.
+    names: The fields; None means all but `without`.
     sets: The help of `--set`.
-    defaults: The recipe below what is typed, by the arguments of the verb.
+    defaults: The default recipe, which may depend on the other arguments.
     """
 
     names: Collection[str] | None = None
     without: Collection[str] = ()
     config: bool = True
-    sets: str = "One field of the recipe, as in --set rank=8."
+    sets: str = "A field of the recipe, for example --set rank=8."
     defaults: Callable[[Mapping[str, Any]], "Recipe | None"] = lambda _: None
 
 
-def of_quickstart(typed: Mapping[str, Any]) -> "Recipe | None":
-    """The recipe of the quickstart, for a study of its task; None for one of the user's data."""
+def of_quickstart(arguments: Mapping[str, Any]) -> "Recipe | None":
+    """The recipe of the quickstart, unless you give data of your own."""
     from lorafold.quickstart.story import RECIPE
 
-    return None if typed["data"] else RECIPE
+    return None if arguments["data"] else RECIPE
 
 
 class Docs(NamedTuple):
-    """A docstring: its text without the sections and errors, its entries, examples and notes."""
+    """The parts of a docstring: the text for the command, its entries, examples and notes."""
 
     about: str
     args: dict[str, str]
@@ -114,102 +114,114 @@ class Docs(NamedTuple):
 
     @classmethod
     def of(cls, documented: Any) -> "Docs":
-        """Those of a function or a dataclass."""
+        """The parts of the docstring of a function or a dataclass."""
         text = f"{inspect.cleandoc(documented.__doc__ or '')}\n"
         parts = {title: dedent(body) for title, body in SECTION.findall(text)}
-        told = [part.strip() for part in SECTION.sub("\n", text).split("\n\n")]
-        about = "\n\n".join(part for part in told if not part.startswith(("Raises ", "In Python")))
+        paragraphs = SECTION.sub("\n", text).strip().split("\n\n")
+        about = (part for part in paragraphs if not part.startswith(("Raises ", "In Python")))
         entries = {n: " ".join(t.split()) for n, t in ENTRY.findall(parts.get("Args", ""))}
         examples = re.split(r"\n(?=\S)", parts.get("Examples", "").strip())
-        return cls(about.strip(), entries, (*examples,), parts.get("Notes", "").strip())
+        return cls(
+            "\n\n".join(about).strip(), entries, (*examples,), parts.get("Notes", "").strip()
+        )
 
 
 class DeclaredOption(NamedTuple):
-    """A parameter of a verb or of a group of its parameters.
+    """A parameter of a verb, or of a group of its parameters.
 
-    group: The name of the parameter that the group is, and its class; None outside of groups.
+    group: The name of the parameter that holds the group, and its class; None outside groups.
     """
 
     name: str
     hint: Any
     default: Any
-    option: Option | RecipeOptions
+    option: Any  # Option or RecipeOptions
     help: str
     group: tuple[str, type] | None = None
 
 
 def declared(verb: Any) -> Iterator[DeclaredOption]:
-    """The parameters of a verb, with those of groups in the place of the groups."""
-    docs = Docs.of(verb)
+    """The parameters of a verb, in which a group is replaced by its own parameters."""
+    entries = Docs.of(verb).args
     for name, parameter in inspect.signature(verb, follow_wrapped=False).parameters.items():
-        hint = parameter.annotation
+        hint, default = parameter.annotation, parameter.default
         [group] = get_args(hint) if parameter.kind is Parameter.VAR_KEYWORD else [hint]
         if is_typeddict(group):
             for inner, one in get_type_hints(group, include_extras=True).items():
-                option = _option(one)
-                yield DeclaredOption(inner, one, option.default, option, option.help)
+                yield _declaration(inner, one, _option(one).default, {})
         elif is_dataclass(group) and isinstance(group, type):
-            entries = Docs.of(group).args
+            of_group = Docs.of(group).args
             for field in fields(group):
-                option, empty = _option(field.type), field.default is MISSING
-                default = Parameter.empty if empty else field.default
-                text = getattr(option, "help", "") or entries.get(field.name, "")
-                yield DeclaredOption(field.name, field.type, default, option, text, (name, group))
+                own = Parameter.empty if field.default is MISSING else field.default
+                one = _declaration(field.name, field.type, own, of_group)
+                yield one._replace(group=(name, group))
         else:
-            option = _option(hint)
-            text = getattr(option, "help", "") or docs.args.get(name, "")
-            yield DeclaredOption(name, hint, parameter.default, option, text)
+            yield _declaration(name, hint, default, entries)
+
+
+def _declaration(
+    name: str, hint: Any, default: Any, entries: Mapping[str, str]
+) -> DeclaredOption:
+    option = _option(hint)
+    text = getattr(option, "help", "") or entries.get(name, "")
+    return DeclaredOption(name, hint, default, option, text)
 
 
 def _option(hint: Any) -> Any:
-    return next(
-        (one for one in get_args(hint) if isinstance(one, (Option, RecipeOptions))), Option()
-    )
+    kinds = (Option, RecipeOptions)
+    return next((one for one in get_args(hint) if isinstance(one, kinds)), Option())
+
+
+def takes_quantization(function: Verb) -> Verb:
+    """The function, which takes `quantization` as another name for `storage`."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return function(*args, **named_as_now(options, ALIASES))
+
+    result: Any = call
+    return result
 
 
 def verb(function: Verb) -> Verb:
-    """The function, whose signature and docstring have the parameters of its groups too."""
+    """The function, whose signature and docstring contain the parameters of its groups too."""
     of: Any = function
-    own, entries, shown = inspect.signature(of), Docs.of(of).args, list[str]()
-    given = {p.name: p for p in own.parameters.values() if p.kind is not Parameter.VAR_KEYWORD}
+    signature, entries, lines = inspect.signature(of), Docs.of(of).args, list[str]()
+    own = signature.parameters.values()
+    parameters = {p.name: p for p in own if p.kind is not Parameter.VAR_KEYWORD}
     for one in declared(of):
         if one.group is None:
             new = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default)
-            given.setdefault(one.name, new.replace(annotation=one.hint))
-            told = f"{one.name}: {entries.get(one.name) or one.help}"
-            shown.append(fill(told, 90, subsequent_indent="    "))
+            parameters.setdefault(one.name, new.replace(annotation=one.hint))
+            text = f"{one.name}: {entries.get(one.name) or one.help}"
+            lines.append(fill(text, 90, subsequent_indent="    "))
     before, *after = ARGS.split(f"{inspect.cleandoc(of.__doc__)}\n", maxsplit=1)
-    listed = indent("\n".join(shown), "    ")
+    listed = indent("\n".join(lines), "    ")
     of.__doc__ = f"{before.rstrip()}\n\nArgs:\n{listed}\n{''.join(after)}"
-    of.__signature__ = own.replace(parameters=[*given.values()])
-    return function
+    of.__signature__ = signature.replace(parameters=[*parameters.values()])
+    return takes_quantization(function) if "storage" in parameters else function
 
 
 def rows(text: str, weighted: bool = False) -> str:
-    """The help of rows.
-
-    Args:
-        text: The shapes that a row may have.
-        weighted: Whether a source may have a weight.
-    """
-    share = " FILE:0.3 takes 0.3 of its rows an epoch." if weighted else ""
+    """The help of rows that have the shapes in `text`."""
+    share = " FILE:0.3 uses 30% of its rows in each epoch." if weighted else ""
     return (
         "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory, a"
-        f' pattern such as "data/*.jsonl", or a hub dataset.{share} A row is {text}.'
-        " In Python also the rows themselves, as a list of dicts."
+        f' pattern such as "data/*.jsonl", or a Hub dataset.{share} Each row is {text}.'
+        " In Python, also the rows themselves as a list of dicts."
     )
 
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
 Data = str | Path | Sequence[str] | Sequence[dict[str, Any]]  # one source, several, or the rows
-Named = Mapping[str, str]  # the user's names of keys, by lorafold's
-Rewarding = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
+ColumnNames = Mapping[str, str]  # the names of your columns, by lorafold's names
+RewardSources = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
 
-KINDS = "smollm2 (embedded), a directory, a .gguf file or a hub id (owner/name)"
+KINDS = "smollm2 (embedded), a directory, a .gguf file or a Hub ID (owner/name)"
 _MODEL = Option(
-    f"The base: {KINDS}. Default: the adapter's own base, as its record says; without an adapter"
-    " smollm2.",
+    f"The base model: {KINDS}. Default: the adapter's own base model, from its record; smollm2 if"
+    " there is no adapter.",
     kind=str,
     panel=BASE,
 )
@@ -218,36 +230,42 @@ ModelOrLoaded = Annotated[
     "str | Path | PreTrainedModel | None",
     replace(
         _MODEL,
-        help=f"{_MODEL.help} In Python also a loaded model, which is used with its active adapters"
-        " and takes no other `storage`, `device`, `revision` or `allow_other_base`.",
+        help=f"{_MODEL.help} In Python, also a loaded model, which is used with its active adapters"
+        " and excludes `storage`, `device`, `revision` and `allow_other_base`.",
     ),
 ]
-OnlyModel = Annotated[str | Path, Option(f"The base: {KINDS}.", kind=str, panel=BASE)]
+OnlyModel = Annotated[str | Path, Option(f"The base model: {KINDS}.", kind=str, panel=BASE)]
 Tokenizer = Annotated[
     "PreTrainedTokenizerBase | None",
-    Option("None takes that of the adapters or the model.", typed=False),
+    Option("None uses the tokenizer of the adapters or of the model.", python_only=True),
 ]
 Progress = Annotated[
-    "Console | None", Option("A rich console for progress and notices; None is quiet.", typed=False)
+    "Console | None",
+    Option("A rich console for progress and messages; None prints nothing.", python_only=True),
 ]
-SAVED = "Saved adapters in PEFT's format, stacked on the base in this order."
+SAVED = "Saved adapters in PEFT format, stacked on the base model in this order."
 Adapters = Annotated[Paths, Option(SAVED, saved="any")]
 SomeAdapters = Annotated[Paths, Option(SAVED, saved="some")]
-Adapter = Annotated[str | Path, Option("A saved adapter in PEFT's format.", saved="one")]
+Adapter = Annotated[str | Path, Option("A saved adapter in PEFT format.", saved="one")]
 Over = Annotated[
-    Paths, Option("The adapter that this one was trained over; of a stack each, the lowest first.")
+    Paths,
+    Option(
+        "The base adapter that this adapter was trained on top of. For an adapter stack, repeat the"
+        " option, bottom adapter first."
+    ),
 ]
 _OUT = Option(
-    "The directory of the result. It must be new, and appears once it is complete.", required=True
+    "The output directory. It must not exist yet, and appears only when the result is complete.",
+    required=True,
 )
 Out = Annotated[str | Path, _OUT]
 OutLast = Annotated[str | Path | None, _OUT]  # after parameters that have defaults
 StudyOut = Annotated[
-    str | Path, Option("The directory of the figures. The same command continues after a stop.")
+    str | Path,
+    Option("The directory for the results. To continue after a stop, run the same command again."),
 ]
 Overwrite = Annotated[
-    bool,
-    Option("Replace what an earlier run wrote to OUT, once the new result is complete.", rare=True),
+    bool, Option("Replace an earlier result in OUT once the new one is complete.", rare=True)
 ]
 TrainingRows = Annotated[
     Data,
@@ -265,8 +283,8 @@ MeasuredRows = Annotated[
     Option(
         rows(
             "{messages}, {prompt, completion}, {conversations} (ShareGPT), {instruction, output}"
-            " (Alpaca), {prompt, chosen, rejected}, {text} or {text, label}; conversations may have"
-            " tools"
+            " (Alpaca), {prompt, chosen, rejected}, {text} or {text, label}; conversations may"
+            " include tools"
         ),
         kind=str,
         required=True,
@@ -274,17 +292,21 @@ MeasuredRows = Annotated[
 ]
 StudyRows = Annotated[
     Data | None,
-    Option("Training rows, as for train. Default: the quickstart's task.", kind=list[str]),
+    Option("Training rows, as for train. Default: the quickstart task.", kind=list[str]),
 ]
 HeldOut = Annotated[
-    Data | None, Option("Held-out rows. Default: `eval_fraction` or a tenth is held out.", kind=str)
+    Data | None,
+    Option(
+        "Held-out rows. Default: `eval_fraction` of the training rows, or a tenth of them.",
+        kind=str,
+    ),
 ]
 Columns = Annotated[
-    Named | None,
+    ColumnNames | None,
     Option(
-        "The columns of your rows that lorafold shall read under its own names, as in"
-        " prompt=question,completion=answer; NAME= drops a column."
-        ' In Python a mapping such as {"prompt": "question"}; "" drops a column.',
+        "Read columns of your rows under lorafold's names, for example"
+        " prompt=question,completion=answer. NAME= ignores a column."
+        ' In Python, a mapping such as {"prompt": "question"}; "" ignores a column.',
         kind=list[str],
         metavar="NAME=COLUMN",
     ),
@@ -292,61 +314,62 @@ Columns = Annotated[
 Length = Annotated[
     int | None,
     Option(
-        "Longer rows are cut to this many tokens. Default: 1,024, or as many as the model has"
-        " positions.",
+        "Truncate rows to this many tokens. Default: 1,024, or the model's maximum if it is"
+        " smaller.",
         min=2,
     ),
 ]
-Judges = Annotated[
-    Rewarding,
+Rewards = Annotated[
+    RewardSources,
     Option(
-        "For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
-        " regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR, with a weight as"
-        " in 0.5*... or without; several are added. In Python also functions.",
+        "For objectives that sample completions, a reward: FILE.py:FUNCTION, regex:PATTERN,"
+        " schema:FILE.json, reasoning-gym:TASK or adapter:DIR, optionally with a weight, as in"
+        " 0.5*adapter:DIR. Several rewards are added up. In Python, also functions.",
         kind=list[str],
         flag="--reward",
         default=(),
-        beside=(
+        second_flag=(
             "--reward-adapter",
-            "The same as --reward adapter:DIR: a reward model that was trained on this base"
-            " (--objective reward). It scores with the base of the run, which is in memory once.",
+            "The same as --reward adapter:DIR: a reward model trained on this base model"
+            " (--objective reward). It shares the run's base model, so that it takes little"
+            " memory.",
         ),
     ),
 ]
 Completions = Annotated[
-    bool, Option("Generate completions for the exact match, or measure only the loss.")
+    bool, Option("Generate completions to measure exact match; otherwise, measure only the loss.")
 ]
 Seed = Annotated[
     int,
     Option(
-        "The seed of everything that is drawn at random: the same seed, the same result.",
+        "The random seed. The same seed gives the same result.",
         min=0,
         max=2**32 - 1,
     ),
 ]
-System = Annotated[str | None, Option("A system message. Default: the chat template's.")]
-NewTokens = Annotated[int, Option("The most tokens of a completion.", min=1)]
+System = Annotated[str | None, Option("The system message. Default: the chat template's.")]
+NewTokens = Annotated[int, Option("The maximum number of tokens to generate.", min=1)]
 Temperature = Annotated[
-    float, Option("0 takes the most likely token; above 0 tokens are sampled.", min=0)
+    float, Option("The sampling temperature. 0 always chooses the most likely token.", min=0)
 ]
-ControlTokens = Annotated[bool, Option("Those in messages are tokens, not text.")]
+ControlTokens = Annotated[
+    bool, Option("Read control tokens inside messages as tokens instead of plain text.")
+]
 Device = Annotated[
     str | None,
     Option(
-        "cpu, cuda, cuda:N or mps. Default: the fastest that this machine has.",
-        panel=BASE,
-        rare=True,
+        "cpu, cuda, cuda:N or mps. Default: the fastest device available.", panel=BASE, rare=True
     ),
 ]
 
 
 class Hub(TypedDict, total=False):
-    """How a base comes from the hub."""
+    """How to get a base model from the Hub."""
 
     revision: Annotated[
         str | None,
         Option(
-            "The branch, tag or commit of a hub model. Only a commit never changes.",
+            "The branch, tag or commit of a Hub model. Only a commit always means the same files.",
             panel=BASE,
             rare=True,
         ),
@@ -354,7 +377,7 @@ class Hub(TypedDict, total=False):
     trust_remote_code: Annotated[
         bool,
         Option(
-            "Run Python code that comes with the model. It gets all the rights you have.",
+            "Run Python code that comes with the model, with all the rights you have.",
             panel=BASE,
             rare=True,
             default=False,
@@ -363,18 +386,18 @@ class Hub(TypedDict, total=False):
 
 
 class Computing(Hub, total=False):
-    """How a base comes, and the device that computes with it."""
+    """How to get a base model, and the device to run it on."""
 
     device: Device
 
 
 class Stacking(Computing, total=False):
-    """How a base comes that saved adapters are loaded on."""
+    """How to get a base model on which to load saved adapters."""
 
     allow_other_base: Annotated[
         bool,
         Option(
-            "Accept an adapter although its fingerprint says it was trained on another base.",
+            "Accept an adapter whose fingerprint shows that it was trained on another base model.",
             panel=BASE,
             rare=True,
             default=False,
@@ -382,43 +405,33 @@ class Stacking(Computing, total=False):
     ]
 
 
+def _storage(auto: str, when: str = "") -> Option:
+    text = (
+        f"The quantization or dtype of the base model{when}: {LISTED} or auto. auto uses {auto}."
+        " You can also write --quantization."
+    )
+    return Option(text, panel=BASE, default="auto")
+
+
 class Opening(Stacking, total=False):
-    """How a base is opened that saved adapters are loaded on."""
+    """How to load a base model and its saved adapters."""
 
     storage: Annotated[
         str,
-        Option(
-            f"How the base stores its weights: {LISTED} or auto. auto takes the storage that the"
-            " adapter was trained on, else bf16 or fp32, whichever the device is faster with.",
-            panel=BASE,
-            default="auto",
+        _storage(
+            "what the adapter was trained with, or else bf16 or fp32, whichever is faster on the"
+            " device"
         ),
     ]
 
 
 class AsTrained(Stacking, total=False):
-    """How a base is found whose adapters are written into files."""
+    """How to find the base model of adapters that are written into files."""
 
-    storage: Annotated[
-        str,
-        Option(
-            f"How the base stored its weights in training: {LISTED} or auto, which takes it from"
-            " the adapters' records.",
-            panel=BASE,
-            default="auto",
-        ),
-    ]
+    storage: Annotated[str, _storage("what the adapters' records contain", " during training")]
 
 
 class OfDirectory(Stacking, total=False):
-    """How a base is opened whose adapters lie in a directory."""
+    """How to load the base model of a directory of adapters."""
 
-    storage: Annotated[
-        str,
-        Option(
-            f"How the base stores its weights: {LISTED} or auto, which takes what most of the"
-            " adapters in the directory were trained on.",
-            panel=BASE,
-            default="auto",
-        ),
-    ]
+    storage: Annotated[str, _storage("what most adapters in the directory were trained with")]

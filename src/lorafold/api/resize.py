@@ -27,17 +27,17 @@ def resize(
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
 ) -> "Resized":
-    """Give an adapter another rank by singular value decomposition. No other adapter of that rank
-    is closer to it.
+    """Change the rank of an adapter by singular value decomposition, with the smallest possible
+    error.
 
-    The result is plain LoRA in PEFT's format, whatever the method was, and lies over the same
-    adapters. The error is the share of the update's (Frobenius) norm that is lost. `lorafold
-    inspect` shows which rank is enough.
+    The result is plain LoRA in PEFT format, whatever the method was, on top of the same base
+    adapters. The error is the share of the update's (Frobenius) norm that is lost. To find out
+    which rank is enough, use `lorafold inspect`.
 
     Args:
-        rank: The rank of every module, or less where an update has less.
-        energy: The share of each update's energy to keep, as in 0.95, instead of `rank`.
-        data: Rows, as for train, to measure the change of the loss on, in nats a token.
+        rank: The rank of every module, or less if its update has a smaller rank.
+        energy: Instead of `rank`, the share of each update's energy to keep, for example 0.95.
+        data: Rows, as for train, to measure how the loss changes, in nats per token.
 
     Raises LorafoldError unless exactly one of rank and energy is given, for bad rows, and for an
     adapter that has no form in weight space, changes biases with its weights or can't be read.
@@ -50,7 +50,7 @@ def resize(
     from dataclasses import replace
 
     from lorafold.api.arguments import as_path, as_paths, as_rows
-    from lorafold.api.loaded_model import length_for, opened
+    from lorafold.api.loaded_model import length_for, load_with_adapters
     from lorafold.inspecting import resize as best
     from lorafold.inspecting.paths import losses_of
     from lorafold.peft.saved import Saved, open_all
@@ -64,9 +64,9 @@ def resize(
     result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:
         return result
-    # their base, and what they lie over, were checked when they were read
+    # reading them has already checked the base and the base adapters
     base, both = replace(base, allow_other_base=True), (*stack, Saved.open(out))
-    loaded, tokenizer = opened(base, both, console=console)
+    loaded, tokenizer = load_with_adapters(base, both, console=console)
     return replace(result, losses=losses_of(loaded, tokenizer, rows, length, len(stack) - 1))
 
 
@@ -80,17 +80,17 @@ def extract(
     overwrite: opt.Overwrite = False,
     **opening: Unpack[opt.Hub],
 ) -> "Resized":
-    """Make a LoRA adapter of the difference between a fine-tuned model and its base: the best of
-    its rank, for every linear layer of the blocks.
+    """Make a LoRA adapter from the difference between a fine-tuned model and its base model: the
+    best one of a rank, for every linear layer of the blocks.
 
-    One tensor at a time is in memory, so the models may be larger than the memory. Other tensors
+    Only one tensor at a time is in memory, so the models may be larger than memory. Other tensors
     that differ (norms, embeddings) are listed and left out.
 
     Args:
-        tuned: The fine-tuned model: a directory or a hub id.
-        rank: The rank of every module's update.
+        tuned: The fine-tuned model: a directory or a Hub ID.
+        rank: The rank of each module's update.
 
-    Raises LorafoldError where the models have different modules, or equal weights in those layers.
+    Raises LorafoldError if the models have different modules, or equal weights in those layers.
 
     Examples:
         lorafold extract --tuned demo/merged --rank 8 --out extracted

@@ -1,4 +1,4 @@
-"""`lf.score`: the scores that a reward model gives rows, and how well it tells preferences."""
+"""`lf.score`: the scores of a reward model, and how well they match preferences."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
@@ -24,14 +24,14 @@ def score(
     console: opt.Progress = None,
     **opening: Unpack[opt.Opening],
 ) -> "ScoredRows":
-    """Score rows with a reward model: an adapter of --objective reward, or a whole model.
+    """Score rows with a reward model: an adapter trained with --objective reward, or a whole model.
 
-    Of rows of preferences both completions are scored, and accuracy, margin, calibration and the
-    bias to length follow, with 95% intervals. Of other rows the whole text is scored, to the end of
-    the assistant's last turn.
+    For preference rows, both completions are scored, and accuracy, margin, calibration and length
+    bias follow, with 95% intervals. For other rows, the whole text is scored up to the end of the
+    assistant's last turn.
 
     Args:
-        out: A new file for the scores, one JSON object a row. Without it they are printed.
+        out: A new file for the scores, with one JSON object per row. Default: print them.
         overwrite: Replace the file OUT.
 
     Raises LorafoldError for bad rows, for a model that can't be loaded or is no reward model, and
@@ -42,7 +42,7 @@ def score(
         lorafold score judge --data pairs.jsonl
         lorafold score judge --data pairs.jsonl --out scores.jsonl
     """
-    from lorafold.api.arguments import as_path, as_paths, as_rows, missing
+    from lorafold.api.arguments import as_path, as_rows, missing
 
     if data is None:
         raise missing("data")
@@ -52,14 +52,12 @@ def score(
         again = "; pass --overwrite to replace it" * place.is_file()
         raise LorafoldError(f"{place} {what}{again}")
     rows = as_rows(data, columns, console, objective=None)
-    from lorafold.api.loaded_model import at_hand, length_for, opened
+    from lorafold.api.loaded_model import length_for, load_with_adapters, model_with
     from lorafold.evaluation.scoring import score_rows
-    from lorafold.peft.saved import open_all
 
-    found = open_all(as_paths(adapters))
-    asked = at_hand(model, found, console, **opening)
-    length = length_for(asked, max_length, found, console, head=True)
-    loaded, tokenizer = opened(asked, found, tokenizer, reward=True, console=console)
+    base, saved = model_with(model, adapters, console, **opening)
+    length = length_for(base, max_length, saved, console, head=True)
+    loaded, tokenizer = load_with_adapters(base, saved, tokenizer, reward=True, console=console)
     scored = score_rows(loaded, tokenizer, rows, length, console=console)
     if place is not None:
         scored.write(place)

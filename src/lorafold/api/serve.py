@@ -1,4 +1,4 @@
-"""`lf.serve`: a base and its adapters behind an OpenAI-compatible API."""
+"""`lf.serve`: a base model and its adapters behind an OpenAI-compatible API."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,34 +28,35 @@ def serve(
     admin_key_file: str | Path | None = None,
     metrics_key_file: str | Path | None = None,
     config: str | Path | None = None,
-    settings: Annotated[Mapping[str, Any] | None, opt.Option(typed=False)] = None,
+    settings: Annotated[Mapping[str, Any] | None, opt.Option(python_only=True)] = None,
     allow_control_tokens: opt.ControlTokens = False,
     json_logs: bool = False,
     open_page: Annotated[bool, opt.Option(flag="--open")] = False,
     console: opt.Progress = None,
     **opening: Unpack[opt.OfDirectory],
 ) -> None:
-    """Serve a base and its adapters over an OpenAI-compatible API, with a page to try them.
+    """Serve a base model and its adapters over an OpenAI-compatible API, with a page to try them.
 
-    A request's model is the base, an adapter of the directory (its entry's name), NAME@DIGEST for
-    one version of it, or an alias. Adapters that are wrong are listed with the reason, and the rest
-    is served. Without `keys` everybody on this machine may call; with keys, each tenant may use the
-    adapters that its keys name. SIGTERM lets running requests end; a second one ends at once.
+    The model of a request is the base model, an adapter of the directory (by the name of its
+    entry), NAME@DIGEST for one version of it, or an alias. Adapters that fail verification are
+    listed with the reason, and the others are served. Without `keys`, everybody on this machine has
+    access; with keys, each tenant may use the adapters that its keys name. SIGTERM lets running
+    requests finish; a second SIGTERM stops at once.
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
-        host: Where to listen [127.0.0.1]; any other address needs keys.
+        host: The address to listen on [127.0.0.1]; any other address requires keys.
         port: The port [8000]; 0 takes a free one.
-        keys: The tenants' keys, as lorafold serve new-key writes them.
-        admin_key_file: A file with the key for administration; without it those routes are closed.
-        metrics_key_file: A file with a key that reads /metrics and nothing else.
-        config: A YAML file with settings and limits; options win over it.
-        settings: Settings and limits by their names in the file, which win over it too.
-        json_logs: Write the log as one JSON object a line.
+        keys: A file of tenants' keys, written by lorafold serve new-key.
+        admin_key_file: A file with the key for administration. Without it, admin routes are off.
+        metrics_key_file: A file with a key that can only read /metrics.
+        config: A YAML file with settings and limits. Options take precedence over it.
+        settings: Settings and limits under their names in the file; they take precedence over it.
+        json_logs: Write the log with one JSON object per line.
         open_page: Open the page in a browser once the server listens.
 
-    Raises LorafoldError for packages that are missing, for every wrong setting, for a model that
-    can't be loaded, an address that is taken, and one that others can reach without keys.
+    Raises LorafoldError for missing packages, for wrong settings, for a model that can't be loaded,
+    for an address that is in use, and for one that others can reach without keys.
 
     Examples:
         lorafold serve --adapters demo --open
@@ -69,7 +70,7 @@ def serve(
     from functools import partial
 
     from lorafold.api.arguments import as_path, or_quiet
-    from lorafold.api.loaded_model import opened
+    from lorafold.api.loaded_model import load_with_adapters
     from lorafold.peft.provenance import OwnBase
     from lorafold.resolve import base_for
     from lorafold.serving import run
@@ -85,37 +86,29 @@ def serve(
         "allow_control_tokens": allow_control_tokens or None,
     }
     known = {**(settings or {}), **{name: one for name, one in given.items() if one is not None}}
-    found = read_settings(None if config is None else as_path(config, "config"), known)
-    console = or_quiet(console)
-    folder = as_path(adapters, "adapters")
-    own = list[OwnBase]()
+    read = read_settings(None if config is None else as_path(config, "config"), known)
+    console, folder, own = or_quiet(console), as_path(adapters, "adapters"), list[OwnBase]()
     with suppress(*[LorafoldError] * (model is not None)):
-        own = own_bases(folder, found.state, or_quiet(None) if model else console)
+        own = own_bases(folder, read.state, None if model else console)
     base = base_for(model, [] if model else own, console, **opening)
     if opening.get("storage", "auto") == "auto":
         with suppress(LorafoldError):  # as many were trained on one as on another
             base = base.stored_as_trained(own)
-    kept = own[0] if own and model is None else None
-    run.serve(base, partial(opened, console=console), folder, found, console, open_page, kept)
+    first = own[0] if own and model is None else None
+    load = partial(load_with_adapters, console=console)
+    run.serve(base, load, folder, read, console, open_page, first)
 
 
 def own_bases(
     adapters: Path, state: Path | None = None, console: "Console | None" = None
 ) -> list["OwnBase"]:
-    """The base of the adapters in a directory, as it was stored in training: the one that a start
-    without `model` took before, or else that of most of them, so that an adapter that comes later
-    decides nothing. Adapters of another base are refused when they are verified. Several, if as
-    many adapters have the one as the other; none without adapters. Raises LorafoldError without a
-    directory, or if none of its adapters can be read.
-
-    Args:
-        adapters: A directory whose entries are saved adapters, or one adapter.
-        state: The server's state file, None for the one beside the adapters.
-        console: Is told of a base that was taken before.
+    """The base of the adapters in a directory: the base of the last start without `model`, or else
+    the base of most of them, so that an adapter added later decides nothing. All of them if there
+    is a tie; none without adapters.
     """
     from dataclasses import replace
 
-    from lorafold.api.arguments import or_quiet
+    from lorafold.files.terminal import print_lines
     from lorafold.peft.provenance import OwnBase
     from lorafold.serving.directory import Directory
     from lorafold.serving.registry import STATE, ServerState
@@ -123,10 +116,9 @@ def own_bases(
 
     directory, found = Directory(adapters), list[OwnBase]()
     file = state or directory.beside / STATE
-    if (kept := read_if_exists(file, ServerState).base) is not None:
-        told = f"no --model: the base is that of the start before ({file})"
-        or_quiet(console).print(told, highlight=False, markup=False, soft_wrap=True)
-        return [replace(kept, adapter=directory.beside / kept.adapter.name)]
+    if (last := read_if_exists(file, ServerState).base) is not None:
+        print_lines(console, f"no --model: the base is that of the start before ({file})")
+        return [replace(last, adapter=directory.beside / last.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
             found.append(OwnBase.read(directory.locate(name)))
@@ -143,5 +135,5 @@ def own_bases(
     if sizes[-1:] == sizes[-2:-1]:
         return found
     most: list[OwnBase] = max(groups, key=len)
-    names = [(own.name, own.trained_on) for own in most]  # that of one alone may lead nowhere
+    names = [(own.name, own.trained_on) for own in most]  # one adapter alone may name no model
     return [most[names.index(max(names, key=names.count))]]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorafold.api.arguments import as_rows, source_of
-from lorafold.api.options import Data, Named
+from lorafold.api.options import ColumnNames, Data
 from lorafold.data.batches import split
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
@@ -24,21 +24,12 @@ def train_and_test(
     data: Data | None,
     eval_data: Data | None,
     recipe: Recipe,
-    columns: Named | None,
+    columns: ColumnNames | None,
     console: Console,
     rewarded: bool = False,
 ) -> tuple[Sequence[Row], Sequence[Row], str]:
-    """(training rows, held-out rows, the source of the training rows).
-
-    Args:
-        data: Training rows; None takes the quickstart's task.
-        eval_data: Held-out rows; None holds out the recipe's `eval_fraction`, or a tenth.
-        columns: The keys of the rows under other names.
-        console: Where ignored keys are named.
-        recipe: For the seed that chooses the held-out rows, and the rows that the task needs.
-        rewarded: Whether what is measured may be rewards too.
-
-    Raises LorafoldError as `as_rows`.
+    """(training rows, held-out rows, source of the training rows), from the quickstart's task if
+    there is no `data`. `rewarded` accepts objectives that are measured by rewards.
     """
     fitting = [n for n, one in OBJECTIVES.items() if one.compared and (rewarded or not one.draws)]
     if recipe.objective not in fitting:
@@ -47,7 +38,7 @@ def train_and_test(
             f" {named(fitting)}"
         )
     if recipe.streaming:
-        raise LorafoldError("streaming: is for lorafold train; here all rows must be at hand")
+        raise LorafoldError("streaming: is for lorafold train; here all rows must fit in memory")
     if data is None:
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"

@@ -1,4 +1,4 @@
-"""`lf.train`: one adapter, trained on a model and rows; `lf.preview`: what such a run will see."""
+"""`lf.train`: one adapter, trained on a model and rows; `lf.preview`: the rows of such a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
@@ -17,31 +17,31 @@ OfRun = Annotated["Recipe | None", opt.RecipeOptions()]
 Shown = Annotated[
     "Console | Literal[False] | None",
     opt.Option(
-        "A rich console for progress and notices; None shows them on a terminal (on stderr) and in"
-        " a notebook, and else nothing, as False does everywhere.",
-        typed=False,
+        "A rich console for progress and messages. None prints them if stderr is a terminal, and in"
+        " a notebook; False prints nothing.",
+        python_only=True,
     ),
 ]
 
 
 class RunInputs(opt.Stacking, total=False):
-    """What a run is made of besides its recipe, its base and its rows."""
+    """The inputs of a run besides its recipe, its base model and its rows."""
 
     eval_data: Annotated[
         opt.Data | None,
-        opt.Option("Held-out rows. Without them `eval_fraction` 0.1 holds some out.", kind=str),
+        opt.Option("Held-out rows. Default: hold out `eval_fraction` of the rows.", kind=str),
     ]
-    rewards: opt.Judges
+    rewards: opt.Rewards
     columns: opt.Columns
     init_adapter: Annotated[
         str | Path | None,
-        opt.Option("Start from this saved adapter, with its method and targets.", rare=True),
+        opt.Option("Initialize from this saved adapter, with its method and targets.", rare=True),
     ]
     over: Annotated[
         opt.Paths,
         opt.Option(
-            "Train over this saved adapter, which stays frozen below the new one; over a stack,"
-            " each of it, the lowest first.",
+            "Train on top of this saved adapter, which stays frozen. For an adapter stack, repeat"
+            " the option, bottom adapter first.",
             rare=True,
             default=(),
         ),
@@ -61,20 +61,20 @@ def train(
     console: Shown = None,
     **asked: Unpack[RunInputs],
 ) -> "Trained":
-    """Train one adapter on your data and write it in PEFT's format.
+    """Train one adapter on your data and write it in PEFT format.
 
-    The defaults are a recipe that works for most tasks: a base in 4 bits (QLoRA), LoRA of rank 16
-    on all linear layers of the blocks, alpha 2r, dropout 0.05, learning rates 2e-4 for A and 3e-3
-    for B (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
+    The default recipe works for most tasks: a 4-bit base model (QLoRA), LoRA of rank 16 on all
+    linear layers of the blocks, alpha 2r, dropout 0.05, learning rates 2e-4 for A and 3e-3 for B
+    (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
 
     Args:
-        recipe: Every choice of the run; None takes the defaults (`lf.Recipe()`).
-        plot: Also draw the curves of the run, as one HTML file; `lorafold history` draws them later
-            too.
+        recipe: All choices of the run. None uses the defaults (`lf.Recipe()`).
+        plot: Also plot the run's curves to one HTML file. You can do that later with `lorafold
+            history`.
         resume: Continue a run that was stopped or killed from its last checkpoint, in OUT.run.
 
-    Raises LorafoldError for anything wrong with the arguments, if possible before weights are
-    loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
+    Raises LorafoldError for anything wrong with the arguments, before weights are loaded if
+    possible, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
 
     Examples:
         lorafold train --data demo/train.jsonl --out adapter --preview
@@ -92,7 +92,7 @@ def train(
     if here.world > 1:
         asked["device"] = own_device(asked.get("device"), here)
     with together(here, asked.get("device")) as processes:
-        if not processes.first:  # which alone prints
+        if not processes.first:  # only rank 0 prints
             console = Console(quiet=True)
         request = requested(
             recipe, data, out, model, asked, console, resume=resume, overwrite=overwrite
@@ -101,11 +101,12 @@ def train(
 
         result = run.train(request, console, processes)
     if place is not None and here.speaks:
+        from lorafold.files.terminal import print_lines
         from lorafold.inspecting.history import read_history
         from lorafold.inspecting.history_page import page
 
         page(read_history(request.out), place)
-        console.print(f"page: {place}", highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, f"page: {place}")
     return result
 
 
@@ -119,12 +120,12 @@ def preview(
     console: opt.Progress = None,
     **asked: Unpack[RunInputs],
 ) -> "Findings":
-    """Print the first rows as the model will see them, with their tools and turns, mark the tokens
-    that count in the loss, and return what is found in all rows. Nothing is trained.
+    """Print the first rows as the model will see them, including tools and turns, highlight the
+    tokens that count in the loss, and return a check of all rows. Nothing is trained.
 
     Args:
-        recipe: The recipe of the run; None takes the defaults (`lf.Recipe()`).
-        html: Write the rows as a page that needs no other file.
+        recipe: The recipe of the run. None uses the defaults (`lf.Recipe()`).
+        html: Write the rows to one HTML file.
 
     Raises LorafoldError as `lf.train` does before it loads weights.
     """
@@ -146,14 +147,7 @@ def requested(
     console: "Console",
     **more: Any,
 ) -> "RunRequest":
-    """The request for a run.
-
-    Args:
-        asked: The arguments of `train` that `preview` has too.
-        more: Other fields of the request.
-
-    Raises LorafoldError as `train`.
-    """
+    """The request for a run; `more` are other fields of it."""
     from lorafold.api.arguments import (
         as_path,
         as_paths,

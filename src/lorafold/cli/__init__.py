@@ -1,7 +1,7 @@
-"""The `lorafold` command: a table of commands, each in a module that is imported when it is called.
+"""The `lorafold` command: a table of commands, whose modules are imported when they are called.
 
-An error that the user can put right is one line on stderr, with exit code 2. Ctrl-C has exit code
-130. Any other exception is a defect and shows its traceback.
+An error that you can fix is one line on stderr, with exit code 2. Ctrl-C has exit code 130. Any
+other exception is a bug and shows its traceback.
 """
 
 import importlib
@@ -15,54 +15,53 @@ import typer
 from typer.core import TyperCommand
 
 from lorafold.cli.command_line import words
-from lorafold.cli.help import OTHERS, help_all_option, write_examples, write_lists
+from lorafold.cli.help import OTHERS, HelpAll, write_examples, write_lists
 from lorafold.cli.parser import Above, Command, CommandGroup
 from lorafold.cli.suggestions import no_options
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.runtime.process_tuning import imports_set_aside, restart_tuned
 from lorafold.runtime.processes import Launched, launched
 
-# The function of each is `verb_of` its name; the text is its line in `lorafold --help`.
 GROUPS = {
     "Train": {
-        "quickstart": "The whole story on the embedded model, in minutes, offline.",
-        "train": "Train one adapter on your data.",
+        "quickstart": "A guided first run on the embedded model, offline, in minutes.",
+        "train": "Train an adapter on your data.",
     },
     "Use": {
         "generate": "Complete one prompt.",
-        "chat": "Talk to the base and its adapters in the terminal.",
-        "serve": "Serve a base and its adapters: OpenAI's API, and a page.",
-        "merge": "Fold adapters into their base: a plain model, certified.",
-        "export": "Write adapters for another engine, and prove them there.",
+        "chat": "Chat with the base model and its adapters in the terminal.",
+        "serve": "Serve adapters over an OpenAI-compatible API, with a page.",
+        "merge": "Merge adapters into their base model, with a report.",
+        "export": "Write adapters for another engine, and verify them there.",
     },
     "Measure": {
         "eval": "Loss, perplexity, exact match or rewards, with intervals.",
         "score": "Score rows with a reward model.",
-        "inspect": "An adapter's rank, relation to the base, and tokens.",
+        "inspect": "Analyse an adapter: rank, relation to the base, tokens.",
         "history": "The run that wrote an adapter: curves and completions.",
-        "compare": "Train and measure every method on your model and data.",
+        "compare": "Train and compare methods on your model and data.",
         "intrinsic": "Search for the intrinsic dimension of a task.",
         "fragility": "How few benign examples undo an adapter's behaviour.",
     },
     "Shape": {
-        "compose": "Make one adapter from several.",
-        "resize": "Give an adapter another rank.",
-        "extract": "Make an adapter of a fine-tuned model and its base.",
+        "compose": "Combine several adapters into one.",
+        "resize": "Change the rank of an adapter.",
+        "extract": "Make an adapter from a fine-tuned model and its base.",
     },
     "Tools": {
-        "estimate": "The memory that a run takes, and whether it fits a device.",
-        "recipe": "Translate a file of axolotl, TRL, PEFT, Unsloth and others.",
-        "cache": "List or clear what lorafold keeps on the disk.",
-        "doctor": "What is wrong here, and what would be slow.",
+        "estimate": "Estimate the memory of a run, and whether it fits a device.",
+        "recipe": "Convert a config of axolotl, TRL, PEFT, Unsloth and others.",
+        "cache": "List or clear lorafold's cache.",
+        "doctor": "Check this machine and installation.",
     },
 }
-# commands that are no verbs of Python, each with its file here and its function
+# commands whose functions are in `other_commands`
 TOOLS = {
-    "quickstart": ("other_commands", "quickstart"),
-    "recipe": ("other_commands", "recipe"),
-    "cache": ("cache", "cache"),
-    "doctor": ("other_commands", "doctor"),
-    "serve new-key": ("other_commands", "new_key"),
+    "quickstart": "quickstart",
+    "recipe": "recipe",
+    "cache": "cache",
+    "doctor": "doctor",
+    "serve new-key": "new_key",
 }
 # verbs whose function has another name than its command or its file in api
 FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
@@ -73,7 +72,7 @@ EXAMPLES = (
     "lorafold train --data demo/train.jsonl --out adapter",
 )
 TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
-SEVERAL = {"train", "doctor"}  # which several processes may be started of
+SEVERAL = {"train", "doctor"}  # that a launcher may start several processes of
 
 
 class Commands(CommandGroup):
@@ -84,16 +83,17 @@ class Commands(CommandGroup):
         self.commands.update(
             {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
         )
-        self.params.append(help_all_option(hidden=True))
+        help_all: Any = self.params[-1]
+        help_all.hidden = True  # it has nothing more
 
     def help_all(self, ctx: Any) -> str:
-        """The help, which leaves nothing to another one."""
+        """The help, which has no rare options."""
         return self.get_help(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read what comes before the command. LorafoldError for unknown options."""
+        """Read the options before the command."""
         try:
-            return super().parse_args(ctx, [*args])  # which it empties
+            return super().parse_args(ctx, [*args])  # it empties the list
         except typer.TyperException as error:
             options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
             typed = words(args, options, interspersed=False)
@@ -117,8 +117,7 @@ class Commands(CommandGroup):
 def verb_of(name: str) -> Any:
     """The function that declares a command."""
     if name in TOOLS:
-        file, function = TOOLS[name]
-        return getattr(importlib.import_module(f"lorafold.cli.{file}"), function)
+        return getattr(importlib.import_module("lorafold.cli.other_commands"), TOOLS[name])
     file, function = FUNCTIONS.get(name, (name, name))
     return getattr(importlib.import_module(f"lorafold.api.{file}"), function)
 
@@ -157,9 +156,10 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def root(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    help_all: HelpAll = False,
 ) -> None:
-    """Low-rank adapters of transformer models: train, measure, fold.
+    """Low-rank adapters of transformer models: train, measure, merge, serve.
 
     `lorafold COMMAND --help` describes a command and its options.
     """
@@ -183,12 +183,23 @@ def main() -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
     except LorafoldError as error:
         sys.exit(_fail(str(error)))
-    notices, told = logging.StreamHandler(), set[str]()
-    notices.addFilter(lambda line: _is_new(line.getMessage(), told))
+    notices, printed = logging.StreamHandler(), set[str]()
+
+    def is_new(line: logging.LogRecord) -> bool:  # a command may load an adapter more than once
+        known = line.getMessage() in printed
+        printed.add(line.getMessage())
+        return not known
+
+    notices.addFilter(is_new)
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)
     try:
-        _check_alone(here, *sys.argv[1:2])
+        command = "".join(sys.argv[1:2])
+        if here.world > 1 and command in COMMANDS.keys() - SEVERAL:
+            raise LorafoldError(
+                f"lorafold {command}: {here.by} started {here.world} processes, expected one: start"
+                " it alone; lorafold train runs on several"
+            )
         with imports_set_aside():
             code = app(prog_name="lorafold", standalone_mode=False)
     except LorafoldError as error:
@@ -197,38 +208,19 @@ def main() -> None:
         typer.echo(str(stop), err=True)
         code = stop.code
     except typer.TyperException as error:
-        code = _fail(f"{error.format_message().removesuffix('.')}; see {_help_of(error)}")
+        context = getattr(error, "ctx", None)  # of a usage error
+        path = context.command_path if context else "lorafold"
+        code = _fail(f"{error.format_message().removesuffix('.')}; see {path} --help")
     except KeyboardInterrupt:
         code = 130
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception:
-        sys.stderr = sys.__stderr__  # a defect of any process
+        sys.stderr = sys.__stderr__  # of any process
         raise
     sys.exit(code)
-
-
-def _check_alone(here: Launched, command: str = "") -> None:
-    """Raise LorafoldError where a launcher started several processes of a command for one."""
-    if here.world > 1 and command in COMMANDS.keys() - SEVERAL:
-        raise LorafoldError(
-            f"lorafold {command}: {here.by} started {here.world} processes, expected one: start it"
-            " alone; lorafold train computes with several"
-        )
-
-
-def _is_new(line: str, told: set[str]) -> bool:
-    """Whether a notice was not printed yet, since a command may load an adapter more than once."""
-    new = line not in told
-    told.add(line)
-    return new
 
 
 def _fail(message: str) -> int:
     typer.echo("error: " + " ".join(line.strip() for line in message.splitlines()), err=True)
     return 2
-
-
-def _help_of(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)  # a usage error knows its command
-    return f"{context.command_path if context else 'lorafold'} --help"

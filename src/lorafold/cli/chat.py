@@ -1,10 +1,9 @@
-"""`lorafold chat`: a conversation in the terminal, with the base and its adapters."""
+"""`lorafold chat`: a conversation with the base model and its adapters in the terminal."""
 
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from lorafold.api.chat import chat
 from lorafold.api.options import Docs
 from lorafold.errors import LorafoldError
+from lorafold.files.terminal import print_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,10 +23,10 @@ ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # nothing comes after the
 
 
 class Session:
-    """Lines in, answers and notices out."""
+    """Reads lines, and prints answers and notices."""
 
     def __init__(self, chat: "Chat", console: "Console") -> None:
-        self.chat, self.console, self.told = chat, console, False
+        self.chat, self.console, self.warned = chat, console, False
         self.commands = {
             "/adapter": self.adapter,
             "/both": self.both,
@@ -38,35 +38,34 @@ class Session:
         }
 
     def run(self, lines: Iterator[str]) -> None:
-        """Answer or obey each line until there are no more, or one says /quit."""
+        """Answer or obey each line until the end, or until one is /quit."""
         for line in lines:
             text = line.strip()
             if text == "/quit":
                 return
             try:
                 if text.startswith("/") and not text.startswith("//"):
-                    name, *rest = text.split(maxsplit=1)
-                    self.obey(name, "".join(rest))
+                    self.obey(*text.split(maxsplit=1))
                 elif text:
-                    self.answer(text.removeprefix("/") if text.startswith("//") else text)
+                    self.answer(text[text.startswith("//") :])
             except LorafoldError as error:
-                self.tell(f"error: {error}")
+                self.notify(f"error: {error}")
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Print a notice to stderr."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_lines(self.console, text)
 
     def answer(self, text: str) -> None:
-        """Print each speaker's answer as it comes, and keep the last one's."""
+        """Print each speaker's answer as it comes, and remember the last one."""
         from lorafold.conversation import label
         from lorafold.data.control_tokens import IN_PROMPT, is_marked
 
         turn, speakers = self.chat.ask(text), self.chat.speakers()
-        if is_marked(turn.prompt) and not self.told:
-            self.told = True
-            self.tell(IN_PROMPT)
+        if is_marked(turn.prompt) and not self.warned:
+            self.warned = True
+            self.notify(IN_PROMPT)
         if turn.dropped:
-            self.tell(
+            self.notify(
                 f"the conversation is longer than the model's context of {self.chat.context}"
                 f" tokens: the model no longer sees its oldest"
                 f" {f'{turn.dropped} turns' if turn.dropped > 1 else 'turn'}"
@@ -74,9 +73,9 @@ class Session:
         for names in speakers:
             if len(speakers) > 1:
                 typer.echo(f"[{label(names)}] ", nl=False)
-            said, stopped = self.one_answer(turn, names)
-        if said or not stopped:
-            self.chat.keep(turn, said)
+            answer, stopped = self.one_answer(turn, names)
+        if answer or not stopped:
+            self.chat.keep(turn, answer)
 
     def one_answer(self, turn: "Turn", names: tuple[str, ...]) -> tuple[str, bool]:
         """The answer, printed as it comes, and whether Ctrl-C stopped it."""
@@ -86,88 +85,80 @@ class Session:
                 for piece in answer:
                     pieces.append(piece)
                     typer.echo(piece, nl=False)
-                    if stop.asked:
+                    if stop:
                         break
             typer.echo()
-            if stop.asked:
-                self.tell("(stopped)")
+            if stop:
+                self.notify("(stopped)")
             elif len(pieces) >= turn.room:
-                self.tell(f"(cut after {turn.room} tokens)")
-        return "".join(pieces), stop.asked
+                self.notify(f"(cut after {turn.room} tokens)")
+        return "".join(pieces), bool(stop)
 
-    def obey(self, name: str, rest: str) -> None:
-        """Carry out a command. LorafoldError for an unknown one, or for words it does not take."""
+    def obey(self, name: str, argument: str = "") -> None:
+        """Execute a command."""
         if name not in self.commands and name not in ALONE:
             raise LorafoldError(
                 f"no command {name}; /help lists them, and // begins a message with a slash"
             )
-        if rest and name in ALONE:
-            raise LorafoldError(f"{name}: found {rest!r} after it, expected nothing")
-        self.commands[name](rest)
+        if argument and name in ALONE:
+            raise LorafoldError(f"{name}: found {argument!r} after it, expected nothing")
+        self.commands[name](argument)
 
     def adapter(self, name: str) -> None:
-        """Switch to an adapter, or list them where no name is given."""
+        """Switch to an adapter, or list the adapters without a name."""
         if name:
             self.chat.switch(name)
-            self.answering()
-        else:
-            for own in self.chat.adapters:
-                self.tell(f"{'*' if own in self.chat.active else ' '} {own}")
-            self.tell(f"{' ' if self.chat.active else '*'} none (the bare base)")
+            return self.answering()
+        for one in self.chat.adapters:
+            self.notify(f"{'*' if one in self.chat.active else ' '} {one}")
+        self.notify(f"{' ' if self.chat.active else '*'} none (the bare base)")
 
     def answering(self) -> None:
-        """Say which adapters are active."""
+        """Print which adapters are active."""
         from lorafold.conversation import label
 
-        self.tell(f"answering: {label(self.chat.active)}")
+        self.notify(f"answering: {label(self.chat.active)}")
 
     def both(self, _: str) -> None:
-        """Switch whether the base answers too. LorafoldError where no adapter is active."""
+        """Switch whether the base model answers too."""
         if not self.chat.active:
             raise LorafoldError("/both: no adapter is active, so there is only the base to answer")
         self.chat.both = not self.chat.both
-        self.tell(f"the base beside the adapter: {'on' if self.chat.both else 'off'}")
+        self.notify(f"the base beside the adapter: {'on' if self.chat.both else 'off'}")
 
     def system(self, text: str) -> None:
-        """Set the system message, take it away (none), or say what it is."""
+        """Set, remove (none) or show the system message."""
         if text:
             self.chat.system = None if text == "none" else text
-        self.tell(f"system message: {self.chat.system or 'none of yours'}")
+        self.notify(f"system message: {self.chat.system or 'none of yours'}")
 
     def reset(self, _: str) -> None:
         """Forget the conversation."""
         self.chat.reset()
-        self.tell("the conversation is forgotten")
+        self.notify("the conversation is forgotten")
 
     def save(self, path: str) -> None:
-        """Append the conversation to a file. LorafoldError without a file name."""
+        """Append the conversation to a file."""
         if not path:
             raise LorafoldError("/save: expected a file after it, as in /save talks.jsonl")
         rows = self.chat.save(path)
-        self.tell(f"{path}: {rows} {'conversations' if rows > 1 else 'conversation'}")
+        self.notify(f"{path}: {rows} {'conversations' if rows > 1 else 'conversation'}")
 
     def help(self, _: str) -> None:
         """List the commands."""
         lines = [line.rstrip(".").split(": ", 1) for line in Docs.of(chat).notes.splitlines()]
         width = max(len(name) for name, _ in lines)
         for name, text in lines:
-            self.tell(f"{name:<{width}}  {text}")
-
-
-class _Stop:
-    asked = False
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+            self.notify(f"{name:<{width}}  {text}")
 
 
 @contextmanager
-def _stoppable() -> Iterator[_Stop]:
-    """Within it Ctrl-C only asks, however often it is pressed: the model is never left halfway
-    through a step, and an impatient second one does not end the conversation.
+def _stoppable() -> Iterator[list[int]]:
+    """In it, Ctrl-C only fills the list, so that no step of the model is interrupted, and an
+    impatient second one does not end the conversation.
     """
-    stop = _Stop()
-    before = signal.signal(signal.SIGINT, stop.ask)
+    stop: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
     try:
         yield stop
     finally:
@@ -175,9 +166,7 @@ def _stoppable() -> Iterator[_Stop]:
 
 
 def typed(console: "Console") -> Iterator[str]:
-    """Lines from a terminal, with line editing, until Ctrl-D. Where stdout is a file, the prompt
-    goes to stderr.
-    """
+    """Lines from a terminal, until Ctrl-D. The prompt goes to stderr if stdout is a file."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it from here on)
     console.print(f"{PROMPT}/help lists the commands; Ctrl-D ends", highlight=False)
@@ -201,10 +190,7 @@ def typed(console: "Console") -> Iterator[str]:
 
 
 def piped() -> Iterator[str]:
-    """Lines from a pipe or a file, each as soon as it is there.
-
-    LorafoldError, which ends the conversation, for one that is not UTF-8.
-    """
+    """Lines from a pipe or a file, as they come. One that is not UTF-8 ends the conversation."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode()

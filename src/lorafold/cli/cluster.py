@@ -1,7 +1,5 @@
-"""`--on ray`: the same command on the machines of a Ray cluster, whose workers share its cells.
-
-Ray starts the workers and no more: what each does is found in the directory that they share
-(`files.claims`), and each ends with the whole table.
+"""`--on ray`: the same command on the machines of a Ray cluster, whose workers share its work in a
+directory (`files.claims`). Each worker ends with the whole table.
 """
 
 import os
@@ -18,47 +16,29 @@ from lorafold.files.claims import TOKEN, VARIABLE
 
 
 def table(on: str, workers: int, out: Path | None) -> str:
-    """What a worker elsewhere printed.
-
-    Args:
-        on: Where: ray.
-        workers: How many there are.
-        out: The directory that they share.
-
-    Raises LorafoldError for anything but ray, without a directory, without Ray or a cluster, and
-    where no worker ended with a table.
-    """
+    """The output of one of the workers that share the directory `out`."""
     if on != "ray":
         raise LorafoldError(f"--on: found {on}, expected ray")
     if out is None:
         raise LorafoldError("--on: found no --out, expected the directory that workers share")
     check_folder(out)
-    return on_ray(bare(sys.argv[1:]), out, workers)
+    return on_ray(without_cluster_options(sys.argv[1:]), out, workers)
 
 
-def bare(arguments: Sequence[str]) -> list[str]:
+def without_cluster_options(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command without --on and --workers."""
-    found, rest = [], iter(arguments)
+    others, rest = list[str](), iter(arguments)
     for argument in rest:
         name, equals, _ = argument.partition("=")
-        if name in ("--on", "--workers"):
-            if not equals:
-                next(rest, None)
-            continue
-        found.append(argument)
-    return found
+        if name not in ("--on", "--workers"):
+            others.append(argument)
+        elif not equals:
+            next(rest, None)
+    return others
 
 
 def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
-    """Start a command on a Ray cluster and return what one that succeeded printed.
-
-    Args:
-        arguments: Those of `lorafold`.
-        out: The directory that the workers share.
-        workers: How many there are.
-
-    Raises LorafoldError as `table`.
-    """
+    """Start a command on a Ray cluster, and return the output of a worker that succeeded."""
     try:
         import ray
     except ImportError:
@@ -73,7 +53,8 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     out.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
     write_text(out / TOKEN, token)
-    start = ray.remote(worker).options(scheduling_strategy="SPREAD", **share(ray.nodes(), workers))
+    resources = worker_resources(ray.nodes(), workers)
+    start = ray.remote(worker).options(scheduling_strategy="SPREAD", **resources)
     started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
     ended: list[tuple[int, str]] = []
     for one in started:
@@ -85,21 +66,15 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     ray.shutdown()
     tables = [text for code, text in ended if code == 0]
     if failed := len(ended) - len(tables):
-        told = f"{failed} of {workers} workers failed; what they said is above"
+        message = f"--on ray: {failed} of {workers} workers failed; their messages are above"
         if not tables:
-            raise LorafoldError(f"--on ray: {told}")
-        print(f"--on ray: {told}, and the others did their work", file=sys.stderr)
+            raise LorafoldError(message)
+        print(f"{message}, and the others finished the work", file=sys.stderr)
     return tables[0].rstrip("\n")
 
 
-def share(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
-    """What of a cluster each worker asks for: a GPU where there are some, and as many cores as it
-    can have on every node.
-
-    Args:
-        nodes: As Ray describes them.
-        workers: How many there are.
-    """
+def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
+    """The resources of a worker: a GPU if there are some, and as many cores as every node has."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cores = int(min((one.get("CPU", 0) for one in resources), default=0))
     each = -(-workers // max(1, len(resources)))
@@ -110,13 +85,7 @@ def share(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
 def worker(
     arguments: Sequence[str], folder: str, environment: Mapping[str, str]
 ) -> tuple[int, str]:
-    """(exit code, what it printed) of one run of the command, on a machine of the cluster.
-
-    Args:
-        arguments: Those of `lorafold`.
-        folder: Where it runs.
-        environment: Variables beside those of the machine.
-    """
+    """(exit code, output) of the command in a folder of a machine of the cluster."""
     command = [sys.executable, "-m", "lorafold", *arguments]
     variables = {**os.environ, **environment}
     done = subprocess.run(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)

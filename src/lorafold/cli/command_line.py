@@ -1,53 +1,77 @@
-"""The words of a command line as they are typed: each option with its values, and what stands
-without an option.
+"""The words of a command line: each option with its values, and the words without an option.
 
-    --rank 8 --json rows.jsonl      --rank with 8, --json, and rows.jsonl under no name
+    --rank 8 --json rows.jsonl      --rank with 8, --json, and rows.jsonl without a name
 """
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+ALIASES = {"--quantization": ("--storage",)}
+# names that options had, and their names now: the first of these that the command has
+OLD_NAMES = {
+    "--base": ("--storage", "--model"),
+    "--seq": ("--max-length",),
+    "--answers": ("--completions",),
+    "--no-answers": ("--no-completions",),
+}
+OTHER_NAMES = ALIASES | OLD_NAMES
+
 
 class Word(NamedTuple):
-    """An option by the name that is typed, with its values.
+    """An option with its values, or a word that belongs to no option.
 
-    name: Empty for a word that belongs to no option; it is the only value then.
-    option: The declared option; None where there is none of that name.
+    name: The option's name as typed; empty for a word without an option, its only value.
+    option: The declared option; None if no option has the name.
+    args: The same under the option's name today, as Typer reads it.
     """
 
     name: str
     option: Any | None
-    values: tuple[str, ...] = ()
+    values: tuple[str, ...]
+    args: tuple[str, ...]
 
 
 def words(
     args: Sequence[str], options: Mapping[str, Any], interspersed: bool = True
 ) -> Iterator[Word]:
-    """The words of a command line, in their order. A value may read like an option; of an option
-    that there is not, the next word is its value unless it begins with two dashes.
-
-    Args:
-        options: The command's options, by each of their names.
-        interspersed: Whether options may follow a word that belongs to none; else that word is the
-            last one.
+    """The words of a command line, in order; `options` are the command's, by each of their names. A
+    value may look like an option; the value of an unknown option is the next word, unless that
+    begins with two dashes. For an option on|off|auto, `--x` and `--no-x` are the values on and off.
+    If options are not `interspersed`, the first word without an option is the last.
     """
+    now = {
+        other: name
+        for other, names in OTHER_NAMES.items()
+        for name in reversed(names)
+        if name in options and other not in options
+    }
+    switches = {name for name, p in options.items() if str(p.metavar).startswith("on|off")}
     rest = deque(args)
     while rest:
-        name, equals, value = rest.popleft().partition("=")
-        option = options.get(name)
-        if name == "--" and not equals:
-            yield from (Word("", None, (one,)) for one in rest)
+        word = rest.popleft()
+        name, equals, value = word.partition("=")
+        current, values = now.get(name, name), (value,) * bool(equals)
+        if not equals and f"--{name.removeprefix('--no-')}" in switches:
+            current, values = f"--{name.removeprefix('--no-')}", ("off",)
+        elif not equals and name in switches and (not rest or rest[0].startswith("-")):
+            values = ("on",)
+        option = options.get(current)
+        if word == "--":
+            for n, one in enumerate(rest):
+                yield Word("", None, (one,), ("--", one)[n > 0 :])
             return
         if option is not None:
             count = 0 if getattr(option, "is_flag", False) else option.nargs
-            given = (value,) * bool(equals)
-            following = min(max(count - len(given), 0), len(rest))
-            yield Word(name, option, (*given, *(rest.popleft() for _ in range(following))))
+            for _ in range(min(max(count - len(values), 0), len(rest))):
+                values = (*values, rest.popleft())
+            read = (f"{current}={value}", *values[1:]) if equals else (current, *values)
+            yield Word(name, option, values, read)
         elif name.startswith("-") and name.strip("-"):
-            has_value = not equals and rest and not rest[0].startswith("--")
-            yield Word(name, None, (rest.popleft(),) if has_value else (value,) * bool(equals))
+            if not equals and rest and not rest[0].startswith("--"):
+                values = (rest.popleft(),)
+            yield Word(name, None, values, (word, *values[bool(equals) :]))
         else:
-            yield Word("", None, (name + equals + value,))
+            yield Word("", None, (word,), (word, *(() if interspersed else rest)))
             if not interspersed:
                 return

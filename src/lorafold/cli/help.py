@@ -1,7 +1,7 @@
 """How a command's help is laid out: what it does, examples to copy, options by panel.
 
-`--help` leaves the rare options of a long list to `--help-all`; those are declared with
-`hidden=True`. Placeholders say what is typed (PATH, NUMBER), and not which type reads it.
+`--help` leaves the rare options of a long list to `--help-all`; they are declared with
+`hidden=True`. Placeholders name what you type (PATH, NUMBER) instead of Python types.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,16 +27,15 @@ class Panels:
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         rare = {one.name for one in self.params if one.hidden}
-        many = 1 + sum(one.param_type_name == "option" for one in self.params) > MOST
+        many = sum(one.param_type_name == "option" for one in self.params) > MOST
         self.rare = rare if many else set[str]()
         for parameter in self.params:
-            parameter.hidden = False
+            parameter.hidden = parameter.name == HELP_ALL and not self.rare
             option = parameter.param_type_name == "option"
             if option and parameter.metavar is None and not parameter.is_flag:
                 parameter.metavar = placeholder(parameter.type_descriptor)
             if getattr(parameter, "multiple", False):
                 parameter.help = f"{parameter.help}  [repeatable]"
-        self.params.append(help_all_option(hidden=not self.rare))
 
     def help_all(self, ctx: Any) -> str:
         """The help with the rare options."""
@@ -49,11 +48,10 @@ class Panels:
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the examples, and the arguments and options that are not rare, by panel."""
         write_examples(formatter, self.examples)
-        params = self.get_params(ctx)
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHERS: []}
-        for parameter in params:
-            if parameter.name not in self.rare and (record := entry(parameter, ctx)):
-                panels.setdefault(panel(parameter), []).append(record)
+        for parameter in self.get_params(ctx):
+            if parameter.name not in self.rare and (entry := help_entry(parameter, ctx)):
+                panels.setdefault(entry[0], []).append(entry[1])
         write_lists(formatter, panels)
         if self.rare:
             formatter.write_paragraph()
@@ -62,24 +60,17 @@ class Panels:
             )
 
 
-def panel(parameter: Any) -> str:
-    """The title under which an argument or an option is listed."""
-    if parameter.param_type_name == "argument":
-        return "Arguments"
-    return getattr(parameter, "rich_help_panel", None) or OTHERS
-
-
-def entry(parameter: Any, ctx: Any) -> tuple[str, str] | None:
-    """An argument or an option as it is typed, and what it means; None for one that is hidden."""
+def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
+    """The panel of an argument or an option, and its name and meaning; None if it is hidden."""
     if (record := parameter.get_help_record(ctx)) is None:
         return None
     if parameter.param_type_name == "argument":  # without Typer's type after the name
-        return parameter.metavar or parameter.name.upper(), record[1]
-    return record
+        return "Arguments", (parameter.metavar or parameter.name.upper(), record[1])
+    return getattr(parameter, "rich_help_panel", None) or OTHERS, record
 
 
 def placeholder(kind: Any) -> str:
-    """What stands for a value in the help; `kind` is the type as Typer describes it."""
+    """The placeholder of a value; `kind` is the type as Typer describes it."""
     if kind.choices:
         return "|".join(str(getattr(choice, "value", choice)) for choice in kind.choices)
     if get_origin(kind.annotation) is tuple:
@@ -89,7 +80,7 @@ def placeholder(kind: Any) -> str:
 
 
 def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> None:
-    """Write commands as they are typed, one a line, under a title or what they need."""
+    """Write commands as you type them, under a title or under what they need."""
     needs = any(OF_QUICKSTART in example for example in examples)
     after = f" (after lorafold quickstart --out {OF_QUICKSTART})" if needs else ""
     with formatter.section(title or f"Examples{after}"):
@@ -99,24 +90,11 @@ def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> 
 
 
 def write_lists(formatter: Any, lists: dict[str, list[tuple[str, str]]]) -> None:
-    """Write lists of names and what they are, each under its title; empty ones are left out."""
+    """Write lists of names and their meaning, each under its title, without empty ones."""
     for title, records in lists.items():
         if records:
             with formatter.section(title):
                 formatter.write_dl(records)
-
-
-def help_all_option(hidden: bool) -> Any:
-    """The option `--help-all`, as Typer makes it of a declaration."""
-    one = typer.Typer(add_completion=False)
-
-    @one.command()
-    def command(help_all: HelpAll = False) -> None:
-        """Carries the option."""
-
-    [option] = typer.main.get_command(one).params
-    option.hidden = hidden  # type: ignore[attr-defined]
-    return option
 
 
 def _show_all(ctx: typer.Context, asked: bool) -> None:
@@ -125,6 +103,7 @@ def _show_all(ctx: typer.Context, asked: bool) -> None:
         raise typer.Exit
 
 
+HELP_ALL = "help_all"
 HelpAll = Annotated[
     bool,
     typer.Option(

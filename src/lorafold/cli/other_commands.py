@@ -1,18 +1,26 @@
-"""The commands that are no verbs of Python: the first run, recipes of other tools, what is wrong
-with an installation, and keys of a server.
+"""The commands that are not functions of `lf`: the guided first run, recipes of other tools, the
+cache, the doctor, and keys of a server.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, NamedTuple, Unpack
+from shutil import which
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
 from lorafold.api.options import Device, Hub, OnlyModel, Option, Progress, verb
+from lorafold.errors import LorafoldError
+from lorafold.files.cache import KINDS
+
+if TYPE_CHECKING:
+    from lorafold.recipe.recipe import Recipe
+    from lorafold.training.finish import Trained
 
 
-class Told(NamedTuple):
-    """A result: its JSON, and its text for people."""
+class Result(NamedTuple):
+    """A result as JSON, and its text for people."""
 
     json: dict[str, Any]
     text: str
@@ -34,16 +42,16 @@ def quickstart(
     overwrite: bool = False,
     console: Progress = None,
     device: Device = None,
-) -> Told:
-    """Train the embedded model, of 135M parameters, on a task that it can't do: in minutes on a
-    laptop, without network.
+) -> Result:
+    """Train the embedded 135M model on a task that it can't do, in minutes on a laptop, without
+    network access.
 
     A request such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON.
-    The model is evaluated on unseen rows before and after, and the adapter (in PEFT's format), a
-    merged plain model and the adapter for llama.cpp (GGUF), proved there, are written to OUT.
+    The model is evaluated on held-out rows before and after training. The adapter (in PEFT format),
+    a merged plain model and the adapter for llama.cpp (GGUF, tested there) are written to OUT.
 
     Args:
-        overwrite: Replace what an earlier run wrote to OUT.
+        overwrite: Replace the results of an earlier run in OUT.
 
     Examples:
         lorafold quickstart --out demo
@@ -52,29 +60,53 @@ def quickstart(
     """
     from lorafold.api.arguments import or_quiet
     from lorafold.files.terminal import paragraph
-    from lorafold.quickstart.story import quickstart as told
+    from lorafold.quickstart.story import quickstart as run
 
-    story = told(Path(out), or_quiet(console), overwrite=overwrite, device=device)
+    story = run(Path(out), or_quiet(console), overwrite=overwrite, device=device)
     figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]
-    return Told(asdict(story), "\n".join([*figures, "", *_next(Path(out))]))
+    return Result(asdict(story), "\n".join([*figures, "", *_next(Path(out))]))
+
+
+def this_command() -> str:
+    """The command that runs lorafold from this directory: its name if it is on the PATH, else its
+    path as typed, else this Python.
+    """
+    typed, found = Path(sys.argv[0]), which("lorafold")
+    if typed.name != "lorafold" or not typed.is_file():
+        return f"{quote(sys.executable)} -m lorafold"
+    return "lorafold" if found and typed.samefile(found) else quote(str(typed))
+
+
+def after_training(
+    result: "Trained", recipe: "Recipe", over: Sequence[str | Path]
+) -> Iterator[str]:
+    """Commands to go on with after training on top of the adapters `over`."""
+    from lorafold.objectives import OBJECTIVES
+    from lorafold.peft.config import CONFIG
+    from lorafold.recipe.recipe import FEW
+
+    if recipe.steps is None and not recipe.stops and result.steps < FEW:
+        yield (
+            f"{result.steps} steps are few to learn from; if the answers are poor, run the same"
+            " command with --epochs auto"
+        )
+    if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
+        adapters = " ".join(quote(str(one)) for one in (*over, result.adapter))
+        yield f"talk to it: {this_command()} chat {adapters}"
 
 
 def _next(out: Path) -> Iterator[str]:
-    """What to do next: commands that can be pasted as they stand, one a line."""
-    from lorafold.cli.next_commands import this_command
+    """Commands to go on with, one per line, ready to paste."""
     from lorafold.quickstart.story import MODEL, PROMPT
 
-    run, adapter = this_command(), quote(str(out / "adapter"))
-    merged, train, test = (
-        quote(str(out / name)) for name in ("merged", "train.jsonl", "test.jsonl")
-    )
-    mine = quote(str(out / "mine"))
-    yield "Ask the merged model, measure the adapter, see what training sees, train again:"
+    run, names = this_command(), ("adapter", "merged", "train.jsonl", "test.jsonl", "mine")
+    adapter, merged, train, test, mine = (quote(str(out / name)) for name in names)
+    yield "Try the merged model, evaluate the adapter, see the rows as training does, train again:"
     yield f"{run} generate --model {merged} --system JSON --prompt {quote(PROMPT)}"
     yield f"{run} eval --model {MODEL} --adapter {adapter} --data {test}"
     yield f"{run} train --model {MODEL} --data {train} --out {mine} --preview"
     yield f"{run} train --model {MODEL} --data {train} --out {mine} --rank 8 --steps 20"
-    yield 'Ask it for "a table for four at Chez Luigi on Friday at 8pm", beside the base:'
+    yield 'Ask for "a table for four at Chez Luigi on Friday at 8pm", next to the base model:'
     yield f"{run} serve --model {MODEL} --adapters {quote(str(out))} --open"
 
 
@@ -86,21 +118,21 @@ def recipe(
     kind: str | None = None,
     overwrite: bool = False,
 ) -> tuple[Any, Path | None]:
-    """Translate another tool's training configuration into a recipe for lorafold train --config.
+    """Convert another tool's training configuration to a recipe for lorafold train --config.
 
-    A report says of every field what was taken, what was taken differently and why, and what a
-    recipe can't say, with the option of lorafold train that does it. What the file leaves out has
-    that tool's default, which is written where it differs from lorafold's. The report goes to
-    stderr, or with --json to stdout as an object.
+    A report lists the fields that were taken, the fields that were changed and why, and the fields
+    that a recipe does not have, with the option of lorafold train to use instead. Fields that the
+    file does not set take that tool's defaults, which are written if they differ from lorafold's.
+    The report goes to stderr, or with --json to stdout.
 
     Args:
-        source: The configuration: a YAML file of axolotl, LLaMA-Factory, TRL or mlx-lm, a script of
-            Unsloth (.py, which is read and not executed), or PEFT's adapter_config.json or a
-            directory with it.
-        out: Where the recipe goes, as YAML; without it, to stdout.
+        source: The configuration: a YAML file of axolotl, LLaMA-Factory, TRL or mlx-lm, a script
+            for Unsloth (.py, which is parsed but not executed), or PEFT's adapter_config.json or a
+            directory that contains it.
+        out: The file for the recipe, in YAML. Default: stdout.
         kind: axolotl, llamafactory, trl-sft, trl-dpo, trl-kto, trl-orpo, trl-cpo, trl-reward,
-            trl-grpo, trl-rloo, mlx-lm, unsloth or peft; without it the file's keys tell which.
-        overwrite: Replace a recipe that is there.
+            trl-grpo, trl-rloo, mlx-lm, unsloth or peft. Default: detected from the file's keys.
+        overwrite: Replace an existing recipe.
 
     Examples:
         lorafold recipe --from sft.yaml --out recipe.yaml
@@ -119,16 +151,61 @@ def recipe(
 
 
 @verb
-def doctor(model: OnlyModel = "smollm2", **opening: Unpack[Hub]) -> Any:
-    """What this machine and this installation are, what is wrong, what would be slow here, and
-    what the model's chat template does.
+def cache(
+    kind: Annotated[Sequence[str], Option(f"Only this kind: {', '.join(KINDS)}.")] = (),
+    *,
+    clear: bool = False,
+) -> Result:
+    """List the contents of lorafold's cache, or clear it.
 
-    It reads versions against the ranges that lorafold declares and imports each package, measures
-    fp32 and bf16 products for about a second, and looks at memory, GPUs, the embedded model,
-    caches and the environment of processes that train. Of the model it reads the tokenizer alone:
-    what ends a turn, what the prompt opens, what the template writes by itself and what it leaves
-    out. A line marked with ! says what is wrong, and what to do. Nothing is changed or downloaded.
-    The exit code is 1 where something that lorafold needs is missing or broken, else 0.
+    The cache contains, for example, unpacked embedded models (models), checked and tokenized
+    training data (rows, tokens) and decompositions of base weights (svd). All of it is made again
+    when it is needed, and a run that is using an entry keeps it until it ends. The environment
+    variable LORAFOLD_CACHE sets the directory.
+
+    Args:
+        clear: Remove the listed entries.
+
+    Examples:
+        lorafold cache
+        lorafold cache --kind tokens
+        lorafold cache --kind tokens --clear
+    """
+    from datetime import datetime
+
+    from lorafold.files.cache import clear as remove
+    from lorafold.files.cache import entries
+    from lorafold.files.paths import cache_directory
+
+    if unknown := [name for name in kind if name not in KINDS]:
+        raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
+    found = [entry for entry in entries() if entry.kind in (kind or KINDS)]
+    busy = remove(found) if clear else []
+    total = sum(entry.bytes for entry in found if entry not in busy)
+    lines = [
+        f"{entry.kind:<8}{entry.bytes / 1e6:>10,.1f} MB"
+        f"  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.path.name}"
+        f"{'  kept: another process is making it' if entry in busy else ''}"
+        for entry in found
+    ]
+    state = "removed from" if clear else "kept in"
+    lines.append(f"{total / 1e6:,.1f} MB {state} {cache_directory()}")
+    listed = [asdict(entry) | {"path": str(entry.path)} for entry in found]
+    result = {"directory": str(cache_directory()), "bytes": total, "cleared": clear}
+    return Result({**result, "entries": listed}, "\n".join(lines))
+
+
+@verb
+def doctor(model: OnlyModel = "smollm2", **opening: Unpack[Hub]) -> Any:
+    """Check this machine and this installation: problems, what would be slow, and what the model's
+    chat template does.
+
+    It compares versions with the ranges that lorafold declares and imports each package, measures
+    fp32 and bf16 matmuls for about a second, and checks memory, GPUs, the embedded model, caches
+    and the environment of training processes. Of the model it only reads the tokenizer: what ends a
+    turn, what the prompt opens, and what the template adds or leaves out. Lines marked with !
+    describe a problem and its solution. Nothing is changed or downloaded. The exit code is 1 if
+    something that lorafold needs is missing or broken, else 0.
 
     Examples:
         lorafold doctor
@@ -151,20 +228,20 @@ def new_key(
     tokens_per_minute: Annotated[int | None, Option(min=1)] = None,
     tokens_per_day: Annotated[int | None, Option(min=1)] = None,
 ) -> tuple[str, str]:
-    """Make a key for a tenant.
+    """Create a key for a tenant.
 
-    It is printed once, and the file keeps its hash. A running server reads the file again when it
-    changes; delete an entry to revoke its key.
+    The key is printed once; the file stores only its hash. A running server reloads the file when
+    it changes; delete an entry to revoke its key.
 
     Args:
-        tenant: Whose key it is.
+        tenant: The owner of the key.
         adapters: The adapters and aliases that the key may use, as a glob such as 'acme-*'.
             Default: all.
-        keys: The file of keys, which is made if there is none.
-        expires: How long it holds: 30d, 12h, or the last day by UTC as 2026-12-31.
-        no_base: The key may not use the base itself.
-        tokens_per_minute: The most tokens of the tenant in a minute, of prompts too.
-        tokens_per_day: The most tokens of the tenant on a day, by UTC.
+        keys: The file of keys, which is created if it does not exist.
+        expires: How long the key is valid: 30d, 12h, or the last day in UTC, such as 2026-12-31.
+        no_base: The key may not use the base model itself.
+        tokens_per_minute: The tenant's maximum number of tokens per minute, including prompts.
+        tokens_per_day: The tenant's maximum number of tokens per day (UTC).
 
     Examples:
         lorafold serve new-key acme
@@ -180,4 +257,4 @@ def new_key(
     more |= {"base": False} if no_base else {}
     more |= {"expires": until(expires)} if expires is not None else {}
     made = make(keys, tenant, adapters or ["*"], **more)
-    return made, f"{tenant}: written to {keys}; the key itself is kept nowhere"
+    return made, f"{tenant}: written to {keys}; the key itself is not stored"

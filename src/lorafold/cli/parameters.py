@@ -1,4 +1,4 @@
-"""A parameter of the function that Typer reads, made of one that a verb declares."""
+"""The parameters of the function that Typer reads, made from what verbs declare."""
 
 from collections.abc import Iterator, Sequence
 from inspect import Parameter
@@ -9,33 +9,38 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from lorafold.api.options import DeclaredOption, Option
+from lorafold.api.options import DeclaredOption
 
 
 def parameter_of(one: DeclaredOption) -> Parameter:
     """A parameter of the function that Typer reads, with its option."""
-    option, help = one.option, one.help
-    assert isinstance(option, Option)
-    kind, default = option.kind or kind_of(one.hint), one.default
+    option, text, default = one.option, one.help, one.default
+    kind = option.kind or kind_of(one.hint)
     required = default is Parameter.empty or option.required
     flag = option.flag or f"--{one.name.replace('_', '-')}"
     if kind is bool and default is not False and "/" not in flag:
         flag = f"{flag}/--no-{flag[2:]}"
     if get_origin(kind) is list and default and not required:
         several = [default] if isinstance(default, str) else default
-        help, default = f"{help}  [default: {' '.join(map(str, several))}]", None
-    place: dict[str, Any] = {"help": help, "hidden": option.rare, "metavar": option.metavar}
-    place |= {"min": option.min, "max": option.max, "rich_help_panel": option.panel}
+        text, default = f"{text}  [default: {' '.join(map(str, several))}]", None
+    settings: dict[str, Any] = {
+        "help": text,
+        "hidden": option.rare,
+        "metavar": option.metavar,
+        "min": option.min,
+        "max": option.max,
+        "rich_help_panel": option.panel,
+        "autocompletion": (lambda: [*option.choices]) if option.choices else None,
+    }
+    named = flag.startswith("-")
+    info = typer.Option(..., flag, **settings) if named else typer.Argument(**settings)
     typed = flag.split("/")[0].lstrip("-").replace("-", "_").lower()
-    empty = default in (None, ()) and not required
+    optional = default in (None, ()) and not required
     return Parameter(
         one.name if iskeyword(typed) else typed,
         Parameter.KEYWORD_ONLY,
-        default=Parameter.empty if required else None if empty else default,
-        annotation=Annotated[
-            kind | None if empty else kind,
-            typer.Option(..., flag, **place) if flag.startswith("-") else typer.Argument(**place),
-        ],
+        default=Parameter.empty if required else None if optional else default,
+        annotation=Annotated[kind | None if optional else kind, info],
     )
 
 
@@ -58,3 +63,12 @@ def parts_of(annotation: Any) -> Iterator[Any]:
             yield from parts_of(part)
     elif annotation is not type(None):
         yield annotation
+
+
+def as_typed(value: Any) -> str:
+    """A value as you type it on a command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(as_typed, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,20 +1,18 @@
 """The fields of the recipe as options, generated from `Recipe`: `--rank 8 --lr 1e-4 --epochs 3`.
 
-A list is an option that is repeated, a mapping an option KEY=VALUE that is repeated. `--config
-FILE` is read first; `--set` takes precedence over it, and the options over both.
+A list is a repeated option, a mapping a repeated option KEY=VALUE. `--config FILE` is read first;
+`--set` takes precedence over it, and the options over both.
 """
 
 import re
 from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
-
-import typer
+from typing import Any, Literal, get_args, get_origin
 
 from lorafold.api.options import DeclaredOption, Option, RecipeOptions
 from lorafold.cli.help import PLACEHOLDERS
-from lorafold.cli.parameters import parameter_of, parts_of
+from lorafold.cli.parameters import as_typed, parameter_of, parts_of
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
@@ -27,35 +25,43 @@ WIDEST = 50  # characters of choices as a placeholder
 
 
 def options_of(declared: RecipeOptions) -> list[Parameter]:
-    """The options of a recipe: of each of its fields, --set and, if asked for, --config."""
+    """The options of a recipe: its fields, --set and perhaps --config."""
     names = fields_in(declared)
     panel = "Recipe" if names else None
-    one = Option(kind=list[str], flag="--set", metavar="FIELD=VALUE", panel=panel, rare=bool(names))
-    shown = [parameter_of(DeclaredOption("sets", None, None, one, declared.sets))]
-    if declared.config:
-        config = DeclaredOption("config", Path, None, Option(panel=panel), CONFIG)
-        shown.insert(0, parameter_of(config))
+    sets = Option(
+        kind=list[str], flag="--set", metavar="FIELD=VALUE", panel=panel, rare=bool(names)
+    )
+    options = [DeclaredOption("config", Path, None, Option(panel=panel), CONFIG)] * declared.config
+    options.append(DeclaredOption("sets", None, None, sets, declared.sets))
     for name in Recipe.model_fields:
         panel = f"Recipe, {GROUPS[name]}" if name in GROUPS else panel
-        shown += [_option(name, panel)] if name in names else []
-    return shown
+        options += [_option(name, panel)] if name in names else []
+    return [*map(parameter_of, options)]
 
 
 def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
-    """The recipe of the file, the pairs and the options.
-
-    Raises LorafoldError as `load_recipe`.
-    """
-    given = {name: typed[name] for name in fields_in(declared)}
-    pairs, flags = _split({n: v for n, v in given.items() if v not in (None, [])})
-    sets, defaults = typed["set"] or [], declared.defaults(typed)
+    """The recipe from the file, the pairs and the options."""
+    pairs: list[str] = [*(typed["set"] or [])]
+    flags: dict[str, Any] = {}
+    for name in fields_in(declared):
+        value = typed[name]
+        if value in (None, []):
+            continue
+        if isinstance(Recipe.model_fields[name].default, dict):
+            pairs += [f"{name}.{pair}" for pair in value]
+        elif name == "new_tokens":
+            flags[name] = [word.strip() for text in value for word in text.split(",")]
+        elif name == "targets" and len(value) == 1 and not _is_name_ending(value[0]):
+            flags[name] = value[0]
+        else:
+            flags[name] = value
     config = typed["config"] if declared.config else None
-    recipe = load_recipe(config, [*sets, *pairs], defaults, **flags)
+    recipe = load_recipe(config, pairs, declared.defaults(typed), **flags)
     rates = {"lr": recipe.lr, "lr_b": recipe.lr_b}
     if wrong := [f"{n}: found {rate:g}" for n, rate in rates.items() if rate and rate > 1]:
         raise LorafoldError(
-            f"recipe: {'; '.join(wrong)}, expected at most 1: a step of AdamW moves each number"
-            " by about as much"
+            f"recipe: {'; '.join(wrong)}, expected at most 1: a step of AdamW changes each"
+            " parameter by about as much"
         )
     return recipe
 
@@ -66,35 +72,21 @@ def fields_in(declared: RecipeOptions) -> list[str]:
     return [name for name in Recipe.model_fields if name in every and name not in declared.without]
 
 
-def _option(name: str, panel: str | None) -> Parameter:
-    """The option of one field: its type for the command line, its help and its default."""
+def _option(name: str, panel: str | None) -> DeclaredOption:
+    """The option of one field: its type on the command line, its help and its default."""
     info = Recipe.model_fields[name]
     kind, choices = _kind(info.annotation)
-    shown = "" if info.default in (None, {}, ()) else f"  [default: {_text(info.default)}]"
-    more: dict[str, Any] = {}
-    if name == "method":
-        more = {"metavar": "NAME", "autocompletion": lambda: list(METHODS)}
-    elif choices := list(OBJECTIVES) if name == "objective" else choices:
+    choices = {"method": [*METHODS], "objective": [*OBJECTIVES]}.get(name, choices)
+    metavar = "KEY=VALUE" if isinstance(info.default, dict) else None
+    if choices:
         numbers = [PLACEHOLDERS[part] for part in parts_of(info.annotation) if part in (int, float)]
-        listed = "|".join([*numbers, *choices])
-        more = {
-            "metavar": listed if len(listed) < WIDEST else "NAME",  # the text has them then
-            "autocompletion": lambda: choices,
-        }
-    elif kind == list[str]:
-        mapping = isinstance(info.default, dict)
-        more = {"metavar": "KEY=VALUE" if mapping else "TEXT"}
-    option = typer.Option(
-        rich_help_panel=panel, hidden=name not in COMMON, help=f"{info.description}{shown}", **more
+        metavar = "|".join([*numbers, *choices])
+        metavar = metavar if len(metavar) < WIDEST else "NAME"  # then the text lists them
+    default = "" if info.default in (None, {}, ()) else f"  [default: {as_typed(info.default)}]"
+    option = Option(
+        kind=kind, metavar=metavar, panel=panel, rare=name not in COMMON, choices=tuple(choices)
     )
-    annotation: Any = Annotated[kind | None, option]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return DeclaredOption(name, None, None, option, f"{info.description}{default}")
 
 
 def _kind(annotation: Any) -> tuple[Any, list[str]]:
@@ -112,26 +104,8 @@ def _kind(annotation: Any) -> tuple[Any, list[str]]:
     return next((part for part in (int, float) if part in parts), str), []
 
 
-def _is_name(target: str) -> bool:
-    """Whether a target can only be the ending of a module's name."""
+def _is_name_ending(target: str) -> bool:
+    """Whether a target is not a preset or a regular expression, which are passed as strings."""
     from lorafold.core.targets import PRESETS
 
     return target not in PRESETS and bool(re.fullmatch(r"\w+", target))
-
-
-def _split(given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """(mappings as --set pairs, the values of the other fields). A single target is passed as a
-    string if it is a preset or a regular expression, which a plain name is not.
-    """
-    pairs: list[str] = []
-    flags: dict[str, Any] = {}
-    for name, value in given.items():
-        if isinstance(Recipe.model_fields[name].default, dict):
-            pairs += [f"{name}.{pair}" for pair in value]
-        elif name == "new_tokens":
-            flags[name] = [word.strip() for text in value for word in text.split(",")]
-        elif name == "targets" and len(value) == 1 and not _is_name(value[0]):
-            flags[name] = value[0]
-        else:
-            flags[name] = value
-    return pairs, flags

@@ -1,7 +1,7 @@
-"""What commands do with their verbs beyond calling them and printing what they return.
+"""What commands do beyond calling their verbs and printing the result.
 
-A runner takes the verb as a partial with all that is typed; its keywords are options of the command
-besides those of the verb.
+A runner takes the verb as a partial with all that is typed; its keywords are further options of the
+command.
 """
 
 import sys
@@ -16,13 +16,14 @@ import typer
 from lorafold.api.options import Option
 from lorafold.cli.commands import Json, emit, plain
 from lorafold.errors import LorafoldError
+from lorafold.files.terminal import print_lines
 
 Run = partial[Any]
 CLUSTER = "Cluster"
 On = Annotated[
     str | None,
     Option(
-        "Start this command on a Ray cluster that runs already (RAY_ADDRESS).",
+        "Run this command on a Ray cluster that is already running (RAY_ADDRESS).",
         panel=CLUSTER,
         rare=True,
         metavar="ray",
@@ -31,16 +32,17 @@ On = Annotated[
 Workers = Annotated[
     int,
     Option(
-        "How often --on starts it; each shares the work in --out.", panel=CLUSTER, rare=True, min=1
+        "The number of workers that --on starts; they share the work in --out.",
+        panel=CLUSTER,
+        rare=True,
+        min=1,
     ),
 ]
-Wide = Annotated[
-    bool, Option("Print all figures, in Markdown, however wide the table is.", rare=True)
-]
+Wide = Annotated[bool, Option("Print all figures as a Markdown table of any width.", rare=True)]
 
 
 def summarized(run: Run, *, json: Json = False) -> None:
-    """Print what the result says of itself in a few lines."""
+    """Print a summary of the result."""
     result = run()
     emit(json, result.as_json(), result.summary())
 
@@ -52,36 +54,36 @@ def train(
     html: Annotated[Path | None, Option(rare=True)] = None,
     json: Json = False,
 ) -> None:
-    """Train, or show the rows as a run will see them.
+    """Train, or preview the rows of a run.
 
     Args:
-        preview: Print the first rows as the model will see them, with their tools and turns, mark
-            the tokens that count in the loss, say what is found in all rows, and stop.
-        html: With `preview`: write the rows as a page that needs no other file.
+        preview: Print the first rows as the model will see them, including tools and turns,
+            highlight the tokens that count in the loss, report on all rows, and exit.
+        html: With `preview`: also write the rows to one HTML file.
     """
     from lorafold.api import train as verbs
 
-    asked = run.keywords
     if not preview:
         if html is not None:
             raise LorafoldError("--html writes the page of --preview; expected both")
         result = run()
-        from lorafold.cli.next_commands import after_training
+        from lorafold.cli.other_commands import after_training
 
-        told = [str(result), *after_training(result, asked["recipe"], asked.get("over", ()))]
-        return emit(json, asdict(result), "\n".join(told))
-    if "plot" in asked:
+        asked = run.keywords
+        lines = [str(result), *after_training(result, asked["recipe"], asked.get("over", ()))]
+        return emit(json, asdict(result), "\n".join(lines))
+    if "plot" in run.keywords:
         raise LorafoldError("--plot draws a run, and --preview starts none; expected one of them")
-    alone = {"out", "resume", "overwrite"}  # of a run that is made
-    shared = {name: value for name, value in asked.items() if name not in alone}
+    of_runs = {"out", "resume", "overwrite"}
+    shared = {name: value for name, value in run.keywords.items() if name not in of_runs}
     findings = verbs.preview(**shared, html=html)
     if json:
         emit(json, {"data": findings.as_json()}, "")
 
 
 def generate(run: Run, *, json: Json = False) -> None:
-    """Print the completion token by token, and then the speed and the calls of tools in it."""
-    import time
+    """Print the completion token by token, then the speed and the function calls in it."""
+    from time import perf_counter
 
     from lorafold import engine
     from lorafold.api.generate import prepared
@@ -93,12 +95,12 @@ def generate(run: Run, *, json: Json = False) -> None:
     asked = {**run.keywords}
     most, console, tools = asked.pop("max_new_tokens"), asked["console"], asked.get("tools")
     choice = engine.Sampling(temperature=asked.pop("temperature"), seed=asked.pop("seed"))
-    ready = prepared(prompts=[asked.pop("prompts")], **asked)
+    ready = prepared(asked.pop("model", None), [asked.pop("prompts")], **asked)
     [text] = ready.texts
     if is_marked(text):
-        console.print(IN_PROMPT, highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, IN_PROMPT)
     pieces: list[str] = []
-    start = time.perf_counter()
+    start = perf_counter()
     completion = stream(ready.model, ready.tokenizer, text, most, choice)
     while True:
         try:
@@ -108,25 +110,24 @@ def generate(run: Run, *, json: Json = False) -> None:
             break
         if not json:
             typer.echo(pieces[-1], nl=False)
-    speed = count / (time.perf_counter() - start)
+    speed = count / (perf_counter() - start)
     result: dict[str, Any] = {"text": "".join(pieces), "tokens_per_second": speed}
     if tools:
         try:
             result["tool_calls"] = parse_calls(result["text"], ready.tokenizer, tools_of(tools))
         except LorafoldError as error:
             result["tool_calls"] = None
-            console.print(str(error), highlight=False, markup=False)
+            print_lines(console, str(error))
     # without --json the text is on stdout already, and this ends its line
     emit(json, result, "")
     for call in result.get("tool_calls") or ():
         function = call["function"]
-        told = f"calls {function['name']} {function['arguments']}"
-        console.print(told, highlight=False, markup=False)
-    console.print(f"{count} tokens, {speed:.1f} tokens/s", highlight=False)
+        print_lines(console, f"calls {function['name']} {function['arguments']}")
+    print_lines(console, f"{count} tokens, {speed:.1f} tokens/s")
 
 
 def chat(run: Run, *, json: Json = False) -> None:
-    """Talk in the terminal."""
+    """Chat in the terminal."""
     from lorafold.cli.chat import Session, piped, typed
 
     console = run.keywords["console"]
@@ -140,12 +141,12 @@ def chat(run: Run, *, json: Json = False) -> None:
 
 
 def score(run: Run, *, json: Json = False) -> None:
-    """Print the scores, unless they go to a file, and the figures."""
-    found = run()
+    """Print the scores, unless they go to a file, and the metrics."""
+    scored = run()
     if "out" not in run.keywords:
-        for row in found.rows:
+        for row in scored.rows:
             typer.echo(row.as_json() if json else str(row))
-    emit(json, found.as_json(), str(found))
+    emit(json, scored.as_json(), str(scored))
 
 
 def inspect(run: Run, *, json: Json = False) -> None:
@@ -154,8 +155,7 @@ def inspect(run: Run, *, json: Json = False) -> None:
 
     found = run()
     if not json:
-        told = table(found.as_json())
-        run.keywords["console"].print(told, highlight=False, markup=False, soft_wrap=True)
+        print_lines(run.keywords["console"], table(found.as_json()))
     emit(json, found.as_json(), str(found))
 
 
@@ -163,7 +163,7 @@ def estimate(run: Run, *, cheatsheet: bool = False, json: Json = False) -> None:
     """Print the estimate, or rules of thumb.
 
     Args:
-        cheatsheet: Print common rules of thumb next to estimates, in Markdown, and stop.
+        cheatsheet: Print common rules of thumb next to estimates, in Markdown, and exit.
     """
     if not cheatsheet:
         return plain(run, json=json)
@@ -173,14 +173,14 @@ def estimate(run: Run, *, cheatsheet: bool = False, json: Json = False) -> None:
 
 
 def on_cluster(run: Run, on: str, workers: int) -> None:
-    """Print what a worker elsewhere printed."""
+    """Print the output of a worker of the cluster."""
     from lorafold.cli.cluster import table
 
     typer.echo(table(on, workers, run.keywords.get("out")))
 
 
 def intrinsic(run: Run, *, on: On = None, workers: Workers = 2, json: Json = False) -> None:
-    """Search here, or on a cluster."""
+    """Search on this machine, or on a cluster."""
     if on is not None:
         return on_cluster(run, on, workers)
     plain(run, json=json)
@@ -189,7 +189,7 @@ def intrinsic(run: Run, *, on: On = None, workers: Workers = 2, json: Json = Fal
 def compare(
     run: Run, *, on: On = None, workers: Workers = 2, wide: Wide = False, json: Json = False
 ) -> None:
-    """Measure here, or on a cluster, and print the figures that decide or all."""
+    """Compare on this machine, or on a cluster, and print the main figures or all."""
     if on is not None:
         return on_cluster(run, on, workers)
     from lorafold.comparing.report import deciding
@@ -207,10 +207,10 @@ def fragility(
     wide: Wide = False,
     json: Json = False,
 ) -> None:
-    """Measure here, or on a cluster, and judge a finished adapter.
+    """Measure on this machine, or on a cluster, and judge a finished adapter.
 
     Args:
-        fail_under: With `tuned`: exit with code 1 if less than this share is kept, such as 0.8.
+        fail_under: With `tuned`: exit with code 1 if less than this share is kept, for example 0.8.
     """
     if on is not None:
         return on_cluster(run, on, workers)
@@ -219,8 +219,7 @@ def fragility(
     from lorafold.robustness.report import deciding, markdown
 
     found = run()
-    told = f"{markdown(found) if wide else deciding(found)}\n\n{found}"
-    emit(json, found.as_json(), told)
+    emit(json, found.as_json(), f"{markdown(found) if wide else deciding(found)}\n\n{found}")
     if fail_under is not None and (failed := found.under(fail_under)):
         typer.echo(failed, err=True)
         raise typer.Exit(1)
@@ -250,26 +249,15 @@ def serve(run: Run) -> None:
 
 
 def new_key(run: Run) -> None:
-    """Print the key to stdout, and where its hash went to stderr."""
-    key, told = run()
+    """Print the key to stdout, and the file of its hash to stderr."""
+    key, message = run()
     typer.echo(key)
-    typer.echo(told, err=True)
+    typer.echo(message, err=True)
 
 
+OWN = (train, generate, chat, serve, score, inspect, compare, intrinsic, fragility, estimate)
 RUNNERS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "generate": generate,
-    "chat": chat,
-    "serve": serve,
-    "merge": summarized,
-    "export": summarized,
+    **{runner.__name__: runner for runner in (*OWN, recipe, doctor)},
+    **dict.fromkeys(("merge", "export"), summarized),
     "serve new-key": new_key,
-    "score": score,
-    "inspect": inspect,
-    "compare": compare,
-    "intrinsic": intrinsic,
-    "fragility": fragility,
-    "estimate": estimate,
-    "recipe": recipe,
-    "doctor": doctor,
 }

@@ -1,5 +1,5 @@
-"""What an option or a command that there is not is told, in one line: the name that it has here, by
-the tables that translate other tools' files, or the nearest names.
+"""Hints for unknown options and commands, in one line: the name here of another tool's option, by
+the tables that convert other tools' files, or the nearest name.
 
     unknown option --lora-r: lorafold's is --rank 16
     unknown command trian: did you mean train?
@@ -9,26 +9,25 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from re import match
-from shlex import quote, split
+from shlex import join, quote, split
 from typing import Any
 
 from lorafold.advice import ALIKE, ELSEWHERE, OF_SERVERS
 from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
 
-SAMPLES = ("true", "1")  # values that stand in for one that is not given: of a switch, of a number
-SPELT = 0.9  # how alike two names are of which one is a misspelling
-TRAIN = "lorafold train"
-ROOM = 270  # characters of what is told of several
-# what commands are called elsewhere
+SAMPLES = ("true", "1")  # stand in for a missing value: of a switch, of a number
+SPELT = 0.9  # how alike two names are if one is a misspelling
+ROOM = 270  # characters of all hints
+# commands of other tools
 COMMANDS = {
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "lora", "qlora"), "train"),
     **dict.fromkeys(("infer", "inference", "predict", "run"), "generate"),
     **dict.fromkeys(("fuse", "merge-lora", "merge_and_unload"), "merge"),
     "test": "eval",
 }
-# what is said where a name has no option in its place, by an option that the command has
-SAID = {
+# hints for names without an option in their place, by an option that the command has
+HINTS = {
     "--adapters": {
         **dict.fromkeys(
             ("max_model_len", "context_length", "ctx_size"),
@@ -42,81 +41,75 @@ SAID = {
 def no_command(
     name: str, commands: Collection[str], path: str, after: Sequence[str] = (), where: str = ""
 ) -> LorafoldError:
-    """The error for a command that there is not.
-
-    Args:
-        path: The command above it, as it is typed.
-        after: The words that follow it.
-        where: The option of the command above that takes a path; empty for none.
+    """The error for an unknown command: `path` is the command above it, which takes a path as the
+    option `where`, and `after` are the words that follow.
     """
     from lorafold.objectives import OBJECTIVES
 
     if name in OBJECTIVES and "train" in commands:  # TRL has a command for each
-        told = f"lorafold's is {path} train --objective {name}"
+        hint = f"lorafold's is {path} train --objective {name}"
     elif COMMANDS.get(name) in commands:
-        told = f"lorafold's is {path} {COMMANDS[name]}"
+        hint = f"lorafold's is {path} {COMMANDS[name]}"
     elif name == "help":
         below = [word for word in after[:1] if word in commands]
-        told = f"lorafold's is {' '.join([path, *below])} --help"
+        hint = f"lorafold's is {' '.join([path, *below])} --help"
     elif where and Path(name).exists():
-        told = f"expected {where} {quote(name)}"
+        hint = f"expected {where} {quote(name)}"
     else:
-        told = _near(name, commands) or f"{path} --help lists all"
-    return LorafoldError(f"unknown command {name}: {told}")
+        hint = _near(name, commands) or f"{path} --help lists all"
+    return LorafoldError(f"unknown command {name}: {hint}")
 
 
 def no_options(
     typed: Iterable[Word], options: Mapping[str, Any], path: str
 ) -> LorafoldError | None:
-    """The error for the options of a command line that there are not, or None where all are there.
-
-    Args:
-        typed: The words of the command line.
-        options: The command's options, by each of their names.
-        path: The command, as it is typed.
+    """The error for the unknown options of a command line, or None if all are known. `options` are
+    the command's, by each of their names, and `path` is the command, as typed.
     """
-    found = {
-        word.name: word.values[0] if word.values else None
-        for word in typed
-        if word.name and word.option is None
-    }
-    given = {_plain(name): value for name, value in found.items()}
-    told = [f"unknown option {name}: {_told(name, given, options, path)}" for name in found]
-    return LorafoldError(listed(told, "; ", ROOM)) if told else None
+    unknown = {w.name: w.values[0] if w.values else None for w in typed if w.name and not w.option}
+    given = {_plain(name): value for name, value in unknown.items()}
+    hints = [f"unknown option {name}: {_hint(name, given, options, path)}" for name in unknown]
+    return LorafoldError(listed(hints, "; ", ROOM)) if hints else None
 
 
-def _told(name: str, given: Mapping[str, str | None], options: Mapping[str, Any], path: str) -> str:
-    own = {_plain(option): option for option in options if option.startswith("-")}
-    plain, words = _plain(name), [option for option in options if not option.startswith("-")]
-    if plain in own:
-        return f"lorafold's is {own[plain]}"
-    if plain in words:
+def _hint(name: str, given: Mapping[str, str | None], options: Mapping[str, Any], path: str) -> str:
+    names = {_plain(option): option for option in options}
+    plain, flags = _plain(name), [option for option in options if option.startswith("-")]
+    if names.get(plain) in flags:
+        return f"lorafold's is {names[plain]}"
+    if plain in names:
         return f"it is given without a name, as in {path} {given[plain] or plain.upper()}"
-    tables = [table for option, table in SAID.items() if option in options]
-    told = (
+    tables = [table for option, table in HINTS.items() if option in options]
+    hint = (
         next((table[plain] for table in tables if plain in table), "")
         or _of_servers(plain, options)
-        or _near(name, own.values(), SPELT)
-        or _of_theirs(plain, given, options)
-        or _begun(name, own.values())
-        or _near(name, own.values())
-        or _sharing(plain, own.values())
+        or _near(name, flags, SPELT)
+        or _of_training_tools(plain, given, options)
+        or _begun(name, flags)
+        or _near(name, flags)
     )
+    # or the options whose last word it has
+    last = f"_{plain.rpartition('_')[2]}"
+    ending = [flag for flag in flags if "_" in plain and _plain(flag).endswith(last)]
+    if not hint and 0 < len(ending) < 4:
+        hint = f"did you mean {' or '.join(ending)}?"
     more = options.get("--help-all")
-    return told or f"{path} {'--help' if more is None or more.hidden else '--help-all'} lists all"
+    return hint or f"{path} {'--help' if more is None or more.hidden else '--help-all'} lists all"
 
 
 def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
-    """The option of a server, of a converter or of a merger that is not one of training too."""
-    named = ELSEWHERE.get(plain)
-    if named is None or plain not in OF_SERVERS or f"--{named.names[0]}" not in options:
+    """The option for one of a server, a converter or a merger."""
+    known = ELSEWHERE.get(plain)
+    if known is None or plain not in OF_SERVERS or f"--{known.names[0]}" not in options:
         return ""
-    remark = f", {named.remark}" if named.remark else ""
-    return f"lorafold's is --{named.names[0]} {named.like}".rstrip() + remark
+    remark = f", {known.remark}" if known.remark else ""
+    return f"lorafold's is --{known.names[0]} {known.like}".rstrip() + remark
 
 
-def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, Any]) -> str:
-    """What lorafold has for an option of another tool; empty where there is no such option."""
+def _of_training_tools(
+    key: str, given: Mapping[str, str | None], options: Mapping[str, Any]
+) -> str:
+    """The option for one of another training tool; empty if none has it."""
     from lorafold.config_import.run import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
@@ -129,63 +122,47 @@ def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, 
             continue
         if found is None:
             return ""
-        asked = [word for name, one in found.fields.items() for word in _asked(name, one, options)]
-        words = asked or split(found.flag)
-        if not words:  # what is said of training is not true elsewhere
+        fields = [w for name, one in found.fields.items() for w in _typed(name, one, options)]
+        words = fields or split(found.flag)
+        if not words:  # a remark on training is wrong elsewhere
             return "" if found.how == "taken" or not trains else found.remark
+        flags = [word for word in words if word.startswith("--")]
         if value != known[key] or (value != given[key] and not found.fields):
-            words = [word for word in words if word.startswith("--")]
-        if not {word for word in words if word.startswith("--")} <= options.keys():
+            words = flags
+        if not {*flags} <= options.keys():
             longer = [option for option in options if key.startswith(f"{_plain(option)}_")]
-            return f"did you mean {longer[0]}?" if longer else f"it is {_line(words)} of {TRAIN}"
-        remark = f" ({found.remark})" if asked and found.remark else ""
-        return f"lorafold's is {_line(words)}{remark}"
+            elsewhere = f"it is {join(words)} of lorafold train"
+            return f"did you mean {longer[0]}?" if longer else elsewhere
+        remark = f" ({found.remark})" if fields and found.remark else ""
+        return f"lorafold's is {join(words)}{remark}"
     return problems[0] if trains else ""
 
 
-def _asked(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
+def _typed(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
     """The words of a command line that give a field of the recipe this value."""
-    option = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool) and getattr(options.get(option), "is_flag", True):
-        yield option if value else f"--no-{name.replace('_', '-')}"
-    elif isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from (option, f"{key}={one}")
-    else:
-        for one in value if isinstance(value, tuple) else [value]:
-            yield from (option, _text(one))
+    from lorafold.cli.parameters import as_typed
+
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool) and getattr(options.get(f"--{dashed}"), "is_flag", True):
+        yield f"--{dashed}" if value else f"--no-{dashed}"
+        return
+    if isinstance(value, Mapping):
+        value = tuple(f"{key}={one}" for key, one in value.items())
+    for one in value if isinstance(value, tuple) else [value]:
+        yield from (f"--{dashed}", as_typed(one))
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _line(words: Iterable[str]) -> str:
-    return " ".join(map(quote, words))
-
-
-def _begun(name: str, names: Iterable[str]) -> str:
-    """A question for the one option that a name begins, or that begins a name which goes on with
-    its value; empty where there is none.
-    """
+def _begun(name: str, names: Collection[str]) -> str:
+    """A question for the one option that a name begins, or that is glued to its value."""
     longer = [one for one in names if one.startswith(name) and len(name) > len("--x")]
     if len(longer) == 1:
         return f"did you mean {longer[0]}?"
     glued = match(r"(--[a-z][a-z-]*?)(-?[.\d].*)$", name)
-    return f"did you mean {glued[1]} {glued[2]}?" if glued and glued[1] in [*names] else ""
-
-
-def _sharing(plain: str, names: Iterable[str]) -> str:
-    """A question for the options whose last word a name has; empty where there are none or many."""
-    last = f"_{plain.rpartition('_')[2]}"
-    found = [name for name in names if "_" in plain and _plain(name).endswith(last)]
-    return f"did you mean {' or '.join(found)}?" if 0 < len(found) < 4 else ""
+    return f"did you mean {glued[1]} {glued[2]}?" if glued and glued[1] in names else ""
 
 
 def _near(name: str, names: Iterable[str], cutoff: float = ALIKE) -> str:
-    """A question for the nearest name; empty where none is near."""
+    """A question for the nearest name; empty if none is near."""
     plain = {_plain(one): one for one in names}
     near = get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
     return f"did you mean {plain[near[0]]}?" if near else ""

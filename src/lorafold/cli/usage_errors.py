@@ -1,5 +1,5 @@
-"""What a command line that can't be read is told, in one line: which values are wrong or missing,
-which options stand twice, and which words belong to no option.
+"""The errors of a command line that can't be read, in one line: wrong or missing values, options
+that are given twice, words that belong to no option.
 
     --rank: found '8.5', expected a whole number
     --rank: found 8 and 16, expected it once; see lorafold train --help
@@ -13,13 +13,13 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from lorafold.cli.command_line import Word
+from lorafold.cli.command_line import OTHER_NAMES, Word
 from lorafold.cli.suggestions import no_options
-from lorafold.errors import LorafoldError, shortened
+from lorafold.errors import LorafoldError, both_names, shortened
 
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}
-DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # which an editor puts for two of them
-SPOKEN = {"prompt", "system"}  # options whose values are texts that people speak
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # an editor may replace "--" by these
+TEXTS = {"prompt", "system"}  # options whose values may have several words
 WHOLE, FRACTION = "a whole number", "a number"
 BOUNDS = {
     "greater_than": "above {gt}",
@@ -32,10 +32,8 @@ BOUNDS = {
 
 
 class Line(NamedTuple):
-    """A command line as it is typed.
-
-    options: The command's options, by each of their names.
-    path: The command, as it is typed.
+    """A command line as typed; `options` are the command's, by each of their names, and `path` is
+    the command.
     """
 
     words: Sequence[Word]
@@ -44,7 +42,7 @@ class Line(NamedTuple):
 
     @property
     def see(self) -> str:
-        """Where to look."""
+        """Where to find help."""
         return f"see {self.path} --help"
 
     @property
@@ -54,43 +52,41 @@ class Line(NamedTuple):
 
 
 def repeated(line: Line) -> LorafoldError | None:
-    """The error for options that are given more than once, with values of which one alone would be
-    taken, or None.
-    """
-    given: dict[str, dict[str, str]] = {}
-    for name, option, values in line.words:
-        if option is not None and not getattr(option, "multiple", False):
-            value = name if getattr(option, "is_flag", False) else " ".join(map(str, values))
-            given.setdefault(str(option.name), {})[value] = name
-    told = [
-        f"{next(iter(found.values()))}: found {' and '.join(found)}, expected it once"
-        for found in given.values()
-        if len(found) > 1
-    ]
-    return LorafoldError("; ".join([*told, line.see])) if told else None
+    """The error for options that are given twice, under another name too or with other values."""
+    given: dict[str, list[Word]] = {}
+    for word in line.words:
+        if word.option is not None:
+            given.setdefault(str(word.option.name), []).append(word)
+    problems = list[str]()
+    for same in given.values():
+        others = [w.name for w in same if w.name in OTHER_NAMES and w.name not in line.options]
+        if now := [w.name for w in same if w.name not in others] if others else []:
+            return LorafoldError(both_names(others[0], now[0]))
+        flag = getattr(same[0].option, "is_flag", False)
+        values = {w.name if flag else " ".join(w.values): w.name for w in same}
+        if len(values) > 1 and not getattr(same[0].option, "multiple", False):
+            name = next(iter(values.values()))
+            problems.append(f"{name}: found {' and '.join(values)}, expected it once")
+    return LorafoldError("; ".join([*problems, line.see])) if problems else None
 
 
 def unquoted(line: Line) -> LorafoldError | None:
-    """The error for a text of several words that stands without quotes, so that all but the first
-    are taken for paths, or None.
+    """The error for a text of several words without quotes, all but the first of which would be
+    read as paths.
     """
-    for at, (name, option, values) in enumerate(line.words):
+    for at, (name, option, values, _) in enumerate(line.words):
         loose = [one.values[0] for one in takewhile(lambda one: not one.name, line.words[at + 1 :])]
-        spoken = option is not None and option.name in SPOKEN
-        if spoken and loose and not Path(loose[0]).exists():
+        if option and option.name in TEXTS and loose and not Path(loose[0]).exists():
             text = quote(shortened(" ".join([*values, *loose]), 100))
             return LorafoldError(f"{name}: found several words, expected quotes: {name} {text}")
     return None
 
 
 def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | None:
-    """The error for a command line that Typer can't read, or None where Typer's says all.
-
-    Args:
-        error: What Typer raised.
-        params: What the command declares.
+    """The error for what Typer raised of a command with these parameters; None if Typer's own is
+    good.
     """
-    if hasattr(error, "possibilities"):  # a name that is not there has these
+    if hasattr(error, "possibilities"):  # of an unknown name
         return no_options(line.words, line.options, line.path)
     if name := getattr(error, "option_name", None):
         option = line.options[name]
@@ -99,68 +95,67 @@ def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | Non
     if hasattr(error, "param_type"):
         return _missing(line, params)
     if getattr(error, "param", None) is not None:
-        wrong = [*_bad(error)]
+        wrong = [*_bad_values(error)]
         return LorafoldError("; ".join(wrong)) if wrong else None
     return _stray(line) if line.stray else None
 
 
 def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
-    """What is required and not given. Of a command that takes options alone, words without one are
-    taken to be the values.
+    """The required options that are missing. If a command takes only options, words without one
+    are assumed to be their values.
     """
-    given = {option.name for _, option, _ in line.words if option is not None}
-    alone = all(one.param_type_name == "option" for one in params)
-    wanted, left = list[str](), line.stray if alone else []
-    found = shortened(" ".join(left), 100)
+    given = {word.option.name for word in line.words if word.option is not None}
+    only_options = all(one.param_type_name == "option" for one in params)
+    wanted, stray = list[str](), line.stray if only_options else []
+    found = shortened(" ".join(stray), 100)
     for one in params:
         if not one.required or one.name in given:
             continue
         if one.param_type_name == "option":
-            wanted.append(f"{one.opts[0]} {quote(left.pop(0)) if left else one.metavar}")
+            wanted.append(f"{one.opts[0]} {quote(stray.pop(0)) if stray else one.metavar}")
         elif not line.stray:
             wanted.append(one.metavar or one.name.upper())
+    problem = f"missing {' and '.join(wanted)}"
     if found:
-        what = f"found {found} without an option, expected {' '.join(wanted)}"
-    else:
-        what = f"missing {' and '.join(wanted)}"
-    return LorafoldError(f"{what}; {line.see}")
+        problem = f"found {found} without an option, expected {' '.join(wanted)}"
+    return LorafoldError(f"{problem}; {line.see}")
 
 
 def _stray(line: Line) -> LorafoldError:
-    """What words are told that belong to no option, of a command that takes none."""
+    """The error for words without an option, of a command that takes only options."""
     at, word = next(n for n, one in enumerate(line.words) if not one.name), line.stray[0]
-    name, option, values = line.words[at - 1] if at else Word("", None)
-    if option is not None and getattr(option, "is_flag", False) and word.lower() in SWITCHED:
-        names = " or ".join([*option.opts, *option.secondary_opts])
+    name, option, values, _ = line.words[at - 1] if at else Word("", None, (), ())
+    if getattr(option, "is_flag", False) and word.lower() in SWITCHED:
+        names = " or ".join([*option.opts, *option.secondary_opts])  # type: ignore[union-attr]
         return LorafoldError(f"{name}: found {word}, expected {names} without a value")
-    if option is not None and getattr(option, "multiple", False):
+    if getattr(option, "multiple", False):
         each = " ".join(f"{name} {quote(one)}" for one in (*values, word))
         return LorafoldError(f"{name}: found {word} as well, expected its name before each: {each}")
     near = get_close_matches(f"--{word.strip(DASHES)}", line.options, 1, 0.8)
-    told = f"did you mean {near[0]}?" if near else f"expected options alone; {line.see}"
-    return LorafoldError(f"found {shortened(' '.join(line.stray), 100)} without an option; {told}")
+    hint = f"did you mean {near[0]}?" if near else f"expected options alone; {line.see}"
+    return LorafoldError(f"found {shortened(' '.join(line.stray), 100)} without an option; {hint}")
 
 
-def _bad(error: Any) -> Iterator[str]:
-    """What is wrong with the values of one option, each with what was found."""
+def _bad_values(error: Any) -> Iterator[str]:
+    """The problems with the values of one option."""
     param, cause = error.param, error.__cause__
     name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
     for one in cause.errors(include_url=False) if hasattr(cause, "errors") else ():
         found, kind = one["input"], one["type"]
-        choices = param.type_descriptor.choices
-        if choices:
-            expected = ", ".join(map(str, choices))
+        if param.type_descriptor.choices:
+            expected = ", ".join(map(str, param.type_descriptor.choices))
         elif kind in BOUNDS:
             expected = BOUNDS[kind].format(**one.get("ctx", {})).removesuffix(".0")
         else:
             expected = one["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        meant = _meant(str(found)) if expected in (WHOLE, FRACTION) else ""
-        meant = "; repeat the option for several" if "," in str(found) and param.multiple else meant
-        yield f"{name}: found {shortened(repr(found), 80)}, expected {expected}{meant}"
+        hint = _number_in(str(found)) if expected in (WHOLE, FRACTION) else ""
+        if "," in str(found) and param.multiple:
+            hint = "; repeat the option for several"
+        yield f"{name}: found {shortened(repr(found), 80)}, expected {expected}{hint}"
 
 
-def _meant(text: str) -> str:
-    """A question for the number that a text may stand for; empty where none is plain."""
+def _number_in(text: str) -> str:
+    """A question for the number that a text may stand for, such as 0,5 or 50%; empty for none."""
     for number, factor in ((text.replace(",", ".", 1), 1.0), (text.removesuffix("%"), 0.01)):
         try:
             value = float(number) * factor

@@ -27,7 +27,7 @@ from lorafold.comparing.paired_tests import (
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.html_page import document, markdown_table, rendered
+from lorafold.files.html_page import markdown_table, rendered, write_page
 from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
@@ -371,4 +371,4 @@ def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
         lines=lines(found),
         rewards=measurements[0].reward is not None,
     )
-    document(title, content, path)
+    write_page(title, content, path)

@@ -30,7 +30,7 @@ from lorafold.comparing.measure import (
 from lorafold.data.row_store import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
-from lorafold.files.claims import digest_of, kept, silent, tell_strangers
+from lorafold.files.claims import cached_figures, digest_of, report_other_claims, silent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
@@ -128,7 +128,7 @@ def compare(
         file = out / "rows" / f"{one.method}-{seed}-{key(own, one.method)}.json"
         measures[file] = partial(measured_anew, own, one.method, seed)
         settings[file] = one.settings
-    tell_strangers(measures, say)
+    report_other_claims(measures, say)
     done = count(1)
 
     def named(file: Path, found: dict[str, Any]) -> Measurement:
@@ -138,7 +138,7 @@ def compare(
     def there(file: Path, found: dict[str, Any]) -> None:
         tell(named(file, found), next(done), len(measures))
 
-    figures = kept(measures, there, say)
+    figures = cached_figures(measures, there, say)
     measurements = [named(file, one) for file, one in zip(measures, figures, strict=True)]
     write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
     return measurements

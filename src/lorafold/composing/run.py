@@ -22,7 +22,7 @@ from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.paths import check_kept
+from lorafold.files.paths import check_not_replaced
 from lorafold.resolve.base import check_language_model
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
@@ -80,7 +80,7 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
     """
     check(request)
     check_out(request.out, request.overwrite)
-    check_kept(request.out, [one.path for one in request.adapters])
+    check_not_replaced(request.out, [one.path for one in request.adapters])
     request = set_apart(request)
     check_language_model(request.base, request.adapters)
     job = Job(request, read(request.base, request.adapters), cache(opened), console)

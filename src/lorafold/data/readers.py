@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.data.json_input import Found, as_row, decoded, loaded, row_of, suspect
 from lorafold.errors import LorafoldError
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -162,7 +162,8 @@ def numbered(path: Path, tell: Tell) -> Numbered:
             yield from kind.read(as_utf8(file, windows, tell) if of_text else file)
     except FileNotFoundError as error:
         several = "; one --data names one file, a directory or a pattern" * ("," in path.name)
-        raise LorafoldError(f"{path}: there is no such file{beside(path) or several}") from error
+        hint = nearest_name(path) or several
+        raise LorafoldError(f"{path}: there is no such file{hint}") from error
     except (OSError, ValueError, NotImplementedError) as error:
         known = isinstance(error, Unreadable)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from lorafold.data.json_input import Row
 from lorafold.data.readers import AS_CSV, KINDS, Numbered, Tell, kind_of_file, numbered
 from lorafold.errors import LorafoldError, listed, shortened
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 from lorafold.runtime.hub_access import asked_once
 
 __all__ = ["DataSource", "Row", "source_from"]
@@ -164,12 +164,15 @@ class DataSource:
         """What tells whether its rows are still the same: the digests of files, or the fingerprint
         of a dataset.
         """
-        from lorafold.files.contents import of_file  # not needed by `--help`, which reads this file
+        # not needed by `--help`, which reads this file
+        from lorafold.files.contents import file_digest
 
         if self.several:
             return " ".join(file.identity for file in self.files)
         kind = "".join(self._path.suffixes[-2:]).lower()
-        return f"{kind} {of_file(self._path)[1]}" if self._is_file else self._dataset._fingerprint
+        if not self._is_file:
+            return str(self._dataset._fingerprint)
+        return f"{kind} {file_digest(self._path)[1]}"
 
     def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
         """The numbered rows of a file or dataset, unchecked; `streaming` makes no copy of a
@@ -209,7 +212,7 @@ def source_from(text: str) -> DataSource:
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
-    near = "" if local else beside(path)
+    near = "" if local else nearest_name(path)
     if path.is_file() and path.suffix.lower() in SPREADSHEETS:
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {AS_CSV}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):

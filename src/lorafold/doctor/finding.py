@@ -1,4 +1,4 @@
-"""One thing that was looked at, and how a group of them reads."""
+"""One checked thing, and the text of a group of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorafold.files.terminal import paragraph
 
 @dataclass(frozen=True)
 class Finding:
-    """A name, what was found as text, and as a `value` for JSON where the text would be awkward.
+    """A name, what was found as text, and as a `value` for JSON if the text would be awkward.
 
-    `problem` is a sentence on what is wrong and what to do. Something `broken` keeps lorafold from
+    `problem` is a sentence on what is wrong and what to do. A `broken` thing keeps lorafold from
     working; any other problem does not.
     """
 
@@ -28,15 +28,11 @@ class Finding:
         """The name as a key of JSON."""
         return self.name.lower().replace("'s ", " ").replace(" ", "_")
 
-    def as_json(self) -> Any:
-        """The value, or the text where there is none."""
-        return self.text if self.value is None else self.value
-
 
 @dataclass(frozen=True)
 class FindingGroup:
-    """Findings under a title (in JSON, a key). In a `compact` group those without a problem share
-    a line.
+    """Findings under a title (in JSON, a key). In a `compact` group, findings without a problem
+    share a line.
     """
 
     key: str
@@ -50,27 +46,21 @@ class FindingGroup:
         fine = [f for f in self.findings if self.compact and not f.problem]
         if fine:
             yield from paragraph(", ".join(f"{f.name} {f.text}" for f in fine), "  ")
-        own = [f for f in self.findings if f not in fine]
-        width = max((len(f.name) for f in own), default=0)
-        for f in own:
+        others = [f for f in self.findings if f not in fine]
+        width = max((len(f.name) for f in others), default=0)
+        for f in others:
             yield from paragraph(f.text, f"{'!' if f.problem else ' '} {f.name:<{width}}  ")
-            if f.problem:
-                yield from paragraph(f.problem, " " * (width + 4))
+            yield from paragraph(f.problem, " " * (width + 4)) if f.problem else ()
 
 
-def looked_at(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
-    """What `look` finds. Where it fails, whatever the reason, that is the finding: a broken
-    installation is what this is for.
+def findings_of(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
+    """The findings of `look`. If it fails for any reason, that is the finding, since the doctor is
+    for broken installations.
     """
     try:
         return tuple(look())
     except Exception as error:
-        return (unexamined(name, error),)
-
-
-def unexamined(name: str, error: Exception) -> Finding:
-    """The finding that something could not be examined, and why."""
-    return Finding(name, "could not be examined", problem=reason(error), broken=True)
+        return (Finding(name, "could not be examined", problem=reason(error), broken=True),)
 
 
 def reason(error: BaseException) -> str:

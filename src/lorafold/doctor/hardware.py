@@ -1,10 +1,5 @@
-"""The processor, GPUs and memory, measured for about a second, and what lorafold uses of them.
-
-What would be slow on this machine, and why, in plain sentences with what to do about it.
-
-How many processes a launcher started of this command, or would start here.
-
-What completions, and the steps of training, are computed with on a CPU.
+"""The processor, GPUs and memory, measured for about a second; what would be slow on them, and why;
+how many processes a launcher started; and whether operations are compiled.
 """
 
 from __future__ import annotations
@@ -14,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import torch
 import yaml
 
 from lorafold.doctor.finding import Finding
+from lorafold.doctor.installation import set_threads
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
 from lorafold.kernels.table import DECODING, TRAINING, use
@@ -30,6 +27,7 @@ from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.kernel_requirements import FLASH, DeviceKind, as_on, groups_at_once, takes
 from lorafold.runtime.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
 from lorafold.runtime.memory import free_bytes
+from lorafold.runtime.process_tuning import SWITCH, huge_pages
 from lorafold.runtime.processes import launched
 from lorafold.runtime.processor import (
     busy_elsewhere,
@@ -38,19 +36,20 @@ from lorafold.runtime.processor import (
     usable_cores,
 )
 
-SHAPE = (1024, 576, 1536)  # rows, in, out: an MLP's product of the embedded model
+SHAPE = (1024, 576, 1536)  # rows, in, out: a matmul of the embedded model's MLP
 GPU_SHAPE = (4096, 4096, 4096)
+FEW_CORES = 4
+BUSY = 0.5  # cores
+LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
+PARAMETERS, TOKENS = 1e9, 1024  # of the example
+FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
+HF_HOME = "~/.cache/huggingface"
+CONFIG = "accelerate/default_config.yaml"
 
 
 def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """The rate of a product x W^T, in GFLOP/s.
-
-    It is that of the fastest product, since other processes can only slow one down.
-
-    Args:
-        dtype: The dtype of x (rows, in) and W (out, in).
-        device: Where it is computed; a GPU gets larger matrices (`GPU_SHAPE`).
-        seconds: How long products are timed, after one to warm up.
+    """The rate of a matmul x W^T in GFLOP/s, of x (rows, in) and W (out, in): the fastest in some
+    seconds, since other processes can only slow one down.
     """
     rows, width, out = SHAPE if device.type == "cpu" else GPU_SHAPE
     x = torch.ones(rows, width, dtype=dtype, device=device)
@@ -58,8 +57,8 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
     fastest, end = float("inf"), 0.0
     with torch.inference_mode():
         torch.nn.functional.linear(x, w)[0, 0].item()
-        begin = time.perf_counter()
-        while end < begin + seconds:
+        last = time.perf_counter() + seconds
+        while end < last:
             start = time.perf_counter()
             torch.nn.functional.linear(x, w)[0, 0].item()  # a GPU has finished once it answers
             end = time.perf_counter()
@@ -68,18 +67,14 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
 
 
 def paths(capability: tuple[int, int]) -> str:
-    """What such a card computes with, as a line.
-
-    Args:
-        capability: Its compute capability, major and minor.
-    """
+    """The code paths of a GPU of a compute capability, major and minor, as a line."""
     native = capability >= AMPERE
     x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
     with as_on(DeviceKind("cuda", capability)):
         flash, at_once = takes(FLASH, x, x), groups_at_once(x)
     missing = use(TRAINING, "cuda")
     parts = (
-        f"weights and products in {'bf16' if native else 'fp32'}",
+        f"weights and matmuls in {'bf16' if native else 'fp32'}",
         f"attention of packed rows {'by flash attention' if flash else 'in tiles of plain torch'}",
         f"experts {'in one product' if at_once else 'one after the other'}",
         f"dropout and gains in {f'plain torch ({missing})' if missing else 'Triton'}",
@@ -89,9 +84,7 @@ def paths(capability: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What was found. Memory is in bytes, rates in GFLOP/s on `device`, the one that lorafold
-    chooses where none is named.
-    """
+    """This machine. Memory is in bytes, rates are in GFLOP/s on `device`, the default device."""
 
     processor: str
     cores: int  # that this process may use
@@ -112,12 +105,13 @@ class Hardware:
 
     @property
     def rate(self) -> float:
-        """GFLOP/s in the numbers that lorafold computes in with `--storage auto`."""
+        """GFLOP/s in the dtype of `--storage auto`."""
         return self.fp32 if self.widened or not self.native_bf16 else self.bf16
 
 
+@cache
 def examine() -> Hardware:
-    """Look at this machine, and measure for about a second."""
+    """Examine this machine, and measure for about a second."""
     device = choose_device()
     busy = busy_elsewhere(0.3)  # before anything is measured, which would count
     native, why = native_bf16(device)
@@ -141,8 +135,13 @@ def examine() -> Hardware:
     )
 
 
+def machine() -> Iterator[Finding]:
+    """The findings of this machine."""
+    yield from findings(examine())
+
+
 def findings(h: Hardware) -> Iterator[Finding]:
-    """The machine as findings, one a line of the report."""
+    """The findings of a machine."""
     sets = ", ".join(h.instructions) or "none of AVX2, AVX512, AMX"
     cores = "core" if h.cores == 1 else "cores"
     yield Finding("processor", f"{h.processor}, {h.cores} usable {cores}", h.processor)
@@ -161,7 +160,7 @@ def findings(h: Hardware) -> Iterator[Finding]:
     rates = f"fp32 {h.fp32:.0f} GFLOP/s, bf16 {h.bf16:.0f} GFLOP/s on {h.device}"
     yield Finding("products", rates, {"device": h.device, "fp32": h.fp32, "bf16": h.bf16})
     storage = "bf16" if h.native_bf16 else "fp32"
-    how = "in fp32" if h.widened else "as they are"
+    how = "in fp32" if h.widened else "without conversion"
     yield Finding(
         "lorafold uses",
         f"{h.device}; --storage auto holds weights in {storage}, as {h.native_why}; 16-bit matrices"
@@ -189,91 +188,60 @@ def _has_kernels() -> bool | None:
     return "_lib" in vars(library)  # what stands in for a missing library has none
 
 
-FEW_CORES = 4
-BUSY = 0.5  # cores
-LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
-PARAMETERS, TOKENS = 1e9, 1024  # of the example
-FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
+def slow_here() -> Iterator[str]:
+    """The sentences that hold for this machine and process."""
+    return slow(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
 
 
 def slow(
     h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
 ) -> Iterator[str]:
-    """The sentences that hold here, the weightiest first.
-
-    Args:
-        pages: To whom the kernel gives huge pages: always, madvise or never, or None.
-        threads: The environment variables that limit threads.
-        untuned: Is the tuning of training processes switched off?
+    """What would be slow, the weightiest first. `pages` is who gets huge pages from the kernel
+    (always, madvise or never), `threads` the environment variables that limit threads, and
+    `untuned` whether the tuning of training processes is off.
     """
-    on_processor = h.device == "cpu"
-    if h.unused_driver:
-        yield (
-            f"There is a driver for NVIDIA GPUs, but {h.unused_driver}, so models run on the"
-            " processor: install the build of torch that https://pytorch.org/get-started names for"
-            " this driver."
-        )
-    if on_processor:
-        seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)
-        yield (
-            f"Models run on the processor. At {h.rate:.0f} GFLOP/s a training step of a model of 1B"
-            f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model,"
-            " or a machine with a GPU."
-        )
-        if h.busy > BUSY:
-            yield (
-                f"Other processes keep {h.busy:.1f} of the processor's cores busy. lorafold shares"
-                " the cores with them, as did the products that were measured: end them, or wait."
-            )
-        if h.threads < h.cores:
-            limits = " and ".join(f"{name}={value}" for name, value in threads.items())
-            yield (
-                f"torch uses {h.threads} of {h.cores} usable cores"
-                + (f", as {limits} says: unset that." if limits else ".")
-            )
-        elif h.cores < FEW_CORES:
-            cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
-            yield f"Only {cores} usable: with twice as many a step takes about half the time."
-        if h.widened:
-            relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
-            yield (
-                f"bf16 products are {relation} fp32 ones here ({h.bf16:.0f} and {h.fp32:.0f}"
-                " GFLOP/s), so 16-bit weights are multiplied in fp32, widened at each use."
-            )
-        if untuned:
-            yield "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it."
-        if pages == "never":
-            yield (
-                "The kernel gives no huge pages, with which a step takes 0.88 of the time: let an"
-                " administrator write madvise to /sys/kernel/mm/transparent_hugepage/enabled."
-            )
-    if not h.native_bf16:
-        yield (
-            f"The storage bf16 saves memory here and no time, as {h.native_why}; --storage auto"
-            " takes fp32."
-        )
-    if h.kernels is False:
-        yield (
-            "bitsandbytes has no native library for this machine, so the storages"
-            f" {' and '.join(MADE)} are"
-            " unpacked by slower code: reinstall it (pip install --force-reinstall --no-deps"
-            " bitsandbytes), or take --storage bf16 or fp32."
-        )
-    if on_processor and h.free < LITTLE_MEMORY:
-        yield (
-            f"Only {format_bytes(h.free)} of memory are free: end other programs, and see with"
-            " lorafold estimate what fits."
-        )
-
-
-
-
-HF_HOME = "~/.cache/huggingface"
-CONFIG = "accelerate/default_config.yaml"
+    cpu, few = h.device == "cpu", h.threads < h.cores
+    seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)
+    limits = " and ".join(f"{name}={value}" for name, value in threads.items())
+    unset = f", because of {limits}: unset that." if limits else "."
+    cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
+    relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
+    sentences = {
+        f"There is a driver for NVIDIA GPUs, but {h.unused_driver}, so models run on the processor:"
+        " install the build of torch that https://pytorch.org/get-started recommends for this"
+        " driver.": h.unused_driver,
+        f"Models run on the processor. At {h.rate:.0f} GFLOP/s a training step of a model of 1B"
+        f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model, or a"
+        " machine with a GPU.": cpu,
+        f"Other processes keep {h.busy:.1f} of the processor's cores busy. lorafold shares the"
+        " cores with them, and so did the measurement: end them, or wait.": cpu and h.busy > BUSY,
+        f"torch uses {h.threads} of {h.cores} usable cores{unset}": cpu and few,
+        f"Only {cores} usable: with twice as many, a step takes about half the time.": (
+            cpu and not few and h.cores < FEW_CORES
+        ),
+        f"bf16 matmuls are {relation} fp32 ones here ({h.bf16:.0f} and {h.fp32:.0f} GFLOP/s), so"
+        " 16-bit weights are converted to fp32 at each use.": cpu and h.widened,
+        "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it.": (
+            cpu and untuned
+        ),
+        "The kernel gives no huge pages, with which a step takes 0.88 of the time: ask an"
+        " administrator to write madvise to /sys/kernel/mm/transparent_hugepage/enabled.": (
+            cpu and pages == "never"
+        ),
+        f"bf16 saves memory here but no time, as {h.native_why}; --storage auto takes fp32.": (
+            not h.native_bf16
+        ),
+        f"bitsandbytes has no native library for this machine, so {' and '.join(MADE)} weights are"
+        " unpacked by slower code: reinstall it (pip install --force-reinstall --no-deps"
+        " bitsandbytes), or use --storage bf16 or fp32.": h.kernels is False,
+        f"Only {format_bytes(h.free)} of memory are free: end other programs, and use lorafold"
+        " estimate to see what fits.": cpu and h.free < LITTLE_MEMORY,
+    }
+    return (sentence for sentence, holds in sentences.items() if holds)
 
 
 def launchers() -> Iterator[Finding]:
-    """What started this process, and what torchrun, accelerate and srun would start."""
+    """What started this process, and how many torchrun, accelerate and srun would start."""
     yield _this()
     cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]
     where = f"each a GPU, of which there are {len(cuda)}" if cuda else "all on the processor"
@@ -292,21 +260,21 @@ def _this() -> Finding:
         return Finding("this process", "half started by a launcher", problem=str(error))
     if here.world == 1:
         return Finding("this process", "alone, no launcher started it", 1)
-    at = f"process 0 is at {here.address}:{here.port}"
+    at = f"rank 0 is at {here.address}:{here.port}"
     return Finding("this process", f"{here.rank} of {here.world} of {here.by}; {at}", here.world)
 
 
 def _accelerate(cuda: int) -> Finding:
-    """One on processors, whatever it is asked for, but where mpirun starts them."""
+    """On CPUs it starts one process, whatever you ask for, unless mpirun starts them."""
     if not cuda:
         return Finding("accelerate launch", "1 on processors, whatever --num_processes says", 1)
     file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
     try:
         asked = yaml.safe_load(file.read_text())["num_processes"]
-        told = f"{asked}, as {file} has it"
+        text = f"{asked}, from {file}"
     except (OSError, TypeError, KeyError, yaml.YAMLError):
-        asked, told = cuda, f"{cuda}, without a configuration"
-    return Finding("accelerate launch", f"{told}; --num_processes N starts N", asked)
+        asked, text = cuda, f"{cuda}, without a configuration"
+    return Finding("accelerate launch", f"{text}; --num_processes N starts N", asked)
 
 
 def engine() -> Iterator[Finding]:
@@ -318,12 +286,7 @@ def engine() -> Iterator[Finding]:
 
 
 def template(model: str, **how: Any) -> Iterator[Finding]:
-    """What a model's chat template does with a conversation.
-
-    Args:
-        model: Its tokenizer is read.
-        how: How it is opened, as fields of `resolve.base.Base`.
-    """
+    """How a model's chat template renders a conversation; `how` are fields of `Base`."""
     from lorafold.data.checks import describe_template
     from lorafold.resolve.base import Base
 

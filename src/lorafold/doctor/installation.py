@@ -1,12 +1,5 @@
-"""The packages that lorafold declares in its metadata: there, in range, and able to be imported.
-
-The embedded model, and the directories in which models and what is made of them are kept.
-
-The environment of the process, which the commands that train begin again with if it lacks
-something (`lorafold.runtime.restart`).
-
-Each part imports the rest of lorafold when it looks, so that a broken package stays a finding of
-its own.
+"""The packages that lorafold declares (installed, in range, importable), the embedded model, the
+caches, and the environment of training processes.
 """
 
 from __future__ import annotations
@@ -18,8 +11,8 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -31,7 +24,7 @@ from lorafold.files.terminal import format_bytes
 from lorafold.runtime.process_tuning import SWITCH, WISHES, huge_pages, wishes
 
 MODULES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
-INTEROPERATES = ("peft",)  # optional, and worth a line of its own
+INTEROPERATES = ("peft",)  # optional, but shown like a required package
 PURPOSES = {
     "dev": "tests and lint",
     "bench": "benchmarks beside PEFT and TRL",
@@ -40,14 +33,21 @@ PURPOSES = {
     "docs": "the documentation as a site",
     "quantized": "further packed storages",
 }
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
-    """The package itself, Python, and everything that is required, each with its declared range."""
+    """The package itself, Python, and all required packages, with their declared ranges."""
     own = distribution(name)
     place = Path(__file__).parents[1]
     yield Finding(name, own.version, {"version": own.version, "path": str(place)})
-    yield _python((own.metadata.get_all("Requires-Python") or [""])[0])
+    python = platform.python_version()
+    [declared] = own.metadata.get_all("Requires-Python") or [""]
+    fine = SpecifierSet(declared).contains(python, prereleases=True)
+    problem = "" if fine else f"expected Python {declared}; install one and make a new environment"
+    value = {"version": python, "declared": declared, "problem": problem}
+    yield Finding("Python", python, value, problem, broken=not fine)
     for requirement in _requirements(name):
         if not _extras_of(requirement) and _applies(requirement):
             yield check(requirement, required=True)
@@ -58,7 +58,7 @@ def packages(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def extras(name: str = "lorafold") -> Iterator[Finding]:
-    """Each optional group of packages: complete, or what is missing from it."""
+    """Each optional group of packages, and what is missing from it."""
     for extra in distribution(name).metadata.get_all("Provides-Extra") or []:
         members = [r for r in _requirements(name) if _applies(r, extra) and not _applies(r)]
         missing = [r.name for r in members if _version(r.name) is None]
@@ -74,7 +74,7 @@ def extras(name: str = "lorafold") -> Iterator[Finding]:
 
 
 def check(requirement: Requirement, required: bool) -> Finding:
-    """Is the package there, in its range, and does it import?"""
+    """Whether a package is installed, in its range, and can be imported."""
     name, declared = requirement.name, str(requirement.specifier)
     wish = f"pip install '{name}{declared}'"
     version = _version(name)
@@ -88,14 +88,6 @@ def check(requirement: Requirement, required: bool) -> Finding:
             problem = f"it can't be imported ({failure}); run: {wish} --force-reinstall"
     broken = required and bool(problem)
     return Finding(name, text, value | {"problem": problem}, problem, broken)
-
-
-def _python(declared: str) -> Finding:
-    version = platform.python_version()
-    fine = SpecifierSet(declared).contains(version, prereleases=True)
-    problem = "" if fine else f"expected Python {declared}; install one and make a new environment"
-    value = {"version": version, "declared": declared, "problem": problem}
-    return Finding("Python", version, value, problem, broken=not fine)
 
 
 def _requirements(name: str) -> list[Requirement]:
@@ -122,36 +114,22 @@ def _version(name: str) -> str | None:
 
 
 def _import_failure(name: str) -> str:
-    """Why the package can't be imported, or nothing where it can."""
-    module = MODULES.get(name.lower(), name.replace("-", "_"))
-    try:
-        with _quiet():
-            importlib.import_module(module)
-    except Exception as error:  # libraries that are broken fail in every way there is
-        return reason(error)
-    return ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what libraries say when they are imported."""
-    before = logging.root.manager.disable
+    """Why a package can't be imported, or nothing; libraries may log and warn meanwhile."""
+    module, before = MODULES.get(name.lower(), name.replace("-", "_")), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        with warnings.catch_warnings(action="ignore"):
+            importlib.import_module(module)
+    except Exception as error:  # broken libraries fail in every way
+        return reason(error)
     finally:
         logging.disable(before)
-
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
+    return ""
 
 
 def models() -> Iterator[Finding]:
     """The embedded model, both caches, and whether downloads are allowed."""
-    from lorafold.files.cache import cache_directory
+    from lorafold.files.paths import cache_directory
 
     yield _embedded(cache_directory() / "models")
     yield _directory("lorafold's cache", cache_directory(), "LORAFOLD_CACHE")
@@ -159,7 +137,7 @@ def models() -> Iterator[Finding]:
 
     yield _directory("models of the hub", Path(constants.HF_HUB_CACHE), "HF_HUB_CACHE")
     offline = constants.HF_HUB_OFFLINE
-    text = "off: HF_HUB_OFFLINE is set" if offline else "on, for models that are asked for"
+    text = "off: HF_HUB_OFFLINE is set" if offline else "on, for models that you name"
     yield Finding("downloads", text, not offline)
 
 
@@ -184,10 +162,8 @@ def _embedded(models: Path) -> Finding:
 
 
 def _directory(name: str, path: Path, variable: str) -> Finding:
-    """How much is in it, and whether there is room and permission for more."""
-    size, parent = size_of(path), path
-    while not parent.exists():
-        parent = parent.parent
+    """The size of a directory, and whether there is room and permission for more."""
+    size, parent = size_of(path), next(one for one in (path, *path.parents) if one.exists())
     free = shutil.disk_usage(parent).free
     problem = ""
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -199,14 +175,11 @@ def _directory(name: str, path: Path, variable: str) -> Finding:
 
 
 def size_of(directory: Path) -> int:
-    """The bytes of the files beneath a directory, each once: links are not followed."""
+    """The bytes of the files in a directory; links are not followed."""
     total = 0
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            try:
-                total += os.lstat(os.path.join(folder, file)).st_size
-            except OSError:  # removed meanwhile
-                continue
+    for path in directory.rglob("*"):
+        with suppress(OSError):  # it was removed meanwhile
+            total += path.lstat().st_size if path.is_symlink() or not path.is_dir() else 0
     return total
 
 
@@ -215,27 +188,22 @@ def tuning() -> Iterator[Finding]:
     missing = wishes()
     shown = ", ".join(f"{name}={value}" for name, value in missing.items())
     if os.environ.get(SWITCH) == "off":
-        text = f"off: {SWITCH}=off, so commands that train begin once and leave it alone"
+        text = f"off: {SWITCH}=off, so training commands do not restart"
     elif platform.libc_ver()[0] != "glibc":
-        text = "nothing to set: it takes glibc"
+        text = "nothing to set: this needs glibc"
     elif missing:
-        text = f"commands that train begin again with {shown}"
+        text = f"training commands restart with {shown}"
     else:
-        text = "complete: commands that train begin once"
+        text = "complete: training commands need no restart"
     value = {"would_set": missing, "set": {n: os.environ[n] for n in WISHES if n in os.environ}}
     yield Finding("environment", text, value)
     pages = huge_pages()
     yield Finding("huge pages", pages or "the system does not say", pages or "")
     threads = set_threads()
     text = ", ".join(f"{name}={value}" for name, value in threads.items())
-    yield Finding("threads", text or "not set: torch takes one a core", threads)
+    yield Finding("threads", text or "not set: torch uses one per core", threads)
 
 
-def set_threads(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that say how many threads are used, where they are set."""
-    return {name: environment[name] for name in THREADS if name in environment}
-
-
-def switched_off() -> bool:
-    """Is the tuning of training processes switched off?"""
-    return os.environ.get(SWITCH) == "off"
+def set_threads() -> dict[str, str]:
+    """The environment variables that limit threads, if they are set."""
+    return {name: os.environ[name] for name in THREADS if name in os.environ}

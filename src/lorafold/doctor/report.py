@@ -1,19 +1,31 @@
-"""The whole report: groups of findings, what would be slow, and what is to be put right."""
+"""The whole report: groups of findings, what would be slow, and what to repair."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from lorafold.doctor.finding import Finding, FindingGroup, looked_at, unexamined
+from lorafold.doctor.finding import Finding, FindingGroup, findings_of
 from lorafold.files.terminal import paragraph
+
+# key, title, and the function that gives the findings. Its module is imported when it is called, so
+# that a broken package is a finding too.
+GROUPS = (
+    ("packages", "Packages", "installation", "packages"),
+    ("optional", "Optional packages", "installation", "extras"),
+    ("machine", "Machine", "hardware", "machine"),
+    ("models", "Models and caches", "installation", "models"),
+    ("training", "Training processes", "installation", "tuning"),
+    ("processes", "Several processes of one run", "hardware", "launchers"),
+    ("generating", "Completions on the processor", "hardware", "engine"),
+    ("template", "The chat template of {}", "hardware", "template"),
+)
 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """`slow` is None where the machine could not be examined."""
+    """`slow` is None if the machine could not be examined."""
 
     groups: tuple[FindingGroup, ...]
     slow: tuple[str, ...] | None
@@ -25,86 +37,52 @@ class DoctorReport:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong, a line each."""
+        """The problems, a line each."""
         return [f"{f.name}: {f.problem}" for f in self.findings if f.problem]
 
     @property
     def broken(self) -> bool:
-        """Is something that lorafold needs missing or broken?"""
+        """Whether something that lorafold needs is missing or broken."""
         return any(f.broken for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """The report under the keys of `lorafold doctor --json`."""
-        groups = {g.key: {f.key: f.as_json() for f in g.findings} for g in self.groups}
+        groups = {
+            g.key: {f.key: f.text if f.value is None else f.value for f in g.findings}
+            for g in self.groups
+        }
         return groups | {"slow": self.slow, "problems": self.problems, "broken": self.broken}
 
     def __str__(self) -> str:
-        lines: list[str] = []
-        for group in self.groups:
-            lines += [*group.lines(), ""]
+        sentences = ("The machine could not be examined.",) if self.slow is None else self.slow
+        lines = [line for group in self.groups for line in (*group.lines(), "")]
         lines.append("What would be slow here, and why")
-        known = ("Nothing that lorafold knows of.",) if self.slow == () else self.slow
-        for sentence in known or ("The machine could not be examined.",):
+        for sentence in sentences or ("Nothing that lorafold knows of.",):
             lines += paragraph(sentence, "- ")
-        return "\n".join([*lines, "", self._verdict()])
-
-    def _verdict(self) -> str:
-        if not self.problems:
-            return "Nothing is wrong."
-        works = "lorafold can't work like this" if self.broken else "lorafold works all the same"
-        count = len(self.problems)
-        what = "1 problem is" if count == 1 else f"{count} problems are"
-        return f"{what} marked with ! above; {works}."
+        verdict, count = "No problems found.", len(self.problems)
+        if count:
+            what = "1 problem is" if count == 1 else f"{count} problems are"
+            works = "can't work like this" if self.broken else "works all the same"
+            verdict = f"{what} marked with ! above; lorafold {works}."
+        return "\n".join([*lines, "", verdict])
 
 
 def diagnose(model: str = "smollm2", **how: Any) -> DoctorReport:
-    """Look at everything: some ten seconds, most of them for importing each package.
-
-    Args:
-        model: Whose chat template is looked at.
-        how: How it is opened, as fields of `resolve.base.Base`.
+    """Examine everything, which takes about ten seconds, most of them to import each package. The
+    chat template is that of `model`, loaded with the fields `how` of `resolve.base.Base`.
     """
-    before = (
-        FindingGroup("packages", "Packages", _found("installation", "packages"), compact=True),
-        FindingGroup("optional", "Optional packages", _found("installation", "extras")),
-    )
-    machine, sentences = _machine()
-    after = (
-        FindingGroup("models", "Models and caches", _found("installation", "models")),
-        FindingGroup("training", "Processes that train", _found("installation", "tuning")),
-        FindingGroup("processes", "Several processes of one run", _found("hardware", "launchers")),
-        FindingGroup("generating", "Completions on the processor", _found("hardware", "engine")),
-        FindingGroup(
-            "template",
-            f"The chat template of {model}",
-            _found("hardware", "template", model, **how),
-        ),
-    )
-    return DoctorReport((*before, FindingGroup("machine", "Machine", machine), *after), sentences)
+    groups = []
+    for key, title, module, name in GROUPS:
 
+        def look(module: str = module, name: str = name) -> Any:
+            given = (model,) if name == "template" else ()
+            examine = getattr(import_module(f"lorafold.doctor.{module}"), name)
+            return examine(*given, **how if given else {})
 
-def _found(module: str, name: str, *given: Any, **how: Any) -> tuple[Finding, ...]:
-    """What a function of this package finds. It is imported here, so that what is broken there is a
-    finding too.
-    """
-
-    def look() -> Iterable[Finding]:
-        found: Iterable[Finding] = getattr(
-            import_module(f"lorafold.doctor.{module}"), name
-        )(*given, **how)
-        return found
-
-    return looked_at(name, look)
-
-
-def _machine() -> tuple[tuple[Finding, ...], tuple[str, ...] | None]:
+        findings = findings_of(name, look)
+        groups.append(FindingGroup(key, title.format(model), findings, key == "packages"))
     try:
-        from lorafold.doctor.hardware import examine, findings, slow
-        from lorafold.doctor.installation import set_threads, switched_off
-        from lorafold.runtime.process_tuning import huge_pages
-
-        hardware = examine()
-        sentences = slow(hardware, huge_pages(), set_threads(), switched_off())
-        return tuple(findings(hardware)), tuple(sentences)
-    except Exception as error:
-        return (unexamined("machine", error),), None
+        slow = (*import_module("lorafold.doctor.hardware").slow_here(),)
+    except Exception:  # then it is a finding of the machine
+        slow = None
+    return DoctorReport((*groups,), slow)

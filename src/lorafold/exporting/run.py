@@ -27,7 +27,7 @@ from lorafold.exporting.to_mlx import ToMlx
 from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.paths import check_kept
+from lorafold.files.paths import check_not_replaced
 from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
 from lorafold.models.loading import stored_in_files
@@ -159,7 +159,7 @@ def export(
         raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
     into, base = _into(base, adapters, target, wanted.into), base.with_files_for(adapters)
     check_out(out, wanted.overwrite)
-    check_kept(out, [base.source.path, *(one.path for one in adapters)])
+    check_not_replaced(out, [base.source.path, *(one.path for one in adapters)])
     check_language_model(base, adapters, INSTEAD)
     unproved = _unproved(target, wanted)
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:

@@ -4,12 +4,11 @@
         save_file(tensors, tmp / "model.safetensors")
 
 The block writes to a temporary sibling on the same file system. On success the sibling gets a
-manifest (sha256 and size of every file), everything is flushed to the disk, and one rename puts it
-in place; on failure it is removed. A killed process leaves its temporary sibling, which the next
-attempt at the same target removes. Use it for everything that lorafold writes permanently.
+manifest (sha256 and size of every file), is flushed to disk and renamed into place; on failure it
+is removed. The sibling of a killed process is removed by the next attempt at the same target.
 
-`check_intact` compares the files that a caller is about to read with manifest.json. Directories
-without a manifest, or with another program's, are not checked.
+`check_intact` compares files with manifest.json before they are read. Directories without a
+manifest, or with another program's, are not checked.
 """
 
 from __future__ import annotations
@@ -41,16 +40,9 @@ HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of what is 
 def atomic_directory(
     path: str | Path, overwrite: bool = False, durable: bool = True
 ) -> Iterator[Path]:
-    """Yield an empty directory that becomes `path` when the block ends without an error.
-
-    Args:
-        path: The directory.
-        overwrite: Replace one that lorafold wrote before; it stays until the new one is complete.
-        durable: Flush everything to the disk. What can be made again need not be: `verify` tells if
-            a power cut left it torn.
-
-    Raises LorafoldError as `check_out` does, and if files can't be written (a full
-    disk, no permission).
+    """Yield an empty directory that becomes `path` when the block ends without an error, perhaps
+    in place of one that lorafold wrote before. What can be made again need not be `durable`
+    (flushed), since `verify` detects if a power cut left it torn.
     """
     check_out(path, overwrite)
     target = Path(path).expanduser().resolve()
@@ -71,11 +63,10 @@ def atomic_directory(
 
 
 def check_out(path: str | Path, overwrite: bool = False) -> None:
-    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it, and it can be
-    written.
+    """Raise LorafoldError unless `path` can be written, and is free or `overwrite` may replace it.
 
-    Call it before any work is done. It removes what killed runs left beside `path`. A directory
-    with files but without a manifest is never replaced, since lorafold did not write it.
+    It removes what killed runs left beside `path`. A directory with files but without a manifest is
+    never replaced, since lorafold did not write it.
     """
     target = Path(path).expanduser()
     check_name(path)
@@ -96,17 +87,12 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise LorafoldError unless files can be written into a directory, which need not exist yet.
-
-    Call it before any work is done whose results are added to the directory one by one.
-    """
+    """Raise LorafoldError unless files can be written into a directory, which need not exist."""
     _try(path, Path(path).expanduser().resolve())
 
 
 def check_file(path: str | Path) -> None:
-    """Raise LorafoldError unless a file can be written, which `write_text` then does. Call it
-    before any work is done.
-    """
+    """Raise LorafoldError unless `write_text` can write a file."""
     target = Path(path).expanduser().resolve()
     _check_no_directory(path)
     if not target.parent.is_dir():
@@ -120,12 +106,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
+    """The JSON object in a file."""
     return as_object(path.read_bytes(), path)
 
 
 def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
-    """The content of a JSON file, as `read_object`; `path` is for the message."""
+    """The JSON object in the content of a file; `path` is for the message."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -136,7 +122,7 @@ def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file, replacing an old one in one step. Raises LorafoldError if that fails."""
+    """Write a file, replacing an old one in one step."""
     _check_no_directory(path)
     target = Path(path).resolve()
     with _writing(path):
@@ -151,52 +137,33 @@ def write_text(path: str | Path, text: str) -> None:
             raise
 
 
-def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
-    """Compare a directory with its manifest; return one line for each file that is missing or has
-    another size or content.
-
-    Only the manifest's files that match one of the shell patterns are compared (`*` matches across
-    folders too). Files that were added are ignored.
-    """
-    root = Path(path)
-    try:
-        manifest = (root / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        return [f"{MANIFEST}: missing"]
-    except OSError:
-        return [f"{MANIFEST}: not readable as a manifest"]
-    return compare(root, manifest, patterns)
-
-
-def compare(
-    root: Path,
-    manifest: bytes | bytearray,
-    patterns: Sequence[str],
+def verify(
+    path: str | Path,
+    patterns: Sequence[str] = ("*",),
+    manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
 ) -> list[str]:
-    """Compare files with a manifest, as `verify` does.
-
-    Args:
-        root: the directory.
-        manifest: the content of the manifest.
-        patterns: shell patterns of the files to compare.
-        read: (bytes, SHA-256 in hexadecimal) by name, if the files were read already; None
-            compares those on the disk.
+    """Compare the files of a directory that match a shell pattern with its manifest: a line for
+    each that is missing or has another size or content. `manifest` is its content if it was read
+    already, and `read` the (bytes, SHA-256 in hexadecimal) of files that were.
     """
+    root, problems = Path(path), list[str]()
     try:
+        manifest = (root / MANIFEST).read_bytes() if manifest is None else manifest
         files = json.loads(manifest)["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST}: not readable as a manifest"]
-    problems = []
     for name, (size, digest) in expected.items():
         if not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
         file = root / name
-        if read is None:  # its content counts if it has the size
-            found = (file.stat().st_size, "") if file.is_file() else None
-        else:
+        if read is not None:
             found = read.get(name)
+        else:  # the content is read if the size is right
+            found = (file.stat().st_size, "") if file.is_file() else None
         if found is None:
             problems.append(f"{name}: missing")
         elif found[0] != size:
@@ -207,22 +174,20 @@ def compare(
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of the file's content, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_abandoned(name: str) -> bool:
-    """Tell from the name of a file or directory whether a process of this machine was killed while
-    it wrote it.
-    """
+    """Whether a killed process of this machine wrote the file or directory of this name."""
     found = re.fullmatch(rf"\..+\.{HOST}-(\d+)-[0-9a-f]+\.(partial|old)", name)
     return found is not None and not psutil.pid_exists(int(found[1]))
 
 
 @contextmanager
 def _writing(path: str | Path) -> Iterator[None]:
-    """Turn errors of the file system and of safetensors into a LorafoldError of one line."""
+    """Turn errors of the file system and of safetensors into a LorafoldError."""
     from safetensors import SafetensorError
 
     try:
@@ -240,8 +205,8 @@ def _check_no_directory(path: str | Path) -> None:
 
 
 def _try(path: str | Path, folder: Path) -> None:
-    """Raise LorafoldError, which names `path`, if nothing can be made in a folder, or nowhere above
-    it if it does not exist yet. What can be made is found by making it.
+    """Raise LorafoldError, which names `path`, if nothing can be made in a folder, or in the one
+    above it that exists.
     """
     there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     try:
@@ -254,13 +219,11 @@ def _try(path: str | Path, folder: Path) -> None:
 
 
 def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
-    """Write the manifest and, if it shall be durable, flush all files and directories; then rename
-    `tmp` to `target`.
-
-    At every moment `target` is the old directory, absent, or the new one.
+    """Write the manifest, flush files and directories if they are durable, and rename `tmp` to
+    `target`, which at every moment is the old directory, absent, or the new one.
     """
     files = sorted(p for p in tmp.rglob("*") if p.is_file())
-    for path in files:  # safetensors writes those that their owner alone can read
+    for path in files:  # safetensors writes files that only their owner can read
         if path.stat().st_nlink == 1:
             path.chmod(tmp.stat().st_mode & 0o666)
     entries = {
@@ -272,19 +235,18 @@ def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
         for path in [*files, *(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
             _sync(path)
     check_out(target, overwrite)
-    if not target.exists():
-        tmp.rename(target)
-        _sync(target.parent)
-        return
-    old = _sibling(target, "old")
-    target.rename(old)
+    old = _sibling(target, "old") if target.exists() else None
+    if old is not None:
+        target.rename(old)
     try:
         tmp.rename(target)
     except BaseException:
-        old.rename(target)
+        if old is not None:
+            old.rename(target)
         raise
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sibling(target: Path, kind: str) -> Path:
@@ -293,9 +255,7 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def remove(path: str | Path) -> None:
-    """Remove a directory, if it is there, as far as that is possible. It is whole until it is gone,
-    and what a killed process leaves goes with the next attempt.
-    """
+    """Remove a directory as far as possible, if it exists. It is never seen half removed."""
     target = Path(path).resolve()
     gone = _sibling(target, "partial")
     with suppress(OSError):
@@ -307,8 +267,7 @@ def clear_leftovers(target: Path) -> None:
     """Remove what dead processes of this machine left beside `target`, an absolute path. If one was
     killed between its two renames, the old directory is put back.
     """
-    beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
-    for path in beside:
+    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         if not (path.name.startswith(f".{target.name}.{HOST}-") and is_abandoned(path.name)):
             continue
         if path.suffix == ".old" and not target.exists():
@@ -333,25 +292,20 @@ def check_intact(
     manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:
-    """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them. Nothing
-    is known of them where there is no manifest, or where another program wrote it: it has no
-    "files".
-
-    Args:
-        manifest: its content; None reads it.
-        read: the files that were read already, as `compare` takes them.
+    """Raise LorafoldError unless files are as lorafold wrote them, by `verify`. Without a manifest,
+    or with another program's (which has no "files"), they are not checked.
     """
     root = Path(directory)
     try:
         manifest = (root / MANIFEST).read_bytes() if manifest is None else manifest
-        found = json.loads(manifest)
+        content = json.loads(manifest)
     except FileNotFoundError:
         return
     except (OSError, ValueError):
-        manifest, found = b"", None  # which is compared as one that can't be read
-    if isinstance(found, dict) and "files" not in found:
+        manifest, content = b"", None
+    if isinstance(content, dict) and "files" not in content:
         return
-    if problems := compare(root, manifest, patterns, read):
+    if problems := verify(root, patterns, manifest, read):
         raise LorafoldError(
             f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"
             f" delete {MANIFEST} if you changed it yourself"

@@ -1,12 +1,10 @@
-"""The cache: files that lorafold can make again, by kind and key.
+"""The cache: files that lorafold can make again, in LORAFOLD_CACHE/KIND/KEY.
 
-    LORAFOLD_CACHE/KIND/KEY/...                           by default in the user's cache directory
+    path = cached("tokens", key, write, notice)     the directory, which `write(tmp)` fills if it is
+                                                    missing or damaged
 
-    path = cached("tokens", key, write, notice)           the directory, which `write(tmp)` fills if
-                                                          it is missing or damaged
-
-An entry appears whole or not at all. Two processes that want the same entry share it: the second
-one waits. A key must name everything that its entry depends on; the version of lorafold is added.
+An entry appears whole or not at all. If two processes want the same entry, the second one waits. A
+key must contain everything that its entry depends on; the version of lorafold is added.
 """
 
 import os
@@ -30,9 +28,7 @@ KINDS = ("digests", "models", "native", "reference", "rows", "svd", "tokens")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One directory of the cache; `used` is when it was last written or read, in seconds since
-    1970.
-    """
+    """One directory of the cache; `used` is when it was last used, in seconds since 1970."""
 
     kind: str
     path: Path
@@ -43,15 +39,8 @@ class CacheEntry:
 def cached(
     kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
 ) -> Path:
-    """Return the directory of an entry, complete and undamaged.
-
-    Args:
-        kind: The name of the entry's group, such as tokens.
-        key: Everything that the entry depends on, as text.
-        write: Fills an empty directory; it is called unless the entry is there already.
-        notice: Is told why this takes time: another process makes the entry, or it was damaged.
-
-    Raises LorafoldError where the cache can't be written, and what `write` raises.
+    """The directory of an entry, complete and undamaged. `write` fills an empty directory unless
+    the entry exists already; `notice` receives the reason for a delay.
     """
     path = _place(kind, key)
     with _locked(path, notice):
@@ -67,7 +56,7 @@ def cached(
 
 
 def found_in_cache(kind: str, key: str) -> Path | None:
-    """The directory of an entry as `cached` names it, if it is there, complete and undamaged."""
+    """The directory of an entry, if it exists and is undamaged."""
     path = _place(kind, key)
     if not path.is_dir() or verify(path):
         return None
@@ -81,9 +70,7 @@ def _place(kind: str, key: str) -> Path:
 
 
 def entries() -> list[CacheEntry]:
-    """Everything in the cache, by kind, what was used last first; also what killed processes left,
-    but not what is being written.
-    """
+    """Everything in the cache and what killed processes left, by kind, most recently used first."""
     found = []
     for kind in KINDS:
         for path in (cache_directory() / kind).glob("*"):
@@ -95,10 +82,8 @@ def entries() -> list[CacheEntry]:
 
 
 def clear(chosen: Iterable[CacheEntry]) -> list[CacheEntry]:
-    """Remove these entries, and return those that stay because a process is making them.
-
-    A process that has an entry open keeps its data until it ends. Raises LorafoldError for what
-    can't be removed.
+    """Remove these entries, except those that a process is making, which are returned. A process
+    that has an entry open keeps its data until it ends.
     """
     busy = []
     for entry in chosen:
@@ -125,8 +110,8 @@ def _locked(path: Path, notice: Callable[[str], None]) -> Iterator[None]:
             lock.acquire()
     except OSError as error:
         raise LorafoldError(
-            f"{path.parent}: can't be written: {error.strerror}; LORAFOLD_CACHE names another"
-            " directory for what lorafold keeps"
+            f"{path.parent}: can't be written: {error.strerror}; set LORAFOLD_CACHE to another"
+            " directory"
         ) from error
     try:
         yield

@@ -2,16 +2,10 @@
 
     shared({out / "a.json": make_a, out / "b.json": make_b}, done, say)
 
-Whoever is given the same paths makes them together: each is made by one process, which holds
-`<path>.claim` meanwhile, and all return when every path is there. A claim is made by exclusive
-creation and shows that its holder lives by being touched. It falls to another process when its
-holder is dead, as processes of one machine see, or has not touched it for LEASE seconds; these are
-counted by the clock of the one who waits, since clocks of several machines differ (filelock's
-`SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was in
-that directory when the claim before was given up.
-
-`kept` stores each result in a file of its own, whose name has the digest of everything that it
-depends on: the same call continues where it stopped, and processes share the work.
+Each path is made by one process, which holds `<path>.claim` meanwhile; all return when every path
+exists. A holder touches its claim, which falls to another process if its holder is dead or has not
+touched it for LEASE seconds by the clock of the one who waits (filelock's `SoftFileLease`). Claims
+lie beside their files, so that on NFS a new holder sees the files of the one before.
 """
 
 from __future__ import annotations
@@ -43,7 +37,7 @@ Figures = dict[str, Any]
 
 
 def silent(text: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 def shared(
@@ -51,20 +45,14 @@ def shared(
     done: Callable[[Path], object] = lambda path: None,
     say: Callable[[str], object] = silent,
 ) -> None:
-    """Return when every path is there, each made by this process or by another.
-
-    Args:
-        work: What makes each path, whole or not at all; tried in this order.
-        done: Called with each path once it is there.
-        say: Is told for whom this process waits.
-
-    Raises LorafoldError where no claim can be written, and what making a path raises.
+    """Return when every path exists, each made whole by `work` here or in another process. `done`
+    is called with each; `say` receives the names of the processes that this one waits for.
     """
     claims = {
         path: SoftFileLease(f"{path}{CLAIM}", lease_duration=LEASE, on_compromise=_lost)
         for path in work
     }
-    told = False
+    waited = False
     while claims:
         before = len(claims)
         for path, claim in [*claims.items()]:
@@ -72,32 +60,27 @@ def shared(
                 del claims[path]
                 done(path)
         if claims and len(claims) == before:
-            if not told:
+            if not waited:
                 say(f"waiting for {', '.join(map(_held, claims.values()))}")
-            told = True
+            waited = True
             time.sleep(PAUSE)
 
 
-def tell_strangers(work: Iterable[Path], say: Callable[[str], object]) -> None:
-    """Tell of claims on other work beside this.
-
-    Args:
-        work: All paths that this process is asked for.
-        say: Is told.
-    """
-    ours = set(work)
-    claims = {claim for folder in {p.parent for p in ours} for claim in folder.glob(f"*{CLAIM}")}
-    found = {claim.name.removesuffix(CLAIM) for claim in claims} - {path.name for path in ours}
+def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> None:
+    """Report claims on other work beside `work`, all paths that this process is asked for."""
+    own = set(work)
+    claims = {claim for folder in {p.parent for p in own} for claim in folder.glob(f"*{CLAIM}")}
+    found = {claim.name.removesuffix(CLAIM) for claim in claims} - {path.name for path in own}
     if found:
         say(
             f"found claims on {listed(sorted(found))}, which is other work: workers that differ in"
-            " what they are asked, in data, versions or kind of device share nothing"
+            " their arguments, data, versions or kind of device share nothing"
         )
 
 
 def check_token(folder: Path) -> None:
-    """Raise LorafoldError unless a directory has the token that whoever started this worker gave
-    it: else every worker has a directory of its own under the same name, and nothing is shared.
+    """Raise LorafoldError unless a directory contains the token that started this worker: otherwise
+    each worker has a directory of its own under the same name, and nothing is shared.
     """
     expected = os.environ.get(VARIABLE)
     if expected is None:
@@ -108,8 +91,8 @@ def check_token(folder: Path) -> None:
     if found != expected.strip():
         there = "none" if found is None else "another"
         raise LorafoldError(
-            f"{folder / TOKEN}: found {there}, expected the token in {VARIABLE}, which whoever"
-            " starts the workers writes there: the directory is not the same on all machines"
+            f"{folder / TOKEN}: found {there}, expected the token in {VARIABLE}, written when"
+            " the workers were started: the directory is not the same on all machines"
         )
 
 
@@ -130,11 +113,11 @@ def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
 
 
 def _lost(found: LeaseCompromise) -> None:
-    """End this process as SIGTERM does, so that no two go on with the same work. It happens to one
-    that was suspended, or whose file system did not answer.
+    """End this process as SIGTERM does, so that no two continue the same work: it was suspended, or
+    its file system did not answer.
     """
-    told = f"{found.lock_file}: lost to another worker ({found.reason}); this one ends"
-    print(told, file=sys.stderr, flush=True)
+    reason = f"lost to another worker ({found.reason}); this one ends"
+    print(f"{found.lock_file}: {reason}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -143,28 +126,23 @@ def _held(claim: SoftFileLease) -> str:
     return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
 
 
-def kept(
+def cached_figures(
     measures: Mapping[Path, Callable[[], Figures]],
     done: Callable[[Path, Figures], object] = lambda file, found: None,
     say: Callable[[str], object] = silent,
 ) -> list[Figures]:
-    """The figures in each file, in this order; those that are not there are measured first, by this
-    process or by another that is asked for the same.
-
-    Args:
-        measures: What gives the figures of each file.
-        done: Called with each file and its figures, once they are there.
-        say: Is told for whom this process waits.
+    """The figures in each file, in this order. Missing ones are measured first, by this process or
+    by another with the same work; `done` and `say` are as for `shared`.
     """
-    work = {file: partial(_write, file, measure) for file, measure in measures.items()}
+
+    def write(file: Path) -> None:
+        write_json(file, measures[file]())
+
+    work = {file: partial(write, file) for file in measures}
     shared(work, lambda file: done(file, read_object(file)), say)
     return [read_object(file) for file in measures]
 
 
-def _write(file: Path, measure: Callable[[], Figures]) -> None:
-    write_json(file, measure())
-
-
 def digest_of(value: Any) -> str:
-    """The first digits of the SHA-256 of a value that is written as JSON."""
+    """The first digits of the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGITS]

@@ -1,17 +1,13 @@
-"""The files of a directory, each read once, so that what is verified is what is used; and the
-SHA-256 of files, known again by their marks.
+"""The files of a directory, each read once, so that what is verified is what is used; and SHA-256
+digests of files, cached by their stamps in CACHE/digests/known/DEVICE-INODE.
 
     contents = Contents("adapter", ["adapter_config.json", ...])
     contents.named                      SHA-256 over their names and bytes
     contents.check_intact()             as `atomic.check_intact` checks files on the disk
     contents.object("adapter_config.json")
 
-`of_file` reads a file once, and then looks at it:
-
-    CACHE/digests/known/DEVICE-INODE        {"marks": [device, inode, ...], "sha256": "5d1c..."}
-
-A file of the Hugging Face hub whose own name is its SHA-256 is not read at all. Whoever interprets
-a file checks it by other means: these digests tell one thing from another.
+A file of the Hugging Face hub whose name is its SHA-256 is not read at all. These digests identify
+files; whoever interprets a file checks it by other means.
 """
 
 from __future__ import annotations
@@ -39,7 +35,7 @@ from lorafold.files.record import RECORD
 
 PIECE = 1 << 20  # bytes
 HUB = re.compile(r"[0-9a-f]{64}")  # the name of a large file among the hub's blobs
-FRESH = 2.0  # seconds for which what was written may be written again without another mark
+FRESH = 2.0  # seconds in which a file may be written again without another stamp
 AT_ONCE = 4
 
 
@@ -50,10 +46,8 @@ def digest(files: Iterable[tuple[str, int, str]]) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A file and its size in bytes; OSError for anything else, such as a pipe, which is not waited
-    for.
-    """
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A file and its size in bytes; OSError for anything else, for example a pipe."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
@@ -62,8 +56,8 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _bytes(path: Path, most: float) -> bytearray | None:
-    """The content of a file; None for one of more than so many bytes, which is not read."""
-    with opened(path) as (file, size):
+    """The content of a file; None if it has more than so many bytes."""
+    with open_regular(path) as (file, size):
         if size > most:
             return None
         content = bytearray(size)
@@ -74,20 +68,16 @@ def _bytes(path: Path, most: float) -> bytearray | None:
 
 
 class Contents:
-    """The bytes of those of the named files that exist, by name, and of the manifest. A thread
-    hashes them while the caller interprets them. Raises LorafoldError if a file can't be read, and
-    before it reads one with which they would be too large.
-
-    Args:
-        names: the files.
-        most: the most bytes of all of them.
+    """The bytes of the named files that exist, and of the manifest; a thread hashes them while the
+    caller interprets them. LorafoldError if a file can't be read, and before one is read with which
+    they would have more than `most` bytes.
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str], most: float = math.inf) -> None:
         self.path, self.names = Path(directory).expanduser(), tuple(names)
         self.files: dict[str, bytearray] = {}
-        left = most
         for name in (*names, MANIFEST):
+            left = most - sum(map(len, self.files.values()))
             try:
                 content = _bytes(self.path / name, left)
             except (FileNotFoundError, NotADirectoryError):
@@ -101,20 +91,19 @@ class Contents:
                     f" {name}; if it changed, load it again"
                 )
             self.files[name] = content
-            left -= len(content)
         thread = ThreadPoolExecutor(1)
         self._hashing = {n: thread.submit(sha256, content) for n, content in self.files.items()}
         thread.shutdown(wait=False)
 
     @property
     def named(self) -> str:
-        """The SHA-256 over the names and the contents of the files, without the manifest, which
-        tells of other files too, in hexadecimal.
+        """The SHA-256 over the names and contents of the files without the manifest, which covers
+        other files too, in hexadecimal.
         """
         return self.digest_of(self.names)
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The same over those of these files that exist."""
+        """The same over some of the files."""
         return digest((name, *self.entries[name]) for name in names if name in self.entries)
 
     @cached_property
@@ -136,12 +125,12 @@ class Contents:
         return self.object(RECORD) if RECORD in self.files else {}
 
     def object(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
+        """The JSON object in a file."""
         return as_object(self.files[name], self.path / name)
 
 
 class FileStamp(NamedTuple):
-    """What tells a file that was not touched since from any other; times in nanoseconds."""
+    """Identifies a file that was not touched since; times are in nanoseconds."""
 
     device: int
     inode: int
@@ -151,64 +140,48 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, about: os.stat_result) -> FileStamp:
-        """The marks in what the system says of a file."""
+        """The stamp in the system's data on a file."""
         times = about.st_mtime_ns, about.st_ctime_ns
         return cls(about.st_dev, about.st_ino, about.st_size, *times)
 
     @property
     def settled(self) -> bool:
-        """Whether the file can't be written again without another mark."""
+        """Whether the file can't be written again without another stamp."""
         return time.time_ns() - max(self.modified, self.changed) > FRESH * 1e9
 
 
-def of_file(path: Path) -> tuple[int, str]:
-    """(bytes, SHA-256 in hexadecimal) of a file. Raises LorafoldError if it can't be read."""
+def file_digest(path: Path) -> tuple[int, str]:
+    """(bytes, SHA-256 in hexadecimal) of a file."""
     try:
         real = path.resolve(strict=True)
-        marks = FileStamp.of(real.stat())
+        stamp = FileStamp.of(real.stat())
         if real.parent.name == "blobs" and HUB.fullmatch(real.name):
-            return marks.size, real.name
-        entry = cache_directory() / "digests" / "known" / f"{marks.device:x}-{marks.inode:x}"
+            return stamp.size, real.name
+        entry = cache_directory() / "digests" / "known" / f"{stamp.device:x}-{stamp.inode:x}"
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(entry.read_bytes())
-            if kept["marks"] == list(marks):
-                return marks.size, str(kept["sha256"])
-        found = file_sha256(real)
-        unchanged = FileStamp.of(real.stat()) == marks
+            cached = json.loads(entry.read_bytes())
+            if cached["marks"] == list(stamp):
+                return stamp.size, str(cached["sha256"])
+        digest = file_sha256(real)
+        unchanged = FileStamp.of(real.stat()) == stamp
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
-    if unchanged and marks.settled:
-        _keep(entry, marks, found)
-    return marks.size, found
+    if unchanged and stamp.settled:
+        with suppress(LorafoldError, OSError):  # a cache that can't be written only costs time
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_text(entry, json.dumps({"marks": stamp, "sha256": digest}))
+    return stamp.size, digest
 
 
-def of_files(
+def files_digest(
     directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
 ) -> str:
-    """The SHA-256 over the names, sizes and contents of those of these files that exist.
-
-    Args:
-        directory: where the files are.
-        names: names within it, or patterns such as `*.safetensors`.
-        read: (bytes, SHA-256 in hexadecimal) of those that were read already, by name.
-
-    Raises LorafoldError for a file that can't be read.
+    """The SHA-256 over the names, sizes and contents of the files of these names or patterns that
+    exist. `read` has the (bytes, SHA-256 in hexadecimal) of files that were read already.
     """
     found = {path for name in names for path in directory.glob(name) if path.is_file()}
     shown = sorted(path.relative_to(directory).as_posix() for path in found)
     known = read or {}
-
-    def entry(name: str) -> tuple[int, str]:
-        return known.get(name) or of_file(directory / name)
-
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        entries = list(threads.map(entry, shown))
-    return digest((name, *own) for name, own in zip(shown, entries, strict=True))
-
-
-def _keep(entry: Path, marks: FileStamp, found: str) -> None:
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_text(entry, json.dumps({"marks": marks, "sha256": found}))
-    except (LorafoldError, OSError):
-        return  # a cache that can't be written costs time alone
+        entries = threads.map(lambda name: known.get(name) or file_digest(directory / name), shown)
+        return digest((name, *own) for name, own in zip(shown, entries, strict=True))

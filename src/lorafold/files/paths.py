@@ -1,4 +1,4 @@
-"""Paths: the cache, the nearest name to a missing one, and where a result may be written."""
+"""Paths: the cache, the nearest name to a missing one, and checks of where to write."""
 
 import os
 from collections.abc import Iterable
@@ -21,9 +21,8 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
 
 
-def beside(path: Path) -> str:
-    """A question, after a semicolon, for the entry of the same directory whose name is nearest;
-    empty where none is near.
+def nearest_name(path: Path) -> str:
+    """A question, after a semicolon, for the entry of the directory with the nearest name, or "".
     """
     try:
         names = [entry.name for entry in islice(path.parent.iterdir(), MOST)]
@@ -39,10 +38,8 @@ def check_name(out: str | Path) -> None:
         raise LorafoldError(f"{out}: expected the name of a new directory")
 
 
-def check_kept(out: str | Path, read: Iterable[str | Path]) -> None:
-    """Raise LorafoldError if a directory that is written takes the place of one that is read, or
-    has it inside.
-    """
+def check_not_replaced(out: str | Path, read: Iterable[str | Path]) -> None:
+    """Raise LorafoldError if writing a directory would replace one that is read."""
     target = Path(out).expanduser().resolve()
     for path in read:
         if Path(path).expanduser().resolve().is_relative_to(target):

@@ -1,10 +1,9 @@
-"""Plots in one style, as SVG inside of a page: names stand beside what they name, intervals are
-drawn, and numbers are plain.
+"""Plots in one style, as SVG inside of a page.
 
     drawing(draw, "Loss", "It fell from 3.1 to 0.4.")     draw(axes) draws, on matplotlib's axes
 
-Colours are those of the page (`page.css`), so that a plot follows the page's light and dark: while
-matplotlib draws, a stand-in is in place of each. Series differ by dash and marker too.
+Colours are those of the page (`page.css`), so that a plot follows its light and dark theme: while
+matplotlib draws, each has a placeholder. Series also differ by dash and marker.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import product, takewhile
+from itertools import product
+from os.path import commonprefix
 from textwrap import fill
 from typing import Any, NamedTuple
 from unicodedata import east_asian_width
@@ -60,13 +60,13 @@ STYLE: dict[Any, Any] = {
 
 
 def spaced(name: str) -> str:
-    """A name as wide as it has characters: with a second one behind each that is as wide as two."""
+    """A name with one character per column: a second one follows each that is two columns wide."""
     wide = (c + SECOND * (east_asian_width(c) in "WF") for c in name.replace(SECOND, ""))
     return "".join(wide)
 
 
 def short(name: str, most: int) -> str:
-    """A name of at most this width in characters: of a longer one its beginning and its end."""
+    """A name of at most this width; the middle of a longer one is left out."""
     name, half = spaced(name), (most - 1) // 2
     if len(name) <= most:
         return name
@@ -76,45 +76,34 @@ def short(name: str, most: int) -> str:
 
 
 def distinct(names: Sequence[str], most: int) -> list[str]:
-    """Names of at most this width in characters, or of the width that tells them apart."""
+    """Names of at most this width, or of the width at which they differ."""
     shown = [short(name, most) for name in names]
-    told_apart = len({*shown}) == len({*map(spaced, names)})
-    return shown if told_apart else distinct(names, most + 2)
+    differ = len({*shown}) == len({*map(spaced, names)})
+    return shown if differ else distinct(names, most + 2)
 
 
 def folded(name: str, most: int) -> str:
-    """A name on at most this many lines, shortened where it takes more."""
-    name = spaced(name)
-    sizes = range(len(name), 0, -1)
-    lines = (fill(short(name, size), ROOM) for size in sizes)
-    return next((text for text in lines if text.count("\n") < most), name)
-
-
-def common(names: Sequence[str]) -> int:
-    """How many characters at the beginning are the same in all names, up to the end of a word."""
-    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return len(re.sub(r"[^\W_]+$", "", "".join(letters[0] for letters in same)))
+    """A name on at most this many lines, shortened if it needs more."""
+    lines = (fill(short(name, size), ROOM) for size in range(len(spaced(name)), 0, -1))
+    return next((text for text in lines if text.count("\n") < most), spaced(name))
 
 
 def brief(names: Sequence[str]) -> list[str]:
-    """Names without the words at which all begin and end, where some are too long for a line."""
+    """Names without the words at which all begin and end, if some are too long for a line."""
     if len(names) < 2 or all(len(spaced(name)) <= WIDE for name in names):
         return [*names]
-    start, end = map(common, (names, [name[::-1] for name in names]))
+    both = [*names], [name[::-1] for name in names]
+    same = (commonprefix(of) for of in both)  # noqa: RUF071 - of characters
+    start, end = (len(re.sub(r"[^\W_]+$", "", text)) for text in same)  # whole words
     parts = [name[start : len(name) - end] for name in names]
     return [f"{'…' * (start > 0)}{p}{'…' * (end > 0)}" for p in parts] if all(parts) else [*names]
 
 
 def drawing(
-    draw: Callable[[Any], str | None], title: str, said: str, size: tuple[float, float] = SIZE
+    draw: Callable[[Any], str | None], title: str, caption: str, size: tuple[float, float] = SIZE
 ) -> str:
-    """A plot as an HTML figure with inline SVG.
-
-    Args:
-        draw: The function that draws on matplotlib's axes, and may say what it had to leave out.
-        title: What is drawn, as text.
-        said: What the plot shows here, in sentences with its figures.
-        size: Its width and height in inches.
+    """A plot as an HTML figure with inline SVG, a title and a caption. `draw` draws on matplotlib's
+    axes, and may return a sentence for the caption; the size is in inches.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -122,27 +111,24 @@ def drawing(
 
     text = io.StringIO()
     with rc_context(STYLE), warnings.catch_warnings():
-        # the page's font has what matplotlib's, which measures, has not
+        # the page's font has more glyphs than the font of matplotlib, which measures
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         plot = Figure(figsize=size, layout="constrained", dpi=72)
-        said += draw(plot.add_subplot()) or ""
+        caption += draw(plot.add_subplot()) or ""
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
-    _, tag, rest = text.getvalue().partition("<svg")
-    rest = rest.replace(SECOND, "")
-    drawn = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
-    return (
-        f"<figure><figcaption><b>{html.escape(title)}</b> {html.escape(said)}</figcaption>"
-        f'{drawn.replace("<svg", f"""<svg role="img" aria-label="{html.escape(title)}" """, 1)}'
-        "</figure>"
-    )
+    _, tag, rest = text.getvalue().replace(SECOND, "").partition("<svg")
+    svg = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
+    title, caption = html.escape(title), html.escape(caption)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}" ', 1)
+    return f"<figure><figcaption><b>{title}</b> {caption}</figcaption>{svg}</figure>"
 
 
 def _of_page(found: re.Match[str]) -> str:
-    """The page's colour in place of its stand-in."""
+    """The page's colour for a placeholder."""
     n = int(found[2], 16)
-    if found[1] == "0" and n >= len(COLOURS):
-        return found[0]
-    return f"var(--{COLOURS[n]})" if found[1] == "0" else mixed("series-0", "series-1", n)
+    if found[1] == "1":
+        return mixed("series-0", "series-1", n)
+    return f"var(--{COLOURS[n]})" if n < len(COLOURS) else found[0]
 
 
 def mixed(one: str, other: str, percent: float) -> str:
@@ -151,7 +137,7 @@ def mixed(one: str, other: str, percent: float) -> str:
 
 
 def between(share: float) -> str:
-    """The colour of a line that is one of an order: of the first one at 0, of the last one at 1."""
+    """The colour of a line in an ordered set, whose first is at 0 and whose last is at 1."""
     return f"#0001{round(100 * share):02x}"
 
 
@@ -178,8 +164,8 @@ def number(value: float, position: Any = None, digits: int = 6) -> str:
 
 
 def scaled(axes: Any, **scales: str) -> None:
-    """Set the scales of the axes `x` and `y`, log or linear, with a few plain numbers at each. To
-    be called once everything is drawn.
+    """Set the scales of the axes `x` and `y`, log or linear, with a few plain numbers at each. Call
+    it once everything is drawn.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -187,32 +173,29 @@ def scaled(axes: Any, **scales: str) -> None:
         getattr(axes, f"set_{name}scale")(scale)
         axis = getattr(axes, f"{name}axis")
         low, high = sorted(axis.get_view_interval())
-        many = scale == "log" and high > 6 * low
-        steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
-        near = MaxNLocator(5, steps=[1, 2, 5, 10])
-        axis.set_major_locator(LogLocator(subs=steps, numticks=8) if many else near)
+        locator: Any = MaxNLocator(5, steps=[1, 2, 5, 10])
+        if scale == "log" and high > 6 * low:
+            locator = LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=8)
+        axis.set_major_locator(locator)
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(number)
 
 
 def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
-    """How far intervals reach below and above their values, as matplotlib's error bars want it."""
-    known = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
-    return [
-        [abs(value - interval[side]) for value, interval in zip(values, known, strict=True)]
-        for side in (0, 1)
-    ]
+    """How far intervals reach below and above their values, as matplotlib's error bars take it."""
+    pairs = [(v, interval or (v, v)) for v, interval in zip(values, intervals, strict=True)]
+    return [[abs(value - interval[side]) for value, interval in pairs] for side in (0, 1)]
 
 
 def level(axes: Any, name: str, **at: float) -> None:
-    """A line across the axes at a value of `y`, or down the axes at one of `x`, with its name."""
+    """A line across the axes at a value of `y`, or down the axes at a value of `x`, with a name."""
     [(way, value)] = at.items()
-    (axes.axvline if way == "x" else axes.axhline)(value, color=FAINT, linewidth=1, linestyle="--")
-    text: dict[str, Any] = {"color": FAINT, "annotation_clip": False}
-    if way == "x":
-        axes.annotate(name, (value, 1), xycoords=axes.get_xaxis_transform(), ha="center", **text)
-    else:
-        axes.annotate(name, (1, value), xycoords=axes.get_yaxis_transform(), va="center", **text)
+    down = way == "x"
+    (axes.axvline if down else axes.axhline)(value, color=FAINT, linewidth=1, linestyle="--")
+    place = {"xy": (value, 1), "xycoords": axes.get_xaxis_transform(), "ha": "center"}
+    if not down:
+        place = {"xy": (1, value), "xycoords": axes.get_yaxis_transform(), "va": "center"}
+    axes.annotate(name, **place, color=FAINT, annotation_clip=False)
 
 
 class Series(NamedTuple):
@@ -224,10 +207,9 @@ class Series(NamedTuple):
 
 
 def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = WIDE) -> str:
-    """Figures of named rows as points with their intervals, from left to right. Where there are
-    several figures, their names stand beside the points of the first row that has them; a sentence
-    says for how many there is no room. Names have at most the width `most`, or what tells them
-    apart.
+    """Draw figures of named rows as points with intervals, from left to right. The names of several
+    figures stand beside the points of the first row that has them; the sentence returned says how
+    many do not fit.
     """
     first = list[tuple[float, float]]()
     for n, one in enumerate(marks):
@@ -257,67 +239,57 @@ class End(NamedTuple):
 
 
 def at_ends(axes: Any, ends: Sequence[End]) -> None:
-    """Write names to the right of the axes, none over another. To be called once all is drawn."""
+    """Write names to the right of the axes without overlaps. Call it once everything is drawn."""
     axes.figure.draw_without_rendering()  # the layout, which has the heights
     frame = axes.get_window_extent()
     x = axes.get_xlim()[1]
     wanted = sorted((axes.transData.transform((x, end.height))[1], end) for end in ends)
-    lines = max(1, int((frame.height + 2 * TEXT) / TALL / max(1, len(ends))))  # of each
+    lines = max(1, int((frame.height + 2 * TEXT) / TALL / max(1, len(ends))))  # per name
     names = [folded(end.name, lines) for _, end in wanted]
-    tall = [TALL * (1 + name.count("\n")) for name in names]
-    placed, floor = list[float](), frame.y0 - TEXT
-    for (height, _), size in zip(wanted, tall, strict=True):
-        placed.append(max(height, floor + size / 2))
-        floor = placed[-1] + size / 2
-    ceiling = frame.y1 + TEXT
-    for n in reversed(range(len(placed))):
-        placed[n] = min(placed[n], ceiling - tall[n] / 2)
-        ceiling = placed[n] - tall[n] / 2
-    for (height, end), name, at in zip(wanted, names, placed, strict=True):
+    halves = [TALL * (1 + name.count("\n")) / 2 for name in names]
+    heights, floor, ceiling = [at for at, _ in wanted], frame.y0 - TEXT, frame.y1 + TEXT
+    for n, half in enumerate(halves):
+        heights[n] = max(heights[n], floor + half)
+        floor = heights[n] + half
+    for n, half in reversed([*enumerate(halves)]):
+        heights[n] = min(heights[n], ceiling - half)
+        ceiling = heights[n] - half
+    for (at, end), name, height in zip(wanted, names, heights, strict=True):
         axes.annotate(
-            name, (1, end.height), (14, at - height), axes.get_yaxis_transform(), "offset points",
+            name, (1, end.height), (14, height - at), axes.get_yaxis_transform(), "offset points",
             color=end.colour, va="center", annotation_clip=False,
             arrowprops=LEADER | {"color": end.colour, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
 def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> str:
-    """Write names beside points: as near as there is room inside of the frame, over no other name
-    and no point. A sentence says for how many there is none. To be called once all is drawn.
+    """Write names beside points, as near as possible, without overlaps and inside of the frame. The
+    sentence returned says how many do not fit. Call it once everything is drawn.
     """
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()  # the layout, which names inside of the frame don't change
     frame, at = axes.get_window_extent(), axes.transData.transform(points)
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
-
-    def box(x: float, y: float, size: tuple[float, float], how: tuple[float, ...]) -> Any:
-        far, right, up = how
-        left, low = (
-            start + side * far + (side - 1) / 2 * length
-            for start, side, length in ((x, right, size[0]), (y, up, size[1]))
-        )
-        return Bbox.from_bounds(left, low, *size)
-
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
-    around = [(far, *side) for far, side in product((6, 12, 20, 30, 42, 56), sides)]
     left_out = 0
     for point, (x, y), name in zip(points, at, distinct(names, WIDE), strict=True):
         measured = axes.text(*point, name)
-        size = (measured.get_window_extent().width, TALL)
+        wide = measured.get_window_extent().width
         measured.remove()
-        boxes = [box(x, y, size, how) for how in around]
-        inside = [b for b in boxes if frame.x0 <= b.x0 and b.x1 <= frame.x1]
-        inside = [b for b in inside if frame.y0 <= b.y0 and b.y1 <= frame.y1]
-        free = [b for b in inside if not any(b.overlaps(other) for other in taken)]
-        if not free:
+        for far, (right, up) in product((6, 12, 20, 30, 42, 56), sides):
+            left, low = x + right * far + (right - 1) / 2 * wide, y + up * far + (up - 1) / 2 * TALL
+            box = Bbox.from_bounds(left, low, wide, TALL)
+            inside = frame.x0 <= box.x0 <= box.x1 <= frame.x1
+            inside = inside and frame.y0 <= box.y0 <= box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                axes.annotate(
+                    name, point, (left - x, low - y), textcoords="offset points",
+                    arrowprops=LEADER, va="bottom",
+                ).set_in_layout(False)  # fmt: skip
+                break
+        else:
             left_out += 1
-            continue
-        found = free[0]
-        taken.append(found)
-        axes.annotate(
-            name, point, (found.x0 - x, found.y0 - y), textcoords="offset points",
-            arrowprops=LEADER, va="bottom",
-        ).set_in_layout(False)  # fmt: skip
     what = "name of one point" if left_out == 1 else f"names of {left_out} points"
-    return f" For the {what} there is no room." if left_out else ""
+    return f" There is no room for the {what}." if left_out else ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.files.contents import opened
+from lorafold.files.contents import open_regular
 
 HEADER = 100_000_000  # bytes, as the library reads no longer one
 
@@ -26,9 +26,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A tensor of a file: its dtype as safetensors names it, and where its data begins and ends,
-    in bytes from the beginning of the file.
-    """
+    """The dtype of a tensor as safetensors names it, and where its data is in the file's bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,30 +37,26 @@ class TensorPlace:
 def check_numbers(
     path: Path, most: int, longest: int = HEADER, read: Callable[[bytes], Any] = json.loads
 ) -> None:
-    """Raise LorafoldError if the tensors of a file have more than so many numbers. Of a file of
-    more bytes than that the header is read, and of others nothing: each number takes a byte.
-
-    Args:
-        longest: the most bytes of the header.
-        read: reads the JSON.
+    """Raise LorafoldError if the tensors of a file have more than `most` elements, or its header
+    more than `longest` bytes. `read` parses the JSON. A file of at most `most` bytes is not read.
     """
     try:
-        with opened(path) as (file, end):
+        with open_regular(path) as (file, end):
             if end <= most:
                 return
             size = int.from_bytes(file.read(8), "little")
             if size > longest:
-                told = f"found a header of {size:,} bytes, expected {longest:,} at most"
-                raise LorafoldError(f"{path}: {told}")
+                found = f"found a header of {size:,} bytes, expected {longest:,} at most"
+                raise LorafoldError(f"{path}: {found}")
             file.seek(0)
             head = bytearray(file.read(8 + size))
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
     try:
-        found = places(head, read, end)
+        tensors = places(head, read, end)
     except LorafoldError as error:
         raise LorafoldError(f"{path}: not readable as safetensors: {error}") from None
-    if (numbers := sum(prod(place.shape) for place in found.values())) > most:
+    if (numbers := sum(prod(place.shape) for place in tensors.values())) > most:
         raise LorafoldError(
             f"{path}: found {numbers:,} numbers, expected at most {most:,}, for which there is"
             " memory"
@@ -72,13 +66,9 @@ def check_numbers(
 def places(
     content: bytearray, read: Callable[[bytes], Any] = json.loads, end: int | None = None
 ) -> dict[str, TensorPlace]:
-    """The tensors of a file by name, in the order of their data. Raises LorafoldError, without the
-    file's name, for a header that does not fit the file exactly.
-
-    Args:
-        content: the file, with its header at least.
-        read: reads the JSON.
-        end: the bytes of the whole file; None: of the content.
+    """The tensors of a file by name, in the order of their data, from its content or its header
+    alone, if `end` is the size of the file. LorafoldError, without the file's name, for a header
+    that does not fit the file exactly.
     """
     size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
     if not 0 < size <= end - 8:
@@ -113,8 +103,8 @@ def _place(name: str, about: Any, begin: int) -> TensorPlace:
     about = about if isinstance(about, dict) else {}
     dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
     if dtype not in (*SIZES,):
-        told = f"found {dtype!r:.80}, expected one of {', '.join(SIZES)}"
-        raise LorafoldError(f"{name!r:.200}: dtype: {told}")
+        expected = f"expected one of {', '.join(SIZES)}"
+        raise LorafoldError(f"{name!r:.200}: dtype: found {dtype!r:.80}, {expected}")
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not lists or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
         raise LorafoldError(

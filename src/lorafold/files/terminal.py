@@ -1,7 +1,5 @@
-"""Tables and sentences as plain text that fits a terminal of 80 columns.
-
-They are the same whether a terminal reads them or a file, and nothing of a name or a figure is cut:
-a heading or a name that is too long goes on in the next line.
+"""Messages, tables and paragraphs as plain text for 80 columns, in a terminal as in a file. No name
+or figure is cut: a heading or a name that is too long continues in the next line.
 """
 
 from __future__ import annotations
@@ -15,40 +13,42 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 80
-GAP = "  "
 NOTHING = "–"  # in place of a figure
 ENOUGH, LEAST = 20, 8  # characters of the first column before figures break, and after
 
 
-def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:
-    """A table of texts. The first column has names, whose texts go on in further lines where the
-    others leave too little room; the others have figures, each of which stands whole. Headings, and
-    cells where there is no room, break between words.
+def print_lines(console: Console | None, *lines: object) -> None:
+    """Print what is not empty as it is: without markup, colours and breaks."""
+    if console is not None:
+        for line in filter(None, lines):
+            console.print(str(line), highlight=False, markup=False, soft_wrap=True)
 
-    Args:
-        head: The headings of the columns.
-        lines: The cells of each line.
-        width: The most characters of a line.
+
+def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:
+    """A table with names in its first column and figures in the others. Headings wrap; names, and
+    figures of several words, do so if the table would be wider than `width`.
     """
-    columns = [*zip(*lines, strict=True)] or [()] * len(head)
-    words = [
-        max(map(len, " ".join((name, *of)).split())) for name, of in zip(head, columns, strict=True)
-    ]
-    sizes = [max(size, *map(len, of), 0) for size, of in zip(words, columns, strict=True)]
-    room = width - len(GAP) * (len(sizes) - 1)
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [(name, *(line[n] for line in lines)) for n, name in enumerate(head)]
+    words = [max(map(len, " ".join(cells).split())) for cells in columns]
+    sizes = [max(word, *map(len, cells[1:]), 0) for word, cells in zip(words, columns, strict=True)]
+    room = width - 2 * (len(sizes) - 1)
     sizes[0] = min(sizes[0], max(ENOUGH, room - sum(sizes[1:])))
     while sum(sizes) > room and sizes[1:] != words[1:]:
         widest = max(range(1, len(sizes)), key=lambda n: sizes[n] - words[n])
         sizes[widest] = words[widest]
     sizes[0] = min(sizes[0], max(LEAST, room - sum(sizes[1:])))
-    rule = ["-" * size for size in sizes]
-    return "".join(f"{text}\n" for line in (head, rule, *lines) for text in _folded(line, sizes))
-
-
-def print_lines(console: Console, *lines: object) -> None:
-    """Print what is not empty as it is: without markup, colours and breaks."""
-    for line in filter(None, lines):
-        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    for n, size in enumerate(sizes):
+        table.add_column(width=size, justify="right" if n else "left", overflow="fold")
+    for line in (head, ["-" * size for size in sizes], *lines):
+        table.add_row(*line)
+    console = Console(width=sum(sizes) + 2 * len(sizes), markup=False, emoji=False, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in text.get().splitlines())
 
 
 def format_bytes(n: float) -> str:
@@ -57,26 +57,9 @@ def format_bytes(n: float) -> str:
     return f"{n / size:.1f} {unit}"
 
 
-def _folded(cells: Sequence[str], sizes: Sequence[int]) -> list[str]:
-    """The lines of text of one line of the table."""
-    folded = [
-        wrap(cell, size, break_on_hyphens=False) or [""]
-        for cell, size in zip(cells, sizes, strict=True)
-    ]
-    most = max(map(len, folded))
-    padded = [[*of, *[""] * (most - len(of))] for of in folded]
-    return [
-        GAP.join(
-            text.rjust(size) if n else text.ljust(size)
-            for n, (text, size) in enumerate(zip(texts, sizes, strict=True))
-        ).rstrip()
-        for texts in zip(*padded, strict=True)
-    ]
-
-
 def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
     """The text in lines of at most so many characters, the first one after `opening`; a long word,
-    as a path is, stays whole.
+    for example a path, stays whole.
     """
     return wrap(
         text,
@@ -100,12 +83,8 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def spread(values: Iterable[float | None], form: str, ranged: bool | None = None) -> str:
-    """The mean of figures as text, a dash for none.
-
-    Args:
-        values: The figures.
-        form: Their format.
-        ranged: Whether the lowest and the highest follow; None for where they differ.
+    """The mean of the known values as text, a dash for none. The lowest and the highest follow if
+    `ranged`, or by default if they differ.
     """
     known = [value for value in values if value is not None]
     if not known:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.html_page import document, rendered
+from lorafold.files.html_page import rendered, write_page
 from lorafold.files.model_card import within
 from lorafold.files.plots import brief, number
 from lorafold.inspecting.history import SHARED, History, ends
@@ -37,7 +37,7 @@ SOUGHT = (
 def page(found: History, path: str | Path) -> None:
     """Write it all as one HTML file that needs no other."""
     title = f"How {Path(found.adapter).resolve().name} was trained"
-    document(title, sections(found), path)
+    write_page(title, sections(found), path)
 
 
 def sections(found: History) -> str:

@@ -25,7 +25,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import read_object, write_json
-from lorafold.files.claims import TOKEN, Figures, kept, shared, silent
+from lorafold.files.claims import TOKEN, Figures, cached_figures, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
@@ -144,13 +144,13 @@ def search(
         out / "base.json": lambda: bare_loss(request, recipe),
         out / "full.json": lambda: run(request, recipe, out / "full", "full"),
     }
-    kept(first | in_subspace(2**high), there, say)
+    cached_figures(first | in_subspace(2**high), there, say)
     base, full = losses["base"], losses["full"]
     points: dict[int, SubspaceRun] = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        kept(in_subspace(d), there, say)
+        cached_figures(in_subspace(d), there, say)
         loss = losses[str(d)]
         points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
         tell(points[d])

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.html_page import document, rendered
+from lorafold.files.html_page import rendered, write_page
 from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table
 from lorafold.inspecting import plots
 from lorafold.inspecting.subspaces import by_kind, kind_of
@@ -61,7 +61,7 @@ def table(found: Figures) -> str:
 
 def page(found: Figures, path: str | Path) -> None:
     """Write all figures as one HTML file that needs no other."""
-    document(f"Inside {Path(found['adapter']).name}", sections(found), path)
+    write_page(f"Inside {Path(found['adapter']).name}", sections(found), path)
 
 
 def sections(found: Figures) -> str:

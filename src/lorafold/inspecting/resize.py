@@ -29,7 +29,7 @@ from lorafold.core.targets import match
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import check_out
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.paths import check_kept
+from lorafold.files.paths import check_not_replaced
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
@@ -139,7 +139,7 @@ def resize(
     """
     check_request(rank, energy)
     check_out(out, overwrite)
-    check_kept(out, [one.path for one in stack])
+    check_not_replaced(out, [one.path for one in stack])
     check_language_model(base, stack)
     saved = stack[-1]
     model, allowed = base.mapped().model, base.allow_other_base
@@ -197,7 +197,7 @@ def extract(
     Raises LorafoldError where the models have different modules, or equal weights in those layers.
     """
     check_out(out, overwrite)
-    check_kept(out, [base.source.path, tuned.source.path])
+    check_not_replaced(out, [base.source.path, tuned.source.path])
     one, other = base.mapped(), tuned.mapped()
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lorafold.files.html_page import ShownInNotebooks, document, notes, section, table
+from lorafold.files.html_page import ShownInNotebooks, html_table, notes, section, write_page
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import SPEED, TERMS, Advice, Estimate
@@ -37,7 +36,7 @@ def page(
     """Write an HTML page with the terms as bars and as a table that explains them."""
     terms = {name.replace("_", " "): text for name, text in TERMS.items()}
     cells = [
-        [name, format_bytes(n), f"{n / estimate.total:.1%}", html.escape(terms[name])]
+        [name, format_bytes(n), f"{n / estimate.total:.1%}", terms[name]]
         for name, n in estimate.shown.items()
     ]
     counted = "as torch's allocator counts tensors, without kernels' scratch memory and gaps"
@@ -47,10 +46,10 @@ def page(
         notes(lines),
         picture(estimate, memory, counted),
         section("What each term is"),
-        table(("term", "bytes", "share", "what it is"), cells, "texts"),
+        html_table(("term", "bytes", "share", "what it is"), cells, "texts"),
         f"<p>Counted: {counted}.</p>",
     )
-    document(title, "\n".join(parts), path)
+    write_page(title, "\n".join(parts), path)
 
 
 def picture(estimate: Estimate, memory: int | None, counted: str) -> str:

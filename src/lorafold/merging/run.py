@@ -37,7 +37,7 @@ from lorafold.data.examples import probe_ids
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.paths import check_kept
+from lorafold.files.paths import check_not_replaced
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
 from lorafold.merging.merged_tensors import MergeResult, execute, write_shards
@@ -272,7 +272,7 @@ def merge(
     check_out(out, wanted.overwrite)
     asked, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.loaded_as  # a wrong name or device is told before any work
-    check_kept(out, [source.path, *(one.path for one in adapters)])
+    check_not_replaced(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         target = choose_into(wanted.into, adapters, asked, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked or target.unmade):

@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import MANIFEST, atomic_directory, verify
-from lorafold.files.contents import digest, of_file
+from lorafold.files.contents import digest, file_digest
 from lorafold.files.paths import cache_directory
 from lorafold.models.gguf_rules import FREQUENCIES, SCALED, scale_positions, split_as_learned, value
 from lorafold.models.load_errors import check_complete, loading, one_line, warn_unread
@@ -91,12 +91,12 @@ class Gguf:
     def identity(self) -> str:
         """The SHA-256 over the files, and over what their copy is."""
         made = f"gguf {UNPACKING}{' fp32' * self.fp32}"
-        return digest((f"{made} {n}", *of_file(file)) for n, file in enumerate(self.files))
+        return digest((f"{made} {n}", *file_digest(file)) for n, file in enumerate(self.files))
 
     @property
     def copy(self) -> Path:
         """The directory of the copy, there or not."""
-        digests = [of_file(file)[1] for file in self.files]
+        digests = [file_digest(file)[1] for file in self.files]
         key = digests[0] if len(digests) == 1 else self.identity
         name = f"{self.files[0].stem}-{key[:16]}-{UNPACKING}{'-fp32' * self.fp32}"
         return cache_directory() / "models" / name

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import check_intact, read_object, verify
 from lorafold.files.model_card import EMBEDDED
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 from lorafold.models.gguf import (
     SUFFIX,
     Gguf,
@@ -160,7 +160,7 @@ def suggestion(name: str) -> str:
         return f"did you mean {page[1]}?"
     if get_close_matches(name.lower(), [EMBEDDED], 1, 0.8):
         return f"did you mean {EMBEDDED}?"
-    near = beside(Path(name).expanduser()).removeprefix("; ")
+    near = nearest_name(Path(name).expanduser()).removeprefix("; ")
     return "" if Path(name).exists() else near
 
 

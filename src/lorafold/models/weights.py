@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 from lorafold.files.safetensors_header import places
 
 # by their names in safetensors
@@ -194,7 +194,7 @@ class FileWeights(Weights):
 def unreadable(path: Path, error: Exception) -> LorafoldError:
     """The error for a file of tensors that can't be read."""
     if isinstance(error, FileNotFoundError):
-        return LorafoldError(f"{path}: there is no such file{beside(path)}")
+        return LorafoldError(f"{path}: there is no such file{nearest_name(path)}")
     return LorafoldError(
         f"{path}: not readable as safetensors, it may have been cut short or damaged ({error})"
     )

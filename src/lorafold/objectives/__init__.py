@@ -69,7 +69,7 @@ class Declared:
 
 
 COMPLETIONS_COMPARED = "prefer chosen completions to rejected ones"
-POLICY, REWARDED = "policy.PolicyObjective", "draw completions, and learn from their rewards"
+POLICY, REWARDED = "policy.PolicyObjective", "sample completions, and learn from their rewards"
 DEFAULT = "sft"
 OBJECTIVES: dict[str, Declared] = {
     DEFAULT: Declared(

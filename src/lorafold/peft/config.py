@@ -27,7 +27,7 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 from lorafold.layers import is_linear
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.trainable_tokens import TokenRows
@@ -107,7 +107,7 @@ def no_adapter(path: Path) -> LorafoldError:
         own = (path.parent / CONFIG).is_file()
         hint = f"; it is a file, and its directory is {path.parent}" if own else "; it is a file"
     elif not path.exists():
-        hint = "; there is none on this machine" + beside(path)
+        hint = "; there is none on this machine" + nearest_name(path)
     elif inside := sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}")):
         hint = f"; there is one in {listed(inside)}"
     elif (path / "config.json").is_file():

@@ -65,166 +65,164 @@ class Fields(BaseModel):
 
     method: Name = described("lora", f"The adaptation method: {', '.join(METHODS)}.")
     rank: Count | None = described(
-        None, "The rank r of the update. Without it the method's own; LoRA has 16."
+        None, "The rank r of the update. Default: the method's; 16 for LoRA."
     )
     alpha: Positive | None = described(
-        None, "The update is scaled by alpha / r. Without it 2r for LoRA."
+        None, "The update is scaled by alpha / r. Default for LoRA: 2r."
     )
     dropout: Decay | None = described(
-        None, "Dropout on the input of the update. Without it 0.05 for LoRA."
+        None, "Dropout on the input of the update. Default for LoRA: 0.05."
     )
     options: dict[str, Any] = described(
-        {}, "Further options of the method, as in init=gaussian or over=loha."
+        {}, "Further options of the method, for example init=gaussian."
     )
     targets: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = described(
         None,
-        "The modules to adapt: a preset such as all-linear, a regular expression over whole"
-        " module paths, or a list of name endings such as q_proj. Without it the method's own;"
-        " LoRA has all-linear.",
+        "The target modules: a preset such as all-linear, a regular expression for whole module"
+        " paths, or a list of name endings such as q_proj. Default: the method's; all-linear"
+        " for LoRA.",
     )
     rank_pattern: dict[str, Count] = described(
-        {}, "Another rank for the modules that a pattern matches, as in 0.q_proj=8."
+        {}, "Another rank for modules that match a pattern, for example 0.q_proj=8."
     )
     alpha_pattern: dict[str, Positive] = described(
-        {}, "Another alpha for the modules that a pattern matches."
+        {}, "Another alpha for modules that match a pattern."
     )
     bias: Literal["none", "lora_only", "all"] = described(
-        "none", "Also train the biases of the adapted modules, or of all modules."
+        "none", "Also train the biases of the target modules, or of all modules."
     )
     modules_to_save: tuple[Name, ...] = described(
-        (), "Modules that are trained whole and saved with the adapter."
+        (), "Modules to train in full and save with the adapter."
     )
     new_tokens: tuple[Name, ...] = described(
         (),
-        "Words that shall each be one token. Their rows of the embedding and the head are"
-        ' trained, also those of words that are tokens already. As in "<|user|>,<|bot|>".',
+        'New tokens, for example "<|user|>,<|bot|>". Their rows of the embeddings and the LM'
+        " head are trained, even if they are tokens already.",
     )
     chat_template: Name | None = described(
         None,
-        "A file with a Jinja chat template, which replaces the model's own and is saved with"
-        " the adapter. none joins prompt and completion as they stand (./none is a file); tools"
-        " is ChatML with tools, for models whose own template has none.",
+        "A file with a Jinja chat template, which replaces the model's template and is saved"
+        " with the adapter. none concatenates prompt and completion (./none is a file); tools"
+        " is ChatML with tools, for models whose template does not support tools.",
     )
     template_kwargs: dict[Name, Any] = described(
-        {}, "Variables of the chat template, saved with it: enable_thinking=false."
+        {}, "Variables for the chat template, saved with it: enable_thinking=false."
     )
     allow_control_tokens: bool = described(
-        False, "Control tokens in contents are tokens; else they are read as text."
+        False, "Read control tokens inside messages as tokens instead of plain text."
     )
     train_on: Literal["all", "last"] = described(
-        "all", "The turns of the assistant to train on: all, or the last of each row."
+        "all", "The assistant turns to train on: all, or the last one of each row."
     )
     mask_reasoning: bool = described(
-        False, "Leave the reasoning of the assistant's turns out of the loss."
+        False, "Exclude the reasoning in assistant turns from the loss."
     )
     end_of_turn: Literal["auto", "none"] = described(
-        "auto", "Train an end also where the template writes none with a turn, or none there."
+        "auto", "Whether to train an end-of-turn token if the template writes none."
     )
 
     objective: str = described(DEFAULT, descriptions())
     beta: NonNegative | None = described(
         None,
-        "How strongly a preference or a policy is held to the reference: small allows large"
-        " changes. Without it the objective's own; DPO has 0.1, GRPO 0.",
+        "The strength of the pull towards the reference model; smaller values allow larger"
+        " changes. Default: the objective's; 0.1 for DPO, 0 for GRPO.",
     )
     objective_options: dict[str, Any] = described(
-        {}, "Further options of the objective, as in label_smoothing=0.1 or sft_weight=1."
+        {}, "Further options of the objective, for example label_smoothing=0.1."
     )
     storage: quantizations.StorageName = described(
         quantizations.DEFAULT,
-        "How the base stores its weights while the adapter is trained:"
-        f" {quantizations.LISTED}. auto is bf16 where the device multiplies it natively,"
-        " else fp32.",
+        "The quantization or dtype of the base model during training:"
+        f" {quantizations.LISTED}. auto is bf16 if the device multiplies it natively, else"
+        " fp32. You can also write --quantization.",
     )
 
     lr: Positive | None = described(
         None,
-        "The peak learning rate. Without it the method's own, of which preferences take a"
-        " twentieth; LoRA has 2e-4.",
+        "The peak learning rate. Default: the method's, or a twentieth of it for preferences;"
+        " 2e-4 for LoRA.",
     )
     lr_b: Positive | None = described(
         None,
-        "The peak learning rate of LoRA's up factors B (LoRA+). Without it the method's own;"
-        " LoRA has 3e-3, and 4e-4 for classes.",
+        "The peak learning rate of LoRA's B matrices (LoRA+). Default: the method's; 3e-3 for"
+        " LoRA, 4e-4 for LoRA with classes.",
     )
     schedule: Literal["cosine", "linear", "constant"] = described(
-        "cosine", "How the learning rate goes on after the warm-up."
+        "cosine", "The learning rate schedule after the warm-up."
     )
     warmup: Annotated[float, Field(ge=0, le=1)] = described(
-        0.03, "The share of the steps over which the learning rate rises."
+        0.03, "The warm-up, as a share of the steps."
     )
-    warmup_steps: Count | None = described(
-        None, "The number of steps over which it rises, in place of their share."
-    )
+    warmup_steps: Count | None = described(None, "The warm-up as a number of steps instead.")
     weight_decay: NonNegative = described(
-        0.0, "AdamW's decoupled weight decay of matrices; vectors, as biases, have none."
+        0.0, "AdamW's decoupled weight decay of matrices; vectors such as biases have none."
     )
     clip: NonNegative = described(
-        1.0, "Gradients are scaled down to this norm. 0 leaves them as they are."
+        1.0, "Clip the gradient norm at this value. 0 turns clipping off."
     )
     betas: tuple[Decay, Decay] = described((0.9, 0.999), "The decay rates of AdamW's two moments.")
     eps: Positive = described(1e-8, "AdamW's epsilon.")
     optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = described(
         "auto",
-        "AdamW with its moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a"
-        " CUDA device that is short of memory.",
+        "AdamW with moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a CUDA"
+        " device that is short of memory.",
     )
 
     epochs: Positive | Literal["auto"] = described(
         "auto",
-        "Passes over the training rows. auto is one, of few rows as many as 100 steps take; it"
-        " ends where the held-out loss no longer falls, and keeps the adapter of the best step"
-        " (a policy makes all steps).",
+        "Passes over the training rows. auto is one pass, or at least 100 steps; it stops early"
+        " when the held-out loss no longer falls and keeps the best adapter (policies run all"
+        " steps).",
     )
     steps: Count | None = described(
-        None, "The number of optimizer steps. It takes precedence over epochs."
+        None, "The number of optimizer steps. Takes precedence over epochs."
     )
-    batch: Count = described(8, "Rows of an optimizer step.")
+    batch: Count = described(8, "Rows per optimizer step, over all micro-batches and processes.")
     accumulate: Count = described(
-        1, "Micro-batches of an optimizer step, at least. It divides batch."
+        1, "Gradient accumulation: split the batch into at least this many parts."
     )
     streaming: bool = described(
         False,
-        "Read rows while training, and keep none: for data that is larger than the disk. It"
-        " takes a number of steps, and held-out rows of their own.",
+        "Read rows while training without storing them, for data that is larger than the disk."
+        " Requires a number of steps, and separate held-out rows.",
     )
     shuffle_buffer: Count = described(
-        10_000, "With streaming, the rows among which the next one is drawn."
+        10_000, "With streaming, how many rows to sample the next one from."
     )
     max_length: Annotated[int, Field(ge=2)] = described(
         1024,
-        "Longer rows are cut to this many tokens, and counted. A packed sequence holds as many."
-        " Unless it is set, it is at most the model's positions.",
+        "Truncate rows to this many tokens, which is also the length of packed sequences. The"
+        " default is reduced to the model's maximum if that is smaller.",
     )
     packing: bool | Literal["auto"] = described(
         "auto",
-        "Lay rows end to end, with attention per row, instead of padding them. auto also"
-        " computes once what rows begin with in common, where that pays.",
+        "Pack rows end to end, with attention inside each row, instead of padding. auto also"
+        " computes shared prefixes once if that is faster.",
     )
     gradient_checkpointing: bool | Literal["auto"] = described(
         "auto",
-        "Recompute activations in the backward pass, which takes less memory and more time."
-        " auto does it where a step would not fit otherwise.",
+        "Recompute activations in the backward pass, to trade time for memory. auto does so if"
+        " a step would not fit otherwise.",
     )
     strategy: Literal["ddp", "fsdp"] = described(
         "ddp",
-        "What several processes hold: ddp the whole model in each, fsdp a part of its weights,"
-        " of which one block is whole at a time.",
+        "For several processes: ddp replicates the model in each; fsdp shards its weights and"
+        " gathers one block at a time.",
     )
 
     eval_fraction: Decay = described(
-        0.0, "The share of the rows to hold out if no held-out rows are given."
+        0.0, "The share of the rows to hold out if you give no held-out rows."
     )
     eval_every: Count | None = described(
-        None, "Steps between evaluations. Without it at each checkpoint and at the end."
+        None, "Steps between evaluations. Default: at each checkpoint and at the end."
     )
     save_every: Count | None = described(
-        None, "Steps between checkpoints. Without it about ten checkpoints a run."
+        None, "Steps between checkpoints. Default: about ten checkpoints per run."
     )
-    keep: Count = described(2, "Checkpoints to keep besides the best.")
+    keep: Count = described(2, "How many checkpoints to keep besides the best.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = described(
-        0, "The seed of the initialization, the order of the rows and dropout."
+        0, "The seed for the initialization, the order of the rows and dropout."
     )
     trackers: tuple[Name, ...] = described(
-        (), "Trackers of the accelerate library to report to, as in tensorboard."
+        (), "Experiment trackers, for example tensorboard or wandb."
     )

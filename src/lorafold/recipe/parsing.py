@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
-from lorafold.files.record import RENAMED, named_as_now
+from lorafold.files.record import NAMES, RENAMED, named_as_now
 from lorafold.recipe.recipe import UNWORDED, Recipe, explain
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,15 @@ def load_recipe(
     values |= given
     sources |= dict.fromkeys(given, str(config))
     named = {pair.partition("=")[0].strip() for pair in sets}
-    for old in RENAMED.keys() & named:
-        if (now := RENAMED[old]) in named:
+    for old, now in NAMES.items():
+        if {old, now} <= named:
             problems.append(both_names(f"--set {old}", f"--set {now}"))
-        log.warning(called_now(f"--set {old}", f"--set {now}"))
+        if old in RENAMED and old in named:
+            log.warning(called_now(f"--set {old}", f"--set {now}"))
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
-        field, source = RENAMED.get(field, field), "--set"
+        field = NAMES.get(field, field)
         value = parse_yaml(text, f"--set {pair}")
         if not equals or not field:
             problems.append(f"--set {pair}: expected key=value")

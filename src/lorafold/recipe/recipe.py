@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from lorafold.advice import advice
-from lorafold.errors import LorafoldError, both_names, called_now, cut, listed
-from lorafold.files.record import RENAMED
+from lorafold.errors import LorafoldError, called_now, cut, listed
+from lorafold.files.record import RENAMED, named_as_now
 from lorafold.objectives import OBJECTIVES, named
 from lorafold.recipe.fields import OF_METHOD, Fields
 
@@ -123,13 +123,13 @@ class Recipe(Fields):
         cls, given: Any, check: ModelWrapValidatorHandler[Self], info: ValidationInfo
     ) -> Self:
         if isinstance(given, dict):
-            for old, name in RENAMED.items():
-                if old in given and name in given:
-                    raise LorafoldError(f"recipe: {both_names(old, name)}")
-                if old in given:
-                    # of the caller of `Recipe`
-                    warnings.warn(called_now(old, name), DeprecationWarning, stacklevel=3)
-                    given = {name if key == old else key: v for key, v in given.items()}
+            old_names = RENAMED.keys() & given.keys()
+            try:
+                given = named_as_now(given)
+            except LorafoldError as error:
+                raise LorafoldError(f"recipe: {error}") from None
+            for old in old_names:  # stacklevel 3 is the caller of `Recipe`
+                warnings.warn(called_now(old, RENAMED[old]), DeprecationWarning, stacklevel=3)
         try:
             return check(given)
         except ValidationError as error:

@@ -21,7 +21,7 @@ import torch
 from lorafold.data.control_tokens import allow
 from lorafold.data.templates import day_of
 from lorafold.errors import LorafoldError, listed, shortened
-from lorafold.files.contents import of_file
+from lorafold.files.contents import file_digest
 from lorafold.files.model_card import EMBEDDED
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code, of_model
 from lorafold.models import fingerprint
@@ -117,7 +117,7 @@ class Base:
         that of a recipe's chat template, how and where it is loaded, and the code of training and
         of these packages.
         """
-        file = None if template is None or template in BUILT_IN else of_file(Path(template))[1]
+        file = None if template is None or template in BUILT_IN else file_digest(Path(template))[1]
         return {
             "files": self.identity,
             "device": self.where.type,

@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, printable
-from lorafold.files.paths import beside
+from lorafold.files.paths import nearest_name
 from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, pattern
 from lorafold.runtime.killable_process import Died, Killable, Late, packed
 
@@ -205,7 +205,8 @@ def check_there(texts: Iterable[str]) -> None:
         kind, what = ("", "") if adapter_in(text) else kind_of(text)
         file = _file(kind, what)
         if file and not file.is_file():
-            raise LorafoldError(f"reward {text}: found no file {file}, expected one{beside(file)}")
+            near = nearest_name(file)
+            raise LorafoldError(f"reward {text}: found no file {file}, expected one{near}")
         if kind == "regex":
             try:
                 pattern(what)

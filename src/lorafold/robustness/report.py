@@ -17,7 +17,7 @@ from typing import Any
 from lorafold.comparing.paired_tests import Difference
 from lorafold.comparing.report import plus_minus
 from lorafold.evaluation.intervals import Interval
-from lorafold.files.html_page import document, markdown_table, rendered
+from lorafold.files.html_page import markdown_table, rendered, write_page
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
 from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
 from lorafold.robustness.defences import DEFENCES
@@ -147,7 +147,7 @@ def page(found: Fragility, path: str | Path) -> None:
         last=lines(found),
         every=[line(points) for curve in curves for points in curve.by_examples.values()],
     )
-    document(f"Fragility of {', '.join(found.stacks)}", content, path)
+    write_page(f"Fragility of {', '.join(found.stacks)}", content, path)
 
 
 def drawings(curves: Sequence[Curve]) -> Iterator[str]:

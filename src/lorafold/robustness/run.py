@@ -20,7 +20,14 @@ from rich.console import Console
 
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.files.claims import Figures, digest_of, kept, shared, silent, tell_strangers
+from lorafold.files.claims import (
+    Figures,
+    cached_figures,
+    digest_of,
+    report_other_claims,
+    shared,
+    silent,
+)
 from lorafold.robustness.measure import Bench, Opening
 from lorafold.robustness.result import Before, Fragility, Point, Way, point
 from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
@@ -56,8 +63,8 @@ def sweep(
     measures = {cells.before_file(stack): partial(cells.before_of, stack) for stack in task.stacks}
     runs = [run for stack in task.stacks for run in task.runs(stack)]
     after = [file for run in runs for file in cells.files(run).values()]
-    tell_strangers([*measures, *map(cells.tuned, runs), *after], say)
-    before = [Before.of_stored(found) for found in kept(measures, say=say)]
+    report_other_claims([*measures, *map(cells.tuned, runs), *after], say)
+    before = [Before.of_stored(found) for found in cached_figures(measures, say=say)]
     cells.tune_all(runs, counted(tell, len(runs)))
     told = counted(tell, len(after))
     both = [*zip(task.stacks, before, strict=True)]
@@ -146,7 +153,7 @@ class Cells:
             tell(f"{described(run)}, {defence}: log-odds {odds:+.2f}")
 
         measures = {file: partial(measured, file) for file in asked}
-        return [*map(found, asked, kept(measures, there, self.say))]
+        return [*map(found, asked, cached_figures(measures, there, self.say))]
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:

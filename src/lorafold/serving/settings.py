@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.files.contents import opened
+from lorafold.files.contents import open_regular
 from lorafold.recipe.parsing import parse_yaml, text_of
 
 M = TypeVar("M", bound=BaseModel)
@@ -110,7 +110,7 @@ def read(file: Path, kind: type[M], hint: str) -> M:
 def content_of(file: Path) -> bytes:
     """The bytes of a file; LorafoldError for one that would block, such as a pipe."""
     try:
-        with opened(file) as (content, _):
+        with open_regular(file) as (content, _):
             return content.read()
     except OSError as error:
         raise LorafoldError(f"{file}: can't be read ({error.strerror})") from None

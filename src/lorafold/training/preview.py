@@ -24,7 +24,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream
-from lorafold.files.html_page import document, html_table, notes, section, table
+from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.saved import open_all
@@ -96,7 +96,7 @@ def show(
         counted = html_table(("role", "turns", "trained on"), roles) if roles else ""
         of_data = notes(findings.lines or [findings.nothing]) + counted
         body = of_data + of_template + LEGEND + "".join(map(_section, examples))
-        document(f"Preview of {request.source}", body, html)
+        write_page(f"Preview of {request.source}", body, html)
         print_lines(console, f"page: {html}")
     return findings
 
@@ -186,10 +186,9 @@ def _section(one: PreviewExample) -> str:
     """One example of the page."""
     tools = one.conversation.tools
     schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
-    lines = map(_turn_line, one.conversation.messages)
-    turns = [[markup.escape(part) for part in line.partition(": ")[::2]] for line in lines]
+    turns = [_turn_line(message).partition(": ")[::2] for message in one.conversation.messages]
     folded = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
-    folded += [("The turns of the row", table(("role", "turn"), turns, "texts"))] * bool(turns)
+    folded += [("The turns of the row", html_table(("role", "turn"), turns, "texts"))] * bool(turns)
     return (
         f"<h3>{markup.escape(one.heading)}</h3>"
         + notes(map(_tool_line, tools))

@@ -20,7 +20,7 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream, StreamFeed
-from lorafold.files.contents import of_file
+from lorafold.files.contents import file_digest
 from lorafold.files.terminal import print_lines
 from lorafold.models.built_in_templates import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template
@@ -200,5 +200,5 @@ def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
     identity: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template
     if template is not None and Path(template).is_file():
-        identity["chat_template"] = of_file(Path(template))[1]
+        identity["chat_template"] = file_digest(Path(template))[1]
     return identity
