@@ -154,7 +154,7 @@ def inspect(run: Run, *, json: Json = False) -> None:
 
     found = run()
     if not json:
-        told = table(found.as_json())
+        told = table(found)
         run.keywords["console"].print(told, highlight=False, markup=False, soft_wrap=True)
     emit(json, found.as_json(), str(found))
 

@@ -73,10 +73,7 @@ class Variant:
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
-        """The recipe with these settings.
-
-        Raises LorafoldError for values that a recipe can't have.
-        """
+        """The recipe with these settings."""
         try:
             pairs = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.settings.items()]
             return load_recipe(None, pairs, recipe)
@@ -88,16 +85,7 @@ class Variant:
 
 
 def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant]:
-    """The methods in their order, each with every combination of the settings that it has.
-
-    Args:
-        recipe: The common recipe.
-        methods: The names of the methods.
-        vary: The values of each setting.
-
-    Raises LorafoldError for a field that changes what is measured, for one without values, for
-    values that a recipe can't have, for epochs beside steps, and for a setting that no method has.
-    """
+    """The methods in their order, each with every combination of the settings that it has."""
     vary = checked(vary)
     if "epochs" in vary and ("steps" in vary or recipe.steps is not None):
         raise LorafoldError(
@@ -183,10 +171,6 @@ def latencies(
 ) -> tuple[Latency, Latency | None]:
     """The latencies of the attached and the merged model, as ratios to the base's. The models are
     timed in turn, so that noise affects all alike.
-
-    Args:
-        base, tuned, merged: The models; without a merged one its latency is None.
-        new: Tokens to decode; 0 times the prefill alone.
     """
     models = [m for m in (base, tuned, merged) if m is not None]
     for model in models:
@@ -322,25 +306,12 @@ class ComparisonTask:
         return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
     def request(self, out: Path, recipe: Recipe) -> RunRequest:
-        """The request for one run.
-
-        Args:
-            out: Where it writes.
-            recipe: That of its method and seed.
-        """
+        """The request for one run."""
         return RunRequest(self.base, out, recipe, self.rows, self.source, day=self.day)
 
 
 def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """Train one method and measure it, or measure the base.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method, or BASE.
-        seed: The seed of the run.
-
-    Raises LorafoldError as `train`.
-    """
+    """Train one method and measure it, or measure the base."""
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
@@ -448,12 +419,7 @@ def merge_proved(models: Models) -> PreTrainedModel | None:
 def forgetting(
     base: nn.Module, tuned: nn.Module, texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """(KL(base || tuned), loss(tuned) - loss(base)), as means in nats over all tokens.
-
-    Args:
-        base, tuned: Causal language models.
-        texts: Token ids of texts outside the task.
-    """
+    """(KL(base || tuned), loss(tuned) - loss(base)), as means in nats over all tokens."""
     kl = change = tokens = 0.0
     for text in texts:
         ids = torch.tensor([text], device=next(base.parameters()).device)

@@ -355,13 +355,7 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 
 def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
-    """Write the plots and the table as one HTML file.
-
-    Args:
-        measurements: In the order of the methods.
-        title: The title of the page.
-        path: The file to write.
-    """
+    """Write the plots and the table as one HTML file."""
     found, told = columns(measurements), verdict(measurements)
     content = rendered(
         "comparing/compare.html",

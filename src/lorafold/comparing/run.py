@@ -41,7 +41,7 @@ from lorafold.training.request import grounds
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
-    """The same names. Raises LorafoldError if one is not a method's."""
+    """The same names."""
     if unknown := [name for name in names if name not in METHODS]:
         raise LorafoldError(
             f"unknown method {listed(unknown)}; expected one of {', '.join(METHODS)}"
@@ -57,12 +57,7 @@ def methods_for(objective: str) -> list[str]:
 
 
 def unfit(recipe: Recipe, method: str) -> str | None:
-    """Why a method can't be trained on the recipe's objective, or None.
-
-    Args:
-        recipe: Names the objective and what it takes.
-        method: The name of the method.
-    """
+    """Why a method can't be trained on the recipe's objective, or None."""
     if not OBJECTIVES[recipe.objective].draws:
         return None
     spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
@@ -83,19 +78,8 @@ def compare(
 ) -> list[Measurement]:
     """Measure every variant with every seed, in this order.
 
-    Args:
-        task: Model, data and recipe.
-        asked: The methods, and the settings in which they vary.
-        out: The directory of the figures.
-        tell: Called as tell(measurement, done, total) after each.
-        say: Is told for which other workers this one waits.
-
     The base is measured before them; with every seed, where completions are drawn of it or it gets
     a head, and else once.
-
-    Raises LorafoldError before anything is trained for an unknown method, for one that can't be
-    trained on the objective, for options that none of the methods has, and for new tokens, which
-    the base can't be measured on.
     """
     if task.recipe.new_tokens:
         raise LorafoldError(
@@ -146,26 +130,12 @@ def compare(
 
 
 def measured_anew(task: ComparisonTask, method: str, seed: int) -> dict[str, Any]:
-    """The figures of one method, as a file has them.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method, or BASE.
-        seed: The seed of the run.
-    """
+    """The figures of one method, as a file has them."""
     return asdict(in_own_process(task, method, seed))
 
 
 def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """`measure` in a new process, so that the peak of memory is that of one method.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method.
-        seed: The seed of the run.
-
-    Raises LorafoldError where that process ends before it is done.
-    """
+    """`measure` in a new process, so that the peak of memory is that of one method."""
     try:
         spawned = get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawned, initializer=end_with_parent) as pool:
@@ -182,10 +152,6 @@ def key(task: ComparisonTask, method: str) -> str:
     """A digest, of twelve letters, of everything that the figures depend on: the model, the rows,
     the recipe with the defaults of the method, the files of rewards, the device, the storage and
     the code.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method.
     """
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)

@@ -201,10 +201,7 @@ class Interference:
 
 
 def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
-    """Evaluate the base, the adapters and the compositions on every task of the request.
-
-    Raises LorafoldError as `evaluate`.
-    """
+    """Evaluate the base, the adapters and the compositions on every task of the request."""
     model, tokenizer = job.opened()
     active: dict[str, Sequence[str]] = {"base": ()}
     for number, name in enumerate(job.updates.names, 1):

@@ -52,27 +52,13 @@ from lorafold.training_step.losses import CompletionLoss
 
 def arithmetic(rule: str, job: Job, out: Path) -> Composed:
     """Compose by a rule with its own weights, unless the request has some, and write the adapter.
-
-    Args:
-        rule: A name in RULES.
-        job: The adapters, and the request.
-        out: The directory to write.
-
-    Raises LorafoldError where a rank is needed that an update does not have.
     """
     by, n = RULES[rule], len(job.updates.adapters)
     return apply(by, rule, job.request.weights or (1 / n if by.mean else 1.0,) * n, job, out)
 
 
 def apply(by: ComposeWay, way: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
-    """Apply a rule at every site and write the adapter.
-
-    Args:
-        way: The name of the way of composing, for the record.
-        weights: One for each adapter.
-        job: The adapters, and the request for rank, density and seed.
-        out: The directory to write.
-    """
+    """Apply a rule at every site and write the adapter."""
     request, density = job.request, by.share(job.request.density)
     factors: dict[str, Factors] = {}
     lost = total = 0.0
@@ -83,7 +69,7 @@ def apply(by: ComposeWay, way: str, weights: tuple[float, ...], job: Job, out: P
             up, down, error = cut(change, rank)
             found.append((up, down))
             lost, total = lost + error, total + inner(change, change)
-        factors[site.path] = site.joined(found)
+        factors[site.path] = site.stacked(found)
     error = (lost / total) ** 0.5 if total else 0.0
     about = {
         "how": way,
@@ -100,10 +86,7 @@ RECIPE = Recipe(steps=50)  # there are few gates to learn
 
 
 def mixture(job: Job, out: Path) -> Composed:
-    """Train the gates on all rows to learn from and write the mixture.
-
-    Raises LorafoldError as `train`, and Interrupted with nothing written.
-    """
+    """Train the gates on all rows to learn from and write the mixture."""
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
     base = request.base.stored_as_trained(request.adapters)
     recipe = request.recipe.model_copy(update={"storage": base.storage, "seed": request.seed})
@@ -141,11 +124,6 @@ def mixture(job: Job, out: Path) -> Composed:
 def write_mixture(job: Job, out: Path, gates: Gating) -> float:
     """Write the mixture with which training starts. Returns the share of the norm of the updates
     that was lost when they were cut to the request's rank.
-
-    Args:
-        job: The adapters.
-        out: The directory to write.
-        gates: What the gates depend on: global, layer or token.
     """
     updates = job.updates
     sites = {site.path: site for site in updates.sites}
@@ -164,7 +142,7 @@ def write_mixture(job: Job, out: Path, gates: Gating) -> float:
             ups, downs = zip(*parts, strict=True)
             owners = [torch.full((len(d),), i) for i, d in zip(changes, downs, strict=True)]
             found.append((torch.cat(ups, 1), torch.cat(downs, 0)))
-        delta.up, delta.down = site.joined(found)
+        delta.up, delta.down = site.stacked(found)
         delta.owner = torch.cat(owners)
     job.save(adapter, out, {"how": "mixture", "gates": gates})
     return (lost / total) ** 0.5 if total else 0.0
@@ -175,15 +153,12 @@ SHOTS = 16  # rows of each task that the search measures on
 
 
 def lorahub(job: Job, out: Path) -> Composed:
-    """Write the sum of the updates under the best weights. Raises LorafoldError as `search`."""
+    """Write the sum of the updates under the best weights."""
     return apply(RULES["linear"], "lorahub", search(job), job, out)
 
 
 def search(job: Job) -> tuple[float, ...]:
-    """The best weights found; their cost is at most that of 1/n each.
-
-    Raises LorafoldError without rows to learn from and for rows that can't be encoded.
-    """
+    """The best weights found; their cost is at most that of 1/n each."""
     model, tokenizer = job.opened()
     tasks = [
         encode(rows[:SHOTS], tokenizer, job.request.recipe.max_length).examples
@@ -232,15 +207,7 @@ def minimized(
     seed: int,
     tried: Callable[[int, float], None],
 ) -> tuple[float, ...]:
-    """The weights of the lowest cost that CMA-ES finds, starting from 1/n each.
-
-    Args:
-        cost: The function to minimize, of n weights.
-        n: The number of weights.
-        evaluations: How often `cost` is called, rounded up to whole generations.
-        seed: The seed of the search.
-        tried: Called after each evaluation, with their number and the lowest cost so far.
-    """
+    """The weights of the lowest cost that CMA-ES finds, starting from 1/n each."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cma warns about missing plots and about one dimension
         import cma

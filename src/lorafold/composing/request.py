@@ -82,7 +82,7 @@ class Job:
 
     @property
     def examples(self) -> Mapping[str, Sequence[Row]]:
-        """The rows to learn from, by task. Raises LorafoldError if there are none."""
+        """The rows to learn from, by task."""
         if not self.request.examples:
             raise LorafoldError(
                 "lorahub and mixture learn from rows, found none; give --examples, or --data, of"
@@ -109,16 +109,6 @@ class Job:
     ) -> None:
         """Write an adapter that is attached to the mapped model, and detach it. It contains the
         adapters that it was made from, so it lies over none of them.
-
-        Args:
-            adapter: The composition.
-            out: The directory to write.
-            about: How it was composed, for the record and the card.
-            record: Further fields of the record, which also names the adapters and the storage of
-                their base.
-
-        Raises LorafoldError where the adapters were trained on different storages of the base and
-        the request does not choose one.
         """
         request, asked = self.request, self.request.base.storage
         adapters = request.adapters

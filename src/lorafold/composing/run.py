@@ -69,14 +69,6 @@ class Composition(ShownInNotebooks):
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
     """Compose the adapters in every way of the request and, if it has tasks, measure the results.
-
-    Args:
-        request: What to compose, and where to write it.
-        opened: Loads the base with the adapters attached as adapter1, adapter2 ..., if needed.
-        console: For progress and notices.
-
-    Raises LorafoldError, with nothing written, for a way, weight, adapter, row or `out` that can't
-    be used.
     """
     check(request)
     check_out(request.out, request.overwrite)
@@ -97,11 +89,6 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
 def make(way: str, job: Job, out: Path) -> Composed:
     """Compose in one way. Its random numbers follow from the request's seed, whatever was drawn
     before (the SVD by subspace iteration draws some); torch's global state is left as it was.
-
-    Args:
-        way: A name in COMPOSITIONS.
-        job: The adapters, and the request.
-        out: The directory to write.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)

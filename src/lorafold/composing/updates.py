@@ -57,7 +57,7 @@ from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError, as_one
-from lorafold.inspecting.updates import Factors, joined, matrix_names, unstacked
+from lorafold.inspecting.updates import Factors, matrix_names, stacked, unstacked
 from lorafold.layers import layer_of
 from lorafold.ops.svd import best_of_rank, svd_of_product
 from lorafold.peft.saved import Saved
@@ -88,9 +88,9 @@ class ModuleUpdates:
         for name, own in zip(self.names, every, strict=True):
             yield name, dict(zip(numbers, own, strict=True))
 
-    def joined(self, found: Sequence[Factors]) -> Factors:
+    def stacked(self, factors: Sequence[Factors]) -> Factors:
         """The factors of all its matrices, as a delta has them."""
-        return joined(found, () if self.names == (self.path,) else (len(found),))
+        return stacked(factors, () if self.names == (self.path,) else (len(factors),))
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,7 @@ class Updates:
 
 
 def read(base: Base, adapters: Sequence[Saved]) -> Updates:
-    """Attach saved adapters to their base, whose weights stay in their files.
-
-    Raises LorafoldError with every adapter that does not fit, is of another base, or has a change
-    that is not added to a weight (a magnitude, a bias, a whole module, virtual tokens).
-    """
+    """Attach saved adapters to their base, whose weights stay in their files."""
     model, allowed = base.mapped().model, base.allow_other_base
     attached, problems = [], []
     for number, saved in enumerate(adapters, 1):
@@ -203,13 +199,7 @@ def disjoint_mean(changes: Sequence[Change]) -> Tensor:  # (out, in)
 
 
 def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The largest entries of an update, the others 0.
-
-    Args:
-        update: dW, (out, in).
-        density: The share of entries that stay, at least one.
-        generator: Not used; `drop` has the same parameters.
-    """
+    """The largest entries of an update, the others 0."""
     sizes = update.abs()
     kept = max(1, round(density * update.numel()))
     least = sizes.flatten().kthvalue(update.numel() - kept + 1).values
@@ -217,13 +207,7 @@ def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Random entries of an update, divided by `density`, the others 0 (DARE, eq. 1).
-
-    Args:
-        update: dW, (out, in).
-        density: The probability that an entry stays.
-        generator: Draws the entries, on the CPU.
-    """
+    """Random entries of an update, divided by `density`, the others 0 (DARE, eq. 1)."""
     kept = torch.rand(update.shape, generator=generator) < density
     return torch.where(kept, update / density, 0)
 
@@ -279,14 +263,7 @@ class ComposeWay:
     def at(
         self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int
     ) -> Iterator[Change]:
-        """Yield the composition of each matrix of a site.
-
-        Args:
-            site: The site, with its updates.
-            weights: One for each adapter.
-            density: As `share` gives it.
-            seed: The entries that stay follow from it, the site and the number of the adapter.
-        """
+        """Yield the composition of each matrix of a site."""
         draws = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
         for _, changes in site.changes():
             kept = changes
@@ -296,7 +273,7 @@ class ComposeWay:
 
 
 def rank_of(update: Additive, path: str) -> int:
-    """The rank of an update. Raises LorafoldError for one that is not a product of factors."""
+    """The rank of an update."""
     if (factors := update.factors()) is None:
         raise LorafoldError(
             f"{path}: found {type(update).__name__}, which is not a product of two factors and has"

@@ -109,9 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The row of a model's configuration. Raises LorafoldError for one that has none, or that says
-    something else than llama.cpp takes for granted.
-    """
+    """The row of a model's configuration."""
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise LorafoldError(
@@ -172,8 +170,6 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
 
     Returns:
         The tensors of the file that say more, by name, each (rotated / 2,).
-
-    Raises LorafoldError for a way to scale them that it does not know.
     """
     rope = config.rope_parameters
     windowed: Mapping[str, Any] = {}  # those of layers with a window, where they have their own
@@ -254,11 +250,7 @@ ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's 
 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
-    """The name of a byte-level tokenizer's rule. Raises LorafoldError if none is known.
-
-    Args:
-        whole_words: words that are tokens are taken whole, whether merges make them or not.
-    """
+    """The name of a byte-level tokenizer's rule."""
     own, before = backend.pre_tokenizer, backend.normalizer
     # Qwen's normalizer does nothing but to compose marks with their letters
     if own is not None and (before is None or type(before).__name__ == "NFC"):
@@ -311,14 +303,7 @@ def _marked(backend: Backend, text: str) -> str:
 def add_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int]
 ) -> None:
-    """Have a writer say what a tokenizer does.
-
-    Args:
-        rows: of the embedding.
-        ends: the tokens that end a completion.
-
-    Raises LorafoldError for a kind of tokenizer, or a rule of splitting, that llama.cpp has not.
-    """
+    """Have a writer say what a tokenizer does."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     slow = {"model": {"type": type(tokenizer).__name__}}
     content: dict[str, Any] = slow if backend is None else json.loads(backend.to_str())

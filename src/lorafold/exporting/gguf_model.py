@@ -80,15 +80,8 @@ def write_model(directory: Path, out: Path, tensors: str, progress: Progress) ->
 def write_content(content: Content, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
     """Write a model as a GGUF file.
 
-    Args:
-        out: the file, which is replaced.
-        tensors: the type of matrices, a key of `FILE_TYPES`.
-        progress: called as progress(bytes, all) after each tensor.
-
     Returns:
         What an engine computes otherwise than the model, a sentence each.
-
-    Raises LorafoldError as `described` and `write_described`.
     """
     return write_described(described(content, tensors), out, tensors, progress)
 
@@ -112,10 +105,7 @@ class Described:
 def write_described(
     made: Described, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
-    """Write a file; arguments and result are those of `write_content`.
-
-    Raises LorafoldError for values that the type does not have, and if the disk has no room.
-    """
+    """Write a file; arguments and result are those of `write_content`."""
     writer, tied = made.writer, OUTPUT not in made.shapes
     kinds = {n: type_of(n, shape, tensors, tied) for n, shape in made.shapes.items()}
     sizes = {n: size_of(shape, kinds[n]) for n, shape in made.shapes.items()}
@@ -146,10 +136,7 @@ def write_described(
 
 
 def described(content: Content, tensors: str) -> Described:
-    """What a file says of a model; nothing is computed or written.
-
-    Raises LorafoldError for a model or a tokenizer that the format can't say.
-    """
+    """What a file says of a model; nothing is computed or written."""
     config: Any = content.model.config
     row = architecture_of(config)
     writer = gguf.GGUFWriter(None, row.name)

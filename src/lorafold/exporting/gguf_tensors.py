@@ -63,11 +63,7 @@ class MergedParameter:
         return cls(path, tuple(values.shape), lambda: values)
 
     def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> MergedParameter:
-        """What a function makes of the values (*, in), or (n,) of a vector.
-
-        Args:
-            shape: of what it makes.
-        """
+        """What a function makes of the values (*, in), or (n,) of a vector."""
         return MergedParameter(self.path, tuple(shape), lambda: of(self.values()))
 
 
@@ -75,9 +71,6 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
     """The parameters of a model under adapters; the model is not changed.
 
     Raises NotMergeable with every reason for which they have no form in weight space.
-
-    Args:
-        names: of the adapters, lowest first.
     """
     plan = plan_fold(model, (ROUND_TRIP, *names))
     if plan.problems:
@@ -108,13 +101,7 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
 
 
 def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
-    """The type of a tensor.
-
-    Args:
-        name: in the file.
-        tensors: the type that was asked for.
-        tied: the embedding serves as the output's matrix.
-    """
+    """The type of a tensor."""
     if len(shape) < 2 or name.endswith(ROUTER):
         return "F32"
     if tensors in PLAIN:
@@ -131,9 +118,7 @@ def size_of(shape: tuple[int, ...], kind: str) -> int:
 
 
 def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor of any shape, in pieces. Raises LorafoldError for values that the type
-    does not have.
-    """
+    """The bytes of a tensor of any shape, in pieces."""
     rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
     step = max(AT_ONCE // rows.shape[-1], 1)
     for start in range(0, len(rows), step):
@@ -159,10 +144,7 @@ def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
 def tensors_of(
     parameters: Iterable[MergedParameter], config: Any, row: Architecture
 ) -> Iterator[MergedParameter]:
-    """The tensors of the file, by their names there, from the parameters of a model.
-
-    Raises LorafoldError for a parameter that has no name there.
-    """
+    """The tensors of the file, by their names there, from the parameters of a model."""
     names = names_of(row, config.num_hidden_layers)
     for parameter in parameters:
         path, _, leaf = parameter.path.rpartition(".")
@@ -187,9 +169,6 @@ def _parts(
 ) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor] | None]]:
     """Yield the module path of each matrix that the file has for one of a model, the number of
     parts that its rows have, and what makes its rows of the model's, or None for the same.
-
-    Args:
-        experts: whether it is the matrices of all experts, (E, out, in).
     """
     stem, _, module = path.rpartition(".")
     if experts and module == GATE_UP:
@@ -222,11 +201,6 @@ def tensors_of_update(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of the file, of any shape, by their names there, and why others have no place, a
     line each.
-
-    Args:
-        factors: of each site, up (*matrices, out, r) and down (*matrices, r, in).
-        config: of the base.
-        row: llama.cpp's architecture for it.
     """
     names = names_of(row, config.num_hidden_layers)
     tensors: dict[str, Tensor] = {}

@@ -55,13 +55,7 @@ def of_one_rank(factors: Mapping[str, Factors], rank: int) -> dict[str, Factors]
 
 
 def write_canonical(base: Base, factors: Mapping[str, Factors], out: Path) -> Saved:
-    """Write the directory of an adapter over the bare base, and open it.
-
-    Args:
-        base: the model that it is for; its weights stay in their files.
-        factors: of each site, by module path.
-        out: the directory.
-    """
+    """Write the directory of an adapter over the bare base, and open it."""
     rank = max(down.shape[-2] for _, down in factors.values())
     model = base.mapped().model
     adapter = lora_of(model, of_one_rank(factors, rank), NAME)
@@ -97,9 +91,6 @@ def elsewhere(base: Base) -> Elsewhere:
 
 def write_template(subject: Subject, directory: Path) -> bool:
     """Write the chat template that the adapters were trained with, if the base has another or none.
-
-    Args:
-        directory: gets `TEMPLATE`.
     """
     try:
         tokenizer = subject.tokenizer
@@ -179,14 +170,7 @@ class Cut(ShownInNotebooks):
 
 
 def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tuple[Subject, Cut]:
-    """The subject with one plain LoRA of this rank in place of its adapters.
-
-    Raises LorafoldError for what no rank has: biases, vectors, rows of tokens.
-
-    Args:
-        scratch: a directory that does not exist, for its files.
-        ours: what the adapters compute, for what the cut costs; None measures none.
-    """
+    """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
     if update.beside:
         lines = [f"{path}: {what}, which no LoRA has" for path, what in update.beside.items()]
@@ -218,12 +202,7 @@ def rank_enough(subject: Subject, source: str | Path | None, progress: Progress)
 def kl_by_rank(
     ours: Ours, subject: Subject, ranks: list[int]
 ) -> tuple[dict[int, float], float]:
-    """KL(adapted, cut) in nats by rank, and KL(adapted, base).
-
-    Args:
-        ours: with the adapters on its model.
-        ranks: to try, in any order.
-    """
+    """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
     largest = max(ranks)
     update = update_of(ours.model, selection_of(ours.model).names, largest)
     factors = of_one_rank(update.factors, largest)

@@ -86,14 +86,7 @@ class Answers:
 def prompts_of(
     tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None
 ) -> ProofPrompts:
-    """The prompts, as the chat template renders them for a completion.
-
-    Raises LorafoldError for rows that are no prompts.
-
-    Args:
-        tokenizer: gets a plain chat template if it has none.
-        source: a file of rows with prompts; None takes the built-in ones.
-    """
+    """The prompts, as the chat template renders them for a completion."""
     ensure_chat_template(tokenizer)
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
     if not rows.give(PROMPTS):
@@ -177,11 +170,7 @@ class Ours:
 
     @classmethod
     def of(cls, subject: Subject, source: str | Path | None, progress: Progress) -> Ours:
-        """Load what is exported, over the weights that its files are for, and ask it.
-
-        Args:
-            source: a file of rows with prompts; None takes the built-in ones.
-        """
+        """Load what is exported, over the weights that its files are for, and ask it."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
         model = adapted(subject.base, subject.adapters, subject.stored)
@@ -207,12 +196,7 @@ class Ours:
         return replace(self, prompts=prompts, answers=few)
 
     def job(self, own: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-        """The job of an engine's program.
-
-        Args:
-            own: what the target's engine needs, {out} for the directory.
-            directory: where the files are for now.
-        """
+        """The job of an engine's program."""
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
             for key, value in own.items()
@@ -319,14 +303,7 @@ def proof(
     margin: Callable[[int, int], float],
     exchanged: Callable[[int], Iterable[Tensor]] = lambda prompt: (),
 ) -> Proof:
-    """The figures of an engine's answers to the same prompts. Raises LorafoldError for NaN among
-    them, from which nothing has a distance.
-
-    Args:
-        margin: of a prompt, and a number of greedy tokens after it, the difference of our two
-            largest log-probabilities there.
-        exchanged: of a prompt, our answers (vocabulary,) with two close experts exchanged.
-    """
+    """The figures of an engine's answers to the same prompts."""
     if theirs.adapted.isnan().any():
         raise LorafoldError(f"{theirs.engine} {theirs.version}: it computes NaN for a prompt")
     adapted, bare = theirs.adapted.double().log_softmax(-1), theirs.base

@@ -44,7 +44,7 @@ TARGETS: dict[str, Target] = {
 
 
 def target_of(name: str) -> Target:
-    """The target of this name. Raises LorafoldError with the names that there are."""
+    """The target of this name."""
     if not isinstance(name, str) or name not in TARGETS:
         raise LorafoldError(f"--to: found {name!r}, expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
@@ -246,8 +246,6 @@ def _check_said(
 def _into(base: Base, adapters: Sequence[Saved], target: Target, asked: str | None) -> Into:
     """The weights that the files are for. An adapter alone is for the base that its engine loads,
     which has the original weights.
-
-    Raises LorafoldError as `choose_into`, and for weights that the target's files can't have.
     """
     in_files = stored_in_files(base.source)
     expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
@@ -269,7 +267,7 @@ def _proof(
 
 
 def _tensors(target: Target, asked: str | None) -> str | None:
-    """The type of the tensors. Raises LorafoldError for one that the target has not."""
+    """The type of the tensors."""
     if asked is not None and asked not in target.tensors:
         expected = ", ".join(target.tensors) or "none, because it has one form alone"
         raise LorafoldError(f"--tensors: found {asked!r} for {target.name}, expected {expected}")
@@ -277,7 +275,7 @@ def _tensors(target: Target, asked: str | None) -> str | None:
 
 
 def _engine(target: Target, wanted: ExportOptions) -> str | None:
-    """What proves. Raises LorafoldError for a URL where no server is asked."""
+    """What proves."""
     if wanted.engine_url is None:
         return target.engine
     if wanted.engine_python is not None:

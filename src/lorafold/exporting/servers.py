@@ -161,11 +161,6 @@ class ToVllm(Target):
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
     """The value of --lora-modules for an adapter: JSON where there is more to say than a name and a
     path, or where they have what vLLM takes for the end of a name, or for JSON.
-
-    Args:
-        name: of the adapter.
-        request: what else vLLM is told of it.
-        out: the directory of the export.
     """
     path = f"{out}/{ADAPTER}"
     if request or "=" in name or "," in name + path:
@@ -265,12 +260,7 @@ class ToSglang(Target):
 
 
 def path_of(name: str, out: str) -> str:
-    """The value of --lora-paths for an adapter: JSON where the name has an equals sign.
-
-    Args:
-        name: of the adapter.
-        out: the directory of the export.
-    """
+    """The value of --lora-paths for an adapter: JSON where the name has an equals sign."""
     path = f"{out}/{ADAPTER}"
     if "=" in name:
         return json.dumps({"lora_name": name, "lora_path": path}, ensure_ascii=False)

@@ -35,10 +35,10 @@ from lorafold.fold.plan import deltas_of
 from lorafold.inspecting.updates import (
     Factors,
     Svd,
-    joined,
     matrix_names,
     of_dense,
     of_factors,
+    stacked,
     unstacked,
 )
 from lorafold.layers import layer_of
@@ -87,13 +87,7 @@ class Update:
 
 @torch.no_grad()
 def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
-    """What the named adapters change, lowest first; the model stays as it is.
-
-    Args:
-        model: with the adapters attached; its weights may be in files.
-        names: of the adapters.
-        rank: cut every update to this rank where it has a larger one; None cuts none.
-    """
+    """What the named adapters change, lowest first; the model stays as it is."""
     factors: dict[str, Factors] = {}
     dense: dict[str, str] = {}
     beside: dict[str, str] = {}
@@ -117,7 +111,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
                 map(of_factors, *map(unstacked, pair)) if pair else _of_change(layer, deltas)
             )
             cut = _cut(matrix_names(path, layer.matrices), svds, rank, lost)
-            factors[path] = joined(cut, layer.matrices)
+            factors[path] = stacked(cut, layer.matrices)
     return Update(factors, dense, beside, lost)
 
 
@@ -171,13 +165,7 @@ def _cut(
 
 
 def apart(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield the name and the factors of each matrix that a parameter of experts is.
-
-    Args:
-        kind: the model's type.
-        name: of the parameter.
-        factors: of all experts.
-    """
+    """Yield the name and the factors of each matrix that a parameter of experts is."""
     up, down = factors
     if name != GATE_UP:
         yield name, factors
@@ -234,9 +222,6 @@ def told(engine: str, config: Any) -> tuple[str, ...]:
 def period_of(kinds: Sequence[str]) -> int | None:
     """Every how many layers one attends to all positions, and the others to a window; None where
     they do not lie so.
-
-    Args:
-        kinds: of the layers, as `layer_types` has them.
     """
     if FULL not in kinds:
         return None
@@ -352,11 +337,7 @@ class Target(ABC):
         """Write the files into the directory, which appears when all are there."""
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
-        """What the engine's job needs besides, made for the proof alone.
-
-        Args:
-            scratch: a directory, there or not, which is removed after the proof.
-        """
+        """What the engine's job needs besides, made for the proof alone."""
         return {}
 
     def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
@@ -367,17 +348,13 @@ class Target(ABC):
 
     def read_back(self, subject: Subject, directory: Path) -> str:
         """Read the files as the engine's loader would, which itself does not run here, and say what
-        that showed; nothing where it was not done. Raises LorafoldError if they say another thing.
+        that showed; nothing where it was not done.
         """
         return ""
 
 
 def only_products(update: Update, name: str) -> list[str]:
-    """Why a form that has nothing but factors of matrices can't say this update, a line each.
-
-    Args:
-        name: of the form.
-    """
+    """Why a form that has nothing but factors of matrices can't say this update, a line each."""
     found = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
     if not (found or update.factors or update.dense):
         return ["found no adapter that changes anything, expected one"]

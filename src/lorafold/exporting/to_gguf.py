@@ -134,9 +134,6 @@ class ToLlamaCpp(GgufAdapter):
 def listed_path(out: str) -> str:
     """The file as one of a list, which llama.cpp's --lora takes: quoted as in CSV where it has what
     would end it.
-
-    Args:
-        out: the directory of the export.
     """
     path = f"{out}/{FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path

@@ -83,11 +83,7 @@ SWITCH = {
 
 
 def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration with the older names too, or None if it needs none.
-
-    Args:
-        config: the content of config.json.
-    """
+    """The configuration with the older names too, or None if it needs none."""
     more = _positions(config)
     more |= _pattern(config)
     more |= {new: config[old] for old, new in RENAMED if old in config and new not in config}
@@ -123,10 +119,6 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
 def write_older(source: Path, directory: Path) -> bool:
     """Write a model's directory with the older names, if its own has them not. The other files are
     hard links, or copies on another disk.
-
-    Args:
-        source: the directory of the model.
-        directory: the one to make.
     """
     config = older_config(read_object(source / MODEL_CONFIG))
     if config is None:
@@ -220,10 +212,6 @@ class ToMlx(Target):
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:
     """The `keys` that name exactly these modules: as they are called in a block where all blocks
     have the same, and else from the model's root.
-
-    Args:
-        paths: of modules in mlx-lm.
-        layers: the number of blocks.
     """
     inside: dict[str, set[str]] = {}
     outside = []

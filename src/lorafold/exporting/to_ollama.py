@@ -77,10 +77,7 @@ class Turns:
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """The marks of a tokenizer's chat template.
-
-    Raises LorafoldError for a template that writes a plain chat in a way that no marks say.
-    """
+    """The marks of a tokenizer's chat template."""
 
     def written(messages: Sequence[Message]) -> str:
         return render(messages, tokenizer, for_generation=True)
@@ -133,7 +130,7 @@ def _chat(roles: str, said: Sequence[str]) -> list[Message]:
 
 
 def _around(text: str, said: Sequence[str]) -> list[str]:
-    """The parts of a text between what was said. Raises LorafoldError unless each is there once."""
+    """The parts of a text between what was said."""
     parts = []
     for one in said:
         before, found, text = text.partition(one)
@@ -206,15 +203,7 @@ def _text(part: str) -> str:
 
 
 def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
-    """The content of a Modelfile.
-
-    Raises LorafoldError for a text that it can't have.
-
-    Args:
-        weights: the name of the GGUF file beside it.
-        template: in Ollama's language.
-        stops: the texts that end a completion.
-    """
+    """The content of a Modelfile."""
     for text in (template, *stops):
         odd = [c for c in text if not c.isprintable() and c not in "\n\t"]
         if QUOTES in text or odd:
@@ -229,8 +218,6 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
     """The template in Ollama's language, the texts that end a completion, and what people should
     know of it, a sentence each.
-
-    Raises LorafoldError for a template that can't be said.
     """
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)

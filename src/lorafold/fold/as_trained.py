@@ -28,10 +28,6 @@ ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the 
 
 class RoundTrip(Delta):
     """Quantization as a change in weight space: W (*matrices, out, in) -> q(W), in fp32 or wider.
-
-    Args:
-        quantization: nf4 or int8.
-        turned: whether the matrices are stored as (*matrices, in, out), and so quantized.
     """
 
     def __init__(self, quantization: str, turned: bool = False) -> None:
@@ -73,11 +69,6 @@ def attach_as_trained(
 ) -> None:
     """Attach the round trip of the quantization that the adapters were trained on, if there is one
     and the model's files are not quantized themselves.
-
-    Args:
-        model: The base on its files.
-        source: These files.
-        storage: As it was asked for, which wins over that of the records; auto takes theirs.
     """
     made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
     if made_on and made_on.storage in MADE and stored_in_files(source) is None:

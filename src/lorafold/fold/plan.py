@@ -124,12 +124,6 @@ def fold(
     """The weight (out, in) and bias (out,) or None with the named deltas folded in.
 
     Raises NotMergeable if a delta has no weight-space form.
-
-    Args:
-        module: the module that the deltas are attached to.
-        names: the names of the adapters, lowest first.
-        w: the weight (out, in).
-        b: the bias (out,), or None.
     """
     for delta in deltas_of(module, names):
         w, b = delta.fold(w, b)
@@ -293,11 +287,6 @@ def carry_out(
 
     Raises NotMergeable, before anything is changed, with the plan's problems and the tied weights
     that would not change in the same way.
-
-    Args:
-        names: the names of the adapters to fold, lowest first.
-        untie_weights: give modules their own weight where a tied one can't stay tied; then none
-            stays tied, since transformers has one switch for all ties.
     """
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:

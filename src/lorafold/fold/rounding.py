@@ -66,16 +66,7 @@ class Rounded:
 def round_to(
     target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
 ) -> Rounded:
-    """Round a folded weight to the dtype of the original weight.
-
-    Raises LorafoldError if the result is not finite in that dtype.
-
-    Args:
-        target: the folded weight, in fp32 or wider, of any shape.
-        original: the weight before folding, of the same shape.
-        how: nearest, stochastic or auto.
-        generator: the random generator of stochastic rounding.
-    """
+    """Round a folded weight to the dtype of the original weight."""
     if how != "auto":
         return _rounded(target, original, how, generator)
     nearest = _rounded(target, original, "nearest", generator)

@@ -65,14 +65,7 @@ def observed(
     options: Mapping[str, Any],
     own: int | None = None,
 ) -> list[str]:
-    """The observations, in sentences.
-
-    Args:
-        steps: Figures by name, of each step.
-        held_out: Figures by name, of each measure on held-out prompts.
-        options: Of the objective.
-        own: The step that the adapter is of, if not the last one.
-    """
+    """The observations, in sentences."""
     return [*_of_steps(steps, options), *_of_held_out(held_out, own)]
 
 
@@ -286,10 +279,7 @@ class History(ShownInNotebooks):
 
 
 def read_history(path: str | Path) -> History:
-    """The history of the run that wrote this directory.
-
-    Raises LorafoldError where there is no record of a run, or it was changed.
-    """
+    """The history of the run that wrote this directory."""
     path = Path(path)
     check_intact(path, [RECORD])
     if not (path / RECORD).is_file():

@@ -89,19 +89,7 @@ def search(
     tell: Callable[[SubspaceRun], None],
     say: Callable[[str], object] = silent,
 ) -> Intrinsic:
-    """Find the smallest power of 2 that reaches a share of the improvement of full training.
-
-    Args:
-        request: The model, the data with held-out rows, the recipe, whose method is ignored, and as
-            `out` the directory of the search.
-        smallest, largest: The range of dimensions.
-        share: The share to reach, above 0 and at most 1.
-        tell: Called with each point as it is measured.
-        say: Is told for which other workers this one waits.
-
-    Raises LorafoldError as `train`, for a directory that has another search in it, and where full
-    training does not lower the held-out loss.
-    """
+    """Find the smallest power of 2 that reaches a share of the improvement of full training."""
     out, recipe = request.out, request.recipe
     if recipe.new_tokens:
         raise LorafoldError(
@@ -173,10 +161,7 @@ def search(
 
 
 def check(out: Path, identity: dict) -> None:
-    """Start the directory of a search, or check that it has this search in it.
-
-    Raises LorafoldError if it has another search or other files in it.
-    """
+    """Start the directory of a search, or check that it has this search in it."""
     file = out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
@@ -201,17 +186,7 @@ def check(out: Path, identity: dict) -> None:
 
 
 def run(request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float) -> Figures:
-    """The held-out loss at the end of a run, as it is kept; the files of the run are removed.
-
-    Args:
-        request: The model and the data.
-        recipe: The recipe; its method and options are replaced.
-        out: The directory of the run; if it has checkpoints, they are resumed.
-        method: The name of the method to train.
-        options: Options of the method.
-
-    Raises LorafoldError as `train`, and Interrupted after SIGINT or SIGTERM.
-    """
+    """The held-out loss at the end of a run, as it is kept; the files of the run are removed."""
     recipe = fitting(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:

@@ -28,6 +28,7 @@ from lorafold.data.examples import encode
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
+from lorafold.inspecting.result import LossPaths, Point
 from lorafold.layers import layer_class
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.training_step.losses import CompletionLoss
@@ -39,15 +40,7 @@ if TYPE_CHECKING:
 def loss_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> Callable[[], float]:
-    """A function that measures the model as it is: the mean loss in nats a labelled token.
-
-    Args:
-        model, tokenizer: A causal language model, with any adapters.
-        rows: Rows of the forms that training takes.
-        max_length: Longer examples are cut to this many tokens.
-
-    Raises LorafoldError for bad rows.
-    """
+    """A function that measures the model as it is: the mean loss in nats a labelled token."""
     data = encode(rows, tokenizer, max_length)
     return partial(held_out_loss, CompletionLoss(model, packed=False, pad_id=0), data.examples)
 
@@ -61,14 +54,6 @@ def losses_of(
 ) -> dict[str, float]:
     """The losses of two adapters, each active alone: `loss_before` of the one that was attached
     first, `loss_after` of the other, in nats a labelled token.
-
-    Args:
-        model, tokenizer: A causal language model with exactly two adapters attached.
-        rows: Rows of the forms that training takes.
-        max_length: Longer examples are cut to this many tokens.
-        below: How many more adapters lie below these two, as part of their base.
-
-    Raises LorafoldError for bad rows.
     """
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     found = {}
@@ -82,8 +67,6 @@ SCALES = tuple(i / 4 for i in range(-2, 7))
 BETWEEN = tuple(i / 10 for i in range(11))
 LINE = "line"  # the name under which the weighted sum of adapters is attached
 
-Point = tuple[float, float]  # t, loss in nats a labelled token
-
 
 @contextmanager
 def mixed(
@@ -91,12 +74,6 @@ def mixed(
 ) -> Iterator[Callable[[Sequence[float]], float]]:
     """A context in which only a weighted sum of the named adapters is active, over those below. It
     yields the loss as a function of the weights, in the order of the names.
-
-    Args:
-        model: With all of them attached.
-        names: The adapters of the sum.
-        loss: Measures the model as it is.
-        below: Those that they lie over, lowest first.
 
     Rows of new tokens, which the base has no row for, stay as they are at every point. Raises
     LorafoldError where more than one of the adapters has such.
@@ -152,15 +129,7 @@ def scaling(
     points: Sequence[float] = SCALES,
     below: Sequence[str] = (),
 ) -> list[Point]:
-    """The loss at base + t dW.
-
-    Args:
-        model: With the adapter attached.
-        name: The adapter.
-        loss: Measures the model as it is.
-        points: The values of t.
-        below: The names of the adapters that it lies over, which are part of the base here.
-    """
+    """The loss at base + t dW."""
     with mixed(model, [name], loss, below) as loss_at:
         return [(t, loss_at([t])) for t in points]
 
@@ -172,14 +141,7 @@ def between(
     loss: Callable[[], float],
     points: Sequence[float] = BETWEEN,
 ) -> list[Point]:
-    """The loss at base + (1 - t) dW_a + t dW_b.
-
-    Args:
-        model: With both adapters attached.
-        first, second: The adapters a and b.
-        loss: Measures the model as it is.
-        points: The values of t.
-    """
+    """The loss at base + (1 - t) dW_a + t dW_b."""
     with mixed(model, [first, second], loss) as loss_at:
         return [(t, loss_at([1 - t, t])) for t in points]
 
@@ -198,23 +160,14 @@ def measured_paths(
     rows: Sequence[Row],
     max_length: int,
     below: int = 0,
-) -> dict[str, Any]:
-    """The losses along the lines, by their names in the JSON: scaling the first adapter and, if
-    there is a second one, from the first to the second.
-
-    Args:
-        model, tokenizer: A causal language model with one adapter or two attached.
-        rows: Rows of the forms that training takes.
-        max_length: Longer examples are cut to this many tokens.
-        below: How many more adapters lie below these, as part of their base.
-
-    Raises LorafoldError for bad rows.
+) -> LossPaths:
+    """The losses along the lines of a model with one adapter or two attached, over `below` others
+    that are part of their base.
     """
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     first, *others = names[below:]
     line = scaling(model, first, loss, below=names[:below])
-    found: dict[str, Any] = {"rows": len(rows), "scaling": line}
-    if others:
-        found["between"] = between(model, first, others[0], loss)
-        found["barrier"] = barrier(found["between"])
-    return found
+    if not others:
+        return LossPaths(len(rows), line)
+    across = between(model, first, others[0], loss)
+    return LossPaths(len(rows), line, across, barrier(across))

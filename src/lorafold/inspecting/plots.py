@@ -16,14 +16,9 @@ SCALE = "viridis"  # its lightness rises with the value
 Grid = Sequence[Sequence[float]]
 
 
-def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) -> str:
+def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
     """The singular values of one kind of module, divided by the largest: one line for each block,
     from one colour for the first block to another one for the last.
-
-    Args:
-        kind: The title.
-        spectra_by_path: Singular values in descending order, by module path.
-        depth: The number of the last block.
     """
     spectra = spectra_by_path.items()
     found = sorted((kind_of(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
@@ -46,13 +41,7 @@ def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) 
 
 
 def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
-    """A heat map of values from 0 to 1.
-
-    Args:
-        grid: The values, line by line.
-        down, across: The labels of the axes.
-        first: The number of the first line and of the first column.
-    """
+    """A heat map of values from 0 to 1."""
 
     def draw(axes: Any) -> None:
         lines, columns = len(grid), len(grid[0])
@@ -78,13 +67,7 @@ def line(
     across: str,
     marked: dict[float, str],
 ) -> str:
-    """The loss along a line in weight space.
-
-    Args:
-        points: Pairs of t and the loss in nats a token.
-        across: The label of the axis of t.
-        marked: Names to write at some values of t.
-    """
+    """The loss along a line in weight space."""
 
     def draw(axes: Any) -> str:
         axes.plot(*zip(*points, strict=True), **plots.series(0))
@@ -104,10 +87,6 @@ def curves(
 ) -> str:
     """Figures over the steps of a run; held-out ones have points, with bars for their intervals. Of
     a long run the mean of neighbouring steps is shown.
-
-    Args:
-        steps: For each name a value for each step, None where there is none.
-        measured: For each name (step, value, interval or None) on held-out rows.
     """
 
     def draw(axes: Any) -> None:
@@ -148,14 +127,10 @@ def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
 
 
 def position(
-    title: str, read: Sequence[float], written: Sequence[float], shape: tuple[int, int]
+    title: str, read: Sequence[float], written: Sequence[float], shape: Sequence[int]
 ) -> str:
     """The energy of an update on each tenth of the base's singular directions. Thin lines show an
     even distribution.
-
-    Args:
-        read, written: Shares as `base_svd.binned` gives them.
-        shape: (out, in) of the weight.
     """
     sides = {"read": (read, shape[1]), "written": (written, shape[0])}
     evenly = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}

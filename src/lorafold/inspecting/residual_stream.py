@@ -27,7 +27,7 @@ of their rows belong to a head is not said anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,7 @@ from lorafold.models.fake import fake_model, without_values
 from lorafold.models.quantizations import Storage
 
 OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
+
 
 @dataclass(frozen=True)
 class ResidualStream:
@@ -69,11 +70,11 @@ class ResidualStream:
 def stream_of(model: PreTrainedModel) -> ResidualStream:
     """The modules of the model's residual stream, from a run of a fake model on four tokens."""
     config = model.config
-    # from a tensor's memory to the norm that computed it, or "" for a block's input
-    outputs: dict[int, str] = {}
+    # by a tensor's memory: the norm that computed it, or "" for a block's input, and the tensor, so
+    # that its memory isn't used again
+    outputs: dict[int, tuple[str, Tensor]] = {}
     readers: dict[str, str] = {}
     seen: set[str] = set()
-    kept: list[Tensor] = []  # keeps memory from being reused, which would mix up `outputs`
     with without_values(), torch.no_grad():
         # in bf16, which mixtures of experts require
         twin = fake_model(
@@ -87,22 +88,18 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
         embedding, head = (names[id(end)] for end in ends)
         size = ends[0].weight.shape[1]
 
-        def came(path: str, x: Tensor) -> None:
-            kept.append(x)
-            outputs[x.untyped_storage()._cdata] = path
-
-        def normed(path: str, module: nn.Module, args: Any, output: Any) -> None:
-            came(path, output)
+        def normed(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[output.untyped_storage()._cdata] = path, output
 
         def entered(module: nn.Module, args: Any) -> None:
-            came("", args[0])
+            outputs[args[0].untyped_storage()._cdata] = "", args[0]
 
         def read(
             reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any
         ) -> None:
             seen.update(writes)
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
-                readers.update(dict.fromkeys(reads, norm))
+                readers.update(dict.fromkeys(reads, norm[0]))
 
         for path, module in twin.named_modules():
             if is_norm(module, size):
@@ -160,14 +157,11 @@ class Heads:
 def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
     """The heads of each projection, by module path, and the paths of projections of an attention
     that has heads which can't be told apart.
-
-    Args:
-        stream: The modules of the model's residual stream.
     """
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
-    found, fused = dict[str, Heads](), list[str]()
+    heads, fused = dict[str, Heads](), list[str]()
     for path, module in Anatomy.of(model).modules:
         parent = model.get_submodule(path.rpartition(".")[0])
         size = getattr(parent, "head_dim", None)
@@ -178,21 +172,10 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
         out = path in stream.readers
         n, rest = divmod(shape[0 if out else 1], size)
         if not rest and n in counts:
-            found[path] = Heads(n, size, out)
+            heads[path] = Heads(n, size, out)
         elif not rest and out and n > max(c for c in counts if c):
             fused.append(path)
-    return found, fused
-
-
-def evenness(sites: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, float, int] | None:
-    """(module path, head, its share, the number of heads) where the largest share is most times an
-    even one; None without heads.
-    """
-    known = [(path, site["heads"]) for path, site in sites.items() if any(site.get("heads", ()))]
-    if not known:
-        return None
-    path, shares = max(known, key=lambda one: max(one[1]) * len(one[1]))
-    return path, shares.index(max(shares)), max(shares), len(shares)
+    return heads, fused
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

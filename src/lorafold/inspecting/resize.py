@@ -34,12 +34,12 @@ from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
-    joined,
     load_below,
     lora_of,
     matrix_names,
     put_factors,
     sites,
+    stacked,
     unstacked,
 )
 from lorafold.layers import is_linear, layer_of
@@ -125,17 +125,6 @@ def resize(
 ) -> Resized:
     """Write the best LoRA for a saved adapter: of one rank, or at each site of the smallest rank
     that keeps a share of the energy.
-
-    Args:
-        stack: The adapter, after those that it was trained over, lowest first; the result lies over
-            the same.
-        out: The directory to write.
-        rank: The rank of every site; smaller where an update has a smaller one.
-        energy: Instead of a rank, a share above 0 and at most 1.
-        overwrite: Replace `out` if it exists.
-
-    Raises LorafoldError unless exactly one of rank and energy is given, and for an adapter that has
-    no form in weight space, changes biases with its weights or can't be read.
     """
     check_request(rank, energy)
     check_out(out, overwrite)
@@ -158,7 +147,7 @@ def resize(
             asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
             found.append(svd.factors(asked))
             cuts[name] = len(s[:asked]), _squares(s[asked:]), _squares(s)
-        factors[site.path] = joined(found, site.layer.matrices)
+        factors[site.path] = stacked(found, site.layer.matrices)
     result = resized(cuts, out, {})
     history = {TRAINED_ON: None, **saved.record}
     history = {k: v for k, v in history.items() if k not in (BASE, "lorafold")}
@@ -187,14 +176,6 @@ def extract(
 ) -> Resized:
     """Write the best LoRA for the difference of a fine-tuned model and its base, in the linear
     layers of the blocks. One tensor at a time is in memory.
-
-    Args:
-        tuned: The fine-tuned model.
-        out: The directory to write.
-        rank: The rank of every site.
-        overwrite: Replace `out` if it exists.
-
-    Raises LorafoldError where the models have different modules, or equal weights in those layers.
     """
     check_out(out, overwrite)
     check_kept(out, [base.source.path, tuned.source.path])
@@ -219,7 +200,7 @@ def extract(
         both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
         found = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in both]
         if any(len(a) for _, a in found):
-            factors[path] = joined(found, layers[0].matrices)
+            factors[path] = stacked(found, layers[0].matrices)
     if not factors:
         raise LorafoldError(
             f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
@@ -240,13 +221,7 @@ def extract(
 
 
 def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
-    """The best factors for one matrix, (out, r) and (r, in); r = 0 where nothing changed.
-
-    Args:
-        cuts: Gets the error, if anything changed.
-        name: The name of the matrix.
-        w, tuned: The matrix (out, in) before and after.
-    """
+    """The best factors for one matrix, (out, r) and (r, in); r = 0 where nothing changed."""
     dw = tuned.float() - w.float()
     if not (whole := _squares(dw)):
         return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])

@@ -12,11 +12,11 @@ a time. The base's weights stay in their mapped files until a figure needs one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
+from lorafold.inspecting.result import MatrixFigures
 from lorafold.methods.lora import of_ranks
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.saved import Saved
@@ -68,12 +69,7 @@ class Svd:
 
 
 def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
-    """The names of the matrices at a site.
-
-    Args:
-        path: The site.
-        matrices: Their number, (E,), or () for one, which is called as its site.
-    """
+    """The names of the matrices at a site."""
     return [f"{path}[{e}]" for e in range(matrices[0])] if matrices else [path]
 
 
@@ -82,27 +78,23 @@ def site_of(name: str) -> str:
     return name.partition("[")[0]
 
 
-def of_experts(found: Mapping[str, T]) -> dict[str, list[T]]:
-    """What is known of each matrix of experts, by its site."""
-    by_site = defaultdict[str, list[T]](list)
-    for name, one in found.items():
-        if site_of(name) != name:
-            by_site[site_of(name)].append(one)
-    return dict(by_site)
+def by_site(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the matrices of each site."""
+    found = defaultdict[str, list[str]](list)
+    for name in names:
+        found[site_of(name)].append(name)
+    return dict(found)
 
 
-def largest(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names of the matrices, of the experts of a site that alone which changed most.
+def of_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
+    """The values of the matrices of experts, by their site."""
+    sites = {site: names for site, names in by_site(values).items() if names != [site]}
+    return {site: [values[name] for name in names] for site, names in sites.items()}
 
-    Args:
-        figures: The figures of each matrix by name, with the norm of its update.
-    """
-    found: dict[str, str] = {}
-    for name, of in figures.items():
-        best = found.setdefault(site_of(name), name)
-        if of["norm"] > figures[best]["norm"]:
-            found[site_of(name)] = name
-    return list(found.values())
+
+def largest(figures: Mapping[str, MatrixFigures]) -> list[str]:
+    """The name of one matrix for each site; of experts, the one that changed most."""
+    return [max(names, key=lambda n: figures[n].base.norm) for names in by_site(figures).values()]
 
 
 @dataclass(frozen=True)
@@ -140,21 +132,22 @@ class AdaptedModule:
             and self.delta.fold(self.layer.dense()[0].float(), bias)[1] is not bias
         )
 
+    @torch.no_grad()
     def parts(self) -> Iterator[tuple[str, Svd]]:
-        """Yield the name and the SVD of each matrix's update, computed each time. Raises
-        LorafoldError for an update without a form in weight space.
-        """
-        return zip(self.names, svds_of(self.delta, self.layer, self.path), strict=True)
+        """Yield the name and the SVD of each matrix's update, computed each time."""
+        if (factors := self.delta.factors()) is not None:
+            svds = map(of_factors, *(unstacked(factor.detach()) for factor in factors))
+            return zip(self.names, svds, strict=True)
+        try:
+            changes = unstacked(self.delta.change(self.layer.dense()[0].float()))
+        except NotMergeable as e:
+            raise LorafoldError(f"{self.path}: {e}") from None
+        return zip(self.names, map(of_dense, changes), strict=True)
 
 
 def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
     """The modules with the deltas of the adapter's method, without trained biases, modules to save
     and embeddings of tokens.
-
-    Raises LorafoldError where the method does not change matrices.
-
-    Args:
-        below: The names of the adapters that it lies over, lowest first.
     """
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
@@ -172,37 +165,12 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[str, ...]:
     """Load the adapters below the last of a stack, over the weights that it was trained on, and
     return their names on the model, lowest first.
-
-    Args:
-        model: The base on its files.
-        base: The same, as it was asked for.
-        stack: Adapters, lowest first.
     """
     attach_as_trained(model, base.source, base.storage, stack)
-    over, allowed = stack[:-1], base.allow_other_base
-    names = tuple(f"over{n}" for n, _ in enumerate(over, 1))
-    for name, saved in zip(names, over, strict=True):
-        load(model, saved, name, allow_other_base=allowed)
-    return names
-
-
-@torch.no_grad()
-def svds_of(delta: Delta, layer: Layer, path: str) -> Iterator[Svd]:
-    """The SVD of a delta's update, one for each matrix of the layer.
-
-    Args:
-        delta: From its factors, if it has them.
-        layer: The layer that it changes.
-        path: The module path, for the message of an error.
-
-    Raises LorafoldError for a delta without a form in weight space.
-    """
-    if (factors := delta.factors()) is not None:
-        return map(of_factors, *(unstacked(factor.detach()) for factor in factors))
-    try:
-        return map(of_dense, unstacked(delta.change(layer.dense()[0].float())))
-    except NotMergeable as e:
-        raise LorafoldError(f"{path}: {e}") from None
+    below = {f"over{n}": saved for n, saved in enumerate(stack[:-1], 1)}
+    for name, saved in below.items():
+        load(model, saved, name, allow_other_base=base.allow_other_base)
+    return tuple(below)
 
 
 def unstacked(w: Tensor) -> Sequence[Tensor]:
@@ -210,19 +178,20 @@ def unstacked(w: Tensor) -> Sequence[Tensor]:
     return w.unbind() if w.dim() == 3 else (w,)
 
 
-def joined(found: Sequence[Factors], matrices: Sequence[int]) -> Factors:
+def padded(factors: Factors, rank: int) -> Factors:
+    """The same product, of a higher rank."""
+    up, down = factors
+    return F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2]))
+
+
+def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
     """The factors of a site: of its one matrix, or (E, out, r) and (E, r, in) of several, zero
     beyond a matrix's own rank.
-
-    Args:
-        found: The factors of each matrix.
-        matrices: Their number, (E,), or () for one.
     """
     if not matrices:
-        return found[0]
-    rank = max(len(down) for _, down in found)
-    ups = [F.pad(up, (0, rank - up.shape[1])) for up, _ in found]
-    downs = [F.pad(down, (0, 0, 0, rank - len(down))) for _, down in found]
+        return factors[0]
+    rank = max(len(down) for _, down in factors)
+    ups, downs = zip(*(padded(pair, rank) for pair in factors), strict=True)
     return torch.stack(ups), torch.stack(downs)
 
 
@@ -249,7 +218,7 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
     """The SVD of up @ down, which is never computed."""
     with one_thread():
         u, s, vt = svd_of_product(up, down)
-    return kept(u, s, vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
+    return _significant(u, s, vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
 
 
 @contextmanager
@@ -270,17 +239,10 @@ def of_dense(dw: Tensor) -> Svd:  # (out, in)
     """The SVD of a matrix, where that of a product is (`ops.svd`)."""
     dw = dw.cpu() if dw.device.type == "mps" else dw
     u, s, vt = torch.linalg.svd(dw, full_matrices=False)
-    return kept(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)
+    return _significant(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)
 
 
-def kept(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
-    """The singular values above the rounding error, with their vectors, in fp32.
-
-    Args:
-        u: (out, k).
-        s: (k,), in descending order.
-        v: (in, k).
-        share: The rounding error relative to the largest singular value.
-    """
+def _significant(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
+    """The singular values above the rounding error, with their vectors, in fp32."""
     k = int((s > share * s[0]).sum())
     return Svd(u[:, :k].float(), s[:k].float(), v[:, :k].float())

@@ -87,11 +87,6 @@ class Into:
     def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
         """One sentence: the base that was trained on, and how far from the model that was trained
         are what was written and the adapters over the original weights.
-
-        Args:
-            name: The base.
-            here: What was written, in words.
-            file, other: Both distances; None where they were not measured.
         """
         if self.base is None:
             said = "no record says how it was stored in training (--storage names it)"
@@ -130,18 +125,7 @@ def choose_into(
     base: str = "auto",
     in_files: str | None = None,
 ) -> Into:
-    """The target that was asked for, else trained for a quantized base, else original.
-
-    Args:
-        asked: One of TARGETS, dequantized for trained, or None.
-        adapters: Their records say how the base stored its weights in training.
-        base: The storage of the base in training; auto takes it from the records.
-        in_files: The quantization of the base's files, or None.
-
-    Raises LorafoldError for an unknown target, for adapters that were trained on different
-    storages, for the trained weights where no record has their storage or it can't be made again,
-    and for anything else of a base whose files are quantized.
-    """
+    """The target that was asked for, else trained for a quantized base, else original."""
     known = trained_on(adapters) if base == "auto" else TrainedOn(base)
     given, asked = asked, ALIAS.get(asked or "", asked)
     storage = known.storage if known else "auto"
@@ -183,9 +167,6 @@ def choose_into(
 def check_saved(model: nn.Module, quantization: str) -> None:
     """Raise LorafoldError for a model that can't be saved quantized: transformers has no form for
     quantized experts in files.
-
-    Args:
-        quantization: nf4 or int8.
     """
     found = [
         path

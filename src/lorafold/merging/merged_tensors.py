@@ -55,11 +55,6 @@ KEPT = 4
 def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
     """The parameters by which the module would store a matrix, by name, in fp32 or wider. They are
     new tensors, without values on the meta device; the module is not changed.
-
-    Args:
-        module: A module of any storage.
-        w: W, (out, in).
-        b: The bias, (out,), or None.
     """
     layer = layer_of(module)
     found = {}
@@ -78,11 +73,6 @@ def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Te
 
     Such a vector is not an update of a weight, which rounding could lose. Equal in both tensors, it
     counts neither as update nor as noise in the figures for the others.
-
-    Args:
-        target: The folded weight, (n', k) with n' >= n.
-        original: The weight before, (n, k).
-        values: Indices of the vectors that adapters replace.
     """
     at = torch.tensor(
         [*(i for i in values if i < len(original)), *range(len(original), len(target))],
@@ -100,11 +90,6 @@ def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Te
 class MergedValues:
     """The new values by name, each asked for once.
 
-    Args:
-        plan: what changes.
-        rounding: nearest, stochastic or auto.
-        seed: the seed of stochastic rounding.
-
     Attributes:
         sums: the inner products of the update and its rounding errors, so far.
         rounded: the number of tensors by the way they were rounded, so far.
@@ -116,13 +101,7 @@ class MergedValues:
         self._kept: dict[Conversion, dict[str, Rounded]] = {}
 
     def new_values(self, name: str) -> Tensor | None:
-        """The new values of a tensor, of any shape in its dtype; None if it does not change.
-
-        Raises LorafoldError if a value does not fit the dtype.
-
-        Args:
-            name: the tensor's name in the files.
-        """
+        """The new values of a tensor, of any shape in its dtype; None if it does not change."""
         if (conversion := self.plan.converted.get(name)) is not None:
             result = self._converted(conversion, name)
         elif name in self.plan.changed:
@@ -188,11 +167,6 @@ def before_and_after(
 ) -> tuple[Tensor, Tensor]:
     """A parameter in the module's layout, of any shape, before and after folding: (the value that
     the adapters change, in the module's dtype; the changed value, in fp32 or wider).
-
-    Args:
-        module: With the adapters attached.
-        adapters: Their names, in the order of folding.
-        parameter: weight or bias.
     """
     layer = layer_of(module)
     w, b = layer.dense()
@@ -234,17 +208,7 @@ def execute(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Write the merged model.
-
-    Args:
-        plan: What changes, and in which files.
-        writer: Writes it in a format.
-        rounding: nearest, stochastic or auto.
-        seed: The seed of stochastic rounding.
-        progress: Called as progress(bytes written, bytes in all) after each tensor.
-
-    Raises LorafoldError if a folded value does not fit its dtype, and as the writer does.
-    """
+    """Write the merged model."""
     folding, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
 
     def written(_: str, size: int) -> None:
@@ -260,16 +224,7 @@ def execute(
 
 
 def write_shards(out: Path, plan: MergePlan, values: Values, written: Written) -> None:
-    """Write the merged model as a directory of transformers; a `Writer` but for `out`.
-
-    Args:
-        out: An empty directory.
-        plan: What changes, and in which files.
-        values: The new values of a tensor.
-        written: Called after each tensor.
-
-    Raises LorafoldError if the disk has no room.
-    """
+    """Write the merged model as a directory of transformers; a `Writer` but for `out`."""
     carried = plan.checkpoint.other_files()
     total = plan.weight_bytes
     besides = sum((plan.checkpoint.path / path).stat().st_size for path in carried)

@@ -47,14 +47,6 @@ def untied_config(
     """(content of the config file for a model without ties, the parameters that its files must have
     besides those of the base): all that were tied, but for those that the architecture ties
     whatever its config says.
-
-    Args:
-        config: The content of the base's `config.json`.
-        mapped: The base.
-        apart: The parameters that must not be tied.
-        trust_remote_code: Run Python code that comes with the model.
-
-    Raises LorafoldError where the architecture ties those that must not be.
     """
     written = _without_ties(config)
     written["tie_word_embeddings"] = False
@@ -91,11 +83,6 @@ def with_biases(
     """(content of the config file, entries of added biases by parameter).
 
     The model gets the biases that its files lack, as zeros.
-
-    Args:
-        config: The content of the base's `config.json`.
-        mapped: The base; its model and its entries gain the biases.
-        switches: Fields of the config to set to true, with the modules that each gives a bias.
 
     Raises NotMergeable for a bias whose weight transformers converts on loading, so that the bias
     has no name in the files.
@@ -179,13 +166,6 @@ def plan(
     base: Base, adapters: Sequence[Saved], *, round_trip: str | None = None
 ) -> MergePlan:
     """Attach the adapters to the model and find what they change. Nothing is computed or written.
-
-    Args:
-        adapters: In the order of folding.
-        round_trip: The quantization whose round trip the base's weights make first (`into`).
-
-    Raises LorafoldError for a model or adapter that can't be loaded, and NotMergeable with every
-    reason for which the merge can't be done.
     """
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all: the unchanged ones are copied
     checkpoint, mapped, dequantized = as_plain(checkpoint, mapped_model(checkpoint))
@@ -249,9 +229,6 @@ def _tensors(
 ) -> tuple[dict[str, str], dict[str, Conversion]]:
     """The parameters of the tensors that change, and the conversions, by the names of the tensors.
     What can't be written goes to the problems.
-
-    Args:
-        untied: the parameters that were tied and that the files get, changed or not.
     """
     changed: dict[str, str] = {}
     converted: dict[str, Conversion] = {}
@@ -307,13 +284,7 @@ def _check_dtypes(entries: Sequence[TensorEntry]) -> None:
 
 
 def _check_converted(conversion: Conversion, parameter: str, shape: tuple[int, ...]) -> None:
-    """Raise NotMergeable if the tensors of the files can't take a new value of the parameter.
-
-    Args:
-        conversion: makes the parameter from the tensors.
-        parameter: its name.
-        shape: the shape of its new value.
-    """
+    """Raise NotMergeable if the tensors of the files can't take a new value of the parameter."""
     _check_dtypes(conversion.entries)
     if shape != (own := tuple(conversion.like[parameter].shape)):
         raise NotMergeable(

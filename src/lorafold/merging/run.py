@@ -81,17 +81,7 @@ def compare(
     scratch: Path,
     progress: Told | None = None,
 ) -> list[Gap]:
-    """The gaps between a model and others, which are loaded one after the other.
-
-    Args:
-        adapted, others: Each loads its model.
-        texts: Token ids of the probe texts.
-        scratch: A directory for the first model's logits: 4 bytes for each position and entry of
-            the vocabulary.
-        progress: Called as progress(done, total) after each text of each model.
-
-    Raises LorafoldError if a model's logits are not finite.
-    """
+    """The gaps between a model and others, which are loaded one after the other."""
     done, total = 0, (1 + len(others)) * len(texts)
 
     def told(logits: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -265,9 +255,6 @@ def merge(
 ) -> Merged:
     """Fold saved adapters into their base and write a plain Hugging Face model, as `lf.merge`,
     whose arguments these are.
-
-    Args:
-        base: In the storage on which the adapters were trained; auto takes it from their records.
     """
     check_out(out, wanted.overwrite)
     asked, base = base.storage, base.with_files_for(adapters)
@@ -320,12 +307,7 @@ def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedMo
 
 
 def quantize(plain: Base, quantization: str) -> None:
-    """Replace the weights of a plain model by quantized ones, one tensor at a time.
-
-    Args:
-        plain: The saved model, by its directory.
-        quantization: nf4 or int8.
-    """
+    """Replace the weights of a plain model by quantized ones, one tensor at a time."""
     directory = plain.source.path
     storage = Storage(torch.bfloat16, quantization)
     model = load_model(plain.source, storage)

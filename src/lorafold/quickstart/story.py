@@ -168,7 +168,7 @@ def quickstart(
     adapters = open_all([out / "adapter"])
     found = inspect(Base(MODEL), adapters)
     page(found, out / "adapter.html")
-    for sentence in found["advice"]:
+    for sentence in found.advice:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"all figures: {out / 'adapter.html'}", highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")

@@ -32,7 +32,7 @@ from torch import nn
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import Additive
-from lorafold.inspecting.updates import Factors, Svd, joined, lora_of, site_of, sites
+from lorafold.inspecting.updates import Factors, Svd, lora_of, site_of, sites, stacked
 
 Updates = Mapping[str, Svd]  # by module path
 
@@ -137,17 +137,12 @@ DEFENCES = {
 
 @contextmanager
 def laid(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
-    """A context in which updates lie over the active adapters, as LoRA.
-
-    Args:
-        factors: up (out, r) and down (r, in) by module path, or by the names of all matrices of
-            experts; r = 0 changes nothing.
-    """
+    """A context in which updates lie over the active adapters, as LoRA."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
         sites.setdefault(site_of(name), []).append(pair)
     every = {
-        path: joined(own, () if path in factors else (len(own),)) for path, own in sites.items()
+        path: stacked(own, () if path in factors else (len(own),)) for path, own in sites.items()
     }
     there = {path: pair for path, pair in every.items() if pair[1].shape[-2]}
     if not there:

@@ -96,12 +96,7 @@ def completed(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
 ) -> list[tuple[str, str]]:
-    """Each control with its completion; those without one get the model's own, greedy.
-
-    Args:
-        model: In the state before the tuning.
-        max_new_tokens: The most tokens of a completion.
-    """
+    """Each control with its completion; those without one get the model's own, greedy."""
     open_ended = [prompt.text for prompt in controls if prompt.reference is None]
     own = iter(complete(model, tokenizer, open_ended, max_new_tokens))
     return [(p.text, next(own) if p.reference is None else p.reference) for p in controls]
@@ -115,14 +110,7 @@ def probe_of(
     tokenizer: PreTrainedTokenizerBase,
     benign: Sequence[Example] = (),
 ) -> Probe:
-    """The probe.
-
-    Args:
-        controls: As `completed` gives them.
-        refusal, compliance: The beginnings of either.
-        tokenizer: The model's.
-        benign: Held-out benign rows, as examples.
-    """
+    """The probe."""
     continued = [
         continuation(tokenizer, prompt, text)
         for prompt, text in controls
@@ -149,13 +137,7 @@ def probe_of(
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Example:
-    """A prompt and its continuation, whose tokens alone are labelled.
-
-    Args:
-        tokenizer: The model's.
-        prompt: As the chat template rendered it.
-        text: What follows; it is tokenized by itself, as a model generates it.
-    """
+    """A prompt and its continuation, whose tokens alone are labelled."""
     before, after = tokens_of(tokenizer, prompt), tokens_of(tokenizer, text)
     return Example((*before, *after), (*(NO_LOSS,) * len(before), *after))
 
@@ -166,14 +148,7 @@ def measure(
     probe: Probe,
     before: Iterable[Tensor],
 ) -> State:
-    """Measure the model with the adapters that are active on it.
-
-    Args:
-        model: A causal language model.
-        tokenizer: The model's.
-        probe: What is asked.
-        before: The `distributions` before the tuning, each (n, vocabulary).
-    """
+    """Measure the model with the adapters that are active on it."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
     odds = log_odds(log_probabilities(loss, probe.odds), probe)
     mean = odds.mean().item()
@@ -217,11 +192,6 @@ def refusals(
 ) -> list[bool]:
     """Whether the greedy completion of each prompt begins with a refusal: first of those to be
     refused, then of the controls.
-
-    Args:
-        model: A causal language model.
-        tokenizer: The model's.
-        probe: Has the prompts and the beginnings of a refusal.
     """
     longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
     prompts = [*probe.refuse, *probe.answer]
@@ -271,7 +241,7 @@ Opening = Callable[[Sequence[Saved]], Opened]  # loads the model with these adap
 
 
 class Bench:
-    """A stack on its model. Raises LorafoldError for an adapter that does not fit."""
+    """A stack on its model."""
 
     def __init__(self, task: FragilityTask, stack: AdapterStack, opening: Opening) -> None:
         self.task, self.stack = task, stack
@@ -359,12 +329,7 @@ class Bench:
         return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
 
     def after(self, path: Path, defence: str) -> dict[str, Any]:
-        """The figures of a tuning over the stack, under a defence, by their names in the JSON.
-
-        Args:
-            path: The tuning's adapter.
-            defence: A name in DEFENCES.
-        """
+        """The figures of a tuning over the stack, under a defence, by their names in the JSON."""
         lay = DEFENCES[defence].lay
         if lay is None:
             adapter = self._load(path, TUNED)
@@ -379,12 +344,7 @@ class Bench:
             return self._figures({at: of_factors(*pair) for at, pair in factors.items()})
 
     def alone(self, path: Path, instead: bool) -> dict[str, Any]:
-        """The figures of a finished adapter over the stack, by their names in the JSON.
-
-        Args:
-            path: Its directory.
-            instead: In the place of the stack, and not over it; it then has no overlap.
-        """
+        """The figures of a finished adapter over the stack, by their names in the JSON."""
         with only(self.model, *(() if instead else self.names)):
             adapter = self._load(path, TUNED)
             found = self._figures(None if instead else updates_of(adapter))

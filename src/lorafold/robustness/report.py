@@ -180,15 +180,7 @@ def plot(
     value: Callable[[State], tuple[float, Interval | None]],
     levels: dict[str, float],
 ) -> str:
-    """One figure over the number of examples.
-
-    Args:
-        label: The label of the figure's axis.
-        curves: One for each defence.
-        form: The format of the figure.
-        value: The figure, and its interval.
-        levels: Heights at which a line is drawn, by what they are.
-    """
+    """One figure over the number of examples."""
     means, bands = dict[str, list[float]](), dict[str, list[Interval]]()
     for curve in curves:
         after = [[p.measured for p in points] for points in curve.by_examples.values()]

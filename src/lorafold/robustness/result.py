@@ -63,15 +63,7 @@ class Point:
 def point(
     way: Way, seed: int | None, examples: int | None, stack: Before, stored: dict[str, Any]
 ) -> Point:
-    """A point, from the figures that were kept.
-
-    Args:
-        way: The stack, the defence, the rank and the rate.
-        seed: The seed of the run.
-        examples: How many benign examples it had.
-        stack: The stack's figures.
-        stored: By their names in the JSON.
-    """
+    """A point, from the figures that were kept."""
     after, lies = TypeAdapter(State).validate_python(stored), stored["overlap"]
     kept = stack.kept(after.log_odds)
     return Point(way, seed, examples, kept, after, None if lies is None else Overlap(**lies))
@@ -152,9 +144,6 @@ class Curve:
 def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
     """The k at which a value first falls to a level, on straight lines over log(1 + k); None if it
     does not.
-
-    Args:
-        points: (k, value), with ascending k.
     """
     for (k, above), (more, below) in pairwise(points):
         if above > level >= below:
@@ -184,7 +173,7 @@ class Fragility(ShownInNotebooks):
 
     def under(self, least: float) -> str | None:
         """A line that says that a finished adapter keeps less than this share of what was added, or
-        None if it keeps as much. Raises LorafoldError where the alignment added nothing.
+        None if it keeps as much.
         """
         [one], [stack] = self.points, self.stacks.values()
         odds = (

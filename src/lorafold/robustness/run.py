@@ -37,18 +37,7 @@ def sweep(
     tell: Tell,
     say: Callable[[str], object] = silent,
 ) -> Fragility:
-    """Train every run of the task and measure every point.
-
-    Args:
-        task: What is asked.
-        out: The directory of figures and tunings.
-        opening: Loads the model with adapters over it.
-        tell: Called as tell(what, done, total) after each run and each point.
-        say: Is told for which other workers this one waits.
-
-    Raises LorafoldError, before anything is trained, for anything wrong with the task, its rows and
-    its adapters; and Interrupted after SIGINT or SIGTERM in a run.
-    """
+    """Train every run of the task and measure every point."""
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -150,16 +139,7 @@ class Cells:
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:
-    """Measure one stack before, and with a finished adapter over it.
-
-    Args:
-        task: What is asked; its runs are left out.
-        adapter: The finished adapter.
-        instead: It replaces the stack.
-        opening: Loads the model with adapters over it.
-
-    Raises LorafoldError for anything wrong with the task, its rows and the adapters.
-    """
+    """Measure one stack before, and with a finished adapter over it."""
     check(task)
     [stack] = task.stacks
     bench = Bench(task, stack, opening)
@@ -170,11 +150,7 @@ def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) ->
 
 
 def tune(run: Run, path: Path) -> None:
-    """Train a run; one that was stopped goes on.
-
-    Args:
-        path: The directory of its adapter.
-    """
+    """Train a run; one that was stopped goes on."""
     task = run.task
     request = RunRequest(
         task.base,

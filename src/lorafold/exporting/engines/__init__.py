@@ -49,15 +49,7 @@ ENGINES: dict[str, ExternalEngine] = {
 
 
 def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
-    """What an engine answers.
-
-    Args:
-        name: of the engine, in `ENGINES`.
-        job: what its program needs, as `program` has it, without `out`.
-        python: the Python of the environment that has it; None is this one.
-
-    Raises LorafoldError if the engine can't run or refuses the files, with its own last line.
-    """
+    """What an engine answers."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, out, said = (Path(scratch, n) for n in ("job.json", "theirs.npz", "said.txt"))
         asked.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
