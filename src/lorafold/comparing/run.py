@@ -12,12 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from lorafold.comparing.measure import (
     BASE,
@@ -30,7 +27,7 @@ from lorafold.comparing.measure import (
 from lorafold.data.row_store import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
-from lorafold.files.claims import digest_of, kept, silent, tell_strangers
+from lorafold.files.claims import digest_of, measured, silent, tell_strangers
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
@@ -105,33 +102,25 @@ def compare(
     plan = [(Variant(BASE), seed) for seed in before]
     plan += [(one, seed) for one in asked for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    measures: dict[Path, Callable[[], dict[str, Any]]] = {}
+    cells: dict[Path, Callable[[], Measurement]] = {}
     settings: dict[Path, Mapping[str, Any]] = {}
-    stored = TypeAdapter(Measurement)
-    for one, seed in plan:
-        own = replace(task, recipe=one.of(task.recipe))
-        file = out / "rows" / f"{one.method}-{seed}-{key(own, one.method)}.json"
-        measures[file] = partial(measured_anew, own, one.method, seed)
-        settings[file] = one.settings
-    tell_strangers(measures, say)
-    done = count(1)
+    for variant, seed in plan:
+        cell = replace(task, recipe=variant.of(task.recipe))
+        file = out / "rows" / f"{variant.method}-{seed}-{key(cell, variant.method)}.json"
+        cells[file] = partial(in_own_process, cell, variant.method, seed)
+        settings[file] = variant.settings
+    tell_strangers(cells, say)
+    rows: dict[Path, Measurement] = {}
 
-    def named(file: Path, found: dict[str, Any]) -> Measurement:
-        """With its settings, which the file has not: they may be the recipe's of another call."""
-        return replace(stored.validate_python(found), settings=settings[file])
+    def there(file: Path, row: Measurement) -> None:
+        # the file has no settings: they may be the recipe's of another call
+        rows[file] = replace(row, settings=settings[file])
+        tell(rows[file], len(rows), len(cells))
 
-    def there(file: Path, found: dict[str, Any]) -> None:
-        tell(named(file, found), next(done), len(measures))
-
-    figures = kept(measures, there, say)
-    measurements = [named(file, one) for file, one in zip(measures, figures, strict=True)]
-    write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
+    measured(Measurement, cells, there, say)
+    measurements = [rows[file] for file in cells]
+    write_json(out / "rows.json", {"rows": [asdict(row) for row in measurements]})
     return measurements
-
-
-def measured_anew(task: ComparisonTask, method: str, seed: int) -> dict[str, Any]:
-    """The figures of one method, as a file has them."""
-    return asdict(in_own_process(task, method, seed))
 
 
 def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:

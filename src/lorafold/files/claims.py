@@ -10,8 +10,9 @@ counted by the clock of the one who waits, since clocks of several machines diff
 `SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was in
 that directory when the claim before was given up.
 
-`kept` stores each result in a file of its own, whose name has the digest of everything that it
-depends on: the same call continues where it stopped, and processes share the work.
+`measured` stores the result of each cell of a study in a file of its own, whose name has the digest
+of everything that it depends on: the same call continues where it stopped, and processes share the
+work.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
+from pydantic import TypeAdapter
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object, write_json
@@ -39,7 +42,7 @@ PAUSE = 1.0  # seconds between two looks at what others make
 TOKEN = "token"  # a file in a directory that workers share, and what is in it, in the environment
 VARIABLE = "LORAFOLD_TOKEN"
 DIGITS = 12
-Figures = dict[str, Any]
+Result = TypeVar("Result")  # of a cell
 
 
 def silent(text: str) -> None:
@@ -143,26 +146,27 @@ def _held(claim: SoftFileLease) -> str:
     return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
 
 
-def kept(
-    measures: Mapping[Path, Callable[[], Figures]],
-    done: Callable[[Path, Figures], object] = lambda file, found: None,
+def measured(
+    kind: type[Result],
+    cells: Mapping[Path, Callable[[], Result]],
+    done: Callable[[Path, Result], object] = lambda file, result: None,
     say: Callable[[str], object] = silent,
-) -> list[Figures]:
-    """The figures in each file, in this order; those that are not there are measured first, by this
-    process or by another that is asked for the same.
-
-    Args:
-        measures: What gives the figures of each file.
-        done: Called with each file and its figures, once they are there.
-        say: Is told for whom this process waits.
+) -> dict[Path, Result]:
+    """The result of each cell, a dataclass of this kind, in this order. Those whose file is not
+    there are measured first, by this process or by another that is asked for the same; `done` is
+    called with each as it is there.
     """
-    work = {file: partial(_write, file, measure) for file, measure in measures.items()}
-    shared(work, lambda file: done(file, read_object(file)), say)
-    return [read_object(file) for file in measures]
+    stored, results = TypeAdapter(kind), dict[Path, Result]()
 
+    def there(file: Path) -> None:
+        results[file] = stored.validate_python(read_object(file))
+        done(file, results[file])
 
-def _write(file: Path, measure: Callable[[], Figures]) -> None:
-    write_json(file, measure())
+    def write(file: Path, cell: Callable[[], Any]) -> None:
+        write_json(file, asdict(cell()))
+
+    shared({file: partial(write, file, cell) for file, cell in cells.items()}, there, say)
+    return {file: results[file] for file in cells}
 
 
 def digest_of(value: Any) -> str:

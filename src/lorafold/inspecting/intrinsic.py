@@ -25,7 +25,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import read_object, write_json
-from lorafold.files.claims import TOKEN, Figures, kept, shared, silent
+from lorafold.files.claims import TOKEN, measured, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
@@ -43,6 +43,13 @@ from lorafold.training.request import (
 from lorafold.training.run import train
 
 SEARCH = "search.json"
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The figure of one cell of the search, in nats, as its file has it."""
+
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,8 @@ def search(
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
     losses: dict[str, float] = {}
 
-    def there(file: Path, found: Figures) -> None:
-        losses[file.stem] = float(found["loss"])
+    def there(file: Path, found: HeldOutLoss) -> None:
+        losses[file.stem] = found.loss
         base, full = losses.get("base"), losses.get("full")
         if base is not None and full is not None and full >= base:
             raise LorafoldError(
@@ -130,22 +137,22 @@ def search(
                 " more data"
             )
 
-    def in_subspace(d: int) -> dict[Path, Callable[[], Figures]]:
+    def in_subspace(d: int) -> dict[Path, Callable[[], HeldOutLoss]]:
         options, at = {"dimension": d, **heads}, out / str(d)
         return {at.with_suffix(".json"): lambda: run(request, inside, at, "fastfood", **options)}
 
     low, high = (smallest - 1).bit_length(), largest.bit_length() - 1
-    first: dict[Path, Callable[[], Figures]] = {
+    first: dict[Path, Callable[[], HeldOutLoss]] = {
         out / "base.json": lambda: bare_loss(request, recipe),
         out / "full.json": lambda: run(request, recipe, out / "full", "full"),
     }
-    kept(first | in_subspace(2**high), there, say)
+    measured(HeldOutLoss, first | in_subspace(2**high), there, say)
     base, full = losses["base"], losses["full"]
     points: dict[int, SubspaceRun] = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        kept(in_subspace(d), there, say)
+        measured(HeldOutLoss, in_subspace(d), there, say)
         loss = losses[str(d)]
         points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
         tell(points[d])
@@ -185,8 +192,12 @@ def check(out: Path, identity: dict) -> None:
         )
 
 
-def run(request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float) -> Figures:
-    """The held-out loss at the end of a run, as it is kept; the files of the run are removed."""
+def run(
+    request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float
+) -> HeldOutLoss:
+    """The held-out loss at the end of a run, which is resumed if it has checkpoints; its files are
+    removed.
+    """
     recipe = fitting(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
@@ -202,12 +213,13 @@ def run(request: RunRequest, recipe: Recipe, out: Path, method: str, **options: 
         ) from stop
     shutil.rmtree(out)
     shutil.rmtree(out.with_name(out.name + ".best"), ignore_errors=True)
-    return {"loss": trained.eval_loss}
+    assert trained.eval_loss is not None  # there are held-out rows
+    return HeldOutLoss(trained.eval_loss)
 
 
-def bare_loss(request: RunRequest, recipe: Recipe) -> Figures:
-    """The held-out loss of the base, in nats, as its runs measure it and as it is kept: that of the
-    objective, and with the head that they start from.
+def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
+    """The held-out loss of the base, as its runs measure it: that of the objective, with the head
+    that they start from.
     """
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
@@ -215,4 +227,4 @@ def bare_loss(request: RunRequest, recipe: Recipe) -> Figures:
     _, held_out, _ = tokenized(request, on_day(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
-        return {"loss": objective.measure(loss, held_out).loss}
+        return HeldOutLoss(objective.measure(loss, held_out).loss)

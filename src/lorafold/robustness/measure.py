@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.generation import complete, tokens_of
 from lorafold.inspecting.updates import of_factors
 from lorafold.peft.saved import Saved
-from lorafold.robustness.defences import DEFENCES, Updates, laid, overlap, updates_of
+from lorafold.robustness.defences import DEFENCES, Overlap, Updates, laid, overlap, updates_of
 from lorafold.robustness.task import AdapterStack, FragilityTask
 from lorafold.training.request import rendering_of
 from lorafold.training_step.losses import CompletionLoss
@@ -53,9 +53,6 @@ if TYPE_CHECKING:
 
 GROUP = 8  # texts
 LEADING = 2  # tokens of whitespace before a refusal
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,36 @@ class State:
     control_refusals_interval: Interval
     kl: float
     loss: float | None
+
+
+@dataclass(frozen=True)
+class Before:
+    """The figures of a stack before any tuning, and of the same model without the alignment, or
+    None if it has none.
+    """
+
+    before: State
+    without: State | None
+
+    @property
+    def reference(self) -> float:
+        """The log-odds at which nothing of the alignment is left."""
+        return 0.0 if self.without is None else self.without.log_odds
+
+    def kept(self, log_odds: float) -> float | None:
+        """The share of what the alignment added that is left; None if it added nothing."""
+        added = self.before.log_odds - self.reference
+        return (log_odds - self.reference) / added if added > 0 else None
+
+
+@dataclass(frozen=True)
+class After:
+    """The figures of a stack under a tuning, and where the tuning lies; None where the stack or the
+    adapter has no subspace.
+    """
+
+    measured: State
+    overlap: Overlap | None
 
 
 @dataclass(frozen=True)
@@ -248,7 +275,6 @@ class Bench:
         self.model, tokenizer = opening(stack.adapters)
         self.tokenizer = on_day(tokenizer, task.day)
         self.names = selection_of(self.model).names
-        self._tuning: tuple[Path, Updates | None] | None = None
 
     @cached_property
     def probe(self) -> Probe:
@@ -295,15 +321,13 @@ class Bench:
     def _weights(self) -> Any:
         return self.task.base.weights()
 
-    def before(self) -> dict[str, Any]:
-        """The figures of the stack itself under `before`, and under `without` those of the model
-        without the alignment; None if there is none.
-        """
-        without, found = self.names[:-1], {"before": asdict(self._measured()), "without": None}
-        if self.names:
-            with only(self.model, *without):
-                found["without"] = asdict(self._measured())
-        return found
+    def before(self) -> Before:
+        """The figures of the stack itself, and of the model without the alignment."""
+        before = self._measured()
+        if not self.names:
+            return Before(before, None)
+        with only(self.model, *self.names[:-1]):
+            return Before(before, self._measured())
 
     def _measured(self) -> State:
         return measure(self.model, self.tokenizer, self.probe, self._before or self._anew())
@@ -319,53 +343,37 @@ class Bench:
         found = distributions(self.model, self.probe.controls)
         while True:
             with only(self.model, *self.names):
-                one = next(found, None)
-            if one is None:
+                group = next(found, None)
+            if group is None:
                 return
-            yield one
+            yield group
 
     def _load(self, saved: Path | Saved, name: str) -> Adapter:
         allowed = self.task.base.allow_other_base
         return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
 
-    def after(self, path: Path, defence: str) -> dict[str, Any]:
-        """The figures of a tuning over the stack, under a defence, by their names in the JSON."""
+    def after(self, path: Path, defence: str) -> After:
+        """The figures of a tuning over the stack, under a defence."""
         lay = DEFENCES[defence].lay
         if lay is None:
-            adapter = self._load(path, TUNED)
-            found = self._figures(self._updates(adapter, path))
-            adapter.detach()
-            return found
-        tuning, alignment = self.tuning(path), self.alignment
+            return self.alone(path, False)
+        adapter = self._load(path, TUNED)
+        tuning = updates_of(adapter)
+        adapter.detach()
         assert tuning is not None  # a run trains LoRA
-        assert alignment is not None  # checked
-        factors = lay(tuning, alignment)
+        assert self.alignment is not None  # checked
+        factors = lay(tuning, self.alignment)
         with laid(self.model, factors):
-            return self._figures({at: of_factors(*pair) for at, pair in factors.items()})
+            return self._after({at: of_factors(*pair) for at, pair in factors.items()})
 
-    def alone(self, path: Path, instead: bool) -> dict[str, Any]:
-        """The figures of a finished adapter over the stack, by their names in the JSON."""
+    def alone(self, path: Path, instead: bool) -> After:
+        """The figures of a finished adapter over the stack, or in its place, without an overlap."""
         with only(self.model, *(() if instead else self.names)):
             adapter = self._load(path, TUNED)
-            found = self._figures(None if instead else updates_of(adapter))
+            found = self._after(None if instead else updates_of(adapter))
             adapter.detach()
         return found
 
-    def tuning(self, path: Path) -> Updates | None:
-        """The update of a saved adapter; the last one is kept for its next defence."""
-        if self._tuning is None or self._tuning[0] != path:
-            adapter = self._load(path, TUNED)
-            self._updates(adapter, path)
-            adapter.detach()
-        assert self._tuning is not None
-        return self._tuning[1]
-
-    def _updates(self, adapter: Adapter, path: Path) -> Updates | None:
-        self._tuning = path, updates_of(adapter)
-        return self._tuning[1]
-
-    def _figures(self, tuning: Updates | None) -> dict[str, Any]:
-        """The figures of what is active, and where the tuning lies."""
-        found = asdict(self._measured())
+    def _after(self, tuning: Updates | None) -> After:
         lies = tuning and self.alignment and overlap(tuning, self.alignment)
-        return found | {"overlap": asdict(lies) if lies else None}
+        return After(self._measured(), lies or None)

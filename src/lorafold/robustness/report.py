@@ -21,8 +21,8 @@ from lorafold.files.html_page import document, markdown_table, rendered
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
 from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
 from lorafold.robustness.defences import DEFENCES
-from lorafold.robustness.measure import State
-from lorafold.robustness.result import Before, Curve, Fragility, Point, Way
+from lorafold.robustness.measure import After, Before, State
+from lorafold.robustness.result import Curve, Fragility, Point, Way
 
 FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: value, format
     "log-odds": (lambda p: p.measured.log_odds, "+.2f"),
@@ -69,7 +69,7 @@ def untouched(name: str, stack: Before) -> Iterator[Point]:
     for what, measured in states.items():
         if measured is not None:
             way = Way(name, what, None, None)
-            yield Point(way, None, 0, stack.kept(measured.log_odds), measured, None)
+            yield Point.of(way, None, 0, stack, After(measured, None))
 
 
 HEAD = (*WAY, "examples", *FIGURES)

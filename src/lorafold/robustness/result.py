@@ -18,14 +18,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from statistics import fmean
-from typing import Any, NamedTuple
-
-from pydantic import TypeAdapter
+from typing import Any, NamedTuple, Self
 
 from lorafold.errors import LorafoldError
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.robustness.defences import Overlap
-from lorafold.robustness.measure import State
+from lorafold.robustness.measure import After, Before, State
 
 
 class Way(NamedTuple):
@@ -53,45 +51,19 @@ class Point:
     measured: State
     overlap: Overlap | None
 
+    @classmethod
+    def of(
+        cls, way: Way, seed: int | None, examples: int | None, stack: Before, after: After
+    ) -> Self:
+        """The point of a tuning over a stack."""
+        kept = stack.kept(after.measured.log_odds)
+        return cls(way, seed, examples, kept, after.measured, after.overlap)
+
     def as_json(self) -> dict[str, Any]:
         """All figures, in one object."""
-        ids = {"seed": self.seed, "examples": self.examples, "kept": self.kept}
-        lies = None if self.overlap is None else asdict(self.overlap)
-        return {**self.way._asdict(), **ids, **asdict(self.measured), "overlap": lies}
-
-
-def point(
-    way: Way, seed: int | None, examples: int | None, stack: Before, stored: dict[str, Any]
-) -> Point:
-    """A point, from the figures that were kept."""
-    after, lies = TypeAdapter(State).validate_python(stored), stored["overlap"]
-    kept = stack.kept(after.log_odds)
-    return Point(way, seed, examples, kept, after, None if lies is None else Overlap(**lies))
-
-
-@dataclass(frozen=True)
-class Before:
-    """The figures of a stack before any tuning, and of the same model without the alignment, or
-    None if it has none.
-    """
-
-    before: State
-    without: State | None
-
-    @property
-    def reference(self) -> float:
-        """The log-odds at which nothing of the alignment is left."""
-        return 0.0 if self.without is None else self.without.log_odds
-
-    def kept(self, log_odds: float) -> float | None:
-        """The share of what the alignment added that is left; None if it added nothing."""
-        added = self.before.log_odds - self.reference
-        return (log_odds - self.reference) / added if added > 0 else None
-
-    @staticmethod
-    def of_stored(stored: dict[str, Any]) -> Before:
-        """The figures that a file has."""
-        return TypeAdapter(Before).validate_python(stored)
+        found = asdict(self)
+        way, measured, overlap = (found.pop(name) for name in ("way", "measured", "overlap"))
+        return {**way._asdict(), **found, **measured, "overlap": overlap}
 
 
 @dataclass(frozen=True)

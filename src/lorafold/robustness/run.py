@@ -20,9 +20,9 @@ from rich.console import Console
 
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.files.claims import Figures, digest_of, kept, shared, silent, tell_strangers
-from lorafold.robustness.measure import Bench, Opening
-from lorafold.robustness.result import Before, Fragility, Point, Way, point
+from lorafold.files.claims import digest_of, measured, shared, silent, tell_strangers
+from lorafold.robustness.measure import After, Before, Bench, Opening
+from lorafold.robustness.result import Fragility, Point, Way
 from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
 from lorafold.training.request import RunRequest, rendering_of
 from lorafold.training.run import train
@@ -46,7 +46,7 @@ def sweep(
     runs = [run for stack in task.stacks for run in task.runs(stack)]
     after = [file for run in runs for file in cells.files(run).values()]
     tell_strangers([*measures, *map(cells.tuned, runs), *after], say)
-    before = [Before.of_stored(found) for found in kept(measures, say=say)]
+    before = measured(Before, measures, say=say).values()
     cells.tune_all(runs, counted(tell, len(runs)))
     told = counted(tell, len(after))
     both = [*zip(task.stacks, before, strict=True)]
@@ -78,7 +78,7 @@ class Cells:
         digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
         return self.out / "figures" / f"before-{digest}.json"
 
-    def before_of(self, stack: AdapterStack) -> Figures:
+    def before_of(self, stack: AdapterStack) -> Before:
         """The figures of a stack; all that a run would stumble over later is checked with them."""
         task, bench = self.task, Bench(self.task, stack, self.opening)
         bench.check()
@@ -114,28 +114,27 @@ class Cells:
     ) -> list[Point]:
         """The points of a stack, in the order of its runs; tell after each."""
         bench = cache(partial(Bench, self.task, stack, self.opening))
-        asked = {
+        cells = {
             file: (run, defence)
             for run in self.task.runs(stack)
             for defence, file in self.files(run).items()
         }
 
-        def measured(file: Path) -> Figures:
-            run, defence = asked[file]
+        def after(run: Run, defence: str) -> After:
             return bench().after(self.tuned(run), defence)
 
-        def found(file: Path, stored: Figures) -> Point:
-            run, defence = asked[file]
-            way = Way(stack.name, defence, run.rank, run.lr)
-            return point(way, run.seed, run.examples, before, stored)
+        def there(file: Path, found: After) -> None:
+            run, defence = cells[file]
+            tell(f"{described(run)}, {defence}: log-odds {found.measured.log_odds:+.2f}")
 
-        def there(file: Path, stored: Figures) -> None:
-            run, defence = asked[file]
-            odds = found(file, stored).measured.log_odds
-            tell(f"{described(run)}, {defence}: log-odds {odds:+.2f}")
-
-        measures = {file: partial(measured, file) for file in asked}
-        return [*map(found, asked, kept(measures, there, self.say))]
+        measures = {file: partial(after, *cell) for file, cell in cells.items()}
+        results = measured(After, measures, there, self.say)
+        return [
+            Point.of(
+                Way(stack.name, defence, run.rank, run.lr), run.seed, run.examples, before, found
+            )
+            for (run, defence), found in zip(cells.values(), results.values(), strict=True)
+        ]
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:
@@ -143,10 +142,9 @@ def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) ->
     check(task)
     [stack] = task.stacks
     bench = Bench(task, stack, opening)
-    before = Before.of_stored(bench.before())
-    way = Way(stack.name, "none", None, None)
-    found = point(way, None, None, before, bench.alone(adapter, instead))
-    return Fragility(task.base.name, str(adapter), {stack.name: before}, (found,))
+    before, way = bench.before(), Way(stack.name, "none", None, None)
+    point = Point.of(way, None, None, before, bench.alone(adapter, instead))
+    return Fragility(task.base.name, str(adapter), {stack.name: before}, (point,))
 
 
 def tune(run: Run, path: Path) -> None:
