@@ -1,22 +1,14 @@
-"""One line of the comparison: a method is trained, evaluated and timed.
+"""One cell of a comparison: a method with its settings is trained, evaluated and timed.
 
     quality      held-out loss and exact match; of a policy the reward
     forgetting   KL(base || tuned) and the increase of the loss on text outside the task, both in
                  nats a token
     latency      of prefill and decode at batch 1, as a ratio to the base's: medians over rounds in
                  which base, attached and merged model are timed in turn
-    mergeable    proved: folded in fp32, the model has the logits of the attached one
+    mergeable    verified: merged in fp32, the model has the logits of the attached one
 
-A classifier has neither decode nor forgetting. The caller runs each measurement in a process of its
-own (`comparing.run`), so that peak memory is that of one method.
-
-What is compared: each method, with every combination of the settings that vary.
-
-    variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})
-
-has four of lora and two of ia3, which has no rank.
-
-How long a model takes at batch 1, as a ratio to another's.
+`variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})` has four of lora and two
+of ia3, which has no rank.
 """
 
 from __future__ import annotations
@@ -91,9 +83,9 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
         raise LorafoldError(
             "vary: found epochs beside steps, which are how long a run is; expected one of the two"
         )
-    found: list[Variant] = []
+    found = []
     for method in methods:
-        fitted: list[dict[str, Any]] = []
+        fitted = []
         for values in product(*vary.values()):
             settings = dict(zip(vary, values, strict=True))
             asked = Variant(method, settings).of(recipe)
@@ -123,7 +115,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
     """The values by their field. LorafoldError unless these can vary, and each has values."""
-    found: dict[str, list[Any]] = {}
+    found = {}
     for name, values in vary.items():
         if (whole := name.partition(".")[0]) not in OF_TRAINING:
             instead = {"method": "; name methods", "seed": "; give a number of seeds"}.get(whole)
@@ -356,7 +348,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
     """The recipe of one method; that of the base is a default one, of which nothing is trained."""
-    default: str = Recipe.model_fields["method"].default
+    default = Recipe.model_fields["method"].default
     return fitting(recipe, default if method == BASE else method)
 
 

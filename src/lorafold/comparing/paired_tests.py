@@ -1,21 +1,16 @@
-"""Which method is best, and which ones the held-out rows and the seeds don't tell from it: losses
-or rewards, in pairs of rows.
+"""Which method is best, and which ones the held-out rows and the seeds can't distinguish from it.
 
-    d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i are the summed losses of row i over its n_i
+    d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i: the summed losses of row i over its n_i
                                             tokens, of two methods or of a method and the base; or
-                                            the mean rewards of prompt i, where n_i is 1; both as
-                                            means over S seeds
+                                            the mean rewards of prompt i, n_i = 1; means over S seeds
     var(d) = R + var_s(l_s) / S + var_s(l'_s) / S'
-                                            R is the variance over rows of `evaluation.intervals`,
-                                            l_s the mean loss of a method under seed s
+                                            R: the variance over rows of `evaluation.intervals`,
+                                            l_s: the mean loss of a method under seed s
 
 A hard row is hard for all, so the interval of a difference is narrower than those of the two
-figures. Rows and seeds are crossed, and both are random: another run has other seeds. Their
-variances are added, which counts that of a row under a seed twice, as a crossed bootstrap of rows x
-seeds does too; but they are unbiased for few seeds, and the quantile is Student's with the degrees
-of freedom of Satterthwaite (1946) and Welch (1947). Seeds of two methods count as independent,
-which is cautious where equal seeds vary alike. With one or two seeds, intervals are over rows
-alone, and there is no verdict.
+figures. Variances of rows and seeds are added, which counts that of a row under a seed twice, as a
+crossed bootstrap does; the quantile is Student's with the degrees of freedom of Satterthwaite
+(1946) and Welch (1947). With fewer than SEEDS seeds, intervals are over rows, without a verdict.
 """
 
 from __future__ import annotations

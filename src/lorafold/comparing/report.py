@@ -1,10 +1,6 @@
-"""The comparison as a table of the figures that decide for a terminal, whole as Markdown, and as an
-HTML page with plots that needs no other file.
-
-Each method has one line. Figures of several seeds are shown as the mean (lowest to highest), on a
-terminal as the mean, and what no line has a figure for has no column.
-
-The plots of a comparison: the quality of each method, against what it costs, and latencies.
+"""The report of a comparison: a table of the figures that decide for a terminal, all of them as
+Markdown, and an HTML page with plots. Figures of several seeds are shown as the mean (lowest to
+highest); a column that no line has a figure for is left out.
 """
 
 from __future__ import annotations

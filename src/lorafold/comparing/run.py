@@ -1,20 +1,17 @@
-"""The comparison: every variant and seed is measured, one after the other.
-
-The figures of each are written to `<out>/rows/` as soon as they are measured, under the method, the
-seed and a digest of everything that they depend on. A file that is there is not measured again, so
-the same call continues a comparison that was stopped, and several calls share the work.
+"""The comparison: every variant and seed is a cell, measured one after the other and stored in
+`<out>/rows/` under the method, the seed and a digest of everything that it depends on. So the same
+call continues a comparison that was stopped, and several calls share the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from lorafold.comparing.measure import (
     BASE,
@@ -102,15 +99,15 @@ def compare(
     plan = [(Variant(BASE), seed) for seed in before]
     plan += [(one, seed) for one in asked for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    cells: dict[Path, Callable[[], Measurement]] = {}
-    settings: dict[Path, Mapping[str, Any]] = {}
+    cells = {}
+    settings = {}
     for variant, seed in plan:
         cell = replace(task, recipe=variant.of(task.recipe))
         file = out / "rows" / f"{variant.method}-{seed}-{key(cell, variant.method)}.json"
         cells[file] = partial(in_own_process, cell, variant.method, seed)
         settings[file] = variant.settings
     tell_strangers(cells, say)
-    rows: dict[Path, Measurement] = {}
+    rows = {}
 
     def there(file: Path, row: Measurement) -> None:
         # the file has no settings: they may be the recipe's of another call

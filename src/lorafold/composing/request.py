@@ -115,7 +115,7 @@ class Job:
         made_on = trained_on(adapters) if asked == "auto" else TrainedOn(asked)
         own = any(one.own_tokenizer for one in adapters)
         tokenizer = request.base.tokenizer(adapters) if own else None
-        trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
+        trained = {TRAINED_ON: made_on and made_on.as_json()}
         trained |= self._origin(about["how"])
         adapter.over = ()
         adapter.save(

@@ -1,7 +1,4 @@
-"""`lf.compose`, from adapter directories to adapter directories, with the table of its ways.
-
-    read -> compose, one way after the other -> measure      several ways write to <out>/<way>
-"""
+"""`lf.compose`: adapters are read, composed in one way after the other, and measured."""
 
 from __future__ import annotations
 

@@ -1,41 +1,26 @@
-"""The updates of several adapters by site, read on a base whose weights stay in their files.
+"""The updates of several adapters by site, and the arithmetic that makes them one.
 
-    dW_i (out, in)      the update of adapter i at a site: as factors B_i (out, r_i), A_i (r_i, in)
-                        where it has them, of any method, rank and targets
-
-A site of experts has one such update for each matrix, and each is composed on its own.
-
-The arithmetic at one site: which entries of each update stay, and how the updates become one.
-
+    dW_i (out, in)  the update of adapter i at a site, or at one matrix of experts: factors
+                    B_i (out, r_i), A_i (r_i, in) if it has them
     sum             sum_i w_i dW_i; of factors [w_1 B_1, w_2 B_2 ...] [A_1; A_2 ...], which is exact
     disjoint mean   for each entry, the mean of those w_i dW_i that have the elected sign,
                     sign(sum_i w_i dW_i)                                              (TIES)
-
-    trim            keep the share `density` of the entries, the largest; set the others to 0
+    trim            the largest share `density` of the entries; the others are 0
                     (TIES, magnitude pruning)
-    drop            keep each entry with probability `density` and divide it by `density`; set the
-                    others to 0                                                       (DARE)
+    drop            each entry with probability `density`, divided by it; the others are 0   (DARE)
+
+    way               entries          joined by        weights    rank
+    linear            all              sum              1/n        sum of the adapters', exact
+    task-arithmetic   all              sum              1          sum of the adapters', exact
+    svd               all              sum              1/n        the largest of the adapters'
+    ties              largest fifth    disjoint mean    1          sum of the adapters'
+    dare              random half      sum              1/n        sum of the adapters'
+    dare-ties         random half      disjoint mean    1          sum of the adapters'
+    magnitude         largest fifth    sum              1/n        sum of the adapters'
 
 Task arithmetic: Ilharco et al. 2023, arXiv 2212.04089; TIES: Yadav et al. 2023, arXiv 2306.01708,
-sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. Unlike TIES' paper, which ranks the entries
-of the whole model, `trim` ranks those of one matrix, so that only one dense update is in memory.
-The signs are elected after the updates are weighted, so a negative weight reverses its adapter's
-vote; where the sum is 0 no sign is elected, so A and -A cancel under TIES too.
-
-The ways of composing that are arithmetic, in one table with their defaults.
-
-    way               entries kept         joined by        weights    rank
-    linear            all                  sum              1/n        sum of the adapters', exact
-    task-arithmetic   all                  sum              1          sum of the adapters', exact
-    svd               all                  sum              1/n        the largest of the adapters'
-    ties              largest fifth        disjoint mean    1          sum of the adapters'
-    dare              random half          sum              1/n        sum of the adapters'
-    dare-ties         random half          disjoint mean    1          sum of the adapters'
-    magnitude         largest fifth        sum              1/n        sum of the adapters'
-
-n is the number of adapters; a negative weight of task arithmetic removes a task. `arithmetic` has
-the equations and papers. A fifth is the default of TIES' paper; the other papers choose the share
-for each task.
+sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. TIES' paper ranks the entries of the whole
+model; `trim` ranks those of one matrix, so that one dense update is in memory.
 """
 
 from __future__ import annotations
@@ -108,9 +93,9 @@ class Updates:
         modules = Anatomy.of(self.model).modules
         paths = [path for path, _ in modules if any(path in own for own in by_adapter)]
         numbers = {path: layer_of(module_at(self.model, path)).matrices for path in paths}
-        updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
+        updates: dict[str, Any] = {path: tuple(o.get(path) for o in by_adapter) for path in paths}
         return tuple(
-            ModuleUpdates(path, tuple(matrix_names(path, numbers[path])), tuple(updates[path]))
+            ModuleUpdates(path, tuple(matrix_names(path, numbers[path])), updates[path])
             for path in paths
         )
 
@@ -130,15 +115,11 @@ def read(base: Base, adapters: Sequence[Saved]) -> Updates:
         except LorafoldError as e:
             problems.append(str(e))
             continue
-        strange = {
-            type(part).__name__: at
-            for at, part in attached[-1].parts()
-            if not isinstance(part, Additive)
-        }
-        if strange:
-            found = ", ".join(
-                f"{kind} (at {at or 'the whole model'})" for kind, at in strange.items()
-            )
+        parts = attached[-1].parts()
+        other = {type(part).__name__: at for at, part in parts if not isinstance(part, Additive)}
+        if other:
+            named = (f"{kind} (at {at or 'the whole model'})" for kind, at in other.items())
+            found = ", ".join(named)
             problems.append(
                 f"{saved}: found {found}, expected updates that are added to a weight; this adapter"
                 " can't be composed with others"
@@ -172,8 +153,8 @@ def changes_of(update: Additive) -> list[Change]:
 
 
 # (dW, density, generator) -> dW with entries set to 0
-Kept = Callable[[Tensor, float, torch.Generator], Tensor]
-Joined = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
+Prune = Callable[[Tensor, float, torch.Generator], Tensor]
+Join = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
 
 
 def times(change: Change, weight: float) -> Change:
@@ -249,27 +230,26 @@ class ComposeWay:
     kept.
     """
 
-    joined: Joined
+    join: Join
     mean: bool
     rank: Callable[[Sequence[int]], int] = sum
-    kept: Kept | None = None
+    prune: Prune | None = None
     density: float | None = None
 
     def share(self, asked: float | None) -> float | None:
         """The share of entries to keep: that asked for, or the default; None where all stay."""
-        return None if self.kept is None else asked or self.density
+        return None if self.prune is None else asked or self.density
 
     @torch.no_grad()
     def at(
         self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int
     ) -> Iterator[Change]:
         """Yield the composition of each matrix of a site."""
-        draws = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
+        generators = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
         for _, changes in site.changes():
-            kept = changes
-            if self.kept is not None and density is not None:
-                kept = {i: self.kept(dense(c), density, draws[i]) for i, c in changes.items()}
-            yield self.joined([times(change, weights[i]) for i, change in kept.items()])
+            if (prune := self.prune) is not None and density is not None:
+                changes = {i: prune(dense(c), density, generators[i]) for i, c in changes.items()}
+            yield self.join([times(change, weights[i]) for i, change in changes.items()])
 
 
 def rank_of(update: Additive, path: str) -> int:
@@ -286,8 +266,8 @@ RULES: dict[str, ComposeWay] = {
     "linear": ComposeWay(summed, True),
     "task-arithmetic": ComposeWay(summed, False),
     "svd": ComposeWay(summed, True, max),
-    "ties": ComposeWay(disjoint_mean, False, kept=trim, density=0.2),
-    "dare": ComposeWay(summed, True, kept=drop, density=0.5),
-    "dare-ties": ComposeWay(disjoint_mean, False, kept=drop, density=0.5),
-    "magnitude": ComposeWay(summed, True, kept=trim, density=0.2),
+    "ties": ComposeWay(disjoint_mean, False, prune=trim, density=0.2),
+    "dare": ComposeWay(summed, True, prune=drop, density=0.5),
+    "dare-ties": ComposeWay(disjoint_mean, False, prune=drop, density=0.5),
+    "magnitude": ComposeWay(summed, True, prune=trim, density=0.2),
 }

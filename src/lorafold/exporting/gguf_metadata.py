@@ -1,25 +1,14 @@
-"""What the metadata of a GGUF file says of a model, from its configuration.
+"""The metadata of a GGUF file: the configuration, rotary positions and the tokenizer.
 
-    hidden_size  ->  ARCH.embedding_length          num_experts  ->  ARCH.expert_count      ...
+    hidden_size -> ARCH.embedding_length, num_experts -> ARCH.expert_count, ...
+    llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
+    gpt2      byte-level BPE: tokens, merges, and the name of the rule that splits text: the one of
+              `models.gguf_rules` that gives the same pieces for all `TEXTS`
+    llama     BPE with bytes for unknown characters: tokens with scores, which fall with the rank of
+              the first merge that makes each
 
-An architecture is a row of `ARCHITECTURES`: llama.cpp's name for it, and what llama.cpp takes for
-granted there, which a configuration that says otherwise is refused for. `gguf_rope` has what it
-says of positions.
-
-`add_positions` writes the rotary positions that `models.gguf_rules` reads: llama3 as the tensor
-rope_freqs.weight (dims / 2,), longrope as rope_factors_{long,short}.weight, linear and yarn as
-keys.
-
-A tokenizer as the metadata of a GGUF file has it.
-
-    gpt2      byte-level BPE: tokens, merges, and the name of the rule by which text is split
-    llama     BPE with bytes in place of unknown characters, as SentencePiece learns it: tokens with
-              scores, which fall with the rank of the first merge that makes each
-
-llama.cpp has rules of splitting by name; the one is taken that splits texts as the tokenizer does.
-Rows of the embedding without a token get a filler.
-
-The rule of splitting is the one of `models.gguf_words` that gives the same pieces for all `TEXTS`.
+An architecture is a row of `ARCHITECTURES`: its name in llama.cpp, and what llama.cpp assumes,
+so that other configurations are refused. Rows of the embedding without a token get a filler.
 """
 
 from __future__ import annotations
@@ -172,7 +161,7 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
         The tensors of the file that say more, by name, each (rotated / 2,).
     """
     rope = config.rope_parameters
-    windowed: Mapping[str, Any] = {}  # those of layers with a window, where they have their own
+    windowed = {}  # those of layers with a window, where they have their own
     if "full_attention" in rope:
         rope, windowed = rope["full_attention"], rope.get("sliding_attention", {})
     kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
@@ -387,7 +376,7 @@ def _scores(vocabulary: dict[str, int], merges: Sequence[Sequence[str]], rows: i
 def _add_special(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
 ) -> None:
-    own: Any = tokenizer
+    own = tokenizer
     eos = own.eos_token_id if own.eos_token_id is not None else next(iter(ends), None)
     if eos is None:
         raise LorafoldError("neither tokenizer nor configuration says which token ends a text")

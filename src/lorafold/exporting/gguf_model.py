@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -137,7 +137,7 @@ def write_described(
 
 def described(content: Content, tensors: str) -> Described:
     """What a file says of a model; nothing is computed or written."""
-    config: Any = content.model.config
+    config = content.model.config
     row = architecture_of(config)
     writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.MODEL)

@@ -1,19 +1,11 @@
-"""The tensors of a GGUF file, from the parameters of a model on its files.
+"""The tensors of a GGUF file, from the parameters of a model with adapters merged in, one at a time.
 
     model.layers.0.self_attn.q_proj.weight    ->  blk.0.attn_q.weight, rows interleaved in llama
     model.layers.0.input_layernorm.weight     ->  blk.0.attn_norm.weight, one more in gemma
     ...mlp.experts.gate_up_proj (E, 2 I, H)   ->  blk.0.ffn_gate_exps.weight, ffn_up_exps (E, I, H)
 
-A tied head is not there: llama.cpp takes the embedding.
-
-The parameters of a model with adapters folded in, computed one at a time.
-
-    W' = fold_n(... fold_1(W)) in fp32, rounded by whoever writes it, once
-
-W is what the adapters were trained on, where the round trip (`merging.merge_target`) is attached.
-
-Tied parameters are one, under the first of their names, unless adapters change them in different
-ways: then there are both.
+Merging is in fp32, rounded once by whoever writes. A tied head is left out: llama.cpp takes the
+embedding. Tied parameters are written once, unless adapters change them in different ways.
 """
 
 from __future__ import annotations
@@ -203,7 +195,7 @@ def tensors_of_update(
     line each.
     """
     names = names_of(row, config.num_hidden_layers)
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     problems = []
     tied = bool(config.tie_word_embeddings)
     for path, (up, down) in factors.items():

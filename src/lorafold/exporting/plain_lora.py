@@ -1,16 +1,10 @@
-"""Plain LoRA in PEFT's format: one rank, scale 1, no patterns, every factor as it acts.
+"""Plain LoRA in PEFT's format, which servers read: one rank, scale 1, no patterns.
 
     B (out, r) has every scale in it, alpha = r; smaller ranks are filled with zeros
-
-What engines that serve PEFT's adapters read without exceptions; PiSSA and OLoRA, whose own files
-are for a base that was changed, become the change itself, of twice the rank.
-
-Beside the adapter a server needs the base's name or path, and the chat template if it is not the
-base's.
-
-The best LoRA of a rank for adapters of any method, what it costs, and which rank is enough.
-
     share(r) = KL(adapted, cut to rank r) / KL(adapted, base)      over the proof's prompts, in fp32
+
+PiSSA and OLoRA, whose own files are for a changed base, become the change itself, of twice the
+rank. Adapters of other methods are cut to the best LoRA of a rank.
 """
 
 from __future__ import annotations
@@ -20,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from lorafold.core.attach import only, selection_of
 from lorafold.core.matrices import module_at
@@ -30,7 +23,7 @@ from lorafold.exporting.proof import Ours, divergences, last
 from lorafold.exporting.target import Factors, Progress, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
-from lorafold.inspecting.updates import lora_of
+from lorafold.inspecting.updates import lora_of, padded
 from lorafold.layers import layer_of
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.saved import Saved
@@ -46,19 +39,11 @@ FORM = "a server's plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
 
 
-def of_one_rank(factors: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
-    """The same products, every one of this rank."""
-    return {
-        path: (F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2])))
-        for path, (up, down) in factors.items()
-    }
-
-
 def write_canonical(base: Base, factors: Mapping[str, Factors], out: Path) -> Saved:
     """Write the directory of an adapter over the bare base, and open it."""
     rank = max(down.shape[-2] for _, down in factors.values())
-    model = base.mapped().model
-    adapter = lora_of(model, of_one_rank(factors, rank), NAME)
+    same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
+    adapter = lora_of(base.mapped().model, same_rank, NAME)
     adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return Saved.open(out)
 
@@ -154,9 +139,9 @@ class Cut(ShownInNotebooks):
     rank: int
     error: float
     sites: Mapping[str, float]
-    kl: float | None
-    share: float | None
-    enough: int | None
+    kl: float | None = None
+    share: float | None = None
+    enough: int | None = None
 
     def __str__(self) -> str:
         line = f"cut to rank {self.rank}: {self.error:.2%} of the update's norm is lost"
@@ -179,23 +164,21 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
         raise LorafoldError(f"--as-lora {rank}: found no adapter that changes anything")
     saved = write_canonical(subject.base, update.factors, scratch)
     sites = {name: (lost / whole) ** 0.5 for name, (lost, whole) in update.lost.items() if whole}
-    kl = share = enough = None
+    cut = Cut(rank, update.error, sites)
     if ours is not None:
-        kls, distance = kl_by_rank(ours, subject, sorted({rank, *POWERS}))
-        kl, enough = kls[rank], _enough(kls, distance)
-        share = kl / distance if distance else None
-    cut = Cut(rank, update.error, sites, kl, share, enough)
+        kls, distance = kl_by_rank(ours, subject, [rank, *POWERS])
+        share = kls[rank] / distance if distance else None
+        cut = replace(cut, kl=kls[rank], share=share, enough=_enough(kls, distance))
     return replace(subject, adapters=(saved,), given=subject.adapters), cut
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
     """What to advise where adapters can't be said exactly: the end of a refusal."""
     kls, distance = kl_by_rank(Ours.of(subject, source, progress), subject, POWERS)
-    found = _enough(kls, distance)
-    if found is None:
+    if (rank := _enough(kls, distance)) is None:
         return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of what they change"
-    lost = kls[found] / distance
-    return f"; --as-lora {found} writes the best LoRA, which loses {lost:.2%} of what they change"
+    lost = kls[rank] / distance
+    return f"; --as-lora {rank} writes the best LoRA, which loses {lost:.2%} of what they change"
 
 
 @torch.no_grad()
@@ -203,23 +186,21 @@ def kl_by_rank(
     ours: Ours, subject: Subject, ranks: list[int]
 ) -> tuple[dict[int, float], float]:
     """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
-    largest = max(ranks)
+    largest, kls = max(ranks), {}
     update = update_of(ours.model, selection_of(ours.model).names, largest)
-    factors = of_one_rank(update.factors, largest)
-    found: dict[int, float] = {}
+    factors = {path: padded(pair, largest) for path, pair in update.factors.items()}
     with only(ours.model):
         adapter = lora_of(ours.model, factors, CUT)
-        for rank in sorted(ranks, reverse=True):
+        for rank in sorted({*ranks}, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):
                     factor[..., rank:] = 0
             with only(ours.model, CUT):
                 cut = torch.stack([last(ours.model, ids) for ids in ours.prompts.ids])
-            found[rank] = float(divergences(ours.answers.adapted, cut).mean())
+            kls[rank] = float(divergences(ours.answers.adapted, cut).mean())
         adapter.detach()
-    return found, float(divergences(ours.answers.adapted, ours.answers.base).mean())
+    return kls, float(divergences(ours.answers.adapted, ours.answers.base).mean())
 
 
 def _enough(kls: Mapping[int, float], distance: float) -> int | None:
-    small = [rank for rank in POWERS if rank in kls and kls[rank] < ENOUGH * distance]
-    return min(small, default=None)
+    return min((rank for rank in POWERS if kls[rank] < ENOUGH * distance), default=None)

@@ -1,29 +1,17 @@
-"""There equals here: how far an engine's answers are from lorafold's own in fp32.
+"""The comparison of an engine's answers to the proof's prompts with lorafold's own in fp32.
 
-    p = softmax(ours), q = softmax(theirs), of the token after each prompt, over the vocabulary
+    p = softmax(reference), q = softmax(engine), of the token after each prompt, over the vocabulary
     kl          sum_v p log(p / q) in nats: the mean, and the largest of a prompt
-    distance    the same from ours with the adapters to ours without: what there is to lose
-    share       kl / distance
-    tied        the prompts in which the engine takes another of two experts that are as good as
-                equal (`exchanged`); kl is then from ours with the same experts, measured from ours
+    distance    KL from the reference with adapters to the one without; share = kl / distance
     alone       kl of the two without adapters: how the engine rounds the base
-    changed     the same from theirs with the adapters to theirs without; 0 where the engine took
-                the files and changed nothing
+    changed     KL from the engine with adapters to the engine without; 0 if it ignores the adapter
+    tied        prompts where the engine takes another of two experts that score almost the same
 
-Both sides are normalized here: an engine's own log-probabilities need not sum to one. Where greedy
-texts part, the two likeliest tokens of ours are compared: closer than the largest difference of
-log-probabilities that was measured, they are as good as equal.
+Prompts are rendered and tokenized once, so that an engine is compared on the same tokens. Where
+rounding decides between the last selected expert and the next one, with router weights w, hidden
+state h and gap g,
 
-What a model answers to the proof's prompts: the distribution of the next token, and a greedy
-text.
-
-Prompts are rendered with the chat template and tokenized once, so that an engine is compared on the
-same tokens; whether its own tokenizer makes the same of the texts is a question of its own.
-
-`exchanged` finds tokens whose last selected expert and the next one score almost the same, so that
-rounding decides between them. With router weights w and hidden state h,
-
-    h + (1 + e) g (w_next - w_last) / |w_next - w_last|^2      selects the next expert, g the gap
+    h + (1 + e) g (w_next - w_last) / |w_next - w_last|^2      selects the next expert
 
 The model runs again with one such state moved; if its answer is then the engine's, the engine
 differs in that choice only.

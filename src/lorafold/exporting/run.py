@@ -1,8 +1,6 @@
-"""From a base with adapters to the files of another engine, proved there.
+"""The export of a base with adapters for another engine, verified there.
 
     cut -> check -> write -> prove -> export.json       whole or not at all
-
-Every target by its name.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""What every target has: what it can say, how it is written, which engine proves it.
-
-What adapters add to the matrices of their base, as one pair of factors a site.
+"""What an export target has: what it can represent, how it is written, which engine verifies it.
 
     dW = up @ down     up (*matrices, out, r) with every scale in it, down (*matrices, r, in)
 
-Every method whose change is a product has its factors exactly: LoRA and its starts, VeRA, AdaLoRA,
-a stack of them, their ranks added. Of the others (DoRA, LoHa, LoKr, IA3, whole matrices) the update
-is computed and cut to the best of a rank (Eckart and Young 1936), which is asked for.
+Every method whose change is a product has its factors exactly; several adapters add their ranks. Of
+other methods the update is cut to the best of a rank (Eckart and Young 1936), if one is given.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,8 +86,7 @@ class Update:
 def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
     """What the named adapters change, lowest first; the model stays as it is."""
     factors: dict[str, Factors] = {}
-    dense: dict[str, str] = {}
-    beside: dict[str, str] = {}
+    dense, beside = dict[str, str](), dict[str, str]()
     lost: dict[str, tuple[float, float]] = {}
     for path, module in adapted_modules(model):
         deltas = [*deltas_of(module, names)]
@@ -99,19 +95,19 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
         layer = layer_of(module)
         if other := _beside(layer, deltas):
             beside[path] = other
-            continue
-        pair = _product(deltas)
-        if pair is None and rank is None:
+        elif rank is not None:
+            cut = []
+            matrices = matrix_names(path, layer.matrices)
+            for name, svd in zip(matrices, _svds(layer, deltas), strict=True):
+                squares = svd.s.double().square()
+                lost[name] = float(squares[rank:].sum()), float(squares.sum())
+                cut.append(svd.factors(rank))
+            factors[path] = stacked(cut, layer.matrices)
+        elif pair := _product(deltas):
+            factors[path] = pair
+        else:
             parts = [p for delta in deltas for p in delta.parts() if p.factors() is None]
             dense[path] = ", ".join(sorted({type(part).__name__ for part in parts}))
-        elif rank is None:
-            factors[path] = pair  # type: ignore[assignment]
-        else:
-            svds = (
-                map(of_factors, *map(unstacked, pair)) if pair else _of_change(layer, deltas)
-            )
-            cut = _cut(matrix_names(path, layer.matrices), svds, rank, lost)
-            factors[path] = stacked(cut, layer.matrices)
     return Update(factors, dense, beside, lost)
 
 
@@ -143,39 +139,26 @@ def _product(deltas: Sequence[Delta]) -> Factors | None:
     return torch.cat(ups, -1).float(), torch.cat(downs, -2).float()
 
 
-def _of_change(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
+def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
     """The SVD of what the deltas add to each matrix of the layer."""
+    if pair := _product(deltas):
+        return map(of_factors, *map(unstacked, pair))
     w, b = layer.dense()
-    own = changed = w.float()
+    changed = w.float()
     for delta in deltas:
         changed, b = delta.fold(changed, b)
-    return map(of_dense, unstacked(changed - own))
+    return map(of_dense, unstacked(changed - w.float()))
 
 
-def _cut(
-    names: Sequence[str], svds: Iterable[Svd], rank: int, lost: dict[str, tuple[float, float]]
-) -> list[Factors]:
-    """The best factors of a rank, of each matrix; what that lost goes to `lost`."""
-    found = []
-    for name, svd in zip(names, svds, strict=True):
-        squares = svd.s.double().square()
-        lost[name] = float(squares[rank:].sum()), float(squares.sum())
-        found.append(svd.factors(rank))
-    return found
-
-
-def apart(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
+def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
     """Yield the name and the factors of each matrix that a parameter of experts is."""
     up, down = factors
     if name != GATE_UP:
         yield name, factors
         return
-    if kind in INTERLEAVED:
-        gate, beside = up[:, ::2], up[:, 1::2]
-    else:
-        gate, beside = up.chunk(2, 1)
+    gate, other = (up[:, ::2], up[:, 1::2]) if kind in INTERLEAVED else up.chunk(2, 1)
     yield "gate_proj", (gate, down)
-    yield "up_proj", (beside, down.clone())  # safetensors writes no tensor twice
+    yield "up_proj", (other, down.clone())  # safetensors writes no tensor twice
 
 
 OUT = "{out}"  # stands for the directory of the export

@@ -1,17 +1,10 @@
-"""Exports an adapter as a GGUF file, for llama.cpp and what is built on it.
+"""Exports as GGUF files for llama.cpp and what is built on it: an adapter, or a whole model.
 
     y = W x + B (A x)      every scale is in B, and alpha is 0: llama.cpp multiplies by alpha / r
                            where alpha is another
 
-So each site has the rank and the scale that it has. The proof runs over a base that is written for
-it in F32, in F16 where that would be large, and removed; where the model is a GGUF file, the same
-is asked over that file, and what it differs by is told.
-
-Exports a whole model as one GGUF file, which llama.cpp and all that is built on it take.
-
-Adapters go in folded: a file of its own for the adapter is another target. Types with more than a
-scale a block, such as Q4_K_M, are llama.cpp's own quantizer's work, which is called where it is
-found.
+An adapter is verified over a base that is written for it in F32, or F16 if that would be large, and
+removed. Types with more than a scale a block, such as Q4_K_M, are made by llama.cpp's quantizer.
 """
 
 from __future__ import annotations
@@ -22,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, ClassVar
+from typing import Any
 
 import gguf
 
@@ -46,14 +39,15 @@ FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to
 LARGE = 1 << 30  # weights
 JOB = {"adapter": f"{{out}}/{FILE}"}
+ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
 
 class GgufAdapter(Target):
     """Abstract: an adapter as a file; what differs is how it is used."""
 
-    engine: ClassVar[str | None] = "llamacpp"
-    tensors: ClassVar[tuple[str, ...]] = ("F32", "F16", "BF16", "Q8_0")
-    tolerance: ClassVar[Mapping[str, float | None]] = {"Q8_0": 0.02}
+    engine = "llamacpp"
+    tensors = ("F32", "F16", "BF16", "Q8_0")
+    tolerance = ADAPTER_TOLERANCE
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
@@ -111,7 +105,7 @@ class GgufAdapter(Target):
 class ToGguf(GgufAdapter):
     """For whatever reads such files."""
 
-    name: ClassVar[str] = "gguf"
+    name = "gguf"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (("llama-cli", "-m", base, "--lora", listed_path, *options),)
@@ -122,7 +116,7 @@ class ToLlamaCpp(GgufAdapter):
     adapter all the same, so that scales are said there; --lora-scaled takes no path with a colon.
     """
 
-    name: ClassVar[str] = "llama.cpp"
+    name = "llama.cpp"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (
@@ -179,10 +173,10 @@ def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequenc
 class GgufModel(Target):
     """Abstract: a whole model as a file; what differs is what lies beside it."""
 
-    engine: ClassVar[str | None] = "llamacpp"
-    tensors: ClassVar[tuple[str, ...]] = (*FILE_TYPES, *MIXED)
-    merged: ClassVar[bool] = True
-    tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
+    engine = "llamacpp"
+    tensors = (*FILE_TYPES, *MIXED)
+    merged = True
+    tolerance = TOLERANCE
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if (held := stored_in_files(subject.base.source)) is not None:
@@ -206,7 +200,7 @@ class GgufModel(Target):
 class ToGgufModel(GgufModel):
     """For llama.cpp."""
 
-    name: ClassVar[str] = "gguf-model"
+    name = "gguf-model"
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         file = file_of(subject.tensors)

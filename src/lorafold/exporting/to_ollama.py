@@ -1,22 +1,14 @@
 """Exports a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
-Ollama from 0.34.1 on makes no model of a Modelfile with ADAPTER (ollama#14969), so adapters go in
-folded. Its templates are in Go's language, which has plain chat here: `turns_of` finds what the
-model's template writes around what is said.
-
-Ollama joins all system messages to `.System`, and neighbouring messages of one role to one.
-
-What a chat template writes around the turns of a plain chat, found by rendering.
+Ollama from 0.34.1 on rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged. Its
+templates are in Go's language, so `turns_of` finds what the model's template writes around the
+turns of a plain chat, by rendering probes S, u and a (system, user, assistant):
 
     system given     before S between u a_open a u_open u ... end
     none given       start            u a_open a u_open u ... end
 
-    S, u, a     what the system, the user and the assistant say: probes
-    end         closes the last turn of the user, and opens the assistant's
-
-The marks are read off three renderings, and then every conversation of `CHATS` is rendered by them
-and by the template. Where a template has its system message in the last turn of the user instead of
-the first, it is `late`.
+The marks are read off three renderings; then every conversation of `CHATS` is rendered by them and
+by the template. If a template has its system message in the last turn of the user, it is `late`.
 """
 
 from __future__ import annotations
@@ -25,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
@@ -93,7 +85,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
         if before.startswith(start):
             late = (before.removeprefix(start), between)
             tried.append(Turns(start, late, a_open, u_open, end, late=True))
-    wrong: dict[Turns, str] = {}
+    wrong = {}
     for found in tried:
         wrong[found] = _first_wrong(found, written)
         if not wrong[found]:
@@ -158,7 +150,7 @@ def _first_wrong(found: Turns, written: Callable[[Sequence[Message]], str]) -> s
         if roles.startswith("s") and found.system is None:
             continue
         chat = _chat(roles, SAID[: len(roles)])
-        made: Any = found.text(chat)
+        made = found.text(chat)
         if (own := written(chat)) != made:
             at = next(
                 (n for n, (a, b) in enumerate(zip(own, made, strict=False)) if a != b),
@@ -249,7 +241,7 @@ def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 class ToOllama(GgufModel):
     """A model for Ollama, with adapters folded in."""
 
-    name: ClassVar[str] = "ollama"
+    name = "ollama"
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if found := super().problems(subject):

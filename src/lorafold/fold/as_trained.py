@@ -1,6 +1,5 @@
-"""The weights that adapters were trained on, where the base was quantized in training: its files
-have the original ones, and q(W), the round trip of quantizing W and dequantizing it again, is
-attached beneath the adapters.
+"""The round trip q(W) of quantizing a base's weights and dequantizing them, attached beneath adapters
+that were trained on the quantized base, where the files have the original weights.
 """
 
 from __future__ import annotations

@@ -1,21 +1,11 @@
-"""The plan of what folding will change in a model, made before anything is changed, by folding on
-the meta device.
-
-    plan = plan_fold(model, ["sft"])    every module with a delta of these names is folded once, so
-    plan.shapes, plan.problems          no method and no storage has to be known here
-
-The plan has the parameters that change and their new shapes, the tied weights that stay tied and
-those that can't, the config's switches for added biases, the size of the vocabulary, and all
-problems. It is carried out in memory (`carry_out`), one module at a time, or tensor by tensor
-for a writer (`merging.execute`):
+"""The plan of what folding changes in a model, made by folding every adapted module on the meta
+device, so that no method and no storage has to be known here.
 
     W' = round(fold(W))         summed in fp32, rounded once to the dtype that the module stores
 
-A quantized weight is dequantized, to the dtype that it is computed in. `untie` separates weights
-that several modules share, because a config has one switch for all ties.
-
-Architectures switch biases on in the config (Llama: attention_bias, mlp_bias), each switch for
-several linears. The linears that get a bias only because of the switch get zeros.
+`carry_out` executes it in memory, one module at a time; `merging` tensor by tensor. A quantized
+weight is dequantized. Architectures switch biases on in the config (Llama: attention_bias,
+mlp_bias), each switch for several linears; those that get a bias only by the switch get zeros.
 """
 
 from __future__ import annotations
@@ -78,9 +68,9 @@ def module_of(parameter: str) -> str:
 
 def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     """Plan the folding of the adapters of these names, lowest first; the model is not changed."""
-    problems: list[tuple[str, str]] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    sites: dict[str, tuple[str, str]] = {}
+    problems = []
+    shapes = {}
+    sites = {}
     for path, module in adapted_modules(model):
         # the parameters of a delta in place are the module's own: there is nothing to fold
         if all(delta.in_place for delta in deltas_of(module, names)):
@@ -106,7 +96,8 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     except NotMergeable as e:
         problems.append(("added biases", str(e)))
     try:
-        vocabulary = grown(model, _rows(shapes))
+        rows = {module_of(n): shape[0] for n, shape in shapes.items() if n.endswith("weight")}
+        vocabulary = grown(model, rows)
     except NotMergeable as e:
         problems.append(("new tokens", str(e)))
     return FoldPlan(shapes, sites, together, apart, switches, vocabulary, tuple(problems))
@@ -158,10 +149,6 @@ def _all_alike(model: nn.Module, shared: Sequence[str], names: Sequence[str]) ->
     return all(len(o) == len(first) and all(map(alike, first, o)) for o in others)
 
 
-def _rows(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    return {module_of(n): shape[0] for n, shape in shapes.items() if n.endswith("weight")}
-
-
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
     """The config's switches that give the modules at `paths` a bias, each with all the modules to
     which it gives one.
@@ -172,18 +159,17 @@ def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
         return {}
-    found: Switches = {}
-    left = set(paths)
+    switches, left = {}, set(paths)
     for name, value in config.get_text_config().to_dict().items():
         if value is False and "bias" in name and left & (gained := _gained(model, name)).keys():
-            found[name] = gained
+            switches[name] = gained
             left -= gained.keys()
     if left:
         raise NotMergeable(
             f"{listed(sorted(left))}: the adapter adds a bias, and {type(model).__name__} has"
             " none there, whatever its config says; keep the adapter separate"
         )
-    return found
+    return switches
 
 
 def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
@@ -191,14 +177,9 @@ def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
     setattr(config.get_text_config(), switch, True)
     with torch.device("meta"):
         switched = type(model)._from_config(config)
-    biases = {
-        path: m._parameters["bias"].shape for path, m in switched.named_modules() if has_bias(m)
-    }
-    return {
-        path: biases[path]
-        for path, m in model.named_modules()
-        if path in biases and not has_bias(m)
-    }
+    lacking = {path for path, module in model.named_modules() if not has_bias(module)}
+    modules = [(path, m) for path, m in switched.named_modules() if has_bias(m)]
+    return {path: m._parameters["bias"].shape for path, m in modules if path in lacking}
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -251,32 +232,26 @@ def declare(model: Any, size: int) -> None:
     config.vocab_size = size
 
 
-def untie(model: nn.Module, module: nn.Module) -> None:
-    """Give the module its own copy of a tied weight."""
-    weight: nn.Parameter = bare(module).weight  # type: ignore[assignment]
-    module.weight = _own(weight)
-
-
 def untie_others(model: nn.Module) -> None:
     """Record in the model's config that its weights are not tied, if it says that they are, and
     give every module its own copy of those that still are.
     """
     config = getattr(model, "config", None)
-    parts = [part for part in (config, getattr(config, "text_config", None)) if part is not None]
+    parts = (config, getattr(config, "text_config", None))
     tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
+    for part in tied:
+        part.tie_word_embeddings = False  # type: ignore[union-attr]
     if not tied:
         return
-    for part in tied:
-        part.tie_word_embeddings = False
-    seen: set[int] = set()
+    seen = set()
     for _, module in Anatomy.of(model).modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in seen:
-                setattr(module, name, _own(parameter))
+                setattr(module, name, _copy(parameter))
             seen.add(id(parameter))
 
 
-def _own(parameter: nn.Parameter) -> nn.Parameter:
+def _copy(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
@@ -307,14 +282,14 @@ def carry_out(
         w, b = ahead[path] if path in ahead else _folded(model, path, names)
         module = module_at(model, path)
         if f"{path}.weight" in plan.apart:
-            untie(model, module)
+            module.weight = _copy(bare(module).weight)  # type: ignore[arg-type]
         layer_of(module).dequantize()
         layer_of(module).write(w, b)
     for name, others in plan.together.items():  # a weight that grew is a new parameter
-        kept = bare(module_at(model, module_of(name)))
+        merged = bare(module_at(model, module_of(name)))
         for other in others:
             path, _, leaf = other.rpartition(".")
-            setattr(module_at(model, path), leaf, getattr(kept, leaf))
+            setattr(module_at(model, path), leaf, getattr(merged, leaf))
     if plan.apart:
         untie_others(model)
 

@@ -1,17 +1,12 @@
-"""Round folded weights to the dtype that they are stored in, and measure what that loses.
+"""Rounds folded weights to the dtype that they are stored in, and measures what that loses.
 
     T = W + dW (fp32)  ->  W' in the dtype of W
-
     nearest         drops changes under half a unit in the last place, so small updates are lost
     stochastic      rounds up with the probability of the remainder, so that E[W'] = T (Gupta et al.
                     2015, arXiv 1502.02551)
     auto            nearest if the update survives it, else stochastic
-
     survival        <W' - W, dW> / <dW, dW>     the share of the update that is left, by projection
     noise           |W' - T| / |dW|             the error of rounding relative to the update
-
-A weight stored in fp32 is not rounded. The work is done in chunks, so that temporaries take a few
-times CHUNK elements.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
-"""What a run has shown, from the record of the adapter that it wrote.
+"""The history of a run, from the record of the adapter that it wrote, and what is notable in it.
 
-    found = read_history("policy")
-    found.steps["reward"]           a number for each step, or None
-    found.held_out["reward"]        one for each step of found.held_out["step"]
+    history = read_history("policy")
+    history.steps["reward"]         a number for each step, or None
+    history.held_out["reward"]      one for each step of history.held_out["step"]
 
-Records of earlier versions have losses alone.
-
-What is to be looked at in the figures of a policy's run, said with its numbers.
-
-An end of a run is a tenth of its steps, three at least, so that the noise of a step does not speak.
-Whether something is wrong, only the completions tell.
+Records of earlier versions have losses alone. An end of a run is a tenth of its steps, three at
+least, against noise.
 """
 
 from __future__ import annotations

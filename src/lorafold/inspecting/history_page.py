@@ -1,5 +1,5 @@
 """The page of `lorafold history`: curves over the steps of a run, and the completions of its first
-and its last measure side by side. Completions are anybody's text, and only ever shown as text.
+and its last measure side by side. Completions are untrusted, and only ever shown as text.
 """
 
 from __future__ import annotations

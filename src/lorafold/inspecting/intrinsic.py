@@ -5,9 +5,7 @@ training reaches 90% of the improvement of full training.
 
 Li et al. 2018, arXiv 1804.08838, sec. 2; for fine-tuning Aghajanyan et al. 2021, arXiv 2012.13255,
 whose subspace is used (`methods.fastfood`). The search bisects powers of 2, so the result is exact
-to a factor of 2. It writes the loss of every finished run to a file, and a stopped run resumes from
-its checkpoint, so the same command continues a search that was stopped. Several calls share the
-base, full training and the largest dimension; the bisection has one run at a time.
+to a factor of 2. The loss of every run is stored, so the same command continues a stopped search.
 """
 
 from __future__ import annotations
@@ -125,7 +123,7 @@ def search(
     # the recipe's rate is that of full training, and of heads; a subspace has its own
     inside = recipe.model_copy(update={"lr": None})
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
-    losses: dict[str, float] = {}
+    losses = {}
 
     def there(file: Path, found: HeldOutLoss) -> None:
         losses[file.stem] = found.loss
@@ -148,7 +146,7 @@ def search(
     }
     measured(HeldOutLoss, first | in_subspace(2**high), there, say)
     base, full = losses["base"], losses["full"]
-    points: dict[int, SubspaceRun] = {}
+    points = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent

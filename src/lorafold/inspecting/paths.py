@@ -4,11 +4,8 @@
     base + (1 - t) dW_a + t dW_b    t from 0 to 1: whether a barrier separates two adapters
     barrier                         max over t of L(t) - ((1 - t) L(0) + t L(1)), in nats
 
-The update is scaled, not its factors, so the line is straight for every method that folds: `Mix`
-computes W + sum_i g_i (fold_i(W) - W). Linear mode connectivity: Frankle et al. 2020, arXiv
-1912.05671; the barrier: Entezari et al. 2022, arXiv 2110.06296.
-
-The loss of a model whose adapters change between measurements; the rows are tokenized once.
+The update is scaled, not its factors, so the line is straight for every method that folds. Linear
+mode connectivity: Frankle et al. 2020, arXiv 1912.05671; barrier: Entezari et al. 2022, 2110.06296.
 """
 
 from __future__ import annotations

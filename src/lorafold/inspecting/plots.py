@@ -1,6 +1,4 @@
-"""The plots of the pages on an update and on a run, each with the sentence that says what it shows,
-small enough for several side by side.
-"""
+"""The plots of the pages on an update and on a run, each with a caption."""
 
 from __future__ import annotations
 

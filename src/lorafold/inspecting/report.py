@@ -1,8 +1,5 @@
 """The report of `lorafold inspect`: a table for the terminal, and an HTML page with the advice and
 the figures behind it. Both show only figures that the JSON has too.
-
-The tables of the page: what experts and heads changed, and the tokens and the user's vectors
-that directions read and write.
 """
 
 from __future__ import annotations

@@ -1,28 +1,18 @@
 """The modules that read the residual stream h, with the norm before each, and those that write to
-it. They are found by running a fake model, whatever the modules are called.
+it, found by running a fake model, so that no weights are read.
 
     x = g * h / |h|_rms (+ b)       a module whose input is the output of a norm reads h; its input
                                     direction v is the direction g * v of h
-    x = h                           a module whose input is a block's own input reads h too (in
-                                    models such as OLMo 2, whose norms come after)
-    h + W x                         a module that reads h in neither way, with outputs of h's size,
-                                    writes to h
+    x = h                           a module whose input is a block's own input reads h too (OLMo 2)
+    h + W x                         any other module with outputs of h's size writes to h
 
-Of a module of experts, the first matrices read what the module reads, and the last ones write.
+Residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
-Fake tensors have no values (`lorafold.models.fake`), so the run takes no memory and reads no
-weights. On the residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer
-Circuits".
-
-The attention heads that an update writes to and reads from.
-
-    share of head h = |dW_h|^2 / |dW|^2        dW_h the rows of q, k and v that make head h, or the
+    share of head h = |dW_h|^2 / |dW|^2        dW_h: the rows of q, k and v that make head h, or the
                                                columns of the output projection that read it
 
-An even update has 1 / n at each of n heads. A projection is one of heads where it is part of an
-attention that says how large a head is, and its side away from the residual stream has as many as
-the configuration has of queries, or of keys and values. Fused projections are none of these: which
-of their rows belong to a head is not said anywhere.
+A projection has heads if its attention has `head_dim` and its side away from the residual stream
+has as many as the configuration has of queries, or of keys and values; fused ones have none.
 """
 
 from __future__ import annotations
@@ -72,8 +62,8 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
     config = model.config
     # by a tensor's memory: the norm that computed it, or "" for a block's input, and the tensor, so
     # that its memory isn't used again
-    outputs: dict[int, tuple[str, Tensor]] = {}
-    readers: dict[str, str] = {}
+    outputs = {}
+    readers = {}
     seen: set[str] = set()
     with without_values(), torch.no_grad():
         # in bf16, which mixtures of experts require
@@ -148,7 +138,7 @@ class Heads:
 
     def shares(self, svd: Svd) -> list[float]:
         """The share of the update's energy at each head; all are 0 for an update that is 0."""
-        side: Tensor = svd.u if self.out else svd.v  # (n * size, k)
+        side = svd.u if self.out else svd.v  # (n * size, k)
         energy = ((side * svd.s) ** 2).sum(1).reshape(self.n, self.size).sum(1)
         whole = float(energy.sum())
         return [float(e) / whole if whole else 0.0 for e in energy]

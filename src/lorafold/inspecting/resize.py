@@ -2,12 +2,10 @@
 
     dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in), where U S V^T are the r largest
                 singular values of dW with their vectors
-    error       |dW - B A| / |dW|, the least for any B A (Eckart and Young 1936); |.| the Frobenius
-                norm
+    error       |dW - B A| / |dW|, the least for any B A (Eckart and Young 1936); |.| Frobenius
 
-The result is plain LoRA with scale 1 (alpha = r at every site), whatever the method was. Trained
-biases, modules to save and embeddings of tokens are copied unchanged. Each matrix of experts has
-its own best factors, and those of one site the rank of the largest.
+The result is plain LoRA with scale 1 (alpha = r at every site). Trained biases, modules to save and
+embeddings of tokens are copied unchanged. Each matrix of experts has its own best factors.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ class Resized(ShownInNotebooks):
     def as_json(self) -> dict[str, Any]:
         """All fields."""
         found = asdict(self)
-        losses: dict[str, float] = found.pop("losses")
+        losses = found.pop("losses")
         return found | losses
 
     def __str__(self) -> str:

@@ -1,7 +1,5 @@
-"""Two adapters compared, or the blocks of one: how far they change the same directions.
-
-    similarity    cos(dW_a, dW_b) = <dW_a, dW_b> / (|dW_a| |dW_b|), from singular vectors alone
-    phi(i, j)     the overlap of subspaces (`subspaces`; Hu et al. 2021, arXiv 2106.09685, sec. 7)
+"""How far two adapters, two blocks or two experts change the same directions: cosine and phi
+(`spectra`; Hu et al. 2021, arXiv 2106.09685, sec. 7).
 """
 
 from __future__ import annotations

@@ -1,18 +1,14 @@
-"""The tokens, and the user's own vectors, that a direction of an update reads and writes: those
-with the largest cosine to it. Singular vectors are projected to the vocabulary as in Millidge and
-Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are Highly
-Interpretable".
+"""The tokens, and the user's own vectors, nearest to the directions that an update reads and writes
+(Millidge and Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are
+Highly Interpretable").
 
     W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h
         so g * v is compared with the vectors of the embedding E
     W writes u to the residual stream:                          logits E' (g' * u)
-        so g' * u, with the gain g' of the final norm, is compared with the vectors of the
-        unembedding E'
+        so g' * u, with the gain g' of the final norm, is compared with the unembedding E'
 
-The inputs of the embedding and the outputs of the head are tokens already, so there the entries of
-v and u are shown, which are cosines as v and u have norm 1. A pair u, v is unique only up to a
-common sign, so both ends of a direction are shown: a token on the + side of what is read goes with
-the + side of what is written. The norm's division by |h| and subtraction of the mean are ignored.
+The entries of v at the embedding and of u at the head are tokens already. A pair u, v is unique up
+to a common sign, so both ends are shown. The norm's division by |h| and mean are ignored.
 """
 
 from __future__ import annotations

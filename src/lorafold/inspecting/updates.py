@@ -2,11 +2,9 @@
 
     dW = U S V^T       U (out, k), S (k,) in descending order, V (in, k)
 
-The matrices of experts are taken one by one: that of expert 3 is called `...gate_up_proj[3]`.
-
-A product of factors is decomposed from its factors (`ops.svd.svd_of_product`), which takes O((out +
-in) r^2) instead of O(out in min(out, in)). Other updates are built as dense matrices, one module at
-a time. The base's weights stay in their mapped files until a figure needs one.
+The matrices of experts are taken one by one, as in `...gate_up_proj[3]`. A product is decomposed
+from its factors (`ops.svd.svd_of_product`), in O((out + in) r^2); other updates are built as dense
+matrices. The base's weights stay in their mapped files until a figure needs one.
 """
 
 from __future__ import annotations

@@ -1,17 +1,13 @@
-"""The weights that an adapter is folded into, where its base was quantized in training. q is the
-round trip: it quantizes W and dequantizes it again.
+"""The weights that an adapter is merged into, if its base was quantized in training. q is the round
+trip: it quantizes W and dequantizes it again.
 
-    trained         q(W) + dW           the weights that the adapter was trained on, dequantized to
-                                        16 bits; `dequantized` is an alias
-    original        W + dW              the weights before quantization, on which the adapter was
-                                        not trained
+    trained         q(W) + dW           the weights that the adapter was trained on, in 16 bits
+    original        W + dW              the weights before quantization
     nf4, int8       q(W + dW)           quantized again: small, but rounded once more
 
-nf4 and int8 start from the original weights. The values of q(W) are levels of the quantization
-already, and quantizing them again would round away every change of less than half a level
-(measured: an adapter with 99% exact match fell to 0%). An adapter whose base was not quantized is
-folded into the original weights, and the result may be quantized. A model whose files are quantized
-has no original weights: its own, dequantized, are the only target.
+nf4 and int8 start from the original weights: quantizing q(W) again would round away every change of
+less than half a level (measured: an adapter with 99% exact match fell to 0%). A model whose files
+are quantized has no original weights; its own, dequantized, are the only target.
 """
 
 from __future__ import annotations

@@ -1,26 +1,13 @@
-"""The new values of a checkpoint's tensors: folded, and rounded to their dtypes.
+"""The new values of a checkpoint's tensors, merged and rounded one tensor at a time, and their writer.
 
     W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
 
-A parameter that transformers computes from several tensors of the files is folded once for all of
-them: computed, folded, converted back, and each tensor rounded as its own. Those that are not
-written yet are kept, rounded, for at most KEPT parameters, since the tensors of a block's experts
-lie side by side in files but those of its parameters alternate; a file that has them in another
-order costs time, as what was given up is folded again.
+A parameter that transformers computes from several tensors is folded once for all of them. Those
+that are not written yet stay in memory, rounded, for at most CACHED parameters: the tensors of a
+block's experts lie side by side in files, but those of its parameters alternate.
 
-Carries out the plan of a merge: folds tensor by tensor, for a writer of any format.
-
-    folded = execute(planned, partial(write_shards, out))
-
-Memory: the adapters, and at most three times the largest changed tensor in fp32, whatever the size
-of the model; where transformers computes a parameter from several tensors (`folding`), three and a
-half times that parameter, and the rounded tensors that are not written yet.
-
-Write a checkpoint with adapters folded in, one tensor at a time to safetensors files.
-
-Tensors that no adapter changes are copied byte for byte; names, dtypes and the division into files
-stay. Where two modules share a weight and adapters change only one of them, each module gets its
-own.
+Memory: the adapters, and at most three times the largest changed tensor in fp32. Unchanged tensors
+are copied byte for byte; names, dtypes and the division into files stay.
 """
 
 from __future__ import annotations
@@ -48,7 +35,7 @@ from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import INDEX, write_container
 
 # two parameters of a block's experts, and two whose tensors are divided between two files
-KEPT = 4
+CACHED = 4
 
 
 @torch.no_grad()
@@ -57,14 +44,14 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
     new tensors, without values on the meta device; the module is not changed.
     """
     layer = layer_of(module)
-    found = {}
+    stored = {}
     for name, value in layer.plain().encode(w, b).items():
         own = value if layer.quantized else layer.parameter(name)
         dtype = (layer.parameter("weight") if own is None else own).dtype
-        found[name] = torch.empty(
+        stored[name] = torch.empty(
             value.shape, dtype=torch.promote_types(dtype, torch.float32), device=value.device
         ).copy_(value)
-    return found
+    return stored
 
 
 def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -98,7 +85,7 @@ class MergedValues:
     def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
         self.sums, self.rounded = Sums(), Counter[str]()
-        self._kept: dict[Conversion, dict[str, Rounded]] = {}
+        self._cache: dict[Conversion, dict[str, Rounded]] = {}
 
     def new_values(self, name: str) -> Tensor | None:
         """The new values of a tensor, of any shape in its dtype; None if it does not change."""
@@ -135,14 +122,14 @@ class MergedValues:
             raise LorafoldError(f"{name}: {e}") from None
 
     def _converted(self, conversion: Conversion, name: str) -> Rounded:
-        kept = self._kept.pop(conversion, {})
-        if name not in kept:
-            while len(self._kept) >= KEPT:
-                del self._kept[next(iter(self._kept))]  # the one used least recently
-            kept = self._all(conversion)
-        result = kept.pop(name)
-        if kept:
-            self._kept[conversion] = kept
+        tensors = self._cache.pop(conversion, {})
+        if name not in tensors:
+            while len(self._cache) >= CACHED:
+                del self._cache[next(iter(self._cache))]  # the one used least recently
+            tensors = self._all(conversion)
+        result = tensors.pop(name)
+        if tensors:
+            self._cache[conversion] = tensors
         return result
 
     @torch.no_grad()
@@ -206,21 +193,20 @@ def execute(
     writer: Writer,
     rounding: Rounding = "auto",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> MergeResult:
     """Write the merged model."""
-    folding, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
+    values, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
 
     def written(_: str, size: int) -> None:
         nonlocal done
         done += size
-        if progress is not None:
-            progress(done, total)
+        progress(done, total)
 
-    writer(plan, folding.new_values, written)
+    writer(plan, values.new_values, written)
     biases = tuple(name for name, like in plan.added.items() if like.name == name)
     untied = tuple(name for name in plan.added if name not in biases)
-    return MergeResult(folding.sums, dict(folding.rounded), untied, biases, plan.vocabulary)
+    return MergeResult(values.sums, dict(values.rounded), untied, biases, plan.vocabulary)
 
 
 def write_shards(out: Path, plan: MergePlan, values: Values, written: Written) -> None:

@@ -1,11 +1,6 @@
 """The plan of a merge, made before anything is written: which tensors of which files change, how
-the config changes, and every reason for which the merge can't be done.
-
-The ordinary loader attaches the adapters to the model, whose weights stay in their files.
-`fold.plan` says which parameters change; this module translates that to tensors of files.
-
-The `config.json` of a merged model: biases that folding added, weights that are no longer
-shared, a vocabulary that grew.
+`config.json` changes, and every reason why the merge can't be done. `fold.plan` says which
+parameters change; this module translates that to tensors of files.
 """
 
 from __future__ import annotations
@@ -48,8 +43,7 @@ def untied_config(
     besides those of the base): all that were tied, but for those that the architecture ties
     whatever its config says.
     """
-    written = _without_ties(config)
-    written["tie_word_embeddings"] = False
+    written = _without_ties(config, True)
     loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
     still = tied_parameters(build(loose, trust_remote_code))
     if wrong := sorted(still.keys() & set(apart)):
@@ -57,24 +51,30 @@ def untied_config(
             f"{', '.join(wrong)}: the architecture shares these weights whatever its config"
             " says, so they can't be untied"
         )
-    had = {*mapped.entries, *mapped.converted}
-    lacking: list[str] = []
+    there, lacking = {*mapped.entries, *mapped.converted}, []
     for name in mapped.tied:
-        if not any(n in had or n in lacking for n in (name, *still.get(name, ()))):
+        if there.isdisjoint(names := (name, *still.get(name, ()))):
             lacking.append(name)
+            there.update(names[:1])
     return written, lacking
 
 
-def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
-    """The content without ties in its parts, such as that of the language model."""
-    found = {
-        key: _without_ties(value) if isinstance(value, dict) else value
+def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
+    """The content without ties, in its parts too; `declare` says so where nothing was said."""
+    written = {
+        key: _without_ties(value, key == "text_config") if isinstance(value, dict) else value
         for key, value in config.items()
     }
-    nested = {key: {**found[key], "tie_word_embeddings": False} for key in ("text_config",)
-              if isinstance(found.get(key), dict)}  # fmt: skip
-    own = {"tie_word_embeddings": False} if "tie_word_embeddings" in config else {}
-    return {**found, **nested, **own}
+    if declare or "tie_word_embeddings" in config:
+        written["tie_word_embeddings"] = False
+    return written
+
+
+def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with these values for the language model."""
+    if "text_config" not in config:
+        return {**config, **values}
+    return {**config, "text_config": {**config["text_config"], **values}}
 
 
 def with_biases(
@@ -89,7 +89,7 @@ def with_biases(
     """
     model = mapped.model
     switch_on(model, switches)
-    found = {}
+    entries = {}
     for path in chain(*switches.values()):
         if (like := mapped.entries.get(f"{path}.weight")) is None:
             raise NotMergeable(
@@ -98,22 +98,17 @@ def with_biases(
             )
         bias: Any = model.get_submodule(path)._parameters["bias"]
         name = like.name.removesuffix("weight") + "bias"
-        found[f"{path}.bias"] = replace(
+        entries[f"{path}.bias"] = replace(
             like, name=name, shape=tuple(bias.shape), size=bias.nbytes
         )
-    mapped.entries.update(found)
-    on = dict.fromkeys(switches, True)
-    if "text_config" not in config:
-        return {**config, **on}, found
-    return {**config, "text_config": {**config["text_config"], **on}}, found
+    mapped.entries.update(entries)
+    return _of_language_model(config, dict.fromkeys(switches, True)), entries
 
 
 def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The config file's content for a model with a vocabulary of this size."""
-    if "text_config" not in config:
-        return {**config, "vocab_size": size}
-    top = {"vocab_size": size} if "vocab_size" in config else {}
-    return {**config, **top, "text_config": {**config["text_config"], "vocab_size": size}}
+    written = _of_language_model(config, {"vocab_size": size})
+    return written | ({"vocab_size": size} if "vocab_size" in config else {})
 
 
 Problems = dict[str, list[str]]  # paths by reason
@@ -173,12 +168,12 @@ def plan(
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
-    laid = [
+    loaded = [
         load(mapped.model, saved, name, allow_other_base=base.allow_other_base)
         for name, saved in zip(names, adapters, strict=True)
     ]
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
-    problems: Problems = defaultdict(list)
+    problems = defaultdict(list)
     for path, reason in planned.problems:
         problems[reason].append(path)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
@@ -200,8 +195,8 @@ def plan(
     if not (changed or converted or problems):
         problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
-        told = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
-        raise NotMergeable(listed(told, "; "))
+        reasons = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
+        raise NotMergeable(listed(reasons, "; "))
     zeros = {
         entry.name: mapped.model.get_parameter(name).data
         for name, entry in biases.items()
@@ -220,7 +215,7 @@ def plan(
         planned.sites,
         {name: planned.shapes[parameter] for name, parameter in changed.items()},
         planned.vocabulary,
-        tuple(one.other_base for one in laid if one.other_base),
+        tuple(one.other_base for one in loaded if one.other_base),
     )
 
 
@@ -230,7 +225,7 @@ def _tensors(
     """The parameters of the tensors that change, and the conversions, by the names of the tensors.
     What can't be written goes to the problems.
     """
-    changed: dict[str, str] = {}
+    changed = {}
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter, shape in planned.shapes.items():

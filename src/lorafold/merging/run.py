@@ -1,10 +1,5 @@
-"""From a base and adapters to a plain Hugging Face directory with a certificate.
-
-    plan -> fold -> certify      folding keeps one tensor in memory, the certificate one model
-
-The certificate of a merge: how far the merged model's output is from that of base plus adapters,
-measured on probe texts, both computed in fp32. Base plus adapters is the base as it was stored in
-training.
+"""The merge of adapters into their base, to a plain Hugging Face directory with a report of the
+deviation from base plus adapters, computed in fp32 on probe texts.
 
     p = softmax(adapted(text)), q = softmax(merged(text)),     at every position of every text
     kl                  mean of sum_v p log(p / q)      (nats)
@@ -12,7 +7,7 @@ training.
     relative_logit_gap  |adapted - merged| / |adapted|  (Frobenius)
     argmax_agreement    share of positions at which both choose the same token
 
-One model at a time is in memory; the logits of the first one are kept in a file.
+One model at a time is in memory; the logits of the first one are in a file.
 """
 
 from __future__ import annotations
@@ -23,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
@@ -50,10 +46,7 @@ from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Told = Callable[[int, int], None]  # texts done, texts in all
+ReportProgress = Callable[[int, int], None]  # texts done, texts in all
 
 
 @dataclass(frozen=True)
@@ -79,36 +72,33 @@ def compare(
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
-    progress: Told | None = None,
+    progress: ReportProgress = lambda done, total: None,
 ) -> list[Gap]:
     """The gaps between a model and others, which are loaded one after the other."""
-    done, total = 0, (1 + len(others)) * len(texts)
+    done, total = count(1), (1 + len(others)) * len(texts)
 
-    def told(logits: Iterator[Tensor]) -> Iterator[Tensor]:
-        nonlocal done
-        for one in logits:
-            yield one
-            done += 1
-            if progress is not None:
-                progress(done, total)
+    def counted(logits: Iterator[Tensor]) -> Iterator[Tensor]:
+        for of_text in logits:
+            yield of_text
+            progress(next(done), total)
 
-    with tempfile.TemporaryFile(dir=scratch) as kept:
-        for logits in told(_logits(adapted, texts)):
-            kept.write(logits.numpy().data)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        for logits in counted(_logits(adapted, texts)):
+            file.write(logits.numpy().data)
         gaps = []
         for other in others:
-            kept.seek(0)
-            gaps.append(_gap(kept, told(_logits(other, texts))))
+            file.seek(0)
+            gaps.append(_gap(file, counted(_logits(other, texts))))
         return gaps
 
 
-def _gap(kept: BinaryIO, others: Iterator[Tensor]) -> Gap:
+def _gap(file: BinaryIO, others: Iterator[Tensor]) -> Gap:
     """The gap between the logits in a file and others, (T, vocabulary) for each text."""
     kl = gap = squares = total = 0.0
     agreed = positions = 0
     for logits in others:
         data = bytearray(4 * logits.numel())
-        kept.readinto(data)  # type: ignore[attr-defined]
+        file.readinto(data)  # type: ignore[attr-defined]
         before = torch.frombuffer(data, dtype=torch.float32).view(logits.shape)
         p, q = before.double().log_softmax(-1), logits.double().log_softmax(-1)
         kl += (p.exp() * (p - q)).sum().item()
@@ -220,18 +210,15 @@ class Merged(ShownInNotebooks):
             for way, count in self.folded.rounded.items()
         )
         sums = self.folded.sums
-        lines = [f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})"]
-        lines.append(
+        lines = [
+            f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})",
             f"  {sums.survival:.2%} of the update survives; the noise that rounding added is"
-            f" {sums.noise:.2%} of its norm{', before quantization' * bool(self.into.quantized)}"
-        )
+            f" {sums.noise:.2%} of its norm{', before quantization' * bool(self.into.quantized)}",
+        ]
         if untied := self.folded.untied:
-            lines.append(
-                f"  weights are no longer shared: {listed(untied)}"
-                f" {'was' if len(untied) == 1 else 'were'} added"
-            )
-        if self.folded.biases:
-            n = len(self.folded.biases)
+            were = "was" if len(untied) == 1 else "were"
+            lines.append(f"  weights are no longer shared: {listed(untied)} {were} added")
+        if n := len(self.folded.biases):
             added = "1 bias was" if n == 1 else f"{n} biases were"
             lines.append(f"  {added} added and enabled in config.json")
         if self.folded.vocabulary:
@@ -282,7 +269,7 @@ def merge(
         gap = from_original = None
         if wanted.certificate:
             merged = replace(merged, storage=target.quantized or "fp32", dtype="fp32")
-            after: list[Callable[[], PreTrainedModel]] = [merged.load]
+            after = [merged.load]
             if target.trained_on and not target.in_files:
                 after.append(partial(adapted, base, adapters, "fp32"))
             before = partial(adapted, base, adapters, target.stored)
@@ -299,18 +286,16 @@ def merge(
 def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedModel:
     """The base in a storage, computed in fp32, with the adapters."""
     base = replace(base.stored(storage), dtype="fp32")
-    model, weights = base.load(), base.weights()
+    model, weights, other = base.load(), base.weights(), base.allow_other_base
     for i, saved in enumerate(adapters):
-        name, other = f"adapter{i}", base.allow_other_base
-        load(model, saved, name, allow_other_base=other, base=weights)
+        load(model, saved, f"adapter{i}", allow_other_base=other, base=weights)
     return model
 
 
 def quantize(plain: Base, quantization: str) -> None:
     """Replace the weights of a plain model by quantized ones, one tensor at a time."""
     directory = plain.source.path
-    storage = Storage(torch.bfloat16, quantization)
-    model = load_model(plain.source, storage)
+    model = load_model(plain.source, Storage(torch.bfloat16, quantization))
     for file in directory.glob("*.safetensors*"):
         file.unlink()
     with loading(f"the model quantized to {quantization}"):

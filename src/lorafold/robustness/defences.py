@@ -1,24 +1,16 @@
-"""What may keep a behaviour when a model is tuned further: one line each.
-
-    lay: (tuning's updates, alignment's updates) -> factors of what is laid over the stack
-    mixed: whether as many refusals as benign examples are among the examples
-
-A defence without `lay` leaves the tuning as it was trained. To add one, add a line to DEFENCES.
-
-Where a tuning lies: the share of its energy in the directions of the alignment's update.
+"""What may preserve a behaviour when a model is tuned further, and where a tuning lies: the share of
+its energy in the directions of the alignment's update.
 
     dW (out, in)        the tuning's update at a site; U (out, r), V (in, r) the singular vectors of
                         the alignment's
     written             sum |U^T dW|^2 / sum |dW|^2, over the sites
     read                sum |dW V|^2 / sum |dW|^2
-    by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in: what random directions
-                        of the alignment's rank would have on average
+    by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in
     off                 (I - U U^T) dW (I - V V^T), exact in the factors of dW
 
-|.| is the Frobenius norm. Sites weigh by the tuning's energy, directions within one too, so that a
-direction in which almost nothing changes counts for almost nothing (which phi, the overlap of whole
-subspaces, does not do; Hu et al. 2021, arXiv 2106.09685, sec. 7). A site that the alignment does
-not change has r = 0.
+Sites weigh by the tuning's energy, so that a direction in which almost nothing changes counts for
+almost nothing, unlike in phi (Hu et al. 2021, arXiv 2106.09685, sec. 7). A site that the alignment
+does not change has r = 0.
 """
 
 from __future__ import annotations

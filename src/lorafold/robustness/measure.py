@@ -1,22 +1,15 @@
-"""What a model does with prompts that it shall refuse, and with those that it shall not.
+"""What a model does with prompts that it shall refuse, and with controls.
 
     log-odds      log sum_r p(r | x) - log sum_c p(c | x), over the beginnings r of a refusal and c
-                  of compliance, as a mean over the prompts x; p(r | x) is the product of its
-                  tokens' probabilities
+                  of compliance, as a mean over the prompts x
     refusals      the share of greedy completions that begin with an r, case and the kind of
                   apostrophe aside; Wilson's interval
     KL            KL(before || after) of the next token, over the completions of the controls, in
                   nats a token
     loss          held-out loss on the benign rows, in nats a token
 
-Log-odds say how far a model is from changing its mind where the greedy completion does not change
-yet. Beginnings are fixed and few, so no completion has to be judged, and none is kept.
-
-A stack on a loaded model, on which states are measured one after the other.
-
-    bench.before()              the stack itself
-    bench.after(path, name)     with a tuning over it, under a defence
-    bench.alone(path, instead)  with a finished adapter over it, or in its place
+Log-odds show how far a model is from changing its mind while the greedy completion does not change
+yet. Beginnings are fixed, so no completion has to be judged, and none is stored.
 """
 
 from __future__ import annotations
@@ -257,7 +250,7 @@ def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterat
         inputs = loss.collate(ordered[i : i + GROUP], loss.device)
         chosen = inputs.pop("labels") != NO_LOSS  # (B, T)
         with evaluating(model):
-            logits: Tensor = model(**inputs, use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
         yield logits[chosen].float().log_softmax(-1)
 
 

@@ -1,8 +1,6 @@
-"""The curves as a table of the figures that decide for a terminal, whole as Markdown, and as an
-HTML page that needs no other file.
-
-A line is one way of tuning, at its most examples; the page has a line for every number of examples
-too. Figures of several seeds are shown as the mean (lowest to highest), on a terminal as the mean.
+"""The report of a fragility study: a table of the figures that decide for a terminal, all of them as
+Markdown, and an HTML page. A line is one way of tuning, at its most examples; figures of several
+seeds are shown as the mean (lowest to highest).
 """
 
 from __future__ import annotations

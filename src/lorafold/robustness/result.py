@@ -1,14 +1,10 @@
-"""What was measured: the stacks before, every point after, and the curves over the number of benign
-examples.
+"""The result of a fragility study: the stacks before, every point after, and the curves over the
+number of benign examples.
 
     kept        (after - without) / (before - without), of the log-odds of refusal; without is the
-                same model without the alignment, or 0 where no adapter holds it. 1 is unchanged, 0
-                is as if there had been no alignment
+                same model without the alignment, or 0 where no adapter holds it: 1 is unchanged
     halved at   the number of examples at which kept falls to 1/2, on the straight line between two
                 measured points over log(1 + k), from k = 0
-
-Log-odds themselves have no natural zero, since a longer beginning is less likely than a short one;
-what the alignment added to them has.
 """
 
 from __future__ import annotations

@@ -1,11 +1,6 @@
-"""The sweep: every run is trained over its stack, and every point is measured.
-
-    check -> the stacks before -> the runs -> the points
-
-The model is loaded once to measure a stack before anything is trained, and once more for its
-points; no two models are in memory at a time. Figures are in `<out>/figures`, tunings in
-`<out>/tuned`, each as soon as it is there, so the same call continues what was stopped, and several
-calls share the work. A tuning whose figures are all there is not needed any more.
+"""The sweep: every run is trained over its stack, and every point is measured. Figures are stored in
+`<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped one, and several
+calls share the work. No two models are in memory at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""What is asked: which behaviour, over which adapters, and how it is tuned away.
-
-    stack       adapters over the base; the last one's update is the alignment
-    run         one tuning over a stack: its rank, rate, seed and number k of benign examples
+"""The task of a fragility study: which behaviour, over which stack of adapters (the last one's update
+is the alignment), and the runs that tune it away: rank, rate, seed and number of examples.
 """
 
 from __future__ import annotations

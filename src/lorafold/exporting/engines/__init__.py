@@ -1,9 +1,6 @@
-"""The engines that prove an export, each in a process of its own, which can be another Python.
-
-    program.py NAME JOB.json        reads the files, answers the prompts
-
-The program imports nothing of lorafold: it runs in the environment that has the engine. A new
-engine is a function there, and a row of `ENGINES` here.
+"""The engines that verify an export, each in a process of its own, which can be another Python.
+`program.py` runs in the environment that has the engine and imports nothing of lorafold. A new
+engine is a function there and a row of `ENGINES` here.
 """
 
 from __future__ import annotations
