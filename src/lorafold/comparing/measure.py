@@ -267,6 +267,9 @@ class Measurement:
         return f"{self.name}: {what} {value:.4f}{seconds}"
 
 
+Measurements = Sequence[Measurement]
+
+
 def quality(found: Evaluation | RewardEvaluation) -> dict[str, Any]:
     """The figures of an evaluation that a measurement has."""
     if isinstance(found, Evaluation):

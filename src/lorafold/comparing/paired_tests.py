@@ -2,7 +2,7 @@
 
     d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i: the summed losses of row i over its n_i
                                             tokens, of two methods or of a method and the base; or
-                                            the mean rewards of prompt i, n_i = 1; means over S seeds
+                                            the mean rewards of prompt i, n_i = 1; over S seeds
     var(d) = R + var_s(l_s) / S + var_s(l'_s) / S'
                                             R: the variance over rows of `evaluation.intervals`,
                                             l_s: the mean loss of a method under seed s
@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lorafold.comparing.measure import BASE, Measurement
+from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.evaluation import Interval
 from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
 
@@ -45,7 +45,7 @@ class Difference:
     p: float = 1.0
 
     @classmethod
-    def of(cls, own: Sequence[Measurement], others: Sequence[Measurement] = ()) -> Self:
+    def of(cls, own: Measurements, others: Measurements = ()) -> Self:
         """That of one model's figures on the same rows, or of two models', over their seeds."""
         sums = [np.array([[s for s, _ in units(one)] for one in of]) for of in (own, others) if of]
         n = np.array([n for _, n in units(own[0])])
@@ -82,12 +82,12 @@ def within(interval: Interval, form: str) -> str:
     return f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
-def by_method(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
+def by_method(measurements: Measurements) -> list[list[Measurement]]:
     """The figures of each method, over its seeds."""
     return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.name)]
 
 
-def by_name(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
     """The same by the name of each method, the base's among them."""
     return {seeds[0].name: seeds for seeds in by_method(measurements)}
 
@@ -97,12 +97,12 @@ def units(one: Measurement) -> Units:
     return one.row_losses or [(reward, 1) for reward in one.prompt_rewards]
 
 
-def held_out(measurements: Sequence[Measurement]) -> dict[str, Difference]:
+def held_out(measurements: Measurements) -> dict[str, Difference]:
     """The mean loss or reward of each method and the base, with its interval."""
     return {name: Difference.of(seeds) for name, seeds in by_name(measurements).items()}
 
 
-def alike(measurements: Sequence[Measurement]) -> list[list[str]]:
+def alike(measurements: Measurements) -> list[list[str]]:
     """The names of lines whose losses are the same number on every row: what they differ in did
     nothing.
     """
@@ -113,12 +113,12 @@ def alike(measurements: Sequence[Measurement]) -> list[list[str]]:
     return [names for names in found.values() if lower and len(names) > 1]
 
 
-def lower_is_better(measurements: Sequence[Measurement]) -> bool:
+def lower_is_better(measurements: Measurements) -> bool:
     """Whether losses are compared, and not rewards."""
     return measurements[0].loss is not None
 
 
-def over_base(measurements: Sequence[Measurement]) -> dict[str, Difference]:
+def over_base(measurements: Measurements) -> dict[str, Difference]:
     """By how much each method's reward is above the base's, or its loss, where below 0 is better;
     empty where the base was not measured.
     """
@@ -127,12 +127,12 @@ def over_base(measurements: Sequence[Measurement]) -> dict[str, Difference]:
     return {m: Difference.of(own, base) for m, own in found.items() if base}
 
 
-def is_sweep(measurements: Sequence[Measurement]) -> bool:
+def is_sweep(measurements: Measurements) -> bool:
     """Whether a method has several settings, of which one chooses the best."""
     return len({one.method for one in measurements}) < len({one.name for one in measurements})
 
 
-def chosen_apart(measurements: Sequence[Measurement]) -> list[Measurement]:
+def chosen_apart(measurements: Measurements) -> list[Measurement]:
     """The figures of a sweep, so that the best setting is not chosen on the rows that it is
     reported on: one half of the rows, at random, gives `validation`, and the other the loss or the
     reward. The same figures where nothing is chosen or there are fewer than ROWS.
@@ -156,7 +156,7 @@ def _apart(one: Measurement, first: set[int]) -> Measurement:
     return replace(one, reward=mean, reward_interval=interval, prompt_rewards=rewards)
 
 
-def told_apart(measurements: Sequence[Measurement]) -> set[frozenset[str]]:
+def told_apart(measurements: Measurements) -> set[frozenset[str]]:
     """The pairs of lines, the base among them, that rows and seeds tell apart, by Holm's correction
     (1979) at 5% over all pairs: the best line is chosen by the same figures.
     """
@@ -166,7 +166,7 @@ def told_apart(measurements: Sequence[Measurement]) -> set[frozenset[str]]:
     return {frozenset((a, b)) for _, (_, a, b) in told}
 
 
-def verdict(measurements: Sequence[Measurement]) -> str:
+def verdict(measurements: Measurements) -> str:
     """The best method where the held-out rows and the seeds tell it from all others, else those
     among which they can't tell; and whether they tell it from the base. With fewer than SEEDS seeds
     it says that there is no verdict. Of a sweep it also names the settings that were chosen, and
@@ -207,7 +207,7 @@ def verdict(measurements: Sequence[Measurement]) -> str:
     return said + (f"; nor {', '.join(unsure)} from the base" if unsure else "") + chosen
 
 
-def _chosen(order: Sequence[Measurement], rows: str) -> str:
+def _chosen(order: Measurements, rows: str) -> str:
     """Which setting of each method is the best, and on which rows it was chosen and is reported."""
     methods = [one.method for one in order]
     swept = [m for m in dict.fromkeys(methods) if methods.count(m) > 1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafold.comparing.measure import BASE, Measurement
+from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.comparing.paired_tests import (
     SEEDS,
     Difference,
@@ -27,6 +27,7 @@ from lorafold.files.html_page import document, markdown_table, rendered
 from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
+Value = Callable[[Measurement], float | None]
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
 
@@ -42,7 +43,7 @@ class Quality:
     lower: bool = True
 
     @classmethod
-    def of(cls, measurements: Sequence[Measurement]) -> Quality:
+    def of(cls, measurements: Measurements) -> Quality:
         """The held-out loss or reward."""
         methods, lower = tuned(measurements), lower_is_better(measurements)
         shared = held_out(measurements)
@@ -79,7 +80,7 @@ class Cost(NamedTuple):
     least: str
 
 
-COSTS: dict[Cost, Callable[[Measurement], float | None]] = {
+COSTS: dict[Cost, Value] = {
     Cost(
         "parameters", "trained parameters", "trains {} parameters", "trains the fewest"
     ): lambda r: r.trainable_parameters,
@@ -92,19 +93,19 @@ COSTS: dict[Cost, Callable[[Measurement], float | None]] = {
 }
 
 
-def tuned(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
+def tuned(measurements: Measurements) -> list[list[Measurement]]:
     """The figures of each method but the base."""
     return [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
 
 
 def means(
-    methods: Sequence[Sequence[Measurement]], value: Callable[[Measurement], float | None]
+    methods: Sequence[Measurements], value: Value
 ) -> list[float | None]:
     """The mean of a figure over the seeds of each method; None where it has none."""
     return [mean_of(map(value, seeds)) for seeds in methods]
 
 
-def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
+def plots_of(measurements: Measurements) -> Iterator[str]:
     """The plots, as HTML figures."""
     methods = tuned(measurements)
     if not methods:
@@ -209,7 +210,6 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
     return plots.drawing(draw, title, said, plots.height_of(names, len(marks)))
 
 
-Value = Callable[[Measurement], float | None]
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
 WITHIN = " 95%"  # after a figure's heading: its interval
 COLUMNS: dict[str, tuple[Value, str]] = {  # heading: value, format
@@ -237,7 +237,7 @@ FLAGS: dict[str, Callable[[Measurement], bool | None]] = {
 }
 
 
-def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
+def columns(measurements: Measurements) -> dict[str, list[str]]:
     """The cells of all methods by the heading of their column."""
     methods, found = by_method(measurements), dict[str, list[str]]()
     found["method"] = [seeds[0].name for seeds in methods]
@@ -254,7 +254,7 @@ def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
     return {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
 
 
-def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dict[str, list[str]]:
+def _beside(heading: str, form: str, measurements: Measurements) -> dict[str, list[str]]:
     """What stands beside what methods are compared by: its interval, how far it is from the base's,
     and each reward by its name where there are several.
     """
@@ -291,7 +291,7 @@ SHORT: dict[str, tuple[Value, str]] = {  # heading: value, format; beside what i
 }
 
 
-def deciding(measurements: Sequence[Measurement]) -> str:
+def deciding(measurements: Measurements) -> str:
     """The figures by which one chooses a method, in a table of at most 80 columns, what they mean,
     and the verdict.
     """
@@ -341,7 +341,7 @@ def plus_minus(found: Difference, form: str) -> str:
     return f"{found.mean:{form}} ±{half:{form.lstrip('+')}}"
 
 
-def markdown(measurements: Sequence[Measurement]) -> str:
+def markdown(measurements: Measurements) -> str:
     """The whole table in Markdown, with the verdict below it."""
     found, told = columns(measurements), verdict(measurements)
     below = f"\n{told}\n" if told else ""
@@ -350,7 +350,7 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 
 
-def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
+def page(measurements: Measurements, title: str, path: Path) -> None:
     """Write the plots and the table as one HTML file."""
     found, told = columns(measurements), verdict(measurements)
     content = rendered(

@@ -1,5 +1,5 @@
-"""Interference of adapters: each task evaluated with the base, each adapter and each composition, and
-how the updates of every two adapters relate, at each site and over all:
+"""Interference of adapters: each task evaluated with the base, each adapter and each composition,
+and how the updates of every two adapters relate, at each site and over all:
 
     cosine            <dW_a, dW_b> / (|dW_a| |dW_b|)
     shared output     |U_a^T U_b|^2 / min(r_a, r_b), U an orthonormal basis of the columns of B (phi

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.exporting.target import told
+from lorafold.exporting.target import window_notes
 from lorafold.models.gguf_rules import FREQUENCIES, WHOLE_WORDS, YARN, names_of_rules, rule_of
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
         windowed = [kind == "sliding_attention" for kind in kinds]
         if windowed != [(n + 1) % row.period != 0 for n in range(layers)]:
             writer.add_array(f"{row.name}.attention.sliding_window_pattern", windowed)
-    return () if row.period else told("llama.cpp", config)
+    return () if row.period else window_notes("llama.cpp", config)
 
 
 def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""The tensors of a GGUF file, from the parameters of a model with adapters merged in, one at a time.
+"""The tensors of a GGUF file, from the parameters of a model with adapters merged in, one at a
+time.
 
     model.layers.0.self_attn.q_proj.weight    ->  blk.0.attn_q.weight, rows interleaved in llama
     model.layers.0.input_layernorm.weight     ->  blk.0.attn_norm.weight, one more in gemma
@@ -10,7 +11,7 @@ embedding. Tied parameters are written once, unless adapters change them in diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from lorafold.core.attach import Adapted
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.exporting.gguf_metadata import Architecture
-from lorafold.exporting.target import DOWN, GATE_UP, Factors
+from lorafold.exporting.target import DOWN, GATE_UP, SiteFactors
 from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import plan_fold
 from lorafold.merging.merged_tensors import before_and_after
@@ -189,7 +190,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 
 
 def tensors_of_update(
-    factors: Mapping[str, Factors], config: Any, row: Architecture
+    factors: SiteFactors, config: Any, row: Architecture
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of the file, of any shape, by their names there, and why others have no place, a
     line each.

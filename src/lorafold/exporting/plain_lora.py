@@ -19,8 +19,8 @@ from lorafold.core.attach import only, selection_of
 from lorafold.core.matrices import module_at
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
-from lorafold.exporting.proof import Ours, divergences, last
-from lorafold.exporting.target import Factors, Progress, Subject, update_of
+from lorafold.exporting.proof import Reference, divergences, last
+from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
 from lorafold.inspecting.updates import lora_of, padded
@@ -39,7 +39,7 @@ FORM = "a server's plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
 
 
-def write_canonical(base: Base, factors: Mapping[str, Factors], out: Path) -> Saved:
+def write_canonical(base: Base, factors: SiteFactors, out: Path) -> Saved:
     """Write the directory of an adapter over the bare base, and open it."""
     rank = max(down.shape[-2] for _, down in factors.values())
     same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
@@ -49,7 +49,7 @@ def write_canonical(base: Base, factors: Mapping[str, Factors], out: Path) -> Sa
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class BaseReference:
     """The base as another engine takes it, which reads Hugging Face's directories.
 
     Attributes:
@@ -63,15 +63,15 @@ class Elsewhere:
     notes: tuple[str, ...]
 
 
-def elsewhere(base: Base) -> Elsewhere:
+def base_reference(base: Base) -> BaseReference:
     """How another engine finds the base."""
     path = base.source.path
     if base.source.gguf is not None:
         note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
-        return Elsewhere(str(path), None, (note,))
+        return BaseReference(str(path), None, (note,))
     if path.parent.name == SNAPSHOTS and not Path(base.name).is_dir():
-        return Elsewhere(base.name, path.name, ())
-    return Elsewhere(str(path), None, ())
+        return BaseReference(base.name, path.name, ())
+    return BaseReference(str(path), None, ())
 
 
 def write_template(subject: Subject, directory: Path) -> bool:
@@ -102,14 +102,14 @@ def leaf_of(path: str) -> str:
 
 
 def write_files(
-    subject: Subject, factors: Mapping[str, Factors], directory: Path
-) -> tuple[Elsewhere, tuple[str, ...], tuple[str, ...]]:
+    subject: Subject, factors: SiteFactors, directory: Path
+) -> tuple[BaseReference, tuple[str, ...], tuple[str, ...]]:
     """Write the canonical adapter and, where it is another than the base's, the chat template.
 
     Returns the base as a server finds it, the files, and the arguments of both for its command.
     """
     write_canonical(subject.base, factors, directory / ADAPTER)
-    base, template = elsewhere(subject.base), write_template(subject, directory)
+    base, template = base_reference(subject.base), write_template(subject, directory)
     files = (*(f"{ADAPTER}/{name}" for name in FILES), *[TEMPLATE] * template)
     options = ["--revision", base.revision] if base.revision else []
     options += ["--chat-template", f"{{out}}/{TEMPLATE}"] * template
@@ -154,7 +154,9 @@ class Cut(ShownInNotebooks):
         )
 
 
-def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tuple[Subject, Cut]:
+def cut_to(
+    subject: Subject, rank: int, scratch: Path, reference: Reference | None
+) -> tuple[Subject, Cut]:
     """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
     if update.beside:
@@ -165,8 +167,8 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
     saved = write_canonical(subject.base, update.factors, scratch)
     sites = {name: (lost / whole) ** 0.5 for name, (lost, whole) in update.lost.items() if whole}
     cut = Cut(rank, update.error, sites)
-    if ours is not None:
-        kls, distance = kl_by_rank(ours, subject, [rank, *POWERS])
+    if reference is not None:
+        kls, distance = kl_by_rank(reference, subject, [rank, *POWERS])
         share = kls[rank] / distance if distance else None
         cut = replace(cut, kl=kls[rank], share=share, enough=_enough(kls, distance))
     return replace(subject, adapters=(saved,), given=subject.adapters), cut
@@ -174,7 +176,7 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
     """What to advise where adapters can't be said exactly: the end of a refusal."""
-    kls, distance = kl_by_rank(Ours.of(subject, source, progress), subject, POWERS)
+    kls, distance = kl_by_rank(Reference.of(subject, source, progress), subject, POWERS)
     if (rank := _enough(kls, distance)) is None:
         return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of what they change"
     lost = kls[rank] / distance
@@ -183,23 +185,23 @@ def rank_enough(subject: Subject, source: str | Path | None, progress: Progress)
 
 @torch.no_grad()
 def kl_by_rank(
-    ours: Ours, subject: Subject, ranks: list[int]
+    reference: Reference, subject: Subject, ranks: list[int]
 ) -> tuple[dict[int, float], float]:
     """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
     largest, kls = max(ranks), {}
-    update = update_of(ours.model, selection_of(ours.model).names, largest)
+    update = update_of(reference.model, selection_of(reference.model).names, largest)
     factors = {path: padded(pair, largest) for path, pair in update.factors.items()}
-    with only(ours.model):
-        adapter = lora_of(ours.model, factors, CUT)
+    with only(reference.model):
+        adapter = lora_of(reference.model, factors, CUT)
         for rank in sorted({*ranks}, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):
                     factor[..., rank:] = 0
-            with only(ours.model, CUT):
-                cut = torch.stack([last(ours.model, ids) for ids in ours.prompts.ids])
-            kls[rank] = float(divergences(ours.answers.adapted, cut).mean())
+            with only(reference.model, CUT):
+                cut = torch.stack([last(reference.model, ids) for ids in reference.prompts.ids])
+            kls[rank] = float(divergences(reference.answers.adapted, cut).mean())
         adapter.detach()
-    return kls, float(divergences(ours.answers.adapted, ours.answers.base).mean())
+    return kls, float(divergences(reference.answers.adapted, reference.answers.base).mean())
 
 
 def _enough(kls: Mapping[int, float], distance: float) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.plain_lora import Cut, cut_to, rank_enough
-from lorafold.exporting.proof import Ours, Proof, answered, distance, proof
+from lorafold.exporting.proof import Proof, Reference, answers_over, distance, proof
 from lorafold.exporting.servers import ToPeft, ToSglang, ToVllm
 from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written, placed
 from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
@@ -161,7 +161,7 @@ def export(
     check_language_model(base, adapters, INSTEAD)
     unproved = _unproved(target, wanted)
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
-        subject, cut, ours = Subject(base, tuple(adapters), tensors, into=into), None, None
+        subject, cut, reference = Subject(base, tuple(adapters), tensors, into=into), None, None
         quantized = into.trained_on is not None and not into.in_files
         other: Tensor | None = None
         beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
@@ -176,22 +176,22 @@ def export(
                 )
         elif wanted.prove and quantized:  # the weights that the files are not for
             storage = "fp32" if into.target == "trained" else into.stored
-            other = answered(subject, storage, wanted.prompts)
+            other = answers_over(subject, storage, wanted.prompts)
         if not unproved:
-            ours = Ours.of(subject, wanted.prompts, bar("answering"))
+            reference = Reference.of(subject, wanted.prompts, bar("answering"))
         if wanted.as_lora is not None:
-            subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, ours)
+            subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, reference)
             _check_said(target, subject, wanted, bar("trying ranks"))
-            ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
+            reference = reference and Reference.of(subject, wanted.prompts, bar("answering"))
         written, found, theirs = target.write(subject, tmp, bar("writing")), None, None
-        if ours is not None and engine is not None:
+        if reference is not None and engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
             job = {**written.job, **made, "url": wanted.engine_url}
-            found, theirs = _proof(ours, job, tmp, engine, wanted)
+            found, theirs = _proof(reference, job, tmp, engine, wanted)
             _check(found, target, tensors)
             if adapters and not found.distance:
                 beside["the adapters"] = "they change nothing on these prompts"
-            few = ours.first(FEWER)
+            few = reference.first(FEWER)
             for name, over in target.beside(subject).items():
                 beside[name] = _proof(few, {**job, **over}, tmp, engine, wanted)[0]
         elif wanted.prove and target.engine is None:
@@ -199,9 +199,9 @@ def export(
         for scratch in (SCRATCH, PROVING):
             rmtree(tmp / scratch, ignore_errors=True)
         names = tuple(map(str, adapters))
-        own = None if ours is None else ours.answers.adapted
+        own = None if reference is None else reference.answers.adapted
         if own is None and other is not None:
-            own = answered(subject, subject.stored, wanted.prompts)
+            own = answers_over(subject, subject.stored, wanted.prompts)
         away, from_original = None, None
         if own is not None:
             trained, original = (own, other) if into.target == "trained" else (other, own)
@@ -225,10 +225,10 @@ def _has_tokenizer(subject: Subject) -> bool:
 
 
 def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:
-    """What adapters say that have nothing but a name to know their base by, and have another."""
-    said = {str(one): one.own_base.hint(base.name).removeprefix("; ") for one in adapters}
+    """Notes on adapters that know their base by its name alone, and have another name for it."""
+    notes = {str(one): one.own_base.hint(base.name).removeprefix("; ") for one in adapters}
     names = {str(one): Path(one.own_base.name).name for one in adapters}
-    return {one: told for one, told in said.items() if told and names[one] != Path(base.name).name}
+    return {one: n for one, n in notes.items() if n and names[one] != Path(base.name).name}
 
 
 def _check_said(
@@ -257,11 +257,11 @@ def _into(base: Base, adapters: Sequence[Saved], target: Target, asked: str | No
 
 
 def _proof(
-    ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: ExportOptions
+    of: Reference, needs: Mapping[str, Any], directory: Path, engine: str, wanted: ExportOptions
 ) -> tuple[Proof, Tensor]:
     """The figures, and the engine's log-probabilities (prompts, vocabulary)."""
-    theirs = ask(engine, ours.job(own, directory), wanted.engine_python)
-    return proof(ours.answers, theirs, ours.margin, ours.exchanged), theirs.adapted
+    answers = ask(engine, of.job(needs, directory), wanted.engine_python)
+    return proof(of.answers, answers, of.margin, of.exchanged_experts), answers.adapted
 
 
 def _tensors(target: Target, asked: str | None) -> str | None:

@@ -40,6 +40,7 @@ from lorafold.exporting.target import (
     Factors,
     Line,
     Progress,
+    SiteFactors,
     Subject,
     Target,
     Written,
@@ -162,7 +163,7 @@ def module_of(name: str, request: Mapping[str, object], out: str) -> str:
 
 
 def with_zeros(
-    subject: Subject, factors: Mapping[str, Factors], paths: Iterable[str]
+    subject: Subject, factors: SiteFactors, paths: Iterable[str]
 ) -> dict[str, Factors]:
     """The factors, and zeros at those of these paths that are not changed."""
     return {**factors, **{path: zeros(subject, path) for path in paths if path not in factors}}
@@ -253,7 +254,7 @@ def path_of(name: str, out: str) -> str:
     return f"{name}={path}"
 
 
-def packed(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
     """The same with zeros at those modules of a pack that are not changed."""
     modules = {path for path, _ in subject.model.named_modules()}
     places = [path.rpartition(".") for path in factors]
@@ -267,7 +268,7 @@ def packed(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factor
     return with_zeros(subject, factors, [path for path in packs if path in modules])
 
 
-def _single(kind: str, factors: Mapping[str, Factors]) -> Iterator[tuple[str, Factors]]:
+def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
     """Yield each matrix that is changed, by the name that SGLang has for it, experts one by one."""
     for path, pair in factors.items():
         if (match := EXPERTS.fullmatch(path)) is None:
@@ -278,7 +279,7 @@ def _single(kind: str, factors: Mapping[str, Factors]) -> Iterator[tuple[str, Fa
                 yield f"{match[1]}.{e}.{name}", (up[e], down[e])
 
 
-def _split(adapter: Path, kind: str, factors: Mapping[str, Factors], rank: int) -> None:
+def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
     """Put a pair of matrices for each expert in the place of PEFT's stacked ones."""
     tensors = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
     experts = {path: pair for path, pair in _single(kind, factors) if ".experts." in path}

@@ -31,6 +31,7 @@ from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of
 from lorafold.inspecting.updates import (
     Factors,
+    SiteFactors,
     Svd,
     matrix_names,
     of_dense,
@@ -65,7 +66,7 @@ class Update:
             matrix that was cut; experts one by one.
     """
 
-    factors: Mapping[str, Factors]
+    factors: SiteFactors
     dense: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -189,7 +190,7 @@ def _word(word: Word, out: str) -> str:
     return quote(word.replace(OUT, out))
 
 
-def told(engine: str, config: Any) -> tuple[str, ...]:
+def window_notes(engine: str, config: Any) -> tuple[str, ...]:
     """What an engine that has no windows computes otherwise than the model, if it does."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings:

@@ -31,7 +31,7 @@ from lorafold.exporting.gguf_model import (
     write_model,
 )
 from lorafold.exporting.gguf_tensors import PLAIN, MergedParameter, tensors_of_update
-from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, elsewhere, write_template
+from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
 from lorafold.models.loading import stored_in_files
 
@@ -81,7 +81,7 @@ class GgufAdapter(Target):
             files.append(TEMPLATE)
         if source is not None:
             return Written(tuple(files), tuple(self.use(str(source), options)), tuple(notes), JOB)
-        revision = elsewhere(subject.base).revision
+        revision = base_reference(subject.base).revision
         at = f" --revision {revision}" if revision else ""
         model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
         made_by = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"

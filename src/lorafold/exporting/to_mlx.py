@@ -1,6 +1,6 @@
 """Exports for mlx-lm: a directory of adapters as its own training writes it.
 
-    lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it, scale = 1; DoRA: m (out,)
+    lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it; DoRA: m (out,)
     experts       switch_mlp.{gate,up,down}_proj    lora_a (E, r, in), lora_b (E, out, r)
 
 mlx-lm (0.32.2, tuner/utils.py) has one rank and scale for a file and builds its layers at all paths
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafold.core.attach import adapted_modules
-from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, elsewhere, write_template
+from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import (
     CONTENT,
     Factors,
@@ -34,7 +34,7 @@ from lorafold.exporting.target import (
     only_products,
     period_of,
     split_experts,
-    told,
+    window_notes,
 )
 from lorafold.files.atomic import read_object, write_json
 from lorafold.fold.plan import deltas_of
@@ -165,7 +165,7 @@ class ToMlx(Target):
         return self._written(subject, directory, rank)
 
     def _written(self, subject: Subject, directory: Path, rank: int) -> Written:
-        base, template = elsewhere(subject.base), write_template(subject, directory)
+        base, template = base_reference(subject.base), write_template(subject, directory)
         source = subject.base.source.path
         notes, model, path = [f"rank {rank} at every site, scale 1"], base.model, str(source)
         if write_older(source, directory / BASE):
@@ -182,7 +182,7 @@ class ToMlx(Target):
         else:
             notes += base.notes
         if subject.config.model_type in NO_WINDOWS:
-            notes += told("mlx-lm", subject.config)
+            notes += window_notes("mlx-lm", subject.config)
         both = ("--model", model, "--adapter-path", "{out}/adapter")
         launch = [("mlx_lm.generate", *both, "--prompt", "Hello"), ("mlx_lm.server", *both)]
         if template:

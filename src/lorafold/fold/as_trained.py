@@ -1,5 +1,5 @@
-"""The round trip q(W) of quantizing a base's weights and dequantizing them, attached beneath adapters
-that were trained on the quantized base, where the files have the original weights.
+"""The round trip q(W) of quantizing a base's weights and dequantizing them, attached beneath
+adapters that were trained on the quantized base, where the files have the original weights.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ and its last measure side by side. Completions are untrusted, and only ever show
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -130,10 +130,9 @@ def plotted(found: History) -> Iterator[str]:
             continue
         # minus the reward is no figure of its own
         held_out = [name for name in names if not (name == "loss" and found.judged_by)]
-        told = {n: changed(found, n, n in held_out) for n in names}
-        said = "; ".join(
-            f"{known.get(n, clean(n))} {how}" * (len(told) > 1) or how for n, how in told.items()
-        )
+        changes = {n: changed(found, n, n in held_out) for n in names}
+        labels = {n: f"{known.get(n, clean(n))} " * (len(names) > 1) for n in names}
+        said = "; ".join(labels[n] + change for n, change in changes.items())
         if alone and title == "reward":
             said += f". Of the rewards {known[alone]} alone changes, {changed(found, alone)}"
         yield curves(
@@ -146,15 +145,10 @@ def plotted(found: History) -> Iterator[str]:
 
 def changed(found: History, name: str, held_out: bool = True) -> str:
     """A figure at first and at last, and on held-out rows, in words."""
-    return went(found.by_step.get(name, ()), found.told(name) * held_out)
-
-
-def went(values: Sequence[float | None], held_out: str) -> str:
-    """A figure at first and at last, and on held-out rows, in words."""
-    known = [plain(v) for v in values if v is not None]
-    went = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
-    parts = [went] * bool(known) + [f"held out {held_out}"]
-    return ", ".join(parts if held_out else parts[:-1])
+    known = [plain(v) for v in found.by_step.get(name, ()) if v is not None]
+    steps = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
+    measured = found.in_words(name) if held_out else ""
+    return ", ".join(filter(None, (steps, measured and f"held out {measured}")))
 
 
 def plain(value: float) -> str:

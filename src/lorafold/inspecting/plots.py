@@ -151,8 +151,3 @@ def position(
         for name, (heights, _) in sides.items()
     )
     return plots.drawing(draw, title, f"The strongest tenth has {of}.")
-
-
-def shade(share: float) -> str:
-    """The background for a share from 0 to 1, as CSS, on which the page's ink is read."""
-    return plots.mixed("raised", "heat", 100 * min(max(share, 0.0), 1.0))

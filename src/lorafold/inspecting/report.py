@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from lorafold.files.html_page import document, rendered
+from lorafold.files.plots import mixed
 from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table
 from lorafold.inspecting import plots
 from lorafold.inspecting.result import (
@@ -21,11 +22,11 @@ from lorafold.inspecting.result import (
     LossPaths,
     MatrixFigures,
     Neighbours,
+    Sites,
 )
 from lorafold.inspecting.subspaces import by_kind, kind_of
 from lorafold.inspecting.updates import largest, of_experts, site_of
 
-Sites = Mapping[str, MatrixFigures]
 Value = Callable[[MatrixFigures], float | None]
 MAPS: dict[str, tuple[Value, str]] = {  # heading: figure, format
     "Effective rank: directions for 95%": (lambda m: m.effective_rank_95, ".0f"),
@@ -115,7 +116,10 @@ def layer_map(sites: Sites, heading: str, value: Value, form: str) -> dict[str, 
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
 
     def cell(value: float | None) -> tuple[str, str]:
-        return ("", "") if value is None else (f"{value:{form}}", plots.shade(value / most))
+        if value is None:
+            return "", ""
+        share = min(max(value / most, 0.0), 1.0)
+        return f"{value:{form}}", mixed("raised", "heat", 100 * share)
 
     lines = [(layer, [cell(values.get((kind, layer))) for kind in kinds]) for layer in layers]
     return {"heading": heading, "kinds": kinds, "lines": lines}

@@ -32,6 +32,7 @@ from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
+    SiteFactors,
     load_below,
     lora_of,
     matrix_names,
@@ -99,7 +100,7 @@ def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resiz
         path: {"rank": rank, "error": _root(lost, whole)}
         for path, (rank, lost, whole) in cuts.items()
     }
-    lost, whole = (sum(cut[n] for cut in cuts.values()) for n in (1, 2))
+    _, lost, whole = map(sum, zip(*cuts.values(), strict=True))
     return Resized(sites, _root(lost, whole), str(out), dict(left_out))
 
 
@@ -139,22 +140,20 @@ def resize(
                 f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
                 " with its weight, so it can't become LoRA"
             )
-        found = []
+        parts = []
         for name, svd in site.parts():
             s = svd.s
-            asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
-            found.append(svd.factors(asked))
-            cuts[name] = len(s[:asked]), _squares(s[asked:]), _squares(s)
-        factors[site.path] = stacked(found, site.layer.matrices)
+            r = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
+            parts.append(svd.factors(r))
+            cuts[name] = len(s[:r]), _squares(s[r:]), _squares(s)
+        factors[site.path] = stacked(parts, site.layer.matrices)
     result = resized(cuts, out, {})
-    history = {TRAINED_ON: None, **saved.record}
-    history = {k: v for k, v in history.items() if k not in (BASE, "lorafold")}
+    record = {TRAINED_ON: None, **saved.record}
+    record = {key: value for key, value in record.items() if key not in (BASE, "lorafold")}
     if adapter.other_base:
-        history |= origin_of(adapter, saved)
-    record = {
-        **history,
-        "resized": {"from": str(saved), "rank": rank, "energy": energy, "error": result.error},
-    }
+        record |= origin_of(adapter, saved)
+    about = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
+    record["resized"] = about
     tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
@@ -177,14 +176,13 @@ def extract(
     """
     check_out(out, overwrite)
     check_kept(out, [base.source.path, tuned.source.path])
-    one, other = base.mapped(), tuned.mapped()
-    paths = match(one.model, LoRA.targets, is_linear).paths
-    theirs = dict(other.model.named_parameters(remove_duplicate=False))
-    own = dict(one.model.named_parameters(remove_duplicate=False))
-    shapes = {name: list(p.shape) for name, p in theirs.items()}
+    models = base.mapped().model, tuned.mapped().model
+    paths = match(models[0], LoRA.targets, is_linear).paths
+    before, after = (dict(model.named_parameters(remove_duplicate=False)) for model in models)
+    shapes = {name: list(p.shape) for name, p in after.items()}
     if problems := [
         f"{name}: found {shapes.get(name) or 'none'}, expected {list(p.shape)}"
-        for name, p in own.items()
+        for name, p in before.items()
         if shapes.get(name) != list(p.shape)
     ]:
         raise LorafoldError(
@@ -193,27 +191,27 @@ def extract(
         )
     factors, cuts = dict[str, Factors](), Cuts()
     for path in paths:
-        layers = [layer_of(module_at(mapped.model, path)) for mapped in (one, other)]
+        layers = [layer_of(module_at(model, path)) for model in models]
         names = matrix_names(path, layers[0].matrices)
         both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
-        found = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in both]
-        if any(len(a) for _, a in found):
-            factors[path] = stacked(found, layers[0].matrices)
+        parts = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in both]
+        if any(len(a) for _, a in parts):
+            factors[path] = stacked(parts, layers[0].matrices)
     if not factors:
         raise LorafoldError(
             f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
             " nothing to extract"
         )
-    extracted = {parameter_path(module_at(one.model, p), p, "weight") for p in paths}
+    extracted = {parameter_path(module_at(models[0], p), p, "weight") for p in paths}
     left_out = {
         name: change
-        for name, p in own.items()
+        for name, p in before.items()
         if name not in extracted
-        and (change := _root(_squares(theirs[name].float() - p.float()), _squares(p)))
+        and (change := _root(_squares(after[name].float() - p.float()), _squares(p)))
     }
     result = resized(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
-    adapter = lora_of(one.model, factors, NAME)
+    adapter = lora_of(models[0], factors, NAME)
     adapter.save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
@@ -229,7 +227,7 @@ def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> F
 
 
 @torch.no_grad()
-def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
+def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
     """The adapter with LoRA instead of its method; its biases, whole modules and tokens stay."""
     spec = of_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
     modules = adapter.sites

@@ -86,6 +86,9 @@ class MatrixFigures:
     writes_shares: dict[str, float] | None = None
 
 
+Sites = Mapping[str, MatrixFigures]  # by module path, or the name of a matrix of experts
+
+
 @dataclass(frozen=True)
 class PooledRank:
     """One rank for all sites: the smallest that holds 95% of their common energy, the advised one,
@@ -198,7 +201,7 @@ class Inspection(ShownInNotebooks):
     method: str
     beside: dict[str, int]
     whole: AdapterFigures
-    sites: Mapping[str, MatrixFigures]
+    sites: Sites
     layers: dict[str, LayerOverlap]
     chance_cosine: dict[str, float]
     tokens_left_out: str | None

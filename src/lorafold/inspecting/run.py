@@ -26,6 +26,7 @@ from lorafold.inspecting.result import (
     Inspection,
     LossPaths,
     MatrixFigures,
+    Sites,
 )
 from lorafold.inspecting.spectra import (
     COSINE,
@@ -47,7 +48,15 @@ from lorafold.inspecting.token_directions import (
     sides_of,
     tables,
 )
-from lorafold.inspecting.updates import AdaptedModule, Svd, largest, load_below, of_experts, sites
+from lorafold.inspecting.updates import (
+    AdaptedModule,
+    Svd,
+    Svds,
+    largest,
+    load_below,
+    of_experts,
+    sites,
+)
 from lorafold.layers import layer_of
 from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
@@ -145,7 +154,7 @@ def inspect(
 
 def named_directions(
     sides: Mapping[str, Mapping[str, Directions]],
-    svds: Mapping[str, Svd],
+    svds: Svds,
     vocabulary: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],  # (V, d), (d,)
     tokenizer: PreTrainedTokenizerBase | None,
     vectors: tuple[Sequence[str], torch.Tensor] | None,  # n, (n, d)
@@ -192,7 +201,7 @@ def matrix_figures(site: AdaptedModule, svd: Svd, w: torch.Tensor, full: bool) -
     )
 
 
-def adapter_figures(sites: Mapping[str, MatrixFigures]) -> AdapterFigures:
+def adapter_figures(sites: Sites) -> AdapterFigures:
     """Means and medians over the sites, and the loss of cutting all sites to one rank."""
     figures = [*sites.values()]
     size, base = (math.hypot(*(getattr(f.base, n) for f in figures)) for n in ("norm", "base_norm"))
@@ -221,7 +230,10 @@ def in_memory(site: AdaptedModule, svd: Svd) -> Svd:
     """The SVD of a dense update cut to its top directions, so that those of all sites fit in
     memory; one of factors is small and stays whole.
     """
-    return svd if site.rank is not None else svd.top(SHOWN).copied()
+    if site.rank is not None:
+        return svd
+    top = svd.top(SHOWN)
+    return Svd(top.u.clone(), top.s.clone(), top.v.clone())
 
 
 def not_measured(adapter: Adapter) -> dict[str, int]:
@@ -233,7 +245,7 @@ def not_measured(adapter: Adapter) -> dict[str, int]:
 
 def sentences(
     whole: AdapterFigures,
-    sites: Mapping[str, MatrixFigures],
+    sites: Sites,
     chance: Mapping[str, float],
     against: AdapterOverlap | None,
 ) -> list[str]:
@@ -309,7 +321,7 @@ def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> st
     ) * bool(parts)
 
 
-def of_evenness(sites: Mapping[str, MatrixFigures]) -> str:
+def of_evenness(sites: Sites) -> str:
     """How evenly the experts changed; empty without experts."""
     by_site = [[figures.base.norm for figures in of] for of in of_experts(sites).values()]
     norms = [norm for of in by_site for norm in of]
@@ -323,7 +335,7 @@ def of_evenness(sites: Mapping[str, MatrixFigures]) -> str:
     )
 
 
-def of_heads(sites: Mapping[str, MatrixFigures]) -> str:
+def of_heads(sites: Sites) -> str:
     """Where the update of one head stands out most; empty without heads."""
     heads = {path: site.heads for path, site in sites.items() if site.heads}
     known = [(max(shares), path, shares) for path, shares in heads.items() if any(shares)]

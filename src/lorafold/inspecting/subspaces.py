@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lorafold.inspecting.result import (
     UpdateOverlap,
 )
 from lorafold.inspecting.spectra import phi
-from lorafold.inspecting.updates import Svd, of_experts, site_of
+from lorafold.inspecting.updates import Svd, Svds, of_experts, site_of
 
 SHOWN = 64  # the most directions of each adapter in a heat map
 TOP = 4  # directions of each block, or expert, that are compared with those of the others
@@ -45,7 +45,7 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
     return dict(kinds)
 
 
-def compared(name: str, a: Mapping[str, Svd], b: Mapping[str, Svd]) -> AdapterOverlap:
+def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
     """Two adapters at the matrices that both change; `name` is that of the second."""
     sites, by_kind = {}, defaultdict[str, list[tuple[Tensor, Tensor]]](list)
     for path, x in a.items():
@@ -81,7 +81,7 @@ def _sides(stream: ResidualStream) -> Iterator[Side]:
     yield "written", stream.writers, lambda svd: svd.u[:, :TOP]
 
 
-def across_layers(svds: Mapping[str, Svd], stream: ResidualStream) -> dict[str, LayerOverlap]:
+def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
     """phi of the top directions of every two blocks, by kind of module: near 1 where an adapter
     makes the same change at every depth. Experts are left out, since those of one number in two
     blocks have nothing in common.
@@ -97,7 +97,7 @@ def across_layers(svds: Mapping[str, Svd], stream: ResidualStream) -> dict[str, 
     return found
 
 
-def across_experts(svds: Mapping[str, Svd], stream: ResidualStream) -> dict[str, ExpertOverlap]:
+def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverlap]:
     """phi of the top directions of every two experts, by site: near 1 where the experts of a block
     make the same change.
     """

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.residual_stream import ResidualStream, gain
 from lorafold.inspecting.result import Neighbour, Neighbours
-from lorafold.inspecting.updates import Svd, site_of
+from lorafold.inspecting.updates import Svds, site_of
 from lorafold.models.weights import FileWeights
 
 DIRECTIONS = 3  # the strongest directions of a module, which are shown
@@ -104,7 +104,7 @@ class Directions:
 
 
 def sides_of(
-    model: PreTrainedModel, stream: ResidualStream, svds: Mapping[str, Svd]
+    model: PreTrainedModel, stream: ResidualStream, svds: Svds
 ) -> dict[str, dict[str, Directions]]:
     """The sides of updates that read tokens or the residual stream, under `reads`, and those that
     write logits or the residual stream, under `writes`, by module path.

@@ -26,7 +26,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
-from lorafold.inspecting.result import MatrixFigures
+from lorafold.inspecting.result import Sites
 from lorafold.methods.lora import of_ranks
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.saved import Saved
@@ -35,6 +35,7 @@ from lorafold.resolve import Base
 # of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
 # (E, r, in); r = 0 for an update that is zero
 Factors = tuple[Tensor, Tensor]
+SiteFactors = Mapping[str, Factors]  # by module path
 T = TypeVar("T")
 
 
@@ -52,10 +53,6 @@ class Svd:
         """The first k directions, as views."""
         return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
 
-    def copied(self) -> Svd:
-        """A copy, so that the memory of a larger decomposition can be freed."""
-        return Svd(self.u.clone(), self.s.clone(), self.v.clone())
-
     def factors(self, rank: int) -> Factors:
         """The best factors of at most this rank, of the same size each (Eckart and Young 1936)."""
         root = self.s[:rank].sqrt()
@@ -64,6 +61,9 @@ class Svd:
     def dense(self) -> Tensor:  # (out, in)
         """U S V^T."""
         return (self.u * self.s) @ self.v.t()
+
+
+Svds = Mapping[str, Svd]  # by the name of the matrix
 
 
 def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
@@ -90,7 +90,7 @@ def of_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
     return {site: [values[name] for name in names] for site, names in sites.items()}
 
 
-def largest(figures: Mapping[str, MatrixFigures]) -> list[str]:
+def largest(figures: Sites) -> list[str]:
     """The name of one matrix for each site; of experts, the one that changed most."""
     return [max(names, key=lambda n: figures[n].base.norm) for names in by_site(figures).values()]
 
@@ -194,7 +194,7 @@ def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
 
 
 @torch.no_grad()
-def lora_of(model: nn.Module, factors: Mapping[str, Factors], name: str) -> Adapter:
+def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
     """A new adapter of a model: the LoRA, of scale 1, that has these factors by module path; a rank
     of 0 changes nothing.
     """

@@ -1,4 +1,5 @@
-"""The new values of a checkpoint's tensors, merged and rounded one tensor at a time, and their writer.
+"""The new values of a checkpoint's tensors, merged and rounded one tensor at a time, and their
+writer.
 
     W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
 

@@ -1,5 +1,5 @@
-"""What may preserve a behaviour when a model is tuned further, and where a tuning lies: the share of
-its energy in the directions of the alignment's update.
+"""What may preserve a behaviour when a model is tuned further, and where a tuning lies: the share
+of its energy in the directions of the alignment's update.
 
     dW (out, in)        the tuning's update at a site; U (out, r), V (in, r) the singular vectors of
                         the alignment's
@@ -15,7 +15,7 @@ does not change has r = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,9 +24,16 @@ from torch import nn
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import Additive
-from lorafold.inspecting.updates import Factors, Svd, lora_of, site_of, sites, stacked
-
-Updates = Mapping[str, Svd]  # by module path
+from lorafold.inspecting.updates import (
+    Factors,
+    SiteFactors,
+    Svd,
+    Svds,
+    lora_of,
+    site_of,
+    sites,
+    stacked,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Overlap:
     read_by_chance: float
 
 
-def updates_of(adapter: Adapter) -> Updates | None:
+def updates_of(adapter: Adapter) -> Svds | None:
     """The update of each matrix of an adapter; None if a part of it is not added to a weight (a
     magnitude, a bias, virtual tokens), so that it has no subspace.
     """
@@ -48,7 +55,7 @@ def updates_of(adapter: Adapter) -> Updates | None:
     return {name: svd for site in sites(adapter) for name, svd in site.parts()}
 
 
-def overlap(update: Updates, alignment: Updates) -> Overlap | None:
+def overlap(update: Svds, alignment: Svds) -> Overlap | None:
     """How far an update lies in the alignment's subspaces; None for an update that is zero."""
     found = torch.zeros(4, dtype=torch.float64)
     energy = 0.0
@@ -89,21 +96,21 @@ class Defence:
     """What is done, in words, and how."""
 
     about: str
-    lay: Callable[[Updates, Updates], Mapping[str, Factors]] | None = None
+    lay: Callable[[Svds, Svds], SiteFactors] | None = None
     mixed: bool = False
 
 
-def projected(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
+def projected(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """The tuning without the alignment's directions: up (out, r), down (r, in) by site."""
     return {path: off(update, alignment.get(path)) for path, update in tuning.items()}
 
 
-def halved(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
+def halved(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """Half of the tuning: up (out, r), down (r, in) by site."""
     return {path: (up / 2, down) for path, (up, down) in _all_factors(tuning).items()}
 
 
-def readded(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
+def readded(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """The tuning and the alignment's update once more: up (out, r + r'), down (r + r', in) by site.
     """
     one, other = _all_factors(tuning), _all_factors(alignment)
@@ -114,7 +121,7 @@ def readded(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
     }
 
 
-def _all_factors(updates: Updates) -> dict[str, Factors]:
+def _all_factors(updates: Svds) -> dict[str, Factors]:
     return {path: factors_of(update) for path, update in updates.items()}
 
 
@@ -128,7 +135,7 @@ DEFENCES = {
 
 
 @contextmanager
-def laid(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
+def laid(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
     """A context in which updates lie over the active adapters, as LoRA."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():

@@ -34,9 +34,9 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.generation import complete, tokens_of
-from lorafold.inspecting.updates import of_factors
+from lorafold.inspecting.updates import Svds, of_factors
 from lorafold.peft.saved import Saved
-from lorafold.robustness.defences import DEFENCES, Overlap, Updates, laid, overlap, updates_of
+from lorafold.robustness.defences import DEFENCES, Overlap, laid, overlap, updates_of
 from lorafold.robustness.task import AdapterStack, FragilityTask
 from lorafold.training.request import rendering_of
 from lorafold.training_step.losses import CompletionLoss
@@ -291,7 +291,7 @@ class Bench:
         )
 
     @cached_property
-    def alignment(self) -> Updates | None:
+    def alignment(self) -> Svds | None:
         """The update of the stack's last adapter; None without one, or if it has no subspace."""
         if not self.stack.adapters:
             return None
@@ -367,6 +367,6 @@ class Bench:
             adapter.detach()
         return found
 
-    def _after(self, tuning: Updates | None) -> After:
+    def _after(self, tuning: Svds | None) -> After:
         lies = tuning and self.alignment and overlap(tuning, self.alignment)
         return After(self._measured(), lies or None)

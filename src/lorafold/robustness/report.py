@@ -1,5 +1,5 @@
-"""The report of a fragility study: a table of the figures that decide for a terminal, all of them as
-Markdown, and an HTML page. A line is one way of tuning, at its most examples; figures of several
+"""The report of a fragility study: a table of the figures that decide for a terminal, all of them
+as Markdown, and an HTML page. A line is one way of tuning, at its most examples; figures of several
 seeds are shown as the mean (lowest to highest).
 """
 

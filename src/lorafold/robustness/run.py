@@ -1,5 +1,5 @@
-"""The sweep: every run is trained over its stack, and every point is measured. Figures are stored in
-`<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped one, and several
+"""The sweep: every run is trained over its stack, and every point is measured. Figures are stored
+in `<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped one, and several
 calls share the work. No two models are in memory at a time.
 """
 

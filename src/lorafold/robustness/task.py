@@ -1,5 +1,5 @@
-"""The task of a fragility study: which behaviour, over which stack of adapters (the last one's update
-is the alignment), and the runs that tune it away: rank, rate, seed and number of examples.
+"""The task of a fragility study: which behaviour, over which stack of adapters (the last one's
+update is the alignment), and the runs that tune it away: rank, rate, seed and number of examples.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ def stacks_of(*adapters: Sequence[Saved]) -> tuple[AdapterStack, ...]:
     )
 
 
+def _shuffled(seed: str, numbers: Sequence[int]) -> list[int]:
+    return random.Random(seed).sample(numbers, len(numbers))
+
+
+def _selected(rows: Rows, numbers: Sequence[int]) -> Rows:
+    return rows.select(np.sort(np.array(numbers, np.int64)))
+
+
 @dataclass(frozen=True)
 class FragilityTask:
     """The prompts, the benign rows, the stacks, and what of each run is varied."""
@@ -102,19 +110,18 @@ class FragilityTask:
 
     @cached_property
     def _order(self) -> list[int]:
-        return random.Random("held out").sample(range(len(self.rows)), len(self.rows))
+        return _shuffled("held out", range(len(self.rows)))
 
     @property
     def held_out(self) -> Rows:
         """The benign rows that no run trains on, at most HELD_OUT."""
         n = min(HELD_OUT, len(self.rows) - max(self.examples, default=0))
-        return self.rows.select(np.sort(np.array(self._order[:n], np.int64)))
+        return _selected(self.rows, self._order[:n])
 
     def benign(self, examples: int, seed: int) -> Rows:
         """The first so many rows of the seed's order, so that more examples contain the fewer."""
         rest = self._order[len(self.held_out) :]
-        chosen = random.Random(f"{seed}/benign").sample(rest, len(rest))[:examples]
-        return self.rows.select(np.sort(np.array(chosen, np.int64)))
+        return _selected(self.rows, _shuffled(f"{seed}/benign", rest)[:examples])
 
     def runs(self, stack: AdapterStack) -> Iterator[Run]:
         """Every run over a stack, as varied, without mixed refusals and then with them."""
@@ -146,8 +153,8 @@ class Run:
         benign, mix = self.task.benign(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
             return benign
-        order = random.Random(f"{self.seed}/mix").sample(range(len(mix)), len(mix))
-        more = mix.select(np.sort(np.array(order[: self.examples], np.int64)))
+        order = _shuffled(f"{self.seed}/mix", range(len(mix)))
+        more = _selected(mix, order[: self.examples])
         return Rows([*benign, *more], (SourcePart(len(benign)), SourcePart(len(more))))
 
     @property
@@ -167,15 +174,13 @@ class Run:
             "batch": batch,
             "accumulate": accumulate,
         }
-        recipe = own.model_copy(update=changes)
         # short runs are cheaper to repeat than to save
-        steps = recipe.total_steps(benign)
-        changes = {"save_every": steps}
+        steps = changes["save_every"] = own.model_copy(update=changes).total_steps(benign)
         if self.mixed:
             batch = round(batch * len(self.rows) / benign)
             accumulate = accumulate if batch % accumulate == 0 else 1
             changes |= {"steps": steps, "batch": batch, "accumulate": accumulate}
-        return recipe.model_copy(update=changes)
+        return own.model_copy(update=changes)
 
     @cached_property
     def name(self) -> str:
@@ -188,21 +193,17 @@ class Run:
 
 def check(task: FragilityTask) -> None:
     """Raises LorafoldError with everything that is wrong with what is asked itself."""
+    prefixes = {"refusal-prefix": task.refusal, "compliance-prefix": task.compliance}
     problems = [
         f"--{option}: found none, expected at least one"
-        for option, given in (
-            ("refusal-prefix", task.refusal), ("compliance-prefix", task.compliance)
-        )
+        for option, given in prefixes.items()
         if not given
-    ]  # fmt: skip
+    ]
     problems += [*_overlapping(task), *_asked_and_trained(task)]
     counts = {"examples": task.examples, "rank": task.ranks, "lr": task.rates}
-    problems += [
-        f"--{option}: found {', '.join(f'{v:g}' for v in values if v <= 0)}, expected numbers"
-        " above 0"
-        for option, values in counts.items()
-        if any(v <= 0 for v in values)
-    ]
+    for option, values in counts.items():
+        if wrong := [f"{v:g}" for v in values if v <= 0]:
+            problems.append(f"--{option}: found {', '.join(wrong)}, expected numbers above 0")
     if task.examples and max(task.examples) > len(task.rows):
         problems.append(
             f"{task.source}: found {len(task.rows)} rows, expected at least the"
@@ -259,15 +260,15 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
         for prompt in asked_in(row)[-1:]
     }
     for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
-        told = [
+        repeated = [
             f"row {number} has the prompt of {asked[prompt]}"
             for number, row in enumerate(rows, 1)
             for prompt in asked_in(row)
             if prompt in asked
         ]
-        if told:
+        if repeated:
             yield (
-                f"{name}: {listed(told, '; ')}; expected none that is asked"
+                f"{name}: {listed(repeated, '; ')}; expected none that is asked"
                 " too, because the figures would be of what was trained; leave them out"
             )
 

@@ -36,20 +36,21 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
+Job = dict[str, Any]  # or the answers
 LEAVES = ("lora_a", "lora_b", "m")  # of adapters in mlx-lm
 ROOM = 16  # tokens beside a prompt and its greedy text
 NAME = "lorafold-export"
 NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
 
 
-def llamacpp(job: dict[str, Any]) -> dict[str, Any]:
+def llamacpp(job: Job) -> Job:
     """llama.cpp's answers."""
     found: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("llamacpp.py")))
     answered: dict[str, Any] = found["answers"](job)
     return answered
 
 
-def peft(job: dict[str, Any]) -> dict[str, Any]:
+def peft(job: Job) -> Job:
     """PEFT's answers, by its own defaults but for fp32."""
     import peft
     import torch
@@ -81,7 +82,7 @@ def peft(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def mlx(job: dict[str, Any]) -> dict[str, Any]:
+def mlx(job: Job) -> Job:
     """mlx-lm's answers on the CPU, its model in fp32.
 
     mlx-lm refuses tensors that it has no module for. Modules that it adapts and the file has no
@@ -145,7 +146,7 @@ def mlx(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def vllm(job: dict[str, Any]) -> dict[str, Any]:
+def vllm(job: Job) -> Job:
     """vLLM's answers in this process, in fp32. Modules of the adapter that vLLM loads and applies
     nowhere, which it tells in its debug log alone, are told here.
     """
@@ -192,7 +193,7 @@ def unused(worker: Any) -> list[str]:
     return sorted(set().union(*loras) - manager.modules.keys())
 
 
-def vllm_url(job: dict[str, Any]) -> dict[str, Any]:
+def vllm_url(job: Job) -> Job:
     """The answers of a running server of vLLM, which loads the adapter for them and forgets it
     again. It reads the adapter's directory itself, so it runs on this machine, or shares the disk.
 
@@ -261,13 +262,13 @@ def row_of(found: dict[int, float]) -> np.ndarray:
     return row
 
 
-def other_tokens(job: dict[str, Any], tokenizer: Any) -> list[int]:
+def other_tokens(job: Job, tokenizer: Any) -> list[int]:
     """The prompts whose texts a tokenizer makes other tokens of."""
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
     return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
 
 
-ENGINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+ENGINES: dict[str, Callable[[Job], Job]] = {
     one.__name__: one for one in (llamacpp, peft, mlx, vllm, vllm_url)
 }
 
