@@ -83,7 +83,9 @@ def main(asked: argparse.Namespace) -> None:
             subject = Subject(base_for(None, found, None, device="cpu"), tuple(found))
             return Reference.of(subject, prompts, quietly)
 
-        def measured(what: str, own: Reference, file: Path, base: str, tensors: str = "F32") -> None:
+        def measured(
+            what: str, own: Reference, file: Path, base: str, tensors: str = "F32"
+        ) -> None:
             job = own.job({"base": str(bases(base)), "adapter": str(file)}, tmp)
             found = proof(own.answers, ask("llamacpp", job), own.margin)
             row = {

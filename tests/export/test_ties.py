@@ -40,7 +40,9 @@ def test_the_other_expert_is_no_difference(model, prompts):
     plain = proof(ours, theirs, lambda prompt, at: 1.0)
     assert plain.tied == 0
     assert plain.kl == plain.measured
-    found = proof(ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n]))
+    found = proof(
+        ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n])
+    )
     assert found.tied == 1
     assert found.kl < 2e-6 < found.measured == plain.kl
     assert found.gap < 0.01 < plain.gap
@@ -51,7 +53,9 @@ def test_what_is_far_for_another_reason_stays_far(model, prompts):
     rows = torch.stack([last(model, ids) for ids in prompts])
     ours, theirs = answered(rows, rows.roll(1, 0))
     theirs.adapted[3] += 0.3 * torch.randn(rows.shape[1:])
-    found = proof(ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n]))
+    found = proof(
+        ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n])
+    )
     assert found.tied == 0
     assert found.kl == found.measured > 1e-4
 

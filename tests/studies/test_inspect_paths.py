@@ -135,7 +135,7 @@ def test_new_tokens_stay_as_they_are_along_a_line(tiny_model_dir, tmp_path):
     )
     data = {"model": base, "data": rows, "device": "cpu"}
     lf.train(recipe, out=tmp_path / "nt", **data)
-    found = lf.inspect(tmp_path / "nt", storage="fp32", **data).as_json()["paths"]
+    found = lf.inspect(tmp_path / "nt", storage="fp32", **data).paths
     expected = lf.evaluate(
         base, rows, adapters=[tmp_path / "nt"], storage="fp32", device="cpu", completions=False
     ).loss

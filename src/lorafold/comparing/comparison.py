@@ -13,9 +13,7 @@ from lorafold.files.html_page import ShownInNotebooks
 
 @dataclass(frozen=True)
 class Comparison(ShownInNotebooks):
-    """The figures of every method, setting and seed, in the order asked for, and what they were
-    measured on. Those of the base come first.
-    """
+    """The figures of every method, setting and seed, the base's first."""
 
     rows: tuple[Measurement, ...]
     model: str
@@ -23,16 +21,12 @@ class Comparison(ShownInNotebooks):
 
     @property
     def over_base(self) -> dict[str, Difference]:
-        """By how much each line's reward is above the base's, paired by prompts; or its loss,
-        paired by rows, where below 0 is better. A line is named as in "lora" or "lora rank=8".
-        """
+        """The difference to the base's reward or loss, paired by rows, by the name of the line."""
         return over_base(self.rows)
 
     @property
     def verdict(self) -> str:
-        """The method of the lowest loss or the highest reward, where the held-out rows and at least
-        three seeds tell it from all others; else those among which they can't tell.
-        """
+        """The best method if rows and seeds distinguish it, else those that can't be told apart."""
         return verdict(self.rows)
 
     def as_json(self) -> dict[str, Any]:

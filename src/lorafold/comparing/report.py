@@ -130,8 +130,8 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     """The quality of each method with its interval, the best above."""
     order, reach = quality.order, quality.intervals
-    told = distinct([names[n] for n in order], 16)
-    shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(told, order, strict=True)]
+    labels = distinct([names[n] for n in order], 16)
+    shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(labels, order, strict=True)]
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
@@ -142,8 +142,10 @@ def ranking(quality: Quality, names: Sequence[str]) -> str:
         plots.scaled(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
-    said = " to ".join(ends) + ("" if quality.base is None else f", the base at {quality.base:.4g}")
-    return plots.drawing(draw, "Quality", f"{said}. {INTERVALS}", plots.height_of(shown))
+    caption = " to ".join(ends) + (
+        "" if quality.base is None else f", the base at {quality.base:.4g}"
+    )
+    return plots.drawing(draw, "Quality", f"{caption}. {INTERVALS}", plots.height_of(shown))
 
 
 def scatter(
@@ -153,9 +155,7 @@ def scatter(
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
-    """A plot of the quality over a cost, `x` of each method, whose marker says whether it is
-    mergeable.
-    """
+    """A plot of the quality over a cost `x`; the marker shows whether a method is mergeable."""
     known = quality.order
     best, least = known[0], min(known, key=lambda n: x[n] or 0)
 
@@ -175,18 +175,18 @@ def scatter(
         return plots.number(x[n] or 0, digits=3)
 
     extreme = "lowest loss" if quality.lower else "highest reward"
-    said = f"{names[best]}, which has the {extreme}, {cost.told.format(of(best))}"
+    caption = f"{names[best]}, which has the {extreme}, {cost.told.format(of(best))}"
     if best != least:
-        said += f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
+        caption += (
+            f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
+        )
     merged = "Triangles can't be merged. " if not all(mergeable) else ""
     title = f"Quality against {cost.name}"
-    return plots.drawing(draw, title, f"{said}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
+    return plots.drawing(draw, title, f"{caption}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
 
 
 def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
-    """A plot of the attached and the merged model: `both` has the ratios of each method by these
-    names.
-    """
+    """A plot of the ratios of the attached and the merged model, by these names."""
     marks = [
         plots.Series(name, values, [None] * len(values))
         for name, values in both.items()
@@ -206,8 +206,8 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
         between = f"{low:.2f} ({fast}) to {high:.2f} ({slow})" if len(known) > 1 else f"{low:.2f}"
         return f"{one.name} {between}"
 
-    said = f"Here it is {'; '.join(map(told, marks))}. Less is faster."
-    return plots.drawing(draw, title, said, plots.height_of(names, len(marks)))
+    caption = f"Here it is {'; '.join(map(told, marks))}. Less is faster."
+    return plots.drawing(draw, title, caption, plots.height_of(names, len(marks)))
 
 
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
@@ -239,25 +239,25 @@ FLAGS: dict[str, Callable[[Measurement], bool | None]] = {
 
 def columns(measurements: Measurements) -> dict[str, list[str]]:
     """The cells of all methods by the heading of their column."""
-    methods, found = by_method(measurements), dict[str, list[str]]()
-    found["method"] = [seeds[0].name for seeds in methods]
+    methods, cells_by_heading = by_method(measurements), dict[str, list[str]]()
+    cells_by_heading["method"] = [seeds[0].name for seeds in methods]
     for heading, (value, form) in COLUMNS.items():
-        found[heading] = [spread((value(r) for r in seeds), form) for seeds in methods]
+        cells_by_heading[heading] = [spread((value(r) for r in seeds), form) for seeds in methods]
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
-            found |= _beside(heading, form, measurements)
+            cells_by_heading |= _beside(heading, form, measurements)
         if heading == EXACT:
             # of a single seed; several have their range
             alone = [s[0].exact_match_interval if len(s) == 1 else None for s in methods]
-            found[EXACT + WITHIN] = [within(one, ".1%") if one else NOTHING for one in alone]
+            cells_by_heading[EXACT + WITHIN] = [
+                within(one, ".1%") if one else NOTHING for one in alone
+            ]
     for heading, flag in FLAGS.items():
-        found[heading] = [answer([flag(r) for r in seeds]) for seeds in methods]
-    return {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
+        cells_by_heading[heading] = [answer([flag(r) for r in seeds]) for seeds in methods]
+    return {heading: cells for heading, cells in cells_by_heading.items() if {*cells} != {NOTHING}}
 
 
 def _beside(heading: str, form: str, measurements: Measurements) -> dict[str, list[str]]:
-    """What stands beside what methods are compared by: its interval, how far it is from the base's,
-    and each reward by its name where there are several.
-    """
+    """Further columns of the figure that is compared: interval, difference, each reward."""
     methods, gains = by_method(measurements), over_base(measurements)
     intervals = [one.interval for one in held_out(measurements).values()]
     names = list(measurements[0].rewards)
@@ -273,9 +273,9 @@ def _beside(heading: str, form: str, measurements: Measurements) -> dict[str, li
     }
 
 
-def lines(found: dict[str, list[str]]) -> list[list[str]]:
+def lines(columns_: dict[str, list[str]]) -> list[list[str]]:
     """The lines of columns, one for each method."""
-    return [list(line) for line in zip(*found.values(), strict=True)]
+    return [list(line) for line in zip(*columns_.values(), strict=True)]
 
 
 def answer(values: Sequence[bool | None]) -> str:
@@ -292,13 +292,11 @@ SHORT: dict[str, tuple[Value, str]] = {  # heading: value, format; beside what i
 
 
 def deciding(measurements: Measurements) -> str:
-    """The figures by which one chooses a method, in a table of at most 80 columns, what they mean,
-    and the verdict.
-    """
+    """The figures that decide, in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_method(measurements), lower_is_better(measurements)
     gains, figures = over_base(measurements), held_out(measurements).values()
     form = ".4f" if lower else ".4g"
-    found = {
+    columns_ = {
         "method": [seeds[0].name for seeds in methods],
         LOSS if lower else REWARD: [plus_minus(one, form) for one in figures],
         OVER_BASE: [
@@ -314,13 +312,13 @@ def deciding(measurements: Measurements) -> str:
             for seeds in methods
         ],
     }
-    shown = {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
+    shown = {heading: cells for heading, cells in columns_.items() if {*cells} != {NOTHING}}
     several = max(map(len, methods))
     means = f" Means over {several} seeds." if several > 1 else ""
     over = "and seeds" if several >= SEEDS else "alone, not seeds"
     about = f"{LOW if lower else HIGH} {over}.{means} {LEGEND}"
-    told = verdict(measurements)
-    below = [*paragraph(about), *(["", *paragraph(f"{told}.")] if told else [])]
+    conclusion = verdict(measurements)
+    below = [*paragraph(about), *(["", *paragraph(f"{conclusion}.")] if conclusion else [])]
     return text_table([*shown], lines(shown)) + "\n" + "\n".join(below)
 
 
@@ -333,32 +331,32 @@ LEGEND = (
 )
 
 
-def plus_minus(found: Difference, form: str) -> str:
+def plus_minus(difference: Difference, form: str) -> str:
     """A figure with half of its interval, which is symmetric."""
-    if found.interval is None:
-        return f"{found.mean:{form}}"
-    half = (found.interval[1] - found.interval[0]) / 2
-    return f"{found.mean:{form}} ±{half:{form.lstrip('+')}}"
+    if difference.interval is None:
+        return f"{difference.mean:{form}}"
+    half = (difference.interval[1] - difference.interval[0]) / 2
+    return f"{difference.mean:{form}} ±{half:{form.lstrip('+')}}"
 
 
 def markdown(measurements: Measurements) -> str:
     """The whole table in Markdown, with the verdict below it."""
-    found, told = columns(measurements), verdict(measurements)
-    below = f"\n{told}\n" if told else ""
-    return markdown_table([*found], lines(found)) + below
+    table, conclusion = columns(measurements), verdict(measurements)
+    below = f"\n{conclusion}\n" if conclusion else ""
+    return markdown_table([*table], lines(table)) + below
 
 
 
 
 def page(measurements: Measurements, title: str, path: Path) -> None:
     """Write the plots and the table as one HTML file."""
-    found, told = columns(measurements), verdict(measurements)
+    table, conclusion = columns(measurements), verdict(measurements)
     content = rendered(
         "comparing/compare.html",
-        verdict=f"{told}." if told else "",
+        verdict=f"{conclusion}." if conclusion else "",
         plots=plots_of(measurements),
-        head=[*found],
-        lines=lines(found),
+        head=[*table],
+        lines=lines(table),
         rewards=measurements[0].reward is not None,
     )
     document(title, content, path)

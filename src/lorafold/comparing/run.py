@@ -70,11 +70,7 @@ def compare(
     tell: Callable[[Measurement, int, int], None],
     say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
-    """Measure every variant with every seed, in this order.
-
-    The base is measured before them; with every seed, where completions are drawn of it or it gets
-    a head, and else once.
-    """
+    """Measure every variant with every seed; the base first, with each seed where that matters."""
     if task.recipe.new_tokens:
         raise LorafoldError(
             f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none: the"
@@ -135,15 +131,12 @@ def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 
 def key(task: ComparisonTask, method: str) -> str:
-    """A digest, of twelve letters, of everything that the figures depend on: the model, the rows,
-    the recipe with the defaults of the method, the files of rewards, the device, the storage and
-    the code.
-    """
+    """A digest of everything that the figures depend on: model, rows, recipe, rewards, code."""
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
     base = task.base.stored(settled_base(recipe, spec, task.base.source))
-    found = grounds(base, recipe.chat_template, "comparing", "merging")
+    environment = grounds(base, recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
-    asked = recipe.model_dump(mode="json", exclude={"seed"})
-    own = [repr(spec), spec.lr, spec.lr_b, task.day, task.identity]
-    return digest_of([found, *rows, asked, *own])
+    settings = recipe.model_dump(mode="json", exclude={"seed"})
+    rest = [repr(spec), spec.lr, spec.lr_b, task.day, task.identity]
+    return digest_of([environment, *rows, settings, *rest])

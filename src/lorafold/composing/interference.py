@@ -35,9 +35,7 @@ LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
 
 @dataclass(frozen=True)
 class Meeting:
-    """How two updates relate, at one site or over all. `norms` are |dW_a| and |dW_b|; `chance_*` is
-    what random subspaces of the same ranks share.
-    """
+    """How two updates relate, at one site or over all; `chance_*` is of random subspaces."""
 
     cosine: float
     shared_output: float | None
@@ -81,9 +79,7 @@ class Pair:
 
 
 def meetings(updates: Updates, console: Console) -> list[Pair]:
-    """Every pair of adapters. The dense updates of one matrix at a time are in memory, or those of
-    a site where they have no factors.
-    """
+    """Every pair of adapters, with one matrix's dense updates in memory at a time."""
     met = defaultdict[tuple[int, int], dict[str, Meeting]](dict)
     for site in updates.watched("geometry", console):
         for name, changes in site.changes():
@@ -104,15 +100,15 @@ def meet(changes: Mapping[int, Change]) -> dict[tuple[int, int], Meeting]:
         i: trim(dense(change), LARGEST, torch.default_generator).sign().to(torch.int8)
         for i, change in changes.items()
     }
-    found = {}
+    meetings_ = {}
     for i, j in combinations(changes, 2):
         a, b, norm = changes[i], changes[j], norms[i] * norms[j]
         both = largest[i] * largest[j]
         conflict = int((both < 0).sum()) / max(1, int((both != 0).sum()))
-        found[i, j] = Meeting(
+        meetings_[i, j] = Meeting(
             inner(a, b) / norm if norm else 0.0, *subspaces(a, b), conflict, (norms[i], norms[j])
         )
-    return found
+    return meetings_
 
 
 def subspaces(
@@ -158,9 +154,7 @@ def overall(sites: Sequence[Meeting]) -> Meeting | None:
 
 @dataclass(frozen=True)
 class Interference:
-    """Evaluations by task, then by the name of what was active; and how the updates of every two
-    adapters relate.
-    """
+    """Evaluations by task and by what was active, and the relation of every two adapters."""
 
     tasks: dict[str, dict[str, Evaluation]]
     pairs: list[Pair]

@@ -45,9 +45,7 @@ from lorafold.training_step.losses import CompletionLoss
 def arithmetic(
     rule: str, job: Job, out: Path, name: str = "", weights: tuple[float, ...] = ()
 ) -> Composed:
-    """Apply a rule at every site and write the adapter, under another name or with other weights
-    than those of the request or the rule.
-    """
+    """Apply a rule at every site and write the adapter, perhaps under another name."""
     by, request, n = RULES[rule], job.request, len(job.updates.adapters)
     way, density = name or rule, by.share(request.density)
     weights = weights or request.weights or (1 / n if by.mean else 1.0,) * n
@@ -107,9 +105,7 @@ def mixture(job: Job, out: Path) -> Composed:
 
 
 def write_mixture(job: Job, out: Path, gates: Gating) -> float:
-    """Write the mixture with which training starts. Returns the share of the norm of the updates
-    that was lost when they were cut to the request's rank.
-    """
+    """Write the mixture that training starts from; returns the share that cutting lost."""
     updates = job.updates
     sites = {site.path: site for site in updates.sites}
     targets = Matches({path: (path,) for path in sites})

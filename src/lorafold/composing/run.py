@@ -43,10 +43,10 @@ class Composition(ShownInNotebooks):
         """Every way under `compositions`; if there is only one, its keys are at the top too."""
         made = {way: asdict(one) for way, one in self.composed.items()}
         top = next(iter(made.values())) if len(made) == 1 else {"out": self.out}
-        found = {**top, "adapters": list(self.adapters), "compositions": made}
+        content = {**top, "adapters": list(self.adapters), "compositions": made}
         if self.interference is not None:
-            found["interference"] = self.interference.as_json()
-        return found
+            content["interference"] = self.interference.as_json()
+        return content
 
     def __str__(self) -> str:
         lines = []
@@ -84,9 +84,7 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
 
 
 def make(way: str, job: Job, out: Path) -> Composed:
-    """Compose in one way. Its random numbers follow from the request's seed, whatever was drawn
-    before (the SVD by subspace iteration draws some); torch's global state is left as it was.
-    """
+    """Compose in one way, seeded by the request alone; torch's global state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
         return COMPOSITIONS[way](job, out)
@@ -105,12 +103,12 @@ def check(request: ComposeRequest) -> None:
         if request.ways.count(way) > 1
     ]
     problems += ["--adapter: found none, expected at least one"] * (not request.adapters)
-    given, n = len(request.weights), len(request.adapters)
-    if given and given != n:
+    weights, n = len(request.weights), len(request.adapters)
+    if weights and weights != n:
         problems.append(
-            f"--weight: found {given}, expected one for each of the {n} adapters, in their order"
+            f"--weight: found {weights}, expected one for each of the {n} adapters, in their order"
         )
-    if given and (learned := [way for way in request.ways if way in LEARNED]):
+    if weights and (learned := [way for way in request.ways if way in LEARNED]):
         problems.append(f"--weight: {' and '.join(learned)} learns the weights; leave it out")
     if request.density is not None and not 0 < request.density <= 1:
         problems.append(
@@ -121,9 +119,7 @@ def check(request: ComposeRequest) -> None:
 
 
 def set_apart(request: ComposeRequest) -> ComposeRequest:
-    """The request with rows for the ways that learn: its own, or half of each task's rows. In that
-    case the other half is measured on.
-    """
+    """The request with rows to learn from: its own, or half of each task's rows."""
     if request.examples or not request.tasks or not set(request.ways) & set(LEARNED):
         return request
     halves = {task: split(rows, 0.5, request.seed) for task, rows in request.tasks.items()}

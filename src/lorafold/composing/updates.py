@@ -53,9 +53,7 @@ Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 @dataclass(frozen=True)
 class ModuleUpdates:
-    """One adapted module, or the matrices of experts, with the update of each adapter, None where
-    an adapter has none there. `names` are those of its matrices.
-    """
+    """A module with the update of each adapter, or None, and the names of its matrices."""
 
     path: str
     names: tuple[str, ...]
@@ -130,9 +128,7 @@ def read(base: Base, adapters: Sequence[Saved]) -> Updates:
 
 
 def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
-    """A name for each path: its last part, or the whole path where two have the same last part,
-    with a number where an adapter is given twice.
-    """
+    """A name for each path: its last part, the whole path, or with a number, to be unique."""
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
     return tuple(n if short.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(short, 1))
@@ -180,7 +176,7 @@ def disjoint_mean(changes: Sequence[Change]) -> Tensor:  # (out, in)
 
 
 def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The largest entries of an update, the others 0."""
+    """The largest entries of an update (out, in), the others 0; nothing is drawn."""
     sizes = update.abs()
     kept = max(1, round(density * update.numel()))
     least = sizes.flatten().kthvalue(update.numel() - kept + 1).values
@@ -194,10 +190,7 @@ def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 
 def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of at most this rank: (up (out, r), down (r, in), |up down - dW|^2).
-
-    Factors of no higher rank are returned as they are.
-    """
+    """The best factors of at most a rank: (up (out, r), down (r, in), |up down - dW|^2)."""
     if not isinstance(change, tuple):
         up, down = best_of_rank(change, min(rank, *change.shape))
         return up, down, (up @ down - change).double().square().sum().item()
@@ -214,9 +207,7 @@ def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def inner(a: Change, b: Change) -> float:
-    """<dW_a, dW_b> in fp64. Of factors it is tr((B_a^T B_b) (A_b A_a^T)), which needs no dense
-    update.
-    """
+    """<dW_a, dW_b> in fp64; of factors it is tr((B_a^T B_b) (A_b A_a^T))."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         (up_a, down_a), (up_b, down_b) = ((up.double(), down.double()) for up, down in (a, b))
         return ((up_a.t() @ up_b) * (down_a @ down_b.t())).sum().item()
@@ -225,10 +216,7 @@ def inner(a: Change, b: Change) -> float:
 
 @dataclass(frozen=True)
 class ComposeWay:
-    """One way of composing, with its defaults: whether the weights of n adapters are 1/n or 1, the
-    `rank(ranks)` of a site from those of its updates, and the `density` of the entries that are
-    kept.
-    """
+    """A way of composing: weights 1/n or 1, the rank of a site, the density of entries."""
 
     join: Join
     mean: bool

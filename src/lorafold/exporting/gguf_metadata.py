@@ -56,18 +56,10 @@ KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A kind of model as llama.cpp has it.
-
-    Attributes:
-        name: its own.
-        activation: of the gated MLP.
-        interleaved: whether rows of queries and keys lie interleaved for rotation.
-        gain: what the files' gains of norms have less than the gains themselves.
-        granted: fields of the configuration with the values that it takes for granted.
-        period: every how many layers one attends to all positions, and the others to a window; 0
-            where all do.
-        square: the numbers of layers whose attention it scales by the width of a head among
-            hidden_size / heads, instead of by head_dim.
+    """An architecture of llama.cpp: `activation` of the gated MLP; `interleaved` rows of queries
+    and keys; `gain`, which the files' norms have less; `granted` fields with the values that it
+    assumes; `period`, every how many layers one attends to all positions, or 0; `square`, the
+    numbers of layers whose attention is scaled by hidden_size / heads instead of by head_dim.
     """
 
     name: str
@@ -99,8 +91,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(config: Any) -> Architecture:
     """The row of a model's configuration."""
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    row = ARCHITECTURES.get(config.model_type)
+    if row is None:
         raise LorafoldError(
             f"found a model of type {config.model_type}, expected one of"
             f" {', '.join(ARCHITECTURES)}; the directory that lorafold merge writes can be"
@@ -109,19 +101,19 @@ def architecture_of(config: Any) -> Architecture:
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     wrong = [
         f"{name} = {own!r} of {config.model_type}, which it takes for {value!r}"
-        for name, value in found.granted.items()
+        for name, value in row.granted.items()
         if (own := getattr(config, name, value)) != value
     ]
-    if activation != found.activation:
-        wrong.append(f"the activation {activation} of this model, where it has {found.activation}")
+    if activation != row.activation:
+        wrong.append(f"the activation {activation} of this model, where it has {row.activation}")
     scale = getattr(config, "query_pre_attn_scalar", None)
-    square = config.num_hidden_layers in found.square
+    square = config.num_hidden_layers in row.square
     width = config.hidden_size // config.num_attention_heads if square else head_width(config)
     if scale not in (None, width):
         wrong.append(f"query_pre_attn_scalar = {scale}, which it takes for {width}")
     if wrong:
         raise LorafoldError(f"llama.cpp can't say {wrong[0]}")
-    return found
+    return row
 
 
 def head_width(config: Any) -> int:
@@ -130,11 +122,7 @@ def head_width(config: Any) -> int:
 
 
 def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence[str]:
-    """Have a writer say what a configuration does, but for positions and tokens.
-
-    Returns:
-        What llama.cpp computes otherwise, a sentence each.
-    """
+    """Write a configuration, except positions, and return what llama.cpp computes differently."""
     for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
         values = {}  # by key: two fields may be one
         for name, key in table.items():
@@ -155,11 +143,7 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
 
 
 def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:
-    """Have a writer say what a configuration does of rotary positions.
-
-    Returns:
-        The tensors of the file that say more, by name, each (rotated / 2,).
-    """
+    """Write the rotary positions, and return further tensors (rotated / 2,) of the file by name."""
     rope = config.rope_parameters
     windowed = {}  # those of layers with a window, where they have their own
     if "full_attention" in rope:
@@ -195,12 +179,12 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
     """Raise LorafoldError for a scale of attention that is not YaRN's own, which llama.cpp has."""
-    own, factor = rope.get("attention_factor"), rope["factor"]
+    given, factor = rope.get("attention_factor"), rope["factor"]
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if rope.get("mscale") or (own is not None and not math.isclose(own, usual, rel_tol=1e-4)):
+    if rope.get("mscale") or not (given is None or math.isclose(given, usual, rel_tol=1e-4)):
         raise LorafoldError(
             "its rotary positions (yarn) scale attention by"
-            f" {own or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
+            f" {given or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
             " takes from a file"
         )
 
@@ -240,20 +224,20 @@ ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
     """The name of a byte-level tokenizer's rule."""
-    own, before = backend.pre_tokenizer, backend.normalizer
+    splitter, before = backend.pre_tokenizer, backend.normalizer
     # Qwen's normalizer does nothing but to compose marks with their letters
-    if own is not None and (before is None or type(before).__name__ == "NFC"):
-        wanted = [_pieces(own, text) for text in TEXTS]
+    if splitter is not None and (before is None or type(before).__name__ == "NFC"):
         for name in names_of_rules():
             rule = rule_of(name)
             if rule is None or (name in WHOLE_WORDS) != whole_words:
                 continue
-            if all(_pieces(rule, text) == found for text, found in zip(TEXTS, wanted, strict=True)):
+            if all(_pieces(rule, text) == _pieces(splitter, text) for text in TEXTS):
                 return name
+    kind = type(splitter).__name__ + ", words that are tokens are whole" * whole_words
     raise LorafoldError(
-        f"its tokenizer splits text by a rule for which llama.cpp has no name that is known"
-        f" here ({type(own).__name__}{', words that are tokens are whole' * whole_words}); expected"
-        " the rule of one of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o and so on"
+        f"its tokenizer splits text by a rule for which llama.cpp has no name that is known here"
+        f" ({kind}); expected the rule of one of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o"
+        " and so on"
     )
 
 
@@ -262,9 +246,7 @@ def _pieces(rule: object, text: str) -> list[str]:
 
 
 def check_whole(backend: Backend) -> None:
-    """Raise LorafoldError unless a tokenizer changes nothing of a text but spaces, nor takes away
-    anything.
-    """
+    """Raise LorafoldError if a tokenizer changes anything of a text but its spaces."""
     before = SPACE * prefixes_space(backend)
     for text in TEXTS:
         made = _marked(backend, text)
@@ -327,9 +309,7 @@ def add_tokenizer(
 
 
 def _check_bytes(vocabulary: Collection[str]) -> None:
-    """Raise LorafoldError for a vocabulary without a token for each byte, which llama.cpp looks up
-    and does not miss in words of its own.
-    """
+    """Raise LorafoldError if a byte has no token: llama.cpp looks them up without a check."""
     lacking = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
     if lacking:
         raise LorafoldError(
@@ -366,34 +346,33 @@ def _tokens(
 
 def _scores(vocabulary: dict[str, int], merges: Sequence[Sequence[str]], rows: int) -> list[float]:
     """Of each row: the earlier a merge makes the token, the higher."""
-    found = [LAST] * rows
+    scores = [LAST] * rows
     order = dict.fromkeys("".join(pair) for pair in merges)
     for rank, text in enumerate(order):
-        found[vocabulary[text]] = float(-rank - 1)
-    return found
+        scores[vocabulary[text]] = float(-rank - 1)
+    return scores
 
 
-def _add_special(
-    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
-) -> None:
-    own = tokenizer
-    eos = own.eos_token_id if own.eos_token_id is not None else next(iter(ends), None)
+def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        eos = next(iter(ends), None)
     if eos is None:
         raise LorafoldError("neither tokenizer nor configuration says which token ends a text")
-    bos = own.bos_token_id
+    bos = tokenizer.bos_token_id
     # llama.cpp takes token 11 for one that a file leaves out
     writer.add_bos_token_id(eos if bos is None else bos)
     writer.add_eos_token_id(eos)
     for name, token in zip(ENDS, [one for one in ends if one != eos], strict=False):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-    if own.unk_token_id is not None:
-        writer.add_unk_token_id(own.unk_token_id)
-    if own.pad_token_id is not None:
-        writer.add_pad_token_id(own.pad_token_id)
-    ids = own("a")["input_ids"]
+    if tokenizer.unk_token_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bos is not None and ids[0] == bos)
-    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == own.eos_token_id)
-    template = own.chat_template
+    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
+    template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if template:

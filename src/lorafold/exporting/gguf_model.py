@@ -58,8 +58,7 @@ ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, 
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into a file: a model on its files, the adapters on it that are folded in, lowest
-    first, the directory that it was read from, a tokenizer, and its name for people.
+    """The content of a file: a model on its files, adapters to merge, its directory and tokenizer.
     """
 
     model: PreTrainedModel
@@ -78,19 +77,13 @@ def write_model(directory: Path, out: Path, tensors: str, progress: Progress) ->
 
 
 def write_content(content: Content, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write a model as a GGUF file.
-
-    Returns:
-        What an engine computes otherwise than the model, a sentence each.
-    """
+    """Write a model as a GGUF file, and return what an engine computes differently."""
     return write_described(described(content, tensors), out, tensors, progress)
 
 
 @dataclass(frozen=True)
 class Described:
-    """A file before it is written: a writer with all metadata, the tensors, and what an engine
-    computes otherwise, a sentence each.
-    """
+    """A file before it is written, and notes on what an engine computes differently."""
 
     writer: gguf.GGUFWriter
     tensors: Sequence[MergedParameter]
@@ -147,9 +140,9 @@ def described(content: Content, tensors: str) -> Described:
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = add_metadata(writer, config, row)
-    beside = add_positions(writer, config, row)
+    positions = add_positions(writer, config, row)
     placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
-    placed += [MergedParameter.known(name, tensor) for name, tensor in beside.items()]
+    placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
     shapes = {one.path: one.shape for one in placed}
     if row.name in ONE_MATRIX and OUTPUT in shapes:
         raise LorafoldError(

@@ -61,10 +61,7 @@ class MergedParameter:
 
 
 def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
-    """The parameters of a model under adapters; the model is not changed.
-
-    Raises NotMergeable with every reason for which they have no form in weight space.
-    """
+    """Yield the parameters of a model with adapters merged in; the model is not changed."""
     plan = plan_fold(model, (ROUND_TRIP, *names))
     if plan.problems:
         raise NotMergeable(listed((f"{path}: {why}" for path, why in plan.problems), "; "))
@@ -77,12 +74,12 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
     def same(parameter: Tensor) -> Tensor:
         return parameter.make() if isinstance(parameter, OnDemand) else parameter
 
-    apart = {name for first, others in plan.apart.items() for name in (first, *others)}
+    untied = {name for first, others in plan.apart.items() for name in (first, *others)}
     seen: set[int] = set()
     left = dict(plan.shapes)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         shape = left.pop(path, None)
-        if DELTAS in path or (id(parameter) in seen and path not in apart):
+        if DELTAS in path or (id(parameter) in seen and path not in untied):
             continue
         seen.add(id(parameter))
         if shape is None:
@@ -160,9 +157,7 @@ def tensors_of(
 def _parts(
     path: str, experts: bool, config: Any, row: Architecture
 ) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor] | None]]:
-    """Yield the module path of each matrix that the file has for one of a model, the number of
-    parts that its rows have, and what makes its rows of the model's, or None for the same.
-    """
+    """Yield the path, the number of parts and the mapping of rows of each matrix in the file."""
     stem, _, module = path.rpartition(".")
     if experts and module == GATE_UP:
         for n, half in enumerate(("gate_proj", "up_proj")):
@@ -182,9 +177,7 @@ def _half(n: int, values: Tensor) -> Tensor:
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * width, ...) of halves that rotate together, in llama.cpp's order, in which the
-    two of a pair are neighbours.
-    """
+    """Rows (heads * width, ...) with the two of a rotated pair next to each other."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
@@ -192,9 +185,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 def tensors_of_update(
     factors: SiteFactors, config: Any, row: Architecture
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the file, of any shape, by their names there, and why others have no place, a
-    line each.
-    """
+    """The file's tensors, of any shape, by name, and why others have no place there."""
     names = names_of(row, config.num_hidden_layers)
     tensors = {}
     problems = []

@@ -50,13 +50,7 @@ def write_canonical(base: Base, factors: SiteFactors, out: Path) -> Saved:
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The base as another engine takes it, which reads Hugging Face's directories.
-
-    Attributes:
-        model: a hub id, or the path of a directory.
-        revision: the commit of a hub model that is in use here.
-        notes: a sentence where the name alone would not do.
-    """
+    """The base as another engine loads it: a hub id or directory, its revision, and notes."""
 
     model: str
     revision: str | None
@@ -104,10 +98,7 @@ def leaf_of(path: str) -> str:
 def write_files(
     subject: Subject, factors: SiteFactors, directory: Path
 ) -> tuple[BaseReference, tuple[str, ...], tuple[str, ...]]:
-    """Write the canonical adapter and, where it is another than the base's, the chat template.
-
-    Returns the base as a server finds it, the files, and the arguments of both for its command.
-    """
+    """Write the adapter and a changed chat template; return the base, the files and options."""
     write_canonical(subject.base, factors, directory / ADAPTER)
     base, template = base_reference(subject.base), write_template(subject, directory)
     files = (*(f"{ADAPTER}/{name}" for name in FILES), *[TEMPLATE] * template)

@@ -63,9 +63,7 @@ class ProofPrompts:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of each prompt: `adapted` and `base` (prompts, vocabulary) are the log-probabilities of the
-    next token in fp32, with and without adapters; `greedy` are the most likely tokens.
-    """
+    """`adapted` and `base` (prompts, vocabulary): log-probabilities in fp32; `greedy`: tokens."""
 
     adapted: Tensor
     base: Tensor
@@ -83,24 +81,23 @@ def prompts_of(
             f"--prompts {source}: found rows of text, which ask nothing; expected rows with prompts"
             ' or conversations, such as {"prompt": ...}'
         )
-    given = rows.given(PROMPTS)
-    texts = tuple(prompt_of(one, tokenizer) for one in given)
-    chats = tuple({"messages": one.messages, "tools": one.tools} for one in given)
+    conversations = rows.given(PROMPTS)
+    texts = tuple(prompt_of(one, tokenizer) for one in conversations)
+    chats = tuple({"messages": one.messages, "tools": one.tools} for one in conversations)
     return ProofPrompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
 
 
 @torch.inference_mode()
 def last(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The log-probabilities (vocabulary,) of the token that follows these, in fp32 on the CPU."""
-    given = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=given, use_cache=False).logits[0, -1]
+    inputs = torch.tensor([ids], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
     return logits.float().log_softmax(-1).cpu()
 
 
 def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the answers of a model with active adapters (vocabulary,) where one token has the next
-    expert in place of its last, that with the smallest difference of the two first. Between them
-    the model is as it was, however many are taken.
+    """Yield the answers (vocabulary,) where one token has the next expert in place of its last, the
+    smallest difference first. Between them the model is unchanged.
     """
     close: list[tuple[float, nn.Module, int, Tensor]] = []
     routers = [m for m in model.modules() if type(m).__name__.endswith(ROUTER)]
@@ -140,9 +137,7 @@ def _moved(at: int, step: Tensor, _: nn.Module, given: tuple[Any, ...]) -> tuple
 
 
 def answers_over(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
-    """The log-probabilities (prompts, vocabulary) after each prompt of what is exported, over
-    another storage of its base, computed in fp32.
-    """
+    """Log-probabilities (prompts, vocabulary) with another storage of the base, in fp32."""
     model = adapted(subject.base, subject.adapters, storage)
     return torch.stack([last(model, ids) for ids in prompts_of(subject.tokenizer, source).ids])
 
@@ -182,8 +177,7 @@ class Reference:
         return replace(self, prompts=prompts, answers=answers)
 
     def job(self, needs: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-        """The job of an engine's program, from what the target's engine needs; the files are in the
-        directory for now.
+        """The job of an engine's program, from the target's needs and the directory of the files.
         """
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
@@ -209,9 +203,8 @@ LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
 
 @dataclass(frozen=True)
 class EngineAnswers:
-    """What an engine answered: as `Answers`, with its name and version. `base` is of the first so
-    many prompts, None where it has the merged model alone; `unused` are the tensors of the files
-    that it did not take, if it tells.
+    """An engine's answers. `base` is of the first prompts, or None for a merged model; `unused` are
+    tensors of the files that it did not take, if it tells.
     """
 
     adapted: Tensor
@@ -226,9 +219,9 @@ class EngineAnswers:
 
 @dataclass(frozen=True)
 class Proof(ShownInNotebooks):
-    """The figures above, over so many prompts. `top` counts those with the same likeliest token,
-    `greedy` the same greedy texts, `near` those that part where ours has two as good as equal.
-    `gap` is the largest difference of log-probabilities among our most likely tokens.
+    """The figures above. `top` counts prompts with the same likeliest token, `greedy` the same
+    greedy texts, `near` those that differ where two tokens score almost the same; `gap` is in
+    log-probability.
     """
 
     engine: str
@@ -289,7 +282,7 @@ def proof(
     margin: Callable[[int, int], float],
     exchanged_experts: Callable[[int], Iterable[Tensor]] = lambda prompt: (),
 ) -> Proof:
-    """The figures of an engine's answers to the same prompts."""
+    """The figures of an engine's answers; `exchanged_experts` gives (vocabulary,) of a prompt."""
     if engine.adapted.isnan().any():
         raise LorafoldError(f"{engine.engine} {engine.version}: it computes NaN for a prompt")
     adapted, bare = engine.adapted.double().log_softmax(-1), engine.base

@@ -99,26 +99,26 @@ class ToVllm(Target):
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type
-        found = only_products(update, FORM)
+        reasons = only_products(update, FORM)
         if kind in WITHOUT:
-            found.append(f"vLLM has no LoRA for models of type {kind}; merge the adapter first")
+            reasons.append(f"vLLM has no LoRA for models of type {kind}; merge the adapter first")
         if update.rank > RANKS[-1]:
-            found.append(
+            reasons.append(
                 f"rank {update.rank}: vLLM takes at most {RANKS[-1]}; --as-lora {RANKS[-1]} cuts it"
             )
         heads = [path for path in update.factors if leaf_of(path) in HEADS]
         if heads and kind not in WITH_HEADS:
-            found.append(f"{heads[0]}: vLLM adapts no embedding and no head of {kind}")
+            reasons.append(f"{heads[0]}: vLLM adapts no embedding and no head of {kind}")
         elif tied := tied_heads(subject):
-            found.append(f"{tied[0]}: embedding and head are tied, which vLLM adapts as one")
+            reasons.append(f"{tied[0]}: embedding and head are tied, which vLLM adapts as one")
         experts = [path for path in update.factors if ".experts." in path]
         if experts and kind not in (*STACKED, *SPLIT):
             known = ", ".join(sorted((*STACKED, *SPLIT)))
-            found.append(
+            reasons.append(
                 f"{experts[0]}: vLLM passes over experts whose names it does not know without a"
                 f" word; they are known of {known}, not of {kind}"
             )
-        return found
+        return reasons
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         kind, update = subject.config.model_type, subject.update
@@ -153,9 +153,7 @@ class ToVllm(Target):
 
 
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
-    """The value of --lora-modules for an adapter: JSON where there is more to say than a name and a
-    path, or where they have what vLLM takes for the end of a name, or for JSON.
-    """
+    """The value of --lora-modules: JSON if a name or path has special characters, or options."""
     path = f"{out}/{ADAPTER}"
     if request or "=" in name or "," in name + path:
         return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
@@ -189,19 +187,19 @@ class ToSglang(Target):
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type
-        found = only_products(update, FORM)
+        reasons = only_products(update, FORM)
         experts = [path for path in update.factors if EXPERTS.fullmatch(path)]
         if experts and kind not in FAMILIES:
             known = ", ".join(FAMILIES)
-            found.append(
+            reasons.append(
                 f"{experts[0]}: SGLang's order of gates and ups is known of {known}, not of {kind}"
             )
         other = [p for p in update.factors if leaf_of(p) not in KNOWN]
         if other:
-            found.append(f"{other[0]}: SGLang adapts no module of that name")
+            reasons.append(f"{other[0]}: SGLang adapts no module of that name")
         if tied := tied_heads(subject):
-            found.append(f"{tied[0]}: embedding and head are tied, which SGLang adapts as one")
-        return found
+            reasons.append(f"{tied[0]}: embedding and head are tied, which SGLang adapts as one")
+        return reasons
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         factors, rank = packed(subject, subject.update.factors), subject.update.rank
@@ -227,8 +225,8 @@ class ToSglang(Target):
         scale = config["lora_alpha"] / config["r"]
         named = {leaf_of(path) for path in config["target_modules"]} & KNOWN
         largest, kind = 0.0, subject.config.model_type
-        wanted = dict(_single(kind, packed(subject, subject.update.factors)))
-        for path, (up, down) in wanted.items():
+        expected = dict(_single(kind, packed(subject, subject.update.factors)))
+        for path, (up, down) in expected.items():
             if leaf_of(path) not in named:
                 raise LorafoldError(f"sglang: {path} is not among its target modules")
             a, b = (_taken(tensors, path, half) for half in "AB")
@@ -241,7 +239,7 @@ class ToSglang(Target):
                 f"sglang: read back, they differ by {largest:.1e} from the update"
             )
         return (
-            f"SGLang has no build for CPUs; read back, not run: {len(wanted)} modules under names"
+            f"SGLang has no build for CPUs; read back, not run: {len(expected)} modules under names"
             f" that its loader takes, at most {largest:.0e} from the update"
         )
 
@@ -307,6 +305,6 @@ def _difference(one: Factors, other: Factors) -> float:
     """How far two products are apart on random inputs, relative to the second."""
     (up, down), (b, a) = one, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
-    own, theirs = b @ (a @ x), up.float() @ (down.float() @ x)
-    whole = float(own.norm())
-    return float((own - theirs).norm()) / whole if whole else float(theirs.norm())
+    product, expected = b @ (a @ x), up.float() @ (down.float() @ x)
+    whole = float(product.norm())
+    return float((product - expected).norm()) / whole if whole else float(expected.norm())

@@ -55,15 +55,9 @@ INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups tak
 
 @dataclass(frozen=True)
 class Update:
-    """What the adapters of a model change.
-
-    Attributes:
-        factors: of each matrix that changes, by module path.
-        dense: the methods by the module path of each update that is no product of factors, of which
-            `factors` has none.
-        beside: what else changes, by module path: biases, vectors, new tokens, virtual tokens.
-        lost: squared norms, of what cutting lost and of the whole update, by the name of each
-            matrix that was cut; experts one by one.
+    """The change of the adapters: `factors` of each matrix by module path; the method of each
+    update that is no product (`dense`); other changes, such as biases and tokens (`beside`); and
+    the squared norms of what a cut lost and of the whole update, by matrix (`lost`).
     """
 
     factors: SiteFactors
@@ -94,8 +88,8 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
         if not deltas:
             continue
         layer = layer_of(module)
-        if other := _beside(layer, deltas):
-            beside[path] = other
+        if reason := _beside(layer, deltas):
+            beside[path] = reason
         elif rank is not None:
             cut = []
             matrices = matrix_names(path, layer.matrices)
@@ -133,10 +127,10 @@ def _beside(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
 
 def _product(deltas: Sequence[Delta]) -> Factors | None:
     """The factors of all deltas together, or None if one has none."""
-    found = [pair for delta in deltas if (pair := delta.factors()) is not None]
-    if len(found) < len(deltas):
+    pairs = [pair for delta in deltas if (pair := delta.factors()) is not None]
+    if len(pairs) < len(deltas):
         return None
-    ups, downs = zip(*found, strict=True)
+    ups, downs = zip(*pairs, strict=True)
     return torch.cat(ups, -1).float(), torch.cat(downs, -2).float()
 
 
@@ -174,9 +168,7 @@ ORIGINAL = Into("original", None)
 
 
 def placed(line: Line, out: str) -> str:
-    """A line with the directory in it. Words are quoted as a shell wants them; in text, the path
-    may be in a Python string alone.
-    """
+    """A line with the directory in it, quoted for a shell, or in a Python string."""
     if isinstance(line, tuple):
         return " ".join(_word(word, out) for word in line)
     return LITERAL.sub(lambda found: json.dumps(out + found[1], ensure_ascii=False), line)
@@ -204,9 +196,7 @@ def window_notes(engine: str, config: Any) -> tuple[str, ...]:
 
 
 def period_of(kinds: Sequence[str]) -> int | None:
-    """Every how many layers one attends to all positions, and the others to a window; None where
-    they do not lie so.
-    """
+    """Every how many layers one attends to all positions; None if they aren't regular."""
     if FULL not in kinds:
         return None
     period = kinds.index(FULL) + 1
@@ -216,11 +206,9 @@ def period_of(kinds: Sequence[str]) -> int | None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a base with adapters, lowest first, or the base alone.
-
-    tensors: the type of the tensors that was asked for, in the target's words; None is its own.
-    given: what people gave, where `adapters` is a cut of it: names and tokenizers are its own.
-    into: the weights that the files are for, trained or original, and how training stored them.
+    """A base with adapters, lowest first, or the base alone. `tensors` is the type that was asked
+    for, `given` the original adapters if `adapters` is a cut of them, `into` the weights the files
+    are for.
     """
 
     base: Base
@@ -237,8 +225,8 @@ class Subject:
     @property
     def called(self) -> str | None:
         """The name of the last adapter's directory; None without adapters."""
-        found = self.given or self.adapters
-        return found[-1].path.resolve().name if found else None
+        adapters = self.given or self.adapters
+        return adapters[-1].path.resolve().name if adapters else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -247,9 +235,7 @@ class Subject:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The base on its files, with the adapters attached, above the round trip of the weights
-        that they were trained on where they are merged into these.
-        """
+        """The base on its files with the adapters, above the round trip if merged into q(W)."""
         model, other = self.base.mapped().model, self.base.allow_other_base
         if self.into.round_trip is not None:
             attach_round_trip(model, self.into.round_trip)
@@ -270,21 +256,15 @@ class Subject:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the base's."""
-        own = [one.path for one in self.given or self.adapters if one.own_tokenizer]
+        paths = [one.path for one in self.given or self.adapters if one.own_tokenizer]
         source = self.base.source
-        return tokenizer_of(source, own) if own else read_tokenizer(source)
+        return tokenizer_of(source, paths) if paths else read_tokenizer(source)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a target wrote.
-
-    Attributes:
-        files: their names in the directory, the most important first.
-        launch: how one uses them, a line each, as `placed` has them.
-        notes: what was adapted to say it there, a sentence each.
-        job: what the engine's process needs beside prompts (`engines/`), paths in the directory as
-            {out}/NAME.
+    """The files, the most important first; `launch`, lines that use them; notes; and what the
+    engine's job needs, with paths as {out}/NAME.
     """
 
     files: tuple[str, ...]
@@ -339,13 +319,13 @@ class Target(ABC):
 
 def only_products(update: Update, name: str) -> list[str]:
     """Why a form that has nothing but factors of matrices can't say this update, a line each."""
-    found = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
-    if not (found or update.factors or update.dense):
+    reasons = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
+    if not (reasons or update.factors or update.dense):
         return ["found no adapter that changes anything, expected one"]
     methods: dict[str, list[str]] = {}
     for path, method in update.dense.items():
         methods.setdefault(method, []).append(path)
-    return found + [
+    return reasons + [
         f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {method} is no product of"
         f" factors, all that {name} has"
         for method, paths in methods.items()

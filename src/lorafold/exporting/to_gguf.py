@@ -61,8 +61,8 @@ class GgufAdapter(Target):
         except LorafoldError as error:
             return [str(error)]
         update = subject.update
-        found = tensors_of_update(update.factors, subject.config, row)[1]
-        return [*only_products(update, "a GGUF adapter"), *found]
+        reasons = tensors_of_update(update.factors, subject.config, row)[1]
+        return [*only_products(update, "a GGUF adapter"), *reasons]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         row = architecture_of(subject.config)
@@ -112,9 +112,7 @@ class ToGguf(GgufAdapter):
 
 
 class ToLlamaCpp(GgufAdapter):
-    """For llama.cpp's server. With --lora-init-without-apply a request that names no scale gets the
-    adapter all the same, so that scales are said there; --lora-scaled takes no path with a colon.
-    """
+    """For llama.cpp's server, where requests name the scale; --lora-scaled takes no colon."""
 
     name = "llama.cpp"
 
@@ -126,9 +124,7 @@ class ToLlamaCpp(GgufAdapter):
 
 
 def listed_path(out: str) -> str:
-    """The file as one of a list, which llama.cpp's --lora takes: quoted as in CSV where it has what
-    would end it.
-    """
+    """The file as --lora takes a list: quoted as in CSV if it has a comma or quote."""
     path = f"{out}/{FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
@@ -154,19 +150,19 @@ def _content(subject: Subject) -> Content:
 
 def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
     """Write the file of a subject into a directory; as `write_content`, which has the notes."""
-    asked, content = str(subject.tensors), _content(subject)
-    if asked not in MIXED:
-        return write_content(content, directory / file_of(asked), asked, progress)
+    tensors, content = str(subject.tensors), _content(subject)
+    if tensors not in MIXED:
+        return write_content(content, directory / file_of(tensors), tensors, progress)
     plain = directory / file_of("F32")
     notes = write_content(content, plain, "F32", progress)
-    command = [QUANTIZER, str(plain), str(directory / file_of(asked)), asked]
+    command = [QUANTIZER, str(plain), str(directory / file_of(tensors)), tensors]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         plain.unlink()
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
-        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(said[-1], 160)}")
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(lines[-1], 160)}")
     return notes
 
 

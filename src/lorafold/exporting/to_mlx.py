@@ -83,27 +83,25 @@ def _pattern(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = config.get("rope_parameters")
-    if not isinstance(found, Mapping) or config.get(THETA) is not None:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or config.get(THETA) is not None:
         return {}
-    full, local = (found.get(kind) for kind in KINDS)
-    own = full if isinstance(full, Mapping) else found
-    if THETA not in own:
+    full, local = (rope.get(kind) for kind in KINDS)
+    of_full = full if isinstance(full, Mapping) else rope
+    if THETA not in of_full:
         return {}
-    more = {THETA: own[THETA]}
-    if PARTIAL in own and PARTIAL not in config:
-        more[PARTIAL] = own[PARTIAL]
-    if own.get("rope_type", "default") != "default":
-        more["rope_scaling"] = {k: v for k, v in own.items() if k != THETA}
+    more = {THETA: of_full[THETA]}
+    if PARTIAL in of_full and PARTIAL not in config:
+        more[PARTIAL] = of_full[PARTIAL]
+    if of_full.get("rope_type", "default") != "default":
+        more["rope_scaling"] = {k: v for k, v in of_full.items() if k != THETA}
     if isinstance(local, Mapping) and THETA in local:
         more["rope_local_base_freq"] = local[THETA]
     return more
 
 
 def write_older(source: Path, directory: Path) -> bool:
-    """Write a model's directory with the older names, if its own has them not. The other files are
-    hard links, or copies on another disk.
-    """
+    """Copy a model's directory (as hard links) with the older keys, if its config lacks them."""
     config = older_config(read_object(source / MODEL_CONFIG))
     if config is None:
         return False
@@ -130,21 +128,21 @@ class ToMlx(Target):
         update = subject.update
         if doras := _doras(subject):
             update = Update({path: pair for path, (pair, _) in doras.items()})
-        found = only_products(update, "mlx-lm's form")
+        reasons = only_products(update, "mlx-lm's form")
         config = subject.config
         if config.model_type == GEMMA and period_of(config.layer_types) is None:
-            found.append(
+            reasons.append(
                 "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth"
                 " layer alone; the layers of this one lie in another way"
             )
-        return found + [line for path in update.factors if (line := _unnamed(subject, path))]
+        return reasons + [line for path in update.factors if (line := _unnamed(subject, path))]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         doras, kind = _doras(subject), subject.config.model_type
-        found = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
-        rank = max(down.shape[-2] for _, down in found.values())
+        factors = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
+        rank = max(down.shape[-2] for _, down in factors.values())
         tensors: dict[str, Tensor] = {}
-        for path, pair in found.items():
+        for path, pair in factors.items():
             for name, (up, down) in _named(kind, path, padded(pair, rank)):
                 turned = up.dim() == 2
                 tensors[f"{name}.lora_a"] = down.t() if turned else down
@@ -195,9 +193,7 @@ class ToMlx(Target):
 
 
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:
-    """The `keys` that name exactly these modules: as they are called in a block where all blocks
-    have the same, and else from the model's root.
-    """
+    """The `keys` of these modules: relative to a block if all blocks have the same."""
     matches = {path: BLOCK.fullmatch(path) for path in paths}
     inside = Counter(match[2] for match in matches.values() if match)
     if any(blocks != layers for blocks in inside.values()):
@@ -206,10 +202,8 @@ def keys_of(paths: Iterable[str], layers: int) -> list[str]:
 
 
 def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
-    """The factors beneath the magnitude, and the magnitude (out,), of each site; none unless every
-    change is DoRA over a product, at linears.
-    """
-    found = {}
+    """Factors and magnitude (out,) of each site, if every change is DoRA over linears."""
+    doras = {}
     for path, module in adapted_modules(subject.model):
         deltas = [*deltas_of(module, subject.names)]
         if not deltas:
@@ -220,20 +214,20 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
         pair = one.inner.factors()
         if pair is None or layer_of(module).matrices or subject.update.beside:
             return {}
-        found[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
-    return found
+        doras[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
+    return doras
 
 
 def _unnamed(subject: Subject, path: str) -> str:
     """Why mlx-lm has no such module, or nothing."""
-    found, kind = BLOCK.fullmatch(path), subject.config.model_type
+    block, kind = BLOCK.fullmatch(path), subject.config.model_type
     if path in (EMBEDDING, HEAD):
         if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
             return f"{path}: embedding and head are tied, and mlx-lm adapts both or neither"
         return ""
-    if found is None:
+    if block is None:
         return f"{path}: found none of mlx-lm's names, expected those of model.layers"
-    if EXPERTS.fullmatch(found[2]) and kind not in SWITCH:
+    if EXPERTS.fullmatch(block[2]) and kind not in SWITCH:
         known = ", ".join(SWITCH)
         return f"{path}: mlx-lm's names for experts are known of {known}, not of {kind}"
     return ""

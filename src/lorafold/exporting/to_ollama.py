@@ -57,13 +57,13 @@ class Turns:
     def text(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation that begins with the user, or with a system message."""
         first = messages[0]["content"] if messages[0]["role"] == "system" else None
-        said = [str(m["content"]) for m in messages if m["role"] != "system"]
+        texts = [str(m["content"]) for m in messages if m["role"] != "system"]
         before, between = self.system or ("", "")
         if self.late and first is not None:
-            said[-1] = f"{before}{first}{between}{said[-1]}"
-        opened = self.start if self.late or first is None else f"{before}{first}{between}"
-        parts = [opened, said[0]]
-        for n, text in enumerate(said[1:], 1):
+            texts[-1] = f"{before}{first}{between}{texts[-1]}"
+        opening = self.start if self.late or first is None else f"{before}{first}{between}"
+        parts = [opening, texts[0]]
+        for n, text in enumerate(texts[1:], 1):
             parts += [self.a_open if n % 2 else self.u_open, text]
         return "".join([*parts, self.end])
 
@@ -85,33 +85,32 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
         if before.startswith(start):
             late = (before.removeprefix(start), between)
             tried.append(Turns(start, late, a_open, u_open, end, late=True))
-    wrong = {}
-    for found in tried:
-        wrong[found] = _first_wrong(found, written)
-        if not wrong[found]:
-            return found
+    wrong = []
+    for turns in tried:
+        wrong.append(_first_wrong(turns, written))
+        if not wrong[-1]:
+            return turns
     raise LorafoldError(
-        "the model's chat template can't be said in Ollama's language: it writes"
-        f" {wrong[tried[0]]}; --to gguf-model has the template itself, which llama.cpp's server"
-        " applies"
+        f"the model's chat template can't be said in Ollama's language: it writes {wrong[0]};"
+        " --to gguf-model has the template itself, which llama.cpp's server applies"
     )
 
 
 def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What a template has beside plain chat, a sentence each."""
     template = str(tokenizer.chat_template)
-    found = []
-    if beside := [what for what, word in BESIDE.items() if re.search(word, template)]:
-        found.append(
-            f"the template for Ollama is plain chat: it has no {' and no '.join(beside)}, which the"
-            " model's own has"
+    notes = []
+    if lacking := [what for what, word in BESIDE.items() if re.search(word, template)]:
+        notes.append(
+            "the template for Ollama is plain chat: it has no"
+            f" {' and no '.join(lacking)}, which the model's own has"
         )
     spaced = f" {U} "
     if spaced not in render(_chat("u", [spaced]), tokenizer, for_generation=True):
-        found.append("the model's template trims what is said, which Ollama's language can't")
+        notes.append("the model's template trims what is said, which Ollama's language can't")
     if re.search(r"strftime_now\s*\(", template):
-        found.append("the model's template writes today's date, and Ollama's keeps that of today")
-    return found
+        notes.append("the model's template writes today's date, and Ollama's keeps that of today")
+    return notes
 
 
 BESIDE = {"tools": r"\btools\b", "reasoning": r"reasoning_content|enable_thinking|<think>"}
@@ -125,8 +124,8 @@ def _around(text: str, said: Sequence[str]) -> list[str]:
     """The parts of a text between what was said."""
     parts = []
     for one in said:
-        before, found, text = text.partition(one)
-        if not found or one in text:
+        before, mark, text = text.partition(one)
+        if not mark or one in text:
             raise LorafoldError(
                 f"the model's chat template does not write {one!r}, said in a plain chat,"
                 " once and in its place"
@@ -144,20 +143,22 @@ def _or_refused(written: Callable[[Sequence[Message]], str], chat: list[Message]
     return text if S in text else None
 
 
-def _first_wrong(found: Turns, written: Callable[[Sequence[Message]], str]) -> str:
+def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> str:
     """Which conversation a template writes otherwise than the marks, or nothing."""
     for roles in CHATS:
-        if roles.startswith("s") and found.system is None:
+        if roles.startswith("s") and turns.system is None:
             continue
         chat = _chat(roles, SAID[: len(roles)])
-        made = found.text(chat)
-        if (own := written(chat)) != made:
+        made = turns.text(chat)
+        if (text := written(chat)) != made:
             at = next(
-                (n for n, (a, b) in enumerate(zip(own, made, strict=False)) if a != b),
-                min(len(own), len(made)),
+                (n for n, (a, b) in enumerate(zip(text, made, strict=False)) if a != b),
+                min(len(text), len(made)),
             )
-            said = "-".join(ROLES[r] for r in roles)
-            return f"{shortened(repr(own[max(at - 20, 0) : at + 20]), 60)} in a chat of {said}"
+            roles_ = "-".join(ROLES[r] for r in roles)
+            return (
+                f"{shortened(repr(text[max(at - 20, 0) : at + 20]), 60)} in a chat of {roles_}"
+            )
     return ""
 
 
@@ -208,9 +209,7 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
-    """The template in Ollama's language, the texts that end a completion, and what people should
-    know of it, a sentence each.
-    """
+    """The template in Ollama's language, the texts that end a completion, and notes."""
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
@@ -244,8 +243,8 @@ class ToOllama(GgufModel):
     name = "ollama"
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        if found := super().problems(subject):
-            return found
+        if reasons := super().problems(subject):
+            return reasons
         try:
             template, stops, _ = chat_of(subject.tokenizer)
             modelfile(file_of(subject.tensors), template, stops)
@@ -257,19 +256,19 @@ class ToOllama(GgufModel):
         template, stops, notes = chat_of(subject.tokenizer)
         file = file_of(subject.tensors)
         text = modelfile(file, template, stops)
-        told = [*write_gguf(subject, directory, progress), *notes]
+        notes_ = [*write_gguf(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = directory_name(subject)
         launch = (
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
             ("ollama", "run", name),
         )
-        told = [FOLDED, *told] if subject.adapters else told
-        return Written((MODELFILE, file), launch, tuple(told), {"base": f"{{out}}/{file}"})
+        notes_ = [FOLDED, *notes_] if subject.adapters else notes_
+        return Written((MODELFILE, file), launch, tuple(notes_), {"base": f"{{out}}/{file}"})
 
 
 def directory_name(subject: Subject) -> str:
     """A name for the model in Ollama, which takes letters of ASCII."""
     name = subject.called or Path(subject.base.name).name
-    kept = [c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name.lower()]
-    return "".join(kept).strip("-_")[:LONGEST] or "model"
+    characters = [c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name.lower()]
+    return "".join(characters).strip("-_")[:LONGEST] or "model"

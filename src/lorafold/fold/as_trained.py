@@ -51,10 +51,7 @@ class RoundTrip(Delta):
 
 
 def attach_round_trip(model: nn.Module, quantization: str) -> None:
-    """Attach the round trip to every site whose matrices were quantized in training.
-
-    It is not an adapter and not active: only folding applies it.
-    """
+    """Attach the round trip to every site that was quantized in training, for folding only."""
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
         module = module_at(model, path)
@@ -66,9 +63,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
 def attach_as_trained(
     model: nn.Module, source: ModelSource, storage: str, adapters: Sequence[Saved]
 ) -> None:
-    """Attach the round trip of the quantization that the adapters were trained on, if there is one
-    and the model's files are not quantized themselves.
-    """
+    """Attach the round trip of the adapters' quantization, unless the files are quantized."""
     made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
     if made_on and made_on.storage in MADE and stored_in_files(source) is None:
         attach_round_trip(model, made_on.storage)

@@ -34,17 +34,9 @@ Switches = dict[str, dict[str, torch.Size]]
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What folding will change.
-
-    Attributes:
-        shapes: the shape of each parameter that changes or is added, as its module stores it.
-        sites: the site of each of these parameters, and its name there: weight or bias.
-        together: the tied parameters that all their modules change in the same way, so that they
-            stay tied, each with the other names of the same tensor.
-        apart: the tied parameters that their modules do not change in the same way, likewise.
-        switches: the config's switches for the biases that are added.
-        vocabulary: the size of the vocabulary if it grows, else None.
-        problems: pairs of a module path and what is wrong there.
+    """What folding will change: shapes of changed and added parameters, as stored; the site and
+    name of each; tied parameters that stay tied (`together`) or can't (`apart`), with their other
+    names; the config's switches; the vocabulary's size if it grows; and problems by module path.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -112,20 +104,14 @@ def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
 def fold(
     module: Adapted, names: Sequence[str], w: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight (out, in) and bias (out,) or None with the named deltas folded in.
-
-    Raises NotMergeable if a delta has no weight-space form.
-    """
+    """The weight (out, in) and bias (out,) or None with the named deltas folded in."""
     for delta in deltas_of(module, names):
         w, b = delta.fold(w, b)
     return w, b
 
 
 def changes(module: Adapted, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters that folding changes or adds, as the module stores them.
-
-    Raises NotMergeable if a delta or the module has no weight-space form.
-    """
+    """The shapes of the parameters that folding changes or adds, as the module stores them."""
     layer = layer_of(module)
     try:
         before = layer.dense_like()
@@ -150,11 +136,8 @@ def _all_alike(model: nn.Module, shared: Sequence[str], names: Sequence[str]) ->
 
 
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
-    """The config's switches that give the modules at `paths` a bias, each with all the modules to
-    which it gives one.
-
-    A model that is not from transformers has no switches and needs none. Raises NotMergeable if no
-    switch gives a module its bias.
+    """The config's switches that give these modules a bias, each with all modules that get one.
+    Models that aren't from transformers need none.
     """
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
@@ -189,9 +172,7 @@ def has_bias(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def switch_on(model: Any, switches: Switches) -> None:
-    """Turn on the switches that `gained_with` found in the model's config, and give the modules
-    biases of zeros.
-    """
+    """Turn on these switches of the config, and give the modules biases of zeros."""
     for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)
         for path, shape in shapes.items():
@@ -203,14 +184,10 @@ def switch_on(model: Any, switches: Switches) -> None:
 
 
 def grown(model: Any, rows: Mapping[str, int]) -> int | None:
-    """The size of the vocabulary once the weights of the modules at these paths have that many
-    rows; None if it does not change, or if the model does not say which modules its embeddings are.
-
-    Raises NotMergeable if embedding and head would have different sizes.
-    """
+    """The size of the vocabulary with this many rows by module; None if it stays or is unknown."""
     paths = Anatomy.of(model).vocabulary_ends
-    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
-    before = {path: len(end.weight) for path, end in ends.items()}
+    embeddings: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
+    before = {path: len(end.weight) for path, end in embeddings.items()}
     after = {path: rows.get(path, n) for path, n in before.items()}
     if after == before:
         return None
@@ -233,9 +210,7 @@ def declare(model: Any, size: int) -> None:
 
 
 def untie_others(model: nn.Module) -> None:
-    """Record in the model's config that its weights are not tied, if it says that they are, and
-    give every module its own copy of those that still are.
-    """
+    """Record in the config that weights are not tied, and copy those that still are."""
     config = getattr(model, "config", None)
     parts = (config, getattr(config, "text_config", None))
     tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
@@ -258,11 +233,7 @@ def _copy(parameter: nn.Parameter) -> nn.Parameter:
 def carry_out(
     model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
 ) -> None:
-    """Write the folded weights into the model. The deltas stay attached; detach them afterwards.
-
-    Raises NotMergeable, before anything is changed, with the plan's problems and the tied weights
-    that would not change in the same way.
-    """
+    """Write the folded weights into the model; the deltas stay attached, to be detached."""
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
         problems += [

@@ -49,9 +49,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The rounded weight, the sums that measure the rounding, and how it was rounded: nearest,
-    stochastic, or exact (no rounding needed).
-    """
+    """The rounded weight, its sums, and how: nearest, stochastic, or exact (not rounded)."""
 
     tensor: Tensor
     sums: Sums
@@ -61,7 +59,7 @@ class Rounded:
 def round_to(
     target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
 ) -> Rounded:
-    """Round a folded weight to the dtype of the original weight."""
+    """Round a folded weight, of any shape, to the dtype of the original weight."""
     if how != "auto":
         return _rounded(target, original, how, generator)
     nearest = _rounded(target, original, "nearest", generator)

@@ -52,9 +52,7 @@ class HeldOutLoss:
 
 @dataclass(frozen=True)
 class SubspaceRun:
-    """A run in a subspace: its dimension, its final held-out loss in nats, and the share that it
-    reached of the improvement of full training.
-    """
+    """A run in a subspace: its held-out loss in nats and its share of the improvement."""
 
     dimension: int
     loss: float
@@ -63,9 +61,7 @@ class SubspaceRun:
 
 @dataclass(frozen=True)
 class Intrinsic(ShownInNotebooks):
-    """The result: `dimension` is None if even the largest one that was tried does not reach
-    `share`; `points` has all runs in ascending order of dimension.
-    """
+    """`dimension` is None if the largest one that was tried does not reach `share`."""
 
     dimension: int | None
     share: float
@@ -79,10 +75,10 @@ class Intrinsic(ShownInNotebooks):
 
     def __str__(self) -> str:
         most = f"more than {self.points[-1].dimension}"
-        found = most if self.dimension is None else f"{self.dimension}, to a factor of 2"
+        dimension = most if self.dimension is None else f"{self.dimension}, to a factor of 2"
         return (
             f"held-out loss: {self.base_loss:.4f} before, {self.full_loss:.4f} after full"
-            f" training\nintrinsic dimension: {found}"
+            f" training\nintrinsic dimension: {dimension}"
         )
 
 
@@ -125,8 +121,8 @@ def search(
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
     losses = {}
 
-    def there(file: Path, found: HeldOutLoss) -> None:
-        losses[file.stem] = found.loss
+    def there(file: Path, cell: HeldOutLoss) -> None:
+        losses[file.stem] = cell.loss
         base, full = losses.get("base"), losses.get("full")
         if base is not None and full is not None and full >= base:
             raise LorafoldError(
@@ -156,12 +152,12 @@ def search(
         tell(points[d])
         return points[d].reached >= share
 
-    found = reaches(high)
-    while found and low < high:
+    reached = reaches(high)
+    while reached and low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(middle) else (middle + 1, high)
     return Intrinsic(
-        2**high if found else None, share, base, full, [points[d] for d in sorted(points)]
+        2**high if reached else None, share, base, full, [points[d] for d in sorted(points)]
     )
 
 
@@ -175,15 +171,15 @@ def check(out: Path, identity: dict) -> None:
             f"{out}: found files that are not from a search; choose another --out"
         )
     shared({file: lambda: write_json(file, identity)})
-    found = read_object(file)
-    if FILES not in found:
+    recorded = read_object(file)
+    if FILES not in recorded:
         raise LorafoldError(
             f"{out}: found a search of an earlier lorafold, which does not say what was in the"
             " files of its model; choose another --out"
         )
     now = json.loads(json.dumps(identity))
-    names = sorted(found.keys() | now.keys())
-    if differing := [name for name in names if found.get(name) != now.get(name)]:
+    names = sorted(recorded.keys() | now.keys())
+    if differing := [name for name in names if recorded.get(name) != now.get(name)]:
         raise LorafoldError(
             f"{out}: found another search, which differs in {', '.join(differing)}; choose"
             " another --out"
@@ -193,9 +189,7 @@ def check(out: Path, identity: dict) -> None:
 def run(
     request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float
 ) -> HeldOutLoss:
-    """The held-out loss at the end of a run, which is resumed if it has checkpoints; its files are
-    removed.
-    """
+    """The held-out loss of a run, which is resumed if it was stopped; its files are removed."""
     recipe = fitting(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
@@ -216,9 +210,7 @@ def run(
 
 
 def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
-    """The held-out loss of the base, as its runs measure it: that of the objective, with the head
-    that they start from.
-    """
+    """The held-out loss of the base, as its runs measure it, with their initial head."""
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)

@@ -49,15 +49,13 @@ def losses_of(
     max_length: int,
     below: int = 0,
 ) -> dict[str, float]:
-    """The losses of two adapters, each active alone: `loss_before` of the one that was attached
-    first, `loss_after` of the other, in nats a labelled token.
-    """
+    """`loss_before` of the first adapter and `loss_after` of the other, each active alone."""
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
-    found = {}
+    losses = {}
     for key, name in zip(("loss_before", "loss_after"), names[below:], strict=True):
         with only(model, *names[:below], name):
-            found[key] = loss()
-    return found
+            losses[key] = loss()
+    return losses
 
 
 SCALES = tuple(i / 4 for i in range(-2, 7))
@@ -69,23 +67,22 @@ LINE = "line"  # the name under which the weighted sum of adapters is attached
 def mixed(
     model: nn.Module, names: Sequence[str], loss: Callable[[], float], below: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[float]], float]]:
-    """A context in which only a weighted sum of the named adapters is active, over those below. It
-    yields the loss as a function of the weights, in the order of the names.
-
-    Rows of new tokens, which the base has no row for, stay as they are at every point. Raises
-    LorafoldError where more than one of the adapters has such.
+    """A context in which only a weighted sum of adapters is active, over those below; it yields the
+    loss as a function of the weights. Rows of new tokens stay as they are at every point.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
-        found = {i: _apart(module, name) for i, name in enumerate(names) if name in module.deltas}
-        if not found:
+        by_adapter = {
+            i: _apart(module, name) for i, name in enumerate(names) if name in module.deltas
+        }
+        if not by_adapter:
             continue
-        rows = [row for _, new in found.values() for row in new]
+        rows = [row for _, new in by_adapter.values() for row in new]
         if len(rows) > 1:
             raise LorafoldError(
                 "the loss between two adapters: found new tokens in both, expected them in one"
             )
-        changes = {i: delta for i, (delta, _) in found.items() if delta is not None}
+        changes = {i: delta for i, (delta, _) in by_adapter.items() if delta is not None}
         here = list(changes)
         gates = torch.ones(len(here), device=next(module.parameters()).device)
         mix = Mix(list(changes.values()), gates)
@@ -109,10 +106,10 @@ def mixed(
 
 def _apart(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
     """What an adapter changes at a module besides its rows of new tokens, and these rows."""
-    delta, own = module.deltas[name], module._parameters.get("weight")
+    delta, weight = module.deltas[name], module._parameters.get("weight")
     parts = list(delta.parts())
     rows = [part for part in parts if isinstance(part, TokenRows)]
-    new = [part for part in rows if max(part.ids) >= len(own)]
+    new = [part for part in rows if max(part.ids) >= len(weight)]
     if not new:
         return delta, []
     others = [part for part in parts if part not in new]
@@ -144,9 +141,7 @@ def between(
 
 
 def barrier(points: Sequence[Point]) -> float:
-    """How far the loss rises above the straight line between the losses at t = 0 and t = 1, in
-    nats; `points` are in ascending order of t.
-    """
+    """The rise of the loss above the line between both ends, in nats; points ascend in t."""
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 
@@ -158,9 +153,7 @@ def measured_paths(
     max_length: int,
     below: int = 0,
 ) -> LossPaths:
-    """The losses along the lines of a model with one adapter or two attached, over `below` others
-    that are part of their base.
-    """
+    """The losses along the lines of one adapter or two, over `below` others."""
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     first, *others = names[below:]
     line = scaling(model, first, loss, below=names[:below])

@@ -41,13 +41,11 @@ RANGED: dict[str, tuple[Value, str]] = {  # heading: figure, format; of experts 
 }
 
 
-def table(found: Inspection) -> str:
-    """The means of each kind of module, for the terminal; those of experts with the lowest and the
-    highest value.
-    """
+def table(inspection: Inspection) -> str:
+    """The means of each kind of module for the terminal; of experts with their range."""
     lines = list[list[str]]()
-    for kind, paths in by_kind(found.sites).items():
-        sites = [found.sites[path] for path in paths]
+    for kind, paths in by_kind(inspection.sites).items():
+        sites = [inspection.sites[path] for path in paths]
         ranks = [(m.effective_rank_90, m.effective_rank_95, m.effective_rank_99) for m in sites]
         shares = ", ".join(f"{fmean(share):.1f}" for share in zip(*ranks, strict=True))
         ranged = site_of(paths[0]) != paths[0]
@@ -56,17 +54,17 @@ def table(found: Inspection) -> str:
     return text_table(("module", "rank", "for 90, 95, 99%", *RANGED), lines)
 
 
-def page(found: Inspection, path: str | Path) -> None:
+def page(inspection: Inspection, path: str | Path) -> None:
     """Write all figures as one HTML file that needs no other."""
-    document(f"Inside {Path(found.adapter).name}", sections(found), path)
+    document(f"Inside {Path(inspection.adapter).name}", sections(inspection), path)
 
 
-def sections(found: Inspection) -> str:
+def sections(inspection: Inspection) -> str:
     """The content of the page, as HTML: plots, and what its template shows of the figures."""
-    whole, sites = found.whole, found.sites
+    whole, sites = inspection.whole, inspection.sites
     return rendered(
         "inspecting/inspect.html",
-        found=found,
+        found=inspection,
         figures={
             "sites": f"{whole.sites}",
             "nominal rank": shown(whole.rank, ""),
@@ -84,15 +82,15 @@ def sections(found: Inspection) -> str:
             if any(value(site) is not None for site in sites.values())
         ],
         spectra=spectra(sites),
-        paths=() if found.paths is None else paths(found.paths),
+        paths=() if inspection.paths is None else paths(inspection.paths),
         against=against,
         positions=[*positions(sites)],
         alike=[
             plots.heat(f"{kind}, {of.side}", alike(of.phi), of.phi, "block", "block", 0)
-            for kind, of in found.layers.items()
+            for kind, of in inspection.layers.items()
         ],
         heads=[*heads(sites)],
-        experts=() if found.experts is None else experts(sites, found.experts),
+        experts=() if inspection.experts is None else experts(sites, inspection.experts),
         tokens=tokens(sites),
         shares=[
             (path, verb, ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
@@ -104,9 +102,7 @@ def sections(found: Inspection) -> str:
 
 
 def layer_map(sites: Sites, heading: str, value: Value, form: str) -> dict[str, Any]:
-    """One figure as a heat map, with blocks down and kinds of module across. Of experts it shows
-    the mean.
-    """
+    """One figure as a heat map of blocks and kinds of module; of experts the mean."""
     kinds = by_kind(sites)
     by_place = defaultdict[tuple[str, int | None], list[float | None]](list)
     for path, site in sites.items():
@@ -133,27 +129,27 @@ def spectra(sites: Sites) -> Iterator[str]:
             yield plots.spectra(kind, lines, depth)
 
 
-def paths(found: LossPaths) -> Iterator[str]:
+def paths(measured: LossPaths) -> Iterator[str]:
     """The plots of the loss along lines in weight space."""
-    losses = dict(found.scaling)
+    losses = dict(measured.scaling)
     best = min(losses, key=lambda t: losses[t])
-    said = (
+    caption = (
         f"{losses[0.0]:.4g} for the base, {losses[1.0]:.4g} for the adapter; lowest at t ="
         f" {best:g}, {losses[best]:.4g}."
     )
-    yield plots.line("base + t dW", said, found.scaling, "t", {0.0: "base", 1.0: "adapter"})
-    if found.between is not None:
-        said = f"The barrier between them is {found.barrier:.4f} nats a token."
+    yield plots.line("base + t dW", caption, measured.scaling, "t", {0.0: "base", 1.0: "adapter"})
+    if measured.between is not None:
+        caption = f"The barrier between them is {measured.barrier:.4f} nats a token."
         ends = {0.0: "this", 1.0: "the other"}
-        yield plots.line("from this adapter to the other", said, found.between, "t", ends)
+        yield plots.line("from this adapter to the other", caption, measured.between, "t", ends)
 
 
 def against(kinds: Mapping[str, KindOverlap], name: str) -> Iterator[str]:
     """The plots of one side's phi beside a second adapter, by its name in the figures."""
     for kind, grids in kinds.items():
         phi = getattr(grids, name)
-        said = f"{phi[0][0]:.2f} for the strongest of both, {phi[-1][-1]:.2f} for all."
-        yield plots.heat(kind, said, phi, "i, this adapter", "j, the other")
+        caption = f"{phi[0][0]:.2f} for the strongest of both, {phi[-1][-1]:.2f} for all."
+        yield plots.heat(kind, caption, phi, "i, this adapter", "j, the other")
 
 
 def positions(sites: Sites) -> Iterator[str]:
@@ -188,11 +184,11 @@ def heads(sites: Sites) -> Iterator[str]:
             key=lambda at: shares[at[0]][at[1]],
         )
         even = 1 / len(known[paths[0]])
-        said = (
+        caption = (
             f"Head {head} of block {kind_of(paths[block])[1] or 0} has the largest share,"
             f" {most:.0%}; evenly it would be {even:.0%}."
         )
-        yield plots.heat(kind, said, shares, "block", "head", 0)
+        yield plots.heat(kind, caption, shares, "block", "head", 0)
 
 
 def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tuple[str, ...]]:
@@ -210,9 +206,7 @@ def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tup
 
 
 def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
-    """The tables of the tokens and vectors nearest to the strongest directions: the kind of module,
-    the side, what is near, and the lines.
-    """
+    """Yield each table of nearest tokens or vectors: kind of module, side, what, lines."""
     for sign in ("reads", "writes"):
         for name, near in ((sign, "tokens"), (f"{sign}_vectors", "your vectors")):
             tables = {path: table for path, of in sites.items() if (table := getattr(of, name))}
@@ -226,9 +220,7 @@ def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
 
 
 def line(path: str, i: int, s: Sequence[float], ends: Neighbours) -> tuple[str, str, list[Any]]:
-    """One direction as a line of the table: the number of the matrix's block, and that of its
-    expert; which direction it is; the names and cosines at both ends.
-    """
+    """One direction as a line: block and expert, which direction, neighbours at both ends."""
     block, expert = kind_of(path)[1], path.removeprefix(site_of(path)).strip("[]")
     place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
     share = s[i] ** 2 / sum(value**2 for value in s)

@@ -40,9 +40,8 @@ OWN_CODE = "transformers_modules"  # where transformers imports the Python files
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """The modules of the residual stream, by path. `readers` maps each module that reads it to the
-    norm before it, or to "" without one; `writers` write to it; `embedding` and `head` connect it
-    with the vocabulary; `size` is its dimension.
+    """The modules of the residual stream, by path: `readers` with the norm before them, or "";
+    `writers`; the embedding and head; and the stream's dimension.
     """
 
     readers: dict[str, str]
@@ -120,9 +119,7 @@ def is_norm(module: nn.Module, size: int) -> bool:
 
 @torch.no_grad()
 def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
-    """The gain g of a norm, whatever parameter it is computed from (Gemma's is g - 1): half the
-    difference of the outputs for z and -z, of mean 0 and rms 1, in which a bias cancels.
-    """
+    """The gain g of a norm, from its outputs for z and -z of mean 0 and rms 1."""
     z = torch.ones(size)
     z[1::2] = -1
     return (norm(z).float() - norm(-z).float()) / 2 * z
@@ -145,9 +142,7 @@ class Heads:
 
 
 def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
-    """The heads of each projection, by module path, and the paths of projections of an attention
-    that has heads which can't be told apart.
-    """
+    """The heads of each projection by path, and the paths of fused projections."""
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}

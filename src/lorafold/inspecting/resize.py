@@ -55,10 +55,8 @@ Cuts = dict[str, tuple[int, float, float]]  # rank, squared norms of the error a
 
 @dataclass(frozen=True)
 class Resized(ShownInNotebooks):
-    """A written adapter: `sites` has rank and relative error by module path, for experts those of
-    each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the
-    relative difference of tensors that differ between two models and that an adapter of linear
-    layers can't change, and `losses` the loss before and after on rows, if there were any.
+    """A written adapter: rank and relative error by matrix, and of all; `left_out` has the relative
+    difference of other tensors, and `losses` the loss before and after.
     """
 
     sites: dict[str, dict[str, float]]
@@ -69,9 +67,9 @@ class Resized(ShownInNotebooks):
 
     def as_json(self) -> dict[str, Any]:
         """All fields."""
-        found = asdict(self)
-        losses = found.pop("losses")
-        return found | losses
+        content = asdict(self)
+        losses = content.pop("losses")
+        return content | losses
 
     def __str__(self) -> str:
         ranks = [site["rank"] for site in self.sites.values()]
@@ -122,9 +120,7 @@ def resize(
     energy: float | None = None,
     overwrite: bool = False,
 ) -> Resized:
-    """Write the best LoRA for a saved adapter: of one rank, or at each site of the smallest rank
-    that keeps a share of the energy.
-    """
+    """Write the best LoRA of a rank, or of the smallest ranks that keep a share of the energy."""
     check_request(rank, energy)
     check_out(out, overwrite)
     check_kept(out, [one.path for one in stack])
@@ -160,9 +156,7 @@ def resize(
 
 
 def origin_of(adapter: Adapter, saved: Saved) -> dict[str, Any]:
-    """What the record of a resized adapter says that was loaded on another base. An update that is
-    added to weights is in its files alone, so the result is for the base that it was trained on.
-    """
+    """The record's base of a resized adapter that was loaded on another base than its own."""
     if all(isinstance(delta, Additive) for delta in adapter.own_deltas.values()):
         return {BASE: saved.own_base.fingerprint}
     return {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
@@ -171,9 +165,7 @@ def origin_of(adapter: Adapter, saved: Saved) -> dict[str, Any]:
 def extract(
     base: Base, tuned: Base, out: str | Path, *, rank: int, overwrite: bool = False
 ) -> Resized:
-    """Write the best LoRA for the difference of a fine-tuned model and its base, in the linear
-    layers of the blocks. One tensor at a time is in memory.
-    """
+    """Write the best LoRA for the difference of a fine-tuned model and its base."""
     check_out(out, overwrite)
     check_kept(out, [base.source.path, tuned.source.path])
     models = base.mapped().model, tuned.mapped().model

@@ -47,9 +47,7 @@ class BaseFigures:
 
 @dataclass(frozen=True)
 class Positions:
-    """The update's energy on each tenth of the base's directions, and outside all of them; and the
-    norm of the base in its own strongest directions.
-    """
+    """The energy on each tenth of the base's directions and outside, and the base's norm there."""
 
     position_written: list[float]
     position_read: list[float]
@@ -58,9 +56,7 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFigures:
-    """The figures of one matrix's update. `rank` is the nominal rank, or the numerical one where
-    the method has no factors (`factored`).
-    """
+    """One matrix's update; `rank` is the numerical one if the method has no factors."""
 
     rank: int
     numerical_rank: int
@@ -91,9 +87,7 @@ Sites = Mapping[str, MatrixFigures]  # by module path, or the name of a matrix o
 
 @dataclass(frozen=True)
 class PooledRank:
-    """One rank for all sites: the smallest that holds 95% of their common energy, the advised one,
-    and the share of the energy that the advised one loses. 0 where all updates are zero.
-    """
+    """One rank for all sites that holds 95% of the energy, the advised one, and its loss."""
 
     rank_95: int
     advised_rank: int
@@ -139,9 +133,7 @@ class ExpertOverlap:
 
 @dataclass(frozen=True)
 class UpdateOverlap:
-    """Two updates of one matrix: their cosine, phi of the first direction and of all, and phi of
-    unrelated updates.
-    """
+    """Two updates of one matrix: cosine, phi of the first and all directions, and by chance."""
 
     cosine: float
     phi_read_first: float
@@ -154,9 +146,7 @@ class UpdateOverlap:
 
 @dataclass(frozen=True)
 class KindOverlap:
-    """phi[i][j] of the first i + 1 and j + 1 directions of two adapters, as a mean over a kind of
-    module.
-    """
+    """phi[i][j] of the first i + 1 and j + 1 directions, as a mean over a kind of module."""
 
     phi_read: Grid
     phi_written: Grid
@@ -227,10 +217,10 @@ OPTIONAL = frozenset(
 
 
 def _flat(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for name, value in pairs:
         if name in FLAT and value is not None:
-            found |= value
+            content |= value
         elif value is not None or name not in OPTIONAL:
-            found[name] = value
-    return found
+            content[name] = value
+    return content

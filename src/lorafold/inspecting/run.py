@@ -84,10 +84,8 @@ def inspect(
     full: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Inspection:
-    """Measure the last adapter of a stack; those below are part of its base here. `against` is a
-    second adapter over the same ones, or one of them, and `directions` a file of the user's
-    vectors. `full` also compares with the spectrum of the base, which takes the SVD of every
-    weight.
+    """Measure the last adapter of a stack, with those below as part of its base. `full` also
+    compares with the spectrum of the base, which takes the SVD of every weight.
     """
     check_language_model(base, [*stack, *([against] if against is not None else [])])
     *over, saved = stack
@@ -159,21 +157,19 @@ def named_directions(
     tokenizer: PreTrainedTokenizerBase | None,
     vectors: tuple[Sequence[str], torch.Tensor] | None,  # n, (n, d)
 ) -> Mapping[str, dict[str, Any]]:
-    """The tokens and the user's vectors nearest to the directions of each side, and the shares of
-    the vectors, as fields of `MatrixFigures` by the name of the matrix.
-    """
-    found = defaultdict[str, dict[str, Any]](dict)
+    """Nearest tokens and vectors, and the vectors' shares, as fields of `MatrixFigures`."""
+    fields = defaultdict[str, dict[str, Any]](dict)
     for verb, of in sides.items():
         if tokenizer is not None:
             named = tables(of, *vocabulary[verb], lambda n: str(tokenizer.decode([n])))
             for name, table in named.items():
-                found[name][verb] = table
+                fields[name][verb] = table
         if vectors is not None:
             streams = {name: side for name, side in of.items() if not side.of_tokens}
             for name, table in tables(streams, vectors[1], None, vectors[0].__getitem__).items():
                 shares = largest_shares(streams[name], svds[name].s, *vectors)
-                found[name] |= {f"{verb}_vectors": table, f"{verb}_shares": shares}
-    return found
+                fields[name] |= {f"{verb}_vectors": table, f"{verb}_shares": shares}
+    return fields
 
 
 def matrix_figures(site: AdaptedModule, svd: Svd, w: torch.Tensor, full: bool) -> MatrixFigures:
@@ -227,9 +223,7 @@ def adapter_figures(sites: Sites) -> AdapterFigures:
 
 
 def in_memory(site: AdaptedModule, svd: Svd) -> Svd:
-    """The SVD of a dense update cut to its top directions, so that those of all sites fit in
-    memory; one of factors is small and stays whole.
-    """
+    """The SVD of a dense update cut to its top directions, as those of all sites stay."""
     if site.rank is not None:
         return svd
     top = svd.top(SHOWN)
@@ -303,9 +297,7 @@ def of_strength(sites: Sequence[MatrixFigures]) -> str:
 
 
 def of_tokens(sites: Sequence[MatrixFigures], chance: Mapping[str, float]) -> str:
-    """The cosine of the token nearest to the strongest direction of each site, on sides in the
-    residual stream; empty without such sides.
-    """
+    """The cosine of the token nearest to the strongest direction, where tokens are known."""
     parts = []
     for verb, side in (("reads", "read"), ("writes", "written")):
         strongest = [tables[0] for site in sites if (tables := getattr(site, verb))]
@@ -407,14 +399,14 @@ def of_paths(paths: LossPaths) -> list[str]:
     best, lowest = min(paths.scaling, key=lambda point: point[1])
     size = "smaller" if best < 1 else "larger"
     better = f": a {size} update would be better" * (abs(best - 1) >= 0.3)
-    said = [
+    conclusions = [
         f"Along base + t dW the loss goes from {losses[0.0]:.4f} at t = 0 to {losses[1.0]:.4f} at"
         f" t = 1; the lowest is {lowest:.4f} at t = {best:g}{better}."
     ]
     if paths.barrier is not None:
         how = "connected without" if paths.barrier < 0.01 else "separated by"
-        said.append(
+        conclusions.append(
             f"The two adapters are {how} a barrier: between them the loss rises at most"
             f" {paths.barrier:.4f} nats above the straight line."
         )
-    return said
+    return conclusions

@@ -64,9 +64,7 @@ def entropy_rank(s: Tensor) -> float:  # (k,)
 
 
 def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
-    """The rank that is enough if all sites are cut to it; the advised one is 1, 2 or a multiple of
-    4.
-    """
+    """The rank that is enough if all sites are cut to it: 1, 2 or a multiple of 4 is advised."""
     energies = pad_sequence(list(s), batch_first=True).double().square().sum(0)
     total = float(energies.sum())
 
@@ -80,19 +78,19 @@ def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
     return PooledRank(enough(count()), advised, loss(advised))
 
 
-def advice(given: int | None, found: PooledRank) -> str:
-    """The pooled rank as a sentence, for an update of the rank `given`, or None if sites have
-    different ranks or none.
-    """
-    if not found.rank_95:
+def advice(nominal: int | None, pooled_rank: PooledRank) -> str:
+    """The pooled rank as a sentence; `nominal` is None if the adapter has no single rank."""
+    if not pooled_rank.rank_95:
         return "the update is zero: training changed nothing"
-    enough, advised = found.rank_95, found.advised_rank
-    verdict = f"resizing it to rank {advised} loses {found.advised_loss:.1%} of the energy"
-    has = ", and the adapter has rank" if given is not None else " (the adapter has no single rank)"
-    if given is not None:
-        has += f" {given}"
-        if advised >= given:
-            verdict = "use a higher rank if you can" if enough >= given else "keep this rank"
+    enough, advised = pooled_rank.rank_95, pooled_rank.advised_rank
+    verdict = f"resizing it to rank {advised} loses {pooled_rank.advised_loss:.1%} of the energy"
+    has = (
+        ", and the adapter has rank" if nominal is not None else " (the adapter has no single rank)"
+    )
+    if nominal is not None:
+        has += f" {nominal}"
+        if advised >= nominal:
+            verdict = "use a higher rank if you can" if enough >= nominal else "keep this rank"
     return f"rank {enough} holds 95% of the energy{has}: {verdict}"
 
 
@@ -104,8 +102,8 @@ def phi(a: Tensor, b: Tensor) -> Tensor:  # (n, i), (n, j), orthonormal columns 
 
 
 def against_base(svd: Svd, w: Tensor, directions: int | None = None) -> BaseFigures:
-    """An update beside its base weight w (out, in). Projection and amplification take so many of
-    the strongest directions, None for all, which of a square matrix would be the whole space.
+    """An update beside its base weight w (out, in). Projection and amplification are of the
+    strongest directions: all of a square matrix would be the whole space.
     """
     top = svd.top(len(svd.s) if directions is None else directions)
     size, base_size = map(torch.linalg.vector_norm, (svd.s, w))
@@ -140,9 +138,7 @@ CODE = ("inspecting/spectra", "inspecting/updates")  # that decomposes W0
 
 
 def cached_svd(w: Tensor) -> Svd:  # (out, in)
-    """The SVD of a weight of the base in fp32, from the cache, or computed and added to it. Vectors
-    are stored in fp16, whose rounding is far below the cosines that are measured.
-    """
+    """The SVD of a base weight in fp32, cached; vectors are stored in fp16."""
     digest = sha256(f"{tuple(w.shape)} {w.dtype}\n".encode())
     digest.update(w.flatten().numpy().data)
     made_by = cache_directory() / "svd" / of_code(*CODE)[:DIGITS]
@@ -157,9 +153,7 @@ def cached_svd(w: Tensor) -> Svd:  # (out, in)
 
 
 def position(vectors: Tensor, s: Tensor, base: Tensor) -> list[float]:  # (n, k), (k,), (n, m)
-    """The share of the update's energy on each tenth of W0's directions, the strongest tenth first,
-    and as the last entry the share outside all of them; `base` are W0's singular vectors.
-    """
+    """Shares of the update's energy on each tenth of W0's directions, and outside of all."""
     p = (base.t() @ vectors).square() @ s.square() / s.square().sum()
     edges = [round(i * len(p) / BINS) for i in range(BINS + 1)]
     return [float(p[a:b].sum()) for a, b in pairwise(edges)] + [max(0.0, 1 - float(p.sum()))]
@@ -172,9 +166,7 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
 
 
 def in_base_spectrum(w: Tensor, update: Svd, directions: int) -> tuple[int, Positions | None]:
-    """(intruder dimensions, where the update lies) in the spectrum of w (out, in), in fp32; None
-    for an update that is zero. `top_projection` is of so many directions.
-    """
+    """(intruder dimensions, positions) in the spectrum of w (out, in), in fp32."""
     base = cached_svd(w)
     if not len(update.s):
         return 0, None

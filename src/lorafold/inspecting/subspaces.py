@@ -28,10 +28,7 @@ TOP = 4  # directions of each block, or expert, that are compared with those of 
 
 
 def kind_of(path: str) -> tuple[str, int | None]:
-    """A module's name within its block, and the number of the block: self_attn.q_proj and 3 for
-    model.layers.3.self_attn.q_proj. Outside of blocks: the whole path, and None. All experts of a
-    block are of one kind.
-    """
+    """A module's path within its block and the block's number, or the whole path and None."""
     path = site_of(path)
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (match[2], int(match[1])) if match else (path, None)
@@ -74,42 +71,35 @@ Side = tuple[str, Collection[str], Callable[[Svd], Tensor]]
 
 
 def _sides(stream: ResidualStream) -> Iterator[Side]:
-    """Yield each side of modules in the residual stream, which all blocks share: its name, the
-    sites that have it, and the top directions there of an update.
-    """
+    """Yield the sides in the residual stream: name, sites, and the top directions of an update."""
     yield "read", stream.readers, lambda svd: svd.v[:, :TOP]
     yield "written", stream.writers, lambda svd: svd.u[:, :TOP]
 
 
 def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
-    """phi of the top directions of every two blocks, by kind of module: near 1 where an adapter
-    makes the same change at every depth. Experts are left out, since those of one number in two
-    blocks have nothing in common.
-    """
-    found = {}
+    """phi of the top directions of every two blocks, by kind; experts are left out."""
+    overlaps = {}
     single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
     for kind, paths in by_kind(single).items():
         for side, inside, directions in _sides(stream):
             if len(paths) > 1 and all(path in inside for path in paths):
                 top = [directions(svds[path]) for path in paths]
                 grid = [[round(float(phi(a, b)[-1, -1]), 4) for b in top] for a in top]
-                found[kind] = LayerOverlap(side, paths, grid)
-    return found
+                overlaps[kind] = LayerOverlap(side, paths, grid)
+    return overlaps
 
 
 def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverlap]:
-    """phi of the top directions of every two experts, by site: near 1 where the experts of a block
-    make the same change.
-    """
-    found = {}
+    """phi of the top directions of every two experts: near 1 if they change the same."""
+    overlaps = {}
     changed = {name: svd for name, svd in svds.items() if len(svd.s)}
-    for site, own in of_experts(changed).items():
+    for site, experts in of_experts(changed).items():
         for side, inside, directions in _sides(stream):
-            if len(own) > 1 and site in inside:
-                phis = _pairs([*map(directions, own)])
+            if len(experts) > 1 and site in inside:
+                phis = _pairs([*map(directions, experts)])
                 low, high = (float(phi) for phi in phis.aminmax())
-                found[site] = ExpertOverlap(side, len(own), float(phis.mean()), low, high)
-    return found
+                overlaps[site] = ExpertOverlap(side, len(experts), float(phis.mean()), low, high)
+    return overlaps
 
 
 def _pairs(top: Sequence[Tensor]) -> Tensor:

@@ -38,9 +38,7 @@ CHUNK = 8192  # vectors of the vocabulary that are converted to fp32 at a time
 
 @dataclass(frozen=True)
 class Near:
-    """The largest and the smallest values along each direction: (values, indices) for both ends,
-    each (SHOWN, directions).
-    """
+    """(values, indices) of the largest and smallest along each direction, (SHOWN, n) each."""
 
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
@@ -56,9 +54,7 @@ class Near:
 
 
 def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  # (V, d), (d, n)
-    """The vectors, of any dtype, with the largest and the smallest cosine to each direction. CHUNK
-    of them at a time are converted to fp32.
-    """
+    """The vectors with the largest and smallest cosine to each direction, CHUNK at a time."""
     unit = F.normalize(directions, dim=0)
     near = [
         extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * CHUNK)
@@ -74,9 +70,7 @@ def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  #
 
 
 def mean_nearest(vectors: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
-    """The mean cosine of a random direction, with the gain `through`, to the nearest of the
-    vectors. A direction means a token only if its cosine is above this.
-    """
+    """The mean cosine of random directions to the nearest vector, for comparison."""
     directions = torch.randn(vectors.shape[1], RANDOM, generator=torch.Generator().manual_seed(0))
     return float(nearest(vectors, scaled(directions, through), 1).top[0].mean())
 
@@ -95,9 +89,7 @@ def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V,
 
 @dataclass(frozen=True)
 class Directions:
-    """One side of a module: its singular directions (d, k) in the residual stream, or (V, k) over
-    the vocabulary if `of_tokens`.
-    """
+    """Directions of a module in the residual stream (d, k), or over the vocabulary (V, k)."""
 
     directions: Tensor
     of_tokens: bool
@@ -106,9 +98,7 @@ class Directions:
 def sides_of(
     model: PreTrainedModel, stream: ResidualStream, svds: Svds
 ) -> dict[str, dict[str, Directions]]:
-    """The sides of updates that read tokens or the residual stream, under `reads`, and those that
-    write logits or the residual stream, under `writes`, by module path.
-    """
+    """The sides that read or write tokens or the residual stream, by verb and path."""
     reads, writes = dict[str, Directions](), dict[str, Directions]()
     for path, svd in svds.items():
         norm = stream.readers.get(site_of(path))
@@ -130,28 +120,24 @@ def tables(
     through: Tensor | None,  # (d,)
     name: Callable[[int], str],
 ) -> dict[str, list[Neighbours]]:
-    """The nearest vectors to the first directions of each side, by module path. All sides share one
-    pass over the vectors.
-    """
+    """The nearest vectors to the first directions of each side, in one pass over the vectors."""
     top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
-    found = {
+    named_by_path = {
         path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens
     }
-    streams = {path: directions for path, directions in top.items() if path not in found}
+    streams = {path: directions for path, directions in top.items() if path not in named_by_path}
     if streams:
         together = scaled(torch.cat(list(streams.values()), 1), through)
         named = iter(nearest(vectors, together).named(name))
-        found |= {
+        named_by_path |= {
             path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
         }
-    return found
+    return named_by_path
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
-    """Names and vectors (n, d) of a safetensors file. A tensor (d,) is one vector; (n, d) or (d,
-    n), as in the decoder of a sparse autoencoder, is n vectors, named by their numbers.
-    """
-    file, names, found = FileWeights([Path(path)]), list[str](), list[Tensor]()
+    """Names and vectors (n, d) of a safetensors file with tensors (d,), (n, d) or (d, n)."""
+    file, names, matrices = FileWeights([Path(path)]), list[str](), list[Tensor]()
     problems = list[str]()
     for name in sorted(file.names):
         shape = file.shape(name)
@@ -161,17 +147,15 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
         tensor = file.get(name).float()
         vectors = tensor[None] if tensor.dim() == 1 else tensor if shape[1] == size else tensor.t()
         names += [name] if tensor.dim() == 1 else [f"{name}[{i}]" for i in range(len(vectors))]
-        found.append(vectors)
-    if problems or not found:
+        matrices.append(vectors)
+    if problems or not matrices:
         none = f"found no tensors, expected [{size}] or [n, {size}]"
         raise LorafoldError(f"{path}: {'; '.join(problems) or none}")
-    return names, torch.cat(found)
+    return names, torch.cat(matrices)
 
 
 def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
-    """The share of an update's energy on each vector f of length 1: |dW f|^2 / |dW|^2 on the input
-    side, |f^T dW|^2 / |dW|^2 on the output side. A random f has 1 / d on average.
-    """
+    """The share of an update's energy on each vector: |dW f|^2 / |dW|^2; 1 / d if random."""
     along = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (along * s).square().sum(1) / s.square().sum()
 
@@ -179,7 +163,7 @@ def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
 def largest_shares(
     side: Directions, s: Tensor, names: Sequence[str], vectors: Tensor
 ) -> dict[str, float]:
-    """The vectors with the largest shares, in descending order."""
-    found = shares(side, s, vectors)
-    values, indices = found.topk(min(VECTORS, len(found)))
+    """The vectors (n, d) with the largest shares, in descending order."""
+    all_shares = shares(side, s, vectors)
+    values, indices = all_shares.topk(min(VECTORS, len(all_shares)))
     return {names[i]: value for i, value in zip(indices.tolist(), values.tolist(), strict=True)}

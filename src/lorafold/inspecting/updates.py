@@ -41,9 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Svd:
-    """U (out, k), S (k,) in descending order and V (in, k) in fp32. Singular values below the
-    rounding error are left out.
-    """
+    """U (out, k), S (k,) descending and V (in, k) in fp32, above the rounding error."""
 
     u: Tensor
     s: Tensor
@@ -78,10 +76,10 @@ def site_of(name: str) -> str:
 
 def by_site(names: Iterable[str]) -> dict[str, list[str]]:
     """The names of the matrices of each site."""
-    found = defaultdict[str, list[str]](list)
+    sites = defaultdict[str, list[str]](list)
     for name in names:
-        found[site_of(name)].append(name)
-    return dict(found)
+        sites[site_of(name)].append(name)
+    return dict(sites)
 
 
 def of_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
@@ -109,9 +107,7 @@ class AdaptedModule:
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 (out, in) of each matrix, by name, as it was in training: views of the files where it
-        was not quantized; with the adapters below in it, if there are any.
-        """
+        """W0 (out, in) of each matrix by name, as in training, with the adapters below in it."""
         return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
     @cached_property
@@ -144,9 +140,7 @@ class AdaptedModule:
 
 
 def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
-    """The modules with the deltas of the adapter's method, without trained biases, modules to save
-    and embeddings of tokens.
-    """
+    """Yield the modules with deltas of the adapter's method, without biases, tokens and so on."""
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
         layer = modules[path].layer(ROUND_TRIP, *below)
@@ -161,9 +155,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[str, ...]:
-    """Load the adapters below the last of a stack, over the weights that it was trained on, and
-    return their names on the model, lowest first.
-    """
+    """Load the adapters below the last of a stack, and return their names on the model."""
     attach_as_trained(model, base.source, base.storage, stack)
     below = {f"over{n}": saved for n, saved in enumerate(stack[:-1], 1)}
     for name, saved in below.items():
@@ -183,9 +175,7 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 
 def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
-    """The factors of a site: of its one matrix, or (E, out, r) and (E, r, in) of several, zero
-    beyond a matrix's own rank.
-    """
+    """The factors of a site: of its matrix, or (E, out, r) and (E, r, in), padded with zeros."""
     if not matrices:
         return factors[0]
     rank = max(len(down) for _, down in factors)
@@ -195,9 +185,7 @@ def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
 
 @torch.no_grad()
 def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
-    """A new adapter of a model: the LoRA, of scale 1, that has these factors by module path; a rank
-    of 0 changes nothing.
-    """
+    """A new LoRA of scale 1 with these factors by module path; rank 0 changes nothing."""
     spec = of_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)
     for path, delta in adapter.own_deltas.items():
@@ -221,9 +209,8 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A context in which torch uses one thread. Thin products gain nothing from more, which wait
-    for each other: 224 sites of Llama-2-7B at r=16 take 2 s with one thread and, on two busy cores,
-    4 to 49 s with two.
+    """A context in which torch uses one thread: 224 sites of Llama-2-7B at r=16 take 2 s with one
+    and, on two busy cores, 4 to 49 s with two.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

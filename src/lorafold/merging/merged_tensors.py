@@ -41,9 +41,7 @@ CACHED = 4
 
 @torch.no_grad()
 def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-    """The parameters by which the module would store a matrix, by name, in fp32 or wider. They are
-    new tensors, without values on the meta device; the module is not changed.
-    """
+    """The parameters that store W (out, in) in a module, in fp32 or wider, as new tensors."""
     layer = layer_of(module)
     stored = {}
     for name, value in layer.plain().encode(w, b).items():
@@ -56,11 +54,8 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
 
 
 def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(target, original), both (n', k), equal in the vectors that adapters replace or append: there
-    both have the target's values, rounded to nearest.
-
-    Such a vector is not an update of a weight, which rounding could lose. Equal in both tensors, it
-    counts neither as update nor as noise in the figures for the others.
+    """(target, original), both (n', k), equal in the vectors that adapters replace or append, so
+    that these count neither as update nor as noise.
     """
     at = torch.tensor(
         [*(i for i in values if i < len(original)), *range(len(original), len(target))],
@@ -76,12 +71,7 @@ def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Te
 
 
 class MergedValues:
-    """The new values by name, each asked for once.
-
-    Attributes:
-        sums: the inner products of the update and its rounding errors, so far.
-        rounded: the number of tensors by the way they were rounded, so far.
-    """
+    """The new values by name, each used once, with figures of the rounding so far."""
 
     def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
@@ -153,9 +143,7 @@ class MergedValues:
 def before_and_after(
     module: Adapted, adapters: Sequence[str], parameter: str
 ) -> tuple[Tensor, Tensor]:
-    """A parameter in the module's layout, of any shape, before and after folding: (the value that
-    the adapters change, in the module's dtype; the changed value, in fp32 or wider).
-    """
+    """A parameter, of any shape, before (in its dtype) and after folding (fp32 or wider)."""
     layer = layer_of(module)
     w, b = layer.dense()
     before: Tensor = (
@@ -177,9 +165,8 @@ Writer = Callable[[MergePlan, Values, Written], None]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was done: the inner products of the update and its rounding errors, the number of
-    tensors by the way they were rounded, the tensors added to untie weights, the biases added, and
-    the size of the vocabulary if it grew.
+    """What was done: sums of the rounding, tensors by the way they were rounded, tensors and biases
+    that were added, and the size of a vocabulary that grew.
     """
 
     sums: Sums

@@ -39,9 +39,8 @@ from lorafold.resolve import Base
 def untied_config(
     config: dict[str, Any], mapped: MappedModel, apart: Collection[str], trust_remote_code: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """(content of the config file for a model without ties, the parameters that its files must have
-    besides those of the base): all that were tied, but for those that the architecture ties
-    whatever its config says.
+    """(`config.json` without ties, parameters that the files must have besides the base's), except
+    for ties of the architecture itself.
     """
     written = _without_ties(config, True)
     loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
@@ -80,12 +79,8 @@ def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> 
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """(content of the config file, entries of added biases by parameter).
-
-    The model gets the biases that its files lack, as zeros.
-
-    Raises NotMergeable for a bias whose weight transformers converts on loading, so that the bias
-    has no name in the files.
+    """(`config.json`, entries of added biases by parameter). The model gets the biases as zeros;
+    one whose weight transformers converts on loading is refused.
     """
     model = mapped.model
     switch_on(model, switches)
@@ -117,16 +112,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What will be written.
-
-    `changed` maps the names of changed tensors to their parameters, and `converted` those of
-    tensors that transformers computes changed parameters from to the conversion. `added` maps
-    tensors that the files lack to an entry like them: the tensor that each was tied to, or a bias's
-    own entry. `zeros` has the values of added biases that no adapter changes. `dequantized` maps
-    the tensors that the files have quantized to their modules. `sites` has the site of each changed
-    parameter, and its name there. `shapes` has the shapes of the changed tensors. `vocabulary` is
-    its new size, or None if it did not grow. `other_base` has a line for each adapter that was
-    trained on another base.
+    """What will be written: parameters of changed tensors, conversions of converted ones, entries
+    of added ones (`zeros` if no adapter changes them), modules of dequantized ones; the site and
+    name of each changed parameter; shapes of changed tensors; the vocabulary's size if it grew; and
+    a line for each adapter of another base.
     """
 
     checkpoint: Checkpoint
@@ -222,9 +211,7 @@ def plan(
 def _tensors(
     mapped: MappedModel, planned: FoldPlan, untied: Sequence[str], problems: Problems
 ) -> tuple[dict[str, str], dict[str, Conversion]]:
-    """The parameters of the tensors that change, and the conversions, by the names of the tensors.
-    What can't be written goes to the problems.
-    """
+    """The changed tensors' parameters and conversions; refusals go to the problems."""
     changed = {}
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
@@ -256,9 +243,7 @@ def _among(problems: Problems, path: str) -> Iterator[None]:
 
 
 def _entry(mapped: MappedModel, parameter: str) -> tuple[str, TensorEntry]:
-    """The name under which a parameter is written, and the entry with its values: its own, or that
-    of a parameter that it is tied to.
-    """
+    """The name of a parameter in the files, and the entry with its values, perhaps a tied one's."""
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(

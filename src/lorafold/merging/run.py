@@ -51,9 +51,7 @@ ReportProgress = Callable[[int, int], None]  # texts done, texts in all
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the merged model's logits are from the adapted one's: the figures above, over so many
-    positions.
-    """
+    """The difference of the merged and the adapted model's logits, over so many positions."""
 
     kl: float
     max_logit_gap: float
@@ -150,10 +148,8 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class Merged(ShownInNotebooks):
-    """A merged model, as `merge.json` describes it. `gap` is None without the certificate;
-    `from_original` is how far the adapters over the original weights are from the model that was
-    trained, where these are others; `other_base` has a line for each adapter that was trained on
-    another base.
+    """A merged model, as in `merge.json`. `gap` is None without the report; `from_original` is the
+    distance of the adapters over the original weights, if these are others.
     """
 
     gap: Gap | None
@@ -173,9 +169,7 @@ class Merged(ShownInNotebooks):
         return None if self.gap is None else self.gap.kl
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `merge.json`. update_survival and rounding_noise are shares of the norm of
-        the update; `rounded` counts the changed tensors by the way they were rounded.
-        """
+        """The content of `merge.json`; survival and noise are shares of the update's norm."""
         gap, folded, into = self.gap, self.folded, self.into
         return {
             **(asdict(gap) if gap else dict.fromkeys(f.name for f in fields(Gap))),
@@ -237,37 +231,35 @@ def merge(
     base: Base,
     adapters: Sequence[Saved],
     out: Path,
-    wanted: MergeOptions,
+    options: MergeOptions,
     console: Console | None = None,
 ) -> Merged:
-    """Fold saved adapters into their base and write a plain Hugging Face model, as `lf.merge`,
-    whose arguments these are.
-    """
-    check_out(out, wanted.overwrite)
-    asked, base = base.storage, base.with_files_for(adapters)
+    """Merge saved adapters into their base and write a Hugging Face model; see `lf.merge`."""
+    check_out(out, options.overwrite)
+    storage, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.held  # a wrong name or device is told before any work
     check_kept(out, [source.path, *(one.path for one in adapters)])
-    with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
-        target = choose_into(wanted.into, adapters, asked, stored_in_files(source))
+    with atomic_directory(out, options.overwrite) as tmp, bars(console) as bar:
+        target = choose_into(options.into, adapters, storage, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked or target.unmade):
             console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, INSTEAD)
-        own = any(one.own_tokenizer for one in adapters)
-        tokenizer = base.tokenizer(adapters) if own or wanted.certificate else None
-        compared = tokenizer if wanted.certificate else None
-        texts = [] if compared is None else probe_ids(compared, wanted.probe)
-        shards, rounding = partial(write_shards, tmp), (wanted.rounding, wanted.seed)
+        has_tokenizer = any(one.own_tokenizer for one in adapters)
+        tokenizer = base.tokenizer(adapters) if has_tokenizer or options.certificate else None
+        compared = tokenizer if options.certificate else None
+        texts = [] if compared is None else probe_ids(compared, options.probe)
+        shards, rounding = partial(write_shards, tmp), (options.rounding, options.seed)
         changes = plan(base, adapters, round_trip=target.round_trip)
         if target.quantized is not None:
             check_saved(changes.model, target.quantized)
         folded, others = execute(changes, shards, *rounding, bar("folding")), changes.other_base
-        if own and tokenizer is not None:
+        if has_tokenizer and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)
         if target.quantized is not None:
             quantize(merged, target.quantized)
         gap = from_original = None
-        if wanted.certificate:
+        if options.certificate:
             merged = replace(merged, storage=target.quantized or "fp32", dtype="fp32")
             after = [merged.load]
             if target.trained_on and not target.in_files:

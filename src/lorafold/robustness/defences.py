@@ -47,9 +47,7 @@ class Overlap:
 
 
 def updates_of(adapter: Adapter) -> Svds | None:
-    """The update of each matrix of an adapter; None if a part of it is not added to a weight (a
-    magnitude, a bias, virtual tokens), so that it has no subspace.
-    """
+    """The update of each matrix; None if a part is not added to a weight."""
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
     return {name: svd for site in sites(adapter) for name, svd in site.parts()}
@@ -57,21 +55,21 @@ def updates_of(adapter: Adapter) -> Svds | None:
 
 def overlap(update: Svds, alignment: Svds) -> Overlap | None:
     """How far an update lies in the alignment's subspaces; None for an update that is zero."""
-    found = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     energy = 0.0
-    for path, own in update.items():
-        strengths = own.s.cpu().double()  # Apple's GPUs have no doubles
+    for path, tuned in update.items():
+        strengths = tuned.s.cpu().double()  # Apple's GPUs have no doubles
         size = strengths.square().sum()
         energy += size.item()
         if (aligned := alignment.get(path)) is None:
             continue
         shares = [
             ((theirs.t() @ mine).cpu().double() * strengths).square().sum()
-            for theirs, mine in ((aligned.u, own.u), (aligned.v, own.v))
+            for theirs, mine in ((aligned.u, tuned.u), (aligned.v, tuned.v))
         ]
-        chance = [size * len(aligned.s) / len(side) for side in (own.u, own.v)]
-        found += torch.stack([*shares, *chance])
-    return Overlap(*(found / energy).tolist()) if energy else None
+        chance = [size * len(aligned.s) / len(side) for side in (tuned.u, tuned.v)]
+        sums += torch.stack([*shares, *chance])
+    return Overlap(*(sums / energy).tolist()) if energy else None
 
 
 def factors_of(update: Svd) -> Factors:  # (out, r), (r, in)

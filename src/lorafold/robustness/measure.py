@@ -50,9 +50,7 @@ LEADING = 2  # tokens of whitespace before a refusal
 
 @dataclass(frozen=True)
 class State:
-    """The figures of one state of the model, each with its 95% interval. `loss` is None without
-    held-out benign rows, `log_odds_interval` for a single prompt.
-    """
+    """Figures with 95% intervals; `loss` is None without held-out benign rows."""
 
     log_odds: float
     log_odds_interval: Interval | None
@@ -66,9 +64,7 @@ class State:
 
 @dataclass(frozen=True)
 class Before:
-    """The figures of a stack before any tuning, and of the same model without the alignment, or
-    None if it has none.
-    """
+    """The figures of a stack before tuning, and of the model without the alignment, if any."""
 
     before: State
     without: State | None
@@ -86,9 +82,7 @@ class Before:
 
 @dataclass(frozen=True)
 class After:
-    """The figures of a stack under a tuning, and where the tuning lies; None where the stack or the
-    adapter has no subspace.
-    """
+    """The figures under a tuning, and where it lies; None without a subspace."""
 
     measured: State
     overlap: Overlap | None
@@ -96,9 +90,8 @@ class After:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is asked: rendered prompts to be refused, rendered controls, the beginnings of a refusal
-    and of compliance, and examples: `odds` are prompts with each beginning, `controls` those with
-    completions, `benign` the held-out rows.
+    """Prompts to be refused, controls, beginnings, and examples: `odds` are prompts with each
+    beginning, `controls` those with completions, `benign` the held-out rows.
     """
 
     refuse: tuple[str, ...]
@@ -118,8 +111,8 @@ def completed(
 ) -> list[tuple[str, str]]:
     """Each control with its completion; those without one get the model's own, greedy."""
     open_ended = [prompt.text for prompt in controls if prompt.reference is None]
-    own = iter(complete(model, tokenizer, open_ended, max_new_tokens))
-    return [(p.text, next(own) if p.reference is None else p.reference) for p in controls]
+    generated = iter(complete(model, tokenizer, open_ended, max_new_tokens))
+    return [(p.text, next(generated) if p.reference is None else p.reference) for p in controls]
 
 
 def probe_of(
@@ -168,7 +161,7 @@ def measure(
     probe: Probe,
     before: Iterable[Tensor],
 ) -> State:
-    """Measure the model with the adapters that are active on it."""
+    """Measure the model with its active adapters; `before` are (n, vocabulary) each."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
     odds = log_odds(log_probabilities(loss, probe.odds), probe)
     mean = odds.mean().item()
@@ -177,15 +170,18 @@ def measure(
             f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
             " its adapters"
         )
-    begun = refusals(model, tokenizer, probe)
-    refused, told = sum(begun[: len(probe.refuse)]), sum(begun[len(probe.refuse) :])
+    refused_each = refusals(model, tokenizer, probe)
+    refused, control_refused = (
+        sum(refused_each[: len(probe.refuse)]),
+        sum(refused_each[len(probe.refuse) :]),
+    )
     return State(
         log_odds=mean,
         log_odds_interval=mean_interval(odds.tolist()),
         refusals=refused / len(probe.refuse),
         refusals_interval=wilson(refused, len(probe.refuse)),
-        control_refusals=told / len(probe.answer),
-        control_refusals_interval=wilson(told, len(probe.answer)),
+        control_refusals=control_refused / len(probe.answer),
+        control_refusals_interval=wilson(control_refused, len(probe.answer)),
         kl=divergence(before, distributions(model, probe.controls)),
         loss=held_out_loss(loss, probe.benign) if len(probe.benign) else None,
     )
@@ -193,11 +189,11 @@ def measure(
 
 def log_probabilities(loss: CompletionLoss, examples: Sequence[Example]) -> Tensor:  # (n,)
     """The log-probability of the labelled tokens of each example, in fp64."""
-    found = torch.zeros(len(examples), dtype=torch.float64)
+    scores = torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss):
         for group in batches(examples):
-            found[group] = -loss.by_row([examples[i] for i in group]).cpu().double()
-    return found
+            scores[group] = -loss.by_row([examples[i] for i in group]).cpu().double()
+    return scores
 
 
 def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,) -> (prompts,)
@@ -210,9 +206,7 @@ def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,)
 def refusals(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
 ) -> list[bool]:
-    """Whether the greedy completion of each prompt begins with a refusal: first of those to be
-    refused, then of the controls.
-    """
+    """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
     longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
     prompts = [*probe.refuse, *probe.answer]
     texts = complete(model, tokenizer, prompts, longest + LEADING)
@@ -220,9 +214,7 @@ def refusals(
 
 
 def begins(text: str, beginnings: Sequence[str]) -> bool:
-    """Whether a text begins with one of these, after whitespace; case and the kind of apostrophe
-    do not matter.
-    """
+    """Whether a text begins with one of these, ignoring case and the kind of apostrophe."""
     return plain(text).startswith(tuple(map(plain, beginnings)))
 
 
@@ -241,9 +233,7 @@ def divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:  # e
 
 
 def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[Tensor]:
-    """The log-probabilities of the next token at the labelled positions, GROUP examples of similar
-    length at a time: (n, vocabulary) in fp32 each.
-    """
+    """Log-probabilities (n, vocabulary) in fp32 at labelled positions, GROUP examples at a time."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for i in range(0, len(ordered), GROUP):
@@ -333,10 +323,10 @@ class Bench:
         return list(self._anew()) if small else None
 
     def _anew(self) -> Iterator[Tensor]:
-        found = distributions(self.model, self.probe.controls)
+        groups = distributions(self.model, self.probe.controls)
         while True:
             with only(self.model, *self.names):
-                group = next(found, None)
+                group = next(groups, None)
             if group is None:
                 return
             yield group
@@ -363,9 +353,9 @@ class Bench:
         """The figures of a finished adapter over the stack, or in its place, without an overlap."""
         with only(self.model, *(() if instead else self.names)):
             adapter = self._load(path, TUNED)
-            found = self._after(None if instead else updates_of(adapter))
+            after = self._after(None if instead else updates_of(adapter))
             adapter.detach()
-        return found
+        return after
 
     def _after(self, tuning: Svds | None) -> After:
         lies = tuning and self.alignment and overlap(tuning, self.alignment)

@@ -48,17 +48,17 @@ def ids(way: Way) -> list[str]:
     return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
 
 
-def last_points(found: Fragility) -> list[list[Point]]:
+def last_points(study: Fragility) -> list[list[Point]]:
     """Each stack before, and each curve at its most examples, over the seeds."""
-    before = [[one] for name, stack in found.stacks.items() for one in untouched(name, stack)]
-    if not found.curves:
-        return [*before, [*found.points]]
-    return [*before, *(list(curve.by_examples.values())[-1] for curve in found.curves)]
+    before = [[one] for name, stack in study.stacks.items() for one in untouched(name, stack)]
+    if not study.curves:
+        return [*before, [*study.points]]
+    return [*before, *(list(curve.by_examples.values())[-1] for curve in study.curves)]
 
 
-def lines(found: Fragility) -> list[list[str]]:
+def lines(study: Fragility) -> list[list[str]]:
     """The cells of each stack before, and of each curve at its most examples."""
-    return [*map(line, last_points(found))]
+    return [*map(line, last_points(study))]
 
 
 def untouched(name: str, stack: Before) -> Iterator[Point]:
@@ -82,11 +82,9 @@ LEGEND = (
 )
 
 
-def deciding(found: Fragility) -> str:
-    """The figures by which one judges, in a table of at most 80 columns, and what they mean. What
-    all lines have in common is said once, above it.
-    """
-    every = last_points(found)
+def deciding(study: Fragility) -> str:
+    """The figures that decide, in a table of at most 80 columns, and a legend."""
+    every = last_points(study)
     ways = [_parts(points[0]) for points in every]
     parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
     varied = [len(of) > 1 for of in parts]  # of the defence always
@@ -111,8 +109,8 @@ def _parts(one: Point) -> tuple[str, ...]:
     """The way of a point in words, empty where it has none."""
     stack, defence, *numbers = ids(one.way)
     named = zip(("rank ", "rate "), numbers, strict=True)
-    told = ["" if value == NOTHING else what + value for what, value in named]
-    return stack, defence, *told, f"{one.examples} examples" * bool(one.examples)
+    settings = ["" if value == NOTHING else what + value for what, value in named]
+    return stack, defence, *settings, f"{one.examples} examples" * bool(one.examples)
 
 
 def _log_odds(points: Sequence[Point]) -> str:
@@ -124,28 +122,28 @@ def _log_odds(points: Sequence[Point]) -> str:
     return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
 
 
-def markdown(found: Fragility) -> str:
+def markdown(study: Fragility) -> str:
     """Where each curve is halved, and the table, in Markdown."""
-    halved = [[*ids(curve.way), curve.halved] for curve in found.curves]
+    halved = [[*ids(curve.way), curve.halved] for curve in study.curves]
     tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
-    return "\n".join([*tables, markdown_table(HEAD, lines(found))])
+    return "\n".join([*tables, markdown_table(HEAD, lines(study))])
 
 
-def page(found: Fragility, path: str | Path) -> None:
+def page(study: Fragility, path: str | Path) -> None:
     """Write the curves and the tables as one HTML file that needs no other."""
-    curves = found.curves
+    curves = study.curves
     used = dict.fromkeys(curve.way.defence for curve in curves)
     content = rendered(
         "robustness/fragility.html",
-        found=found,
+        found=study,
         curves=[*map(str, curves)],
         plots=drawings(curves),
         defences={name: DEFENCES[name].about for name in used},
         head=HEAD,
-        last=lines(found),
+        last=lines(study),
         every=[line(points) for curve in curves for points in curve.by_examples.values()],
     )
-    document(f"Fragility of {', '.join(found.stacks)}", content, path)
+    document(f"Fragility of {', '.join(study.stacks)}", content, path)
 
 
 def drawings(curves: Sequence[Curve]) -> Iterator[str]:
@@ -204,8 +202,8 @@ def plot(
 
     most = max(max(curve.by_examples) for curve in curves)
     ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
-    said = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
-    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", said)
+    caption = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
+    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", caption)
 
 
 def band(seeds: Sequence[tuple[float, Interval | None]]) -> Interval:

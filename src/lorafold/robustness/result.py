@@ -36,9 +36,7 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """The figures after one tuning under a defence. A finished adapter has no seed and number of
-    examples. `overlap` is None where the stack or the adapter has no subspace.
-    """
+    """The figures after one tuning under a defence; a finished adapter has no seed."""
 
     way: Way
     seed: int | None
@@ -57,9 +55,9 @@ class Point:
 
     def as_json(self) -> dict[str, Any]:
         """All figures, in one object."""
-        found = asdict(self)
-        way, measured, overlap = (found.pop(name) for name in ("way", "measured", "overlap"))
-        return {**way._asdict(), **found, **measured, "overlap": overlap}
+        content = asdict(self)
+        way, measured, overlap = (content.pop(name) for name in ("way", "measured", "overlap"))
+        return {**way._asdict(), **content, **measured, "overlap": overlap}
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,13 @@ class Curve:
     @property
     def by_examples(self) -> dict[int, list[Point]]:
         """The points of all seeds, by the number of examples."""
-        found: dict[int, list[Point]] = {}
+        by_count: dict[int, list[Point]] = {}
         for one in sorted(self.points, key=lambda p: (p.examples or 0, p.seed or 0)):
-            found.setdefault(one.examples or 0, []).append(one)
-        return found
+            by_count.setdefault(one.examples or 0, []).append(one)
+        return by_count
 
     def halved_at(self, seed: int | None = None) -> float | None:
-        """The number of examples that halves the log-odds of a seed, or of the mean of all seeds;
-        None if none of those measured does, or if the alignment added nothing.
-        """
+        """The examples that halve the log-odds of a seed, or of the mean; None if none do."""
         means = [
             (k, fmean(p.kept for p in points if p.kept is not None))
             for k, all_ in self.by_examples.items()
@@ -98,9 +94,9 @@ class Curve:
         most = max(self.by_examples)
         if self.stack.kept(0) is None:
             return "the alignment added nothing"
-        found = self.halved_at()
-        count = f"{most} examples" if found is None else f"{found:.3g} examples"
-        return f"{'not ' * (found is None)}halved by {count}"
+        halving = self.halved_at()
+        count = f"{most} examples" if halving is None else f"{halving:.3g} examples"
+        return f"{'not ' * (halving is None)}halved by {count}"
 
     def as_json(self) -> dict[str, Any]:
         """The way, and where its log-odds are halved: of the mean, and of each seed."""
@@ -110,9 +106,7 @@ class Curve:
 
 
 def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
-    """The k at which a value first falls to a level, on straight lines over log(1 + k); None if it
-    does not.
-    """
+    """The k at which a value first falls to a level, linear in log(1 + k); else None."""
     for (k, above), (more, below) in pairwise(points):
         if above > level >= below:
             start, end = math.log1p(k), math.log1p(more)
@@ -140,9 +134,7 @@ class Fragility(ShownInNotebooks):
         ]
 
     def under(self, least: float) -> str | None:
-        """A line that says that a finished adapter keeps less than this share of what was added, or
-        None if it keeps as much.
-        """
+        """A line if a finished adapter keeps less than this share of what was added."""
         [one], [stack] = self.points, self.stacks.values()
         odds = (
             f"{stack.reference:+.2f} without the alignment, {stack.before.log_odds:+.2f} with it,"
@@ -177,7 +169,7 @@ class Fragility(ShownInNotebooks):
         return {
             "model": self.model,
             "data": self.source,
-            "stacks": {name: asdict(found) for name, found in self.stacks.items()},
+            "stacks": {name: asdict(content) for name, content in self.stacks.items()},
             "points": [one.as_json() for one in self.points],
             "curves": [curve.as_json() for curve in self.curves],
         }

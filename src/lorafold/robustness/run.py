@@ -58,9 +58,7 @@ def counted(tell: Tell, total: int) -> Callable[[str], None]:
 
 @dataclass(frozen=True)
 class Cells:
-    """What a sweep makes: its task, the directory of figures and tunings, what loads the model with
-    adapters over it, and who is told for which other workers this one waits.
-    """
+    """The cells of a sweep: its task, its directory, and the loader of models."""
 
     task: FragilityTask
     out: Path
@@ -92,9 +90,7 @@ class Cells:
         return self.out / "tuned" / run.name
 
     def tune_all(self, runs: Sequence[Run], tell: Callable[[str], None]) -> None:
-        """Have every run tuned whose figures are not all there, by this process or another; tell
-        after each.
-        """
+        """Tune every run whose figures are not all there, here or in another process."""
         needed = {}
         for run in runs:
             if all(file.is_file() for file in self.files(run).values()):
@@ -118,9 +114,9 @@ class Cells:
         def after(run: Run, defence: str) -> After:
             return bench().after(self.tuned(run), defence)
 
-        def there(file: Path, found: After) -> None:
+        def there(file: Path, after: After) -> None:
             run, defence = cells[file]
-            tell(f"{described(run)}, {defence}: log-odds {found.measured.log_odds:+.2f}")
+            tell(f"{described(run)}, {defence}: log-odds {after.measured.log_odds:+.2f}")
 
         measures = {file: partial(after, *cell) for file, cell in cells.items()}
         results = measured(After, measures, there, self.say)

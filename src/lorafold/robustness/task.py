@@ -48,9 +48,7 @@ class AdapterStack:
 
 
 def stacks_of(*adapters: Sequence[Saved]) -> tuple[AdapterStack, ...]:
-    """The stacks, named by the directories of their adapters, or by whole paths where two would
-    have one name. A stack of none is the base.
-    """
+    """The stacks, named uniquely by their adapters' directories; one of none is the base."""
     short = iter(names([one.path for stack in adapters for one in stack]))
     return tuple(
         AdapterStack(tuple(stack), " + ".join(next(short) for _ in stack) or "base")
@@ -159,9 +157,8 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run. B's rate is to A's as in LoRA's own rates. Mixed refusals make the
-        batches larger and not the steps more, so that a run differs from the one without them by
-        the refusals alone.
+        """The recipe of the run. Mixed refusals make the batches larger, not the steps more, so
+        that runs with and without them differ in nothing else.
         """
         own, benign = self.task.recipe, self.examples
         batch = min(own.batch, benign)
@@ -235,9 +232,7 @@ def check(task: FragilityTask) -> None:
 
 
 def _overlapping(task: FragilityTask) -> Iterator[str]:
-    """What is wrong with the beginnings: they must exclude each other for their sum to be a
-    probability.
-    """
+    """Yield beginnings that include each other: their sum would be no probability."""
     named = [("refusal-prefix", text) for text in task.refusal]
     named += [("compliance-prefix", text) for text in task.compliance]
     for option, text in named:
@@ -250,9 +245,7 @@ def _overlapping(task: FragilityTask) -> Iterator[str]:
 
 
 def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
-    """The prompts that are asked and trained on as well, so that the figures would be of rows that
-    the model has seen.
-    """
+    """Yield prompts that are both measured and trained on."""
     asked = {
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))

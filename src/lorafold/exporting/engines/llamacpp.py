@@ -147,9 +147,7 @@ def _tokens(ask: Callable[..., bytes], text: str) -> list[int]:
 def _otherwise(
     ask: Callable[..., bytes], chats: Sequence[dict[str, Any]], texts: Sequence[str]
 ) -> list[int]:
-    """The chats that the server's own Jinja writes in another way. The token that begins a text may
-    be missing: the server adds it itself.
-    """
+    """The chats that the server's own Jinja renders differently, apart from a first bos token."""
     first = json.loads(ask("/props"))["bos_token"]
     found = []
     for n, (chat, text) in enumerate(zip(chats, texts, strict=True)):

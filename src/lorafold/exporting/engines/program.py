@@ -83,12 +83,8 @@ def peft(job: Job) -> Job:
 
 
 def mlx(job: Job) -> Job:
-    """mlx-lm's answers on the CPU, its model in fp32.
-
-    mlx-lm refuses tensors that it has no module for. Modules that it adapts and the file has no
-    tensors for, and those whose values are not the file's, are told here. On Linux mlx multiplies
-    by a plain BLAS, so what all prompts begin with is computed once, and only what a distribution
-    is asked for goes through the head: mlx computes what is read.
+    """mlx-lm's answers on the CPU, in fp32, and the modules that it leaves out or changes. The
+    common prefix is computed once, and only the last position goes through the head.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -106,8 +102,7 @@ def mlx(job: Job) -> Job:
             mx.eval([layer.state for layer in cache])
 
     def asked(model: Any, most: int) -> tuple[Any, Any]:
-        """Of each prompt the log-probabilities (vocabulary,) of the next token, and so many of the
-        most likely tokens, without those that end a completion.
+        """For each prompt, log-probabilities (vocabulary,) and so many greedy tokens without ends.
         """
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
@@ -147,9 +142,7 @@ def mlx(job: Job) -> Job:
 
 
 def vllm(job: Job) -> Job:
-    """vLLM's answers in this process, in fp32. Modules of the adapter that vLLM loads and applies
-    nowhere, which it tells in its debug log alone, are told here.
-    """
+    """vLLM's answers in this process, in fp32, and the modules that it loads and never applies."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -194,11 +187,8 @@ def unused(worker: Any) -> list[str]:
 
 
 def vllm_url(job: Job) -> Job:
-    """The answers of a running server of vLLM, which loads the adapter for them and forgets it
-    again. It reads the adapter's directory itself, so it runs on this machine, or shares the disk.
-
-    It has to run with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and with --max-logprobs -1 to tell the
-    probabilities of all tokens. Which modules it applies nowhere it does not tell.
+    """The answers of a running server of vLLM on this machine or disk, which loads the adapter for
+    them and unloads it again; it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1.
     """
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
     version = json.loads(sent(url, "/version"))["version"]
