@@ -20,8 +20,7 @@ from gguf_models import CONFIGS, saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.gguf_tensors import tensors_of_update
+from lorafold.exporting.gguf_model import tensors_of_update, write_model
 from lorafold.exporting.run import FEWER, SHARE
 from lorafold.exporting.target import update_of
 from lorafold.methods import METHODS

@@ -19,10 +19,9 @@ import lorafold as lf
 from conftest import lorafold, refused
 from lorafold.comparing import measure as module
 from lorafold.comparing import run
-from lorafold.comparing.comparison import Comparison
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired_tests import Difference, over_base, told_apart, verdict
-from lorafold.comparing.report import Quality, columns, deciding, markdown, page
+from lorafold.comparing.report import Comparison, Quality, columns, deciding, markdown, page
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec

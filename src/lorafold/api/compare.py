@@ -8,8 +8,8 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from lorafold.comparing.comparison import Comparison
     from lorafold.comparing.measure import Measurement
+    from lorafold.comparing.report import Comparison
     from lorafold.recipe.recipe import Recipe
 
 
@@ -80,10 +80,9 @@ def compare(
     from lorafold.api.arguments import as_page, as_path, as_recipe, or_quiet, with_rewards
     from lorafold.api.task_rows import train_and_test
     from lorafold.comparing import run
-    from lorafold.comparing.comparison import Comparison
     from lorafold.comparing.measure import ComparisonTask, variants
     from lorafold.comparing.paired_tests import alike, chosen_apart
-    from lorafold.comparing.report import page
+    from lorafold.comparing.report import Comparison, page
     from lorafold.comparing.run import known_methods, methods_for, unfit
     from lorafold.files.atomic import check_folder, write_text
     from lorafold.files.claims import check_token

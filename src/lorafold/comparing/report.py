@@ -6,7 +6,7 @@ highest); a column that no line has a figure for is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from lorafold.comparing.paired_tests import (
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.html_page import document, markdown_table, rendered
+from lorafold.files.html_page import ShownInNotebooks, document, markdown_table, rendered
 from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
@@ -346,8 +346,6 @@ def markdown(measurements: Measurements) -> str:
     return markdown_table([*table], lines(table)) + below
 
 
-
-
 def page(measurements: Measurements, title: str, path: Path) -> None:
     """Write the plots and the table as one HTML file."""
     table, conclusion = columns(measurements), verdict(measurements)
@@ -360,3 +358,33 @@ def page(measurements: Measurements, title: str, path: Path) -> None:
         rewards=measurements[0].reward is not None,
     )
     document(title, content, path)
+
+
+@dataclass(frozen=True)
+class Comparison(ShownInNotebooks):
+    """The figures of every method, setting and seed, the base's first."""
+
+    rows: tuple[Measurement, ...]
+    model: str
+    source: str
+
+    @property
+    def over_base(self) -> dict[str, Difference]:
+        """The difference to the base's reward or loss, paired by rows, by the name of the line."""
+        return over_base(self.rows)
+
+    @property
+    def verdict(self) -> str:
+        """The best method if rows and seeds distinguish it, else those that can't be told apart."""
+        return verdict(self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures under the keys of `lorafold compare --json`."""
+        gains = {method: asdict(one) for method, one in self.over_base.items()}
+        rows = [asdict(one) for one in self.rows]
+        for row in rows:
+            del row["row_losses"]  # one for each held-out row; OUT/rows.json has them
+        return {"rows": rows, "over_base": gains, "verdict": self.verdict}
+
+    def __str__(self) -> str:
+        return markdown(self.rows)

@@ -23,14 +23,16 @@ from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import (
     FILE_TYPES,
+    PLAIN,
     Content,
     Described,
+    MergedParameter,
     described,
+    tensors_of_update,
     write_content,
     write_described,
     write_model,
 )
-from lorafold.exporting.gguf_tensors import PLAIN, MergedParameter, tensors_of_update
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
 from lorafold.models.loading import stored_in_files
