@@ -21,7 +21,7 @@ from lorafold.comparing import measure as module
 from lorafold.comparing import run
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired_tests import Difference, over_base, told_apart, verdict
-from lorafold.comparing.report import Comparison, Quality, columns, deciding, markdown, page
+from lorafold.comparing.report import Comparison, Quality, deciding, figures, markdown, page
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
@@ -95,10 +95,10 @@ def test_rows_are_what_training_and_evaluating_alone_give(
         compared(out, model, rewards=asked)
     text = (out / "table.md").read_text()
     assert text == str(found)
-    assert [*columns(found.rows)][:6] == [
+    assert figures(found.rows)[0][:6] == [
         "method", "trainable", "share", "adapter MB", "seconds", "tokens/s"
     ]  # fmt: skip
-    names = {*columns(found.rows)}
+    names = {*figures(found.rows)[0]}
     assert {"reward", "reward 95%", "over base", f"reward {rewards}:short"} <= names
     assert not {"loss", "exact"} & names
 
@@ -253,7 +253,7 @@ def test_losses_are_compared_in_pairs_too() -> None:
     assert "the base" not in tie  # both are below it
     worse = losses("dora", 1.5, 2.5, 3.5, 4.4)
     assert verdict(thrice(base, worse)).endswith("which does not tell it from the base")
-    assert [*columns([base, lora])] == [
+    assert figures([base, lora])[0] == [
         "method", "trainable", "seconds", "loss", "loss 95%", "over base", "exact"
     ]  # fmt: skip
     assert (verdict([lora]), over_base([lora])) == ("", {})

@@ -28,6 +28,7 @@ from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
 Value = Callable[[Measurement], float | None]
+Table = tuple[list[str], list[list[str]]]  # headings, lines
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
 
@@ -72,25 +73,26 @@ class Quality:
 
 
 class Cost(NamedTuple):
-    """What quality is shown against: its name, its axis, and how it and its least are told."""
+    """What quality is plotted against, with the words for its value and its least."""
 
+    value: Value
     name: str
     axis: str
-    told: str
+    words: str
     least: str
 
 
-COSTS: dict[Cost, Value] = {
+COSTS = (
     Cost(
-        "parameters", "trained parameters", "trains {} parameters", "trains the fewest"
-    ): lambda r: r.trainable_parameters,
+        lambda r: r.trainable_parameters,
+        "parameters", "trained parameters", "trains {} parameters", "trains the fewest",
+    ),
     Cost(
-        "forgetting",
-        "KL from the base on other text, nats a token",
-        "forgets {} nats a token",
+        lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
+        "forgetting", "KL from the base on other text, nats a token", "forgets {} nats a token",
         "forgets the least",
-    ): lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
-}
+    ),
+)  # fmt: skip
 
 
 def tuned(measurements: Measurements) -> list[list[Measurement]]:
@@ -98,9 +100,7 @@ def tuned(measurements: Measurements) -> list[list[Measurement]]:
     return [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
 
 
-def means(
-    methods: Sequence[Measurements], value: Value
-) -> list[float | None]:
+def means(methods: Sequence[Measurements], value: Value) -> list[float | None]:
     """The mean of a figure over the seeds of each method; None where it has none."""
     return [mean_of(map(value, seeds)) for seeds in methods]
 
@@ -114,9 +114,8 @@ def plots_of(measurements: Measurements) -> Iterator[str]:
     names = [seeds[0].name for seeds in methods]
     mergeable = [all(r.mergeable for r in seeds) for seeds in methods]
     yield ranking(quality, names)
-    for cost, value in COSTS.items():
-        x = means(methods, value)
-        if None not in x:
+    for cost in COSTS:
+        if None not in (x := means(methods, cost.value)):
             yield scatter(cost, x, quality, names, mergeable)
     for what, attached, merged in (
         ("Decode", lambda r: r.latency_attached, lambda r: r.latency_merged),
@@ -142,10 +141,9 @@ def ranking(quality: Quality, names: Sequence[str]) -> str:
         plots.scaled(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
-    caption = " to ".join(ends) + (
-        "" if quality.base is None else f", the base at {quality.base:.4g}"
-    )
-    return plots.drawing(draw, "Quality", f"{caption}. {INTERVALS}", plots.height_of(shown))
+    base = "" if quality.base is None else f", the base at {quality.base:.4g}"
+    caption = f"{' to '.join(ends)}{base}. {INTERVALS}"
+    return plots.drawing(draw, "Quality", caption, plots.height_of(shown))
 
 
 def scatter(
@@ -175,7 +173,7 @@ def scatter(
         return plots.number(x[n] or 0, digits=3)
 
     extreme = "lowest loss" if quality.lower else "highest reward"
-    caption = f"{names[best]}, which has the {extreme}, {cost.told.format(of(best))}"
+    caption = f"{names[best]}, which has the {extreme}, {cost.words.format(of(best))}"
     if best != least:
         caption += (
             f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
@@ -237,23 +235,21 @@ FLAGS: dict[str, Callable[[Measurement], bool | None]] = {
 }
 
 
-def columns(measurements: Measurements) -> dict[str, list[str]]:
-    """The cells of all methods by the heading of their column."""
-    methods, cells_by_heading = by_method(measurements), dict[str, list[str]]()
-    cells_by_heading["method"] = [seeds[0].name for seeds in methods]
+def figures(measurements: Measurements) -> Table:
+    """All figures, with a line for each method."""
+    methods = by_method(measurements)
+    columns = {"method": [seeds[0].name for seeds in methods]}
     for heading, (value, form) in COLUMNS.items():
-        cells_by_heading[heading] = [spread((value(r) for r in seeds), form) for seeds in methods]
+        columns[heading] = [spread(map(value, seeds), form) for seeds in methods]
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
-            cells_by_heading |= _beside(heading, form, measurements)
+            columns |= _beside(heading, form, measurements)
         if heading == EXACT:
             # of a single seed; several have their range
             alone = [s[0].exact_match_interval if len(s) == 1 else None for s in methods]
-            cells_by_heading[EXACT + WITHIN] = [
-                within(one, ".1%") if one else NOTHING for one in alone
-            ]
+            columns[EXACT + WITHIN] = [within(one, ".1%") if one else NOTHING for one in alone]
     for heading, flag in FLAGS.items():
-        cells_by_heading[heading] = [answer([flag(r) for r in seeds]) for seeds in methods]
-    return {heading: cells for heading, cells in cells_by_heading.items() if {*cells} != {NOTHING}}
+        columns[heading] = [answer([*map(flag, seeds)]) for seeds in methods]
+    return table_of(columns)
 
 
 def _beside(heading: str, form: str, measurements: Measurements) -> dict[str, list[str]]:
@@ -273,9 +269,10 @@ def _beside(heading: str, form: str, measurements: Measurements) -> dict[str, li
     }
 
 
-def lines(columns_: dict[str, list[str]]) -> list[list[str]]:
-    """The lines of columns, one for each method."""
-    return [list(line) for line in zip(*columns_.values(), strict=True)]
+def table_of(columns: dict[str, list[str]]) -> Table:
+    """The headings and lines of columns by heading, without those that are empty."""
+    known = {heading: cells for heading, cells in columns.items() if {*cells} != {NOTHING}}
+    return [*known], [list(line) for line in zip(*known.values(), strict=True)]
 
 
 def answer(values: Sequence[bool | None]) -> str:
@@ -294,17 +291,17 @@ SHORT: dict[str, tuple[Value, str]] = {  # heading: value, format; beside what i
 def deciding(measurements: Measurements) -> str:
     """The figures that decide, in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_method(measurements), lower_is_better(measurements)
-    gains, figures = over_base(measurements), held_out(measurements).values()
+    gains, qualities = over_base(measurements), held_out(measurements).values()
     form = ".4f" if lower else ".4g"
-    columns_ = {
+    columns = {
         "method": [seeds[0].name for seeds in methods],
-        LOSS if lower else REWARD: [plus_minus(one, form) for one in figures],
+        LOSS if lower else REWARD: [plus_minus(one, form) for one in qualities],
         OVER_BASE: [
             plus_minus(gains[name], f"+{form}") if (name := seeds[0].name) in gains else NOTHING
             for seeds in methods
         ],
         **{
-            heading: [spread((value(r) for r in seeds), form, False) for seeds in methods]
+            heading: [spread(map(value, seeds), form, False) for seeds in methods]
             for heading, (value, form) in SHORT.items()
         },
         "trained": [
@@ -312,14 +309,13 @@ def deciding(measurements: Measurements) -> str:
             for seeds in methods
         ],
     }
-    shown = {heading: cells for heading, cells in columns_.items() if {*cells} != {NOTHING}}
     several = max(map(len, methods))
     means = f" Means over {several} seeds." if several > 1 else ""
     over = "and seeds" if several >= SEEDS else "alone, not seeds"
     about = f"{LOW if lower else HIGH} {over}.{means} {LEGEND}"
     conclusion = verdict(measurements)
     below = [*paragraph(about), *(["", *paragraph(f"{conclusion}.")] if conclusion else [])]
-    return text_table([*shown], lines(shown)) + "\n" + "\n".join(below)
+    return text_table(*table_of(columns)) + "\n" + "\n".join(below)
 
 
 LOW = "loss: in nats a token, with its 95% interval; less is better. Intervals are over rows"
@@ -341,20 +337,20 @@ def plus_minus(difference: Difference, form: str) -> str:
 
 def markdown(measurements: Measurements) -> str:
     """The whole table in Markdown, with the verdict below it."""
-    table, conclusion = columns(measurements), verdict(measurements)
+    conclusion = verdict(measurements)
     below = f"\n{conclusion}\n" if conclusion else ""
-    return markdown_table([*table], lines(table)) + below
+    return markdown_table(*figures(measurements)) + below
 
 
 def page(measurements: Measurements, title: str, path: Path) -> None:
     """Write the plots and the table as one HTML file."""
-    table, conclusion = columns(measurements), verdict(measurements)
+    (head, lines), conclusion = figures(measurements), verdict(measurements)
     content = rendered(
         "comparing/compare.html",
         verdict=f"{conclusion}." if conclusion else "",
         plots=plots_of(measurements),
-        head=[*table],
-        lines=lines(table),
+        head=head,
+        lines=lines,
         rewards=measurements[0].reward is not None,
     )
     document(title, content, path)

@@ -299,7 +299,10 @@ def add_tokenizer(
         check_whole(backend)
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(prefixes_space(backend))
-        writer.add_token_scores(_scores(model["vocab"], merges, rows))
+        scores = [LAST] * rows  # the earlier a merge makes a token, the higher
+        for rank, text in enumerate(dict.fromkeys("".join(pair) for pair in merges)):
+            scores[model["vocab"][text]] = float(-rank - 1)
+        writer.add_token_scores(scores)
     else:
         writer.add_tokenizer_pre(name_of_rule(backend, bool(model.get("ignore_merges"))))
         writer.add_token_merges([" ".join(pair) for pair in merges])
@@ -342,15 +345,6 @@ def _tokens(
             texts[n] = text.replace("▁", " ") if by_bytes else text
             kinds[n] = TokenType.USER_DEFINED
     return texts, [int(kind) for kind in kinds]
-
-
-def _scores(vocabulary: dict[str, int], merges: Sequence[Sequence[str]], rows: int) -> list[float]:
-    """Of each row: the earlier a merge makes the token, the higher."""
-    scores = [LAST] * rows
-    order = dict.fromkeys("".join(pair) for pair in merges)
-    for rank, text in enumerate(order):
-        scores[vocabulary[text]] = float(-rank - 1)
-    return scores
 
 
 def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ from lorafold.exporting.gguf_metadata import (
 )
 from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors
 from lorafold.fold.as_trained import ROUND_TRIP
-from lorafold.fold.plan import plan_fold
+from lorafold.fold.plan import TensorShape, plan_fold
 from lorafold.generation import end_tokens
 from lorafold.merging.merged_tensors import before_and_after, need_space
 from lorafold.models.checkpoint import mapped_model_of
@@ -63,7 +63,7 @@ class MergedParameter:
     """A parameter: its dotted name, its shape, and its values when they are asked for."""
 
     path: str
-    shape: tuple[int, ...]
+    shape: TensorShape
     values: Callable[[], Tensor]
 
     @classmethod
@@ -106,7 +106,7 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
         yield MergedParameter(path, shape, partial(changed, path))
 
 
-def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
+def type_of(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
     """The type of a tensor."""
     if len(shape) < 2 or name.endswith(ROUTER):
         return "F32"
@@ -117,7 +117,7 @@ def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
     return "Q8_0" if name == (EMBEDDING if tied else OUTPUT) else tensors
 
 
-def size_of(shape: tuple[int, ...], kind: str) -> int:
+def size_of(shape: TensorShape, kind: str) -> int:
     """Bytes of a tensor."""
     per, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return int(torch.Size(shape).numel()) // per * size
@@ -265,7 +265,7 @@ class Described:
     notes: Sequence[str]
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, TensorShape]:
         """Of the tensors, by name."""
         return {one.path: one.shape for one in self.tensors}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,9 +78,10 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
     start, end = _around(written(_chat("u", [U])), [U])
     _, a_open, u_open, _ = _around(written(_chat("uau", [U, A, V])), [U, A, V])
     plain = Turns(start, None, a_open, u_open, end)
-    given = _or_refused(written, _chat("su", [S, U]))
-    tried = [plain]
-    if given is not None:
+    given, tried = "", [plain]
+    with suppress(LorafoldError):  # it may refuse a system message
+        given = written(_chat("su", [S, U]))
+    if S in given:
         before, between, _ = _around(given, [S, U])
         tried = [Turns(start, (before, between), a_open, u_open, end)]
         if before.startswith(start):
@@ -132,15 +134,6 @@ def _around(text: str, said: Sequence[str]) -> list[str]:
             )
         parts.append(before)
     return [*parts, text]
-
-
-def _or_refused(written: Callable[[Sequence[Message]], str], chat: list[Message]) -> str | None:
-    """What a template writes of a conversation; None if it refuses it or leaves out its rule."""
-    try:
-        text = written(chat)
-    except LorafoldError:
-        return None
-    return text if S in text else None
 
 
 def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> str:
@@ -214,27 +207,16 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[st
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
         notes.append(SILENT)
-    return go_template(without_first(turns, tokenizer)), stops_of(tokenizer), notes
-
-
-def without_first(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """The marks without the token that begins a text, where the engine itself adds it."""
-    first = str(tokenizer.bos_token or "")
-    ids = tokenizer("a")["input_ids"]
-    if not first or ids[0] != tokenizer.bos_token_id:
-        return turns
-    system = turns.system and (turns.system[0].removeprefix(first), turns.system[1])
-    return replace(turns, start=turns.start.removeprefix(first), system=system)
-
-
-def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts that end a completion."""
+    bos = str(tokenizer.bos_token or "")
+    if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # the engine adds it
+        system = turns.system and (turns.system[0].removeprefix(bos), turns.system[1])
+        turns = replace(turns, start=turns.start.removeprefix(bos), system=system)
     ending = template_of(tokenizer).ending
     ids = [*sorted(ending.tokens), tokenizer.eos_token_id]
-    texts = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i is not None]
+    stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i is not None]
     if not ending.tokens and ending.text.strip():
-        texts.append(ending.text)
-    return list(dict.fromkeys(texts))
+        stops.append(ending.text)
+    return go_template(turns), list(dict.fromkeys(stops)), notes
 
 
 class ToOllama(GgufModel):
@@ -258,17 +240,11 @@ class ToOllama(GgufModel):
         text = modelfile(file, template, stops)
         notes_ = [*write_gguf(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
-        name = directory_name(subject)
+        name = (subject.called or Path(subject.base.name).name).lower()
+        name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:LONGEST] or "model"
         launch = (
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
             ("ollama", "run", name),
         )
         notes_ = [FOLDED, *notes_] if subject.adapters else notes_
         return Written((MODELFILE, file), launch, tuple(notes_), {"base": f"{{out}}/{file}"})
-
-
-def directory_name(subject: Subject) -> str:
-    """A name for the model in Ollama, which takes letters of ASCII."""
-    name = subject.called or Path(subject.base.name).name
-    characters = [c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name.lower()]
-    return "".join(characters).strip("-_")[:LONGEST] or "model"

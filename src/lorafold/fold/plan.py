@@ -26,6 +26,7 @@ from lorafold.core.matrices import module_at, parameter_path
 from lorafold.errors import NotMergeable, as_one, listed
 from lorafold.layers import layer_of
 
+TensorShape = tuple[int, ...]
 WHOLE = "the model as a whole"
 NAMES = ("weight", "bias")
 # switch in the config -> path of each module to which it gives a bias -> the shape of that bias
@@ -39,7 +40,7 @@ class FoldPlan:
     names; the config's switches; the vocabulary's size if it grows; and problems by module path.
     """
 
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, TensorShape]
     sites: dict[str, tuple[str, str]]
     together: dict[str, tuple[str, ...]]
     apart: dict[str, tuple[str, ...]]
@@ -110,7 +111,7 @@ def fold(
     return w, b
 
 
-def changes(module: Adapted, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
     """The shapes of the parameters that folding changes or adds, as the module stores them."""
     layer = layer_of(module)
     try:

@@ -91,7 +91,8 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
                 readers.update(dict.fromkeys(reads, norm[0]))
 
         for path, module in twin.named_modules():
-            if is_norm(module, size):
+            shapes = {tuple(parameter.shape) for parameter in module.parameters()}
+            if shapes == {(size,)} and not [*module.children()]:  # a norm
                 module.register_forward_hook(partial(normed, path))
             elif _shape(module):
                 module.register_forward_pre_hook(partial(read, [path], [path]))
@@ -109,12 +110,6 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
             if layer_of(module_at(twin, path)).shape[0] == size
         }
     return ResidualStream(readers, frozenset(writers), embedding, head, size)
-
-
-def is_norm(module: nn.Module, size: int) -> bool:
-    """Whether the module is a norm of the residual stream: it has only vectors of its size."""
-    shapes = {tuple(p.shape) for p in module.parameters()}
-    return shapes == {(size,)} and not any(True for _ in module.children())
 
 
 @torch.no_grad()

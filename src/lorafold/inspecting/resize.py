@@ -147,19 +147,15 @@ def resize(
     record = {TRAINED_ON: None, **saved.record}
     record = {key: value for key, value in record.items() if key not in (BASE, "lorafold")}
     if adapter.other_base:
-        record |= origin_of(adapter, saved)
+        # updates that are added to weights are in the files alone, whatever base they lie over
+        added = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
+        other = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
+        record |= {BASE: saved.own_base.fingerprint} if added else other
     about = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
     record["resized"] = about
     tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
-
-
-def origin_of(adapter: Adapter, saved: Saved) -> dict[str, Any]:
-    """The record's base of a resized adapter that was loaded on another base than its own."""
-    if all(isinstance(delta, Additive) for delta in adapter.own_deltas.values()):
-        return {BASE: saved.own_base.fingerprint}
-    return {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
 
 
 def extract(

@@ -20,7 +20,15 @@ from lorafold.adapter import load
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
-from lorafold.fold.plan import WHOLE, FoldPlan, Switches, module_of, plan_fold, switch_on
+from lorafold.fold.plan import (
+    WHOLE,
+    FoldPlan,
+    Switches,
+    TensorShape,
+    module_of,
+    plan_fold,
+    switch_on,
+)
 from lorafold.models.checkpoint import (
     Checkpoint,
     MappedModel,
@@ -128,7 +136,7 @@ class MergePlan:
     dequantized: dict[str, str]
     config: dict[str, Any]
     sites: dict[str, tuple[str, str]]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, TensorShape]
     vocabulary: int | None
     other_base: tuple[str, ...] = ()
 
@@ -222,7 +230,12 @@ def _tensors(
             continue  # a bias that the architecture can't have, which is among the problems
         with _among(problems, module_of(parameter) or WHOLE):
             if (conversion := mapped.converted.get(parameter)) is not None:
-                _check_converted(conversion, parameter, shape)
+                _check_dtypes(conversion.entries)
+                if shape != (before := tuple(conversion.like[parameter].shape)):
+                    raise NotMergeable(
+                        "transformers converts this weight on loading, so it can't change its"
+                        f" shape: found {list(shape)}, expected {list(before)}"
+                    )
                 converted |= {entry.name: conversion for entry in conversion.entries}
                 continue
             changed[_entry(mapped, parameter)[0]] = parameter
@@ -260,14 +273,4 @@ def _check_dtypes(entries: Sequence[TensorEntry]) -> None:
     if len(found) > 1 or found[0] not in FLOATS:
         raise NotMergeable(
             f"the weight is stored as {' and '.join(found)}, expected one of {', '.join(FLOATS)}"
-        )
-
-
-def _check_converted(conversion: Conversion, parameter: str, shape: tuple[int, ...]) -> None:
-    """Raise NotMergeable if the tensors of the files can't take a new value of the parameter."""
-    _check_dtypes(conversion.entries)
-    if shape != (own := tuple(conversion.like[parameter].shape)):
-        raise NotMergeable(
-            f"transformers converts this weight on loading, so it can't change its shape: found"
-            f" {list(shape)}, expected {list(own)}"
         )

@@ -46,7 +46,7 @@ from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
-ReportProgress = Callable[[int, int], None]  # texts done, texts in all
+ReportProgress = Callable[[int, int], None]  # done, in all
 
 
 @dataclass(frozen=True)
@@ -295,12 +295,12 @@ def quantize(plain: Base, quantization: str) -> None:
 
 
 @contextmanager
-def bars(console: Console | None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+def bars(console: Console | None) -> Iterator[Callable[[str], ReportProgress]]:
     """A function that makes the progress bar of a stage; bars are shown on terminals only."""
     quiet = console is None or not console.is_terminal
     with Progress(console=console, disable=quiet, transient=True) as bars:
 
-        def bar(stage: str) -> Callable[[int, int], None]:
+        def bar(stage: str) -> ReportProgress:
             task = bars.add_task(stage, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
