@@ -100,22 +100,12 @@ def search(
     if "storage" not in recipe.model_fields_set:
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"storage": "fp32"})
-    request = replace(request, base=request.base.stored(recipe.storage))
-    day = day_written(request.base, recipe.chat_template)
+    stored = request.base.stored(recipe.storage)
+    day = day_written(stored, recipe.chat_template)
     if day and (out / SEARCH).is_file():  # it goes on with the day on which it began
         day = str(read_object(out / SEARCH).get("day") or day)
-    request = replace(request, day=day)
-    identity = {
-        **grounds(request.base, recipe.chat_template, "inspecting"),
-        "adapters": [*map(of_adapter, request.adapters)],
-        "model": request.base.name,
-        "day": day,
-        "recipe": recipe.model_dump(mode="json"),
-        "rate": Fastfood.lr,
-        "data": request.data.identity,
-        "held_out": Rows.of(request.eval_rows or ()).sha256,
-    }
-    check(out, identity)
+    request = replace(request, base=stored, day=day)
+    check(request, recipe)
     # the recipe's rate is that of full training, and of heads; a subspace has its own
     inside = recipe.model_copy(update={"lr": None})
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
@@ -161,9 +151,19 @@ def search(
     )
 
 
-def check(out: Path, identity: dict) -> None:
+def check(request: RunRequest, recipe: Recipe) -> None:
     """Start the directory of a search, or check that it has this search in it."""
-    file = out / SEARCH
+    identity = {
+        **grounds(request.base, recipe.chat_template, "inspecting"),
+        "adapters": [*map(of_adapter, request.adapters)],
+        "model": request.base.name,
+        "day": request.day,
+        "recipe": recipe.model_dump(mode="json"),
+        "rate": Fastfood.lr,
+        "data": request.data.identity,
+        "held_out": Rows.of(request.eval_rows or ()).sha256,
+    }
+    out, file = request.out, request.out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
     if others and not file.exists():

@@ -19,7 +19,7 @@ from lorafold.files.html_page import document, markdown_table, rendered
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
 from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
 from lorafold.robustness.defences import DEFENCES
-from lorafold.robustness.measure import After, Before, State
+from lorafold.robustness.measure import After, State
 from lorafold.robustness.result import Curve, Fragility, Point, Way
 
 FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: value, format
@@ -50,24 +50,15 @@ def ids(way: Way) -> list[str]:
 
 def last_points(study: Fragility) -> list[list[Point]]:
     """Each stack before, and each curve at its most examples, over the seeds."""
-    before = [[one] for name, stack in study.stacks.items() for one in untouched(name, stack)]
+    before = [
+        [Point.of(Way(name, what, None, None), None, 0, stack, After(state, None))]
+        for name, stack in study.stacks.items()
+        for what, state in (("no alignment", stack.without), ("before", stack.before))
+        if state is not None
+    ]
     if not study.curves:
         return [*before, [*study.points]]
-    return [*before, *(list(curve.by_examples.values())[-1] for curve in study.curves)]
-
-
-def lines(study: Fragility) -> list[list[str]]:
-    """The cells of each stack before, and of each curve at its most examples."""
-    return [*map(line, last_points(study))]
-
-
-def untouched(name: str, stack: Before) -> Iterator[Point]:
-    """A stack without its alignment and before any tuning, as points."""
-    states = {"no alignment": stack.without, "before": stack.before}
-    for what, measured in states.items():
-        if measured is not None:
-            way = Way(name, what, None, None)
-            yield Point.of(way, None, 0, stack, After(measured, None))
+    return [*before, *([*curve.by_examples.values()][-1] for curve in study.curves)]
 
 
 HEAD = (*WAY, "examples", *FIGURES)
@@ -126,7 +117,7 @@ def markdown(study: Fragility) -> str:
     """Where each curve is halved, and the table, in Markdown."""
     halved = [[*ids(curve.way), curve.halved] for curve in study.curves]
     tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
-    return "\n".join([*tables, markdown_table(HEAD, lines(study))])
+    return "\n".join([*tables, markdown_table(HEAD, [*map(line, last_points(study))])])
 
 
 def page(study: Fragility, path: str | Path) -> None:
@@ -140,7 +131,7 @@ def page(study: Fragility, path: str | Path) -> None:
         plots=drawings(curves),
         defences={name: DEFENCES[name].about for name in used},
         head=HEAD,
-        last=lines(study),
+        last=[*map(line, last_points(study))],
         every=[line(points) for curve in curves for points in curve.by_examples.values()],
     )
     document(f"Fragility of {', '.join(study.stacks)}", content, path)

@@ -94,11 +94,11 @@ class Cells:
         needed = {}
         for run in runs:
             if all(file.is_file() for file in self.files(run).values()):
-                tell(f"tuned {described(run)}")
+                tell(f"tuned {run}")
             else:
                 needed[self.tuned(run)] = run
         work = {path: partial(tune, run, path) for path, run in needed.items()}
-        shared(work, lambda path: tell(f"tuned {described(needed[path])}"), self.say)
+        shared(work, lambda path: tell(f"tuned {needed[path]}"), self.say)
 
     def points_of(
         self, stack: AdapterStack, before: Before, tell: Callable[[str], None]
@@ -116,7 +116,7 @@ class Cells:
 
         def there(file: Path, after: After) -> None:
             run, defence = cells[file]
-            tell(f"{described(run)}, {defence}: log-odds {after.measured.log_odds:+.2f}")
+            tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
 
         measures = {file: partial(after, *cell) for file, cell in cells.items()}
         results = measured(After, measures, there, self.say)
@@ -156,10 +156,4 @@ def tune(run: Run, path: Path) -> None:
     except Interrupted as stop:
         raise Interrupted("stopped; the same command continues", stop.code) from None
     except LorafoldError as error:
-        raise LorafoldError(f"{described(run)}: {error}") from error
-
-
-def described(run: Run) -> str:
-    """A run in words."""
-    mixed = " and refusals" * run.mixed
-    return f"rank {run.rank}, rate {run.lr:g}, seed {run.seed}, {run.examples} examples{mixed}"
+        raise LorafoldError(f"{run}: {error}") from error

@@ -145,6 +145,12 @@ class Run:
     seed: int
     examples: int
 
+    def __str__(self) -> str:
+        mixed = " and refusals" * self.mixed
+        return (
+            f"rank {self.rank}, rate {self.lr:g}, seed {self.seed}, {self.examples} examples{mixed}"
+        )
+
     @cached_property
     def rows(self) -> Rows:
         """The rows that are trained on; mixed ones have as many refusals, or all there are."""
