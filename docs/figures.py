@@ -66,7 +66,7 @@ PRODUCT = (W, "+", B, A)
 # name: what is drawn from left to right, and the sentence below
 FIGURES: dict[str, tuple[tuple[Box | str, ...], str]] = {
     "lora": (PRODUCT, "The weight stays; the product of two small matrices is added."),
-    "inits": (
+    "lora_inits": (
         (frozen("W − B₀A₀", 92), "+", B, A),
         "As LoRA, but B and A start as a part of the weight, which is taken out of it.",
     ),
@@ -113,7 +113,7 @@ FIGURES: dict[str, tuple[tuple[Box | str, ...], str]] = {
          *(frozen(w, 24, 30) for w in "xyz")),
         "Each attention reads trained keys and values before those of the text.",
     ),
-    "probe": (
+    "linear_probe": (
         (step("model"), "→", trained("head", 56, 40), "→", "class"),
         "The model stays as it is; a head for the classes is trained over it.",
     ),

@@ -27,7 +27,6 @@ import gc
 import io
 import logging
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
@@ -37,7 +36,7 @@ from unittest import mock
 
 import pytest
 
-pytest_plugins = ["budgets"]
+pytest_plugins = ["budgets", "selection"]
 APPLE = {"test_shadow_apple.py", "test_shadow_verbs.py"}  # of those in devices, on Apple's
 collect_ignore = ["devices/test_shadow_apple.py"] if SHADOW else ["devices"]
 if SHADOW == "mps":
@@ -78,21 +77,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a test that is marked few(n), all but n, spread evenly, are slow."""
-    cases: dict[tuple[Any, str], list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
-            cases[item.path, item.originalname].append(item)  # type: ignore[attr-defined]
-    for found in cases.values():
-        n = min(len(found), found[0].get_closest_marker("few").args[0])  # type: ignore[union-attr]
-        fast = {i * len(found) // n for i in range(n)}
-        for i, item in enumerate(found):
-            if i not in fast:
-                item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)

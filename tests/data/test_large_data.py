@@ -428,14 +428,14 @@ def kill(*args, **fields):
     import time; time.sleep(1)
 parent = os.getpid()
 if where == "tokenizing":
-    from lorafold.data.examples import Completions, in_pieces
-    whole = Completions.encode
+    from lorafold.data.examples import CompletionEncoder, in_pieces
+    whole = CompletionEncoder.encode
     def encode(self, rows, first):
         open(os.path.join(pids, str(os.getpid())), "w").close()
         return kill() if first >= 2000 else whole(self, rows, first)
-    Completions.encode = encode
+    CompletionEncoder.encode = encode
 elif where == "reading":
-    from lorafold.data import stored
+    from lorafold.data import row_store
     import lorafold.data.rows as reading
     whole = reading.write_rows
     def write(rows, path):
@@ -444,7 +444,7 @@ elif where == "reading":
     reading.write_rows = write
 elif where == "packing":
     from lorafold.training_step import losses
-    losses.Completions.micro_batches = kill
+    losses.CompletionLoss.micro_batches = kill
 else:
     from lorafold.training import loop
     whole = loop.train_step

@@ -65,7 +65,7 @@ def test_a_team_is_gathered_and_disbanded() -> None:
 PROGRAM = """
 import sys, time
 import torch
-from lorafold.runtime import cores as waiting
+from lorafold.runtime import processor as waiting
 from psutil import Process
 
 waiting.PAUSE, waiting.usable_cores = 0.2, lambda: 2

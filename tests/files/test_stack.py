@@ -17,7 +17,7 @@ from conftest import fast_only, lorafold
 from engine_cases import alone, generated
 from fresh_models import fresh_model
 from lorafold.core.attach import selection_of
-from lorafold.engine import RunRequest as EngineRequest
+from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.models.loading import load_model

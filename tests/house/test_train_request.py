@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-FUNCTIONS, FILES = 600, 110
+from source_size import limit
 
 REQUEST = dedent("""
     import json, sys, threading
@@ -54,11 +54,12 @@ def entered(tiny_model_dir, tmp_path_factory) -> list[tuple[str, str]]:
 
 def test_a_train_request_enters_few_functions(entered: list[tuple[str, str]]) -> None:
     assert ("training/run.py", "train") in entered
-    assert len(entered) <= FUNCTIONS, by_package(entered)
+    assert len(entered) <= limit("functions_of_a_train_request"), by_package(entered)
 
 
 def test_a_train_request_enters_few_files(entered: list[tuple[str, str]]) -> None:
-    assert len({file for file, _ in entered}) <= FILES, by_package(entered)
+    files = {file for file, _ in entered}
+    assert len(files) <= limit("files_of_a_train_request"), by_package(entered)
 
 
 def by_package(entered: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:

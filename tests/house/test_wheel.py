@@ -103,13 +103,13 @@ from rich.console import Console
 from lorafold.models.loading import load_model
 from lorafold.resolve import Base
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.request import Request
+from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 model, rows = sys.argv[1:]
 recipe = Recipe(steps=2, batch=4, storage="fp32")
 trained = train(
-    Request(Base(model, device="cpu"), Path("out"), recipe, json.loads(rows), "rows"),
+    RunRequest(Base(model, device="cpu"), Path("out"), recipe, json.loads(rows), "rows"),
     Console(quiet=True),
 )
 adapter = lf.load(load_model(model, torch.float32), "out")

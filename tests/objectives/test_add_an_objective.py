@@ -60,13 +60,13 @@ from statistics import fmean
 import torch
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.examples import Completions
+from lorafold.data.examples import CompletionEncoder
 from lorafold.data.examples import WHOLE, encoded, preview
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.objectives.objective import Objective, given_options
 from lorafold.training_step.packed_attention import packed
-from lorafold.training_step.losses import Completions as CompletionLoss
+from lorafold.training_step.losses import CompletionLoss
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Hardest(Objective):
         return {"share": cls.share}
 
     def encoder(self, tokenizer, rendering=WHOLE):
-        return Completions(tokenizer, rendering)
+        return CompletionEncoder(tokenizer, rendering)
 
     def data(self, table, rows, max_length):
         return encoded(table, rows, max_length)

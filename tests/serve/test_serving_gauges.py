@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -78,11 +79,13 @@ def test_many_adapters_share_a_label(server: Running, monkeypatch: pytest.Monkey
 def test_routers_read_which_adapters_have_requests(server: Running) -> None:
     assert list(sampled(server, "vllm:lora_requests_info")) == [("2", "", "")]
     base, engine = server.parts.registry.base, server.engine
-    step = engine.step
-    engine.step = lambda: time.sleep(0.01) or step()  # type: ignore[method-assign]
+    step, going = engine.step, Event()
+    going.set()
+    engine.step = lambda: going.wait() and (time.sleep(0.01) or step())  # type: ignore[method-assign]
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.complete, m, "The", max_tokens=90) for m in ("b", base)]
         until(lambda: server.parts.host.running() == 2)
+        going.clear()  # however long the rest takes
         asked += [pool.submit(server.complete, m, "The", max_tokens=3) for m in "ca"]
         until(lambda: server.parts.host.waiting() == 2)
         now = time.time()
@@ -90,6 +93,7 @@ def test_routers_read_which_adapters_have_requests(server: Running) -> None:
         waiting = sampled(server, "vllm:num_requests_waiting")
         running = sampled(server, "vllm:num_requests_running")
         full = sampled(server, "vllm:kv_cache_usage_perc")
+        going.set()
         assert all(one.result().status == 200 for one in asked)
     # labels by name: max_lora, running_lora_adapters, waiting_lora_adapters
     ((labels, stamp),) = info.items()

@@ -83,8 +83,8 @@ def test_the_description_has_every_body(server: Running) -> None:
                 name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
                 assert schemas[name]["type"] == "object"
     chat = found["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]
-    assert chat["application/json"]["schema"]["$ref"].endswith("/Chat")
-    assert "response_format" in schemas["Chat"]["properties"]
+    assert chat["application/json"]["schema"]["$ref"].endswith("/ChatBody")
+    assert "response_format" in schemas["ChatBody"]["properties"]
     bare = {
         path for path, methods in found["paths"].items() for method, o in methods.items()
         if method in ("post", "put") and "requestBody" not in o

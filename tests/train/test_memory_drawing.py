@@ -23,7 +23,7 @@ from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
-from lorafold.objectives.policy import Drawing, PolicyObjective
+from lorafold.objectives.policy import PolicyObjective, SamplingOptions
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.policy_algorithms import Grpo
 from memory_cases import COMMON, CPU
@@ -85,7 +85,7 @@ def test_the_peak_is_that_of_the_step_or_of_drawing() -> None:
 
 def test_shorter_completions_fill_a_sequence() -> None:
     """Planned are those that are as long as they may be, of which fewer fit."""
-    drawing = PolicyObjective(Grpo(), Drawing(group=4, max_new_tokens=20))
+    drawing = PolicyObjective(Grpo(), SamplingOptions(group=4, max_new_tokens=20))
     prompts = [TokenizedPrompt((1,) * n, {}, "") for n in (10, 12, 14)]
     feed = StoredFeed(prompts, [SourcePart(3)], 3, 1, 0)
     found = [
