@@ -159,7 +159,7 @@ def test_a_stack_of_ranks_and_scales_with_embedding_and_head(base_of, tmp_path):
 
 def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path):
     """Both of which leave most likeliest tokens as they are."""
-    from lorafold.exporting.proof import Reference, proof
+    from lorafold.exporting.proof import ReferenceAnswers, proof
     from lorafold.exporting.target import Subject
     from lorafold.peft.saved import open_all
     from lorafold.resolve import base_for
@@ -167,7 +167,7 @@ def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path)
     directory = base_of("llama")
     adapters = open_all([moved(directory, tmp_path / "adapter")])
     base = base_for(directory, adapters, None, device="cpu")
-    ours = Reference.of(Subject(base, tuple(adapters)), None, quietly)
+    ours = ReferenceAnswers.of(Subject(base, tuple(adapters)), None, quietly)
     write_model(directory, tmp_path / "base.gguf", "F32", quietly)
     right = written(directory, tmp_path / "adapter", tmp_path / "out")
     for name, changed in (("order", unordered), ("scale", halved)):

@@ -19,7 +19,7 @@ from lorafold.core.attach import only, selection_of
 from lorafold.core.matrices import module_at
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
-from lorafold.exporting.proof import Reference, divergences, last
+from lorafold.exporting.proof import ReferenceAnswers, divergences, last
 from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
@@ -146,7 +146,7 @@ class Cut(ShownInNotebooks):
 
 
 def cut_to(
-    subject: Subject, rank: int, scratch: Path, reference: Reference | None
+    subject: Subject, rank: int, scratch: Path, reference: ReferenceAnswers | None
 ) -> tuple[Subject, Cut]:
     """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
@@ -167,7 +167,7 @@ def cut_to(
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
     """What to advise where adapters can't be said exactly: the end of a refusal."""
-    kls, distance = kl_by_rank(Reference.of(subject, source, progress), subject, POWERS)
+    kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
     if (rank := _enough(kls, distance)) is None:
         return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of what they change"
     lost = kls[rank] / distance
@@ -176,7 +176,7 @@ def rank_enough(subject: Subject, source: str | Path | None, progress: Progress)
 
 @torch.no_grad()
 def kl_by_rank(
-    reference: Reference, subject: Subject, ranks: list[int]
+    reference: ReferenceAnswers, subject: Subject, ranks: list[int]
 ) -> tuple[dict[int, float], float]:
     """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
     largest, kls = max(ranks), {}

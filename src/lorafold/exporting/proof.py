@@ -143,7 +143,7 @@ def answers_over(subject: Subject, storage: str, source: str | Path | None) -> T
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceAnswers:
     """A loaded model with active adapters, its prompts, and its answers."""
 
     model: PreTrainedModel
@@ -152,7 +152,9 @@ class Reference:
     answers: Answers
 
     @classmethod
-    def of(cls, subject: Subject, source: str | Path | None, progress: Progress) -> Reference:
+    def of(
+        cls, subject: Subject, source: str | Path | None, progress: Progress
+    ) -> ReferenceAnswers:
         """Load what is exported, over the weights that its files are for, and ask it."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
@@ -170,7 +172,7 @@ class Reference:
         answers = Answers(torch.stack(with_), torch.stack(without), tuple(greedy))
         return cls(model, tokenizer, prompts, answers)
 
-    def first(self, n: int) -> Reference:
+    def first(self, n: int) -> ReferenceAnswers:
         """The same of the first n prompts."""
         prompts = ProofPrompts(*(column[:n] for column in vars(self.prompts).values()))
         answers = Answers(*(column[:n] for column in vars(self.answers).values()))

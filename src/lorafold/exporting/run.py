@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.plain_lora import Cut, cut_to, rank_enough
-from lorafold.exporting.proof import Proof, Reference, answers_over, distance, proof
+from lorafold.exporting.proof import Proof, ReferenceAnswers, answers_over, distance, proof
 from lorafold.exporting.servers import ToPeft, ToSglang, ToVllm
 from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written, placed
 from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
@@ -175,11 +175,13 @@ def export(
             storage = "fp32" if into.target == "trained" else into.stored
             others = answers_over(subject, storage, options.prompts)
         if not unproved:
-            reference = Reference.of(subject, options.prompts, bar("answering"))
+            reference = ReferenceAnswers.of(subject, options.prompts, bar("answering"))
         if options.as_lora is not None:
             subject, cut = cut_to(subject, options.as_lora, tmp / SCRATCH, reference)
             _check_said(target, subject, options, bar("trying ranks"))
-            reference = reference and Reference.of(subject, options.prompts, bar("answering"))
+            reference = reference and ReferenceAnswers.of(
+                subject, options.prompts, bar("answering")
+            )
         written, verified, logprobs = target.write(subject, tmp, bar("writing")), None, None
         if reference is not None and engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
@@ -253,7 +255,11 @@ def _into(base: Base, adapters: Sequence[Saved], target: Target, into: str | Non
 
 
 def _proof(
-    of: Reference, needs: Mapping[str, Any], directory: Path, engine: str, options: ExportOptions
+    of: ReferenceAnswers,
+    needs: Mapping[str, Any],
+    directory: Path,
+    engine: str,
+    options: ExportOptions,
 ) -> tuple[Proof, Tensor]:
     """The figures, and the engine's log-probabilities (prompts, vocabulary)."""
     answers = ask(engine, of.job(needs, directory), options.engine_python)

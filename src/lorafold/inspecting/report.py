@@ -21,7 +21,7 @@ from lorafold.inspecting.result import (
     KindOverlap,
     LossPaths,
     MatrixFigures,
-    Neighbours,
+    NearestNeighbours,
     Sites,
 )
 from lorafold.inspecting.subspaces import by_kind, kind_of
@@ -219,7 +219,9 @@ def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
                 yield kind, sign, near, lines
 
 
-def line(path: str, i: int, s: Sequence[float], ends: Neighbours) -> tuple[str, str, list[Any]]:
+def line(
+    path: str, i: int, s: Sequence[float], ends: NearestNeighbours
+) -> tuple[str, str, list[Any]]:
     """One direction as a line: block and expert, which direction, neighbours at both ends."""
     block, expert = kind_of(path)[1], path.removeprefix(site_of(path)).strip("[]")
     place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")

@@ -24,7 +24,7 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class NearestNeighbours:
     """The vectors with the largest and with the smallest cosine to a direction."""
 
     positive: list[Neighbour]
@@ -46,7 +46,7 @@ class BaseFigures:
 
 
 @dataclass(frozen=True)
-class Positions:
+class SpectrumPositions:
     """The energy on each tenth of the base's directions and outside, and the base's norm there."""
 
     position_written: list[float]
@@ -69,16 +69,16 @@ class MatrixFigures:
     base: BaseFigures
     directions: int
     intruders: int | None = None
-    positions: Positions | None = None
+    positions: SpectrumPositions | None = None
     shape: list[int]
     singular_values: list[float]
     advice: str
     heads: list[float] | None = None
-    reads: list[Neighbours] | None = None
-    writes: list[Neighbours] | None = None
-    reads_vectors: list[Neighbours] | None = None
+    reads: list[NearestNeighbours] | None = None
+    writes: list[NearestNeighbours] | None = None
+    reads_vectors: list[NearestNeighbours] | None = None
     reads_shares: dict[str, float] | None = None
-    writes_vectors: list[Neighbours] | None = None
+    writes_vectors: list[NearestNeighbours] | None = None
     writes_shares: dict[str, float] | None = None
 
 

@@ -19,7 +19,7 @@ import torch
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
-from lorafold.inspecting.residual_stream import gain, heads_of, stream_of
+from lorafold.inspecting.residual_stream import ResidualStream, gain, heads_of, stream_of
 from lorafold.inspecting.result import (
     AdapterFigures,
     AdapterOverlap,
@@ -63,9 +63,10 @@ from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
+Vocabulary = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # by verb: (V, d), (d,)
 INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference
 EXPERTS = "Of the experts of a block, the one with the largest update has tables of tokens."
 FUSED = (
@@ -112,14 +113,8 @@ def inspect(
                 figures[name] = replace(figures[name], heads=heads[name].shares(svd))
             svds[name] = in_memory(site, svd)
         progress(done, len(changed))
-    embedding, unembedding = (
-        layer_of(end).dense()[0]
-        for end in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    norm = stream.final_norm
-    through = gain(model.get_submodule(norm), stream.size) if norm else None
-    vocabulary = {"reads": (embedding.t(), None), "writes": (unembedding, through)}
-    vectors = None if directions is None else read_vectors(directions, len(embedding))
+    vocabulary = vocabulary_of(model, stream)
+    vectors = None if directions is None else read_vectors(directions, stream.size)
     shown = {name: svds[name] for name in largest(figures)}
     sides = sides_of(model, stream, shown)
     named = named_directions(sides, shown, vocabulary, tokenizer, vectors)
@@ -150,10 +145,21 @@ def inspect(
     )
 
 
+def vocabulary_of(model: PreTrainedModel, stream: ResidualStream) -> Vocabulary:
+    """The tokens' vectors that directions read and write, and the gain between them."""
+    embedding, unembedding = (
+        layer_of(end).dense()[0]
+        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    norm = stream.final_norm
+    through = gain(model.get_submodule(norm), stream.size) if norm else None
+    return {"reads": (embedding.t(), None), "writes": (unembedding, through)}
+
+
 def named_directions(
     sides: Mapping[str, Mapping[str, Directions]],
     svds: Svds,
-    vocabulary: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],  # (V, d), (d,)
+    vocabulary: Vocabulary,
     tokenizer: PreTrainedTokenizerBase | None,
     vectors: tuple[Sequence[str], torch.Tensor] | None,  # n, (n, d)
 ) -> Mapping[str, dict[str, Any]]:

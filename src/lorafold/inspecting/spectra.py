@@ -20,7 +20,7 @@
 
 phi, projection and position: Hu et al. 2021, arXiv 2106.09685, section 7. The paper takes phi of
 the factor A; here it is that of dW on both sides, which does not depend on how a method
-parametrizes dW. Positions and intruders take the SVD of every W0, which is cached.
+parametrizes dW. SpectrumPositions and intruders take the SVD of every W0, which is cached.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.cache import cache_directory
 from lorafold.identity import of_code
-from lorafold.inspecting.result import BaseFigures, PooledRank, Positions
+from lorafold.inspecting.result import BaseFigures, PooledRank, SpectrumPositions
 from lorafold.inspecting.updates import Svd, of_dense
 
 ENOUGH = 0.95
@@ -165,7 +165,9 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
     return int(((base.u.t() @ tuned.u).abs().amax(0) < COSINE).sum())
 
 
-def in_base_spectrum(w: Tensor, update: Svd, directions: int) -> tuple[int, Positions | None]:
+def in_base_spectrum(
+    w: Tensor, update: Svd, directions: int
+) -> tuple[int, SpectrumPositions | None]:
     """(intruder dimensions, positions) in the spectrum of w (out, in), in fp32."""
     base = cached_svd(w)
     if not len(update.s):
@@ -173,5 +175,5 @@ def in_base_spectrum(w: Tensor, update: Svd, directions: int) -> tuple[int, Posi
     written, read = (
         position(own, update.s, theirs) for own, theirs in ((update.u, base.u), (update.v, base.v))
     )
-    positions = Positions(written, read, float(base.s[:directions].norm()))
+    positions = SpectrumPositions(written, read, float(base.s[:directions].norm()))
     return intruders(base, w, update), positions

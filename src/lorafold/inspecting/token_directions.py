@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.residual_stream import ResidualStream, gain
-from lorafold.inspecting.result import Neighbour, Neighbours
+from lorafold.inspecting.result import NearestNeighbours, Neighbour
 from lorafold.inspecting.updates import Svds, site_of
 from lorafold.models.weights import FileWeights
 
@@ -43,14 +43,14 @@ class Near:
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
 
-    def named(self, name: Callable[[int], str]) -> list[Neighbours]:
+    def named(self, name: Callable[[int], str]) -> list[NearestNeighbours]:
         """The two ends of each direction, with the name of each index; the values are cosines."""
 
         def end(values: Tensor, indices: Tensor) -> list[list[Neighbour]]:
             pairs = zip(indices.t().tolist(), values.t().tolist(), strict=True)
             return [[Neighbour(name(i), v) for i, v in zip(*pair, strict=True)] for pair in pairs]
 
-        return [*map(Neighbours, end(*self.top), end(*self.bottom))]
+        return [*map(NearestNeighbours, end(*self.top), end(*self.bottom))]
 
 
 def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  # (V, d), (d, n)
@@ -119,7 +119,7 @@ def tables(
     vectors: Tensor,  # (n, d)
     through: Tensor | None,  # (d,)
     name: Callable[[int], str],
-) -> dict[str, list[Neighbours]]:
+) -> dict[str, list[NearestNeighbours]]:
     """The nearest vectors to the first directions of each side, in one pass over the vectors."""
     top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
     named_by_path = {
