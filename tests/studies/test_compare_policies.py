@@ -20,7 +20,7 @@ from conftest import lorafold, refused
 from lorafold.comparing import measure as module
 from lorafold.comparing import run
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
-from lorafold.comparing.paired_tests import Difference, over_base, told_apart, verdict
+from lorafold.comparing.paired_tests import Difference, distinguished_pairs, over_base, verdict
 from lorafold.comparing.report import Comparison, Quality, deciding, figures, markdown, page
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
@@ -298,16 +298,16 @@ def drawn(chance: Any, names: Sequence[str], seeds: int, gain: float = 0.0) -> l
 def test_one_method_under_other_seeds_is_not_told_from_itself(seeds: int, power: float) -> None:
     """At most 16 of 200 times, and a difference of 0.04 nats a token is seen."""
     chance = np.random.default_rng(seeds)
-    told = [len(told_apart(drawn(chance, "ab", seeds))) for _ in range(200)]
+    told = [len(distinguished_pairs(drawn(chance, "ab", seeds))) for _ in range(200)]
     assert sum(told) <= 16
-    told = [len(told_apart(drawn(chance, "ab", seeds, 0.04))) for _ in range(100)]
+    told = [len(distinguished_pairs(drawn(chance, "ab", seeds, 0.04))) for _ in range(100)]
     assert sum(told) >= 100 * power
 
 
 def test_many_lines_of_one_method_are_not_told_apart_either() -> None:
     """Of ten pairs, the best is one by luck."""
     chance = np.random.default_rng(0)
-    told = [bool(told_apart(drawn(chance, "abcde", 3))) for _ in range(100)]
+    told = [bool(distinguished_pairs(drawn(chance, "abcde", 3))) for _ in range(100)]
     assert sum(told) <= 8
 
 

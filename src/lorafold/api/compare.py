@@ -81,7 +81,7 @@ def compare(
     from lorafold.api.task_rows import train_and_test
     from lorafold.comparing import run
     from lorafold.comparing.measure import ComparisonTask, variants
-    from lorafold.comparing.paired_tests import alike, chosen_apart
+    from lorafold.comparing.paired_tests import alike, with_validation
     from lorafold.comparing.report import Comparison, page
     from lorafold.comparing.run import known_methods, methods_for, unfit
     from lorafold.files.atomic import check_folder, write_text
@@ -135,7 +135,7 @@ def compare(
     rows_found = run.compare(task, asked, range(seeds), as_path(out), tell, say)
     for same in alike(rows_found):
         say(f"the same loss on every row: {', '.join(same)}; what they differ in did nothing")
-    found = Comparison(tuple(chosen_apart(rows_found)), str(model), source)
+    found = Comparison(tuple(with_validation(rows_found)), str(model), source)
     write_text(as_path(out) / "table.md", str(found))
     if place is not None:
         page(found.rows, f"Methods on {found.model}, {found.source}", place)

@@ -128,7 +128,7 @@ def is_sweep(measurements: Measurements) -> bool:
     return len({one.method for one in measurements}) < len({one.name for one in measurements})
 
 
-def chosen_apart(measurements: Measurements) -> list[Measurement]:
+def with_validation(measurements: Measurements) -> list[Measurement]:
     """The figures of a sweep with one random half of the rows as `validation`, which chooses, and
     the other reported; unchanged with fewer than ROWS rows or without settings that vary.
     """
@@ -136,10 +136,10 @@ def chosen_apart(measurements: Measurements) -> list[Measurement]:
     if not is_sweep(measurements) or count < ROWS:
         return [*measurements]
     first = {*random.Random("validation").sample(range(count), count // 2)}
-    return [_apart(one, first) for one in measurements]
+    return [_split(one, first) for one in measurements]
 
 
-def _apart(one: Measurement, first: set[int]) -> Measurement:
+def _split(one: Measurement, first: set[int]) -> Measurement:
     every = [*enumerate(units(one))]
     validation, rest = ([u for n, u in every if (n in first) == chose] for chose in (True, False))
     before, mean = (sum(s for s, _ in of) / sum(n for _, n in of) for of in (validation, rest))
@@ -151,7 +151,7 @@ def _apart(one: Measurement, first: set[int]) -> Measurement:
     return replace(one, reward=mean, reward_interval=interval, prompt_rewards=rewards)
 
 
-def told_apart(measurements: Measurements) -> set[frozenset[str]]:
+def distinguished_pairs(measurements: Measurements) -> set[frozenset[str]]:
     """The pairs of lines that differ by Holm's correction (1979) at 5% over all pairs."""
     methods = by_name(measurements)
     pairs = sorted(
@@ -182,11 +182,11 @@ def verdict(measurements: Measurements) -> str:
     if seeds < SEEDS:
         text = f"{seeds} seed{'s' * (seeds > 1)}: no verdict ({SEEDS} needed); run it again with"
         return f"{text} --seeds {SEEDS}, which keeps these figures{chosen}"
-    apart = told_apart(measurements)
+    pairs = distinguished_pairs(measurements)
 
     def better(one: str, other: str) -> bool:
         less = standing[one].mean < standing[other].mean
-        return frozenset((one, other)) in apart and less == lower
+        return frozenset((one, other)) in pairs and less == lower
 
     best, *others = order
     alike = [m for m in others if not better(best, m)]

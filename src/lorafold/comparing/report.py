@@ -242,7 +242,7 @@ def figures(measurements: Measurements) -> Table:
     for heading, (value, form) in COLUMNS.items():
         columns[heading] = [spread(map(value, seeds), form) for seeds in methods]
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
-            columns |= _beside(heading, form, measurements)
+            columns |= _quality_columns(heading, form, measurements)
         if heading == EXACT:
             # of a single seed; several have their range
             alone = [s[0].exact_match_interval if len(s) == 1 else None for s in methods]
@@ -252,7 +252,7 @@ def figures(measurements: Measurements) -> Table:
     return table_of(columns)
 
 
-def _beside(heading: str, form: str, measurements: Measurements) -> dict[str, list[str]]:
+def _quality_columns(heading: str, form: str, measurements: Measurements) -> dict[str, list[str]]:
     """Further columns of the figure that is compared: interval, difference, each reward."""
     methods, gains = by_method(measurements), over_base(measurements)
     intervals = [one.interval for one in held_out(measurements).values()]

@@ -70,7 +70,7 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
     check(request)
     check_out(request.out, request.overwrite)
     check_kept(request.out, [one.path for one in request.adapters])
-    request = set_apart(request)
+    request = with_examples(request)
     check_language_model(request.base, request.adapters)
     job = Job(request, read(request.base, request.adapters), cache(opened), console)
     if len(request.ways) == 1:
@@ -118,7 +118,7 @@ def check(request: ComposeRequest) -> None:
         raise LorafoldError("; ".join(problems))
 
 
-def set_apart(request: ComposeRequest) -> ComposeRequest:
+def with_examples(request: ComposeRequest) -> ComposeRequest:
     """The request with rows to learn from: its own, or half of each task's rows."""
     if request.examples or not request.tasks or not set(request.ways) & set(LEARNED):
         return request

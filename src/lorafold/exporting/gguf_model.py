@@ -90,7 +90,7 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
     def same(parameter: Tensor) -> Tensor:
         return parameter.make() if isinstance(parameter, OnDemand) else parameter
 
-    untied = {name for first, others in plan.apart.items() for name in (first, *others)}
+    untied = {name for first, others in plan.untied.items() for name in (first, *others)}
     seen: set[int] = set()
     left = dict(plan.shapes)
     for path, parameter in model.named_parameters(remove_duplicate=False):

@@ -163,7 +163,7 @@ def export(
         others: Tensor | None = None
         beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
         if options.as_lora is None:
-            _check_said(target, subject, options, bar("trying ranks"))
+            _check_representable(target, subject, options, bar("trying ranks"))
         if not _has_tokenizer(subject):
             beside["the base"] = "it has no tokenizer, without which engines take no texts"
             if not unproved:
@@ -178,7 +178,7 @@ def export(
             reference = ReferenceAnswers.of(subject, options.prompts, bar("answering"))
         if options.as_lora is not None:
             subject, cut = cut_to(subject, options.as_lora, tmp / SCRATCH, reference)
-            _check_said(target, subject, options, bar("trying ranks"))
+            _check_representable(target, subject, options, bar("trying ranks"))
             reference = reference and ReferenceAnswers.of(
                 subject, options.prompts, bar("answering")
             )
@@ -231,7 +231,7 @@ def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:
     return {one: n for one, n in notes.items() if n and names[one] != Path(base.name).name}
 
 
-def _check_said(
+def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
     """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""

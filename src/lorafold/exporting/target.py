@@ -88,7 +88,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
         if not deltas:
             continue
         layer = layer_of(module)
-        if reason := _beside(layer, deltas):
+        if reason := _other_change(layer, deltas):
             beside[path] = reason
         elif rank is not None:
             cut = []
@@ -106,7 +106,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
     return Update(factors, dense, beside, lost)
 
 
-def _beside(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
+def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
     """What the deltas change that is no matrix of the layer's shape, or nothing."""
     try:
         w, b = layer.dense_like()

@@ -36,14 +36,14 @@ Switches = dict[str, dict[str, torch.Size]]
 @dataclass(frozen=True)
 class FoldPlan:
     """What folding will change: shapes of changed and added parameters, as stored; the site and
-    name of each; tied parameters that stay tied (`together`) or can't (`apart`), with their other
+    name of each; tied parameters that stay tied (`tied`) or can't (`untied`), with their other
     names; the config's switches; the vocabulary's size if it grows; and problems by module path.
     """
 
     shapes: dict[str, TensorShape]
     sites: dict[str, tuple[str, str]]
-    together: dict[str, tuple[str, ...]]
-    apart: dict[str, tuple[str, ...]]
+    tied: dict[str, tuple[str, ...]]
+    untied: dict[str, tuple[str, ...]]
     switches: Switches
     vocabulary: int | None
     problems: tuple[tuple[str, str], ...]
@@ -79,8 +79,8 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
         except NotMergeable as e:
             problems.append((path or WHOLE, str(e)))
     shared = {name: others for name, others in tied_parameters(model).items() if name in shapes}
-    together = {name: o for name, o in shared.items() if _all_alike(model, (name, *o), names)}
-    apart = {name: others for name, others in shared.items() if name not in together}
+    tied = {name: o for name, o in shared.items() if _all_alike(model, (name, *o), names)}
+    untied = {name: others for name, others in shared.items() if name not in tied}
     switches, vocabulary = {}, None
     try:
         biased = [path for path, name in sites.values() if name == "bias"]
@@ -93,7 +93,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
         vocabulary = grown(model, rows)
     except NotMergeable as e:
         problems.append(("new tokens", str(e)))
-    return FoldPlan(shapes, sites, together, apart, switches, vocabulary, tuple(problems))
+    return FoldPlan(shapes, sites, tied, untied, switches, vocabulary, tuple(problems))
 
 
 def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
@@ -240,29 +240,29 @@ def carry_out(
         problems += [
             f"{module_of(name)}: its weight is tied to {listed(map(module_of, others))}, where"
             " it would not change in the same way; untie_weights=True gives it its own"
-            for name, others in plan.apart.items()
+            for name, others in plan.untied.items()
         ]
     if problems:
         raise NotMergeable(as_one(problems))
     switch_on(model, plan.switches)
     if plan.vocabulary is not None:
         declare(model, plan.vocabulary)
-    sharing = {module_of(name) for name in plan.together}
+    sharing = {module_of(name) for name in plan.tied}
     # all modules of a tied weight are folded before the weight changes
     ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
     for path in plan.paths:
         w, b = ahead[path] if path in ahead else _folded(model, path, names)
         module = module_at(model, path)
-        if f"{path}.weight" in plan.apart:
+        if f"{path}.weight" in plan.untied:
             module.weight = _copy(bare(module).weight)  # type: ignore[arg-type]
         layer_of(module).dequantize()
         layer_of(module).write(w, b)
-    for name, others in plan.together.items():  # a weight that grew is a new parameter
+    for name, others in plan.tied.items():  # a weight that grew is a new parameter
         merged = bare(module_at(model, module_of(name)))
         for other in others:
             path, _, leaf = other.rpartition(".")
             setattr(module_at(model, path), leaf, getattr(merged, leaf))
-    if plan.apart:
+    if plan.untied:
         untie_others(model)
 
 

@@ -73,7 +73,9 @@ def mixed(
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
         by_adapter = {
-            i: _apart(module, name) for i, name in enumerate(names) if name in module.deltas
+            i: _without_new_tokens(module, name)
+            for i, name in enumerate(names)
+            if name in module.deltas
         }
         if not by_adapter:
             continue
@@ -104,7 +106,7 @@ def mixed(
             lift(module, LINE)
 
 
-def _apart(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
+def _without_new_tokens(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
     """What an adapter changes at a module besides its rows of new tokens, and these rows."""
     delta, weight = module.deltas[name], module._parameters.get("weight")
     parts = list(delta.parts())

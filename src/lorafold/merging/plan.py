@@ -179,9 +179,9 @@ def plan(
     with _among(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
     untied: list[str] = []
-    if planned.apart:
+    if planned.untied:
         with _among(problems, "tied weights"):
-            config, untied = untied_config(config, mapped, planned.apart, base.trust_remote_code)
+            config, untied = untied_config(config, mapped, planned.untied, base.trust_remote_code)
     changed, converted = _tensors(mapped, planned, untied, problems)
     added = {entry.name: entry for entry in biases.values()}
     for name in untied:
@@ -224,7 +224,7 @@ def _tensors(
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter, shape in planned.shapes.items():
-        if parameter in planned.together and parameter not in (*mapped.entries, *untied):
+        if parameter in planned.tied and parameter not in (*mapped.entries, *untied):
             continue  # the files have this shared weight under the name of another parameter
         if parameter not in known:
             continue  # a bias that the architecture can't have, which is among the problems
