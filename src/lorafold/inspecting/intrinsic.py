@@ -105,7 +105,7 @@ def search(
     if day and (out / SEARCH).is_file():  # it goes on with the day on which it began
         day = str(read_object(out / SEARCH).get("day") or day)
     request = replace(request, base=stored, day=day)
-    check(request, recipe)
+    check(out, identity_of(request, recipe))
     # the recipe's rate is that of full training, and of heads; a subspace has its own
     inside = recipe.model_copy(update={"lr": None})
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
@@ -151,9 +151,9 @@ def search(
     )
 
 
-def check(request: RunRequest, recipe: Recipe) -> None:
-    """Start the directory of a search, or check that it has this search in it."""
-    identity = {
+def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
+    """Everything that the losses of a search depend on."""
+    return {
         **grounds(request.base, recipe.chat_template, "inspecting"),
         "adapters": [*map(of_adapter, request.adapters)],
         "model": request.base.name,
@@ -163,7 +163,11 @@ def check(request: RunRequest, recipe: Recipe) -> None:
         "data": request.data.identity,
         "held_out": Rows.of(request.eval_rows or ()).sha256,
     }
-    out, file = request.out, request.out / SEARCH
+
+
+def check(out: Path, identity: dict[str, Any]) -> None:
+    """Start the directory of a search, or check that it has this search in it."""
+    file = out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
     if others and not file.exists():
