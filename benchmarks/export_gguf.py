@@ -23,7 +23,7 @@ from lib.short import parsed
 import lorafold as lf
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.proof import BUILT_IN, Ours, proof
+from lorafold.exporting.proof import BUILT_IN, ReferenceAnswers, proof
 from lorafold.exporting.target import Subject
 from lorafold.methods import METHODS
 from lorafold.peft.saved import open_all
@@ -78,12 +78,14 @@ def main(asked: argparse.Namespace) -> None:
                 write_model(source.path, file, kind, quietly)
             return file
 
-        def ours(adapters: list[Path]) -> Ours:
+        def ours(adapters: list[Path]) -> ReferenceAnswers:
             found = open_all(adapters)
             subject = Subject(base_for(None, found, None, device="cpu"), tuple(found))
-            return Ours.of(subject, prompts, quietly)
+            return ReferenceAnswers.of(subject, prompts, quietly)
 
-        def measured(what: str, own: Ours, file: Path, base: str, tensors: str = "F32") -> None:
+        def measured(
+            what: str, own: ReferenceAnswers, file: Path, base: str, tensors: str = "F32"
+        ) -> None:
             job = own.job({"base": str(bases(base)), "adapter": str(file)}, tmp)
             found = proof(own.answers, ask("llamacpp", job), own.margin)
             row = {
@@ -99,7 +101,7 @@ def main(asked: argparse.Namespace) -> None:
             lf.export(None, adapters, tmp / name, to="gguf", prove=False, device="cpu", **options)
             return tmp / name / "adapter.gguf"
 
-        def beside(what: str, own: Ours, adapter: Path) -> None:
+        def beside(what: str, own: ReferenceAnswers, adapter: Path) -> None:
             """What the converter's file of the same adapter comes to."""
             if converter is None:
                 return

@@ -27,7 +27,7 @@ from lib.short import parsed
 import lorafold as lf
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import FILE_TYPES
-from lorafold.exporting.proof import Ours, proof
+from lorafold.exporting.proof import ReferenceAnswers, proof
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_gguf import file_of, write_gguf
 from lorafold.peft.saved import Saved
@@ -66,7 +66,7 @@ def main() -> None:
 def measured(args: argparse.Namespace, adapters: tuple[Saved, ...], out: Path) -> None:
     """Print a line for each type of tensors."""
     base = Base(args.model, device="cpu")
-    ours = Ours.of(Subject(base, adapters), None, quietly)
+    ours = ReferenceAnswers.of(Subject(base, adapters), None, quietly)
 
     def told(file: Path) -> dict:
         theirs = ask(ENGINE, ours.job({"base": str(file)}, file.parent))

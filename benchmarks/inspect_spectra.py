@@ -23,7 +23,7 @@ from lib.results import keep
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.inspecting.spectra import advice, pooled, spectrum
+from lorafold.inspecting.spectra import advice, effective_rank, entropy_rank, pooled, stable_rank
 from lorafold.inspecting.updates import of_factors
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
@@ -39,7 +39,9 @@ def spectra(rank: int, layers: int) -> dict:
         up, down = torch.randn(out, rank), torch.randn(rank, inn)
         start = time.perf_counter()
         svd = of_factors(up, down)
-        spectrum(svd.s, rank)
+        for share in (0.9, 0.95, 0.99):
+            effective_rank(svd.s, share)
+        stable_rank(svd.s), entropy_rank(svd.s)
         advice(rank, pooled([svd.s]))
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

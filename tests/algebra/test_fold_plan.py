@@ -62,11 +62,11 @@ def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(
     model = tiny_model("gpt2")
     lf.attach(model, lf.LoRA(rank=2), targets=["c_attn"], tokens=[3, 300], name="rows")
     planned = plan_fold(model, ["rows"])
-    assert set(planned.together) == {"transformer.wte.weight", "lm_head.weight"}
-    assert (planned.apart, planned.vocabulary) == ({}, 301)
+    assert set(planned.tied) == {"transformer.wte.weight", "lm_head.weight"}
+    assert (planned.untied, planned.vocabulary) == ({}, 301)
     alone = lf.attach(tiny_model("gpt2"), lf.LoRA(rank=2), targets=["lm_head"], name="head")
     planned = plan_fold(alone.model, ["head"])
-    assert planned.apart == {"lm_head.weight": ("transformer.wte.weight",)}
+    assert planned.untied == {"lm_head.weight": ("transformer.wte.weight",)}
     with pytest.raises(NotMergeable, match=r"lm_head: its weight is tied to transformer\.wte, "):
         alone.merge()
 

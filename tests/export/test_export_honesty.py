@@ -20,7 +20,7 @@ from conftest import make_tokenizer
 from export_cases import noisy
 from gguf_models import saved
 from lorafold.errors import LorafoldError
-from lorafold.exporting.proof import Answers, Proof, Theirs, proof
+from lorafold.exporting.proof import Answers, EngineAnswers, Proof, proof
 from lorafold.exporting.run import _check, target_of
 from lorafold.exporting.to_mlx import older_config
 
@@ -203,7 +203,7 @@ def test_rows_that_ask_nothing_are_no_prompts(row, exported, tmp_path):
 def test_no_number_is_no_proof():
     """From NaN nothing has a distance, so it was as near as can be."""
     ours = Answers(torch.zeros(2, 30), torch.zeros(2, 30), ((), ()))
-    theirs = Theirs(torch.full((2, 30), torch.nan), None, ((), ()), "llama.cpp", "1")
+    theirs = EngineAnswers(torch.full((2, 30), torch.nan), None, ((), ()), "llama.cpp", "1")
     with pytest.raises(LorafoldError, match="computes NaN"):
         proof(ours, theirs, lambda prompt, at: 1.0)
 

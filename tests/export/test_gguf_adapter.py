@@ -20,8 +20,7 @@ from gguf_models import CONFIGS, saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.gguf_tensors import tensors_of_update
+from lorafold.exporting.gguf_model import tensors_of_update, write_model
 from lorafold.exporting.run import FEWER, SHARE
 from lorafold.exporting.target import update_of
 from lorafold.methods import METHODS
@@ -160,7 +159,7 @@ def test_a_stack_of_ranks_and_scales_with_embedding_and_head(base_of, tmp_path):
 
 def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path):
     """Both of which leave most likeliest tokens as they are."""
-    from lorafold.exporting.proof import Ours, proof
+    from lorafold.exporting.proof import ReferenceAnswers, proof
     from lorafold.exporting.target import Subject
     from lorafold.peft.saved import open_all
     from lorafold.resolve import base_for
@@ -168,7 +167,7 @@ def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path)
     directory = base_of("llama")
     adapters = open_all([moved(directory, tmp_path / "adapter")])
     base = base_for(directory, adapters, None, device="cpu")
-    ours = Ours.of(Subject(base, tuple(adapters)), None, quietly)
+    ours = ReferenceAnswers.of(Subject(base, tuple(adapters)), None, quietly)
     write_model(directory, tmp_path / "base.gguf", "F32", quietly)
     right = written(directory, tmp_path / "adapter", tmp_path / "out")
     for name, changed in (("order", unordered), ("scale", halved)):
@@ -201,14 +200,14 @@ def test_what_has_no_tensor_is_named(base_of, tmp_path):
     lf.attach(model, lf.LoRA(rank=2), targets=["q_proj", "lm_head"], name="one")
     row = architecture_of(model.config)
     factors = dict(update_of(model, ["one"]).factors)
-    factors["model.layers.0.elsewhere"] = factors["lm_head"]
+    factors["model.layers.0.base_reference"] = factors["lm_head"]
     tensors, problems = tensors_of_update(factors, model.config, row)
     assert {name.partition(".lora")[0] for name in tensors} == {
         f"blk.{n}.attn_q.weight" for n in range(3)
     }
     assert len(problems) == 2
     assert "lm_head: the head is the embedding" in problems[0]
-    assert "elsewhere: llama.cpp has no tensor" in problems[1]
+    assert "base_reference: llama.cpp has no tensor" in problems[1]
 
 
 @pytest.mark.parametrize(

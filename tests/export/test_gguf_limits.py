@@ -19,8 +19,7 @@ from conftest import lorafold, make_tokenizer
 from gguf_models import CONFIGS, HEADS, learned, saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting.gguf_metadata import architecture_of, name_of_rule
-from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.gguf_tensors import BLOCKS, type_of
+from lorafold.exporting.gguf_model import BLOCKS, type_of, write_model
 from lorafold.merging import merged_tensors
 from lorafold.models.gguf_rules import PREFERRED, WHOLE_WORDS, rule_of
 

@@ -5,7 +5,7 @@ import torch
 
 import lorafold as lf
 from gguf_models import saved
-from lorafold.exporting.proof import Answers, Theirs, exchanged, last, proof
+from lorafold.exporting.proof import Answers, EngineAnswers, exchanged_experts, last, proof
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def prompts():
 
 def answered(rows, bare):
     none = tuple(() for _ in rows)
-    return Answers(rows, bare, none), Theirs(rows.clone(), bare.clone(), none, "llama.cpp", "1")
+    engine = EngineAnswers(rows.clone(), bare.clone(), none, "llama.cpp", "1")
+    return Answers(rows, bare, none), engine
 
 
 def test_the_other_expert_is_no_difference(model, prompts):
@@ -31,7 +32,7 @@ def test_the_other_expert_is_no_difference(model, prompts):
     theirs.adapted.add_(1e-3 * torch.randn(rows.shape))
     far = {}
     for n, ids in enumerate(prompts):
-        other = next(exchanged(model, ids), None)
+        other = next(exchanged_experts(model, ids), None)
         if other is not None and (other - rows[n]).abs().max() > 0.05:
             far[n] = other
     n = next(iter(far))
@@ -39,7 +40,9 @@ def test_the_other_expert_is_no_difference(model, prompts):
     plain = proof(ours, theirs, lambda prompt, at: 1.0)
     assert plain.tied == 0
     assert plain.kl == plain.measured
-    found = proof(ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged(model, prompts[n]))
+    found = proof(
+        ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n])
+    )
     assert found.tied == 1
     assert found.kl < 2e-6 < found.measured == plain.kl
     assert found.gap < 0.01 < plain.gap
@@ -50,7 +53,9 @@ def test_what_is_far_for_another_reason_stays_far(model, prompts):
     rows = torch.stack([last(model, ids) for ids in prompts])
     ours, theirs = answered(rows, rows.roll(1, 0))
     theirs.adapted[3] += 0.3 * torch.randn(rows.shape[1:])
-    found = proof(ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged(model, prompts[n]))
+    found = proof(
+        ours, theirs, lambda prompt, at: 1.0, lambda n: exchanged_experts(model, prompts[n])
+    )
     assert found.tied == 0
     assert found.kl == found.measured > 1e-4
 
@@ -58,7 +63,7 @@ def test_what_is_far_for_another_reason_stays_far(model, prompts):
 def test_the_model_is_as_it_was_when_the_first_is_enough(model, prompts):
     """What asks next, texts of another length among it, finds no state moved."""
     before = [last(model, ids) for ids in prompts]
-    kept = [exchanged(model, ids) for ids in prompts]
+    kept = [exchanged_experts(model, ids) for ids in prompts]
     assert sum(next(one, None) is not None for one in kept) > 1
     for ids, row in zip(prompts, before, strict=True):
         torch.testing.assert_close(last(model, ids), row, rtol=0, atol=0)
@@ -66,4 +71,4 @@ def test_the_model_is_as_it_was_when_the_first_is_enough(model, prompts):
 
 
 def test_a_model_without_experts_has_none(tiny_model):
-    assert list(exchanged(tiny_model("llama"), [1, 2, 3])) == []
+    assert list(exchanged_experts(tiny_model("llama"), [1, 2, 3])) == []

@@ -206,7 +206,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
         lambda _: None,
         lambda *_: None,
     )
-    monkeypatch.setattr(merged_tensors, "KEPT", 1)
+    monkeypatch.setattr(merged_tensors, "CACHED", 1)
     for path in (base, odd):
         merge(path, [tmp_path / "a"], tmp_path / f"{path.name}-out", certificate=False)
     assert layout(tmp_path / "odd-out") == layout(odd)

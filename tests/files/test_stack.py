@@ -453,11 +453,11 @@ def test_inspecting_takes_what_is_below_as_the_base(
     found = lf.inspect(over, base, over=sft, against=sft, full=True)
     alone = lf.inspect(over, merged, allow_other_base=True, full=True)
     assert found.over == [str(sft)]
-    assert found.whole["norm"] == pytest.approx(alone.whole["norm"], rel=1e-4)
-    assert found.whole["relative_norm"] == pytest.approx(alone.whole["relative_norm"], rel=1e-4)
-    assert found.against["adapter"] == str(sft)
+    assert found.whole.norm == pytest.approx(alone.whole.norm, rel=1e-4)
+    assert found.whole.relative_norm == pytest.approx(alone.whole.relative_norm, rel=1e-4)
+    assert found.against.adapter == str(sft)
     for path, site in found.sites.items():
-        assert site["norm"] == pytest.approx(alone.sites[path]["norm"], rel=1e-4)
+        assert site.base.norm == pytest.approx(alone.sites[path].base.norm, rel=1e-4)
     with pytest.raises(LorafoldError, match="it was trained over"):
         lf.inspect(over, base)
 
@@ -466,7 +466,7 @@ def test_the_loss_along_an_update_starts_at_what_is_below(
     base: Path, sft: Path, dpo: Path
 ) -> None:
     found = lf.inspect(dpo, base, over=sft, data=ROWS[:4], storage="fp32", device="cpu")
-    loss = dict(found.paths["scaling"])
+    loss = dict(found.paths.scaling)
     for t, adapters in ((0.0, [sft]), (1.0, [sft, dpo])):
         measured = lf.evaluate(
             base, ROWS[:4], adapters=adapters, completions=False, storage="fp32", device="cpu"

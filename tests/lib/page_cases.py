@@ -17,8 +17,8 @@ from lorafold.memory.estimate import TERMS, Estimate
 from lorafold.methods import METHODS
 from lorafold.robustness import report as undoing
 from lorafold.robustness.defences import DEFENCES
-from lorafold.robustness.measure import State
-from lorafold.robustness.result import Before, Fragility, Point, Way
+from lorafold.robustness.measure import Before, State
+from lorafold.robustness.result import Fragility, Point, Way
 
 LONG = r"a reward with a long $name$ & <more>"
 CHINESE = "检查回答是否使用中文并且没有任何语法错误的奖励函数"

@@ -19,10 +19,9 @@ import lorafold as lf
 from conftest import lorafold, refused
 from lorafold.comparing import measure as module
 from lorafold.comparing import run
-from lorafold.comparing.comparison import Comparison
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
-from lorafold.comparing.paired_tests import Difference, over_base, told_apart, verdict
-from lorafold.comparing.report import Quality, columns, deciding, markdown, page
+from lorafold.comparing.paired_tests import Difference, distinguished_pairs, over_base, verdict
+from lorafold.comparing.report import Comparison, Quality, deciding, figures, markdown, page
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
@@ -96,10 +95,10 @@ def test_rows_are_what_training_and_evaluating_alone_give(
         compared(out, model, rewards=asked)
     text = (out / "table.md").read_text()
     assert text == str(found)
-    assert [*columns(found.rows)][:6] == [
+    assert figures(found.rows)[0][:6] == [
         "method", "trainable", "share", "adapter MB", "seconds", "tokens/s"
     ]  # fmt: skip
-    names = {*columns(found.rows)}
+    names = {*figures(found.rows)[0]}
     assert {"reward", "reward 95%", "over base", f"reward {rewards}:short"} <= names
     assert not {"loss", "exact"} & names
 
@@ -254,7 +253,7 @@ def test_losses_are_compared_in_pairs_too() -> None:
     assert "the base" not in tie  # both are below it
     worse = losses("dora", 1.5, 2.5, 3.5, 4.4)
     assert verdict(thrice(base, worse)).endswith("which does not tell it from the base")
-    assert [*columns([base, lora])] == [
+    assert figures([base, lora])[0] == [
         "method", "trainable", "seconds", "loss", "loss 95%", "over base", "exact"
     ]  # fmt: skip
     assert (verdict([lora]), over_base([lora])) == ("", {})
@@ -299,16 +298,16 @@ def drawn(chance: Any, names: Sequence[str], seeds: int, gain: float = 0.0) -> l
 def test_one_method_under_other_seeds_is_not_told_from_itself(seeds: int, power: float) -> None:
     """At most 16 of 200 times, and a difference of 0.04 nats a token is seen."""
     chance = np.random.default_rng(seeds)
-    told = [len(told_apart(drawn(chance, "ab", seeds))) for _ in range(200)]
+    told = [len(distinguished_pairs(drawn(chance, "ab", seeds))) for _ in range(200)]
     assert sum(told) <= 16
-    told = [len(told_apart(drawn(chance, "ab", seeds, 0.04))) for _ in range(100)]
+    told = [len(distinguished_pairs(drawn(chance, "ab", seeds, 0.04))) for _ in range(100)]
     assert sum(told) >= 100 * power
 
 
 def test_many_lines_of_one_method_are_not_told_apart_either() -> None:
     """Of ten pairs, the best is one by luck."""
     chance = np.random.default_rng(0)
-    told = [bool(told_apart(drawn(chance, "abcde", 3))) for _ in range(100)]
+    told = [bool(distinguished_pairs(drawn(chance, "abcde", 3))) for _ in range(100)]
     assert sum(told) <= 8
 
 

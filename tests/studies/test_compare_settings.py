@@ -19,7 +19,7 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.cli.commands import varied
 from lorafold.comparing.measure import Measurement, Variant, variants
-from lorafold.comparing.paired_tests import alike, chosen_apart, verdict
+from lorafold.comparing.paired_tests import alike, verdict, with_validation
 from lorafold.comparing.report import deciding, markdown, page
 from lorafold.comparing.run import key
 from lorafold.errors import LorafoldError
@@ -178,7 +178,7 @@ def sweep(rows: int, seeds: int = 3, **figures: Any) -> list[Measurement]:
 
 def test_the_best_setting_is_chosen_on_rows_that_it_is_not_reported_on(tmp_path: Path) -> None:
     whole = sweep(50)
-    found = chosen_apart(whole)
+    found = with_validation(whole)
     for one, before in zip(found, whole, strict=True):
         assert (len(one.row_losses), one.validation_rows) == (25, 25)
         left = [row for row in before.row_losses if row not in one.row_losses]
@@ -205,13 +205,13 @@ def test_the_best_setting_is_chosen_on_rows_that_it_is_not_reported_on(tmp_path:
 
 def test_too_few_rows_to_split_are_told() -> None:
     found = sweep(19)
-    assert chosen_apart(found) == found
+    assert with_validation(found) == found
     assert verdict(found).endswith(
         "; chosen on the 19 rows that are reported too, so optimistic, as they are too few to split"
         " (20 needed): lora lr=0.001"
     )
     methods = [replace(one, method=one.name, settings={}) for one in sweep(50)]
-    assert chosen_apart(methods) == methods  # nothing is swept
+    assert with_validation(methods) == methods  # nothing is swept
     assert "chosen" not in verdict(methods)
 
 
@@ -219,7 +219,7 @@ def test_rewards_of_a_sweep_are_of_other_prompts_too() -> None:
     rewards = tuple(n / 20 for n in range(20))
     lines = [Measurement("base", 0, reward=0.475, prompt_rewards=rewards)]
     lines += [replace(lines[0], method="lora", settings={"lr": rate}) for rate in (1e-3, 2e-3)]
-    for one in chosen_apart(lines):
+    for one in with_validation(lines):
         assert (len(one.prompt_rewards), one.validation_rows, one.loss) == (10, 10, None)
         assert one.reward == pytest.approx(sum(one.prompt_rewards) / 10)
         assert (one.reward + (one.validation or 0)) / 2 == pytest.approx(0.475)

@@ -102,19 +102,19 @@ def test_the_figures_of_each_expert_are_those_of_its_matrix(kind, method, moe_di
     make_adapter(base, tmp_path / "a", spec=SPECS[method], targets=[*EXPERTS, "q_proj"])
     found = inspect(Base(base), open_all([tmp_path / "a"]))
     changes, weights = updates(base, tmp_path / "a"), matrices(fresh_model(base))
-    assert found["sites"].keys() == changes.keys()
+    assert found.sites.keys() == changes.keys()
     assert len(changes) == 2 * (2 * E + 1)
     for name, dw in changes.items():
-        figures, s = found["sites"][name], torch.linalg.svdvals(dw)
-        assert figures["shape"] == list(dw.shape)
-        known = torch.tensor(figures["singular_values"], dtype=torch.float64)
+        figures, s = found.sites[name], torch.linalg.svdvals(dw)
+        assert figures.shape == list(dw.shape)
+        known = torch.tensor(figures.singular_values, dtype=torch.float64)
         assert (known - s[: len(known)]).norm() < 1e-4 * s.norm()
-        assert figures["relative_norm"] == pytest.approx(
+        assert figures.base.relative_norm == pytest.approx(
             float(dw.norm() / weights[name].norm()), rel=1e-3
         )
     energy = sum(dw.square().sum() for dw in changes.values())
-    assert found["whole"]["norm"] == pytest.approx(float(energy.sqrt()), rel=1e-3)
-    assert "16 matrices of experts 16 changed" in " ".join(found["advice"])
+    assert found.whole.norm == pytest.approx(float(energy.sqrt()), rel=1e-3)
+    assert "16 matrices of experts 16 changed" in " ".join(found.advice)
 
 
 def test_two_adapters_compared_at_each_expert(moe_dir, tmp_path):
@@ -122,13 +122,13 @@ def test_two_adapters_compared_at_each_expert(moe_dir, tmp_path):
     for n, name in enumerate("ab"):
         make_adapter(base, tmp_path / name, seed=n, spec=lf.LoRA(rank=2 + n), targets=EXPERTS)
     one, other = open_all([tmp_path / "a", tmp_path / "b"])
-    found = inspect(Base(base), [one], against=other)["against"]
+    found = inspect(Base(base), [one], against=other).against
     a, b = (updates(base, tmp_path / name) for name in "ab")
-    assert found["sites"].keys() == a.keys()
-    for name, site in found["sites"].items():
+    assert found.sites.keys() == a.keys()
+    for name, site in found.sites.items():
         cosine = (a[name] * b[name]).sum() / (a[name].norm() * b[name].norm())
-        assert site["cosine"] == pytest.approx(float(cosine), abs=1e-5)
-    assert set(found["kinds"]) == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+        assert site.cosine == pytest.approx(float(cosine), abs=1e-5)
+    assert set(found.kinds) == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,17 +138,17 @@ def test_experts_are_compared_where_they_meet_the_residual_stream(kind, moe_dir,
     model = fresh_model(base)
     svds = {n: s for at in sites(lf.load(model, tmp_path / "a")) for n, s in at.parts()}
     found = across_experts(svds, stream_of(model))
-    assert {site.rsplit(".", 1)[1]: of["side"] for site, of in found.items()} == {
+    assert {site.rsplit(".", 1)[1]: of.side for site, of in found.items()} == {
         "gate_up_proj": "read", "down_proj": "written",
     }  # fmt: skip
     for site, of in found.items():
         own = [svds[f"{site}[{e}]"] for e in range(E)]
-        top = [(svd.v if of["side"] == "read" else svd.u)[:, :TOP] for svd in own]
+        top = [(svd.v if of.side == "read" else svd.u)[:, :TOP] for svd in own]
         phis = [
             float((top[i].t() @ top[j]).square().sum() / TOP) for i in range(E) for j in range(i)
         ]
         expected = (sum(phis) / len(phis), min(phis), max(phis))
-        assert (of["phi"], of["phi_lowest"], of["phi_highest"]) == pytest.approx(expected, rel=1e-4)
+        assert (of.phi, of.phi_lowest, of.phi_highest) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, tmp_path):
@@ -164,19 +164,20 @@ def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, t
         delta.A[2] = model.get_input_embeddings().weight[77] / gain(norm, SHAPE["hidden_size"])
     adapter.save(tmp_path / "a")
     found = lf.inspect(tmp_path / "a", base)
-    assert [name for name, site in found.sites.items() if "reads" in site] == [f"{path}[2]"]
-    ends = found.sites[f"{path}[2]"]["reads"][0]
-    nearest = [end[0] for end in ends.values() if abs(end[0]["cosine"]) > 0.99]
-    assert [near["name"] for near in nearest] == [make_tokenizer().decode([77])]
-    assert found.sites[f"{path}[1]"]["numerical_rank"] == 0
+    assert [name for name, site in found.sites.items() if site.reads] == [f"{path}[2]"]
+    ends = found.sites[f"{path}[2]"].reads[0]
+    both = (ends.positive[0], ends.negative[0])
+    nearest = [one for one in both if abs(one.cosine) > 0.99]
+    assert [near.name for near in nearest] == [make_tokenizer().decode([77])]
+    assert found.sites[f"{path}[1]"].numerical_rank == 0
     assert "Of 4 matrices of experts 3 changed" in str(found)
-    text = "".join(sections(found.as_json()))
+    text = "".join(sections(found))
     assert "3 of 4" in text
     assert "0, expert 2" in text
     assert str(found.experts_left_out) in text
-    shown = table(found.as_json())
+    shown = table(found)
     assert max(map(len, shown.splitlines())) <= 80
-    sizes = [site["relative_norm"] for site in found.sites.values()]
+    sizes = [site.base.relative_norm for site in found.sites.values()]
     assert {f"({min(sizes):.2%}", f"{max(sizes):.2%})"} < {*shown.split()}
 
 

@@ -33,8 +33,11 @@ from lorafold.resolve import Base
 from lorafold.robustness import measure as module
 from lorafold.robustness.defences import DEFENCES, factors_of, laid, off, overlap, updates_of
 from lorafold.robustness.measure import (
+    After,
+    Before,
     Bench,
     Probe,
+    State,
     begins,
     completed,
     distributions,
@@ -42,7 +45,7 @@ from lorafold.robustness.measure import (
     probe_of,
 )
 from lorafold.robustness.report import deciding, markdown, page
-from lorafold.robustness.result import Before, Curve, Way, crossing, point
+from lorafold.robustness.result import Curve, Point, Way, crossing
 from lorafold.robustness.task import RECIPE, FragilityTask, stacks_of
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
@@ -195,13 +198,14 @@ def test_distributions_that_have_no_room_are_computed_anew(
     task: FragilityTask, monkeypatch
 ) -> None:
     bench = bench_of(task)
-    kept = bench.before()["without"]
+    kept = bench.before().without
     monkeypatch.setattr(module, "KEPT", 0)
     anew = bench_of(task)
-    assert anew.before()["without"] == kept
+    assert anew.before().without == kept
     assert bench._before is not None
     assert anew._before is None
-    assert kept["kl"] > 0
+    assert kept is not None
+    assert kept.kl > 0
 
 
 def test_the_controls_completions_are_the_stack_s(
@@ -342,17 +346,14 @@ def test_where_a_curve_crosses() -> None:
     assert crossing([(0, 1.0), (3, 0.4), (10, 0.9)], 0.5) == pytest.approx(2.17, abs=0.01)
 
 
-def figures(odds: float) -> dict[str, Any]:
-    share = {"refusals": 0.5, "control_refusals": 0.0}
-    intervals = {f"{name}_interval": [0.0, 1.0] for name in ("log_odds", *share)}
-    return {"log_odds": odds, **share, **intervals, "kl": 0.1, "loss": None}
+def figures(odds: float) -> State:
+    return State(odds, (0.0, 1.0), 0.5, (0.0, 1.0), 0.0, (0.0, 1.0), 0.1, None)
 
 
 def test_kept_is_a_share_of_what_was_added() -> None:
-    stack = Before.of_stored({"before": figures(-2.0), "without": figures(-10.0)})
-    way, none = Way("p", "none", 4, 2e-4), {"overlap": None}
+    stack, way = Before(figures(-2.0), figures(-10.0)), Way("p", "none", 4, 2e-4)
     points = [
-        point(way, seed, k, stack, figures(odds) | none)
+        Point.of(way, seed, k, stack, After(figures(odds), None))
         for seed, k, odds in ((0, 3, -6.0), (0, 10, -9.0), (1, 3, -2.0), (1, 10, -10.0))
     ]
     assert [p.kept for p in points] == [0.5, 0.125, 1.0, 0.0]
@@ -360,9 +361,9 @@ def test_kept_is_a_share_of_what_was_added() -> None:
     assert curve.halved_at(0) == pytest.approx(3)
     assert curve.halved_at(1) == pytest.approx((4 * 11) ** 0.5 - 1)
     assert 3 < curve.halved_at() < 10  # type: ignore[operator]
-    alone = Before.of_stored({"before": figures(4.0), "without": None})
+    alone = Before(figures(4.0), None)
     assert alone.kept(1.0) == 0.25
-    assert Before.of_stored({"before": figures(-2.0), "without": None}).kept(1.0) is None
+    assert Before(figures(-2.0), None).kept(1.0) is None
 
 
 # sweeps

@@ -209,7 +209,7 @@ def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> 
     old = {"recipe": recipe, "losses": [3.0, 2.0], "evals": {"2": 1}}
     (tmp_path / "lorafold.json").write_text(json.dumps(old))
     found = lf.history(tmp_path)
-    assert found.told("loss") == "1 after step 2"
+    assert found.in_words("loss") == "1 after step 2"
     assert found.observations == []
     page(found, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 1

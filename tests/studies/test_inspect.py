@@ -18,7 +18,6 @@ from fresh_models import fresh_model
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import spectra
-from lorafold.inspecting.report import MAPS
 from lorafold.inspecting.run import inspect, of_intruders
 from lorafold.inspecting.updates import Svd, of_dense
 from lorafold.peft.saved import open_all
@@ -111,9 +110,12 @@ def test_the_page_shows_no_figure_that_the_json_lacks(tiny_model_dir, tmp_path):
         "inspect", tmp_path / "a", "--model", base, "--full", "--html", tmp_path / "page.html"
     )
     page = (tmp_path / "page.html").read_text()
-    for table, (name, (_, form)) in zip(
-        re.findall(r'<table class="map">.*?</table>', page), MAPS.items(), strict=True
-    ):
+    maps = {
+        "effective_rank_95": ".0f", "relative_norm": ".1%", "amplification": ".2f",
+        "intruders": ".0f",
+    }  # fmt: skip
+    tables = re.findall(r'<table class="map">.*?</table>', page)
+    for table, (name, form) in zip(tables, maps.items(), strict=True):
         shown = re.findall(r"<td style=[^>]*>([^<]*)</td>", table)
         assert sorted(shown) == sorted(f"{site[name]:{form}}" for site in found["sites"].values())
     cosines = {
@@ -128,7 +130,7 @@ def test_the_page_shows_no_figure_that_the_json_lacks(tiny_model_dir, tmp_path):
 def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
     make_adapter(tiny_model_dir("llama"), tmp_path / "a")
     found = inspect(Base(tiny_model_dir("llama")), open_all([tmp_path / "a"]))
-    assert not any("intruders" in site for site in found["sites"].values())
+    assert not any("intruders" in site for site in found.as_json()["sites"].values())
     assert not (tmp_path / "cache" / "svd").exists()
 
 
@@ -142,15 +144,15 @@ def test_any_method_that_folds(spec, tiny_model_dir, tmp_path):
     make_adapter(base, tmp_path / "a", spec=spec)
     found = inspect(Base(base), open_all([tmp_path / "a"]))
     assert all(
-        site["amplification"] > 0 and site["rank"] >= site["effective_rank_99"] >= 1
-        for site in found["sites"].values()
+        site.base.amplification > 0 and site.rank >= site.effective_rank_99 >= 1
+        for site in found.sites.values()
     )
 
 
 def test_a_head_and_an_embedding_speak_in_tokens(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", targets=["embed_tokens", "lm_head"], bias="none")
-    sites = inspect(Base(base), open_all([tmp_path / "a"]))["sites"]
+    sites = inspect(Base(base), open_all([tmp_path / "a"])).as_json()["sites"]
     assert {
         path: [verb for verb in ("reads", "writes") if verb in site] for path, site in sites.items()
     } == {"model.embed_tokens": ["reads", "writes"], "lm_head": ["reads", "writes"]}
@@ -175,24 +177,24 @@ def test_positions_and_intruders_of_planted_updates():
     )
     w = base.dense()
     inside = Svd(base.u[:, [3, 25]], torch.tensor([2.0, 1.0]), base.v[:, [3, 25]])
-    found = spectra.in_base_spectrum(w, inside, 2)
-    assert found["position_written"] == pytest.approx(
+    count, found = spectra.in_base_spectrum(w, inside, 2)
+    assert found.position_written == pytest.approx(
         [0, 0.8, 0, 0, 0, 0, 0, 0, 0.2, 0, 0], abs=1e-3
     )
-    assert found["position_read"] == pytest.approx(found["position_written"], abs=1e-3)
-    assert found["intruders"] == 0
-    assert found["top_projection"] == pytest.approx(float(base.s[:2].norm()), rel=1e-4)
+    assert found.position_read == pytest.approx(found.position_written, abs=1e-3)
+    assert count == 0
+    assert found.top_projection == pytest.approx(float(base.s[:2].norm()), rel=1e-4)
     whole = torch.linalg.qr(
         torch.cat([base.u, torch.randn(40, 10, generator=torch.Generator().manual_seed(2))], 1)
     )[0]
     # written where the base writes nothing
     outside = Svd(whole[:, 30:32], torch.tensor([20.0, 10.0]), base.v[:, [0, 1]])
-    found = spectra.in_base_spectrum(w, outside, 2)
-    assert found["position_written"][-1] == pytest.approx(1, abs=1e-3)
-    assert found["intruders"] == 2
+    count, found = spectra.in_base_spectrum(w, outside, 2)
+    assert found.position_written[-1] == pytest.approx(1, abs=1e-3)
+    assert count == 2
     weak = Svd(outside.u, torch.tensor([0.1, 0.05]), outside.v)
     assert spectra.intruders(of_dense(w), w, weak) == 0
-    assert f"in all): top {spectra.TOP} singular vectors" in of_intruders([found])
+    assert f"in all): top {spectra.TOP} singular vectors" in of_intruders([count])
 
 
 def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
@@ -222,9 +224,8 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
         (tmp_path / "other" / file).write_bytes((base / file).read_bytes())
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
         inspect(Base(tmp_path / "other"), open_all([tmp_path / "a"]))
-    assert inspect(Base(tmp_path / "other", allow_other_base=True), open_all([tmp_path / "a"]))[
-        "sites"
-    ]
+    other = Base(tmp_path / "other", allow_other_base=True)
+    assert inspect(other, open_all([tmp_path / "a"])).sites
     for arguments, message in (
         ((), "found neither, expected exactly one"),
         (("--energy", "1.5"), "above 0, at most 1"),

@@ -54,7 +54,7 @@ def test_the_tables_of_tokens_are_left_out(
     assert not any(verb in site for site in found["sites"].values() for verb in ("reads", "writes"))
     # all else is there, the user's own vectors too, as with the tokenizer
     assert any("reads_vectors" in site for site in found["sites"].values())
-    whole = inspect(Base(tiny_model_dir(kind)), open_all([tmp_path / "a"]))
+    whole = inspect(Base(tiny_model_dir(kind)), open_all([tmp_path / "a"])).as_json()
     assert whole["tokens_left_out"] is None
     assert whole["whole"] == found["whole"]
     assert any("reads" in site for site in whole["sites"].values())
@@ -67,7 +67,7 @@ def test_an_adapter_s_own_tokenizer_names_them(tiny_model_dir, tmp_path: Path) -
     base = without(tiny_model_dir("llama"), tmp_path / "base", *TOKENIZER)
     make_adapter(base, tmp_path / "a")
     load_tokenizer(tiny_model_dir("llama")).save_pretrained(tmp_path / "a")
-    found = inspect(Base(base), open_all([tmp_path / "a"]))
+    found = inspect(Base(base), open_all([tmp_path / "a"])).as_json()
     assert found["tokens_left_out"] is None
     assert any("reads" in site for site in found["sites"].values())
 

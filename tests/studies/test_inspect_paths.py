@@ -108,11 +108,11 @@ def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(
     loss = loss_on(model, tokenizer, ROWS, 64)
     with lf.only(model, "a"):
         a = loss()
-    assert dict(found["scaling"])[0.0] == pytest.approx(bare, rel=1e-6)
-    assert dict(found["scaling"])[1.0] == pytest.approx(a, rel=1e-5)
-    assert found["between"][0][1] == pytest.approx(a, rel=1e-5)
-    assert found["between"][-1][1] == pytest.approx(bare, rel=1e-6)
-    assert found["barrier"] == barrier(found["between"])
+    assert dict(found.scaling)[0.0] == pytest.approx(bare, rel=1e-6)
+    assert dict(found.scaling)[1.0] == pytest.approx(a, rel=1e-5)
+    assert found.between[0][1] == pytest.approx(a, rel=1e-5)
+    assert found.between[-1][1] == pytest.approx(bare, rel=1e-6)
+    assert found.barrier == barrier(found.between)
     assert selection_of(model).names == ("a", "b")
     assert {path: list(m.deltas) for path, m in adapted_modules(model)} == state
     assert losses_of(model, tokenizer, ROWS, 64) == pytest.approx(
@@ -135,11 +135,11 @@ def test_new_tokens_stay_as_they_are_along_a_line(tiny_model_dir, tmp_path):
     )
     data = {"model": base, "data": rows, "device": "cpu"}
     lf.train(recipe, out=tmp_path / "nt", **data)
-    found = lf.inspect(tmp_path / "nt", storage="fp32", **data).as_json()["paths"]
+    found = lf.inspect(tmp_path / "nt", storage="fp32", **data).paths
     expected = lf.evaluate(
         base, rows, adapters=[tmp_path / "nt"], storage="fp32", device="cpu", completions=False
     ).loss
-    at = dict(found["scaling"])
+    at = dict(found.scaling)
     assert at[1.0] == pytest.approx(expected, rel=1e-5)
     assert at[0.0] != pytest.approx(expected, rel=1e-5)
     with pytest.raises(LorafoldError, match="found new tokens in both"):

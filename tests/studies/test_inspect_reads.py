@@ -14,8 +14,8 @@ from lorafold.inspecting.residual_stream import gain, stream_of
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.token_directions import (
     Directions,
-    chance,
     largest_shares,
+    mean_nearest,
     nearest,
     read_vectors,
     shares,
@@ -149,21 +149,19 @@ def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, t
             lf.attach(tiny_model(kind), lf.LoRA(rank=1), [read_at]).deltas[read_at].delta().shape
         )
         planted(model, read_at, torch.randn(out), reads, tmp_path / "reads")
-    found = inspect(source, open_all([tmp_path / "reads"]))["sites"][read_at]
-    ends = found["reads"][0]
+    found = inspect(source, open_all([tmp_path / "reads"])).sites[read_at]
+    ends = found.reads[0]
     assert max(
-        (e["cosine"], e["name"])
-        for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]
+        [(e.cosine, e.name) for e in ends.positive] + [(-e.cosine, e.name) for e in ends.negative]
     ) == (pytest.approx(1, abs=1e-4), token)
     model = tiny_model(kind)
     _, inn = lf.attach(tiny_model(kind), lf.LoRA(rank=1), [write_at]).deltas[write_at].delta().shape
     planted(model, write_at, writes, torch.randn(inn), tmp_path / "writes")
-    found = inspect(source, open_all([tmp_path / "writes"]))["sites"][write_at]
-    assert "reads" not in found
-    ends = found["writes"][0]
+    found = inspect(source, open_all([tmp_path / "writes"])).sites[write_at]
+    assert found.reads is None
+    ends = found.writes[0]
     assert max(
-        (e["cosine"], e["name"])
-        for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]
+        [(e.cosine, e.name) for e in ends.positive] + [(-e.cosine, e.name) for e in ends.negative]
     ) == (pytest.approx(1, abs=1e-4), token)
 
 
@@ -205,9 +203,10 @@ def test_vectors_of_a_file(tmp_path):
 
 def test_chance_is_what_random_directions_come_to():
     rows = torch.randn(500, 16, generator=torch.Generator().manual_seed(1))
-    found, drawn = chance(rows, None), torch.nn.functional.normalize(torch.randn(16, 2000), dim=0)
+    found = mean_nearest(rows, None)
+    drawn = torch.nn.functional.normalize(torch.randn(16, 2000), dim=0)
     assert found == pytest.approx(
         float((torch.nn.functional.normalize(rows, dim=1) @ drawn).amax(0).mean()), rel=0.05
     )
     # all rows on one line; a plane full of rows
-    assert chance(rows[:, :1].expand(-1, 16), None) < found < chance(rows[:, :2], None)
+    assert mean_nearest(rows[:, :1].expand(-1, 16), None) < found < mean_nearest(rows[:, :2], None)

@@ -15,7 +15,6 @@ from lorafold.inspecting.spectra import (
     entropy_rank,
     phi,
     pooled,
-    spectrum,
     stable_rank,
 )
 from lorafold.inspecting.subspaces import compared
@@ -76,8 +75,8 @@ def test_rank_beyond_the_matrix_and_an_update_of_nothing():
     assert len(of_factors(torch.zeros(5, 2), torch.randn(2, 7)).s) == 0
     assert len(of_dense(torch.zeros(5, 7)).s) == 0
     nothing = of_factors(torch.zeros(5, 2), torch.randn(2, 7))
-    assert spectrum(nothing.s, 2)["effective_rank_95"] == 0
-    assert against_base(nothing, torch.randn(5, 7))["amplification"] is None
+    assert effective_rank(nothing.s, 0.95) == 0
+    assert against_base(nothing, torch.randn(5, 7)).amplification is None
     assert advice(2, pooled([nothing.s])) == "the update is zero: training changed nothing"
 
 
@@ -107,14 +106,14 @@ def test_advice_states_what_resizing_loses():
     s = torch.tensor([3.0, 2.0, 1.5, 1.2, 1.0, 0.9] + [0.4] * 10)
     found = pooled([s])
     squares = s.double().square()
-    assert found["rank_95"] == effective_rank(s, 0.95)
-    assert found["advised_loss"] == pytest.approx(
-        float(squares[int(found["advised_rank"]) :].sum() / squares.sum())
+    assert found.rank_95 == effective_rank(s, 0.95)
+    assert found.advised_loss == pytest.approx(
+        float(squares[int(found.advised_rank) :].sum() / squares.sum())
     )
     assert (
         advice(16, found)
-        == f"rank {found['rank_95']} holds 95% of the energy, and the adapter has rank 16:"
-        f" resizing it to rank {found['advised_rank']} loses {found['advised_loss']:.1%} of the"
+        == f"rank {found.rank_95} holds 95% of the energy, and the adapter has rank 16:"
+        f" resizing it to rank {found.advised_rank} loses {found.advised_loss:.1%} of the"
         " energy"
     )
     assert "use a higher rank" in advice(16, pooled([torch.ones(16)]))
@@ -126,8 +125,8 @@ def test_advice_states_what_resizing_loses():
 
 def test_pooled_loss_weighs_sites_by_their_energy():
     large, small = torch.tensor([100.0]), torch.tensor([0.1] * 40)
-    assert pooled([large, small])["rank_95"] == 1
-    assert pooled([small])["rank_95"] == 38
+    assert pooled([large, small]).rank_95 == 1
+    assert pooled([small]).rank_95 == 38
 
 
 def test_phi_by_brute_force():
@@ -163,7 +162,7 @@ def test_similarity_of_two_updates_is_that_of_the_dense_ones():
     mixed = of_factors(both.u * both.s, both.v.t())  # overlaps with either
     for x, y in ((a, b), (a, mixed), (a, a)):
         expected = float((x.dense() * y.dense()).sum() / (x.dense().norm() * y.dense().norm()))
-        assert compared({"m": x}, {"m": y})["sites"]["m"]["cosine"] == pytest.approx(
+        assert compared("b", {"m": x}, {"m": y}).sites["m"].cosine == pytest.approx(
             expected, abs=1e-5
         )
 
@@ -175,24 +174,24 @@ def test_amplification_of_a_base_s_own_direction():
         update = Svd(base.u[:, i : i + 1], torch.tensor([0.7]), base.v[:, i : i + 1])
         found = against_base(update, w)
         s, whole = float(base.s[i]), float(base.s.square().sum())
-        assert found["amplification"] == pytest.approx(0.7 / s, rel=1e-4)
-        assert found["projection"] == pytest.approx(s, rel=1e-4)
-        assert found["relative_norm"] == pytest.approx(0.7 / whole**0.5, rel=1e-4)
-        assert found["strength_read"] == pytest.approx(s**2 * 16 / whole, rel=1e-4)
-        assert found["strength_written"] == pytest.approx(s**2 * 24 / whole, rel=1e-4)
+        assert found.amplification == pytest.approx(0.7 / s, rel=1e-4)
+        assert found.projection == pytest.approx(s, rel=1e-4)
+        assert found.relative_norm == pytest.approx(0.7 / whole**0.5, rel=1e-4)
+        assert found.strength_read == pytest.approx(s**2 * 16 / whole, rel=1e-4)
+        assert found.strength_written == pytest.approx(s**2 * 24 / whole, rel=1e-4)
 
 
 def test_projection_by_dense_svd():
     w, update = torch.randn(24, 16), planted(24, 16, [2.0, 1.0, 0.4])
     u, _, vt = torch.linalg.svd(update.dense())
     found = against_base(update, w)
-    assert found["projection"] == pytest.approx(
+    assert found.projection == pytest.approx(
         float((u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4
     )
     first = against_base(update, w, 1)
-    assert first["amplification"] == pytest.approx(2 / abs(float(u[:, 0] @ w @ vt[0])), rel=1e-4)
-    assert first["relative_norm"] == found["relative_norm"]
-    assert found["amplification"] == pytest.approx(
+    assert first.amplification == pytest.approx(2 / abs(float(u[:, 0] @ w @ vt[0])), rel=1e-4)
+    assert first.relative_norm == found.relative_norm
+    assert found.amplification == pytest.approx(
         float(update.dense().norm() / (u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4
     )
 
@@ -201,7 +200,7 @@ def test_random_directions_have_the_projection_and_the_strength_of_chance():
     w = torch.randn(40, 30, generator=torch.Generator().manual_seed(3)) * torch.logspace(0, -2, 30)
     found = [against_base(planted(40, 30, [1.0] * 4, seed=10 * i + 100), w) for i in range(300)]
     mean = {
-        name: sum(f[name] ** power for f in found) / len(found)
+        name: sum(getattr(f, name) ** power for f in found) / len(found)
         for name, power in (
             ("projection", 2),
             ("random_projection", 2),
@@ -223,9 +222,9 @@ def test_the_base_of_an_update_is_the_one_that_was_trained_on(storage, tiny_mode
     move(adapter)
     own = {site.path: site for site in sites(adapter)}
     adapter.save(tmp_path / "a")
-    found = inspect(Base(base), open_all([tmp_path / "a"]))["sites"]
+    found = inspect(Base(base), open_all([tmp_path / "a"])).sites
     for path, site in own.items():
         w = site.layer.dense()[0].float()
         norm = float((site.delta.fold(w, None)[0] - w).norm())
-        assert found[path]["norm"] == pytest.approx(norm, rel=2e-3)
-        assert found[path]["base_norm"] == pytest.approx(float(w.norm()), rel=2e-3)
+        assert found[path].base.norm == pytest.approx(norm, rel=2e-3)
+        assert found[path].base.base_norm == pytest.approx(float(w.norm()), rel=2e-3)

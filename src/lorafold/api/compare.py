@@ -8,8 +8,8 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from lorafold.comparing.comparison import Comparison
     from lorafold.comparing.measure import Measurement
+    from lorafold.comparing.report import Comparison
     from lorafold.recipe.recipe import Recipe
 
 
@@ -77,10 +77,9 @@ def compare(
     from lorafold.api.arguments import as_page, as_recipe, as_study, or_quiet, with_rewards
     from lorafold.api.task_rows import train_and_test
     from lorafold.comparing import run
-    from lorafold.comparing.comparison import Comparison
     from lorafold.comparing.measure import ComparisonTask, variants
-    from lorafold.comparing.paired_tests import alike, chosen_apart
-    from lorafold.comparing.report import page
+    from lorafold.comparing.paired_tests import alike, with_validation
+    from lorafold.comparing.report import Comparison, page
     from lorafold.comparing.run import known_methods, methods_for, unfit
     from lorafold.files.atomic import write_text
     from lorafold.files.terminal import print_lines
@@ -123,12 +122,11 @@ def compare(
     def tell(one: "Measurement", done: int, total: int) -> None:
         print_lines(console, f"{done}/{total} {one}")
 
-    said = partial(print_lines, console)
-    measured = run.compare(task, settings, range(seeds), folder, tell, said)
+    say = partial(print_lines, console)
+    measured = run.compare(task, settings, range(seeds), folder, tell, say)
     for same in alike(measured):
-        names = ", ".join(same)
-        print_lines(console, f"the same loss on every row: {names}; their difference did nothing")
-    comparison = Comparison(tuple(chosen_apart(measured)), str(model), source)
+        say(f"the same loss on every row: {', '.join(same)}; their difference did nothing")
+    comparison = Comparison(tuple(with_validation(measured)), str(model), source)
     write_text(folder / "table.md", str(comparison))
     if place is not None:
         page(comparison.rows, f"Methods on {comparison.model}, {comparison.source}", place)

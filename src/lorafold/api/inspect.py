@@ -1,5 +1,6 @@
 """`lf.inspect`: figures of an adapter's update, and advice on its rank."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
@@ -63,10 +64,9 @@ def inspect(
     from lorafold.api.arguments import as_page, as_path, as_paths, as_rows, or_quiet
     from lorafold.api.loaded_model import length_for, load_with_adapters
     from lorafold.files.terminal import print_lines
-    from lorafold.inspecting import run
     from lorafold.inspecting.paths import measured_paths
     from lorafold.inspecting.report import page
-    from lorafold.inspecting.result import Inspection
+    from lorafold.inspecting.run import inspect as inspect_adapter
     from lorafold.inspecting.run import of_paths
     from lorafold.peft.saved import Saved, open_all
     from lorafold.resolve import base_for
@@ -83,7 +83,7 @@ def inspect(
     base = base_for(model, stack if other is None else (*stack, other), console, **opening)
     length = 0 if examples is None else length_for(base, max_length, stack, console)
     with console.status("sites") as status:
-        found = run.inspect(
+        found = inspect_adapter(
             base,
             stack,
             against=other,
@@ -91,15 +91,13 @@ def inspect(
             full=full,
             progress=lambda done, total: status.update(f"site {done} of {total}"),
         )
-    if found["tokens_left_out"]:
-        print_lines(console, found["tokens_left_out"])
+    print_lines(console, found.tokens_left_out)
     if examples is not None:
         both = stack if other is None else (stack[-1], other)
         loaded, tokenizer = load_with_adapters(base, both, console=console)
         with console.status("measuring the loss along lines in weight space"):
-            found["paths"] = measured_paths(loaded, tokenizer, examples, length, len(below))
-        found["advice"] += of_paths(found["paths"])
-    inspection = Inspection(**found)
+            paths = measured_paths(loaded, tokenizer, examples, length, len(below))
+        found = replace(found, paths=paths, advice=[*found.advice, *of_paths(paths)])
     if place is not None:
-        page(inspection.as_json(), place)
-    return inspection
+        page(found, place)
+    return found

@@ -155,7 +155,7 @@ def inspect(run: Run, *, json: Json = False) -> None:
 
     found = run()
     if not json:
-        print_lines(run.keywords["console"], table(found.as_json()))
+        print_lines(run.keywords["console"], table(found))
     emit(json, found.as_json(), str(found))
 
 

@@ -1,22 +1,14 @@
-"""One line of the comparison: a method is trained, evaluated and timed.
+"""One cell of a comparison: a method with its settings is trained, evaluated and timed.
 
     quality      held-out loss and exact match; of a policy the reward
     forgetting   KL(base || tuned) and the increase of the loss on text outside the task, both in
                  nats a token
     latency      of prefill and decode at batch 1, as a ratio to the base's: medians over rounds in
                  which base, attached and merged model are timed in turn
-    mergeable    proved: folded in fp32, the model has the logits of the attached one
+    mergeable    verified: merged in fp32, the model has the logits of the attached one
 
-A classifier has neither decode nor forgetting. The caller runs each measurement in a process of its
-own (`comparing.run`), so that peak memory is that of one method.
-
-What is compared: each method, with every combination of the settings that vary.
-
-    variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})
-
-has four of lora and two of ia3, which has no rank.
-
-How long a model takes at batch 1, as a ratio to another's.
+`variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})` has four of lora and two
+of ia3, which has no rank.
 """
 
 from __future__ import annotations
@@ -73,10 +65,7 @@ class Variant:
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
-        """The recipe with these settings.
-
-        Raises LorafoldError for values that a recipe can't have.
-        """
+        """The recipe with these settings."""
         try:
             pairs = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.settings.items()]
             return load_recipe(None, pairs, recipe)
@@ -88,54 +77,45 @@ class Variant:
 
 
 def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant]:
-    """The methods in their order, each with every combination of the settings that it has.
-
-    Args:
-        recipe: The common recipe.
-        methods: The names of the methods.
-        vary: The values of each setting.
-
-    Raises LorafoldError for a field that changes what is measured, for one without values, for
-    values that a recipe can't have, for epochs beside steps, and for a setting that no method has.
-    """
+    """The methods in their order, each with every combination of the settings that it has."""
     vary = checked(vary)
     if "epochs" in vary and ("steps" in vary or recipe.steps is not None):
         raise LorafoldError(
             "vary: found epochs beside steps, which are how long a run is; expected one of the two"
         )
-    found: list[Variant] = []
+    variants_ = []
     for method in methods:
-        fitted: list[dict[str, Any]] = []
+        fitted = []
         for values in product(*vary.values()):
             settings = dict(zip(vary, values, strict=True))
-            asked = Variant(method, settings).of(recipe)
-            one = fitting(asked, method)
-            absent = {*OF_METHOD}.difference(known_options(method, asked.options.get("over")))
+            changed = Variant(method, settings).of(recipe)
+            one = fitting(changed, method)
+            absent = {*OF_METHOD}.difference(known_options(method, changed.options.get("over")))
             has = {
                 name: value
                 for name, value in settings.items()
-                if name.partition(".")[0] not in absent and entry(one, name) == entry(asked, name)
+                if name.partition(".")[0] not in absent and entry(one, name) == entry(changed, name)
             }
             variant = Variant(method, has)
             if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
                 fitted.append(dumped)
-                found.append(variant)
-    if unknown := [name for name in vary if not any(name in one.settings for one in found)]:
+                variants_.append(variant)
+    if unknown := [name for name in vary if not any(name in one.settings for one in variants_)]:
         raise LorafoldError(
             f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
         )
-    names = [str(one) for one in found]
+    names = [str(one) for one in variants_]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LorafoldError(
             f"found {listed(twice)} twice (methods, vary); expected different methods, and settings"
             " whose names differ"
         )
-    return found
+    return variants_
 
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
     """The values by their field. LorafoldError unless these can vary, and each has values."""
-    found: dict[str, list[Any]] = {}
+    values_by_field = {}
     for name, values in vary.items():
         if (whole := name.partition(".")[0]) not in OF_TRAINING:
             instead = {"method": "; name methods", "seed": "; give a number of seeds"}.get(whole)
@@ -144,10 +124,10 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
                 f" is measured by: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
             )
         several = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
-        found[name] = [*values] if several else []
-        if not found[name]:
+        values_by_field[name] = [*values] if several else []
+        if not values_by_field[name]:
             raise LorafoldError(f"vary: {name}: found {values!r:.80}, expected a list of values")
-    return found
+    return values_by_field
 
 
 def entry(recipe: Recipe, name: str) -> Any:
@@ -181,13 +161,7 @@ class Latency(NamedTuple):
 def latencies(
     base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
 ) -> tuple[Latency, Latency | None]:
-    """The latencies of the attached and the merged model, as ratios to the base's. The models are
-    timed in turn, so that noise affects all alike.
-
-    Args:
-        base, tuned, merged: The models; without a merged one its latency is None.
-        new: Tokens to decode; 0 times the prefill alone.
-    """
+    """Latencies of the attached and merged model as ratios to the base's, timed in turn."""
     models = [m for m in (base, tuned, merged) if m is not None]
     for model in models:
         timed(model, new)  # the first calls are slower
@@ -235,16 +209,11 @@ BASE = "base"  # the row of the model before anything is trained
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one method and seed, with the settings that vary. `trainable_share` is
-    relative to the base's parameters, latencies are ratios to the base's, losses are in nats; None
-    where there is nothing to measure. That of the base, before anything is trained, has the method
-    BASE. `row_losses` has the summed loss of each held-out row and its tokens. Where settings vary,
-    `validation` is the loss or the reward of the `validation_rows` that choose the best of them,
-    and loss and reward are those of the other rows.
-
-    Of a policy there is no loss, but what the completions are worth that it draws of held-out
-    prompts: `reward` is the mean, `rewards` are those of each reward by its name, and
-    `prompt_rewards` the means of each prompt, in the order of the rows.
+    """The figures of one method and seed; None where there is nothing to measure. `trainable_share`
+    is relative to the base's parameters, latencies are ratios to the base's, losses are in nats.
+    `row_losses` has the summed loss and the tokens of each held-out row. Where settings vary,
+    `validation` is the loss or reward of the `validation_rows` that choose the best of them. Of a
+    policy there is the mean `reward`, each by name (`rewards`), and the means of each prompt.
     """
 
     method: str
@@ -291,14 +260,19 @@ class Measurement:
         return f"{self.name}: {what} {value:.4f}{seconds}"
 
 
-def quality(found: Evaluation | RewardEvaluation) -> dict[str, Any]:
+Measurements = Sequence[Measurement]
+
+
+def quality(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
     """The figures of an evaluation that a measurement has."""
-    if isinstance(found, Evaluation):
+    if isinstance(evaluation, Evaluation):
         names: tuple[str, ...] = ("loss", "loss_interval", "exact_match", "exact_match_interval")
-        return {name: getattr(found, name) for name in names} | {"row_losses": found.losses}
+        return {name: getattr(evaluation, name) for name in names} | {
+            "row_losses": evaluation.losses
+        }
     names = ("reward", "reward_interval", "prompt_rewards", "tokens_a_completion", "cut_off")
-    figures = {name: getattr(found, name) for name in (*names, "entropy")}
-    return figures | {"rewards": {name: one.mean for name, one in found.rewards.items()}}
+    figures = {name: getattr(evaluation, name) for name in (*names, "entropy")}
+    return figures | {"rewards": {name: one.mean for name, one in evaluation.rewards.items()}}
 
 
 @dataclass(frozen=True)
@@ -322,25 +296,12 @@ class ComparisonTask:
         return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
     def request(self, out: Path, recipe: Recipe) -> RunRequest:
-        """The request for one run.
-
-        Args:
-            out: Where it writes.
-            recipe: That of its method and seed.
-        """
+        """The request for one run."""
         return RunRequest(self.base, out, recipe, self.rows, self.source, day=self.day)
 
 
 def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """Train one method and measure it, or measure the base.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method, or BASE.
-        seed: The seed of the run.
-
-    Raises LorafoldError as `train`.
-    """
+    """Train one method and measure it, or measure the base."""
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
@@ -385,14 +346,12 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
     """The recipe of one method; that of the base is a default one, of which nothing is trained."""
-    default: str = Recipe.model_fields["method"].default
+    default = Recipe.model_fields["method"].default
     return fitting(recipe, default if method == BASE else method)
 
 
 class Models:
-    """The models of one measurement: the base and, once there is one, what was trained on it. Each
-    call loads one.
-    """
+    """The base of a measurement and the model trained on it; each call loads one."""
 
     def __init__(self, request: RunRequest, bare: Base) -> None:
         self.objective, self.seed = objective_of(request), request.recipe.seed
@@ -427,9 +386,7 @@ class Models:
 
 
 def merge_proved(models: Models) -> PreTrainedModel | None:
-    """The merged model in the dtype of the base, or None where the adapter can't be folded or the
-    merged logits differ from those of the attached model in fp32.
-    """
+    """The merged model, or None if it can't be merged or has other logits in fp32."""
     tuned, adapter = models.tuned(in_fp32=True)
     ids = torch.arange(100, 164, device=models.bare.where)[None]
     with torch.no_grad():
@@ -448,12 +405,7 @@ def merge_proved(models: Models) -> PreTrainedModel | None:
 def forgetting(
     base: nn.Module, tuned: nn.Module, texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """(KL(base || tuned), loss(tuned) - loss(base)), as means in nats over all tokens.
-
-    Args:
-        base, tuned: Causal language models.
-        texts: Token ids of texts outside the task.
-    """
+    """(KL(base || tuned), loss(tuned) - loss(base)), as means in nats over all tokens."""
     kl = change = tokens = 0.0
     for text in texts:
         ids = torch.tensor([text], device=next(base.parameters()).device)

@@ -1,21 +1,16 @@
-"""Which method is best, and which ones the held-out rows and the seeds don't tell from it: losses
-or rewards, in pairs of rows.
+"""Which method is best, and which ones the held-out rows and the seeds can't distinguish from it.
 
-    d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i are the summed losses of row i over its n_i
+    d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i: the summed losses of row i over its n_i
                                             tokens, of two methods or of a method and the base; or
-                                            the mean rewards of prompt i, where n_i is 1; both as
-                                            means over S seeds
+                                            the mean rewards of prompt i, n_i = 1; over S seeds
     var(d) = R + var_s(l_s) / S + var_s(l'_s) / S'
-                                            R is the variance over rows of `evaluation.intervals`,
-                                            l_s the mean loss of a method under seed s
+                                            R: the variance over rows of `evaluation.intervals`,
+                                            l_s: the mean loss of a method under seed s
 
 A hard row is hard for all, so the interval of a difference is narrower than those of the two
-figures. Rows and seeds are crossed, and both are random: another run has other seeds. Their
-variances are added, which counts that of a row under a seed twice, as a crossed bootstrap of rows x
-seeds does too; but they are unbiased for few seeds, and the quantile is Student's with the degrees
-of freedom of Satterthwaite (1946) and Welch (1947). Seeds of two methods count as independent,
-which is cautious where equal seeds vary alike. With one or two seeds, intervals are over rows
-alone, and there is no verdict.
+figures. Variances of rows and seeds are added, which counts that of a row under a seed twice, as a
+crossed bootstrap does; the quantile is Student's with the degrees of freedom of Satterthwaite
+(1946) and Welch (1947). With fewer than SEEDS seeds, intervals are over rows, without a verdict.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lorafold.comparing.measure import BASE, Measurement
+from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.evaluation import Interval
 from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
 
@@ -41,24 +36,24 @@ Units = Sequence[tuple[float, int]]  # of each row the sum and what it is over
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean or a mean difference of losses or rewards and its 95% interval; None for a single row.
-    `p` is the probability of one as far from 0 if there were none.
-    """
+    """A mean (difference) and its 95% interval, None for one row; `p` under no difference."""
 
     mean: float
     interval: Interval | None
     p: float = 1.0
 
     @classmethod
-    def of(cls, own: Sequence[Measurement], others: Sequence[Measurement] = ()) -> Self:
+    def of(cls, first: Measurements, second: Measurements = ()) -> Self:
         """That of one model's figures on the same rows, or of two models', over their seeds."""
-        sums = [np.array([[s for s, _ in units(one)] for one in of]) for of in (own, others) if of]
-        n = np.array([n for _, n in units(own[0])])
-        apart = sums[0].mean(0) - (sums[1].mean(0) if others else 0)
-        rows, mean = len(n), float(apart.sum() / n.sum())
+        sums = [
+            np.array([[s for s, _ in units(one)] for one in of]) for of in (first, second) if of
+        ]
+        n = np.array([n for _, n in units(first[0])])
+        gaps = sums[0].mean(0) - (sums[1].mean(0) if second else 0)
+        rows, mean = len(n), float(gaps.sum() / n.sum())
         if rows < 2:
             return cls(mean, None)
-        parts = [(rows / (rows - 1) * float(((apart - mean * n) ** 2).sum()), rows - 1)]
+        parts = [(rows / (rows - 1) * float(((gaps - mean * n) ** 2).sum()), rows - 1)]
         parts += [(x.sum(1).var(ddof=1) / len(x), len(x) - 1) for x in sums if len(x) >= SEEDS]
         total = sum(v for v, _ in parts)
         if not total:
@@ -87,12 +82,12 @@ def within(interval: Interval, form: str) -> str:
     return f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
-def by_method(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
+def by_method(measurements: Measurements) -> list[list[Measurement]]:
     """The figures of each method, over its seeds."""
     return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.name)]
 
 
-def by_name(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
     """The same by the name of each method, the base's among them."""
     return {seeds[0].name: seeds for seeds in by_method(measurements)}
 
@@ -102,54 +97,49 @@ def units(one: Measurement) -> Units:
     return one.row_losses or [(reward, 1) for reward in one.prompt_rewards]
 
 
-def held_out(measurements: Sequence[Measurement]) -> dict[str, Difference]:
+def held_out(measurements: Measurements) -> dict[str, Difference]:
     """The mean loss or reward of each method and the base, with its interval."""
     return {name: Difference.of(seeds) for name, seeds in by_name(measurements).items()}
 
 
-def alike(measurements: Sequence[Measurement]) -> list[list[str]]:
-    """The names of lines whose losses are the same number on every row: what they differ in did
-    nothing.
-    """
-    found: dict[Any, list[str]] = {}
+def alike(measurements: Measurements) -> list[list[str]]:
+    """The names of lines that have the same loss on every row: their settings did nothing."""
+    names_by_losses: dict[Any, list[str]] = {}
     for name, seeds in by_name(measurements).items():
-        found.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
+        names_by_losses.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
     lower = lower_is_better(measurements)  # rewards are few numbers, and the same by chance
-    return [names for names in found.values() if lower and len(names) > 1]
+    return [names for names in names_by_losses.values() if lower and len(names) > 1]
 
 
-def lower_is_better(measurements: Sequence[Measurement]) -> bool:
+def lower_is_better(measurements: Measurements) -> bool:
     """Whether losses are compared, and not rewards."""
     return measurements[0].loss is not None
 
 
-def over_base(measurements: Sequence[Measurement]) -> dict[str, Difference]:
-    """By how much each method's reward is above the base's, or its loss, where below 0 is better;
-    empty where the base was not measured.
-    """
-    found = by_name(measurements)
-    base = found.pop(BASE, [])
-    return {m: Difference.of(own, base) for m, own in found.items() if base}
+def over_base(measurements: Measurements) -> dict[str, Difference]:
+    """The difference of each method's reward or loss to the base's, if that was measured."""
+    methods = by_name(measurements)
+    base = methods.pop(BASE, [])
+    return {m: Difference.of(seeds, base) for m, seeds in methods.items() if base}
 
 
-def is_sweep(measurements: Sequence[Measurement]) -> bool:
+def is_sweep(measurements: Measurements) -> bool:
     """Whether a method has several settings, of which one chooses the best."""
     return len({one.method for one in measurements}) < len({one.name for one in measurements})
 
 
-def chosen_apart(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The figures of a sweep, so that the best setting is not chosen on the rows that it is
-    reported on: one half of the rows, at random, gives `validation`, and the other the loss or the
-    reward. The same figures where nothing is chosen or there are fewer than ROWS.
+def with_validation(measurements: Measurements) -> list[Measurement]:
+    """The figures of a sweep with one random half of the rows as `validation`, which chooses, and
+    the other reported; unchanged with fewer than ROWS rows or without settings that vary.
     """
     count = len(units(measurements[0]))
     if not is_sweep(measurements) or count < ROWS:
         return [*measurements]
     first = {*random.Random("validation").sample(range(count), count // 2)}
-    return [_apart(one, first) for one in measurements]
+    return [_split(one, first) for one in measurements]
 
 
-def _apart(one: Measurement, first: set[int]) -> Measurement:
+def _split(one: Measurement, first: set[int]) -> Measurement:
     every = [*enumerate(units(one))]
     validation, rest = ([u for n, u in every if (n in first) == chose] for chose in (True, False))
     before, mean = (sum(s for s, _ in of) / sum(n for _, n in of) for of in (validation, rest))
@@ -161,23 +151,21 @@ def _apart(one: Measurement, first: set[int]) -> Measurement:
     return replace(one, reward=mean, reward_interval=interval, prompt_rewards=rewards)
 
 
-def told_apart(measurements: Sequence[Measurement]) -> set[frozenset[str]]:
-    """The pairs of lines, the base among them, that rows and seeds tell apart, by Holm's correction
-    (1979) at 5% over all pairs: the best line is chosen by the same figures.
-    """
-    found = by_name(measurements)
-    pairs = sorted((Difference.of(found[a], found[b]).p, a, b) for a, b in combinations(found, 2))
-    told = takewhile(lambda at: at[1][0] * (len(pairs) - at[0]) <= 0.05, enumerate(pairs))
-    return {frozenset((a, b)) for _, (_, a, b) in told}
+def distinguished_pairs(measurements: Measurements) -> set[frozenset[str]]:
+    """The pairs of lines that differ by Holm's correction (1979) at 5% over all pairs."""
+    methods = by_name(measurements)
+    pairs = sorted(
+        (Difference.of(methods[a], methods[b]).p, a, b) for a, b in combinations(methods, 2)
+    )
+    significant = takewhile(lambda at: at[1][0] * (len(pairs) - at[0]) <= 0.05, enumerate(pairs))
+    return {frozenset((a, b)) for _, (_, a, b) in significant}
 
 
-def verdict(measurements: Sequence[Measurement]) -> str:
-    """The best method where the held-out rows and the seeds tell it from all others, else those
-    among which they can't tell; and whether they tell it from the base. With fewer than SEEDS seeds
-    it says that there is no verdict. Of a sweep it also names the settings that were chosen, and
-    the rows that chose them. Empty without the base.
+def verdict(measurements: Measurements) -> str:
+    """The best method if rows and seeds distinguish it, else those that they can't; whether it
+    differs from the base; and of a sweep the chosen settings. Empty without the base.
     """
-    found, gains = by_name(measurements), over_base(measurements)
+    methods, gains = by_name(measurements), over_base(measurements)
     if not gains:
         return ""
     lower, standing = lower_is_better(measurements), held_out(measurements)
@@ -185,34 +173,34 @@ def verdict(measurements: Sequence[Measurement]) -> str:
     rows, from_base = ("rows", "against") if lower else ("prompts", "over")
 
     def chooses(name: str) -> float:
-        values = [one.validation for one in found[name] if one.validation is not None]
+        values = [one.validation for one in methods[name] if one.validation is not None]
         return fmean(values) if values else standing[name].mean
 
     order = sorted(gains, key=chooses, reverse=not lower)
-    chosen = _chosen([found[name][0] for name in order], rows) if is_sweep(measurements) else ""
-    seeds = min(len(found[name]) for name in gains)
+    chosen = _chosen([methods[name][0] for name in order], rows) if is_sweep(measurements) else ""
+    seeds = min(len(methods[name]) for name in gains)
     if seeds < SEEDS:
-        said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict ({SEEDS} needed); run it again with"
-        return f"{said} --seeds {SEEDS}, which keeps these figures{chosen}"
-    apart = told_apart(measurements)
+        text = f"{seeds} seed{'s' * (seeds > 1)}: no verdict ({SEEDS} needed); run it again with"
+        return f"{text} --seeds {SEEDS}, which keeps these figures{chosen}"
+    pairs = distinguished_pairs(measurements)
 
     def better(one: str, other: str) -> bool:
         less = standing[one].mean < standing[other].mean
-        return frozenset((one, other)) in apart and less == lower
+        return frozenset((one, other)) in pairs and less == lower
 
     best, *others = order
     alike = [m for m in others if not better(best, m)]
     if not alike:
-        said = f"{what}: {best}, {gains[best]} {from_base} the base, paired by {rows},"
+        text = f"{what}: {best}, {gains[best]} {from_base} the base, paired by {rows},"
         doubt = "" if better(best, BASE) else ", which does not tell it from the base"
-        return f"{said} over {seeds} seeds{doubt}{chosen}"
-    said = f"no best method: {best} has the {what}, and in pairs these {rows} and seeds don't tell"
-    said += f" it from {', '.join(alike)}"
+        return f"{text} over {seeds} seeds{doubt}{chosen}"
+    text = f"no best method: {best} has the {what}, and in pairs these {rows} and seeds don't tell"
+    text += f" it from {', '.join(alike)}"
     unsure = [m for m in (best, *alike) if not better(m, BASE)]
-    return said + (f"; nor {', '.join(unsure)} from the base" if unsure else "") + chosen
+    return text + (f"; nor {', '.join(unsure)} from the base" if unsure else "") + chosen
 
 
-def _chosen(order: Sequence[Measurement], rows: str) -> str:
+def _chosen(order: Measurements, rows: str) -> str:
     """Which setting of each method is the best, and on which rows it was chosen and is reported."""
     methods = [one.method for one in order]
     swept = [m for m in dict.fromkeys(methods) if methods.count(m) > 1]

@@ -1,20 +1,16 @@
-"""The comparison as a table of the figures that decide for a terminal, whole as Markdown, and as an
-HTML page with plots that needs no other file.
-
-Each method has one line. Figures of several seeds are shown as the mean (lowest to highest), on a
-terminal as the mean, and what no line has a figure for has no column.
-
-The plots of a comparison: the quality of each method, against what it costs, and latencies.
+"""The report of a comparison: a table of the figures that decide for a terminal, all of them as
+Markdown, and an HTML page with plots. Figures of several seeds are shown as the mean (lowest to
+highest); a column that no line has a figure for is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafold.comparing.measure import BASE, Measurement
+from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.comparing.paired_tests import (
     SEEDS,
     Difference,
@@ -27,10 +23,12 @@ from lorafold.comparing.paired_tests import (
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.html_page import markdown_table, rendered, write_page
+from lorafold.files.html_page import ShownInNotebooks, markdown_table, rendered, write_page
 from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
+Value = Callable[[Measurement], float | None]
+Table = tuple[list[str], list[list[str]]]  # headings, lines
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
 
@@ -46,7 +44,7 @@ class Quality:
     lower: bool = True
 
     @classmethod
-    def of(cls, measurements: Sequence[Measurement]) -> Quality:
+    def of(cls, measurements: Measurements) -> Quality:
         """The held-out loss or reward."""
         methods, lower = tuned(measurements), lower_is_better(measurements)
         shared = held_out(measurements)
@@ -75,40 +73,39 @@ class Quality:
 
 
 class Cost(NamedTuple):
-    """What quality is shown against: its name, its axis, and how it and its least are told."""
+    """What quality is plotted against, with the words for its value and its least."""
 
+    value: Value
     name: str
     axis: str
-    told: str
+    words: str
     least: str
 
 
-COSTS: dict[Cost, Callable[[Measurement], float | None]] = {
+COSTS = (
     Cost(
-        "parameters", "trained parameters", "trains {} parameters", "trains the fewest"
-    ): lambda r: r.trainable_parameters,
+        lambda r: r.trainable_parameters,
+        "parameters", "trained parameters", "trains {} parameters", "trains the fewest",
+    ),
     Cost(
-        "forgetting",
-        "KL from the base on other text, nats a token",
-        "forgets {} nats a token",
+        lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
+        "forgetting", "KL from the base on other text, nats a token", "forgets {} nats a token",
         "forgets the least",
-    ): lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
-}
+    ),
+)  # fmt: skip
 
 
-def tuned(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
+def tuned(measurements: Measurements) -> list[list[Measurement]]:
     """The figures of each method but the base."""
     return [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
 
 
-def means(
-    methods: Sequence[Sequence[Measurement]], value: Callable[[Measurement], float | None]
-) -> list[float | None]:
+def means(methods: Sequence[Measurements], value: Value) -> list[float | None]:
     """The mean of a figure over the seeds of each method; None where it has none."""
     return [mean_of(map(value, seeds)) for seeds in methods]
 
 
-def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
+def plots_of(measurements: Measurements) -> Iterator[str]:
     """The plots, as HTML figures."""
     methods = tuned(measurements)
     if not methods:
@@ -117,9 +114,8 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
     names = [seeds[0].name for seeds in methods]
     mergeable = [all(r.mergeable for r in seeds) for seeds in methods]
     yield ranking(quality, names)
-    for cost, value in COSTS.items():
-        x = means(methods, value)
-        if None not in x:
+    for cost in COSTS:
+        if None not in (x := means(methods, cost.value)):
             yield scatter(cost, x, quality, names, mergeable)
     for what, attached, merged in (
         ("Decode", lambda r: r.latency_attached, lambda r: r.latency_merged),
@@ -133,8 +129,8 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     """The quality of each method with its interval, the best above."""
     order, reach = quality.order, quality.intervals
-    told = distinct([names[n] for n in order], 16)
-    shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(told, order, strict=True)]
+    labels = distinct([names[n] for n in order], 16)
+    shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(labels, order, strict=True)]
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
@@ -145,8 +141,9 @@ def ranking(quality: Quality, names: Sequence[str]) -> str:
         plots.scaled(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
-    said = " to ".join(ends) + ("" if quality.base is None else f", the base at {quality.base:.4g}")
-    return plots.drawing(draw, "Quality", f"{said}. {INTERVALS}", plots.height_of(shown))
+    base = "" if quality.base is None else f", the base at {quality.base:.4g}"
+    caption = f"{' to '.join(ends)}{base}. {INTERVALS}"
+    return plots.drawing(draw, "Quality", caption, plots.height_of(shown))
 
 
 def scatter(
@@ -156,9 +153,7 @@ def scatter(
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
-    """A plot of the quality over a cost, `x` of each method, whose marker says whether it is
-    mergeable.
-    """
+    """A plot of the quality over a cost `x`; the marker shows whether a method is mergeable."""
     known = quality.order
     best, least = known[0], min(known, key=lambda n: x[n] or 0)
 
@@ -178,18 +173,18 @@ def scatter(
         return plots.number(x[n] or 0, digits=3)
 
     extreme = "lowest loss" if quality.lower else "highest reward"
-    said = f"{names[best]}, which has the {extreme}, {cost.told.format(of(best))}"
+    caption = f"{names[best]}, which has the {extreme}, {cost.words.format(of(best))}"
     if best != least:
-        said += f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
+        caption += (
+            f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
+        )
     merged = "Triangles can't be merged. " if not all(mergeable) else ""
     title = f"Quality against {cost.name}"
-    return plots.drawing(draw, title, f"{said}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
+    return plots.drawing(draw, title, f"{caption}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
 
 
 def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
-    """A plot of the attached and the merged model: `both` has the ratios of each method by these
-    names.
-    """
+    """A plot of the ratios of the attached and the merged model, by these names."""
     marks = [
         plots.Series(name, values, [None] * len(values))
         for name, values in both.items()
@@ -209,11 +204,10 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
         between = f"{low:.2f} ({fast}) to {high:.2f} ({slow})" if len(known) > 1 else f"{low:.2f}"
         return f"{one.name} {between}"
 
-    said = f"Here it is {'; '.join(map(told, marks))}. Less is faster."
-    return plots.drawing(draw, title, said, plots.height_of(names, len(marks)))
+    caption = f"Here it is {'; '.join(map(told, marks))}. Less is faster."
+    return plots.drawing(draw, title, caption, plots.height_of(names, len(marks)))
 
 
-Value = Callable[[Measurement], float | None]
 LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
 WITHIN = " 95%"  # after a figure's heading: its interval
 COLUMNS: dict[str, tuple[Value, str]] = {  # heading: value, format
@@ -241,27 +235,25 @@ FLAGS: dict[str, Callable[[Measurement], bool | None]] = {
 }
 
 
-def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
-    """The cells of all methods by the heading of their column."""
-    methods, found = by_method(measurements), dict[str, list[str]]()
-    found["method"] = [seeds[0].name for seeds in methods]
+def figures(measurements: Measurements) -> Table:
+    """All figures, with a line for each method."""
+    methods = by_method(measurements)
+    columns = {"method": [seeds[0].name for seeds in methods]}
     for heading, (value, form) in COLUMNS.items():
-        found[heading] = [spread((value(r) for r in seeds), form) for seeds in methods]
+        columns[heading] = [spread(map(value, seeds), form) for seeds in methods]
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
-            found |= _beside(heading, form, measurements)
+            columns |= _quality_columns(heading, form, measurements)
         if heading == EXACT:
             # of a single seed; several have their range
             alone = [s[0].exact_match_interval if len(s) == 1 else None for s in methods]
-            found[EXACT + WITHIN] = [within(one, ".1%") if one else NOTHING for one in alone]
+            columns[EXACT + WITHIN] = [within(one, ".1%") if one else NOTHING for one in alone]
     for heading, flag in FLAGS.items():
-        found[heading] = [answer([flag(r) for r in seeds]) for seeds in methods]
-    return {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
+        columns[heading] = [answer([*map(flag, seeds)]) for seeds in methods]
+    return table_of(columns)
 
 
-def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dict[str, list[str]]:
-    """What stands beside what methods are compared by: its interval, how far it is from the base's,
-    and each reward by its name where there are several.
-    """
+def _quality_columns(heading: str, form: str, measurements: Measurements) -> dict[str, list[str]]:
+    """Further columns of the figure that is compared: interval, difference, each reward."""
     methods, gains = by_method(measurements), over_base(measurements)
     intervals = [one.interval for one in held_out(measurements).values()]
     names = list(measurements[0].rewards)
@@ -277,9 +269,10 @@ def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dic
     }
 
 
-def lines(found: dict[str, list[str]]) -> list[list[str]]:
-    """The lines of columns, one for each method."""
-    return [list(line) for line in zip(*found.values(), strict=True)]
+def table_of(columns: dict[str, list[str]]) -> Table:
+    """The headings and lines of columns by heading, without those that are empty."""
+    known = {heading: cells for heading, cells in columns.items() if {*cells} != {NOTHING}}
+    return [*known], [list(line) for line in zip(*known.values(), strict=True)]
 
 
 def answer(values: Sequence[bool | None]) -> str:
@@ -295,22 +288,20 @@ SHORT: dict[str, tuple[Value, str]] = {  # heading: value, format; beside what i
 }
 
 
-def deciding(measurements: Sequence[Measurement]) -> str:
-    """The figures by which one chooses a method, in a table of at most 80 columns, what they mean,
-    and the verdict.
-    """
+def deciding(measurements: Measurements) -> str:
+    """The figures that decide, in a table of at most 80 columns, a legend, and the verdict."""
     methods, lower = by_method(measurements), lower_is_better(measurements)
-    gains, figures = over_base(measurements), held_out(measurements).values()
+    gains, qualities = over_base(measurements), held_out(measurements).values()
     form = ".4f" if lower else ".4g"
-    found = {
+    columns = {
         "method": [seeds[0].name for seeds in methods],
-        LOSS if lower else REWARD: [plus_minus(one, form) for one in figures],
+        LOSS if lower else REWARD: [plus_minus(one, form) for one in qualities],
         OVER_BASE: [
             plus_minus(gains[name], f"+{form}") if (name := seeds[0].name) in gains else NOTHING
             for seeds in methods
         ],
         **{
-            heading: [spread((value(r) for r in seeds), form, False) for seeds in methods]
+            heading: [spread(map(value, seeds), form, False) for seeds in methods]
             for heading, (value, form) in SHORT.items()
         },
         "trained": [
@@ -318,14 +309,13 @@ def deciding(measurements: Sequence[Measurement]) -> str:
             for seeds in methods
         ],
     }
-    shown = {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
     several = max(map(len, methods))
     means = f" Means over {several} seeds." if several > 1 else ""
     over = "and seeds" if several >= SEEDS else "alone, not seeds"
     about = f"{LOW if lower else HIGH} {over}.{means} {LEGEND}"
-    told = verdict(measurements)
-    below = [*paragraph(about), *(["", *paragraph(f"{told}.")] if told else [])]
-    return text_table([*shown], lines(shown)) + "\n" + "\n".join(below)
+    conclusion = verdict(measurements)
+    below = [*paragraph(about), *(["", *paragraph(f"{conclusion}.")] if conclusion else [])]
+    return text_table(*table_of(columns)) + "\n" + "\n".join(below)
 
 
 LOW = "loss: in nats a token, with its 95% interval; less is better. Intervals are over rows"
@@ -337,38 +327,60 @@ LEGEND = (
 )
 
 
-def plus_minus(found: Difference, form: str) -> str:
+def plus_minus(difference: Difference, form: str) -> str:
     """A figure with half of its interval, which is symmetric."""
-    if found.interval is None:
-        return f"{found.mean:{form}}"
-    half = (found.interval[1] - found.interval[0]) / 2
-    return f"{found.mean:{form}} ±{half:{form.lstrip('+')}}"
+    if difference.interval is None:
+        return f"{difference.mean:{form}}"
+    half = (difference.interval[1] - difference.interval[0]) / 2
+    return f"{difference.mean:{form}} ±{half:{form.lstrip('+')}}"
 
 
-def markdown(measurements: Sequence[Measurement]) -> str:
+def markdown(measurements: Measurements) -> str:
     """The whole table in Markdown, with the verdict below it."""
-    found, told = columns(measurements), verdict(measurements)
-    below = f"\n{told}\n" if told else ""
-    return markdown_table([*found], lines(found)) + below
+    conclusion = verdict(measurements)
+    below = f"\n{conclusion}\n" if conclusion else ""
+    return markdown_table(*figures(measurements)) + below
 
 
-
-
-def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
-    """Write the plots and the table as one HTML file.
-
-    Args:
-        measurements: In the order of the methods.
-        title: The title of the page.
-        path: The file to write.
-    """
-    found, told = columns(measurements), verdict(measurements)
+def page(measurements: Measurements, title: str, path: Path) -> None:
+    """Write the plots and the table as one HTML file."""
+    (head, lines), conclusion = figures(measurements), verdict(measurements)
     content = rendered(
         "comparing/compare.html",
-        verdict=f"{told}." if told else "",
+        verdict=f"{conclusion}." if conclusion else "",
         plots=plots_of(measurements),
-        head=[*found],
-        lines=lines(found),
+        head=head,
+        lines=lines,
         rewards=measurements[0].reward is not None,
     )
     write_page(title, content, path)
+
+
+@dataclass(frozen=True)
+class Comparison(ShownInNotebooks):
+    """The figures of every method, setting and seed, the base's first."""
+
+    rows: tuple[Measurement, ...]
+    model: str
+    source: str
+
+    @property
+    def over_base(self) -> dict[str, Difference]:
+        """The difference to the base's reward or loss, paired by rows, by the name of the line."""
+        return over_base(self.rows)
+
+    @property
+    def verdict(self) -> str:
+        """The best method if rows and seeds distinguish it, else those that can't be told apart."""
+        return verdict(self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures under the keys of `lorafold compare --json`."""
+        gains = {method: asdict(one) for method, one in self.over_base.items()}
+        rows = [asdict(one) for one in self.rows]
+        for row in rows:
+            del row["row_losses"]  # one for each held-out row; OUT/rows.json has them
+        return {"rows": rows, "over_base": gains, "verdict": self.verdict}
+
+    def __str__(self) -> str:
+        return markdown(self.rows)

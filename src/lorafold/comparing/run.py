@@ -1,23 +1,17 @@
-"""The comparison: every variant and seed is measured, one after the other.
-
-The figures of each are written to `<out>/rows/` as soon as they are measured, under the method, the
-seed and a digest of everything that they depend on. A file that is there is not measured again, so
-the same call continues a comparison that was stopped, and several calls share the work.
+"""The comparison: every variant and seed is a cell, measured one after the other and stored in
+`<out>/rows/` under the method, the seed and a digest of everything that it depends on. So the same
+call continues a comparison that was stopped, and several calls share the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter
 
 from lorafold.comparing.measure import (
     BASE,
@@ -30,7 +24,7 @@ from lorafold.comparing.measure import (
 from lorafold.data.row_store import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
-from lorafold.files.claims import cached_figures, digest_of, report_other_claims, silent
+from lorafold.files.claims import digest_of, measured, report_other_claims, silent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
@@ -40,7 +34,7 @@ from lorafold.runtime.workers import end_with_parent
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
-    """The same names. Raises LorafoldError if one is not a method's."""
+    """The same names."""
     if unknown := [name for name in names if name not in METHODS]:
         raise LorafoldError(
             f"unknown method {listed(unknown)}; expected one of {', '.join(METHODS)}"
@@ -56,12 +50,7 @@ def methods_for(objective: str) -> list[str]:
 
 
 def unfit(recipe: Recipe, method: str) -> str | None:
-    """Why a method can't be trained on the recipe's objective, or None.
-
-    Args:
-        recipe: Names the objective and what it takes.
-        method: The name of the method.
-    """
+    """Why a method can't be trained on the recipe's objective, or None."""
     if not OBJECTIVES[recipe.objective].draws:
         return None
     spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
@@ -80,22 +69,7 @@ def compare(
     tell: Callable[[Measurement, int, int], None],
     say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
-    """Measure every variant with every seed, in this order.
-
-    Args:
-        task: Model, data and recipe.
-        asked: The methods, and the settings in which they vary.
-        out: The directory of the figures.
-        tell: Called as tell(measurement, done, total) after each.
-        say: Is told for which other workers this one waits.
-
-    The base is measured before them; with every seed, where completions are drawn of it or it gets
-    a head, and else once.
-
-    Raises LorafoldError before anything is trained for an unknown method, for one that can't be
-    trained on the objective, for options that none of the methods has, and for new tokens, which
-    the base can't be measured on.
-    """
+    """Measure every variant with every seed; the base first, with each seed where that matters."""
     if task.recipe.new_tokens:
         raise LorafoldError(
             f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none: the"
@@ -120,51 +94,29 @@ def compare(
     plan = [(Variant(BASE), seed) for seed in before]
     plan += [(one, seed) for one in asked for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    measures: dict[Path, Callable[[], dict[str, Any]]] = {}
-    settings: dict[Path, Mapping[str, Any]] = {}
-    stored = TypeAdapter(Measurement)
-    for one, seed in plan:
-        own = replace(task, recipe=one.of(task.recipe))
-        file = out / "rows" / f"{one.method}-{seed}-{key(own, one.method)}.json"
-        measures[file] = partial(measured_anew, own, one.method, seed)
-        settings[file] = one.settings
-    report_other_claims(measures, say)
-    done = count(1)
+    cells = {}
+    settings = {}
+    for variant, seed in plan:
+        cell = replace(task, recipe=variant.of(task.recipe))
+        file = out / "rows" / f"{variant.method}-{seed}-{key(cell, variant.method)}.json"
+        cells[file] = partial(in_own_process, cell, variant.method, seed)
+        settings[file] = variant.settings
+    report_other_claims(cells, say)
+    rows = {}
 
-    def named(file: Path, found: dict[str, Any]) -> Measurement:
-        """With its settings, which the file has not: they may be the recipe's of another call."""
-        return replace(stored.validate_python(found), settings=settings[file])
+    def there(file: Path, row: Measurement) -> None:
+        # the file has no settings: they may be the recipe's of another call
+        rows[file] = replace(row, settings=settings[file])
+        tell(rows[file], len(rows), len(cells))
 
-    def there(file: Path, found: dict[str, Any]) -> None:
-        tell(named(file, found), next(done), len(measures))
-
-    figures = cached_figures(measures, there, say)
-    measurements = [named(file, one) for file, one in zip(measures, figures, strict=True)]
-    write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
+    measured(Measurement, cells, there, say)
+    measurements = [rows[file] for file in cells]
+    write_json(out / "rows.json", {"rows": [asdict(row) for row in measurements]})
     return measurements
 
 
-def measured_anew(task: ComparisonTask, method: str, seed: int) -> dict[str, Any]:
-    """The figures of one method, as a file has them.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method, or BASE.
-        seed: The seed of the run.
-    """
-    return asdict(in_own_process(task, method, seed))
-
-
 def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """`measure` in a new process, so that the peak of memory is that of one method.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method.
-        seed: The seed of the run.
-
-    Raises LorafoldError where that process ends before it is done.
-    """
+    """`measure` in a new process, so that the peak of memory is that of one method."""
     try:
         spawned = get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawned, initializer=end_with_parent) as pool:
@@ -178,19 +130,12 @@ def in_own_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 
 def key(task: ComparisonTask, method: str) -> str:
-    """A digest, of twelve letters, of everything that the figures depend on: the model, the rows,
-    the recipe with the defaults of the method, the files of rewards, the device, the storage and
-    the code.
-
-    Args:
-        task: Model, data and recipe.
-        method: The name of the method.
-    """
+    """A digest of everything that the figures depend on: model, rows, recipe, rewards, code."""
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
     base = task.base.stored(settled_base(recipe, spec, task.base.source))
-    found = base.cache_key(recipe.chat_template, "comparing", "merging")
+    environment = base.cache_key(recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
-    asked = recipe.model_dump(mode="json", exclude={"seed"})
-    own = [repr(spec), spec.lr, spec.lr_b, task.day, task.identity]
-    return digest_of([found, *rows, asked, *own])
+    settings = recipe.model_dump(mode="json", exclude={"seed"})
+    rest = [repr(spec), spec.lr, spec.lr_b, task.day, task.identity]
+    return digest_of([environment, *rows, settings, *rest])

@@ -1,10 +1,5 @@
-"""Interference, measured: each task is evaluated with the base, with each adapter alone, and with
-each composition.
-
-    task x (base, adapters, compositions)       loss in nats a token and, for rows with references,
-                                                exact match: `lorafold.evaluation`
-
-Figures of two updates, at each site and over all:
+"""Interference of adapters: each task evaluated with the base, each adapter and each composition,
+and how the updates of every two adapters relate, at each site and over all:
 
     cosine            <dW_a, dW_b> / (|dW_a| |dW_b|)
     shared output     |U_a^T U_b|^2 / min(r_a, r_b), U an orthonormal basis of the columns of B (phi
@@ -13,12 +8,12 @@ Figures of two updates, at each site and over all:
     sign conflict     the share of entries among the largest fifth of both with different signs
                       (Yadav et al. 2023, arXiv 2306.01708, sec. 3); 1/2 at random
 
-Means over sites are weighted by |dW_a| |dW_b|. Adapters trained from one seed start with the same
-A, so they share input directions without interfering.
+Means over sites are weighted by |dW_a| |dW_b|.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -33,15 +28,14 @@ from lorafold.composing.request import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
+from lorafold.files.terminal import text_table
 
 LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """How two updates relate, at one site or over all. `norms` are |dW_a| and |dW_b|; `chance_*` is
-    what random subspaces of the same ranks share.
-    """
+    """How two updates relate, at one site or over all; `chance_*` is of random subspaces."""
 
     cosine: float
     shared_output: float | None
@@ -85,19 +79,16 @@ class Pair:
 
 
 def meetings(updates: Updates, console: Console) -> list[Pair]:
-    """Every pair of adapters. The dense updates of one matrix at a time are in memory, or those of
-    a site where they have no factors.
-    """
-    found: dict[tuple[int, int], dict[str, Meeting]] = {
-        pair: {} for pair in combinations(range(len(updates.names)), 2)
-    }
+    """Every pair of adapters, with one matrix's dense updates in memory at a time."""
+    met = defaultdict[tuple[int, int], dict[str, Meeting]](dict)
     for site in updates.watched("geometry", console):
         for name, changes in site.changes():
             for pair, meeting in meet(changes).items():
-                found[pair][name] = meeting
+                met[pair][name] = meeting
+    names = updates.names
     return [
-        Pair(updates.names[i], updates.names[j], overall(list(sites.values())), sites)
-        for (i, j), sites in found.items()
+        Pair(names[i], names[j], overall(list(met[i, j].values())), met[i, j])
+        for i, j in combinations(range(len(names)), 2)
     ]
 
 
@@ -109,15 +100,15 @@ def meet(changes: Mapping[int, Change]) -> dict[tuple[int, int], Meeting]:
         i: trim(dense(change), LARGEST, torch.default_generator).sign().to(torch.int8)
         for i, change in changes.items()
     }
-    found = {}
+    meetings_ = {}
     for i, j in combinations(changes, 2):
         a, b, norm = changes[i], changes[j], norms[i] * norms[j]
         both = largest[i] * largest[j]
         conflict = int((both < 0).sum()) / max(1, int((both != 0).sum()))
-        found[i, j] = Meeting(
+        meetings_[i, j] = Meeting(
             inner(a, b) / norm if norm else 0.0, *subspaces(a, b), conflict, (norms[i], norms[j])
         )
-    return found
+    return meetings_
 
 
 def subspaces(
@@ -146,7 +137,9 @@ def overall(sites: Sequence[Meeting]) -> Meeting | None:
     """The figures over all sites, or None without sites."""
     if not sites:
         return None
-    norms = (sum(m.norms[0] ** 2 for m in sites) ** 0.5, sum(m.norms[1] ** 2 for m in sites) ** 0.5)
+    squares = ([norm**2 for norm in of] for of in zip(*(m.norms for m in sites), strict=True))
+    first, second = (sum(of) ** 0.5 for of in squares)
+    norms = (first, second)
 
     def mean(name: str) -> float | None:
         known = [(value, m.weight) for m in sites if (value := getattr(m, name)) is not None]
@@ -154,20 +147,14 @@ def overall(sites: Sequence[Meeting]) -> Meeting | None:
         return sum(value * weight for value, weight in known) / total if total else None
 
     cosine = sum(m.cosine * m.weight for m in sites) / ((norms[0] * norms[1]) or 1)
-    shared = {f"{what}_{side}" for what in ("shared", "chance") for side in ("output", "input")}
-    return Meeting(
-        cosine=cosine,
-        sign_conflict=mean("sign_conflict") or 0.0,
-        norms=norms,
-        **{name: mean(name) for name in shared},
-    )
+    shared = ("shared_output", "shared_input", "chance_output", "chance_input")
+    conflict = mean("sign_conflict") or 0.0
+    return Meeting(cosine, **{n: mean(n) for n in shared}, sign_conflict=conflict, norms=norms)
 
 
 @dataclass(frozen=True)
 class Interference:
-    """Evaluations by task, then by the name of what was active; and how the updates of every two
-    adapters relate.
-    """
+    """Evaluations by task and by what was active, and the relation of every two adapters."""
 
     tasks: dict[str, dict[str, Evaluation]]
     pairs: list[Pair]
@@ -187,48 +174,32 @@ class Interference:
             exact = "" if found.exact_match is None else f", exact {found.exact_match:.1%}"
             return f"loss {found.loss:.4f}{exact}"
 
-        names = list(next(iter(self.tasks.values())))
-        cells = [
-            ["", *self.tasks],
-            *([name, *(cell(task[name]) for task in self.tasks.values())] for name in names),
-        ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        table = [
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        ]
-        return "\n".join([*table, *map(str, self.pairs)])
+        names = next(iter(self.tasks.values()))
+        lines = [[name, *(cell(task[name]) for task in self.tasks.values())] for name in names]
+        return text_table(["", *self.tasks], lines) + "\n".join(map(str, self.pairs))
 
 
 def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
-    """Evaluate the base, the adapters and the compositions on every task of the request.
-
-    Raises LorafoldError as `evaluate`.
-    """
+    """Evaluate the base, the adapters and the compositions on every task of the request."""
     model, tokenizer = job.opened()
     active: dict[str, Sequence[str]] = {"base": ()}
-    for number, name in enumerate(job.updates.names, 1):
-        first = 1 if job.updates.adapters[number - 1].over else number  # all below it are needed
-        active[name if name != "base" else "base (adapter)"] = tuple(
-            f"adapter{n}" for n in range(first, number + 1)
-        )
+    both = zip(job.updates.names, job.updates.adapters, strict=True)
+    for number, (name, adapter) in enumerate(both, 1):
+        first = 1 if adapter.over else number  # all below it are needed
+        own = [f"adapter{n}" for n in range(first, number + 1)]
+        active[name if name != "base" else "base (adapter)"] = own
     for way, made in composed.items():
         # the fingerprints of the adapters were checked when they were read
         load(model, made.out, f"composed-{way}", allow_other_base=True)
         active[way if way not in active else f"{way} (composed)"] = (f"composed-{way}",)
-    watched = job.console if job.console.is_terminal else None
-    tasks: dict[str, dict[str, Evaluation]] = {}
-    for task, rows in job.request.tasks.items():
-        tasks[task] = {}
+    console, request = job.console, job.request
+    watched = console if console.is_terminal else None
+    length = request.recipe.max_length
+    settings = EvaluationSettings(completions=request.completions)
+    tasks = defaultdict[str, dict[str, Evaluation]](dict)
+    for task, rows in request.tasks.items():
         for name, chosen in active.items():
-            job.console.print(f"{task}: {name}", highlight=False, markup=False)
+            console.print(f"{task}: {name}", highlight=False, markup=False)
             with only(model, *chosen):
-                tasks[task][name] = evaluate(
-                    model,
-                    tokenizer,
-                    rows,
-                    job.request.recipe.max_length,
-                    EvaluationSettings(completions=job.request.completions),
-                    watched,
-                )
-    return Interference(tasks, meetings(job.updates, job.console))
+                tasks[task][name] = evaluate(model, tokenizer, rows, length, settings, watched)
+    return Interference(dict(tasks), meetings(job.updates, console))

@@ -1,23 +1,16 @@
-"""A composition written as one LoRA in PEFT's format, in which each site has a rank of its own.
+"""The ways of composing adapters. Each site of the result has a rank of its own.
 
     error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where no rank was cut
 
-A mixture of adapters: their frozen factors, weighted by gates that a training run learns.
+mixture: frozen factors, weighted by gates that a training run learns (`methods.parts.mixture`).
 
-The factors are written as one adapter whose gates are all 1/n, and the run starts from it. So a
-mixture is trained, saved, evaluated and merged like any other adapter.
-`lorafold.methods.parts.mixture` has the equations and papers.
-
-LoRAHub: the weights of a sum of updates, found by a search without gradients on a few examples.
+lorahub: the weights of a sum of updates, found without gradients on a few examples.
 
     min over w in [-1.5, 1.5]^n of  mean over tasks of loss(W + sum_i w_i dW_i) + l1 mean_i |w_i|
-    by CMA-ES, from 1/n
+    by CMA-ES (pycma; Hansen 2016, arXiv 1604.00772), from 1/n
 
-Huang et al. 2023, arXiv 2307.13269, sec. 3.2-3.3, with its bounds, its l1 = 0.05 and its 40
-evaluations. The paper sums the factors separately, (sum w_i B_i) (sum w_i A_i), which needs equal
-ranks and adds products B_i A_j of different adapters; here the updates are summed. The optimizer is
-pycma (Hansen 2016, arXiv 1604.00772). The search needs forward passes only, so the base may be
-quantized.
+Huang et al. 2023, arXiv 2307.13269, sec. 3.2-3.3. The paper sums the factors, (sum w_i B_i) (sum
+w_i A_i), which adds products B_i A_j of different adapters; here the updates are summed.
 """
 
 from __future__ import annotations
@@ -32,17 +25,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
 
 from lorafold.adapter import attach, load
 from lorafold.composing.request import Composed, Job
-from lorafold.composing.updates import RULES, ComposeWay, Factors, cut, inner, rank_of
+from lorafold.composing.updates import RULES, cut, inner, rank_of
 from lorafold.core.attach import only
 from lorafold.core.targets import Matches
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
-from lorafold.inspecting.updates import lora_of
+from lorafold.inspecting.updates import Factors, lora_of
 from lorafold.methods.parts.mixture import Gating, Mixture
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
@@ -50,40 +42,23 @@ from lorafold.training import run
 from lorafold.training_step.losses import CompletionLoss
 
 
-def arithmetic(rule: str, job: Job, out: Path) -> Composed:
-    """Compose by a rule with its own weights, unless the request has some, and write the adapter.
-
-    Args:
-        rule: A name in RULES.
-        job: The adapters, and the request.
-        out: The directory to write.
-
-    Raises LorafoldError where a rank is needed that an update does not have.
-    """
-    by, n = RULES[rule], len(job.updates.adapters)
-    return apply(by, rule, job.request.weights or (1 / n if by.mean else 1.0,) * n, job, out)
-
-
-def apply(by: ComposeWay, way: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
-    """Apply a rule at every site and write the adapter.
-
-    Args:
-        way: The name of the way of composing, for the record.
-        weights: One for each adapter.
-        job: The adapters, and the request for rank, density and seed.
-        out: The directory to write.
-    """
-    request, density = job.request, by.share(job.request.density)
-    factors: dict[str, Factors] = {}
+def arithmetic(
+    rule: str, job: Job, out: Path, name: str = "", weights: tuple[float, ...] = ()
+) -> Composed:
+    """Apply a rule at every site and write the adapter, perhaps under another name."""
+    by, request, n = RULES[rule], job.request, len(job.updates.adapters)
+    way, density = name or rule, by.share(request.density)
+    weights = weights or request.weights or (1 / n if by.mean else 1.0,) * n
+    factors = {}
     lost = total = 0.0
     for site in job.updates.watched(way, job.console):
-        found = []
+        parts = []
         rank = request.rank or by.rank([rank_of(update, site.path) for _, update in site.there])
         for change in by.at(site, weights, density, request.seed):
             up, down, error = cut(change, rank)
-            found.append((up, down))
+            parts.append((up, down))
             lost, total = lost + error, total + inner(change, change)
-        factors[site.path] = site.joined(found)
+        factors[site.path] = site.stacked(parts)
     error = (lost / total) ** 0.5 if total else 0.0
     about = {
         "how": way,
@@ -100,26 +75,17 @@ RECIPE = Recipe(steps=50)  # there are few gates to learn
 
 
 def mixture(job: Job, out: Path) -> Composed:
-    """Train the gates on all rows to learn from and write the mixture.
-
-    Raises LorafoldError as `train`, and Interrupted with nothing written.
-    """
+    """Train the gates on all rows to learn from and write the mixture."""
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
     base = request.base.stored_as_trained(request.adapters)
     recipe = request.recipe.model_copy(update={"storage": base.storage, "seed": request.seed})
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"
         error = write_mixture(job, start, request.gates)
-        asked = run.RunRequest(
-            base,
-            trained,
-            recipe,
-            rows,
-            ", ".join(job.examples),
-            init_adapter=start,
-        )
+        source = ", ".join(job.examples)
+        training = run.RunRequest(base, trained, recipe, rows, source, init_adapter=start)
         try:
-            run.train(asked, job.console)
+            run.train(training, job.console)
         except Interrupted as stop:
             raise Interrupted(
                 "stopped during the training of the gates; nothing was written", stop.code
@@ -139,33 +105,24 @@ def mixture(job: Job, out: Path) -> Composed:
 
 
 def write_mixture(job: Job, out: Path, gates: Gating) -> float:
-    """Write the mixture with which training starts. Returns the share of the norm of the updates
-    that was lost when they were cut to the request's rank.
-
-    Args:
-        job: The adapters.
-        out: The directory to write.
-        gates: What the gates depend on: global, layer or token.
-    """
+    """Write the mixture that training starts from; returns the share that cutting lost."""
     updates = job.updates
     sites = {site.path: site for site in updates.sites}
     targets = Matches({path: (path,) for path in sites})
     adapter = attach(updates.model, Mixture(updates.names, gates), targets, "mixture")
     lost = total = 0.0
     for path, delta in adapter.own_deltas.items():
-        site, found, owners = sites[path], list[tuple[Tensor, Tensor]](), list[Tensor]()
+        site, factors = sites[path], list[Factors]()
         ranks = {i: job.request.rank or rank_of(update, path) for i, update in site.there}
         for _, changes in site.changes():
-            parts: list[tuple[Tensor, Tensor]] = []
-            for i, change in changes.items():
-                up, down, error = cut(change, ranks[i])
-                lost, total = lost + error, total + inner(change, change)
-                parts.append((up, down))
-            ups, downs = zip(*parts, strict=True)
-            owners = [torch.full((len(d),), i) for i, d in zip(changes, downs, strict=True)]
-            found.append((torch.cat(ups, 1), torch.cat(downs, 0)))
-        delta.up, delta.down = site.joined(found)
-        delta.owner = torch.cat(owners)
+            cuts = [cut(change, ranks[i]) for i, change in changes.items()]
+            ups, downs, errors = zip(*cuts, strict=True)
+            lost = sum(errors, lost)
+            total = sum((inner(change, change) for change in changes.values()), total)
+            factors.append((torch.cat(ups, 1), torch.cat(downs, 0)))
+        delta.up, delta.down = site.stacked(factors)
+        ends = zip(ranks, downs, strict=True)  # the same for each matrix of a site
+        delta.owner = torch.cat([torch.full((len(down),), i) for i, down in ends])
     job.save(adapter, out, {"how": "mixture", "gates": gates})
     return (lost / total) ** 0.5 if total else 0.0
 
@@ -175,15 +132,12 @@ SHOTS = 16  # rows of each task that the search measures on
 
 
 def lorahub(job: Job, out: Path) -> Composed:
-    """Write the sum of the updates under the best weights. Raises LorafoldError as `search`."""
-    return apply(RULES["linear"], "lorahub", search(job), job, out)
+    """Write the sum of the updates under the best weights."""
+    return arithmetic("linear", job, out, "lorahub", search(job))
 
 
 def search(job: Job) -> tuple[float, ...]:
-    """The best weights found; their cost is at most that of 1/n each.
-
-    Raises LorafoldError without rows to learn from and for rows that can't be encoded.
-    """
+    """The best weights found; their cost is at most that of 1/n each."""
     model, tokenizer = job.opened()
     tasks = [
         encode(rows[:SHOTS], tokenizer, job.request.recipe.max_length).examples
@@ -203,21 +157,19 @@ def search(job: Job) -> tuple[float, ...]:
             map(abs, weights)
         )
 
-    total = job.request.evaluations
+    total, console = job.request.evaluations, job.console
+    quiet = not console.is_terminal
 
     def tried(done: int, least: float) -> None:
-        bars.update(bar, completed=done, description=f"lorahub, lowest cost {least:.4f}")
-        if not job.console.is_terminal and done % 10 == 0:
-            job.console.print(
-                f"lorahub {done}/{total}: lowest cost {least:.4f}", highlight=False, markup=False
-            )
+        cost = f"lowest cost {least:.4f}"
+        bars.update(bar, completed=done, description=f"lorahub, {cost}")
+        if quiet and done % 10 == 0:
+            console.print(f"lorahub {done}/{total}: {cost}", highlight=False, markup=False)
 
     try:
         with (
             only(model, "search"),
-            Progress(
-                console=job.console, transient=True, disable=not job.console.is_terminal
-            ) as bars,
+            Progress(console=console, transient=True, disable=quiet) as bars,
         ):
             bar = bars.add_task("lorahub", total=total)
             return minimized(cost, len(gates), total, job.request.seed, tried)
@@ -232,15 +184,7 @@ def minimized(
     seed: int,
     tried: Callable[[int, float], None],
 ) -> tuple[float, ...]:
-    """The weights of the lowest cost that CMA-ES finds, starting from 1/n each.
-
-    Args:
-        cost: The function to minimize, of n weights.
-        n: The number of weights.
-        evaluations: How often `cost` is called, rounded up to whole generations.
-        seed: The seed of the search.
-        tried: Called after each evaluation, with their number and the lowest cost so far.
-    """
+    """The weights of the lowest cost that CMA-ES finds, starting from 1/n each."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cma warns about missing plots and about one dimension
         import cma

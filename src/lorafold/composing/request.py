@@ -32,11 +32,8 @@ Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 @dataclass(frozen=True)
 class ComposeRequest:
-    """Which adapters become one, in which ways, and the directory to write.
-
-    Each way has its own defaults for weights, density and rank. `tasks` has the rows of each task
-    to measure on, by name, and `examples` the rows that lorahub and mixture learn from. `recipe`
-    and `gates` are for mixture; `evaluations` is how many weights lorahub may try.
+    """Which adapters become one, in which ways, and the directory. `tasks` are rows to measure on
+    and `examples` rows that lorahub and mixture learn from; `recipe` and `gates` are for mixture.
     """
 
     base: Base
@@ -58,11 +55,7 @@ class ComposeRequest:
 
 @dataclass(frozen=True)
 class Composed:
-    """One adapter made from several.
-
-    `weights` is None where gates depend on the input or the layer; `truncation_error` is a share of
-    the norm of the update.
-    """
+    """An adapter made from several; `weights` is None for gates by input or layer."""
 
     weights: tuple[float, ...] | None
     truncation_error: float
@@ -71,9 +64,7 @@ class Composed:
 
 @dataclass(frozen=True)
 class Job:
-    """A request with the updates of its adapters. `opened()` loads the model, with the adapters
-    attached as adapter1, adapter2 ..., when it is first needed.
-    """
+    """A request with its updates; `opened()` loads the model with adapter1, adapter2 ..."""
 
     request: ComposeRequest
     updates: Updates
@@ -82,7 +73,7 @@ class Job:
 
     @property
     def examples(self) -> Mapping[str, Sequence[Row]]:
-        """The rows to learn from, by task. Raises LorafoldError if there are none."""
+        """The rows to learn from, by task."""
         if not self.request.examples:
             raise LorafoldError(
                 "lorahub and mixture learn from rows, found none; give --examples, or --data, of"
@@ -91,14 +82,12 @@ class Job:
         return self.request.examples
 
     def _origin(self, how: str) -> dict[str, Any]:
-        """What the record says of adapters that were loaded on another base than theirs: if all
-        were trained on one, a sum of their updates is for that base too.
-        """
-        told = [one.other_base for one in self.updates.adapters if one.other_base]
+        """The record's base, if the adapters were loaded on another one than theirs."""
+        notes = [one.other_base for one in self.updates.adapters if one.other_base]
         prints = [one.own_base.fingerprint for one in self.request.adapters]
-        alike = bool(told) and all(one == prints[0] for one in prints)
-        own = {BASE: prints[0]} if alike and how in RULES else {}
-        return {OTHER_BASE: "; ".join(told), BASE_IDENTITY: "", **own} if told else {}
+        alike = bool(notes) and all(one == prints[0] for one in prints)
+        base = {BASE: prints[0]} if alike and how in RULES else {}
+        return {OTHER_BASE: "; ".join(notes), BASE_IDENTITY: "", **base} if notes else {}
 
     def save(
         self,
@@ -107,25 +96,13 @@ class Job:
         about: Mapping[str, Any],
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an adapter that is attached to the mapped model, and detach it. It contains the
-        adapters that it was made from, so it lies over none of them.
-
-        Args:
-            adapter: The composition.
-            out: The directory to write.
-            about: How it was composed, for the record and the card.
-            record: Further fields of the record, which also names the adapters and the storage of
-                their base.
-
-        Raises LorafoldError where the adapters were trained on different storages of the base and
-        the request does not choose one.
-        """
-        request, asked = self.request, self.request.base.storage
+        """Write and detach an adapter, which contains those it was made from."""
+        request, storage = self.request, self.request.base.storage
         adapters = request.adapters
-        made_on = trained_on(adapters) if asked == "auto" else TrainedOn(asked)
-        own = any(one.own_tokenizer for one in adapters)
-        tokenizer = request.base.tokenizer(adapters) if own else None
-        trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
+        made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
+        has_tokenizer = any(one.own_tokenizer for one in adapters)
+        tokenizer = request.base.tokenizer(adapters) if has_tokenizer else None
+        trained = {TRAINED_ON: made_on and made_on.as_json()}
         trained |= self._origin(about["how"])
         adapter.over = ()
         adapter.save(

@@ -1,7 +1,4 @@
-"""`lf.compose`, from adapter directories to adapter directories, with the table of its ways.
-
-    read -> compose, one way after the other -> measure      several ways write to <out>/<way>
-"""
+"""`lf.compose`: adapters are read, composed in one way after the other, and measured."""
 
 from __future__ import annotations
 
@@ -46,10 +43,10 @@ class Composition(ShownInNotebooks):
         """Every way under `compositions`; if there is only one, its keys are at the top too."""
         made = {way: asdict(one) for way, one in self.composed.items()}
         top = next(iter(made.values())) if len(made) == 1 else {"out": self.out}
-        found = {**top, "adapters": list(self.adapters), "compositions": made}
+        content = {**top, "adapters": list(self.adapters), "compositions": made}
         if self.interference is not None:
-            found["interference"] = self.interference.as_json()
-        return found
+            content["interference"] = self.interference.as_json()
+        return content
 
     def __str__(self) -> str:
         lines = []
@@ -69,19 +66,11 @@ class Composition(ShownInNotebooks):
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
     """Compose the adapters in every way of the request and, if it has tasks, measure the results.
-
-    Args:
-        request: What to compose, and where to write it.
-        opened: Loads the base with the adapters attached as adapter1, adapter2 ..., if needed.
-        console: For progress and notices.
-
-    Raises LorafoldError, with nothing written, for a way, weight, adapter, row or `out` that can't
-    be used.
     """
     check(request)
     check_out(request.out, request.overwrite)
     check_not_replaced(request.out, [one.path for one in request.adapters])
-    request = set_apart(request)
+    request = with_examples(request)
     check_language_model(request.base, request.adapters)
     job = Job(request, read(request.base, request.adapters), cache(opened), console)
     if len(request.ways) == 1:
@@ -95,14 +84,7 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
 
 
 def make(way: str, job: Job, out: Path) -> Composed:
-    """Compose in one way. Its random numbers follow from the request's seed, whatever was drawn
-    before (the SVD by subspace iteration draws some); torch's global state is left as it was.
-
-    Args:
-        way: A name in COMPOSITIONS.
-        job: The adapters, and the request.
-        out: The directory to write.
-    """
+    """Compose in one way, seeded by the request alone; torch's global state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
         return COMPOSITIONS[way](job, out)
@@ -121,12 +103,12 @@ def check(request: ComposeRequest) -> None:
         if request.ways.count(way) > 1
     ]
     problems += ["--adapter: found none, expected at least one"] * (not request.adapters)
-    given, n = len(request.weights), len(request.adapters)
-    if given and given != n:
+    weights, n = len(request.weights), len(request.adapters)
+    if weights and weights != n:
         problems.append(
-            f"--weight: found {given}, expected one for each of the {n} adapters, in their order"
+            f"--weight: found {weights}, expected one for each of the {n} adapters, in their order"
         )
-    if given and (learned := [way for way in request.ways if way in LEARNED]):
+    if weights and (learned := [way for way in request.ways if way in LEARNED]):
         problems.append(f"--weight: {' and '.join(learned)} learns the weights; leave it out")
     if request.density is not None and not 0 < request.density <= 1:
         problems.append(
@@ -136,10 +118,8 @@ def check(request: ComposeRequest) -> None:
         raise LorafoldError("; ".join(problems))
 
 
-def set_apart(request: ComposeRequest) -> ComposeRequest:
-    """The request with rows for the ways that learn: its own, or half of each task's rows. In that
-    case the other half is measured on.
-    """
+def with_examples(request: ComposeRequest) -> ComposeRequest:
+    """The request with rows to learn from: its own, or half of each task's rows."""
     if request.examples or not request.tasks or not set(request.ways) & set(LEARNED):
         return request
     halves = {task: split(rows, 0.5, request.seed) for task, rows in request.tasks.items()}

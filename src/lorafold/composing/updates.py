@@ -1,41 +1,26 @@
-"""The updates of several adapters by site, read on a base whose weights stay in their files.
+"""The updates of several adapters by site, and the arithmetic that makes them one.
 
-    dW_i (out, in)      the update of adapter i at a site: as factors B_i (out, r_i), A_i (r_i, in)
-                        where it has them, of any method, rank and targets
-
-A site of experts has one such update for each matrix, and each is composed on its own.
-
-The arithmetic at one site: which entries of each update stay, and how the updates become one.
-
+    dW_i (out, in)  the update of adapter i at a site, or at one matrix of experts: factors
+                    B_i (out, r_i), A_i (r_i, in) if it has them
     sum             sum_i w_i dW_i; of factors [w_1 B_1, w_2 B_2 ...] [A_1; A_2 ...], which is exact
     disjoint mean   for each entry, the mean of those w_i dW_i that have the elected sign,
                     sign(sum_i w_i dW_i)                                              (TIES)
-
-    trim            keep the share `density` of the entries, the largest; set the others to 0
+    trim            the largest share `density` of the entries; the others are 0
                     (TIES, magnitude pruning)
-    drop            keep each entry with probability `density` and divide it by `density`; set the
-                    others to 0                                                       (DARE)
+    drop            each entry with probability `density`, divided by it; the others are 0   (DARE)
+
+    way               entries          joined by        weights    rank
+    linear            all              sum              1/n        sum of the adapters', exact
+    task-arithmetic   all              sum              1          sum of the adapters', exact
+    svd               all              sum              1/n        the largest of the adapters'
+    ties              largest fifth    disjoint mean    1          sum of the adapters'
+    dare              random half      sum              1/n        sum of the adapters'
+    dare-ties         random half      disjoint mean    1          sum of the adapters'
+    magnitude         largest fifth    sum              1/n        sum of the adapters'
 
 Task arithmetic: Ilharco et al. 2023, arXiv 2212.04089; TIES: Yadav et al. 2023, arXiv 2306.01708,
-sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. Unlike TIES' paper, which ranks the entries
-of the whole model, `trim` ranks those of one matrix, so that only one dense update is in memory.
-The signs are elected after the updates are weighted, so a negative weight reverses its adapter's
-vote; where the sum is 0 no sign is elected, so A and -A cancel under TIES too.
-
-The ways of composing that are arithmetic, in one table with their defaults.
-
-    way               entries kept         joined by        weights    rank
-    linear            all                  sum              1/n        sum of the adapters', exact
-    task-arithmetic   all                  sum              1          sum of the adapters', exact
-    svd               all                  sum              1/n        the largest of the adapters'
-    ties              largest fifth        disjoint mean    1          sum of the adapters'
-    dare              random half          sum              1/n        sum of the adapters'
-    dare-ties         random half          disjoint mean    1          sum of the adapters'
-    magnitude         largest fifth        sum              1/n        sum of the adapters'
-
-n is the number of adapters; a negative weight of task arithmetic removes a task. `arithmetic` has
-the equations and papers. A fifth is the default of TIES' paper; the other papers choose the share
-for each task.
+sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. TIES' paper ranks the entries of the whole
+model; `trim` ranks those of one matrix, so that one dense update is in memory.
 """
 
 from __future__ import annotations
@@ -57,7 +42,7 @@ from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError, as_one
-from lorafold.inspecting.updates import Factors, joined, matrix_names, unstacked
+from lorafold.inspecting.updates import Factors, matrix_names, stacked, unstacked
 from lorafold.layers import layer_of
 from lorafold.ops.svd import best_of_rank, svd_of_product
 from lorafold.peft.saved import Saved
@@ -68,9 +53,7 @@ Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 @dataclass(frozen=True)
 class ModuleUpdates:
-    """One adapted module, or the matrices of experts, with the update of each adapter, None where
-    an adapter has none there. `names` are those of its matrices.
-    """
+    """A module with the update of each adapter, or None, and the names of its matrices."""
 
     path: str
     names: tuple[str, ...]
@@ -88,9 +71,9 @@ class ModuleUpdates:
         for name, own in zip(self.names, every, strict=True):
             yield name, dict(zip(numbers, own, strict=True))
 
-    def joined(self, found: Sequence[Factors]) -> Factors:
+    def stacked(self, factors: Sequence[Factors]) -> Factors:
         """The factors of all its matrices, as a delta has them."""
-        return joined(found, () if self.names == (self.path,) else (len(found),))
+        return stacked(factors, () if self.names == (self.path,) else (len(factors),))
 
 
 @dataclass(frozen=True)
@@ -108,9 +91,9 @@ class Updates:
         modules = Anatomy.of(self.model).modules
         paths = [path for path, _ in modules if any(path in own for own in by_adapter)]
         numbers = {path: layer_of(module_at(self.model, path)).matrices for path in paths}
-        updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
+        updates: dict[str, Any] = {path: tuple(o.get(path) for o in by_adapter) for path in paths}
         return tuple(
-            ModuleUpdates(path, tuple(matrix_names(path, numbers[path])), tuple(updates[path]))
+            ModuleUpdates(path, tuple(matrix_names(path, numbers[path])), updates[path])
             for path in paths
         )
 
@@ -121,11 +104,7 @@ class Updates:
 
 
 def read(base: Base, adapters: Sequence[Saved]) -> Updates:
-    """Attach saved adapters to their base, whose weights stay in their files.
-
-    Raises LorafoldError with every adapter that does not fit, is of another base, or has a change
-    that is not added to a weight (a magnitude, a bias, a whole module, virtual tokens).
-    """
+    """Attach saved adapters to their base, whose weights stay in their files."""
     model, allowed = base.mapped().model, base.allow_other_base
     attached, problems = [], []
     for number, saved in enumerate(adapters, 1):
@@ -134,15 +113,11 @@ def read(base: Base, adapters: Sequence[Saved]) -> Updates:
         except LorafoldError as e:
             problems.append(str(e))
             continue
-        strange = {
-            type(part).__name__: at
-            for at, part in attached[-1].parts()
-            if not isinstance(part, Additive)
-        }
-        if strange:
-            found = ", ".join(
-                f"{kind} (at {at or 'the whole model'})" for kind, at in strange.items()
-            )
+        parts = attached[-1].parts()
+        other = {type(part).__name__: at for at, part in parts if not isinstance(part, Additive)}
+        if other:
+            named = (f"{kind} (at {at or 'the whole model'})" for kind, at in other.items())
+            found = ", ".join(named)
             problems.append(
                 f"{saved}: found {found}, expected updates that are added to a weight; this adapter"
                 " can't be composed with others"
@@ -153,9 +128,7 @@ def read(base: Base, adapters: Sequence[Saved]) -> Updates:
 
 
 def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
-    """A name for each path: its last part, or the whole path where two have the same last part,
-    with a number where an adapter is given twice.
-    """
+    """A name for each path: its last part, the whole path, or with a number, to be unique."""
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
     return tuple(n if short.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(short, 1))
@@ -176,8 +149,8 @@ def changes_of(update: Additive) -> list[Change]:
 
 
 # (dW, density, generator) -> dW with entries set to 0
-Kept = Callable[[Tensor, float, torch.Generator], Tensor]
-Joined = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
+Prune = Callable[[Tensor, float, torch.Generator], Tensor]
+Join = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
 
 
 def times(change: Change, weight: float) -> Change:
@@ -203,13 +176,7 @@ def disjoint_mean(changes: Sequence[Change]) -> Tensor:  # (out, in)
 
 
 def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The largest entries of an update, the others 0.
-
-    Args:
-        update: dW, (out, in).
-        density: The share of entries that stay, at least one.
-        generator: Not used; `drop` has the same parameters.
-    """
+    """The largest entries of an update (out, in), the others 0; nothing is drawn."""
     sizes = update.abs()
     kept = max(1, round(density * update.numel()))
     least = sizes.flatten().kthvalue(update.numel() - kept + 1).values
@@ -217,22 +184,13 @@ def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Random entries of an update, divided by `density`, the others 0 (DARE, eq. 1).
-
-    Args:
-        update: dW, (out, in).
-        density: The probability that an entry stays.
-        generator: Draws the entries, on the CPU.
-    """
+    """Random entries of an update, divided by `density`, the others 0 (DARE, eq. 1)."""
     kept = torch.rand(update.shape, generator=generator) < density
     return torch.where(kept, update / density, 0)
 
 
 def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of at most this rank: (up (out, r), down (r, in), |up down - dW|^2).
-
-    Factors of no higher rank are returned as they are.
-    """
+    """The best factors of at most a rank: (up (out, r), down (r, in), |up down - dW|^2)."""
     if not isinstance(change, tuple):
         up, down = best_of_rank(change, min(rank, *change.shape))
         return up, down, (up @ down - change).double().square().sum().item()
@@ -249,9 +207,7 @@ def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def inner(a: Change, b: Change) -> float:
-    """<dW_a, dW_b> in fp64. Of factors it is tr((B_a^T B_b) (A_b A_a^T)), which needs no dense
-    update.
-    """
+    """<dW_a, dW_b> in fp64; of factors it is tr((B_a^T B_b) (A_b A_a^T))."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         (up_a, down_a), (up_b, down_b) = ((up.double(), down.double()) for up, down in (a, b))
         return ((up_a.t() @ up_b) * (down_a @ down_b.t())).sum().item()
@@ -260,43 +216,32 @@ def inner(a: Change, b: Change) -> float:
 
 @dataclass(frozen=True)
 class ComposeWay:
-    """One way of composing, with its defaults: whether the weights of n adapters are 1/n or 1, the
-    `rank(ranks)` of a site from those of its updates, and the `density` of the entries that are
-    kept.
-    """
+    """A way of composing: weights 1/n or 1, the rank of a site, the density of entries."""
 
-    joined: Joined
+    join: Join
     mean: bool
     rank: Callable[[Sequence[int]], int] = sum
-    kept: Kept | None = None
+    prune: Prune | None = None
     density: float | None = None
 
     def share(self, asked: float | None) -> float | None:
         """The share of entries to keep: that asked for, or the default; None where all stay."""
-        return None if self.kept is None else asked or self.density
+        return None if self.prune is None else asked or self.density
 
     @torch.no_grad()
     def at(
         self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int
     ) -> Iterator[Change]:
-        """Yield the composition of each matrix of a site.
-
-        Args:
-            site: The site, with its updates.
-            weights: One for each adapter.
-            density: As `share` gives it.
-            seed: The entries that stay follow from it, the site and the number of the adapter.
-        """
-        draws = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
+        """Yield the composition of each matrix of a site."""
+        generators = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
         for _, changes in site.changes():
-            kept = changes
-            if self.kept is not None and density is not None:
-                kept = {i: self.kept(dense(c), density, draws[i]) for i, c in changes.items()}
-            yield self.joined([times(change, weights[i]) for i, change in kept.items()])
+            if (prune := self.prune) is not None and density is not None:
+                changes = {i: prune(dense(c), density, generators[i]) for i, c in changes.items()}
+            yield self.join([times(change, weights[i]) for i, change in changes.items()])
 
 
 def rank_of(update: Additive, path: str) -> int:
-    """The rank of an update. Raises LorafoldError for one that is not a product of factors."""
+    """The rank of an update."""
     if (factors := update.factors()) is None:
         raise LorafoldError(
             f"{path}: found {type(update).__name__}, which is not a product of two factors and has"
@@ -309,8 +254,8 @@ RULES: dict[str, ComposeWay] = {
     "linear": ComposeWay(summed, True),
     "task-arithmetic": ComposeWay(summed, False),
     "svd": ComposeWay(summed, True, max),
-    "ties": ComposeWay(disjoint_mean, False, kept=trim, density=0.2),
-    "dare": ComposeWay(summed, True, kept=drop, density=0.5),
-    "dare-ties": ComposeWay(disjoint_mean, False, kept=drop, density=0.5),
-    "magnitude": ComposeWay(summed, True, kept=trim, density=0.2),
+    "ties": ComposeWay(disjoint_mean, False, prune=trim, density=0.2),
+    "dare": ComposeWay(summed, True, prune=drop, density=0.5),
+    "dare-ties": ComposeWay(disjoint_mean, False, prune=drop, density=0.5),
+    "magnitude": ComposeWay(summed, True, prune=trim, density=0.2),
 }

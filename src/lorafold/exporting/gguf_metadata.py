@@ -1,25 +1,14 @@
-"""What the metadata of a GGUF file says of a model, from its configuration.
+"""The metadata of a GGUF file: the configuration, rotary positions and the tokenizer.
 
-    hidden_size  ->  ARCH.embedding_length          num_experts  ->  ARCH.expert_count      ...
+    hidden_size -> ARCH.embedding_length, num_experts -> ARCH.expert_count, ...
+    llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
+    gpt2      byte-level BPE: tokens, merges, and the name of the rule that splits text: the one of
+              `models.gguf_rules` that gives the same pieces for all `TEXTS`
+    llama     BPE with bytes for unknown characters: tokens with scores, which fall with the rank of
+              the first merge that makes each
 
-An architecture is a row of `ARCHITECTURES`: llama.cpp's name for it, and what llama.cpp takes for
-granted there, which a configuration that says otherwise is refused for. `gguf_rope` has what it
-says of positions.
-
-`add_positions` writes the rotary positions that `models.gguf_rules` reads: llama3 as the tensor
-rope_freqs.weight (dims / 2,), longrope as rope_factors_{long,short}.weight, linear and yarn as
-keys.
-
-A tokenizer as the metadata of a GGUF file has it.
-
-    gpt2      byte-level BPE: tokens, merges, and the name of the rule by which text is split
-    llama     BPE with bytes in place of unknown characters, as SentencePiece learns it: tokens with
-              scores, which fall with the rank of the first merge that makes each
-
-llama.cpp has rules of splitting by name; the one is taken that splits texts as the tokenizer does.
-Rows of the embedding without a token get a filler.
-
-The rule of splitting is the one of `models.gguf_words` that gives the same pieces for all `TEXTS`.
+An architecture is a row of `ARCHITECTURES`: its name in llama.cpp, and what llama.cpp assumes,
+so that other configurations are refused. Rows of the embedding without a token get a filler.
 """
 
 from __future__ import annotations
@@ -37,7 +26,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.exporting.target import told
+from lorafold.exporting.target import window_notes
 from lorafold.models.gguf_rules import FREQUENCIES, WHOLE_WORDS, YARN, names_of_rules, rule_of
 
 if TYPE_CHECKING:
@@ -67,18 +56,10 @@ KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A kind of model as llama.cpp has it.
-
-    Attributes:
-        name: its own.
-        activation: of the gated MLP.
-        interleaved: whether rows of queries and keys lie interleaved for rotation.
-        gain: what the files' gains of norms have less than the gains themselves.
-        granted: fields of the configuration with the values that it takes for granted.
-        period: every how many layers one attends to all positions, and the others to a window; 0
-            where all do.
-        square: the numbers of layers whose attention it scales by the width of a head among
-            hidden_size / heads, instead of by head_dim.
+    """An architecture of llama.cpp: `activation` of the gated MLP; `interleaved` rows of queries
+    and keys; `gain`, which the files' norms have less; `granted` fields with the values that it
+    assumes; `period`, every how many layers one attends to all positions, or 0; `square`, the
+    numbers of layers whose attention is scaled by hidden_size / heads instead of by head_dim.
     """
 
     name: str
@@ -109,11 +90,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The row of a model's configuration. Raises LorafoldError for one that has none, or that says
-    something else than llama.cpp takes for granted.
-    """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    """The row of a model's configuration."""
+    row = ARCHITECTURES.get(config.model_type)
+    if row is None:
         raise LorafoldError(
             f"found a model of type {config.model_type}, expected one of"
             f" {', '.join(ARCHITECTURES)}; the directory that lorafold merge writes can be"
@@ -122,19 +101,19 @@ def architecture_of(config: Any) -> Architecture:
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     wrong = [
         f"{name} = {own!r} of {config.model_type}, which it takes for {value!r}"
-        for name, value in found.granted.items()
+        for name, value in row.granted.items()
         if (own := getattr(config, name, value)) != value
     ]
-    if activation != found.activation:
-        wrong.append(f"the activation {activation} of this model, where it has {found.activation}")
+    if activation != row.activation:
+        wrong.append(f"the activation {activation} of this model, where it has {row.activation}")
     scale = getattr(config, "query_pre_attn_scalar", None)
-    square = config.num_hidden_layers in found.square
+    square = config.num_hidden_layers in row.square
     width = config.hidden_size // config.num_attention_heads if square else head_width(config)
     if scale not in (None, width):
         wrong.append(f"query_pre_attn_scalar = {scale}, which it takes for {width}")
     if wrong:
         raise LorafoldError(f"llama.cpp can't say {wrong[0]}")
-    return found
+    return row
 
 
 def head_width(config: Any) -> int:
@@ -143,11 +122,7 @@ def head_width(config: Any) -> int:
 
 
 def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence[str]:
-    """Have a writer say what a configuration does, but for positions and tokens.
-
-    Returns:
-        What llama.cpp computes otherwise, a sentence each.
-    """
+    """Write a configuration, except positions, and return what llama.cpp computes differently."""
     for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
         values = {}  # by key: two fields may be one
         for name, key in table.items():
@@ -164,19 +139,13 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
         windowed = [kind == "sliding_attention" for kind in kinds]
         if windowed != [(n + 1) % row.period != 0 for n in range(layers)]:
             writer.add_array(f"{row.name}.attention.sliding_window_pattern", windowed)
-    return () if row.period else told("llama.cpp", config)
+    return () if row.period else window_notes("llama.cpp", config)
 
 
 def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:
-    """Have a writer say what a configuration does of rotary positions.
-
-    Returns:
-        The tensors of the file that say more, by name, each (rotated / 2,).
-
-    Raises LorafoldError for a way to scale them that it does not know.
-    """
+    """Write the rotary positions, and return further tensors (rotated / 2,) of the file by name."""
     rope = config.rope_parameters
-    windowed: Mapping[str, Any] = {}  # those of layers with a window, where they have their own
+    windowed = {}  # those of layers with a window, where they have their own
     if "full_attention" in rope:
         rope, windowed = rope["full_attention"], rope.get("sliding_attention", {})
     kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
@@ -210,12 +179,12 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
     """Raise LorafoldError for a scale of attention that is not YaRN's own, which llama.cpp has."""
-    own, factor = rope.get("attention_factor"), rope["factor"]
+    given, factor = rope.get("attention_factor"), rope["factor"]
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if rope.get("mscale") or (own is not None and not math.isclose(own, usual, rel_tol=1e-4)):
+    if rope.get("mscale") or not (given is None or math.isclose(given, usual, rel_tol=1e-4)):
         raise LorafoldError(
             "its rotary positions (yarn) scale attention by"
-            f" {own or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
+            f" {given or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
             " takes from a file"
         )
 
@@ -254,25 +223,21 @@ ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's 
 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
-    """The name of a byte-level tokenizer's rule. Raises LorafoldError if none is known.
-
-    Args:
-        whole_words: words that are tokens are taken whole, whether merges make them or not.
-    """
-    own, before = backend.pre_tokenizer, backend.normalizer
+    """The name of a byte-level tokenizer's rule."""
+    splitter, before = backend.pre_tokenizer, backend.normalizer
     # Qwen's normalizer does nothing but to compose marks with their letters
-    if own is not None and (before is None or type(before).__name__ == "NFC"):
-        wanted = [_pieces(own, text) for text in TEXTS]
+    if splitter is not None and (before is None or type(before).__name__ == "NFC"):
         for name in names_of_rules():
             rule = rule_of(name)
             if rule is None or (name in WHOLE_WORDS) != whole_words:
                 continue
-            if all(_pieces(rule, text) == found for text, found in zip(TEXTS, wanted, strict=True)):
+            if all(_pieces(rule, text) == _pieces(splitter, text) for text in TEXTS):
                 return name
+    kind = type(splitter).__name__ + ", words that are tokens are whole" * whole_words
     raise LorafoldError(
-        f"its tokenizer splits text by a rule for which llama.cpp has no name that is known"
-        f" here ({type(own).__name__}{', words that are tokens are whole' * whole_words}); expected"
-        " the rule of one of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o and so on"
+        f"its tokenizer splits text by a rule for which llama.cpp has no name that is known here"
+        f" ({kind}); expected the rule of one of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o"
+        " and so on"
     )
 
 
@@ -281,9 +246,7 @@ def _pieces(rule: object, text: str) -> list[str]:
 
 
 def check_whole(backend: Backend) -> None:
-    """Raise LorafoldError unless a tokenizer changes nothing of a text but spaces, nor takes away
-    anything.
-    """
+    """Raise LorafoldError if a tokenizer changes anything of a text but its spaces."""
     before = SPACE * prefixes_space(backend)
     for text in TEXTS:
         made = _marked(backend, text)
@@ -311,14 +274,7 @@ def _marked(backend: Backend, text: str) -> str:
 def add_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int]
 ) -> None:
-    """Have a writer say what a tokenizer does.
-
-    Args:
-        rows: of the embedding.
-        ends: the tokens that end a completion.
-
-    Raises LorafoldError for a kind of tokenizer, or a rule of splitting, that llama.cpp has not.
-    """
+    """Have a writer say what a tokenizer does."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     slow = {"model": {"type": type(tokenizer).__name__}}
     content: dict[str, Any] = slow if backend is None else json.loads(backend.to_str())
@@ -343,7 +299,10 @@ def add_tokenizer(
         check_whole(backend)
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(prefixes_space(backend))
-        writer.add_token_scores(_scores(model["vocab"], merges, rows))
+        scores = [LAST] * rows  # the earlier a merge makes a token, the higher
+        for rank, text in enumerate(dict.fromkeys("".join(pair) for pair in merges)):
+            scores[model["vocab"][text]] = float(-rank - 1)
+        writer.add_token_scores(scores)
     else:
         writer.add_tokenizer_pre(name_of_rule(backend, bool(model.get("ignore_merges"))))
         writer.add_token_merges([" ".join(pair) for pair in merges])
@@ -353,9 +312,7 @@ def add_tokenizer(
 
 
 def _check_bytes(vocabulary: Collection[str]) -> None:
-    """Raise LorafoldError for a vocabulary without a token for each byte, which llama.cpp looks up
-    and does not miss in words of its own.
-    """
+    """Raise LorafoldError if a byte has no token: llama.cpp looks them up without a check."""
     lacking = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
     if lacking:
         raise LorafoldError(
@@ -390,36 +347,26 @@ def _tokens(
     return texts, [int(kind) for kind in kinds]
 
 
-def _scores(vocabulary: dict[str, int], merges: Sequence[Sequence[str]], rows: int) -> list[float]:
-    """Of each row: the earlier a merge makes the token, the higher."""
-    found = [LAST] * rows
-    order = dict.fromkeys("".join(pair) for pair in merges)
-    for rank, text in enumerate(order):
-        found[vocabulary[text]] = float(-rank - 1)
-    return found
-
-
-def _add_special(
-    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
-) -> None:
-    own: Any = tokenizer
-    eos = own.eos_token_id if own.eos_token_id is not None else next(iter(ends), None)
+def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        eos = next(iter(ends), None)
     if eos is None:
         raise LorafoldError("neither tokenizer nor configuration says which token ends a text")
-    bos = own.bos_token_id
+    bos = tokenizer.bos_token_id
     # llama.cpp takes token 11 for one that a file leaves out
     writer.add_bos_token_id(eos if bos is None else bos)
     writer.add_eos_token_id(eos)
     for name, token in zip(ENDS, [one for one in ends if one != eos], strict=False):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-    if own.unk_token_id is not None:
-        writer.add_unk_token_id(own.unk_token_id)
-    if own.pad_token_id is not None:
-        writer.add_pad_token_id(own.pad_token_id)
-    ids = own("a")["input_ids"]
+    if tokenizer.unk_token_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bos is not None and ids[0] == bos)
-    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == own.eos_token_id)
-    template = own.chat_template
+    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
+    template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if template:

@@ -1,51 +1,226 @@
-"""Writes a model as one GGUF file, adapters folded in, a few rows of a tensor at a time.
+"""A model as one GGUF file with adapters merged in, a few rows of a tensor at a time.
 
-    header | metadata | names, shapes, types and places of tensors | tensors
+    model.layers.0.self_attn.q_proj.weight    ->  blk.0.attn_q.weight, rows interleaved in llama
+    model.layers.0.input_layernorm.weight     ->  blk.0.attn_norm.weight, one more in gemma
+    ...mlp.experts.gate_up_proj (E, 2 I, H)   ->  blk.0.ffn_gate_exps.weight, ffn_up_exps (E, I, H)
 
-Memory: the largest parameter in the type that its file has, three times one in fp32 that adapters
-change, and some megabytes.
+A tied head is left out: llama.cpp takes the embedding. Memory: the largest parameter in the type
+that its file has, three times one in fp32 that adapters change, and some megabytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from lorafold.core.attach import Adapted
+from lorafold.core.matrices import module_at
 from lorafold.data.render import ensure_chat_template
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.exporting.gguf_metadata import (
+    Architecture,
     add_metadata,
     add_positions,
     add_tokenizer,
     architecture_of,
 )
-from lorafold.exporting.gguf_tensors import (
-    EMBEDDING,
-    OUTPUT,
-    MergedParameter,
-    encoded,
-    folded,
-    size_of,
-    tensors_of,
-    type_of,
-)
-from lorafold.exporting.target import Progress
+from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors
+from lorafold.fold.as_trained import ROUND_TRIP
+from lorafold.fold.plan import TensorShape, plan_fold
 from lorafold.generation import end_tokens
-from lorafold.merging.merged_tensors import need_space
+from lorafold.merging.merged_tensors import before_and_after, need_space
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import read_tokenizer
+from lorafold.models.weight_conversion import OnDemand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DELTAS = ".deltas."
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+BLOCK = 32
+OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
+AT_ONCE = 1 << 22  # weights that are converted together
+LARGEST = 65504.0  # of F16
+HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+SUFFIXES = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class MergedParameter:
+    """A parameter: its dotted name, its shape, and its values when they are asked for."""
+
+    path: str
+    shape: TensorShape
+    values: Callable[[], Tensor]
+
+    @classmethod
+    def known(cls, path: str, values: Tensor) -> MergedParameter:
+        """A tensor that is there, of any shape."""
+        return cls(path, tuple(values.shape), lambda: values)
+
+    def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> MergedParameter:
+        """What a function makes of the values (*, in), or (n,) of a vector."""
+        return MergedParameter(self.path, tuple(shape), lambda: of(self.values()))
+
+
+def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
+    """Yield the parameters of a model with adapters merged in; the model is not changed."""
+    plan = plan_fold(model, (ROUND_TRIP, *names))
+    if plan.problems:
+        raise NotMergeable(listed((f"{path}: {why}" for path, why in plan.problems), "; "))
+
+    def changed(name: str) -> Tensor:
+        path, leaf = plan.sites[name]
+        module: Adapted = module_at(model, path)  # type: ignore[assignment]
+        return before_and_after(module, names, leaf)[1]
+
+    def same(parameter: Tensor) -> Tensor:
+        return parameter.make() if isinstance(parameter, OnDemand) else parameter
+
+    untied = {name for first, others in plan.untied.items() for name in (first, *others)}
+    seen: set[int] = set()
+    left = dict(plan.shapes)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        shape = left.pop(path, None)
+        if DELTAS in path or (id(parameter) in seen and path not in untied):
+            continue
+        seen.add(id(parameter))
+        if shape is None:
+            yield MergedParameter(path, tuple(parameter.shape), partial(same, parameter))
+        else:
+            yield MergedParameter(path, shape, partial(changed, path))
+    for path, shape in left.items():  # biases that there were not
+        yield MergedParameter(path, shape, partial(changed, path))
+
+
+def type_of(name: str, shape: TensorShape, tensors: str, tied: bool) -> str:
+    """The type of a tensor."""
+    if len(shape) < 2 or name.endswith(ROUTER):
+        return "F32"
+    if tensors in PLAIN:
+        return tensors
+    if shape[-1] % BLOCK:
+        return "F16"
+    return "Q8_0" if name == (EMBEDDING if tied else OUTPUT) else tensors
+
+
+def size_of(shape: TensorShape, kind: str) -> int:
+    """Bytes of a tensor."""
+    per, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(torch.Size(shape).numel()) // per * size
+
+
+def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor of any shape, in pieces."""
+    rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
+    step = max(AT_ONCE // rows.shape[-1], 1)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        if kind in PLAIN:
+            made = some.to(PLAIN[kind]).contiguous()
+            if kind == "F16" and not made.isfinite().all():
+                raise LorafoldError(
+                    f"gguf: {name} has a value of {float(some.float().abs().max()):.3g}, and F16"
+                    f" has none above {LARGEST:,.0f}; expected --tensors BF16 or F32"
+                )
+            yield made.view(torch.uint8).numpy()
+        else:
+            yield gguf.quants.quantize(some.float().contiguous().numpy(), number)
+
+
+def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
+    """The package's names of an architecture."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[row.name], layers)
+
+
+def tensors_of(
+    parameters: Iterable[MergedParameter], config: Any, row: Architecture
+) -> Iterator[MergedParameter]:
+    """The tensors of the file, by their names there, from the parameters of a model."""
+    names = names_of(row, config.num_hidden_layers)
+    for parameter in parameters:
+        path, _, leaf = parameter.path.rpartition(".")
+        if experts := leaf in (GATE_UP, DOWN):
+            path, leaf = parameter.path, "weight"
+        for part, count, of in _parts(path, experts, config, row):
+            if row.gain and parameter.path.endswith("norm.weight"):
+                of = partial(_raised, row.gain)
+            name = names.get_name(f"{part}.{leaf}", try_suffixes=SUFFIXES)
+            if name is None:
+                raise LorafoldError(
+                    f"found a parameter {part}.{leaf}, for which llama.cpp has no name"
+                )
+            shape = parameter.shape
+            if count > 1:
+                shape = (shape[0], shape[1] // count, shape[2])
+            yield replace(parameter.part(shape, of) if of else parameter, path=name)
+
+
+def _parts(
+    path: str, experts: bool, config: Any, row: Architecture
+) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor] | None]]:
+    """Yield the path, the number of parts and the mapping of rows of each matrix in the file."""
+    stem, _, module = path.rpartition(".")
+    if experts and module == GATE_UP:
+        for n, half in enumerate(("gate_proj", "up_proj")):
+            yield f"{stem}.{half}", 2, partial(_half, n)
+    elif row.interleaved and module in HEADS:
+        yield path, 1, partial(interleaved, heads=getattr(config, HEADS[module]))
+    else:
+        yield path, 1, None
+
+
+def _raised(gain: float, values: Tensor) -> Tensor:
+    return values.float() + gain
+
+
+def _half(n: int, values: Tensor) -> Tensor:
+    return values.chunk(2, 1)[n]
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows (heads * width, ...) with the two of a rotated pair next to each other."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def tensors_of_update(
+    factors: SiteFactors, config: Any, row: Architecture
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The file's tensors, of any shape, by name, and why others have no place there."""
+    names = names_of(row, config.num_hidden_layers)
+    tensors = {}
+    problems = []
+    tied = bool(config.tie_word_embeddings)
+    for path, (up, down) in factors.items():
+        for part, _, of in _parts(path, up.dim() == 3, config, row):
+            name = names.get_name(f"{part}.weight", try_suffixes=SUFFIXES)
+            if name is None:
+                problems.append(f"{path}: llama.cpp has no tensor for it in {row.name}")
+            elif tied and name in (EMBEDDING, OUTPUT):
+                problems.append(
+                    f"{path}: the head is the embedding in this model, and llama.cpp has one matrix"
+                    " for both, which an adapter can't change"
+                )
+            else:
+                tensors[f"{name}.lora_a"] = down.mT if name == EMBEDDING else down
+                tensors[f"{name}.lora_b"] = of(up) if of else up
+    return tensors, problems
+
 
 FILE_TYPES = {
     "F16": "MOSTLY_F16", "F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
@@ -58,8 +233,7 @@ ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, 
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into a file: a model on its files, the adapters on it that are folded in, lowest
-    first, the directory that it was read from, a tokenizer, and its name for people.
+    """The content of a file: a model on its files, adapters to merge, its directory and tokenizer.
     """
 
     model: PreTrainedModel
@@ -78,33 +252,20 @@ def write_model(directory: Path, out: Path, tensors: str, progress: Progress) ->
 
 
 def write_content(content: Content, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write a model as a GGUF file.
-
-    Args:
-        out: the file, which is replaced.
-        tensors: the type of matrices, a key of `FILE_TYPES`.
-        progress: called as progress(bytes, all) after each tensor.
-
-    Returns:
-        What an engine computes otherwise than the model, a sentence each.
-
-    Raises LorafoldError as `described` and `write_described`.
-    """
+    """Write a model as a GGUF file, and return what an engine computes differently."""
     return write_described(described(content, tensors), out, tensors, progress)
 
 
 @dataclass(frozen=True)
 class Described:
-    """A file before it is written: a writer with all metadata, the tensors, and what an engine
-    computes otherwise, a sentence each.
-    """
+    """A file before it is written, and notes on what an engine computes differently."""
 
     writer: gguf.GGUFWriter
     tensors: Sequence[MergedParameter]
     notes: Sequence[str]
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, TensorShape]:
         """Of the tensors, by name."""
         return {one.path: one.shape for one in self.tensors}
 
@@ -112,10 +273,7 @@ class Described:
 def write_described(
     made: Described, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
-    """Write a file; arguments and result are those of `write_content`.
-
-    Raises LorafoldError for values that the type does not have, and if the disk has no room.
-    """
+    """Write a file; arguments and result are those of `write_content`."""
     writer, tied = made.writer, OUTPUT not in made.shapes
     kinds = {n: type_of(n, shape, tensors, tied) for n, shape in made.shapes.items()}
     sizes = {n: size_of(shape, kinds[n]) for n, shape in made.shapes.items()}
@@ -146,11 +304,8 @@ def write_described(
 
 
 def described(content: Content, tensors: str) -> Described:
-    """What a file says of a model; nothing is computed or written.
-
-    Raises LorafoldError for a model or a tokenizer that the format can't say.
-    """
-    config: Any = content.model.config
+    """What a file says of a model; nothing is computed or written."""
+    config = content.model.config
     row = architecture_of(config)
     writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -160,9 +315,9 @@ def described(content: Content, tensors: str) -> Described:
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = add_metadata(writer, config, row)
-    beside = add_positions(writer, config, row)
+    positions = add_positions(writer, config, row)
     placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
-    placed += [MergedParameter.known(name, tensor) for name, tensor in beside.items()]
+    placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
     shapes = {one.path: one.shape for one in placed}
     if row.name in ONE_MATRIX and OUTPUT in shapes:
         raise LorafoldError(

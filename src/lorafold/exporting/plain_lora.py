@@ -1,16 +1,10 @@
-"""Plain LoRA in PEFT's format: one rank, scale 1, no patterns, every factor as it acts.
+"""Plain LoRA in PEFT's format, which servers read: one rank, scale 1, no patterns.
 
     B (out, r) has every scale in it, alpha = r; smaller ranks are filled with zeros
-
-What engines that serve PEFT's adapters read without exceptions; PiSSA and OLoRA, whose own files
-are for a base that was changed, become the change itself, of twice the rank.
-
-Beside the adapter a server needs the base's name or path, and the chat template if it is not the
-base's.
-
-The best LoRA of a rank for adapters of any method, what it costs, and which rank is enough.
-
     share(r) = KL(adapted, cut to rank r) / KL(adapted, base)      over the proof's prompts, in fp32
+
+PiSSA and OLoRA, whose own files are for a changed base, become the change itself, of twice the
+rank. Adapters of other methods are cut to the best LoRA of a rank.
 """
 
 from __future__ import annotations
@@ -20,17 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from lorafold.core.attach import only, selection_of
 from lorafold.core.matrices import module_at
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
-from lorafold.exporting.proof import Ours, divergences, last
-from lorafold.exporting.target import Factors, Progress, Subject, update_of
+from lorafold.exporting.proof import ReferenceAnswers, divergences, last
+from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
-from lorafold.inspecting.updates import lora_of
+from lorafold.inspecting.updates import lora_of, padded
 from lorafold.layers import layer_of
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.saved import Saved
@@ -46,60 +39,37 @@ FORM = "a server's plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
 
 
-def of_one_rank(factors: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
-    """The same products, every one of this rank."""
-    return {
-        path: (F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2])))
-        for path, (up, down) in factors.items()
-    }
-
-
-def write_canonical(base: Base, factors: Mapping[str, Factors], out: Path) -> Saved:
-    """Write the directory of an adapter over the bare base, and open it.
-
-    Args:
-        base: the model that it is for; its weights stay in their files.
-        factors: of each site, by module path.
-        out: the directory.
-    """
+def write_canonical(base: Base, factors: SiteFactors, out: Path) -> Saved:
+    """Write the directory of an adapter over the bare base, and open it."""
     rank = max(down.shape[-2] for _, down in factors.values())
-    model = base.mapped().model
-    adapter = lora_of(model, of_one_rank(factors, rank), NAME)
+    same_rank = {path: padded(pair, rank) for path, pair in factors.items()}
+    adapter = lora_of(base.mapped().model, same_rank, NAME)
     adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return Saved.open(out)
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """The base as another engine takes it, which reads Hugging Face's directories.
-
-    Attributes:
-        model: a hub id, or the path of a directory.
-        revision: the commit of a hub model that is in use here.
-        notes: a sentence where the name alone would not do.
-    """
+class BaseReference:
+    """The base as another engine loads it: a hub id or directory, its revision, and notes."""
 
     model: str
     revision: str | None
     notes: tuple[str, ...]
 
 
-def elsewhere(base: Base) -> Elsewhere:
+def base_reference(base: Base) -> BaseReference:
     """How another engine finds the base."""
     path = base.source.path
     if base.source.gguf is not None:
         note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
-        return Elsewhere(str(path), None, (note,))
+        return BaseReference(str(path), None, (note,))
     if path.parent.name == SNAPSHOTS and not Path(base.name).is_dir():
-        return Elsewhere(base.name, path.name, ())
-    return Elsewhere(str(path), None, ())
+        return BaseReference(base.name, path.name, ())
+    return BaseReference(str(path), None, ())
 
 
 def write_template(subject: Subject, directory: Path) -> bool:
     """Write the chat template that the adapters were trained with, if the base has another or none.
-
-    Args:
-        directory: gets `TEMPLATE`.
     """
     try:
         tokenizer = subject.tokenizer
@@ -126,14 +96,11 @@ def leaf_of(path: str) -> str:
 
 
 def write_files(
-    subject: Subject, factors: Mapping[str, Factors], directory: Path
-) -> tuple[Elsewhere, tuple[str, ...], tuple[str, ...]]:
-    """Write the canonical adapter and, where it is another than the base's, the chat template.
-
-    Returns the base as a server finds it, the files, and the arguments of both for its command.
-    """
+    subject: Subject, factors: SiteFactors, directory: Path
+) -> tuple[BaseReference, tuple[str, ...], tuple[str, ...]]:
+    """Write the adapter and a changed chat template; return the base, the files and options."""
     write_canonical(subject.base, factors, directory / ADAPTER)
-    base, template = elsewhere(subject.base), write_template(subject, directory)
+    base, template = base_reference(subject.base), write_template(subject, directory)
     files = (*(f"{ADAPTER}/{name}" for name in FILES), *[TEMPLATE] * template)
     options = ["--revision", base.revision] if base.revision else []
     options += ["--chat-template", f"{{out}}/{TEMPLATE}"] * template
@@ -163,9 +130,9 @@ class Cut(ShownInNotebooks):
     rank: int
     error: float
     sites: Mapping[str, float]
-    kl: float | None
-    share: float | None
-    enough: int | None
+    kl: float | None = None
+    share: float | None = None
+    enough: int | None = None
 
     def __str__(self) -> str:
         line = f"cut to rank {self.rank}: {self.error:.2%} of the update's norm is lost"
@@ -178,15 +145,10 @@ class Cut(ShownInNotebooks):
         )
 
 
-def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tuple[Subject, Cut]:
-    """The subject with one plain LoRA of this rank in place of its adapters.
-
-    Raises LorafoldError for what no rank has: biases, vectors, rows of tokens.
-
-    Args:
-        scratch: a directory that does not exist, for its files.
-        ours: what the adapters compute, for what the cut costs; None measures none.
-    """
+def cut_to(
+    subject: Subject, rank: int, scratch: Path, reference: ReferenceAnswers | None
+) -> tuple[Subject, Cut]:
+    """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
     if update.beside:
         lines = [f"{path}: {what}, which no LoRA has" for path, what in update.beside.items()]
@@ -195,52 +157,43 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
         raise LorafoldError(f"--as-lora {rank}: found no adapter that changes anything")
     saved = write_canonical(subject.base, update.factors, scratch)
     sites = {name: (lost / whole) ** 0.5 for name, (lost, whole) in update.lost.items() if whole}
-    kl = share = enough = None
-    if ours is not None:
-        kls, distance = kl_by_rank(ours, subject, sorted({rank, *POWERS}))
-        kl, enough = kls[rank], _enough(kls, distance)
-        share = kl / distance if distance else None
-    cut = Cut(rank, update.error, sites, kl, share, enough)
+    cut = Cut(rank, update.error, sites)
+    if reference is not None:
+        kls, distance = kl_by_rank(reference, subject, [rank, *POWERS])
+        share = kls[rank] / distance if distance else None
+        cut = replace(cut, kl=kls[rank], share=share, enough=_enough(kls, distance))
     return replace(subject, adapters=(saved,), given=subject.adapters), cut
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
     """What to advise where adapters can't be said exactly: the end of a refusal."""
-    kls, distance = kl_by_rank(Ours.of(subject, source, progress), subject, POWERS)
-    found = _enough(kls, distance)
-    if found is None:
+    kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
+    if (rank := _enough(kls, distance)) is None:
         return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of what they change"
-    lost = kls[found] / distance
-    return f"; --as-lora {found} writes the best LoRA, which loses {lost:.2%} of what they change"
+    lost = kls[rank] / distance
+    return f"; --as-lora {rank} writes the best LoRA, which loses {lost:.2%} of what they change"
 
 
 @torch.no_grad()
 def kl_by_rank(
-    ours: Ours, subject: Subject, ranks: list[int]
+    reference: ReferenceAnswers, subject: Subject, ranks: list[int]
 ) -> tuple[dict[int, float], float]:
-    """KL(adapted, cut) in nats by rank, and KL(adapted, base).
-
-    Args:
-        ours: with the adapters on its model.
-        ranks: to try, in any order.
-    """
-    largest = max(ranks)
-    update = update_of(ours.model, selection_of(ours.model).names, largest)
-    factors = of_one_rank(update.factors, largest)
-    found: dict[int, float] = {}
-    with only(ours.model):
-        adapter = lora_of(ours.model, factors, CUT)
-        for rank in sorted(ranks, reverse=True):
+    """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
+    largest, kls = max(ranks), {}
+    update = update_of(reference.model, selection_of(reference.model).names, largest)
+    factors = {path: padded(pair, largest) for path, pair in update.factors.items()}
+    with only(reference.model):
+        adapter = lora_of(reference.model, factors, CUT)
+        for rank in sorted({*ranks}, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):
                     factor[..., rank:] = 0
-            with only(ours.model, CUT):
-                cut = torch.stack([last(ours.model, ids) for ids in ours.prompts.ids])
-            found[rank] = float(divergences(ours.answers.adapted, cut).mean())
+            with only(reference.model, CUT):
+                cut = torch.stack([last(reference.model, ids) for ids in reference.prompts.ids])
+            kls[rank] = float(divergences(reference.answers.adapted, cut).mean())
         adapter.detach()
-    return found, float(divergences(ours.answers.adapted, ours.answers.base).mean())
+    return kls, float(divergences(reference.answers.adapted, reference.answers.base).mean())
 
 
 def _enough(kls: Mapping[int, float], distance: float) -> int | None:
-    small = [rank for rank in POWERS if rank in kls and kls[rank] < ENOUGH * distance]
-    return min(small, default=None)
+    return min((rank for rank in POWERS if kls[rank] < ENOUGH * distance), default=None)

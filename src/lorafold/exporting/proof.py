@@ -1,29 +1,17 @@
-"""There equals here: how far an engine's answers are from lorafold's own in fp32.
+"""The comparison of an engine's answers to the proof's prompts with lorafold's own in fp32.
 
-    p = softmax(ours), q = softmax(theirs), of the token after each prompt, over the vocabulary
+    p = softmax(reference), q = softmax(engine), of the token after each prompt, over the vocabulary
     kl          sum_v p log(p / q) in nats: the mean, and the largest of a prompt
-    distance    the same from ours with the adapters to ours without: what there is to lose
-    share       kl / distance
-    tied        the prompts in which the engine takes another of two experts that are as good as
-                equal (`exchanged`); kl is then from ours with the same experts, measured from ours
+    distance    KL from the reference with adapters to the one without; share = kl / distance
     alone       kl of the two without adapters: how the engine rounds the base
-    changed     the same from theirs with the adapters to theirs without; 0 where the engine took
-                the files and changed nothing
+    changed     KL from the engine with adapters to the engine without; 0 if it ignores the adapter
+    tied        prompts where the engine takes another of two experts that score almost the same
 
-Both sides are normalized here: an engine's own log-probabilities need not sum to one. Where greedy
-texts part, the two likeliest tokens of ours are compared: closer than the largest difference of
-log-probabilities that was measured, they are as good as equal.
+Prompts are rendered and tokenized once, so that an engine is compared on the same tokens. Where
+rounding decides between the last selected expert and the next one, with router weights w, hidden
+state h and gap g,
 
-What a model answers to the proof's prompts: the distribution of the next token, and a greedy
-text.
-
-Prompts are rendered with the chat template and tokenized once, so that an engine is compared on the
-same tokens; whether its own tokenizer makes the same of the texts is a question of its own.
-
-`exchanged` finds tokens whose last selected expert and the next one score almost the same, so that
-rounding decides between them. With router weights w and hidden state h,
-
-    h + (1 + e) g (w_next - w_last) / |w_next - w_last|^2      selects the next expert, g the gap
+    h + (1 + e) g (w_next - w_last) / |w_next - w_last|^2      selects the next expert
 
 The model runs again with one such state moved; if its answer is then the engine's, the engine
 differs in that choice only.
@@ -35,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +63,7 @@ class ProofPrompts:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of each prompt: `adapted` and `base` (prompts, vocabulary) are the log-probabilities of the
-    next token in fp32, with and without adapters; `greedy` are the most likely tokens.
-    """
+    """`adapted` and `base` (prompts, vocabulary): log-probabilities in fp32; `greedy`: tokens."""
 
     adapted: Tensor
     base: Tensor
@@ -86,14 +73,7 @@ class Answers:
 def prompts_of(
     tokenizer: PreTrainedTokenizerBase, source: str | Path | None = None
 ) -> ProofPrompts:
-    """The prompts, as the chat template renders them for a completion.
-
-    Raises LorafoldError for rows that are no prompts.
-
-    Args:
-        tokenizer: gets a plain chat template if it has none.
-        source: a file of rows with prompts; None takes the built-in ones.
-    """
+    """The prompts, as the chat template renders them for a completion."""
     ensure_chat_template(tokenizer)
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
     if not rows.give(PROMPTS):
@@ -101,43 +81,41 @@ def prompts_of(
             f"--prompts {source}: found rows of text, which ask nothing; expected rows with prompts"
             ' or conversations, such as {"prompt": ...}'
         )
-    given = rows.given(PROMPTS)
-    texts = tuple(prompt_of(one, tokenizer) for one in given)
-    chats = tuple({"messages": one.messages, "tools": one.tools} for one in given)
+    conversations = rows.given(PROMPTS)
+    texts = tuple(prompt_of(one, tokenizer) for one in conversations)
+    chats = tuple({"messages": one.messages, "tools": one.tools} for one in conversations)
     return ProofPrompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
 
 
 @torch.inference_mode()
 def last(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The log-probabilities (vocabulary,) of the token that follows these, in fp32 on the CPU."""
-    given = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=given, use_cache=False).logits[0, -1]
+    inputs = torch.tensor([ids], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
     return logits.float().log_softmax(-1).cpu()
 
 
-def exchanged(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the answers of a model with active adapters (vocabulary,) where one token has the next
-    expert in place of its last, that with the smallest difference of the two first. Between them
-    the model is as it was, however many are taken.
+def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the answers (vocabulary,) where one token has the next expert in place of its last, the
+    smallest difference first. Between them the model is unchanged.
     """
-    found: list[tuple[float, nn.Module, int, Tensor]] = []
+    close: list[tuple[float, nn.Module, int, Tensor]] = []
     routers = [m for m in model.modules() if type(m).__name__.endswith(ROUTER)]
     with ExitStack() as hooks:
         for router in routers:
-            hooks.callback(router.register_forward_hook(partial(_note, found)).remove)
+            hooks.callback(router.register_forward_hook(partial(_note, close)).remove)
         if routers:
             last(model, ids)
-    for _, router, at, step in sorted(found, key=lambda one: one[0])[:TRIED]:
-        handle = router.register_forward_pre_hook(partial(_moved, at, step))
-        try:
+    for _, router, at, step in sorted(close, key=itemgetter(0))[:TRIED]:
+        with ExitStack() as hooks:
+            hook = router.register_forward_pre_hook(partial(_moved, at, step))
+            hooks.callback(hook.remove)
             moved = last(model, ids)
-        finally:
-            handle.remove()
         yield moved
 
 
 def _note(
-    found: list[tuple[float, nn.Module, int, Tensor]], router: nn.Module, _: Any, out: Any
+    close: list[tuple[float, nn.Module, int, Tensor]], router: nn.Module, _: Any, out: Any
 ) -> None:
     """Note the tokens with two experts that are close, and what exchanges them."""
     logits, experts = out[0].flatten(0, -2), out[-1].flatten(0, -2)
@@ -149,7 +127,7 @@ def _note(
     weight: Any = router.weight
     for at in (gaps < CLOSE).nonzero().flatten().tolist():
         way = (weight[order[at, -1]] - weight[order[at, -2]]).float()
-        found.append((float(gaps[at]), router, at, PAST * gaps[at] * way / (way @ way)))
+        close.append((float(gaps[at]), router, at, PAST * gaps[at] * way / (way @ way)))
 
 
 def _moved(at: int, step: Tensor, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -158,16 +136,14 @@ def _moved(at: int, step: Tensor, _: nn.Module, given: tuple[Any, ...]) -> tuple
     return (hidden, *given[1:])
 
 
-def answered(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
-    """The log-probabilities (prompts, vocabulary) after each prompt of what is exported, over
-    another storage of its base, computed in fp32.
-    """
+def answers_over(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
+    """Log-probabilities (prompts, vocabulary) with another storage of the base, in fp32."""
     model = adapted(subject.base, subject.adapters, storage)
     return torch.stack([last(model, ids) for ids in prompts_of(subject.tokenizer, source).ids])
 
 
 @dataclass(frozen=True)
-class Ours:
+class ReferenceAnswers:
     """A loaded model with active adapters, its prompts, and its answers."""
 
     model: PreTrainedModel
@@ -176,12 +152,10 @@ class Ours:
     answers: Answers
 
     @classmethod
-    def of(cls, subject: Subject, source: str | Path | None, progress: Progress) -> Ours:
-        """Load what is exported, over the weights that its files are for, and ask it.
-
-        Args:
-            source: a file of rows with prompts; None takes the built-in ones.
-        """
+    def of(
+        cls, subject: Subject, source: str | Path | None, progress: Progress
+    ) -> ReferenceAnswers:
+        """Load what is exported, over the weights that its files are for, and ask it."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
         model = adapted(subject.base, subject.adapters, subject.stored)
@@ -195,34 +169,28 @@ class Ours:
             model, prompts.ids, GREEDY, end_tokens(model, tokenizer),
             progress=lambda done, of: progress(len(with_) + done, total),
         )  # fmt: skip
-        found = Answers(torch.stack(with_), torch.stack(without), tuple(greedy))
-        return cls(model, tokenizer, prompts, found)
+        answers = Answers(torch.stack(with_), torch.stack(without), tuple(greedy))
+        return cls(model, tokenizer, prompts, answers)
 
-    def first(self, n: int) -> Ours:
+    def first(self, n: int) -> ReferenceAnswers:
         """The same of the first n prompts."""
-        asked = self.prompts
-        prompts = ProofPrompts(asked.texts[:n], asked.ids[:n], asked.chats[:n])
-        found = self.answers
-        few = Answers(found.adapted[:n], found.base[:n], found.greedy[:n])
-        return replace(self, prompts=prompts, answers=few)
+        prompts = ProofPrompts(*(column[:n] for column in vars(self.prompts).values()))
+        answers = Answers(*(column[:n] for column in vars(self.answers).values()))
+        return replace(self, prompts=prompts, answers=answers)
 
-    def job(self, own: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-        """The job of an engine's program.
-
-        Args:
-            own: what the target's engine needs, {out} for the directory.
-            directory: where the files are for now.
+    def job(self, needs: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+        """The job of an engine's program, from the target's needs and the directory of the files.
         """
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
-            for key, value in own.items()
+            for key, value in needs.items()
         }
         ends = sorted(end_tokens(self.model, self.tokenizer))
         return {**asdict(self.prompts), "greedy": GREEDY, "ends": ends, **placed}
 
-    def exchanged(self, prompt: int) -> Iterator[Tensor]:
-        """Yield answers (vocabulary,) with two close experts exchanged."""
-        return exchanged(self.model, self.prompts.ids[prompt])
+    def exchanged_experts(self, prompt: int) -> Iterator[Tensor]:
+        """Yield answers (vocabulary,) with two close experts exchanged_experts."""
+        return exchanged_experts(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:
         """The difference of the two largest log-probabilities after so many greedy tokens."""
@@ -236,10 +204,9 @@ LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
 
 
 @dataclass(frozen=True)
-class Theirs:
-    """What an engine answered: as `Answers`, with its name and version. `base` is of the first so
-    many prompts, None where it has the merged model alone; `unused` are the tensors of the files
-    that it did not take, if it tells.
+class EngineAnswers:
+    """An engine's answers. `base` is of the first prompts, or None for a merged model; `unused` are
+    tensors of the files that it did not take, if it tells.
     """
 
     adapted: Tensor
@@ -254,9 +221,9 @@ class Theirs:
 
 @dataclass(frozen=True)
 class Proof(ShownInNotebooks):
-    """The figures above, over so many prompts. `top` counts those with the same likeliest token,
-    `greedy` the same greedy texts, `near` those that part where ours has two as good as equal.
-    `gap` is the largest difference of log-probabilities among our most likely tokens.
+    """The figures above. `top` counts prompts with the same likeliest token, `greedy` the same
+    greedy texts, `near` those that differ where two tokens score almost the same; `gap` is in
+    log-probability.
     """
 
     engine: str
@@ -302,60 +269,55 @@ class Proof(ShownInNotebooks):
             f", with the engine's experts in {self.tied} where two are as good as equal"
             f" ({self.measured:.1e} with ours)"
         ) * bool(self.tied)
-        other = {"tokens": self.other_tokens, "texts": self.other_texts}
-        told = "".join(
-            f"; other {what} there of {len(found)} chats" for what, found in other.items() if found
-        )
+        other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
+        chats = "".join(f"; other {what} there of {n} chats" for what, n in other.items() if n)
         return (
             f"{self.engine} {self.version}, {asked}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
-            f" the same greedy text {self.greedy} of {n}{near}{told}"
+            f" the same greedy text {self.greedy} of {n}{near}{chats}"
         )
 
 
 def proof(
-    ours: Answers,
-    theirs: Theirs,
+    reference: Answers,
+    engine: EngineAnswers,
     margin: Callable[[int, int], float],
-    exchanged: Callable[[int], Iterable[Tensor]] = lambda prompt: (),
+    exchanged_experts: Callable[[int], Iterable[Tensor]] = lambda prompt: (),
 ) -> Proof:
-    """The figures of an engine's answers to the same prompts. Raises LorafoldError for NaN among
-    them, from which nothing has a distance.
-
-    Args:
-        margin: of a prompt, and a number of greedy tokens after it, the difference of our two
-            largest log-probabilities there.
-        exchanged: of a prompt, our answers (vocabulary,) with two close experts exchanged.
-    """
-    if theirs.adapted.isnan().any():
-        raise LorafoldError(f"{theirs.engine} {theirs.version}: it computes NaN for a prompt")
-    adapted, bare = theirs.adapted.double().log_softmax(-1), theirs.base
-    size = min(adapted.shape[-1], ours.adapted.shape[-1])
-    kls = divergences(ours.adapted, adapted)
+    """The figures of an engine's answers; `exchanged_experts` gives (vocabulary,) of a prompt."""
+    if engine.adapted.isnan().any():
+        raise LorafoldError(f"{engine.engine} {engine.version}: it computes NaN for a prompt")
+    adapted, bare = engine.adapted.double().log_softmax(-1), engine.base
+    size = min(adapted.shape[-1], reference.adapted.shape[-1])
+    kls = divergences(reference.adapted, adapted)
     measured, usual, tied = float(kls.mean()), max(FAR * float(kls.median()), LEAST), []
     for n in (kls > usual).nonzero().flatten().tolist():
-        same = (divergences(row[None], adapted[n : n + 1])[0] for row in exchanged(n))
-        if (found := next((kl for kl in same if kl <= usual), None)) is not None:
-            kls[n] = found
+        others = (divergences(row[None], adapted[n : n + 1])[0] for row in exchanged_experts(n))
+        if (kl := next((kl for kl in others if kl <= usual), None)) is not None:
+            kls[n] = kl
             tied.append(n)
-    likely = ours.adapted.topk(LIKELY).indices.clamp_max(size - 1)
-    gaps = ours.adapted.gather(1, likely).double() - adapted.gather(1, likely)
+    likely = reference.adapted.topk(LIKELY).indices.clamp_max(size - 1)
+    gaps = reference.adapted.gather(1, likely).double() - adapted.gather(1, likely)
     gaps[tied] = 0
     gap = float(gaps.abs().max())
-    pairs = [*zip(ours.greedy, theirs.greedy, strict=True)]
+    pairs = [*zip(reference.greedy, engine.greedy, strict=True)]
     parted = {n: parting(own, other) for n, (own, other) in enumerate(pairs) if own != other}
-    own = ("engine", "version", "unused", "other_tokens", "other_texts")
+    changed, alone = (
+        None if bare is None else float(divergences(of[: len(bare)], bare).mean())
+        for of in (adapted, reference.base)
+    )
+    same = ("engine", "version", "unused", "other_tokens", "other_texts")
     return Proof(
-        **{name: getattr(theirs, name) for name in own},
+        **{name: getattr(engine, name) for name in same},
         prompts=len(kls),
         kl=float(kls.mean()),
         kl_largest=float(kls.max()),
-        distance=float(divergences(ours.adapted, ours.base).mean()),
-        changed=None if bare is None else float(divergences(adapted[: len(bare)], bare).mean()),
-        alone=None if bare is None else float(divergences(ours.base[: len(bare)], bare).mean()),
+        distance=float(divergences(reference.adapted, reference.base).mean()),
+        changed=changed,
+        alone=alone,
         tied=len(tied),
         measured=measured,
-        top=int((ours.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
+        top=int((reference.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
         gap=gap,
         greedy=len(pairs) - len(parted),
         near=sum(margin(n, at) <= 2 * gap for n, at in parted.items()),
@@ -379,5 +341,5 @@ def distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
 
 def parting(own: Sequence[int], other: Sequence[int]) -> int:
     """The first place at which two sequences differ."""
-    same = [a == b for a, b in zip(own, other, strict=False)]
-    return same.index(False) if False in same else len(same)
+    differ = (n for n, (a, b) in enumerate(zip(own, other, strict=False)) if a != b)
+    return next(differ, min(len(own), len(other)))

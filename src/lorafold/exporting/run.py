@@ -1,8 +1,6 @@
-"""From a base with adapters to the files of another engine, proved there.
+"""The export of a base with adapters for another engine, verified there.
 
     cut -> check -> write -> prove -> export.json       whole or not at all
-
-Every target by its name.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from torch import Tensor
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.plain_lora import Cut, cut_to, rank_enough
-from lorafold.exporting.proof import Ours, Proof, answered, distance, proof
+from lorafold.exporting.proof import Proof, ReferenceAnswers, answers_over, distance, proof
 from lorafold.exporting.servers import ToPeft, ToSglang, ToVllm
 from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written, placed
 from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
@@ -44,7 +42,7 @@ TARGETS: dict[str, Target] = {
 
 
 def target_of(name: str) -> Target:
-    """The target of this name. Raises LorafoldError with the names that there are."""
+    """The target of this name."""
     if not isinstance(name, str) or name not in TARGETS:
         raise LorafoldError(f"--to: found {name!r}, expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
@@ -77,10 +75,9 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported(ShownInNotebooks):
-    """What was written, as `export.json` has it. `proof` is None where `unproved` says why;
-    `beside` has figures that are told alone, or why there are none, by what they are of. `into` are
-    the weights that the files are for; `away` and `from_original` are how far from the model that
-    was trained these files are, and the adapters over the original weights.
+    """The export, as in `export.json`. `proof` is None if `unproved` says why; `beside` has further
+    figures, or why there are none. `away` and `from_original` are the distances from the trained
+    model of these files, and of the adapters over the original weights.
     """
 
     to: str
@@ -147,28 +144,26 @@ def export(
     base: Base,
     adapters: Sequence[Saved],
     out: Path,
-    wanted: ExportOptions,
+    options: ExportOptions,
     console: Console | None = None,
 ) -> Exported:
-    """Write adapters over a base, or the base alone, for another engine, as `lf.export`, whose
-    arguments these are.
-    """
-    target = target_of(wanted.to)
-    tensors, engine = _tensors(target, wanted.tensors), _engine(target, wanted)
-    if (rank := wanted.as_lora) is not None and (type(rank) is not int or rank < 1):
+    """Write adapters over a base, or the base alone, for another engine; see `lf.export`."""
+    target = target_of(options.to)
+    tensors, engine = _tensors(target, options.tensors), _engine(target, options)
+    if (rank := options.as_lora) is not None and (type(rank) is not int or rank < 1):
         raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
-    into, base = _into(base, adapters, target, wanted.into), base.with_files_for(adapters)
-    check_out(out, wanted.overwrite)
+    into, base = _into(base, adapters, target, options.into), base.with_files_for(adapters)
+    check_out(out, options.overwrite)
     check_not_replaced(out, [base.source.path, *(one.path for one in adapters)])
     check_language_model(base, adapters, INSTEAD)
-    unproved = _unproved(target, wanted)
-    with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
-        subject, cut, ours = Subject(base, tuple(adapters), tensors, into=into), None, None
+    unproved = _unproved(target, options)
+    with atomic_directory(out, options.overwrite) as tmp, bars(console) as bar:
+        subject, cut, reference = Subject(base, tuple(adapters), tensors, into=into), None, None
         quantized = into.trained_on is not None and not into.in_files
-        other: Tensor | None = None
+        others: Tensor | None = None
         beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
-        if wanted.as_lora is None:
-            _check_said(target, subject, wanted, bar("trying ranks"))
+        if options.as_lora is None:
+            _check_representable(target, subject, options, bar("trying ranks"))
         if not _has_tokenizer(subject):
             beside["the base"] = "it has no tokenizer, without which engines take no texts"
             if not unproved:
@@ -176,43 +171,46 @@ def export(
                     f"{subject.base.source.name}: found no tokenizer, which the proof's prompts"
                     " need; expected its files beside config.json, or --no-proof"
                 )
-        elif wanted.prove and quantized:  # the weights that the files are not for
+        elif options.prove and quantized:  # the weights that the files are not for
             storage = "fp32" if into.target == "trained" else into.stored
-            other = answered(subject, storage, wanted.prompts)
+            others = answers_over(subject, storage, options.prompts)
         if not unproved:
-            ours = Ours.of(subject, wanted.prompts, bar("answering"))
-        if wanted.as_lora is not None:
-            subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, ours)
-            _check_said(target, subject, wanted, bar("trying ranks"))
-            ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
-        written, found, theirs = target.write(subject, tmp, bar("writing")), None, None
-        if ours is not None and engine is not None:
+            reference = ReferenceAnswers.of(subject, options.prompts, bar("answering"))
+        if options.as_lora is not None:
+            subject, cut = cut_to(subject, options.as_lora, tmp / SCRATCH, reference)
+            _check_representable(target, subject, options, bar("trying ranks"))
+            reference = reference and ReferenceAnswers.of(
+                subject, options.prompts, bar("answering")
+            )
+        written, verified, logprobs = target.write(subject, tmp, bar("writing")), None, None
+        if reference is not None and engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
-            job = {**written.job, **made, "url": wanted.engine_url}
-            found, theirs = _proof(ours, job, tmp, engine, wanted)
-            _check(found, target, tensors)
-            if adapters and not found.distance:
+            job = {**written.job, **made, "url": options.engine_url}
+            verified, logprobs = _proof(reference, job, tmp, engine, options)
+            _check(verified, target, tensors)
+            if adapters and not verified.distance:
                 beside["the adapters"] = "they change nothing on these prompts"
-            few = ours.first(FEWER)
+            few = reference.first(FEWER)
             for name, over in target.beside(subject).items():
-                beside[name] = _proof(few, {**job, **over}, tmp, engine, wanted)[0]
-        elif wanted.prove and target.engine is None:
+                beside[name] = _proof(few, {**job, **over}, tmp, engine, options)[0]
+        elif options.prove and target.engine is None:
             unproved = target.read_back(subject, tmp) or unproved
         for scratch in (SCRATCH, PROVING):
             rmtree(tmp / scratch, ignore_errors=True)
         names = tuple(map(str, adapters))
-        own = None if ours is None else ours.answers.adapted
-        if own is None and other is not None:
-            own = answered(subject, subject.stored, wanted.prompts)
+        answers = None if reference is None else reference.answers.adapted
+        if answers is None and others is not None:
+            answers = answers_over(subject, subject.stored, options.prompts)
         away, from_original = None, None
-        if own is not None:
-            trained, original = (own, other) if into.target == "trained" else (other, own)
-            away = distance(own if trained is None else trained, own if theirs is None else theirs)
-            if trained is not None and original is not None:
+        if answers is not None:
+            both = [answers, answers if others is None else others]
+            trained, original = both if into.target == "trained" else reversed(both)
+            away = distance(trained, answers if logprobs is None else logprobs)
+            if others is not None:
                 from_original = distance(trained, original)
         result = Exported(
-            wanted.to, tensors, base.name, names, str(out), written, cut, found, unproved, beside,
-            into, away, from_original,
+            options.to, tensors, base.name, names, str(out), written, cut, verified, unproved,
+            beside, into, away, from_original,
         )  # fmt: skip
         write_json(tmp / EXPORT, result.as_json())
     return result
@@ -227,101 +225,101 @@ def _has_tokenizer(subject: Subject) -> bool:
 
 
 def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:
-    """What adapters say that have nothing but a name to know their base by, and have another."""
-    said = {str(one): one.own_base.hint(base.name).removeprefix("; ") for one in adapters}
+    """Notes on adapters that know their base by its name alone, and have another name for it."""
+    notes = {str(one): one.own_base.hint(base.name).removeprefix("; ") for one in adapters}
     names = {str(one): Path(one.own_base.name).name for one in adapters}
-    return {one: told for one, told in said.items() if told and names[one] != Path(base.name).name}
+    return {one: n for one, n in notes.items() if n and names[one] != Path(base.name).name}
 
 
-def _check_said(
-    target: Target, subject: Subject, wanted: ExportOptions, progress: Progress
+def _check_representable(
+    target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
     """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
     if problems := target.problems(subject):
         dense = not target.merged and subject.update.dense and not subject.update.beside
-        enough = rank_enough(subject, wanted.prompts, progress) if dense else ""
-        raise LorafoldError(f"{wanted.to}: {as_one(problems)}{enough}")
+        enough = rank_enough(subject, options.prompts, progress) if dense else ""
+        raise LorafoldError(f"{options.to}: {as_one(problems)}{enough}")
 
 
-def _into(base: Base, adapters: Sequence[Saved], target: Target, asked: str | None) -> Into:
-    """The weights that the files are for. An adapter alone is for the base that its engine loads,
-    which has the original weights.
-
-    Raises LorafoldError as `choose_into`, and for weights that the target's files can't have.
-    """
+def _into(base: Base, adapters: Sequence[Saved], target: Target, into: str | None) -> Into:
+    """The weights that the files are for; an adapter alone is for the original ones."""
     in_files = stored_in_files(base.source)
     expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
-    if asked is not None and asked not in expected:
+    if into is not None and into not in expected:
         raise LorafoldError(
-            f"--into: found {asked} for {target.name}, expected {' or '.join(expected[:2])}"
+            f"--into: found {into} for {target.name}, expected {' or '.join(expected[:2])}"
         )
     if not target.merged and in_files is None:
-        asked = "original"
-    return choose_into(asked, adapters, base.storage, in_files)
+        into = "original"
+    return choose_into(into, adapters, base.storage, in_files)
 
 
 def _proof(
-    ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: ExportOptions
+    of: ReferenceAnswers,
+    needs: Mapping[str, Any],
+    directory: Path,
+    engine: str,
+    options: ExportOptions,
 ) -> tuple[Proof, Tensor]:
     """The figures, and the engine's log-probabilities (prompts, vocabulary)."""
-    theirs = ask(engine, ours.job(own, directory), wanted.engine_python)
-    return proof(ours.answers, theirs, ours.margin, ours.exchanged), theirs.adapted
+    answers = ask(engine, of.job(needs, directory), options.engine_python)
+    return proof(of.answers, answers, of.margin, of.exchanged_experts), answers.adapted
 
 
-def _tensors(target: Target, asked: str | None) -> str | None:
-    """The type of the tensors. Raises LorafoldError for one that the target has not."""
-    if asked is not None and asked not in target.tensors:
+def _tensors(target: Target, tensors: str | None) -> str | None:
+    """The type of the tensors."""
+    if tensors is not None and tensors not in target.tensors:
         expected = ", ".join(target.tensors) or "none, because it has one form alone"
-        raise LorafoldError(f"--tensors: found {asked!r} for {target.name}, expected {expected}")
-    return asked or next(iter(target.tensors), None)
+        raise LorafoldError(f"--tensors: found {tensors!r} for {target.name}, expected {expected}")
+    return tensors or next(iter(target.tensors), None)
 
 
-def _engine(target: Target, wanted: ExportOptions) -> str | None:
-    """What proves. Raises LorafoldError for a URL where no server is asked."""
-    if wanted.engine_url is None:
+def _engine(target: Target, options: ExportOptions) -> str | None:
+    """What proves."""
+    if options.engine_url is None:
         return target.engine
-    if wanted.engine_python is not None:
+    if options.engine_python is not None:
         raise LorafoldError("--engine-url: found --engine-python too, expected one of them")
     if target.server is None:
         raise LorafoldError(
-            f"--engine-url: found {wanted.engine_url} for {target.name}, expected --to vllm, whose"
+            f"--engine-url: found {options.engine_url} for {target.name}, expected --to vllm, whose"
             " servers alone are asked"
         )
     return target.server
 
 
-def _unproved(target: Target, wanted: ExportOptions) -> str:
+def _unproved(target: Target, options: ExportOptions) -> str:
     """Why nothing is proved, or nothing."""
-    if not wanted.prove:
+    if not options.prove:
         return "--no-proof was given"
     if target.engine is None:
         return f"no engine here reads what {target.name} takes"
     engine = ENGINES[target.engine]
-    if wanted.engine_python is None and wanted.engine_url is None and not engine.here:
+    if options.engine_python is None and options.engine_url is None and not engine.here:
         return f"{engine.title} is not installed here ({engine.install})"
     return ""
 
 
-def _check(found: Proof, target: Target, tensors: str | None) -> None:
+def _check(proof: Proof, target: Target, tensors: str | None) -> None:
     """Raise LorafoldError if the engine computes something else than what was exported."""
     allowed = target.tolerance.get(tensors or "", SHARE)
-    said = f"{found.engine} {found.version} does not compute what lorafold does"
-    if found.unused:
-        raise LorafoldError(f"{said}: it left out {as_one(found.unused)}")
-    if found.distance and found.changed == 0:
-        raise LorafoldError(f"{said}: the adapter changes nothing there")
-    if not found.distance and allowed == SHARE and found.kl > ALONE:
+    start = f"{proof.engine} {proof.version} does not compute what lorafold does"
+    if proof.unused:
+        raise LorafoldError(f"{start}: it left out {as_one(proof.unused)}")
+    if proof.distance and proof.changed == 0:
+        raise LorafoldError(f"{start}: the adapter changes nothing there")
+    if not proof.distance and allowed == SHARE and proof.kl > ALONE:
         raise LorafoldError(
-            f"{said}: KL {found.kl:.1e} nats, expected at most {ALONE}; nothing was written"
+            f"{start}: KL {proof.kl:.1e} nats, expected at most {ALONE}; nothing was written"
         )
-    lost = found.share is not None and allowed is not None and found.share > allowed
-    if lost and found.alone is not None and found.alone > ALONE:
+    lost = proof.share is not None and allowed is not None and proof.share > allowed
+    if lost and proof.alone is not None and proof.alone > ALONE:
         raise LorafoldError(
-            f"{said}: without adapters KL {found.alone:.1e} nats, expected at most {ALONE}: it"
+            f"{start}: without adapters KL {proof.alone:.1e} nats, expected at most {ALONE}: it"
             " reads the base as another model; nothing was written"
         )
-    if lost and not found.rounding:
+    if lost and not proof.rounding:
         raise LorafoldError(
-            f"{said}: KL {found.kl:.1e} nats, {found.share:.1%} of what the adapters change,"
+            f"{start}: KL {proof.kl:.1e} nats, {proof.share:.1%} of what the adapters change,"
             f" expected at most {allowed:.0%}; nothing was written"
         )

@@ -1,33 +1,22 @@
-"""Exports for PEFT and for servers that take its plain LoRA: one rank, one alpha, no patterns.
+"""Exports of plain LoRA for PEFT and for servers.
 
-Exports for vLLM: canonical PEFT, and the line that serves it.
-
-    experts     PEFT's stacked factors; of models that vLLM has other layers for, the request says
-                that they are stacked (is_3d_lora_weight)
-
-vLLM (0.32, lora/) takes LoRA of a rank up to 512, packs q, k, v and gate, up itself, and refuses
-what it has no name for, but not experts: those it loads and applies nowhere, which only its debug
-log says. So experts are written for the families whose names are known.
-
-Exports for SGLang: canonical PEFT with what its loader expects, and the line that serves it.
-
-    q, k, v; gate, up    packed into one buffer each, so those that are not changed are there, as
-                         zeros
-    experts              a pair of matrices for each: experts.E.{gate,up,down}_proj
+vLLM (0.32, lora/) takes a rank up to 512, packs q, k, v and gate, up itself, and refuses names
+that it does not know, except those of experts, which it loads and applies nowhere. So experts are
+written only for the families whose names are known; some requests need is_3d_lora_weight.
 
 SGLang (0.5.23, srt/lora/) scales by alpha / r alone, knows modules by the last part of their names,
-and passes over the others unless --lora-strict-loading is given, as the line here has it. It has no
-build for CPUs, so nothing runs here: the files are read as its loader reads them.
+packs q, k, v and gate, up into one buffer each (so all of them are written, as zeros where nothing
+changed) and takes a pair of matrices for each expert. It has no build for CPUs: the files are read
+back as its loader reads them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,21 +40,23 @@ from lorafold.exporting.target import (
     Factors,
     Line,
     Progress,
+    SiteFactors,
     Subject,
     Target,
     Written,
-    apart,
     only_products,
+    split_experts,
 )
-from lorafold.files.atomic import write_json
+from lorafold.files.atomic import read_object, write_json
+from lorafold.inspecting.updates import padded
 from lorafold.peft.config import CONFIG, WEIGHTS
 
 
 class ToPeft(Target):
     """PEFT's own format, for any base that it knows."""
 
-    name: ClassVar[str] = "peft"
-    engine: ClassVar[str | None] = "peft"
+    name = "peft"
+    engine = "peft"
 
     def problems(self, subject: Subject) -> Sequence[str]:
         return only_products(subject.update, "a plain LoRA")
@@ -102,39 +93,42 @@ WITH_HEADS = (
 class ToVllm(Target):
     """vLLM's server."""
 
-    name: ClassVar[str] = "vllm"
-    engine: ClassVar[str | None] = "vllm"
-    server: ClassVar[str | None] = "vllm_url"
+    name = "vllm"
+    engine = "vllm"
+    server = "vllm_url"
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type
-        found = only_products(update, FORM)
+        reasons = only_products(update, FORM)
         if kind in WITHOUT:
-            found.append(f"vLLM has no LoRA for models of type {kind}; merge the adapter first")
+            reasons.append(f"vLLM has no LoRA for models of type {kind}; merge the adapter first")
         if update.rank > RANKS[-1]:
-            found.append(
+            reasons.append(
                 f"rank {update.rank}: vLLM takes at most {RANKS[-1]}; --as-lora {RANKS[-1]} cuts it"
             )
         heads = [path for path in update.factors if leaf_of(path) in HEADS]
         if heads and kind not in WITH_HEADS:
-            found.append(f"{heads[0]}: vLLM adapts no embedding and no head of {kind}")
+            reasons.append(f"{heads[0]}: vLLM adapts no embedding and no head of {kind}")
         elif tied := tied_heads(subject):
-            found.append(f"{tied[0]}: embedding and head are tied, which vLLM adapts as one")
+            reasons.append(f"{tied[0]}: embedding and head are tied, which vLLM adapts as one")
         experts = [path for path in update.factors if ".experts." in path]
         if experts and kind not in (*STACKED, *SPLIT):
             known = ", ".join(sorted((*STACKED, *SPLIT)))
-            found.append(
+            reasons.append(
                 f"{experts[0]}: vLLM passes over experts whose names it does not know without a"
                 f" word; they are known of {known}, not of {kind}"
             )
-        return found
+        return reasons
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         kind, update = subject.config.model_type, subject.update
-        factors = both_of_experts(subject, update.factors)
+        experts = [match for path in update.factors if (match := EXPERTS.fullmatch(path))]
+        # vLLM expects both parameters of experts
+        both = [f"{match[1]}.{name}" for match in experts for name in (GATE_UP, DOWN)]
+        factors = with_zeros(subject, update.factors, both)
         base, files, options = write_files(subject, factors, directory)
         notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
-        if kind in OWN and any(map(EXPERTS.fullmatch, factors)):
+        if kind in OWN and experts:
             file = directory / ADAPTER / WEIGHTS
             named = {key.replace(*OWN[kind]): tensor for key, tensor in load_file(file).items()}
             save_file(named, file, metadata={"format": "pt"})
@@ -143,7 +137,7 @@ class ToVllm(Target):
         engine: dict[str, object] = {"max_lora_rank": most}
         request: dict[str, object] = {}
         name = str(subject.called)
-        if kind in SPLIT and any(map(EXPERTS.fullmatch, factors)):
+        if kind in SPLIT and experts:
             engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
             options = (*options, "--enable-mixed-moe-lora-format")
         line = ("vllm", "serve", base.model, "--enable-lora", "--max-lora-rank", str(most))
@@ -159,32 +153,18 @@ class ToVllm(Target):
 
 
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
-    """The value of --lora-modules for an adapter: JSON where there is more to say than a name and a
-    path, or where they have what vLLM takes for the end of a name, or for JSON.
-
-    Args:
-        name: of the adapter.
-        request: what else vLLM is told of it.
-        out: the directory of the export.
-    """
+    """The value of --lora-modules: JSON if a name or path has special characters, or options."""
     path = f"{out}/{ADAPTER}"
     if request or "=" in name or "," in name + path:
         return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
     return f"{name}={path}"
 
 
-def both_of_experts(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The same with zeros for the experts' other parameter, where one is changed alone: vLLM
-    expects both.
-    """
-    found = dict(factors)
-    for path in factors:
-        if (match := EXPERTS.fullmatch(path)) is None:
-            continue
-        other = f"{match[1]}.{DOWN if match[2] == GATE_UP else GATE_UP}"
-        if other not in found:
-            found[other] = zeros(subject, other)
-    return found
+def with_zeros(
+    subject: Subject, factors: SiteFactors, paths: Iterable[str]
+) -> dict[str, Factors]:
+    """The factors, and zeros at those of these paths that are not changed."""
+    return {**factors, **{path: zeros(subject, path) for path in paths if path not in factors}}
 
 
 PACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -203,23 +183,23 @@ EXACT = 1e-5  # relative, in fp32
 class ToSglang(Target):
     """SGLang's server."""
 
-    name: ClassVar[str] = "sglang"
+    name = "sglang"
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type
-        found = only_products(update, FORM)
+        reasons = only_products(update, FORM)
         experts = [path for path in update.factors if EXPERTS.fullmatch(path)]
         if experts and kind not in FAMILIES:
             known = ", ".join(FAMILIES)
-            found.append(
+            reasons.append(
                 f"{experts[0]}: SGLang's order of gates and ups is known of {known}, not of {kind}"
             )
         other = [p for p in update.factors if leaf_of(p) not in KNOWN]
         if other:
-            found.append(f"{other[0]}: SGLang adapts no module of that name")
+            reasons.append(f"{other[0]}: SGLang adapts no module of that name")
         if tied := tied_heads(subject):
-            found.append(f"{tied[0]}: embedding and head are tied, which SGLang adapts as one")
-        return found
+            reasons.append(f"{tied[0]}: embedding and head are tied, which SGLang adapts as one")
+        return reasons
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         factors, rank = packed(subject, subject.update.factors), subject.update.rank
@@ -241,12 +221,12 @@ class ToSglang(Target):
 
     def read_back(self, subject: Subject, directory: Path) -> str:
         tensors = load_file(directory / ADAPTER / WEIGHTS)
-        config = json.loads((directory / ADAPTER / CONFIG).read_text(encoding="utf-8"))
+        config = read_object(directory / ADAPTER / CONFIG)
         scale = config["lora_alpha"] / config["r"]
         named = {leaf_of(path) for path in config["target_modules"]} & KNOWN
         largest, kind = 0.0, subject.config.model_type
-        wanted = dict(_single(kind, packed(subject, subject.update.factors)))
-        for path, (up, down) in wanted.items():
+        expected = dict(_single(kind, packed(subject, subject.update.factors)))
+        for path, (up, down) in expected.items():
             if leaf_of(path) not in named:
                 raise LorafoldError(f"sglang: {path} is not among its target modules")
             a, b = (_taken(tensors, path, half) for half in "AB")
@@ -259,62 +239,57 @@ class ToSglang(Target):
                 f"sglang: read back, they differ by {largest:.1e} from the update"
             )
         return (
-            f"SGLang has no build for CPUs; read back, not run: {len(wanted)} modules under names"
+            f"SGLang has no build for CPUs; read back, not run: {len(expected)} modules under names"
             f" that its loader takes, at most {largest:.0e} from the update"
         )
 
 
 def path_of(name: str, out: str) -> str:
-    """The value of --lora-paths for an adapter: JSON where the name has an equals sign.
-
-    Args:
-        name: of the adapter.
-        out: the directory of the export.
-    """
+    """The value of --lora-paths for an adapter: JSON where the name has an equals sign."""
     path = f"{out}/{ADAPTER}"
     if "=" in name:
         return json.dumps({"lora_name": name, "lora_path": path}, ensure_ascii=False)
     return f"{name}={path}"
 
 
-def packed(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+def packed(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
     """The same with zeros at those modules of a pack that are not changed."""
-    found, modules = dict(factors), dict(subject.model.named_modules())
-    for path in factors:
-        parent, _, name = path.rpartition(".")
-        for other in next((pack for pack in PACKS if name in pack), ()):
-            beside = f"{parent}.{other}"
-            if beside not in found and beside in modules:
-                found[beside] = zeros(subject, beside)
-    return found
+    modules = {path for path, _ in subject.model.named_modules()}
+    places = [path.rpartition(".") for path in factors]
+    packs = [
+        f"{parent}.{other}"
+        for parent, _, name in places
+        for pack in PACKS
+        if name in pack
+        for other in pack
+    ]
+    return with_zeros(subject, factors, [path for path in packs if path in modules])
 
 
-def _single(kind: str, factors: Mapping[str, Factors]) -> Iterator[tuple[str, Factors]]:
+def _single(kind: str, factors: SiteFactors) -> Iterator[tuple[str, Factors]]:
     """Yield each matrix that is changed, by the name that SGLang has for it, experts one by one."""
     for path, pair in factors.items():
         if (match := EXPERTS.fullmatch(path)) is None:
             yield path, pair
             continue
-        for name, (up, down) in apart(kind, match[2], pair):
+        for name, (up, down) in split_experts(kind, match[2], pair):
             for e in range(len(up)):
                 yield f"{match[1]}.{e}.{name}", (up[e], down[e])
 
 
-def _split(adapter: Path, kind: str, factors: Mapping[str, Factors], rank: int) -> None:
+def _split(adapter: Path, kind: str, factors: SiteFactors, rank: int) -> None:
     """Put a pair of matrices for each expert in the place of PEFT's stacked ones."""
-    kept = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
-    names = set()
-    for path, (up, down) in _single(kind, factors):
-        if ".experts." in path:
-            more = rank - down.shape[0]
-            names.add(leaf_of(path))
-            key = f"{ROOT}{path}"
-            kept[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, more))
-            kept[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, more)).contiguous()
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    tensors = {k: t for k, t in load_file(adapter / WEIGHTS).items() if ".experts." not in k}
+    experts = {path: pair for path, pair in _single(kind, factors) if ".experts." in path}
+    for path, pair in experts.items():
+        up, down = padded(pair, rank)
+        tensors[f"{ROOT}{path}.lora_A.weight"] = down
+        tensors[f"{ROOT}{path}.lora_B.weight"] = up.contiguous()
+    config = read_object(adapter / CONFIG)
     config.pop("target_parameters", None)
-    config["target_modules"] = sorted({*(config["target_modules"] or ()), *names})
-    save_file(kept, adapter / WEIGHTS, metadata={"format": "pt"})
+    names = {*(config["target_modules"] or ()), *map(leaf_of, experts)}
+    config["target_modules"] = sorted(names)
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
     write_json(adapter / CONFIG, config)
 
 
@@ -330,6 +305,6 @@ def _difference(one: Factors, other: Factors) -> float:
     """How far two products are apart on random inputs, relative to the second."""
     (up, down), (b, a) = one, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
-    own, theirs = b @ (a @ x), up.float() @ (down.float() @ x)
-    whole = float(own.norm())
-    return float((own - theirs).norm()) / whole if whole else float(theirs.norm())
+    product, expected = b @ (a @ x), up.float() @ (down.float() @ x)
+    whole = float(product.norm())
+    return float((product - expected).norm()) / whole if whole else float(expected.norm())

@@ -1,12 +1,9 @@
-"""What every target has: what it can say, how it is written, which engine proves it.
-
-What adapters add to the matrices of their base, as one pair of factors a site.
+"""What an export target has: what it can represent, how it is written, which engine verifies it.
 
     dW = up @ down     up (*matrices, out, r) with every scale in it, down (*matrices, r, in)
 
-Every method whose change is a product has its factors exactly: LoRA and its starts, VeRA, AdaLoRA,
-a stack of them, their ranks added. Of the others (DoRA, LoHa, LoKr, IA3, whole matrices) the update
-is computed and cut to the best of a rank (Eckart and Young 1936), which is asked for.
+Every method whose change is a product has its factors exactly; several adapters add their ranks. Of
+other methods the update is cut to the best of a rank (Eckart and Young 1936), if one is given.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +31,12 @@ from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of
 from lorafold.inspecting.updates import (
     Factors,
+    SiteFactors,
     Svd,
-    joined,
     matrix_names,
     of_dense,
     of_factors,
+    stacked,
     unstacked,
 )
 from lorafold.layers import layer_of
@@ -57,18 +55,12 @@ INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups tak
 
 @dataclass(frozen=True)
 class Update:
-    """What the adapters of a model change.
-
-    Attributes:
-        factors: of each matrix that changes, by module path.
-        dense: the methods by the module path of each update that is no product of factors, of which
-            `factors` has none.
-        beside: what else changes, by module path: biases, vectors, new tokens, virtual tokens.
-        lost: squared norms, of what cutting lost and of the whole update, by the name of each
-            matrix that was cut; experts one by one.
+    """The change of the adapters: `factors` of each matrix by module path; the method of each
+    update that is no product (`dense`); other changes, such as biases and tokens (`beside`); and
+    the squared norms of what a cut lost and of the whole update, by matrix (`lost`).
     """
 
-    factors: Mapping[str, Factors]
+    factors: SiteFactors
     dense: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -87,41 +79,34 @@ class Update:
 
 @torch.no_grad()
 def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
-    """What the named adapters change, lowest first; the model stays as it is.
-
-    Args:
-        model: with the adapters attached; its weights may be in files.
-        names: of the adapters.
-        rank: cut every update to this rank where it has a larger one; None cuts none.
-    """
+    """What the named adapters change, lowest first; the model stays as it is."""
     factors: dict[str, Factors] = {}
-    dense: dict[str, str] = {}
-    beside: dict[str, str] = {}
+    dense, beside = dict[str, str](), dict[str, str]()
     lost: dict[str, tuple[float, float]] = {}
     for path, module in adapted_modules(model):
         deltas = [*deltas_of(module, names)]
         if not deltas:
             continue
         layer = layer_of(module)
-        if other := _beside(layer, deltas):
-            beside[path] = other
-            continue
-        pair = _product(deltas)
-        if pair is None and rank is None:
+        if reason := _other_change(layer, deltas):
+            beside[path] = reason
+        elif rank is not None:
+            cut = []
+            matrices = matrix_names(path, layer.matrices)
+            for name, svd in zip(matrices, _svds(layer, deltas), strict=True):
+                squares = svd.s.double().square()
+                lost[name] = float(squares[rank:].sum()), float(squares.sum())
+                cut.append(svd.factors(rank))
+            factors[path] = stacked(cut, layer.matrices)
+        elif pair := _product(deltas):
+            factors[path] = pair
+        else:
             parts = [p for delta in deltas for p in delta.parts() if p.factors() is None]
             dense[path] = ", ".join(sorted({type(part).__name__ for part in parts}))
-        elif rank is None:
-            factors[path] = pair  # type: ignore[assignment]
-        else:
-            svds = (
-                map(of_factors, *map(unstacked, pair)) if pair else _of_change(layer, deltas)
-            )
-            cut = _cut(matrix_names(path, layer.matrices), svds, rank, lost)
-            factors[path] = joined(cut, layer.matrices)
     return Update(factors, dense, beside, lost)
 
 
-def _beside(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
+def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
     """What the deltas change that is no matrix of the layer's shape, or nothing."""
     try:
         w, b = layer.dense_like()
@@ -142,52 +127,33 @@ def _beside(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
 
 def _product(deltas: Sequence[Delta]) -> Factors | None:
     """The factors of all deltas together, or None if one has none."""
-    found = [pair for delta in deltas if (pair := delta.factors()) is not None]
-    if len(found) < len(deltas):
+    pairs = [pair for delta in deltas if (pair := delta.factors()) is not None]
+    if len(pairs) < len(deltas):
         return None
-    ups, downs = zip(*found, strict=True)
+    ups, downs = zip(*pairs, strict=True)
     return torch.cat(ups, -1).float(), torch.cat(downs, -2).float()
 
 
-def _of_change(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
+def _svds(layer: BaseLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
     """The SVD of what the deltas add to each matrix of the layer."""
+    if pair := _product(deltas):
+        return map(of_factors, *map(unstacked, pair))
     w, b = layer.dense()
-    own = changed = w.float()
+    changed = w.float()
     for delta in deltas:
         changed, b = delta.fold(changed, b)
-    return map(of_dense, unstacked(changed - own))
+    return map(of_dense, unstacked(changed - w.float()))
 
 
-def _cut(
-    names: Sequence[str], svds: Iterable[Svd], rank: int, lost: dict[str, tuple[float, float]]
-) -> list[Factors]:
-    """The best factors of a rank, of each matrix; what that lost goes to `lost`."""
-    found = []
-    for name, svd in zip(names, svds, strict=True):
-        squares = svd.s.double().square()
-        lost[name] = float(squares[rank:].sum()), float(squares.sum())
-        found.append(svd.factors(rank))
-    return found
-
-
-def apart(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield the name and the factors of each matrix that a parameter of experts is.
-
-    Args:
-        kind: the model's type.
-        name: of the parameter.
-        factors: of all experts.
-    """
+def split_experts(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
+    """Yield the name and the factors of each matrix that a parameter of experts is."""
     up, down = factors
     if name != GATE_UP:
         yield name, factors
         return
-    if kind in INTERLEAVED:
-        gate, beside = up[:, ::2], up[:, 1::2]
-    else:
-        gate, beside = up.chunk(2, 1)
+    gate, other = (up[:, ::2], up[:, 1::2]) if kind in INTERLEAVED else up.chunk(2, 1)
     yield "gate_proj", (gate, down)
-    yield "up_proj", (beside, down.clone())  # safetensors writes no tensor twice
+    yield "up_proj", (other, down.clone())  # safetensors writes no tensor twice
 
 
 OUT = "{out}"  # stands for the directory of the export
@@ -202,9 +168,7 @@ ORIGINAL = Into("original", None)
 
 
 def placed(line: Line, out: str) -> str:
-    """A line with the directory in it. Words are quoted as a shell wants them; in text, the path
-    may be in a Python string alone.
-    """
+    """A line with the directory in it, quoted for a shell, or in a Python string."""
     if isinstance(line, tuple):
         return " ".join(_word(word, out) for word in line)
     return LITERAL.sub(lambda found: json.dumps(out + found[1], ensure_ascii=False), line)
@@ -218,7 +182,7 @@ def _word(word: Word, out: str) -> str:
     return quote(word.replace(OUT, out))
 
 
-def told(engine: str, config: Any) -> tuple[str, ...]:
+def window_notes(engine: str, config: Any) -> tuple[str, ...]:
     """What an engine that has no windows computes otherwise than the model, if it does."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings:
@@ -232,12 +196,7 @@ def told(engine: str, config: Any) -> tuple[str, ...]:
 
 
 def period_of(kinds: Sequence[str]) -> int | None:
-    """Every how many layers one attends to all positions, and the others to a window; None where
-    they do not lie so.
-
-    Args:
-        kinds: of the layers, as `layer_types` has them.
-    """
+    """Every how many layers one attends to all positions; None if they aren't regular."""
     if FULL not in kinds:
         return None
     period = kinds.index(FULL) + 1
@@ -247,11 +206,9 @@ def period_of(kinds: Sequence[str]) -> int | None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a base with adapters, lowest first, or the base alone.
-
-    tensors: the type of the tensors that was asked for, in the target's words; None is its own.
-    given: what people gave, where `adapters` is a cut of it: names and tokenizers are its own.
-    into: the weights that the files are for, trained or original, and how training stored them.
+    """A base with adapters, lowest first, or the base alone. `tensors` is the type that was asked
+    for, `given` the original adapters if `adapters` is a cut of them, `into` the weights the files
+    are for.
     """
 
     base: Base
@@ -268,8 +225,8 @@ class Subject:
     @property
     def called(self) -> str | None:
         """The name of the last adapter's directory; None without adapters."""
-        found = self.given or self.adapters
-        return found[-1].path.resolve().name if found else None
+        adapters = self.given or self.adapters
+        return adapters[-1].path.resolve().name if adapters else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -278,9 +235,7 @@ class Subject:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The base on its files, with the adapters attached, above the round trip of the weights
-        that they were trained on where they are merged into these.
-        """
+        """The base on its files with the adapters, above the round trip if merged into q(W)."""
         model, other = self.base.mapped().model, self.base.allow_other_base
         if self.into.round_trip is not None:
             attach_round_trip(model, self.into.round_trip)
@@ -301,21 +256,15 @@ class Subject:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the base's."""
-        own = [one.path for one in self.given or self.adapters if one.own_tokenizer]
+        paths = [one.path for one in self.given or self.adapters if one.own_tokenizer]
         source = self.base.source
-        return tokenizer_of(source, own) if own else read_tokenizer(source)
+        return tokenizer_of(source, paths) if paths else read_tokenizer(source)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a target wrote.
-
-    Attributes:
-        files: their names in the directory, the most important first.
-        launch: how one uses them, a line each, as `placed` has them.
-        notes: what was adapted to say it there, a sentence each.
-        job: what the engine's process needs beside prompts (`engines/`), paths in the directory as
-            {out}/NAME.
+    """The files, the most important first; `launch`, lines that use them; notes; and what the
+    engine's job needs, with paths as {out}/NAME.
     """
 
     files: tuple[str, ...]
@@ -352,11 +301,7 @@ class Target(ABC):
         """Write the files into the directory, which appears when all are there."""
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
-        """What the engine's job needs besides, made for the proof alone.
-
-        Args:
-            scratch: a directory, there or not, which is removed after the proof.
-        """
+        """What the engine's job needs besides, made for the proof alone."""
         return {}
 
     def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
@@ -367,24 +312,20 @@ class Target(ABC):
 
     def read_back(self, subject: Subject, directory: Path) -> str:
         """Read the files as the engine's loader would, which itself does not run here, and say what
-        that showed; nothing where it was not done. Raises LorafoldError if they say another thing.
+        that showed; nothing where it was not done.
         """
         return ""
 
 
 def only_products(update: Update, name: str) -> list[str]:
-    """Why a form that has nothing but factors of matrices can't say this update, a line each.
-
-    Args:
-        name: of the form.
-    """
-    found = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
-    if not (found or update.factors or update.dense):
+    """Why a form that has nothing but factors of matrices can't say this update, a line each."""
+    reasons = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
+    if not (reasons or update.factors or update.dense):
         return ["found no adapter that changes anything, expected one"]
     methods: dict[str, list[str]] = {}
     for path, method in update.dense.items():
         methods.setdefault(method, []).append(path)
-    return found + [
+    return reasons + [
         f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {method} is no product of"
         f" factors, all that {name} has"
         for method, paths in methods.items()

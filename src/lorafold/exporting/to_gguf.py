@@ -1,17 +1,10 @@
-"""Exports an adapter as a GGUF file, for llama.cpp and what is built on it.
+"""Exports as GGUF files for llama.cpp and what is built on it: an adapter, or a whole model.
 
     y = W x + B (A x)      every scale is in B, and alpha is 0: llama.cpp multiplies by alpha / r
                            where alpha is another
 
-So each site has the rank and the scale that it has. The proof runs over a base that is written for
-it in F32, in F16 where that would be large, and removed; where the model is a GGUF file, the same
-is asked over that file, and what it differs by is told.
-
-Exports a whole model as one GGUF file, which llama.cpp and all that is built on it take.
-
-Adapters go in folded: a file of its own for the adapter is another target. Types with more than a
-scale a block, such as Q4_K_M, are llama.cpp's own quantizer's work, which is called where it is
-found.
+An adapter is verified over a base that is written for it in F32, or F16 if that would be large, and
+removed. Types with more than a scale a block, such as Q4_K_M, are made by llama.cpp's quantizer.
 """
 
 from __future__ import annotations
@@ -22,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, ClassVar
+from typing import Any
 
 import gguf
 
@@ -30,15 +23,17 @@ from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import (
     FILE_TYPES,
+    PLAIN,
     Content,
     Described,
+    MergedParameter,
     described,
+    tensors_of_update,
     write_content,
     write_described,
     write_model,
 )
-from lorafold.exporting.gguf_tensors import PLAIN, MergedParameter, tensors_of_update
-from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, elsewhere, write_template
+from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
 from lorafold.models.loading import stored_in_files
 
@@ -46,14 +41,15 @@ FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to
 LARGE = 1 << 30  # weights
 JOB = {"adapter": f"{{out}}/{FILE}"}
+ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
 
 class GgufAdapter(Target):
     """Abstract: an adapter as a file; what differs is how it is used."""
 
-    engine: ClassVar[str | None] = "llamacpp"
-    tensors: ClassVar[tuple[str, ...]] = ("F32", "F16", "BF16", "Q8_0")
-    tolerance: ClassVar[Mapping[str, float | None]] = {"Q8_0": 0.02}
+    engine = "llamacpp"
+    tensors = ("F32", "F16", "BF16", "Q8_0")
+    tolerance = ADAPTER_TOLERANCE
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
@@ -67,8 +63,8 @@ class GgufAdapter(Target):
         except LorafoldError as error:
             return [str(error)]
         update = subject.update
-        found = tensors_of_update(update.factors, subject.config, row)[1]
-        return [*only_products(update, "a GGUF adapter"), *found]
+        reasons = tensors_of_update(update.factors, subject.config, row)[1]
+        return [*only_products(update, "a GGUF adapter"), *reasons]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         row = architecture_of(subject.config)
@@ -87,7 +83,7 @@ class GgufAdapter(Target):
             files.append(TEMPLATE)
         if source is not None:
             return Written(tuple(files), tuple(self.use(str(source), options)), tuple(notes), JOB)
-        revision = elsewhere(subject.base).revision
+        revision = base_reference(subject.base).revision
         at = f" --revision {revision}" if revision else ""
         model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
         made_by = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
@@ -111,18 +107,16 @@ class GgufAdapter(Target):
 class ToGguf(GgufAdapter):
     """For whatever reads such files."""
 
-    name: ClassVar[str] = "gguf"
+    name = "gguf"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (("llama-cli", "-m", base, "--lora", listed_path, *options),)
 
 
 class ToLlamaCpp(GgufAdapter):
-    """For llama.cpp's server. With --lora-init-without-apply a request that names no scale gets the
-    adapter all the same, so that scales are said there; --lora-scaled takes no path with a colon.
-    """
+    """For llama.cpp's server, where requests name the scale; --lora-scaled takes no colon."""
 
-    name: ClassVar[str] = "llama.cpp"
+    name = "llama.cpp"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (
@@ -132,12 +126,7 @@ class ToLlamaCpp(GgufAdapter):
 
 
 def listed_path(out: str) -> str:
-    """The file as one of a list, which llama.cpp's --lora takes: quoted as in CSV where it has what
-    would end it.
-
-    Args:
-        out: the directory of the export.
-    """
+    """The file as --lora takes a list: quoted as in CSV if it has a comma or quote."""
     path = f"{out}/{FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
@@ -163,29 +152,29 @@ def _content(subject: Subject) -> Content:
 
 def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
     """Write the file of a subject into a directory; as `write_content`, which has the notes."""
-    asked, content = str(subject.tensors), _content(subject)
-    if asked not in MIXED:
-        return write_content(content, directory / file_of(asked), asked, progress)
+    tensors, content = str(subject.tensors), _content(subject)
+    if tensors not in MIXED:
+        return write_content(content, directory / file_of(tensors), tensors, progress)
     plain = directory / file_of("F32")
     notes = write_content(content, plain, "F32", progress)
-    command = [QUANTIZER, str(plain), str(directory / file_of(asked)), asked]
+    command = [QUANTIZER, str(plain), str(directory / file_of(tensors)), tensors]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         plain.unlink()
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
-        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(said[-1], 160)}")
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(lines[-1], 160)}")
     return notes
 
 
 class GgufModel(Target):
     """Abstract: a whole model as a file; what differs is what lies beside it."""
 
-    engine: ClassVar[str | None] = "llamacpp"
-    tensors: ClassVar[tuple[str, ...]] = (*FILE_TYPES, *MIXED)
-    merged: ClassVar[bool] = True
-    tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
+    engine = "llamacpp"
+    tensors = (*FILE_TYPES, *MIXED)
+    merged = True
+    tolerance = TOLERANCE
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if (held := stored_in_files(subject.base.source)) is not None:
@@ -209,7 +198,7 @@ class GgufModel(Target):
 class ToGgufModel(GgufModel):
     """For llama.cpp."""
 
-    name: ClassVar[str] = "gguf-model"
+    name = "gguf-model"
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         file = file_of(subject.tensors)

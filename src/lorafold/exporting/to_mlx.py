@@ -1,17 +1,11 @@
 """Exports for mlx-lm: a directory of adapters as its own training writes it.
 
-    lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it, scale = 1
-    DoRA          beside them m (out,), its magnitude
+    lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it; DoRA: m (out,)
     experts       switch_mlp.{gate,up,down}_proj    lora_a (E, r, in), lora_b (E, out, r)
 
-mlx-lm (0.32.2, tuner/utils.py) has one rank and one scale for a file, so smaller ranks are filled
-with zeros. It builds its layers at all paths that `keys` has; what the file has no tensors for
-stays as it is without a word, so the keys are those of the tensors and no others. A base whose
-positions it would misread (`write_older`) is written beside the adapter.
-
-Transformers 5 writes rope_parameters and num_local_experts; mlx-lm 0.32 reads rope_theta,
-rope_scaling and num_experts in most of its models, and silently uses a base of 10,000 if rope_theta
-is missing. `write_older` copies such a base with the older names.
+mlx-lm (0.32.2, tuner/utils.py) has one rank and scale for a file and builds its layers at all paths
+in `keys`, so these are exactly the paths of the tensors. Most of its models read rope_theta and
+num_experts, not rope_parameters and num_local_experts: such a base is copied with the older keys.
 """
 
 from __future__ import annotations
@@ -19,21 +13,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafold.core.attach import adapted_modules
-from lorafold.exporting.plain_lora import (
-    OTHER_TEMPLATE,
-    TEMPLATE,
-    elsewhere,
-    of_one_rank,
-    write_template,
-)
+from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
 from lorafold.exporting.target import (
     CONTENT,
     Factors,
@@ -42,24 +31,19 @@ from lorafold.exporting.target import (
     Target,
     Update,
     Written,
-    apart,
     only_products,
     period_of,
-    told,
+    split_experts,
+    window_notes,
 )
 from lorafold.files.atomic import read_object, write_json
 from lorafold.fold.plan import deltas_of
+from lorafold.inspecting.updates import padded
 from lorafold.layers import is_linear, layer_of
 from lorafold.methods.dora import DoRADelta
 
 MODEL_CONFIG, MANIFEST = "config.json", "manifest.json"
-PARAMETERS, THETA, SCALING, LOCAL = (
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "rope_local_base_freq",
-)
-RENAMED = (("num_local_experts", "num_experts"),)
+THETA = "rope_theta"
 # where mlx-lm has Gemma 3's layers that attend to all positions, whatever layer_types says
 GEMMA, PATTERN, USUAL = "gemma3_text", "sliding_window_pattern", 6
 PARTIAL = "partial_rotary_factor"
@@ -83,14 +67,10 @@ SWITCH = {
 
 
 def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration with the older names too, or None if it needs none.
-
-    Args:
-        config: the content of config.json.
-    """
-    more = _positions(config)
-    more |= _pattern(config)
-    more |= {new: config[old] for old, new in RENAMED if old in config and new not in config}
+    """The configuration with the older names too, or None if it needs none."""
+    more = {**_positions(config), **_pattern(config)}
+    if "num_local_experts" in config and "num_experts" not in config:
+        more["num_experts"] = config["num_local_experts"]
     return {**config, **more} if more else None
 
 
@@ -103,31 +83,25 @@ def _pattern(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = config.get(PARAMETERS)
-    if not isinstance(found, Mapping) or config.get(THETA) is not None:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or config.get(THETA) is not None:
         return {}
-    full, local = (found.get(kind) for kind in KINDS)
-    own = full if isinstance(full, Mapping) else found
-    if THETA not in own:
+    full, local = (rope.get(kind) for kind in KINDS)
+    of_full = full if isinstance(full, Mapping) else rope
+    if THETA not in of_full:
         return {}
-    more: dict[str, Any] = {THETA: own[THETA]}
-    if PARTIAL in own and PARTIAL not in config:
-        more[PARTIAL] = own[PARTIAL]
-    if own.get("rope_type", "default") != "default":
-        more[SCALING] = {k: v for k, v in own.items() if k != THETA}
+    more = {THETA: of_full[THETA]}
+    if PARTIAL in of_full and PARTIAL not in config:
+        more[PARTIAL] = of_full[PARTIAL]
+    if of_full.get("rope_type", "default") != "default":
+        more["rope_scaling"] = {k: v for k, v in of_full.items() if k != THETA}
     if isinstance(local, Mapping) and THETA in local:
-        more[LOCAL] = local[THETA]
+        more["rope_local_base_freq"] = local[THETA]
     return more
 
 
 def write_older(source: Path, directory: Path) -> bool:
-    """Write a model's directory with the older names, if its own has them not. The other files are
-    hard links, or copies on another disk.
-
-    Args:
-        source: the directory of the model.
-        directory: the one to make.
-    """
+    """Copy a model's directory (as hard links) with the older keys, if its config lacks them."""
     config = older_config(read_object(source / MODEL_CONFIG))
     if config is None:
         return False
@@ -147,30 +121,32 @@ def write_older(source: Path, directory: Path) -> bool:
 class ToMlx(Target):
     """mlx-lm's adapters."""
 
-    name: ClassVar[str] = "mlx"
-    engine: ClassVar[str | None] = "mlx"
+    name = "mlx"
+    engine = "mlx"
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update = subject.update
         if doras := _doras(subject):
             update = Update({path: pair for path, (pair, _) in doras.items()})
-        found = only_products(update, "mlx-lm's form")
+        reasons = only_products(update, "mlx-lm's form")
         config = subject.config
         if config.model_type == GEMMA and period_of(config.layer_types) is None:
-            found.append(
+            reasons.append(
                 "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth"
                 " layer alone; the layers of this one lie in another way"
             )
-        return found + [line for path in update.factors if (line := _unnamed(subject, path))]
+        return reasons + [line for path in update.factors if (line := _unnamed(subject, path))]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         doras, kind = _doras(subject), subject.config.model_type
-        found = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
-        rank = max(down.shape[-2] for _, down in found.values())
+        factors = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
+        rank = max(down.shape[-2] for _, down in factors.values())
         tensors: dict[str, Tensor] = {}
-        for path, pair in of_one_rank(found, rank).items():
-            for name, each in _named(kind, path, pair):
-                tensors |= _leaves(name, each)
+        for path, pair in factors.items():
+            for name, (up, down) in _named(kind, path, padded(pair, rank)):
+                turned = up.dim() == 2
+                tensors[f"{name}.lora_a"] = down.t() if turned else down
+                tensors[f"{name}.lora_b"] = up.t() if turned else up
             if path in doras:
                 tensors[f"{name}.m"] = doras[path][1]
         (out := directory / "adapter").mkdir()
@@ -178,17 +154,16 @@ class ToMlx(Target):
         save_file(contiguous, out / WEIGHTS, metadata={"format": "mlx"})
         layers = subject.config.get_text_config().num_hidden_layers
         keys = keys_of({key.rsplit(".", 1)[0] for key in tensors}, layers)
-        parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
         config = {
             "fine_tune_type": "dora" if doras else "lora",
             "num_layers": layers,
-            "lora_parameters": parameters,
+            "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
         }
         write_json(out / CONFIG, config)
         return self._written(subject, directory, rank)
 
     def _written(self, subject: Subject, directory: Path, rank: int) -> Written:
-        base, template = elsewhere(subject.base), write_template(subject, directory)
+        base, template = base_reference(subject.base), write_template(subject, directory)
         source = subject.base.source.path
         notes, model, path = [f"rank {rank} at every site, scale 1"], base.model, str(source)
         if write_older(source, directory / BASE):
@@ -205,7 +180,7 @@ class ToMlx(Target):
         else:
             notes += base.notes
         if subject.config.model_type in NO_WINDOWS:
-            notes += told("mlx-lm", subject.config)
+            notes += window_notes("mlx-lm", subject.config)
         both = ("--model", model, "--adapter-path", "{out}/adapter")
         launch = [("mlx_lm.generate", *both, "--prompt", "Hello"), ("mlx_lm.server", *both)]
         if template:
@@ -218,30 +193,17 @@ class ToMlx(Target):
 
 
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:
-    """The `keys` that name exactly these modules: as they are called in a block where all blocks
-    have the same, and else from the model's root.
-
-    Args:
-        paths: of modules in mlx-lm.
-        layers: the number of blocks.
-    """
-    inside: dict[str, set[str]] = {}
-    outside = []
-    for path in paths:
-        if (found := BLOCK.fullmatch(path)) is None:
-            outside.append(path)
-        else:
-            inside.setdefault(found[2], set()).add(found[1])
-    if all(len(blocks) == layers for blocks in inside.values()):
-        return sorted([*inside, *outside])
-    return sorted(paths)
+    """The `keys` of these modules: relative to a block if all blocks have the same."""
+    matches = {path: BLOCK.fullmatch(path) for path in paths}
+    inside = Counter(match[2] for match in matches.values() if match)
+    if any(blocks != layers for blocks in inside.values()):
+        return sorted(matches)
+    return sorted([*inside, *(path for path, match in matches.items() if not match)])
 
 
 def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
-    """The factors beneath the magnitude, and the magnitude (out,), of each site; none unless every
-    change is DoRA over a product, at linears.
-    """
-    found = {}
+    """Factors and magnitude (out,) of each site, if every change is DoRA over linears."""
+    doras = {}
     for path, module in adapted_modules(subject.model):
         deltas = [*deltas_of(module, subject.names)]
         if not deltas:
@@ -252,20 +214,20 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
         pair = one.inner.factors()
         if pair is None or layer_of(module).matrices or subject.update.beside:
             return {}
-        found[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
-    return found
+        doras[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
+    return doras
 
 
 def _unnamed(subject: Subject, path: str) -> str:
     """Why mlx-lm has no such module, or nothing."""
-    found, kind = BLOCK.fullmatch(path), subject.config.model_type
+    block, kind = BLOCK.fullmatch(path), subject.config.model_type
     if path in (EMBEDDING, HEAD):
         if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
             return f"{path}: embedding and head are tied, and mlx-lm adapts both or neither"
         return ""
-    if found is None:
+    if block is None:
         return f"{path}: found none of mlx-lm's names, expected those of model.layers"
-    if EXPERTS.fullmatch(found[2]) and kind not in SWITCH:
+    if EXPERTS.fullmatch(block[2]) and kind not in SWITCH:
         known = ", ".join(SWITCH)
         return f"{path}: mlx-lm's names for experts are known of {known}, not of {kind}"
     return ""
@@ -278,11 +240,5 @@ def _named(kind: str, path: str, factors: Factors) -> Iterator[tuple[str, Factor
     if block is None or experts is None:
         yield path, factors
         return
-    for name, each in apart(kind, experts[1], factors):
+    for name, each in split_experts(kind, experts[1], factors):
         yield f"{block[1]}.{SWITCH[kind]}.{name}", each
-
-
-def _leaves(path: str, factors: Factors) -> dict[str, Tensor]:
-    up, down = factors
-    pair = (down, up) if up.dim() > 2 else (down.t(), up.t())
-    return {f"{path}.lora_a": pair[0], f"{path}.lora_b": pair[1]}

@@ -1,31 +1,24 @@
 """Exports a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
-Ollama from 0.34.1 on makes no model of a Modelfile with ADAPTER (ollama#14969), so adapters go in
-folded. Its templates are in Go's language, which has plain chat here: `turns_of` finds what the
-model's template writes around what is said.
-
-Ollama joins all system messages to `.System`, and neighbouring messages of one role to one.
-
-What a chat template writes around the turns of a plain chat, found by rendering.
+Ollama from 0.34.1 on rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged. Its
+templates are in Go's language, so `turns_of` finds what the model's template writes around the
+turns of a plain chat, by rendering probes S, u and a (system, user, assistant):
 
     system given     before S between u a_open a u_open u ... end
     none given       start            u a_open a u_open u ... end
 
-    S, u, a     what the system, the user and the assistant say: probes
-    end         closes the last turn of the user, and opens the assistant's
-
-The marks are read off three renderings, and then every conversation of `CHATS` is rendered by them
-and by the template. Where a template has its system message in the last turn of the user instead of
-the first, it is `late`.
+The marks are read off three renderings; then every conversation of `CHATS` is rendered by them and
+by the template. If a template has its system message in the last turn of the user, it is `late`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
@@ -65,22 +58,19 @@ class Turns:
     def text(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation that begins with the user, or with a system message."""
         first = messages[0]["content"] if messages[0]["role"] == "system" else None
-        said = [str(m["content"]) for m in messages if m["role"] != "system"]
+        texts = [str(m["content"]) for m in messages if m["role"] != "system"]
         before, between = self.system or ("", "")
         if self.late and first is not None:
-            said[-1] = f"{before}{first}{between}{said[-1]}"
-        opened = self.start if self.late or first is None else f"{before}{first}{between}"
-        parts = [opened, said[0]]
-        for n, text in enumerate(said[1:], 1):
+            texts[-1] = f"{before}{first}{between}{texts[-1]}"
+        opening = self.start if self.late or first is None else f"{before}{first}{between}"
+        parts = [opening, texts[0]]
+        for n, text in enumerate(texts[1:], 1):
             parts += [self.a_open if n % 2 else self.u_open, text]
         return "".join([*parts, self.end])
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """The marks of a tokenizer's chat template.
-
-    Raises LorafoldError for a template that writes a plain chat in a way that no marks say.
-    """
+    """The marks of a tokenizer's chat template."""
 
     def written(messages: Sequence[Message]) -> str:
         return render(messages, tokenizer, for_generation=True)
@@ -88,41 +78,41 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
     start, end = _around(written(_chat("u", [U])), [U])
     _, a_open, u_open, _ = _around(written(_chat("uau", [U, A, V])), [U, A, V])
     plain = Turns(start, None, a_open, u_open, end)
-    given = _or_refused(written, _chat("su", [S, U]))
-    tried = [plain]
-    if given is not None:
+    given, tried = "", [plain]
+    with suppress(LorafoldError):  # it may refuse a system message
+        given = written(_chat("su", [S, U]))
+    if S in given:
         before, between, _ = _around(given, [S, U])
         tried = [Turns(start, (before, between), a_open, u_open, end)]
         if before.startswith(start):
             late = (before.removeprefix(start), between)
             tried.append(Turns(start, late, a_open, u_open, end, late=True))
-    wrong: dict[Turns, str] = {}
-    for found in tried:
-        wrong[found] = _first_wrong(found, written)
-        if not wrong[found]:
-            return found
+    wrong = []
+    for turns in tried:
+        wrong.append(_first_wrong(turns, written))
+        if not wrong[-1]:
+            return turns
     raise LorafoldError(
-        "the model's chat template can't be said in Ollama's language: it writes"
-        f" {wrong[tried[0]]}; --to gguf-model has the template itself, which llama.cpp's server"
-        " applies"
+        f"the model's chat template can't be said in Ollama's language: it writes {wrong[0]};"
+        " --to gguf-model has the template itself, which llama.cpp's server applies"
     )
 
 
 def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What a template has beside plain chat, a sentence each."""
     template = str(tokenizer.chat_template)
-    found = []
-    if beside := [what for what, word in BESIDE.items() if re.search(word, template)]:
-        found.append(
-            f"the template for Ollama is plain chat: it has no {' and no '.join(beside)}, which the"
-            " model's own has"
+    notes = []
+    if lacking := [what for what, word in BESIDE.items() if re.search(word, template)]:
+        notes.append(
+            "the template for Ollama is plain chat: it has no"
+            f" {' and no '.join(lacking)}, which the model's own has"
         )
     spaced = f" {U} "
     if spaced not in render(_chat("u", [spaced]), tokenizer, for_generation=True):
-        found.append("the model's template trims what is said, which Ollama's language can't")
+        notes.append("the model's template trims what is said, which Ollama's language can't")
     if re.search(r"strftime_now\s*\(", template):
-        found.append("the model's template writes today's date, and Ollama's keeps that of today")
-    return found
+        notes.append("the model's template writes today's date, and Ollama's keeps that of today")
+    return notes
 
 
 BESIDE = {"tools": r"\btools\b", "reasoning": r"reasoning_content|enable_thinking|<think>"}
@@ -133,11 +123,11 @@ def _chat(roles: str, said: Sequence[str]) -> list[Message]:
 
 
 def _around(text: str, said: Sequence[str]) -> list[str]:
-    """The parts of a text between what was said. Raises LorafoldError unless each is there once."""
+    """The parts of a text between what was said."""
     parts = []
     for one in said:
-        before, found, text = text.partition(one)
-        if not found or one in text:
+        before, mark, text = text.partition(one)
+        if not mark or one in text:
             raise LorafoldError(
                 f"the model's chat template does not write {one!r}, said in a plain chat,"
                 " once and in its place"
@@ -146,29 +136,22 @@ def _around(text: str, said: Sequence[str]) -> list[str]:
     return [*parts, text]
 
 
-def _or_refused(written: Callable[[Sequence[Message]], str], chat: list[Message]) -> str | None:
-    """What a template writes of a conversation; None if it refuses it or leaves out its rule."""
-    try:
-        text = written(chat)
-    except LorafoldError:
-        return None
-    return text if S in text else None
-
-
-def _first_wrong(found: Turns, written: Callable[[Sequence[Message]], str]) -> str:
+def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> str:
     """Which conversation a template writes otherwise than the marks, or nothing."""
     for roles in CHATS:
-        if roles.startswith("s") and found.system is None:
+        if roles.startswith("s") and turns.system is None:
             continue
         chat = _chat(roles, SAID[: len(roles)])
-        made: Any = found.text(chat)
-        if (own := written(chat)) != made:
+        made = turns.text(chat)
+        if (text := written(chat)) != made:
             at = next(
-                (n for n, (a, b) in enumerate(zip(own, made, strict=False)) if a != b),
-                min(len(own), len(made)),
+                (n for n, (a, b) in enumerate(zip(text, made, strict=False)) if a != b),
+                min(len(text), len(made)),
             )
-            said = "-".join(ROLES[r] for r in roles)
-            return f"{shortened(repr(own[max(at - 20, 0) : at + 20]), 60)} in a chat of {said}"
+            roles_ = "-".join(ROLES[r] for r in roles)
+            return (
+                f"{shortened(repr(text[max(at - 20, 0) : at + 20]), 60)} in a chat of {roles_}"
+            )
     return ""
 
 
@@ -206,15 +189,7 @@ def _text(part: str) -> str:
 
 
 def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
-    """The content of a Modelfile.
-
-    Raises LorafoldError for a text that it can't have.
-
-    Args:
-        weights: the name of the GGUF file beside it.
-        template: in Ollama's language.
-        stops: the texts that end a completion.
-    """
+    """The content of a Modelfile."""
     for text in (template, *stops):
         odd = [c for c in text if not c.isprintable() and c not in "\n\t"]
         if QUOTES in text or odd:
@@ -227,46 +202,31 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
-    """The template in Ollama's language, the texts that end a completion, and what people should
-    know of it, a sentence each.
-
-    Raises LorafoldError for a template that can't be said.
-    """
+    """The template in Ollama's language, the texts that end a completion, and notes."""
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
         notes.append(SILENT)
-    return go_template(without_first(turns, tokenizer)), stops_of(tokenizer), notes
-
-
-def without_first(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """The marks without the token that begins a text, where the engine itself adds it."""
-    first = str(tokenizer.bos_token or "")
-    ids = tokenizer("a")["input_ids"]
-    if not first or ids[0] != tokenizer.bos_token_id:
-        return turns
-    system = turns.system and (turns.system[0].removeprefix(first), turns.system[1])
-    return replace(turns, start=turns.start.removeprefix(first), system=system)
-
-
-def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts that end a completion."""
+    bos = str(tokenizer.bos_token or "")
+    if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # the engine adds it
+        system = turns.system and (turns.system[0].removeprefix(bos), turns.system[1])
+        turns = replace(turns, start=turns.start.removeprefix(bos), system=system)
     ending = template_of(tokenizer).ending
     ids = [*sorted(ending.tokens), tokenizer.eos_token_id]
-    texts = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i is not None]
+    stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i is not None]
     if not ending.tokens and ending.text.strip():
-        texts.append(ending.text)
-    return list(dict.fromkeys(texts))
+        stops.append(ending.text)
+    return go_template(turns), list(dict.fromkeys(stops)), notes
 
 
 class ToOllama(GgufModel):
     """A model for Ollama, with adapters folded in."""
 
-    name: ClassVar[str] = "ollama"
+    name = "ollama"
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        if found := super().problems(subject):
-            return found
+        if reasons := super().problems(subject):
+            return reasons
         try:
             template, stops, _ = chat_of(subject.tokenizer)
             modelfile(file_of(subject.tensors), template, stops)
@@ -278,19 +238,13 @@ class ToOllama(GgufModel):
         template, stops, notes = chat_of(subject.tokenizer)
         file = file_of(subject.tensors)
         text = modelfile(file, template, stops)
-        told = [*write_gguf(subject, directory, progress), *notes]
+        notes_ = [*write_gguf(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
-        name = directory_name(subject)
+        name = (subject.called or Path(subject.base.name).name).lower()
+        name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:LONGEST] or "model"
         launch = (
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
             ("ollama", "run", name),
         )
-        told = [FOLDED, *told] if subject.adapters else told
-        return Written((MODELFILE, file), launch, tuple(told), {"base": f"{{out}}/{file}"})
-
-
-def directory_name(subject: Subject) -> str:
-    """A name for the model in Ollama, which takes letters of ASCII."""
-    name = subject.called or Path(subject.base.name).name
-    kept = [c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name.lower()]
-    return "".join(kept).strip("-_")[:LONGEST] or "model"
+        notes_ = [FOLDED, *notes_] if subject.adapters else notes_
+        return Written((MODELFILE, file), launch, tuple(notes_), {"base": f"{{out}}/{file}"})

@@ -2,10 +2,17 @@
 
     shared({out / "a.json": make_a, out / "b.json": make_b}, done, say)
 
-Each path is made by one process, which holds `<path>.claim` meanwhile; all return when every path
-exists. A holder touches its claim, which falls to another process if its holder is dead or has not
-touched it for LEASE seconds by the clock of the one who waits (filelock's `SoftFileLease`). Claims
-lie beside their files, so that on NFS a new holder sees the files of the one before.
+Whoever is given the same paths makes them together: each is made by one process, which holds
+`<path>.claim` meanwhile, and all return when every path is there. A claim is made by exclusive
+creation and shows that its holder lives by being touched. It falls to another process when its
+holder is dead, as processes of one machine see, or has not touched it for LEASE seconds; these are
+counted by the clock of the one who waits, since clocks of several machines differ (filelock's
+`SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was in
+that directory when the claim before was given up.
+
+`measured` stores the result of each cell of a study in a file of its own, whose name has the digest
+of everything that it depends on: the same call continues where it stopped, and processes share the
+work.
 """
 
 from __future__ import annotations
@@ -18,11 +25,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
+from pydantic import TypeAdapter
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object, write_json
@@ -33,7 +42,7 @@ PAUSE = 1.0  # seconds between two looks at what others make
 TOKEN = "token"  # a file in a directory that workers share, and what is in it, in the environment
 VARIABLE = "LORAFOLD_TOKEN"
 DIGITS = 12
-Figures = dict[str, Any]
+Result = TypeVar("Result")  # of a cell
 
 
 def silent(text: str) -> None:
@@ -126,21 +135,27 @@ def _held(claim: SoftFileLease) -> str:
     return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
 
 
-def cached_figures(
-    measures: Mapping[Path, Callable[[], Figures]],
-    done: Callable[[Path, Figures], object] = lambda file, found: None,
+def measured(
+    kind: type[Result],
+    cells: Mapping[Path, Callable[[], Result]],
+    done: Callable[[Path, Result], object] = lambda file, result: None,
     say: Callable[[str], object] = silent,
-) -> list[Figures]:
-    """The figures in each file, in this order. Missing ones are measured first, by this process or
-    by another with the same work; `done` and `say` are as for `shared`.
+) -> dict[Path, Result]:
+    """The result of each cell, a dataclass of this kind, in this order. Those whose file is not
+    there are measured first, by this process or by another that is asked for the same; `done` is
+    called with each as it is there.
     """
+    stored, results = TypeAdapter(kind), dict[Path, Result]()
 
-    def write(file: Path) -> None:
-        write_json(file, measures[file]())
+    def there(file: Path) -> None:
+        results[file] = stored.validate_python(read_object(file))
+        done(file, results[file])
 
-    work = {file: partial(write, file) for file in measures}
-    shared(work, lambda file: done(file, read_object(file)), say)
-    return [read_object(file) for file in measures]
+    def write(file: Path, cell: Callable[[], Any]) -> None:
+        write_json(file, asdict(cell()))
+
+    shared({file: partial(write, file, cell) for file, cell in cells.items()}, there, say)
+    return {file: results[file] for file in cells}
 
 
 def digest_of(value: Any) -> str:

@@ -1,6 +1,5 @@
-"""The weights that adapters were trained on, where the base was quantized in training: its files
-have the original ones, and q(W), the round trip of quantizing W and dequantizing it again, is
-attached beneath the adapters.
+"""The round trip q(W) of quantizing a base's weights and dequantizing them, attached beneath
+adapters that were trained on the quantized base, where the files have the original weights.
 """
 
 from __future__ import annotations
@@ -28,10 +27,6 @@ ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the 
 
 class RoundTrip(Delta):
     """Quantization as a change in weight space: W (*matrices, out, in) -> q(W), in fp32 or wider.
-
-    Args:
-        quantization: nf4 or int8.
-        turned: whether the matrices are stored as (*matrices, in, out), and so quantized.
     """
 
     def __init__(self, quantization: str, turned: bool = False) -> None:
@@ -56,10 +51,7 @@ class RoundTrip(Delta):
 
 
 def attach_round_trip(model: nn.Module, quantization: str) -> None:
-    """Attach the round trip to every site whose matrices were quantized in training.
-
-    It is not an adapter and not active: only folding applies it.
-    """
+    """Attach the round trip to every site that was quantized in training, for folding only."""
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
         module = module_at(model, path)
@@ -71,14 +63,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
 def attach_as_trained(
     model: nn.Module, source: ModelSource, storage: str, adapters: Sequence[Saved]
 ) -> None:
-    """Attach the round trip of the quantization that the adapters were trained on, if there is one
-    and the model's files are not quantized themselves.
-
-    Args:
-        model: The base on its files.
-        source: These files.
-        storage: As it was asked for, which wins over that of the records; auto takes theirs.
-    """
+    """Attach the round trip of the adapters' quantization, unless the files are quantized."""
     made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
     if made_on and made_on.storage in MADE and stored_in_files(source) is None:
         attach_round_trip(model, made_on.storage)

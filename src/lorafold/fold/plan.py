@@ -1,21 +1,11 @@
-"""The plan of what folding will change in a model, made before anything is changed, by folding on
-the meta device.
-
-    plan = plan_fold(model, ["sft"])    every module with a delta of these names is folded once, so
-    plan.shapes, plan.problems          no method and no storage has to be known here
-
-The plan has the parameters that change and their new shapes, the tied weights that stay tied and
-those that can't, the config's switches for added biases, the size of the vocabulary, and all
-problems. It is carried out in memory (`carry_out`), one module at a time, or tensor by tensor
-for a writer (`merging.execute`):
+"""The plan of what folding changes in a model, made by folding every adapted module on the meta
+device, so that no method and no storage has to be known here.
 
     W' = round(fold(W))         summed in fp32, rounded once to the dtype that the module stores
 
-A quantized weight is dequantized, to the dtype that it is computed in. `untie` separates weights
-that several modules share, because a config has one switch for all ties.
-
-Architectures switch biases on in the config (Llama: attention_bias, mlp_bias), each switch for
-several linears. The linears that get a bias only because of the switch get zeros.
+`carry_out` executes it in memory, one module at a time; `merging` tensor by tensor. A quantized
+weight is dequantized. Architectures switch biases on in the config (Llama: attention_bias,
+mlp_bias), each switch for several linears; those that get a bias only by the switch get zeros.
 """
 
 from __future__ import annotations
@@ -36,6 +26,7 @@ from lorafold.core.matrices import module_at, parameter_path
 from lorafold.errors import NotMergeable, as_one, listed
 from lorafold.layers import layer_of
 
+TensorShape = tuple[int, ...]
 WHOLE = "the model as a whole"
 NAMES = ("weight", "bias")
 # switch in the config -> path of each module to which it gives a bias -> the shape of that bias
@@ -44,23 +35,15 @@ Switches = dict[str, dict[str, torch.Size]]
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What folding will change.
-
-    Attributes:
-        shapes: the shape of each parameter that changes or is added, as its module stores it.
-        sites: the site of each of these parameters, and its name there: weight or bias.
-        together: the tied parameters that all their modules change in the same way, so that they
-            stay tied, each with the other names of the same tensor.
-        apart: the tied parameters that their modules do not change in the same way, likewise.
-        switches: the config's switches for the biases that are added.
-        vocabulary: the size of the vocabulary if it grows, else None.
-        problems: pairs of a module path and what is wrong there.
+    """What folding will change: shapes of changed and added parameters, as stored; the site and
+    name of each; tied parameters that stay tied (`tied`) or can't (`untied`), with their other
+    names; the config's switches; the vocabulary's size if it grows; and problems by module path.
     """
 
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, TensorShape]
     sites: dict[str, tuple[str, str]]
-    together: dict[str, tuple[str, ...]]
-    apart: dict[str, tuple[str, ...]]
+    tied: dict[str, tuple[str, ...]]
+    untied: dict[str, tuple[str, ...]]
     switches: Switches
     vocabulary: int | None
     problems: tuple[tuple[str, str], ...]
@@ -78,9 +61,9 @@ def module_of(parameter: str) -> str:
 
 def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     """Plan the folding of the adapters of these names, lowest first; the model is not changed."""
-    problems: list[tuple[str, str]] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    sites: dict[str, tuple[str, str]] = {}
+    problems = []
+    shapes = {}
+    sites = {}
     for path, module in adapted_modules(model):
         # the parameters of a delta in place are the module's own: there is nothing to fold
         if all(delta.in_place for delta in deltas_of(module, names)):
@@ -96,8 +79,8 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
         except NotMergeable as e:
             problems.append((path or WHOLE, str(e)))
     shared = {name: others for name, others in tied_parameters(model).items() if name in shapes}
-    together = {name: o for name, o in shared.items() if _all_alike(model, (name, *o), names)}
-    apart = {name: others for name, others in shared.items() if name not in together}
+    tied = {name: o for name, o in shared.items() if _all_alike(model, (name, *o), names)}
+    untied = {name: others for name, others in shared.items() if name not in tied}
     switches, vocabulary = {}, None
     try:
         biased = [path for path, name in sites.values() if name == "bias"]
@@ -106,10 +89,11 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     except NotMergeable as e:
         problems.append(("added biases", str(e)))
     try:
-        vocabulary = grown(model, _rows(shapes))
+        rows = {module_of(n): shape[0] for n, shape in shapes.items() if n.endswith("weight")}
+        vocabulary = grown(model, rows)
     except NotMergeable as e:
         problems.append(("new tokens", str(e)))
-    return FoldPlan(shapes, sites, together, apart, switches, vocabulary, tuple(problems))
+    return FoldPlan(shapes, sites, tied, untied, switches, vocabulary, tuple(problems))
 
 
 def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
@@ -121,26 +105,14 @@ def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
 def fold(
     module: Adapted, names: Sequence[str], w: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight (out, in) and bias (out,) or None with the named deltas folded in.
-
-    Raises NotMergeable if a delta has no weight-space form.
-
-    Args:
-        module: the module that the deltas are attached to.
-        names: the names of the adapters, lowest first.
-        w: the weight (out, in).
-        b: the bias (out,), or None.
-    """
+    """The weight (out, in) and bias (out,) or None with the named deltas folded in."""
     for delta in deltas_of(module, names):
         w, b = delta.fold(w, b)
     return w, b
 
 
-def changes(module: Adapted, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters that folding changes or adds, as the module stores them.
-
-    Raises NotMergeable if a delta or the module has no weight-space form.
-    """
+def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
+    """The shapes of the parameters that folding changes or adds, as the module stores them."""
     layer = layer_of(module)
     try:
         before = layer.dense_like()
@@ -164,32 +136,24 @@ def _all_alike(model: nn.Module, shared: Sequence[str], names: Sequence[str]) ->
     return all(len(o) == len(first) and all(map(alike, first, o)) for o in others)
 
 
-def _rows(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    return {module_of(n): shape[0] for n, shape in shapes.items() if n.endswith("weight")}
-
-
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
-    """The config's switches that give the modules at `paths` a bias, each with all the modules to
-    which it gives one.
-
-    A model that is not from transformers has no switches and needs none. Raises NotMergeable if no
-    switch gives a module its bias.
+    """The config's switches that give these modules a bias, each with all modules that get one.
+    Models that aren't from transformers need none.
     """
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
         return {}
-    found: Switches = {}
-    left = set(paths)
+    switches, left = {}, set(paths)
     for name, value in config.get_text_config().to_dict().items():
         if value is False and "bias" in name and left & (gained := _gained(model, name)).keys():
-            found[name] = gained
+            switches[name] = gained
             left -= gained.keys()
     if left:
         raise NotMergeable(
             f"{listed(sorted(left))}: the adapter adds a bias, and {type(model).__name__} has"
             " none there, whatever its config says; keep the adapter separate"
         )
-    return found
+    return switches
 
 
 def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
@@ -197,14 +161,9 @@ def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
     setattr(config.get_text_config(), switch, True)
     with torch.device("meta"):
         switched = type(model)._from_config(config)
-    biases = {
-        path: m._parameters["bias"].shape for path, m in switched.named_modules() if has_bias(m)
-    }
-    return {
-        path: biases[path]
-        for path, m in model.named_modules()
-        if path in biases and not has_bias(m)
-    }
+    lacking = {path for path, module in model.named_modules() if not has_bias(module)}
+    modules = [(path, m) for path, m in switched.named_modules() if has_bias(m)]
+    return {path: m._parameters["bias"].shape for path, m in modules if path in lacking}
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -214,9 +173,7 @@ def has_bias(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def switch_on(model: Any, switches: Switches) -> None:
-    """Turn on the switches that `gained_with` found in the model's config, and give the modules
-    biases of zeros.
-    """
+    """Turn on these switches of the config, and give the modules biases of zeros."""
     for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)
         for path, shape in shapes.items():
@@ -228,14 +185,10 @@ def switch_on(model: Any, switches: Switches) -> None:
 
 
 def grown(model: Any, rows: Mapping[str, int]) -> int | None:
-    """The size of the vocabulary once the weights of the modules at these paths have that many
-    rows; None if it does not change, or if the model does not say which modules its embeddings are.
-
-    Raises NotMergeable if embedding and head would have different sizes.
-    """
+    """The size of the vocabulary with this many rows by module; None if it stays or is unknown."""
     paths = Anatomy.of(model).vocabulary_ends
-    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
-    before = {path: len(end.weight) for path, end in ends.items()}
+    embeddings: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
+    before = {path: len(end.weight) for path, end in embeddings.items()}
     after = {path: rows.get(path, n) for path, n in before.items()}
     if after == before:
         return None
@@ -257,76 +210,59 @@ def declare(model: Any, size: int) -> None:
     config.vocab_size = size
 
 
-def untie(model: nn.Module, module: nn.Module) -> None:
-    """Give the module its own copy of a tied weight."""
-    weight: nn.Parameter = bare(module).weight  # type: ignore[assignment]
-    module.weight = _own(weight)
-
-
 def untie_others(model: nn.Module) -> None:
-    """Record in the model's config that its weights are not tied, if it says that they are, and
-    give every module its own copy of those that still are.
-    """
+    """Record in the config that weights are not tied, and copy those that still are."""
     config = getattr(model, "config", None)
-    parts = [part for part in (config, getattr(config, "text_config", None)) if part is not None]
+    parts = (config, getattr(config, "text_config", None))
     tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
+    for part in tied:
+        part.tie_word_embeddings = False  # type: ignore[union-attr]
     if not tied:
         return
-    for part in tied:
-        part.tie_word_embeddings = False
-    seen: set[int] = set()
+    seen = set()
     for _, module in Anatomy.of(model).modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in seen:
-                setattr(module, name, _own(parameter))
+                setattr(module, name, _copy(parameter))
             seen.add(id(parameter))
 
 
-def _own(parameter: nn.Parameter) -> nn.Parameter:
+def _copy(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def carry_out(
     model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
 ) -> None:
-    """Write the folded weights into the model. The deltas stay attached; detach them afterwards.
-
-    Raises NotMergeable, before anything is changed, with the plan's problems and the tied weights
-    that would not change in the same way.
-
-    Args:
-        names: the names of the adapters to fold, lowest first.
-        untie_weights: give modules their own weight where a tied one can't stay tied; then none
-            stays tied, since transformers has one switch for all ties.
-    """
+    """Write the folded weights into the model; the deltas stay attached, to be detached."""
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
         problems += [
             f"{module_of(name)}: its weight is tied to {listed(map(module_of, others))}, where"
             " it would not change in the same way; untie_weights=True gives it its own"
-            for name, others in plan.apart.items()
+            for name, others in plan.untied.items()
         ]
     if problems:
         raise NotMergeable(as_one(problems))
     switch_on(model, plan.switches)
     if plan.vocabulary is not None:
         declare(model, plan.vocabulary)
-    sharing = {module_of(name) for name in plan.together}
+    sharing = {module_of(name) for name in plan.tied}
     # all modules of a tied weight are folded before the weight changes
     ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
     for path in plan.paths:
         w, b = ahead[path] if path in ahead else _folded(model, path, names)
         module = module_at(model, path)
-        if f"{path}.weight" in plan.apart:
-            untie(model, module)
+        if f"{path}.weight" in plan.untied:
+            module.weight = _copy(bare(module).weight)  # type: ignore[arg-type]
         layer_of(module).dequantize()
         layer_of(module).write(w, b)
-    for name, others in plan.together.items():  # a weight that grew is a new parameter
-        kept = bare(module_at(model, module_of(name)))
+    for name, others in plan.tied.items():  # a weight that grew is a new parameter
+        merged = bare(module_at(model, module_of(name)))
         for other in others:
             path, _, leaf = other.rpartition(".")
-            setattr(module_at(model, path), leaf, getattr(kept, leaf))
-    if plan.apart:
+            setattr(module_at(model, path), leaf, getattr(merged, leaf))
+    if plan.untied:
         untie_others(model)
 
 

@@ -1,17 +1,12 @@
-"""Round folded weights to the dtype that they are stored in, and measure what that loses.
+"""Rounds folded weights to the dtype that they are stored in, and measures what that loses.
 
     T = W + dW (fp32)  ->  W' in the dtype of W
-
     nearest         drops changes under half a unit in the last place, so small updates are lost
     stochastic      rounds up with the probability of the remainder, so that E[W'] = T (Gupta et al.
                     2015, arXiv 1502.02551)
     auto            nearest if the update survives it, else stochastic
-
     survival        <W' - W, dW> / <dW, dW>     the share of the update that is left, by projection
     noise           |W' - T| / |dW|             the error of rounding relative to the update
-
-A weight stored in fp32 is not rounded. The work is done in chunks, so that temporaries take a few
-times CHUNK elements.
 """
 
 from __future__ import annotations
@@ -54,9 +49,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The rounded weight, the sums that measure the rounding, and how it was rounded: nearest,
-    stochastic, or exact (no rounding needed).
-    """
+    """The rounded weight, its sums, and how: nearest, stochastic, or exact (not rounded)."""
 
     tensor: Tensor
     sums: Sums
@@ -66,16 +59,7 @@ class Rounded:
 def round_to(
     target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
 ) -> Rounded:
-    """Round a folded weight to the dtype of the original weight.
-
-    Raises LorafoldError if the result is not finite in that dtype.
-
-    Args:
-        target: the folded weight, in fp32 or wider, of any shape.
-        original: the weight before folding, of the same shape.
-        how: nearest, stochastic or auto.
-        generator: the random generator of stochastic rounding.
-    """
+    """Round a folded weight, of any shape, to the dtype of the original weight."""
     if how != "auto":
         return _rounded(target, original, how, generator)
     nearest = _rounded(target, original, "nearest", generator)

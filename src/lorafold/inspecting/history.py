@@ -1,15 +1,11 @@
-"""What a run has shown, from the record of the adapter that it wrote.
+"""The history of a run, from the record of the adapter that it wrote, and what is notable in it.
 
-    found = read_history("policy")
-    found.steps["reward"]           a number for each step, or None
-    found.held_out["reward"]        one for each step of found.held_out["step"]
+    history = read_history("policy")
+    history.steps["reward"]         a number for each step, or None
+    history.held_out["reward"]      one for each step of history.held_out["step"]
 
-Records of earlier versions have losses alone.
-
-What is to be looked at in the figures of a policy's run, said with its numbers.
-
-An end of a run is a tenth of its steps, three at least, so that the noise of a step does not speak.
-Whether something is wrong, only the completions tell.
+Records of earlier versions have losses alone. An end of a run is a tenth of its steps, three at
+least, against noise.
 """
 
 from __future__ import annotations
@@ -45,18 +41,13 @@ def ends(values: Values) -> tuple[list[float], list[float]] | None:
     return None if len(found) < 2 * n else (found[:n], found[-n:])
 
 
-def moved(values: Values) -> tuple[float, float, int] | None:
-    """(mean at first, mean at last, -1 or 1), or None where these differ by less than two standard
-    errors.
-    """
-    if (found := ends(values)) is None:
+def moved(values: Values) -> tuple[float, float] | None:
+    """The means at first and at last, or None if they differ by less than two standard errors."""
+    if (both := ends(values)) is None:
         return None
-    first, last = found
-    error = sqrt(sum(variance(part) / len(part) for part in found))
-    change = fmean(last) - fmean(first)
-    if change == 0 or abs(change) < 2 * error:
-        return None
-    return fmean(first), fmean(last), 1 if change > 0 else -1
+    error = sqrt(sum(variance(part) / len(part) for part in both))
+    first, last = map(fmean, both)
+    return None if first == last or abs(last - first) < 2 * error else (first, last)
 
 
 def observed(
@@ -65,65 +56,59 @@ def observed(
     options: Mapping[str, Any],
     own: int | None = None,
 ) -> list[str]:
-    """The observations, in sentences.
-
-    Args:
-        steps: Figures by name, of each step.
-        held_out: Figures by name, of each measure on held-out prompts.
-        options: Of the objective.
-        own: The step that the adapter is of, if not the last one.
-    """
+    """The observations, in sentences."""
     return [*_of_steps(steps, options), *_of_held_out(held_out, own)]
 
 
 def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterator[str]:
-    if (found := ends(steps.get("entropy", ()))) is not None:
-        first, last = map(fmean, found)
-        if last < COLLAPSED * first:
-            yield (
-                f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
-                " what it was: the policy hardly explores any more."
-            )
-    if (found := ends(steps.get("cut off", ()))) is not None and fmean(found[1]) > CUT_OFF:
+    def at_ends(name: str) -> tuple[float, float, str]:
+        first, last = ends(steps.get(name, ())) or ([0.0], [0.0])
+        return fmean(first), fmean(last), f"of the last {len(last)} steps"
+
+    first, last, _ = at_ends("entropy")
+    if last < COLLAPSED * first:
+        yield (
+            f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
+            " what it was: the policy hardly explores any more."
+        )
+    _, share, when = at_ends("cut off")
+    if share > CUT_OFF:
         most = options.get("max_new_tokens")
         yield (
-            f"{fmean(found[1]):.0%} of the completions of the last {len(found[1])} steps were cut"
-            f" off at max_new_tokens{'' if most is None else f'={most}'}: the reward judged"
-            " beginnings."
+            f"{share:.0%} of the completions {when} were cut off at max_new_tokens"
+            f"{'' if most is None else f'={most}'}: the reward judged beginnings."
         )
-    if (
-        found := ends(steps.get("groups without signal", ()))
-    ) is not None and fmean(found[1]) > SILENT:
+    _, share, when = at_ends("groups without signal")
+    if share > SILENT:
         yield (
-            f"{fmean(found[1]):.0%} of the groups of the last {len(found[1])} steps had one reward"
-            " for all their completions: prompts are too hard, too easy, or learned."
+            f"{share:.0%} of the groups {when} had one reward for all their completions: prompts"
+            " are too hard, too easy, or learned."
         )
-    if (reward := moved(steps.get("reward", ()))) is None or reward[2] < 0:
+    first, last = moved(steps.get("reward", ())) or (0.0, 0.0)
+    if first >= last:
         return
-    rose = f"While the reward rose from {reward[0]:.3g} to {reward[1]:.3g}"
+    rose = f"While the reward rose from {first:.3g} to {last:.3g}"
     for name, values in steps.items():
-        one = moved(values) if name.startswith(SHARED) else None
-        if one is not None and one[2] < 0:
-            yield f"{rose}, {name} fell from {one[0]:.3g} to {one[1]:.3g}."
-    if (length := moved(steps.get("tokens a completion", ()))) is not None:
-        first, last, up = length
-        if max(first, last) > LONGER * min(first, last):
-            went = "grew" if up > 0 else "shrank"
-            yield f"{rose}, completions {went} from {first:.3g} to {last:.3g} tokens."
+        first, last = (name.startswith(SHARED) and moved(values)) or (0.0, 0.0)
+        if last < first:
+            yield f"{rose}, {name} fell from {first:.3g} to {last:.3g}."
+    first, last = moved(steps.get("tokens a completion", ())) or (0.0, 0.0)
+    if max(first, last) > LONGER * min(first, last):
+        went = "grew" if last > first else "shrank"
+        yield f"{rose}, completions {went} from {first:.3g} to {last:.3g} tokens."
 
 
 def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iterator[str]:
-    names = ("step", "reward", "reward_interval")
-    columns = [held_out.get(name, ()) for name in names]
-    found = [one for one in zip(*columns, strict=False) if one[1] is not None]
-    if len(found) < 2:
+    columns = (held_out.get(name, ()) for name in ("step", "reward", "reward_interval"))
+    known = [row for row in zip(*columns, strict=False) if row[1] is not None]
+    if len(known) < 2:
         return
-    (start, first, low), (end, last, high) = found[0], found[-1]
+    (start, first, low), (end, last, high) = known[0], known[-1]
     if low and high and high[1] < low[0]:
         when = "before the first step" if start == 0 else f"after step {start}"
         yield f"The held-out reward fell from {first:.4g} {when} to {last:.4g} after step {end}."
-    trained = [one for one in found if one[0]]  # step 0 is before the first one
-    best, most, _ = max(trained, key=lambda one: one[1], default=found[-1])
+    trained = [row for row in known if row[0]]  # step 0 is before the first one
+    best, most, _ = max(trained, key=lambda row: row[1], default=known[-1])
     if most > last:
         where = "lies beside it, in a directory with .best at the end of its name"
         yield (
@@ -182,15 +167,17 @@ class RunRecord(BaseModel):
         if not isinstance(self.recipe.get("objective_options") or {}, dict):
             raise ValueError("recipe.objective_options: expected an object")
         measures = len(self.held_out.get("step", ()))
-        for name, values in self.steps.items():
-            if len(values) != len(self.losses):
-                raise ValueError(f"steps.{name}: {len(values)} for {len(self.losses)} losses")
+        for name, figures in self.steps.items():
+            if len(figures) != len(self.losses):
+                raise ValueError(f"steps.{name}: {len(figures)} for {len(self.losses)} losses")
         for name, measured in self.held_out.items():
-            pairs = name.endswith(INTERVAL)
-            known = [one for one in measured if one is not None or name == "step"]
-            kind = int if name == "step" else tuple if pairs else int | float
-            if not all(isinstance(one, kind) for one in known):
-                expected = "pairs" if pairs else "whole numbers" if name == "step" else "numbers"
+            kind: Any = int | float | None
+            expected = "numbers"
+            if name == "step":
+                kind, expected = int, "whole numbers"
+            elif name.endswith(INTERVAL):
+                kind, expected = tuple | None, "pairs"
+            if not all(isinstance(value, kind) for value in measured):
                 raise ValueError(f"held_out.{name}: expected {expected}")
             if len(measured) != measures:
                 raise ValueError(f"held_out.{name}: {len(measured)} for {measures} measures")
@@ -237,31 +224,27 @@ class History(ShownInNotebooks):
             return [(step, loss, None) for step, loss in sorted(self.evals.items())]
         steps, values = (self.held_out.get(which, ()) for which in ("step", name))
         intervals = self.held_out.get(name + INTERVAL) or [None] * len(values)
-        return [
-            (step, float(value), interval)
-            for step, value, interval in zip(steps, values, intervals, strict=False)
-            if isinstance(value, int | float)
-        ]
+        rows = zip(steps, values, intervals, strict=False)
+        return [(n, float(v), interval) for n, v, interval in rows if isinstance(v, int | float)]
 
     @property
     def names(self) -> list[str]:
         """All figures that are shown by step, of steps or held-out rows."""
-        own = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
-        names = dict.fromkeys([*self.steps, *own, "loss"])
+        held_out = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
         return [
             name
-            for name in names
+            for name in dict.fromkeys([*self.steps, *held_out, "loss"])
             if self.measured(name) or any(v is not None for v in self.by_step.get(name, ()))
         ]
 
-    def told(self, name: str) -> str:
+    def in_words(self, name: str) -> str:
         """A held-out figure at first and at last, with intervals; empty where it is not known."""
-        if not (found := self.measured(name)):
+        if not (points := self.measured(name)):
             return ""
-        (start, first, low), (end, last, high) = found[0], found[-1]
+        (start, first, low), (end, last, high) = points[0], points[-1]
         before = "before the first step" if start == 0 else f"after step {start}"
-        told = f"{first:.4g}{within(low)} {before}"
-        return told if start == end else f"{told}, {last:.4g}{within(high)} after step {end}"
+        text = f"{first:.4g}{within(low)} {before}"
+        return text if start == end else f"{text}, {last:.4g}{within(high)} after step {end}"
 
     def as_json(self) -> dict[str, Any]:
         """All of it under the keys of `lorafold history --json`."""
@@ -273,11 +256,11 @@ class History(ShownInNotebooks):
             by = ", ".join(f"{weight:g} x {name}" for name, weight in self.judged_by.items())
             lines.append(f"judged by {by}")
         key = "reward" if self.judged_by else "loss"
-        if told := self.told(key):
-            lines.append(f"held-out {key}: {told}")
+        if held_out := self.in_words(key):
+            lines.append(f"held-out {key}: {held_out}")
         for name, values in self.by_step.items():
-            if (found := ends(values)) is not None:
-                first, last = found
+            if (both := ends(values)) is not None:
+                first, last = both
                 lines.append(
                     f"{name}: {fmean(first):.4g} in the first {len(first)} steps,"
                     f" {fmean(last):.4g} in the last {len(last)}"
@@ -286,26 +269,22 @@ class History(ShownInNotebooks):
 
 
 def read_history(path: str | Path) -> History:
-    """The history of the run that wrote this directory.
-
-    Raises LorafoldError where there is no record of a run, or it was changed.
-    """
+    """The history of the run that wrote this directory."""
     path = Path(path)
     check_intact(path, [RECORD])
     if not (path / RECORD).is_file():
         raise LorafoldError(f"{path}: found no {RECORD}, expected what `lorafold train` wrote")
     try:
-        kept = RunRecord.model_validate(read_object(path / RECORD))
+        record = RunRecord.model_validate(read_object(path / RECORD))
     except ValidationError as error:
-        wrong = "; ".join(
-            ": ".join([*[".".join(map(str, one["loc"]))] * bool(one["loc"]), told])
-            for one in error.errors()[:3]
-            for told in (one["msg"].removeprefix("Value error, "),)
-        )
+        wrong = []
+        for one in error.errors()[:3]:
+            place = f"{'.'.join(map(str, one['loc']))}: " * bool(one["loc"])
+            wrong.append(place + one["msg"].removeprefix("Value error, "))
         raise LorafoldError(
-            f"{path / RECORD}: expected the record of `lorafold train`: {wrong}"
+            f"{path / RECORD}: expected the record of `lorafold train`: {'; '.join(wrong)}"
         ) from None
-    options = kept.recipe.get("objective_options") or {}
-    own = kept.model_dump(exclude={"step"})
-    observations = observed(kept.steps, kept.held_out, options, kept.step)
-    return History(adapter=str(path), **own, observations=observations)
+    options = record.recipe.get("objective_options") or {}
+    observations = observed(record.steps, record.held_out, options, record.step)
+    fields = record.model_dump(exclude={"step"})
+    return History(adapter=str(path), **fields, observations=observations)

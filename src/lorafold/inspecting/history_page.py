@@ -1,10 +1,10 @@
 """The page of `lorafold history`: curves over the steps of a run, and the completions of its first
-and its last measure side by side. Completions are anybody's text, and only ever shown as text.
+and its last measure side by side. Completions are untrusted, and only ever shown as text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -34,43 +34,43 @@ SOUGHT = (
 )
 
 
-def page(found: History, path: str | Path) -> None:
+def page(history: History, path: str | Path) -> None:
     """Write it all as one HTML file that needs no other."""
-    title = f"How {Path(found.adapter).resolve().name} was trained"
-    write_page(title, sections(found), path)
+    title = f"How {Path(history.adapter).resolve().name} was trained"
+    write_page(title, sections(history), path)
 
 
-def sections(found: History) -> str:
+def sections(history: History) -> str:
     """The content of the page, as HTML."""
-    samples = found.samples
+    samples = history.samples
     both = {"first", "last"} <= samples.keys()
-    still = (f"{clean(name)} {plain(value)}" for name, value in constant(found).items())
+    still = (f"{clean(name)} {plain(value)}" for name, value in constant(history).items())
     return rendered(
         "inspecting/history.html",
-        found=found,
+        found=history,
         clean=clean,
         plain=plain,
-        method=found.recipe.get("method", ""),
-        steps="1 step" if len(found.losses) == 1 else f"{len(found.losses)} steps",
-        observations=map(clean, [*found.observations] or [SOUGHT] * bool(found.judged_by)),
-        figures=dict(figures(found)),
-        judges=judges(found),
-        held_out=any(map(found.measured, found.names)),
-        plots=plotted(found),
+        method=history.recipe.get("method", ""),
+        steps="1 step" if len(history.losses) == 1 else f"{len(history.losses)} steps",
+        observations=map(clean, [*history.observations] or [SOUGHT] * bool(history.judged_by)),
+        figures=dict(figures(history)),
+        judges=judges(history),
+        held_out=any(map(history.measured, history.names)),
+        plots=plotted(history),
         constant="; ".join(still),
         rows=[*zip_longest(*(samples[n]["samples"] for n in ("first", "last")))] if both else (),
     )
 
 
-def figures(found: History) -> Iterator[tuple[str, str]]:
+def figures(history: History) -> Iterator[tuple[str, str]]:
     """What the run came to, by name."""
-    key = "reward" if found.judged_by else "loss"
-    measured = {step: (value, interval) for step, value, interval in found.measured(key)}
+    key = "reward" if history.judged_by else "loss"
+    measured = {step: (value, interval) for step, value, interval in history.measured(key)}
     for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
         value, interval = measured[step]
         when = "before the first step" if step == 0 else f"after step {step}"
         yield f"held-out {key} {when}{within(interval)}", number(value, digits=3)
-    for name, values in found.by_step.items():
+    for name, values in history.by_step.items():
         if name in ("reward", "entropy", "tokens a completion", "loss") and (both := ends(values)):
             first, last = map(fmean, both)
             yield (
@@ -79,32 +79,30 @@ def figures(found: History) -> Iterator[tuple[str, str]]:
             )
 
 
-def judges(found: History) -> Iterator[list[str]]:
+def judges(history: History) -> Iterator[list[str]]:
     """The table of the rewards: how much each counts, and what it gave."""
-    for name, weight in found.judged_by.items():
-        own = found.by_step.get(f"{SHARED}{name}")
+    for name, weight in history.judged_by.items():
+        values = history.by_step.get(f"{SHARED}{name}")
         # of a single reward there is only the sum, which has its weight in it
-        both = ends(found.by_step.get("reward", ()) if own is None else own)
-        weighs = weight if own is None else 1
+        both = ends(history.by_step.get("reward", ()) if values is None else values)
+        weighs = weight if values is None else 1
         means = [plain(fmean(part) / weighs) for part in both] if both and weighs else ["–", "–"]
         yield [clean(name), f"{weight:g}", *means]
 
 
-def constant(found: History) -> dict[str, float]:
+def constant(history: History) -> dict[str, float]:
     """The figures that never change, which need no plot."""
     values = {
-        name: {v for v in found.by_step.get(name, ()) if v is not None}
-        | {v for _, v, _ in found.measured(name)}
-        for name in found.names
+        name: {v for v in history.by_step.get(name, ()) if v is not None}
+        | {v for _, v, _ in history.measured(name)}
+        for name in history.names
     }
-    return {name: own.pop() for name, own in values.items() if len(own) == 1 and name != "loss"}
+    return {name: seen.pop() for name, seen in values.items() if len(seen) == 1 and name != "loss"}
 
 
-def together(found: History) -> dict[str, list[str]]:
-    """The figures of each plot by its title: a few rewards of a sum, and each other figure that
-    changes.
-    """
-    names = [name for name in found.names if name not in constant(found)]
+def together(history: History) -> dict[str, list[str]]:
+    """The figures of each plot by its title: a few rewards, or one other figure."""
+    names = [name for name in history.names if name not in constant(history)]
     each = [name for name in names if name.startswith(SHARED)]
     size = -(-len(each) // -(-len(each) // TOLD)) if each else 1
     plots: dict[str, list[str]] = {}
@@ -118,43 +116,45 @@ def together(found: History) -> dict[str, list[str]]:
     return plots
 
 
-def plotted(found: History) -> Iterator[str]:
+def plotted(history: History) -> Iterator[str]:
     """The curves. Of a single reward that changes there is that of the sum, which is the same."""
-    plots = together(found)
-    own = [name for name in found.names if name.startswith(SHARED)]
-    known = dict(zip(own, brief([clean(n.removeprefix(SHARED)) for n in own]), strict=True))
+    plots = together(history)
+    rewards = [name for name in history.names if name.startswith(SHARED)]
+    labels_of = dict(
+        zip(rewards, brief([clean(n.removeprefix(SHARED)) for n in rewards]), strict=True)
+    )
     [alone, *more] = plots.get("each reward", ()) or ("",)
     alone = alone if not more and "reward" in plots else ""
     for title, names in plots.items():
         if names == [alone]:
             continue
         # minus the reward is no figure of its own
-        held_out = [name for name in names if not (name == "loss" and found.judged_by)]
-        told = {n: changed(found, n, n in held_out) for n in names}
-        said = "; ".join(
-            f"{known.get(n, clean(n))} {how}" * (len(told) > 1) or how for n, how in told.items()
-        )
+        held_out = [name for name in names if not (name == "loss" and history.judged_by)]
+        changes = {n: changed(history, n, n in held_out) for n in names}
+        labels = {n: f"{labels_of.get(n, clean(n))} " * (len(names) > 1) for n in names}
+        caption = "; ".join(labels[n] + change for n, change in changes.items())
         if alone and title == "reward":
-            said += f". Of the rewards {known[alone]} alone changes, {changed(found, alone)}"
+            caption += (
+                f". Of the rewards {labels_of[alone]} alone changes, {changed(history, alone)}"
+            )
         yield curves(
             SCALES.get(title, title),
-            f"{said[:1].upper()}{said[1:]}.",
-            {known.get(n, clean(n)): found.by_step[n] for n in names if n in found.by_step},
-            {known.get(n, clean(n)): points for n in held_out if (points := found.measured(n))},
+            f"{caption[:1].upper()}{caption[1:]}.",
+            {labels_of.get(n, clean(n)): history.by_step[n] for n in names if n in history.by_step},
+            {
+                labels_of.get(n, clean(n)): points
+                for n in held_out
+                if (points := history.measured(n))
+            },
         )
 
 
-def changed(found: History, name: str, held_out: bool = True) -> str:
+def changed(history: History, name: str, held_out: bool = True) -> str:
     """A figure at first and at last, and on held-out rows, in words."""
-    return went(found.by_step.get(name, ()), found.told(name) * held_out)
-
-
-def went(values: Sequence[float | None], held_out: str) -> str:
-    """A figure at first and at last, and on held-out rows, in words."""
-    known = [plain(v) for v in values if v is not None]
-    went = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
-    parts = [went] * bool(known) + [f"held out {held_out}"]
-    return ", ".join(parts if held_out else parts[:-1])
+    known = [plain(v) for v in history.by_step.get(name, ()) if v is not None]
+    steps = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
+    measured = history.in_words(name) if held_out else ""
+    return ", ".join(filter(None, (steps, measured and f"held out {measured}")))
 
 
 def plain(value: float) -> str:

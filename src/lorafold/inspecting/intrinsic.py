@@ -5,9 +5,7 @@ training reaches 90% of the improvement of full training.
 
 Li et al. 2018, arXiv 1804.08838, sec. 2; for fine-tuning Aghajanyan et al. 2021, arXiv 2012.13255,
 whose subspace is used (`methods.fastfood`). The search bisects powers of 2, so the result is exact
-to a factor of 2. It writes the loss of every finished run to a file, and a stopped run resumes from
-its checkpoint, so the same command continues a search that was stopped. Several calls share the
-base, full training and the largest dimension; the bisection has one run at a time.
+to a factor of 2. The loss of every run is stored, so the same command continues a stopped search.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import read_object, write_json
-from lorafold.files.claims import TOKEN, Figures, cached_figures, shared, silent
+from lorafold.files.claims import TOKEN, measured, shared, silent
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
@@ -39,10 +37,15 @@ SEARCH = "search.json"
 
 
 @dataclass(frozen=True)
+class HeldOutLoss:
+    """The figure of one cell of the search, in nats, as its file has it."""
+
+    loss: float
+
+
+@dataclass(frozen=True)
 class SubspaceRun:
-    """A run in a subspace: its dimension, its final held-out loss in nats, and the share that it
-    reached of the improvement of full training.
-    """
+    """A run in a subspace: its held-out loss in nats and its share of the improvement."""
 
     dimension: int
     loss: float
@@ -51,9 +54,7 @@ class SubspaceRun:
 
 @dataclass(frozen=True)
 class Intrinsic(ShownInNotebooks):
-    """The result: `dimension` is None if even the largest one that was tried does not reach
-    `share`; `points` has all runs in ascending order of dimension.
-    """
+    """`dimension` is None if the largest one that was tried does not reach `share`."""
 
     dimension: int | None
     share: float
@@ -67,10 +68,10 @@ class Intrinsic(ShownInNotebooks):
 
     def __str__(self) -> str:
         most = f"more than {self.points[-1].dimension}"
-        found = most if self.dimension is None else f"{self.dimension}, to a factor of 2"
+        dimension = most if self.dimension is None else f"{self.dimension}, to a factor of 2"
         return (
             f"held-out loss: {self.base_loss:.4f} before, {self.full_loss:.4f} after full"
-            f" training\nintrinsic dimension: {found}"
+            f" training\nintrinsic dimension: {dimension}"
         )
 
 
@@ -82,19 +83,7 @@ def search(
     tell: Callable[[SubspaceRun], None],
     say: Callable[[str], object] = silent,
 ) -> Intrinsic:
-    """Find the smallest power of 2 that reaches a share of the improvement of full training.
-
-    Args:
-        request: The model, the data with held-out rows, the recipe, whose method is ignored, and as
-            `out` the directory of the search.
-        smallest, largest: The range of dimensions.
-        share: The share to reach, above 0 and at most 1.
-        tell: Called with each point as it is measured.
-        say: Is told for which other workers this one waits.
-
-    Raises LorafoldError as `train`, for a directory that has another search in it, and where full
-    training does not lower the held-out loss.
-    """
+    """Find the smallest power of 2 that reaches a share of the improvement of full training."""
     out, recipe = request.out, request.recipe
     if recipe.new_tokens:
         raise LorafoldError(
@@ -104,29 +93,19 @@ def search(
     if "storage" not in recipe.model_fields_set:
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"storage": "fp32"})
-    request = replace(request, base=request.base.stored(recipe.storage))
-    day = request.base.date(recipe.chat_template)
+    stored = request.base.stored(recipe.storage)
+    day = stored.date(recipe.chat_template)
     if day and (out / SEARCH).is_file():  # it goes on with the day on which it began
         day = str(read_object(out / SEARCH).get("day") or day)
-    request = replace(request, day=day)
-    identity = {
-        **request.base.cache_key(recipe.chat_template, "inspecting"),
-        "adapters": [*map(of_adapter, request.adapters)],
-        "model": request.base.name,
-        "day": day,
-        "recipe": recipe.model_dump(mode="json"),
-        "rate": Fastfood.lr,
-        "data": request.data.identity,
-        "held_out": Rows.of(request.eval_rows or ()).sha256,
-    }
-    check(out, identity)
+    request = replace(request, base=stored, day=day)
+    check(out, identity_of(request, recipe))
     # the recipe's rate is that of full training, and of heads; a subspace has its own
     inside = recipe.model_copy(update={"lr": None})
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
-    losses: dict[str, float] = {}
+    losses = {}
 
-    def there(file: Path, found: Figures) -> None:
-        losses[file.stem] = float(found["loss"])
+    def there(file: Path, cell: HeldOutLoss) -> None:
+        losses[file.stem] = cell.loss
         base, full = losses.get("base"), losses.get("full")
         if base is not None and full is not None and full >= base:
             raise LorafoldError(
@@ -135,41 +114,52 @@ def search(
                 " more data"
             )
 
-    def in_subspace(d: int) -> dict[Path, Callable[[], Figures]]:
+    def in_subspace(d: int) -> dict[Path, Callable[[], HeldOutLoss]]:
         options, at = {"dimension": d, **heads}, out / str(d)
         return {at.with_suffix(".json"): lambda: run(request, inside, at, "fastfood", **options)}
 
     low, high = (smallest - 1).bit_length(), largest.bit_length() - 1
-    first: dict[Path, Callable[[], Figures]] = {
+    first: dict[Path, Callable[[], HeldOutLoss]] = {
         out / "base.json": lambda: bare_loss(request, recipe),
         out / "full.json": lambda: run(request, recipe, out / "full", "full"),
     }
-    cached_figures(first | in_subspace(2**high), there, say)
+    measured(HeldOutLoss, first | in_subspace(2**high), there, say)
     base, full = losses["base"], losses["full"]
-    points: dict[int, SubspaceRun] = {}
+    points = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        cached_figures(in_subspace(d), there, say)
+        measured(HeldOutLoss, in_subspace(d), there, say)
         loss = losses[str(d)]
         points[d] = SubspaceRun(d, loss, (base - loss) / (base - full))
         tell(points[d])
         return points[d].reached >= share
 
-    found = reaches(high)
-    while found and low < high:
+    reached = reaches(high)
+    while reached and low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(middle) else (middle + 1, high)
     return Intrinsic(
-        2**high if found else None, share, base, full, [points[d] for d in sorted(points)]
+        2**high if reached else None, share, base, full, [points[d] for d in sorted(points)]
     )
 
 
-def check(out: Path, identity: dict) -> None:
-    """Start the directory of a search, or check that it has this search in it.
+def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
+    """Everything that the losses of a search depend on."""
+    return {
+        **request.base.cache_key(recipe.chat_template, "inspecting"),
+        "adapters": [*map(of_adapter, request.adapters)],
+        "model": request.base.name,
+        "day": request.day,
+        "recipe": recipe.model_dump(mode="json"),
+        "rate": Fastfood.lr,
+        "data": request.data.identity,
+        "held_out": Rows.of(request.eval_rows or ()).sha256,
+    }
 
-    Raises LorafoldError if it has another search or other files in it.
-    """
+
+def check(out: Path, identity: dict[str, Any]) -> None:
+    """Start the directory of a search, or check that it has this search in it."""
     file = out / SEARCH
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
@@ -178,33 +168,25 @@ def check(out: Path, identity: dict) -> None:
             f"{out}: found files that are not from a search; choose another --out"
         )
     shared({file: lambda: write_json(file, identity)})
-    found = read_object(file)
-    if FILES not in found:
+    recorded = read_object(file)
+    if FILES not in recorded:
         raise LorafoldError(
             f"{out}: found a search of an earlier lorafold, which does not say what was in the"
             " files of its model; choose another --out"
         )
     now = json.loads(json.dumps(identity))
-    names = sorted(found.keys() | now.keys())
-    if differing := [name for name in names if found.get(name) != now.get(name)]:
+    names = sorted(recorded.keys() | now.keys())
+    if differing := [name for name in names if recorded.get(name) != now.get(name)]:
         raise LorafoldError(
             f"{out}: found another search, which differs in {', '.join(differing)}; choose"
             " another --out"
         )
 
 
-def run(request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float) -> Figures:
-    """The held-out loss at the end of a run, as it is kept; the files of the run are removed.
-
-    Args:
-        request: The model and the data.
-        recipe: The recipe; its method and options are replaced.
-        out: The directory of the run; if it has checkpoints, they are resumed.
-        method: The name of the method to train.
-        options: Options of the method.
-
-    Raises LorafoldError as `train`, and Interrupted after SIGINT or SIGTERM.
-    """
+def run(
+    request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float
+) -> HeldOutLoss:
+    """The held-out loss of a run, which is resumed if it was stopped; its files are removed."""
     recipe = fitting(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
@@ -220,17 +202,16 @@ def run(request: RunRequest, recipe: Recipe, out: Path, method: str, **options: 
         ) from stop
     shutil.rmtree(out)
     shutil.rmtree(out.with_name(out.name + ".best"), ignore_errors=True)
-    return {"loss": trained.eval_loss}
+    assert trained.eval_loss is not None  # there are held-out rows
+    return HeldOutLoss(trained.eval_loss)
 
 
-def bare_loss(request: RunRequest, recipe: Recipe) -> Figures:
-    """The held-out loss of the base, in nats, as its runs measure it and as it is kept: that of the
-    objective, and with the head that they start from.
-    """
+def bare_loss(request: RunRequest, recipe: Recipe) -> HeldOutLoss:
+    """The held-out loss of the base, as its runs measure it, with their initial head."""
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)
     _, held_out, _ = tokenized(request, on_day(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
-        return {"loss": objective.measure(loss, held_out).loss}
+        return HeldOutLoss(objective.measure(loss, held_out).loss)

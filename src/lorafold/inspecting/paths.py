@@ -4,11 +4,8 @@
     base + (1 - t) dW_a + t dW_b    t from 0 to 1: whether a barrier separates two adapters
     barrier                         max over t of L(t) - ((1 - t) L(0) + t L(1)), in nats
 
-The update is scaled, not its factors, so the line is straight for every method that folds: `Mix`
-computes W + sum_i g_i (fold_i(W) - W). Linear mode connectivity: Frankle et al. 2020, arXiv
-1912.05671; the barrier: Entezari et al. 2022, arXiv 2110.06296.
-
-The loss of a model whose adapters change between measurements; the rows are tokenized once.
+The update is scaled, not its factors, so the line is straight for every method that folds. Linear
+mode connectivity: Frankle et al. 2020, arXiv 1912.05671; barrier: Entezari et al. 2022, 2110.06296.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ from lorafold.data.examples import encode
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
+from lorafold.inspecting.result import LossPaths, Point
 from lorafold.layers import layer_class
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.training_step.losses import CompletionLoss
@@ -39,15 +37,7 @@ if TYPE_CHECKING:
 def loss_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> Callable[[], float]:
-    """A function that measures the model as it is: the mean loss in nats a labelled token.
-
-    Args:
-        model, tokenizer: A causal language model, with any adapters.
-        rows: Rows of the forms that training takes.
-        max_length: Longer examples are cut to this many tokens.
-
-    Raises LorafoldError for bad rows.
-    """
+    """A function that measures the model as it is: the mean loss in nats a labelled token."""
     data = encode(rows, tokenizer, max_length)
     return partial(held_out_loss, CompletionLoss(model, packed=False, pad_id=0), data.examples)
 
@@ -59,59 +49,42 @@ def losses_of(
     max_length: int,
     below: int = 0,
 ) -> dict[str, float]:
-    """The losses of two adapters, each active alone: `loss_before` of the one that was attached
-    first, `loss_after` of the other, in nats a labelled token.
-
-    Args:
-        model, tokenizer: A causal language model with exactly two adapters attached.
-        rows: Rows of the forms that training takes.
-        max_length: Longer examples are cut to this many tokens.
-        below: How many more adapters lie below these two, as part of their base.
-
-    Raises LorafoldError for bad rows.
-    """
+    """`loss_before` of the first adapter and `loss_after` of the other, each active alone."""
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
-    found = {}
+    losses = {}
     for key, name in zip(("loss_before", "loss_after"), names[below:], strict=True):
         with only(model, *names[:below], name):
-            found[key] = loss()
-    return found
+            losses[key] = loss()
+    return losses
 
 
 SCALES = tuple(i / 4 for i in range(-2, 7))
 BETWEEN = tuple(i / 10 for i in range(11))
 LINE = "line"  # the name under which the weighted sum of adapters is attached
 
-Point = tuple[float, float]  # t, loss in nats a labelled token
-
 
 @contextmanager
 def mixed(
     model: nn.Module, names: Sequence[str], loss: Callable[[], float], below: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[float]], float]]:
-    """A context in which only a weighted sum of the named adapters is active, over those below. It
-    yields the loss as a function of the weights, in the order of the names.
-
-    Args:
-        model: With all of them attached.
-        names: The adapters of the sum.
-        loss: Measures the model as it is.
-        below: Those that they lie over, lowest first.
-
-    Rows of new tokens, which the base has no row for, stay as they are at every point. Raises
-    LorafoldError where more than one of the adapters has such.
+    """A context in which only a weighted sum of adapters is active, over those below; it yields the
+    loss as a function of the weights. Rows of new tokens stay as they are at every point.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
-        found = {i: _apart(module, name) for i, name in enumerate(names) if name in module.deltas}
-        if not found:
+        by_adapter = {
+            i: _without_new_tokens(module, name)
+            for i, name in enumerate(names)
+            if name in module.deltas
+        }
+        if not by_adapter:
             continue
-        rows = [row for _, new in found.values() for row in new]
+        rows = [row for _, new in by_adapter.values() for row in new]
         if len(rows) > 1:
             raise LorafoldError(
                 "the loss between two adapters: found new tokens in both, expected them in one"
             )
-        changes = {i: delta for i, (delta, _) in found.items() if delta is not None}
+        changes = {i: delta for i, (delta, _) in by_adapter.items() if delta is not None}
         here = list(changes)
         gates = torch.ones(len(here), device=next(module.parameters()).device)
         mix = Mix(list(changes.values()), gates)
@@ -133,12 +106,12 @@ def mixed(
             detach_delta(module, LINE)
 
 
-def _apart(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
+def _without_new_tokens(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
     """What an adapter changes at a module besides its rows of new tokens, and these rows."""
-    delta, own = module.deltas[name], module._parameters.get("weight")
+    delta, weight = module.deltas[name], module._parameters.get("weight")
     parts = list(delta.parts())
     rows = [part for part in parts if isinstance(part, TokenRows)]
-    new = [part for part in rows if max(part.ids) >= len(own)]
+    new = [part for part in rows if max(part.ids) >= len(weight)]
     if not new:
         return delta, []
     others = [part for part in parts if part not in new]
@@ -152,15 +125,7 @@ def scaling(
     points: Sequence[float] = SCALES,
     below: Sequence[str] = (),
 ) -> list[Point]:
-    """The loss at base + t dW.
-
-    Args:
-        model: With the adapter attached.
-        name: The adapter.
-        loss: Measures the model as it is.
-        points: The values of t.
-        below: The names of the adapters that it lies over, which are part of the base here.
-    """
+    """The loss at base + t dW."""
     with mixed(model, [name], loss, below) as loss_at:
         return [(t, loss_at([t])) for t in points]
 
@@ -172,22 +137,13 @@ def between(
     loss: Callable[[], float],
     points: Sequence[float] = BETWEEN,
 ) -> list[Point]:
-    """The loss at base + (1 - t) dW_a + t dW_b.
-
-    Args:
-        model: With both adapters attached.
-        first, second: The adapters a and b.
-        loss: Measures the model as it is.
-        points: The values of t.
-    """
+    """The loss at base + (1 - t) dW_a + t dW_b."""
     with mixed(model, [first, second], loss) as loss_at:
         return [(t, loss_at([1 - t, t])) for t in points]
 
 
 def barrier(points: Sequence[Point]) -> float:
-    """How far the loss rises above the straight line between the losses at t = 0 and t = 1, in
-    nats; `points` are in ascending order of t.
-    """
+    """The rise of the loss above the line between both ends, in nats; points ascend in t."""
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 
@@ -198,23 +154,12 @@ def measured_paths(
     rows: Sequence[Row],
     max_length: int,
     below: int = 0,
-) -> dict[str, Any]:
-    """The losses along the lines, by their names in the JSON: scaling the first adapter and, if
-    there is a second one, from the first to the second.
-
-    Args:
-        model, tokenizer: A causal language model with one adapter or two attached.
-        rows: Rows of the forms that training takes.
-        max_length: Longer examples are cut to this many tokens.
-        below: How many more adapters lie below these, as part of their base.
-
-    Raises LorafoldError for bad rows.
-    """
+) -> LossPaths:
+    """The losses along the lines of one adapter or two, over `below` others."""
     loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     first, *others = names[below:]
     line = scaling(model, first, loss, below=names[:below])
-    found: dict[str, Any] = {"rows": len(rows), "scaling": line}
-    if others:
-        found["between"] = between(model, first, others[0], loss)
-        found["barrier"] = barrier(found["between"])
-    return found
+    if not others:
+        return LossPaths(len(rows), line)
+    across = between(model, first, others[0], loss)
+    return LossPaths(len(rows), line, across, barrier(across))

@@ -1,6 +1,4 @@
-"""The plots of the pages on an update and on a run, each with the sentence that says what it shows,
-small enough for several side by side.
-"""
+"""The plots of the pages on an update and on a run, each with a caption."""
 
 from __future__ import annotations
 
@@ -16,43 +14,30 @@ SCALE = "viridis"  # its lightness rises with the value
 Grid = Sequence[Sequence[float]]
 
 
-def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) -> str:
-    """The singular values of one kind of module, divided by the largest: one line for each block,
-    from one colour for the first block to another one for the last.
-
-    Args:
-        kind: The title.
-        spectra_by_path: Singular values in descending order, by module path.
-        depth: The number of the last block.
-    """
+def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
+    """The singular values of one kind of module over the largest, a coloured line a block."""
     spectra = spectra_by_path.items()
-    found = sorted((kind_of(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
-    lowest, falling = min(found, key=lambda line: line[1][-1])
+    lines = sorted((kind_of(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
+    lowest, falling = min(lines, key=lambda line: line[1][-1])
     least = f"{falling[-1]:.2g} of the strongest"
-    said = f"Block {lowest} falls most: the last of its {len(falling)} has {least}."
+    caption = f"Block {lowest} falls most: the last of its {len(falling)} has {least}."
 
     def colour(block: int) -> str:
         return plots.between(block / max(depth, 1))
 
     def draw(axes: Any) -> None:
-        for block, s in found:
+        for block, s in lines:
             axes.plot(range(1, len(s) + 1), s, color=colour(block), linewidth=0.9)
         axes.set(xlabel="direction", ylabel="s / s₁")
         plots.scaled(axes, x="linear", y="log")
-        ends = found[:1] + found[-1:] * (len(found) > 1)
+        ends = lines[:1] + lines[-1:] * (len(lines) > 1)
         plots.at_ends(axes, [plots.End(s[-1], f"block {n}", colour(n)) for n, s in ends])
 
-    return plots.drawing(draw, kind, said, plots.SMALL)
+    return plots.drawing(draw, kind, caption, plots.SMALL)
 
 
-def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
-    """A heat map of values from 0 to 1.
-
-    Args:
-        grid: The values, line by line.
-        down, across: The labels of the axes.
-        first: The number of the first line and of the first column.
-    """
+def heat(title: str, caption: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
+    """A heat map of values from 0 to 1."""
 
     def draw(axes: Any) -> None:
         lines, columns = len(grid), len(grid[0])
@@ -68,23 +53,17 @@ def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int =
             0
         )
 
-    return plots.drawing(draw, title, said, plots.SMALL)
+    return plots.drawing(draw, title, caption, plots.SMALL)
 
 
 def line(
     title: str,
-    said: str,
+    caption: str,
     points: Sequence[tuple[float, float]],
     across: str,
     marked: dict[float, str],
 ) -> str:
-    """The loss along a line in weight space.
-
-    Args:
-        points: Pairs of t and the loss in nats a token.
-        across: The label of the axis of t.
-        marked: Names to write at some values of t.
-    """
+    """The loss along a line in weight space."""
 
     def draw(axes: Any) -> str:
         axes.plot(*zip(*points, strict=True), **plots.series(0))
@@ -93,31 +72,27 @@ def line(
         losses = dict(points)
         return plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
 
-    return plots.drawing(draw, title, said)
+    return plots.drawing(draw, title, caption)
 
 
 def curves(
     title: str,
-    said: str,
+    caption: str,
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
-    """Figures over the steps of a run; held-out ones have points, with bars for their intervals. Of
-    a long run the mean of neighbouring steps is shown.
-
-    Args:
-        steps: For each name a value for each step, None where there is none.
-        measured: For each name (step, value, interval or None) on held-out rows.
-    """
+    """Figures over the steps of a run, as means of neighbours if long; held-out ones with bars."""
 
     def draw(axes: Any) -> None:
         ends = []
         for n, name in enumerate(dict.fromkeys([*steps, *measured])):
             style = plots.series(n)
-            if found := means(steps.get(name, ())):
-                mark = style["marker"] if len(found) == 1 else ""
-                axes.plot(*zip(*found, strict=True), **style | {"marker": mark, "linewidth": 1})
-                ends.append(plots.End(found[-1][1], name, style["color"]))
+            if line := means(steps.get(name, ())):
+                mark = style["marker"] if len(line) == 1 else ""
+                axes.plot(
+                    *zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1}
+                )
+                ends.append(plots.End(line[-1][1], name, style["color"]))
             if points := measured.get(name):
                 at, values, intervals = zip(*points, strict=True)
                 axes.errorbar(
@@ -132,31 +107,25 @@ def curves(
 
     lines = len(steps) + len(measured)
     size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.2 * lines))
-    return plots.drawing(draw, title, said, size)
+    return plots.drawing(draw, title, caption, size)
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
     """(step, mean) of neighbouring steps, at most POINTS of them."""
     size = max(1, -(-len(values) // POINTS))
-    found = []
+    points = []
     for start in range(0, len(values), size):
         some = [v for v in values[start : start + size] if v is not None]
         if some:
             last = min(start + size, len(values))
-            found.append(((start + 1 + last) / 2, sum(some) / len(some)))
-    return found
+            points.append(((start + 1 + last) / 2, sum(some) / len(some)))
+    return points
 
 
 def position(
-    title: str, read: Sequence[float], written: Sequence[float], shape: tuple[int, int]
+    title: str, read: Sequence[float], written: Sequence[float], shape: Sequence[int]
 ) -> str:
-    """The energy of an update on each tenth of the base's singular directions. Thin lines show an
-    even distribution.
-
-    Args:
-        read, written: Shares as `base_svd.binned` gives them.
-        shape: (out, in) of the weight.
-    """
+    """The energy of an update on each tenth of the base's directions."""
     sides = {"read": (read, shape[1]), "written": (written, shape[0])}
     evenly = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}
 
@@ -178,8 +147,3 @@ def position(
         for name, (heights, _) in sides.items()
     )
     return plots.drawing(draw, title, f"The strongest tenth has {of}.")
-
-
-def shade(share: float) -> str:
-    """The background for a share from 0 to 1, as CSS, on which the page's ink is read."""
-    return plots.mixed("raised", "heat", 100 * min(max(share, 0.0), 1.0))

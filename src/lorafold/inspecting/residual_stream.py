@@ -1,33 +1,23 @@
 """The modules that read the residual stream h, with the norm before each, and those that write to
-it. They are found by running a fake model, whatever the modules are called.
+it, found by running a fake model, so that no weights are read.
 
     x = g * h / |h|_rms (+ b)       a module whose input is the output of a norm reads h; its input
                                     direction v is the direction g * v of h
-    x = h                           a module whose input is a block's own input reads h too (in
-                                    models such as OLMo 2, whose norms come after)
-    h + W x                         a module that reads h in neither way, with outputs of h's size,
-                                    writes to h
+    x = h                           a module whose input is a block's own input reads h too (OLMo 2)
+    h + W x                         any other module with outputs of h's size writes to h
 
-Of a module of experts, the first matrices read what the module reads, and the last ones write.
+Residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
-Fake tensors have no values (`lorafold.models.fake`), so the run takes no memory and reads no
-weights. On the residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer
-Circuits".
-
-The attention heads that an update writes to and reads from.
-
-    share of head h = |dW_h|^2 / |dW|^2        dW_h the rows of q, k and v that make head h, or the
+    share of head h = |dW_h|^2 / |dW|^2        dW_h: the rows of q, k and v that make head h, or the
                                                columns of the output projection that read it
 
-An even update has 1 / n at each of n heads. A projection is one of heads where it is part of an
-attention that says how large a head is, and its side away from the residual stream has as many as
-the configuration has of queries, or of keys and values. Fused projections are none of these: which
-of their rows belong to a head is not said anywhere.
+A projection has heads if its attention has `head_dim` and its side away from the residual stream
+has as many as the configuration has of queries, or of keys and values; fused ones have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -47,11 +37,11 @@ from lorafold.models.quantizations import Storage
 
 OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
 
+
 @dataclass(frozen=True)
 class ResidualStream:
-    """The modules of the residual stream, by path. `readers` maps each module that reads it to the
-    norm before it, or to "" without one; `writers` write to it; `embedding` and `head` connect it
-    with the vocabulary; `size` is its dimension.
+    """The modules of the residual stream, by path: `readers` with the norm before them, or "";
+    `writers`; the embedding and head; and the stream's dimension.
     """
 
     readers: dict[str, str]
@@ -69,11 +59,11 @@ class ResidualStream:
 def stream_of(model: PreTrainedModel) -> ResidualStream:
     """The modules of the model's residual stream, from a run of a fake model on four tokens."""
     config = model.config
-    # from a tensor's memory to the norm that computed it, or "" for a block's input
-    outputs: dict[int, str] = {}
-    readers: dict[str, str] = {}
+    # by a tensor's memory: the norm that computed it, or "" for a block's input, and the tensor, so
+    # that its memory isn't used again
+    outputs = {}
+    readers = {}
     seen: set[str] = set()
-    kept: list[Tensor] = []  # keeps memory from being reused, which would mix up `outputs`
     with without_values(), torch.no_grad():
         # in bf16, which mixtures of experts require
         twin = fake_model(
@@ -87,25 +77,22 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
         embedding, head = (names[id(end)] for end in ends)
         size = ends[0].weight.shape[1]
 
-        def came(path: str, x: Tensor) -> None:
-            kept.append(x)
-            outputs[x.untyped_storage()._cdata] = path
-
-        def normed(path: str, module: nn.Module, args: Any, output: Any) -> None:
-            came(path, output)
+        def normed(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[output.untyped_storage()._cdata] = path, output
 
         def entered(module: nn.Module, args: Any) -> None:
-            came("", args[0])
+            outputs[args[0].untyped_storage()._cdata] = "", args[0]
 
         def read(
             reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any
         ) -> None:
             seen.update(writes)
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
-                readers.update(dict.fromkeys(reads, norm))
+                readers.update(dict.fromkeys(reads, norm[0]))
 
         for path, module in twin.named_modules():
-            if is_norm(module, size):
+            shapes = {tuple(parameter.shape) for parameter in module.parameters()}
+            if shapes == {(size,)} and not [*module.children()]:  # a norm
                 module.register_forward_hook(partial(normed, path))
             elif _shape(module):
                 module.register_forward_pre_hook(partial(read, [path], [path]))
@@ -125,17 +112,9 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
     return ResidualStream(readers, frozenset(writers), embedding, head, size)
 
 
-def is_norm(module: nn.Module, size: int) -> bool:
-    """Whether the module is a norm of the residual stream: it has only vectors of its size."""
-    shapes = {tuple(p.shape) for p in module.parameters()}
-    return shapes == {(size,)} and not any(True for _ in module.children())
-
-
 @torch.no_grad()
 def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
-    """The gain g of a norm, whatever parameter it is computed from (Gemma's is g - 1): half the
-    difference of the outputs for z and -z, of mean 0 and rms 1, in which a bias cancels.
-    """
+    """The gain g of a norm, from its outputs for z and -z of mean 0 and rms 1."""
     z = torch.ones(size)
     z[1::2] = -1
     return (norm(z).float() - norm(-z).float()) / 2 * z
@@ -151,23 +130,18 @@ class Heads:
 
     def shares(self, svd: Svd) -> list[float]:
         """The share of the update's energy at each head; all are 0 for an update that is 0."""
-        side: Tensor = svd.u if self.out else svd.v  # (n * size, k)
+        side = svd.u if self.out else svd.v  # (n * size, k)
         energy = ((side * svd.s) ** 2).sum(1).reshape(self.n, self.size).sum(1)
         whole = float(energy.sum())
         return [float(e) / whole if whole else 0.0 for e in energy]
 
 
 def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, Heads], list[str]]:
-    """The heads of each projection, by module path, and the paths of projections of an attention
-    that has heads which can't be told apart.
-
-    Args:
-        stream: The modules of the model's residual stream.
-    """
+    """The heads of each projection by path, and the paths of fused projections."""
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
-    found, fused = dict[str, Heads](), list[str]()
+    heads, fused = dict[str, Heads](), list[str]()
     for path, module in Anatomy.of(model).modules:
         parent = model.get_submodule(path.rpartition(".")[0])
         size = getattr(parent, "head_dim", None)
@@ -178,21 +152,10 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
         out = path in stream.readers
         n, rest = divmod(shape[0 if out else 1], size)
         if not rest and n in counts:
-            found[path] = Heads(n, size, out)
+            heads[path] = Heads(n, size, out)
         elif not rest and out and n > max(c for c in counts if c):
             fused.append(path)
-    return found, fused
-
-
-def evenness(sites: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, float, int] | None:
-    """(module path, head, its share, the number of heads) where the largest share is most times an
-    even one; None without heads.
-    """
-    known = [(path, site["heads"]) for path, site in sites.items() if any(site.get("heads", ()))]
-    if not known:
-        return None
-    path, shares = max(known, key=lambda one: max(one[1]) * len(one[1]))
-    return path, shares.index(max(shares)), max(shares), len(shares)
+    return heads, fused
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

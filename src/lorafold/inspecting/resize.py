@@ -2,12 +2,10 @@
 
     dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in), where U S V^T are the r largest
                 singular values of dW with their vectors
-    error       |dW - B A| / |dW|, the least for any B A (Eckart and Young 1936); |.| the Frobenius
-                norm
+    error       |dW - B A| / |dW|, the least for any B A (Eckart and Young 1936); |.| Frobenius
 
-The result is plain LoRA with scale 1 (alpha = r at every site), whatever the method was. Trained
-biases, modules to save and embeddings of tokens are copied unchanged. Each matrix of experts has
-its own best factors, and those of one site the rank of the largest.
+The result is plain LoRA with scale 1 (alpha = r at every site). Trained biases, modules to save and
+embeddings of tokens are copied unchanged. Each matrix of experts has its own best factors.
 """
 
 from __future__ import annotations
@@ -34,12 +32,13 @@ from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
-    joined,
+    SiteFactors,
     load_below,
     lora_of,
     matrix_names,
     put_factors,
     sites,
+    stacked,
     unstacked,
 )
 from lorafold.layers import is_linear, layer_of
@@ -56,10 +55,8 @@ Cuts = dict[str, tuple[int, float, float]]  # rank, squared norms of the error a
 
 @dataclass(frozen=True)
 class Resized(ShownInNotebooks):
-    """A written adapter: `sites` has rank and relative error by module path, for experts those of
-    each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the
-    relative difference of tensors that differ between two models and that an adapter of linear
-    layers can't change, and `losses` the loss before and after on rows, if there were any.
+    """A written adapter: rank and relative error by matrix, and of all; `left_out` has the relative
+    difference of other tensors, and `losses` the loss before and after.
     """
 
     sites: dict[str, dict[str, float]]
@@ -70,9 +67,9 @@ class Resized(ShownInNotebooks):
 
     def as_json(self) -> dict[str, Any]:
         """All fields."""
-        found = asdict(self)
-        losses: dict[str, float] = found.pop("losses")
-        return found | losses
+        content = asdict(self)
+        losses = content.pop("losses")
+        return content | losses
 
     def __str__(self) -> str:
         ranks = [site["rank"] for site in self.sites.values()]
@@ -101,7 +98,7 @@ def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resiz
         path: {"rank": rank, "error": _root(lost, whole)}
         for path, (rank, lost, whole) in cuts.items()
     }
-    lost, whole = (sum(cut[n] for cut in cuts.values()) for n in (1, 2))
+    _, lost, whole = map(sum, zip(*cuts.values(), strict=True))
     return Resized(sites, _root(lost, whole), str(out), dict(left_out))
 
 
@@ -123,20 +120,7 @@ def resize(
     energy: float | None = None,
     overwrite: bool = False,
 ) -> Resized:
-    """Write the best LoRA for a saved adapter: of one rank, or at each site of the smallest rank
-    that keeps a share of the energy.
-
-    Args:
-        stack: The adapter, after those that it was trained over, lowest first; the result lies over
-            the same.
-        out: The directory to write.
-        rank: The rank of every site; smaller where an update has a smaller one.
-        energy: Instead of a rank, a share above 0 and at most 1.
-        overwrite: Replace `out` if it exists.
-
-    Raises LorafoldError unless exactly one of rank and energy is given, and for an adapter that has
-    no form in weight space, changes biases with its weights or can't be read.
-    """
+    """Write the best LoRA of a rank, or of the smallest ranks that keep a share of the energy."""
     check_request(rank, energy)
     check_out(out, overwrite)
     check_not_replaced(out, [one.path for one in stack])
@@ -152,60 +136,41 @@ def resize(
                 f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
                 " with its weight, so it can't become LoRA"
             )
-        found = []
+        parts = []
         for name, svd in site.parts():
             s = svd.s
-            asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
-            found.append(svd.factors(asked))
-            cuts[name] = len(s[:asked]), _squares(s[asked:]), _squares(s)
-        factors[site.path] = joined(found, site.layer.matrices)
+            r = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
+            parts.append(svd.factors(r))
+            cuts[name] = len(s[:r]), _squares(s[r:]), _squares(s)
+        factors[site.path] = stacked(parts, site.layer.matrices)
     result = resized(cuts, out, {})
-    history = {TRAINED_ON: None, **saved.record}
-    history = {k: v for k, v in history.items() if k not in (BASE, "lorafold")}
+    record = {TRAINED_ON: None, **saved.record}
+    record = {key: value for key, value in record.items() if key not in (BASE, "lorafold")}
     if adapter.other_base:
-        history |= origin_of(adapter, saved)
-    record = {
-        **history,
-        "resized": {"from": str(saved), "rank": rank, "energy": energy, "error": result.error},
-    }
+        # updates that are added to weights are in the files alone, whatever base they lie over
+        added = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
+        other = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
+        record |= {BASE: saved.own_base.fingerprint} if added else other
+    about = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
+    record["resized"] = about
     tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
 
 
-def origin_of(adapter: Adapter, saved: Saved) -> dict[str, Any]:
-    """What the record of a resized adapter says that was loaded on another base. An update that is
-    added to weights is in its files alone, so the result is for the base that it was trained on.
-    """
-    if all(isinstance(delta, Additive) for delta in adapter.own_deltas.values()):
-        return {BASE: saved.own_base.fingerprint}
-    return {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
-
-
 def extract(
     base: Base, tuned: Base, out: str | Path, *, rank: int, overwrite: bool = False
 ) -> Resized:
-    """Write the best LoRA for the difference of a fine-tuned model and its base, in the linear
-    layers of the blocks. One tensor at a time is in memory.
-
-    Args:
-        tuned: The fine-tuned model.
-        out: The directory to write.
-        rank: The rank of every site.
-        overwrite: Replace `out` if it exists.
-
-    Raises LorafoldError where the models have different modules, or equal weights in those layers.
-    """
+    """Write the best LoRA for the difference of a fine-tuned model and its base."""
     check_out(out, overwrite)
     check_not_replaced(out, [base.source.path, tuned.source.path])
-    one, other = base.mapped(), tuned.mapped()
-    paths = match(one.model, LoRA.targets, is_linear).paths
-    theirs = dict(other.model.named_parameters(remove_duplicate=False))
-    own = dict(one.model.named_parameters(remove_duplicate=False))
-    shapes = {name: list(p.shape) for name, p in theirs.items()}
+    models = base.mapped().model, tuned.mapped().model
+    paths = match(models[0], LoRA.targets, is_linear).paths
+    before, after = (dict(model.named_parameters(remove_duplicate=False)) for model in models)
+    shapes = {name: list(p.shape) for name, p in after.items()}
     if problems := [
         f"{name}: found {shapes.get(name) or 'none'}, expected {list(p.shape)}"
-        for name, p in own.items()
+        for name, p in before.items()
         if shapes.get(name) != list(p.shape)
     ]:
         raise LorafoldError(
@@ -214,39 +179,33 @@ def extract(
         )
     factors, cuts = dict[str, Factors](), Cuts()
     for path in paths:
-        layers = [layer_of(module_at(mapped.model, path)) for mapped in (one, other)]
+        layers = [layer_of(module_at(model, path)) for model in models]
         names = matrix_names(path, layers[0].matrices)
         both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
-        found = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in both]
-        if any(len(a) for _, a in found):
-            factors[path] = joined(found, layers[0].matrices)
+        parts = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in both]
+        if any(len(a) for _, a in parts):
+            factors[path] = stacked(parts, layers[0].matrices)
     if not factors:
         raise LorafoldError(
             f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
             " nothing to extract"
         )
-    extracted = {parameter_path(module_at(one.model, p), p, "weight") for p in paths}
+    extracted = {parameter_path(module_at(models[0], p), p, "weight") for p in paths}
     left_out = {
         name: change
-        for name, p in own.items()
+        for name, p in before.items()
         if name not in extracted
-        and (change := _root(_squares(theirs[name].float() - p.float()), _squares(p)))
+        and (change := _root(_squares(after[name].float() - p.float()), _squares(p)))
     }
     result = resized(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
-    adapter = lora_of(one.model, factors, NAME)
+    adapter = lora_of(models[0], factors, NAME)
     adapter.save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
 
 def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
-    """The best factors for one matrix, (out, r) and (r, in); r = 0 where nothing changed.
-
-    Args:
-        cuts: Gets the error, if anything changed.
-        name: The name of the matrix.
-        w, tuned: The matrix (out, in) before and after.
-    """
+    """The best factors for one matrix, (out, r) and (r, in); r = 0 where nothing changed."""
     dw = tuned.float() - w.float()
     if not (whole := _squares(dw)):
         return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])
@@ -256,7 +215,7 @@ def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> F
 
 
 @torch.no_grad()
-def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
+def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
     """The adapter with LoRA instead of its method; its biases, whole modules and tokens stay."""
     spec = of_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
     modules = adapter.sites

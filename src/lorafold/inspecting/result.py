@@ -1,11 +1,176 @@
-"""What `lf.inspect` returns."""
+"""What `lf.inspect` returns. The fields are the keys of `lorafold inspect --json`; figures in
+`FLAT` stand beside those of the object that has them there, and what was not measured is left out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lorafold.files.html_page import ShownInNotebooks
+
+Point = tuple[float, float]  # t, loss in nats a labelled token
+Grid = list[list[float]]
+FLAT = ("base", "positions", "pooled")
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A token, or one of the user's vectors, and its cosine to a direction."""
+
+    name: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class NearestNeighbours:
+    """The vectors with the largest and with the smallest cosine to a direction."""
+
+    positive: list[Neighbour]
+    negative: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class BaseFigures:
+    """An update beside its base weight. A ratio is None where the update or the base is zero."""
+
+    norm: float
+    base_norm: float
+    relative_norm: float | None
+    projection: float
+    random_projection: float
+    amplification: float | None
+    strength_read: float | None
+    strength_written: float | None
+
+
+@dataclass(frozen=True)
+class SpectrumPositions:
+    """The energy on each tenth of the base's directions and outside, and the base's norm there."""
+
+    position_written: list[float]
+    position_read: list[float]
+    top_projection: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixFigures:
+    """One matrix's update; `rank` is the numerical one if the method has no factors."""
+
+    rank: int
+    numerical_rank: int
+    effective_rank_90: int
+    effective_rank_95: int
+    effective_rank_99: int
+    factored: bool
+    stable_rank: float
+    entropy_rank: float
+    base: BaseFigures
+    directions: int
+    intruders: int | None = None
+    positions: SpectrumPositions | None = None
+    shape: list[int]
+    singular_values: list[float]
+    advice: str
+    heads: list[float] | None = None
+    reads: list[NearestNeighbours] | None = None
+    writes: list[NearestNeighbours] | None = None
+    reads_vectors: list[NearestNeighbours] | None = None
+    reads_shares: dict[str, float] | None = None
+    writes_vectors: list[NearestNeighbours] | None = None
+    writes_shares: dict[str, float] | None = None
+
+
+Sites = Mapping[str, MatrixFigures]  # by module path, or the name of a matrix of experts
+
+
+@dataclass(frozen=True)
+class PooledRank:
+    """One rank for all sites that holds 95% of the energy, the advised one, and its loss."""
+
+    rank_95: int
+    advised_rank: int
+    advised_loss: float
+
+
+@dataclass(frozen=True)
+class AdapterFigures:
+    """Means and medians over the sites; `rank` is None where they have different ones."""
+
+    sites: int
+    rank: int | None
+    effective_rank_90: float
+    effective_rank_95: float
+    effective_rank_99: float
+    stable_rank: float
+    entropy_rank: float
+    norm: float
+    relative_norm: float | None
+    amplification: float | None
+    pooled: PooledRank
+
+
+@dataclass(frozen=True)
+class LayerOverlap:
+    """phi of the top directions of every two blocks, on one side of a kind of module."""
+
+    side: str
+    layers: list[str]
+    phi: Grid
+
+
+@dataclass(frozen=True)
+class ExpertOverlap:
+    """phi of the top directions of every two experts of a site: mean, lowest and highest."""
+
+    side: str
+    experts: int
+    phi: float
+    phi_lowest: float
+    phi_highest: float
+
+
+@dataclass(frozen=True)
+class UpdateOverlap:
+    """Two updates of one matrix: cosine, phi of the first and all directions, and by chance."""
+
+    cosine: float
+    phi_read_first: float
+    phi_written_first: float
+    phi_read_all: float
+    phi_written_all: float
+    chance_read_all: float
+    chance_written_all: float
+
+
+@dataclass(frozen=True)
+class KindOverlap:
+    """phi[i][j] of the first i + 1 and j + 1 directions, as a mean over a kind of module."""
+
+    phi_read: Grid
+    phi_written: Grid
+
+
+@dataclass(frozen=True)
+class AdapterOverlap:
+    """The comparison with a second adapter, at the matrices that both change."""
+
+    adapter: str
+    sites: dict[str, UpdateOverlap]
+    kinds: dict[str, KindOverlap]
+    only_first: list[str]
+    only_second: list[str]
+
+
+@dataclass(frozen=True)
+class LossPaths:
+    """The loss along base + t dW and, with a second adapter, from the first to the second."""
+
+    rows: int
+    scaling: Sequence[Point]
+    between: Sequence[Point] | None = None
+    barrier: float | None = None
 
 
 @dataclass(frozen=True)
@@ -18,32 +183,44 @@ class Inspection(ShownInNotebooks):
     conclusions in sentences. `over` is None for an adapter over the bare base, `against` without a
     second adapter, `paths` without data; without experts so are `experts`, the overlaps of their
     top directions, and `experts_left_out`, which of them have tokens. `heads_left_out` says which
-    projections of an attention have no heads.
+    projections of an attention have no heads, `tokens_left_out` why no site has tokens.
     """
 
     adapter: str
     model: str
     method: str
     beside: dict[str, int]
-    whole: dict[str, Any]
-    sites: dict[str, dict[str, Any]]
-    layers: dict[str, Any]
-    chance_cosine: dict[str, Any]
+    whole: AdapterFigures
+    sites: Sites
+    layers: dict[str, LayerOverlap]
+    chance_cosine: dict[str, float]
     tokens_left_out: str | None
     advice: list[str]
     over: list[str] | None = None
-    against: dict[str, Any] | None = None
-    paths: dict[str, Any] | None = None
-    experts: dict[str, Any] | None = None
+    against: AdapterOverlap | None = None
+    paths: LossPaths | None = None
+    experts: dict[str, ExpertOverlap] | None = None
     experts_left_out: str | None = None
     heads_left_out: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All figures under the keys of `lorafold inspect --json`."""
-        optional = (
-            "over", "against", "paths", "experts", "experts_left_out", "heads_left_out",
-        )  # fmt: skip
-        return {k: v for k, v in asdict(self).items() if k not in optional or v is not None}
+        return asdict(self, dict_factory=_flat)
 
     def __str__(self) -> str:
         return "\n".join(self.advice)
+
+
+OPTIONAL = frozenset(
+    f.name for of in (MatrixFigures, LossPaths, Inspection) for f in fields(of) if f.default is None
+)
+
+
+def _flat(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in FLAT and value is not None:
+            content |= value
+        elif value is not None or name not in OPTIONAL:
+            content[name] = value
+    return content

@@ -1,18 +1,14 @@
-"""The tokens, and the user's own vectors, that a direction of an update reads and writes: those
-with the largest cosine to it. Singular vectors are projected to the vocabulary as in Millidge and
-Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are Highly
-Interpretable".
+"""The tokens, and the user's own vectors, nearest to the directions that an update reads and writes
+(Millidge and Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are
+Highly Interpretable").
 
     W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h
         so g * v is compared with the vectors of the embedding E
     W writes u to the residual stream:                          logits E' (g' * u)
-        so g' * u, with the gain g' of the final norm, is compared with the vectors of the
-        unembedding E'
+        so g' * u, with the gain g' of the final norm, is compared with the unembedding E'
 
-The inputs of the embedding and the outputs of the head are tokens already, so there the entries of
-v and u are shown, which are cosines as v and u have norm 1. A pair u, v is unique only up to a
-common sign, so both ends of a direction are shown: a token on the + side of what is read goes with
-the + side of what is written. The norm's division by |h| and subtraction of the mean are ignored.
+The entries of v at the embedding and of u at the head are tokens already. A pair u, v is unique up
+to a common sign, so both ends are shown. The norm's division by |h| and mean are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +25,12 @@ from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.residual_stream import ResidualStream, gain
-from lorafold.inspecting.updates import Svd, site_of
+from lorafold.inspecting.result import NearestNeighbours, Neighbour
+from lorafold.inspecting.updates import Svds, site_of
 from lorafold.models.weights import FileWeights
 
 DIRECTIONS = 3  # the strongest directions of a module, which are shown
-DRAWN = 64  # random directions to compare with
+RANDOM = 64  # random directions to compare with
 SHOWN = 6  # tokens at each end of a direction
 VECTORS = 10  # the user's vectors with the largest shares of a module's update
 CHUNK = 8192  # vectors of the vocabulary that are converted to fp32 at a time
@@ -42,92 +38,67 @@ CHUNK = 8192  # vectors of the vocabulary that are converted to fp32 at a time
 
 @dataclass(frozen=True)
 class Near:
-    """The largest and the smallest values along each direction: (values, indices) for both ends,
-    each (SHOWN, directions).
-    """
+    """(values, indices) of the largest and smallest along each direction, (SHOWN, n) each."""
 
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
 
-    def named(self, name: Callable[[int], str]) -> list[dict[str, list[dict[str, Any]]]]:
+    def named(self, name: Callable[[int], str]) -> list[NearestNeighbours]:
         """The two ends of each direction, with the name of each index; the values are cosines."""
 
-        def end(values: Tensor, indices: Tensor) -> list[list[dict[str, Any]]]:
+        def end(values: Tensor, indices: Tensor) -> list[list[Neighbour]]:
             pairs = zip(indices.t().tolist(), values.t().tolist(), strict=True)
-            return [
-                [{"name": name(i), "cosine": value} for i, value in zip(*pair, strict=True)]
-                for pair in pairs
-            ]
+            return [[Neighbour(name(i), v) for i, v in zip(*pair, strict=True)] for pair in pairs]
 
-        both = zip(end(*self.top), end(*self.bottom), strict=True)
-        return [{"positive": top, "negative": bottom} for top, bottom in both]
+        return [*map(NearestNeighbours, end(*self.top), end(*self.bottom))]
 
 
-def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:
-    """The vectors with the largest and the smallest cosine to each direction.
-
-    Args:
-        vectors: (V, d), of any length and dtype; CHUNK of them at a time are converted to fp32.
-        directions: (d, n), of any length.
-        shown: How many at each end.
-    """
+def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  # (V, d), (d, n)
+    """The vectors with the largest and smallest cosine to each direction, CHUNK at a time."""
     unit = F.normalize(directions, dim=0)
     near = [
         extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * CHUNK)
         for i, part in enumerate(vectors.split(CHUNK))
     ]
 
-    def merged(ends: Sequence[tuple[Tensor, Tensor]], sign: int) -> tuple[Tensor, Tensor]:
-        values, indices = (torch.cat(parts) for parts in zip(*ends, strict=True))
-        best = (sign * values).topk(min(shown, len(values)), 0).indices
-        return values.gather(0, best), indices.gather(0, best)
+    def merged(ends: Sequence[tuple[Tensor, Tensor]], largest: bool) -> tuple[Tensor, Tensor]:
+        values, indices = map(torch.cat, zip(*ends, strict=True))
+        values, best = values.topk(min(shown, len(values)), 0, largest)
+        return values, indices.gather(0, best)
 
-    return Near(merged([n.top for n in near], 1), merged([n.bottom for n in near], -1))
-
-
-def chance(vectors: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
-    """The mean cosine of a random direction, with the gain `through`, to the nearest of the
-    vectors. A direction means a token only if its cosine is above this.
-    """
-    directions = torch.randn(vectors.shape[1], DRAWN, generator=torch.Generator().manual_seed(0))
-    scaled = directions if through is None else through[:, None] * directions
-    return float(nearest(vectors, scaled, 1).top[0].mean())
+    return Near(merged([n.top for n in near], True), merged([n.bottom for n in near], False))
 
 
-def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:
-    """The largest and the smallest values of each column.
+def mean_nearest(vectors: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
+    """The mean cosine of random directions to the nearest vector, for comparison."""
+    directions = torch.randn(vectors.shape[1], RANDOM, generator=torch.Generator().manual_seed(0))
+    return float(nearest(vectors, scaled(directions, through), 1).top[0].mean())
 
-    Args:
-        values: (V, n).
-        shown: How many at each end.
-        first: The index of the first vector, which is added to all indices.
-    """
+
+def scaled(directions: Tensor, through: Tensor | None) -> Tensor:  # (d, n), (d,) -> (d, n)
+    """The directions as a norm with the gain `through` passes them on; None is no norm."""
+    return directions if through is None else through[:, None] * directions
+
+
+def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V, n)
+    """The largest and the smallest values of each column; `first` is added to the indices."""
     k = min(shown, len(values))
-    (top, at_top), (bottom, at_bottom) = values.topk(k, 0), values.topk(k, 0, largest=False)
+    (top, at_top), (bottom, at_bottom) = (values.topk(k, 0, largest) for largest in (True, False))
     return Near((top, at_top + first), (bottom, at_bottom + first))
 
 
 @dataclass(frozen=True)
 class Directions:
-    """One side of a module: its singular directions (d, k) in the residual stream, or (V, k) over
-    the vocabulary if `of_tokens`.
-    """
+    """Directions of a module in the residual stream (d, k), or over the vocabulary (V, k)."""
 
     directions: Tensor
     of_tokens: bool
 
 
 def sides_of(
-    model: PreTrainedModel, stream: ResidualStream, svds: Mapping[str, Svd]
+    model: PreTrainedModel, stream: ResidualStream, svds: Svds
 ) -> dict[str, dict[str, Directions]]:
-    """The sides of updates that read tokens or the residual stream, under `reads`, and those that
-    write logits or the residual stream, under `writes`, by module path.
-
-    Args:
-        model: Has the norm before each module.
-        stream: The modules of the residual stream.
-        svds: The SVD of each update, by module path or the name of a matrix of experts.
-    """
+    """The sides that read or write tokens or the residual stream, by verb and path."""
     reads, writes = dict[str, Directions](), dict[str, Directions]()
     for path, svd in svds.items():
         norm = stream.readers.get(site_of(path))
@@ -136,8 +107,8 @@ def sides_of(
         if path == stream.embedding:
             reads[path] = Directions(svd.v, True)
         elif norm is not None:
-            g = gain(model.get_submodule(norm), stream.size)[:, None] if norm else 1
-            reads[path] = Directions(g * svd.v, False)
+            g = gain(model.get_submodule(norm), stream.size) if norm else None
+            reads[path] = Directions(scaled(svd.v, g), False)
         if path == stream.head or site_of(path) in stream.writers:
             writes[path] = Directions(svd.u, path == stream.head)
     return {"reads": reads, "writes": writes}
@@ -145,41 +116,28 @@ def sides_of(
 
 def tables(
     sides: Mapping[str, Directions],
-    vectors: Tensor,
-    through: Tensor | None,
+    vectors: Tensor,  # (n, d)
+    through: Tensor | None,  # (d,)
     name: Callable[[int], str],
-) -> dict[str, list[dict[str, Any]]]:
-    """The nearest vectors to the first directions of each side, by module path. All sides share one
-    pass over the vectors.
-
-    Args:
-        sides: By module path.
-        vectors: (n, d): the vocabulary's, or the user's own.
-        through: (d,): the gain between a direction and the vectors, or None.
-        name: The name of a vector by its index.
-    """
+) -> dict[str, list[NearestNeighbours]]:
+    """The nearest vectors to the first directions of each side, in one pass over the vectors."""
     top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
-    found = {
+    named_by_path = {
         path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens
     }
-    streams = {path: directions for path, directions in top.items() if path not in found}
+    streams = {path: directions for path, directions in top.items() if path not in named_by_path}
     if streams:
-        together = torch.cat(list(streams.values()), 1)
-        scaled = together if through is None else through[:, None] * together
-        named = iter(nearest(vectors, scaled).named(name))
-        found |= {
+        together = scaled(torch.cat(list(streams.values()), 1), through)
+        named = iter(nearest(vectors, together).named(name))
+        named_by_path |= {
             path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
         }
-    return found
+    return named_by_path
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
-    """Names and vectors (n, d) of a safetensors file. A tensor (d,) is one vector; (n, d) or (d,
-    n), as in the decoder of a sparse autoencoder, is n vectors, named by their numbers.
-
-    Raises LorafoldError with every tensor of another shape.
-    """
-    file, names, found = FileWeights([Path(path)]), list[str](), list[Tensor]()
+    """Names and vectors (n, d) of a safetensors file with tensors (d,), (n, d) or (d, n)."""
+    file, names, matrices = FileWeights([Path(path)]), list[str](), list[Tensor]()
     problems = list[str]()
     for name in sorted(file.names):
         shape = file.shape(name)
@@ -189,22 +147,15 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
         tensor = file.get(name).float()
         vectors = tensor[None] if tensor.dim() == 1 else tensor if shape[1] == size else tensor.t()
         names += [name] if tensor.dim() == 1 else [f"{name}[{i}]" for i in range(len(vectors))]
-        found.append(vectors)
-    if problems or not found:
+        matrices.append(vectors)
+    if problems or not matrices:
         none = f"found no tensors, expected [{size}] or [n, {size}]"
         raise LorafoldError(f"{path}: {'; '.join(problems) or none}")
-    return names, torch.cat(found)
+    return names, torch.cat(matrices)
 
 
 def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
-    """The share of an update's energy on each vector f of length 1: |dW f|^2 / |dW|^2 on the input
-    side, |f^T dW|^2 / |dW|^2 on the output side. A random f has 1 / d on average.
-
-    Args:
-        side: A side in the residual stream.
-        s: The singular values of the update, (k,).
-        vectors: (n, d), of any length.
-    """
+    """The share of an update's energy on each vector: |dW f|^2 / |dW|^2; 1 / d if random."""
     along = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (along * s).square().sum(1) / s.square().sum()
 
@@ -212,14 +163,7 @@ def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
 def largest_shares(
     side: Directions, s: Tensor, names: Sequence[str], vectors: Tensor
 ) -> dict[str, float]:
-    """The vectors with the largest shares, in descending order.
-
-    Args:
-        side: A side in the residual stream.
-        s: The singular values of the update, (k,).
-        names: The names of the vectors.
-        vectors: (n, d), of any length.
-    """
-    found = shares(side, s, vectors)
-    values, indices = found.topk(min(VECTORS, len(found)))
+    """The vectors (n, d) with the largest shares, in descending order."""
+    all_shares = shares(side, s, vectors)
+    values, indices = all_shares.topk(min(VECTORS, len(all_shares)))
     return {names[i]: value for i, value in zip(indices.tolist(), values.tolist(), strict=True)}

@@ -2,21 +2,19 @@
 
     dW = U S V^T       U (out, k), S (k,) in descending order, V (in, k)
 
-The matrices of experts are taken one by one: that of expert 3 is called `...gate_up_proj[3]`.
-
-A product of factors is decomposed from its factors (`ops.svd.svd_of_product`), which takes O((out +
-in) r^2) instead of O(out in min(out, in)). Other updates are built as dense matrices, one module at
-a time. The base's weights stay in their mapped files until a figure needs one.
+The matrices of experts are taken one by one, as in `...gate_up_proj[3]`. A product is decomposed
+from its factors (`ops.svd.svd_of_product`), in O((out + in) r^2); other updates are built as dense
+matrices. The base's weights stay in their mapped files until a figure needs one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +26,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
+from lorafold.inspecting.result import Sites
 from lorafold.methods.lora import of_ranks
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.saved import Saved
@@ -36,14 +35,13 @@ from lorafold.resolve import Base
 # of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
 # (E, r, in); r = 0 for an update that is zero
 Factors = tuple[Tensor, Tensor]
+SiteFactors = Mapping[str, Factors]  # by module path
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Svd:
-    """U (out, k), S (k,) in descending order and V (in, k) in fp32. Singular values below the
-    rounding error are left out.
-    """
+    """U (out, k), S (k,) descending and V (in, k) in fp32, above the rounding error."""
 
     u: Tensor
     s: Tensor
@@ -52,10 +50,6 @@ class Svd:
     def top(self, k: int) -> Svd:
         """The first k directions, as views."""
         return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
-
-    def copied(self) -> Svd:
-        """A copy, so that the memory of a larger decomposition can be freed."""
-        return Svd(self.u.clone(), self.s.clone(), self.v.clone())
 
     def factors(self, rank: int) -> Factors:
         """The best factors of at most this rank, of the same size each (Eckart and Young 1936)."""
@@ -67,13 +61,11 @@ class Svd:
         return (self.u * self.s) @ self.v.t()
 
 
-def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
-    """The names of the matrices at a site.
+Svds = Mapping[str, Svd]  # by the name of the matrix
 
-    Args:
-        path: The site.
-        matrices: Their number, (E,), or () for one, which is called as its site.
-    """
+
+def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
+    """The names of the matrices at a site."""
     return [f"{path}[{e}]" for e in range(matrices[0])] if matrices else [path]
 
 
@@ -82,27 +74,23 @@ def site_of(name: str) -> str:
     return name.partition("[")[0]
 
 
-def of_experts(found: Mapping[str, T]) -> dict[str, list[T]]:
-    """What is known of each matrix of experts, by its site."""
-    by_site = defaultdict[str, list[T]](list)
-    for name, one in found.items():
-        if site_of(name) != name:
-            by_site[site_of(name)].append(one)
-    return dict(by_site)
+def by_site(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the matrices of each site."""
+    sites = defaultdict[str, list[str]](list)
+    for name in names:
+        sites[site_of(name)].append(name)
+    return dict(sites)
 
 
-def largest(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names of the matrices, of the experts of a site that alone which changed most.
+def of_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
+    """The values of the matrices of experts, by their site."""
+    sites = {site: names for site, names in by_site(values).items() if names != [site]}
+    return {site: [values[name] for name in names] for site, names in sites.items()}
 
-    Args:
-        figures: The figures of each matrix by name, with the norm of its update.
-    """
-    found: dict[str, str] = {}
-    for name, of in figures.items():
-        best = found.setdefault(site_of(name), name)
-        if of["norm"] > figures[best]["norm"]:
-            found[site_of(name)] = name
-    return list(found.values())
+
+def largest(figures: Sites) -> list[str]:
+    """The name of one matrix for each site; of experts, the one that changed most."""
+    return [max(names, key=lambda n: figures[n].base.norm) for names in by_site(figures).values()]
 
 
 @dataclass(frozen=True)
@@ -119,9 +107,7 @@ class AdaptedModule:
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 (out, in) of each matrix, by name, as it was in training: views of the files where it
-        was not quantized; with the adapters below in it, if there are any.
-        """
+        """W0 (out, in) of each matrix by name, as in training, with the adapters below in it."""
         return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
     @cached_property
@@ -140,22 +126,21 @@ class AdaptedModule:
             and self.delta.fold(self.layer.dense()[0].float(), bias)[1] is not bias
         )
 
+    @torch.no_grad()
     def parts(self) -> Iterator[tuple[str, Svd]]:
-        """Yield the name and the SVD of each matrix's update, computed each time. Raises
-        LorafoldError for an update without a form in weight space.
-        """
-        return zip(self.names, svds_of(self.delta, self.layer, self.path), strict=True)
+        """Yield the name and the SVD of each matrix's update, computed each time."""
+        if (factors := self.delta.factors()) is not None:
+            svds = map(of_factors, *(unstacked(factor.detach()) for factor in factors))
+            return zip(self.names, svds, strict=True)
+        try:
+            changes = unstacked(self.delta.change(self.layer.dense()[0].float()))
+        except NotMergeable as e:
+            raise LorafoldError(f"{self.path}: {e}") from None
+        return zip(self.names, map(of_dense, changes), strict=True)
 
 
 def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
-    """The modules with the deltas of the adapter's method, without trained biases, modules to save
-    and embeddings of tokens.
-
-    Raises LorafoldError where the method does not change matrices.
-
-    Args:
-        below: The names of the adapters that it lies over, lowest first.
-    """
+    """Yield the modules with deltas of the adapter's method, without biases, tokens and so on."""
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
         layer = modules[path].layer(ROUND_TRIP, *below)
@@ -170,39 +155,12 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule
 
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[str, ...]:
-    """Load the adapters below the last of a stack, over the weights that it was trained on, and
-    return their names on the model, lowest first.
-
-    Args:
-        model: The base on its files.
-        base: The same, as it was asked for.
-        stack: Adapters, lowest first.
-    """
+    """Load the adapters below the last of a stack, and return their names on the model."""
     attach_as_trained(model, base.source, base.storage, stack)
-    over, allowed = stack[:-1], base.allow_other_base
-    names = tuple(f"over{n}" for n, _ in enumerate(over, 1))
-    for name, saved in zip(names, over, strict=True):
-        load(model, saved, name, allow_other_base=allowed)
-    return names
-
-
-@torch.no_grad()
-def svds_of(delta: Delta, layer: Layer, path: str) -> Iterator[Svd]:
-    """The SVD of a delta's update, one for each matrix of the layer.
-
-    Args:
-        delta: From its factors, if it has them.
-        layer: The layer that it changes.
-        path: The module path, for the message of an error.
-
-    Raises LorafoldError for a delta without a form in weight space.
-    """
-    if (factors := delta.factors()) is not None:
-        return map(of_factors, *(unstacked(factor.detach()) for factor in factors))
-    try:
-        return map(of_dense, unstacked(delta.change(layer.dense()[0].float())))
-    except NotMergeable as e:
-        raise LorafoldError(f"{path}: {e}") from None
+    below = {f"over{n}": saved for n, saved in enumerate(stack[:-1], 1)}
+    for name, saved in below.items():
+        load(model, saved, name, allow_other_base=base.allow_other_base)
+    return tuple(below)
 
 
 def unstacked(w: Tensor) -> Sequence[Tensor]:
@@ -210,27 +168,24 @@ def unstacked(w: Tensor) -> Sequence[Tensor]:
     return w.unbind() if w.dim() == 3 else (w,)
 
 
-def joined(found: Sequence[Factors], matrices: Sequence[int]) -> Factors:
-    """The factors of a site: of its one matrix, or (E, out, r) and (E, r, in) of several, zero
-    beyond a matrix's own rank.
+def padded(factors: Factors, rank: int) -> Factors:
+    """The same product, of a higher rank."""
+    up, down = factors
+    return F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2]))
 
-    Args:
-        found: The factors of each matrix.
-        matrices: Their number, (E,), or () for one.
-    """
+
+def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
+    """The factors of a site: of its matrix, or (E, out, r) and (E, r, in), padded with zeros."""
     if not matrices:
-        return found[0]
-    rank = max(len(down) for _, down in found)
-    ups = [F.pad(up, (0, rank - up.shape[1])) for up, _ in found]
-    downs = [F.pad(down, (0, 0, 0, rank - len(down))) for _, down in found]
+        return factors[0]
+    rank = max(len(down) for _, down in factors)
+    ups, downs = zip(*(padded(pair, rank) for pair in factors), strict=True)
     return torch.stack(ups), torch.stack(downs)
 
 
 @torch.no_grad()
-def lora_of(model: nn.Module, factors: Mapping[str, Factors], name: str) -> Adapter:
-    """A new adapter of a model: the LoRA, of scale 1, that has these factors by module path; a rank
-    of 0 changes nothing.
-    """
+def lora_of(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
+    """A new LoRA of scale 1 with these factors by module path; rank 0 changes nothing."""
     spec = of_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)
     for path, delta in adapter.own_deltas.items():
@@ -249,14 +204,13 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
     """The SVD of up @ down, which is never computed."""
     with one_thread():
         u, s, vt = svd_of_product(up, down)
-    return kept(u, s, vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
+    return _significant(u, s, vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A context in which torch uses one thread. Thin products gain nothing from more, which wait
-    for each other: 224 sites of Llama-2-7B at r=16 take 2 s with one thread and, on two busy cores,
-    4 to 49 s with two.
+    """A context in which torch uses one thread: 224 sites of Llama-2-7B at r=16 take 2 s with one
+    and, on two busy cores, 4 to 49 s with two.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -270,17 +224,10 @@ def of_dense(dw: Tensor) -> Svd:  # (out, in)
     """The SVD of a matrix, where that of a product is (`ops.svd`)."""
     dw = dw.cpu() if dw.device.type == "mps" else dw
     u, s, vt = torch.linalg.svd(dw, full_matrices=False)
-    return kept(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)
+    return _significant(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)
 
 
-def kept(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
-    """The singular values above the rounding error, with their vectors, in fp32.
-
-    Args:
-        u: (out, k).
-        s: (k,), in descending order.
-        v: (in, k).
-        share: The rounding error relative to the largest singular value.
-    """
+def _significant(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
+    """The singular values above the rounding error, with their vectors, in fp32."""
     k = int((s > share * s[0]).sum())
     return Svd(u[:, :k].float(), s[:k].float(), v[:, :k].float())

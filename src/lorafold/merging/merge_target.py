@@ -1,17 +1,13 @@
-"""The weights that an adapter is folded into, where its base was quantized in training. q is the
-round trip: it quantizes W and dequantizes it again.
+"""The weights that an adapter is merged into, if its base was quantized in training. q is the round
+trip: it quantizes W and dequantizes it again.
 
-    trained         q(W) + dW           the weights that the adapter was trained on, dequantized to
-                                        16 bits; `dequantized` is an alias
-    original        W + dW              the weights before quantization, on which the adapter was
-                                        not trained
+    trained         q(W) + dW           the weights that the adapter was trained on, in 16 bits
+    original        W + dW              the weights before quantization
     nf4, int8       q(W + dW)           quantized again: small, but rounded once more
 
-nf4 and int8 start from the original weights. The values of q(W) are levels of the quantization
-already, and quantizing them again would round away every change of less than half a level
-(measured: an adapter with 99% exact match fell to 0%). An adapter whose base was not quantized is
-folded into the original weights, and the result may be quantized. A model whose files are quantized
-has no original weights: its own, dequantized, are the only target.
+nf4 and int8 start from the original weights: quantizing q(W) again would round away every change of
+less than half a level (measured: an adapter with 99% exact match fell to 0%). A model whose files
+are quantized has no original weights; its own, dequantized, are the only target.
 """
 
 from __future__ import annotations
@@ -35,9 +31,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Distance:
-    """KL(one model, another) in nats a token, and the share of positions at which both have the
-    same likeliest token.
-    """
+    """KL in nats a token between two models, and the share of equal top-1 tokens."""
 
     kl: float
     same: float
@@ -48,10 +42,9 @@ class Distance:
 
 @dataclass(frozen=True)
 class Into:
-    """`target` is one of TARGETS; `trained_on` is the quantization of the base in training, or None
-    if it was not quantized. `in_files`: the files of the base are quantized so. `asked`: the
-    storage that the base was said to have had in training; `recorded`: other ones that records say.
-    `base` is how the base was stored and computed in training; None where no record has it.
+    """The target; `trained_on` and `base`: the quantization and storage of the base in training, or
+    None; `in_files`: the base's files are quantized; `asked`, `recorded`: storages named and
+    recorded.
     """
 
     target: str
@@ -85,43 +78,38 @@ class Into:
         return self.target if self.target in MADE else None
 
     def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
-        """One sentence: the base that was trained on, and how far from the model that was trained
-        are what was written and the adapters over the original weights.
-
-        Args:
-            name: The base.
-            here: What was written, in words.
-            file, other: Both distances; None where they were not measured.
-        """
+        """A sentence: the base in training, and the distances of files and original weights."""
         if self.base is None:
-            said = "no record says how it was stored in training (--storage names it)"
+            reason = "no record says how it was stored in training (--storage names it)"
             over = f"the adapters over the original weights -> {here}: {file or NOT_MEASURED}"
-            return f"base {name}: {said}; {over}"
+            return f"base {name}: {reason}; {over}"
         if self.unmade:
-            said = f"{self.base.storage} weights can't be made from these files"
-            return f"trained on {name} in {self.base}; {said}, so no distance is measured to {here}"
-        told, model = f"trained on {name} in {self.base}", "the model you trained"
+            reason = f"{self.base.storage} weights can't be made from these files"
+            return (
+                f"trained on {name} in {self.base}; {reason}, so no distance is measured to {here}"
+            )
+        text, model = f"trained on {name} in {self.base}", "the model you trained"
         if self.recorded:
-            said = " and ".join(self.recorded)
-            told = f"the record says trained on {said}; asked for {self.base}"
+            reason = " and ".join(self.recorded)
+            text = f"the record says trained on {reason}; asked for {self.base}"
             model = f"the adapters over {name} in {self.base}"
         over = f"; -> the adapters over the original weights: {other or NOT_MEASURED}"
         if self.in_files or not self.trained_on:  # there are no others
-            told, over = told + ", the weights of its files", ""
-        return f"{told}; {model} -> {here}: {file or NOT_MEASURED}{over}"
+            text, over = text + ", the weights of its files", ""
+        return f"{text}; {model} -> {here}: {file or NOT_MEASURED}{over}"
 
     def __str__(self) -> str:
-        told, quantized = "the original weights", self.trained_on or self.unmade
+        text, quantized = "the original weights", self.trained_on or self.unmade
         if self.target == "trained":
-            told = f"the {self.trained_on} weights that the adapter was trained on, dequantized"
+            text = f"the {self.trained_on} weights that the adapter was trained on, dequantized"
         elif quantized:
-            told += f" (the adapter was trained on {quantized})"
+            text += f" (the adapter was trained on {quantized})"
         if self.quantized:
-            told += f", quantized to {self.quantized}"
+            text += f", quantized to {self.quantized}"
         if self.recorded:
-            told += f"; storage {self.asked} as asked, although the adapter's record says"
-            told += f" {' and '.join(self.recorded)}"
-        return told
+            text += f"; storage {self.asked} as asked, although the adapter's record says"
+            text += f" {' and '.join(self.recorded)}"
+        return text
 
 
 def choose_into(
@@ -130,18 +118,7 @@ def choose_into(
     base: str = "auto",
     in_files: str | None = None,
 ) -> Into:
-    """The target that was asked for, else trained for a quantized base, else original.
-
-    Args:
-        asked: One of TARGETS, dequantized for trained, or None.
-        adapters: Their records say how the base stored its weights in training.
-        base: The storage of the base in training; auto takes it from the records.
-        in_files: The quantization of the base's files, or None.
-
-    Raises LorafoldError for an unknown target, for adapters that were trained on different
-    storages, for the trained weights where no record has their storage or it can't be made again,
-    and for anything else of a base whose files are quantized.
-    """
+    """The target that was asked for, else trained for a quantized base, else original."""
     known = trained_on(adapters) if base == "auto" else TrainedOn(base)
     given, asked = asked, ALIAS.get(asked or "", asked)
     storage = known.storage if known else "auto"
@@ -176,25 +153,20 @@ def choose_into(
     target = asked or "trained"
     if target == "trained" and made_on is None:
         target = "original"  # the same weights
-    told = None if base == "auto" else base
-    return Into(target, made_on, asked=told, recorded=tuple(recorded), base=known)
+    named_storage = None if base == "auto" else base
+    return Into(target, made_on, asked=named_storage, recorded=tuple(recorded), base=known)
 
 
 def check_saved(model: nn.Module, quantization: str) -> None:
-    """Raise LorafoldError for a model that can't be saved quantized: transformers has no form for
-    quantized experts in files.
-
-    Args:
-        quantization: nf4 or int8.
-    """
-    found = [
+    """Raise LorafoldError for quantized experts, which transformers can't save."""
+    experts = [
         path
         for path in packable(model)  # type: ignore[arg-type]
         if isinstance(module_at(model, path), Matrices)
     ]
-    if found:
+    if experts:
         raise LorafoldError(
-            f"into {quantization}: found experts ({listed(found)}), which"
+            f"into {quantization}: found experts ({listed(experts)}), which"
             f" transformers can't save as {quantization}; merge into original or"
             f" trained weights and load them with --storage {quantization}"
         )

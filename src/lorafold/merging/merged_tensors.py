@@ -1,26 +1,14 @@
-"""The new values of a checkpoint's tensors: folded, and rounded to their dtypes.
+"""The new values of a checkpoint's tensors, merged and rounded one tensor at a time, and their
+writer.
 
     W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
 
-A parameter that transformers computes from several tensors of the files is folded once for all of
-them: computed, folded, converted back, and each tensor rounded as its own. Those that are not
-written yet are kept, rounded, for at most KEPT parameters, since the tensors of a block's experts
-lie side by side in files but those of its parameters alternate; a file that has them in another
-order costs time, as what was given up is folded again.
+A parameter that transformers computes from several tensors is folded once for all of them. Those
+that are not written yet stay in memory, rounded, for at most CACHED parameters: the tensors of a
+block's experts lie side by side in files, but those of its parameters alternate.
 
-Carries out the plan of a merge: folds tensor by tensor, for a writer of any format.
-
-    folded = execute(planned, partial(write_shards, out))
-
-Memory: the adapters, and at most three times the largest changed tensor in fp32, whatever the size
-of the model; where transformers computes a parameter from several tensors (`folding`), three and a
-half times that parameter, and the rounded tensors that are not written yet.
-
-Write a checkpoint with adapters folded in, one tensor at a time to safetensors files.
-
-Tensors that no adapter changes are copied byte for byte; names, dtypes and the division into files
-stay. Where two modules share a weight and adapters change only one of them, each module gets its
-own.
+Memory: the adapters, and at most three times the largest changed tensor in fp32. Unchanged tensors
+are copied byte for byte; names, dtypes and the division into files stay.
 """
 
 from __future__ import annotations
@@ -48,41 +36,26 @@ from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import INDEX, write_container
 
 # two parameters of a block's experts, and two whose tensors are divided between two files
-KEPT = 4
+CACHED = 4
 
 
 @torch.no_grad()
 def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-    """The parameters by which the module would store a matrix, by name, in fp32 or wider. They are
-    new tensors, without values on the meta device; the module is not changed.
-
-    Args:
-        module: A module of any storage.
-        w: W, (out, in).
-        b: The bias, (out,), or None.
-    """
+    """The parameters that store W (out, in) in a module, in fp32 or wider, as new tensors."""
     layer = layer_of(module)
-    found = {}
+    stored = {}
     for name, value in layer.plain().encode(w, b).items():
         own = value if layer.quantized else layer.parameter(name)
         dtype = (layer.parameter("weight") if own is None else own).dtype
-        found[name] = torch.empty(
+        stored[name] = torch.empty(
             value.shape, dtype=torch.promote_types(dtype, torch.float32), device=value.device
         ).copy_(value)
-    return found
+    return stored
 
 
 def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(target, original), both (n', k), equal in the vectors that adapters replace or append: there
-    both have the target's values, rounded to nearest.
-
-    Such a vector is not an update of a weight, which rounding could lose. Equal in both tensors, it
-    counts neither as update nor as noise in the figures for the others.
-
-    Args:
-        target: The folded weight, (n', k) with n' >= n.
-        original: The weight before, (n, k).
-        values: Indices of the vectors that adapters replace.
+    """(target, original), both (n', k), equal in the vectors that adapters replace or append, so
+    that these count neither as update nor as noise.
     """
     at = torch.tensor(
         [*(i for i in values if i < len(original)), *range(len(original), len(target))],
@@ -98,31 +71,15 @@ def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Te
 
 
 class MergedValues:
-    """The new values by name, each asked for once.
-
-    Args:
-        plan: what changes.
-        rounding: nearest, stochastic or auto.
-        seed: the seed of stochastic rounding.
-
-    Attributes:
-        sums: the inner products of the update and its rounding errors, so far.
-        rounded: the number of tensors by the way they were rounded, so far.
-    """
+    """The new values by name, each used once, with figures of the rounding so far."""
 
     def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
         self.sums, self.rounded = Sums(), Counter[str]()
-        self._kept: dict[Conversion, dict[str, Rounded]] = {}
+        self._cache: dict[Conversion, dict[str, Rounded]] = {}
 
     def new_values(self, name: str) -> Tensor | None:
-        """The new values of a tensor, of any shape in its dtype; None if it does not change.
-
-        Raises LorafoldError if a value does not fit the dtype.
-
-        Args:
-            name: the tensor's name in the files.
-        """
+        """The new values of a tensor, of any shape in its dtype; None if it does not change."""
         if (conversion := self.plan.converted.get(name)) is not None:
             result = self._converted(conversion, name)
         elif name in self.plan.changed:
@@ -156,14 +113,14 @@ class MergedValues:
             raise LorafoldError(f"{name}: {e}") from None
 
     def _converted(self, conversion: Conversion, name: str) -> Rounded:
-        kept = self._kept.pop(conversion, {})
-        if name not in kept:
-            while len(self._kept) >= KEPT:
-                del self._kept[next(iter(self._kept))]  # the one used least recently
-            kept = self._all(conversion)
-        result = kept.pop(name)
-        if kept:
-            self._kept[conversion] = kept
+        tensors = self._cache.pop(conversion, {})
+        if name not in tensors:
+            while len(self._cache) >= CACHED:
+                del self._cache[next(iter(self._cache))]  # the one used least recently
+            tensors = self._all(conversion)
+        result = tensors.pop(name)
+        if tensors:
+            self._cache[conversion] = tensors
         return result
 
     @torch.no_grad()
@@ -186,14 +143,7 @@ class MergedValues:
 def before_and_after(
     module: Adapted, adapters: Sequence[str], parameter: str
 ) -> tuple[Tensor, Tensor]:
-    """A parameter in the module's layout, of any shape, before and after folding: (the value that
-    the adapters change, in the module's dtype; the changed value, in fp32 or wider).
-
-    Args:
-        module: With the adapters attached.
-        adapters: Their names, in the order of folding.
-        parameter: weight or bias.
-    """
+    """A parameter, of any shape, before (in its dtype) and after folding (fp32 or wider)."""
     layer = layer_of(module)
     w, b = layer.dense()
     before: Tensor = (
@@ -215,9 +165,8 @@ Writer = Callable[[MergePlan, Values, Written], None]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was done: the inner products of the update and its rounding errors, the number of
-    tensors by the way they were rounded, the tensors added to untie weights, the biases added, and
-    the size of the vocabulary if it grew.
+    """What was done: sums of the rounding, tensors by the way they were rounded, tensors and biases
+    that were added, and the size of a vocabulary that grew.
     """
 
     sums: Sums
@@ -232,44 +181,24 @@ def execute(
     writer: Writer,
     rounding: Rounding = "auto",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> MergeResult:
-    """Write the merged model.
-
-    Args:
-        plan: What changes, and in which files.
-        writer: Writes it in a format.
-        rounding: nearest, stochastic or auto.
-        seed: The seed of stochastic rounding.
-        progress: Called as progress(bytes written, bytes in all) after each tensor.
-
-    Raises LorafoldError if a folded value does not fit its dtype, and as the writer does.
-    """
-    folding, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
+    """Write the merged model."""
+    values, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
 
     def written(_: str, size: int) -> None:
         nonlocal done
         done += size
-        if progress is not None:
-            progress(done, total)
+        progress(done, total)
 
-    writer(plan, folding.new_values, written)
+    writer(plan, values.new_values, written)
     biases = tuple(name for name, like in plan.added.items() if like.name == name)
     untied = tuple(name for name in plan.added if name not in biases)
-    return MergeResult(folding.sums, dict(folding.rounded), untied, biases, plan.vocabulary)
+    return MergeResult(values.sums, dict(values.rounded), untied, biases, plan.vocabulary)
 
 
 def write_shards(out: Path, plan: MergePlan, values: Values, written: Written) -> None:
-    """Write the merged model as a directory of transformers; a `Writer` but for `out`.
-
-    Args:
-        out: An empty directory.
-        plan: What changes, and in which files.
-        values: The new values of a tensor.
-        written: Called after each tensor.
-
-    Raises LorafoldError if the disk has no room.
-    """
+    """Write the merged model as a directory of transformers; a `Writer` but for `out`."""
     carried = plan.checkpoint.other_files()
     total = plan.weight_bytes
     besides = sum((plan.checkpoint.path / path).stat().st_size for path in carried)

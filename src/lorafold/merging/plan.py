@@ -1,11 +1,6 @@
 """The plan of a merge, made before anything is written: which tensors of which files change, how
-the config changes, and every reason for which the merge can't be done.
-
-The ordinary loader attaches the adapters to the model, whose weights stay in their files.
-`fold.plan` says which parameters change; this module translates that to tensors of files.
-
-The `config.json` of a merged model: biases that folding added, weights that are no longer
-shared, a vocabulary that grew.
+`config.json` changes, and every reason why the merge can't be done. `fold.plan` says which
+parameters change; this module translates that to tensors of files.
 """
 
 from __future__ import annotations
@@ -25,7 +20,15 @@ from lorafold.adapter import load
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
-from lorafold.fold.plan import WHOLE, FoldPlan, Switches, module_of, plan_fold, switch_on
+from lorafold.fold.plan import (
+    WHOLE,
+    FoldPlan,
+    Switches,
+    TensorShape,
+    module_of,
+    plan_fold,
+    switch_on,
+)
 from lorafold.models.checkpoint import (
     Checkpoint,
     MappedModel,
@@ -44,20 +47,10 @@ from lorafold.resolve import Base
 def untied_config(
     config: dict[str, Any], mapped: MappedModel, apart: Collection[str], trust_remote_code: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """(content of the config file for a model without ties, the parameters that its files must have
-    besides those of the base): all that were tied, but for those that the architecture ties
-    whatever its config says.
-
-    Args:
-        config: The content of the base's `config.json`.
-        mapped: The base.
-        apart: The parameters that must not be tied.
-        trust_remote_code: Run Python code that comes with the model.
-
-    Raises LorafoldError where the architecture ties those that must not be.
+    """(`config.json` without ties, parameters that the files must have besides the base's), except
+    for ties of the architecture itself.
     """
-    written = _without_ties(config)
-    written["tie_word_embeddings"] = False
+    written = _without_ties(config, True)
     loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
     still = tied_parameters(build(loose, trust_remote_code))
     if wrong := sorted(still.keys() & set(apart)):
@@ -65,44 +58,41 @@ def untied_config(
             f"{', '.join(wrong)}: the architecture shares these weights whatever its config"
             " says, so they can't be untied"
         )
-    had = {*mapped.entries, *mapped.converted}
-    lacking: list[str] = []
+    there, lacking = {*mapped.entries, *mapped.converted}, []
     for name in mapped.tied:
-        if not any(n in had or n in lacking for n in (name, *still.get(name, ()))):
+        if there.isdisjoint(names := (name, *still.get(name, ()))):
             lacking.append(name)
+            there.update(names[:1])
     return written, lacking
 
 
-def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
-    """The content without ties in its parts, such as that of the language model."""
-    found = {
-        key: _without_ties(value) if isinstance(value, dict) else value
+def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
+    """The content without ties, in its parts too; `declare` says so where nothing was said."""
+    written = {
+        key: _without_ties(value, key == "text_config") if isinstance(value, dict) else value
         for key, value in config.items()
     }
-    nested = {key: {**found[key], "tie_word_embeddings": False} for key in ("text_config",)
-              if isinstance(found.get(key), dict)}  # fmt: skip
-    own = {"tie_word_embeddings": False} if "tie_word_embeddings" in config else {}
-    return {**found, **nested, **own}
+    if declare or "tie_word_embeddings" in config:
+        written["tie_word_embeddings"] = False
+    return written
+
+
+def _of_language_model(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with these values for the language model."""
+    if "text_config" not in config:
+        return {**config, **values}
+    return {**config, "text_config": {**config["text_config"], **values}}
 
 
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """(content of the config file, entries of added biases by parameter).
-
-    The model gets the biases that its files lack, as zeros.
-
-    Args:
-        config: The content of the base's `config.json`.
-        mapped: The base; its model and its entries gain the biases.
-        switches: Fields of the config to set to true, with the modules that each gives a bias.
-
-    Raises NotMergeable for a bias whose weight transformers converts on loading, so that the bias
-    has no name in the files.
+    """(`config.json`, entries of added biases by parameter). The model gets the biases as zeros;
+    one whose weight transformers converts on loading is refused.
     """
     model = mapped.model
     switch_on(model, switches)
-    found = {}
+    entries = {}
     for path in chain(*switches.values()):
         if (like := mapped.entries.get(f"{path}.weight")) is None:
             raise NotMergeable(
@@ -111,22 +101,17 @@ def with_biases(
             )
         bias: Any = model.get_submodule(path)._parameters["bias"]
         name = like.name.removesuffix("weight") + "bias"
-        found[f"{path}.bias"] = replace(
+        entries[f"{path}.bias"] = replace(
             like, name=name, shape=tuple(bias.shape), size=bias.nbytes
         )
-    mapped.entries.update(found)
-    on = dict.fromkeys(switches, True)
-    if "text_config" not in config:
-        return {**config, **on}, found
-    return {**config, "text_config": {**config["text_config"], **on}}, found
+    mapped.entries.update(entries)
+    return _of_language_model(config, dict.fromkeys(switches, True)), entries
 
 
 def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The config file's content for a model with a vocabulary of this size."""
-    if "text_config" not in config:
-        return {**config, "vocab_size": size}
-    top = {"vocab_size": size} if "vocab_size" in config else {}
-    return {**config, **top, "text_config": {**config["text_config"], "vocab_size": size}}
+    written = _of_language_model(config, {"vocab_size": size})
+    return written | ({"vocab_size": size} if "vocab_size" in config else {})
 
 
 Problems = dict[str, list[str]]  # paths by reason
@@ -135,16 +120,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What will be written.
-
-    `changed` maps the names of changed tensors to their parameters, and `converted` those of
-    tensors that transformers computes changed parameters from to the conversion. `added` maps
-    tensors that the files lack to an entry like them: the tensor that each was tied to, or a bias's
-    own entry. `zeros` has the values of added biases that no adapter changes. `dequantized` maps
-    the tensors that the files have quantized to their modules. `sites` has the site of each changed
-    parameter, and its name there. `shapes` has the shapes of the changed tensors. `vocabulary` is
-    its new size, or None if it did not grow. `other_base` has a line for each adapter that was
-    trained on another base.
+    """What will be written: parameters of changed tensors, conversions of converted ones, entries
+    of added ones (`zeros` if no adapter changes them), modules of dequantized ones; the site and
+    name of each changed parameter; shapes of changed tensors; the vocabulary's size if it grew; and
+    a line for each adapter of another base.
     """
 
     checkpoint: Checkpoint
@@ -157,7 +136,7 @@ class MergePlan:
     dequantized: dict[str, str]
     config: dict[str, Any]
     sites: dict[str, tuple[str, str]]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, TensorShape]
     vocabulary: int | None
     other_base: tuple[str, ...] = ()
 
@@ -179,13 +158,6 @@ def plan(
     base: Base, adapters: Sequence[Saved], *, round_trip: str | None = None
 ) -> MergePlan:
     """Attach the adapters to the model and find what they change. Nothing is computed or written.
-
-    Args:
-        adapters: In the order of folding.
-        round_trip: The quantization whose round trip the base's weights make first (`into`).
-
-    Raises LorafoldError for a model or adapter that can't be loaded, and NotMergeable with every
-    reason for which the merge can't be done.
     """
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all: the unchanged ones are copied
     checkpoint, mapped, dequantized = as_plain(checkpoint, mapped_model(checkpoint))
@@ -193,12 +165,12 @@ def plan(
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
-    laid = [
+    loaded = [
         load(mapped.model, saved, name, allow_other_base=base.allow_other_base)
         for name, saved in zip(names, adapters, strict=True)
     ]
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
-    problems: Problems = defaultdict(list)
+    problems = defaultdict(list)
     for path, reason in planned.problems:
         problems[reason].append(path)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
@@ -207,9 +179,9 @@ def plan(
     with _among(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
     untied: list[str] = []
-    if planned.apart:
+    if planned.untied:
         with _among(problems, "tied weights"):
-            config, untied = untied_config(config, mapped, planned.apart, base.trust_remote_code)
+            config, untied = untied_config(config, mapped, planned.untied, base.trust_remote_code)
     changed, converted = _tensors(mapped, planned, untied, problems)
     added = {entry.name: entry for entry in biases.values()}
     for name in untied:
@@ -220,8 +192,8 @@ def plan(
     if not (changed or converted or problems):
         problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
-        told = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
-        raise NotMergeable(listed(told, "; "))
+        reasons = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
+        raise NotMergeable(listed(reasons, "; "))
     zeros = {
         entry.name: mapped.model.get_parameter(name).data
         for name, entry in biases.items()
@@ -240,30 +212,30 @@ def plan(
         planned.sites,
         {name: planned.shapes[parameter] for name, parameter in changed.items()},
         planned.vocabulary,
-        tuple(one.other_base for one in laid if one.other_base),
+        tuple(one.other_base for one in loaded if one.other_base),
     )
 
 
 def _tensors(
     mapped: MappedModel, planned: FoldPlan, untied: Sequence[str], problems: Problems
 ) -> tuple[dict[str, str], dict[str, Conversion]]:
-    """The parameters of the tensors that change, and the conversions, by the names of the tensors.
-    What can't be written goes to the problems.
-
-    Args:
-        untied: the parameters that were tied and that the files get, changed or not.
-    """
-    changed: dict[str, str] = {}
+    """The changed tensors' parameters and conversions; refusals go to the problems."""
+    changed = {}
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter, shape in planned.shapes.items():
-        if parameter in planned.together and parameter not in (*mapped.entries, *untied):
+        if parameter in planned.tied and parameter not in (*mapped.entries, *untied):
             continue  # the files have this shared weight under the name of another parameter
         if parameter not in known:
             continue  # a bias that the architecture can't have, which is among the problems
         with _among(problems, module_of(parameter) or WHOLE):
             if (conversion := mapped.converted.get(parameter)) is not None:
-                _check_converted(conversion, parameter, shape)
+                _check_dtypes(conversion.entries)
+                if shape != (before := tuple(conversion.like[parameter].shape)):
+                    raise NotMergeable(
+                        "transformers converts this weight on loading, so it can't change its"
+                        f" shape: found {list(shape)}, expected {list(before)}"
+                    )
                 converted |= {entry.name: conversion for entry in conversion.entries}
                 continue
             changed[_entry(mapped, parameter)[0]] = parameter
@@ -284,9 +256,7 @@ def _among(problems: Problems, path: str) -> Iterator[None]:
 
 
 def _entry(mapped: MappedModel, parameter: str) -> tuple[str, TensorEntry]:
-    """The name under which a parameter is written, and the entry with its values: its own, or that
-    of a parameter that it is tied to.
-    """
+    """The name of a parameter in the files, and the entry with its values, perhaps a tied one's."""
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(
@@ -303,20 +273,4 @@ def _check_dtypes(entries: Sequence[TensorEntry]) -> None:
     if len(found) > 1 or found[0] not in FLOATS:
         raise NotMergeable(
             f"the weight is stored as {' and '.join(found)}, expected one of {', '.join(FLOATS)}"
-        )
-
-
-def _check_converted(conversion: Conversion, parameter: str, shape: tuple[int, ...]) -> None:
-    """Raise NotMergeable if the tensors of the files can't take a new value of the parameter.
-
-    Args:
-        conversion: makes the parameter from the tensors.
-        parameter: its name.
-        shape: the shape of its new value.
-    """
-    _check_dtypes(conversion.entries)
-    if shape != (own := tuple(conversion.like[parameter].shape)):
-        raise NotMergeable(
-            f"transformers converts this weight on loading, so it can't change its shape: found"
-            f" {list(shape)}, expected {list(own)}"
         )

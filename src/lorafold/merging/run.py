@@ -1,10 +1,5 @@
-"""From a base and adapters to a plain Hugging Face directory with a certificate.
-
-    plan -> fold -> certify      folding keeps one tensor in memory, the certificate one model
-
-The certificate of a merge: how far the merged model's output is from that of base plus adapters,
-measured on probe texts, both computed in fp32. Base plus adapters is the base as it was stored in
-training.
+"""The merge of adapters into their base, to a plain Hugging Face directory with a report of the
+deviation from base plus adapters, computed in fp32 on probe texts.
 
     p = softmax(adapted(text)), q = softmax(merged(text)),     at every position of every text
     kl                  mean of sum_v p log(p / q)      (nats)
@@ -12,7 +7,7 @@ training.
     relative_logit_gap  |adapted - merged| / |adapted|  (Frobenius)
     argmax_agreement    share of positions at which both choose the same token
 
-One model at a time is in memory; the logits of the first one are kept in a file.
+One model at a time is in memory; the logits of the first one are in a file.
 """
 
 from __future__ import annotations
@@ -23,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
@@ -50,17 +46,12 @@ from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Told = Callable[[int, int], None]  # texts done, texts in all
+ReportProgress = Callable[[int, int], None]  # done, in all
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the merged model's logits are from the adapted one's: the figures above, over so many
-    positions.
-    """
+    """The difference of the merged and the adapted model's logits, over so many positions."""
 
     kl: float
     max_logit_gap: float
@@ -79,46 +70,33 @@ def compare(
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
-    progress: Told | None = None,
+    progress: ReportProgress = lambda done, total: None,
 ) -> list[Gap]:
-    """The gaps between a model and others, which are loaded one after the other.
+    """The gaps between a model and others, which are loaded one after the other."""
+    done, total = count(1), (1 + len(others)) * len(texts)
 
-    Args:
-        adapted, others: Each loads its model.
-        texts: Token ids of the probe texts.
-        scratch: A directory for the first model's logits: 4 bytes for each position and entry of
-            the vocabulary.
-        progress: Called as progress(done, total) after each text of each model.
+    def counted(logits: Iterator[Tensor]) -> Iterator[Tensor]:
+        for of_text in logits:
+            yield of_text
+            progress(next(done), total)
 
-    Raises LorafoldError if a model's logits are not finite.
-    """
-    done, total = 0, (1 + len(others)) * len(texts)
-
-    def told(logits: Iterator[Tensor]) -> Iterator[Tensor]:
-        nonlocal done
-        for one in logits:
-            yield one
-            done += 1
-            if progress is not None:
-                progress(done, total)
-
-    with tempfile.TemporaryFile(dir=scratch) as kept:
-        for logits in told(_logits(adapted, texts)):
-            kept.write(logits.numpy().data)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        for logits in counted(_logits(adapted, texts)):
+            file.write(logits.numpy().data)
         gaps = []
         for other in others:
-            kept.seek(0)
-            gaps.append(_gap(kept, told(_logits(other, texts))))
+            file.seek(0)
+            gaps.append(_gap(file, counted(_logits(other, texts))))
         return gaps
 
 
-def _gap(kept: BinaryIO, others: Iterator[Tensor]) -> Gap:
+def _gap(file: BinaryIO, others: Iterator[Tensor]) -> Gap:
     """The gap between the logits in a file and others, (T, vocabulary) for each text."""
     kl = gap = squares = total = 0.0
     agreed = positions = 0
     for logits in others:
         data = bytearray(4 * logits.numel())
-        kept.readinto(data)  # type: ignore[attr-defined]
+        file.readinto(data)  # type: ignore[attr-defined]
         before = torch.frombuffer(data, dtype=torch.float32).view(logits.shape)
         p, q = before.double().log_softmax(-1), logits.double().log_softmax(-1)
         kl += (p.exp() * (p - q)).sum().item()
@@ -170,10 +148,8 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class Merged(ShownInNotebooks):
-    """A merged model, as `merge.json` describes it. `gap` is None without the certificate;
-    `from_original` is how far the adapters over the original weights are from the model that was
-    trained, where these are others; `other_base` has a line for each adapter that was trained on
-    another base.
+    """A merged model, as in `merge.json`. `gap` is None without the report; `from_original` is the
+    distance of the adapters over the original weights, if these are others.
     """
 
     gap: Gap | None
@@ -193,9 +169,7 @@ class Merged(ShownInNotebooks):
         return None if self.gap is None else self.gap.kl
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `merge.json`. update_survival and rounding_noise are shares of the norm of
-        the update; `rounded` counts the changed tensors by the way they were rounded.
-        """
+        """The content of `merge.json`; survival and noise are shares of the update's norm."""
         gap, folded, into = self.gap, self.folded, self.into
         return {
             **(asdict(gap) if gap else dict.fromkeys(f.name for f in fields(Gap))),
@@ -230,18 +204,15 @@ class Merged(ShownInNotebooks):
             for way, count in self.folded.rounded.items()
         )
         sums = self.folded.sums
-        lines = [f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})"]
-        lines.append(
+        lines = [
+            f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})",
             f"  {sums.survival:.2%} of the update survives; the noise that rounding added is"
-            f" {sums.noise:.2%} of its norm{', before quantization' * bool(self.into.quantized)}"
-        )
+            f" {sums.noise:.2%} of its norm{', before quantization' * bool(self.into.quantized)}",
+        ]
         if untied := self.folded.untied:
-            lines.append(
-                f"  weights are no longer shared: {listed(untied)}"
-                f" {'was' if len(untied) == 1 else 'were'} added"
-            )
-        if self.folded.biases:
-            n = len(self.folded.biases)
+            were = "was" if len(untied) == 1 else "were"
+            lines.append(f"  weights are no longer shared: {listed(untied)} {were} added")
+        if n := len(self.folded.biases):
             added = "1 bias was" if n == 1 else f"{n} biases were"
             lines.append(f"  {added} added and enabled in config.json")
         if self.folded.vocabulary:
@@ -260,42 +231,37 @@ def merge(
     base: Base,
     adapters: Sequence[Saved],
     out: Path,
-    wanted: MergeOptions,
+    options: MergeOptions,
     console: Console | None = None,
 ) -> Merged:
-    """Fold saved adapters into their base and write a plain Hugging Face model, as `lf.merge`,
-    whose arguments these are.
-
-    Args:
-        base: In the storage on which the adapters were trained; auto takes it from their records.
-    """
-    check_out(out, wanted.overwrite)
-    asked, base = base.storage, base.with_files_for(adapters)
+    """Merge saved adapters into their base and write a Hugging Face model; see `lf.merge`."""
+    check_out(out, options.overwrite)
+    storage, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.loaded_as  # a wrong name or device is told before any work
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
-    with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
-        target = choose_into(wanted.into, adapters, asked, stored_in_files(source))
+    with atomic_directory(out, options.overwrite) as tmp, bars(console) as bar:
+        target = choose_into(options.into, adapters, storage, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked or target.unmade):
             console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, INSTEAD)
-        own = any(one.own_tokenizer for one in adapters)
-        tokenizer = base.tokenizer(adapters) if own or wanted.certificate else None
-        compared = tokenizer if wanted.certificate else None
-        texts = [] if compared is None else probe_ids(compared, wanted.probe)
-        shards, rounding = partial(write_shards, tmp), (wanted.rounding, wanted.seed)
+        has_tokenizer = any(one.own_tokenizer for one in adapters)
+        tokenizer = base.tokenizer(adapters) if has_tokenizer or options.certificate else None
+        compared = tokenizer if options.certificate else None
+        texts = [] if compared is None else probe_ids(compared, options.probe)
+        shards, rounding = partial(write_shards, tmp), (options.rounding, options.seed)
         changes = plan(base, adapters, round_trip=target.round_trip)
         if target.quantized is not None:
             check_saved(changes.model, target.quantized)
         folded, others = execute(changes, shards, *rounding, bar("folding")), changes.other_base
-        if own and tokenizer is not None:
+        if has_tokenizer and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)
         if target.quantized is not None:
             quantize(merged, target.quantized)
         gap = from_original = None
-        if wanted.certificate:
+        if options.certificate:
             merged = replace(merged, storage=target.quantized or "fp32", dtype="fp32")
-            after: list[Callable[[], PreTrainedModel]] = [merged.load]
+            after = [merged.load]
             if target.trained_on and not target.in_files:
                 after.append(partial(adapted, base, adapters, "fp32"))
             before = partial(adapted, base, adapters, target.stored)
@@ -312,23 +278,16 @@ def merge(
 def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedModel:
     """The base in a storage, computed in fp32, with the adapters."""
     base = replace(base.stored(storage), dtype="fp32")
-    model, weights = base.load(), base.weights()
+    model, weights, other = base.load(), base.weights(), base.allow_other_base
     for i, saved in enumerate(adapters):
-        name, other = f"adapter{i}", base.allow_other_base
-        load(model, saved, name, allow_other_base=other, base=weights)
+        load(model, saved, f"adapter{i}", allow_other_base=other, base=weights)
     return model
 
 
 def quantize(plain: Base, quantization: str) -> None:
-    """Replace the weights of a plain model by quantized ones, one tensor at a time.
-
-    Args:
-        plain: The saved model, by its directory.
-        quantization: nf4 or int8.
-    """
+    """Replace the weights of a plain model by quantized ones, one tensor at a time."""
     directory = plain.source.path
-    storage = Storage(torch.bfloat16, quantization)
-    model = load_model(plain.source, storage)
+    model = load_model(plain.source, Storage(torch.bfloat16, quantization))
     for file in directory.glob("*.safetensors*"):
         file.unlink()
     with loading(f"the model quantized to {quantization}"):
@@ -336,12 +295,12 @@ def quantize(plain: Base, quantization: str) -> None:
 
 
 @contextmanager
-def bars(console: Console | None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+def bars(console: Console | None) -> Iterator[Callable[[str], ReportProgress]]:
     """A function that makes the progress bar of a stage; bars are shown on terminals only."""
     quiet = console is None or not console.is_terminal
     with Progress(console=console, disable=quiet, transient=True) as bars:
 
-        def bar(stage: str) -> Callable[[int, int], None]:
+        def bar(stage: str) -> ReportProgress:
             task = bars.add_task(stage, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 

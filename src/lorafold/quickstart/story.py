@@ -161,7 +161,7 @@ def quickstart(
     adapters = open_all([adapter])
     found = inspect(Base(MODEL), adapters)
     page(found, out / "adapter.html")
-    for sentence in (*found["advice"], f"all figures: {out / 'adapter.html'}"):
+    for sentence in (*found.advice, f"all figures: {out / 'adapter.html'}"):
         console.print(sentence, highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
     merged = merge(Base(MODEL), adapters, merged_to, MergeOptions(overwrite=overwrite), console)

@@ -1,29 +1,21 @@
-"""What may keep a behaviour when a model is tuned further: one line each.
-
-    lay: (tuning's updates, alignment's updates) -> factors of what is laid over the stack
-    mixed: whether as many refusals as benign examples are among the examples
-
-A defence without `lay` leaves the tuning as it was trained. To add one, add a line to DEFENCES.
-
-Where a tuning lies: the share of its energy in the directions of the alignment's update.
+"""What may preserve a behaviour when a model is tuned further, and where a tuning lies: the share
+of its energy in the directions of the alignment's update.
 
     dW (out, in)        the tuning's update at a site; U (out, r), V (in, r) the singular vectors of
                         the alignment's
     written             sum |U^T dW|^2 / sum |dW|^2, over the sites
     read                sum |dW V|^2 / sum |dW|^2
-    by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in: what random directions
-                        of the alignment's rank would have on average
+    by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in
     off                 (I - U U^T) dW (I - V V^T), exact in the factors of dW
 
-|.| is the Frobenius norm. Sites weigh by the tuning's energy, directions within one too, so that a
-direction in which almost nothing changes counts for almost nothing (which phi, the overlap of whole
-subspaces, does not do; Hu et al. 2021, arXiv 2106.09685, sec. 7). A site that the alignment does
-not change has r = 0.
+Sites weigh by the tuning's energy, so that a direction in which almost nothing changes counts for
+almost nothing, unlike in phi (Hu et al. 2021, arXiv 2106.09685, sec. 7). A site that the alignment
+does not change has r = 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,9 +24,16 @@ from torch import nn
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import Additive
-from lorafold.inspecting.updates import Factors, Svd, joined, lora_of, site_of, sites
-
-Updates = Mapping[str, Svd]  # by module path
+from lorafold.inspecting.updates import (
+    Factors,
+    SiteFactors,
+    Svd,
+    Svds,
+    lora_of,
+    site_of,
+    sites,
+    stacked,
+)
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,30 @@ class Overlap:
     read_by_chance: float
 
 
-def updates_of(adapter: Adapter) -> Updates | None:
-    """The update of each matrix of an adapter; None if a part of it is not added to a weight (a
-    magnitude, a bias, virtual tokens), so that it has no subspace.
-    """
+def updates_of(adapter: Adapter) -> Svds | None:
+    """The update of each matrix; None if a part is not added to a weight."""
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
     return {name: svd for site in sites(adapter) for name, svd in site.parts()}
 
 
-def overlap(update: Updates, alignment: Updates) -> Overlap | None:
+def overlap(update: Svds, alignment: Svds) -> Overlap | None:
     """How far an update lies in the alignment's subspaces; None for an update that is zero."""
-    found = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     energy = 0.0
-    for path, own in update.items():
-        strengths = own.s.cpu().double()  # Apple's GPUs have no doubles
+    for path, tuned in update.items():
+        strengths = tuned.s.cpu().double()  # Apple's GPUs have no doubles
         size = strengths.square().sum()
         energy += size.item()
         if (aligned := alignment.get(path)) is None:
             continue
         shares = [
             ((theirs.t() @ mine).cpu().double() * strengths).square().sum()
-            for theirs, mine in ((aligned.u, own.u), (aligned.v, own.v))
+            for theirs, mine in ((aligned.u, tuned.u), (aligned.v, tuned.v))
         ]
-        chance = [size * len(aligned.s) / len(side) for side in (own.u, own.v)]
-        found += torch.stack([*shares, *chance])
-    return Overlap(*(found / energy).tolist()) if energy else None
+        chance = [size * len(aligned.s) / len(side) for side in (tuned.u, tuned.v)]
+        sums += torch.stack([*shares, *chance])
+    return Overlap(*(sums / energy).tolist()) if energy else None
 
 
 def factors_of(update: Svd) -> Factors:  # (out, r), (r, in)
@@ -97,21 +94,21 @@ class Defence:
     """What is done, in words, and how."""
 
     about: str
-    lay: Callable[[Updates, Updates], Mapping[str, Factors]] | None = None
+    lay: Callable[[Svds, Svds], SiteFactors] | None = None
     mixed: bool = False
 
 
-def projected(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
+def projected(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """The tuning without the alignment's directions: up (out, r), down (r, in) by site."""
     return {path: off(update, alignment.get(path)) for path, update in tuning.items()}
 
 
-def halved(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
+def halved(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """Half of the tuning: up (out, r), down (r, in) by site."""
     return {path: (up / 2, down) for path, (up, down) in _all_factors(tuning).items()}
 
 
-def readded(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
+def readded(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
     """The tuning and the alignment's update once more: up (out, r + r'), down (r + r', in) by site.
     """
     one, other = _all_factors(tuning), _all_factors(alignment)
@@ -122,7 +119,7 @@ def readded(tuning: Updates, alignment: Updates) -> dict[str, Factors]:
     }
 
 
-def _all_factors(updates: Updates) -> dict[str, Factors]:
+def _all_factors(updates: Svds) -> dict[str, Factors]:
     return {path: factors_of(update) for path, update in updates.items()}
 
 
@@ -136,18 +133,13 @@ DEFENCES = {
 
 
 @contextmanager
-def laid(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
-    """A context in which updates lie over the active adapters, as LoRA.
-
-    Args:
-        factors: up (out, r) and down (r, in) by module path, or by the names of all matrices of
-            experts; r = 0 changes nothing.
-    """
+def laid(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
+    """A context in which updates lie over the active adapters, as LoRA."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
         sites.setdefault(site_of(name), []).append(pair)
     every = {
-        path: joined(own, () if path in factors else (len(own),)) for path, own in sites.items()
+        path: stacked(own, () if path in factors else (len(own),)) for path, own in sites.items()
     }
     there = {path: pair for path, pair in every.items() if pair[1].shape[-2]}
     if not there:

@@ -1,8 +1,6 @@
-"""The curves as a table of the figures that decide for a terminal, whole as Markdown, and as an
-HTML page that needs no other file.
-
-A line is one way of tuning, at its most examples; the page has a line for every number of examples
-too. Figures of several seeds are shown as the mean (lowest to highest), on a terminal as the mean.
+"""The report of a fragility study: a table of the figures that decide for a terminal, all of them
+as Markdown, and an HTML page. A line is one way of tuning, at its most examples; figures of several
+seeds are shown as the mean (lowest to highest).
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from lorafold.files.html_page import markdown_table, rendered, write_page
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
 from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
 from lorafold.robustness.defences import DEFENCES
-from lorafold.robustness.measure import State
-from lorafold.robustness.result import Before, Curve, Fragility, Point, Way
+from lorafold.robustness.measure import After, State
+from lorafold.robustness.result import Curve, Fragility, Point, Way
 
 FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: value, format
     "log-odds": (lambda p: p.measured.log_odds, "+.2f"),
@@ -50,26 +48,17 @@ def ids(way: Way) -> list[str]:
     return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
 
 
-def last_points(found: Fragility) -> list[list[Point]]:
+def last_points(study: Fragility) -> list[list[Point]]:
     """Each stack before, and each curve at its most examples, over the seeds."""
-    before = [[one] for name, stack in found.stacks.items() for one in untouched(name, stack)]
-    if not found.curves:
-        return [*before, [*found.points]]
-    return [*before, *(list(curve.by_examples.values())[-1] for curve in found.curves)]
-
-
-def lines(found: Fragility) -> list[list[str]]:
-    """The cells of each stack before, and of each curve at its most examples."""
-    return [*map(line, last_points(found))]
-
-
-def untouched(name: str, stack: Before) -> Iterator[Point]:
-    """A stack without its alignment and before any tuning, as points."""
-    states = {"no alignment": stack.without, "before": stack.before}
-    for what, measured in states.items():
-        if measured is not None:
-            way = Way(name, what, None, None)
-            yield Point(way, None, 0, stack.kept(measured.log_odds), measured, None)
+    before = [
+        [Point.of(Way(name, what, None, None), None, 0, stack, After(state, None))]
+        for name, stack in study.stacks.items()
+        for what, state in (("no alignment", stack.without), ("before", stack.before))
+        if state is not None
+    ]
+    if not study.curves:
+        return [*before, [*study.points]]
+    return [*before, *([*curve.by_examples.values()][-1] for curve in study.curves)]
 
 
 HEAD = (*WAY, "examples", *FIGURES)
@@ -84,11 +73,9 @@ LEGEND = (
 )
 
 
-def deciding(found: Fragility) -> str:
-    """The figures by which one judges, in a table of at most 80 columns, and what they mean. What
-    all lines have in common is said once, above it.
-    """
-    every = last_points(found)
+def deciding(study: Fragility) -> str:
+    """The figures that decide, in a table of at most 80 columns, and a legend."""
+    every = last_points(study)
     ways = [_parts(points[0]) for points in every]
     parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
     varied = [len(of) > 1 for of in parts]  # of the defence always
@@ -113,8 +100,8 @@ def _parts(one: Point) -> tuple[str, ...]:
     """The way of a point in words, empty where it has none."""
     stack, defence, *numbers = ids(one.way)
     named = zip(("rank ", "rate "), numbers, strict=True)
-    told = ["" if value == NOTHING else what + value for what, value in named]
-    return stack, defence, *told, f"{one.examples} examples" * bool(one.examples)
+    settings = ["" if value == NOTHING else what + value for what, value in named]
+    return stack, defence, *settings, f"{one.examples} examples" * bool(one.examples)
 
 
 def _log_odds(points: Sequence[Point]) -> str:
@@ -126,28 +113,28 @@ def _log_odds(points: Sequence[Point]) -> str:
     return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
 
 
-def markdown(found: Fragility) -> str:
+def markdown(study: Fragility) -> str:
     """Where each curve is halved, and the table, in Markdown."""
-    halved = [[*ids(curve.way), curve.halved] for curve in found.curves]
+    halved = [[*ids(curve.way), curve.halved] for curve in study.curves]
     tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
-    return "\n".join([*tables, markdown_table(HEAD, lines(found))])
+    return "\n".join([*tables, markdown_table(HEAD, [*map(line, last_points(study))])])
 
 
-def page(found: Fragility, path: str | Path) -> None:
+def page(study: Fragility, path: str | Path) -> None:
     """Write the curves and the tables as one HTML file that needs no other."""
-    curves = found.curves
+    curves = study.curves
     used = dict.fromkeys(curve.way.defence for curve in curves)
     content = rendered(
         "robustness/fragility.html",
-        found=found,
+        found=study,
         curves=[*map(str, curves)],
         plots=drawings(curves),
         defences={name: DEFENCES[name].about for name in used},
         head=HEAD,
-        last=lines(found),
+        last=[*map(line, last_points(study))],
         every=[line(points) for curve in curves for points in curve.by_examples.values()],
     )
-    write_page(f"Fragility of {', '.join(found.stacks)}", content, path)
+    write_page(f"Fragility of {', '.join(study.stacks)}", content, path)
 
 
 def drawings(curves: Sequence[Curve]) -> Iterator[str]:
@@ -180,15 +167,7 @@ def plot(
     value: Callable[[State], tuple[float, Interval | None]],
     levels: dict[str, float],
 ) -> str:
-    """One figure over the number of examples.
-
-    Args:
-        label: The label of the figure's axis.
-        curves: One for each defence.
-        form: The format of the figure.
-        value: The figure, and its interval.
-        levels: Heights at which a line is drawn, by what they are.
-    """
+    """One figure over the number of examples."""
     means, bands = dict[str, list[float]](), dict[str, list[Interval]]()
     for curve in curves:
         after = [[p.measured for p in points] for points in curve.by_examples.values()]
@@ -214,8 +193,8 @@ def plot(
 
     most = max(max(curve.by_examples) for curve in curves)
     ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
-    said = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
-    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", said)
+    caption = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
+    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", caption)
 
 
 def band(seeds: Sequence[tuple[float, Interval | None]]) -> Interval:

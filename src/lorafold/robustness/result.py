@@ -1,14 +1,10 @@
-"""What was measured: the stacks before, every point after, and the curves over the number of benign
-examples.
+"""The result of a fragility study: the stacks before, every point after, and the curves over the
+number of benign examples.
 
     kept        (after - without) / (before - without), of the log-odds of refusal; without is the
-                same model without the alignment, or 0 where no adapter holds it. 1 is unchanged, 0
-                is as if there had been no alignment
+                same model without the alignment, or 0 where no adapter holds it: 1 is unchanged
     halved at   the number of examples at which kept falls to 1/2, on the straight line between two
                 measured points over log(1 + k), from k = 0
-
-Log-odds themselves have no natural zero, since a longer beginning is less likely than a short one;
-what the alignment added to them has.
 """
 
 from __future__ import annotations
@@ -18,14 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from statistics import fmean
-from typing import Any, NamedTuple
-
-from pydantic import TypeAdapter
+from typing import Any, NamedTuple, Self
 
 from lorafold.errors import LorafoldError
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.robustness.defences import Overlap
-from lorafold.robustness.measure import State
+from lorafold.robustness.measure import After, Before, State
 
 
 class Way(NamedTuple):
@@ -42,9 +36,7 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """The figures after one tuning under a defence. A finished adapter has no seed and number of
-    examples. `overlap` is None where the stack or the adapter has no subspace.
-    """
+    """The figures after one tuning under a defence; a finished adapter has no seed."""
 
     way: Way
     seed: int | None
@@ -53,53 +45,19 @@ class Point:
     measured: State
     overlap: Overlap | None
 
+    @classmethod
+    def of(
+        cls, way: Way, seed: int | None, examples: int | None, stack: Before, after: After
+    ) -> Self:
+        """The point of a tuning over a stack."""
+        kept = stack.kept(after.measured.log_odds)
+        return cls(way, seed, examples, kept, after.measured, after.overlap)
+
     def as_json(self) -> dict[str, Any]:
         """All figures, in one object."""
-        ids = {"seed": self.seed, "examples": self.examples, "kept": self.kept}
-        lies = None if self.overlap is None else asdict(self.overlap)
-        return {**self.way._asdict(), **ids, **asdict(self.measured), "overlap": lies}
-
-
-def point(
-    way: Way, seed: int | None, examples: int | None, stack: Before, stored: dict[str, Any]
-) -> Point:
-    """A point, from the figures that were kept.
-
-    Args:
-        way: The stack, the defence, the rank and the rate.
-        seed: The seed of the run.
-        examples: How many benign examples it had.
-        stack: The stack's figures.
-        stored: By their names in the JSON.
-    """
-    after, lies = TypeAdapter(State).validate_python(stored), stored["overlap"]
-    kept = stack.kept(after.log_odds)
-    return Point(way, seed, examples, kept, after, None if lies is None else Overlap(**lies))
-
-
-@dataclass(frozen=True)
-class Before:
-    """The figures of a stack before any tuning, and of the same model without the alignment, or
-    None if it has none.
-    """
-
-    before: State
-    without: State | None
-
-    @property
-    def reference(self) -> float:
-        """The log-odds at which nothing of the alignment is left."""
-        return 0.0 if self.without is None else self.without.log_odds
-
-    def kept(self, log_odds: float) -> float | None:
-        """The share of what the alignment added that is left; None if it added nothing."""
-        added = self.before.log_odds - self.reference
-        return (log_odds - self.reference) / added if added > 0 else None
-
-    @staticmethod
-    def of_stored(stored: dict[str, Any]) -> Before:
-        """The figures that a file has."""
-        return TypeAdapter(Before).validate_python(stored)
+        content = asdict(self)
+        way, measured, overlap = (content.pop(name) for name in ("way", "measured", "overlap"))
+        return {**way._asdict(), **content, **measured, "overlap": overlap}
 
 
 @dataclass(frozen=True)
@@ -113,15 +71,13 @@ class Curve:
     @property
     def by_examples(self) -> dict[int, list[Point]]:
         """The points of all seeds, by the number of examples."""
-        found: dict[int, list[Point]] = {}
+        by_count: dict[int, list[Point]] = {}
         for one in sorted(self.points, key=lambda p: (p.examples or 0, p.seed or 0)):
-            found.setdefault(one.examples or 0, []).append(one)
-        return found
+            by_count.setdefault(one.examples or 0, []).append(one)
+        return by_count
 
     def halved_at(self, seed: int | None = None) -> float | None:
-        """The number of examples that halves the log-odds of a seed, or of the mean of all seeds;
-        None if none of those measured does, or if the alignment added nothing.
-        """
+        """The examples that halve the log-odds of a seed, or of the mean; None if none do."""
         means = [
             (k, fmean(p.kept for p in points if p.kept is not None))
             for k, all_ in self.by_examples.items()
@@ -138,9 +94,9 @@ class Curve:
         most = max(self.by_examples)
         if self.stack.kept(0) is None:
             return "the alignment added nothing"
-        found = self.halved_at()
-        count = f"{most} examples" if found is None else f"{found:.3g} examples"
-        return f"{'not ' * (found is None)}halved by {count}"
+        halving = self.halved_at()
+        count = f"{most} examples" if halving is None else f"{halving:.3g} examples"
+        return f"{'not ' * (halving is None)}halved by {count}"
 
     def as_json(self) -> dict[str, Any]:
         """The way, and where its log-odds are halved: of the mean, and of each seed."""
@@ -150,12 +106,7 @@ class Curve:
 
 
 def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
-    """The k at which a value first falls to a level, on straight lines over log(1 + k); None if it
-    does not.
-
-    Args:
-        points: (k, value), with ascending k.
-    """
+    """The k at which a value first falls to a level, linear in log(1 + k); else None."""
     for (k, above), (more, below) in pairwise(points):
         if above > level >= below:
             start, end = math.log1p(k), math.log1p(more)
@@ -183,9 +134,7 @@ class Fragility(ShownInNotebooks):
         ]
 
     def under(self, least: float) -> str | None:
-        """A line that says that a finished adapter keeps less than this share of what was added, or
-        None if it keeps as much. Raises LorafoldError where the alignment added nothing.
-        """
+        """A line if a finished adapter keeps less than this share of what was added."""
         [one], [stack] = self.points, self.stacks.values()
         odds = (
             f"{stack.reference:+.2f} without the alignment, {stack.before.log_odds:+.2f} with it,"
@@ -220,7 +169,7 @@ class Fragility(ShownInNotebooks):
         return {
             "model": self.model,
             "data": self.source,
-            "stacks": {name: asdict(found) for name, found in self.stacks.items()},
+            "stacks": {name: asdict(content) for name, content in self.stacks.items()},
             "points": [one.as_json() for one in self.points],
             "curves": [curve.as_json() for curve in self.curves],
         }

@@ -1,11 +1,6 @@
-"""The sweep: every run is trained over its stack, and every point is measured.
-
-    check -> the stacks before -> the runs -> the points
-
-The model is loaded once to measure a stack before anything is trained, and once more for its
-points; no two models are in memory at a time. Figures are in `<out>/figures`, tunings in
-`<out>/tuned`, each as soon as it is there, so the same call continues what was stopped, and several
-calls share the work. A tuning whose figures are all there is not needed any more.
+"""The sweep: every run is trained over its stack, and every point is measured. Figures are stored
+in `<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped one, and several
+calls share the work. No two models are in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,16 +15,9 @@ from rich.console import Console
 
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.files.claims import (
-    Figures,
-    cached_figures,
-    digest_of,
-    report_other_claims,
-    shared,
-    silent,
-)
-from lorafold.robustness.measure import Bench, Opening
-from lorafold.robustness.result import Before, Fragility, Point, Way, point
+from lorafold.files.claims import digest_of, measured, report_other_claims, shared, silent
+from lorafold.robustness.measure import After, Before, Bench, Opening
+from lorafold.robustness.result import Fragility, Point, Way
 from lorafold.robustness.task import AdapterStack, FragilityTask, Run, check
 from lorafold.training.request import RunRequest, rendering_of
 from lorafold.training.run import train
@@ -44,18 +32,7 @@ def sweep(
     tell: Tell,
     say: Callable[[str], object] = silent,
 ) -> Fragility:
-    """Train every run of the task and measure every point.
-
-    Args:
-        task: What is asked.
-        out: The directory of figures and tunings.
-        opening: Loads the model with adapters over it.
-        tell: Called as tell(what, done, total) after each run and each point.
-        say: Is told for which other workers this one waits.
-
-    Raises LorafoldError, before anything is trained, for anything wrong with the task, its rows and
-    its adapters; and Interrupted after SIGINT or SIGTERM in a run.
-    """
+    """Train every run of the task and measure every point."""
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -64,7 +41,7 @@ def sweep(
     runs = [run for stack in task.stacks for run in task.runs(stack)]
     after = [file for run in runs for file in cells.files(run).values()]
     report_other_claims([*measures, *map(cells.tuned, runs), *after], say)
-    before = [Before.of_stored(found) for found in cached_figures(measures, say=say)]
+    before = measured(Before, measures, say=say).values()
     cells.tune_all(runs, counted(tell, len(runs)))
     told = counted(tell, len(after))
     both = [*zip(task.stacks, before, strict=True)]
@@ -81,9 +58,7 @@ def counted(tell: Tell, total: int) -> Callable[[str], None]:
 
 @dataclass(frozen=True)
 class Cells:
-    """What a sweep makes: its task, the directory of figures and tunings, what loads the model with
-    adapters over it, and who is told for which other workers this one waits.
-    """
+    """The cells of a sweep: its task, its directory, and the loader of models."""
 
     task: FragilityTask
     out: Path
@@ -96,7 +71,7 @@ class Cells:
         digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
         return self.out / "figures" / f"before-{digest}.json"
 
-    def before_of(self, stack: AdapterStack) -> Figures:
+    def before_of(self, stack: AdapterStack) -> Before:
         """The figures of a stack; all that a run would stumble over later is checked with them."""
         task, bench = self.task, Bench(self.task, stack, self.opening)
         bench.check()
@@ -115,73 +90,56 @@ class Cells:
         return self.out / "tuned" / run.name
 
     def tune_all(self, runs: Sequence[Run], tell: Callable[[str], None]) -> None:
-        """Have every run tuned whose figures are not all there, by this process or another; tell
-        after each.
-        """
+        """Tune every run whose figures are not all there, here or in another process."""
         needed = {}
         for run in runs:
             if all(file.is_file() for file in self.files(run).values()):
-                tell(f"tuned {described(run)}")
+                tell(f"tuned {run}")
             else:
                 needed[self.tuned(run)] = run
         work = {path: partial(tune, run, path) for path, run in needed.items()}
-        shared(work, lambda path: tell(f"tuned {described(needed[path])}"), self.say)
+        shared(work, lambda path: tell(f"tuned {needed[path]}"), self.say)
 
     def points_of(
         self, stack: AdapterStack, before: Before, tell: Callable[[str], None]
     ) -> list[Point]:
         """The points of a stack, in the order of its runs; tell after each."""
         bench = cache(partial(Bench, self.task, stack, self.opening))
-        asked = {
+        cells = {
             file: (run, defence)
             for run in self.task.runs(stack)
             for defence, file in self.files(run).items()
         }
 
-        def measured(file: Path) -> Figures:
-            run, defence = asked[file]
+        def after(run: Run, defence: str) -> After:
             return bench().after(self.tuned(run), defence)
 
-        def found(file: Path, stored: Figures) -> Point:
-            run, defence = asked[file]
-            way = Way(stack.name, defence, run.rank, run.lr)
-            return point(way, run.seed, run.examples, before, stored)
+        def there(file: Path, after: After) -> None:
+            run, defence = cells[file]
+            tell(f"{run}, {defence}: log-odds {after.measured.log_odds:+.2f}")
 
-        def there(file: Path, stored: Figures) -> None:
-            run, defence = asked[file]
-            odds = found(file, stored).measured.log_odds
-            tell(f"{described(run)}, {defence}: log-odds {odds:+.2f}")
-
-        measures = {file: partial(measured, file) for file in asked}
-        return [*map(found, asked, cached_figures(measures, there, self.say))]
+        measures = {file: partial(after, *cell) for file, cell in cells.items()}
+        results = measured(After, measures, there, self.say)
+        return [
+            Point.of(
+                Way(stack.name, defence, run.rank, run.lr), run.seed, run.examples, before, found
+            )
+            for (run, defence), found in zip(cells.values(), results.values(), strict=True)
+        ]
 
 
 def gate(task: FragilityTask, adapter: Path, instead: bool, opening: Opening) -> Fragility:
-    """Measure one stack before, and with a finished adapter over it.
-
-    Args:
-        task: What is asked; its runs are left out.
-        adapter: The finished adapter.
-        instead: It replaces the stack.
-        opening: Loads the model with adapters over it.
-
-    Raises LorafoldError for anything wrong with the task, its rows and the adapters.
-    """
+    """Measure one stack before, and with a finished adapter over it."""
     check(task)
     [stack] = task.stacks
     bench = Bench(task, stack, opening)
-    before = Before.of_stored(bench.before())
-    way = Way(stack.name, "none", None, None)
-    found = point(way, None, None, before, bench.alone(adapter, instead))
-    return Fragility(task.base.name, str(adapter), {stack.name: before}, (found,))
+    before, way = bench.before(), Way(stack.name, "none", None, None)
+    point = Point.of(way, None, None, before, bench.alone(adapter, instead))
+    return Fragility(task.base.name, str(adapter), {stack.name: before}, (point,))
 
 
 def tune(run: Run, path: Path) -> None:
-    """Train a run; one that was stopped goes on.
-
-    Args:
-        path: The directory of its adapter.
-    """
+    """Train a run; one that was stopped goes on."""
     task = run.task
     request = RunRequest(
         task.base,
@@ -198,10 +156,4 @@ def tune(run: Run, path: Path) -> None:
     except Interrupted as stop:
         raise Interrupted("stopped; the same command continues", stop.code) from None
     except LorafoldError as error:
-        raise LorafoldError(f"{described(run)}: {error}") from error
-
-
-def described(run: Run) -> str:
-    """A run in words."""
-    mixed = " and refusals" * run.mixed
-    return f"rank {run.rank}, rate {run.lr:g}, seed {run.seed}, {run.examples} examples{mixed}"
+        raise LorafoldError(f"{run}: {error}") from error

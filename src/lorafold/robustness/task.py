@@ -1,7 +1,5 @@
-"""What is asked: which behaviour, over which adapters, and how it is tuned away.
-
-    stack       adapters over the base; the last one's update is the alignment
-    run         one tuning over a stack: its rank, rate, seed and number k of benign examples
+"""The task of a fragility study: which behaviour, over which stack of adapters (the last one's
+update is the alignment), and the runs that tune it away: rank, rate, seed and number of examples.
 """
 
 from __future__ import annotations
@@ -49,14 +47,20 @@ class AdapterStack:
 
 
 def stacks_of(*adapters: Sequence[Saved]) -> tuple[AdapterStack, ...]:
-    """The stacks, named by the directories of their adapters, or by whole paths where two would
-    have one name. A stack of none is the base.
-    """
+    """The stacks, named uniquely by their adapters' directories; one of none is the base."""
     short = iter(names([one.path for stack in adapters for one in stack]))
     return tuple(
         AdapterStack(tuple(stack), " + ".join(next(short) for _ in stack) or "base")
         for stack in adapters
     )
+
+
+def _shuffled(seed: str, numbers: Sequence[int]) -> list[int]:
+    return random.Random(seed).sample(numbers, len(numbers))
+
+
+def _selected(rows: Rows, numbers: Sequence[int]) -> Rows:
+    return rows.select(np.sort(np.array(numbers, np.int64)))
 
 
 @dataclass(frozen=True)
@@ -103,19 +107,18 @@ class FragilityTask:
 
     @cached_property
     def _order(self) -> list[int]:
-        return random.Random("held out").sample(range(len(self.rows)), len(self.rows))
+        return _shuffled("held out", range(len(self.rows)))
 
     @property
     def held_out(self) -> Rows:
         """The benign rows that no run trains on, at most HELD_OUT."""
         n = min(HELD_OUT, len(self.rows) - max(self.examples, default=0))
-        return self.rows.select(np.sort(np.array(self._order[:n], np.int64)))
+        return _selected(self.rows, self._order[:n])
 
     def benign(self, examples: int, seed: int) -> Rows:
         """The first so many rows of the seed's order, so that more examples contain the fewer."""
         rest = self._order[len(self.held_out) :]
-        chosen = random.Random(f"{seed}/benign").sample(rest, len(rest))[:examples]
-        return self.rows.select(np.sort(np.array(chosen, np.int64)))
+        return _selected(self.rows, _shuffled(f"{seed}/benign", rest)[:examples])
 
     def runs(self, stack: AdapterStack) -> Iterator[Run]:
         """Every run over a stack, as varied, without mixed refusals and then with them."""
@@ -141,21 +144,26 @@ class Run:
     seed: int
     examples: int
 
+    def __str__(self) -> str:
+        mixed = " and refusals" * self.mixed
+        return (
+            f"rank {self.rank}, rate {self.lr:g}, seed {self.seed}, {self.examples} examples{mixed}"
+        )
+
     @cached_property
     def rows(self) -> Rows:
         """The rows that are trained on; mixed ones have as many refusals, or all there are."""
         benign, mix = self.task.benign(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
             return benign
-        order = random.Random(f"{self.seed}/mix").sample(range(len(mix)), len(mix))
-        more = mix.select(np.sort(np.array(order[: self.examples], np.int64)))
+        order = _shuffled(f"{self.seed}/mix", range(len(mix)))
+        more = _selected(mix, order[: self.examples])
         return Rows([*benign, *more], (SourcePart(len(benign)), SourcePart(len(more))))
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run. B's rate is to A's as in LoRA's own rates. Mixed refusals make the
-        batches larger and not the steps more, so that a run differs from the one without them by
-        the refusals alone.
+        """The recipe of the run. Mixed refusals make the batches larger, not the steps more, so
+        that runs with and without them differ in nothing else.
         """
         own, benign = self.task.recipe, self.examples
         batch = min(own.batch, benign)
@@ -168,15 +176,13 @@ class Run:
             "batch": batch,
             "accumulate": accumulate,
         }
-        recipe = own.model_copy(update=changes)
         # short runs are cheaper to repeat than to save
-        steps = recipe.total_steps(benign)
-        changes = {"save_every": steps}
+        steps = changes["save_every"] = own.model_copy(update=changes).total_steps(benign)
         if self.mixed:
             batch = round(batch * len(self.rows) / benign)
             accumulate = accumulate if batch % accumulate == 0 else 1
             changes |= {"steps": steps, "batch": batch, "accumulate": accumulate}
-        return recipe.model_copy(update=changes)
+        return own.model_copy(update=changes)
 
     @cached_property
     def name(self) -> str:
@@ -189,21 +195,17 @@ class Run:
 
 def check(task: FragilityTask) -> None:
     """Raises LorafoldError with everything that is wrong with what is asked itself."""
+    prefixes = {"refusal-prefix": task.refusal, "compliance-prefix": task.compliance}
     problems = [
         f"--{option}: found none, expected at least one"
-        for option, given in (
-            ("refusal-prefix", task.refusal), ("compliance-prefix", task.compliance)
-        )
+        for option, given in prefixes.items()
         if not given
-    ]  # fmt: skip
+    ]
     problems += [*_overlapping(task), *_asked_and_trained(task)]
     counts = {"examples": task.examples, "rank": task.ranks, "lr": task.rates}
-    problems += [
-        f"--{option}: found {', '.join(f'{v:g}' for v in values if v <= 0)}, expected numbers"
-        " above 0"
-        for option, values in counts.items()
-        if any(v <= 0 for v in values)
-    ]
+    for option, values in counts.items():
+        if wrong := [f"{v:g}" for v in values if v <= 0]:
+            problems.append(f"--{option}: found {', '.join(wrong)}, expected numbers above 0")
     if task.examples and max(task.examples) > len(task.rows):
         problems.append(
             f"{task.source}: found {len(task.rows)} rows, expected at least the"
@@ -235,9 +237,7 @@ def check(task: FragilityTask) -> None:
 
 
 def _overlapping(task: FragilityTask) -> Iterator[str]:
-    """What is wrong with the beginnings: they must exclude each other for their sum to be a
-    probability.
-    """
+    """Yield beginnings that include each other: their sum would be no probability."""
     named = [("refusal-prefix", text) for text in task.refusal]
     named += [("compliance-prefix", text) for text in task.compliance]
     for option, text in named:
@@ -250,9 +250,7 @@ def _overlapping(task: FragilityTask) -> Iterator[str]:
 
 
 def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
-    """The prompts that are asked and trained on as well, so that the figures would be of rows that
-    the model has seen.
-    """
+    """Yield prompts that are both measured and trained on."""
     asked = {
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))
@@ -260,15 +258,15 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
         for prompt in questions_in(row)[-1:]
     }
     for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
-        told = [
+        repeated = [
             f"row {number} has the prompt of {asked[prompt]}"
             for number, row in enumerate(rows, 1)
             for prompt in questions_in(row)
             if prompt in asked
         ]
-        if told:
+        if repeated:
             yield (
-                f"{name}: {listed(told, '; ')}; expected none that is asked"
+                f"{name}: {listed(repeated, '; ')}; expected none that is asked"
                 " too, because the figures would be of what was trained; leave them out"
             )
 

@@ -1,9 +1,6 @@
-"""The engines that prove an export, each in a process of its own, which can be another Python.
-
-    program.py NAME JOB.json        reads the files, answers the prompts
-
-The program imports nothing of lorafold: it runs in the environment that has the engine. A new
-engine is a function there, and a row of `ENGINES` here.
+"""The engines that verify an export, each in a process of its own, which can be another Python.
+`program.py` runs in the environment that has the engine and imports nothing of lorafold. A new
+engine is a function there and a row of `ENGINES` here.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import numpy as np
 import torch
 
 from lorafold.errors import LorafoldError, shortened
-from lorafold.exporting.proof import Theirs
+from lorafold.exporting.proof import EngineAnswers
 
 
 @dataclass(frozen=True)
@@ -44,48 +41,36 @@ ENGINES: dict[str, ExternalEngine] = {
     "peft": ExternalEngine("PEFT", "peft", "pip install peft"),
     "llamacpp": ExternalEngine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
     "vllm_url": ExternalEngine("vLLM", "numpy", "vllm serve"),
-    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm, elsewhere: --engine-python"),
+    "vllm": ExternalEngine("vLLM", "vllm", "pip install vllm, base_reference: --engine-python"),
 }
 
 
-def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
-    """What an engine answers.
-
-    Args:
-        name: of the engine, in `ENGINES`.
-        job: what its program needs, as `program` has it, without `out`.
-        python: the Python of the environment that has it; None is this one.
-
-    Raises LorafoldError if the engine can't run or refuses the files, with its own last line.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, out, said = (Path(scratch, n) for n in ("job.json", "theirs.npz", "said.txt"))
-        asked.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
+def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
+    """What an engine answers."""
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
+        file, out = Path(scratch, "job.json"), Path(scratch, "answers.npz")
+        file.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
         program = str(Path(__file__).with_name("program.py"))
-        command = [python or sys.executable, program, name, str(asked)]
-        with said.open("wb") as log:
-            try:
-                code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
-            except OSError as error:
-                given = f"--engine-python {python}" if python else command[0]
-                raise LorafoldError(f"{given}: can't be run: {error.strerror}") from error
+        command = [python or sys.executable, program, name, str(file)]
+        option, engine = f"--engine-python {python}" if python else "", ENGINES[name]
+        try:
+            code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        except OSError as error:
+            used = option or command[0]
+            raise LorafoldError(f"{used}: can't be run: {error.strerror}") from error
         if code or not out.is_file():
-            lines = said.read_text("utf-8", "replace").strip().splitlines()
+            log.seek(0)
+            lines = log.read().decode("utf-8", "replace").strip().splitlines()
             ended = f"it ended with code {code} and no answers"
             last = shortened(lines[-1], 160) if code and lines else ended
-            told = f"--engine-python {python}: " * (python is not None)
-            if not (code and lines) or last.startswith("ModuleNotFoundError"):
-                last += f"; expected a Python that has {ENGINES[name].module}"
-            raise LorafoldError(f"{told}{ENGINES[name].title}: {last}")
-        with np.load(out) as found:
-            about = json.loads(str(found["about"]))
-            greedy = tuple(tuple(int(t) for t in row if t >= 0) for row in found["greedy"])
-            tensors = {k: torch.from_numpy(found[k]) for k in ("adapted", "base") if k in found}
-    return Theirs(
-        tensors["adapted"],
-        tensors.get("base"),
-        greedy,
-        ENGINES[name].title,
-        about["version"],
-        *(tuple(about.get(name, ())) for name in ("unused", "other_tokens", "other_texts")),
+            if last == ended or last.startswith("ModuleNotFoundError"):
+                last += f"; expected a Python that has {engine.module}"
+            raise LorafoldError(f"{option and option + ': '}{engine.title}: {last}")
+        with np.load(out) as arrays:
+            about = json.loads(str(arrays["about"]))
+            greedy = tuple(tuple(int(t) for t in row if t >= 0) for row in arrays["greedy"])
+            tensors = {k: torch.from_numpy(arrays[k]) for k in ("adapted", "base") if k in arrays}
+    lists = (tuple(about.get(key, ())) for key in ("unused", "other_tokens", "other_texts"))
+    return EngineAnswers(
+        tensors["adapted"], tensors.get("base"), greedy, engine.title, about["version"], *lists
     )

@@ -1,5 +1,5 @@
 """What runs in an engine's process: a function here has the engine answer a job, and the
-answers are written. llama.cpp has a file of its own.
+answers are written.
 
     program.py ENGINE JOB.json
     job        base       the directory or file of the base, or of the merged model
@@ -23,11 +23,16 @@ answers are written. llama.cpp has a file of its own.
 
 import json
 import os
-import runpy
+import re
 import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -36,20 +41,154 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
+Job = dict[str, Any]  # or the answers
 LEAVES = ("lora_a", "lora_b", "m")  # of adapters in mlx-lm
 ROOM = 16  # tokens beside a prompt and its greedy text
 NAME = "lorafold-export"
+SLOTS = 8  # requests at once to llama.cpp, and prompts that are sent without the adapter
+UNIT = 256  # llama.cpp's contexts are multiples of it
+ERRORS = 1  # a verbosity
+ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
+INTERNAL = re.compile(r"[\w:]+")  # the name of a function of C++ that raised
+FAULT = re.compile(r"^[\d.]+ E .*?: (.*)$", re.MULTILINE)
 NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
 
 
-def llamacpp(job: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp's answers."""
-    found: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("llamacpp.py")))
-    answered: dict[str, Any] = found["answers"](job)
-    return answered
+def llamacpp(job: Job) -> Job:
+    """llama.cpp's answers, from its own server in this process, as the xllamacpp wheel has it;
+    `base` only for the first prompts, and without an adapter not at all.
+
+    The server writes probabilities as text, which costs as much as computing them, so several
+    prompts are sent at once. Nothing is cached for another adapter: it would not notice.
+    """
+    server, version = started(job)
+    address, adapter = server.listening_address, job.get("adapter")
+
+    def ask(path: str, body: Job | None = None) -> bytes:
+        try:
+            return post(address + path, body)
+        except HTTPError as error:
+            raise SystemExit(reason(error)) from None
+
+    def tokens(text: str) -> list[int]:
+        body = {"content": text, "add_special": False, "parse_special": True}
+        found: list[int] = json.loads(ask("/tokenize", body))["tokens"]
+        return found
+
+    size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
+    harmless = tokens("a")[-1:]  # a whole character: part of one would have no probabilities
+
+    def following(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
+        body = {
+            "prompt": ids, "n_predict": 1, "n_probs": size, "cache_prompt": False,
+            "lora": [{"id": 0, "scale": scale}] if adapter else [], "id_slot": slot,
+            "temperature": 0, "logit_bias": [[token, 1e6] for token in harmless],
+        }  # fmt: skip
+        reply = ask("/completion", body)
+        reply = reply[reply.index(b'"top_logprobs"') :]
+        row, values = np.full(size, -np.inf, np.float32), VALUE.findall(reply)
+        if b"null" in values:  # a logarithm that is no number
+            raise SystemExit("it computes NaN for a token: numbers there grow too large for it")
+        row[np.array(ID.findall(reply), "S").astype(int)] = np.array(values, "S")
+        return row
+
+    def greedy(ids: Sequence[int], slot: int) -> list[int]:
+        made: list[int] = []
+        while len(made) < job["greedy"]:  # it stops at more tokens than those that end a completion
+            body = {
+                "prompt": [*ids, *made], "n_predict": job["greedy"] - len(made), "id_slot": slot,
+                "temperature": 0, "cache_prompt": True, "return_tokens": True,
+            }  # fmt: skip
+            made += (more := json.loads(ask("/completion", body))["tokens"])
+            if not more:
+                break
+            if ended := [n for n, token in enumerate(made) if token in job["ends"]]:
+                return made[: ended[0]]
+        return made
+
+    def in_slot(slot: int) -> list[tuple[np.ndarray, list[int]]]:
+        return [(following(ids, slot, 1.0), greedy(ids, slot)) for ids in job["ids"][slot::SLOTS]]
+
+    with ThreadPoolExecutor(SLOTS) as pool:
+        slots = [*pool.map(in_slot, range(SLOTS))]
+        each = [slots[n % SLOTS][n // SLOTS] for n in range(len(job["ids"]))]
+        both = enumerate(zip(job["texts"], job["ids"], strict=True))
+        answers: Job = {
+            "adapted": [row for row, _ in each],
+            "greedy": [made for _, made in each],
+            "version": version,
+            "other_tokens": [n for n, (text, ids) in both if tokens(text) != ids],
+        }
+        if adapter:
+            bare = partial(following, scale=0.0)
+            answers["base"] = [*pool.map(bare, job["ids"][:SLOTS], range(SLOTS))]
+        else:
+            bos = json.loads(ask("/props"))["bos_token"]
+            answers["other_texts"] = other_texts(job, address, bos)
+    return answers
 
 
-def peft(job: dict[str, Any]) -> dict[str, Any]:
+def started(job: Job) -> tuple[Any, str]:
+    """llama.cpp's server with the job's files, and its version."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as the library is loaded
+    import xllamacpp
+
+    longest = max(map(len, job["ids"])) + job["greedy"]
+    params = xllamacpp.CommonParams()
+    params.model.path = job["base"]
+    if job.get("adapter"):
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
+    params.n_parallel, params.n_ctx = SLOTS, SLOTS * UNIT * -(-longest // UNIT)
+    params.cache_ram_mib, params.cache_prompt, params.fit_params = 0, False, False
+    params.warmup, params.verbosity, params.ui = False, ERRORS, False
+    for each in (params.cpuparams, params.cpuparams_batch):
+        each.n_threads = os.cpu_count() or 1
+    with captured_stderr() as stderr:
+        try:
+            return xllamacpp.Server(params), xllamacpp.__version__
+        except RuntimeError as error:
+            for _ in range(100):  # a thread of its own writes why
+                if "exiting due to" in stderr():
+                    break
+                time.sleep(0.05)
+            why = next(iter(FAULT.findall(stderr())), "") or str(error)
+            if INTERNAL.fullmatch(why):
+                why = f"it can't read {os.path.basename(job['base'])}, and says {why} alone"
+            raise SystemExit(why) from None
+
+
+def other_texts(job: Job, address: str, bos: str) -> list[int]:
+    """The chats that the server's own Jinja renders differently, apart from a first bos token."""
+    differing = []
+    for n, (chat, text) in enumerate(zip(job["chats"], job["texts"], strict=True)):
+        try:
+            made = json.loads(post(f"{address}/apply-template", chat))["prompt"]
+        except HTTPError:
+            made = None
+        if made is None or made.removeprefix(bos) != text.removeprefix(bos):
+            differing.append(n)
+    return differing
+
+
+@contextmanager
+def captured_stderr() -> Iterator[Callable[[], str]]:
+    """A context that captures what a library writes to stderr, and yields a function with it."""
+    with tempfile.TemporaryFile() as file:
+        screen = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def stderr() -> str:
+            file.seek(0)
+            return file.read().decode("utf-8", "replace")
+
+        try:
+            yield stderr
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+
+
+def peft(job: Job) -> Job:
     """PEFT's answers, by its own defaults but for fp32."""
     import peft
     import torch
@@ -81,13 +220,9 @@ def peft(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def mlx(job: dict[str, Any]) -> dict[str, Any]:
-    """mlx-lm's answers on the CPU, its model in fp32.
-
-    mlx-lm refuses tensors that it has no module for. Modules that it adapts and the file has no
-    tensors for, and those whose values are not the file's, are told here. On Linux mlx multiplies
-    by a plain BLAS, so what all prompts begin with is computed once, and only what a distribution
-    is asked for goes through the head: mlx computes what is read.
+def mlx(job: Job) -> Job:
+    """mlx-lm's answers on the CPU, in fp32, and the modules that it leaves out or changes. The
+    common prefix is computed once, and only the last position goes through the head.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -105,8 +240,7 @@ def mlx(job: dict[str, Any]) -> dict[str, Any]:
             mx.eval([layer.state for layer in cache])
 
     def asked(model: Any, most: int) -> tuple[Any, Any]:
-        """Of each prompt the log-probabilities (vocabulary,) of the next token, and so many of the
-        most likely tokens, without those that end a completion.
+        """For each prompt, log-probabilities (vocabulary,) and so many greedy tokens without ends.
         """
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
@@ -145,10 +279,8 @@ def mlx(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def vllm(job: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's answers in this process, in fp32. Modules of the adapter that vLLM loads and applies
-    nowhere, which it tells in its debug log alone, are told here.
-    """
+def vllm(job: Job) -> Job:
+    """vLLM's answers in this process, in fp32, and the modules that it loads and never applies."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -192,12 +324,9 @@ def unused(worker: Any) -> list[str]:
     return sorted(set().union(*loras) - manager.modules.keys())
 
 
-def vllm_url(job: dict[str, Any]) -> dict[str, Any]:
-    """The answers of a running server of vLLM, which loads the adapter for them and forgets it
-    again. It reads the adapter's directory itself, so it runs on this machine, or shares the disk.
-
-    It has to run with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and with --max-logprobs -1 to tell the
-    probabilities of all tokens. Which modules it applies nowhere it does not tell.
+def vllm_url(job: Job) -> Job:
+    """The answers of a running server of vLLM on this machine or disk, which loads the adapter for
+    them and unloads it again; it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1.
     """
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
     version = json.loads(sent(url, "/version"))["version"]
@@ -234,24 +363,32 @@ def vllm_url(job: dict[str, Any]) -> dict[str, Any]:
         sent(url, "/v1/unload_lora_adapter", {"lora_name": name})
 
 
-def sent(url: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-    """The reply to a request; ends the process with a line where there is none."""
-    data = None if body is None else json.dumps(body).encode()
+def sent(url: str, path: str, body: Job | None = None) -> bytes:
+    """The reply of vLLM's server; ends the process with a line where there is none."""
     try:
-        with urlopen(Request(url + path, data, {"Content-Type": "application/json"})) as reply:
-            return bytes(reply.read())
+        return post(url + path, body)
     except HTTPError as error:
         if error.code == 404:
             raise SystemExit(f"{url}{path}: not found; expected vLLM with {NEEDED}") from None
-        said = error.read().decode("utf-8", "replace")
-        try:
-            why = str(json.loads(said)["error"]["message"]).strip()
-        except (ValueError, KeyError, TypeError):
-            why = str(error)
-        raise SystemExit(f"{url}{path}: {why}; expected {NEEDED}") from None
+        raise SystemExit(f"{url}{path}: {reason(error)}; expected {NEEDED}") from None
     except (URLError, ValueError) as error:
         why = str(getattr(error, "reason", error))
         raise SystemExit(f"{url}: {why}; expected the URL of vLLM's server") from None
+
+
+def post(url: str, body: Job | None = None) -> bytes:
+    """The reply to a request."""
+    data = None if body is None else json.dumps(body).encode()
+    with urlopen(Request(url, data, {"Content-Type": "application/json"})) as reply:
+        return bytes(reply.read())
+
+
+def reason(error: HTTPError) -> str:
+    """Why a server refused a request, in its words."""
+    try:
+        return str(json.loads(error.read())["error"]["message"]).strip()
+    except (ValueError, KeyError, TypeError):
+        return str(error)
 
 
 def row_of(found: dict[int, float]) -> np.ndarray:
@@ -261,13 +398,13 @@ def row_of(found: dict[int, float]) -> np.ndarray:
     return row
 
 
-def other_tokens(job: dict[str, Any], tokenizer: Any) -> list[int]:
+def other_tokens(job: Job, tokenizer: Any) -> list[int]:
     """The prompts whose texts a tokenizer makes other tokens of."""
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
     return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
 
 
-ENGINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+ENGINES: dict[str, Callable[[Job], Job]] = {
     one.__name__: one for one in (llamacpp, peft, mlx, vllm, vllm_url)
 }
 
