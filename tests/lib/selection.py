@@ -106,11 +106,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         found = json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.exists() else {}
         found |= {test: round(fmean(took), 1) for test, took in each.items()}
         SECONDS.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-    if config.cache is None:
+    if (cache := getattr(config, "cache", None)) is None:
         return
-    record = config.cache.get(RECORD, {})
+    record = cache.get(RECORD, {})
     record |= {nodeid: day or record.get(nodeid, "") for nodeid, day in _passed.items()}
-    config.cache.set(RECORD, record)
+    cache.set(RECORD, record)
     if config.getoption("oldest"):
         terminalreporter.line("tests that have not passed for the longest time:")
         for nodeid in sorted(record, key=record.__getitem__)[:SHOWN]:
