@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -77,11 +78,12 @@ class Chat:
         with ExitStack() as stack:
             stack.enter_context(only(model))
             self._engine = stack.enter_context(Engine(model, tokenizer, slots=1, length=length))
-            self._stack = stack.pop_all()
+            # also if nobody closes it: when it is collected, or before the interpreter ends
+            self._close = weakref.finalize(self, stack.pop_all().close)
 
     def close(self) -> None:
         """Give the model back."""
-        self._stack.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from torch import nn
 from lorafold.adapter import Adapter
 from lorafold.adapter import load as load_on
 from lorafold.api.arguments import missing
-from lorafold.api.options import takes_quantization
+from lorafold.api.options import checked
 from lorafold.models.weights import Weights
 from lorafold.peft.saved import Saved
 from lorafold.resolve import Base, base_for
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@takes_quantization
+@checked
 def load_model(
     model: str | Path,
     storage: str = "auto",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter
+from itertools import chain
 from pathlib import Path
 from textwrap import dedent, fill, indent
 from typing import (
@@ -26,10 +27,13 @@ from typing import (
     TypedDict,
     TypeVar,
     get_args,
+    get_origin,
     get_type_hints,
     is_typeddict,
 )
 
+from lorafold.advice import unknown_names
+from lorafold.errors import LorafoldError
 from lorafold.files.record import ALIASES, named_as_now
 from lorafold.models.quantizations import LISTED
 
@@ -172,15 +176,40 @@ def _option(hint: Any) -> Any:
     return next((one for one in get_args(hint) if isinstance(one, kinds)), Option())
 
 
-def takes_quantization(function: Verb) -> Verb:
-    """The function, which takes `quantization` as another name for `storage`."""
+def checked(function: Verb) -> Verb:
+    """The function, which refuses what its command refuses: unknown names and values out of range.
+    `quantization` is another name for `storage`.
+    """
+    signature, options = inspect.signature(function), [*declared(function)]
+    known = signature.parameters.keys()
 
     @wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        return function(*args, **named_as_now(options, ALIASES))
+    def call(*args: Any, **given: Any) -> Any:
+        given = named_as_now(given, ALIASES) if "storage" in known else given
+        if not given.keys() <= known:
+            raise unknown_names(f"lf.{function.__name__}", given, known)
+        values = signature.bind_partial(*args, **given).arguments
+        check_values(options, values)
+        return function(*args, **given)
 
     result: Any = call
     return result
+
+
+def check_values(options: Sequence[DeclaredOption], given: Mapping[str, Any]) -> None:
+    """Raise LorafoldError for the first value that is no choice, or out of the option's range."""
+    for name, hint, _, option, _, group in options:
+        value = given.get(name) if group is None else getattr(given.get(group[0]), name, None)
+        hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        literals = (one for one in (hint, *get_args(hint)) if get_origin(one) is Literal)
+        choices = [*chain.from_iterable(map(get_args, literals))]
+        if choices and isinstance(value, str) and value not in choices:
+            raise LorafoldError(f"{name}: found {value!r}, expected one of {', '.join(choices)}")
+        if isinstance(option, Option) and isinstance(value, int | float):
+            low, high = option.min, option.max
+            if (low is not None and value < low) or (high is not None and value > high):
+                at_most = "" if high is None else f", at most {high:g}"
+                raise LorafoldError(f"{name}: found {value}, expected at least {low:g}{at_most}")
 
 
 def verb(function: Verb) -> Verb:
@@ -199,7 +228,7 @@ def verb(function: Verb) -> Verb:
     listed = indent("\n".join(lines), "    ")
     of.__doc__ = f"{before.rstrip()}\n\nArgs:\n{listed}\n{''.join(after)}"
     of.__signature__ = signature.replace(parameters=[*parameters.values()])
-    return takes_quantization(function) if "storage" in parameters else function
+    return checked(function)
 
 
 def rows(text: str, weighted: bool = False) -> str:

@@ -114,6 +114,19 @@ def check(request: ComposeRequest) -> None:
         problems.append(
             f"--density: found {request.density:g}, expected a share above 0, at most 1"
         )
+    ways, defaults = {*request.ways}, ComposeRequest
+    pruned = {name for name, rule in RULES.items() if rule.prune}
+    unused = {
+        "--density": (request.density is not None, pruned),
+        "--examples": (bool(request.examples), {*LEARNED}),
+        "--evaluations": (request.evaluations != defaults.evaluations, {"lorahub"}),
+        "--gates": (request.gates != defaults.gates, {"mixture"}),
+    }
+    problems += [
+        f"{option}: only --how {' and '.join(sorted(users))} use it; leave it out"
+        for option, (given, users) in unused.items()
+        if given and not ways & users
+    ]
     if problems:
         raise LorafoldError("; ".join(problems))
 

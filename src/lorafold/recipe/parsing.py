@@ -54,7 +54,7 @@ def load_recipe(
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
-        field = NAMES.get(field, field)
+        field, source = NAMES.get(field, field), "--set"
         value = parse_yaml(text, f"--set {pair}")
         if not equals or not field:
             problems.append(f"--set {pair}: expected key=value")

@@ -264,6 +264,8 @@ class NextTurn(DialectRequest):
         shorten: bool = False,
     ) -> None:
         newer, names = body.max_completion_tokens, body.names if names is None else names
+        if newer is not None and body.max_tokens not in (None, newer):
+            raise wrong("max_tokens", "expected either this or max_completion_tokens")
         super().__init__(body, names, field, body.max_tokens if newer is None else newer)
         verbosity = {} if body.verbosity is None else {"verbosity": body.verbosity}
         self._wishes, self._shorten = {**verbosity, **(wishes or {})}, shorten
