@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -260,6 +262,28 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
             lf.export(**wrong)
         assert len(str(refused.value)) < 300
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda out: lf.resize("a", out, rank=0), "rank: found 0, expected at least 1"),
+        (lambda out: lf.merge(None, "a", out=out, rounding="up"), "rounding: found 'up', expected"),
+        (lambda out: lf.compare(out, seeds=0), "seeds: found 0, expected at least 1"),
+        (lambda out: lf.intrinsic(out, share=1.5), "share: found 1.5, expected at least 0"),
+        (lambda out: lf.train(data="x", out=out, learning_rate=3), "lf.train has no option learn"),
+        (lambda out: lf.generate("m", "x", adapter="a"), "did you mean adapters?"),
+        (lambda out: lf.load_model("m", quantize="nf4"), "lf.load_model has no option quantize"),
+        (
+            lambda out: lf.compose("a", out, learning=lf.Learning(evaluations=0)),
+            "evaluations: found 0, expected at least 1",
+        ),
+    ],
+)
+def test_python_refuses_what_the_command_refuses(call: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(lf.LorafoldError, match=re.escape(message)):
+        call(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_run_will_see_is_shown_in_python_too(model: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`lorafold chat`: what the model sees of a conversation, who answers, and what goes where."""
 
+import gc
 import io
 import json
 import os
@@ -158,6 +159,17 @@ def test_a_closed_chat_gives_the_model_back(chat: Chat, made: Callable[[], Any])
     assert {path: type(m) for path, m in model.named_modules()} == {
         path: type(m) for path, m in untouched.named_modules()
     }
+
+
+def test_a_chat_that_nobody_closes_is_closed_when_it_is_collected(made: Any, chat: Chat) -> None:
+    model, untouched, ids = made(), made(), torch.tensor([[5, 6, 7]])
+    left = Chat(model, chat.tokenizer, {})
+    answer = left.answer(left.ask("rain"), left.active)
+    next(answer)
+    del left, answer
+    gc.collect()
+    assert {type(m) for m in model.modules()} == {type(m) for m in untouched.modules()}
+    assert torch.equal(model(ids).logits, untouched(ids).logits)
 
 
 def test_both_goes_on_with_the_adapters_answer(chat: Chat, alone: Callable[..., str]) -> None:

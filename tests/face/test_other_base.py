@@ -82,9 +82,9 @@ def test_a_server_takes_one_where_it_is_told_to(
     base = tiny_model_dir("llama")
     with running(base, folder) as server:
         assert server.complete("theirs", "Hello").status in (404, 409, 503)
-        assert REFUSED in server.parts.registry.wrong["theirs"]
+        assert REFUSED in server.parts.registry.rejected["theirs"]
     # what was found out before holds for that answer alone
     with running(base, folder, allow_other_base=True) as server:
         assert server.text("theirs", "Hello")
-        note = server.parts.registry.found["theirs"].note
+        note = server.parts.registry.adapters["theirs"].note
         assert "was trained on another base" in note

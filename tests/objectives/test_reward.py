@@ -615,7 +615,7 @@ def test_what_can_t_be_used_is_one_line(
     with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
         lf.compose([out, out], tmp_path / "m", model=str(directory))
     with running(tiny_model_dir("llama"), out) as server:
-        (told,) = server.parts.registry.wrong.values()
+        (told,) = server.parts.registry.rejected.values()
     assert "an adapter of a classifier or a reward model, expected one of a language" in told
     labelled = [{"text": f"text {n}", "label": n % 2} for n in range(4)]
     classes = request(

@@ -95,6 +95,8 @@ FALSE = {"type": "object", "properties": {"x": False}, "required": ["x"]}
          "input[0].type"),
         ("/v1/completions", PLAIN | {"prompt": ["x"] * 4, "n": 3}, "invalid_value", "prompt"),
         (TURNS, CHAT | {"max_completion_tokens": 0}, "invalid_value", "max_completion_tokens"),
+        (TURNS, CHAT | {"max_tokens": 3, "max_completion_tokens": 5}, "invalid_value",
+         "max_tokens"),
         (TURNS, CHAT | {"verbosity": "low"}, "invalid_value", "verbosity"),
         (TURNS, CHAT | {"messages": [ASK[0] | {"name": 5}]}, "invalid_value", "messages[0].name"),
         (TURNS, CHAT | {"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "invalid_value",
