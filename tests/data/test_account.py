@@ -159,7 +159,7 @@ def test_a_run_keeps_the_day_on_which_it_began(
 def test_doctor_says_it_of_a_model() -> None:
     [found] = looked_at("smollm2")
     assert "a turn ends with <|im_end|>; without a system message it writes" in found.text
-    assert found.as_json()["end"] == "<|im_end|>"
+    assert found.value["end"] == "<|im_end|>"
 
 
 WORDS = (

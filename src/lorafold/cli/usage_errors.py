@@ -63,7 +63,7 @@ def repeated(line: Line) -> LorafoldError | None:
         if now := [w.name for w in same if w.name not in others] if others else []:
             return LorafoldError(both_names(others[0], now[0]))
         flag = getattr(same[0].option, "is_flag", False)
-        values = {w.name if flag else " ".join(w.values): w.name for w in same}
+        values = {w.name if flag else " ".join(map(str, w.values)): w.name for w in same}
         if len(values) > 1 and not getattr(same[0].option, "multiple", False):
             name = next(iter(values.values()))
             problems.append(f"{name}: found {' and '.join(values)}, expected it once")

@@ -88,15 +88,18 @@ class Ledger(TorchDispatchMode):
         if (first := PRODUCTS.get(func)) is not None:
             self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
         for t in tree_iter(out):
-            if not isinstance(t, Tensor) or (key := t.untyped_storage()._cdata) in before:
-                continue
-            if key not in self._alive:
-                storage = t.untyped_storage()
-                self._alive.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._leave, key, storage.nbytes())
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
+                self._enter(t)
         return out
+
+    def _enter(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        if (key := storage._cdata) in self._alive:
+            return
+        self._alive.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, key, storage.nbytes())
 
     def _leave(self, key: int, n: int) -> None:
         self._alive.discard(key)
