@@ -23,6 +23,7 @@ REQUEST = dedent("""
     def enter(frame, event, _):
         code = frame.f_code
         is_function = code.co_flags & 1 and not code.co_name.startswith("<")
+        is_function = is_function and code.co_filename.endswith(".py")  # no template is one
         if event == "call" and is_function and code.co_filename.startswith(source):
             entered.add((code.co_filename.removeprefix(source), code.co_qualname))
 

@@ -83,7 +83,6 @@ def attach(
         base: the base's own weights, if the model does not have them (see `load`); loftq needs
             them.
     """
-    _check_name(model, name)
     options = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
     built = build(model, spec, targets, **options)  # type: ignore[arg-type]
     return _place(model, built, name, True)
@@ -110,7 +109,6 @@ def load(
         base: the base's own weights, if the model does not have them, because it is quantized or on
             the meta device.
     """
-    _check_name(model, name)
     built = read(model, path, allow_other_base=allow_other_base, base=base)
     source = None if allow_other_base else source_of(model)
     if source and built.base_identity and built.base_identity != of_model(source):
@@ -123,15 +121,12 @@ def load(
     return _place(model, built, name, trainable).requires_grad_(trainable)
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
     if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
         raise LorafoldError(
             f"adapter name: found {name!r}, expected a name without a dot that is not in use on"
             " this model; choose another"
         )
-
-
-def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
     if trainable and any(p.is_cpu for p in model.parameters()):
         use(TRAINING)  # before the first step, so that compiling is no part of it
     selection = selection_of(model)

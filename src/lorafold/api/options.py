@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter
-from itertools import chain
 from pathlib import Path
 from textwrap import dedent, fill, indent
 from typing import (
@@ -189,27 +188,22 @@ def checked(function: Verb) -> Verb:
         if not given.keys() <= known:
             raise unknown_names(f"lf.{function.__name__}", given, known)
         values = signature.bind_partial(*args, **given).arguments
-        check_values(options, values)
+        for name, hint, _, option, _, group in options:
+            value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
+            hints = hint, *get_args(hint), *get_args(next(iter(get_args(hint)), None))
+            choices = {c for one in hints if get_origin(one) is Literal for c in get_args(one)}
+            if choices and isinstance(value, str) and value not in choices:
+                expected = f"one of {', '.join(sorted(choices))}"
+                raise LorafoldError(f"{name}: found {value!r}, expected {expected}")
+            if isinstance(option, Option) and isinstance(value, int | float):
+                low, high = option.min, option.max
+                if (low is not None and value < low) or (high is not None and value > high):
+                    most = "" if high is None else f", at most {high:g}"
+                    raise LorafoldError(f"{name}: found {value}, expected at least {low:g}{most}")
         return function(*args, **given)
 
     result: Any = call
     return result
-
-
-def check_values(options: Sequence[DeclaredOption], given: Mapping[str, Any]) -> None:
-    """Raise LorafoldError for the first value that is no choice, or out of the option's range."""
-    for name, hint, _, option, _, group in options:
-        value = given.get(name) if group is None else getattr(given.get(group[0]), name, None)
-        hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        literals = (one for one in (hint, *get_args(hint)) if get_origin(one) is Literal)
-        choices = [*chain.from_iterable(map(get_args, literals))]
-        if choices and isinstance(value, str) and value not in choices:
-            raise LorafoldError(f"{name}: found {value!r}, expected one of {', '.join(choices)}")
-        if isinstance(option, Option) and isinstance(value, int | float):
-            low, high = option.min, option.max
-            if (low is not None and value < low) or (high is not None and value > high):
-                at_most = "" if high is None else f", at most {high:g}"
-                raise LorafoldError(f"{name}: found {value}, expected at least {low:g}{at_most}")
 
 
 def verb(function: Verb) -> Verb:

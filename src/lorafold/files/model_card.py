@@ -89,7 +89,14 @@ def training_card(
         name=name,
         whole=whole,
         in_peft=in_peft,
-        tables={title: _cells(rows) for title, rows in tables.items()},
+        tables={
+            title: {
+                key.replace("_", " "): as_text(value).replace("|", "\\|").replace("\n", " ")
+                for key, value in rows.items()
+                if value not in (None, "", [], {})
+            }
+            for title, rows in tables.items()
+        },
         auto="AutoModelForSequenceClassification" if outputs else opened_by,
         base=f"path/to/{name}" if local and not embedded else base,
         embedded=embedded,
@@ -127,12 +134,3 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
-
-
-def _cells(rows: Mapping[str, Any]) -> dict[str, str]:
-    """The names and texts of the values that are not empty."""
-    return {
-        key.replace("_", " "): as_text(value).replace("|", "\\|").replace("\n", " ")
-        for key, value in rows.items()
-        if value not in (None, "", [], {})
-    }
