@@ -114,7 +114,7 @@ class Chat:
         tokens or half of the context, whichever is less.
         """
         first, context = self._first, self.context or sys.maxsize
-        question: Message = {"role": "user", "content": text}
+        question = {"role": "user", "content": text}
         while True:
             messages = [*self.conversation(first), question]
             prompt = render(messages, self.tokenizer, for_generation=True)

@@ -100,7 +100,7 @@ def load_with_adapters(
             f"{', '.join(map(str, adapters)) or model.name}: found {found}, expected {wanted} for"
             f" this data or command{hint}"
         )
-    objective: Objective = (
+    objective = (
         RewardModel(BradleyTerry()) if reward else Sft() if classes is None else Classify(classes)
     )
     tokenizer = prepared(tokenizer, objective, console)

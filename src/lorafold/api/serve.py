@@ -134,6 +134,6 @@ def own_bases(
     sizes = sorted(map(len, groups))
     if sizes[-1:] == sizes[-2:-1]:
         return found
-    most: list[OwnBase] = max(groups, key=len)
+    most = max(groups, key=len)
     names = [(own.name, own.trained_on) for own in most]  # one adapter alone may name no model
     return [most[names.index(max(names, key=names.count))]]

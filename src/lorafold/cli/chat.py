@@ -79,7 +79,7 @@ class Session:
 
     def one_answer(self, turn: "Turn", names: tuple[str, ...]) -> tuple[str, bool]:
         """The answer, printed as it comes, and whether Ctrl-C stopped it."""
-        pieces: list[str] = []
+        pieces = []
         with _stoppable() as stop:
             with closing(self.chat.answer(turn, names)) as answer:
                 for piece in answer:
@@ -157,7 +157,7 @@ def _stoppable() -> Iterator[list[int]]:
     """In it, Ctrl-C only fills the list, so that no step of the model is interrupted, and an
     impatient second one does not end the conversation.
     """
-    stop: list[int] = []
+    stop = []
     before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
     try:
         yield stop

@@ -56,7 +56,7 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     resources = worker_resources(ray.nodes(), workers)
     start = ray.remote(worker).options(scheduling_strategy="SPREAD", **resources)
     started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
-    ended: list[tuple[int, str]] = []
+    ended = []
     for one in started:
         try:
             ended.append(ray.get(one))

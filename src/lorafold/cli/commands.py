@@ -157,7 +157,7 @@ def _saved(wanted: str, typed: Typed) -> Any:
 
 def columns_of(pairs: list[str] | None) -> dict[str, str]:
     """The names of your columns, by lorafold's."""
-    columns: dict[str, str] = {}
+    columns = {}
     for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
         name, equals, column = pair.partition("=")
         if not name or not equals or name in columns:
@@ -172,7 +172,7 @@ def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
     """The values of a sweep, by their field."""
     from lorafold.recipe.parsing import parse_yaml
 
-    fields: dict[str, list[Any]] = {}
+    fields = {}
     for pair in pairs or ():
         name, equals, text = pair.partition("=")
         name = name.strip()

@@ -23,7 +23,7 @@ def parameter_of(one: DeclaredOption) -> Parameter:
     if get_origin(kind) is list and default and not required:
         several = [default] if isinstance(default, str) else default
         text, default = f"{text}  [default: {' '.join(map(str, several))}]", None
-    settings: dict[str, Any] = {
+    settings = {
         "help": text,
         "hidden": option.rare,
         "metavar": option.metavar,

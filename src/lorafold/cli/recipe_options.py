@@ -41,8 +41,8 @@ def options_of(declared: RecipeOptions) -> list[Parameter]:
 
 def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
     """The recipe from the file, the pairs and the options."""
-    pairs: list[str] = [*(typed["set"] or [])]
-    flags: dict[str, Any] = {}
+    pairs = [*(typed["set"] or [])]
+    flags = {}
     for name in fields_in(declared):
         value = typed[name]
         if value in (None, []):

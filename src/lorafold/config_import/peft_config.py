@@ -64,7 +64,7 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     if start is not None:
         understood[INIT] = True  # how it starts is read below
     spec, selection, bias = read_config(understood)
-    beneath: Any = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
+    beneath = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
     read = {**vars(selection), "bias": bias, **vars(beneath)}
     outcomes = dict(_of_method(method, beneath, start))
     outcomes |= {f.key: _of_selection(f, config.get(f.key), read) for f in shared}

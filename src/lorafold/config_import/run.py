@@ -320,7 +320,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
     try:
         recipe = Recipe.model_validate(values, context=UNWORDED)
     except ValidationError as error:
-        problems: dict[str, str] = {}
+        problems = {}
         for problem in error.errors(include_url=False):
             name = str(problem["loc"][0]) if problem["loc"] else ""
             problems[name] = (

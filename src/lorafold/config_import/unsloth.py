@@ -281,7 +281,7 @@ def arguments_of(text: str, where: str) -> Mapping[str, Any]:
         line = getattr(error, "lineno", None)
         raise LorafoldError(f"{where}: not Python{f' at line {line}' if line else ''}") from None
     literals, seen = _literals(tree), set[str]()
-    arguments: dict[str, Any] = {}
+    arguments = {}
     for call in _calls(tree):
         name, owner = _name_of(call.func)
         if name in TRAINERS and "trainer" not in arguments:

@@ -267,7 +267,7 @@ def forest(
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
     targets = np.full(size, NO_LOSS, np.int64)
     lens: list[int] = []
-    starts: list[int] = []
+    starts = []
     places, of_rows = ([np.zeros(0, np.int64)] * len(rows) for _ in range(2))
     path, limit, end = np.zeros(0, np.int64), size, 0  # of the row before; the tokens so far
     group, order = None, range(len(rows))

@@ -267,7 +267,7 @@ def encode_preferred(
 def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encoded:
     """The examples of a table that `Branches` made, cut to `max_length` tokens a document."""
     examples = EXAMPLES[kind](table, max_length)
-    cut: Array = np.any(examples.whole > max_length, axis=1)
+    cut = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
     own = examples.own[:, : examples.whole.shape[1]]
     columns = {"chosen": own[:, 0], "rejected": own[:, -1]}
@@ -289,7 +289,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Encode
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
     """Raise LorafoldError for `cut` examples, (n,), of which nothing is left to compare."""
-    bad: dict[int, str] = {}
+    bad = {}
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.whole.shape[1]]
         if any(set(branch.labels) == {NO_LOSS} for branch in own):

@@ -217,7 +217,7 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
 
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The keys and values from a character on, and where they end."""
-    arguments: dict[str, Any] = {}
+    arguments = {}
     opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
     after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\Z)"

@@ -22,7 +22,6 @@ import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
 from lorafold.data.examples import EMPTY, TRAINED
-from lorafold.data.messages import Message
 from lorafold.data.render import render_trained
 from lorafold.data.row_store import RowPlace, Rows, named
 from lorafold.data.shapes import Conversation
@@ -163,7 +162,7 @@ def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
-    said: Message = {"role": "assistant", "content": VALUE}
+    said = {"role": "assistant", "content": VALUE}
     try:
         return LEFT_OUT * render_trained(Conversation([ASKED, said]), tokenizer).left_out
     except LorafoldError as error:
@@ -223,7 +222,7 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """All by name; null stands for what was not looked for."""
-        results: dict[str, Any] = dict.fromkeys(SAID)
+        results = dict.fromkeys(SAID)
         for name, of in self.found.items():
             first = [
                 one._asdict() | ({"as": other._asdict()} if other else {})

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from lorafold.data.messages import Message, Tool
+from lorafold.data.messages import Tool
 from lorafold.data.shapes import Conversation
 from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
@@ -71,7 +71,7 @@ def written_by(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
     """Those of some words that the chat template writes itself, of pieces or as a word."""
-    said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
+    said = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
     conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": VALUE}])
     texts = [attempt(messages, tokenizer, for_generation=True) for messages in conversations]
     text = "".join([NOTE.sub("", template), *texts])
@@ -171,9 +171,9 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return tokens_of(text, tokenizer)
     if tokenizer.is_fast:
         return pieces_of(text, tokenizer).ids
-    options: Any = {"sanitize_control_tokens": True}
+    options = {"sanitize_control_tokens": True}
     try:
-        encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False, **options)
     except ValueError as error:
         raise LorafoldError(_not_text(str(error))) from error
     return list(encoded.input_ids)
@@ -192,9 +192,9 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Fal
         backend = tokenizer.backend_tokenizer
         whole = backend.truncation is None and backend.padding is None
         if whole and backend.encode_special_tokens == tokenizer.split_special_tokens:
-            ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+            ids = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
             return ids
-    encoded: Any = tokenizer(text, add_special_tokens=special, verbose=False)
+    encoded = tokenizer(text, add_special_tokens=special, verbose=False)
     return list(encoded.input_ids)
 
 
@@ -232,17 +232,17 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     [line] = tokenizer(["\n"], **options).input_ids
     given = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
     each = [*dict.fromkeys(given)]  # a content may repeat itself
-    encoded: Any = tokenizer(each, **options)
+    encoded = tokenizer(each, **options)
     pairs = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
     tokens = dict(zip(each, pairs, strict=True))
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
+    ids = []
+    offsets = []
     for start, piece, cut in zip(starts, given, [*cuts, None], strict=True):
         (some, where), at = tokens[piece], start - (start > 0)
         if start and some[: len(line)] == line:
             some, where = some[len(line) :], where[len(line) :]
         elif start:
-            alone: Any = tokenizer(piece[1:], **options)
+            alone = tokenizer(piece[1:], **options)
             some, where, at = alone.input_ids, alone.offset_mapping, start
         ids += some
         offsets += [(at + first, at + last) for first, last in where]

@@ -106,7 +106,7 @@ class CompletionEncoder(Encoder):
                     " offsets; expected a fast tokenizer (one with a tokenizer.json)"
                 )
             encodings |= zip(some, encoded, strict=True)
-        examples: list[PendingExample] = []
+        examples = []
         for n, piece in enumerate(pieces):
             encoding = encodings.get(n)
             if encoding is not None and piece.rendered:
@@ -146,7 +146,7 @@ class CompletionEncoder(Encoder):
         rendered, text, together = piece.rendered, piece.text, []
         if OPENING in text:
             encoding = pieces_of(text, self.tokenizer)
-        examples: list[PendingExample] = []
+        examples = []
         ids, added = encoding.ids, template_of(self.tokenizer).added
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)

@@ -96,7 +96,7 @@ def as_row(value: Any, look: bool = True) -> Found:
 def unusable(value: Any) -> str:
     """What can't be used in a value, with its field; empty for nothing."""
     digits = sys.get_int_max_str_digits()  # of the longest whole number that Python reads; 0: any
-    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    waiting = [("", value, 0)]
     while waiting:
         name, one, depth = waiting.pop()
         field = f"field {name}: " if name else ""
@@ -131,7 +131,7 @@ def as_known(row: Any) -> Found:
     """The row with the keys and lists that shapes know, or the reason why it can't be read."""
     if not isinstance(row, dict):
         return row if isinstance(row, str) else as_row(row)
-    known: Row = row
+    known = row
     for key in SPOKEN:
         value = row.get(key)
         if isinstance(value, str) and key in CONVERSED and value.lstrip()[:1] in ("[", "{"):

@@ -124,7 +124,7 @@ def _conversation(row: Row) -> Conversation:
     shape = shape_of(row, ASKING)
     if shape is None:
         return Conversation([])
-    given: Conversation = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
+    given = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
     return given
 
 
@@ -189,7 +189,7 @@ class TokenizedPrompt:
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        given: Conversation = self._shape.given(PROMPTS, dict(self.row))
+        given = self._shape.given(PROMPTS, dict(self.row))
         return given
 
     @property

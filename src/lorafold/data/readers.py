@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.data.json_input import Found, as_row, decoded, loaded, row_of, suspect
 from lorafold.errors import LorafoldError
@@ -68,7 +68,7 @@ def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedRe
     begins = file.peek(2)[:2]
     if not windows and begins not in WIDE:
         return file
-    stream: io.RawIOBase = _Utf8(_recoded(file, begins in WIDE, tell))
+    stream = _Utf8(_recoded(file, begins in WIDE, tell))
     return io.BufferedReader(stream, PIECE)
 
 
@@ -178,7 +178,7 @@ def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedRe
 
     if (begins := file.peek(4)) and not begins.startswith(MAGIC[compression]):
         raise Unreadable(f"found no {compression}, as its name says; rename it if it is plain text")
-    stream: Any = pa.CompressedInputStream(file, compression)
+    stream = pa.CompressedInputStream(file, compression)
     return io.BufferedReader(stream)
 
 

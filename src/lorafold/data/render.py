@@ -68,7 +68,7 @@ def check_shown(
     """
     messages, tools = conversation.messages, conversation.tools
     # a part that is not in the text, messages and tools with a probe in its place, and the probe
-    missing: list[tuple[str, list[Message], tuple[Tool, ...], str]] = []
+    missing = []
 
     def lacks(what: str, n: int, change: Message, value: str) -> None:
         probed = [*messages[:n], messages[n] | change, *messages[n + 1 :]]

@@ -105,7 +105,7 @@ class ArrowRows(Items[Row]):
 
     def item(self, index: int) -> Row:
         at = index if self._chosen is None else int(self._chosen[index])
-        row: Row = json.loads(self._text[at].as_py())
+        row = json.loads(self._text[at].as_py())
         return row
 
     def __iter__(self) -> Iterator[Row]:

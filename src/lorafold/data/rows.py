@@ -204,7 +204,7 @@ def checked(
     and says which are left out.
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
-    first: tuple[int, Shape] | None = None
+    first = None
     used = False  # of any row
     for number, given in numbered:
         place = f"{source}: row {number}"

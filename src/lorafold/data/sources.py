@@ -67,7 +67,7 @@ def files_of(name: str) -> RowFiles:
         names = {path: path.relative_to(directory).as_posix() for path in directory.rglob("*")}
         # of what is hidden, such as .git, only rows are worth a word
         names = {p: n for p, n in names.items() if not _hidden(n) or kind_of_file(p)}
-    splits: dict[Path, str] = {}
+    splits = {}
     directories = [n for path, n in names.items() if path.is_dir() and matched and "**" not in name]
     left_out = dict.fromkeys(directories, "a directory")
     for path in sorted(filter(Path.is_file, names), key=_natural):

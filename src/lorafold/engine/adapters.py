@@ -231,7 +231,7 @@ class Reader:
         active, gained = selection_of(self.shadow).active, dict[str, Gained]()
         pairs = dict[str, tuple[Tensor, Tensor]]()
         for path in () if alone else self.structure.where:
-            delta: Delta | None = deltas.get(path)
+            delta = deltas.get(path)
             # over what is active on the model a gain is another one
             if delta is not None and not active:
                 gain = delta.eval().gained(layer_of(module_at(self.shadow, path)))

@@ -108,7 +108,7 @@ class EngineDelta(Opaque):
         products = self._products[0]
         plan = products.plan
         d = products.product((self.path,), x, [layer]) if self.path in plan.low_rank else None
-        y: Tensor = layer(x, *args, onto=add(d, onto) if d is not None else onto)
+        y = layer(x, *args, onto=add(d, onto) if d is not None else onto)
         return products.changed(self.path, layer, x, y)
 
 

@@ -76,7 +76,7 @@ def structure_of(model: Any) -> Structure:
         for path, module in Anatomy.of(model).modules
     ]
     state = (model.dtype, model.device, modules)
-    cached: tuple[Any, Structure] | None = vars(model).get(CACHED)
+    cached = vars(model).get(CACHED)
     if cached is None or cached[0] != state:
         cached = vars(model)[CACHED] = (state, probe(model))
     return cached[1]
@@ -124,7 +124,7 @@ def probe(model: Any) -> Structure:
     if not (together - alone).norm() <= eps * alone.norm():
         return Structure("in slots it computes other logits than alone")
     rowwise = frozenset(path for path, fits in inputs.rows.items() if fits)
-    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
+    sizes = defaultdict(list)
     for path, module in Anatomy.of(model).modules:
         if path in rowwise and is_linear(module):
             sizes[layer_of(module).shape].append(path)
@@ -220,7 +220,7 @@ def rows_apart(model: nn.Module, stack: ExitStack) -> None:
     instead, as training does under adapters.
     """
     for _, module in Anatomy.of(model).modules:
-        layer: Any = layer_of(module)
+        layer = layer_of(module)
         adapted = isinstance(module, Adapted)  # its own forward is that of the layer
         if layer.mixes_rows and not adapted and "forward" not in vars(module):
             module.forward = layer

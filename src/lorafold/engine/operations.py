@@ -100,7 +100,7 @@ def slot_mask(
     offset has a position for each row (B,), else transformers' boolean mask.
     """
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
-        others: dict[str, Any] = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
+        others = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
     if protocol.get("use_vmap") or protocol.get("attention_mask") is not None:
         raise NotImplementedError("a mask that is no predicate on the positions of all rows")
@@ -241,5 +241,5 @@ def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
     row, key = (at < lens[:, -1:]).nonzero(as_tuple=True)
     docs = Documents(tuple(ends), None, tuple(starts))
     flat = q.transpose(1, 2).reshape(rows * tokens, heads, -1)
-    out: Tensor = FORWARD(flat, k[row, :, key], v[row, :, key], docs, Scores(scale, None))
+    out = FORWARD(flat, k[row, :, key], v[row, :, key], docs, Scores(scale, None))
     return out.view(rows, tokens, heads, -1)

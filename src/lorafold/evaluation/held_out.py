@@ -99,7 +99,7 @@ def sharing(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
 
 def pad_id_of(model: PreTrainedModel) -> int:
     """The token that pads short texts."""
-    pad_id: int | None = model.config.get_text_config().pad_token_id
+    pad_id = model.config.get_text_config().pad_token_id
     if pad_id is None:
         raise LorafoldError(
             "the model's config: field pad_token_id: found null, expected the id of the token that"

@@ -97,8 +97,8 @@ def preference_figures(
     """Measure a model with the adapters that are active on it. If `reference` is set, the model
     without its highest adapter is the reference, and unknown log-probabilities of it are computed.
     """
-    parts: list[Scored] = []
-    order: list[int] = []
+    parts = []
+    order = []
     kl = tokens = 0.0
     with evaluating(loss):
         for group in loss.groups(examples):

@@ -114,7 +114,7 @@ def rewards_over(
 ) -> Iterator[Rewards]:
     """Rewards, some of them adapters over the model that generates the completions."""
     with ExitStack() as stack:
-        over: dict[Any, Reward] = {
+        over = {
             text: stack.enter_context(one.over(model, packing, console))
             for text, one in adapters.items()
         }
@@ -145,7 +145,7 @@ class AdapterReward:
         """The tokens of prompt and completion, the completion as the only branch."""
         table = self._encoder.encode([_answered(one) for one in judged], 0).to_pylist()
         # where earlier turns are rewritten, the last text of a row is the one with its last turn
-        entries: dict[int, dict[str, Any]] = {entry["row"]: entry for entry in table}
+        entries = {entry["row"]: entry for entry in table}
         problems = {entry["row"]: problem for entry in table if (problem := entry["problem"])}
         texts = []
         for number, one in enumerate(judged):

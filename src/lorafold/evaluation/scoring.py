@@ -282,7 +282,7 @@ def score_rows(
     data: Any
     if paired:
         data = encode_preferred(rows, tokenizer, max_length, PAIRS, console)
-        examples: Sequence[Branched] = data.examples
+        examples = data.examples
     else:
         data = encode(rows, tokenizer, max_length, console, WHOLE_CONVERSATION)
         texts = dict(zip(data.examples.rows.tolist(), data.examples, strict=True))
@@ -293,7 +293,7 @@ def score_rows(
             )
         examples = [continued(texts[n]) for n in range(len(rows))]
     names = ("chosen", "rejected") if paired else ("score",)
-    truncated: int = data.report.truncated
+    truncated = data.report.truncated
     if console and truncated:
         print_lines(console, data.report)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:

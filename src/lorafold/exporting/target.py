@@ -80,9 +80,9 @@ class Update:
 @torch.no_grad()
 def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
     """What the named adapters change, lowest first; the model stays as it is."""
-    factors: dict[str, Factors] = {}
+    factors = {}
     dense, beside = dict[str, str](), dict[str, str]()
-    lost: dict[str, tuple[float, float]] = {}
+    lost = {}
     for path, module in adapted_modules(model):
         deltas = [*deltas_of(module, names)]
         if not deltas:

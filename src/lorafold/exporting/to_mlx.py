@@ -141,7 +141,7 @@ class ToMlx(Target):
         doras, kind = _doras(subject), subject.config.model_type
         factors = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
         rank = max(down.shape[-2] for _, down in factors.values())
-        tensors: dict[str, Tensor] = {}
+        tensors = {}
         for path, pair in factors.items():
             for name, (up, down) in _named(kind, path, padded(pair, rank)):
                 turned = up.dim() == 2

@@ -59,7 +59,7 @@ def training_card(
     # only the name of a directory of this machine is shown
     local = not base or Path(base).exists() or Path(base).is_absolute() or base == EMBEDDED
     relation = f"base_model:{'finetune' if whole else 'adapter'}:{base}"
-    front: dict[str, Any] = {
+    front = {
         "library_name": "transformers" if whole else "peft" if in_peft else "lorafold",
         "tags": [*["lora"] * (not whole), "lorafold", *[relation] * on_hub],
     }

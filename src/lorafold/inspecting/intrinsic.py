@@ -119,7 +119,7 @@ def search(
         return {at.with_suffix(".json"): lambda: run(request, inside, at, "fastfood", **options)}
 
     low, high = (smallest - 1).bit_length(), largest.bit_length() - 1
-    first: dict[Path, Callable[[], HeldOutLoss]] = {
+    first = {
         out / "base.json": lambda: bare_loss(request, recipe),
         out / "full.json": lambda: run(request, recipe, out / "full", "full"),
     }

@@ -70,7 +70,7 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
     `parameter_count` adds them.
     """
     by_path: dict[str, dict[str, int]] = {}
-    seen: set[int] = set()
+    seen = set()
     for path, module in Anatomy.of(model).modules:
         layer = layer_of(module)
         if isinstance(module, Matrices):

@@ -343,7 +343,7 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
     """Have each gradient give way to one of its parts (n,), of which each process holds one, as
     soon as it is there; these parts.
     """
-    parts: dict[nn.Parameter, Tensor] = {}
+    parts = {}
 
     def keep(p: nn.Parameter) -> None:
         if p not in parts:
@@ -361,7 +361,7 @@ def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> lis
     """Have a ledger count its peak anew once half of these have gradients; a list with that before.
     Few blocks may have theirs by the head, many by the gradients, which grow otherwise.
     """
-    before: list[int] = []
+    before = []
     left = (len(trained) + 1) // 2
 
     def count(p: nn.Parameter) -> None:

@@ -146,7 +146,7 @@ def before_and_after(
     """A parameter, of any shape, before (in its dtype) and after folding (fp32 or wider)."""
     layer = layer_of(module)
     w, b = layer.dense()
-    before: Tensor = (
+    before = (
         layer.plain().encode(w, b)[parameter] if layer.quantized else layer.parameter(parameter)
     )
     if ROUND_TRIP in module.deltas:

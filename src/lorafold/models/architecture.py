@@ -65,14 +65,14 @@ def whole_of(model: nn.Module) -> Whole | None:
     if not name:
         return None
     try:  # the configuration in the files that it was read from, if they are here
-        config: PreTrainedConfig = tf.AutoConfig.from_pretrained(
+        config = tf.AutoConfig.from_pretrained(
             name, local_files_only=True, trust_remote_code=trusted
         )
     except (OSError, ValueError):
         return None
     if config.get_text_config() is config or isinstance(own, type(config)):
         return None
-    cls: Any = getattr(tf, next(iter(config.architectures or ()), ""), None)
+    cls = getattr(tf, next(iter(config.architectures or ()), ""), None)
     # what a model of a class is for, such as ForCausalLM
     task, of_model = (c and c.__name__[c.__name__.rfind("For") :] for c in (cls, type(model)))
     if cls is None or isinstance(model, cls) or task == of_model:
@@ -107,7 +107,7 @@ def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
     """
     import transformers as tf
 
-    kinds: tuple[Any, ...] = tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
+    kinds = tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
     coded = getattr(config, "auto_map", None) or {}
     exact = [a for a in kinds if cls and a._model_mapping.get(type(config), None) is cls]
     able = [a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping]

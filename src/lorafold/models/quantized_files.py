@@ -261,7 +261,7 @@ def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFo
 
 def _codes(group: Any, form: str, what: str) -> QuantizationFormat:
     weights, form = group.weights, str(getattr(group.format or form, "value", group.format or form))
-    blocks: dict[str, Any] = {
+    blocks = {
         "tensor": (0, 0),
         "channel": (1, 0),
         "group": (1, weights.group_size),

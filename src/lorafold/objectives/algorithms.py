@@ -81,7 +81,7 @@ def policy_options(
     names = [field.name for field in fields(SamplingOptions)]
     own = {name: given.pop(name) for name in names if name in given}
     sampling = checked_options(SamplingOptions, own, objective)
-    kind: type[PolicyLaw] = law_class(OBJECTIVES[objective], policy_algorithms)
+    kind = law_class(OBJECTIVES[objective], policy_algorithms)
     return checked_options(kind, given, objective, names), sampling
 
 

@@ -220,14 +220,14 @@ def _cached(x: Tensor, form: Form) -> _Copy | None:
     during = scope()
     if during is None and not in_backward():
         return None
-    forms: dict[Form, _Copy] = _copies.setdefault(x, {})
+    forms = _copies.setdefault(x, {})
     copy = forms.get(form)
     if during is None:  # in a backward, which does not know of the scope
         return copy if copy is not None and copy.made.open else None
     if copy is not None and copy.family.during is not during:
         copy.family.renew(during)
     if copy is None or copy.made is not during:
-        family: _Family = during.kept.setdefault(_Family, _Family(during))
+        family = during.kept.setdefault(_Family, _Family(during))
         forms[form] = copy = _Copy(x, form, family)
         family.copies.append(weakref.ref(copy))
     copy.asked = during

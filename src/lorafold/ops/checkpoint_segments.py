@@ -50,7 +50,7 @@ class _By(AbstractContextManager[None]):
 
 def keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a segment's forward and of its replays, for torch's checkpointing."""
-    outputs: list[tuple[Tensor, int]] = []
+    outputs = []
 
     def forward(make: Make) -> Tensor:
         y = make()

@@ -173,7 +173,7 @@ def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dr
     """
     # inference tensors have no version counter
     segment, version = running_segment(), None if x.is_inference() else x._version
-    known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
+    known = vars(x).setdefault("_lorafold_dropped", {})
     result = known.get(p)
     same = result and version is not None and result[3:5] == (version, segment)
     if result is None or not same or reader in result.readers:
@@ -190,7 +190,7 @@ def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
-    masked: Tensor = _Kept.apply(x, *dropped(x, p, site))
+    masked = _Kept.apply(x, *dropped(x, p, site))
     return masked * keep_scale(p)
 
 

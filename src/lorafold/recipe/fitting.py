@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 
@@ -68,7 +67,7 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
     """
     known = known_options(method, recipe.options.get("over"))
     unset = [name for name in recipe.for_method() if name not in known]
-    changes: dict[str, Any] = {name: Recipe.model_fields[name].default for name in unset}
+    changes = {name: Recipe.model_fields[name].default for name in unset}
     changes["options"] = {name: value for name, value in recipe.options.items() if name in known}
     if make_spec(method).trains_base and recipe.storage in QUANTIZED:
         changes["storage"] = "fp32"

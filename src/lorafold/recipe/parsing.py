@@ -39,9 +39,9 @@ def load_recipe(
     rank_pattern or alpha_pattern, and after it an entry of that field (`options.init=gaussian`,
     `rank_pattern.0.q_proj=8`).
     """
-    values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
-    sources: dict[str, str] = dict.fromkeys(values, "the defaults")
-    problems: list[str] = []
+    values = defaults.model_dump(exclude_unset=True) if defaults else {}
+    sources = dict.fromkeys(values, "the defaults")
+    problems = []
     given = {} if config is None else _read(config)
     values |= given
     sources |= dict.fromkeys(given, str(config))

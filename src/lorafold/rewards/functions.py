@@ -240,7 +240,7 @@ def task(text: str) -> Function:
         raise Wrong(f"found no task {text!r}, expected one as {', '.join(near)}")
     try:
         own, config = DATASETS[text]
-        made: Any = own(config())
+        made = own(config())
         needed = {"metadata"} if made[0]["answer"] is None else {"answer", "metadata"}
     except Exception as error:  # as for a task that is made of others
         raise Wrong(f"its verifier can't be made: {raised(error, None)}") from None

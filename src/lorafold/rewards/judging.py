@@ -304,11 +304,11 @@ class Rewards(AbstractContextManager["Rewards"]):
         """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
         in this process and without a limit, and rewards. Functions of one name are numbered.
         """
-        made: list[Reward] = []
+        made = []
         names = Counter[str]()
         try:
             for one in given:
-                reward: Any = reward_of(one) if isinstance(one, str) else one
+                reward = reward_of(one) if isinstance(one, str) else one
                 reward = reward if isinstance(reward, Reward) else DirectReward(reward)
                 made.append(reward)
                 names[reward.name] += 1

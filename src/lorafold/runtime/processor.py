@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -184,6 +183,6 @@ def disband() -> None:
 
 
 def _call(name: str, argument: int) -> None:
-    function: Any = getattr(ctypes.CDLL(None), name, None)  # none without OpenMP
+    function = getattr(ctypes.CDLL(None), name, None)  # none without OpenMP
     if function is not None:
         function(argument)

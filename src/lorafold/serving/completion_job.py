@@ -219,7 +219,7 @@ class PartReader:
         """The parts that a piece of text completes."""
         self._held += piece
         self.length += len(piece)
-        parts: list[Part] = []
+        parts = []
         if self._state == "start":
             text = self._held.lstrip()
             if text.startswith(self._opening):
@@ -244,7 +244,7 @@ class PartReader:
 
     def finish(self) -> tuple[list[Part], list[dict[str, Any]]]:
         """The parts that are left, and the calls, in OpenAI's form with arguments as objects."""
-        calls: list[dict[str, Any]] = []
+        calls = []
         if self._state == "calling" or self._all:
             with suppress(LorafoldError, RecursionError, MemoryError):  # nested without end
                 calls = parse_calls(self._held, self._tokenizer, self._tools)

@@ -203,7 +203,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
 def until(text: str) -> datetime:
     """When a key expires: after so long (`30d`, `12h`), or at the end of a day (`2026-12-31`)."""
     now = datetime.now(UTC).replace(microsecond=0)
-    end: object = _end_of_day(text)
+    end = _end_of_day(text)
     if match := re.fullmatch(r"([0-9]{1,5})([dh])", text):
         end = now + int(match[1]) * timedelta(hours=24 if match[2] == "d" else 1)
     if not isinstance(end, datetime) or end <= now:

@@ -122,7 +122,7 @@ def write(record: Record) -> None:
     """Log a request that has ended."""
     reply = record.reply
     jobs = reply.jobs if reply else []
-    fields: dict[str, Any] = {
+    fields = {
         "request": record.id,
         "method": record.method,
         "path": record.raw_path[:200],

@@ -115,7 +115,7 @@ class Renderer:
         self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
         self.texts = TokenTexts(tokenizer)
         # probe how the template writes tools, calls and reasoning, so that no request waits for it
-        called: Message = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
+        called = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
         conversation = Conversation([ASKED, called], 0, (PROBE_TOOL,))
         for probe in (
             lambda: check_able(conversation, tokenizer),

@@ -92,7 +92,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
 def _problem(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        kind: type[Strict] = Limits if name.startswith("limits.") else Settings
+        kind = Limits if name.startswith("limits.") else Settings
         return f"{name}: unknown, expected one of {', '.join(kind.model_fields)}"
     return f"{name}: found {error['input']!r}, {error['msg'][:1].lower()}{error['msg'][1:]}"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lorafold.core.spec import Spec
 from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
 from lorafold.files.atomic import MANIFEST, write_text
 from lorafold.files.contents import Contents, FileStamp
@@ -199,7 +198,7 @@ class Verifier:
             if stack[at].digest_of((CONFIG, WEIGHTS)) != origin.sha256:
                 raise LorafoldError(not_found(origin, path))
         spec = read_config(config)[0]
-        ranked: Spec = getattr(spec, "over", spec)  # the method that has the rank
+        ranked = getattr(spec, "over", spec)  # the method that has the rank
         ranks = [getattr(ranked, "rank", 0), *getattr(ranked, "rank_pattern", {}).values()]
         # factors of that rank would be made before they are compared with the file's tensors
         rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)

@@ -350,7 +350,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
             inputs = loss.collate(batch, plan.device)
             names = loss.names(batch, [rows[j] for j in part], inputs)
             with drawing(selection, Draws(key, names)):
-                value: Tensor = loss(**inputs, **of_step)
+                value = loss(**inputs, **of_step)
                 if i >= len(parts):
                     value = 0 * value
                 else:
@@ -370,7 +370,7 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
 
     Without this check, such a run would only look like one that does not learn.
     """
-    grads: dict[str, dict[str, bool]] = {}
+    grads = {}
     for path, delta in adapter.deltas.items():
         held = {name: p for name, p in delta.named_parameters() if p.numel()}
         if held:  # a twin's are another's, and a mask may have no entry in a weight

@@ -112,7 +112,7 @@ def started(recipe: Recipe, logs: Path) -> list[Any]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
     PartialState()  # which its trackers ask for the main process
-    trackers: list[Any] = []
+    trackers = []
     for name in filter_trackers([*recipe.trackers], str(logs)):
         kind = LOGGER_TYPE_TO_CLASS[str(name)]
         where = [str(logs)] if kind.requires_logging_directory else []

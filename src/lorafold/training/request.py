@@ -197,7 +197,7 @@ def depends_on(request: RunRequest, objective: Objective) -> dict[str, Any]:
     held-out rows, the file of a chat template, and what the objective names.
     """
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
-    identity: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
+    identity = {HELD_OUT: held_out, **objective.identity}
     template = request.recipe.chat_template
     if template is not None and Path(template).is_file():
         identity["chat_template"] = file_digest(Path(template))[1]

@@ -247,7 +247,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """
     request = setup.request
     recipe, free = request.recipe.model_dump(mode="json"), free_on_resume(request.recipe)
-    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in free}
+    identity = {k: v for k, v in recipe.items() if k not in free}
     identity |= {
         "lorafold": version("lorafold"),
         "model": request.base.name,
@@ -260,7 +260,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         identity["over"] = [origin.sha256 for origin in adapter.over]
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
-        template: Any = setup.tokenizer.chat_template
+        template = setup.tokenizer.chat_template
         named = template if isinstance(template, dict) else {"": str(template)}
         plain = {name: NOTE.sub("", text) for name, text in named.items()}
         identity["chat_template"] = str(plain.get("", plain))

@@ -207,7 +207,7 @@ def check_alike(setup: Setup) -> None:
     """
     request, processes = setup.request, setup.layout.processes
     recipe = request.recipe.model_dump(mode="json")
-    here: dict[str, Any] = {
+    here = {
         "lorafold": f"{version('lorafold')} ({of_code(*TRAINING)[:8]})",
         **{name: version(name) for name in COMPUTED_WITH},
         **{f"the files of {of['name']}": of["sha256"][:8] for of in setup.files.values()},

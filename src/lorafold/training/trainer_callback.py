@@ -255,7 +255,7 @@ def _check_method(adapter: Adapter) -> None:
             f"AdapterCallback: {name} trains the base itself, which the trainer's checkpoints hold"
             " without a callback"
         )
-    lowest: Any = spec
+    lowest = spec
     while isinstance(over := getattr(lowest, "over", None), Spec):
         lowest = over
     when = {

@@ -259,7 +259,7 @@ def _leaves(y: Tensor) -> list[Tensor]:
     """
     leaves, seen, ahead = [], set(), [y.grad_fn]
     while ahead:
-        node: Any = ahead.pop()
+        node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)

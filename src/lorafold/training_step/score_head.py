@@ -37,7 +37,7 @@ def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
     """
     paths, shape = head_paths(model), inputs["input_ids"].shape
     head = model.get_submodule(paths[0])
-    caught: list[AtHead] = []
+    caught = []
 
     def catch(module: nn.Module, args: Any, output: Tensor) -> None:
         caught.append(AtHead(args[0], output))

@@ -227,7 +227,7 @@ class Sharded(Replicated):
             for name, t in state.items()
             if t.untyped_storage()._cdata not in others
         }
-        pieces: dict[str, PendingTensor] = {}
+        pieces = {}
         for index, there in enumerate(self.processes.gather(here)):
             for name, form in there.items():
                 if name not in pieces:

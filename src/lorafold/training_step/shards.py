@@ -330,7 +330,7 @@ def _of(module: nn.Module) -> Iterator[Tensor]:
 
 def _inside(t: Tensor) -> Iterator[Tensor]:
     yield t
-    left: list[Any] = [*vars(t).values()]
+    left = [*vars(t).values()]
     while left:
         value = left.pop()
         if isinstance(value, Tensor):

@@ -119,7 +119,7 @@ def _wrong(value: Any) -> str:
 
 def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
     """Every key and every value with its depth and its top-level field."""
-    left: list[tuple[int, str, Any]] = [(0, "", value)]
+    left = [(0, "", value)]
     while left:
         depth, where, value = left.pop()
         yield depth, where, value

@@ -43,7 +43,7 @@ class AdapterTokenizer:
         self.special_tokens_map: Mapping[str, Any] = about["special"]
         self.eos_token_id: int | None = about["eos"]
         self.variables = frozenset(about["variables"])
-        new: Sequence[Sequence[Any]] = about["new"]
+        new = about["new"]
         self._base, self._texts = base, {number: text for number, text, _ in new}
         added = {n: AddedToken(text, special=s, normalized=False) for n, text, s in new}
         self.added_tokens_decoder = {**known, **added}

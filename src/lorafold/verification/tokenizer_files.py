@@ -92,8 +92,8 @@ class AdapterTokenizers:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
-        special: Any = tokenizer.special_tokens_map
-        rendered: Any = render_jinja_template(
+        special = tokenizer.special_tokens_map
+        rendered = render_jinja_template(
             [messages],
             tools=tools,
             chat_template=tokenizer.get_chat_template(tools=tools),
@@ -109,7 +109,7 @@ class AdapterTokenizers:
         """The tokens of a text, which may have the marks of `data.control_tokens`."""
         tokenizer = self.opened(files)
         if marked:
-            ids: list[int] = ids_of(text, tokenizer)
+            ids = ids_of(text, tokenizer)
         else:
             ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         if len(ids) > TOKENS:

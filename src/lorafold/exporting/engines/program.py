@@ -72,7 +72,7 @@ def llamacpp(job: Job) -> Job:
 
     def tokens(text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": True}
-        found: list[int] = json.loads(ask("/tokenize", body))["tokens"]
+        found = json.loads(ask("/tokenize", body))["tokens"]
         return found
 
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
@@ -113,7 +113,7 @@ def llamacpp(job: Job) -> Job:
         slots = [*pool.map(in_slot, range(SLOTS))]
         each = [slots[n % SLOTS][n // SLOTS] for n in range(len(job["ids"]))]
         both = enumerate(zip(job["texts"], job["ids"], strict=True))
-        answers: Job = {
+        answers = {
             "adapted": [row for row, _ in each],
             "greedy": [made for _, made in each],
             "version": version,
@@ -194,11 +194,11 @@ def peft(job: Job) -> Job:
     import torch
     from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
+    auto = AutoModelForCausalLM
     bare = auto.from_pretrained(job["base"], dtype=torch.float32)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        model: Any = peft.PeftModel.from_pretrained(bare, job["adapter"]).eval()
+        model = peft.PeftModel.from_pretrained(bare, job["adapter"]).eval()
     adapted, base, greedy = [], [], []
     with torch.inference_mode():
         for ids in job["ids"]:
@@ -261,7 +261,7 @@ def mlx(job: Job) -> Job:
     before, _ = asked(load(job["base"])[0], 0)
     model, tokenizer = load(job["base"], adapter_path=job["adapter"])
     adapted, greedy = asked(model, job["greedy"])
-    file: Any = mx.load(str(Path(job["adapter"]) / "adapters.safetensors"))
+    file = mx.load(str(Path(job["adapter"]) / "adapters.safetensors"))
     own = {
         name: value
         for name, value in tree_flatten(model.parameters())
@@ -297,7 +297,7 @@ def vllm(job: Job) -> Job:
     def made(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
         """What follows each prompt."""
         asked = vllm.SamplingParams(temperature=0, detokenize=False, **params)
-        given: list[Any] = [{"prompt_token_ids": ids} for ids in prompts]
+        given = [{"prompt_token_ids": ids} for ids in prompts]
         rows = llm.generate(given, asked, lora_request=over, use_tqdm=False)
         return [row.outputs[0] for row in rows]
 

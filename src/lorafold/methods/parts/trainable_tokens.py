@@ -196,7 +196,7 @@ class TrainableTokens:
         by the modules whose weight is tied to it, which get the same ids unless the user gave them
         others.
         """
-        problems: list[str] = []
+        problems = []
         if isinstance(self.ids, Mapping):
             paths = [path for path, _ in Anatomy.of(model).modules]
             named: dict[str, tuple[int, ...]] = {}

@@ -71,7 +71,7 @@ def tokens(app: FastAPI, server: Server) -> None:
                 text = renderer.chat(chat.conversation(limits), chat.offered(limits)[0], {})
                 ids = renderer.prompt_tokens(text)
             server.usage.add(caller.tenant, len(ids))
-            content: dict[str, Any] = {
+            content = {
                 "count": len(ids), "max_model_len": server.host.backend.length, "tokens": ids,
             }  # fmt: skip
             if body.return_token_strs:
@@ -213,7 +213,7 @@ class CompletionsReply(Choices):
 
     async def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
         lengths = [0] * len(reply.jobs)
-        echoed: dict[int, int] = {}  # the length of each prompt's text that was sent
+        echoed = {}  # the length of each prompt's text that was sent
         async for i, event in reply.events():
             if self.body.echo and i not in echoed:
                 echo, logprobs = await asyncio.to_thread(self._echo, reply, i, [])
@@ -287,7 +287,7 @@ class ChatAnswer(Choices):
 
     def _choice(self, reply: Reply, i: int, generated: GeneratedMessage) -> dict[str, Any]:
         calls = {"tool_calls": generated.calls} if generated.calls else {}
-        empty: dict[str, Any] = {"content": None if calls else "", "refusal": None}
+        empty = {"content": None if calls else "", "refusal": None}
         choice = {
             "index": i,
             "message": {"role": "assistant"} | empty | generated.texts | calls,

@@ -65,7 +65,7 @@ class InputTokens(Body):
 
     def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
         """The same as a chat completion, and the names of its fields here."""
-        conversation: list[tuple[str, dict[str, Any]]] = []
+        conversation = []
         if self.instructions is not None:
             system = {"role": "system", "content": self.instructions}
             conversation.append(("instructions", system))
