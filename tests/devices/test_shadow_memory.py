@@ -58,13 +58,13 @@ def efficient(
 
 def there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have models and inputs of a trace made on the device."""
-    made, integers = tracing.fake_model, tracing.integers
+    made, token_ids = tracing.fake_model, tracing.token_ids
 
     def model(*given: Any) -> Any:
         return moved(made(*given), lambda x: x.to("cuda:0"))
 
     monkeypatch.setattr(tracing, "fake_model", model)
-    monkeypatch.setattr(tracing, "integers", lambda *shape: integers(*shape).to("cuda:0"))
+    monkeypatch.setattr(tracing, "token_ids", lambda *shape: token_ids(*shape).to("cuda:0"))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", efficient)
     monkeypatch.setattr(tracing, "as_on", lambda place: nullcontext())
 

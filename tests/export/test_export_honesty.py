@@ -117,7 +117,7 @@ def test_a_cut_drops_nothing(spec, attach, said, exported, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, True, "3", 2.5])
 def test_a_rank_is_a_whole_number(rank, exported):
-    with pytest.raises(LorafoldError, match=r"as_lora: found .*, expected a whole number from 1"):
+    with pytest.raises(LorafoldError, match=r"as_lora: found .*, expected"):
         exported(lf.LoRA(), "gguf", as_lora=rank)
 
 

@@ -267,16 +267,16 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda out: lf.resize("a", out, rank=0), "rank: found 0, expected at least 1"),
+        (lambda out: lf.resize("a", out, rank=0), "rank: found 0, expected 1 or more"),
         (lambda out: lf.merge(None, "a", out=out, rounding="up"), "rounding: found 'up', expected"),
-        (lambda out: lf.compare(out, seeds=0), "seeds: found 0, expected at least 1"),
-        (lambda out: lf.intrinsic(out, share=1.5), "share: found 1.5, expected at least 0"),
+        (lambda out: lf.compare(out, seeds=0), "seeds: found 0, expected 1 or more"),
+        (lambda out: lf.intrinsic(out, share=1.5), "share: found 1.5, expected 0 to 1"),
         (lambda out: lf.train(data="x", out=out, learning_rate=3), "lf.train has no option learn"),
         (lambda out: lf.generate("m", "x", adapter="a"), "did you mean adapters?"),
         (lambda out: lf.load_model("m", quantize="nf4"), "lf.load_model has no option quantize"),
         (
             lambda out: lf.compose("a", out, learning=lf.Learning(evaluations=0)),
-            "evaluations: found 0, expected at least 1",
+            "evaluations: found 0, expected 1 or more",
         ),
     ],
 )

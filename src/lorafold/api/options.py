@@ -198,8 +198,8 @@ def checked(function: Verb) -> Verb:
             if isinstance(option, Option) and isinstance(value, int | float):
                 low, high = option.min, option.max
                 if (low is not None and value < low) or (high is not None and value > high):
-                    most = "" if high is None else f", at most {high:g}"
-                    raise LorafoldError(f"{name}: found {value}, expected at least {low:g}{most}")
+                    limits = f"{low:g} or more" if high is None else f"{low:g} to {high:.10g}"
+                    raise LorafoldError(f"{name}: found {value}, expected {limits}")
         return function(*args, **given)
 
     result: Any = call

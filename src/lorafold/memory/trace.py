@@ -388,20 +388,22 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
     """
     shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
     where = "position_ids" if setting.packed else "attention_mask"
-    inputs = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", where)}
+    inputs = {name: token_ids(*shape) for name in ("input_ids", where)}
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     if setting.loss is not None:
         return setting.loss(model, inputs, n)
     return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
 
 
+def token_ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.long)
+
+
 @torch.no_grad()
 def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
     """Trace the forward pass of a whole prompt, then that of one more token."""
     weights = collected(ledger)
-    prompt, token = (
-        torch.zeros(setting.batch, n, dtype=torch.long) for n in (setting.length - 1, 1)
-    )
+    prompt, token = (token_ids(setting.batch, n) for n in (setting.length - 1, 1))
     ledger.peak = start = collected(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
@@ -443,7 +445,7 @@ def drawing(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> tuple[
 
 def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
     start = ledger.now
-    ids = torch.zeros(1, tokens, dtype=torch.long)
+    ids = token_ids(1, tokens)
     cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
     del ids
     size = ledger.now - start
@@ -453,6 +455,6 @@ def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
 
 def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
     ledger.peak = start = ledger.now
-    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    ids = token_ids(rows, tokens)
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return ledger.peak - start

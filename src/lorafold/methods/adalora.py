@@ -231,8 +231,9 @@ def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
     every = torch.cat(each)
     worst = len(every) - budget
     threshold = every.kthvalue(worst).values if worst else every.new_tensor(float("-inf"))
-    kept = [(score > threshold).view(d.kept.shape) for d, score in zip(deltas, each, strict=True)]
-    torch._foreach_copy_([delta.kept for delta in deltas], kept)
+    kept = (every > threshold).split([*map(len, each)])  # one comparison for all modules
+    pairs = zip(deltas, kept, strict=True)
+    torch._foreach_copy_([d.kept for d in deltas], [now.view(d.kept.shape) for d, now in pairs])
 
 
 def number_of_matrices(delta: Any) -> int:
