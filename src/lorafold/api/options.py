@@ -203,6 +203,7 @@ def checked(function: Verb) -> Verb:
         return function(*args, **given)
 
     result: Any = call
+    result.__signature__ = signature
     return result
 
 
