@@ -21,6 +21,7 @@ from fresh_models import fresh_model
 from lorafold.conversation import Chat, unique_names
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
+from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens
 from lorafold.models.tokenizer import load_tokenizer
@@ -220,7 +221,7 @@ def test_an_answer_gets_what_the_context_has_left_and_a_longer_message_is_refuse
 
 
 def test_sampled_answers_repeat_by_seed_and_differ_from_turn_to_turn(chat: Chat) -> None:
-    chat.temperature, chat.seed = 3.0, 7
+    chat.sampling = Sampling(temperature=3.0, seed=7)
     first = [talk(chat, "rain"), talk(chat, "rain")]
     chat.reset()
     assert [talk(chat, "rain"), talk(chat, "rain")] == first

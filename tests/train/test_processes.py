@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import nn
 
-from lorafold.config_import.unsloth import storage
 from lorafold.methods import METHODS, sparse
+from lorafold.models import quantizations
 from lorafold.training import loop, setup
 from mixtures import CONFIGS
 from process_cases import apart, rows, same_bytes, together
@@ -230,7 +230,7 @@ def noting(folder: Path, fp32: bool) -> Callable[[int], dict]:
     def before() -> None:
         attach = setup.attach
         if fp32:
-            storage.native_bf16 = lambda device: (False, "as asked")
+            quantizations.native_bf16 = lambda device: (False, "as asked")
 
         def noted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             storages = {p.untyped_storage()._cdata: p for p in model.parameters()}.values()

@@ -147,8 +147,8 @@ def test_a_signal_to_one_stops_all_and_they_resume(
     assert "stopped after step 4; " in done[0].stderr
     assert not done[-1].stderr
     last = max(run.checkpoints())
-    assert (last, verify(run.at(last))) == (4, [])
-    size = (run.at(last) / "adapter.safetensors").stat().st_size
+    assert (last, verify(run.path_of(last))) == (4, [])
+    size = (run.path_of(last) / "adapter.safetensors").stat().st_size
     for n in others:
         shutil.copytree(run.path, RunDirectory(tmp_path / str(n)).path)
     for n in (count, *others):
@@ -174,7 +174,7 @@ def test_a_file_system_that_is_not_shared(command: tuple[str, ...], tmp_path: Pa
     run, (here, there, empty) = (*command, "--set", "steps=4"), map(tmp_path.joinpath, "abc")
     together(1, tmp_path, *run, "--set", "save_every=1", "--out", str(here), own=stopping)
     shutil.copytree(RunDirectory(here).path, RunDirectory(there).path)
-    shutil.rmtree(RunDirectory(there).at(3))
+    shutil.rmtree(RunDirectory(there).path_of(3))
     for other, seen in ((there, "step 2 ("), (empty, "none")):
 
         def own(rank: int, other: Path = other) -> dict:
