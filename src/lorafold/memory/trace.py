@@ -396,6 +396,7 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
 
 
 def token_ids(*shape: int) -> Tensor:
+    """Token ids, a tensor of any shape."""
     return torch.zeros(shape, dtype=torch.long)
 
 
