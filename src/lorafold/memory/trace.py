@@ -52,6 +52,7 @@ from lorafold.training_step.packed_attention import attending
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+token_ids = partial(torch.zeros, dtype=torch.long)
 aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default  # the operation that fake tensors run most often
 # of products a b: which argument is a (..., m, k), before b (..., k, n)
@@ -393,11 +394,6 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
     if setting.loss is not None:
         return setting.loss(model, inputs, n)
     return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
-
-
-def token_ids(*shape: int) -> Tensor:
-    """Token ids, a tensor of any shape."""
-    return torch.zeros(shape, dtype=torch.long)
 
 
 @torch.no_grad()
