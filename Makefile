@@ -35,8 +35,8 @@ test: $(VENV)/installed-dev
 	$(call DEVICES,-m "not slow")
 
 test-all: $(VENV)/installed-clients
-	$(call MAIN)
-	$(call DEVICES)
+	$(call MAIN,--oldest)
+	$(call DEVICES,--oldest)
 
 bench: $(VENV)/installed-bench
 	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script $(if $(SHORT),--short); done

@@ -110,6 +110,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     record = cache.get(RECORD, {})
     record |= {nodeid: day or record.get(nodeid, "") for nodeid, day in _passed.items()}
+    if config.getoption("oldest"):
+        files = {nodeid.partition("::")[0] for nodeid in _passed}
+        gone = {n for n in record if n.partition("::")[0] in files and n not in _passed}
+        record = {nodeid: day for nodeid, day in record.items() if nodeid not in gone}
     cache.set(RECORD, record)
     if config.getoption("oldest"):
         terminalreporter.line("tests that have not passed for the longest time:")

@@ -176,8 +176,8 @@ def _option(hint: Any) -> Any:
 
 
 def checked(function: Verb) -> Verb:
-    """The function, which refuses what its command refuses: unknown names and values out of range.
-    `quantization` is another name for `storage`.
+    """The function, which raises for the arguments that its command refuses: unknown names, and
+    values out of range. `quantization` is another name for `storage`.
     """
     signature, options = inspect.signature(function), [*declared(function)]
     known = signature.parameters.keys()
@@ -190,11 +190,10 @@ def checked(function: Verb) -> Verb:
         values = signature.bind_partial(*args, **given).arguments
         for name, hint, _, option, _, group in options:
             value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
-            hints = hint, *get_args(hint), *get_args(next(iter(get_args(hint)), None))
-            choices = {c for one in hints if get_origin(one) is Literal for c in get_args(one)}
-            if choices and isinstance(value, str) and value not in choices:
-                expected = f"one of {', '.join(sorted(choices))}"
-                raise LorafoldError(f"{name}: found {value!r}, expected {expected}")
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            if choices and value is not None and value not in choices:
+                listed = ", ".join(choices)
+                raise LorafoldError(f"{name}: found {value!r}, expected one of {listed}")
             if isinstance(option, Option) and isinstance(value, int | float):
                 low, high = option.min, option.max
                 if (low is not None and value < low) or (high is not None and value > high):

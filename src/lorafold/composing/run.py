@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from lorafold.composing.interference import Interference, measure
-from lorafold.composing.methods import arithmetic, lorahub, mixture
+from lorafold.composing.methods import RECIPE, arithmetic, lorahub, mixture
 from lorafold.composing.request import Composed, ComposeRequest, Job, Opened
 from lorafold.composing.updates import RULES, read
 from lorafold.data.batches import split
@@ -114,18 +114,19 @@ def check(request: ComposeRequest) -> None:
         problems.append(
             f"--density: found {request.density:g}, expected a share above 0, at most 1"
         )
-    ways, defaults = {*request.ways}, ComposeRequest
-    pruned = {name for name, rule in RULES.items() if rule.prune}
-    unused = {
-        "--density": (request.density is not None, pruned),
-        "--examples": (bool(request.examples), {*LEARNED}),
-        "--evaluations": (request.evaluations != defaults.evaluations, {"lorahub"}),
-        "--gates": (request.gates != defaults.gates, {"mixture"}),
+    recipe = request.recipe
+    fields = recipe.model_fields_set - {"max_length"}  # which the model limits
+    options = {
+        "--density": (request.density is not None, [n for n, rule in RULES.items() if rule.prune]),
+        "--examples": (bool(request.examples), LEARNED),
+        "--evaluations": (request.evaluations != ComposeRequest.evaluations, ["lorahub"]),
+        "--gates": (request.gates != ComposeRequest.gates, ["mixture"]),
+        "--set": (any(getattr(recipe, f) != getattr(RECIPE, f) for f in fields), ["mixture"]),
     }
     problems += [
-        f"{option}: only --how {' and '.join(sorted(users))} use it; leave it out"
-        for option, (given, users) in unused.items()
-        if given and not ways & users
+        f"{option}: used by --how {' and '.join(users)} only; leave it out"
+        for option, (given, users) in options.items()
+        if given and not {*users} & {*request.ways}
     ]
     if problems:
         raise LorafoldError("; ".join(problems))
