@@ -26,9 +26,9 @@ from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
+from lorafold.data.formats import CONVERSATIONS
 from lorafold.data.prompts import references
 from lorafold.data.row_store import Rows
-from lorafold.data.shapes import CONVERSATIONS
 from lorafold.evaluation.rows import SPARE
 from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model

@@ -26,7 +26,7 @@ from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.proof import BUILT_IN, ReferenceAnswers, proof
 from lorafold.exporting.target import Subject
 from lorafold.methods import METHODS
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import base_for
 
 BASES = ("F32", "F16", "BF16", "Q8_0", "Q4_1")

@@ -30,7 +30,7 @@ from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.proof import ReferenceAnswers, proof
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_gguf import file_of, write_gguf
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
 ENGINE = "llamacpp"

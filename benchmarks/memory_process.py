@@ -24,7 +24,7 @@ from lib.short import parsed
 
 WORDS = ["quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "while", "seven", "watch"]
 IMPORTS = """
-import pyarrow, tokenizers, lorafold.cli.runners, lorafold.api.train, lorafold.training.run
+import pyarrow, tokenizers, lorafold.cli.command_handlers, lorafold.api.train, lorafold.training.run
 from lorafold.layers.bitsandbytes import bitsandbytes
 from transformers.models.llama import modeling_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -192,12 +192,12 @@ def unestimating() -> Iterator[None]:
     as the steps of a tiny model.
     """
     from lorafold.errors import LorafoldError
-    from lorafold.memory import before_run
+    from lorafold.memory import preflight
 
     def none(*_: Any) -> None:
         raise LorafoldError("none in this test")
 
-    with mock.patch.object(before_run, "estimate", none):
+    with mock.patch.object(preflight, "estimate", none):
         yield
 
 
@@ -219,7 +219,7 @@ def what_is_written_need_not_survive_a_power_cut() -> Iterator[None]:
 @pytest.fixture(params=["plain", "native"])
 def each_form(request) -> Iterator[str]:
     """The form in which the operators of training are computed: in torch, or in C++."""
-    from lorafold.kernels.table import TRAINING, use
+    from lorafold.kernels.registry import TRAINING, use
     from lorafold.ops.operators import plainly
 
     if request.param == "plain":

@@ -145,9 +145,9 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
     from lorafold.runtime.memory import KEPT, freed_blocks
-    from lorafold.training_step.activations import recompute
     from lorafold.training_step.adamw import make_optimizer
     from lorafold.training_step.fused_modules import fused
+    from lorafold.training_step.gradient_checkpointing import recompute
     from lorafold.training_step.optim import param_groups
 
     rows, tokenizer = ids(case).tolist(), load_tokenizer("smollm2")

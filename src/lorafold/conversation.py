@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Self
 
 from lorafold.core.attach import only
 from lorafold.data.control_tokens import ids_of
+from lorafold.data.formats import Message
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import Message
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text

@@ -17,8 +17,8 @@ from lorafold.files.contents import file_digest, files_digest
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
+from lorafold.peft.adapter_directory import FILES, Saved
 from lorafold.peft.config import CONFIG, no_adapter
-from lorafold.peft.saved import FILES, Saved
 
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"

@@ -27,7 +27,7 @@ from lorafold.models.loading import load_model, weights_of
 from lorafold.models.quantizations import STORAGES, Storage, choose_storage
 from lorafold.models.sources import resolve_model
 from lorafold.ops import nf4
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest

@@ -38,7 +38,7 @@ from lorafold.layers import is_linear, layer_of
 from lorafold.layers.convolution import Convolution
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from peft_cases import CLOSE, gap, move, save_theirs
 

@@ -15,7 +15,7 @@ from lorafold.errors import NotMergeable
 from lorafold.fold.plan import plan_fold
 from lorafold.merging.plan import plan
 from lorafold.methods import METHODS
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorafold.ops import reference
 from lorafold.ops.dropout import Dropped, dropped, emptied
+from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from lorafold.ops.frozen import low_rank_linear
-from lorafold.ops.fused import ACTIVATIONS, gated, rms_norm, rotary
 
 WIDE = {torch.float32: 1e-5, torch.float64: 1e-12}
 HALF = [torch.bfloat16, torch.float16]

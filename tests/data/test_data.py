@@ -13,9 +13,9 @@ from conversation_cases import prompts
 from lorafold.api.arguments import as_rows
 from lorafold.data.batches import Batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
+from lorafold.data.formats import Conversation, shape_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import Conversation, shape_of
 from lorafold.errors import LorafoldError
 
 CHAT = {

@@ -36,10 +36,10 @@ from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.classification import encode_labelled
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.examples import CompletionEncoder, encode, in_pieces
+from lorafold.data.formats import CONVERSATIONS, shape_of
 from lorafold.data.render import ensure_chat_template, render_trained
 from lorafold.data.row_store import ArrowRows, Rows, SourcePart
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import CONVERSATIONS, shape_of
 from lorafold.data.sources import source_from
 from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError

@@ -13,8 +13,8 @@ from conversation_cases import HOW, ROME, ROWS, said, starting_points
 from families import as_taken, names, tokenizer_of
 from lorafold.data import templates
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
+from lorafold.data.formats import shape_of
 from lorafold.data.render import Rendering, TrainedRenderings, render_trained
-from lorafold.data.shapes import shape_of
 from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 

@@ -34,10 +34,10 @@ from lorafold.api.arguments import as_rows
 from lorafold.cli import app
 from lorafold.data.calls import parse_calls
 from lorafold.data.examples import NO_LOSS, encode, encode_row
+from lorafold.data.formats import PAIRS, Compared, Conversation, shape_of
 from lorafold.data.messages import normalized, tools_of
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import PAIRS, Compared, Conversation, shape_of
 from lorafold.data.templates import MessageForm, call, template_of
 from lorafold.engine import Ended
 from lorafold.errors import LorafoldError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorafold.objectives.algorithms import policy_options
+from lorafold.objectives.options import policy_options
 from policy_losses import LONGEST, check_loss_of_trl
 from translation_cases import trl_of
 

@@ -18,7 +18,7 @@ from trl.experimental.orpo import ORPOConfig
 
 from lorafold.config_import.run import write
 from lorafold.errors import LorafoldError
-from lorafold.objectives.algorithms import law_of
+from lorafold.objectives.options import law_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base

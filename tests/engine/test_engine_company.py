@@ -16,9 +16,9 @@ import lorafold as lf
 from engine_cases import METHODS, check, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import ROWS, InBlocks, Operations
-from lorafold.kernels.table import DECODING, use
+from lorafold.kernels.registry import DECODING, use
 from lorafold.ops.decoding import STORED, SlotFactors
-from lorafold.ops.fused import ACTIVATIONS
+from lorafold.ops.elementwise import ACTIVATIONS
 
 T = torch.Tensor
 

@@ -14,7 +14,7 @@ import torch
 
 from lorafold.engine.operations import Operations, available
 from lorafold.files.cache import entries
-from lorafold.kernels.table import DECODING, FORMS, _forms, use
+from lorafold.kernels.registry import DECODING, FORMS, _forms, use
 from lorafold.ops.decoding import SlotFactors
 from lorafold.ops.operators import Operation, plainly
 

@@ -17,7 +17,7 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.servers import ToSglang
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_mlx import keys_of, older_config
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from mixtures import mixture
 

@@ -161,7 +161,7 @@ def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path)
     """Both of which leave most likeliest tokens as they are."""
     from lorafold.exporting.proof import ReferenceAnswers, proof
     from lorafold.exporting.target import Subject
-    from lorafold.peft.saved import open_all
+    from lorafold.peft.adapter_directory import open_all
     from lorafold.resolve import base_for
 
     directory = base_of("llama")

@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.gguf_metadata import architecture_of, name_of_rule
 from lorafold.exporting.gguf_model import BLOCKS, type_of, write_model
 from lorafold.merging import merged_tensors
-from lorafold.models.gguf_rules import PREFERRED, WHOLE_WORDS, rule_of
+from lorafold.models.gguf_tokenizers import PREFERRED, WHOLE_WORDS, rule_of
 
 WATCHED = """
 import sys, threading, time

@@ -17,12 +17,12 @@ from adapter_cases import make_adapter
 from conftest import lorafold, refused, unestimating
 from lorafold.api.options import DeclaredOption, Docs, Option, Progress, RecipeOptions, declared
 from lorafold.cli import COMMANDS, _load, app, commands, verb_of
+from lorafold.cli.command_handlers import RUNNERS
 from lorafold.cli.command_line import OTHER_NAMES
 from lorafold.cli.recipe_options import fields_in
-from lorafold.cli.runners import RUNNERS
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import resize
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from source_size import limit
 

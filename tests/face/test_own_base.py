@@ -20,8 +20,8 @@ from conftest import lorafold, make_model_dir, refused
 from lorafold.api.serve import own_bases
 from lorafold.cli import _load
 from lorafold.errors import LorafoldError
+from lorafold.peft.adapter_directory import open_all
 from lorafold.peft.provenance import OwnBase
-from lorafold.peft.saved import open_all
 from lorafold.resolve import Base, base_for
 from lorafold.serving.registry import STATE, ServerState
 

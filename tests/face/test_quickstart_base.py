@@ -16,7 +16,7 @@ from rich.console import Console
 from lorafold.cli.other_commands import this_command
 from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import multiplying
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.quickstart import story as module
 from lorafold.quickstart.story import RECIPE, Story, computing, fastest, quickstart
 from lorafold.runtime.processor import processor_name

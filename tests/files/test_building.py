@@ -18,8 +18,8 @@ from lorafold.core.delta import SETTINGS
 from lorafold.core.shared_tensors import skip_init
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
+from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import WEIGHTS
-from lorafold.peft.saved import FILES
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from lorafold.files import contents
 from lorafold.files.atomic import sha256
 from lorafold.identity import joined, of_adapter, of_code, of_model
 from lorafold.models.sources import ModelSource
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 
 
 @pytest.fixture

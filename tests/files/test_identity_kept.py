@@ -33,7 +33,7 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.identity import TRAINING, of_code
 from lorafold.inspecting import intrinsic, spectra
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from lorafold.robustness import run as undoing
 from lorafold.robustness import task as fragile
@@ -327,7 +327,7 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
 @pytest.mark.parametrize(
     ("file", "others"),
     [
-        pytest.param("ops/fused.py", {*FIGURES, "reference"}, marks=SLOWLY),
+        pytest.param("ops/elementwise.py", {*FIGURES, "reference"}, marks=SLOWLY),
         ("data/render.py", {*FIGURES, "reference", "parsed", "tokens"}),
         pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=SLOWLY),
         pytest.param("comparing/measure.py", {"compare"}, marks=SLOWLY),

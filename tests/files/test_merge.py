@@ -30,7 +30,7 @@ from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.models.weights import read_tensors
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")

@@ -32,7 +32,7 @@ from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
 from lorafold.models.weight_conversion import Conversion, OnDemand, SourceTensor
 from lorafold.models.weights import read_container, write_container
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 

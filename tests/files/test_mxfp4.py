@@ -19,7 +19,7 @@ from lorafold.api.merge import merge
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of, parameter_count
-from lorafold.layers.expert_matrices import MXFP4
+from lorafold.layers.expert_storage import MXFP4
 from lorafold.layers.experts import Routed
 from lorafold.memory.trace import Ledger
 from lorafold.models.fingerprint import differences, of_model
@@ -119,15 +119,15 @@ def test_no_dequantized_parameter_is_made_while_loading(released):
 
 
 def test_one_expert_is_dequantized_at_a_time(released, monkeypatch):
-    from lorafold.layers import expert_matrices
+    from lorafold.layers import expert_storage
 
     asked = []
 
-    def seen(blocks, *others, own=expert_matrices.dequantize):
+    def seen(blocks, *others, own=expert_storage.dequantize):
         asked.append(blocks.dim())
         return own(blocks, *others)
 
-    monkeypatch.setattr(expert_matrices, "dequantize", seen)
+    monkeypatch.setattr(expert_storage, "dequantize", seen)
     load_model(released, FP32)(IDS)
     assert set(asked) == {3}  # (out, in / 32, 16)
 

@@ -27,7 +27,7 @@ from lorafold.errors import Busy, LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.saved import FILES
+from lorafold.peft.adapter_directory import FILES
 from lorafold.serving.rendering import Renderer
 from lorafold.verification import worker_pool
 from lorafold.verification.adapter_tokenizer import DEATHS, AdapterTokenizer

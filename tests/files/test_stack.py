@@ -21,14 +21,14 @@ from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.models.loading import load_model
+from lorafold.peft.adapter_directory import Saved, open_all
 from lorafold.peft.provenance import parse_over
-from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.serving.directory import Directory
 from lorafold.training import loop, run, setup
 from lorafold.training.request import RunRequest
-from lorafold.training_step.activations import recompute
+from lorafold.training_step.gradient_checkpointing import recompute
 from training_cases import ROWS, quiet, weights
 
 pytestmark = pytest.mark.usefixtures("unestimated")

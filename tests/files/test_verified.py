@@ -31,7 +31,7 @@ from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.saved import FILES, Saved, open_all
+from lorafold.peft.adapter_directory import FILES, Saved, open_all
 from lorafold.resolve import Base
 from lorafold.resolve.base import known_classes
 from lorafold.training.checkpoint import RunDirectory

@@ -11,7 +11,7 @@ import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.composing.request import ComposeRequest
 from lorafold.composing.run import compose
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 
 ROUNDING = 1e-5

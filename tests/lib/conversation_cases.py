@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from families import as_taken, tokenizer_of
+from lorafold.data.formats import CONVERSATIONS
 from lorafold.data.prompts import references
 from lorafold.data.row_store import Rows
-from lorafold.data.shapes import CONVERSATIONS
 
 WEATHER = {
     "type": "function",

@@ -22,17 +22,17 @@ from card import Card
 from lorafold.core.matrices import expert_parameters
 from lorafold.data.examples import Example
 from lorafold.engine import adapter_cache as engine_residency
-from lorafold.layers.expert_matrices import quantized
+from lorafold.layers.expert_storage import quantized
 from lorafold.methods import make_spec
 from lorafold.models.quantizations import MADE, STORAGES
 from lorafold.models.quantize_on_load import packable, route_quantized
 from lorafold.objectives.sft import Sft
 from lorafold.runtime.processes import ALONE
 from lorafold.training.loop import Plan, train_step
-from lorafold.training_step.activations import recompute
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.optim import param_groups
 from shadow import WHERE, Count, Device, Shadow, host_of
 

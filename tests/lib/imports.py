@@ -28,7 +28,7 @@ def ours(name: str) -> str | None:
 
 def imported(text: str, own: str, for_checkers: bool = True) -> Iterator[str]:
     """Every module of whatever package that is imported, wherever in the file: `from lorafold.ops
-    import norm` counts as lorafold.ops.fused.
+    import norm` counts as lorafold.ops.elementwise.
 
     Args:
         text: the file's.

@@ -265,7 +265,7 @@ class Device(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "lorafold":
             if any(isinstance(t, Shadow) for t in tree_iter((args, kwargs))):
-                from lorafold.kernels.table import FORMS
+                from lorafold.kernels.registry import FORMS
 
                 known = self._operations
                 operation = (known if func in known else known | operations())[func]

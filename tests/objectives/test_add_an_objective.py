@@ -26,10 +26,10 @@ import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
+from lorafold.data.formats import CONVERSATIONS, PAIRS
 from lorafold.data.row_store import SourcePart
-from lorafold.data.shapes import CONVERSATIONS, PAIRS
 from lorafold.errors import LorafoldError
-from lorafold.memory.before_run import largest_batch
+from lorafold.memory.preflight import largest_batch
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration

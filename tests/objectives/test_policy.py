@@ -21,7 +21,7 @@ from lorafold.core.attach import only
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
-from lorafold.objectives.algorithms import SamplingOptions
+from lorafold.objectives.options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.training import loop
 from lorafold.training_step.policy_algorithms import Cispo, Grpo, Gspo, PolicyLaw, SampledTokens

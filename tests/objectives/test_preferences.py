@@ -31,7 +31,7 @@ from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.algorithms import law_of
+from lorafold.objectives.options import law_of
 from lorafold.objectives.preference import Referenced, digest, referenced
 from lorafold.runtime.processes import ALONE
 from lorafold.training import loop

@@ -38,7 +38,7 @@ from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.objectives.algorithms import law_of
+from lorafold.objectives.options import law_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop

@@ -33,7 +33,7 @@ from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 
 GATINGS = ["global", "layer", "token"]

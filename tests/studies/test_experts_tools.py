@@ -25,17 +25,17 @@ from lorafold.composing.methods import BOUND
 from lorafold.composing.updates import read
 from lorafold.core.delta import Over
 from lorafold.core.matrices import module_at
+from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.paths import scaling
 from lorafold.inspecting.report import sections, table
 from lorafold.inspecting.residual_stream import gain, stream_of
 from lorafold.inspecting.resize import extract, resize
-from lorafold.inspecting.run import inspect
 from lorafold.inspecting.subspaces import TOP, across_experts
 from lorafold.inspecting.updates import sites
 from lorafold.layers.experts import Experts
 from lorafold.methods.parts.mixture import Mixture
 from lorafold.ops.grouped import grouped
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from lorafold.robustness.defences import factors_of, laid, updates_of
 from mixtures import SHAPE, mixture

@@ -28,7 +28,7 @@ from lorafold.data.row_store import Rows
 from lorafold.evaluation.intervals import student
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from lorafold.robustness import measure as module
 from lorafold.robustness.defences import DEFENCES, factors_of, laid, off, overlap, updates_of

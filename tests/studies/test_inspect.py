@@ -18,9 +18,10 @@ from fresh_models import fresh_model
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import spectra
-from lorafold.inspecting.run import inspect, of_intruders
+from lorafold.inspecting.inspect import inspect
+from lorafold.inspecting.summary import of_intruders
 from lorafold.inspecting.updates import Svd, of_dense
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from own_caches import shared
 from update_cases import orthonormal

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from adapter_cases import make_adapter
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NoTokenizer
-from lorafold.inspecting.run import inspect
+from lorafold.inspecting.inspect import inspect
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -10,8 +10,8 @@ from transformers import MixtralConfig, Olmo2Config
 import lorafold as lf
 from lorafold.core.delta import put
 from lorafold.errors import LorafoldError
+from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.residual_stream import gain, stream_of
-from lorafold.inspecting.run import inspect
 from lorafold.inspecting.token_directions import (
     Directions,
     largest_shares,
@@ -22,7 +22,7 @@ from lorafold.inspecting.token_directions import (
 )
 from lorafold.inspecting.updates import of_factors
 from lorafold.models.checkpoint import build
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 
 LLAMA = {

@@ -15,7 +15,7 @@ from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import extract, resize
 from lorafold.layers import layer_of
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 
 SPECS = {

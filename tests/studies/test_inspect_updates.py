@@ -7,7 +7,7 @@ import torch
 
 import lorafold as lf
 from laws import move
-from lorafold.inspecting.run import inspect
+from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.spectra import (
     advice,
     against_base,
@@ -21,7 +21,7 @@ from lorafold.inspecting.subspaces import compared
 from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
 from lorafold.layers import layer_of
 from lorafold.methods import make_spec
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from update_cases import orthonormal, planted
 

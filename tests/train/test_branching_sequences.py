@@ -23,8 +23,8 @@ from lorafold.models.loading import load_model
 from lorafold.ops import cross_entropy, packed_documents, reference
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
-from lorafold.training_step.activations import recompute
 from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.shared_prefixes import Branching, branching

@@ -34,7 +34,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training.request import RunRequest
 from lorafold.training.run import sample_losses, train
-from lorafold.training_step.activations import recompute
+from lorafold.training_step.gradient_checkpointing import recompute
 
 ROWS = [
     {"prompt": f"Book a table for {n} " * (1 + n % 3), "completion": f'{{"people": {n}}}'}

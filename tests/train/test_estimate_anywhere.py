@@ -18,9 +18,9 @@ from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
 from lorafold.data.row_store import SourcePart
-from lorafold.memory.before_run import choose_checkpointing, largest_batch
 from lorafold.memory.estimate import Estimate, estimate
 from lorafold.memory.measure import measure
+from lorafold.memory.preflight import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model

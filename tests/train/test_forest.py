@@ -20,9 +20,9 @@ from lorafold.data.batches import alike, forest
 from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.training_step.activations import recompute
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.losses import CompletionLoss, RowsAlike
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences

@@ -21,8 +21,8 @@ from lorafold.data.batches import collate
 from lorafold.methods import METHODS, make_spec
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
-from lorafold.training_step.activations import recompute
 from lorafold.training_step.fused_modules import ROTARY, fused
+from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.packed_attention import packed
 from sequence_cases import VOCAB, loss_and_gradients, rows
 

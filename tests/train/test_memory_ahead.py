@@ -21,8 +21,8 @@ import lorafold as lf
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
 from lorafold.data.row_store import SourcePart
-from lorafold.memory.before_run import choose_checkpointing, largest_batch
 from lorafold.memory.estimate import estimate
+from lorafold.memory.preflight import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.quantizations import Storage

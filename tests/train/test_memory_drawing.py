@@ -17,13 +17,13 @@ from lorafold.data.row_store import SourcePart
 from lorafold.engine.fast_path import Packed
 from lorafold.engine.runner import SlotRunner
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
-from lorafold.memory.before_run import documents, largest_batch
 from lorafold.memory.estimate import estimate
 from lorafold.memory.measure import allocated, peak_of
+from lorafold.memory.preflight import documents, largest_batch
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
-from lorafold.objectives.algorithms import SamplingOptions
+from lorafold.objectives.options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.policy_algorithms import Grpo

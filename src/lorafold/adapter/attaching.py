@@ -38,15 +38,15 @@ from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.contents import Contents
 from lorafold.identity import of_model
-from lorafold.kernels.table import TRAINING, use
+from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_class, layer_of
 from lorafold.methods.parts.extras import Bias, ReplaceDelta, add_biases, add_token_rows, leaves
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
+from lorafold.peft.adapter_directory import AdapterConfig, Saved
 from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same_adapters
-from lorafold.peft.saved import AdapterConfig, Saved
 
 log = logging.getLogger(__name__)
 

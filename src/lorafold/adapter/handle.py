@@ -38,8 +38,8 @@ from lorafold.models.architecture import opened_by_name
 from lorafold.models.loading import recorded_storage
 from lorafold.models.sources import forget_source, name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
+from lorafold.peft.adapter_directory import AdapterConfig, write
 from lorafold.peft.provenance import BASE_IDENTITY, COMPUTED, listed, recorded
-from lorafold.peft.saved import AdapterConfig, write
 
 
 class Adapter:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
+from lorafold.data.formats import PAIRS
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import check_rows, read_rows, renamed
-from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
 from lorafold.recipe.parsing import check_trackers
-from lorafold.rewards.judging import check_there
+from lorafold.rewards.reward import check_there
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -87,7 +87,7 @@ def compare(
     from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
-    from lorafold.rewards.judging import check_judges
+    from lorafold.rewards.reward import check_judges
 
     place, folder, console = as_page(html), as_study(out), or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)

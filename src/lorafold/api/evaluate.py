@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
-from lorafold.rewards.judging import FORMS
+from lorafold.rewards.reward import FORMS
 
 if TYPE_CHECKING:
     from lorafold.evaluation import Evaluation, RewardEvaluation
-    from lorafold.peft.saved import Saved
+    from lorafold.peft.adapter_directory import Saved
     from lorafold.training_step.preference_algorithms import Law
 
 SAMPLING = next(name for name, one in OBJECTIVES.items() if one.draws)  # any of them will do
@@ -83,7 +83,7 @@ def evaluate(
         lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"
     """
     from lorafold.api.arguments import as_rewards, as_rows, missing
-    from lorafold.data.shapes import LABELS, PROMPT_ALONE, PROMPTS
+    from lorafold.data.formats import LABELS, PROMPT_ALONE, PROMPTS
 
     if data is None:
         raise missing("data")
@@ -109,7 +109,7 @@ def evaluate(
     labels = rows.give(LABELS) and not rewards
     length = length_for(base, max_length, saved, console, head=labels)
     if rewards:
-        from lorafold.objectives.algorithms import SamplingOptions
+        from lorafold.objectives.options import SamplingOptions
         from lorafold.rewards import Rewards
 
         limit = {"limit": sampling.pop("limit")} if "limit" in sampling else {}
@@ -126,7 +126,7 @@ def evaluate(
 
 def law_of_adapters(adapters: Sequence["Saved"]) -> "Law":
     """The preference algorithm of the last adapter, or DPO if it was trained otherwise."""
-    from lorafold.objectives.algorithms import law_of
+    from lorafold.objectives.options import law_of
     from lorafold.training_step.preference_algorithms import Dpo
 
     recipe = adapters[-1].recipe if adapters else {}

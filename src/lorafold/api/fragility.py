@@ -157,8 +157,8 @@ def fragility(
     from lorafold.data.row_store import Rows
     from lorafold.files.atomic import write_json, write_text
     from lorafold.files.terminal import print_lines
+    from lorafold.peft.adapter_directory import open_all
     from lorafold.peft.provenance import OwnBase
-    from lorafold.peft.saved import open_all
     from lorafold.recipe.fitting import settled_length
     from lorafold.resolve import base_for
     from lorafold.robustness import run

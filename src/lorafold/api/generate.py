@@ -117,9 +117,9 @@ def rendered(
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """A prompt as the chat template renders it, with a system message and tools."""
+    from lorafold.data.formats import Conversation
     from lorafold.data.messages import tool_problems, tools_of
     from lorafold.data.render import prompt_of
-    from lorafold.data.shapes import Conversation
 
     given = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
     if problems := list(tool_problems(given)):

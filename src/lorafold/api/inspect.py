@@ -64,11 +64,11 @@ def inspect(
     from lorafold.api.arguments import as_page, as_path, as_paths, as_rows, or_quiet
     from lorafold.api.loaded_model import length_for, load_with_adapters
     from lorafold.files.terminal import print_lines
+    from lorafold.inspecting.inspect import inspect as inspect_adapter
     from lorafold.inspecting.paths import measured_paths
     from lorafold.inspecting.report import page
-    from lorafold.inspecting.run import inspect as inspect_adapter
-    from lorafold.inspecting.run import of_paths
-    from lorafold.peft.saved import Saved, open_all
+    from lorafold.inspecting.summary import of_paths
+    from lorafold.peft.adapter_directory import Saved, open_all
     from lorafold.resolve import base_for
 
     place, console, below = as_page(html), or_quiet(console), as_paths(over)

@@ -14,7 +14,7 @@ from lorafold.adapter import load as load_on
 from lorafold.api.arguments import missing
 from lorafold.api.options import checked
 from lorafold.models.weights import Weights
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import check_language_model
 

@@ -19,7 +19,7 @@ from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
-from lorafold.peft.saved import Saved, open_all
+from lorafold.peft.adapter_directory import Saved, open_all
 from lorafold.recipe.fitting import fitted_length
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes

@@ -53,7 +53,7 @@ def resize(
     from lorafold.api.loaded_model import length_for, load_with_adapters
     from lorafold.inspecting import resize as best
     from lorafold.inspecting.paths import losses_of
-    from lorafold.peft.saved import Saved, open_all
+    from lorafold.peft.adapter_directory import Saved, open_all
     from lorafold.resolve import base_for
 
     best.check_request(rank, energy)  # before any rows are read

@@ -124,7 +124,7 @@ def verb_of(name: str) -> Any:
 
 def _load(name: str) -> Any:
     from lorafold.cli import commands
-    from lorafold.cli.runners import RUNNERS
+    from lorafold.cli.command_handlers import RUNNERS
 
     def built(name: str, above: bool = False) -> commands.BuiltCommand:
         return commands.built(verb_of(name), RUNNERS.get(name, commands.plain), above)

@@ -204,7 +204,7 @@ def _tools(file: Path | None) -> Any:
 
 
 def _rewards(names: list[str] | None, adapters: Sequence[str] | None = ()) -> list[str]:
-    from lorafold.rewards.judging import ADAPTER
+    from lorafold.rewards.reward import ADAPTER
 
     return [*(names or ()), *(f"{ADAPTER}{path}" for path in adapters or ())]
 

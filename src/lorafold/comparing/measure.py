@@ -36,8 +36,8 @@ from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
 from lorafold.layers import parameter_count
 from lorafold.methods import known_options
+from lorafold.peft.adapter_directory import Saved
 from lorafold.peft.config import CONFIG
-from lorafold.peft.saved import Saved
 from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.parsing import load_recipe

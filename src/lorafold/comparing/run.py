@@ -29,7 +29,7 @@ from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.rewards.judging import adapter_in
+from lorafold.rewards.reward import adapter_in
 from lorafold.runtime.workers import end_with_parent
 
 

@@ -36,7 +36,7 @@ from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
 from lorafold.inspecting.updates import Factors, lora_of
 from lorafold.methods.parts.mixture import Gating, Mixture
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.training import run
 from lorafold.training_step.losses import CompletionLoss

@@ -16,9 +16,9 @@ from lorafold.files.model_card import training_card
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
+from lorafold.peft.adapter_directory import Saved, trained_on
 from lorafold.peft.form import form_of
 from lorafold.peft.provenance import BASE_IDENTITY, TrainedOn
-from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 

@@ -45,7 +45,7 @@ from lorafold.errors import LorafoldError, as_one
 from lorafold.inspecting.updates import Factors, matrix_names, stacked, unstacked
 from lorafold.layers import layer_of
 from lorafold.ops.svd import best_of_rank, svd_of_product
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
 Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)

@@ -40,10 +40,10 @@ from lorafold.config_import.rules import (
     to_options,
 )
 from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
-from lorafold.data.shapes import JUDGED
+from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.algorithms import law_class
+from lorafold.objectives.options import law_class
 
 AUTO = "there as the model's files are; here bf16 where the device multiplies it, else fp32"
 RISES = "the first step has a rate of 0 there, and a share here"

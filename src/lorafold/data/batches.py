@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lorafold.data.arrow import Array
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.formats import Row
 from lorafold.data.row_store import Rows, SourcePart
-from lorafold.data.shapes import Row
 from lorafold.errors import LorafoldError
 
 

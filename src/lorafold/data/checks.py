@@ -22,9 +22,9 @@ import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
 from lorafold.data.examples import EMPTY, TRAINED
+from lorafold.data.formats import Conversation
 from lorafold.data.render import render_trained
 from lorafold.data.row_store import RowPlace, Rows, named
-from lorafold.data.shapes import Conversation
 from lorafold.data.templates import (
     ASKED,
     KEY,

@@ -22,6 +22,7 @@ import numpy as np
 
 from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
+from lorafold.data.formats import CONVERSATIONS, Conversation
 from lorafold.data.render import (
     Rendered,
     Rendering,
@@ -31,7 +32,6 @@ from lorafold.data.render import (
 )
 from lorafold.data.row_store import Rows, parts_of
 from lorafold.data.rows import as_checked, read_rows
-from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.templates import day_of, template_of
 from lorafold.data.tokenizing import Encoded, Encoder, tokenized, with_counts

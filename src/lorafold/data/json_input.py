@@ -2,7 +2,7 @@
 
 Half of a surrogate pair, which JSON may hold and UTF-8 can't, numbers of thousands of digits, and
 values that lie too deep are refused wherever they stand, since rows are kept as they are.
-`as_known` gives rows the keys and lists by which `data.shapes` knows them: lists of messages that
+`as_known` gives rows the keys and lists by which `data.formats` knows them: lists of messages that
 are JSON text or columns become lists, turns with `role` `messages`, and `functions` `tools`.
 """
 

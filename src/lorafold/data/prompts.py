@@ -19,10 +19,7 @@ import numpy as np
 from lorafold.data.arrow import TableExamples, batch_of
 from lorafold.data.control_tokens import as_text, ids_of, is_marked
 from lorafold.data.examples import identity_of
-from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
-from lorafold.data.row_store import Rows
-from lorafold.data.rows import checked, renamed
-from lorafold.data.shapes import (
+from lorafold.data.formats import (
     CONVERSATIONS,
     PROMPT_ALONE,
     PROMPTS,
@@ -32,6 +29,9 @@ from lorafold.data.shapes import (
     shape_of,
     shapes_for,
 )
+from lorafold.data.render import ConversationRenderings, check_able, check_shown, prompt_of
+from lorafold.data.row_store import Rows
+from lorafold.data.rows import checked, renamed
 from lorafold.data.sources import Row
 from lorafold.data.templates import apply, template_of
 from lorafold.data.tokenizing import Encoded, Encoder, Report

@@ -21,8 +21,8 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.control_tokens import as_text, variables_as_text
+from lorafold.data.formats import Conversation
 from lorafold.data.messages import Message, Tool
-from lorafold.data.shapes import Conversation
 from lorafold.data.templates import (
     ASKED,
     KEY,

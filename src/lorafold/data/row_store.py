@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorafold.data.arrow import Array, Items, open_table
+from lorafold.data.formats import Shape, shape_of, shapes_for
 from lorafold.data.json_input import Row
-from lorafold.data.shapes import Shape, shape_of, shapes_for
 
 CHUNK = 1000  # rows of an Arrow record batch
 AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)

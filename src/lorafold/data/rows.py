@@ -19,10 +19,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lorafold.data.formats import PAIRS, PROMPTS, SHAPES, Shape, as_turns, shape_of, shapes_for
 from lorafold.data.json_input import SPOKEN, Row, as_known, unusable
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
 from lorafold.data.row_store import LARGE, ArrowRows, Origins, Rows, SourcePart, write_rows
-from lorafold.data.shapes import PAIRS, PROMPTS, SHAPES, Shape, as_turns, shape_of, shapes_for
 from lorafold.data.sources import DataSource, source_from
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json

@@ -21,7 +21,7 @@ from lorafold.data.json_input import Row
 from lorafold.data.readers import AS_CSV, KINDS, Numbered, Tell, kind_of_file, numbered
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.paths import nearest_name
-from lorafold.runtime.hub_access import asked_once
+from lorafold.runtime.hub_offline import asked_once
 
 __all__ = ["DataSource", "Row", "source_from"]
 

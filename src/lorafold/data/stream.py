@@ -18,9 +18,9 @@ from lorafold.data.arrow import Lists
 from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
+from lorafold.data.formats import Shape, shapes_for
 from lorafold.data.json_input import Row
 from lorafold.data.rows import RowRemarks, check_given, checked, renamed
-from lorafold.data.shapes import Shape, shapes_for
 from lorafold.data.sources import DataSource, source_from
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError

@@ -21,7 +21,7 @@ from lorafold.doctor.finding import Finding
 from lorafold.doctor.installation import set_threads
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import format_bytes
-from lorafold.kernels.table import DECODING, TRAINING, use
+from lorafold.kernels.registry import DECODING, TRAINING, use
 from lorafold.models.quantizations import MADE
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.kernel_requirements import FLASH, DeviceKind, as_on, groups_at_once, takes

@@ -36,9 +36,9 @@ from lorafold.layers import layer_of
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.weights import InMemory
+from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.provenance import COMPUTED, expected_path, not_found, parse_over
-from lorafold.peft.saved import FILES
 
 MANIFEST_BYTES = 8 << 20  # which an identity leaves out
 # matmuls of a larger rank take longer than the base's own, and all adapters would be padded to it

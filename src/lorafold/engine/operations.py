@@ -1,4 +1,4 @@
-"""The operations of a pass, in the forms of one kind of device (`kernels.table`), and batch
+"""The operations of a pass, in the forms of one kind of device (`kernels.registry`), and batch
 invariance.
 
 Masks and attention are for rows at different positions: q (B, H, T, D), k (B, Hk, K, D),
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lorafold.kernels.table import DECODING, TRAINING, use
+from lorafold.kernels.registry import DECODING, TRAINING, use
 from lorafold.ops.arithmetic import FEW, arithmetic
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
-from lorafold.ops.fused import GATED, NORM, ROTARY
+from lorafold.ops.elementwise import GATED, NORM, ROTARY
 from lorafold.ops.packed_documents import Documents
 from lorafold.ops.scale import SCALE, scaled
 from lorafold.training_step.packed_attention import attend
@@ -63,7 +63,7 @@ class Operations:
         self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """`lorafold.ops.fused.rms_norm`: x (..., d) normalized, times the gain (d,)."""
+        """`lorafold.ops.elementwise.rms_norm`: x (..., d) normalized, times the gain (d,)."""
         return self._norm(x.contiguous(), gain, eps)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ class Operations:
         return (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`lorafold.ops.fused.rotary`: x (..., D) rotated by halves."""
+        """`lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""
         return self._turned(x, cos, sin, False)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
-from lorafold.data.shapes import PAIRS
+from lorafold.data.formats import PAIRS
 from lorafold.evaluation.held_out import Progress, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.model_card import within

@@ -23,9 +23,9 @@ from lorafold.adapter import load
 from lorafold.core.attach import Adapted
 from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import CompletionEncoder, example_of
+from lorafold.data.formats import PROMPT_ALONE, PROMPTS, Conversation
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
-from lorafold.data.shapes import PROMPT_ALONE, PROMPTS, Conversation
 from lorafold.engine.adapters import found_below
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.files.terminal import print_lines
@@ -34,11 +34,11 @@ from lorafold.models.checkpoint import original_weights
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
 from lorafold.models.loading import stored_in_files
 from lorafold.models.positions import positions_of
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import REWARD_MODEL, kind_of
 from lorafold.rewards import Judged, Reward, Rewards
-from lorafold.rewards.judging import adapter_in, failure, parted
+from lorafold.rewards.reward import adapter_in, failure, parted
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import Branching, branching
 

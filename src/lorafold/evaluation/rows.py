@@ -24,10 +24,10 @@ from lorafold.data.batches import labelled
 from lorafold.data.branches import encode_preferred
 from lorafold.data.classification import LabelledExample, encode_labelled
 from lorafold.data.examples import encode
+from lorafold.data.formats import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row
 from lorafold.evaluation.held_out import by_row, pad_id_of, progress_bar, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson

@@ -32,9 +32,9 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched, continued, encode_preferred
 from lorafold.data.examples import encode
+from lorafold.data.formats import PAIRS
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, silent

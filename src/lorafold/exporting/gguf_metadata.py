@@ -3,7 +3,7 @@
     hidden_size -> ARCH.embedding_length, num_experts -> ARCH.expert_count, ...
     llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
     gpt2      byte-level BPE: tokens, merges, and the name of the rule that splits text: the one of
-              `models.gguf_rules` that gives the same pieces for all `TEXTS`
+              `models.gguf_tokenizers` that gives the same pieces for all `TEXTS`
     llama     BPE with bytes for unknown characters: tokens with scores, which fall with the rank of
               the first merge that makes each
 
@@ -27,7 +27,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.exporting.target import window_notes
-from lorafold.models.gguf_rules import FREQUENCIES, WHOLE_WORDS, YARN, names_of_rules, rule_of
+from lorafold.models.gguf_rope import FREQUENCIES, YARN
+from lorafold.models.gguf_tokenizers import WHOLE_WORDS, names_of_rules, rule_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

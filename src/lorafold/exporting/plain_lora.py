@@ -25,8 +25,8 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
 from lorafold.inspecting.updates import lora_of, padded
 from lorafold.layers import layer_of
+from lorafold.peft.adapter_directory import Saved
 from lorafold.peft.config import CONFIG, WEIGHTS
-from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
 
 NAME = "canonical"

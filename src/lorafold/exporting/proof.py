@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.attach import only
+from lorafold.data.formats import PROMPTS
 from lorafold.data.render import ensure_chat_template, prompt_of
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import PROMPTS
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks

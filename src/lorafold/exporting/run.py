@@ -29,7 +29,7 @@ from lorafold.files.paths import check_not_replaced
 from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
 from lorafold.models.loading import stored_in_files
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 

@@ -19,8 +19,8 @@ from lorafold.models.loading import stored_in_files
 from lorafold.models.quantizations import MADE, STORAGES
 from lorafold.models.quantize_on_load import packable
 from lorafold.models.sources import ModelSource
+from lorafold.peft.adapter_directory import Saved, trained_on
 from lorafold.peft.provenance import TrainedOn
-from lorafold.peft.saved import Saved, trained_on
 
 ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
 

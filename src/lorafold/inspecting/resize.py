@@ -44,8 +44,8 @@ from lorafold.inspecting.updates import (
 from lorafold.layers import is_linear, layer_of
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.ops.svd import best_of_rank
+from lorafold.peft.adapter_directory import Saved
 from lorafold.peft.provenance import BASE_IDENTITY
-from lorafold.peft.saved import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 

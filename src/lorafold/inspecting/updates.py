@@ -29,7 +29,7 @@ from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
 from lorafold.inspecting.result import Sites
 from lorafold.methods.lora import of_ranks
 from lorafold.ops.svd import svd_of_product
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
 # of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and

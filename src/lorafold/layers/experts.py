@@ -35,7 +35,7 @@ from lorafold.core.matrices import (
 )
 from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.layers.expert_matrices import ExpertMatrices, stored_matrices
+from lorafold.layers.expert_storage import ExpertMatrices, stored_matrices
 from lorafold.ops.autocast import lowered
 from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.grouped import (

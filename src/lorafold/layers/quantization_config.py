@@ -10,7 +10,7 @@ from torch import nn
 
 from lorafold.core.matrices import Matrices, matrices_of, module_at
 from lorafold.layers.compressed import CompressedLinear
-from lorafold.layers.expert_matrices import stored_matrices
+from lorafold.layers.expert_storage import stored_matrices
 
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:

@@ -20,10 +20,10 @@ from lorafold.data.examples import NO_LOSS, Example
 from lorafold.memory.trace import Ledger, Setting, attach_below, distinct_bytes
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.activations import recompute
 from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.losses import CompletionLoss, Loss
 from lorafold.training_step.optim import sum_in_fp32
 from lorafold.training_step.packed_attention import packed

@@ -42,9 +42,9 @@ from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.ops.packed_documents import Documents, Tile
 from lorafold.runtime.process_tuning import existing_set_aside
-from lorafold.training_step.activations import recompute
 from lorafold.training_step.adamw import state_bytes
 from lorafold.training_step.fused_modules import fused
+from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.losses import next_token_loss
 from lorafold.training_step.optim import sum_in_fp32
 from lorafold.training_step.packed_attention import attending

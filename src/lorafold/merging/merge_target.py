@@ -21,8 +21,8 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.quantizations import MADE, PLAIN
 from lorafold.models.quantize_on_load import packable
+from lorafold.peft.adapter_directory import Saved, trained_on
 from lorafold.peft.provenance import TrainedOn
-from lorafold.peft.saved import Saved, trained_on
 
 TARGETS = ("trained", "original", *MADE)
 ALIAS = {"dequantized": "trained"}

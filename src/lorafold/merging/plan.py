@@ -40,7 +40,7 @@ from lorafold.models.checkpoint import (
 from lorafold.models.sources import HUB_FILES, remember_source
 from lorafold.models.weight_conversion import Conversion
 from lorafold.models.weights import TensorEntry
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
 

@@ -42,7 +42,7 @@ from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model, stored_in_files
 from lorafold.models.quantizations import Storage
 from lorafold.models.tokenizer import write_tokenizer
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 

@@ -41,7 +41,7 @@ from lorafold.core.matrices import Matrices
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.layers.compressed import CompressedLinear
-from lorafold.layers.expert_matrices import BLOCKS, stored_matrices
+from lorafold.layers.expert_storage import BLOCKS, stored_matrices
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.quantized_files import as_in_files, check_quantized, make_quantized, readable

@@ -25,7 +25,7 @@ from lorafold.core.matrices import expert_parameters
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of
 from lorafold.layers.bitsandbytes import set_compute_dtype
-from lorafold.layers.expert_matrices import quantized
+from lorafold.layers.expert_storage import quantized
 from lorafold.models.architecture import auto_class
 from lorafold.models.classifier import expect_poolers, widen_heads
 from lorafold.models.load_errors import loading

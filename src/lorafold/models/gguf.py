@@ -29,7 +29,8 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import MANIFEST, atomic_directory, verify
 from lorafold.files.contents import digest, file_digest
 from lorafold.files.paths import cache_directory
-from lorafold.models.gguf_rules import FREQUENCIES, SCALED, scale_positions, split_as_learned, value
+from lorafold.models.gguf_rope import FREQUENCIES, SCALED, scale_positions, value
+from lorafold.models.gguf_tokenizers import split_as_learned
 from lorafold.models.load_errors import check_complete, loading, one_line, warn_unread
 
 if TYPE_CHECKING:

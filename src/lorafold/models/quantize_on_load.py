@@ -26,7 +26,7 @@ from lorafold.errors import LorafoldError
 from lorafold.layers import is_linear, layer_of
 from lorafold.layers.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.layers.compressed import CompressedLinear
-from lorafold.layers.expert_matrices import Floats, quantized, stored_matrices
+from lorafold.layers.expert_storage import Floats, quantized, stored_matrices
 from lorafold.layers.experts import route
 from lorafold.models.quantizations import IN_CODES, IN_FILES, MADE, STORAGES, made_of
 from lorafold.models.quantized_files import (

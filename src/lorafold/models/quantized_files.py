@@ -9,7 +9,7 @@ gpt-oss. Finds which matrices are quantized, and checks that the files have thei
 
 The package compressed-tensors reads its own configurations and matches modules with them. The
 linears become `layers.compressed.CompressedLinear`, and matrices of experts in MXFP4 parameters of
-the files' names (`layers.expert_matrices`), so the codes stay as they are in memory, and what the
+the files' names (`layers.expert_storage`), so the codes stay as they are in memory, and what the
 model computes does not depend on other packages' kernels.
 """
 
@@ -27,7 +27,7 @@ from lorafold.errors import LorafoldError, as_one
 from lorafold.layers import layer_class
 from lorafold.layers.compressed import CompressedLinear, QuantizationFormat
 from lorafold.layers.dense import Linear
-from lorafold.layers.expert_matrices import BLOCKS, GROUP, SCALES, mxfp4_parameters
+from lorafold.layers.expert_storage import BLOCKS, GROUP, SCALES, mxfp4_parameters
 from lorafold.models.load_errors import one_line
 from lorafold.models.quantizations import IN_CODES, STORAGES, of_codes, of_method
 from lorafold.models.weights import DTYPES, NAMES, TensorEntry

@@ -27,7 +27,7 @@ from lorafold.models.gguf import (
     unpacked,
 )
 from lorafold.models.load_errors import loading, one_line
-from lorafold.runtime.hub_access import asked_once, cache
+from lorafold.runtime.hub_offline import asked_once, cache
 
 if TYPE_CHECKING:
     from torch import nn

@@ -24,11 +24,11 @@ from lorafold.core.contexts import undropped
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
 from lorafold.data.examples import WHOLE
+from lorafold.data.formats import PROMPTS
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
 from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import PROMPTS
 from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
@@ -39,12 +39,12 @@ from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, 
 from lorafold.files.model_card import JUDGED_BY, within
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
-from lorafold.objectives.algorithms import SamplingOptions, law_class, policy_options
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
+from lorafold.objectives.options import SamplingOptions, law_class, policy_options
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Rewards, digest_of
-from lorafold.rewards.judging import REWARDS, adapter_in, kind_of, parted
+from lorafold.rewards.reward import REWARDS, adapter_in, kind_of, parted
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated

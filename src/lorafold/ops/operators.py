@@ -1,5 +1,5 @@
 """Operations, each with a plain form in torch, which is the specification, and faster forms by kind
-of device. `lorafold.kernels.table` has the rows of the faster ones.
+of device. `lorafold.kernels.registry` has the rows of the faster ones.
 
     NORM = operator("rms_norm(...) -> Tensor", plain, fake)     of tensors
     FORWARD = Operation("document_attention", plain)            of anything

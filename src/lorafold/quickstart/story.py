@@ -22,15 +22,15 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, evaluate
 from lorafold.exporting import run as exporting
 from lorafold.files.atomic import check_out
+from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.report import page
-from lorafold.inspecting.run import inspect
-from lorafold.kernels.table import TRAINING, use
+from lorafold.kernels.registry import TRAINING, use
 from lorafold.merging.run import MergeOptions, merge
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage, choose_storage
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.ops.arithmetic import widens
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.quickstart.task import rows
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base

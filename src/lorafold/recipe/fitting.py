@@ -20,7 +20,7 @@ from lorafold.models.positions import Positions, positions_in
 from lorafold.models.quantizations import MADE, PLAIN, QUANTIZED
 from lorafold.models.sources import ModelSource
 from lorafold.objectives import OBJECTIVES
-from lorafold.peft.saved import Saved, trained_on
+from lorafold.peft.adapter_directory import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 

@@ -38,10 +38,10 @@ from lorafold.models.quantizations import (
 from lorafold.models.sources import HUB_ID, ModelSource, configuration, gguf_at, resolve_model
 from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import FileWeights, model_files
+from lorafold.peft.adapter_directory import Saved, trained_on
 from lorafold.peft.provenance import ALLOWED, OwnBase
-from lorafold.peft.saved import Saved, trained_on
 from lorafold.runtime.devices import choose_device, native_bf16
-from lorafold.runtime.hub_access import cache
+from lorafold.runtime.hub_offline import cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -13,6 +13,6 @@ and a pattern may backtrack for minutes. Each of these ends a process that nothi
 and is told in one line that names the reward, the row and the completion.
 """
 
-from lorafold.rewards.judging import Judged, Reward, Rewards, digest_of, reward_of
+from lorafold.rewards.reward import Judged, Reward, Rewards, digest_of, reward_of
 
 __all__ = ["Judged", "Reward", "Rewards", "digest_of", "reward_of"]

@@ -35,7 +35,7 @@ from lorafold.evaluation.held_out import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.generation import complete, tokens_of
 from lorafold.inspecting.updates import Svds, of_factors
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.robustness.defences import DEFENCES, Overlap, laid, overlap, updates_of
 from lorafold.robustness.task import AdapterStack, FragilityTask
 from lorafold.training.request import rendering_of

@@ -22,7 +22,7 @@ from lorafold.files.claims import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
 from lorafold.objectives import DEFAULT
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.robustness.defences import DEFENCES

@@ -26,9 +26,9 @@ from lorafold.files.contents import FRESH, Contents, FileStamp
 from lorafold.identity import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
+from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG
 from lorafold.peft.provenance import expected_path
-from lorafold.peft.saved import FILES
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page

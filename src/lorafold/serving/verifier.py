@@ -26,10 +26,10 @@ from lorafold.methods import name_of
 from lorafold.models.quantizations import MADE
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
+from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
 from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse_over
-from lorafold.peft.saved import FILES
 from lorafold.serving.backend import AdapterFiles, Backend
 from lorafold.serving.directory import Directory
 from lorafold.serving.rendering import Renderer, Renderers

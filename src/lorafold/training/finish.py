@@ -32,9 +32,9 @@ from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
+from lorafold.peft.adapter_directory import Saved, open_all
 from lorafold.peft.form import form_of
 from lorafold.peft.provenance import BASE_IDENTITY, parse_over, recorded
-from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.tensors import saved_tensors, sites_of
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe

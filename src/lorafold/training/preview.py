@@ -19,15 +19,15 @@ from rich.console import Console
 
 from lorafold.data.checks import Findings, describe_template
 from lorafold.data.examples import NO_LOSS, EncodingReport, Example, encode_row
+from lorafold.data.formats import CONVERSATIONS, Conversation
 from lorafold.data.messages import Message, Tool
 from lorafold.data.row_store import Rows
-from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stream import RowStream
 from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import examples_of
-from lorafold.peft.saved import open_all
+from lorafold.peft.adapter_directory import open_all
 from lorafold.training.request import (
     RunRequest,
     objective_of,

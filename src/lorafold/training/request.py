@@ -26,7 +26,7 @@ from lorafold.models.built_in_templates import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Data, Objective, ObjectiveRequest, examples_of
-from lorafold.peft.saved import Saved
+from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base

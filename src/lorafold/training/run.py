@@ -31,7 +31,7 @@ from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
-from lorafold.rewards.judging import REWARDS, adapter_in
+from lorafold.rewards.reward import REWARDS, adapter_in
 from lorafold.runtime.memory import KEPT, RETURNED, freed_blocks
 from lorafold.runtime.processes import ALONE, Processes
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory

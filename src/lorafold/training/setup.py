@@ -32,15 +32,15 @@ from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
-from lorafold.memory.before_run import choose_checkpointing, largest_batch
+from lorafold.memory.preflight import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
+from lorafold.peft.adapter_directory import Saved, open_all
 from lorafold.peft.provenance import mismatch, same_adapters
-from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
 from lorafold.resolve.base import check_language_model
@@ -55,9 +55,9 @@ from lorafold.training.request import (
     tokenizer_for,
     with_length,
 )
-from lorafold.training_step.activations import recompute
 from lorafold.training_step.adamw import bitsandbytes_optimizers, check_rounding
 from lorafold.training_step.data_parallel import Replicated
+from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.sharding import Sharded
 from lorafold.training_step.shared_prefixes import may_share
 

@@ -34,8 +34,8 @@ from lorafold.files.atomic import atomic_directory, check_out, read_object, veri
 from lorafold.layers.bitsandbytes import quietly
 from lorafold.models.sources import name_of_base
 from lorafold.models.weights import SINGLE, InMemory
+from lorafold.peft.adapter_directory import Saved
 from lorafold.peft.provenance import mismatch, same_adapters
-from lorafold.peft.saved import Saved
 
 with quietly():  # transformers imports PEFT here, and that bitsandbytes
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -26,9 +26,9 @@ from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
 from lorafold.core.contexts import evaluating, is_fake
 from lorafold.core.matrices import expert_parameters
-from lorafold.kernels.table import TRAINING, use
+from lorafold.kernels.registry import TRAINING, use
 from lorafold.layers import is_linear, layer_of
-from lorafold.ops.fused import ACTIVATIONS, gated, rms_norm, rotary
+from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 
 ROTARY = "apply_rotary_pos_emb"  # the function's name in the model files of transformers
 Forward = Callable[..., Any]
@@ -64,9 +64,9 @@ def fused(
 
     Args:
         linears: whether frozen linears and the head are among the parts.
-        norm: what computes `lorafold.ops.fused.rms_norm` (..., d).
-        rotate: what computes `lorafold.ops.fused.rotary` (B, H, T, D).
-        gate: what computes `lorafold.ops.fused.gated` (..., k).
+        norm: what computes `lorafold.ops.elementwise.rms_norm` (..., d).
+        rotate: what computes `lorafold.ops.elementwise.rotary` (B, H, T, D).
+        gate: what computes `lorafold.ops.elementwise.gated` (..., k).
     """
     rotation = cache(partial(_fused_rotary, rotate))  # of each of transformers' functions
     # the name of a part, the attribute of a module that is replaced, whether the module must be

@@ -13,15 +13,15 @@ from importlib import import_module
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.ops import attention, cross_entropy, decoding, dropout, fused, scale
+from lorafold.ops import attention, cross_entropy, decoding, dropout, elementwise, scale
 from lorafold.ops.operators import Operation
 
 FORMS = {
-    fused.NORM: {"cpu": "training._CppTraining"},
-    fused.NORM_BACKWARD: {"cpu": "training._CppTraining"},
-    fused.GATED: {"cpu": "training._CppTraining"},
-    fused.GATED_BACKWARD: {"cpu": "training._CppTraining"},
-    fused.ROTARY: {"cpu": "training._CppTraining"},
+    elementwise.NORM: {"cpu": "training._CppTraining"},
+    elementwise.NORM_BACKWARD: {"cpu": "training._CppTraining"},
+    elementwise.GATED: {"cpu": "training._CppTraining"},
+    elementwise.GATED_BACKWARD: {"cpu": "training._CppTraining"},
+    elementwise.ROTARY: {"cpu": "training._CppTraining"},
     attention.SOFTMAX: {"cpu": "training._CppTraining"},
     attention.BACKWARD: {"cpu": "training._CppTraining"},
     attention.FORWARD: {"cpu": "attention._CppAttention"},
@@ -38,7 +38,7 @@ FORMS = {
     decoding.WRITE: {"cpu": "decoding._CppDecoding"},
 }
 OF_PASSES = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
-DECODING = (*OF_PASSES, fused.NORM, fused.ROTARY, fused.GATED, scale.SCALE)
+DECODING = (*OF_PASSES, elementwise.NORM, elementwise.ROTARY, elementwise.GATED, scale.SCALE)
 TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 
 

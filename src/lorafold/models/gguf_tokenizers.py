@@ -1,29 +1,21 @@
-"""What a GGUF file says that transformers does not read for most architectures: how a byte-level
-tokenizer splits text, and how rotary positions are scaled.
+"""How the byte-level tokenizer of a GGUF file splits text, for the rules that transformers lacks.
 
-    tokenizer.ggml.pre                   the name of a rule; where transformers has none of this
-                                         name, it splits as GPT-2 does
+    tokenizer.ggml.pre      the name of a rule; where transformers has none of this name, it splits
+                            as GPT-2 does
     "a  12"        GPT-2: a, Ġ, Ġ12      smollm: a, ĠĠ, 1, 2      deepseek-v3: a, Ġ, Ġ, 12
-    rope_freqs (dims / 2,)               Llama 3's: what each frequency is divided by
-    ARCH.rope.scaling.type               linear: each by the factor; yarn: low ones alone
 
-The rules are those that llama.cpp has for the names, which write them. Without the scaling a model
-reads its texts at other positions than those that it was trained on: one whose scaling is linear
-from the first token on, others beyond their first context.
+The rules are those of llama.cpp, which writes the names.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
-from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
@@ -99,21 +91,6 @@ RULES = {
     "falcon": (r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"),
 }  # fmt: skip
 
-FREQUENCIES = "rope_freqs.weight"
-SCALED = ("llama", "mistral")  # the models whose frequencies that scales as Llama 3's
-YARN = {
-    "scaling.original_context_length": "original_max_position_embeddings",
-    "scaling.yarn_beta_fast": "beta_fast",
-    "scaling.yarn_beta_slow": "beta_slow",
-}
-UNKNOWN = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")
-
-
-def value(reader: GGUFReader, key: str) -> Any:
-    """The value of a key of a file's metadata; None if there is none."""
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
 
 def split_as_learned(
     tokenizer: PreTrainedTokenizerBase, kind: str, pre: str | None, what: str
@@ -180,59 +157,3 @@ def _rule(
         what, ", with every digit alone, as in its vocabulary" if guessed else "",
     )  # fmt: skip
     return each_digit if guessed else as_gpt2
-
-
-def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Have a model scale its rotary positions as its file does."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
-        return  # it has no such positions, or several kinds of them, or transformers read it
-    factors = [t.data for reader in readers for t in reader.tensors if t.name == FREQUENCIES]
-    if factors and config.model_type in SCALED:
-        config.rope_parameters = _as_llama3(config, factors[0], what)
-        return
-    first, prefix = readers[0], f"{value(readers[0], 'general.architecture')}.rope."
-    keys = [key for key in first.fields if key.startswith(prefix)]
-    metadata = {key.removeprefix(prefix): value(first, key) for key in keys}
-    kind, factor = metadata.get("scaling.type", "none"), metadata.get("scaling.factor")
-    if "scale_linear" in metadata:  # as files of 2023 say it
-        kind, factor = "linear", metadata["scale_linear"]
-    odd = [key for key in UNKNOWN if metadata.get(f"scaling.{key}", 1.0) != 1.0]
-    if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:
-        raise LorafoldError(
-            f"{what}: it scales rotary positions by {listed(wrong)} ({prefix}scaling),"
-            " expected linear or yarn; use the model in Hugging Face's format"
-        )
-    if kind != "none" and factor is not None:
-        own = {name: metadata[key] for key, name in YARN.items() if key in metadata}
-        config.rope_parameters = {
-            **rope, "rope_type": kind, "factor": factor, **(own if kind == "yarn" else {})
-        }  # fmt: skip
-
-
-def _as_llama3(config: Any, tensor: Any, what: str) -> dict[str, Any]:
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    factors = torch.tensor(tensor.copy()).double()  # (rotated dimensions / 2,)
-    scaled = deepcopy(config)
-    scaled.rope_parameters = {
-        **config.rope_parameters,
-        "rope_type": "llama3",
-        "factor": float(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    plain = config.rope_parameters["rope_theta"] ** -(
-        torch.arange(len(factors)).double() / len(factors)
-    )
-    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
-    if wanted.shape != factors.shape or not torch.allclose(
-        plain / factors, wanted.double(), rtol=1e-4
-    ):
-        raise LorafoldError(
-            f"{what}: its tensor {FREQUENCIES} scales rotary positions in another way than Llama"
-            " 3's, the only one that is known here; use the model in Hugging Face's format"
-        )
-    return scaled.rope_parameters

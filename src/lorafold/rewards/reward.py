@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
-from lorafold.data.shapes import Conversation
+from lorafold.data.formats import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, printable
 from lorafold.files.paths import nearest_name
 from lorafold.rewards.functions import LARGEST, Function, Item, Wrong, number, pattern

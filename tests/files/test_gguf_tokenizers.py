@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 
 from gguf_cases import write_gguf
 from lorafold.errors import LorafoldError
-from lorafold.models.gguf_rules import AS_GPT2, EACH_DIGIT, GPT2, RULES
+from lorafold.models.gguf_tokenizers import AS_GPT2, EACH_DIGIT, GPT2, RULES
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import load_tokenizer
