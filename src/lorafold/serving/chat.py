@@ -33,7 +33,7 @@ from lorafold.serving.backend import Ended, Token
 from lorafold.serving.completion_job import DialectRequest, PartReader, Prompted, Prompts, Reply
 from lorafold.serving.errors import check_number, naming, unsupported, wrong
 from lorafold.serving.rendering import Renderer, ServedModel
-from lorafold.serving.request_body import Completing, Listed, new_id
+from lorafold.serving.request_body import Body, Completing, Listed, new_id
 from lorafold.serving.schema import check_founded, schema_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Limits
@@ -141,6 +141,7 @@ def _check(problems: Iterator[str]) -> None:
 
 
 def chat_of(
+    body: Body,
     messages: Sequence[tuple[str, dict[str, Any]]],
     tools: Sequence[dict[str, Any]],
     names: Mapping[str, str],
@@ -149,13 +150,19 @@ def chat_of(
     """A request in another dialect as a chat completion, and the names of its fields there. Each
     message comes with the field that it is from.
     """
+    chat = {name: getattr(body, name) for name in ChatBody.model_fields if hasattr(body, name)}
+    for name, sent_as in names.items():
+        outer, _, key = sent_as.partition(".")
+        value = getattr(body, outer, None)
+        chat[name] = (value or {}).get(key) or None if key else value
+    chat |= fields | {"messages": [message for _, message in messages], "tools": [*tools]}
     names = {
         **names,
         **{f"messages[{i}]": where for i, (where, _) in enumerate(messages)},
         **{f"tools[{i}].function": f"tools[{i}]" for i in range(len(tools))},
     }
     try:
-        return ChatBody(messages=[m for _, m in messages], tools=[*tools], **fields), names
+        return ChatBody(**{name: value for name, value in chat.items() if value is not None}), names
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         refusal = wrong(".".join(map(str, first["loc"])), first["msg"].lower())

@@ -30,7 +30,6 @@ BLOCKS = {
     "thinking": {"thinking", "signature"} | HINTS,
 }
 NO_TEXT = "found a block of type {}, expected text"
-SHARED = ("max_tokens", "temperature", "top_p", "top_k", "stream")  # fields that chats have, too
 STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # by kind of block: the type of its deltas, and the field that they add to
 DELTAS = {
@@ -65,7 +64,7 @@ class CountTokens(Body):
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
 
-    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
+    def chat(self) -> tuple[ChatBody, dict[str, str]]:
         """The same as a chat completion, and the names of its fields here."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
@@ -76,16 +75,11 @@ class CountTokens(Body):
         }
         choice = self._choice()
         _check_keys(self.output_config, {"format"}, "output_config")
+        parallel = not self.tool_choice.get("disable_parallel_tool_use")
         return chat_of(
-            conversation,
-            tools,
-            NAMES | names,
-            model=self.model,
-            tool_choice=choice,
-            parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use"),
-            response_format=self.output_config.get("format") or {"type": "text"},
-            **more,
-        )
+            self, conversation, tools, NAMES | names,
+            tool_choice=choice, parallel_tool_calls=parallel,
+        )  # fmt: skip
 
     def _conversation(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The messages, each with the field that it comes from."""
@@ -122,10 +116,6 @@ class MessagesBody(CountTokens):
     top_p: float = 1.0
     top_k: int = 0
     stream: bool = False
-
-    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
-        shared = {name: getattr(self, name) for name in SHARED}
-        return super().chat(stop=self.stop_sequences, **shared)
 
 
 def turn_of(server: Server, body: CountTokens) -> NextTurn:
