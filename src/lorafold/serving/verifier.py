@@ -66,8 +66,7 @@ class VerifiedCache:
 
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
-        self._lock, self._saving, self._changed = threading.Lock(), threading.Lock(), False
-        self._failed = False
+        self._saving, self._changed, self._failed = threading.Lock(), False, False
         self.adapters = dict[str, CachedAdapter]()  # without marks: it has to be verified again
         self.digests: dict[str, str] = {}  # that adapters had when they were last seen
         if os.path.lexists(file):
@@ -76,28 +75,27 @@ class VerifiedCache:
             except LorafoldError as error:
                 log.warning("adapters are verified again: %s", error)
                 return
-            self.digests = {name: one.found.digest for name, one in content.adapters.items()}
-            for name, one in content.adapters.items():
-                marks = one.marks if content.identity == identity else {}
-                self.adapters[name] = CachedAdapter(found=one.found, marks=marks)
+            for name, cached in content.adapters.items():
+                marks = cached.marks if content.identity == identity else {}
+                self.digests[name] = cached.found.digest
+                self.adapters[name] = CachedAdapter(found=cached.found, marks=marks)
 
     def put(self, adapter: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
         """Add an adapter; without marks, so that it is verified again, if a file was written just
         now: it could change again and keep its mark.
         """
         settled = dict(marks) if all(mark.settled for mark in marks.values()) else {}
-        with self._lock:
-            self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
-            self._changed = True
+        self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
+        self._changed = True
 
     def save(self) -> None:
         """Write the file, if anything changed."""
         with self._saving:  # no older content is written over a newer one
-            with self._lock:
-                if not self._changed:
-                    return
-                self._changed = False
-                content = CacheFile(identity=self.identity, adapters=dict(self.adapters))
+            if not self._changed:
+                return
+            self._changed = False
+            adapters = dict(self.adapters)  # other threads add to it
+            content = CacheFile(identity=self.identity, adapters=adapters)
             try:
                 write_text(self.file, content.model_dump_json())
                 self._failed = False

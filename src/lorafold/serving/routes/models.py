@@ -231,14 +231,15 @@ class ModelChanges:
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
         """The whole list, then the changes, until the server ends."""
-        before = None
-        while before is None or not before.draining:
+        before, ended = None, False
+        while not ended:
             async with self._turn:
                 changes = partial(self._changes, before, caller, admin)
-                before, data = await self._server.host.think(changes, NOBODY)
+                now, data = await self._server.host.think(changes, NOBODY)
             if data:
                 yield data
-            await asyncio.sleep(before.taken + EACH - time.monotonic())
+            before, ended = now, now.draining
+            await asyncio.sleep(now.taken + EACH - time.monotonic())
 
     def _changes(
         self, before: Snapshot | None, caller: Caller, admin: bool
