@@ -196,7 +196,7 @@ def main() -> None:
                 engine.load(f"few{i}", path)
             if few:
                 each = (time.perf_counter() - start) / len(few)
-                held = [s.loaded.nbytes for s in engine.adapters._states.values() if s.loaded]
+                held = [s.loaded.nbytes for s in engine.adapters._entries if s.loaded]
                 print(json.dumps({"load_ms_each": 1e3 * each, "bytes_each": min(held)}))
 
             def uniform(n: int) -> list[str | None]:

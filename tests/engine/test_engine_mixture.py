@@ -224,7 +224,7 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
         with Engine(model, slots=6, length=64, chunk=16) as engine:
             for name in ("loha", "lokr", method):
                 engine.load(name, paths[name])
-            held = engine.adapters._states[engine.adapters.entry(method)].loaded
+            held = engine.adapters.entry(method).loaded
             assert held is not None
             if poison:
                 for factors in held.factors.values():

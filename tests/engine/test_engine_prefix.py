@@ -153,7 +153,7 @@ def test_what_was_cancelled_or_failed_is_not_kept(model, paths, monkeypatch) -> 
         engine.run()
         assert stream.result().reason == "cancelled"
         assert ended(engine, request).cached == 0
-        held = engine.adapters._states[engine.adapters.entry("lora")].loaded
+        held = engine.adapters.entry("lora").loaded
         assert held is not None
         next(iter(held.factors.values())).up.fill_(float("nan"))
         other = Request("2", prompt(9, 3), 20, "lora")

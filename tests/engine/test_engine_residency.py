@@ -56,7 +56,7 @@ def tokens(model, paths) -> dict[tuple[str | None, int], tuple[int, ...]]:
 
 
 def bytes_of(engine: Engine, name: str) -> int:
-    held = engine.adapters._states[engine.adapters.entry(name)].loaded
+    held = engine.adapters.entry(name).loaded
     assert held is not None
     return held.nbytes
 
@@ -174,7 +174,7 @@ def test_the_machine(model, paths, tokens) -> None:
                         assert "bytes" in ended.message
                     else:
                         assert ended.tokens == expected, (version, i)
-                assert all(not s.leases for s in self.engine.adapters._states.values())
+                assert all(not s.leases for s in self.engine.adapters._entries)
             finally:
                 self.engine.close()
 
@@ -209,7 +209,7 @@ def test_a_name_that_is_loaded_again_is_another_adapter_for_new_requests(
         assert first.result().tokens == tokens["a1", 1]
         assert waiting.result().tokens == tokens["a1", 0]
         assert second.result().tokens == tokens["a2", 1]
-        assert len(engine.adapters._states) == 1
+        assert len(engine.adapters._entries) == 1
 
 
 def test_files_that_changed_are_not_read_under_the_old_digest(model, paths, tmp_path) -> None:

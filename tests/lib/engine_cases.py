@@ -54,13 +54,14 @@ def check(engine: Engine) -> None:
 def check_adapters(adapters: AdapterCache) -> None:
     """References, leases and bytes agree."""
     with adapters._lock:
-        for entry, state in adapters._states.items():
-            assert 0 <= state.leases <= state.references, entry
-            assert not state.leases or state.loaded, f"{entry}: leased, not resident"
-            current = adapters._names.get(entry.name) == entry
-            assert current or state.references or state.future, f"{entry}: left over"
+        for entry in adapters._entries:
+            assert 0 <= entry.leases <= entry.references, entry
+            assert not entry.leases or entry.loaded, f"{entry}: leased, not resident"
+            current = adapters._names.get(entry.name) is entry
+            assert current or entry.references or entry.future, f"{entry}: left over"
+            assert current or not entry.pinned, f"{entry}: pinned without a name"
+        assert adapters._names.keys() <= {entry.name for entry in adapters._entries}
         assert adapters.budget is None or adapters.nbytes <= adapters.budget, adapters.nbytes
-        assert adapters._pinned <= adapters._names.keys()
 
 
 def check_slots(runner: Any, rows: Sequence[Any]) -> None:

@@ -71,7 +71,7 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     clean = [answer.json["choices"][0]["text"] for answer in at_once(server, models, max_tokens=12)]
     key = server.parts.registry.adapters["a"].key
     states = server.engine.adapters
-    held = states._states[states.entry(key)].loaded
+    held = states.entry(key).loaded
     assert held is not None
     for factors in held.factors.values():
         factors.up.fill_(torch.nan)
@@ -164,7 +164,7 @@ def test_clients_that_leave_leave_nothing(common: Running):
             at.close()
     until(common.idle)
     states = common.engine.adapters
-    assert all(state.references == state.leases == 0 for state in states._states.values())
+    assert all(state.references == state.leases == 0 for state in states._entries)
     assert threading.active_count() <= before + 8
     assert common.complete("a", "The").status == 200
 

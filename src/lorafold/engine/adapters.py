@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,14 +53,28 @@ class VerifiedAdapter(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class KnownAdapter:
-    """An adapter that the engine knows. Other files under the same name are another entry."""
+    """An adapter that the engine knows, who needs it, and its state in memory. Other files under
+    the same name are another entry.
+    """
 
     name: str
     path: Path | None  # None for one that is attached to the model
     stack: tuple[VerifiedAdapter, ...]  # the adapters below, the lowest first, and itself
     generation: int  # the number of the call that made it known
+    references: int = 0  # requests that wait or run
+    leases: int = 0  # requests that run
+    pinned: bool = False
+    reserved: bool = False  # read for a request that has not run yet
+    loaded: LoadedAdapter | None = None
+    future: Future[None] | None = None  # while it is read
+    error: LorafoldError | None = None  # of the last read
+    used: int = 0  # when a request last began with it
+    checked: int = 0  # when it was last compared with its checksum
+    checksum: int = 0
+    vocabulary: int = 0
+    strikes: int = 0  # requests with logits that are not finite
 
     @property
     def digest(self) -> str:
@@ -88,7 +103,7 @@ class Factors:
 class LoadedAdapter:
     """An adapter in memory."""
 
-    entry: KnownAdapter
+    key: str  # a unique name for its deltas
     factors: Mapping[int, Factors]  # by the index of the shape
     low_rank: frozenset[str]  # the paths that they change
     gains: Mapping[str, tuple[Tensor, Tensor | None]]  # and offsets (out,), by path
@@ -173,7 +188,7 @@ class Reader:
                 deltas = self._deltas(needed, [*below, contents])
         except LorafoldError as error:
             raise LorafoldError(f"adapter {entry.name!r}: {error}") from None
-        loaded = self.loaded(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
+        loaded = self.loaded(entry.key, deltas, vocabulary(self.shadow, parts_of(deltas)))
         return replace(loaded, seconds=time.perf_counter() - began)
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
@@ -219,7 +234,7 @@ class Reader:
     @torch.no_grad()
     def loaded(
         self,
-        entry: KnownAdapter,
+        key: str,
         deltas: Mapping[str, Delta],
         vocabulary: int | None,
         alone: bool = False,
@@ -252,7 +267,7 @@ class Reader:
             if path not in pairs and path not in gains
         }
         loaded = LoadedAdapter(
-            entry, factors, frozenset(pairs), gains, others, alone, vocabulary, nbytes=0
+            key, factors, frozenset(pairs), gains, others, alone, vocabulary, nbytes=0
         )
         return replace(loaded, nbytes=sum({id(t): t.nbytes for t in loaded.tensors}.values()))
 

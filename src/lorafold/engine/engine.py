@@ -145,7 +145,7 @@ class Engine:
             )
         deltas = attached(self.model, on_model)
         size, alone = vocabulary(self.model, parts_of(deltas)), self._as_trained
-        self.adapters.adopt(name, lambda entry: self._reader.loaded(entry, deltas, size, alone))
+        self.adapters.adopt(name, lambda key: self._reader.loaded(key, deltas, size, alone))
 
     def unload(self, name: str) -> None:
         """Forget an adapter."""
@@ -162,7 +162,7 @@ class Engine:
             with self._lock:
                 if self._closing:
                     raise LorafoldError("the engine is closed")
-                self._check(request, max(self.vocabulary, self.adapters.vocabulary(entry)))
+                self._check(request, max(self.vocabulary, entry.vocabulary if entry else 0))
                 self._rows[request.id] = row
                 self._inbox.append(row)
         except BaseException as error:
@@ -385,5 +385,5 @@ class Engine:
             raise
         except BaseException as error:  # a panic in a tokenizer is no Exception
             if isinstance(error, NotFinite) and row.entry is not None:
-                self.adapters.strike(row.entry)
+                row.entry.strikes += 1
             self._fail(row, error)

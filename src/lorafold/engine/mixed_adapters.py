@@ -303,7 +303,7 @@ class ActiveDeltas:
             self._alone[adapter] += 1
             if self._alone[adapter] == 1:
                 for path, delta in adapter.deltas.items():
-                    self._lay(path, adapter.entry.key, delta)
+                    self._lay(path, adapter.key, delta)
             return
         for path in sorted(adapter.paths - self._targets):
             self._lay(path, OWN, EngineDelta(self.products, path))
@@ -316,7 +316,7 @@ class ActiveDeltas:
             if not self._alone[adapter]:
                 del self._alone[adapter]
                 for path in adapter.deltas:
-                    self._lift(path, adapter.entry.key)
+                    self._lift(path, adapter.key)
 
     @contextmanager
     def mixed(self, plan: AdapterRows) -> Iterator[None]:
@@ -331,7 +331,7 @@ class ActiveDeltas:
     @contextmanager
     def alone(self, adapter: LoadedAdapter) -> Iterator[None]:
         """A pass whose rows all have this adapter, which can't be mixed."""
-        with self._active(adapter.paths, adapter.entry.key):
+        with self._active(adapter.paths, adapter.key):
             yield
 
     def close(self) -> None:
