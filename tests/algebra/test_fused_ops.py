@@ -1,4 +1,4 @@
-"""The fused operations of training against `ops/reference.py`: values and gradients, layouts, and
+"""The fused operations of training against `reference_ops`: values and gradients, layouts, and
 what bf16 loses.
 """
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafold.ops import reference
+import reference_ops as reference
 from lorafold.ops.dropout import Dropped, dropped, emptied
 from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from lorafold.ops.frozen import low_rank_linear

@@ -12,8 +12,8 @@ forward; and the same with what is trained on it.
     gx = addmm(drop((g k B) A), g, W)       the same elements of (T, in) dropped in both
 
 k is the update's scale times 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and
-the small factors are kept. The specification is `reference.low_rank_linear`; for any other layer
-`Layer.low_rank` does the same.
+the small factors are kept. For any other layer `Layer.low_rank` does
+the same.
 
     y  = x W'^T                             W' = W + values (k,) at places `at` (LT-SFT, FISH mask)
     gx = g W',  gvalues[e] = sum_t g[t, i_e] x[t, j_e]      (i_e, j_e) row and column of entry e
