@@ -13,7 +13,7 @@ import torch
 
 from engine_cases import METHODS, check, prompt, sampling, save_adapters, together
 from lorafold.engine import Ended, Engine, Request
-from lorafold.engine.kv_cache import KeptPrefixes, PrefixKey, common
+from lorafold.engine.kv_cache import KeptPrefixes, common
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
 
@@ -188,12 +188,12 @@ def test_running_rows_and_kept_slots_change_places(model) -> None:
 
 
 def test_the_longest_beginning_is_found_and_the_last_token_is_computed() -> None:
-    kept, key = KeptPrefixes(), PrefixKey("digest", 1, "tenant")
+    kept, key = KeptPrefixes(), (1, "tenant")
     kept.keep(2, key, (1, 2, 3))
     kept.keep(0, key, (1, 2, 3, 4, 5))
-    kept.keep(1, PrefixKey("digest", 2, "tenant"), (1, 2, 3, 4, 5, 6, 7))
+    kept.keep(1, (2, "tenant"), (1, 2, 3, 4, 5, 6, 7))
     assert kept.find(key, (1, 2, 3, 4, 9)) == (0, 4)
     assert kept.find(key, (1, 2, 3)) == (2, 2)
     assert kept.find(key, (9, 1)) == (-1, 0)
     assert kept.find(key, (1,)) == (-1, 0)
-    assert kept.find(PrefixKey("digest", 1, "other"), (1, 2, 3, 4)) == (-1, 0)
+    assert kept.find((1, "other"), (1, 2, 3, 4)) == (-1, 0)

@@ -32,7 +32,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
 from lorafold.files.safetensors_header import check_numbers
-from lorafold.identity import joined, of_adapter
+from lorafold.identity import of_adapter
 from lorafold.layers import layer_of
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.trainable_tokens import TokenRows
@@ -77,14 +77,9 @@ class KnownAdapter:
     strikes: int = 0  # requests with logits that are not finite
 
     @property
-    def digest(self) -> str:
-        """The identity of the stack, "" without files."""
-        return joined([one.identity for one in self.stack]) if self.stack else ""
-
-    @property
     def key(self) -> str:
         """A unique name for its deltas."""
-        return f"{self.generation}-{self.digest[:12]}"
+        return f"lorafold-{self.generation}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -26,6 +25,9 @@ from transformers.cache_utils import Cache
 from lorafold.engine.operations import Operations
 from lorafold.ops.host_tensors import on_host, sent
 
+# what keys and values depend on, besides their tokens and the engine's base: the number of the call
+# that made the adapter known (0 for the base), and the tenant
+PrefixKey = tuple[int, str]
 STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
 
 
@@ -141,17 +143,6 @@ class SlotView(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.of.length
-
-
-@dataclass(frozen=True)
-class PrefixKey:
-    """What keys and values depend on, besides their tokens and the engine's base: the digest of the
-    adapter's files ("" for the base), the number of the call that made it known, and the tenant.
-    """
-
-    digest: str
-    generation: int
-    tenant: str
 
 
 class KeptSlot(NamedTuple):

@@ -84,7 +84,8 @@ class SlotRunner(Runner):
         self.deltas = ActiveDeltas(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
-        self._plan: tuple[Any, AdapterRows] = (None, AdapterRows([], {}))
+        self._planned: list[int] | None = None  # the adapters that the plan is for, by id
+        self._plan = AdapterRows([], {})
 
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
@@ -104,7 +105,7 @@ class SlotRunner(Runner):
             elif row.adapter not in self._views:
                 self._views[row.adapter] = SlotView(self.cache)
         self.rows[row.slot] = row
-        self._plan = (None, AdapterRows([], {}))
+        self._planned = None
 
     def _cached(self, row: Row) -> tuple[int, int]:
         """The slot, a free one or a running row's, with most of the first tokens of a row, and how
@@ -137,7 +138,7 @@ class SlotRunner(Runner):
             if row.adapter not in {r.adapter for r in self.rows if r is not None}:
                 self._views.pop(row.adapter, None)
         row.slot = -1
-        self._plan = (None, AdapterRows([], {}))
+        self._planned = None
 
     def _reusable(self, row: Row) -> bool:
         """Whether the row's keys and values follow from its prefix and its tokens alone."""
@@ -168,7 +169,7 @@ class SlotRunner(Runner):
                 self.products.place(target, row.adapter)
             self.products.clear(source)
             self.rows[source], self.rows[target], row.slot = None, row, target
-            self._plan = (None, AdapterRows([], {}))
+            self._planned = None
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -238,10 +239,11 @@ class SlotRunner(Runner):
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
         keep = sent(torch.tensor(lasts), device)
         adapters = [None if row is None else row.adapter for row in taken]
-        key = [id(adapter) for adapter in adapters]
-        if alone is None and self._plan[0] != key:
-            self._plan = (key, AdapterRows(adapters, self.products.places, self.each))
-        context = self.deltas.alone(alone) if alone else self.deltas.mixed(self._plan[1])
+        ids_of = [id(adapter) for adapter in adapters]
+        if alone is None and self._planned != ids_of:
+            self._planned = ids_of
+            self._plan = AdapterRows(adapters, self.products.places, self.each)
+        context = self.deltas.alone(alone) if alone else self.deltas.mixed(self._plan)
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
