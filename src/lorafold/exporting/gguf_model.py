@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
@@ -34,18 +34,13 @@ from lorafold.exporting.gguf_metadata import (
     add_tokenizer,
     architecture_of,
 )
-from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors
+from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors, Subject
 from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import TensorShape, plan_fold
 from lorafold.generation import end_tokens
 from lorafold.merging.merged_tensors import before_and_after, need_space
-from lorafold.models.checkpoint import mapped_model_of
-from lorafold.models.sources import resolve_model
-from lorafold.models.tokenizer import read_tokenizer
 from lorafold.models.weight_conversion import OnDemand
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from lorafold.resolve import Base
 
 DELTAS = ".deltas."
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -231,29 +226,14 @@ PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<
 ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, whatever a file has
 
 
-@dataclass(frozen=True)
-class Content:
-    """The content of a file: a model on its files, adapters to merge, its directory and tokenizer.
-    """
-
-    model: PreTrainedModel
-    adapters: Sequence[str]
-    directory: Path
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-
-
 def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write the model of a directory in Hugging Face's format, as `write_content` does."""
-    source = resolve_model(directory)
-    model, tokenizer = mapped_model_of(source).model, read_tokenizer(source)
-    content = Content(model, (), directory, tokenizer, directory.name)
-    return write_content(content, out, tensors, progress)
+    """Write the model of a directory in Hugging Face's format, as `write_gguf` does."""
+    return write_gguf(Subject(Base(directory), ()), out, tensors, progress)
 
 
-def write_content(content: Content, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
+def write_gguf(subject: Subject, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
     """Write a model as a GGUF file, and return what an engine computes differently."""
-    return write_described(described(content, tensors), out, tensors, progress)
+    return write_described(described(subject, tensors), out, tensors, progress)
 
 
 @dataclass(frozen=True)
@@ -273,7 +253,7 @@ class Described:
 def write_described(
     made: Described, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
-    """Write a file; arguments and result are those of `write_content`."""
+    """Write a file; arguments and result are those of `write_gguf`."""
     writer, tied = made.writer, OUTPUT not in made.shapes
     kinds = {n: type_of(n, shape, tensors, tied) for n, shape in made.shapes.items()}
     sizes = {n: size_of(shape, kinds[n]) for n, shape in made.shapes.items()}
@@ -303,20 +283,23 @@ def write_described(
     return made.notes
 
 
-def described(content: Content, tensors: str) -> Described:
+def described(subject: Subject, tensors: str) -> Described:
     """What a file says of a model; nothing is computed or written."""
-    config = content.model.config
+    from transformers import GenerationConfig
+
+    model: Any = subject.model
+    config, tokenizer, directory = model.config, subject.tokenizer, subject.base.source.path
     row = architecture_of(config)
     writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    whole = content.tokenizer.get_vocab().keys() >= PHI_TOKENS
-    writer.add_name(content.name if whole else PHI.sub(r"\1 ", content.name))
+    name, whole = Path(subject.base.name).name, tokenizer.get_vocab().keys() >= PHI_TOKENS
+    writer.add_name(name if whole else PHI.sub(r"\1 ", name))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = add_metadata(writer, config, row)
     positions = add_positions(writer, config, row)
-    placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
+    placed = [*tensors_of(folded(model, subject.names), config, row)]
     placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
     shapes = {one.path: one.shape for one in placed}
     if row.name in ONE_MATRIX and OUTPUT in shapes:
@@ -326,15 +309,8 @@ def described(content: Content, tensors: str) -> Described:
         )
     rows = shapes[EMBEDDING][0]
     writer.add_vocab_size(rows)
-    ensure_chat_template(content.tokenizer)
-    add_tokenizer(writer, content.tokenizer, rows, _ends(content))
+    ensure_chat_template(tokenizer)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    add_tokenizer(writer, tokenizer, rows, sorted(end_tokens(model, tokenizer)))
     return Described(writer, placed, notes)
-
-
-def _ends(content: Content) -> Sequence[int]:
-    """The tokens that end a completion, by the directory's files."""
-    from transformers import GenerationConfig
-
-    if (content.directory / "generation_config.json").is_file():
-        content.model.generation_config = GenerationConfig.from_pretrained(content.directory)
-    return sorted(end_tokens(content.model, content.tokenizer))

@@ -34,6 +34,7 @@ from lorafold.core.attach import only
 from lorafold.data.formats import PROMPTS
 from lorafold.data.render import ensure_chat_template, prompt_of
 from lorafold.data.rows import read_rows
+from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
@@ -301,7 +302,7 @@ def proof(
     gaps[tied] = 0
     gap = float(gaps.abs().max())
     pairs = [*zip(reference.greedy, engine.greedy, strict=True)]
-    parted = {n: parting(own, other) for n, (own, other) in enumerate(pairs) if own != other}
+    parted = {n: common(own, other) for n, (own, other) in enumerate(pairs) if own != other}
     changed, alone = (
         None if bare is None else float(divergences(of[: len(bare)], bare).mean())
         for of in (adapted, reference.base)
@@ -337,9 +338,3 @@ def distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
     size = min(p.shape[-1], q.shape[-1])
     same = p[:, :size].argmax(-1) == q[:, :size].argmax(-1)
     return Distance(float(divergences(p, q).mean()), float(same.double().mean()))
-
-
-def parting(own: Sequence[int], other: Sequence[int]) -> int:
-    """The first place at which two sequences differ."""
-    differ = (n for n, (a, b) in enumerate(zip(own, other, strict=False)) if a != b)
-    return next(differ, min(len(own), len(other)))

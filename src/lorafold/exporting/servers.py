@@ -73,7 +73,7 @@ class ToPeft(Target):
         notes = [f"rank {subject.update.rank} at every site, scale 1", *base.notes]
         notes += [OTHER_TEMPLATE] * (TEMPLATE in files)
         job = {"adapter": f"{{out}}/{ADAPTER}", "base": str(subject.base.source.path)}
-        return Written(files, launch, tuple(notes), job)
+        return Written(files, launch, notes, job)
 
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
@@ -149,7 +149,7 @@ class ToVllm(Target):
             "lora": {"engine": engine, "request": request},
         }
         notes.append(f"requests ask for it as model {name}")
-        return Written(files, (launch,), tuple(notes), job)
+        return Written(files, (launch,), notes, job)
 
 
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
@@ -217,7 +217,7 @@ class ToSglang(Target):
             "--lora-strict-loading",
         )  # fmt: skip
         notes.append(f"requests ask for it as model {base.model}:{name}")
-        return Written(files, ((*line, *options),), tuple(notes))
+        return Written(files, ((*line, *options),), notes)
 
     def read_back(self, subject: Subject, directory: Path) -> str:
         tensors = load_file(directory / ADAPTER / WEIGHTS)

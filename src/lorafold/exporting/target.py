@@ -267,9 +267,9 @@ class Written:
     engine's job needs, with paths as {out}/NAME.
     """
 
-    files: tuple[str, ...]
-    launch: tuple[Line, ...]
-    notes: tuple[str, ...] = ()
+    files: Sequence[str]
+    launch: Sequence[Line]
+    notes: Sequence[str] = ()
     job: Mapping[str, Any] = field(default_factory=dict)
 
 

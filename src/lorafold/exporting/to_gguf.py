@@ -24,13 +24,12 @@ from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import (
     FILE_TYPES,
     PLAIN,
-    Content,
     Described,
     MergedParameter,
     described,
     tensors_of_update,
-    write_content,
     write_described,
+    write_gguf,
     write_model,
 )
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
@@ -82,12 +81,12 @@ class GgufAdapter(Target):
             options += ["--chat-template-file", f"{{out}}/{TEMPLATE}"]
             files.append(TEMPLATE)
         if source is not None:
-            return Written(tuple(files), tuple(self.use(str(source), options)), tuple(notes), JOB)
+            return Written(files, self.use(str(source), options), notes, JOB)
         revision = base_reference(subject.base).revision
         at = f" --revision {revision}" if revision else ""
         model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
         made_by = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
-        return Written(tuple(files), (made_by, *self.use(file, options)), tuple(notes), JOB)
+        return Written(files, (made_by, *self.use(file, options)), notes, JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
@@ -144,19 +143,13 @@ def file_of(tensors: str | None) -> str:
     return f"model-{tensors}.gguf"
 
 
-def _content(subject: Subject) -> Content:
-    name, source = Path(subject.base.name).name, subject.base.source
-    model: Any = subject.model
-    return Content(model, subject.names, source.path, subject.tokenizer, name)
-
-
-def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
-    """Write the file of a subject into a directory; as `write_content`, which has the notes."""
-    tensors, content = str(subject.tensors), _content(subject)
+def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
+    """Write the file of a subject into a directory, as `write_gguf` or by llama.cpp's quantizer."""
+    tensors = str(subject.tensors)
     if tensors not in MIXED:
-        return write_content(content, directory / file_of(tensors), tensors, progress)
+        return write_gguf(subject, directory / file_of(tensors), tensors, progress)
     plain = directory / file_of("F32")
-    notes = write_content(content, plain, "F32", progress)
+    notes = write_gguf(subject, plain, "F32", progress)
     command = [QUANTIZER, str(plain), str(directory / file_of(tensors)), tensors]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -189,7 +182,7 @@ class GgufModel(Target):
                 f" {subject.tensors}"
             ]
         try:
-            described(_content(subject), "F16")
+            described(subject, "F16")
         except LorafoldError as error:
             return [str(error)]
         return []
@@ -202,6 +195,6 @@ class ToGgufModel(GgufModel):
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         file = file_of(subject.tensors)
-        notes = write_gguf(subject, directory, progress)
+        notes = write_file(subject, directory, progress)
         launch = (("llama-server", "-m", f"{{out}}/{file}", "--jinja"),)
-        return Written((file,), launch, tuple(notes), {"base": f"{{out}}/{file}"})
+        return Written((file,), launch, notes, {"base": f"{{out}}/{file}"})

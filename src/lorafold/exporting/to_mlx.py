@@ -187,9 +187,7 @@ class ToMlx(Target):
             launch = [(*launch[1], "--chat-template", f"{CONTENT}{{out}}/{TEMPLATE}")]
             notes.append(OTHER_TEMPLATE)
         files = (f"adapter/{WEIGHTS}", f"adapter/{CONFIG}", *[TEMPLATE] * template)
-        return Written(
-            files, tuple(launch), tuple(notes), {"adapter": "{out}/adapter", "base": path}
-        )
+        return Written(files, launch, notes, {"adapter": "{out}/adapter", "base": path})
 
 
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:

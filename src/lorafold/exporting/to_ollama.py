@@ -25,7 +25,7 @@ from lorafold.data.render import ensure_chat_template, render
 from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.target import Progress, Subject, Written
-from lorafold.exporting.to_gguf import GgufModel, file_of, write_gguf
+from lorafold.exporting.to_gguf import GgufModel, file_of, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,7 +238,7 @@ class ToOllama(GgufModel):
         template, stops, notes = chat_of(subject.tokenizer)
         file = file_of(subject.tensors)
         text = modelfile(file, template, stops)
-        notes_ = [*write_gguf(subject, directory, progress), *notes]
+        notes_ = [*write_file(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = (subject.called or Path(subject.base.name).name).lower()
         name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:LONGEST] or "model"
@@ -247,4 +247,4 @@ class ToOllama(GgufModel):
             ("ollama", "run", name),
         )
         notes_ = [FOLDED, *notes_] if subject.adapters else notes_
-        return Written((MODELFILE, file), launch, tuple(notes_), {"base": f"{{out}}/{file}"})
+        return Written((MODELFILE, file), launch, notes_, {"base": f"{{out}}/{file}"})
