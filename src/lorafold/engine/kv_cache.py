@@ -187,7 +187,7 @@ class KeptPrefixes:
             self.slots[target] = self.slots.pop(source)
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[object], b: Sequence[object]) -> int:
     """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -235,7 +235,11 @@ def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
     """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
-    if problems := target.problems(subject):
+    try:
+        problems = target.problems(subject)
+    except LorafoldError as error:
+        problems = [str(error)]
+    if problems:
         dense = not target.merged and subject.update.dense and not subject.update.beside
         enough = rank_enough(subject, options.prompts, progress) if dense else ""
         raise LorafoldError(f"{options.to}: {as_one(problems)}{enough}")

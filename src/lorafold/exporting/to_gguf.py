@@ -57,11 +57,7 @@ class GgufAdapter(Target):
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
             return ["found no adapter, expected one; --to gguf-model writes a whole model"]
-        try:
-            row = architecture_of(subject.config)
-        except LorafoldError as error:
-            return [str(error)]
-        update = subject.update
+        row, update = architecture_of(subject.config), subject.update
         reasons = tensors_of_update(update.factors, subject.config, row)[1]
         return [*only_products(update, "a GGUF adapter"), *reasons]
 
@@ -181,10 +177,7 @@ class GgufModel(Target):
                 f" write F16 and run: {QUANTIZER} {file_of('F16')} {file_of(subject.tensors)}"
                 f" {subject.tensors}"
             ]
-        try:
-            described(subject, "F16")
-        except LorafoldError as error:
-            return [str(error)]
+        described(subject, "F16")
         return []
 
 

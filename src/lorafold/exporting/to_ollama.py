@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
 from lorafold.data.templates import template_of
+from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.target import Progress, Subject, Written
 from lorafold.exporting.to_gguf import GgufModel, file_of, write_file
@@ -144,14 +145,9 @@ def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> s
         chat = _chat(roles, SAID[: len(roles)])
         made = turns.text(chat)
         if (text := written(chat)) != made:
-            at = next(
-                (n for n, (a, b) in enumerate(zip(text, made, strict=False)) if a != b),
-                min(len(text), len(made)),
-            )
-            roles_ = "-".join(ROLES[r] for r in roles)
-            return (
-                f"{shortened(repr(text[max(at - 20, 0) : at + 20]), 60)} in a chat of {roles_}"
-            )
+            at, chat_of_roles = common(text, made), "-".join(ROLES[r] for r in roles)
+            part = shortened(repr(text[max(at - 20, 0) : at + 20]), 60)
+            return f"{part} in a chat of {chat_of_roles}"
     return ""
 
 
@@ -227,18 +223,15 @@ class ToOllama(GgufModel):
     def problems(self, subject: Subject) -> Sequence[str]:
         if reasons := super().problems(subject):
             return reasons
-        try:
-            template, stops, _ = chat_of(subject.tokenizer)
-            modelfile(file_of(subject.tensors), template, stops)
-        except LorafoldError as error:
-            return [str(error)]
+        template, stops, _ = chat_of(subject.tokenizer)
+        modelfile(file_of(subject.tensors), template, stops)
         return []
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         template, stops, notes = chat_of(subject.tokenizer)
         file = file_of(subject.tensors)
         text = modelfile(file, template, stops)
-        notes_ = [*write_file(subject, directory, progress), *notes]
+        notes = [*write_file(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = (subject.called or Path(subject.base.name).name).lower()
         name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:LONGEST] or "model"
@@ -246,5 +239,5 @@ class ToOllama(GgufModel):
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
             ("ollama", "run", name),
         )
-        notes_ = [FOLDED, *notes_] if subject.adapters else notes_
-        return Written((MODELFILE, file), launch, notes_, {"base": f"{{out}}/{file}"})
+        notes = [FOLDED, *notes] if subject.adapters else notes
+        return Written((MODELFILE, file), launch, notes, {"base": f"{{out}}/{file}"})
