@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, deltas_on, selection_of
@@ -136,27 +137,21 @@ def probe(model: Any) -> Structure:
 
 def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     """The logits (B, V) after the last token of each prompt, which are fed in chunks and then one
-    at a time; short prompts repeat their last token, as rows do that have nothing to compute.
+    at a time; rows of short prompts compute a token in vain, as rows do that have nothing to do.
     """
-    rows, device = len(prompts), model.device
+    rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
     view = SlotView(SlotCache(rows, max(LENGTHS), CHUNK, Operations()))
-    done, out = [0] * rows, {}
-    while any(done[b] < len(p) for b, p in enumerate(prompts)):
-        left = [len(p) - n for p, n in zip(prompts, done, strict=True)]
-        width = CHUNK if max(left) >= CHUNK else 1
-        counts = [max(0, min(width, n)) for n in left]
-        ids = torch.zeros(rows, width, dtype=torch.long)
-        for b, p in enumerate(prompts):
-            ids[b, : counts[b]] = p[done[b] : done[b] + counts[b]]
-        view.aim(slice(0, rows), torch.tensor(done, device=device), width)
-        counts_B = torch.tensor([max(1, n) for n in counts], device=device)
-        keep = torch.arange(width, device=device)
-        logits = run(model, view, ids.to(device), counts_B, keep)
-        for b, n in enumerate(counts):
-            done[b] += n
-            if n and done[b] == len(prompts[b]):
-                out[b] = logits[b, n - 1]
-    return torch.stack([out[b] for b in range(rows)])
+    done = torch.zeros(rows, dtype=torch.long)
+    while (left := torch.tensor(LENGTHS) - done).any():
+        width = CHUNK if left.max() >= CHUNK else 1
+        counts = left.clamp(max=width)
+        parts = [pad(p, (0, CHUNK))[n : n + width] for p, n in zip(prompts, done, strict=True)]
+        view.aim(slice(0, rows), done.to(device), width)
+        inputs = (x.to(device) for x in (torch.stack(parts), counts.clamp(1), torch.arange(width)))
+        logits_BTV = run(model, view, *inputs)
+        logits_B |= {b: logits_BTV[b, n - 1] for b, n in enumerate(counts.tolist()) if n}
+        done = done + counts
+    return torch.stack([logits_B[b] for b in range(rows)])
 
 
 class _Inputs:

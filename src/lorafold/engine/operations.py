@@ -42,19 +42,12 @@ log = logging.getLogger(__name__)
 ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
 WIDE = 4096  # rows of a matrix that are enough to measure: a head has many times as many
 
-# the batch-invariant operations by device, on which a request's answer relies
-INDEPENDENT = {
-    "": frozenset({"write", "rotary", "scale"}),
-    "cpu": frozenset(operation.name for operation in DECODING if operation is not STORED),
-}
-
 
 class Operations:
     """Final: the operations by name, each with the parameters of its plain form."""
 
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
-        self.independent = INDEPENDENT.get(device, INDEPENDENT[""])
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
         self.attend, self.write, self.gated = ATTEND.on(device), WRITE.on(device), GATED.on(device)
         if as_trained:

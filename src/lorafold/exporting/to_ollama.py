@@ -152,7 +152,14 @@ def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> s
 
 
 QUOTES = '"""'
-LAST = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+SYSTEM = "%(before)s{{ $.System }}%(between)s"
+LATE = "{{ if and $last $.System }}" + SYSTEM + "{{ end }}"
+MESSAGES = (
+    "{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+    '{{ if eq $m.Role "user" }}LATE{{ $m.Content }}{{ if $last }}%(end)s{{ end }}'
+    '{{ else if eq $m.Role "assistant" }}%(a_open)s{{ $m.Content }}'
+    "{{ if not $last }}%(u_open)s{{ end }}{{ end }}{{ end }}"
+)
 MODELFILE = "Modelfile"
 LONGEST = 80  # characters of a name
 FOLDED = "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a Modelfile"
@@ -161,27 +168,15 @@ SILENT = "the model's template takes no system message: Ollama's leaves one out"
 
 def go_template(turns: Turns) -> str:
     """The template of these marks."""
-    before, between = (_text(part) for part in turns.system or ("", ""))
-    start, a_open = _text(turns.start), _text(turns.a_open)
-    u_open, end = _text(turns.u_open), _text(turns.end)
-    given = f"{before}{{{{ $.System }}}}{between}"
-    late = f"{{{{ if and $last $.System }}}}{given}{{{{ end }}}}" if turns.late else ""
-    opened = start
+    before, between = turns.system or ("", "")
+    marks = {name: mark for name, mark in vars(turns).items() if isinstance(mark, str)}
+    # Go's language takes a mark as it is, but for the opening of an action
+    marks |= {"before": before, "between": between}
+    marks = {name: mark.replace("{{", '{{ "{{" }}') for name, mark in marks.items()}
+    late, start = (LATE if turns.late else ""), "%(start)s"
     if turns.system is not None and not turns.late:
-        opened = f"{{{{ if .System }}}}{given}{{{{ else }}}}{start}{{{{ end }}}}"
-    return (
-        f"{opened}{{{{ range $i, $m := .Messages }}}}{LAST}"
-        f'{{{{ if eq $m.Role "user" }}}}{late}{{{{ $m.Content }}}}'
-        f"{{{{ if $last }}}}{end}{{{{ end }}}}"
-        f'{{{{ else if eq $m.Role "assistant" }}}}{a_open}{{{{ $m.Content }}}}'
-        f"{{{{ if not $last }}}}{u_open}{{{{ end }}}}"
-        "{{ end }}{{ end }}"
-    )
-
-
-def _text(part: str) -> str:
-    """A text that Go's language takes as it is."""
-    return part.replace("{{", '{{ "{{" }}')
+        start = f"{{{{ if .System }}}}{SYSTEM}{{{{ else }}}}%(start)s{{{{ end }}}}"
+    return (start + MESSAGES.replace("LATE", late)) % marks
 
 
 def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:

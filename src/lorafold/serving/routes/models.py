@@ -266,9 +266,9 @@ class LoadBody(UnloadBody):
     load_inplace: bool = True
     base_model_name: str | None = None
 
-    def check(self, registry: Registry) -> None:
-        """Raise Refusal for a path to anything but the directory's entry of that name, and for an
-        adapter that exists and may not be replaced.
+    def load(self, registry: Registry) -> AdapterFiles:
+        """Load the adapter. Raises Refusal for a path to anything but the directory's entry of that
+        name, and for an adapter that exists and may not be replaced.
         """
         name, path = self.lora_name, self.lora_path
         entry, same = registry.directory.locate(name), path is None
@@ -281,6 +281,7 @@ class LoadBody(UnloadBody):
         if name in registry.adapters and not self.load_inplace:
             message = f"found false, and {name} has already been loaded; true replaces it"
             raise wrong("load_inplace", message)
+        return registry.load(name)
 
 
 class AliasBody(Body):
@@ -318,14 +319,8 @@ def administration(app: FastAPI, server: Server) -> None:
         """Read the files of an adapter of the directory, new or changed."""
         caller = server.admin(request)
         body = await server.body(request, caller, LoadBody, lambda body: body)
-        name = body.lora_name
-
-        def load_now() -> AdapterFiles:
-            body.check(registry)
-            return registry.load(name)
-
-        adapter = await done(load_now)
-        return answer({"id": name, "digest": adapter.digest, "status": "loaded"})
+        adapter = await done(lambda: body.load(registry))
+        return answer({"id": adapter.name, "digest": adapter.digest, "status": "loaded"})
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
