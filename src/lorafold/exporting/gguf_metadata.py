@@ -17,21 +17,19 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.exporting.target import window_notes
 from lorafold.models.gguf_rope import FREQUENCIES, YARN
 from lorafold.models.gguf_tokenizers import WHOLE_WORDS, names_of_rules, rule_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 INTEGERS = {
     "max_position_embeddings": "context_length",

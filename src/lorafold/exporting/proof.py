@@ -25,10 +25,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.core.attach import only
 from lorafold.data.formats import PROMPTS
@@ -41,9 +42,6 @@ from lorafold.files.html_page import ShownInNotebooks
 from lorafold.generation import complete_tokens, end_tokens, tokens_of
 from lorafold.merging.merge_target import Distance
 from lorafold.merging.run import adapted
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 GREEDY = 16  # tokens of a greedy text

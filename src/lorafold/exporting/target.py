@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorafold.adapter import load
 from lorafold.core.attach import adapted_modules
@@ -45,9 +46,6 @@ from lorafold.methods.parts.trainable_tokens import TokenRows
 from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
@@ -27,10 +28,6 @@ from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.target import Progress, Subject, Written
 from lorafold.exporting.to_gguf import GgufModel, file_of, write_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 S, U, A, V = "probe rule", "probe question", "probe answer", "probe second"
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
