@@ -69,8 +69,8 @@ def check_slots(runner: Any, rows: Sequence[Any]) -> None:
     assert [r for r in runner.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
     assert all(runner.rows[row.slot] is row for row in rows)
     placed = {r.slot: r.adapter for r in rows if r.adapter is not None and not r.adapter.alone}
-    assert runner.products.placed == placed, "each slot has its request's adapter"
-    for slot in runner.kept.slots:
+    assert runner.slot_adapters.placed == placed, "each slot has its request's adapter"
+    for slot in runner.prefixes.slots:
         assert runner.rows[slot] is None, f"slot {slot} is kept, and a request's"
         assert is_finite(runner.cache, slot), f"slot {slot} is kept, and not finite"
 

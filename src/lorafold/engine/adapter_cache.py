@@ -300,6 +300,6 @@ def checksum(loaded: LoadedAdapter) -> int:
         content = content.set_(tensor.detach().untyped_storage())
         whole = len(content) // 8 * 8
         # torch would wake a team of threads, which then spins for longer than this takes
-        numbers = content.cpu().numpy()
-        total += int(numbers[:whole].view(np.int64).sum()) + int(numbers[whole:].sum())
+        values = content.cpu().numpy()
+        total += int(values[:whole].view(np.int64).sum()) + int(values[whole:].sum())
     return total

@@ -145,13 +145,13 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
 
 def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
     """Raise LorafoldError unless the files that were read are those that were verified."""
-    found, expected = [contents.named for contents in read], [one.identity for one in verified]
-    if found != expected:
+    actual, expected = [contents.named for contents in read], [v.identity for v in verified]
+    if actual != expected:
         paths = ", ".join(str(contents.path) for contents in read)
-        ours, theirs = (", ".join(one[:12] for one in each) for each in (found, expected))
+        digests = [", ".join(identity[:12] for identity in each) for each in (actual, expected)]
         raise LorafoldError(
-            f"{paths} changed since it was loaded: found digest {ours}, expected"
-            f" {theirs or 'none'}; load it again"
+            f"{paths} changed since it was loaded: found digest {digests[0]}, expected"
+            f" {digests[1] or 'none'}; load it again"
         )
 
 
@@ -172,7 +172,7 @@ class Reader:
         """Read and check an adapter."""
         assert entry.path is not None
         began = time.perf_counter()
-        most = sum(one.nbytes for one in entry.stack) + MANIFEST_BYTES
+        most = sum(verified.nbytes for verified in entry.stack) + MANIFEST_BYTES
         try:
             contents = Contents(entry.path, FILES, most)
             _check([contents], entry.stack[-1:])  # before anything is interpreted
@@ -250,12 +250,12 @@ class Reader:
             pair = None if delta is None else delta.factors()
             if pair is not None and len(pair[1]) <= RANK:
                 pairs[path] = pair
-        gains = {p: one[1:] for p, one in gained.items() if p in pairs or one.under is None}
+        gains = {p: g[1:] for p, g in gained.items() if p in pairs or g.under is None}
         factors = {}
         for i, shape in enumerate(self.structure.shapes):
-            ours = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
-            if ours:
-                factors[i] = factors_of(shape, ours, self.dtype)
+            of_shape = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
+            if of_shape:
+                factors[i] = factors_of(shape, of_shape, self.dtype)
         others = {
             path: delta.eval().requires_grad_(False)
             for path, delta in deltas.items()

@@ -138,9 +138,9 @@ class Engine:
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
         """Make adapters that are attached to the model, the lowest first, known under one name."""
         only(self.model, *on_model)  # raises unless they are attached
-        if both := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
+        if active := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
-                f"adapter {both}: found it active, so it belongs to the base, expected an engine"
+                f"adapter {active}: found it active, so it belongs to the base, expected an engine"
                 " that was opened inside lf.only(model)"
             )
         deltas = attached(self.model, on_model)
@@ -191,12 +191,12 @@ class Engine:
                 if not (isinstance(i, int) and 0 <= i < vocabulary):
                     checks[f"{name}: found token {i!r}, expected 0 to {vocabulary - 1}"] = False
                     break
-        found = f"prompt_logprobs: found {k}, expected"
+        scores = f"prompt_logprobs: found {k}, expected"
         require(
             checks
             | {
-                f"{found} 0 to 20, or None": k is None or 0 <= k <= 20,
-                f"{found} None for this model, since {why}": k is None or not why,
+                f"{scores} 0 to 20, or None": k is None or 0 <= k <= 20,
+                f"{scores} None for this model, since {why}": k is None or not why,
                 "stop: found a text, expected none, since the engine has no tokenizer": (
                     self.tokenizer is not None or not request.sampling.stop
                 ),

@@ -132,7 +132,7 @@ class Packed:
         if adapted or x.dtype != self.dtype:
             return type(module).forward(module, x)
         y = self._output(path, x)
-        return deltas.products.changed(path, layer_of(module), x, y) if deltas.mixing else y
+        return deltas.slot_adapters.changed(path, layer_of(module), x, y) if deltas.mixing else y
 
     def _output(self, path: str, x: Tensor) -> Tensor:
         if len(self.paths) == 1:
@@ -148,14 +148,14 @@ class Packed:
     def product(self, x: Tensor, onto: Tensor | None) -> Tensor:
         """W x + b + onto (..., out + ...), rounded once."""
         rows = x.numel() // x.shape[-1]
-        given = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
+        inputs = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
         if self._least > FEW:
             blocks = zip(
-                *(_padded(t, -(-rows // FEW) * FEW).split(FEW) for t in given), strict=True
+                *(_padded(t, -(-rows // FEW) * FEW).split(FEW) for t in inputs), strict=True
             )
             y = torch.cat([self._kernel(*block) for block in blocks])[:rows]
         else:
-            y = self._kernel(*(_padded(t, self._least) for t in given))[:rows]
+            y = self._kernel(*(_padded(t, self._least) for t in inputs))[:rows]
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _kernel(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -164,10 +164,10 @@ class Packed:
         return self._added(x, onto, self._w, self._bias, "add")
 
     def _onto(self, x: Tensor) -> Tensor | None:
-        products = self.deltas.products
-        if not self.deltas.mixing or products.plan.low_rank.isdisjoint(self.paths):
+        slot_adapters = self.deltas.slot_adapters
+        if not self.deltas.mixing or slot_adapters.plan.low_rank.isdisjoint(self.paths):
             return None
-        return products.product(self.paths, x, self.layers)
+        return slot_adapters.product(self.paths, x, self.layers)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -6,7 +6,7 @@ reads the rows up to the longest. The mask (`lorafold.engine.operations`) finds 
 in `get_query_offset`. A slot is zeroed before it is used again, since 0 times a stale NaN in a
 masked position would be NaN.
 
-`KeptPrefixes` has the content of free slots, for requests with the same prefix. Found by tokens
+`CachedPrefixes` has the content of free slots, for requests with the same prefix. Found by tokens
 alone, one adapter's cache would serve another (vLLM #30931), and by name that of files which were
 replaced (#42125); so a prefix is found under its own `PrefixKey` only.
 """
@@ -145,7 +145,7 @@ class SlotView(Cache):
         return self.of.length
 
 
-class KeptSlot(NamedTuple):
+class CachedSlot(NamedTuple):
     """The content of a free slot; later ones have a larger `age`."""
 
     prefix: PrefixKey
@@ -153,23 +153,23 @@ class KeptSlot(NamedTuple):
     age: int
 
 
-class KeptPrefixes:
+class CachedPrefixes:
     """The free slots with content, by their number."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, KeptSlot] = {}
+        self.slots: dict[int, CachedSlot] = {}
         self._clock = count(1)
 
-    def keep(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
+    def add(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
         """Remember the content of a slot that became free."""
-        self.slots[slot] = KeptSlot(prefix, tuple(tokens), next(self._clock))
+        self.slots[slot] = CachedSlot(prefix, tuple(tokens), next(self._clock))
 
     def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:
         """The slot with most of the prompt's first tokens, and how many; (-1, 0) if none has any.
         """
         best, most = -1, 0
-        for slot, kept in self.slots.items():
-            if kept.prefix == prefix and (n := common(kept.tokens, prompt[:-1])) > most:
+        for slot, cached in self.slots.items():
+            if cached.prefix == prefix and (n := common(cached.tokens, prompt[:-1])) > most:
                 best, most = slot, n
         return best, most
 

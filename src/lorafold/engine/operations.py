@@ -134,13 +134,13 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
     return attention
 
 
-def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
+def steady(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
     """The least number of rows of the inputs (n, ...); the last of ROWS if there is none."""
-    whole, least = kernel(*given), ROWS[-1]
+    whole, least = kernel(*inputs), ROWS[-1]
     for n in reversed(ROWS[:-1]):
         starts = range(0, max(FEW - n + 1, 1), n)
         for s in starts:
-            if not torch.equal(kernel(*(t[s : s + n] for t in given)), whole[s : s + n]):
+            if not torch.equal(kernel(*(t[s : s + n] for t in inputs)), whole[s : s + n]):
                 return least
         least = n
     return least

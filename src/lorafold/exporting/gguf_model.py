@@ -123,17 +123,17 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
     rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
     step = max(AT_ONCE // rows.shape[-1], 1)
     for start in range(0, len(rows), step):
-        some = rows[start : start + step]
+        chunk = rows[start : start + step]
         if kind in PLAIN:
-            made = some.to(PLAIN[kind]).contiguous()
-            if kind == "F16" and not made.isfinite().all():
+            narrow = chunk.to(PLAIN[kind]).contiguous()
+            if kind == "F16" and not narrow.isfinite().all():
                 raise LorafoldError(
-                    f"gguf: {name} has a value of {float(some.float().abs().max()):.3g}, and F16"
+                    f"gguf: {name} has a value of {float(chunk.float().abs().max()):.3g}, and F16"
                     f" has none above {LARGEST:,.0f}; expected --tensors BF16 or F32"
                 )
-            yield made.view(torch.uint8).numpy()
+            yield narrow.view(torch.uint8).numpy()
         else:
-            yield gguf.quants.quantize(some.float().contiguous().numpy(), number)
+            yield gguf.quants.quantize(chunk.float().contiguous().numpy(), number)
 
 
 def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
@@ -247,19 +247,19 @@ class Described:
     @property
     def shapes(self) -> dict[str, TensorShape]:
         """Of the tensors, by name."""
-        return {one.path: one.shape for one in self.tensors}
+        return {tensor.path: tensor.shape for tensor in self.tensors}
 
 
 def write_described(
-    made: Described, out: Path, tensors: str, progress: Progress
+    content: Described, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
     """Write a file; arguments and result are those of `write_gguf`."""
-    writer, tied = made.writer, OUTPUT not in made.shapes
-    kinds = {n: type_of(n, shape, tensors, tied) for n, shape in made.shapes.items()}
-    sizes = {n: size_of(shape, kinds[n]) for n, shape in made.shapes.items()}
+    writer, tied = content.writer, OUTPUT not in content.shapes
+    kinds = {n: type_of(n, shape, tensors, tied) for n, shape in content.shapes.items()}
+    sizes = {n: size_of(shape, kinds[n]) for n, shape in content.shapes.items()}
     done, total = 0, sum(sizes.values())
     need_space(out.parent, total, "the file")
-    for name, shape in made.shapes.items():
+    for name, shape in content.shapes.items():
         kind = gguf.GGMLQuantizationType[kinds[name]]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
     try:
@@ -270,17 +270,17 @@ def write_described(
             assert writer.fout is not None
             file = writer.fout[0]
             writer.write_padding(file, file.tell())
-            for one in made.tensors:
-                for piece in encoded(one.path, one.values(), kinds[one.path]):
+            for tensor in content.tensors:
+                for piece in encoded(tensor.path, tensor.values(), kinds[tensor.path]):
                     file.write(piece.tobytes())
-                writer.write_padding(file, sizes[one.path])
-                done += sizes[one.path]
+                writer.write_padding(file, sizes[tensor.path])
+                done += sizes[tensor.path]
                 progress(done, total)
     except OSError as error:
         raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
     if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
-        return [*made.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
-    return made.notes
+        return [*content.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
+    return content.notes
 
 
 def described(subject: Subject, tensors: str) -> Described:
@@ -301,7 +301,7 @@ def described(subject: Subject, tensors: str) -> Described:
     positions = add_positions(writer, config, row)
     placed = [*tensors_of(folded(model, subject.names), config, row)]
     placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
-    shapes = {one.path: one.shape for one in placed}
+    shapes = {parameter.path: parameter.shape for parameter in placed}
     if row.name in ONE_MATRIX and OUTPUT in shapes:
         raise LorafoldError(
             "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"

@@ -150,8 +150,8 @@ def cut_to(
 ) -> tuple[Subject, Cut]:
     """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
-    if update.beside:
-        lines = [f"{path}: {what}, which no LoRA has" for path, what in update.beside.items()]
+    if update.other:
+        lines = [f"{path}: {change}, which no LoRA has" for path, change in update.other.items()]
         raise LorafoldError(f"--as-lora {rank}: {as_one(lines)}")
     if not update.rank:
         raise LorafoldError(f"--as-lora {rank}: found no adapter that changes anything")
@@ -162,7 +162,7 @@ def cut_to(
         kls, distance = kl_by_rank(reference, subject, [rank, *POWERS])
         share = kls[rank] / distance if distance else None
         cut = replace(cut, kl=kls[rank], share=share, enough=_enough(kls, distance))
-    return replace(subject, adapters=(saved,), given=subject.adapters), cut
+    return replace(subject, adapters=(saved,), original=subject.adapters), cut
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:

@@ -81,8 +81,8 @@ def prompts_of(
             ' or conversations, such as {"prompt": ...}'
         )
     conversations = rows.given(PROMPTS)
-    texts = tuple(prompt_of(one, tokenizer) for one in conversations)
-    chats = tuple({"messages": one.messages, "tools": one.tools} for one in conversations)
+    texts = tuple(prompt_of(chat, tokenizer) for chat in conversations)
+    chats = tuple({"messages": chat.messages, "tools": chat.tools} for chat in conversations)
     return ProofPrompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
 
 
@@ -129,10 +129,10 @@ def _note(
         close.append((float(gaps[at]), router, at, PAST * gaps[at] * way / (way @ way)))
 
 
-def _moved(at: int, step: Tensor, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    hidden = given[0].clone()
+def _moved(at: int, step: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden = inputs[0].clone()
     hidden.view(-1, hidden.shape[-1])[at] += step.to(hidden.dtype)
-    return (hidden, *given[1:])
+    return (hidden, *inputs[1:])
 
 
 def answers_over(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
@@ -260,7 +260,7 @@ class Proof(ShownInNotebooks):
     def __str__(self) -> str:
         n = self.prompts
         part = "" if self.share is None else f", {self.share:.2%} of what the adapters change"
-        asked = f"{n} prompt{'s' * (n != 1)}"
+        prompts = f"{n} prompt{'s' * (n != 1)}"
         alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
         top = f"the same likeliest token {self.top} of {n}"
         near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
@@ -269,9 +269,9 @@ class Proof(ShownInNotebooks):
             f" ({self.measured:.1e} with ours)"
         ) * bool(self.tied)
         other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
-        chats = "".join(f"; other {what} there of {n} chats" for what, n in other.items() if n)
+        chats = "".join(f"; other {kind} there of {n} chats" for kind, n in other.items() if n)
         return (
-            f"{self.engine} {self.version}, {asked}: KL {self.kl:.1e} nats on average,"
+            f"{self.engine} {self.version}, {prompts}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
             f" the same greedy text {self.greedy} of {n}{near}{chats}"
         )
@@ -300,7 +300,7 @@ def proof(
     gaps[tied] = 0
     gap = float(gaps.abs().max())
     pairs = [*zip(reference.greedy, engine.greedy, strict=True)]
-    parted = {n: common(own, other) for n, (own, other) in enumerate(pairs) if own != other}
+    parted = {n: common(ours, theirs) for n, (ours, theirs) in enumerate(pairs) if ours != theirs}
     changed, alone = (
         None if bare is None else float(divergences(of[: len(bare)], bare).mean())
         for of in (adapted, reference.base)

@@ -124,8 +124,8 @@ class ToVllm(Target):
         kind, update = subject.config.model_type, subject.update
         experts = [match for path in update.factors if (match := EXPERTS.fullmatch(path))]
         # vLLM expects both parameters of experts
-        both = [f"{match[1]}.{name}" for match in experts for name in (GATE_UP, DOWN)]
-        factors = with_zeros(subject, update.factors, both)
+        parameters = [f"{match[1]}.{name}" for match in experts for name in (GATE_UP, DOWN)]
+        factors = with_zeros(subject, update.factors, parameters)
         base, files, options = write_files(subject, factors, directory)
         notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
         if kind in OWN and experts:
@@ -301,9 +301,9 @@ def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
     raise LorafoldError(f"sglang: {path}.lora_{half} is not in the file")
 
 
-def _difference(one: Factors, other: Factors) -> float:
+def _difference(written: Factors, other: Factors) -> float:
     """How far two products are apart on random inputs, relative to the second."""
-    (up, down), (b, a) = one, other
+    (up, down), (b, a) = written, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
     product, expected = b @ (a @ x), up.float() @ (down.float() @ x)
     whole = float(product.norm())

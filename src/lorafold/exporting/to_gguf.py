@@ -69,8 +69,8 @@ class GgufAdapter(Target):
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         placed = [MergedParameter.known(name, tensor) for name, tensor in tensors.items()]
-        made = Described(writer, placed, ())
-        notes = [*write_described(made, directory / FILE, str(subject.tensors), progress)]
+        content = Described(writer, placed, ())
+        notes = [*write_described(content, directory / FILE, str(subject.tensors), progress)]
         source, options, files = subject.base.source.gguf, ["--jinja"], [FILE]
         if write_template(subject, directory):
             notes.append(OTHER_TEMPLATE)
@@ -92,7 +92,7 @@ class GgufAdapter(Target):
         write_model(subject.base.source.path, base, kind, progress)
         return {"base": str(base)}
 
-    def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
+    def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
         gguf = subject.base.source.gguf
         if gguf is None:
             return {}

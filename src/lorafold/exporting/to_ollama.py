@@ -76,11 +76,11 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
     start, end = _around(written(_chat("u", [U])), [U])
     _, a_open, u_open, _ = _around(written(_chat("uau", [U, A, V])), [U, A, V])
     plain = Turns(start, None, a_open, u_open, end)
-    given, tried = "", [plain]
+    with_system, tried = "", [plain]
     with suppress(LorafoldError):  # it may refuse a system message
-        given = written(_chat("su", [S, U]))
-    if S in given:
-        before, between, _ = _around(given, [S, U])
+        with_system = written(_chat("su", [S, U]))
+    if S in with_system:
+        before, between, _ = _around(with_system, [S, U])
         tried = [Turns(start, (before, between), a_open, u_open, end)]
         if before.startswith(start):
             late = (before.removeprefix(start), between)
@@ -100,7 +100,7 @@ def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What a template has beside plain chat, a sentence each."""
     template = str(tokenizer.chat_template)
     notes = []
-    if lacking := [what for what, word in BESIDE.items() if re.search(word, template)]:
+    if lacking := [feature for feature, word in BESIDE.items() if re.search(word, template)]:
         notes.append(
             "the template for Ollama is plain chat: it has no"
             f" {' and no '.join(lacking)}, which the model's own has"
@@ -116,18 +116,18 @@ def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 BESIDE = {"tools": r"\btools\b", "reasoning": r"reasoning_content|enable_thinking|<think>"}
 
 
-def _chat(roles: str, said: Sequence[str]) -> list[Message]:
-    return [{"role": ROLES[r], "content": text} for r, text in zip(roles, said, strict=True)]
+def _chat(roles: str, contents: Sequence[str]) -> list[Message]:
+    return [{"role": ROLES[r], "content": text} for r, text in zip(roles, contents, strict=True)]
 
 
-def _around(text: str, said: Sequence[str]) -> list[str]:
+def _around(text: str, contents: Sequence[str]) -> list[str]:
     """The parts of a text between what was said."""
     parts = []
-    for one in said:
-        before, mark, text = text.partition(one)
-        if not mark or one in text:
+    for content in contents:
+        before, mark, text = text.partition(content)
+        if not mark or content in text:
             raise LorafoldError(
-                f"the model's chat template does not write {one!r}, said in a plain chat,"
+                f"the model's chat template does not write {content!r}, said in a plain chat,"
                 " once and in its place"
             )
         parts.append(before)
@@ -140,9 +140,9 @@ def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> s
         if roles.startswith("s") and turns.system is None:
             continue
         chat = _chat(roles, SAID[: len(roles)])
-        made = turns.text(chat)
-        if (text := written(chat)) != made:
-            at, chat_of_roles = common(text, made), "-".join(ROLES[r] for r in roles)
+        by_marks = turns.text(chat)
+        if (text := written(chat)) != by_marks:
+            at, chat_of_roles = common(text, by_marks), "-".join(ROLES[r] for r in roles)
             part = shortened(repr(text[max(at - 20, 0) : at + 20]), 60)
             return f"{part} in a chat of {chat_of_roles}"
     return ""
@@ -181,9 +181,9 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
     for text in (template, *stops):
         odd = [c for c in text if not c.isprintable() and c not in "\n\t"]
         if QUOTES in text or odd:
-            found = QUOTES if QUOTES in text else repr(odd[0])
+            shown = QUOTES if QUOTES in text else repr(odd[0])
             raise LorafoldError(
-                f"the model's chat template has {found}, which a Modelfile can't have"
+                f"the model's chat template has {shown}, which a Modelfile can't have"
             )
     ends = "".join(f"PARAMETER stop {QUOTES}{stop}{QUOTES}\n" for stop in stops)
     return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"

@@ -303,7 +303,7 @@ class NextTurn(DialectRequest):
         messages = self.messages
         if self._shorten:
             room = self._length - (self.max_new_tokens or self._length // 4)
-            messages = shortened(messages, lambda some: len(render(some)[1]) <= room)
+            messages = shortened(messages, lambda rest: len(render(rest)[1]) <= room)
         text, tokens = render(messages)
         return text, (tokens,)
 

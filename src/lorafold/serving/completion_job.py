@@ -227,8 +227,8 @@ class PartReader:
             elif text and not self._opening.startswith(text):
                 self._state = "saying"
         if self._state == "thinking":
-            before, found, after = self._held.partition(self._closing)
-            if found:
+            before, mark, after = self._held.partition(self._closing)
+            if mark:
                 parts.append((REASONING, before.rstrip()))
                 self._state, self._held = "saying", after.lstrip()
             else:

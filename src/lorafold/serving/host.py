@@ -299,14 +299,14 @@ class Admission:
         """Raise Refusal if the queue has no room for n completions, or nothing is computed now."""
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
-        host, most, own = self.host, self.limits.queue, self.limits.tenant_queue
-        for limit, present, what, code in (
+        host, most, of_tenant = self.host, self.limits.queue, self.limits.tenant_queue
+        for limit, present, verb, code in (
             (most, host.waiting(), "wait", "queue_full"),
-            (own, host.waiting(tenant), "wait", "tenant_queue_full"),
-            (LEAVING * own, host.leaving(tenant), "end", "tenant_queue_full"),
+            (of_tenant, host.waiting(tenant), "wait", "tenant_queue_full"),
+            (LEAVING * of_tenant, host.leaving(tenant), "end", "tenant_queue_full"),
         ):
             if present + n > limit:
-                message = f"{present} completions {what} already, expected at most {limit}"
+                message = f"{present} completions {verb} already, expected at most {limit}"
                 later = host.seconds_to_wait
                 raise Refusal(429, code, f"{message} with these", retry_after=later)
 

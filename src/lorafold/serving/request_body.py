@@ -83,10 +83,10 @@ class Completing(Body):
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
             raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
-        numbers = {name: getattr(self, name) for name in NUMBERS}
+        penalties = {name: getattr(self, name) for name in NUMBERS}
         try:
             return Sampling(
-                **numbers, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
+                **penalties, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
             )
         except LorafoldError as error:
             refusal = Refusal(400, "invalid_value", str(error), str(error).partition(":")[0])

@@ -160,8 +160,8 @@ class Server:
         async def guarded() -> AsyncIterator[bytes]:
             nonlocal complete
             try:
-                async for one in events:
-                    yield one
+                async for event in events:
+                    yield event
             except Refusal as refusal:
                 record.outcome = refusal.code
                 yield sse_event(*error_event(record, refusal))

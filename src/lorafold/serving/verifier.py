@@ -117,7 +117,7 @@ class Verifier:
         self._weights, self._storage = weights, storage
         self.directory, self.cache, self._backend = directory, cache, backend
         self._sandbox, self._renderers, self._base = sandbox, renderers, base
-        self._forms = {one.found.form for one in cache.adapters.values() if one.marks}
+        self._forms = {cached.found.form for cached in cache.adapters.values() if cached.marks}
 
     def find(self, name: str, afresh: bool = False) -> AdapterFiles:
         """The adapter of a name, verified; read again in any case if `afresh`. Raises LorafoldError
@@ -205,22 +205,22 @@ class Verifier:
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
         # in the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]
-        identities = [one.digest_of(one.files.keys() - {MANIFEST}) for one in each]
+        identities = [files.digest_of(files.files.keys() - {MANIFEST}) for files in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
         other_base, other_storage = self._differences(name, path, small)
         adapter = AdapterFiles(
             name=name, path=path, digest=joined(identities),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
-            stack=tuple(one.digest_of(FILES) for one in each),
-            sizes=tuple(one.bytes_of(FILES) for one in each),
+            stack=tuple(files.digest_of(FILES) for files in each),
+            sizes=tuple(files.bytes_of(FILES) for files in each),
             method=name_of(spec), rank=getattr(ranked, "rank", None),
             base=cut(str(base or ""), BASE_NAME), words=words,
             other_base=other_base, other_storage=other_storage,
             tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
-            form=joined([one.form for one in each]),
+            form=joined([files.form for files in each]),
         )  # fmt: skip
-        linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
+        linked = [n for at, files in stack.items() for n in self.directory.linked(at, files.files)]
         cached = self.cache.adapters.get(name)
         if linked and (cached is None or cached.found.digest != adapter.digest):
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
@@ -230,13 +230,13 @@ class Verifier:
         """How the base that an adapter was trained on, and its quantization, differ from those
         that are served.
         """
-        base, here = "", self._storage
+        base, served = "", self._storage
         if self._weights is not None:
             base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
         trained_on, storage = TrainedOn.of(files.record), ""
-        if trained_on and trained_on.storage != here and {trained_on.storage, here} & {*MADE}:
-            theirs = cut(trained_on.storage, 20)
-            storage = f"it was trained on {theirs} weights: over {here} ones it is another model"
+        if trained_on and trained_on.storage != served and {trained_on.storage, served} & {*MADE}:
+            trained = cut(trained_on.storage, 20)
+            storage = f"it was trained on {trained} weights: over {served} ones it is another model"
             log.warning("%s: %s", name, storage)
         return cut(base, DIFFERENCE), storage
 
@@ -253,8 +253,8 @@ class Verifier:
         another base and has no fingerprint of that.
         """
         base, note = adapter.base, adapter.other_base
-        theirs, ours = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))
-        if base and theirs != ours:
+        named, served_name = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))
+        if base and named != served_name:
             served = f"and is served on {self._base!a}, which it fits"
             note = f"it names the base {base[:200]!a}, {served}"
         notes = filter(None, (note, adapter.other_storage))

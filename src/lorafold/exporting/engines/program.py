@@ -72,8 +72,8 @@ def llamacpp(job: Job) -> Job:
 
     def tokens(text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": True}
-        found = json.loads(ask("/tokenize", body))["tokens"]
-        return found
+        ids = json.loads(ask("/tokenize", body))["tokens"]
+        return ids
 
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
     harmless = tokens("a")[-1:]  # a whole character: part of one would have no probabilities
@@ -112,12 +112,12 @@ def llamacpp(job: Job) -> Job:
     with ThreadPoolExecutor(SLOTS) as pool:
         slots = [*pool.map(in_slot, range(SLOTS))]
         each = [slots[n % SLOTS][n // SLOTS] for n in range(len(job["ids"]))]
-        both = enumerate(zip(job["texts"], job["ids"], strict=True))
+        texts_and_ids = enumerate(zip(job["texts"], job["ids"], strict=True))
         answers = {
             "adapted": [row for row, _ in each],
-            "greedy": [made for _, made in each],
+            "greedy": [completion for _, completion in each],
             "version": version,
-            "other_tokens": [n for n, (text, ids) in both if tokens(text) != ids],
+            "other_tokens": [n for n, (text, ids) in texts_and_ids if tokens(text) != ids],
         }
         if adapter:
             bare = partial(following, scale=0.0)
@@ -162,10 +162,10 @@ def other_texts(job: Job, address: str, bos: str) -> list[int]:
     differing = []
     for n, (chat, text) in enumerate(zip(job["chats"], job["texts"], strict=True)):
         try:
-            made = json.loads(post(f"{address}/apply-template", chat))["prompt"]
+            rendered = json.loads(post(f"{address}/apply-template", chat))["prompt"]
         except HTTPError:
-            made = None
-        if made is None or made.removeprefix(bos) != text.removeprefix(bos):
+            rendered = None
+        if rendered is None or rendered.removeprefix(bos) != text.removeprefix(bos):
             differing.append(n)
     return differing
 
@@ -196,27 +196,27 @@ def peft(job: Job) -> Job:
 
     auto = AutoModelForCausalLM
     bare = auto.from_pretrained(job["base"], dtype=torch.float32)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(bare, job["adapter"]).eval()
     adapted, base, greedy = [], [], []
     with torch.inference_mode():
         for ids in job["ids"]:
-            given = torch.tensor([ids])
-            adapted.append(model(input_ids=given).logits[0, -1].log_softmax(-1).numpy())
+            ids_1T = torch.tensor([ids])
+            adapted.append(model(input_ids=ids_1T).logits[0, -1].log_softmax(-1).numpy())
             with model.disable_adapter():
-                base.append(model(input_ids=given).logits[0, -1].log_softmax(-1).numpy())
-            made = model.generate(
-                input_ids=given, attention_mask=torch.ones_like(given), do_sample=False,
+                base.append(model(input_ids=ids_1T).logits[0, -1].log_softmax(-1).numpy())
+            completion = model.generate(
+                input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False,
                 max_new_tokens=job["greedy"], eos_token_id=job["ends"], pad_token_id=0,
             )[0, len(ids) :].tolist()  # fmt: skip
-            greedy.append([*takewhile(lambda token: token not in job["ends"], made)])
+            greedy.append([*takewhile(lambda token: token not in job["ends"], completion)])
     return {
         "adapted": adapted,
         "base": base,
         "greedy": greedy,
         "version": peft.__version__,
-        "unused": [str(one.message) for one in told if "keys" in str(one.message)],
+        "unused": [str(warning.message) for warning in caught if "keys" in str(warning.message)],
     }
 
 
@@ -239,42 +239,42 @@ def mlx(job: Job) -> Job:
             model(mx.array([ids]), cache=cache)
             mx.eval([layer.state for layer in cache])
 
-    def asked(model: Any, most: int) -> tuple[Any, Any]:
+    def answers_of(model: Any, most: int) -> tuple[Any, Any]:
         """For each prompt, log-probabilities (vocabulary,) and so many greedy tokens without ends.
         """
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
         read(model, job["ids"][0][:common], start)
-        found, greedy = [], []
+        logprobs, greedy = [], []
         for ids in job["ids"]:
-            cache, made = deepcopy(start), list[int]()
+            cache, completion = deepcopy(start), list[int]()
             read(model, ids[common:-1], cache)
             logits = model(mx.array([ids[-1:]]), cache=cache)[0, -1]
-            found.append(np.array(logits - mx.logsumexp(logits)))
-            while len(made) < most and (token := int(logits.argmax())) not in job["ends"]:
-                made.append(token)
+            logprobs.append(np.array(logits - mx.logsumexp(logits)))
+            while len(completion) < most and (token := int(logits.argmax())) not in job["ends"]:
+                completion.append(token)
                 logits = model(mx.array([[token]]), cache=cache)[0, -1]
-            greedy.append(made)
-        return found, greedy
+            greedy.append(completion)
+        return logprobs, greedy
 
     mx.set_default_device(mx.cpu)
-    before, _ = asked(load(job["base"])[0], 0)
+    before, _ = answers_of(load(job["base"])[0], 0)
     model, tokenizer = load(job["base"], adapter_path=job["adapter"])
-    adapted, greedy = asked(model, job["greedy"])
+    adapted, greedy = answers_of(model, job["greedy"])
     file = mx.load(str(Path(job["adapter"]) / "adapters.safetensors"))
-    own = {
+    loaded = {
         name: value
         for name, value in tree_flatten(model.parameters())
         if name.rsplit(".", 1)[-1] in LEAVES
     }
-    both = own.keys() & file.keys()
-    wrong = {name for name in both if not bool(mx.array_equal(own[name], file[name]))}
+    shared = loaded.keys() & file.keys()
+    wrong = {name for name in shared if not bool(mx.array_equal(loaded[name], file[name]))}
     return {
         "adapted": adapted,
         "base": before,
         "greedy": greedy,
         "version": f"{__version__} (mlx {mx.__version__})",
-        "unused": sorted((own.keys() ^ file.keys()) | wrong),
+        "unused": sorted((loaded.keys() ^ file.keys()) | wrong),
         "other_tokens": other_tokens(job, tokenizer),
     }
 
@@ -294,25 +294,25 @@ def vllm(job: Job) -> Job:
     )  # fmt: skip
     lora = LoRARequest("exported", 1, job["adapter"], **job["lora"]["request"])
 
-    def made(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
+    def completions(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
         """What follows each prompt."""
-        asked = vllm.SamplingParams(temperature=0, detokenize=False, **params)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
-        rows = llm.generate(given, asked, lora_request=over, use_tqdm=False)
+        sampling = vllm.SamplingParams(temperature=0, detokenize=False, **params)
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        rows = llm.generate(inputs, sampling, lora_request=over, use_tqdm=False)
         return [row.outputs[0] for row in rows]
 
     def distribution(ids: list[int], over: Any) -> np.ndarray:
         """The log-probabilities (vocabulary,) of the token that follows these."""
-        found = made([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
-        return row_of({token: entry.logprob for token, entry in found.items()})
+        entries = completions([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
+        return row_of({token: entry.logprob for token, entry in entries.items()})
 
-    texts = made(job["ids"], lora, max_tokens=job["greedy"], stop_token_ids=job["ends"])
+    texts = completions(job["ids"], lora, max_tokens=job["greedy"], stop_token_ids=job["ends"])
     return {
         "base": [distribution(ids, None) for ids in job["ids"]],
         "adapted": [distribution(ids, lora) for ids in job["ids"]],
-        "greedy": [[t for t in one.token_ids if t not in job["ends"]] for one in texts],
+        "greedy": [[t for t in output.token_ids if t not in job["ends"]] for output in texts],
         "version": vllm.__version__,
-        "unused": sorted({name for found in llm.collective_rpc(unused) for name in found}),
+        "unused": sorted({name for names in llm.collective_rpc(unused) for name in names}),
         "other_tokens": other_tokens(job, llm.get_tokenizer()),
     }
 
@@ -320,7 +320,7 @@ def vllm(job: Job) -> Job:
 def unused(worker: Any) -> list[str]:
     """The modules that adapters have factors for and vLLM's model has not."""
     manager = worker.model_runner.lora_manager._adapter_manager
-    loras = [one.loras.keys() for one in manager.list_adapters().values()]
+    loras = [lora.loras.keys() for lora in manager.list_adapters().values()]
     return sorted(set().union(*loras) - manager.modules.keys())
 
 
@@ -331,24 +331,24 @@ def vllm_url(job: Job) -> Job:
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
     version = json.loads(sent(url, "/version"))["version"]
     models = json.loads(sent(url, "/v1/models"))["data"]
-    base = next(one["id"] for one in models if not one.get("parent"))
+    base = next(model["id"] for model in models if not model.get("parent"))
 
-    def made(model: str, ids: list[int], **asked: Any) -> Any:
+    def completion(model: str, ids: list[int], **fields: Any) -> Any:
         """What the server makes of a prompt."""
-        body = {"model": model, "prompt": ids, "temperature": 0, **asked}
+        body = {"model": model, "prompt": ids, "temperature": 0, **fields}
         return json.loads(sent(url, "/v1/completions", body))["choices"][0]
 
     def distribution(model: str, ids: list[int]) -> np.ndarray:
         """The log-probabilities (vocabulary,) of the token that follows these."""
-        told = made(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
-        found = told["logprobs"]["top_logprobs"][0]
-        return row_of({int(token.removeprefix("token_id:")): p for token, p in found.items()})
+        choice = completion(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
+        logprobs = choice["logprobs"]["top_logprobs"][0]
+        return row_of({int(token.removeprefix("token_id:")): p for token, p in logprobs.items()})
 
     def greedy(ids: list[int]) -> list[int]:
         """The most likely tokens, without those that end a completion."""
-        asked = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
-        told = made(name, ids, **asked, return_token_ids=True)
-        return [token for token in told["token_ids"] if token not in job["ends"]]
+        limits = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
+        choice = completion(name, ids, **limits, return_token_ids=True)
+        return [token for token in choice["token_ids"] if token not in job["ends"]]
 
     loaded = {"lora_name": name, "lora_path": job["adapter"], **job["lora"]["request"]}
     sent(url, "/v1/load_lora_adapter", loaded)
@@ -391,10 +391,10 @@ def reason(error: HTTPError) -> str:
         return str(error)
 
 
-def row_of(found: dict[int, float]) -> np.ndarray:
+def row_of(logprobs: dict[int, float]) -> np.ndarray:
     """Log-probabilities (vocabulary,) by token."""
-    row = np.full(max(found) + 1, -np.inf, np.float32)
-    row[[*found]] = [*found.values()]
+    row = np.full(max(logprobs) + 1, -np.inf, np.float32)
+    row[[*logprobs]] = [*logprobs.values()]
     return row
 
 
@@ -409,17 +409,17 @@ ENGINES: dict[str, Callable[[Job], Job]] = {
 }
 
 
-def main(engine: str, asked: str) -> None:
+def main(engine: str, job_file: str) -> None:
     """Answer a job."""
-    job = json.loads(Path(asked).read_text(encoding="utf-8"))
-    found = ENGINES[engine](job)
-    greedy = np.full((len(found["greedy"]), job["greedy"]), -1, np.int64)
-    for row, tokens in zip(greedy, found.pop("greedy"), strict=True):
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    answers = ENGINES[engine](job)
+    greedy = np.full((len(answers["greedy"]), job["greedy"]), -1, np.int64)
+    for row, tokens in zip(greedy, answers.pop("greedy"), strict=True):
         row[: len(tokens)] = tokens
-    rows = {name: found.pop(name) for name in ("adapted", "base") if name in found}
-    kept: dict[str, Any] = {name: np.stack(each).astype(np.float32) for name, each in rows.items()}
-    kept |= {"greedy": greedy, "about": np.array(json.dumps(found))}
-    np.savez(job["out"], allow_pickle=False, **kept)
+    rows = {name: answers.pop(name) for name in ("adapted", "base") if name in answers}
+    arrays: dict[str, Any] = {n: np.stack(each).astype(np.float32) for n, each in rows.items()}
+    arrays |= {"greedy": greedy, "about": np.array(json.dumps(answers))}
+    np.savez(job["out"], allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class MessagesReply(Dialect):
         end, stop = message.end, None
         if end.reason == "stop":  # by the text that follows
             after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
-            stop = next((one for one in self.body.stop_sequences if after.startswith(one)), None)
+            stop = next((text for text in self.body.stop_sequences if after.startswith(text)), None)
         return {
             "stop_reason": "tool_use" if message.calls else STOPS[end.reason],
             "stop_sequence": stop,

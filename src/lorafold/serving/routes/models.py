@@ -339,9 +339,9 @@ def administration(app: FastAPI, server: Server) -> None:
             now = Snapshot(server)
             return answer(
                 {
-                    "adapters": [now.adapter(one) for one in now.adapters.values()],
+                    "adapters": [now.adapter(a) for a in now.adapters.values()],
                     "unverified": registry.unverified,  # which may read the directory
-                    "notes": {n: one.note for n, one in now.adapters.items() if one.note},
+                    "notes": {a.name: a.note for a in now.adapters.values() if a.note},
                     "unloaded": now.state.unloaded,
                     "quarantined": {n: why for n, (_, why) in now.state.quarantined.items()},
                     "wrong": now.rejected,

@@ -147,9 +147,9 @@ class ResponsesReply(Dialect):
         return last["response"]
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        numbers = count()
+        sequence = count()
         async for event in self._events(reply):
-            yield sse_event({"sequence_number": next(numbers)} | event, event["type"])
+            yield sse_event({"sequence_number": next(sequence)} | event, event["type"])
 
     async def _events(self, reply: Reply) -> AsyncIterator[Item]:
         # text in pieces, each call whole
