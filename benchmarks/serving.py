@@ -204,7 +204,7 @@ def main() -> None:
                 return [f"few{i}" for i in picks.tolist()]
 
             def cold() -> dict[str, float]:
-                engine.adapters.evict("a0")
+                engine.adapters.entry("a0").loaded = None
                 return serve(engine, ["a0"], 2)
 
             sides: dict[str, Callable[[], dict[str, float]]] = {}

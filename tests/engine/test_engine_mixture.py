@@ -15,6 +15,7 @@ from engine_cases import (
     METHODS,
     alone,
     check,
+    evict,
     generated,
     is_finite,
     prompt,
@@ -118,7 +119,7 @@ def test_what_is_attached_can_be_adopted_beside_what_is_loaded(model, paths, tmp
                 engine.adopt(name, on_model)
             engine.load("file", paths["lora"])
             assert together(engine, asked, steps_between=1) == expected
-            assert not engine.adapters.evict("lora")
+            assert not evict(engine.adapters, "lora")
             engine.unload("lora")
             with pytest.raises(LorafoldError, match="found 'lora'"):
                 engine.submit(Request("again", prompt(3, 1), 4, "lora"))

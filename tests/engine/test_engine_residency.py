@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import lorafold as lf
-from engine_cases import alone, check, check_adapters, prompt, save_adapters, status
+from engine_cases import alone, check, check_adapters, evict, prompt, save_adapters, status
 from lorafold.engine import Engine, EventStream, Request
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
@@ -106,7 +106,7 @@ def test_the_machine(model, paths, tokens) -> None:
             if busy:  # while one of its requests is likely to run
                 self.submit(name, which % len(PROMPTS))
                 self.step(2)
-            if self.engine.adapters.evict(name):
+            if evict(self.engine.adapters, name):
                 assert name not in self.pinned
                 assert status(self.engine.adapters, name) == "cold"
 
@@ -217,7 +217,7 @@ def test_files_that_changed_are_not_read_under_the_old_digest(model, paths, tmp_
     shutil.copytree(paths["a1"], where)
     with Engine(model, slots=2, length=32) as engine:
         engine.load("a", where)
-        assert engine.adapters.evict("a")
+        assert evict(engine.adapters, "a")
         weights = where / "adapter_model.safetensors"
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
@@ -255,7 +255,7 @@ def test_an_adapter_below_that_changed_is_another_stack(tiny_model, tmp_path) ->
         engine.load("it", high)
         assert engine.adapters.entry("it") == before
         (low / "lorafold.json").write_text(json.dumps(record | {"note": "another"}))
-        assert engine.adapters.evict("it")
+        assert evict(engine.adapters, "it")
         stream = engine.submit(Request("1", PROMPTS[0], NEW, adapter="it"))
         engine.run()
         assert stream.result().reason == "failed"
@@ -283,7 +283,7 @@ def test_the_same_files_elsewhere_are_read_there_from_then_on(
         engine.load("a", tmp_path / "one")
         engine.load("a", tmp_path / "two")
         shutil.rmtree(tmp_path / "one")
-        assert engine.adapters.evict("a")
+        assert evict(engine.adapters, "a")
         stream = engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
         engine.run()
         assert stream.result().tokens == tokens["a1", 0]
@@ -315,7 +315,7 @@ def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, ki
 def test_an_evicted_adapter_is_read_again_and_others_go_on_meanwhile(model, paths, tokens) -> None:
     with Engine(model, slots=2, length=32) as engine:
         engine.load("a", paths["a1"])
-        engine.adapters.evict("a")
+        evict(engine.adapters, "a")
         read, gate = engine.adapters._reader.read, threading.Event()
 
         def slow(entry: KnownAdapter) -> LoadedAdapter:

@@ -80,6 +80,19 @@ def is_finite(cache: SlotCache, slot: int) -> bool:
     return all(bool(buffer[slot].isfinite().all()) for buffer in cache.all_buffers())
 
 
+def evict(adapters: AdapterCache, name: str) -> bool:
+    """Evict the adapter of that name as one that needs room would; False if it is in use or pinned.
+    """
+    with adapters._lock:
+        entry = adapters.entry(name)
+        evictable = adapters._evictable(entry)
+        if evictable:
+            entry.loaded = None
+            adapters.evictions += 1
+            adapters._blocked.clear()
+        return evictable
+
+
 def status(adapters: AdapterCache, name: str) -> str:
     """Where the adapter of a name is."""
     adapters.entry(name)

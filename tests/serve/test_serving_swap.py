@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import lorafold as lf
-from engine_cases import METHODS, check_adapters
+from engine_cases import METHODS, check_adapters, evict
 from serving_cases import ADMIN, Running, running, saved, until
 
 PROMPT = "The quick brown fox"
@@ -202,7 +202,7 @@ class Race(RuleBasedStateMachine):
     def evict(self, name: str) -> None:
         if name in self.now:
             adapters = self.server.engine.adapters
-            adapters.evict(self.server.parts.registry.adapters[name].key)
+            evict(adapters, self.server.parts.registry.adapters[name].key)
 
     @rule(name=names, n=st.integers(1, 3))
     def complete(self, name: str, n: int) -> None:

@@ -102,17 +102,6 @@ class AdapterCache:
             self.entry(name).pinned = pinned
             self._blocked.clear()
 
-    def evict(self, name: str) -> bool:
-        """Evict the adapter of that name; False if it is in use or pinned."""
-        with self._lock:
-            entry = self.entry(name)
-            if not self._evictable(entry):
-                return False
-            entry.loaded = None
-            self.evictions += 1
-            self._blocked.clear()
-            return True
-
     def entry(self, name: str) -> KnownAdapter:
         """The entry that a name stands for."""
         with self._lock:

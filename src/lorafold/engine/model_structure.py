@@ -117,7 +117,7 @@ def probe(model: Any) -> Structure:
         ).float()
         try:
             with ExitStack() as stack, slotted(model, Operations()):
-                inputs = _watch_inputs(model, stack)
+                inputs = _Inputs(model, stack)
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
@@ -159,9 +159,15 @@ class _Inputs:
     row for each of the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        """Watch a model until the stack is closed."""
         self.rows: dict[str, bool] = {}
         self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
+        for path, module in Anatomy.of(model).modules:
+            layer = layer_of(module)
+            if layer.linear or layer.takes_ids:
+                record = partial(self.record, path, 2 if layer.takes_ids else 3)
+                stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
 
     def record(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Record the input of a module, which has so many dimensions if it has rows."""
@@ -181,16 +187,6 @@ class _Inputs:
                 paths = paths - {path}
             before = read
         return tuple(map(tuple, groups))
-
-
-def _watch_inputs(model: nn.Module, stack: ExitStack) -> _Inputs:
-    inputs = _Inputs()
-    for path, module in Anatomy.of(model).modules:
-        layer = layer_of(module)
-        if layer.linear or layer.takes_ids:
-            record = partial(inputs.record, path, 2 if layer.takes_ids else 3)
-            stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
-    return inputs
 
 
 def take_model(model: Any, stack: ExitStack) -> None:

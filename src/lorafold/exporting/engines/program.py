@@ -72,8 +72,7 @@ def llamacpp(job: Job) -> Job:
 
     def tokens(text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": True}
-        ids = json.loads(ask("/tokenize", body))["tokens"]
-        return ids
+        return list(json.loads(ask("/tokenize", body))["tokens"])
 
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
     harmless = tokens("a")[-1:]  # a whole character: part of one would have no probabilities

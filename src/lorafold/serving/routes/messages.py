@@ -69,15 +69,21 @@ class CountTokens(Body):
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
         conversation = list(self._conversation())
-        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
-        names = {
-            f"tools[{i}].function.parameters": f"tools[{i}].input_schema" for i in range(len(tools))
-        }
+        tools, names = [], dict(NAMES)
+        for i, tool in enumerate(self.tools):
+            if (tool.get("type") or "custom") != "custom":
+                raise wrong(f"tools[{i}].type", f"found {tool['type']!r:.80}, expected custom")
+            _check_keys(tool, TOOL, f"tools[{i}]")
+            names[f"tools[{i}].function.parameters"] = f"tools[{i}].input_schema"
+            function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
+            if tool.get("description") is not None:
+                function["description"] = tool["description"]
+            tools.append({"type": "function", "function": function})
         choice = self._choice()
         _check_keys(self.output_config, {"format"}, "output_config")
         parallel = not self.tool_choice.get("disable_parallel_tool_use")
         return chat_of(
-            self, conversation, tools, NAMES | names,
+            self, conversation, tools, names,
             tool_choice=choice, parallel_tool_calls=parallel,
         )  # fmt: skip
 
@@ -247,16 +253,6 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
             raise wrong(f"{at}.type", f"found {kind!r:.80} of the {role}, which is not supported")
     if message:
         yield {"role": role} | message
-
-
-def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if (tool.get("type") or "custom") != "custom":
-        raise wrong(f"{where}.type", f"found {tool['type']!r:.80}, expected custom")
-    _check_keys(tool, TOOL, where)
-    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
-    if tool.get("description") is not None:
-        function["description"] = tool["description"]
-    return {"type": "function", "function": function}
 
 
 def _text(content: Any, where: str) -> str:
