@@ -130,9 +130,7 @@ class AdapterCache:
                 self._forget(entry)
 
     def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
-        """The adapter, kept in memory until `release`; None while it is read, and LorafoldError if
-        that failed.
-        """
+        """The adapter, kept in memory until `release`, or None while it is read."""
         with self._lock:
             self._check_strikes(entry)
             if entry.error is not None:
@@ -153,9 +151,7 @@ class AdapterCache:
         self._changed()
 
     def check_memory(self) -> None:
-        """Compare the idle adapter that was not checked for longest with its checksum, and evict it
-        if it changed.
-        """
+        """Evict the idle adapter that was not checked for longest if its checksum changed."""
         with self._lock:
             # those without files are what they are on the model
             read = [e for e in self._entries if e.loaded and e.path]
@@ -256,9 +252,7 @@ class AdapterCache:
             self._changed()
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evict the least recently used adapters until there is room for so many bytes; False, and
-        none is evicted, if that is not enough.
-        """
+        """Evict the least recently used adapters to make room, or none if that is not enough."""
         left = 0 if self.budget is None else self.nbytes + nbytes - self.budget
         evictable = [entry for entry in self._entries if self._evictable(entry)]
         sizes = [(entry, entry.loaded.nbytes) for entry in evictable if entry.loaded]

@@ -135,8 +135,7 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path, most: int) -> Contents:
-    """The files, of so many bytes at most, of an adapter that the one in `over` was trained over.
-    """
+    """The files of an adapter that the one in `over` was trained over."""
     contents = Contents(expected_path(origin, over), FILES, most)
     if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
         raise LorafoldError(not_found(origin, over))

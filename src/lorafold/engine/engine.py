@@ -246,9 +246,7 @@ class Engine:
             after()
 
     def forget(self) -> None:
-        """Drop the cached prefixes of requests that have ended, as in an engine that was just
-        opened.
-        """
+        """Drop the cached prefixes of requests that have ended."""
         if self._rows:
             raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
         self._runner.rebuild()

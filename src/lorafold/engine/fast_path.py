@@ -40,9 +40,7 @@ def fast_path(
     rows: int,
     stack: ExitStack,
 ) -> None:
-    """Replace parts of a frozen model in evaluation mode until the stack is closed; a pass usually
-    has so many rows.
-    """
+    """Replace parts of a frozen model until the stack is closed, for passes of `rows` rows."""
     norm, rotary, gated = operations.rms_norm, operations.rotary, operations.gated
     stack.enter_context(fused(model, False, norm, rotary, gated))
     known: dict[Any, int] = {}
@@ -88,9 +86,7 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 class Packed:
-    """Matrices that read the same tensor, as one in the kernel's order. The first that is called
-    computes the outputs of all.
-    """
+    """Matrices of one input as one in the kernel's order; the first call computes all outputs."""
 
     def __init__(
         self,

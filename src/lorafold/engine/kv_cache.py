@@ -45,9 +45,7 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
 
     def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The keys and the values (slots, Hk, columns, D) of a layer that computed (B, Hk, T, D),
-        with so many columns at least.
-        """
+        """A layer's keys and values (slots, Hk, columns, D), at least `width` columns wide."""
         for buffers, like in ((self.keys, key), (self.values, value)):
             old = buffers.get(layer)
             if old is None or old.shape[2] < width:
@@ -109,9 +107,7 @@ class SlotView(Cache):
         self.of = of
 
     def aim(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
-        """Point the view at the slots of a pass, which writes so many tokens to each after the
-        start_B that it has.
-        """
+        """Point the view at the slots of a pass that writes `tokens` to each after its start_B."""
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.of.width(self.longest)
@@ -123,9 +119,7 @@ class SlotView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the keys and values (B, Hk, T, D) of a layer, and return those of the whole rows,
-        (B, Hk, width, D).
-        """
+        """Write keys and values (B, Hk, T, D) and return the rows' whole (B, Hk, width, D)."""
         keys, values = self.of.buffers(layer_idx, key_states, value_states, self.width)
         for buffer, new in ((keys, key_states), (values, value_states)):
             self.of.operations.write(buffer, new, self.row_B, self.start_B)
@@ -165,8 +159,7 @@ class CachedPrefixes:
         self.slots[slot] = CachedSlot(prefix, tuple(tokens), next(self._clock))
 
     def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:
-        """The slot with most of the prompt's first tokens, and how many; (-1, 0) if none has any.
-        """
+        """The slot with the longest prefix of the prompt, and its length, or (-1, 0)."""
         best, most = -1, 0
         for slot, cached in self.slots.items():
             if cached.prefix == prefix and (n := common(cached.tokens, prompt[:-1])) > most:

@@ -78,9 +78,7 @@ class AdapterRows:
         return self._by_path[path]
 
     def at(self, device: torch.device) -> int | slice | Tensor:
-        """An index of the rows' places in a stack (places, ...), without a copy for one place or
-        for neighbours.
-        """
+        """An index of the rows' places in a stack (places, ...), a view where possible."""
         if self._at is None:
             first, n = int(self.places[0]), len(self.places)
             if torch.equal(self.places, torch.full_like(self.places, first)):
@@ -153,9 +151,7 @@ class SlotAdapters:
             self.stacks[i].clear(place)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
-        """The low-rank updates (B, T, out + ...) of the plan's adapters at matrices that all read
-        x (B, T, in), side by side.
-        """
+        """The low-rank updates (B, T, out + ...) of matrices that read x (B, T, in)."""
         plan = self.plan
         if plan.each:
             updates = [self._by_row(*at, x) for at in zip(paths, layers, strict=True)]
@@ -167,9 +163,7 @@ class SlotAdapters:
         return plan.matmuls[paths](flat).view(*x.shape[:-1], -1)
 
     def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """The output y (B, T, out) of a module that reads x (B, T, in) after the plan's gains and
-        deltas of other kinds.
-        """
+        """A module's output y (B, T, out) of x (B, T, in) after gains and other deltas."""
         if path in self.plan.gains:
             shape, index = self.where[path]
             tensors, at = self.stacks[shape].tensors, self.plan.at(y.device)
@@ -283,9 +277,7 @@ class Stacks:
 
 
 class ActiveDeltas:
-    """The deltas of running adapters on the model; those that are active when it begins belong to
-    the base.
-    """
+    """The deltas of running adapters on the model, above those that belong to the base."""
 
     def __init__(self, model: nn.Module, slot_adapters: SlotAdapters) -> None:
         self.model, self.slot_adapters = model, slot_adapters

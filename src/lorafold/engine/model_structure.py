@@ -63,9 +63,7 @@ class Structure:
 
 
 def structure_of(model: Any) -> Structure:
-    """The result of `probe`, cached with the model as long as that has the same modules and the
-    same kinds of deltas are active on them.
-    """
+    """The result of `probe`, cached until modules or active kinds of deltas change."""
     names = selection_of(model).names
     modules = [
         (
@@ -92,9 +90,7 @@ def slotted(model: Any, operations: Operations) -> Any:
 def run(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
-    """The logits of a pass over ids_BT, padded on the right behind counts_B tokens, at the n
-    indices to keep: (B, n, V).
-    """
+    """The logits (B, n, V) of a pass over ids_BT, counts_B of them no padding."""
     last_B1 = (view.start_B + counts_B - 1)[:, None]
     positions_BT = torch.minimum(view.position_BT, last_B1)
     out = model(

@@ -73,9 +73,7 @@ class Operations:
 
 
 def available(device: str, as_trained: bool = False) -> Operations:
-    """The operations in the forms of a kind of device, or the plain ones if it has none or they
-    can't be compiled.
-    """
+    """The operations of a kind of device, or the plain ones if they are not available."""
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
     return Operations("" if why else device, as_trained)
@@ -214,16 +212,12 @@ def lacks(device: str) -> str:
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether matmuls with matrices (out, in) of these shapes are not batch invariant on this
-    processor, even with FEW rows.
-    """
+    """Whether matmuls of these shapes (out, in) depend on the batch even with FEW rows."""
     return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
 
 
 def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention (B, T, H, Dv) of slots in the order of documents; of windows and the like, by
-    `lorafold.ops.decoding.ATTEND`.
-    """
+    """Attention (B, T, H, Dv) in the order of documents; with windows, `ATTEND`'s."""
     rows, heads, tokens, _ = q.shape
     at = torch.arange(k.shape[2])
     lens = (mask[:, 0] == 0).sum(-1)  # (B, T)

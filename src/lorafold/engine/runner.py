@@ -50,9 +50,7 @@ class Runner(ABC):
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        """The logits (B, V) after the given number of pending tokens of each of some rows that can
-        share a pass (`together`).
-        """
+        """The logits (B, V) after so many pending tokens of each of some rows (`together`)."""
 
     def rebuild(self) -> None:
         """Make a new, empty cache."""
@@ -64,8 +62,7 @@ class Runner(ABC):
 
 
 def together(row: Row) -> LoadedAdapter | None:
-    """What rows that share a pass have in common: the adapter, or None for all that can be mixed.
-    """
+    """The key of rows that share a pass: an adapter that can't be mixed, or None."""
     return row.adapter if row.adapter is not None and row.adapter.alone else None
 
 

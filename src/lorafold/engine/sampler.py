@@ -100,9 +100,7 @@ class Sampler:
 
 
 def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    """The next token of each row of logits (B, V), which its sampler records, or the error that
-    ends the row.
-    """
+    """The next token for each row of logits (B, V), or the error that ends the row."""
     choices: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
@@ -171,9 +169,7 @@ def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
 
 
 def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Logits (B, V) over the temperature, with minus infinity where top-k, top-p or min-p exclude a
-    token.
-    """
+    """Logits (B, V) with minus infinity where top-k, top-p or min-p exclude a token."""
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:

@@ -69,8 +69,7 @@ def base_reference(base: Base) -> BaseReference:
 
 
 def write_template(subject: Subject, directory: Path) -> bool:
-    """Write the chat template that the adapters were trained with, if the base has another or none.
-    """
+    """Write the adapters' chat template if it differs from the base's."""
     try:
         tokenizer = subject.tokenizer
     except NoTokenizer:

@@ -178,8 +178,7 @@ class ReferenceAnswers:
         return replace(self, prompts=prompts, answers=answers)
 
     def job(self, needs: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-        """The job of an engine's program, from the target's needs and the directory of the files.
-        """
+        """The job of an engine's program, with the directory of the files in its paths."""
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
             for key, value in needs.items()

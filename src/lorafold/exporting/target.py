@@ -292,9 +292,7 @@ class Target(ABC):
 
     @abstractmethod
     def problems(self, subject: Subject) -> Sequence[str]:
-        """Why the target can't represent the subject, a line each, or LorafoldError with the line;
-        called before anything is written.
-        """
+        """Why the target can't represent the subject, a line each; may raise LorafoldError."""
 
     @abstractmethod
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:

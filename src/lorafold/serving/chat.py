@@ -90,9 +90,7 @@ class ChatBody(Completing):
         )
 
     def offered(self, limits: Limits) -> tuple[tuple[Tool, ...], list[str] | None]:
-        """The tools that may be called, and the names of those of which one must be, None if the
-        model is free.
-        """
+        """The tools that may be called, and the names of which one must be, None if none must."""
         check_number("tools", len(self.tools), limits.tools)
         _check(tool_problems(self.tools))
         for i, tool in enumerate(self.tools):
@@ -192,9 +190,7 @@ def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, message: s
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
-    """The messages without as many of the oldest ones as have to go, so that they fit; without all
-    that may go, if that is not enough.
-    """
+    """The messages without the oldest units, as few as have to go to make them fit."""
     units = _units(messages)
 
     def without(n: int) -> list[Message]:

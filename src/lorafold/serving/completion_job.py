@@ -70,9 +70,7 @@ class DialectRequest(ABC):
 
 @dataclass(eq=False)
 class CompletionJob:
-    """One completion: the request to the backend, and what came back so far. All times are by
-    time.monotonic.
-    """
+    """One completion: its request and its events so far. All times are time.monotonic's."""
 
     request: Request
     adapter: str  # or the base

@@ -89,9 +89,7 @@ class Host:
             raise
 
     async def think(self, do: Callable[[], T], tenant: str) -> T:
-        """Call a slow function in a thread, TURNS at a time for each tenant; Refusal if the machine
-        lacks what it needs for now.
-        """
+        """Call a slow function in a thread, TURNS at a time for each tenant. Raises Refusal."""
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         with self.counted(tenant):
             async with turn:
@@ -209,9 +207,7 @@ class Admission:
     async def admit(
         self, caller: Caller, id: str, since: float, request: DialectRequest
     ) -> Reply:
-        """Submit a request that came at `since`, and return the reply of that name; if anything
-        fails, nothing is computed.
-        """
+        """Submit a request that came at `since`, whole or not at all, and return its reply."""
         self.check_caller(caller, request.body.n)
         reply = Reply(id)
         submit = partial(self._submit, caller, since, request, reply)

@@ -180,8 +180,7 @@ class Keys:
 
 
 def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
-    """Add a key to the file, which is made if there is none, and return it: it is stored nowhere.
-    """
+    """Add a key to the file, or to a new one, and return it: it is stored nowhere."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
             f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, not {ADMIN}"

@@ -175,9 +175,7 @@ class Registry:
         return adapter
 
     def matches(self, adapter: AdapterFiles, digits: str, unsure: bool = False) -> bool:
-        """Whether a digest, or its first digits, is that of a version, in either form; `unsure` if
-        it may be another version's.
-        """
+        """Whether a digest, or its beginning, is a version's; `unsure` accepts an ambiguous one."""
         if adapter.digest.startswith(digits):
             return True
         if not adapter.old.startswith(digits):
@@ -199,9 +197,7 @@ class Registry:
         return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
-        """Read the files of an adapter, new or changed, and lift its quarantine; if they are wrong,
-        everything stays as it was.
-        """
+        """Read an adapter, new or changed, and lift its quarantine; an error changes nothing."""
         with self._turns[name]:
             adapter = self._verified(name, afresh=True)
             with self.lock:

@@ -136,9 +136,7 @@ def sse_event(value: Mapping[str, Any], name: str | None = None) -> bytes:
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """JSON of an answer whose lists may be long. They are written in pieces, because no other
-    thread runs while one is written.
-    """
+    """JSON of an answer, long lists in pieces, since no other thread runs during one."""
 
     def written(field: Any) -> bytes:
         if not isinstance(field, list | tuple) or len(field) <= PIECE:

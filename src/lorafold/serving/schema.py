@@ -50,9 +50,7 @@ def compact(schema: Mapping[str, Any]) -> str:
 
 
 def check_founded(schema: str, field: str) -> None:
-    """Raise Refusal for a schema that requires itself, or that is nested too deeply. A large one
-    takes its time.
-    """
+    """Raise Refusal for a schema that requires itself or is nested too deeply."""
     whole = json.loads(schema)
     graph = {}
     for part, depth in _parts(whole):
@@ -77,9 +75,7 @@ def check(schema: str, field: str, compiles: Compiles) -> None:
 
 
 def _parts(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """A schema and all below it, each once, with the levels down to it, as a reader that follows
-    each $ref first goes through them.
-    """
+    """A schema and all below it, each once, with its depth for a reader that follows $ref first."""
     left, seen = [(whole, 1)], set[int]()
     while left:
         part, depth = left.pop()

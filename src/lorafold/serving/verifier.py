@@ -172,9 +172,7 @@ class Verifier:
         return self._sandbox.verify(path, files, CONFIG, RECORD, READ_BY)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
-        """Verify an adapter and read its record; adds the marks that its files had before, and
-        those of the adapters below.
-        """
+        """Verify an adapter and read its record; adds the earlier marks of all its files."""
         verified = self._verified(path, marks)
         files = (CONFIG, RECORD, MANIFEST)
         small = Contents(path, (CONFIG, RECORD), verified.bytes_of(files))
@@ -227,9 +225,7 @@ class Verifier:
         return adapter
 
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
-        """How the base that an adapter was trained on, and its quantization, differ from those
-        that are served.
-        """
+        """How an adapter's base, and its quantization, differ from the served ones."""
         base, served = "", self._storage
         if self._weights is not None:
             base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)

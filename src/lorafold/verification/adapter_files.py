@@ -159,9 +159,7 @@ def _in_time(field: str, since: float, most: float) -> None:
 
 
 def _forms(field: str, pattern: str) -> tuple[str, ...]:
-    """The regular expressions that `lorafold.peft.config` and `lorafold.core.targets` make of a
-    pattern.
-    """
+    """The regular expressions that loading makes of a pattern."""
     whole = rf"(?:{pattern})\Z"
     return {
         "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),

@@ -38,9 +38,7 @@ class TokenizerFiles(TypedDict):
 
 
 class AdapterTokenizers:
-    """The tokenizers of adapters for a base with this vocabulary; with `allow` contents of messages
-    may have control tokens.
-    """
+    """Tokenizers for a base's vocabulary; `allow` allows control tokens in contents."""
 
     def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
         self._allow = allow
@@ -48,9 +46,7 @@ class AdapterTokenizers:
         self._cache: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """Describe a tokenizer for `AdapterTokenizer`; it must not give a token of the base another
-        number.
-        """
+        """Describe a tokenizer, which must not renumber the base's tokens."""
         tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
         words = {number: word for word, number in vocabulary.items()}

@@ -239,8 +239,7 @@ def mlx(job: Job) -> Job:
             mx.eval([layer.state for layer in cache])
 
     def answers_of(model: Any, most: int) -> tuple[Any, Any]:
-        """For each prompt, log-probabilities (vocabulary,) and so many greedy tokens without ends.
-        """
+        """For each prompt, log-probabilities (vocabulary,) and greedy tokens, `most` at most."""
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
         read(model, job["ids"][0][:common], start)

@@ -150,9 +150,7 @@ class Snapshot:
         return self._views[key]
 
     def models(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
-        """The models that a caller may use, the base first and aliases last; for the administrator
-        also those that are not served, and why.
-        """
+        """A caller's models, the base first, aliases last; for the administrator all."""
         aliases, names = self.state.aliases, {*self.adapters, *self.unverified}
         if admin:
             names |= {*self.rejected, *self.state.unloaded}
@@ -258,9 +256,7 @@ class UnloadBody(Body):
 
 
 class LoadBody(UnloadBody):
-    """The body of vLLM's route that loads one; its files are checked against the base that is
-    served, whatever it names.
-    """
+    """The body of vLLM's route that loads one; the base that it names is ignored."""
 
     lora_path: str | None = None
     load_inplace: bool = True

@@ -284,9 +284,7 @@ def _text_item(kind: str) -> Item:
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The items as messages, each with the item where it begins. Calls and reasoning belong to the
-    assistant's message beside them.
-    """
+    """The items as messages, each with the item where it begins; calls join the message beside."""
     names: dict[str, str] = {}
     turn: dict[str, Any] = {}
     begun = ""
