@@ -217,8 +217,6 @@ TEXTS = (
     "🚀 😶\u200d🌫️ ✅🦙🦙 \u00a0x\u2003y \u3000z ﬁn … – — ‘a’ “b”",
     " lead  two\n\n\n\nthree ",
 )
-LAST = -1e6  # the score of a token that no merge makes
-ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's names
 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
@@ -298,7 +296,7 @@ def add_tokenizer(
         check_whole(backend)
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(prefixes_space(backend))
-        scores = [LAST] * rows  # the earlier a merge makes a token, the higher
+        scores = [-1e6] * rows  # the earlier a merge makes a token, the higher
         for rank, text in enumerate(dict.fromkeys("".join(pair) for pair in merges)):
             scores[model["vocab"][text]] = float(-rank - 1)
         writer.add_token_scores(scores)
@@ -356,7 +354,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> Non
     # llama.cpp takes token 11 for one that a file leaves out
     writer.add_bos_token_id(eos if bos is None else bos)
     writer.add_eos_token_id(eos)
-    for name, token in zip(ENDS, [id for id in ends if id != eos], strict=False):
+    for name, token in zip(("eot", "eom"), [id for id in ends if id != eos], strict=False):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)

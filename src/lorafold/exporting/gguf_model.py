@@ -42,13 +42,11 @@ from lorafold.merging.merged_tensors import before_and_after, need_space
 from lorafold.models.weight_conversion import OnDemand
 from lorafold.resolve import Base
 
-DELTAS = ".deltas."
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK = 32
 OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
 AT_ONCE = 1 << 22  # weights that are converted together
-LARGEST = 65504.0  # of F16
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
 
@@ -90,7 +88,7 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
     left = dict(plan.shapes)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         shape = left.pop(path, None)
-        if DELTAS in path or (id(parameter) in seen and path not in untied):
+        if ".deltas." in path or (id(parameter) in seen and path not in untied):
             continue
         seen.add(id(parameter))
         if shape is None:
@@ -129,7 +127,7 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
             if kind == "F16" and not narrow.isfinite().all():
                 raise LorafoldError(
                     f"gguf: {name} has a value of {float(chunk.float().abs().max()):.3g}, and F16"
-                    f" has none above {LARGEST:,.0f}; expected --tensors BF16 or F32"
+                    f" has none above 65,504; expected --tensors BF16 or F32"
                 )
             yield narrow.view(torch.uint8).numpy()
         else:
@@ -223,7 +221,6 @@ FILE_TYPES = {
 }  # fmt: skip
 # llama.cpp looks these tokens up in a file that has such a name, and refuses it where one lacks
 PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, whatever a file has
 
 
 def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
@@ -302,7 +299,8 @@ def described(subject: Subject, tensors: str) -> Described:
     placed = [*tensors_of(folded(model, subject.names), config, row)]
     placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
     shapes = {parameter.path: parameter.shape for parameter in placed}
-    if row.name in ONE_MATRIX and OUTPUT in shapes:
+    # whose output is the embedding in llama.cpp, whatever a file has
+    if row.name in ("gemma", "gemma2") and OUTPUT in shapes:
         raise LorafoldError(
             "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"
             f" {row.name}; expected adapters that leave lm_head out"

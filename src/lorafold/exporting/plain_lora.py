@@ -33,7 +33,6 @@ NAME = "canonical"
 FILES = (WEIGHTS, CONFIG)
 TEMPLATE = "chat_template.jinja"
 OTHER_TEMPLATE = f"the chat template is another than the base's: {TEMPLATE}"
-SNAPSHOTS = "snapshots"  # the directory of a hub model's commits in its cache
 ADAPTER = "adapter"
 FORM = "a server's plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
@@ -63,7 +62,7 @@ def base_reference(base: Base) -> BaseReference:
     if base.source.gguf is not None:
         note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
         return BaseReference(str(path), None, (note,))
-    if path.parent.name == SNAPSHOTS and not Path(base.name).is_dir():
+    if path.parent.name == "snapshots" and not Path(base.name).is_dir():
         return BaseReference(base.name, path.name, ())
     return BaseReference(str(path), None, ())
 

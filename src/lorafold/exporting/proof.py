@@ -47,8 +47,6 @@ BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 GREEDY = 16  # tokens of a greedy text
 ROUTER = "TopKRouter"  # ends the names of transformers' routers, which give logits, scores, experts
 CLOSE = 0.02  # of logits; a larger difference is no rounding
-TRIED = 4
-PAST = 1.5  # how far a state is moved, of what makes the two equal
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Te
             hooks.callback(router.register_forward_hook(partial(_note, close)).remove)
         if routers:
             last(model, ids)
-    for _, router, at, step in sorted(close, key=itemgetter(0))[:TRIED]:
+    for _, router, at, step in sorted(close, key=itemgetter(0))[:4]:
         with ExitStack() as hooks:
             hook = router.register_forward_pre_hook(partial(_moved, at, step))
             hooks.callback(hook.remove)
@@ -126,7 +124,8 @@ def _note(
     weight: Any = router.weight
     for at in (gaps < CLOSE).nonzero().flatten().tolist():
         way = (weight[order[at, -1]] - weight[order[at, -2]]).float()
-        close.append((float(gaps[at]), router, at, PAST * gaps[at] * way / (way @ way)))
+        # 1.0 would make the two equal
+        close.append((float(gaps[at]), router, at, 1.5 * gaps[at] * way / (way @ way)))
 
 
 def _moved(at: int, step: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -38,7 +38,6 @@ from lorafold.models.loading import stored_in_files
 
 FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to
-LARGE = 1 << 30  # weights
 JOB = {"adapter": f"{{out}}/{FILE}"}
 ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
@@ -88,7 +87,7 @@ class GgufAdapter(Target):
         scratch.mkdir(exist_ok=True)
         base = scratch / "base.gguf"
         weights = sum(p.numel() for p in subject.model.parameters())
-        kind = "F32" if weights < LARGE else "F16"
+        kind = "F32" if weights < 1 << 30 else "F16"
         write_model(subject.base.source.path, base, kind, progress)
         return {"base": str(base)}
 

@@ -158,9 +158,6 @@ MESSAGES = (
     "{{ if not $last }}%(u_open)s{{ end }}{{ end }}{{ end }}"
 )
 MODELFILE = "Modelfile"
-LONGEST = 80  # characters of a name
-FOLDED = "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a Modelfile"
-SILENT = "the model's template takes no system message: Ollama's leaves one out"
 
 
 def go_template(turns: Turns) -> str:
@@ -194,7 +191,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[st
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
-        notes.append(SILENT)
+        notes.append("the model's template takes no system message: Ollama's leaves one out")
     bos = str(tokenizer.bos_token or "")
     if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # the engine adds it
         system = turns.system and (turns.system[0].removeprefix(bos), turns.system[1])
@@ -226,10 +223,15 @@ class ToOllama(GgufModel):
         notes = [*write_file(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = (subject.called or Path(subject.base.name).name).lower()
-        name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:LONGEST] or "model"
+        name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:80] or "model"
         launch = (
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
             ("ollama", "run", name),
         )
-        notes = [FOLDED, *notes] if subject.adapters else notes
+        if subject.adapters:
+            notes.insert(
+                0,
+                "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a"
+                " Modelfile",
+            )
         return Written((MODELFILE, file), launch, notes, {"base": f"{{out}}/{file}"})

@@ -42,7 +42,6 @@ from lorafold.serving.verifier import Verifier
 V = TypeVar("V")
 log = logging.getLogger(__name__)
 STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
-SIDE_BY_SIDE = 2  # adapters that are verified at a time
 LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
 WARM = 16  # adapters that are read into memory before a request needs them
 REASON = 2000  # characters of why an adapter is rejected
@@ -346,7 +345,7 @@ class DirectoryWatcher:
         self._registry = registry
         self.closing, self._idle = threading.Event(), threading.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
+        self._pool = ThreadPoolExecutor(2, "lorafold-verifying", initializer=alone)
         self._thread = threading.Thread(None, self._run, "lorafold-watcher", daemon=True)
 
     def begin(self) -> None:

@@ -38,8 +38,6 @@ from lorafold.verification.checks import Sandbox, VerifiedFiles
 
 log = logging.getLogger(__name__)
 BELOW = 16  # adapters below one
-DIFFERENCE = 1000  # characters of how the bases differ
-BASE_NAME = 300  # characters of the base's name
 # fields of the record that decide how an adapter is read
 READ_BY = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
@@ -213,7 +211,7 @@ class Verifier:
             stack=tuple(files.digest_of(FILES) for files in each),
             sizes=tuple(files.bytes_of(FILES) for files in each),
             method=name_of(spec), rank=getattr(ranked, "rank", None),
-            base=cut(str(base or ""), BASE_NAME), words=words,
+            base=cut(str(base or ""), 300), words=words,
             other_base=other_base, other_storage=other_storage,
             tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
             form=joined([files.form for files in each]),
@@ -234,7 +232,7 @@ class Verifier:
             trained = cut(trained_on.storage, 20)
             storage = f"it was trained on {trained} weights: over {served} ones it is another model"
             log.warning("%s: %s", name, storage)
-        return cut(base, DIFFERENCE), storage
+        return cut(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
         """Open an adapter's tokenizer from the bytes that were verified, and return its digest."""

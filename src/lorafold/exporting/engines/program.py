@@ -42,15 +42,10 @@ from urllib.request import Request, urlopen
 import numpy as np
 
 Job = dict[str, Any]  # or the answers
-LEAVES = ("lora_a", "lora_b", "m")  # of adapters in mlx-lm
-ROOM = 16  # tokens beside a prompt and its greedy text
 NAME = "lorafold-export"
 SLOTS = 8  # requests at once to llama.cpp, and prompts that are sent without the adapter
 UNIT = 256  # llama.cpp's contexts are multiples of it
-ERRORS = 1  # a verbosity
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
-INTERNAL = re.compile(r"[\w:]+")  # the name of a function of C++ that raised
-FAULT = re.compile(r"^[\d.]+ E .*?: (.*)$", re.MULTILINE)
 NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
 
 
@@ -139,7 +134,7 @@ def started(job: Job) -> tuple[Any, str]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
     params.n_parallel, params.n_ctx = SLOTS, SLOTS * UNIT * -(-longest // UNIT)
     params.cache_ram_mib, params.cache_prompt, params.fit_params = 0, False, False
-    params.warmup, params.verbosity, params.ui = False, ERRORS, False
+    params.warmup, params.verbosity, params.ui = False, 1, False
     for each in (params.cpuparams, params.cpuparams_batch):
         each.n_threads = os.cpu_count() or 1
     with captured_stderr() as stderr:
@@ -150,8 +145,8 @@ def started(job: Job) -> tuple[Any, str]:
                 if "exiting due to" in stderr():
                     break
                 time.sleep(0.05)
-            why = next(iter(FAULT.findall(stderr())), "") or str(error)
-            if INTERNAL.fullmatch(why):
+            why = next(iter(re.findall(r"(?m)^[\d.]+ E .*?: (.*)$", stderr())), "") or str(error)
+            if re.fullmatch(r"[\w:]+", why):  # the name of a function of C++ that raised
                 why = f"it can't read {os.path.basename(job['base'])}, and says {why} alone"
             raise SystemExit(why) from None
 
@@ -263,7 +258,7 @@ def mlx(job: Job) -> Job:
     loaded = {
         name: value
         for name, value in tree_flatten(model.parameters())
-        if name.rsplit(".", 1)[-1] in LEAVES
+        if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")
     }
     shared = loaded.keys() & file.keys()
     wrong = {name for name in shared if not bool(mx.array_equal(loaded[name], file[name]))}
@@ -287,7 +282,7 @@ def vllm(job: Job) -> Job:
 
     llm = vllm.LLM(
         model=job["base"], dtype="float32", enforce_eager=True, enable_lora=True, max_loras=1,
-        max_model_len=max(map(len, job["ids"])) + job["greedy"] + ROOM, max_num_seqs=8,
+        max_model_len=max(map(len, job["ids"])) + job["greedy"] + 16, max_num_seqs=8,
         max_logprobs=-1, enable_prefix_caching=False, **job["lora"]["engine"],
     )  # fmt: skip
     lora = LoRARequest("exported", 1, job["adapter"], **job["lora"]["request"])

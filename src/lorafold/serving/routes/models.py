@@ -33,7 +33,6 @@ from lorafold.serving.server import Server, answer, authorization, record_of
 T = TypeVar("T")
 EACH = 1.0  # seconds between two snapshots
 ACTS = ("pin", "unpin", "quarantine")
-NOBODY = ""  # the name of no tenant, on whose behalf the feed works
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -233,7 +232,7 @@ class ModelChanges:
         while not ended:
             async with self._turn:
                 changes = partial(self._changes, before, caller, admin)
-                now, data = await self._server.host.think(changes, NOBODY)
+                now, data = await self._server.host.think(changes, tenant="")
             if data:
                 yield data
             before, ended = now, now.draining
