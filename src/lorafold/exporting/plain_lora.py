@@ -95,14 +95,15 @@ def leaf_of(path: str) -> str:
 
 def write_files(
     subject: Subject, factors: SiteFactors, directory: Path
-) -> tuple[BaseReference, tuple[str, ...], tuple[str, ...]]:
-    """Write the adapter and a changed chat template; return the base, the files and options."""
+) -> tuple[BaseReference, list[str], list[str], list[str]]:
+    """Write the adapter and a changed chat template; return the base, files, options and notes."""
     write_canonical(subject.base, factors, directory / ADAPTER)
     base, template = base_reference(subject.base), write_template(subject, directory)
-    files = (*(f"{ADAPTER}/{name}" for name in FILES), *[TEMPLATE] * template)
+    files = [f"{ADAPTER}/{name}" for name in FILES] + [TEMPLATE] * template
     options = ["--revision", base.revision] if base.revision else []
     options += ["--chat-template", f"{{out}}/{TEMPLATE}"] * template
-    return base, files, tuple(options)
+    notes = [f"rank {subject.update.rank} at every site, scale 1", *base.notes]
+    return base, files, options, notes
 
 
 def zeros(subject: Subject, path: str) -> Factors:

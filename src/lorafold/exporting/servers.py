@@ -62,7 +62,7 @@ class ToPeft(Target):
         return only_products(subject.update, "a plain LoRA")
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        base, files, _ = write_files(subject, subject.update.factors, directory)
+        base, files, _, notes = write_files(subject, subject.update.factors, directory)
         at = f", revision={base.revision!r}" if base.revision else ""
         launch = (
             "from peft import PeftModel",
@@ -70,7 +70,6 @@ class ToPeft(Target):
             f"model = AutoModelForCausalLM.from_pretrained({base.model!r}{at})",
             'model = PeftModel.from_pretrained(model, "{out}/adapter")',
         )
-        notes = [f"rank {subject.update.rank} at every site, scale 1", *base.notes]
         notes += [OTHER_TEMPLATE] * (TEMPLATE in files)
         job = {"adapter": f"{{out}}/{ADAPTER}", "base": str(subject.base.source.path)}
         return Written(files, launch, notes, job)
@@ -126,8 +125,7 @@ class ToVllm(Target):
         # vLLM expects both parameters of experts
         parameters = [f"{match[1]}.{name}" for match in experts for name in (GATE_UP, DOWN)]
         factors = with_zeros(subject, update.factors, parameters)
-        base, files, options = write_files(subject, factors, directory)
-        notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
+        base, files, options, notes = write_files(subject, factors, directory)
         if kind in OWN and experts:
             file = directory / ADAPTER / WEIGHTS
             named = {key.replace(*OWN[kind]): tensor for key, tensor in load_file(file).items()}
@@ -139,7 +137,7 @@ class ToVllm(Target):
         name = str(subject.called)
         if kind in SPLIT and experts:
             engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
-            options = (*options, "--enable-mixed-moe-lora-format")
+            options.append("--enable-mixed-moe-lora-format")
         line = ("vllm", "serve", base.model, "--enable-lora", "--max-lora-rank", str(most))
         module = partial(module_of, name, request)
         launch: Line = (*line, "--lora-modules", module, *options)
@@ -203,8 +201,7 @@ class ToSglang(Target):
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         factors, rank = packed(subject, subject.update.factors), subject.update.rank
-        base, files, options = write_files(subject, factors, directory)
-        notes = [f"rank {rank} at every site, scale 1", *base.notes]
+        base, files, options, notes = write_files(subject, factors, directory)
         if added := len(factors) - len(subject.update.factors):
             notes.append(f"{added} modules have zeros, because SGLang packs them with others")
         if any(map(EXPERTS.fullmatch, factors)):
