@@ -29,7 +29,7 @@ from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.proof import ReferenceAnswers, proof
 from lorafold.exporting.target import Subject
-from lorafold.exporting.to_gguf import file_of, write_gguf
+from lorafold.exporting.to_gguf import file_of, write_file
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
@@ -79,7 +79,7 @@ def measured(args: argparse.Namespace, adapters: tuple[Saved, ...], out: Path) -
     table = []
     for tensors in dict.fromkeys(["F16", *args.tensors]):
         start = time.perf_counter()
-        write_gguf(Subject(base, adapters, tensors), out, quietly)
+        write_file(Subject(base, adapters, tensors), out, quietly)
         seconds, file = time.perf_counter() - start, out / file_of(tensors)
         line = {"tensors": tensors, "seconds": round(seconds, 1), "bytes": file.stat().st_size}
         if args.quantizer and tensors.startswith("Q"):

@@ -9,7 +9,7 @@ and sdpa attention (each row alone) beside lorafold's parts, of which training h
 LoRA of rank 16, alpha 32, in plain inference against the same in fp32; PEFT reads it from disk. Its
 B is random, N(0, size^2), or what AdamW's first step on these rows would make it, -size
 sign(gradient). `gain` is by how much it lowers the loss against the bare base in the same dtype.
-attention: on queries, keys and values of every layer, forward and backward, against `ops.reference`
+attention: on queries, keys and values of every layer, forward and backward, against `reference_ops`
 in float64; the least possible is one rounding of that.
 
 Errors of tensors are relative norms; the loss is the mean over labelled tokens, in nats, and
@@ -18,6 +18,7 @@ Errors of tensors are relative norms; the loss is the mean over labelled tokens,
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,8 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "lib"))
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +38,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import lorafold as lf
+import reference_ops as reference
 from lorafold.data.batches import collate, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
-from lorafold.ops import reference
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.quickstart.task import rows

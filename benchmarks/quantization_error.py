@@ -29,10 +29,13 @@ the base at nf4(W), as any other adapter does; T = 5 gives it a base of its own.
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "lib"))
 
 import torch
 from bitsandbytes.functional import get_4bit_type
@@ -40,11 +43,11 @@ from lib.results import keep
 from lib.short import parsed
 from torch import Tensor, nn
 
+import nf4_reference as nf4
 from lorafold.core.targets import all_linear
 from lorafold.data.examples import probe_ids
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.ops import nf4
 
 BINS = 1 << 16  # of the histogram over [-1, 1] in which levels are fitted
 RANK = 16

@@ -196,7 +196,7 @@ def main() -> None:
                 engine.load(f"few{i}", path)
             if few:
                 each = (time.perf_counter() - start) / len(few)
-                held = [s.loaded.nbytes for s in engine.adapters._states.values() if s.loaded]
+                held = [s.loaded.nbytes for s in engine.adapters._entries if s.loaded]
                 print(json.dumps({"load_ms_each": 1e3 * each, "bytes_each": min(held)}))
 
             def uniform(n: int) -> list[str | None]:
@@ -204,7 +204,7 @@ def main() -> None:
                 return [f"few{i}" for i in picks.tolist()]
 
             def cold() -> dict[str, float]:
-                engine.adapters.evict("a0")
+                engine.adapters.entry("a0").loaded = None
                 return serve(engine, ["a0"], 2)
 
             sides: dict[str, Callable[[], dict[str, float]]] = {}

@@ -130,9 +130,7 @@ def engine_of(
 
 
 def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
-    """The text that each token of a request adds, and the rest at its end, which it returns.
-    Closing the iterator cancels the request.
-    """
+    """Yield the text that each token adds; return the end. Closing it cancels the request."""
     events, read, shown = engine.submit(request), 0, 0
     try:
         while True:
@@ -159,9 +157,7 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
 
 
 def table_left(model: "PreTrainedModel") -> int | None:
-    """The positions that the model's table leaves after the virtual tokens of active adapters; None
-    if it has no table.
-    """
+    """The positions that the model's table leaves after virtual tokens, None without a table."""
     active = parts_of(attached(model, selection_of(model).names))
     before = sum(part.positions for _, part in active if isinstance(part, Sender))
     return positions_of(model).after(before).table
@@ -170,9 +166,7 @@ def table_left(model: "PreTrainedModel") -> int | None:
 def room_of(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-    """The most tokens of each prompt's completion: `max_new_tokens`, or what a table of positions
-    leaves, with a warning.
-    """
+    """The most new tokens for each prompt, with a warning if a table of positions limits them."""
     limit = table_left(model)
     if limit is None:
         return [max_new_tokens] * len(prompts)

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import lorafold as lf
+import nf4_reference as nf4
 from conftest import ALIKE
 from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError, NotMergeable
@@ -26,7 +27,6 @@ from lorafold.models import fingerprint
 from lorafold.models.loading import load_model, weights_of
 from lorafold.models.quantizations import STORAGES, Storage, choose_storage
 from lorafold.models.sources import resolve_model
-from lorafold.ops import nf4
 from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base

@@ -231,7 +231,7 @@ def test_grouped_products_are_those_of_plain_torch(dtype: torch.dtype) -> None:
             lambda x: torch.einsum("soi,si->so", each, x) + onto,
         ),
         (
-            lambda x: low_rank_product(x, frozen, down, up),
+            lambda x: low_rank_product(x, frozen, down, up, None, 1.0),
             lambda x: torch.einsum("soi,si->so", (w + up @ down).to(dtype)[groups.of_row], x),
         ),
     ]
@@ -259,7 +259,7 @@ def test_gradients_of_grouped_products_are_right() -> None:
     check = torch.autograd.gradcheck
     assert check(lambda x, m: product(x, m, groups), (x, m))
     assert check(lambda x, o: frozen_product(x, o, frozen, 5), (x, onto))
-    assert check(lambda x, a, b: low_rank_product(x, frozen, a, b), (x, down, up))
+    assert check(lambda x, a, b: low_rank_product(x, frozen, a, b, None, 1.0), (x, down, up))
 
 
 H100, A100 = DeviceKind("cuda", (9, 0)), DeviceKind("cuda", (8, 0))
@@ -304,7 +304,7 @@ def test_products_of_all_groups_at_once_are_as_exact() -> None:
         wide = torch.promote_types(dtype, torch.float32)
         a, b = (t.to(wide).requires_grad_() for t in (down, up))
         assert frozen.at_once(x, 16) == (name == "at once")
-        y = low_rank_product(x[taken], frozen, a, b, k=0.5)[places]
+        y = low_rank_product(x[taken], frozen, a, b, None, 0.5)[places]
         z = frozen_product(x[taken], y.new_ones(len(taken), 16), frozen, 16)[places]
         (y.sin() + z.cos()).sum().backward()
         found[name] = [t.double() for t in (y, z, x.grad, a.grad, b.grad)]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The fused operations of training against `ops/reference.py`: values and gradients, layouts, and
+"""The fused operations of training against `reference_ops`: values and gradients, layouts, and
 what bf16 loses.
 """
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafold.ops import reference
+import reference_ops as reference
 from lorafold.ops.dropout import Dropped, dropped, emptied
 from lorafold.ops.elementwise import ACTIVATIONS, gated, rms_norm, rotary
 from lorafold.ops.frozen import low_rank_linear
@@ -255,7 +255,7 @@ def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> t
         drop = None
         if where is not None:
             drop = Dropped(emptied(x.detach(), where), where, k, 0, None, set())
-        return low_rank_linear(x, lambda dtype: w.to(dtype), down, up, drop)
+        return low_rank_linear(x, lambda dtype: w.to(dtype), down, up, drop, 1.0)
 
     def spec(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         keep = None if where is None else emptied(torch.ones(x.shape, dtype=x.dtype), where)
@@ -338,9 +338,8 @@ def test_a_weak_update_survives_one_rounding() -> None:
 
     def outcome(dtype: torch.dtype, up: Tensor) -> list[Tensor]:
         leaf = x.to(dtype).requires_grad_()
-        y = low_rank_linear(
-            leaf, lambda dtype: w.to(dtype), down.to(torch.promote_types(dtype, torch.float32)), up
-        )
+        wide = down.to(torch.promote_types(dtype, torch.float32))
+        y = low_rank_linear(leaf, lambda dtype: w.to(dtype), wide, up, None, 1.0)
         return [t.detach().double() for t in (y, torch.autograd.grad(y, leaf, g.to(dtype))[0])]
 
     exact, bare = outcome(torch.float64, up.double()), outcome(torch.float64, 0 * up.double())

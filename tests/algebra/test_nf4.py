@@ -7,9 +7,10 @@ from itertools import product
 import pytest
 import torch
 
+import nf4_reference as nf4
 from lorafold.layers import bitsandbytes as quantized
 from lorafold.layers.bitsandbytes import PART, bitsandbytes, codes
-from lorafold.ops import nf4
+from lorafold.ops.nf4 import OFFSET
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
@@ -147,12 +148,12 @@ def test_real_weights_are_stored_as_bitsandbytes_does(smollm2, name):
 def test_levels_are_quantiles_at_even_steps_on_either_side_of_an_exact_zero():
     level = nf4.levels()
     assert level[[0, 7, 15]].tolist() == [-1, 0, 1]
-    assert abs(nf4.OFFSET - (1 - (1 / 32 + 1 / 30) / 2)) < 5e-8  # the digits that it has
-    widest = torch.special.ndtri(torch.tensor(nf4.OFFSET, dtype=torch.float64))
+    assert abs(OFFSET - (1 - (1 / 32 + 1 / 30) / 2)) < 5e-8  # the digits that it has
+    widest = torch.special.ndtri(torch.tensor(OFFSET, dtype=torch.float64))
     steps = torch.special.ndtr(level.double() * widest).diff()
     for side, n in ((steps[:7], 7), (steps[7:], 8)):
         torch.testing.assert_close(
-            side, torch.full_like(side, (nf4.OFFSET - 0.5) / n), rtol=0, atol=4 * EPS
+            side, torch.full_like(side, (OFFSET - 0.5) / n), rtol=0, atol=4 * EPS
         )
 
 

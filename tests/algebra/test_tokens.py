@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
 
 import lorafold as lf
+import reference_ops as reference
 from lorafold.core.attach import Deltas, base_state
 from lorafold.layers import layer_of
 from lorafold.methods import METHODS
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
-from lorafold.ops import reference
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]

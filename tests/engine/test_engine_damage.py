@@ -31,7 +31,7 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
 
 
 def held_of(engine: Engine, name: str) -> LoadedAdapter:
-    held = engine.adapters._states[engine.adapters.entry(name)].loaded
+    held = engine.adapters.entry(name).loaded
     assert held is not None
     return held
 

@@ -15,7 +15,7 @@ import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters, together
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.fast_path import Packed, packable
-from lorafold.engine.mixed_adapters import ActiveDeltas, Products
+from lorafold.engine.mixed_adapters import ActiveDeltas, SlotAdapters
 from lorafold.engine.model_structure import Structure, probe
 from lorafold.engine.operations import Operations
 from lorafold.layers import layer_of
@@ -66,7 +66,7 @@ def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -
     modules = {f"m{i}": nn.Linear(48, 16 * (i + 1), bias=b) for i, b in enumerate(biases)}
     model = nn.ModuleDict(modules).bfloat16().requires_grad_(False)
     assert all(packable(module) for module in model.values())
-    deltas = ActiveDeltas(model, Products(Structure(""), 1, Operations()))
+    deltas = ActiveDeltas(model, SlotAdapters(Structure(""), 1, Operations()))
     packed = Packed(dict(model.items()), deltas, 16, {})
     width = sum(m.out_features for m in modules.values())
     x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, width).bfloat16()

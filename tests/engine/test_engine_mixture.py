@@ -15,6 +15,7 @@ from engine_cases import (
     METHODS,
     alone,
     check,
+    evict,
     generated,
     is_finite,
     prompt,
@@ -118,7 +119,7 @@ def test_what_is_attached_can_be_adopted_beside_what_is_loaded(model, paths, tmp
                 engine.adopt(name, on_model)
             engine.load("file", paths["lora"])
             assert together(engine, asked, steps_between=1) == expected
-            assert not engine.adapters.evict("lora")
+            assert not evict(engine.adapters, "lora")
             engine.unload("lora")
             with pytest.raises(LorafoldError, match="found 'lora'"):
                 engine.submit(Request("again", prompt(3, 1), 4, "lora"))
@@ -224,7 +225,7 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
         with Engine(model, slots=6, length=64, chunk=16) as engine:
             for name in ("loha", "lokr", method):
                 engine.load(name, paths[name])
-            held = engine.adapters._states[engine.adapters.entry(method)].loaded
+            held = engine.adapters.entry(method).loaded
             assert held is not None
             if poison:
                 for factors in held.factors.values():
@@ -235,9 +236,9 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
             streams = [engine.submit(request) for request in asked]
             engine.run()
             check(engine)
-            runner, bad = engine._runner, engine.adapters.entry(method).digest
+            runner, bad = engine._runner, engine.adapters.entry(method).generation
             assert all(is_finite(runner.cache, slot) for slot in range(6))  # type: ignore[attr-defined]
-            kept = [slot.prefix.digest for slot in runner.kept.slots.values()]  # type: ignore[attr-defined]
+            kept = [slot.prefix[0] for slot in runner.prefixes.slots.values()]  # type: ignore[attr-defined]
             assert (len(kept), bad in kept) == ((4, False) if poison or held.alone else (6, True))
             again = engine.submit(Request("after", prompt(9, 9), 6))
             engine.run()

@@ -13,7 +13,7 @@ import torch
 
 from engine_cases import METHODS, check, prompt, sampling, save_adapters, together
 from lorafold.engine import Ended, Engine, Request
-from lorafold.engine.kv_cache import KeptPrefixes, PrefixKey, common
+from lorafold.engine.kv_cache import CachedPrefixes, common
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
 
@@ -153,12 +153,12 @@ def test_what_was_cancelled_or_failed_is_not_kept(model, paths, monkeypatch) -> 
         engine.run()
         assert stream.result().reason == "cancelled"
         assert ended(engine, request).cached == 0
-        held = engine.adapters._states[engine.adapters.entry("lora")].loaded
+        held = engine.adapters.entry("lora").loaded
         assert held is not None
         next(iter(held.factors.values())).up.fill_(float("nan"))
         other = Request("2", prompt(9, 3), 20, "lora")
         assert ended(engine, other).reason == "failed"
-        assert len(engine._runner.kept.slots) == 1  # type: ignore[attr-defined]
+        assert len(engine._runner.prefixes.slots) == 1  # type: ignore[attr-defined]
         assert ended(engine, Request("3", prompt(9, 3), 3)).reason == "length"
 
 
@@ -188,12 +188,12 @@ def test_running_rows_and_kept_slots_change_places(model) -> None:
 
 
 def test_the_longest_beginning_is_found_and_the_last_token_is_computed() -> None:
-    kept, key = KeptPrefixes(), PrefixKey("digest", 1, "tenant")
-    kept.keep(2, key, (1, 2, 3))
-    kept.keep(0, key, (1, 2, 3, 4, 5))
-    kept.keep(1, PrefixKey("digest", 2, "tenant"), (1, 2, 3, 4, 5, 6, 7))
+    kept, key = CachedPrefixes(), (1, "tenant")
+    kept.add(2, key, (1, 2, 3))
+    kept.add(0, key, (1, 2, 3, 4, 5))
+    kept.add(1, (2, "tenant"), (1, 2, 3, 4, 5, 6, 7))
     assert kept.find(key, (1, 2, 3, 4, 9)) == (0, 4)
     assert kept.find(key, (1, 2, 3)) == (2, 2)
     assert kept.find(key, (9, 1)) == (-1, 0)
     assert kept.find(key, (1,)) == (-1, 0)
-    assert kept.find(PrefixKey("digest", 1, "other"), (1, 2, 3, 4)) == (-1, 0)
+    assert kept.find((1, "other"), (1, 2, 3, 4)) == (-1, 0)

@@ -141,7 +141,7 @@ def test_requests_of_one_adapter_share_its_factors(model, paths) -> None:
         engine.load("lora", paths["lora"])
         streams = [engine.submit(request) for request in asked]
         engine.step()
-        products = engine._runner.deltas.products
+        products = engine._runner.deltas.slot_adapters
         assert len(products.placed) == 6
         [held] = products.places
         tensors = [t for s in products.stacks for t in s.tensors.values()]

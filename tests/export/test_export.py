@@ -40,7 +40,7 @@ def test_factors_are_the_update(method, adapter, tiny_model):
     lf.load(model, saved, "one")
     update = update_of(model, ["one"])
     assert not update.dense
-    assert not update.beside
+    assert not update.other
     assert len(update.factors) == 14
     before = {path: merged.get_submodule(path).weight.clone() for path in update.factors}
     lf.load(merged, saved, "one").merge()

@@ -7,9 +7,10 @@ import torch
 
 import lorafold as lf
 from gguf_models import saved
+from lorafold.engine.kv_cache import common
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.proof import last, parting, prompts_of
+from lorafold.exporting.proof import last, prompts_of
 from lorafold.models.tokenizer import load_tokenizer
 from serving_cases import running
 
@@ -49,6 +50,6 @@ def test_the_server_and_llama_cpp_answer_alike(tmp_path: Path) -> None:
     lf.load(model, tmp_path / "adapters" / "a")
     for ids, own, other in zip(prompts.ids, found, wanted, strict=True):
         if own != other:  # only where two tokens are as likely
-            first, second = last(model, [*ids, *own[: parting(own, other)]]).topk(2).values
+            first, second = last(model, [*ids, *own[: common(own, other)]]).topk(2).values
             assert first - second < 0.01
     assert sum(own == other for own, other in zip(bare, wanted, strict=True)) < len(wanted) // 2

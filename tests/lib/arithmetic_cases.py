@@ -49,11 +49,11 @@ OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "frozen-alone": ((X,), lambda x: frozen_linear(x, None, W.to)),
     "low-rank": (
         (X, DOWN.float(), UP.float()),
-        lambda x, down, up: low_rank_linear(x, W.to, down, up),
+        lambda x, down, up: low_rank_linear(x, W.to, down, up, None, 1.0),
     ),
     "low-rank-dropped": (
         (X, DOWN.float(), UP.float()),
-        lambda x, down, up: low_rank_linear(x, W.to, down, up, dropped(x)),
+        lambda x, down, up: low_rank_linear(x, W.to, down, up, dropped(x), 1.0),
     ),
     "attention": (
         (Q, K, V.expand(T, 2, 8)),

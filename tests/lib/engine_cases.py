@@ -54,13 +54,14 @@ def check(engine: Engine) -> None:
 def check_adapters(adapters: AdapterCache) -> None:
     """References, leases and bytes agree."""
     with adapters._lock:
-        for entry, state in adapters._states.items():
-            assert 0 <= state.leases <= state.references, entry
-            assert not state.leases or state.loaded, f"{entry}: leased, not resident"
-            current = adapters._names.get(entry.name) == entry
-            assert current or state.references or state.future, f"{entry}: left over"
+        for entry in adapters._entries:
+            assert 0 <= entry.leases <= entry.references, entry
+            assert not entry.leases or entry.loaded, f"{entry}: leased, not resident"
+            current = adapters._names.get(entry.name) is entry
+            assert current or entry.references or entry.future, f"{entry}: left over"
+            assert current or not entry.pinned, f"{entry}: pinned without a name"
+        assert adapters._names.keys() <= {entry.name for entry in adapters._entries}
         assert adapters.budget is None or adapters.nbytes <= adapters.budget, adapters.nbytes
-        assert adapters._pinned <= adapters._names.keys()
 
 
 def check_slots(runner: Any, rows: Sequence[Any]) -> None:
@@ -68,8 +69,8 @@ def check_slots(runner: Any, rows: Sequence[Any]) -> None:
     assert [r for r in runner.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
     assert all(runner.rows[row.slot] is row for row in rows)
     placed = {r.slot: r.adapter for r in rows if r.adapter is not None and not r.adapter.alone}
-    assert runner.products.placed == placed, "each slot has its request's adapter"
-    for slot in runner.kept.slots:
+    assert runner.slot_adapters.placed == placed, "each slot has its request's adapter"
+    for slot in runner.prefixes.slots:
         assert runner.rows[slot] is None, f"slot {slot} is kept, and a request's"
         assert is_finite(runner.cache, slot), f"slot {slot} is kept, and not finite"
 
@@ -77,6 +78,19 @@ def check_slots(runner: Any, rows: Sequence[Any]) -> None:
 def is_finite(cache: SlotCache, slot: int) -> bool:
     """Whether all keys and values of a slot are finite."""
     return all(bool(buffer[slot].isfinite().all()) for buffer in cache.all_buffers())
+
+
+def evict(adapters: AdapterCache, name: str) -> bool:
+    """Evict the adapter of that name as one that needs room would; False if it is in use or pinned.
+    """
+    with adapters._lock:
+        entry = adapters.entry(name)
+        evictable = adapters._evictable(entry)
+        if evictable:
+            entry.loaded = None
+            adapters.evictions += 1
+            adapters._blocked.clear()
+        return evictable
 
 
 def status(adapters: AdapterCache, name: str) -> str:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import lorafold as lf
+from engine_cases import evict
 from serving_cases import ADMIN, Answer, Running, raw, running, saved, stream_of, until
 
 pytestmark = pytest.mark.filterwarnings(  # threads are killed
@@ -71,7 +72,7 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     clean = [answer.json["choices"][0]["text"] for answer in at_once(server, models, max_tokens=12)]
     key = server.parts.registry.adapters["a"].key
     states = server.engine.adapters
-    held = states._states[states.entry(key)].loaded
+    held = states.entry(key).loaded
     assert held is not None
     for factors in held.factors.values():
         factors.up.fill_(torch.nan)
@@ -164,7 +165,7 @@ def test_clients_that_leave_leave_nothing(common: Running):
             at.close()
     until(common.idle)
     states = common.engine.adapters
-    assert all(state.references == state.leases == 0 for state in states._states.values())
+    assert all(state.references == state.leases == 0 for state in states._entries)
     assert threading.active_count() <= before + 8
     assert common.complete("a", "The").status == 200
 
@@ -223,7 +224,7 @@ def test_files_that_change_under_the_server(mended: Running, damage, name):
     DAMAGES[damage](mended.folder / "a" / name)
     assert mended.text("a", "The") == text  # it is in memory
     key = mended.parts.registry.adapters["a"].key
-    assert mended.engine.adapters.evict(key)
+    assert evict(mended.engine.adapters, key)
     cold = mended.complete("a", "The")
     assert (cold.status, cold.code) == (503, "adapter_unavailable")
     assert str(mended.folder) not in cold.content.decode()
@@ -248,7 +249,7 @@ def kill(server: Running) -> None:
 def test_an_engine_that_dies_is_started_again(server: Running, times):
     text = server.text("a", "The", max_tokens=30)
     server.ask("/admin/aliases/now", {"target": "a"}, ADMIN, "PUT")
-    assert server.engine.adapters.evict(server.parts.registry.adapters["c"].key)
+    assert evict(server.engine.adapters, server.parts.registry.adapters["c"].key)
     time.sleep(0.6)  # what is in memory is noted twice a second
     for _ in range(times):
         with ThreadPoolExecutor(6) as pool:

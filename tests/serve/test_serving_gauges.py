@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
+from engine_cases import evict
 from lorafold.serving import metrics
 from lorafold.serving.run import _print_summary
 from serving_cases import ADMIN, Running, running, saved, until
@@ -53,7 +54,7 @@ def sampled(server: Running, name: str) -> Samples:
 
 def test_every_adapter_has_its_state_time_and_tokens(server: Running) -> None:
     found = server.parts.registry.adapters
-    assert server.engine.adapters.evict(found["b"].key)
+    assert evict(server.engine.adapters, found["b"].key)
     server.ask("/admin/adapters/c:quarantine", {}, ADMIN)
     server.text("a", "The")
     assert sampled(server, "lorafold_adapter_state") == {

@@ -173,7 +173,7 @@ def test_defects_are_told_without_their_messages(
         assert counted(after, code) == counted(before, code) + 2 * of_code
     until(server.idle)
     states = server.engine.adapters
-    assert all(state.references == 0 for state in states._states.values())
+    assert all(state.references == 0 for state in states._entries)
     assert server.ask(PLAIN, asked | {"stream": False}, key).status == 200
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from engine_cases import with_large_weights
+from engine_cases import evict, with_large_weights
 from lorafold.engine import Engine
 from lorafold.errors import Busy
 from lorafold.serving import verifier
@@ -248,7 +248,7 @@ def test_what_grew_is_not_read_and_the_log_says_why(folder, tiny_model_dir, capl
         before, key = server.text("a", "Hello"), server.parts.registry.adapters["a"].key
         weights = folder / "a" / "adapter_model.safetensors"
         size = weights.stat().st_size
-        assert server.engine.adapters.evict(key)
+        assert evict(server.engine.adapters, key)
         os.truncate(weights, 64 << 20)
         answer = server.complete("a", "Hello")
         assert (answer.status, answer.code) == (503, "adapter_unavailable")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import lorafold as lf
-from engine_cases import METHODS, check_adapters
+from engine_cases import METHODS, check_adapters, evict
 from serving_cases import ADMIN, Running, running, saved, until
 
 PROMPT = "The quick brown fox"
@@ -59,7 +59,7 @@ def test_an_alias_flips_under_load(server: Running, flips):
     assert min(seen["v1"], seen["v2"]) > 0
     until(server.idle)
     states = server.engine.adapters
-    assert all(state.references == state.leases == 0 for state in states._states.values())
+    assert all(state.references == state.leases == 0 for state in states._entries)
 
 
 def test_rollback_weights_and_versions(server: Running):
@@ -103,7 +103,7 @@ def test_other_files_under_the_same_name(server: Running, tiny_model_dir, tmp_pa
     assert not old.startswith(changed)
     with running(tiny_model_dir("llama"), new) as alone:
         assert alone.text("v1", PROMPT, max_tokens=30) == changed
-    until(lambda: len(server.engine.adapters._states) == 3)
+    until(lambda: len(server.engine.adapters._entries) == 3)
 
 
 def test_what_was_said_holds_after_a_restart(tiny_model_dir, tmp_path):
@@ -202,7 +202,7 @@ class Race(RuleBasedStateMachine):
     def evict(self, name: str) -> None:
         if name in self.now:
             adapters = self.server.engine.adapters
-            adapters.evict(self.server.parts.registry.adapters[name].key)
+            evict(adapters, self.server.parts.registry.adapters[name].key)
 
     @rule(name=names, n=st.integers(1, 3))
     def complete(self, name: str, n: int) -> None:

@@ -33,32 +33,6 @@ from lorafold.runtime.processor import alone
 Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
-class ResidentAdapter:
-    """One entry: what is in memory, who needs it, and its errors."""
-
-    def __init__(self, references: int = 0) -> None:
-        self.loaded: LoadedAdapter | None = None
-        self.future: Future[None] | None = None
-        self.error: LorafoldError | None = None
-        self.references = references
-        self.leases = self.used = self.vocabulary = 0
-        self.reserved = False  # read for a request that has not run yet
-        self.sum = self.checked = self.strikes = 0
-
-    def put(self, loaded: LoadedAdapter, now: int) -> None:
-        """Take an adapter that was just read."""
-        self.loaded, self.used, self.checked, self.sum = loaded, now, now, checksum(loaded)
-        self.vocabulary = loaded.vocabulary or 0
-
-    def check_strikes(self, name: str, most: int) -> None:
-        """Raise LorafoldError if it is in quarantine."""
-        if self.strikes >= most:
-            raise LorafoldError(
-                f"adapter {name!r}: in quarantine, since the logits of {self.strikes} of its"
-                " requests were not finite; load other files under this name"
-            )
-
-
 class AdapterCache:
     """The adapters of one engine, of at most `budget` bytes; `changed` is called, by the worker
     too, when waiting requests may go on. Any thread may call it.
@@ -77,8 +51,7 @@ class AdapterCache:
         self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
         self._lock = threading.RLock()
         self._names: dict[str, KnownAdapter] = {}
-        self._states: dict[KnownAdapter, ResidentAdapter] = {}
-        self._pinned: set[str] = set()
+        self._entries: set[KnownAdapter] = set()
         # read in vain: there is no room until something is evicted
         self._blocked: set[KnownAdapter] = set()
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
@@ -98,48 +71,36 @@ class AdapterCache:
             if known is not None and (known.path, known.stack) == (Path(path), verified):
                 return self._start(known)
             entry = KnownAdapter(name, Path(path), verified, next(self._generations))
-            self._states[entry] = ResidentAdapter(references=1)  # until it has its name
+            entry.references = 1  # until it has its name
+            self._entries.add(entry)
             return self._start(entry, naming=True)
 
     def know(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
         """Make an adapter known; it is read when a request needs it."""
         with self._lock:
-            entry = KnownAdapter(name, Path(path), tuple(stack), next(self._generations))
-            self._put(entry, ResidentAdapter())
+            self._put(KnownAdapter(name, Path(path), tuple(stack), next(self._generations)))
 
-    def adopt(self, name: str, make: Callable[[KnownAdapter], LoadedAdapter]) -> None:
+    def adopt(self, name: str, make: Callable[[str], LoadedAdapter]) -> None:
         """Make an adapter without files known; it stays in memory until `unload`."""
         with self._lock:
-            entry, state = KnownAdapter(name, None, (), next(self._generations)), ResidentAdapter()
-            state.put(make(entry), next(self._clock))
-            self._put(entry, state)
+            entry = KnownAdapter(name, None, (), next(self._generations))
+            self._keep(entry, make(entry.key))
+            self._put(entry)
 
     def unload(self, name: str) -> None:
         """Forget a name. Requests that have its adapter finish with it."""
         with self._lock:
             entry = self.entry(name)
             del self._names[name]
-            self._pinned.discard(name)
+            entry.pinned = False
             self.seconds.pop(name, None)
             self._forget(entry)
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep the adapter of that name in memory, or no longer."""
         with self._lock:
-            self.entry(name)
-            (self._pinned.add if pinned else self._pinned.discard)(name)
+            self.entry(name).pinned = pinned
             self._blocked.clear()
-
-    def evict(self, name: str) -> bool:
-        """Evict the adapter of that name; False if it is in use or pinned."""
-        with self._lock:
-            entry = self.entry(name)
-            if not self._evictable(entry):
-                return False
-            self._states[entry].loaded = None
-            self.evictions += 1
-            self._blocked.clear()
-            return True
 
     def entry(self, name: str) -> KnownAdapter:
         """The entry that a name stands for."""
@@ -155,77 +116,61 @@ class AdapterCache:
         """The entry of a name, with one more reference."""
         with self._lock:
             entry = self.entry(name)
-            self._states[entry].check_strikes(name, self.strikes)
-            self._states[entry].references += 1
+            self._check_strikes(entry)
+            entry.references += 1
             return entry
 
     def unbind(self, entry: KnownAdapter) -> None:
         """Give back a reference."""
         with self._lock:
-            state = self._states[entry]
-            state.references -= 1
-            if not state.references:
-                state.reserved = False
+            entry.references -= 1
+            if not entry.references:
+                entry.reserved = False
                 self._blocked.clear()
                 self._forget(entry)
 
     def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
-        """The adapter, kept in memory until `release`; None while it is read, and LorafoldError if
-        that failed.
-        """
+        """The adapter, kept in memory until `release`, or None while it is read."""
         with self._lock:
-            state = self._states[entry]
-            state.check_strikes(entry.name, self.strikes)
-            if state.error is not None:
-                error, state.error = state.error, None
+            self._check_strikes(entry)
+            if entry.error is not None:
+                error, entry.error = entry.error, None
                 raise error
-            if state.loaded is None:
+            if entry.loaded is None:
                 if entry not in self._blocked:
                     self._start(entry, reserve=True)
                 return None
-            state.leases, state.reserved, state.used = state.leases + 1, False, next(self._clock)
-            return state.loaded
+            entry.leases, entry.reserved, entry.used = entry.leases + 1, False, next(self._clock)
+            return entry.loaded
 
     def release(self, entry: KnownAdapter) -> None:
         """Give back a lease."""
         with self._lock:
-            self._states[entry].leases -= 1
+            entry.leases -= 1
             self._blocked.clear()
         self._changed()
 
-    def strike(self, entry: KnownAdapter) -> None:
-        """Count a request with logits that are not finite."""
-        with self._lock:
-            self._states[entry].strikes += 1
-
     def check_memory(self) -> None:
-        """Compare the idle adapter that was not checked for longest with its checksum, and evict it
-        if it changed.
-        """
+        """Evict the idle adapter that was not checked for longest if its checksum changed."""
         with self._lock:
             # those without files are what they are on the model
-            read = [s for s in self._states.values() if s.loaded and s.loaded.entry.path]
-            if idle := [s for s in read if not (s.leases or s.reserved)]:
-                state = min(idle, key=lambda s: s.checked)
-                state.checked = next(self._clock)
-                if state.loaded and checksum(state.loaded) != state.sum:
-                    state.loaded, self.damaged = None, self.damaged + 1
+            read = [e for e in self._entries if e.loaded and e.path]
+            if idle := [e for e in read if not (e.leases or e.reserved)]:
+                entry = min(idle, key=lambda e: e.checked)
+                entry.checked = next(self._clock)
+                if entry.loaded and checksum(entry.loaded) != entry.checksum:
+                    entry.loaded, self.damaged = None, self.damaged + 1
 
     def warm(self) -> dict[str, tuple[Status, int]]:
         """The status of all adapters that are not cold, and their bytes in memory, by name."""
         warm: dict[str, tuple[Status, int]] = {}
         with self._lock:
-            for entry, s in self._states.items():
-                if (s.loaded or s.future or s.strikes) and self._names.get(entry.name) == entry:
-                    status: Status = "resident" if s.loaded else "loading" if s.future else "cold"
-                    status = "quarantined" if s.strikes >= self.strikes else status
-                    warm[entry.name] = status, s.loaded.nbytes if s.loaded else 0
+            for name, e in self._names.items():
+                if e.loaded or e.future or e.strikes:
+                    status: Status = "resident" if e.loaded else "loading" if e.future else "cold"
+                    status = "quarantined" if e.strikes >= self.strikes else status
+                    warm[name] = status, e.loaded.nbytes if e.loaded else 0
         return warm
-
-    def vocabulary(self, entry: KnownAdapter | None) -> int:
-        """The size of the vocabulary with an adapter, 0 if it adds no tokens."""
-        with self._lock:
-            return 0 if entry is None else self._states[entry].vocabulary
 
     def names(self) -> tuple[str, ...]:
         """The names that are known."""
@@ -235,42 +180,56 @@ class AdapterCache:
     def nbytes(self) -> int:
         """The bytes of all resident adapters that were read from files."""
         with self._lock:
-            return sum(s.loaded.nbytes for e, s in self._states.items() if s.loaded and e.path)
+            return sum(e.loaded.nbytes for e in self._entries if e.loaded and e.path)
 
     def close(self) -> None:
         """Stop the worker."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _put(self, entry: KnownAdapter, state: ResidentAdapter) -> None:
-        self._states[entry] = state
+    def _check_strikes(self, entry: KnownAdapter) -> None:
+        """Raise LorafoldError if it is in quarantine."""
+        if entry.strikes >= self.strikes:
+            raise LorafoldError(
+                f"adapter {entry.name!r}: in quarantine, since the logits of {entry.strikes} of its"
+                " requests were not finite; load other files under this name"
+            )
+
+    def _keep(self, entry: KnownAdapter, loaded: LoadedAdapter) -> None:
+        """Keep an adapter that was just read."""
+        entry.loaded, entry.checksum = loaded, checksum(loaded)
+        entry.used = entry.checked = next(self._clock)
+        entry.vocabulary = loaded.vocabulary or 0
+
+    def _put(self, entry: KnownAdapter) -> None:
+        """Let the name of an entry stand for it."""
+        self._entries.add(entry)
         old, self._names[entry.name] = self._names.get(entry.name), entry
         if old is not None:
+            entry.pinned, old.pinned = old.pinned, False
             self._forget(old)
 
     def _start(
         self, entry: KnownAdapter, reserve: bool = False, naming: bool = False
     ) -> Future[None]:
-        state = self._states[entry]
-        if state.loaded is not None:
+        if entry.loaded is not None:
             done: Future[None] = Future()
             done.set_result(None)
             return done
-        state.reserved |= reserve
-        if state.future is None:
-            state.error = None
-            state.future = self._worker.submit(self._work, entry, naming)
-        return state.future
+        entry.reserved |= reserve
+        if entry.future is None:
+            entry.error = None
+            entry.future = self._worker.submit(self._work, entry, naming)
+        return entry.future
 
     def _work(self, entry: KnownAdapter, naming: bool) -> None:
         """Read an adapter, and give it its name if it was loaded for that."""
-        state = self._states[entry]
         try:
             loaded = self._reader.read(entry)
             with self._lock:
                 if self._make_room(loaded.nbytes):
-                    state.put(loaded, next(self._clock))
+                    self._keep(entry, loaded)
                     self.reads, self.seconds[entry.name] = self.reads + 1, loaded.seconds
-                elif any(s.leases or s.reserved for s in self._states.values() if s.loaded):
+                elif any(e.leases or e.reserved for e in self._entries if e.loaded):
                     self._blocked.add(entry)
                 else:
                     raise LorafoldError(
@@ -279,45 +238,41 @@ class AdapterCache:
                     )
                 old = self._names.get(entry.name)
                 if naming and (old is None or old.generation < entry.generation):
-                    self._put(entry, state)
+                    self._put(entry)
         except Exception as error:
             if not isinstance(error, LorafoldError):
                 error = LorafoldError(f"adapter {entry.name!r}: {error}")
             with self._lock:
-                state.error = error if state.references and not naming else None
+                entry.error = error if entry.references and not naming else None
             raise error from None
         finally:
             with self._lock:
-                state.future = None
+                entry.future = None
                 (self.unbind if naming else self._forget)(entry)
             self._changed()
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evict the least recently used adapters until there is room for so many bytes; False, and
-        none is evicted, if that is not enough.
-        """
+        """Evict the least recently used adapters to make room, or none if that is not enough."""
         left = 0 if self.budget is None else self.nbytes + nbytes - self.budget
-        states = [(state, state.loaded) for e, state in self._states.items() if self._evictable(e)]
-        sizes = [(state, loaded.nbytes) for state, loaded in states if loaded]
+        evictable = [entry for entry in self._entries if self._evictable(entry)]
+        sizes = [(entry, entry.loaded.nbytes) for entry in evictable if entry.loaded]
         if left > sum(n for _, n in sizes):
             return False
-        for state, n in sorted(sizes, key=lambda one: one[0].used):
+        for entry, n in sorted(sizes, key=lambda size: size[0].used):
             if left > 0:
-                state.loaded, left, self.evictions = None, left - n, self.evictions + 1
+                entry.loaded, left, self.evictions = None, left - n, self.evictions + 1
         return True
 
     def _evictable(self, entry: KnownAdapter) -> bool:
-        state = self._states[entry]
-        pinned = entry.name in self._pinned and self._names.get(entry.name) == entry
-        pinned |= entry.path is None  # it could not be read again
-        return state.loaded is not None and not (state.leases or state.reserved or pinned)
+        # one without a path could not be read again
+        needed = entry.leases or entry.reserved or entry.pinned or entry.path is None
+        return entry.loaded is not None and not needed
 
     def _forget(self, entry: KnownAdapter) -> None:
         """Drop an entry that has neither a name nor references."""
-        state = self._states.get(entry)
-        named = self._names.get(entry.name) == entry
-        if state and not (named or state.references or state.future):
-            del self._states[entry]
+        named = self._names.get(entry.name) is entry
+        if not (named or entry.references or entry.future):
+            self._entries.discard(entry)
 
 
 def checksum(loaded: LoadedAdapter) -> int:
@@ -328,6 +283,6 @@ def checksum(loaded: LoadedAdapter) -> int:
         content = content.set_(tensor.detach().untyped_storage())
         whole = len(content) // 8 * 8
         # torch would wake a team of threads, which then spins for longer than this takes
-        numbers = content.cpu().numpy()
-        total += int(numbers[:whole].view(np.int64).sum()) + int(numbers[whole:].sum())
+        values = content.cpu().numpy()
+        total += int(values[:whole].view(np.int64).sum()) + int(values[whole:].sum())
     return total

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
 from lorafold.files.safetensors_header import check_numbers
-from lorafold.identity import joined, of_adapter
+from lorafold.identity import of_adapter
 from lorafold.layers import layer_of
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.trainable_tokens import TokenRows
@@ -52,24 +53,33 @@ class VerifiedAdapter(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class KnownAdapter:
-    """An adapter that the engine knows. Other files under the same name are another entry."""
+    """An adapter that the engine knows, who needs it, and its state in memory. Other files under
+    the same name are another entry.
+    """
 
     name: str
     path: Path | None  # None for one that is attached to the model
     stack: tuple[VerifiedAdapter, ...]  # the adapters below, the lowest first, and itself
     generation: int  # the number of the call that made it known
-
-    @property
-    def digest(self) -> str:
-        """The identity of the stack, "" without files."""
-        return joined([one.identity for one in self.stack]) if self.stack else ""
+    references: int = 0  # requests that wait or run
+    leases: int = 0  # requests that run
+    pinned: bool = False
+    reserved: bool = False  # read for a request that has not run yet
+    loaded: LoadedAdapter | None = None
+    future: Future[None] | None = None  # while it is read
+    error: LorafoldError | None = None  # of the last read
+    used: int = 0  # when a request last began with it
+    checked: int = 0  # when it was last compared with its checksum
+    checksum: int = 0
+    vocabulary: int = 0
+    strikes: int = 0  # requests with logits that are not finite
 
     @property
     def key(self) -> str:
         """A unique name for its deltas."""
-        return f"{self.generation}-{self.digest[:12]}"
+        return f"lorafold-{self.generation}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Factors:
 class LoadedAdapter:
     """An adapter in memory."""
 
-    entry: KnownAdapter
+    key: str  # a unique name for its deltas
     factors: Mapping[int, Factors]  # by the index of the shape
     low_rank: frozenset[str]  # the paths that they change
     gains: Mapping[str, tuple[Tensor, Tensor | None]]  # and offsets (out,), by path
@@ -125,8 +135,7 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path, most: int) -> Contents:
-    """The files, of so many bytes at most, of an adapter that the one in `over` was trained over.
-    """
+    """The files of an adapter that the one in `over` was trained over."""
     contents = Contents(expected_path(origin, over), FILES, most)
     if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
         raise LorafoldError(not_found(origin, over))
@@ -135,13 +144,13 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
 
 def _check(read: Sequence[Contents], verified: Sequence[VerifiedAdapter]) -> None:
     """Raise LorafoldError unless the files that were read are those that were verified."""
-    found, expected = [contents.named for contents in read], [one.identity for one in verified]
-    if found != expected:
+    actual, expected = [contents.named for contents in read], [v.identity for v in verified]
+    if actual != expected:
         paths = ", ".join(str(contents.path) for contents in read)
-        ours, theirs = (", ".join(one[:12] for one in each) for each in (found, expected))
+        digests = [", ".join(identity[:12] for identity in each) for each in (actual, expected)]
         raise LorafoldError(
-            f"{paths} changed since it was loaded: found digest {ours}, expected"
-            f" {theirs or 'none'}; load it again"
+            f"{paths} changed since it was loaded: found digest {digests[0]}, expected"
+            f" {digests[1] or 'none'}; load it again"
         )
 
 
@@ -162,7 +171,7 @@ class Reader:
         """Read and check an adapter."""
         assert entry.path is not None
         began = time.perf_counter()
-        most = sum(one.nbytes for one in entry.stack) + MANIFEST_BYTES
+        most = sum(verified.nbytes for verified in entry.stack) + MANIFEST_BYTES
         try:
             contents = Contents(entry.path, FILES, most)
             _check([contents], entry.stack[-1:])  # before anything is interpreted
@@ -173,7 +182,7 @@ class Reader:
                 deltas = self._deltas(needed, [*below, contents])
         except LorafoldError as error:
             raise LorafoldError(f"adapter {entry.name!r}: {error}") from None
-        loaded = self.loaded(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
+        loaded = self.loaded(entry.key, deltas, vocabulary(self.shadow, parts_of(deltas)))
         return replace(loaded, seconds=time.perf_counter() - began)
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
@@ -219,7 +228,7 @@ class Reader:
     @torch.no_grad()
     def loaded(
         self,
-        entry: KnownAdapter,
+        key: str,
         deltas: Mapping[str, Delta],
         vocabulary: int | None,
         alone: bool = False,
@@ -240,19 +249,19 @@ class Reader:
             pair = None if delta is None else delta.factors()
             if pair is not None and len(pair[1]) <= RANK:
                 pairs[path] = pair
-        gains = {p: one[1:] for p, one in gained.items() if p in pairs or one.under is None}
+        gains = {p: g[1:] for p, g in gained.items() if p in pairs or g.under is None}
         factors = {}
         for i, shape in enumerate(self.structure.shapes):
-            ours = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
-            if ours:
-                factors[i] = factors_of(shape, ours, self.dtype)
+            of_shape = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
+            if of_shape:
+                factors[i] = factors_of(shape, of_shape, self.dtype)
         others = {
             path: delta.eval().requires_grad_(False)
             for path, delta in deltas.items()
             if path not in pairs and path not in gains
         }
         loaded = LoadedAdapter(
-            entry, factors, frozenset(pairs), gains, others, alone, vocabulary, nbytes=0
+            key, factors, frozenset(pairs), gains, others, alone, vocabulary, nbytes=0
         )
         return replace(loaded, nbytes=sum({id(t): t.nbytes for t in loaded.tensors}.values()))
 

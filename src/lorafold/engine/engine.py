@@ -138,14 +138,14 @@ class Engine:
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
         """Make adapters that are attached to the model, the lowest first, known under one name."""
         only(self.model, *on_model)  # raises unless they are attached
-        if both := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
+        if active := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
-                f"adapter {both}: found it active, so it belongs to the base, expected an engine"
+                f"adapter {active}: found it active, so it belongs to the base, expected an engine"
                 " that was opened inside lf.only(model)"
             )
         deltas = attached(self.model, on_model)
         size, alone = vocabulary(self.model, parts_of(deltas)), self._as_trained
-        self.adapters.adopt(name, lambda entry: self._reader.loaded(entry, deltas, size, alone))
+        self.adapters.adopt(name, lambda key: self._reader.loaded(key, deltas, size, alone))
 
     def unload(self, name: str) -> None:
         """Forget an adapter."""
@@ -162,7 +162,7 @@ class Engine:
             with self._lock:
                 if self._closing:
                     raise LorafoldError("the engine is closed")
-                self._check(request, max(self.vocabulary, self.adapters.vocabulary(entry)))
+                self._check(request, max(self.vocabulary, entry.vocabulary if entry else 0))
                 self._rows[request.id] = row
                 self._inbox.append(row)
         except BaseException as error:
@@ -191,12 +191,12 @@ class Engine:
                 if not (isinstance(i, int) and 0 <= i < vocabulary):
                     checks[f"{name}: found token {i!r}, expected 0 to {vocabulary - 1}"] = False
                     break
-        found = f"prompt_logprobs: found {k}, expected"
+        scores = f"prompt_logprobs: found {k}, expected"
         require(
             checks
             | {
-                f"{found} 0 to 20, or None": k is None or 0 <= k <= 20,
-                f"{found} None for this model, since {why}": k is None or not why,
+                f"{scores} 0 to 20, or None": k is None or 0 <= k <= 20,
+                f"{scores} None for this model, since {why}": k is None or not why,
                 "stop: found a text, expected none, since the engine has no tokenizer": (
                     self.tokenizer is not None or not request.sampling.stop
                 ),
@@ -246,9 +246,7 @@ class Engine:
             after()
 
     def forget(self) -> None:
-        """Drop the cached prefixes of requests that have ended, as in an engine that was just
-        opened.
-        """
+        """Drop the cached prefixes of requests that have ended."""
         if self._rows:
             raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
         self._runner.rebuild()
@@ -385,5 +383,5 @@ class Engine:
             raise
         except BaseException as error:  # a panic in a tokenizer is no Exception
             if isinstance(error, NotFinite) and row.entry is not None:
-                self.adapters.strike(row.entry)
+                row.entry.strikes += 1
             self._fail(row, error)

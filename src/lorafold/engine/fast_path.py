@@ -40,9 +40,7 @@ def fast_path(
     rows: int,
     stack: ExitStack,
 ) -> None:
-    """Replace parts of a frozen model in evaluation mode until the stack is closed; a pass usually
-    has so many rows.
-    """
+    """Replace parts of a frozen model until the stack is closed, for passes of `rows` rows."""
     norm, rotary, gated = operations.rms_norm, operations.rotary, operations.gated
     stack.enter_context(fused(model, False, norm, rotary, gated))
     known: dict[Any, int] = {}
@@ -88,9 +86,7 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 class Packed:
-    """Matrices that read the same tensor, as one in the kernel's order. The first that is called
-    computes the outputs of all.
-    """
+    """Matrices of one input as one in the kernel's order; the first call computes all outputs."""
 
     def __init__(
         self,
@@ -132,7 +128,7 @@ class Packed:
         if adapted or x.dtype != self.dtype:
             return type(module).forward(module, x)
         y = self._output(path, x)
-        return deltas.products.changed(path, layer_of(module), x, y) if deltas.mixing else y
+        return deltas.slot_adapters.changed(path, layer_of(module), x, y) if deltas.mixing else y
 
     def _output(self, path: str, x: Tensor) -> Tensor:
         if len(self.paths) == 1:
@@ -148,14 +144,14 @@ class Packed:
     def product(self, x: Tensor, onto: Tensor | None) -> Tensor:
         """W x + b + onto (..., out + ...), rounded once."""
         rows = x.numel() // x.shape[-1]
-        given = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
+        inputs = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
         if self._least > FEW:
             blocks = zip(
-                *(_padded(t, -(-rows // FEW) * FEW).split(FEW) for t in given), strict=True
+                *(_padded(t, -(-rows // FEW) * FEW).split(FEW) for t in inputs), strict=True
             )
             y = torch.cat([self._kernel(*block) for block in blocks])[:rows]
         else:
-            y = self._kernel(*(_padded(t, self._least) for t in given))[:rows]
+            y = self._kernel(*(_padded(t, self._least) for t in inputs))[:rows]
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _kernel(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -164,10 +160,10 @@ class Packed:
         return self._added(x, onto, self._w, self._bias, "add")
 
     def _onto(self, x: Tensor) -> Tensor | None:
-        products = self.deltas.products
-        if not self.deltas.mixing or products.plan.low_rank.isdisjoint(self.paths):
+        slot_adapters = self.deltas.slot_adapters
+        if not self.deltas.mixing or slot_adapters.plan.low_rank.isdisjoint(self.paths):
             return None
-        return products.product(self.paths, x, self.layers)
+        return slot_adapters.product(self.paths, x, self.layers)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

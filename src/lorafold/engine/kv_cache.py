@@ -6,7 +6,7 @@ reads the rows up to the longest. The mask (`lorafold.engine.operations`) finds 
 in `get_query_offset`. A slot is zeroed before it is used again, since 0 times a stale NaN in a
 masked position would be NaN.
 
-`KeptPrefixes` has the content of free slots, for requests with the same prefix. Found by tokens
+`CachedPrefixes` has the content of free slots, for requests with the same prefix. Found by tokens
 alone, one adapter's cache would serve another (vLLM #30931), and by name that of files which were
 replaced (#42125); so a prefix is found under its own `PrefixKey` only.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -26,6 +25,9 @@ from transformers.cache_utils import Cache
 from lorafold.engine.operations import Operations
 from lorafold.ops.host_tensors import on_host, sent
 
+# what keys and values depend on, besides their tokens and the engine's base: the number of the call
+# that made the adapter known (0 for the base), and the tenant
+PrefixKey = tuple[int, str]
 STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
 
 
@@ -43,9 +45,7 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
 
     def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The keys and the values (slots, Hk, columns, D) of a layer that computed (B, Hk, T, D),
-        with so many columns at least.
-        """
+        """A layer's keys and values (slots, Hk, columns, D), at least `width` columns wide."""
         for buffers, like in ((self.keys, key), (self.values, value)):
             old = buffers.get(layer)
             if old is None or old.shape[2] < width:
@@ -107,9 +107,7 @@ class SlotView(Cache):
         self.of = of
 
     def aim(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
-        """Point the view at the slots of a pass, which writes so many tokens to each after the
-        start_B that it has.
-        """
+        """Point the view at the slots of a pass that writes `tokens` to each after its start_B."""
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.of.width(self.longest)
@@ -121,9 +119,7 @@ class SlotView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the keys and values (B, Hk, T, D) of a layer, and return those of the whole rows,
-        (B, Hk, width, D).
-        """
+        """Write keys and values (B, Hk, T, D) and return the rows' whole (B, Hk, width, D)."""
         keys, values = self.of.buffers(layer_idx, key_states, value_states, self.width)
         for buffer, new in ((keys, key_states), (values, value_states)):
             self.of.operations.write(buffer, new, self.row_B, self.start_B)
@@ -143,18 +139,7 @@ class SlotView(Cache):
         return self.of.length
 
 
-@dataclass(frozen=True)
-class PrefixKey:
-    """What keys and values depend on, besides their tokens and the engine's base: the digest of the
-    adapter's files ("" for the base), the number of the call that made it known, and the tenant.
-    """
-
-    digest: str
-    generation: int
-    tenant: str
-
-
-class KeptSlot(NamedTuple):
+class CachedSlot(NamedTuple):
     """The content of a free slot; later ones have a larger `age`."""
 
     prefix: PrefixKey
@@ -162,23 +147,22 @@ class KeptSlot(NamedTuple):
     age: int
 
 
-class KeptPrefixes:
+class CachedPrefixes:
     """The free slots with content, by their number."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, KeptSlot] = {}
+        self.slots: dict[int, CachedSlot] = {}
         self._clock = count(1)
 
-    def keep(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
+    def add(self, slot: int, prefix: PrefixKey, tokens: Sequence[int]) -> None:
         """Remember the content of a slot that became free."""
-        self.slots[slot] = KeptSlot(prefix, tuple(tokens), next(self._clock))
+        self.slots[slot] = CachedSlot(prefix, tuple(tokens), next(self._clock))
 
     def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:
-        """The slot with most of the prompt's first tokens, and how many; (-1, 0) if none has any.
-        """
+        """The slot with the longest prefix of the prompt, and its length, or (-1, 0)."""
         best, most = -1, 0
-        for slot, kept in self.slots.items():
-            if kept.prefix == prefix and (n := common(kept.tokens, prompt[:-1])) > most:
+        for slot, cached in self.slots.items():
+            if cached.prefix == prefix and (n := common(cached.tokens, prompt[:-1])) > most:
                 best, most = slot, n
         return best, most
 
@@ -196,7 +180,7 @@ class KeptPrefixes:
             self.slots[target] = self.slots.pop(source)
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[object], b: Sequence[object]) -> int:
     """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -63,7 +63,7 @@ class AdapterRows:
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
         self._rows: dict[tuple[int, ...], Tensor] = {}
         self.places = torch.tensor([places.get(a, NOBODY) if a else NOBODY for a in adapters])
-        self.products: dict[tuple[str, ...], Product] = {}  # by paths
+        self.matmuls: dict[tuple[str, ...], Product] = {}  # by paths
         self._at: int | slice | Tensor | None = None
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
@@ -78,9 +78,7 @@ class AdapterRows:
         return self._by_path[path]
 
     def at(self, device: torch.device) -> int | slice | Tensor:
-        """An index of the rows' places in a stack (places, ...), without a copy for one place or
-        for neighbours.
-        """
+        """An index of the rows' places in a stack (places, ...), a view where possible."""
         if self._at is None:
             first, n = int(self.places[0]), len(self.places)
             if torch.equal(self.places, torch.full_like(self.places, first)):
@@ -100,19 +98,19 @@ class AdapterRows:
 class EngineDelta(Opaque):
     """The delta that the engine lays on a module: for each row of the pass, that of its adapter."""
 
-    def __init__(self, products: Products, path: str) -> None:
+    def __init__(self, slot_adapters: SlotAdapters, path: str) -> None:
         super().__init__()
-        self._products, self.path = (products,), path  # in a tuple: it is no part of this module
+        self._slot_adapters, self.path = (slot_adapters,), path  # a tuple, so that it is no child
 
     def forward(self, layer: Layer, x: Tensor, *args: Any, onto: Tensor | None = None) -> Tensor:
-        products = self._products[0]
-        plan = products.plan
-        d = products.product((self.path,), x, [layer]) if self.path in plan.low_rank else None
+        slot_adapters = self._slot_adapters[0]
+        plan = slot_adapters.plan
+        d = slot_adapters.product((self.path,), x, [layer]) if self.path in plan.low_rank else None
         y = layer(x, *args, onto=add(d, onto) if d is not None else onto)
-        return products.changed(self.path, layer, x, y)
+        return slot_adapters.changed(self.path, layer, x, y)
 
 
-class Products:
+class SlotAdapters:
     """The stacks of all shapes, and the plan of the pass that runs."""
 
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
@@ -153,23 +151,19 @@ class Products:
             self.stacks[i].clear(place)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
-        """The low-rank updates (B, T, out + ...) of the plan's adapters at matrices that all read
-        x (B, T, in), side by side.
-        """
+        """The low-rank updates (B, T, out + ...) of matrices that read x (B, T, in)."""
         plan = self.plan
         if plan.each:
             updates = [self._by_row(*at, x) for at in zip(paths, layers, strict=True)]
             return torch.cat(updates, -1) if len(updates) > 1 else updates[0]
-        if paths not in plan.products:
+        if paths not in plan.matmuls:
             factors = [self._factors(path) for path in paths]
-            plan.products[paths] = self.operations.low_rank(factors, plan.places)
+            plan.matmuls[paths] = self.operations.low_rank(factors, plan.places)
         flat = x.reshape(len(x), -1, x.shape[-1])
-        return plan.products[paths](flat).view(*x.shape[:-1], -1)
+        return plan.matmuls[paths](flat).view(*x.shape[:-1], -1)
 
     def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """The output y (B, T, out) of a module that reads x (B, T, in) after the plan's gains and
-        deltas of other kinds.
-        """
+        """A module's output y (B, T, out) of x (B, T, in) after gains and other deltas."""
         if path in self.plan.gains:
             shape, index = self.where[path]
             tensors, at = self.stacks[shape].tensors, self.plan.at(y.device)
@@ -283,12 +277,10 @@ class Stacks:
 
 
 class ActiveDeltas:
-    """The deltas of running adapters on the model; those that are active when it begins belong to
-    the base.
-    """
+    """The deltas of running adapters on the model, above those that belong to the base."""
 
-    def __init__(self, model: nn.Module, products: Products) -> None:
-        self.model, self.products = model, products
+    def __init__(self, model: nn.Module, slot_adapters: SlotAdapters) -> None:
+        self.model, self.slot_adapters = model, slot_adapters
         self.selection = selection_of(model)
         self.base = self.selection.names
         self.mixing = False  # whether a pass under the plan runs
@@ -303,10 +295,10 @@ class ActiveDeltas:
             self._alone[adapter] += 1
             if self._alone[adapter] == 1:
                 for path, delta in adapter.deltas.items():
-                    self._lay(path, adapter.entry.key, delta)
+                    self._lay(path, adapter.key, delta)
             return
         for path in sorted(adapter.paths - self._targets):
-            self._lay(path, OWN, EngineDelta(self.products, path))
+            self._lay(path, OWN, EngineDelta(self.slot_adapters, path))
             self._targets.add(path)
 
     def lift(self, adapter: LoadedAdapter) -> None:
@@ -316,12 +308,12 @@ class ActiveDeltas:
             if not self._alone[adapter]:
                 del self._alone[adapter]
                 for path in adapter.deltas:
-                    self._lift(path, adapter.entry.key)
+                    self._lift(path, adapter.key)
 
     @contextmanager
     def mixed(self, plan: AdapterRows) -> Iterator[None]:
         """A pass whose rows have the adapters of the plan."""
-        self.products.plan, self.mixing = plan, True
+        self.slot_adapters.plan, self.mixing = plan, True
         try:
             with self._active(plan.paths, *((OWN,) if plan.paths else ())):
                 yield
@@ -331,7 +323,7 @@ class ActiveDeltas:
     @contextmanager
     def alone(self, adapter: LoadedAdapter) -> Iterator[None]:
         """A pass whose rows all have this adapter, which can't be mixed."""
-        with self._active(adapter.paths, adapter.entry.key):
+        with self._active(adapter.paths, adapter.key):
             yield
 
     def close(self) -> None:

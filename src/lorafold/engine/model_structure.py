@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, deltas_on, selection_of
@@ -62,9 +63,7 @@ class Structure:
 
 
 def structure_of(model: Any) -> Structure:
-    """The result of `probe`, cached with the model as long as that has the same modules and the
-    same kinds of deltas are active on them.
-    """
+    """The result of `probe`, cached until modules or active kinds of deltas change."""
     names = selection_of(model).names
     modules = [
         (
@@ -91,9 +90,7 @@ def slotted(model: Any, operations: Operations) -> Any:
 def run(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
-    """The logits of a pass over ids_BT, padded on the right behind counts_B tokens, at the n
-    indices to keep: (B, n, V).
-    """
+    """The logits (B, n, V) of a pass over ids_BT, counts_B of them no padding."""
     last_B1 = (view.start_B + counts_B - 1)[:, None]
     positions_BT = torch.minimum(view.position_BT, last_B1)
     out = model(
@@ -116,7 +113,7 @@ def probe(model: Any) -> Structure:
         ).float()
         try:
             with ExitStack() as stack, slotted(model, Operations()):
-                inputs = _watch_inputs(model, stack)
+                inputs = _Inputs(model, stack)
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
@@ -136,27 +133,21 @@ def probe(model: Any) -> Structure:
 
 def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     """The logits (B, V) after the last token of each prompt, which are fed in chunks and then one
-    at a time; short prompts repeat their last token, as rows do that have nothing to compute.
+    at a time; rows of short prompts compute a token in vain, as rows do that have nothing to do.
     """
-    rows, device = len(prompts), model.device
+    rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
     view = SlotView(SlotCache(rows, max(LENGTHS), CHUNK, Operations()))
-    done, out = [0] * rows, {}
-    while any(done[b] < len(p) for b, p in enumerate(prompts)):
-        left = [len(p) - n for p, n in zip(prompts, done, strict=True)]
-        width = CHUNK if max(left) >= CHUNK else 1
-        counts = [max(0, min(width, n)) for n in left]
-        ids = torch.zeros(rows, width, dtype=torch.long)
-        for b, p in enumerate(prompts):
-            ids[b, : counts[b]] = p[done[b] : done[b] + counts[b]]
-        view.aim(slice(0, rows), torch.tensor(done, device=device), width)
-        counts_B = torch.tensor([max(1, n) for n in counts], device=device)
-        keep = torch.arange(width, device=device)
-        logits = run(model, view, ids.to(device), counts_B, keep)
-        for b, n in enumerate(counts):
-            done[b] += n
-            if n and done[b] == len(prompts[b]):
-                out[b] = logits[b, n - 1]
-    return torch.stack([out[b] for b in range(rows)])
+    done = torch.zeros(rows, dtype=torch.long)
+    while (left := torch.tensor(LENGTHS) - done).any():
+        width = CHUNK if left.max() >= CHUNK else 1
+        counts = left.clamp(max=width)
+        parts = [pad(p, (0, CHUNK))[n : n + width] for p, n in zip(prompts, done, strict=True)]
+        view.aim(slice(0, rows), done.to(device), width)
+        inputs = (x.to(device) for x in (torch.stack(parts), counts.clamp(1), torch.arange(width)))
+        logits_BTV = run(model, view, *inputs)
+        logits_B |= {b: logits_BTV[b, n - 1] for b, n in enumerate(counts.tolist()) if n}
+        done = done + counts
+    return torch.stack([logits_B[b] for b in range(rows)])
 
 
 class _Inputs:
@@ -164,9 +155,15 @@ class _Inputs:
     row for each of the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        """Watch a model until the stack is closed."""
         self.rows: dict[str, bool] = {}
         self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
+        for path, module in Anatomy.of(model).modules:
+            layer = layer_of(module)
+            if layer.linear or layer.takes_ids:
+                record = partial(self.record, path, 2 if layer.takes_ids else 3)
+                stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
 
     def record(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Record the input of a module, which has so many dimensions if it has rows."""
@@ -186,16 +183,6 @@ class _Inputs:
                 paths = paths - {path}
             before = read
         return tuple(map(tuple, groups))
-
-
-def _watch_inputs(model: nn.Module, stack: ExitStack) -> _Inputs:
-    inputs = _Inputs()
-    for path, module in Anatomy.of(model).modules:
-        layer = layer_of(module)
-        if layer.linear or layer.takes_ids:
-            record = partial(inputs.record, path, 2 if layer.takes_ids else 3)
-            stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
-    return inputs
 
 
 def take_model(model: Any, stack: ExitStack) -> None:

@@ -42,19 +42,12 @@ log = logging.getLogger(__name__)
 ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
 WIDE = 4096  # rows of a matrix that are enough to measure: a head has many times as many
 
-# the batch-invariant operations by device, on which a request's answer relies
-INDEPENDENT = {
-    "": frozenset({"write", "rotary", "scale"}),
-    "cpu": frozenset(operation.name for operation in DECODING if operation is not STORED),
-}
-
 
 class Operations:
     """Final: the operations by name, each with the parameters of its plain form."""
 
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
-        self.independent = INDEPENDENT.get(device, INDEPENDENT[""])
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
         self.attend, self.write, self.gated = ATTEND.on(device), WRITE.on(device), GATED.on(device)
         if as_trained:
@@ -80,9 +73,7 @@ class Operations:
 
 
 def available(device: str, as_trained: bool = False) -> Operations:
-    """The operations in the forms of a kind of device, or the plain ones if it has none or they
-    can't be compiled.
-    """
+    """The operations of a kind of device, or the plain ones if they are not available."""
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
     return Operations("" if why else device, as_trained)
@@ -141,13 +132,13 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
     return attention
 
 
-def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
+def steady(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
     """The least number of rows of the inputs (n, ...); the last of ROWS if there is none."""
-    whole, least = kernel(*given), ROWS[-1]
+    whole, least = kernel(*inputs), ROWS[-1]
     for n in reversed(ROWS[:-1]):
         starts = range(0, max(FEW - n + 1, 1), n)
         for s in starts:
-            if not torch.equal(kernel(*(t[s : s + n] for t in given)), whole[s : s + n]):
+            if not torch.equal(kernel(*(t[s : s + n] for t in inputs)), whole[s : s + n]):
                 return least
         least = n
     return least
@@ -221,16 +212,12 @@ def lacks(device: str) -> str:
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether matmuls with matrices (out, in) of these shapes are not batch invariant on this
-    processor, even with FEW rows.
-    """
+    """Whether matmuls of these shapes (out, in) depend on the batch even with FEW rows."""
     return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
 
 
 def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention (B, T, H, Dv) of slots in the order of documents; of windows and the like, by
-    `lorafold.ops.decoding.ATTEND`.
-    """
+    """Attention (B, T, H, Dv) in the order of documents; with windows, `ATTEND`'s."""
     rows, heads, tokens, _ = q.shape
     at = torch.arange(k.shape[2])
     lens = (mask[:, 0] == 0).sum(-1)  # (B, T)

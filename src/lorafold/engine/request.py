@@ -50,14 +50,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = [(name, getattr(self, name)) for name in NUMBERS]
-        numbers += [("logit_bias", x) for x in self.logit_bias.values()]
+        values = [(name, getattr(self, name)) for name in NUMBERS]
+        values += [("logit_bias", x) for x in self.logit_bias.values()]
         require(
             {
                 f"{name}: found {x!r:.40}, expected a finite number of float32": (
                     isinstance(x, int | float) and abs(x) <= LARGEST
                 )
-                for name, x in numbers
+                for name, x in values
             }
         )
         checks = {

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.kv_cache import KeptPrefixes, SlotCache, SlotView, common
-from lorafold.engine.mixed_adapters import ActiveDeltas, AdapterRows, Products
+from lorafold.engine.kv_cache import CachedPrefixes, SlotCache, SlotView, common
+from lorafold.engine.mixed_adapters import ActiveDeltas, AdapterRows, SlotAdapters
 from lorafold.engine.model_structure import Structure, run
 from lorafold.engine.operations import InBlocks, Operations
 from lorafold.engine.request import EngineSettings
@@ -50,9 +50,7 @@ class Runner(ABC):
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        """The logits (B, V) after the given number of pending tokens of each of some rows that can
-        share a pass (`together`).
-        """
+        """The logits (B, V) after so many pending tokens of each of some rows (`together`)."""
 
     def rebuild(self) -> None:
         """Make a new, empty cache."""
@@ -64,8 +62,7 @@ class Runner(ABC):
 
 
 def together(row: Row) -> LoadedAdapter | None:
-    """What rows that share a pass have in common: the adapter, or None for all that can be mixed.
-    """
+    """The key of rows that share a pass: an adapter that can't be mixed, or None."""
     return row.adapter if row.adapter is not None and row.adapter.alone else None
 
 
@@ -77,34 +74,35 @@ class SlotRunner(Runner):
     ) -> None:
         self.model, self.structure, self.cache, slots = model, structure, cache, cache.slots
         self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
-        self.reuse, self.kept, self.steady = settings.prefix_reuse, KeptPrefixes(), settings.fast
-        self.as_trained = settings.as_trained
+        self.reuse, self.prefixes = settings.prefix_reuse, CachedPrefixes()
+        self.steady, self.as_trained = settings.fast, settings.as_trained
         self.single = self.each and structure.routed
-        self.products = Products(structure, slots, cache.operations)
-        self.deltas = ActiveDeltas(model, self.products)
+        self.slot_adapters = SlotAdapters(structure, slots, cache.operations)
+        self.deltas = ActiveDeltas(model, self.slot_adapters)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
-        self._plan: tuple[Any, AdapterRows] = (None, AdapterRows([], {}))
+        self._planned: list[int] | None = None  # the adapters that the plan is for, by id
+        self._plan = AdapterRows([], {})
 
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
-        oldest = min(free, key=self.kept.age)
+        oldest = min(free, key=self.prefixes.age)
         source, n = self._cached(row) if row.reader is None else (-1, 0)
-        lost = self.kept.length(source) - n  # cached tokens that the row would overwrite there
-        at = source if source in free and lost <= self.kept.length(oldest) else oldest
+        lost = self.prefixes.length(source) - n  # cached tokens that the row would overwrite there
+        at = source if source in free and lost <= self.prefixes.length(oldest) else oldest
         row.slot, row.filled, row.cached = at, n, n
         if row.slot != source:
             self.cache.copy(source, [row.slot], n)
         self.cache.zero(row.slot, n)
-        self.kept.slots.pop(row.slot, None)
+        self.prefixes.slots.pop(row.slot, None)
         if row.adapter is not None:
             self.deltas.lay(row.adapter)
             if not row.adapter.alone:
-                self.products.place(row.slot, row.adapter)
+                self.slot_adapters.place(row.slot, row.adapter)
             elif row.adapter not in self._views:
                 self._views[row.adapter] = SlotView(self.cache)
         self.rows[row.slot] = row
-        self._plan = (None, AdapterRows([], {}))
+        self._planned = None
 
     def _cached(self, row: Row) -> tuple[int, int]:
         """The slot, a free one or a running row's, with most of the first tokens of a row, and how
@@ -112,7 +110,7 @@ class SlotRunner(Runner):
         """
         if not self._reusable(row) or row.request.prompt_logprobs is not None:
             return -1, 0
-        slot, most = self.kept.find(row.prefix, row.tokens)
+        slot, most = self.prefixes.find(row.prefix, row.tokens)
         for other in self.rows:
             if other is not None and other.prefix == row.prefix and self._reusable(other):
                 n = common(other.tokens[: other.filled], row.tokens[:-1])
@@ -127,24 +125,24 @@ class SlotRunner(Runner):
 
     def release(self, row: Row, well: bool) -> None:
         self.rows[row.slot] = None
-        self.products.clear(row.slot)
-        kept = row.filled if well and self._reusable(row) else 0
-        self.cache.zero(row.slot, kept)
-        if kept:
-            self.kept.keep(row.slot, row.prefix, row.tokens[:kept])
+        self.slot_adapters.clear(row.slot)
+        reusable = row.filled if well and self._reusable(row) else 0
+        self.cache.zero(row.slot, reusable)
+        if reusable:
+            self.prefixes.add(row.slot, row.prefix, row.tokens[:reusable])
         if row.adapter is not None:
             self.deltas.lift(row.adapter)
             if row.adapter not in {r.adapter for r in self.rows if r is not None}:
                 self._views.pop(row.adapter, None)
         row.slot = -1
-        self._plan = (None, AdapterRows([], {}))
+        self._planned = None
 
     def _reusable(self, row: Row) -> bool:
         """Whether the row's keys and values follow from its prefix and its tokens alone."""
         return self.reuse and together(row) is None
 
     def rebuild(self) -> None:
-        self.kept = KeptPrefixes()
+        self.prefixes = CachedPrefixes()
         self.cache = self.cache.emptied()
         self._views = {adapter: SlotView(self.cache) for adapter in self._views}
 
@@ -153,22 +151,22 @@ class SlotRunner(Runner):
         if self.each or not live:
             return
         last = live[-1].slot
-        if last + 1 <= 1.25 * len(live) and last < min(self.kept.slots, default=self.slots):
+        if last + 1 <= 1.25 * len(live) and last < min(self.prefixes.slots, default=self.slots):
             return
         for row in reversed(live):
             target = next((i for i, r in enumerate(self.rows) if r is None), self.slots)
             if target > row.slot:
                 return
-            source, kept = row.slot, self.kept.length(target)
-            self.cache.swap(source, target, max(row.filled, kept))
+            source, cached = row.slot, self.prefixes.length(target)
+            self.cache.swap(source, target, max(row.filled, cached))
             self.cache.zero(target, row.filled)
-            self.cache.zero(source, kept)
-            self.kept.moved(target, source)
+            self.cache.zero(source, cached)
+            self.prefixes.moved(target, source)
             if row.adapter is not None and not row.adapter.alone:
-                self.products.place(target, row.adapter)
-            self.products.clear(source)
+                self.slot_adapters.place(target, row.adapter)
+            self.slot_adapters.clear(source)
             self.rows[source], self.rows[target], row.slot = None, row, target
-            self._plan = (None, AdapterRows([], {}))
+            self._planned = None
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -180,15 +178,15 @@ class SlotRunner(Runner):
             by_slot, at, ns = {row.slot: row for row in rows}, slice(0, last), [1] * last
             taken = [by_slot.get(slot) for slot in range(last)]
             starts = [
-                self.kept.length(slot) if r is None else r.filled
+                self.prefixes.length(slot) if r is None else r.filled
                 for slot, r in enumerate(self.rows[:last])
             ]
         else:
-            ordered = sorted(zip(rows, counts, strict=True), key=lambda one: one[0].slot)
+            ordered = sorted(zip(rows, counts, strict=True), key=lambda pair: pair[0].slot)
             taken, ns = [row for row, _ in ordered], [n for _, n in ordered]
-            starts, own = [row.filled for row, _ in ordered], [row.slot for row, _ in ordered]
-            first, behind = own[0], own[0] + len(own)
-            at = slice(first, behind) if own == [*range(first, behind)] else own
+            starts, slots = [row.filled for row, _ in ordered], [row.slot for row, _ in ordered]
+            first, behind = slots[0], slots[0] + len(slots)
+            at = slice(first, behind) if slots == [*range(first, behind)] else slots
         width = self.chunk if self.each and not decoding else max(ns)
         width = max(width, min(self.chunk, -(-self._least(alone) // len(taken))))
         with self._batch_invariant():
@@ -205,7 +203,7 @@ class SlotRunner(Runner):
         widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
         # `fast_path` has its own matmuls
         packed = self.as_trained or self.structure.where.keys() <= self.deltas.aware
-        blocks = InBlocks(FEW) if self.products.in_blocks and not packed else nullcontext()
+        blocks = InBlocks(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
         with multiplying(widened=widened, rows=1), blocks:
             yield
 
@@ -214,7 +212,7 @@ class SlotRunner(Runner):
             return FEW
         if not self.steady or (alone is None and self.structure.where.keys() <= self.deltas.aware):
             return 1
-        return self.products.least(self.model.dtype, self.model.device)
+        return self.slot_adapters.least(self.model.dtype, self.model.device)
 
     def _pass(
         self,
@@ -238,10 +236,11 @@ class SlotRunner(Runner):
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
         keep = sent(torch.tensor(lasts), device)
         adapters = [None if row is None else row.adapter for row in taken]
-        key = [id(adapter) for adapter in adapters]
-        if alone is None and self._plan[0] != key:
-            self._plan = (key, AdapterRows(adapters, self.products.places, self.each))
-        context = self.deltas.alone(alone) if alone else self.deltas.mixed(self._plan[1])
+        ids_of = [id(adapter) for adapter in adapters]
+        if alone is None and self._planned != ids_of:
+            self._planned = ids_of
+            self._plan = AdapterRows(adapters, self.slot_adapters.places, self.each)
+        context = self.deltas.alone(alone) if alone else self.deltas.mixed(self._plan)
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
@@ -261,7 +260,7 @@ class SoloRunner(Runner):
 
     def __init__(self, model: Any, structure: Structure) -> None:
         self.model = model
-        self.deltas = ActiveDeltas(model, Products(structure, 1, Operations()))
+        self.deltas = ActiveDeltas(model, SlotAdapters(structure, 1, Operations()))
 
     def admit(self, row: Row) -> None:
         row.slot = 0

@@ -100,21 +100,19 @@ class Sampler:
 
 
 def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    """The next token of each row of logits (B, V), which its sampler records, or the error that
-    ends the row.
-    """
+    """The next token for each row of logits (B, V), or the error that ends the row."""
     choices: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
     if plain:
         logits_nV = picked(logits_BV, plain).float()
-        both = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
-        for b, token, well in zip(plain, *both.tolist(), strict=True):
+        pairs = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
+        for b, token, well in zip(plain, *pairs.tolist(), strict=True):
             choices[b] = SampledToken(token) if well else NotFinite(NOT_FINITE)
     for start in range(0, len(others), AT_ONCE):
-        some = others[start : start + AT_ONCE]
-        logits_nV = picked(logits_BV, some).to("cpu", torch.float32)
-        choices |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
+        chunk = others[start : start + AT_ONCE]
+        logits_nV = picked(logits_BV, chunk).to("cpu", torch.float32)
+        choices |= zip(chunk, _chosen([samplers[b] for b in chunk], logits_nV), strict=True)
     for b, choice in choices.items():
         if isinstance(choice, SampledToken):
             samplers[b].tokens.append(choice.token)
@@ -137,10 +135,10 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken
     if sampled:
         samplers_n = [samplers[b] for b in sampled]
         # below 1e-30 all but the likeliest would overflow, above 1e30 no two differ
-        rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in samplers_n]
+        rates = [min(max(item.sampling.temperature, 1e-30), 1e30) for item in samplers_n]
         least_nV = changed_BV[sampled] - changed_BV[sampled].amax(-1, keepdim=True)
         scaled_nV = least_nV / torch.tensor(rates)[:, None]
-        filtered_nV = filtered(scaled_nV, [one.sampling for one in samplers_n])
+        filtered_nV = filtered(scaled_nV, [item.sampling for item in samplers_n])
         size = filtered_nV.shape[1]
         noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in samplers_n])
         tokens_B[sampled] = (torch.softmax(filtered_nV, -1) / noise_nV).argmax(-1)
@@ -148,7 +146,7 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken
         if choices[b] is None:
             row = filtered_nV[sampled.index(b)] if b in sampled else None
             choices[b] = _with_logprobs(token, samplers[b].sampling.logprobs, logits_BV[b], row)
-    return [one for one in choices if one is not None]
+    return [item for item in choices if item is not None]
 
 
 def _with_logprobs(
@@ -171,9 +169,7 @@ def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
 
 
 def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Logits (B, V) over the temperature, with minus infinity where top-k, top-p or min-p exclude a
-    token.
-    """
+    """Logits (B, V) with minus infinity where top-k, top-p or min-p exclude a token."""
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:
@@ -196,9 +192,9 @@ def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
     p_nV, sums = torch.softmax(out_BV[[*ps]], -1), torch.tensor([*ps.values()])[:, None]
     values, ids = p_nV.topk(few)
     before = values.cumsum(-1) - values  # of the likelier ones
-    kept = (before < sums).index_fill(1, torch.tensor([0]), True)
-    enough = (~kept[:, -1] | torch.tensor(few == out_BV.shape[1])).tolist()
-    in_nV = torch.zeros_like(p_nV, dtype=torch.bool).scatter(1, ids, kept)
+    within = (before < sums).index_fill(1, torch.tensor([0]), True)
+    enough = (~within[:, -1] | torch.tensor(few == out_BV.shape[1])).tolist()
+    in_nV = torch.zeros_like(p_nV, dtype=torch.bool).scatter(1, ids, within)
     for i, b in enumerate(ps):
         if enough[i]:
             out_BV[b].masked_fill_(~in_nV[i], LOW)

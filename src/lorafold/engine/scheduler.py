@@ -100,9 +100,7 @@ class Scheduler:
         self.running: list[Row] = []
 
     def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
-        """Yield waiting rows that get a free slot now, each moved to the running ones; `ready` is
-        called for as many rows as slots are free.
-        """
+        """Yield waiting rows that are ready as they get a free slot and begin to run."""
         unready: list[Row] = []
         for _ in range(self.slots - len(self.running)):
             row = self.waiting.first(unready, self._full())

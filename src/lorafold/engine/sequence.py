@@ -65,9 +65,8 @@ class Row:
 
     @property
     def prefix(self) -> PrefixKey:
-        """What its keys and values depend on, besides its tokens."""
-        digest, generation = (self.entry.digest, self.entry.generation) if self.entry else ("", 0)
-        return PrefixKey(digest, generation, self.request.tenant)
+        """The key under which other rows may reuse its keys and values."""
+        return self.entry.generation if self.entry else 0, self.request.tenant
 
     def reads_for(self, other: Row) -> bool:
         """Whether it reads a prompt for which the other needs the same keys, values and logits."""
@@ -75,7 +74,7 @@ class Row:
             self.reader is None
             and len(self.tokens) == len(self.request.prompt)
             and self.request.prompt == other.request.prompt
-            and (self.entry, self.prefix) == (other.entry, other.prefix)
+            and self.prefix == other.prefix
             and other.request.prompt_logprobs in (None, self.request.prompt_logprobs)
         )
 

@@ -17,21 +17,19 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.exporting.target import window_notes
 from lorafold.models.gguf_rope import FREQUENCIES, YARN
 from lorafold.models.gguf_tokenizers import WHOLE_WORDS, names_of_rules, rule_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 INTEGERS = {
     "max_position_embeddings": "context_length",
@@ -101,9 +99,9 @@ def architecture_of(config: Any) -> Architecture:
         )
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     wrong = [
-        f"{name} = {own!r} of {config.model_type}, which it takes for {value!r}"
+        f"{name} = {actual!r} of {config.model_type}, which it takes for {value!r}"
         for name, value in row.granted.items()
-        if (own := getattr(config, name, value)) != value
+        if (actual := getattr(config, name, value)) != value
     ]
     if activation != row.activation:
         wrong.append(f"the activation {activation} of this model, where it has {row.activation}")
@@ -180,12 +178,12 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
     """Raise LorafoldError for a scale of attention that is not YaRN's own, which llama.cpp has."""
-    given, factor = rope.get("attention_factor"), rope["factor"]
+    scale, factor = rope.get("attention_factor"), rope["factor"]
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if rope.get("mscale") or not (given is None or math.isclose(given, usual, rel_tol=1e-4)):
+    if rope.get("mscale") or not (scale is None or math.isclose(scale, usual, rel_tol=1e-4)):
         raise LorafoldError(
             "its rotary positions (yarn) scale attention by"
-            f" {given or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
+            f" {scale or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
             " takes from a file"
         )
 
@@ -219,8 +217,6 @@ TEXTS = (
     "🚀 😶\u200d🌫️ ✅🦙🦙 \u00a0x\u2003y \u3000z ﬁn … – — ‘a’ “b”",
     " lead  two\n\n\n\nthree ",
 )
-LAST = -1e6  # the score of a token that no merge makes
-ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's names
 
 
 def name_of_rule(backend: Backend, whole_words: bool) -> str:
@@ -250,11 +246,11 @@ def check_whole(backend: Backend) -> None:
     """Raise LorafoldError if a tokenizer changes anything of a text but its spaces."""
     before = SPACE * prefixes_space(backend)
     for text in TEXTS:
-        made = _marked(backend, text)
-        if made not in (before + text.replace(" ", SPACE), text.replace(" ", SPACE)):
+        marked = _marked(backend, text)
+        if marked not in (before + text.replace(" ", SPACE), text.replace(" ", SPACE)):
             raise LorafoldError(
                 "its tokenizer changes texts before it makes tokens in a way that llama.cpp"
-                f" has not: {text[:24]!r} becomes {made[:24]!r}"
+                f" has not: {text[:24]!r} becomes {marked[:24]!r}"
             )
 
 
@@ -290,7 +286,7 @@ def add_tokenizer(
             f"the tokenizer has {len(tokenizer):,} tokens, but the model's embedding has"
             f" {rows:,} rows"
         )
-    added = {one["id"]: one for one in content["added_tokens"]}
+    added = {token["id"]: token for token in content["added_tokens"]}
     by_bytes = bool(model.get("byte_fallback"))
     writer.add_tokenizer_model("llama" if by_bytes else "gpt2")
     texts, kinds = _tokens(model["vocab"], added, rows, by_bytes, model.get("unk_token"))
@@ -300,7 +296,7 @@ def add_tokenizer(
         check_whole(backend)
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(prefixes_space(backend))
-        scores = [LAST] * rows  # the earlier a merge makes a token, the higher
+        scores = [-1e6] * rows  # the earlier a merge makes a token, the higher
         for rank, text in enumerate(dict.fromkeys("".join(pair) for pair in merges)):
             scores[model["vocab"][text]] = float(-rank - 1)
         writer.add_token_scores(scores)
@@ -336,11 +332,11 @@ def _tokens(
         is_byte = by_bytes and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         kind = TokenType.BYTE if is_byte else TokenType.NORMAL
         texts[n], kinds[n] = text, TokenType.UNKNOWN if by_bytes and text == unknown else kind
-    for n, one in added.items():
-        text = one["content"]
+    for n, token in added.items():
+        text = token["content"]
         if kinds[n] == TokenType.UNKNOWN:
             continue
-        if one["special"]:
+        if token["special"]:
             texts[n], kinds[n] = text, TokenType.CONTROL
         else:
             texts[n] = text.replace("▁", " ") if by_bytes else text
@@ -358,7 +354,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> Non
     # llama.cpp takes token 11 for one that a file leaves out
     writer.add_bos_token_id(eos if bos is None else bos)
     writer.add_eos_token_id(eos)
-    for name, token in zip(ENDS, [one for one in ends if one != eos], strict=False):
+    for name, token in zip(("eot", "eom"), [id for id in ends if id != eos], strict=False):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
@@ -34,26 +34,19 @@ from lorafold.exporting.gguf_metadata import (
     add_tokenizer,
     architecture_of,
 )
-from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors
+from lorafold.exporting.target import DOWN, GATE_UP, Progress, SiteFactors, Subject
 from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import TensorShape, plan_fold
 from lorafold.generation import end_tokens
 from lorafold.merging.merged_tensors import before_and_after, need_space
-from lorafold.models.checkpoint import mapped_model_of
-from lorafold.models.sources import resolve_model
-from lorafold.models.tokenizer import read_tokenizer
 from lorafold.models.weight_conversion import OnDemand
+from lorafold.resolve import Base
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DELTAS = ".deltas."
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK = 32
 OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
 AT_ONCE = 1 << 22  # weights that are converted together
-LARGEST = 65504.0  # of F16
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
 
@@ -95,7 +88,7 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[MergedParameter]:
     left = dict(plan.shapes)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         shape = left.pop(path, None)
-        if DELTAS in path or (id(parameter) in seen and path not in untied):
+        if ".deltas." in path or (id(parameter) in seen and path not in untied):
             continue
         seen.add(id(parameter))
         if shape is None:
@@ -128,17 +121,17 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
     rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
     step = max(AT_ONCE // rows.shape[-1], 1)
     for start in range(0, len(rows), step):
-        some = rows[start : start + step]
+        chunk = rows[start : start + step]
         if kind in PLAIN:
-            made = some.to(PLAIN[kind]).contiguous()
-            if kind == "F16" and not made.isfinite().all():
+            narrow = chunk.to(PLAIN[kind]).contiguous()
+            if kind == "F16" and not narrow.isfinite().all():
                 raise LorafoldError(
-                    f"gguf: {name} has a value of {float(some.float().abs().max()):.3g}, and F16"
-                    f" has none above {LARGEST:,.0f}; expected --tensors BF16 or F32"
+                    f"gguf: {name} has a value of {float(chunk.float().abs().max()):.3g}, and F16"
+                    f" has none above 65,504; expected --tensors BF16 or F32"
                 )
-            yield made.view(torch.uint8).numpy()
+            yield narrow.view(torch.uint8).numpy()
         else:
-            yield gguf.quants.quantize(some.float().contiguous().numpy(), number)
+            yield gguf.quants.quantize(chunk.float().contiguous().numpy(), number)
 
 
 def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
@@ -228,32 +221,16 @@ FILE_TYPES = {
 }  # fmt: skip
 # llama.cpp looks these tokens up in a file that has such a name, and refuses it where one lacks
 PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, whatever a file has
-
-
-@dataclass(frozen=True)
-class Content:
-    """The content of a file: a model on its files, adapters to merge, its directory and tokenizer.
-    """
-
-    model: PreTrainedModel
-    adapters: Sequence[str]
-    directory: Path
-    tokenizer: PreTrainedTokenizerBase
-    name: str
 
 
 def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
-    """Write the model of a directory in Hugging Face's format, as `write_content` does."""
-    source = resolve_model(directory)
-    model, tokenizer = mapped_model_of(source).model, read_tokenizer(source)
-    content = Content(model, (), directory, tokenizer, directory.name)
-    return write_content(content, out, tensors, progress)
+    """Write the model of a directory in Hugging Face's format, as `write_gguf` does."""
+    return write_gguf(Subject(Base(directory), ()), out, tensors, progress)
 
 
-def write_content(content: Content, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
+def write_gguf(subject: Subject, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
     """Write a model as a GGUF file, and return what an engine computes differently."""
-    return write_described(described(content, tensors), out, tensors, progress)
+    return write_described(described(subject, tensors), out, tensors, progress)
 
 
 @dataclass(frozen=True)
@@ -267,19 +244,19 @@ class Described:
     @property
     def shapes(self) -> dict[str, TensorShape]:
         """Of the tensors, by name."""
-        return {one.path: one.shape for one in self.tensors}
+        return {tensor.path: tensor.shape for tensor in self.tensors}
 
 
 def write_described(
-    made: Described, out: Path, tensors: str, progress: Progress
+    content: Described, out: Path, tensors: str, progress: Progress
 ) -> Sequence[str]:
-    """Write a file; arguments and result are those of `write_content`."""
-    writer, tied = made.writer, OUTPUT not in made.shapes
-    kinds = {n: type_of(n, shape, tensors, tied) for n, shape in made.shapes.items()}
-    sizes = {n: size_of(shape, kinds[n]) for n, shape in made.shapes.items()}
+    """Write a file; arguments and result are those of `write_gguf`."""
+    writer, tied = content.writer, OUTPUT not in content.shapes
+    kinds = {n: type_of(n, shape, tensors, tied) for n, shape in content.shapes.items()}
+    sizes = {n: size_of(shape, kinds[n]) for n, shape in content.shapes.items()}
     done, total = 0, sum(sizes.values())
     need_space(out.parent, total, "the file")
-    for name, shape in made.shapes.items():
+    for name, shape in content.shapes.items():
         kind = gguf.GGMLQuantizationType[kinds[name]]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
     try:
@@ -290,51 +267,48 @@ def write_described(
             assert writer.fout is not None
             file = writer.fout[0]
             writer.write_padding(file, file.tell())
-            for one in made.tensors:
-                for piece in encoded(one.path, one.values(), kinds[one.path]):
+            for tensor in content.tensors:
+                for piece in encoded(tensor.path, tensor.values(), kinds[tensor.path]):
                     file.write(piece.tobytes())
-                writer.write_padding(file, sizes[one.path])
-                done += sizes[one.path]
+                writer.write_padding(file, sizes[tensor.path])
+                done += sizes[tensor.path]
                 progress(done, total)
     except OSError as error:
         raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
     if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
-        return [*made.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
-    return made.notes
+        return [*content.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
+    return content.notes
 
 
-def described(content: Content, tensors: str) -> Described:
+def described(subject: Subject, tensors: str) -> Described:
     """What a file says of a model; nothing is computed or written."""
-    config = content.model.config
+    from transformers import GenerationConfig
+
+    model: Any = subject.model
+    config, tokenizer, directory = model.config, subject.tokenizer, subject.base.source.path
     row = architecture_of(config)
     writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    whole = content.tokenizer.get_vocab().keys() >= PHI_TOKENS
-    writer.add_name(content.name if whole else PHI.sub(r"\1 ", content.name))
+    name, whole = Path(subject.base.name).name, tokenizer.get_vocab().keys() >= PHI_TOKENS
+    writer.add_name(name if whole else PHI.sub(r"\1 ", name))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = add_metadata(writer, config, row)
     positions = add_positions(writer, config, row)
-    placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
+    placed = [*tensors_of(folded(model, subject.names), config, row)]
     placed += [MergedParameter.known(name, tensor) for name, tensor in positions.items()]
-    shapes = {one.path: one.shape for one in placed}
-    if row.name in ONE_MATRIX and OUTPUT in shapes:
+    shapes = {parameter.path: parameter.shape for parameter in placed}
+    # whose output is the embedding in llama.cpp, whatever a file has
+    if row.name in ("gemma", "gemma2") and OUTPUT in shapes:
         raise LorafoldError(
             "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"
             f" {row.name}; expected adapters that leave lm_head out"
         )
     rows = shapes[EMBEDDING][0]
     writer.add_vocab_size(rows)
-    ensure_chat_template(content.tokenizer)
-    add_tokenizer(writer, content.tokenizer, rows, _ends(content))
+    ensure_chat_template(tokenizer)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    add_tokenizer(writer, tokenizer, rows, sorted(end_tokens(model, tokenizer)))
     return Described(writer, placed, notes)
-
-
-def _ends(content: Content) -> Sequence[int]:
-    """The tokens that end a completion, by the directory's files."""
-    from transformers import GenerationConfig
-
-    if (content.directory / "generation_config.json").is_file():
-        content.model.generation_config = GenerationConfig.from_pretrained(content.directory)
-    return sorted(end_tokens(content.model, content.tokenizer))

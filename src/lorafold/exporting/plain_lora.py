@@ -33,7 +33,6 @@ NAME = "canonical"
 FILES = (WEIGHTS, CONFIG)
 TEMPLATE = "chat_template.jinja"
 OTHER_TEMPLATE = f"the chat template is another than the base's: {TEMPLATE}"
-SNAPSHOTS = "snapshots"  # the directory of a hub model's commits in its cache
 ADAPTER = "adapter"
 FORM = "a server's plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
@@ -63,14 +62,13 @@ def base_reference(base: Base) -> BaseReference:
     if base.source.gguf is not None:
         note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
         return BaseReference(str(path), None, (note,))
-    if path.parent.name == SNAPSHOTS and not Path(base.name).is_dir():
+    if path.parent.name == "snapshots" and not Path(base.name).is_dir():
         return BaseReference(base.name, path.name, ())
     return BaseReference(str(path), None, ())
 
 
 def write_template(subject: Subject, directory: Path) -> bool:
-    """Write the chat template that the adapters were trained with, if the base has another or none.
-    """
+    """Write the adapters' chat template if it differs from the base's."""
     try:
         tokenizer = subject.tokenizer
     except NoTokenizer:
@@ -97,14 +95,15 @@ def leaf_of(path: str) -> str:
 
 def write_files(
     subject: Subject, factors: SiteFactors, directory: Path
-) -> tuple[BaseReference, tuple[str, ...], tuple[str, ...]]:
-    """Write the adapter and a changed chat template; return the base, the files and options."""
+) -> tuple[BaseReference, list[str], list[str], list[str]]:
+    """Write the adapter and a changed chat template; return the base, files, options and notes."""
     write_canonical(subject.base, factors, directory / ADAPTER)
     base, template = base_reference(subject.base), write_template(subject, directory)
-    files = (*(f"{ADAPTER}/{name}" for name in FILES), *[TEMPLATE] * template)
+    files = [f"{ADAPTER}/{name}" for name in FILES] + [TEMPLATE] * template
     options = ["--revision", base.revision] if base.revision else []
     options += ["--chat-template", f"{{out}}/{TEMPLATE}"] * template
-    return base, files, tuple(options)
+    notes = [f"rank {subject.update.rank} at every site, scale 1", *base.notes]
+    return base, files, options, notes
 
 
 def zeros(subject: Subject, path: str) -> Factors:
@@ -150,8 +149,8 @@ def cut_to(
 ) -> tuple[Subject, Cut]:
     """The subject with one plain LoRA of this rank in place of its adapters."""
     update = update_of(subject.model, subject.names, rank)
-    if update.beside:
-        lines = [f"{path}: {what}, which no LoRA has" for path, what in update.beside.items()]
+    if update.other:
+        lines = [f"{path}: {change}, which no LoRA has" for path, change in update.other.items()]
         raise LorafoldError(f"--as-lora {rank}: {as_one(lines)}")
     if not update.rank:
         raise LorafoldError(f"--as-lora {rank}: found no adapter that changes anything")
@@ -162,7 +161,7 @@ def cut_to(
         kls, distance = kl_by_rank(reference, subject, [rank, *POWERS])
         share = kls[rank] / distance if distance else None
         cut = replace(cut, kl=kls[rank], share=share, enough=_enough(kls, distance))
-    return replace(subject, adapters=(saved,), given=subject.adapters), cut
+    return replace(subject, adapters=(saved,), original=subject.adapters), cut
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:

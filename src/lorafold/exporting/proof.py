@@ -25,15 +25,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.core.attach import only
 from lorafold.data.formats import PROMPTS
 from lorafold.data.render import ensure_chat_template, prompt_of
 from lorafold.data.rows import read_rows
+from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
@@ -41,15 +43,10 @@ from lorafold.generation import complete_tokens, end_tokens, tokens_of
 from lorafold.merging.merge_target import Distance
 from lorafold.merging.run import adapted
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 GREEDY = 16  # tokens of a greedy text
 ROUTER = "TopKRouter"  # ends the names of transformers' routers, which give logits, scores, experts
 CLOSE = 0.02  # of logits; a larger difference is no rounding
-TRIED = 4
-PAST = 1.5  # how far a state is moved, of what makes the two equal
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ def prompts_of(
             ' or conversations, such as {"prompt": ...}'
         )
     conversations = rows.given(PROMPTS)
-    texts = tuple(prompt_of(one, tokenizer) for one in conversations)
-    chats = tuple({"messages": one.messages, "tools": one.tools} for one in conversations)
+    texts = tuple(prompt_of(chat, tokenizer) for chat in conversations)
+    chats = tuple({"messages": chat.messages, "tools": chat.tools} for chat in conversations)
     return ProofPrompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
 
 
@@ -106,7 +103,7 @@ def exchanged_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Te
             hooks.callback(router.register_forward_hook(partial(_note, close)).remove)
         if routers:
             last(model, ids)
-    for _, router, at, step in sorted(close, key=itemgetter(0))[:TRIED]:
+    for _, router, at, step in sorted(close, key=itemgetter(0))[:4]:
         with ExitStack() as hooks:
             hook = router.register_forward_pre_hook(partial(_moved, at, step))
             hooks.callback(hook.remove)
@@ -127,13 +124,14 @@ def _note(
     weight: Any = router.weight
     for at in (gaps < CLOSE).nonzero().flatten().tolist():
         way = (weight[order[at, -1]] - weight[order[at, -2]]).float()
-        close.append((float(gaps[at]), router, at, PAST * gaps[at] * way / (way @ way)))
+        # 1.0 would make the two equal
+        close.append((float(gaps[at]), router, at, 1.5 * gaps[at] * way / (way @ way)))
 
 
-def _moved(at: int, step: Tensor, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    hidden = given[0].clone()
+def _moved(at: int, step: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden = inputs[0].clone()
     hidden.view(-1, hidden.shape[-1])[at] += step.to(hidden.dtype)
-    return (hidden, *given[1:])
+    return (hidden, *inputs[1:])
 
 
 def answers_over(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
@@ -179,8 +177,7 @@ class ReferenceAnswers:
         return replace(self, prompts=prompts, answers=answers)
 
     def job(self, needs: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-        """The job of an engine's program, from the target's needs and the directory of the files.
-        """
+        """The job of an engine's program, with the directory of the files in its paths."""
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
             for key, value in needs.items()
@@ -261,7 +258,7 @@ class Proof(ShownInNotebooks):
     def __str__(self) -> str:
         n = self.prompts
         part = "" if self.share is None else f", {self.share:.2%} of what the adapters change"
-        asked = f"{n} prompt{'s' * (n != 1)}"
+        prompts = f"{n} prompt{'s' * (n != 1)}"
         alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
         top = f"the same likeliest token {self.top} of {n}"
         near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
@@ -270,9 +267,9 @@ class Proof(ShownInNotebooks):
             f" ({self.measured:.1e} with ours)"
         ) * bool(self.tied)
         other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
-        chats = "".join(f"; other {what} there of {n} chats" for what, n in other.items() if n)
+        chats = "".join(f"; other {kind} there of {n} chats" for kind, n in other.items() if n)
         return (
-            f"{self.engine} {self.version}, {asked}: KL {self.kl:.1e} nats on average,"
+            f"{self.engine} {self.version}, {prompts}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
             f" the same greedy text {self.greedy} of {n}{near}{chats}"
         )
@@ -301,7 +298,7 @@ def proof(
     gaps[tied] = 0
     gap = float(gaps.abs().max())
     pairs = [*zip(reference.greedy, engine.greedy, strict=True)]
-    parted = {n: parting(own, other) for n, (own, other) in enumerate(pairs) if own != other}
+    parted = {n: common(ours, theirs) for n, (ours, theirs) in enumerate(pairs) if ours != theirs}
     changed, alone = (
         None if bare is None else float(divergences(of[: len(bare)], bare).mean())
         for of in (adapted, reference.base)
@@ -337,9 +334,3 @@ def distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
     size = min(p.shape[-1], q.shape[-1])
     same = p[:, :size].argmax(-1) == q[:, :size].argmax(-1)
     return Distance(float(divergences(p, q).mean()), float(same.double().mean()))
-
-
-def parting(own: Sequence[int], other: Sequence[int]) -> int:
-    """The first place at which two sequences differ."""
-    differ = (n for n, (a, b) in enumerate(zip(own, other, strict=False)) if a != b)
-    return next(differ, min(len(own), len(other)))

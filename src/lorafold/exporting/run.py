@@ -113,8 +113,8 @@ class Exported(ShownInNotebooks):
             "from_trained": self.away and asdict(self.away),
             "from_original": self.from_original and asdict(self.from_original),
             "beside": {
-                name: found if isinstance(found, str) else found.as_json()
-                for name, found in self.beside.items()
+                name: figures if isinstance(figures, str) else figures.as_json()
+                for name, figures in self.beside.items()
             },
         }
 
@@ -129,14 +129,14 @@ class Exported(ShownInNotebooks):
         lines += [f"  {note}" for note in self.written.notes]
         if self.adapters:
             alone = "the adapters over the base that the engine loads"
-            here = "this file" if TARGETS[self.to].merged else alone
-            far = self.into.compared(self.model, here, self.away, self.from_original)
+            subject = "this file" if TARGETS[self.to].merged else alone
+            far = self.into.compared(self.model, subject, self.away, self.from_original)
             lines.append(f"  {far}")
         if self.cut is not None:
             lines.append(f"  {self.cut}")
         proved = f"proved in {self.proof}" if self.proof else f"not proved: {self.unproved}"
         lines.append(f"  {proved}")
-        lines += [f"  {name}: {found}" for name, found in self.beside.items()]
+        lines += [f"  {name}: {figures}" for name, figures in self.beside.items()]
         return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
 
 
@@ -154,7 +154,7 @@ def export(
         raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
     into, base = _into(base, adapters, target, options.into), base.with_files_for(adapters)
     check_out(out, options.overwrite)
-    check_not_replaced(out, [base.source.path, *(one.path for one in adapters)])
+    check_not_replaced(out, [base.source.path, *(saved.path for saved in adapters)])
     check_language_model(base, adapters, INSTEAD)
     unproved = _unproved(target, options)
     with atomic_directory(out, options.overwrite) as tmp, bars(console) as bar:
@@ -184,14 +184,14 @@ def export(
             )
         written, verified, logprobs = target.write(subject, tmp, bar("writing")), None, None
         if reference is not None and engine is not None:
-            made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
-            job = {**written.job, **made, "url": options.engine_url}
+            for_proof = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
+            job = {**written.job, **for_proof, "url": options.engine_url}
             verified, logprobs = _proof(reference, job, tmp, engine, options)
             _check(verified, target, tensors)
             if adapters and not verified.distance:
                 beside["the adapters"] = "they change nothing on these prompts"
             few = reference.first(FEWER)
-            for name, over in target.beside(subject).items():
+            for name, over in target.further_jobs(subject).items():
                 beside[name] = _proof(few, {**job, **over}, tmp, engine, options)[0]
         elif options.prove and target.engine is None:
             unproved = target.read_back(subject, tmp) or unproved
@@ -203,8 +203,8 @@ def export(
             answers = answers_over(subject, subject.stored, options.prompts)
         away, from_original = None, None
         if answers is not None:
-            both = [answers, answers if others is None else others]
-            trained, original = both if into.target == "trained" else reversed(both)
+            pair = [answers, answers if others is None else others]
+            trained, original = pair if into.target == "trained" else reversed(pair)
             away = distance(trained, answers if logprobs is None else logprobs)
             if others is not None:
                 from_original = distance(trained, original)
@@ -226,17 +226,21 @@ def _has_tokenizer(subject: Subject) -> bool:
 
 def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:
     """Notes on adapters that know their base by its name alone, and have another name for it."""
-    notes = {str(one): one.own_base.hint(base.name).removeprefix("; ") for one in adapters}
-    names = {str(one): Path(one.own_base.name).name for one in adapters}
-    return {one: n for one, n in notes.items() if n and names[one] != Path(base.name).name}
+    notes = {str(saved): saved.own_base.hint(base.name).removeprefix("; ") for saved in adapters}
+    names = {str(saved): Path(saved.own_base.name).name for saved in adapters}
+    return {saved: n for saved, n in notes.items() if n and names[saved] != Path(base.name).name}
 
 
 def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
     """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
-    if problems := target.problems(subject):
-        dense = not target.merged and subject.update.dense and not subject.update.beside
+    try:
+        problems = target.problems(subject)
+    except LorafoldError as error:
+        problems = [str(error)]
+    if problems:
+        dense = not target.merged and subject.update.dense and not subject.update.other
         enough = rank_enough(subject, options.prompts, progress) if dense else ""
         raise LorafoldError(f"{options.to}: {as_one(problems)}{enough}")
 

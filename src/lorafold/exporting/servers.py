@@ -62,7 +62,7 @@ class ToPeft(Target):
         return only_products(subject.update, "a plain LoRA")
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        base, files, _ = write_files(subject, subject.update.factors, directory)
+        base, files, _, notes = write_files(subject, subject.update.factors, directory)
         at = f", revision={base.revision!r}" if base.revision else ""
         launch = (
             "from peft import PeftModel",
@@ -70,10 +70,9 @@ class ToPeft(Target):
             f"model = AutoModelForCausalLM.from_pretrained({base.model!r}{at})",
             'model = PeftModel.from_pretrained(model, "{out}/adapter")',
         )
-        notes = [f"rank {subject.update.rank} at every site, scale 1", *base.notes]
         notes += [OTHER_TEMPLATE] * (TEMPLATE in files)
         job = {"adapter": f"{{out}}/{ADAPTER}", "base": str(subject.base.source.path)}
-        return Written(files, launch, tuple(notes), job)
+        return Written(files, launch, notes, job)
 
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
@@ -124,10 +123,9 @@ class ToVllm(Target):
         kind, update = subject.config.model_type, subject.update
         experts = [match for path in update.factors if (match := EXPERTS.fullmatch(path))]
         # vLLM expects both parameters of experts
-        both = [f"{match[1]}.{name}" for match in experts for name in (GATE_UP, DOWN)]
-        factors = with_zeros(subject, update.factors, both)
-        base, files, options = write_files(subject, factors, directory)
-        notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
+        parameters = [f"{match[1]}.{name}" for match in experts for name in (GATE_UP, DOWN)]
+        factors = with_zeros(subject, update.factors, parameters)
+        base, files, options, notes = write_files(subject, factors, directory)
         if kind in OWN and experts:
             file = directory / ADAPTER / WEIGHTS
             named = {key.replace(*OWN[kind]): tensor for key, tensor in load_file(file).items()}
@@ -139,7 +137,7 @@ class ToVllm(Target):
         name = str(subject.called)
         if kind in SPLIT and experts:
             engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
-            options = (*options, "--enable-mixed-moe-lora-format")
+            options.append("--enable-mixed-moe-lora-format")
         line = ("vllm", "serve", base.model, "--enable-lora", "--max-lora-rank", str(most))
         module = partial(module_of, name, request)
         launch: Line = (*line, "--lora-modules", module, *options)
@@ -149,7 +147,7 @@ class ToVllm(Target):
             "lora": {"engine": engine, "request": request},
         }
         notes.append(f"requests ask for it as model {name}")
-        return Written(files, (launch,), tuple(notes), job)
+        return Written(files, (launch,), notes, job)
 
 
 def module_of(name: str, request: Mapping[str, object], out: str) -> str:
@@ -203,8 +201,7 @@ class ToSglang(Target):
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         factors, rank = packed(subject, subject.update.factors), subject.update.rank
-        base, files, options = write_files(subject, factors, directory)
-        notes = [f"rank {rank} at every site, scale 1", *base.notes]
+        base, files, options, notes = write_files(subject, factors, directory)
         if added := len(factors) - len(subject.update.factors):
             notes.append(f"{added} modules have zeros, because SGLang packs them with others")
         if any(map(EXPERTS.fullmatch, factors)):
@@ -217,7 +214,7 @@ class ToSglang(Target):
             "--lora-strict-loading",
         )  # fmt: skip
         notes.append(f"requests ask for it as model {base.model}:{name}")
-        return Written(files, ((*line, *options),), tuple(notes))
+        return Written(files, ((*line, *options),), notes)
 
     def read_back(self, subject: Subject, directory: Path) -> str:
         tensors = load_file(directory / ADAPTER / WEIGHTS)
@@ -301,9 +298,9 @@ def _taken(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
     raise LorafoldError(f"sglang: {path}.lora_{half} is not in the file")
 
 
-def _difference(one: Factors, other: Factors) -> float:
+def _difference(written: Factors, other: Factors) -> float:
     """How far two products are apart on random inputs, relative to the second."""
-    (up, down), (b, a) = one, other
+    (up, down), (b, a) = written, other
     x = torch.randn(a.shape[-1], PROBES, generator=torch.Generator().manual_seed(0))
     product, expected = b @ (a @ x), up.float() @ (down.float() @ x)
     whole = float(product.norm())

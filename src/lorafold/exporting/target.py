@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorafold.adapter import load
 from lorafold.core.attach import adapted_modules
@@ -46,9 +47,6 @@ from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns
 
@@ -56,13 +54,13 @@ INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups tak
 @dataclass(frozen=True)
 class Update:
     """The change of the adapters: `factors` of each matrix by module path; the method of each
-    update that is no product (`dense`); other changes, such as biases and tokens (`beside`); and
+    update that is no product (`dense`); other changes, such as biases and tokens (`other`); and
     the squared norms of what a cut lost and of the whole update, by matrix (`lost`).
     """
 
     factors: SiteFactors
     dense: Mapping[str, str] = field(default_factory=dict)
-    beside: Mapping[str, str] = field(default_factory=dict)
+    other: Mapping[str, str] = field(default_factory=dict)
     lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
@@ -81,7 +79,7 @@ class Update:
 def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
     """What the named adapters change, lowest first; the model stays as it is."""
     factors = {}
-    dense, beside = dict[str, str](), dict[str, str]()
+    dense, other = dict[str, str](), dict[str, str]()
     lost = {}
     for path, module in adapted_modules(model):
         deltas = [*deltas_of(module, names)]
@@ -89,7 +87,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
             continue
         layer = layer_of(module)
         if reason := _other_change(layer, deltas):
-            beside[path] = reason
+            other[path] = reason
         elif rank is not None:
             cut = []
             matrices = matrix_names(path, layer.matrices)
@@ -103,7 +101,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
         else:
             parts = [p for delta in deltas for p in delta.parts() if p.factors() is None]
             dense[path] = ", ".join(sorted({type(part).__name__ for part in parts}))
-    return Update(factors, dense, beside, lost)
+    return Update(factors, dense, other, lost)
 
 
 def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
@@ -171,7 +169,7 @@ def placed(line: Line, out: str) -> str:
     """A line with the directory in it, quoted for a shell, or in a Python string."""
     if isinstance(line, tuple):
         return " ".join(_word(word, out) for word in line)
-    return LITERAL.sub(lambda found: json.dumps(out + found[1], ensure_ascii=False), line)
+    return LITERAL.sub(lambda match: json.dumps(out + match[1], ensure_ascii=False), line)
 
 
 def _word(word: Word, out: str) -> str:
@@ -207,14 +205,14 @@ def period_of(kinds: Sequence[str]) -> int | None:
 @dataclass(frozen=True)
 class Subject:
     """A base with adapters, lowest first, or the base alone. `tensors` is the type that was asked
-    for, `given` the original adapters if `adapters` is a cut of them, `into` the weights the files
+    for, `original` the adapters if `adapters` is a cut of them, `into` the weights the files
     are for.
     """
 
     base: Base
     adapters: tuple[Saved, ...]
     tensors: str | None = None
-    given: tuple[Saved, ...] = ()
+    original: tuple[Saved, ...] = ()
     into: Into = ORIGINAL
 
     @property
@@ -225,7 +223,7 @@ class Subject:
     @property
     def called(self) -> str | None:
         """The name of the last adapter's directory; None without adapters."""
-        adapters = self.given or self.adapters
+        adapters = self.original or self.adapters
         return adapters[-1].path.resolve().name if adapters else None
 
     @cached_property
@@ -256,7 +254,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the base's."""
-        paths = [one.path for one in self.given or self.adapters if one.own_tokenizer]
+        paths = [saved.path for saved in self.original or self.adapters if saved.own_tokenizer]
         source = self.base.source
         return tokenizer_of(source, paths) if paths else read_tokenizer(source)
 
@@ -267,9 +265,9 @@ class Written:
     engine's job needs, with paths as {out}/NAME.
     """
 
-    files: tuple[str, ...]
-    launch: tuple[Line, ...]
-    notes: tuple[str, ...] = ()
+    files: Sequence[str]
+    launch: Sequence[Line]
+    notes: Sequence[str] = ()
     job: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -294,7 +292,7 @@ class Target(ABC):
 
     @abstractmethod
     def problems(self, subject: Subject) -> Sequence[str]:
-        """Why the target can't say the subject, a line each; asked before anything is written."""
+        """Why the target can't represent the subject, a line each; may raise LorafoldError."""
 
     @abstractmethod
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
@@ -304,10 +302,8 @@ class Target(ABC):
         """What the engine's job needs besides, made for the proof alone."""
         return {}
 
-    def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
-        """What of the job is another where the engine is asked once more, for figures that are told
-        and refuse nothing: by what they are of.
-        """
+    def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
+        """Changes of the job for further runs, whose figures are reported and reject nothing."""
         return {}
 
     def read_back(self, subject: Subject, directory: Path) -> str:
@@ -319,7 +315,7 @@ class Target(ABC):
 
 def only_products(update: Update, name: str) -> list[str]:
     """Why a form that has nothing but factors of matrices can't say this update, a line each."""
-    reasons = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
+    reasons = [f"{path}: {kind}, which {name} can't say" for path, kind in update.other.items()]
     if not (reasons or update.factors or update.dense):
         return ["found no adapter that changes anything, expected one"]
     methods: dict[str, list[str]] = {}

@@ -24,13 +24,12 @@ from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import (
     FILE_TYPES,
     PLAIN,
-    Content,
     Described,
     MergedParameter,
     described,
     tensors_of_update,
-    write_content,
     write_described,
+    write_gguf,
     write_model,
 )
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
@@ -39,7 +38,6 @@ from lorafold.models.loading import stored_in_files
 
 FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to
-LARGE = 1 << 30  # weights
 JOB = {"adapter": f"{{out}}/{FILE}"}
 ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
@@ -58,11 +56,7 @@ class GgufAdapter(Target):
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
             return ["found no adapter, expected one; --to gguf-model writes a whole model"]
-        try:
-            row = architecture_of(subject.config)
-        except LorafoldError as error:
-            return [str(error)]
-        update = subject.update
+        row, update = architecture_of(subject.config), subject.update
         reasons = tensors_of_update(update.factors, subject.config, row)[1]
         return [*only_products(update, "a GGUF adapter"), *reasons]
 
@@ -74,30 +68,30 @@ class GgufAdapter(Target):
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         placed = [MergedParameter.known(name, tensor) for name, tensor in tensors.items()]
-        made = Described(writer, placed, ())
-        notes = [*write_described(made, directory / FILE, str(subject.tensors), progress)]
+        content = Described(writer, placed, ())
+        notes = [*write_described(content, directory / FILE, str(subject.tensors), progress)]
         source, options, files = subject.base.source.gguf, ["--jinja"], [FILE]
         if write_template(subject, directory):
             notes.append(OTHER_TEMPLATE)
             options += ["--chat-template-file", f"{{out}}/{TEMPLATE}"]
             files.append(TEMPLATE)
         if source is not None:
-            return Written(tuple(files), tuple(self.use(str(source), options)), tuple(notes), JOB)
+            return Written(files, self.use(str(source), options), notes, JOB)
         revision = base_reference(subject.base).revision
         at = f" --revision {revision}" if revision else ""
         model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
         made_by = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
-        return Written(tuple(files), (made_by, *self.use(file, options)), tuple(notes), JOB)
+        return Written(files, (made_by, *self.use(file, options)), notes, JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
         base = scratch / "base.gguf"
         weights = sum(p.numel() for p in subject.model.parameters())
-        kind = "F32" if weights < LARGE else "F16"
+        kind = "F32" if weights < 1 << 30 else "F16"
         write_model(subject.base.source.path, base, kind, progress)
         return {"base": str(base)}
 
-    def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
+    def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
         gguf = subject.base.source.gguf
         if gguf is None:
             return {}
@@ -144,19 +138,13 @@ def file_of(tensors: str | None) -> str:
     return f"model-{tensors}.gguf"
 
 
-def _content(subject: Subject) -> Content:
-    name, source = Path(subject.base.name).name, subject.base.source
-    model: Any = subject.model
-    return Content(model, subject.names, source.path, subject.tokenizer, name)
-
-
-def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
-    """Write the file of a subject into a directory; as `write_content`, which has the notes."""
-    tensors, content = str(subject.tensors), _content(subject)
+def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
+    """Write the file of a subject into a directory, as `write_gguf` or by llama.cpp's quantizer."""
+    tensors = str(subject.tensors)
     if tensors not in MIXED:
-        return write_content(content, directory / file_of(tensors), tensors, progress)
+        return write_gguf(subject, directory / file_of(tensors), tensors, progress)
     plain = directory / file_of("F32")
-    notes = write_content(content, plain, "F32", progress)
+    notes = write_gguf(subject, plain, "F32", progress)
     command = [QUANTIZER, str(plain), str(directory / file_of(tensors)), tensors]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -188,10 +176,7 @@ class GgufModel(Target):
                 f" write F16 and run: {QUANTIZER} {file_of('F16')} {file_of(subject.tensors)}"
                 f" {subject.tensors}"
             ]
-        try:
-            described(_content(subject), "F16")
-        except LorafoldError as error:
-            return [str(error)]
+        described(subject, "F16")
         return []
 
 
@@ -202,6 +187,6 @@ class ToGgufModel(GgufModel):
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         file = file_of(subject.tensors)
-        notes = write_gguf(subject, directory, progress)
+        notes = write_file(subject, directory, progress)
         launch = (("llama-server", "-m", f"{{out}}/{file}", "--jinja"),)
-        return Written((file,), launch, tuple(notes), {"base": f"{{out}}/{file}"})
+        return Written((file,), launch, notes, {"base": f"{{out}}/{file}"})

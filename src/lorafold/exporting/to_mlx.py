@@ -181,15 +181,13 @@ class ToMlx(Target):
             notes += base.notes
         if subject.config.model_type in NO_WINDOWS:
             notes += window_notes("mlx-lm", subject.config)
-        both = ("--model", model, "--adapter-path", "{out}/adapter")
-        launch = [("mlx_lm.generate", *both, "--prompt", "Hello"), ("mlx_lm.server", *both)]
+        options = ("--model", model, "--adapter-path", "{out}/adapter")
+        launch = [("mlx_lm.generate", *options, "--prompt", "Hello"), ("mlx_lm.server", *options)]
         if template:
             launch = [(*launch[1], "--chat-template", f"{CONTENT}{{out}}/{TEMPLATE}")]
             notes.append(OTHER_TEMPLATE)
         files = (f"adapter/{WEIGHTS}", f"adapter/{CONFIG}", *[TEMPLATE] * template)
-        return Written(
-            files, tuple(launch), tuple(notes), {"adapter": "{out}/adapter", "base": path}
-        )
+        return Written(files, launch, notes, {"adapter": "{out}/adapter", "base": path})
 
 
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:
@@ -208,13 +206,13 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
         deltas = [*deltas_of(module, subject.names)]
         if not deltas:
             continue
-        one = deltas[0]
-        if len(deltas) > 1 or not isinstance(one, DoRADelta) or not is_linear(module):
+        delta = deltas[0]
+        if len(deltas) > 1 or not isinstance(delta, DoRADelta) or not is_linear(module):
             return {}
-        pair = one.inner.factors()
-        if pair is None or layer_of(module).matrices or subject.update.beside:
+        pair = delta.inner.factors()
+        if pair is None or layer_of(module).matrices or subject.update.other:
             return {}
-        doras[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
+        doras[path] = ((pair[0].float(), pair[1].float()), delta.magnitude.float())
     return doras
 
 

@@ -18,18 +18,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
 from lorafold.data.templates import template_of
+from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.target import Progress, Subject, Written
-from lorafold.exporting.to_gguf import GgufModel, file_of, write_gguf
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+from lorafold.exporting.to_gguf import GgufModel, file_of, write_file
 
 S, U, A, V = "probe rule", "probe question", "probe answer", "probe second"
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
@@ -78,11 +76,11 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
     start, end = _around(written(_chat("u", [U])), [U])
     _, a_open, u_open, _ = _around(written(_chat("uau", [U, A, V])), [U, A, V])
     plain = Turns(start, None, a_open, u_open, end)
-    given, tried = "", [plain]
+    with_system, tried = "", [plain]
     with suppress(LorafoldError):  # it may refuse a system message
-        given = written(_chat("su", [S, U]))
-    if S in given:
-        before, between, _ = _around(given, [S, U])
+        with_system = written(_chat("su", [S, U]))
+    if S in with_system:
+        before, between, _ = _around(with_system, [S, U])
         tried = [Turns(start, (before, between), a_open, u_open, end)]
         if before.startswith(start):
             late = (before.removeprefix(start), between)
@@ -102,7 +100,7 @@ def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What a template has beside plain chat, a sentence each."""
     template = str(tokenizer.chat_template)
     notes = []
-    if lacking := [what for what, word in BESIDE.items() if re.search(word, template)]:
+    if lacking := [feature for feature, word in BESIDE.items() if re.search(word, template)]:
         notes.append(
             "the template for Ollama is plain chat: it has no"
             f" {' and no '.join(lacking)}, which the model's own has"
@@ -118,18 +116,18 @@ def adds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 BESIDE = {"tools": r"\btools\b", "reasoning": r"reasoning_content|enable_thinking|<think>"}
 
 
-def _chat(roles: str, said: Sequence[str]) -> list[Message]:
-    return [{"role": ROLES[r], "content": text} for r, text in zip(roles, said, strict=True)]
+def _chat(roles: str, contents: Sequence[str]) -> list[Message]:
+    return [{"role": ROLES[r], "content": text} for r, text in zip(roles, contents, strict=True)]
 
 
-def _around(text: str, said: Sequence[str]) -> list[str]:
+def _around(text: str, contents: Sequence[str]) -> list[str]:
     """The parts of a text between what was said."""
     parts = []
-    for one in said:
-        before, mark, text = text.partition(one)
-        if not mark or one in text:
+    for content in contents:
+        before, mark, text = text.partition(content)
+        if not mark or content in text:
             raise LorafoldError(
-                f"the model's chat template does not write {one!r}, said in a plain chat,"
+                f"the model's chat template does not write {content!r}, said in a plain chat,"
                 " once and in its place"
             )
         parts.append(before)
@@ -142,50 +140,37 @@ def _first_wrong(turns: Turns, written: Callable[[Sequence[Message]], str]) -> s
         if roles.startswith("s") and turns.system is None:
             continue
         chat = _chat(roles, SAID[: len(roles)])
-        made = turns.text(chat)
-        if (text := written(chat)) != made:
-            at = next(
-                (n for n, (a, b) in enumerate(zip(text, made, strict=False)) if a != b),
-                min(len(text), len(made)),
-            )
-            roles_ = "-".join(ROLES[r] for r in roles)
-            return (
-                f"{shortened(repr(text[max(at - 20, 0) : at + 20]), 60)} in a chat of {roles_}"
-            )
+        by_marks = turns.text(chat)
+        if (text := written(chat)) != by_marks:
+            at, chat_of_roles = common(text, by_marks), "-".join(ROLES[r] for r in roles)
+            part = shortened(repr(text[max(at - 20, 0) : at + 20]), 60)
+            return f"{part} in a chat of {chat_of_roles}"
     return ""
 
 
 QUOTES = '"""'
-LAST = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+SYSTEM = "%(before)s{{ $.System }}%(between)s"
+LATE = "{{ if and $last $.System }}" + SYSTEM + "{{ end }}"
+MESSAGES = (
+    "{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+    '{{ if eq $m.Role "user" }}LATE{{ $m.Content }}{{ if $last }}%(end)s{{ end }}'
+    '{{ else if eq $m.Role "assistant" }}%(a_open)s{{ $m.Content }}'
+    "{{ if not $last }}%(u_open)s{{ end }}{{ end }}{{ end }}"
+)
 MODELFILE = "Modelfile"
-LONGEST = 80  # characters of a name
-FOLDED = "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a Modelfile"
-SILENT = "the model's template takes no system message: Ollama's leaves one out"
 
 
 def go_template(turns: Turns) -> str:
     """The template of these marks."""
-    before, between = (_text(part) for part in turns.system or ("", ""))
-    start, a_open = _text(turns.start), _text(turns.a_open)
-    u_open, end = _text(turns.u_open), _text(turns.end)
-    given = f"{before}{{{{ $.System }}}}{between}"
-    late = f"{{{{ if and $last $.System }}}}{given}{{{{ end }}}}" if turns.late else ""
-    opened = start
+    before, between = turns.system or ("", "")
+    marks = {name: mark for name, mark in vars(turns).items() if isinstance(mark, str)}
+    # Go's language takes a mark as it is, but for the opening of an action
+    marks |= {"before": before, "between": between}
+    marks = {name: mark.replace("{{", '{{ "{{" }}') for name, mark in marks.items()}
+    late, start = (LATE if turns.late else ""), "%(start)s"
     if turns.system is not None and not turns.late:
-        opened = f"{{{{ if .System }}}}{given}{{{{ else }}}}{start}{{{{ end }}}}"
-    return (
-        f"{opened}{{{{ range $i, $m := .Messages }}}}{LAST}"
-        f'{{{{ if eq $m.Role "user" }}}}{late}{{{{ $m.Content }}}}'
-        f"{{{{ if $last }}}}{end}{{{{ end }}}}"
-        f'{{{{ else if eq $m.Role "assistant" }}}}{a_open}{{{{ $m.Content }}}}'
-        f"{{{{ if not $last }}}}{u_open}{{{{ end }}}}"
-        "{{ end }}{{ end }}"
-    )
-
-
-def _text(part: str) -> str:
-    """A text that Go's language takes as it is."""
-    return part.replace("{{", '{{ "{{" }}')
+        start = f"{{{{ if .System }}}}{SYSTEM}{{{{ else }}}}%(start)s{{{{ end }}}}"
+    return (start + MESSAGES.replace("LATE", late)) % marks
 
 
 def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
@@ -193,9 +178,9 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
     for text in (template, *stops):
         odd = [c for c in text if not c.isprintable() and c not in "\n\t"]
         if QUOTES in text or odd:
-            found = QUOTES if QUOTES in text else repr(odd[0])
+            shown = QUOTES if QUOTES in text else repr(odd[0])
             raise LorafoldError(
-                f"the model's chat template has {found}, which a Modelfile can't have"
+                f"the model's chat template has {shown}, which a Modelfile can't have"
             )
     ends = "".join(f"PARAMETER stop {QUOTES}{stop}{QUOTES}\n" for stop in stops)
     return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"
@@ -206,7 +191,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[st
     ensure_chat_template(tokenizer)
     turns, notes = turns_of(tokenizer), adds(tokenizer)
     if turns.system is None:
-        notes.append(SILENT)
+        notes.append("the model's template takes no system message: Ollama's leaves one out")
     bos = str(tokenizer.bos_token or "")
     if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # the engine adds it
         system = turns.system and (turns.system[0].removeprefix(bos), turns.system[1])
@@ -227,24 +212,26 @@ class ToOllama(GgufModel):
     def problems(self, subject: Subject) -> Sequence[str]:
         if reasons := super().problems(subject):
             return reasons
-        try:
-            template, stops, _ = chat_of(subject.tokenizer)
-            modelfile(file_of(subject.tensors), template, stops)
-        except LorafoldError as error:
-            return [str(error)]
+        template, stops, _ = chat_of(subject.tokenizer)
+        modelfile(file_of(subject.tensors), template, stops)
         return []
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         template, stops, notes = chat_of(subject.tokenizer)
         file = file_of(subject.tensors)
         text = modelfile(file, template, stops)
-        notes_ = [*write_gguf(subject, directory, progress), *notes]
+        notes = [*write_file(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = (subject.called or Path(subject.base.name).name).lower()
-        name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:LONGEST] or "model"
+        name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:80] or "model"
         launch = (
             ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
             ("ollama", "run", name),
         )
-        notes_ = [FOLDED, *notes_] if subject.adapters else notes_
-        return Written((MODELFILE, file), launch, tuple(notes_), {"base": f"{{out}}/{file}"})
+        if subject.adapters:
+            notes.insert(
+                0,
+                "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a"
+                " Modelfile",
+            )
+        return Written((MODELFILE, file), launch, notes, {"base": f"{{out}}/{file}"})

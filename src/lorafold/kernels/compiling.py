@@ -63,10 +63,10 @@ class Functions:
     def __call__(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
         """Call a function with numbers and with the addresses of tensors, or None for no tensor."""
         function, pointers = self._found[name, dtype]
-        given = [*parts]
+        arguments = [*parts]
         for i in pointers:
-            given[i] = parts[i] if parts[i] is None else parts[i].data_ptr()
-        function(*given)
+            arguments[i] = parts[i] if parts[i] is None else parts[i].data_ptr()
+        function(*arguments)
 
 
 def supported(*tensors: Tensor, dense: bool = False) -> bool:
@@ -94,10 +94,10 @@ def load_library(source: Path) -> ctypes.PyDLL:
 
 
 def _compiled(source: Path) -> Path:
-    own = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if own is None:
+    chosen = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if chosen is None:
         raise Unavailable("found no C++ compiler, expected c++ or g++ (or CXX)")
-    compiler = shlex.split(own)
+    compiler = shlex.split(chosen)
     version = _run([*compiler, "--version"])
     texts = [path.read_text() for path in (source, *sorted(HEADERS.glob("*.h")))]
     key = "\n".join((*texts, *FLAGS, version, processor()))

@@ -93,11 +93,11 @@ class _CppTraining:
         out = y = torch.empty_like(x)
         if cos.shape[1] == x.shape[1] and cos.shape[2] == 1:
             x, cos, sin, y = (t.transpose(1, 2) for t in (x, cos, sin, out))
-        (b, heads, tokens, d), (turns, one, *angles) = x.shape, cos.shape
+        (b, heads, tokens, d), (turns, axis, *angles) = x.shape, cos.shape
         ends = [t.stride(3) for t in (x, cos, y)]
         # the stride of an axis of one means nothing
         packed = tokens == 1 or cos.stride(2) == d
-        known = one == 1 and angles == [tokens, d] and turns in (1, b)
+        known = axis == 1 and angles == [tokens, d] and turns in (1, b)
         if ends != [1, 1, 1] or not known or not packed:
             return NotImplemented
         sizes = (b, heads, tokens, d, *x.stride()[:3], *y.stride()[:3])

@@ -46,16 +46,16 @@ class _TritonDropout:
     def masked(self, x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Any:
         names, key = source(x, names, key)
         width, x = x.shape[-1], x.contiguous()
-        kept, where = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+        masked, where = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
         grid = len(names), -(-width // (8 * CALLS))
-        tensors = names.contiguous(), x, kept, where.view(torch.uint8)
+        tensors = names.contiguous(), x, masked, where.view(torch.uint8)
         words = key & WORD, key >> 32 & WORD
         self.kernel[grid](*tensors, width, threshold(p), *words, site, **DROPOUT_CONSTANTS)
-        return kept, where
+        return masked, where
 
 
 def _masked(  # type: ignore[no-untyped-def]
-    names, x, kept, where, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    names, x, out, where, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
     STEP: tl.constexpr, OTHER: tl.constexpr, ROUNDS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
     """One row of elements and CALLS calls of Philox a program (`ops.dropout`)."""
@@ -79,7 +79,7 @@ def _masked(  # type: ignore[no-untyped-def]
         drop = (word >> 16 if i % 2 else word & 0xFFFF) < limit
         at, inside = start + calls * 8 + i, calls * 8 + i < width
         value = tl.load(x + at, mask=inside)
-        tl.store(kept + at, tl.where(drop, 0.0, value).to(value.dtype), mask=inside)
+        tl.store(out + at, tl.where(drop, 0.0, value).to(value.dtype), mask=inside)
         tl.store(where + at, drop.to(tl.int8), mask=inside)
 
 
@@ -129,20 +129,20 @@ def _scale(  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         at = row * width + feature
         inside = (feature < width) & (at < size)
-        own = (row // each) * width + feature
-        value = tl.load(y + at, mask=inside).to(tl.float32) * tl.load(g + own, mask=inside)
+        gain_at = (row // each) * width + feature
+        value = tl.load(y + at, mask=inside).to(tl.float32) * tl.load(g + gain_at, mask=inside)
         if OFFSET:
-            value += tl.load(c + own, mask=inside)
+            value += tl.load(c + gain_at, mask=inside)
         if ONTO:
             value += tl.load(onto + at, mask=inside).to(tl.float32)
         bits = value.to(tl.int32, bitcast=True)
         carried = (((bits >> 16) * ODD) & 0xFFFF) + bits
-        kept = (carried & -65536).to(tl.float32, bitcast=True)
-        tl.store(out + at, kept.to(tl.bfloat16), mask=inside)
+        rounded = (carried & -65536).to(tl.float32, bitcast=True)
+        tl.store(out + at, rounded.to(tl.bfloat16), mask=inside)
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    z, y, g, found, parts, size, width, OFFSET: tl.constexpr, FEATURES: tl.constexpr,
+    z, y, g, scaled, parts, size, width, OFFSET: tl.constexpr, FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """g z of ROWS rows, and the sums over them of z y and of z."""
@@ -157,10 +157,10 @@ def _backward(  # type: ignore[no-untyped-def]
         at = row * width + feature
         inside = known & (at < size)
         top = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(found + at, (top * gain).to(tl.bfloat16), mask=inside)
+        tl.store(scaled + at, (top * gain).to(tl.bfloat16), mask=inside)
         of_gain += top * tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         of_offset += top
-    own = tl.program_id(0) * width + feature
-    tl.store(parts + own, of_gain, mask=known)
+    part_at = tl.program_id(0) * width + feature
+    tl.store(parts + part_at, of_gain, mask=known)
     if OFFSET:
-        tl.store(parts + tl.num_programs(0) * width + own, of_offset, mask=known)
+        tl.store(parts + tl.num_programs(0) * width + part_at, of_offset, mask=known)

@@ -1,7 +1,7 @@
 """Modules whose matrix bitsandbytes quantizes to 4 or 8 bits.
 
     Linear4bit      NF4 or FP4 codes with an 8-bit constant for every 64 of them: 4.13 bits a weight
-                    (Dettmers et al. 2023, arXiv 2305.14314; `ops.nf4` is the specification)
+                    (Dettmers et al. 2023, arXiv 2305.14314)
     Linear8bit      int8 with one scale for each output (Dettmers et al. 2022, LLM.int8, arXiv
                     2208.07339)
 

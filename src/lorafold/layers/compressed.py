@@ -111,11 +111,11 @@ class CompressedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of any module, except that codes and scales keep their dtypes."""
-        own = {id(p) for name, p in self._parameters.items() if name != "bias"}
+        quantized = {id(p) for name, p in self._parameters.items() if name != "bias"}
 
         def apart(t: Tensor) -> Tensor:
             moved = fn(t)
-            return moved if id(t) not in own or moved.dtype == t.dtype else t.to(moved.device)
+            return moved if id(t) not in quantized or moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(apart, recurse)
 

@@ -195,10 +195,10 @@ class Embedding(Vectors):
         return dim, vocabulary
 
     def __call__(self, ids: Tensor, onto: Tensor | None = None) -> Tensor:
-        own = self.bare
-        simple = own.max_norm is None and not own.sparse and not own.scale_grad_by_freq
-        if simple and own.weight.requires_grad:
-            y = self._scaled(lookup(ids, own.weight, own.padding_idx))
+        module = self.bare
+        simple = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+        if simple and module.weight.requires_grad:
+            y = self._scaled(lookup(ids, module.weight, module.padding_idx))
         else:
             y = self.run(ids)
         return add(y, onto).to(y.dtype)

@@ -2,7 +2,7 @@
 
     Floats      a parameter (E, out, in), or (E, in, out) where they are transposed, and of two
                 dimensions where it is flat
-    NF4         the same in 4-bit codes of bitsandbytes (`ops.nf4`), 4.13 bits a weight
+    NF4         the same in 4-bit codes of bitsandbytes (`layers.bitsandbytes`), 4.13 bits a weight
     Int8        the same in 8 bits, with one scale for each row as it is stored
     MXFP4       parameters `..._blocks` and `..._scales` in its place, each matrix (out, in), 4.25
                 bits a weight (`ops.mxfp4`)

@@ -89,9 +89,9 @@ class Experts(BaseLayer):
 
     def frozen_matrices(self) -> FrozenMatrices:
         """The experts' matrices (out, in), for a product with this forward's rows."""
-        one, every = self.held.matrix, self.held.dense
+        matrix, every = self.held.matrix, self.held.dense
         return FrozenMatrices(
-            lambda e, dtype: one(e).to(dtype), lambda dtype: every().to(dtype), self.rows
+            lambda e, dtype: matrix(e).to(dtype), lambda dtype: every().to(dtype), self.rows
         )
 
     @property
@@ -209,9 +209,9 @@ class Routed(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         within, holder = _holder(self)
         for name in [n for n, m in holder._modules.items() if isinstance(m, Matrices)]:
-            stored, own = f"{prefix}{within}{name}{STORED}.", f"{prefix}{within}{name}."
+            stored, plain = f"{prefix}{within}{name}{STORED}.", f"{prefix}{within}{name}."
             for key in [key for key in state_dict if key.startswith(stored)]:
-                state_dict[own + key.removeprefix(stored)] = state_dict.pop(key)
+                state_dict[plain + key.removeprefix(stored)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -244,8 +244,8 @@ def route(routed: nn.Module) -> None:
 
 def leave(routed: nn.Module) -> None:
     """Give the module its own forward again, if nothing needs another."""
-    own = matrices_of(_holder(routed)[1], routed).values()
-    needed = any(isinstance(m, Adapted) or stored_matrices(m).quantized for m in own)
+    matrices = matrices_of(_holder(routed)[1], routed).values()
+    needed = any(isinstance(m, Adapted) or stored_matrices(m).quantized for m in matrices)
     if isinstance(routed, Routed) and not needed:
         routed.__class__ = routed.base_class  # type: ignore[assignment]
 
@@ -255,23 +255,23 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     where nothing is active or quantized, else over layers.
     """
     _, holder = _holder(self)
-    own = matrices_of(holder, self)
-    adapted = [m for m in own.values() if isinstance(m, Adapted)]
+    parameters = matrices_of(holder, self)
+    adapted = [m for m in parameters.values() if isinstance(m, Adapted)]
     names = adapted[0].selection.running(self.training) if adapted else ()
     active = any(n in m.deltas for m in adapted for n in names)
-    if not active and not any(stored_matrices(m).quantized for m in own.values()):
+    if not active and not any(stored_matrices(m).quantized for m in parameters.values()):
         return self.base_class.forward(self, *args, **kwargs)
 
     def layers(groups: Groups, at: Tensor | None, experts: tuple[int, int]) -> list[Layer]:
-        found = []
-        for matrices in own.values():
+        result = []
+        for matrices in parameters.values():
             base = Experts(matrices)
             base.groups, base.at, base.experts = groups, at, experts
             over = isinstance(matrices, Adapted)
-            found.append(matrices.layer(*names, base=base) if over else base)  # type: ignore
-        return found
+            result.append(matrices.layer(*names, base=base) if over else base)  # type: ignore
+        return result
 
-    called = CALLED[next(iter(own.values())).form.called]
+    called = CALLED[next(iter(parameters.values())).form.called]
     return called(self, holder, layers, *args, **kwargs)
 
 

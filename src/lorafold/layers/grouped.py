@@ -15,16 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafold.core.layer import BaseLayer
 from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import NotMergeable
+from lorafold.layers.dense import Vectors
 from lorafold.ops.arithmetic import linear
 from lorafold.ops.autocast import autocasting, lowered
-from lorafold.ops.dropout import dropout
 from lorafold.ops.scale import scaled
 
 
-class GroupedLinear(BaseLayer):
+class GroupedLinear(Vectors):
     """A linear with groups: weight (out, in), inputs (..., g, in)."""
 
     linear = True
@@ -63,9 +62,6 @@ class GroupedLinear(BaseLayer):
 
     def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
         return self.op(linear(self.drop(x, p), down), up)
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p, self.site(x)) if p else x
 
     def site(self, x: Tensor) -> DrawSite | None:
         """What dropout of x (..., g, in) follows from; None where torch's generator gives it."""

@@ -1,1 +1,1 @@
-"""Fused tensor operations, which know no model. `reference` and `nf4` are their specifications."""
+"""Fused tensor operations, which know no model; `tests/lib/reference_ops.py` specifies them."""

@@ -84,8 +84,8 @@ def _mask(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Ten
     calls = torch.arange(-(-x.shape[-1] // 8), device=x.device)
     limit = threshold(p)
     parts = []
-    for some in names[:, None].split(max(1, AT_ONCE // len(calls))):
-        words = torch.stack(philox((calls, some & WORD, some >> 32 & WORD, site), key), -1)
+    for chunk in names[:, None].split(max(1, AT_ONCE // len(calls))):
+        words = torch.stack(philox((calls, chunk & WORD, chunk >> 32 & WORD, site), key), -1)
         halves = torch.stack([(words & 0xFFFF) < limit, (words >> 16) < limit], -1)
         parts.append(halves.flatten(1)[:, : x.shape[-1]])
     return torch.cat(parts).view(x.shape)

@@ -11,7 +11,7 @@ it, autograd keeps two fp32 copies of x. Gated activations: Shazeer 2020, arXiv 
 for silu, GEGLU for gelu; gate, up (..., k). The backward computes act(gate) again, which autograd
 keeps too. Rotary position embedding: Su et al. 2021, arXiv 2104.09864, in the layout of
 transformers; x (..., T, D) with halves a and b; cos and sin broadcast to x. The backward is the
-transposed map, for which only cos and sin are kept. The specifications are in `reference`.
+transposed map, for which only cos and sin are kept.
 
 1024 x 576 bf16 on two CPU cores, rms_norm forward and backward: 0.58 ms; plain torch 0.86;
 torch.nn.functional.rms_norm 1.06.

@@ -12,8 +12,8 @@ forward; and the same with what is trained on it.
     gx = addmm(drop((g k B) A), g, W)       the same elements of (T, in) dropped in both
 
 k is the update's scale times 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and
-the small factors are kept. The specification is `reference.low_rank_linear`; for any other layer
-`Layer.low_rank` does the same.
+the small factors are kept. For any other layer `Layer.low_rank` does
+the same.
 
     y  = x W'^T                             W' = W + values (k,) at places `at` (LT-SFT, FISH mask)
     gx = g W',  gvalues[e] = sum_t g[t, i_e] x[t, j_e]      (i_e, j_e) row and column of entry e
@@ -71,21 +71,28 @@ class _FrozenLinear(Exact):
 frozen_linear: Callable[[Tensor, Tensor | None, Read], Tensor] = _FrozenLinear.apply
 
 
+def low_rank_parts(
+    x: Tensor, down: Tensor, up: Tensor, drop: Dropped | None, k: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float]:
+    """x and the factors in the dtype in which they are multiplied, up with every scale; drop(x),
+    where its elements were dropped, and that scale. x (T, in); down (..., r, in); up (..., out, r).
+    """
+    dtype, xd, where, scale = arithmetic(x), x, None, k
+    if drop is not None:
+        xd, where, scale = drop.x.reshape(x.shape), drop.where, drop.scale * k
+    return x.to(dtype), narrowed(down, 1.0, dtype), narrowed(up, scale, dtype), xd, where, scale
+
+
 class _LowRankLinear(Exact):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None, k: float
     ) -> Tensor:
-        dtype = arithmetic(x)
-        xd, where, scale = x, None, k
-        if drop is not None:
-            xd, where, scale = drop.x.reshape(x.shape), drop.where, drop.scale * k
-        a, b = narrowed(down, 1.0, dtype), narrowed(up, scale, dtype)
-        wide = x.to(dtype)
-        u = (wide if where is None else xd.to(dtype)) @ a.t()
+        wide, a, b, xd, where, scale = low_rank_parts(x, down, up, drop, k)
+        u = (wide if where is None else xd.to(wide.dtype)) @ a.t()
         ctx.save_for_backward(xd, u, a, b, where)
         ctx.read, ctx.scale, ctx.down, ctx.up = read, scale, down.dtype, up.dtype
-        return (u @ b.t()).addmm_(wide, read(dtype).t()).to(x.dtype)
+        return (u @ b.t()).addmm_(wide, read(wide.dtype).t()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -107,13 +114,11 @@ class _LowRankLinear(Exact):
         return gx, None, gdown, gup, None, None
 
 
-def low_rank_linear(
-    x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, k: float = 1.0
-) -> Tensor:
-    """x W^T + k drop(x) down^T up^T (..., out), in x's dtype. Differentiable once. x (..., in);
-    down (r, in); up (out, r).
-    """
-    return _LowRankLinear.over_rows(x, read, down, up, drop, k)
+# x W^T + k drop(x) down^T up^T (..., out), in x's dtype, of x (..., in), down (r, in) and up (out,
+# r). Differentiable once.
+low_rank_linear: Callable[[Tensor, Read, Tensor, Tensor, Dropped | None, float], Tensor] = (
+    _LowRankLinear.over_rows
+)
 
 
 # at most one entry of so many: above, a whole product is faster
@@ -158,9 +163,8 @@ def product_at(g: Tensor, x: Tensor, at: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-def sparse_linear(x: Tensor, read: Read, values: Tensor, at: Tensor) -> Tensor:
-    """x W'^T (..., out), in x's dtype. Differentiable once. x (..., in); values (k,); at (k,)."""
-    return _SparseLinear.over_rows(x, read, values, at)
+# x W'^T (..., out), in x's dtype, of x (..., in), values (k,) and at (k,). Differentiable once.
+sparse_linear: Callable[[Tensor, Read, Tensor, Tensor], Tensor] = _SparseLinear.over_rows
 
 
 class _ScaledProduct(Exact):

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.contexts import is_fake
-from lorafold.ops.arithmetic import arithmetic, narrowed, out_dtype
+from lorafold.ops.arithmetic import arithmetic, out_dtype
 from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import EMPTY, Dropped
+from lorafold.ops.frozen import low_rank_parts
 from lorafold.ops.host_tensors import sent
 from lorafold.ops.kernel_requirements import GROUPED_UNIT, groups_at_once
 from lorafold.ops.scale import SCALE
@@ -232,14 +233,8 @@ class _LowRank(Exact):
         ctx: Any, x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None,
         k: float,
     ) -> Tensor:  # fmt: skip
-        dtype = arithmetic(x)
-        xd, where, scale = x, None, k
-        if drop is not None:
-            xd, where, scale = drop.x.reshape(x.shape), drop.where, drop.scale * k
-        a, b = narrowed(down, 1.0, dtype), narrowed(up, scale, dtype)
-        wide = x.to(dtype)
-        branch = wide if where is None else xd.to(dtype)
-        tiles = w.groups.tiles
+        wide, a, b, xd, where, scale = low_rank_parts(x, down, up, drop, k)
+        branch, tiles = wide if where is None else xd.to(wide.dtype), w.groups.tiles
         u = torch.bmm(branch.view(len(tiles), -1, branch.shape[1]), a[tiles].mT)
         y = torch.bmm(u, b[tiles].mT).view(len(x), -1)
         y = w.matmul(wide, y.shape[1], False, y, y)
@@ -276,11 +271,8 @@ def _summed(
     return parts.new_zeros(shape).index_add_(0, tiles, parts, alpha=k)
 
 
-def low_rank_product(
-    x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None = None,
-    k: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row of x (S, in);
-    down (E, r, in), up (E, out, r). Differentiable once.
-    """
-    return _LowRank.apply(x, w, down, up, drop, k)
+# W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row of x (S, in); down
+# (E, r, in), up (E, out, r). Differentiable once.
+low_rank_product: Callable[
+    [Tensor, FrozenMatrices, Tensor, Tensor, Dropped | None, float], Tensor
+] = _LowRank.apply

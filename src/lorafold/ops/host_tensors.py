@@ -44,10 +44,10 @@ def on_host(x: Tensor) -> Tensor:
     return x.cpu() if known is None else known
 
 
-def _known(there: Tensor, here: Tensor) -> Tensor:
+def _known(copy: Tensor, x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
-        vars(there)[ON_HOST] = here, _version(there)
-    return there
+        vars(copy)[ON_HOST] = x, _version(copy)
+    return copy
 
 
 def _host_of(x: Tensor) -> Tensor | None:

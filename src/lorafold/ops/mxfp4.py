@@ -35,14 +35,9 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat
     pairs = torch.stack([of_code.repeat(16), of_code.repeat_interleave(16)], 1)
     pairs = pairs.view(PAIRS[exact.itemsize]).squeeze(1)
     w = pairs.index_select(0, blocks.reshape(-1).int()).view(exact).view(*scales.shape, -1)
-    return w.mul_(_powers(exact, scales)[..., None]).flatten(-2).to(dtype)
-
-
-def _powers(dtype: torch.dtype, scales: Tensor) -> Tensor:  # (..., G)
-    """2^(e - 127) for biased exponents (..., G), which are the bits of fp32's but for the first and
-    the last.
-    """
-    bits = torch.arange(256, dtype=torch.int32, device=scales.device) << 23
+    # 2^(e - 127): biased exponents are the bits of fp32's, but for the first and the last
+    bits = torch.arange(256, dtype=torch.int32, device=device) << 23
     powers = bits.view(torch.float32).clone()
     powers[0], powers[NAN] = 2.0**-127, torch.nan
-    return powers.to(dtype).index_select(0, scales.reshape(-1).int()).view(scales.shape)
+    factors = powers.to(exact).index_select(0, scales.reshape(-1).int()).view(*scales.shape, 1)
+    return w.mul_(factors).flatten(-2).to(dtype)

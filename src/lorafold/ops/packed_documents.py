@@ -45,8 +45,8 @@ class Tile(NamedTuple):
     def own(self, x_THD: Tensor) -> Tensor:
         """The view (n, hi - lo, H, D) of the tile's queries in a tensor of all queries."""
         each = self.length - self.start
-        own = x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))
-        return own[:, self.lo - self.start : self.hi - self.start]
+        by_document = x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))
+        return by_document[:, self.lo - self.start : self.hi - self.start]
 
     @property
     def seen(self) -> slice:

@@ -254,8 +254,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
     trims: list[asyncio.TimerHandle] = []  # the last one, for all late or large requests since
 
     class Bounded(HttpToolsProtocol):
-        """One connection; its next request has a deadline, which starts anew with its first byte.
-        """
+        """One connection, whose next request has a deadline from its first byte on."""
 
         read, head = 0, True  # bytes of the request, and whether its headers are still arriving
 

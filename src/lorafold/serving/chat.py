@@ -33,7 +33,7 @@ from lorafold.serving.backend import Ended, Token
 from lorafold.serving.completion_job import DialectRequest, PartReader, Prompted, Prompts, Reply
 from lorafold.serving.errors import check_number, naming, unsupported, wrong
 from lorafold.serving.rendering import Renderer, ServedModel
-from lorafold.serving.request_body import Completing, Listed, new_id
+from lorafold.serving.request_body import Body, Completing, Listed, new_id
 from lorafold.serving.schema import check_founded, schema_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Limits
@@ -90,9 +90,7 @@ class ChatBody(Completing):
         )
 
     def offered(self, limits: Limits) -> tuple[tuple[Tool, ...], list[str] | None]:
-        """The tools that may be called, and the names of those of which one must be, None if the
-        model is free.
-        """
+        """The tools that may be called, and the names of which one must be, None if none must."""
         check_number("tools", len(self.tools), limits.tools)
         _check(tool_problems(self.tools))
         for i, tool in enumerate(self.tools):
@@ -141,6 +139,7 @@ def _check(problems: Iterator[str]) -> None:
 
 
 def chat_of(
+    body: Body,
     messages: Sequence[tuple[str, dict[str, Any]]],
     tools: Sequence[dict[str, Any]],
     names: Mapping[str, str],
@@ -149,13 +148,19 @@ def chat_of(
     """A request in another dialect as a chat completion, and the names of its fields there. Each
     message comes with the field that it is from.
     """
+    chat = {name: getattr(body, name) for name in ChatBody.model_fields if hasattr(body, name)}
+    for name, sent_as in names.items():
+        outer, _, key = sent_as.partition(".")
+        value = getattr(body, outer, None)
+        chat[name] = (value or {}).get(key) or None if key else value
+    chat |= fields | {"messages": [message for _, message in messages], "tools": [*tools]}
     names = {
         **names,
         **{f"messages[{i}]": where for i, (where, _) in enumerate(messages)},
         **{f"tools[{i}].function": f"tools[{i}]" for i in range(len(tools))},
     }
     try:
-        return ChatBody(messages=[m for _, m in messages], tools=[*tools], **fields), names
+        return ChatBody(**{name: value for name, value in chat.items() if value is not None}), names
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         refusal = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
@@ -185,9 +190,7 @@ def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, message: s
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
-    """The messages without as many of the oldest ones as have to go, so that they fit; without all
-    that may go, if that is not enough.
-    """
+    """The messages without the oldest units, as few as have to go to make them fit."""
     units = _units(messages)
 
     def without(n: int) -> list[Message]:
@@ -296,7 +299,7 @@ class NextTurn(DialectRequest):
         messages = self.messages
         if self._shorten:
             room = self._length - (self.max_new_tokens or self._length // 4)
-            messages = shortened(messages, lambda some: len(render(some)[1]) <= room)
+            messages = shortened(messages, lambda rest: len(render(rest)[1]) <= room)
         text, tokens = render(messages)
         return text, (tokens,)
 

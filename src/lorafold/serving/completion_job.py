@@ -70,9 +70,7 @@ class DialectRequest(ABC):
 
 @dataclass(eq=False)
 class CompletionJob:
-    """One completion: the request to the backend, and what came back so far. All times are by
-    time.monotonic.
-    """
+    """One completion: its request and its events so far. All times are time.monotonic's."""
 
     request: Request
     adapter: str  # or the base
@@ -227,8 +225,8 @@ class PartReader:
             elif text and not self._opening.startswith(text):
                 self._state = "saying"
         if self._state == "thinking":
-            before, found, after = self._held.partition(self._closing)
-            if found:
+            before, mark, after = self._held.partition(self._closing)
+            if mark:
                 parts.append((REASONING, before.rstrip()))
                 self._state, self._held = "saying", after.lstrip()
             else:

@@ -34,14 +34,14 @@ class Refusal(Exception):
 
     def sent_as(self, names: Mapping[str, str]) -> Refusal:
         """The same refusal, naming the field as the client wrote it (`names`: ours to theirs)."""
-        ours = self.param or ""
-        above = [n for n in names if ours == n or ours.startswith((f"{n}.", f"{n}["))]
+        param = self.param or ""
+        above = [n for n in names if param == n or param.startswith((f"{n}.", f"{n}["))]
         if not above:
             return self
         longest = max(above, key=len)
-        theirs = names[longest] + ours[len(longest) :]
-        start, rest = (theirs, len(ours)) if self.message.startswith(ours) else ("", 0)
-        return replace(self, message=start + self.message[rest:], param=theirs)
+        sent = names[longest] + param[len(longest) :]
+        start, rest = (sent, len(param)) if self.message.startswith(param) else ("", 0)
+        return replace(self, message=start + self.message[rest:], param=sent)
 
     @property
     def body(self) -> dict[str, Any]:

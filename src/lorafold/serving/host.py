@@ -89,9 +89,7 @@ class Host:
             raise
 
     async def think(self, do: Callable[[], T], tenant: str) -> T:
-        """Call a slow function in a thread, TURNS at a time for each tenant; Refusal if the machine
-        lacks what it needs for now.
-        """
+        """Call a slow function in a thread, TURNS at a time for each tenant. Raises Refusal."""
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         with self.counted(tenant):
             async with turn:
@@ -209,9 +207,7 @@ class Admission:
     async def admit(
         self, caller: Caller, id: str, since: float, request: DialectRequest
     ) -> Reply:
-        """Submit a request that came at `since`, and return the reply of that name; if anything
-        fails, nothing is computed.
-        """
+        """Submit a request that came at `since`, whole or not at all, and return its reply."""
         self.check_caller(caller, request.body.n)
         reply = Reply(id)
         submit = partial(self._submit, caller, since, request, reply)
@@ -299,14 +295,14 @@ class Admission:
         """Raise Refusal if the queue has no room for n completions, or nothing is computed now."""
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
-        host, most, own = self.host, self.limits.queue, self.limits.tenant_queue
-        for limit, present, what, code in (
+        host, most, of_tenant = self.host, self.limits.queue, self.limits.tenant_queue
+        for limit, present, verb, code in (
             (most, host.waiting(), "wait", "queue_full"),
-            (own, host.waiting(tenant), "wait", "tenant_queue_full"),
-            (LEAVING * own, host.leaving(tenant), "end", "tenant_queue_full"),
+            (of_tenant, host.waiting(tenant), "wait", "tenant_queue_full"),
+            (LEAVING * of_tenant, host.leaving(tenant), "end", "tenant_queue_full"),
         ):
             if present + n > limit:
-                message = f"{present} completions {what} already, expected at most {limit}"
+                message = f"{present} completions {verb} already, expected at most {limit}"
                 later = host.seconds_to_wait
                 raise Refusal(429, code, f"{message} with these", retry_after=later)
 

@@ -38,11 +38,9 @@ from lorafold.serving.settings import Strict, content_of, parsed, read, read_if_
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 LOCAL = "local"  # the tenant of all requests where there is no key file
 ADMIN = "admin"
 HINT = "new-key writes it"
-EVERY = 1.0  # seconds between two writes of the usage file
 DAY = 86400
 PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY, "minute": 60}
 
@@ -58,7 +56,7 @@ UNLIMITED = TokenLimits()
 
 
 def _end_of_day(value: object) -> object:
-    day = isinstance(value, str) and DATE.fullmatch(value)
+    day = isinstance(value, str) and re.fullmatch(r"\d{4}-\d{2}-\d{2}", value)
     try:
         return datetime.fromisoformat(f"{value}T00:00:00Z") + timedelta(days=1) if day else value
     except ValueError:
@@ -180,8 +178,7 @@ class Keys:
 
 
 def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
-    """Add a key to the file, which is made if there is none, and return it: it is stored nowhere.
-    """
+    """Add a key to the file, or to a new one, and return it: it is stored nowhere."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
             f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, not {ADMIN}"
@@ -290,7 +287,7 @@ class TokenUsage:
     async def keep_saving(self) -> None:
         """Write the file again and again."""
         while True:
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(1.0)
             await self.save()
 
     async def save(self) -> None:

@@ -54,9 +54,7 @@ class Lines(logging.Formatter):
 
 
 class RepeatFilter(logging.StreamHandler[TextIO]):
-    """Writes a line once in EACH seconds, and the number of its repetitions with whatever is logged
-    next. A request's line is always written.
-    """
+    """Writes a line once in EACH seconds and counts repetitions, but for requests' lines."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)

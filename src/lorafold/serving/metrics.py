@@ -195,7 +195,6 @@ def _labelled(
 
 
 def state_of(registry: Registry, adapter: AdapterFiles, now: States) -> tuple[str, int]:
-    """Where an adapter is: `cold`, `loading`, `resident` or `quarantined`; and its bytes in memory.
-    """
+    """An adapter's state (cold, loading, resident or quarantined) and bytes in memory."""
     state, nbytes = now.adapters.get(adapter.key, ("cold", 0))
     return ("quarantined" if adapter.name in registry.state.quarantined else state), nbytes

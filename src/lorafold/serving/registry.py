@@ -42,7 +42,6 @@ from lorafold.serving.verifier import Verifier
 V = TypeVar("V")
 log = logging.getLogger(__name__)
 STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
-SIDE_BY_SIDE = 2  # adapters that are verified at a time
 LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
 WARM = 16  # adapters that are read into memory before a request needs them
 REASON = 2000  # characters of why an adapter is rejected
@@ -175,9 +174,7 @@ class Registry:
         return adapter
 
     def matches(self, adapter: AdapterFiles, digits: str, unsure: bool = False) -> bool:
-        """Whether a digest, or its first digits, is that of a version, in either form; `unsure` if
-        it may be another version's.
-        """
+        """Whether a digest, or its beginning, is a version's; `unsure` accepts an ambiguous one."""
         if adapter.digest.startswith(digits):
             return True
         if not adapter.old.startswith(digits):
@@ -199,9 +196,7 @@ class Registry:
         return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
-        """Read the files of an adapter, new or changed, and lift its quarantine; if they are wrong,
-        everything stays as it was.
-        """
+        """Read an adapter, new or changed, and lift its quarantine; an error changes nothing."""
         with self._turns[name]:
             adapter = self._verified(name, afresh=True)
             with self.lock:
@@ -350,7 +345,7 @@ class DirectoryWatcher:
         self._registry = registry
         self.closing, self._idle = threading.Event(), threading.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
+        self._pool = ThreadPoolExecutor(2, "lorafold-verifying", initializer=alone)
         self._thread = threading.Thread(None, self._run, "lorafold-watcher", daemon=True)
 
     def begin(self) -> None:

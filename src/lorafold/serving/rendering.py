@@ -60,8 +60,7 @@ class TokenTexts:
         return bytes(BYTES[character] for character in piece) if known else text.encode()
 
     def unique(self, token: int) -> str:
-        """A token's text, or its bytes if they are a part of a character: no two tokens share one.
-        """
+        """A token's text, or the bytes of a part of a character, so that no two are equal."""
         text = self.text(token)
         return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
 
@@ -91,9 +90,7 @@ class TokenTexts:
         ]
 
     def legacy_logprobs(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
-        """Log probabilities in the form of plain completions; the first token's text begins at that
-        offset.
-        """
+        """Log probabilities in the form of plain completions, whose text begins at `offset`."""
         offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
         return {
             "tokens": [self.unique(t.token) for t in tokens],
@@ -107,9 +104,7 @@ class TokenTexts:
 
 
 class Renderer:
-    """A tokenizer with a chat template, the tokens that end a completion, and the template's
-    variables that a client may set.
-    """
+    """A tokenizer, the tokens that end a completion, and the variables of its template."""
 
     def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
         self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
@@ -129,9 +124,7 @@ class Renderer:
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
     ) -> str:
-        """A conversation as the prompt for its next turn; Refusal if the template refuses it or
-        leaves something out.
-        """
+        """A conversation as the prompt for its next turn; Refusal if a part would be lost."""
         for name in variables:
             if name not in self.variables:
                 raise wrong(name, "the model's chat template has no such variable")
@@ -165,9 +158,7 @@ class Renderer:
     def call_grammar(
         self, tools: Sequence[Tool], names: Sequence[str], compiles: Compiles, schema: str | None
     ) -> str:
-        """A grammar of one call of one of the named tools, as the chat template writes calls, or of
-        JSON that fits the schema.
-        """
+        """A grammar of one call of a named tool, as the template writes it, or of the schema."""
         calls_of = grammar_of(self.tokenizer)
         if calls_of is None or calls_of.pairs is not None:
             why = "the model's template writes no calls as JSON, so"

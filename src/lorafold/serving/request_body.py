@@ -83,10 +83,10 @@ class Completing(Body):
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
             raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
-        numbers = {name: getattr(self, name) for name in NUMBERS}
+        penalties = {name: getattr(self, name) for name in NUMBERS}
         try:
             return Sampling(
-                **numbers, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
+                **penalties, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
             )
         except LorafoldError as error:
             refusal = Refusal(400, "invalid_value", str(error), str(error).partition(":")[0])
@@ -136,9 +136,7 @@ def sse_event(value: Mapping[str, Any], name: str | None = None) -> bytes:
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """JSON of an answer whose lists may be long. They are written in pieces, because no other
-    thread runs while one is written.
-    """
+    """JSON of an answer, long lists in pieces, since no other thread runs during one."""
 
     def written(field: Any) -> bytes:
         if not isinstance(field, list | tuple) or len(field) <= PIECE:

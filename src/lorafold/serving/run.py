@@ -94,7 +94,7 @@ def serve(
     settings: Settings,
     console: Console,
     open_page: bool = False,
-    own: OwnBase | None = None,
+    derived_base: OwnBase | None = None,
 ) -> None:
     """Serve until a signal ends it. `own` is the base as the adapters name it, if no option named
     one: the next start takes the same.
@@ -106,9 +106,9 @@ def serve(
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listening(settings) as at:
         server = server_of(base, load, directory, keys, settings)
-        if own is not None:
+        if derived_base is not None:
             try:
-                server.registry.save(base=own)
+                server.registry.save(base=derived_base)
             except LorafoldError as error:
                 console.print(f"the next start takes the base that most name: {error}")
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -50,16 +50,14 @@ def compact(schema: Mapping[str, Any]) -> str:
 
 
 def check_founded(schema: str, field: str) -> None:
-    """Raise Refusal for a schema that requires itself, or that is nested too deeply. A large one
-    takes its time.
-    """
+    """Raise Refusal for a schema that requires itself or is nested too deeply."""
     whole = json.loads(schema)
     graph = {}
     for part, depth in _parts(whole):
         if depth > DEEPEST:
             message = f"more than {DEEPEST:,} levels of schemas, one inside another or by $ref"
             raise wrong(field, f"found {message}")
-        graph[id(part)] = [id(one) for one in _required(part, whole)]
+        graph[id(part)] = [id(inner) for inner in _required(part, whole)]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError:
@@ -77,19 +75,17 @@ def check(schema: str, field: str, compiles: Compiles) -> None:
 
 
 def _parts(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """A schema and all below it, each once, with the levels down to it, as a reader that follows
-    each $ref first goes through them.
-    """
+    """A schema and all below it, each once, with its depth for a reader that follows $ref first."""
     left, seen = [(whole, 1)], set[int]()
     while left:
-        one, depth = left.pop()
-        if isinstance(one, list):
-            left += [(value, depth) for value in reversed(one)]
-        elif isinstance(one, Mapping) and id(one) not in seen:
-            seen.add(id(one))
-            yield one, depth
-            below = [value for key, value in one.items() if key not in VALUES | DEFINITIONS]
-            left += [(value, depth + 1) for value in reversed([*below, *_required(one, whole)])]
+        part, depth = left.pop()
+        if isinstance(part, list):
+            left += [(value, depth) for value in reversed(part)]
+        elif isinstance(part, Mapping) and id(part) not in seen:
+            seen.add(id(part))
+            yield part, depth
+            below = [value for key, value in part.items() if key not in VALUES | DEFINITIONS]
+            left += [(value, depth + 1) for value in reversed([*below, *_required(part, whole)])]
 
 
 def _required(part: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
@@ -101,4 +97,4 @@ def _required(part: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
             name = step.replace("~1", "/").replace("~0", "~")
             whole = whole.get(name) if isinstance(whole, Mapping) else None
         required.append(whole)
-    return [one for one in required if isinstance(one, Mapping)]
+    return [schema for schema in required if isinstance(schema, Mapping)]

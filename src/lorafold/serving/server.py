@@ -131,9 +131,7 @@ class Server:
         dialect_of: type[Dialect],
         id: str,
     ) -> Response:
-        """Compute the completions that a request asks for, and answer in its dialect; the name of
-        the reply begins with `id`.
-        """
+        """Answer a request for completions in its dialect, by an id that begins with `id`."""
         caller, record = self.caller(request), record_of(request)
         dialect = await self.body(
             request, caller, kind, lambda body: dialect_of(body, read(self, body))
@@ -160,8 +158,8 @@ class Server:
         async def guarded() -> AsyncIterator[bytes]:
             nonlocal complete
             try:
-                async for one in events:
-                    yield one
+                async for event in events:
+                    yield event
             except Refusal as refusal:
                 record.outcome = refusal.code
                 yield sse_event(*error_event(record, refusal))

@@ -38,8 +38,6 @@ from lorafold.verification.checks import Sandbox, VerifiedFiles
 
 log = logging.getLogger(__name__)
 BELOW = 16  # adapters below one
-DIFFERENCE = 1000  # characters of how the bases differ
-BASE_NAME = 300  # characters of the base's name
 # fields of the record that decide how an adapter is read
 READ_BY = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
@@ -66,8 +64,7 @@ class VerifiedCache:
 
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
-        self._lock, self._saving, self._changed = threading.Lock(), threading.Lock(), False
-        self._failed = False
+        self._saving, self._changed, self._failed = threading.Lock(), False, False
         self.adapters = dict[str, CachedAdapter]()  # without marks: it has to be verified again
         self.digests: dict[str, str] = {}  # that adapters had when they were last seen
         if os.path.lexists(file):
@@ -76,28 +73,27 @@ class VerifiedCache:
             except LorafoldError as error:
                 log.warning("adapters are verified again: %s", error)
                 return
-            self.digests = {name: one.found.digest for name, one in content.adapters.items()}
-            for name, one in content.adapters.items():
-                marks = one.marks if content.identity == identity else {}
-                self.adapters[name] = CachedAdapter(found=one.found, marks=marks)
+            for name, cached in content.adapters.items():
+                marks = cached.marks if content.identity == identity else {}
+                self.digests[name] = cached.found.digest
+                self.adapters[name] = CachedAdapter(found=cached.found, marks=marks)
 
     def put(self, adapter: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
         """Add an adapter; without marks, so that it is verified again, if a file was written just
         now: it could change again and keep its mark.
         """
         settled = dict(marks) if all(mark.settled for mark in marks.values()) else {}
-        with self._lock:
-            self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
-            self._changed = True
+        self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
+        self._changed = True
 
     def save(self) -> None:
         """Write the file, if anything changed."""
         with self._saving:  # no older content is written over a newer one
-            with self._lock:
-                if not self._changed:
-                    return
-                self._changed = False
-                content = CacheFile(identity=self.identity, adapters=dict(self.adapters))
+            if not self._changed:
+                return
+            self._changed = False
+            adapters = dict(self.adapters)  # other threads add to it
+            content = CacheFile(identity=self.identity, adapters=adapters)
             try:
                 write_text(self.file, content.model_dump_json())
                 self._failed = False
@@ -119,7 +115,7 @@ class Verifier:
         self._weights, self._storage = weights, storage
         self.directory, self.cache, self._backend = directory, cache, backend
         self._sandbox, self._renderers, self._base = sandbox, renderers, base
-        self._forms = {one.found.form for one in cache.adapters.values() if one.marks}
+        self._forms = {cached.found.form for cached in cache.adapters.values() if cached.marks}
 
     def find(self, name: str, afresh: bool = False) -> AdapterFiles:
         """The adapter of a name, verified; read again in any case if `afresh`. Raises LorafoldError
@@ -174,9 +170,7 @@ class Verifier:
         return self._sandbox.verify(path, files, CONFIG, RECORD, READ_BY)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
-        """Verify an adapter and read its record; adds the marks that its files had before, and
-        those of the adapters below.
-        """
+        """Verify an adapter and read its record; adds the earlier marks of all its files."""
         verified = self._verified(path, marks)
         files = (CONFIG, RECORD, MANIFEST)
         small = Contents(path, (CONFIG, RECORD), verified.bytes_of(files))
@@ -207,40 +201,38 @@ class Verifier:
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
         # in the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]
-        identities = [one.digest_of(one.files.keys() - {MANIFEST}) for one in each]
+        identities = [files.digest_of(files.files.keys() - {MANIFEST}) for files in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
         other_base, other_storage = self._differences(name, path, small)
         adapter = AdapterFiles(
             name=name, path=path, digest=joined(identities),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
-            stack=tuple(one.digest_of(FILES) for one in each),
-            sizes=tuple(one.bytes_of(FILES) for one in each),
+            stack=tuple(files.digest_of(FILES) for files in each),
+            sizes=tuple(files.bytes_of(FILES) for files in each),
             method=name_of(spec), rank=getattr(ranked, "rank", None),
-            base=cut(str(base or ""), BASE_NAME), words=words,
+            base=cut(str(base or ""), 300), words=words,
             other_base=other_base, other_storage=other_storage,
             tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
-            form=joined([one.form for one in each]),
+            form=joined([files.form for files in each]),
         )  # fmt: skip
-        linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
+        linked = [n for at, files in stack.items() for n in self.directory.linked(at, files.files)]
         cached = self.cache.adapters.get(name)
         if linked and (cached is None or cached.found.digest != adapter.digest):
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
         return adapter
 
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:
-        """How the base that an adapter was trained on, and its quantization, differ from those
-        that are served.
-        """
-        base, here = "", self._storage
+        """How an adapter's base, and its quantization, differ from the served ones."""
+        base, served = "", self._storage
         if self._weights is not None:
             base = OwnBase.of(path, files.object(CONFIG), files.record).other(self._weights)
         trained_on, storage = TrainedOn.of(files.record), ""
-        if trained_on and trained_on.storage != here and {trained_on.storage, here} & {*MADE}:
-            theirs = cut(trained_on.storage, 20)
-            storage = f"it was trained on {theirs} weights: over {here} ones it is another model"
+        if trained_on and trained_on.storage != served and {trained_on.storage, served} & {*MADE}:
+            trained = cut(trained_on.storage, 20)
+            storage = f"it was trained on {trained} weights: over {served} ones it is another model"
             log.warning("%s: %s", name, storage)
-        return cut(base, DIFFERENCE), storage
+        return cut(base, 1000), storage
 
     def _open_tokenizer(self, path: Path, verified: VerifiedFiles) -> str:
         """Open an adapter's tokenizer from the bytes that were verified, and return its digest."""
@@ -255,8 +247,8 @@ class Verifier:
         another base and has no fingerprint of that.
         """
         base, note = adapter.base, adapter.other_base
-        theirs, ours = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))
-        if base and theirs != ours:
+        named, served_name = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))
+        if base and named != served_name:
             served = f"and is served on {self._base!a}, which it fits"
             note = f"it names the base {base[:200]!a}, {served}"
         notes = filter(None, (note, adapter.other_storage))

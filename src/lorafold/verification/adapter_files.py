@@ -45,10 +45,10 @@ PIECE = 1 << 20  # values that are checked at a time
 
 def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
-    read_by: Sequence[str], numbers: int | None = None,
+    read_by: Sequence[str], most_parameters: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Verify an adapter's files: `config` and `record` are JSON, the fields `read_by` of the record
-    decide how the rest is read, and the weights have at most so many `numbers`. Returns the fields
+    decide how the rest is read, and the weights have at most so many parameters. Returns the fields
     of `checks.VerifiedFiles`.
     """
     directory = Path(path)
@@ -56,9 +56,9 @@ def verified(
         file = directory / name
         if file.is_file() and (size := file.stat().st_size) > TEXT:
             raise LorafoldError(f"{name}: found {size:,} bytes, expected at most {TEXT:,}")
-    if numbers is not None and (directory / WEIGHTS).is_file():
+    if most_parameters is not None and (directory / WEIGHTS).is_file():
         header_of = partial(_json, "header", most=VALUES)
-        check_numbers(directory / WEIGHTS, numbers, TEXT, header_of)
+        check_numbers(directory / WEIGHTS, most_parameters, TEXT, header_of)
     contents = Contents(directory, files)
     contents.check_intact()
     if config not in contents.files:
@@ -144,10 +144,10 @@ def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
         _in_time(field, begun, PATTERNS)
     for path in modules:
         for field, forms in compiled:
-            here = time.process_time()
+            begun_path = time.process_time()
             for form in forms:
                 form.match(path)
-            _in_time(field, here, AT_ONCE)
+            _in_time(field, begun_path, AT_ONCE)
             _in_time(field, begun, PATTERNS)
 
 
@@ -159,9 +159,7 @@ def _in_time(field: str, since: float, most: float) -> None:
 
 
 def _forms(field: str, pattern: str) -> tuple[str, ...]:
-    """The regular expressions that `lorafold.peft.config` and `lorafold.core.targets` make of a
-    pattern.
-    """
+    """The regular expressions that loading makes of a pattern."""
     whole = rf"(?:{pattern})\Z"
     return {
         "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),
@@ -186,8 +184,8 @@ def _header(content: bytearray) -> tuple[str, int]:
     """
     size = int.from_bytes(content[:8], "little")
     if size > TEXT:
-        found = f"found a header of {size:,} bytes"
-        raise LorafoldError(f"{WEIGHTS}: {found}, expected {TEXT:,} at most")
+        problem = f"found a header of {size:,} bytes"
+        raise LorafoldError(f"{WEIGHTS}: {problem}, expected {TEXT:,} at most")
     try:
         tensors = places(content, partial(_json, "header", most=VALUES))
     except LorafoldError as error:
@@ -196,8 +194,8 @@ def _header(content: bytearray) -> tuple[str, int]:
     for name, place in tensors.items():
         if place.dtype in ("F8_E4M3", "F8_E5M2"):
             expected = f"expected one of {', '.join(FLOATS)}, or integers"
-            found = f"dtype: found {place.dtype}, {expected}"
-            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: {found}")
+            problem = f"dtype: found {place.dtype}, {expected}"
+            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: {problem}")
         values = data[place.start : place.stop]
         if place.dtype in FLOATS and not _finite(values, *FLOATS[place.dtype]):
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found NaN or infinity")
@@ -207,8 +205,8 @@ def _header(content: bytearray) -> tuple[str, int]:
 
 def _finite(data: memoryview, kind: Any, exponent: int) -> bool:
     width = np.dtype(kind).itemsize
-    numbers = np.frombuffer(data[: len(data) // width * width], kind)
+    values = np.frombuffer(data[: len(data) // width * width], kind)
     mask = kind(exponent)
     return not any(
-        ((numbers[at : at + PIECE] & mask) == mask).any() for at in range(0, len(numbers), PIECE)
+        ((values[at : at + PIECE] & mask) == mask).any() for at in range(0, len(values), PIECE)
     )

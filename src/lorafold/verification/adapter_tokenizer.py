@@ -25,8 +25,7 @@ DEATHS, MINUTE = 3, 60.0  # processes that may die of one tokenizer in so many s
 
 
 class AdapterTokenizer:
-    """A tokenizer with the methods that `lorafold.data` and the engine use; `call` calls a process.
-    """
+    """A tokenizer for `lorafold.data` and the engine; `call` calls a process."""
 
     is_fast = False  # it renders by a method of its own
 
@@ -66,9 +65,7 @@ class AdapterTokenizer:
         self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
         **_: Any,
     ) -> Any:  # fmt: skip
-        """The tokens of a text, as `input_ids`. With `sanitize_control_tokens` it has the marks of
-        `data.control_tokens`.
-        """
+        """The tokens of a text as `input_ids`; sanitized, it has marks of `data.control_tokens`."""
         ids = self._call(
             "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
         )

@@ -46,15 +46,15 @@ class VerifiedFiles:
 
 class Sandbox:
     """Calls processes, which it starts when they are needed, for a base with these modules' paths
-    and this tokenizer; `allow` control tokens in messages, `numbers` parameters at most. Any thread
+    and this tokenizer; `allow` control tokens in messages. Any thread
     may call it.
     """
 
     def __init__(
         self, modules: Callable[[], Sequence[str]], tokenizer: Any, allow: bool = False,
-        numbers: int | None = None,
+        most_parameters: int | None = None,
     ) -> None:  # fmt: skip
-        self._tokenizer, self._numbers = tokenizer, numbers
+        self._tokenizer, self._most_parameters = tokenizer, most_parameters
         self._verifying = WorkerPool(lambda: {"modules": list(modules())}, VERIFYING)
         self._rendering = WorkerPool(
             lambda: {"vocabulary": tokenizer.get_vocab(), "allow": allow}, RENDERING
@@ -78,7 +78,7 @@ class Sandbox:
         verified = self._verifying.call(
             "verify", (SECONDS["verify"] + PER_BYTE * size, BYTES["verify"] + 2 * size),
             path=str(path), files=list(files), config=config, record=record, read_by=list(read_by),
-            numbers=self._numbers,
+            most_parameters=self._most_parameters,
         )  # fmt: skip
         entries = {name: (size, sha256) for name, (size, sha256) in verified["files"].items()}
         return VerifiedFiles(entries, verified["form"], verified["widest"])

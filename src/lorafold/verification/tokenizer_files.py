@@ -23,7 +23,6 @@ from lorafold.files.contents import Contents
 OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
         "raise_exception", "strftime_now"}  # fmt: skip
 SETTINGS = ("truncation", "padding")  # of calls, not of the tokenizer
-CACHED = 8  # tokenizers
 LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
 TEMPLATE = 1 << 20  # letters of all templates
 NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
@@ -38,9 +37,7 @@ class TokenizerFiles(TypedDict):
 
 
 class AdapterTokenizers:
-    """The tokenizers of adapters for a base with this vocabulary; with `allow` contents of messages
-    may have control tokens.
-    """
+    """Tokenizers for a base's vocabulary; `allow` allows control tokens in contents."""
 
     def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
         self._allow = allow
@@ -48,9 +45,7 @@ class AdapterTokenizers:
         self._cache: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """Describe a tokenizer for `AdapterTokenizer`; it must not give a token of the base another
-        number.
-        """
+        """Describe a tokenizer, which must not renumber the base's tokens."""
         tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
         words = {number: word for word, number in vocabulary.items()}
@@ -131,7 +126,7 @@ class AdapterTokenizers:
         new = (word for word, n in tokenizer.get_vocab().items() if n not in self._words)
         allow(tokenizer, ALL if self._allow else new)
         self._cache[digest] = tokenizer
-        if len(self._cache) > CACHED:
+        if len(self._cache) > 8:
             self._cache.popitem(last=False)
         return tokenizer
 

@@ -42,15 +42,10 @@ from urllib.request import Request, urlopen
 import numpy as np
 
 Job = dict[str, Any]  # or the answers
-LEAVES = ("lora_a", "lora_b", "m")  # of adapters in mlx-lm
-ROOM = 16  # tokens beside a prompt and its greedy text
 NAME = "lorafold-export"
 SLOTS = 8  # requests at once to llama.cpp, and prompts that are sent without the adapter
 UNIT = 256  # llama.cpp's contexts are multiples of it
-ERRORS = 1  # a verbosity
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
-INTERNAL = re.compile(r"[\w:]+")  # the name of a function of C++ that raised
-FAULT = re.compile(r"^[\d.]+ E .*?: (.*)$", re.MULTILINE)
 NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
 
 
@@ -72,8 +67,7 @@ def llamacpp(job: Job) -> Job:
 
     def tokens(text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": True}
-        found = json.loads(ask("/tokenize", body))["tokens"]
-        return found
+        return list(json.loads(ask("/tokenize", body))["tokens"])
 
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
     harmless = tokens("a")[-1:]  # a whole character: part of one would have no probabilities
@@ -112,12 +106,12 @@ def llamacpp(job: Job) -> Job:
     with ThreadPoolExecutor(SLOTS) as pool:
         slots = [*pool.map(in_slot, range(SLOTS))]
         each = [slots[n % SLOTS][n // SLOTS] for n in range(len(job["ids"]))]
-        both = enumerate(zip(job["texts"], job["ids"], strict=True))
+        texts_and_ids = enumerate(zip(job["texts"], job["ids"], strict=True))
         answers = {
             "adapted": [row for row, _ in each],
-            "greedy": [made for _, made in each],
+            "greedy": [completion for _, completion in each],
             "version": version,
-            "other_tokens": [n for n, (text, ids) in both if tokens(text) != ids],
+            "other_tokens": [n for n, (text, ids) in texts_and_ids if tokens(text) != ids],
         }
         if adapter:
             bare = partial(following, scale=0.0)
@@ -140,7 +134,7 @@ def started(job: Job) -> tuple[Any, str]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
     params.n_parallel, params.n_ctx = SLOTS, SLOTS * UNIT * -(-longest // UNIT)
     params.cache_ram_mib, params.cache_prompt, params.fit_params = 0, False, False
-    params.warmup, params.verbosity, params.ui = False, ERRORS, False
+    params.warmup, params.verbosity, params.ui = False, 1, False
     for each in (params.cpuparams, params.cpuparams_batch):
         each.n_threads = os.cpu_count() or 1
     with captured_stderr() as stderr:
@@ -151,8 +145,8 @@ def started(job: Job) -> tuple[Any, str]:
                 if "exiting due to" in stderr():
                     break
                 time.sleep(0.05)
-            why = next(iter(FAULT.findall(stderr())), "") or str(error)
-            if INTERNAL.fullmatch(why):
+            why = next(iter(re.findall(r"(?m)^[\d.]+ E .*?: (.*)$", stderr())), "") or str(error)
+            if re.fullmatch(r"[\w:]+", why):  # the name of a function of C++ that raised
                 why = f"it can't read {os.path.basename(job['base'])}, and says {why} alone"
             raise SystemExit(why) from None
 
@@ -162,10 +156,10 @@ def other_texts(job: Job, address: str, bos: str) -> list[int]:
     differing = []
     for n, (chat, text) in enumerate(zip(job["chats"], job["texts"], strict=True)):
         try:
-            made = json.loads(post(f"{address}/apply-template", chat))["prompt"]
+            rendered = json.loads(post(f"{address}/apply-template", chat))["prompt"]
         except HTTPError:
-            made = None
-        if made is None or made.removeprefix(bos) != text.removeprefix(bos):
+            rendered = None
+        if rendered is None or rendered.removeprefix(bos) != text.removeprefix(bos):
             differing.append(n)
     return differing
 
@@ -196,27 +190,27 @@ def peft(job: Job) -> Job:
 
     auto = AutoModelForCausalLM
     bare = auto.from_pretrained(job["base"], dtype=torch.float32)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(bare, job["adapter"]).eval()
     adapted, base, greedy = [], [], []
     with torch.inference_mode():
         for ids in job["ids"]:
-            given = torch.tensor([ids])
-            adapted.append(model(input_ids=given).logits[0, -1].log_softmax(-1).numpy())
+            ids_1T = torch.tensor([ids])
+            adapted.append(model(input_ids=ids_1T).logits[0, -1].log_softmax(-1).numpy())
             with model.disable_adapter():
-                base.append(model(input_ids=given).logits[0, -1].log_softmax(-1).numpy())
-            made = model.generate(
-                input_ids=given, attention_mask=torch.ones_like(given), do_sample=False,
+                base.append(model(input_ids=ids_1T).logits[0, -1].log_softmax(-1).numpy())
+            completion = model.generate(
+                input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False,
                 max_new_tokens=job["greedy"], eos_token_id=job["ends"], pad_token_id=0,
             )[0, len(ids) :].tolist()  # fmt: skip
-            greedy.append([*takewhile(lambda token: token not in job["ends"], made)])
+            greedy.append([*takewhile(lambda token: token not in job["ends"], completion)])
     return {
         "adapted": adapted,
         "base": base,
         "greedy": greedy,
         "version": peft.__version__,
-        "unused": [str(one.message) for one in told if "keys" in str(one.message)],
+        "unused": [str(warning.message) for warning in caught if "keys" in str(warning.message)],
     }
 
 
@@ -239,42 +233,41 @@ def mlx(job: Job) -> Job:
             model(mx.array([ids]), cache=cache)
             mx.eval([layer.state for layer in cache])
 
-    def asked(model: Any, most: int) -> tuple[Any, Any]:
-        """For each prompt, log-probabilities (vocabulary,) and so many greedy tokens without ends.
-        """
+    def answers_of(model: Any, most: int) -> tuple[Any, Any]:
+        """For each prompt, log-probabilities (vocabulary,) and greedy tokens, `most` at most."""
         model.set_dtype(mx.float32)
         start = make_prompt_cache(model)
         read(model, job["ids"][0][:common], start)
-        found, greedy = [], []
+        logprobs, greedy = [], []
         for ids in job["ids"]:
-            cache, made = deepcopy(start), list[int]()
+            cache, completion = deepcopy(start), list[int]()
             read(model, ids[common:-1], cache)
             logits = model(mx.array([ids[-1:]]), cache=cache)[0, -1]
-            found.append(np.array(logits - mx.logsumexp(logits)))
-            while len(made) < most and (token := int(logits.argmax())) not in job["ends"]:
-                made.append(token)
+            logprobs.append(np.array(logits - mx.logsumexp(logits)))
+            while len(completion) < most and (token := int(logits.argmax())) not in job["ends"]:
+                completion.append(token)
                 logits = model(mx.array([[token]]), cache=cache)[0, -1]
-            greedy.append(made)
-        return found, greedy
+            greedy.append(completion)
+        return logprobs, greedy
 
     mx.set_default_device(mx.cpu)
-    before, _ = asked(load(job["base"])[0], 0)
+    before, _ = answers_of(load(job["base"])[0], 0)
     model, tokenizer = load(job["base"], adapter_path=job["adapter"])
-    adapted, greedy = asked(model, job["greedy"])
+    adapted, greedy = answers_of(model, job["greedy"])
     file = mx.load(str(Path(job["adapter"]) / "adapters.safetensors"))
-    own = {
+    loaded = {
         name: value
         for name, value in tree_flatten(model.parameters())
-        if name.rsplit(".", 1)[-1] in LEAVES
+        if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")
     }
-    both = own.keys() & file.keys()
-    wrong = {name for name in both if not bool(mx.array_equal(own[name], file[name]))}
+    shared = loaded.keys() & file.keys()
+    wrong = {name for name in shared if not bool(mx.array_equal(loaded[name], file[name]))}
     return {
         "adapted": adapted,
         "base": before,
         "greedy": greedy,
         "version": f"{__version__} (mlx {mx.__version__})",
-        "unused": sorted((own.keys() ^ file.keys()) | wrong),
+        "unused": sorted((loaded.keys() ^ file.keys()) | wrong),
         "other_tokens": other_tokens(job, tokenizer),
     }
 
@@ -289,30 +282,30 @@ def vllm(job: Job) -> Job:
 
     llm = vllm.LLM(
         model=job["base"], dtype="float32", enforce_eager=True, enable_lora=True, max_loras=1,
-        max_model_len=max(map(len, job["ids"])) + job["greedy"] + ROOM, max_num_seqs=8,
+        max_model_len=max(map(len, job["ids"])) + job["greedy"] + 16, max_num_seqs=8,
         max_logprobs=-1, enable_prefix_caching=False, **job["lora"]["engine"],
     )  # fmt: skip
     lora = LoRARequest("exported", 1, job["adapter"], **job["lora"]["request"])
 
-    def made(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
+    def completions(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
         """What follows each prompt."""
-        asked = vllm.SamplingParams(temperature=0, detokenize=False, **params)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
-        rows = llm.generate(given, asked, lora_request=over, use_tqdm=False)
+        sampling = vllm.SamplingParams(temperature=0, detokenize=False, **params)
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        rows = llm.generate(inputs, sampling, lora_request=over, use_tqdm=False)
         return [row.outputs[0] for row in rows]
 
     def distribution(ids: list[int], over: Any) -> np.ndarray:
         """The log-probabilities (vocabulary,) of the token that follows these."""
-        found = made([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
-        return row_of({token: entry.logprob for token, entry in found.items()})
+        entries = completions([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
+        return row_of({token: entry.logprob for token, entry in entries.items()})
 
-    texts = made(job["ids"], lora, max_tokens=job["greedy"], stop_token_ids=job["ends"])
+    texts = completions(job["ids"], lora, max_tokens=job["greedy"], stop_token_ids=job["ends"])
     return {
         "base": [distribution(ids, None) for ids in job["ids"]],
         "adapted": [distribution(ids, lora) for ids in job["ids"]],
-        "greedy": [[t for t in one.token_ids if t not in job["ends"]] for one in texts],
+        "greedy": [[t for t in output.token_ids if t not in job["ends"]] for output in texts],
         "version": vllm.__version__,
-        "unused": sorted({name for found in llm.collective_rpc(unused) for name in found}),
+        "unused": sorted({name for names in llm.collective_rpc(unused) for name in names}),
         "other_tokens": other_tokens(job, llm.get_tokenizer()),
     }
 
@@ -320,7 +313,7 @@ def vllm(job: Job) -> Job:
 def unused(worker: Any) -> list[str]:
     """The modules that adapters have factors for and vLLM's model has not."""
     manager = worker.model_runner.lora_manager._adapter_manager
-    loras = [one.loras.keys() for one in manager.list_adapters().values()]
+    loras = [lora.loras.keys() for lora in manager.list_adapters().values()]
     return sorted(set().union(*loras) - manager.modules.keys())
 
 
@@ -331,24 +324,24 @@ def vllm_url(job: Job) -> Job:
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
     version = json.loads(sent(url, "/version"))["version"]
     models = json.loads(sent(url, "/v1/models"))["data"]
-    base = next(one["id"] for one in models if not one.get("parent"))
+    base = next(model["id"] for model in models if not model.get("parent"))
 
-    def made(model: str, ids: list[int], **asked: Any) -> Any:
+    def completion(model: str, ids: list[int], **fields: Any) -> Any:
         """What the server makes of a prompt."""
-        body = {"model": model, "prompt": ids, "temperature": 0, **asked}
+        body = {"model": model, "prompt": ids, "temperature": 0, **fields}
         return json.loads(sent(url, "/v1/completions", body))["choices"][0]
 
     def distribution(model: str, ids: list[int]) -> np.ndarray:
         """The log-probabilities (vocabulary,) of the token that follows these."""
-        told = made(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
-        found = told["logprobs"]["top_logprobs"][0]
-        return row_of({int(token.removeprefix("token_id:")): p for token, p in found.items()})
+        choice = completion(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
+        logprobs = choice["logprobs"]["top_logprobs"][0]
+        return row_of({int(token.removeprefix("token_id:")): p for token, p in logprobs.items()})
 
     def greedy(ids: list[int]) -> list[int]:
         """The most likely tokens, without those that end a completion."""
-        asked = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
-        told = made(name, ids, **asked, return_token_ids=True)
-        return [token for token in told["token_ids"] if token not in job["ends"]]
+        limits = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
+        choice = completion(name, ids, **limits, return_token_ids=True)
+        return [token for token in choice["token_ids"] if token not in job["ends"]]
 
     loaded = {"lora_name": name, "lora_path": job["adapter"], **job["lora"]["request"]}
     sent(url, "/v1/load_lora_adapter", loaded)
@@ -391,10 +384,10 @@ def reason(error: HTTPError) -> str:
         return str(error)
 
 
-def row_of(found: dict[int, float]) -> np.ndarray:
+def row_of(logprobs: dict[int, float]) -> np.ndarray:
     """Log-probabilities (vocabulary,) by token."""
-    row = np.full(max(found) + 1, -np.inf, np.float32)
-    row[[*found]] = [*found.values()]
+    row = np.full(max(logprobs) + 1, -np.inf, np.float32)
+    row[[*logprobs]] = [*logprobs.values()]
     return row
 
 
@@ -409,17 +402,17 @@ ENGINES: dict[str, Callable[[Job], Job]] = {
 }
 
 
-def main(engine: str, asked: str) -> None:
+def main(engine: str, job_file: str) -> None:
     """Answer a job."""
-    job = json.loads(Path(asked).read_text(encoding="utf-8"))
-    found = ENGINES[engine](job)
-    greedy = np.full((len(found["greedy"]), job["greedy"]), -1, np.int64)
-    for row, tokens in zip(greedy, found.pop("greedy"), strict=True):
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    answers = ENGINES[engine](job)
+    greedy = np.full((len(answers["greedy"]), job["greedy"]), -1, np.int64)
+    for row, tokens in zip(greedy, answers.pop("greedy"), strict=True):
         row[: len(tokens)] = tokens
-    rows = {name: found.pop(name) for name in ("adapted", "base") if name in found}
-    kept: dict[str, Any] = {name: np.stack(each).astype(np.float32) for name, each in rows.items()}
-    kept |= {"greedy": greedy, "about": np.array(json.dumps(found))}
-    np.savez(job["out"], allow_pickle=False, **kept)
+    rows = {name: answers.pop(name) for name in ("adapted", "base") if name in answers}
+    arrays: dict[str, Any] = {n: np.stack(each).astype(np.float32) for n, each in rows.items()}
+    arrays |= {"greedy": greedy, "about": np.array(json.dumps(answers))}
+    np.savez(job["out"], allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":

@@ -132,16 +132,16 @@ class PlainPrompts(DialectRequest):
         super().__init__(body, {}, "prompt", body.max_tokens)
         server.admission.check(body)
         prompt = body.prompt
-        one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
-        self.given = cast(list[str | Ids], [prompt] if one else prompt)  # each a text or tokens
-        check_number("prompt", len(self.given), server.settings.limits.choices)
+        single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        self.prompts = cast(list[str | Ids], [prompt] if single else prompt)
+        check_number("prompt", len(self.prompts), server.settings.limits.choices)
         self._sampling = body.sampling(logprobs=body.logprobs)
 
     def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
         special = self.body.add_special_tokens
         return self.body.prompt, tuple(
-            renderer.tokens(one, special) if isinstance(one, str) else tuple(one)
-            for one in self.given
+            renderer.tokens(prompt, special) if isinstance(prompt, str) else tuple(prompt)
+            for prompt in self.prompts
         )
 
     def prompted(self, chosen: ServedModel) -> Prompted:
@@ -233,7 +233,7 @@ class CompletionsReply(Choices):
         """
         echo = list[Token]()
         if self.body.echo:
-            request, prompt = reply.jobs[i].request, self.request.given[i // self.body.n]
+            request, prompt = reply.jobs[i].request, self.request.prompts[i // self.body.n]
             text = prompt if isinstance(prompt, str) else None
             pieces = reply.prompted.chosen.renderer.texts.pieces(request.prompt, text)
             scored = reply.jobs[i].prompt or [Token(request.id, id) for id in request.prompt]

@@ -30,7 +30,6 @@ BLOCKS = {
     "thinking": {"thinking", "signature"} | HINTS,
 }
 NO_TEXT = "found a block of type {}, expected text"
-SHARED = ("max_tokens", "temperature", "top_p", "top_k", "stream")  # fields that chats have, too
 STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # by kind of block: the type of its deltas, and the field that they add to
 DELTAS = {
@@ -65,27 +64,28 @@ class CountTokens(Body):
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
 
-    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
+    def chat(self) -> tuple[ChatBody, dict[str, str]]:
         """The same as a chat completion, and the names of its fields here."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
         conversation = list(self._conversation())
-        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
-        names = {
-            f"tools[{i}].function.parameters": f"tools[{i}].input_schema" for i in range(len(tools))
-        }
+        tools, names = [], dict(NAMES)
+        for i, tool in enumerate(self.tools):
+            if (tool.get("type") or "custom") != "custom":
+                raise wrong(f"tools[{i}].type", f"found {tool['type']!r:.80}, expected custom")
+            _check_keys(tool, TOOL, f"tools[{i}]")
+            names[f"tools[{i}].function.parameters"] = f"tools[{i}].input_schema"
+            function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
+            if tool.get("description") is not None:
+                function["description"] = tool["description"]
+            tools.append({"type": "function", "function": function})
         choice = self._choice()
         _check_keys(self.output_config, {"format"}, "output_config")
+        parallel = not self.tool_choice.get("disable_parallel_tool_use")
         return chat_of(
-            conversation,
-            tools,
-            NAMES | names,
-            model=self.model,
-            tool_choice=choice,
-            parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use"),
-            response_format=self.output_config.get("format") or {"type": "text"},
-            **more,
-        )
+            self, conversation, tools, names,
+            tool_choice=choice, parallel_tool_calls=parallel,
+        )  # fmt: skip
 
     def _conversation(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The messages, each with the field that it comes from."""
@@ -122,10 +122,6 @@ class MessagesBody(CountTokens):
     top_p: float = 1.0
     top_k: int = 0
     stream: bool = False
-
-    def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
-        shared = {name: getattr(self, name) for name in SHARED}
-        return super().chat(stop=self.stop_sequences, **shared)
 
 
 def turn_of(server: Server, body: CountTokens) -> NextTurn:
@@ -191,7 +187,7 @@ class MessagesReply(Dialect):
         end, stop = message.end, None
         if end.reason == "stop":  # by the text that follows
             after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
-            stop = next((one for one in self.body.stop_sequences if after.startswith(one)), None)
+            stop = next((text for text in self.body.stop_sequences if after.startswith(text)), None)
         return {
             "stop_reason": "tool_use" if message.calls else STOPS[end.reason],
             "stop_sequence": stop,
@@ -257,16 +253,6 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
             raise wrong(f"{at}.type", f"found {kind!r:.80} of the {role}, which is not supported")
     if message:
         yield {"role": role} | message
-
-
-def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if (tool.get("type") or "custom") != "custom":
-        raise wrong(f"{where}.type", f"found {tool['type']!r:.80}, expected custom")
-    _check_keys(tool, TOOL, where)
-    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
-    if tool.get("description") is not None:
-        function["description"] = tool["description"]
-    return {"type": "function", "function": function}
 
 
 def _text(content: Any, where: str) -> str:

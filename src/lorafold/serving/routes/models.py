@@ -3,17 +3,16 @@ adapters and aliases.
 
     async for data in feed.events(caller, admin):     the whole list, then the changes
 
-Once a second the feed takes a `Snapshot`, for all listeners, and describes the models that differ
-from the one before. Callers that may see the same models share a view, for which an event is
-written once. A listener that is too slow gets the whole list again in place of missed events.
+Once a second, if somebody listens, the feed takes a `Snapshot`, and each listener gets the
+difference from the one it got last.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.errors import STOPS, LorafoldError, cut
+from lorafold.errors import LorafoldError, cut
 from lorafold.serving.backend import AdapterFiles
 from lorafold.serving.errors import Refusal, wrong
 from lorafold.serving.keys import ADMIN, Caller
@@ -31,12 +30,9 @@ from lorafold.serving.registry import REASON, AliasTarget, Registry
 from lorafold.serving.request_body import Body, sse_event
 from lorafold.serving.server import Server, answer, authorization, record_of
 
-K = TypeVar("K")
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 EACH = 1.0  # seconds between two snapshots
 ACTS = ("pin", "unpin", "quarantine")
-NOBODY = ""  # the name of no tenant, on whose behalf the feed works
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -121,38 +117,49 @@ class Snapshot:
         self.states, self.ready = server.host.backend.states(), server.host.ready
         self.load = Counter((job.adapter, job.began is not None) for job in jobs)
         self.uses = {name: (use.requests, use.tokens) for name, use in uses}
+        self.taken, self.draining = time.monotonic(), server.host.draining
+        self._views: dict[object, dict[str, dict[str, Any]]] = {}
+        self._events: dict[object, bytes] = {}
 
-    def changed(self, before: Snapshot) -> set[str]:
-        """The names of models that differ, are new, or are gone."""
-        old, a, b = before.adapters, before.state, self.state
-        names = {name for name, one in self.adapters.items() if old.get(name) is not one}
-        names |= old.keys() - self.adapters.keys() | (before.unverified ^ self.unverified)
-        keys = _differing(before.states.adapters, self.states.adapters)
-        names |= {key.partition("@")[0] for key in keys}
-        names |= {name for name, _ in _differing(before.load, self.load)}
-        names |= _differing(before.rejected, self.rejected) | _differing(before.uses, self.uses)
-        if a is not b:
-            names |= {*a.pinned} ^ {*b.pinned} | {*a.unloaded} ^ {*b.unloaded}
-            names |= _differing(a.quarantined, b.quarantined) | _differing(a.aliases, b.aliases)
-        return names
+    def event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
+        """All models of a caller, or their difference from a snapshot before, empty if there is
+        none. Callers that may see the same models share it.
+        """
+        key = caller.adapters, caller.base, admin, before and before.taken
+        if key not in self._events:
+            self._events[key] = self._event(before, caller, admin)
+        return self._events[key]
+
+    def _event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
+        models = self._view(caller, admin)
+        if before is None:
+            head = {"object": "list", "data": list(models.values())}
+            return sse_event(head | {"status": self.ready, "administrator": admin})
+        old = before._view(caller, admin)
+        new = [model for name, model in models.items() if old.get(name) != model]
+        changes = {"object": "changes", "data": new, "removed": [*(old.keys() - models.keys())]}
+        if before.ready != self.ready:
+            return sse_event(changes | {"status": self.ready})
+        return sse_event(changes) if new or changes["removed"] else b""
+
+    def _view(self, caller: Caller, admin: bool) -> dict[str, dict[str, Any]]:
+        key = caller.adapters, caller.base, admin
+        if key not in self._views:
+            self._views[key] = {model["id"]: model for model in self.models(caller, admin)}
+        return self._views[key]
 
     def models(self, caller: Caller, admin: bool = False) -> list[dict[str, Any]]:
-        """The models that a caller may use, the base first and aliases last; for the administrator
-        also those that are not served, and why.
-        """
+        """A caller's models, the base first, aliases last; for the administrator all."""
         aliases, names = self.state.aliases, {*self.adapters, *self.unverified}
         if admin:
             names |= {*self.rejected, *self.state.unloaded}
         ordered = [self.registry.base, *sorted(names - aliases.keys()), *sorted(aliases)]
-        models = (self.described(name, admin) for name in ordered if self.sees(caller, name))
-        return [model for model in models if model is not None]
+        return [self._described(name, admin) for name in ordered if self._sees(caller, name)]
 
-    def sees(self, caller: Caller, name: str) -> bool:
-        """Whether a caller may see a model."""
+    def _sees(self, caller: Caller, name: str) -> bool:
         return caller.base if name == self.registry.base else caller.may(name)
 
-    def described(self, name: str, admin: bool) -> dict[str, Any] | None:
-        """An entry of the list, None if there is no such model."""
+    def _described(self, name: str, admin: bool) -> dict[str, Any]:
         if name == self.registry.base:
             return self.base()
         if name in self.state.aliases:
@@ -164,11 +171,9 @@ class Snapshot:
             return self.adapter(adapter) | shown
         if name in self.unverified:
             return self._model(name, state="unverified")
-        if admin and name in self.state.unloaded:
+        if name in self.state.unloaded:
             return self._model(name, state="unloaded")
-        if admin and name in self.rejected:
-            return self._model(name, state="wrong", why=self.rejected[name])
-        return None
+        return self._model(name, state="wrong", why=self.rejected[name])
 
     def base(self) -> dict[str, Any]:
         """The base's entry."""
@@ -214,105 +219,32 @@ class Snapshot:
         }
 
 
-def _differing(a: Mapping[K, object], b: Mapping[K, object]) -> set[K]:
-    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
-
-
-class View:
-    """The listeners that see the same models, each with a queue of the next event."""
-
-    def __init__(self, caller: Caller, admin: bool) -> None:
-        self.caller, self.admin = caller, admin
-        self.queues: list[asyncio.Queue[bytes | None]] = []
-
-    def send(self, data: bytes | None) -> None:
-        """Queue an event, or None after the last one. If the event before is still there, b"" for
-        the whole list takes the place of both.
-        """
-        for queue in self.queues:
-            missed = data is not None and not queue.empty() and queue.get_nowait() is not None
-            queue.put_nowait(b"" if missed else data)
-
-
 class ModelChanges:
     """The changes of one server's models."""
 
     def __init__(self, server: Server) -> None:
-        self._server = server
-        self._views: dict[object, View] = {}
-        self._begun = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._server, self._snapshot = server, Snapshot(server)
+        self._turn = asyncio.Lock()
 
     async def events(self, caller: Caller, admin: bool) -> AsyncGenerator[bytes, None]:
         """The whole list, then the changes, until the server ends."""
-        key = (caller.adapters, caller.base, admin)
-        view = self._views.setdefault(key, View(caller, admin))
-        queue = asyncio.Queue[bytes | None]()
-        queue.put_nowait(b"")
-        view.queues.append(queue)
-        if self._task is None:
-            self._begun = asyncio.Event()
-            self._task = asyncio.create_task(self._run())
-        try:
-            await self._begun.wait()  # the first snapshot: every change after it is an event
-            whole = partial(self._whole, view)
-            while (data := await queue.get()) is not None:
-                yield data or await self._server.host.think(whole, caller.tenant)
-        finally:
-            view.queues.remove(queue)
-            if not view.queues and self._views.get(key) is view:
-                del self._views[key]
-
-    def _whole(self, view: View) -> bytes:
-        now = Snapshot(self._server)
-        models = now.models(view.caller, view.admin)
-        head = {"object": "list", "data": models}
-        return sse_event(head | {"status": now.ready, "administrator": view.admin})
-
-    async def _run(self) -> None:
-        think = self._server.host.think
-        try:
-            now = await think(lambda: Snapshot(self._server), NOBODY)
-            self._begun.set()
-            while self._views:
-                await asyncio.sleep(EACH)
-                changes_of = partial(self._changes, now, list(self._views.values()))
-                now, changes = await think(changes_of, NOBODY)
-                for view, data in changes:
-                    view.send(data)
-                if self._server.host.draining:
-                    break
-        except STOPS:
-            raise
-        except BaseException:
-            log.exception("changes of the models can't be told")
-            raise
-        finally:
-            self._task = None
-            self._begun.set()
-            for view in self._views.values():
-                view.send(None)
-            self._views.clear()
+        before, ended = None, False
+        while not ended:
+            async with self._turn:
+                changes = partial(self._changes, before, caller, admin)
+                now, data = await self._server.host.think(changes, tenant="")
+            if data:
+                yield data
+            before, ended = now, now.draining
+            await asyncio.sleep(now.taken + EACH - time.monotonic())
 
     def _changes(
-        self, before: Snapshot, views: list[View]
-    ) -> tuple[Snapshot, list[tuple[View, bytes]]]:
-        """The next snapshot, and an event for each view that something changed for."""
-        now, events = Snapshot(self._server), list[tuple[View, bytes]]()
-        names = sorted(now.changed(before))
-        status = {} if now.ready == before.ready else {"status": now.ready}
-        for view in views:
-            seen = [name for name in names if now.sees(view.caller, name)]
-            models = {name: now.described(name, view.admin) for name in seen}
-            new = [model for model in models.values() if model is not None]
-            gone = [
-                name for name, model in models.items()
-                if model is None and before.described(name, view.admin)
-            ]  # fmt: skip
-            if new or gone or status:
-                changes = {"object": "changes", "data": new, "removed": gone}
-                events.append((view, sse_event(changes | status)))
-        return now, events
+        self, before: Snapshot | None, caller: Caller, admin: bool
+    ) -> tuple[Snapshot, bytes]:
+        now = self._snapshot
+        if time.monotonic() - now.taken >= EACH:
+            now = self._snapshot = Snapshot(self._server)
+        return now, now.event(before, caller, admin)
 
 
 class UnloadBody(Body):
@@ -323,17 +255,15 @@ class UnloadBody(Body):
 
 
 class LoadBody(UnloadBody):
-    """The body of vLLM's route that loads one; its files are checked against the base that is
-    served, whatever it names.
-    """
+    """The body of vLLM's route that loads one; the base that it names is ignored."""
 
     lora_path: str | None = None
     load_inplace: bool = True
     base_model_name: str | None = None
 
-    def check(self, registry: Registry) -> None:
-        """Raise Refusal for a path to anything but the directory's entry of that name, and for an
-        adapter that exists and may not be replaced.
+    def load(self, registry: Registry) -> AdapterFiles:
+        """Load the adapter. Raises Refusal for a path to anything but the directory's entry of that
+        name, and for an adapter that exists and may not be replaced.
         """
         name, path = self.lora_name, self.lora_path
         entry, same = registry.directory.locate(name), path is None
@@ -346,6 +276,7 @@ class LoadBody(UnloadBody):
         if name in registry.adapters and not self.load_inplace:
             message = f"found false, and {name} has already been loaded; true replaces it"
             raise wrong("load_inplace", message)
+        return registry.load(name)
 
 
 class AliasBody(Body):
@@ -383,14 +314,8 @@ def administration(app: FastAPI, server: Server) -> None:
         """Read the files of an adapter of the directory, new or changed."""
         caller = server.admin(request)
         body = await server.body(request, caller, LoadBody, lambda body: body)
-        name = body.lora_name
-
-        def load_now() -> AdapterFiles:
-            body.check(registry)
-            return registry.load(name)
-
-        adapter = await done(load_now)
-        return answer({"id": name, "digest": adapter.digest, "status": "loaded"})
+        adapter = await done(lambda: body.load(registry))
+        return answer({"id": adapter.name, "digest": adapter.digest, "status": "loaded"})
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
@@ -409,9 +334,9 @@ def administration(app: FastAPI, server: Server) -> None:
             now = Snapshot(server)
             return answer(
                 {
-                    "adapters": [now.adapter(one) for one in now.adapters.values()],
+                    "adapters": [now.adapter(a) for a in now.adapters.values()],
                     "unverified": registry.unverified,  # which may read the directory
-                    "notes": {n: one.note for n, one in now.adapters.items() if one.note},
+                    "notes": {a.name: a.note for a in now.adapters.values() if a.note},
                     "unloaded": now.state.unloaded,
                     "quarantined": {n: why for n, (_, why) in now.state.quarantined.items()},
                     "wrong": now.rejected,

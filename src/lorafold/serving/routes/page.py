@@ -13,8 +13,10 @@ from lorafold.serving.keys import Caller
 from lorafold.serving.server import Server
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-SCRIPTS = ("page", "api", "chat", "answer", "markdown", "difference", "table", "manage")
-OWN = ("page.css", *(f"{name}.js" for name in SCRIPTS))
+OWN = (
+    "page.css", "page.js", "api.js", "chat.js", "answer.js", "markdown.js", "difference.js",
+    "table.js", "manage.js",
+)  # fmt: skip
 FILES = {  # by path; the look is that of all pages
     "/": "serving/page/index.html",
     "/look.css": "files/look.css",

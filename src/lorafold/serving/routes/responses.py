@@ -4,8 +4,6 @@ are not supported.
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from typing import Any, Literal
@@ -30,7 +28,10 @@ NAMES = {
     "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
     "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
 }  # fmt: skip
-SHARED = ("temperature", "top_p", "stream", "logprobs")  # fields that chats have, too
+RETURNED = {  # fields of the request in the answer
+    "instructions", "max_output_tokens", "metadata", "model", "parallel_tool_calls", "temperature",
+    "tool_choice", "tools", "top_logprobs", "top_p", "truncation",
+}  # fmt: skip
 KINDS = {REASONING: "reasoning", CONTENT: "message"}
 TEXTS = {"reasoning": "reasoning_text", "message": "output_text"}  # the events of an item's text
 
@@ -88,18 +89,7 @@ class InputTokens(Body):
             fields = ("name", "description", "parameters", "strict")
             function = {name: tool[name] for name in fields if name in tool}
             tools.append({"type": "function", "function": function})
-        return chat_of(
-            conversation,
-            tools,
-            NAMES,
-            model=self.model,
-            tool_choice=self.tool_choice,
-            parallel_tool_calls=self.parallel_tool_calls,
-            response_format=self.text.get("format") or {"type": "text"},
-            reasoning_effort=self.reasoning.get("effort"),
-            verbosity=self.text.get("verbosity"),
-            **more,
-        )
+        return chat_of(self, conversation, tools, NAMES, **more)
 
 
 class ResponsesBody(InputTokens):
@@ -132,11 +122,7 @@ class ResponsesBody(InputTokens):
             if len(key) > KEY or len(value) > VALUE:
                 most = f"a key of at most {KEY} characters and a value of at most {VALUE}"
                 raise wrong(f"metadata.{key[:KEY]}", f"expected {most}")
-        return super().chat(
-            max_tokens=self.max_output_tokens,
-            top_logprobs=self.top_logprobs if self.logprobs else None,
-            **{name: getattr(self, name) for name in SHARED},
-        )
+        return super().chat(top_logprobs=self.top_logprobs if self.logprobs else None)
 
 
 def turn_of(server: Server, body: InputTokens) -> NextTurn:
@@ -152,112 +138,104 @@ class ResponsesReply(Dialect):
 
     def __init__(self, body: ResponsesBody, request: NextTurn) -> None:
         super().__init__(body, request)
-        self._numbers, self._events = count(), deque[bytes]()  # of events, and those to be sent
-        self._items: list[Item] = []  # that were streamed so far
+        self._items: list[Item] = []  # that were begun so far
         self._pending: list[Token] = []  # tokens of a message whose text is still held back
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        [message] = await self.request.messages_of(reply)
-        items = [_text_item(KINDS[field], text) for field, text in message.texts.items()]
-        for item in items:
-            if item["type"] == "message":
-                tokens = [token for field, token in message.tokens if field == CONTENT]
-                logprobs = await asyncio.to_thread(self._logprobs, reply, tokens)
-                item["content"][0]["logprobs"] = logprobs
-        items += map(_call_item, message.calls)
-        return self._ended(reply, message, items or [_text_item("message", "")])
+        async for event in self._events(reply):
+            last = event
+        return last["response"]
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
+        sequence = count()
+        async for event in self._events(reply):
+            yield sse_event({"sequence_number": next(sequence)} | event, event["type"])
+
+    async def _events(self, reply: Reply) -> AsyncIterator[Item]:
         # text in pieces, each call whole
         begun = self._response(reply, "in_progress", [])
-        yield self._event("response.created", response=begun)
-        yield self._event("response.in_progress", response=begun)
+        yield _event("response.created", response=begun)
+        yield _event("response.in_progress", response=begun)
         message, items = GeneratedMessage(), self._items
         async for delta in self.request.deltas(reply):
             message.add(delta)
             if delta.token is not None and delta.field == CONTENT:
                 self._pending.append(delta.token)
             for field, text in delta.texts.items():
-                self._add_text(reply, KINDS[field], text)
-            while self._events:
-                yield self._events.popleft()
-        if items or not message.calls:
-            self._close_text(reply)
+                for event in self._text_events(reply, KINDS[field], text):
+                    yield event
+        if not items and not message.calls:  # an empty answer
+            for event in self._begin_text("message"):
+                yield event
+        if items:
+            for event in self._end_text(reply):
+                yield event
         for call in message.calls:
-            self._add_call(_call_item(call))
+            for event in self._call_events(call):
+                yield event
         ended = self._ended(reply, message, items)
-        self._add_event(f"response.{ended['status']}", response=ended)
-        for data in self._events:
-            yield data
+        yield _event(f"response.{ended['status']}", response=ended)
 
-    def _add_text(self, reply: Reply, kind: str, text: str) -> None:
+    def _text_events(self, reply: Reply, kind: str, text: str) -> Iterator[Item]:
         """Add text to the last item, or to a new one if that is of another kind."""
         if not self._items or self._items[-1]["type"] != kind:
             if self._items:
-                self._close_text(reply)
-            self._open_text(kind)
+                yield from self._end_text(reply)
+            yield from self._begin_text(kind)
         part = self._items[-1]["content"][0]
         part["text"] += text
         more = {"logprobs": self._add_logprobs(reply, part)} if "logprobs" in part else {}
-        self._add_event(f"response.{TEXTS[kind]}.delta", **self._place, delta=text, **more)
+        yield _event(f"response.{TEXTS[kind]}.delta", **self._place, delta=text, **more)
 
-    def _open_text(self, kind: str) -> None:
-        item = _text_item(kind, "")
-        self._add_item(item, content=[])
-        part = dict(item["content"][0])
-        self._add_event("response.content_part.added", **self._place, part=part)
+    def _begin_text(self, kind: str) -> Iterator[Item]:
+        item = _text_item(kind)
+        yield self._begin(item, content=[])
+        yield _event("response.content_part.added", **self._place, part=item["content"][0])
 
-    def _close_text(self, reply: Reply) -> None:
-        if not self._items:  # an empty answer
-            self._open_text("message")
+    def _end_text(self, reply: Reply) -> Iterator[Item]:
         item = self._items[-1]
         place, part, more = self._place, item["content"][0], dict[str, Any]()
         if "logprobs" in part:
             self._add_logprobs(reply, part)
             more["logprobs"] = part["logprobs"]
-        kind = f"response.{TEXTS[item['type']]}.done"
-        self._add_event(kind, **place, text=part["text"], **more)
-        self._add_event("response.content_part.done", **place, part=part)
-        self._add_done()
+        yield _event(f"response.{TEXTS[item['type']]}.done", **place, text=part["text"], **more)
+        yield _event("response.content_part.done", **place, part=part)
+        yield self._end()
 
     def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
         """The log probabilities of the pending tokens, which a message's part gets."""
-        new = self._logprobs(reply, self._pending)
+        texts, new = reply.prompted.chosen.renderer.texts, list[Any]()
+        if self.body.logprobs:
+            new = texts.chat_logprobs(self._pending, self.body.top_logprobs)
         part["logprobs"] += new
         self._pending = []
         return new
 
-    def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
-        texts, top = reply.prompted.chosen.renderer.texts, self.body.top_logprobs
-        return texts.chat_logprobs(tokens, top) if self.body.logprobs else []
-
-    def _add_call(self, item: Item) -> None:
-        self._add_item(item, arguments="")
+    def _call_events(self, call: Item) -> Iterator[Item]:
+        item = {
+            "type": "function_call", "id": new_id("fc"), "call_id": call["id"],
+            **call["function"], "status": "completed",
+        }  # fmt: skip
+        yield self._begin(item, arguments="")
         place = {"output_index": len(self._items) - 1, "item_id": item["id"]}
         kind, arguments = "response.function_call_arguments", item["arguments"]
-        self._add_event(f"{kind}.delta", **place, delta=arguments)
-        self._add_event(f"{kind}.done", **place, arguments=arguments, name=item["name"])
-        self._add_done()
+        yield _event(f"{kind}.delta", **place, delta=arguments)
+        yield _event(f"{kind}.done", **place, arguments=arguments, name=item["name"])
+        yield self._end()
 
-    def _add_item(self, item: Item, **empty: Any) -> None:
+    def _begin(self, item: Item, **empty: Any) -> Item:
         self._items.append(item)
         at, shown = len(self._items) - 1, item | {"status": "in_progress"} | empty
-        self._add_event("response.output_item.added", output_index=at, item=shown)
+        return _event("response.output_item.added", output_index=at, item=shown)
 
-    def _add_done(self) -> None:
+    def _end(self) -> Item:
         at, item = len(self._items) - 1, self._items[-1]
-        self._add_event("response.output_item.done", output_index=at, item=item)
+        return _event("response.output_item.done", output_index=at, item=item)
 
     @property
     def _place(self) -> dict[str, Any]:
         at, id = len(self._items) - 1, self._items[-1]["id"]
         return {"item_id": id, "output_index": at, "content_index": 0}
-
-    def _add_event(self, kind: str, **fields: Any) -> None:
-        self._events.append(self._event(kind, **fields))
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        return sse_event({"type": kind, "sequence_number": next(self._numbers)} | fields, kind)
 
     def _ended(self, reply: Reply, message: GeneratedMessage, items: list[Item]) -> dict[str, Any]:
         cut = message.end.reason == "length"
@@ -275,7 +253,6 @@ class ResponsesReply(Dialect):
         return response
 
     def _response(self, reply: Reply, status: str, items: list[Item]) -> dict[str, Any]:
-        body = self.body
         return {
             "id": reply.id,
             "object": "response",
@@ -283,50 +260,31 @@ class ResponsesReply(Dialect):
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata,
-            "model": body.model,
             "output": items,
-            "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
             "store": False,
-            "temperature": body.temperature,
-            "text": {"format": {"type": "text"}} | without_nulls(body.text),
-            "tool_choice": body.tool_choice,
-            "tools": body.tools,
-            "top_logprobs": body.top_logprobs,
-            "top_p": body.top_p,
-            "truncation": body.truncation,
+            "text": {"format": {"type": "text"}} | without_nulls(self.body.text),
             "usage": None,
-        }
+        } | self.body.model_dump(include=RETURNED)
 
 
-def _text_item(kind: str, text: str) -> Item:
+def _event(kind: str, **fields: Any) -> Item:
+    return {"type": kind} | fields
+
+
+def _text_item(kind: str) -> Item:
     if kind == "reasoning":
-        content: list[Item] = [{"type": "reasoning_text", "text": text}]
+        content: list[Item] = [{"type": "reasoning_text", "text": ""}]
         return {"type": kind, "id": new_id("rs"), "summary": [], "content": content}
-    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
+    content = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
     return {
         "type": kind, "id": new_id("msg"), "role": "assistant", "status": "completed",
         "content": content,
     }  # fmt: skip
 
 
-def _call_item(call: Item) -> Item:
-    return {
-        "type": "function_call",
-        "id": new_id("fc"),
-        "call_id": call["id"],
-        **call["function"],
-        "status": "completed",
-    }
-
-
 def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The items as messages, each with the item where it begins. Calls and reasoning belong to the
-    assistant's message beside them.
-    """
+    """The items as messages, each with the item where it begins; calls join the message beside."""
     names: dict[str, str] = {}
     turn: dict[str, Any] = {}
     begun = ""

@@ -1,4 +1,4 @@
-"""The operations of this package in plain torch, one step a line: the specification of the fused
+"""The operations of `lorafold.ops` in plain torch, one step a line: the specification of the fused
 ones, in values and in gradients.
 
 Use them to understand an operation, and as the oracle of its tests. They keep every intermediate
