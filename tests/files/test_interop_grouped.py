@@ -4,7 +4,6 @@ their dropout follows from.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from torch import nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
 import lorafold as lf
+from adapter_files import json_of
 from lorafold.core.attach import selection_of
 from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
 from lorafold.models.quantized_files import make_quantized
 from more_architectures import FAMILIES
-from peft_cases import CLOSE, gap, load_theirs, logits, move
+from peft_cases import CLOSE, gap, load_theirs, logits, move, moved
 
 ROW = FAMILIES["deepseek-v4"]
 TARGETS = ["o_a_proj", "o_b_proj"]
@@ -27,9 +27,7 @@ TARGETS = ["o_a_proj", "o_b_proj"]
 
 def adapted(spec: Spec) -> tuple[nn.Module, lf.Adapter]:
     model = ROW.model()
-    adapter = lf.attach(model, spec, TARGETS)
-    move(adapter.parameters())
-    return model, adapter
+    return model, moved(model, spec, TARGETS)
 
 
 def test_peft_computes_the_same_from_the_parameter(
@@ -39,8 +37,7 @@ def test_peft_computes_the_same_from_the_parameter(
     with caplog.at_level(logging.INFO, "lorafold"):
         adapter.save(tmp_path / "a")
     assert "grouped linears without dropout, so lora_dropout is 0" in caplog.text
-    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert config["target_parameters"] == ["o_a_proj.weight"]
+    assert json_of(tmp_path / "a")["target_parameters"] == ["o_a_proj.weight"]
     expected = logits(model)
     assert gap(logits(load_theirs(ROW.model(), tmp_path / "a")), expected) < CLOSE
     again = ROW.model()

@@ -21,7 +21,15 @@ import lorafold as lf
 from adapter_files import WEIGHTS, assert_same_tensors, json_of, tensors_of
 from lorafold.core.spec import Spec
 from peft_cases import (
-    CLOSE, gap, ids, load_theirs, logits, made_by_peft, move, moved, noise, save_theirs,
+    CLOSE,
+    gap,
+    ids,
+    load_theirs,
+    logits,
+    made_by_peft,
+    moved,
+    noise,
+    save_theirs,
 )  # fmt: skip
 
 Model = Callable[[str], Any]
