@@ -2,121 +2,25 @@
 number, the same references, and every value that has no counterpart named.
 """
 
-import math
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from peft import LoraConfig
-from rich.console import Console
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, RewardConfig
 from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
-from lorafold.config_import.run import write
-from lorafold.errors import LorafoldError
 from lorafold.objectives.options import law_of
-from lorafold.recipe.parsing import load_recipe
-from lorafold.recipe.recipe import Recipe
-from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
-from lorafold.training.run import train
 from lorafold.training_step.preference_algorithms import Scored
 from lorafold.training_step.preference_loss import Preferences
 from preference_cases import PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
-from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
+from translation_cases import axolotl_of, keys, llamafactory_of, remark
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
-LLAMAFACTORY = """
-### an adapter of preferences over one of answers
-model_name_or_path: acme/tiny-qwen
-adapter_name_or_path: saves/answers one
-create_new_adapter: true
-trust_remote_code: false
-stage: dpo
-do_train: true
-finetuning_type: lora
-lora_rank: 16
-lora_dropout: 0.1
-lora_target: all
-pref_loss: sigmoid
-pref_beta: 0.3
-pref_ftx: 0.5
-dpo_label_smoothing: 0.1
-ref_model: acme/tiny-qwen
-ref_model_adapters: saves/answers one
-dataset: chef_ranked
-template: qwen3
-cutoff_len: 1024
-output_dir: saves/chef
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 4
-learning_rate: 5.0e-6
-num_train_epochs: 2.0
-lr_scheduler_type: cosine
-warmup_ratio: 0.1
-bf16: true
-"""
-AXOLOTL = """
-base_model: acme/tiny-llama
-adapter: qlora
-load_in_4bit: true
-lora_r: 32
-lora_alpha: 64
-lora_dropout: 0.05
-lora_target_linear: true
-rl: kto
-rl_beta: 0.2
-kto_desirable_weight: 0.2
-datasets:
-  - path: acme/thumbs
-    type: chatml.argilla
-remove_unused_columns: false
-sequence_len: 2048
-micro_batch_size: 4
-num_epochs: 1
-learning_rate: 1.0e-5
-lr_scheduler: linear
-precompute_ref_log_probs: true
-output_dir: ./out
-"""
-
-
-def test_a_llamafactory_file_of_preferences_field_by_field(tmp_path):
-    found = translated(tmp_path, LLAMAFACTORY)
-    assert found.recipe == Recipe(
-        rank=16, alpha=32, dropout=0.0, targets="all-linear", objective="dpo", beta=0.3,
-        objective_options={"sft_weight": 0.5, "label_smoothing": 0.1}, storage="bf16", lr=5e-6,
-        lr_b=5e-6, warmup=0.1, optimizer="adamw", epochs=2, batch=8, accumulate=4, max_length=1024,
-        packing=False,
-    )  # fmt: skip
-    assert keys(found, "changed") == set()
-    assert keys(found, "left") == {
-        "model_name_or_path", "adapter_name_or_path", "dataset", "template", "output_dir",
-    }  # fmt: skip
-    assert "--over 'saves/answers one'" in found.command()
-    assert "--init-adapter" not in found.command()
-    assert "prompt, chosen and rejected" in remark(found, "dataset")
-    assert "it is off while preferences are trained" in remark(found, "lora_dropout")
-    write(found, tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
-
-
-def test_an_axolotl_file_of_preferences_field_by_field(tmp_path):
-    found = translated(tmp_path, AXOLOTL)
-    assert found.recipe == Recipe(
-        rank=32, alpha=64, dropout=0.0, targets="all-linear", objective="kto", beta=0.2,
-        objective_options={"desirable_weight": 0.2}, storage="nf4", lr=1e-5, lr_b=1e-5,
-        schedule="linear", optimizer="adamw", epochs=1, batch=4, max_length=2048, packing=False,
-    )  # fmt: skip
-    assert keys(found, "left") == {
-        "base_model", "datasets", "output_dir", "precompute_ref_log_probs",
-    }  # fmt: skip
-    assert "prompt, completion and label" in remark(found, "datasets")
 
 
 def scored():
@@ -170,32 +74,6 @@ def test_llamafactorys_losses_are_ours(tmp_path, settings):
         settings.get("pref_ftx", 0.0),
     )
     torch.testing.assert_close(law.loss(scored()), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({"stage": "kto"}, {"objective": "kto", "beta": 0.1, "objective_options": {}}),
-        (
-            {"stage": "kto", "kto_chosen_weight": 1.5, "kto_rejected_weight": 0.5, "pref_beta": 1},
-            {
-                "beta": 1.0,
-                "objective_options": {"desirable_weight": 1.5, "undesirable_weight": 0.5},
-            },
-        ),
-        ({"stage": "rm"}, {"objective": "reward", "beta": None, "objective_options": {}}),
-        ({"stage": "rm", "lora_dropout": 0.1, "pref_ftx": 1.0}, {"dropout": 0.1}),
-        ({"stage": "dpo", "packing": True}, {"packing": False, "lr": 5e-5, "lr_b": 5e-5}),
-        ({"stage": "dpo", "finetuning_type": "full", "pref_loss": "ipo"},
-         {"objective": "ipo", "method": "full", "lr": 5e-5}),
-        ({"stage": "sft", "pref_beta": 0.5, "pref_ftx": 1.0, "pref_loss": "ipo"},
-         {"objective": "sft", "beta": None, "objective_options": {}}),
-        ({"stage": "dpo", "pref_loss": "orpo", "ref_model": "another"}, {"objective": "orpo"}),
-    ],
-)  # fmt: skip
-def test_llamafactory_settings(tmp_path, settings, fields):
-    recipe = llamafactory_of(tmp_path, **settings).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
 
 
 @pytest.mark.parametrize(
@@ -328,80 +206,3 @@ def test_axolotl_does_not_load_an_adapter_before_dpo(tmp_path):
         found = axolotl_of(tmp_path, lora_model_dir="old", **settings)
         assert "--init-adapter old" in found.command()
         assert found.recipe.rank is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"pref_loss": "kto_pair"}, "pref_loss: found 'kto_pair'"),
-        ({"pref_loss": "sigmoidal"}, "pref_loss: found 'sigmoidal', expected sigmoid or hinge"),
-        ({"pref_loss": "orpo", "pref_ftx": 0.5}, "pref_ftx: found 0.5, but lorafold's objective"),
-        ({"pref_loss": "ipo", "dpo_label_smoothing": 0.1}, "dpo_label_smoothing: found 0.1"),
-        ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing: objective dpo: label_smoothing"),
-        ({"pref_beta": 0}, "pref_beta: objective dpo: beta: found 0.0, expected"),
-        ({"pref_bco_weight": 0.5}, "pref_bco_weight: found 0.5"),
-        ({"ld_alpha": 0.5}, "ld_alpha: found 0.5"),
-        ({"pissa_init": True}, "pissa_init: found True, which LLaMA-Factory refuses"),
-        ({"neat_packing": True}, "neat_packing: found True, which LLaMA-Factory refuses"),
-        ({"mask_history": True}, "mask_history: found True"),
-        ({"ref_model": "other"}, "ref_model: found other as the reference, but lorafold loads one"),
-        ({"ref_model": "m", "ref_model_adapters": "a"}, "ref_model: found a over m as the"),
-        ({"ref_model": "m", "adapter_name_or_path": "a", "create_new_adapter": True},
-         "ref_model: found m as the reference"),
-        ({"stage": "kto", "pref_ftx": 0.1}, "objective kto takes no such term"),
-    ],
-)  # fmt: skip
-def test_what_llamafactory_asks_for_and_we_have_not_is_refused(tmp_path, settings, part):
-    with pytest.raises(LorafoldError) as caught:
-        llamafactory_of(tmp_path, **{"stage": "dpo", "model_name_or_path": "m"} | settings)
-    assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"rl": "gdpo"}, "rl: found 'gdpo', but lorafold sums rewards before it compares them"),
-        ({"rl": "ebft"}, "rl: found 'ebft', but lorafold has no energy-based objective"),
-        ({"rl": "ppp"}, "rl: found 'ppp', expected dpo or ipo"),
-        ({"rl": "dpo", "sample_packing": True}, "rl: found 'dpo' and sample_packing"),
-        ({"rl": "simpo"}, "simpo_gamma missing"),
-        ({"rl": "dpo", "dpo_loss_type": ["robust"]}, "dpo_loss_type: found ['robust']"),
-        ({"rl": "dpo", "dpo_loss_type": ["ipo", "sft"]}, "objective ipo takes no such term"),
-        ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "hinge"]}, "one loss of weight 1"),
-        ({"rl": "dpo", "dpo_loss_type": ["ipo"], "dpo_loss_weights": [2]}, "with weights [2.0]"),
-        ({"rl": "dpo", "dpo_loss_weights": [1]}, "dpo_loss_weights: found [1] without"),
-        ({"rl": "dpo", "dpo_use_weighting": True}, "dpo_use_weighting: found True"),
-        ({"rl": "dpo", "rpo_alpha": 1.0}, "rpo_alpha: found 1.0, but axolotl refuses it"),
-        ({"rl": "kto", "kto_desirable_weight": -1}, "kto_desirable_weight: objective kto"),
-        ({"reward_model": True, "num_labels": 3}, "num_labels: found 3"),
-        ({"process_reward_model": True}, "process_reward_model: found True"),
-    ],
-)  # fmt: skip
-def test_what_axolotl_asks_for_and_we_have_not_is_refused(tmp_path, settings, part):
-    with pytest.raises(LorafoldError) as caught:
-        axolotl_of(tmp_path, **settings)
-    assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-
-
-@pytest.mark.parametrize("tool", [axolotl_of, llamafactory_of])
-def test_a_translated_recipe_of_preferences_trains(tool, tiny_model_dir, tmp_path):
-    """At the first step policy and reference agree, so DPO's loss is log 2, and cDPO's too."""
-    settings = {
-        axolotl_of: {"rl": "dpo", "micro_batch_size": 4, "float32": True},
-        llamafactory_of: {"stage": "dpo", "per_device_train_batch_size": 4, "pref_beta": 0.3,
-                          "dpo_label_smoothing": 0.1},
-    }[tool]  # fmt: skip
-    found = tool(tmp_path, max_steps=2, warmup_steps=1, **settings)
-    write(found, tmp_path / "recipe.yaml")
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["objective"] == "dpo"
-    request = RunRequest(
-        Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, PAIRS * 2, "rows"
-    )
-    result = train(request, Console(quiet=True))
-    assert result.steps == 2
-    assert math.isclose(result.train_loss, math.log(2), rel_tol=0.05)

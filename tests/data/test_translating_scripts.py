@@ -3,20 +3,13 @@
 import json
 
 import pytest
-import yaml
 
 from lorafold.config_import import unsloth
-from lorafold.config_import.run import translate
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
-from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
+from translation_cases import axolotl_of, keys, llamafactory_of, mlx_of, remark, unsloth_of
 
-MLX = {"model": "acme/tiny", "train": True, "fine_tune_type": "lora", "iters": 600}
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.1, "keys": ["self_attn.q_proj"]}
-
-
-def mlx_of(tmp_path, **settings):
-    return translated(tmp_path, yaml.safe_dump(MLX | settings))
 
 
 def test_mlxs_defaults_and_its_lora(tmp_path):
@@ -36,71 +29,8 @@ def test_mlxs_defaults_and_its_lora(tmp_path):
     assert not keys(own, "changed")
 
 
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({"grad_accumulation_steps": 4}, {"steps": 150, "batch": 16, "accumulate": 4}),
-        ({"lr_schedule": {"name": "cosine_decay", "warmup": 10, "arguments": [2e-5, 600]}},
-         {"lr": 2e-5, "lr_b": 2e-5, "schedule": "cosine", "warmup_steps": 10}),
-        ({"lr_schedule": {"name": "linear_schedule", "arguments": ["1e-5", 0.0, 600]}},
-         {"schedule": "linear", "warmup": 0.0}),
-        ({"optimizer": "adamw"}, {"weight_decay": 0.01}),
-        ({"optimizer": "adamw", "optimizer_config": {"adamw": {"betas": [0.9, 0.98]}}},
-         {"betas": (0.9, 0.98)}),
-        ({"model": "mlx-community/tiny-4bit"}, {"storage": "nf4"}),
-        ({"fine_tune_type": "dora"}, {"method": "dora"}),
-        ({"fine_tune_type": "full", "num_layers": -1}, {"method": "full", "lr_b": None}),
-    ],
-)  # fmt: skip
-def test_settings_of_mlx(tmp_path, settings, fields):
-    recipe = mlx_of(tmp_path, **settings).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"fine_tune_type": "full"}, "the last 16 layers (num_layers)"),
-        ({"lora_parameters": {"rank": 8}}, "lora_parameters: scale, dropout missing"),
-        ({"lr_schedule": "cosine"}, "lr_schedule: found 'cosine', expected an object"),
-        ({"optimizer": "lion"}, "optimizer: found 'lion'"),
-    ],
-)
-def test_what_mlx_or_lorafold_can_not_do_is_refused(tmp_path, settings, part):
-    with pytest.raises(LorafoldError) as caught:
-        mlx_of(tmp_path, **settings)
-    assert part in str(caught.value)
-
-
-SCRIPT = """
-from unsloth import FastLanguageModel
-length = 1024
-model, tokenizer = FastLanguageModel.from_pretrained(
-    model_name="acme/tiny", max_seq_length=length, load_in_4bit=True
-)
-model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=64, random_state=SEED)
-rows = load_dataset("acme/chats", split="train")
-trainer = SFTTrainer(
-    model=model,
-    train_dataset=rows.map(written),
-    args=SFTConfig(
-        learning_rate=2e-4, warmup_steps=5, max_steps=60, bf16=supported(), seed=SEED, odd=1
-    ),
-)
-trainer = train_on_responses_only(trainer, response_part="<|assistant|>")
-raise SystemExit("a script that is read is not run")
-if False:
-    model, tokenizer = FastLanguageModel.from_pretrained("saved", max_seq_length=8)
-"""
-
-
-def script_of(tmp_path, text=SCRIPT):
-    (tmp_path / "train.py").write_text(text)
-    return translate(tmp_path / "train.py")
-
-
 def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
-    found = script_of(tmp_path)
+    found = unsloth_of(tmp_path)
     assert found.tool == "Unsloth"
     assert found.recipe == Recipe(
         rank=32, alpha=64, dropout=0.0, targets=tuple(unsloth.LINEARS), objective="sft",
@@ -113,44 +43,13 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
     [told] = [line for line in found.to_yaml().splitlines() if line.startswith("# NOT READ: ")]
     assert "seed: " in told
     assert told.endswith("give --seed SEED")
-    pairs = script_of(tmp_path, SCRIPT.replace("SFT", "DPO"))
+    pairs = unsloth_of(tmp_path, SFT="DPO")
     assert "rows of prompt, chosen and rejected" in remark(pairs, "load_dataset.path")
     assert remark(found, "odd").startswith("it is not known here")
     counts = [e.key for e in found.entries]
     assert len(counts) == len(set(counts))
     assert "--data acme/chats" in found.command()
     assert json.loads(json.dumps(found.as_json()))["tool"] == "Unsloth"
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "fields"),
-    [
-        ("load_in_4bit=True", "load_in_8bit=True", {"storage": "int8"}),
-        ("load_in_4bit=True", "load_in_4bit=False", {"storage": "auto"}),
-        ("load_in_4bit=True", "full_finetuning=True", {"method": "full", "lr_b": None}),
-        ("r=32", "r=32, use_rslora=True, lora_dropout=0.1", {"method": "rslora", "dropout": 0.1}),
-        ("SFT", "DPO", {"objective": "dpo", "beta": 0.1, "lr": 2e-4}),
-        ("max_steps=60", "max_length=512, packing=True", {"max_length": 512, "packing": True}),
-    ],
-)
-def test_settings_of_unsloth(tmp_path, before, after, fields):
-    recipe = script_of(tmp_path, SCRIPT.replace(before, after)).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("model = (", "train.py: not Python at line 1"),
-        ("SFTTrainer(args=SFTConfig(seed=1))", "found no call of FastLanguageModel, FastModel"),
-        (SCRIPT.replace("r=32", "r='many'"), "get_peft_model.r: found 'many', expected a number"),
-    ],
-)
-def test_a_script_that_can_not_be_read_is_one_line(tmp_path, text, part):
-    with pytest.raises(LorafoldError) as caught:
-        script_of(tmp_path, text)
-    assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

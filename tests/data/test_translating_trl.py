@@ -26,7 +26,7 @@ from lorafold.config_import.rules import NOT_KNOWN
 from lorafold.config_import.trl import RULES
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
-from translation_cases import keys, remark, translated, trl_of
+from translation_cases import remark, translated, trl_of
 
 with warnings.catch_warnings():  # both are experimental there
     warnings.simplefilter("ignore")
@@ -86,113 +86,6 @@ def test_the_arguments_of_transformers_are_fields_of_every_trainer():
         assert beneath <= set(defaults_of(config))
 
 
-SFT = """
-model_name_or_path: acme/tiny-qwen
-dataset_name: acme/chats
-use_peft: true
-lora_r: 32
-lora_alpha: 16
-lora_target_modules: all-linear
-load_in_4bit: true
-learning_rate: 2.0e-4
-num_train_epochs: 1
-packing: true
-max_length: 2048
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 8
-eos_token: <|im_end|>
-eval_strategy: steps
-eval_steps: 100
-output_dir: out
-"""
-DPO = """
-model_name_or_path: acme/tiny-qwen
-dataset_name: acme/pairs
-beta: 0.2
-loss_type: [sigmoid, sft]
-loss_weights: [1.0, 0.5]
-use_peft: true
-lora_r: 32
-learning_rate: 5.0e-6
-max_length: 512
-"""
-
-
-def test_a_file_of_sft_field_by_field(tmp_path):
-    found = translated(tmp_path, SFT)
-    assert found.tool == "TRL's SFT"
-    assert found.recipe == Recipe(
-        rank=32, alpha=16, dropout=0.05, targets="all-linear", objective="sft", storage="nf4",
-        lr=2e-4, lr_b=2e-4, schedule="linear", warmup=0.0, optimizer="adamw", epochs=1, batch=16,
-        accumulate=8, max_length=2048, packing=True, gradient_checkpointing=True, eval_every=100,
-    )  # fmt: skip
-    assert keys(found, "changed") == {"packing", "per_device_train_batch_size"}
-    assert keys(found, "left") == {"model_name_or_path", "dataset_name", "eos_token", "output_dir"}
-    assert "every token of {messages}" in remark(found, "assistant_only_loss")
-    assert "--data acme/chats --out out" in found.command()
-
-
-def test_a_file_of_dpo_field_by_field(tmp_path):
-    found = translated(tmp_path, DPO)
-    assert found.tool == "TRL's DPO"
-    assert found.recipe == Recipe(
-        rank=32, alpha=32, dropout=0.0, objective="dpo", beta=0.2,
-        objective_options={"sft_weight": 0.5}, storage="bf16", lr=5e-6, lr_b=5e-6,
-        schedule="linear", warmup=0.0, optimizer="adamw", epochs=3, batch=8, max_length=512,
-        packing=False, gradient_checkpointing=True,
-    )  # fmt: skip
-    assert "micro-batch" in remark(found, "loss_type")
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "fields"),
-    [
-        ("trl-sft", {}, {"objective": "sft", "lr": 2e-5, "dropout": 0.05, "max_length": 1024}),
-        ("trl-sft", {"max_seq_length": 512}, {"max_length": 512}),
-        ("trl-sft", {"max_length": None}, {"max_length": 1024}),
-        ("trl-sft", {"chat_template_path": "a.jinja"}, {"chat_template": "a.jinja"}),
-        ("trl-dpo", {"loss_type": "ipo"}, {"objective": "ipo", "beta": 0.1, "lr": 1e-6}),
-        ("trl-dpo", {"loss_type": "hinge"}, {"objective": "hinge"}),
-        ("trl-dpo", {"loss_type": "robust"}, {"objective": "dpo"}),
-        ("trl-dpo", {"disable_dropout": False}, {"dropout": 0.05}),
-        ("trl-kto", {"desirable_weight": 1.5},
-         {"objective": "kto", "objective_options": {"desirable_weight": 1.5}}),
-        ("trl-orpo", {"beta": 0.3}, {"objective": "orpo", "beta": 0.3, "dropout": 0.0}),
-        ("trl-cpo", {"loss_type": "simpo"}, {
-            "objective": "simpo", "beta": 0.1,
-            "objective_options": {"gamma": 0.5, "sft_weight": 1.0}}),
-        ("trl-cpo", {"loss_type": "simpo", "cpo_alpha": 0, "simpo_gamma": 1.0},
-         {"objective_options": {}}),
-        ("trl-reward", {"center_rewards_coefficient": 0.01, "lora_task_type": "SEQ_CLS",
-                        "lora_modules_to_save": ["score"]},
-         {"objective": "reward", "objective_options": {"centre": 0.01}, "lr": 1e-4,
-          "modules_to_save": ()}),
-    ],
-)  # fmt: skip
-def test_settings_of_trainers(tmp_path, kind, settings, fields):
-    recipe = translated(tmp_path, yaml.safe_dump(LEAST | settings), kind).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "part"),
-    [
-        ("trl-sft", {"loss_type": "dft"}, "loss_type: found 'dft'"),
-        ("trl-dpo", {"loss_type": "robust", "label_smoothing": 0.1}, "loss_type: found ['robust']"),
-        ("trl-dpo", {"loss_type": "aot"}, "expected sigmoid, hinge, ipo"),
-        ("trl-dpo", {"f_divergence_type": "js_divergence"}, "f_divergence_type: found 'js_div"),
-        ("trl-dpo", {"use_weighting": True}, "use_weighting: found True"),
-        ("trl-dpo", {"ld_alpha": 0.5}, "ld_alpha: found 0.5"),
-        ("trl-dpo", {"sync_ref_model": True}, "sync_ref_model: found True"),
-        ("trl-kto", {"loss_type": "apo_zero_unpaired"}, "lorafold's kto has the loss kto alone"),
-        ("trl-cpo", {}, "of CPO's losses lorafold has simpo alone"),
-        ("trl-cpo", {"loss_type": "simpo", "alpha": 0.1}, "alpha: found 0.1"),
-    ],
-)
-def test_what_lorafold_can_not_train_is_refused_by_name(tmp_path, kind, settings, part):
-    with pytest.raises(LorafoldError) as caught:
-        translated(tmp_path, yaml.safe_dump(LEAST | settings), kind)
-    assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
