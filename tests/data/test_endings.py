@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
+from conversation_cases import trained_texts
 from families import embedded
 from lorafold.data.examples import NO_LOSS, encode_row
 from lorafold.data.render import Rendering
@@ -30,17 +31,7 @@ ROW = {
 
 
 def trained(row: dict[str, Any], tokenizer: Any, **how: Any) -> list[str]:
-    """The texts of all trained runs of tokens."""
-    found = []
-    for example in encode_row(row, tokenizer, Rendering(**how))[0]:
-        run: list[int] = []
-        for label in (*example.labels, NO_LOSS):
-            if label != NO_LOSS:
-                run.append(label)
-            elif run:
-                found.append(str(tokenizer.decode(run)))
-                run = []
-    return found
+    return trained_texts(encode_row(row, tokenizer, Rendering(**how))[0], tokenizer)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conversation_cases import said, user
+from error_cases import refusal
 from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.sources import source_from
 from lorafold.data.stream import stream_of
@@ -19,16 +20,12 @@ TABLE = 'prompt,completion\n"Wann, bitte?",früh\n'
 
 
 def refused(source: Path) -> str:
-    with pytest.raises(LorafoldError) as error:
-        read_rows(str(source))
-    return str(error.value).replace(str(source), "FILE")
+    return refusal(read_rows, str(source)).replace(str(source), "FILE")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_a_table_is_read_as_a_program_saved_it(
-    delimiter: str, encoding: str, tmp_path: Path
-) -> None:
+def test_a_table_is_read_as_a_program_saved_it(delimiter, encoding: str, tmp_path: Path) -> None:
     text = f'prompt{delimiter}completion\n"Wann{delimiter} bitte?"{delimiter}früh\n'
     (tmp_path / "rows.csv").write_bytes(text.encode(encoding))
     found = read_rows(str(tmp_path / "rows.csv"))
@@ -210,18 +207,13 @@ def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None
         ("id;Frage;Antwort", "7;a;b", "did you mean --columns prompt=Frage,completion=Antwort"),
         ("Eingabe,Ausgabe", "a,b", "did you mean --columns prompt=Eingabe,completion=Ausgabe"),
         ("prompt,answer", "a,b", "did you mean --columns completion=answer"),
-        (
-            "Mail text,when,Reply text",
-            "a,2024-01-02,b",
-            "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order, if the"
-            " file begins with names)",
-        ),
+        ("Mail text,when,Reply text", "a,2024-01-02,b",
+         "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order, if the file"
+         " begins with names)"),
         ("one,two,three", "a,b,c", "(--columns renames)"),
     ],
-)
-def test_the_columns_to_try_are_proposed(
-    header: str, values: str, told: str, tmp_path: Path
-) -> None:
+)  # fmt: skip
+def test_the_columns_to_try_are_proposed(header, values, told: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{header}\n{values}\n")
     line = refused(tmp_path / "rows.csv")
     assert line.endswith(told)
@@ -237,9 +229,8 @@ def test_what_is_proposed_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_a_null_is_called_one(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n'
-    )
+    rows = '{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n'
+    (tmp_path / "a.jsonl").write_text(rows)
     assert "row 2: field label: found null, expected a value" in refused(tmp_path / "a.jsonl")
 
 
