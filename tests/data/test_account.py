@@ -134,9 +134,7 @@ class Day(date):
         return date(2024, 2, 3)
 
 
-def test_a_run_keeps_the_day_on_which_it_began(
-    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_the_day_on_which_it_began(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
     file, model = tmp_path / "dated.jinja", tiny_model_dir("llama")
     file.write_text(DATED)
     recipe: dict[str, Any] = {"chat_template": str(file)}

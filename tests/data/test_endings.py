@@ -103,9 +103,7 @@ THINKS = (
         (("<|S|>thought\n", "<|E|>", "", "<|S|>thought\n<|E|>"), "", ""),
     ],
 )
-def test_a_block_of_reasoning_is_found_whatever_it_is_called(
-    parts: tuple[str, ...], plain: str, thinking: str
-) -> None:
+def test_a_block_of_reasoning_is_found_whatever_it_is_called(parts, plain, thinking) -> None:
     text = THINKS
     for name, part in zip(("OPEN", "CLOSE", "PLAIN", "PROMPT"), parts, strict=True):
         text = text.replace(name, json.dumps(part))

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lorafold as lf
-from conversation_cases import said, user
+from conversation_cases import jsonl, said, user
 from lorafold.api.arguments import as_rows, as_stream
 from lorafold.cli import app
 from lorafold.data import rows as reading
@@ -44,11 +44,10 @@ def judged(n: object, answer: str, label: bool) -> dict[str, Any]:
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return jsonl(path, *rows)
 
 
-def found(
+def finding(
     base: Path, data: Any, eval_data: Any = None, html: Path | None = None, **fields: Any
 ) -> tuple[Findings, list[str]]:
     """What a preview finds, and the lines of it that say so."""
@@ -64,32 +63,34 @@ def found(
     return findings, findings.lines
 
 
+@pytest.fixture
+def found(tiny_model_dir: Any) -> Any:
+    return partial(finding, tiny_model_dir("llama"))
+
+
 def counts(findings: Findings) -> dict[str, int]:
     """How many rows each finding that found something has."""
     return {name: one.count for name, one in findings.found.items() if one.count}
 
 
-def test_duplicates_are_counted_and_named(tiny_model_dir: Any, tmp_path: Path) -> None:
+def test_duplicates_are_counted_and_named(found: Any, tmp_path: Path) -> None:
     first = written(tmp_path / "a.jsonl", [asked(1), asked(2), asked(1), asked(3)])
     (tmp_path / "b.jsonl").write_text(f"\n\n{json.dumps(asked(4))}\n\n{json.dumps(asked(2))}\n")
     second = str(tmp_path / "b.jsonl")
-    findings, lines = found(tiny_model_dir("llama"), [first, second])
+    findings, lines = found([first, second])
     assert lines == [  # b.jsonl has its row in line 5
         f"data: 2 of 6 rows are the same as an earlier one: {first}: row 3 (as row 1),"
         f" {second}: row 5 (as {first}: row 2)"
     ]
-    assert findings.as_json()["duplicates"] == {
-        "rows": 2,
-        "of": 6,
-        "first": [
-            {"file": first, "row": 3, "as": {"file": first, "row": 1}},
-            {"file": second, "row": 5, "as": {"file": first, "row": 2}},
-        ],
-    }
+    named = [
+        {"file": first, "row": 3, "as": {"file": first, "row": 1}},
+        {"file": second, "row": 5, "as": {"file": first, "row": 2}},
+    ]
+    assert findings.as_json()["duplicates"] == {"rows": 2, "of": 6, "first": named}
 
 
-def test_only_so_many_rows_are_named(tiny_model_dir: Any) -> None:
-    _, lines = found(tiny_model_dir("llama"), [asked(1)] * 9)
+def test_only_so_many_rows_are_named(found: Any) -> None:
+    _, lines = found([asked(1)] * 9)
     named = ", ".join(f"row {n} (as row 1)" for n in range(2, 7))
     assert lines == [f"data: 8 of 9 rows are the same as an earlier one: {named} and 3 more"]
 
@@ -124,19 +125,19 @@ ORDINARY: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_ordinary_rows_raise_no_alarm(name: str, tiny_model_dir: Any) -> None:
+def test_ordinary_rows_raise_no_alarm(name: str, found: Any) -> None:
     objective, rows = ORDINARY[name]
     fields = {"chat_template": "tools"} if name == "a call says something" else {}
-    findings, lines = found(tiny_model_dir("llama"), rows, objective=objective, **fields)
+    findings, lines = found(rows, objective=objective, **fields)
     assert lines == []
     assert findings.nothing.startswith(f"{len(rows)} rows were looked at and nothing was found: ")
     assert findings.found["duplicates"].of == len(rows)
 
 
-def test_rows_of_both_sides_are_named(tiny_model_dir: Any, tmp_path: Path) -> None:
+def test_rows_of_both_sides_are_named(found: Any, tmp_path: Path) -> None:
     train = written(tmp_path / "train.jsonl", [asked(n) for n in range(6)])
     held_out = written(tmp_path / "test.jsonl", [asked(9), asked(4), asked(4, "no")])
-    findings, lines = found(tiny_model_dir("llama"), train, held_out)
+    findings, lines = found(train, held_out)
     assert lines == [
         "held out: 1 of 3 rows are trained on too, so the figures of held-out rows tell less:"
         f" {held_out}: row 2 (as {train}: row 5)"
@@ -144,11 +145,9 @@ def test_rows_of_both_sides_are_named(tiny_model_dir: Any, tmp_path: Path) -> No
     assert counts(findings) == {"held_out_in_training": 1}
 
 
-def test_rows_of_both_sides_of_a_split_are_named_as_in_their_file(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_rows_of_both_sides_of_a_split_are_named_as_in_their_file(found: Any, tmp_path) -> None:
     data = written(tmp_path / "rows.jsonl", [asked(n // 2) for n in range(12)])
-    findings, _ = found(tiny_model_dir("llama"), data, eval_fraction=0.25)
+    findings, _ = found(data, eval_fraction=0.25)
     one = findings.found["held_out_in_training"]
     assert one.of == 3
     assert one.count + 2 * counts(findings).get("duplicates", 0) > 0
@@ -158,7 +157,7 @@ def test_rows_of_both_sides_of_a_split_are_named_as_in_their_file(
         assert (held_out.row - 1) // 2 == (trained.row - 1) // 2  # the other of the two
 
 
-def test_each_kind_of_rows_is_looked_for_in_training(tiny_model_dir: Any) -> None:
+def test_each_kind_of_rows_is_looked_for_in_training(found: Any) -> None:
     texts = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     for objective, rows in (
         ("classify", texts),
@@ -166,62 +165,54 @@ def test_each_kind_of_rows_is_looked_for_in_training(tiny_model_dir: Any) -> Non
         ("kto", [judged(1, "a", True), judged(1, "b", False)]),
         ("sft", [{"text": "one"}, {"text": "two"}]),
     ):
-        findings, _ = found(
-            tiny_model_dir("llama"), [*rows, rows[0]], rows[1:], objective=objective
-        )
+        findings, _ = found([*rows, rows[0]], rows[1:], objective=objective)
         assert counts(findings) == {"duplicates": 1, "held_out_in_training": 1}, objective
 
 
-def test_empty_answers_are_named(tiny_model_dir: Any) -> None:
-    rows = [asked(1), asked(2, ""), {"messages": [user("a"), said(" \n"), user("b"), said("c")]}]
-    rows[1] = {"messages": [user("a"), said("") | {"weight": 1}]}  # kept, as it asks for it
-    _, lines = found(tiny_model_dir("llama"), [rows[0], rows[0] | {"prompt": "b"}, asked(2, "")])
-    assert lines == []
-    _, lines = found(tiny_model_dir("llama"), rows[1:2])
-    assert lines == ["data: 1 of 1 rows have an empty answer to train on: row 1"]
-    _, lines = found(tiny_model_dir("llama"), rows[2:])
-    assert lines == ["data: 1 of 1 rows have an empty answer to train on: row 1"]
-    _, lines = found(tiny_model_dir("llama"), rows[2:], train_on="last")
-    assert lines == []
+def test_empty_answers_are_named(found: Any) -> None:
+    told = ["data: 1 of 1 rows have an empty answer to train on: row 1"]
+    kept = {"messages": [user("a"), said("") | {"weight": 1}]}  # as it asks for it
+    several = {"messages": [user("a"), said(" \n"), user("b"), said("c")]}
+    assert found([asked(1), asked(1) | {"prompt": "b"}, asked(2, "")])[1] == []
+    assert found([kept])[1] == found([several])[1] == told
+    assert found([several], train_on="last")[1] == []
     pairs = [pair(1, "a", "b"), pair(2, "a", ""), pair(3, "", "b"), pair(4, "c", "d")]
     for objective in ("dpo", "kto", "reward"):
-        findings, lines = found(tiny_model_dir("llama"), pairs, objective=objective)
+        findings, lines = found(pairs, objective=objective)
         assert (findings.rows, lines) == (2, [])
 
 
-def test_contradictions_are_named(tiny_model_dir: Any) -> None:
+def test_contradictions_are_named(found: Any) -> None:
     pairs = [pair(1, "a", "b"), pair(2, "b", "a"), pair(1, "b", "a")]
-    _, lines = found(tiny_model_dir("llama"), pairs, objective="dpo")
+    _, lines = found(pairs, objective="dpo")
     assert lines == [
         "data: 1 of 3 rows choose the answer that an earlier one rejects, and reject its chosen"
         " one: row 3 (as row 1)"
     ]
     rows = [judged(1, "a", True), judged(1, "b", False), judged(1, "a", False)]
-    _, lines = found(tiny_model_dir("llama"), rows, objective="kto")
+    _, lines = found(rows, objective="kto")
     assert lines == [
         "data: 1 of 3 rows have the prompt and the answer of an earlier one, and the other label:"
         " row 3 (as row 1)"
     ]
     ranking = [pair(1, "a", "b"), pair(1, "b", "c")]  # b is judged both ways
-    findings, _ = found(tiny_model_dir("llama"), ranking, objective="kto")
+    findings, _ = found(ranking, objective="kto")
     assert counts(findings) == {"contradictions": 1}
     texts = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "a", "label": "y"}]
-    _, lines = found(tiny_model_dir("llama"), texts, objective="classify")
+    _, lines = found(texts, objective="classify")
     assert lines == [
         "data: 1 of 3 rows have the text of an earlier one, and another label: row 3 (as row 1)"
     ]
 
 
-def test_labels_of_one_kind_are_told(tiny_model_dir: Any) -> None:
+def test_labels_of_one_kind_are_told(found: Any) -> None:
     rows = [judged(n, "a", True) for n in range(3)]
-    findings, lines = found(tiny_model_dir("llama"), rows, objective="kto")
+    findings, lines = found(rows, objective="kto")
     assert lines == ["data: no row has the label false (true 3)"]
     assert findings.as_json()["labels"] == {"true": 3, "false": 0}
     rows = [{"text": f"{n}", "label": "x"} for n in range(3)] + [{"text": "b", "label": "y"}]
     for seed in range(20):  # until the only row of a class is held out
-        findings, lines = found(
-            tiny_model_dir("llama"), rows, objective="classify", eval_fraction=0.25, seed=seed
-        )
+        findings, lines = found(rows, objective="classify", eval_fraction=0.25, seed=seed)
         if findings.labels["y"] == 0:
             assert lines == ["data: no row has the label y (x 3)"]
             break
@@ -229,56 +220,46 @@ def test_labels_of_one_kind_are_told(tiny_model_dir: Any) -> None:
         pytest.fail("the row of the class y was never held out")
 
 
-def test_ends_that_are_cut_off_are_named(tiny_model_dir: Any) -> None:
+def test_ends_that_are_cut_off_are_named(found: Any) -> None:
     long = asked(2, "yes " * 200)
     rows = [asked(1), long, {"prompt": "no " * 200, "completion": "yes"}]
-    findings, lines = found(tiny_model_dir("llama"), rows, max_length=100)
+    findings, lines = found(rows, max_length=100)
     assert lines == [
         "data: 1 of 3 rows lose the end of an answer at max_length 100: row 2",
         "data: 1 of 3 rows have no token to train on: row 3",
     ]
     assert counts(findings) == {"ends_lost": 1, "untrained": 1}
     pairs = [pair(1, "a", "b"), pair(2, "yes " * 200, "b"), pair(3, "a", "no " * 200)]
+    told = "data: 2 of 3 rows lose the end of an answer at max_length 100: row 2, row 3"
     for objective in ("dpo", "kto"):
-        _, lines = found(tiny_model_dir("llama"), pairs, objective=objective, max_length=100)
-        assert lines == ["data: 2 of 3 rows lose the end of an answer at max_length 100:"
-                         " row 2, row 3"]  # fmt: skip
+        assert found(pairs, objective=objective, max_length=100)[1] == [told]
+    after = [{"messages": [user("a"), said("b"), user("c " * 200)]}]  # is no lost end
+    assert found(after, max_length=60)[1] == []
 
 
-def test_what_is_cut_after_the_answer_is_no_lost_end(tiny_model_dir: Any) -> None:
-    rows = [{"messages": [user("a"), said("b"), user("c " * 200)]}]
-    findings, lines = found(tiny_model_dir("llama"), rows, max_length=60)
-    assert counts(findings) == {}
-    assert lines == []
-
-
-def test_a_file_without_trained_turns_is_named(tiny_model_dir: Any, tmp_path: Path) -> None:
+def test_a_file_without_trained_turns_is_named(found: Any, tmp_path: Path) -> None:
     left = [{"messages": [user("a"), said("b") | {"weight": 0}, user(str(n))]} for n in range(3)]
     names = [
         written(tmp_path / "a.jsonl", [{"messages": [user("a"), said("b"), user("c"), said("d")]}]),
         written(tmp_path / "b.jsonl", left),
     ]
-    findings, lines = found(tiny_model_dir("llama"), names)
+    findings, lines = found(names)
     assert lines[-1] == f"data: {names[1]}: none of its 3 assistant turns is trained on"
     assert findings.as_json()["untrained_files"] == {names[1]: 3}
-    assert findings.as_json()["roles"] == {
-        "user": {"turns": 8, "trained": 0},
-        "assistant": {"turns": 5, "trained": 2},
-    }
+    roles = {"user": {"turns": 8, "trained": 0}, "assistant": {"turns": 5, "trained": 2}}
+    assert findings.as_json()["roles"] == roles
 
 
-def test_a_stream_says_what_was_not_looked_at(tiny_model_dir: Any, tmp_path: Path) -> None:
+def test_a_stream_says_what_was_not_looked_at(found: Any, tmp_path: Path) -> None:
     data = written(tmp_path / "rows.jsonl", [asked(1), asked(1)])
     fields = {"streaming": True, "steps": 1, "batch": 2}
-    findings, lines = found(tiny_model_dir("llama"), data, **fields)
+    findings, lines = found(data, **fields)
     [line] = lines
     assert line.startswith("data: rows are read while it trains, so that duplicates, ")
     assert all(findings.as_json()[name] is None for name in COUNTED)
 
 
-def test_large_data_is_named_the_same_and_previewed_in_part(
-    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_data_is_named_the_same_and_previewed_in_part(found, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     for module in (reading, tokenizing):
         monkeypatch.setattr(module, "LARGE", 100)
@@ -289,7 +270,7 @@ def test_large_data_is_named_the_same_and_previewed_in_part(
     )
     data = str(tmp_path / "rows.jsonl")
     for _ in range(2):  # and from the cache
-        findings, lines = found(tiny_model_dir("llama"), data)
+        findings, lines = found(data)
         assert lines[0] == "data: the first 20 rows are looked at; a run looks at all"
         assert lines[1].startswith(
             f"data: 5 of 20 rows are the same as an earlier one: {data}: row 17 (as row 2)"
@@ -299,9 +280,8 @@ def test_large_data_is_named_the_same_and_previewed_in_part(
 
 def test_places_of_rows() -> None:
     origins = Origins((("a", 1, 2), ("b", 3, 1), ("a", 4, 2)))
-    assert origins.places(range(5)) == [
-        RowPlace(*place) for place in (("a", 1), ("a", 2), ("b", 3), ("a", 4), ("a", 5))
-    ]
+    places = (("a", 1), ("a", 2), ("b", 3), ("a", 4), ("a", 5))
+    assert origins.places(range(5)) == [RowPlace(*place) for place in places]
     some = origins.select(np.array([1, 2, 4])).select(np.array([1, 2]))
     assert some.places([0, 1]) == [RowPlace("b", 3), RowPlace("a", 5)]
     names, numbers = some.files(2)
@@ -309,34 +289,31 @@ def test_places_of_rows() -> None:
     assert Origins().select(np.array([3, 5])).places([1]) == [RowPlace("", 6)]
 
 
-def test_the_page_has_what_was_found(tiny_model_dir: Any, tmp_path: Path) -> None:
+def test_the_page_has_what_was_found(found: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    found(tiny_model_dir("llama"), [asked(1), asked(1)], html=page)
+    found([asked(1), asked(1)], html=page)
     text = page.read_text()
     assert "1 of 2 rows are the same as an earlier one: row 2 (as row 1)" in text
     assert "<td>assistant</td><td>2</td><td>2</td>" in text
-    found(tiny_model_dir("llama"), [asked(1), asked(2)], html=page)
+    found([asked(1), asked(2)], html=page)
     assert "2 rows were looked at and nothing was found: duplicates" in page.read_text()
 
 
-def test_rows_that_are_refused_are_named_by_their_file(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_rows_that_are_refused_are_named_by_their_file(found: Any, tmp_path: Path) -> None:
     first = written(tmp_path / "a.jsonl", [pair(1, "a", "b"), pair(2, "a", "b")])
     second = written(tmp_path / "b.jsonl", [pair(3, "a", "b"), pair(4, "a", "a")])
     with pytest.raises(LorafoldError, match=rf"^{second}: row 2: fields chosen and rejected"):
-        found(tiny_model_dir("llama"), [first, second], objective="dpo")
+        found([first, second], objective="dpo")
     written(tmp_path / "b.jsonl", [pair("n " * 200, "a", "b")])
     told = rf"^data: within max_length 100: {second}: row 1: no token of a completion is left"
     with pytest.raises(LorafoldError, match=told):
-        found(tiny_model_dir("llama"), [first, second], objective="dpo", max_length=100)
+        found([first, second], objective="dpo", max_length=100)
 
 
 def test_examples_of_no_table_say_that_they_are_not_looked_at() -> None:
     findings = find_problems([object()], Rows.of([asked(1)]), 100)
-    assert findings.lines == [
-        "data: these examples are of no table, so that nothing was looked for in them"
-    ]
+    told = "data: these examples are of no table, so that nothing was looked for in them"
+    assert findings.lines == [told]
     assert findings.as_json()["duplicates"] is None
 
 

@@ -89,9 +89,7 @@ def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
-def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_generation(
-    template: str,
-) -> None:
+def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_generation(template):
     """With a template of added tokens, and with one of ordinary text, where borders merge."""
     tokenizer = make_tokenizer()
     if template == "plain":
@@ -120,9 +118,7 @@ def test_labelled_rows_are_kept_too(large: Path) -> None:
     assert [entry.kind for entry in cache.entries()] == ["rows", "tokens"]
 
 
-def test_a_second_run_reads_and_tokenizes_nothing(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_reads_and_tokenizes_nothing(large: Path, monkeypatch) -> None:
     tokenizer = make_tokenizer()
     first = encode(read_rows(str(large)), tokenizer, 80)
 
@@ -208,9 +204,7 @@ def test_clearing_leaves_what_another_process_makes(large: Path) -> None:
     assert left == [f"0.0 MB removed from {cache.cache_directory()}\n"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(large: Path, monkeypatch) -> None:
     rows, tokenizer = read_rows(str(large)), make_tokenizer()
     monkeypatch.setattr(
         tokenizing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
@@ -234,9 +228,7 @@ def test_rows_that_fill_the_disk_leave_nothing(large: Path) -> None:
     assert [p for p in (cache.cache_directory() / "rows").iterdir() if p.is_dir()] == []
 
 
-def test_a_cache_that_cant_be_written_names_the_variable(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cant_be_written_names_the_variable(large: Path, monkeypatch) -> None:
     (large.parent / "file").write_text("")
     monkeypatch.setenv("LORAFOLD_CACHE", str(large.parent / "file"))
     with pytest.raises(LorafoldError, match=r"can't be written: .*set LORAFOLD_CACHE to another"):
@@ -395,9 +387,7 @@ def test_other_verbs_need_all_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_source_has_rows_of_the_objective(
-    streaming: bool, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_every_source_has_rows_of_the_objective(streaming: bool, tiny_model_dir, tmp_path) -> None:
     first, second = written(tmp_path / "a.jsonl", 5), tmp_path / "b.jsonl"
     second.write_text('{"text": "Book a table", "label": "x"}\n' * 5)
     data, model = [str(first), str(second)], tiny_model_dir("llama")

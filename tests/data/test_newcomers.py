@@ -34,9 +34,7 @@ def test_a_table_is_read_as_a_program_saved_it(delimiter, encoding: str, tmp_pat
 
 @pytest.mark.parametrize("before", [0, 10_000, 400_000])  # ASCII, in one piece and in several
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_what_excel_saves_is_read_and_said(
-    before: int, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_excel_saves_is_read_and_said(before: int, suffix: str, tmp_path, caplog) -> None:
     plain = "prompt,completion\n" + "a,b\n" * (before // 4)
     content = f"{plain}Wann? „Öffnet“ ihr,früh – 5 €\n".encode("cp1252")
     file = tmp_path / f"rows.csv{suffix}"
@@ -48,9 +46,7 @@ def test_what_excel_saves_is_read_and_said(
     assert "'Öffnet'; where that is wrong, save it as UTF-8" in line
 
 
-def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(tmp_path, caplog, monkeypatch):
     (tmp_path / "rows.csv").write_bytes(TABLE.encode("cp1252"))
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lorafold.data.rows.LARGE", 1)
@@ -73,9 +69,7 @@ def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(
         ("cp1252", "früh", "UTF-8 first, and not UTF-8 soon after line"),
     ],
 )
-def test_other_code_pages_are_not_read_as_that_of_windows(
-    encoding: str, text: str, told: str, tmp_path: Path
-) -> None:
+def test_other_code_pages_are_not_read_as_that_of_windows(encoding, text, told, tmp_path) -> None:
     before = "ä,b\n" if encoding == "cp1252" else "a,b\n"
     content = f"prompt,completion\n{before}".encode() + f"{text},b\n".encode(encoding)
     (tmp_path / "rows.csv").write_bytes(content)

@@ -110,9 +110,7 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
     assert message.startswith(f"{path / 'd.jsonl'}: row 2: shape {{messages}}, but row 1 has")
 
 
-def test_a_file_that_changed_at_one_size_and_time_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changed_at_one_size_and_time_is_read_again(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tokenizing, "LARGE", 100)
     monkeypatch.setattr(reading, "LARGE", 100)
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
@@ -145,9 +143,7 @@ def test_a_stream_goes_through_the_files_of_a_directory(tmp_path: Path) -> None:
         stream_of(str(folder(tmp_path / "e", a__jsonl=0)))
 
 
-def test_a_run_has_its_files_in_its_result(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_run_has_its_files_in_its_result(tiny_model_dir, tmp_path: Path) -> None:
     path = folder(tmp_path / "d", a__jsonl=2, b__jsonl=1)
     recipe = lf.Recipe(steps=1, batch=1, storage="fp32")
     done = lf.train(recipe, data=path, out=tmp_path / "out", model=tiny_model_dir("llama"))
@@ -241,9 +237,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("a.zip", b"PK", "found a .zip file, expected .jsonl"),
     ],
 )  # fmt: skip
-def test_one_line_says_what_cant_be_read(
-    name: str, content: str | bytes, part: str, tmp_path: Path
-) -> None:
+def test_one_line_says_what_cant_be_read(name, content, part, tmp_path) -> None:
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / name).write_bytes(content)
     assert part in refusal(tmp_path / name)

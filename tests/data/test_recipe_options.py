@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pytest
 import typer
@@ -81,9 +81,7 @@ def test_every_field_has_an_option_with_help_in_a_panel() -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_what_is_asked_is_set_and_nothing_else(
-    arguments: tuple[str, ...], fields: dict[str, Any]
-) -> None:
+def test_what_is_asked_is_set_and_nothing_else(arguments, fields) -> None:
     recipe = asked(*arguments)
     assert recipe == Recipe(**fields)
     assert recipe.model_fields_set == fields.keys()

@@ -115,9 +115,7 @@ def test_it_takes_the_place_of_a_template_and_of_the_plain_one(tiny_model_dir) -
     assert end_tokens(model, tokenizer) == {tokenizer.eos_token_id}
 
 
-def test_a_file_of_that_name_is_given_with_its_folder(
-    tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_file_of_that_name_is_given_with_its_folder(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("none").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     for name in ("./none", str(tmp_path / "none")):
@@ -187,9 +185,7 @@ def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_with_it_and_with_nothing_else(
-    tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_run_is_resumed_with_it_and_with_nothing_else(tiny_model_dir, tmp_path, monkeypatch):
     def asked(name: str, template: str | None = "none", **more: Any) -> Any:
         base, fields = tiny_model_dir("llama"), {"steps": 6, "save_every": 2, "new_tokens": None}
         return request(base, tmp_path / name, PAIRS, chat_template=template, **fields, **more)

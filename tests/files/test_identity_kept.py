@@ -385,9 +385,7 @@ def test_a_search_of_an_earlier_version_is_refused(world: World) -> None:
         file.write_text(content)
 
 
-def test_a_preference_begins_at_log_2_over_another_scale(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_preference_begins_at_log_2_over_another_scale(world: World, tmp_path: Path) -> None:
     content = (world.below / "adapter_config.json").read_bytes()
     try:
         for alpha, name in ((8, "one"), (32, "two")):

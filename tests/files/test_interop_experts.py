@@ -325,9 +325,7 @@ OWN: dict[str, tuple[Spec, str]] = {
 @pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["qwen2-moe", "gpt-oss"])
 @pytest.mark.parametrize("method", OWN)
-def test_what_peft_lacks_for_experts(
-    kind: str, method: str, moe: Moe, tmp_path: Path, caplog
-) -> None:
+def test_what_peft_lacks_for_experts(kind: str, method: str, moe: Moe, tmp_path, caplog) -> None:
     spec, peft_type = OWN[method]
     model = moe(kind)
     with caplog.at_level(logging.INFO, "lorafold"):

@@ -30,9 +30,7 @@ def adapted(spec: Spec) -> tuple[nn.Module, lf.Adapter]:
     return model, moved(model, spec, TARGETS)
 
 
-def test_peft_computes_the_same_from_the_parameter(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_peft_computes_the_same_from_the_parameter(tmp_path: Path, caplog) -> None:
     model, adapter = adapted(lf.LoRA(rank=4, dropout=0.1))
     with caplog.at_level(logging.INFO, "lorafold"):
         adapter.save(tmp_path / "a")
@@ -48,9 +46,7 @@ def test_peft_computes_the_same_from_the_parameter(
     assert gap(logits(again), expected) < CLOSE
 
 
-def test_methods_that_peft_has_for_modules_alone_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_methods_that_peft_has_for_modules_alone_are_told(tmp_path: Path, caplog) -> None:
     model, adapter = adapted(lf.LoHa(rank=2))
     adapter.save(tmp_path / "a")
     assert "grouped linears with LoRA alone" in caplog.text

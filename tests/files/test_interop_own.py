@@ -153,9 +153,7 @@ def test_sparse_files_bring_their_own_sizes(tiny_model, tmp_path: Path) -> None:
         ("values", None, "missing key base_model.model.model.layers.0.mlp.up_proj.sparse_values"),
     ],
 )  # fmt: skip
-def test_damaged_sparse_files_are_refused(
-    name: str, damage: Any, message: str, tiny_model, tmp_path: Path
-) -> None:
+def test_damaged_sparse_files_are_refused(name, damage, message, tiny_model, tmp_path) -> None:
     path = lf.attach(tiny_model("llama"), lf.FishMask(density=0.02)).save(tmp_path / "ours")
     key = f"base_model.model.model.layers.0.mlp.up_proj.sparse_{name}"
     change(path, lambda t: t.update({key: damage(t[key])}) if damage else t.pop(key))
@@ -166,9 +164,7 @@ def test_damaged_sparse_files_are_refused(
     assert not any(hasattr(m, "deltas") for m in model.modules())
 
 
-def test_a_prompt_file_of_another_width_or_with_targets_is_refused(
-    tiny_model, tmp_path: Path
-) -> None:
+def test_a_prompt_file_of_another_width_or_with_targets_is_refused(tiny_model, tmp_path) -> None:
     path = lf.attach(tiny_model("llama"), lf.Prompt(tokens=4)).save(tmp_path / "ours")
     narrow = shutil.copytree(path, tmp_path / "narrow")
     change(narrow, lambda t: t.update(prompt_embeddings=torch.zeros(4, 16)))

@@ -257,9 +257,7 @@ def test_suffixes_where_they_suffice(tiny_model: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base_is_the_same_base(
-    dtype: torch.dtype, tiny_model: Model, tmp_path: Path
-) -> None:
+def test_half_precision_base_is_the_same_base(dtype: torch.dtype, tiny_model, tmp_path) -> None:
     """Trained over fp32, loaded over half precision and the other way round: no complaint, fp32
     factors, the same values.
     """
@@ -373,9 +371,7 @@ def test_card_is_ready_for_the_hub(tiny_model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", [lf.PiSSA(rank=3, alpha=5), lf.OLoRA(rank=3)], ids=type)
 @pytest.mark.parametrize("over", [False, True], ids=["plain", "dora"])
-def test_inits_become_lora_of_twice_the_rank(
-    spec: Spec, over: bool, tiny_model: Model, tmp_path: Path
-) -> None:
+def test_inits_become_lora_of_twice_the_rank(spec: Spec, over: bool, tiny_model, tmp_path) -> None:
     model, again = tiny_model("llama"), tiny_model("llama")
     moved(model, lf.DoRA(spec) if over else spec, MORE).save(tmp_path / "a")
     assert gap(logits(load_theirs(tiny_model("llama"), tmp_path / "a")), logits(model)) < CLOSE

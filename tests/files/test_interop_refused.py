@@ -22,9 +22,7 @@ from peft_cases import gap, load_theirs, logits, moved
 
 
 @pytest.mark.parametrize("name", ["falcon-h1", "nemotron-h"])
-def test_an_adapter_that_peft_refuses_says_so(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_adapter_that_peft_refuses_says_so(name: str, tmp_path: Path, caplog) -> None:
     cls = FAMILIES[name].cls
     FAMILIES[name].model().save_pretrained(tmp_path / "base")
     model = cls.from_pretrained(tmp_path / "base")
@@ -67,9 +65,7 @@ def test_the_types_are_those_of_peft() -> None:
     ("name", "past", "other"),
     [("jamba", ["dt_proj"], "in_proj"), ("rwkv", ["output", "value"], "receptance")],
 )
-def test_where_peft_leaves_its_update_out_is_told(
-    name: str, past: list[str], other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_peft_leaves_its_update_out_is_told(name, past, other, tmp_path, caplog) -> None:
     row = FAMILIES[name]
     model = row.model().eval()
     adapter = moved(model, lf.LoRA(rank=2, dropout=0.0), [*past, other])

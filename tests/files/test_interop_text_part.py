@@ -28,9 +28,7 @@ def written(name: str, path: Path) -> Path:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", WHOLE)
-def test_peft_reads_the_adapter_on_the_class_of_the_configuration(
-    name: str, tmp_path: Path
-) -> None:
+def test_peft_reads_the_adapter_on_the_class_of_the_configuration(name: str, tmp_path) -> None:
     """PEFT found no key of it there, and computed the bare model."""
     cls, base = FAMILIES[name].cls, written(name, tmp_path / "base")
     model = load_model(base, torch.float32)

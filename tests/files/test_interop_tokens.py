@@ -103,9 +103,7 @@ def test_ours_is_read_on_the_base_resized_or_not(kind: str, tiny_model, tmp_path
 @pytest.mark.parametrize("matrices", [True, False], ids=["matrices", "rows-only"])
 @pytest.mark.parametrize("form", ["list", "names"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_is_read_on_the_base_resized_or_not(
-    kind: str, form: str, matrices: bool, tiny_model, tmp_path: Path
-) -> None:
+def test_peft_is_read_on_the_base_resized_or_not(kind, form, matrices, tiny_model, tmp_path):
     base = resized(tiny_model(kind))
     same = copy.deepcopy(base)
     wrapped = theirs(kind, base, NEW if form == "list" else {embedding(kind): NEW, "lm_head": NEW})
@@ -261,9 +259,7 @@ def test_reading_is_strict(defect: str, tiny_model, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense(
-    indices: Any, message: str, tiny_model, tmp_path: Path
-) -> None:
+def test_a_config_that_makes_no_sense(indices: Any, message: str, tiny_model, tmp_path) -> None:
     ours("llama", tiny_model("llama")).save(tmp_path / "a")
     configure(tmp_path / "a", trainable_token_indices=indices)
     with pytest.raises(lf.LorafoldError, match=message):

@@ -203,9 +203,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
 @pytest.mark.few(4)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe", "gpt-oss"])
-def test_into_the_dequantized_experts_that_were_trained_on(
-    kind, quantization, moe, tmp_path
-) -> None:
+def test_into_the_dequantized_experts_that_were_trained_on(kind, quantization, moe, tmp_path):
     base = moe(kind)
     model, adapter = adapted(base, tmp_path / "a", Storage(torch.float32, quantization))
     result = merge(base, [tmp_path / "a"], tmp_path / "merged", certificate=False)

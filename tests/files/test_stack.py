@@ -96,9 +96,7 @@ def worded(base: Path, sft: Path) -> tuple[Path, Path]:
 METHODS = ("lora", "dora", "ia3", "loha")
 
 
-def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(
-    base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(base, sft: Path, tmp_path) -> None:
     before = files(sft)
     [below] = Saved.open(trained(base, tmp_path / "dpo", (sft,))).record["over"]
     assert files(sft) == before
@@ -107,9 +105,7 @@ def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(
     assert "over" not in Saved.open(sft).record
 
 
-def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
-    base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(base, sft, tmp_path) -> None:
     asked = setup.set_up(request(base, tmp_path / "dpo", (sft,)), quiet())
     model, adapter, _ = setup.adapted_model(asked, quiet())
     assert asked.request.below == ("over1",)
@@ -126,9 +122,7 @@ def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
     ("below", "above"),
     fast_only(zip(METHODS, (*METHODS[1:], METHODS[0]), strict=True), product(METHODS, METHODS)),
 )
-def test_folding_a_stack_equals_calling_it(
-    below: str, above: str, base: Path, tmp_path: Path
-) -> None:
+def test_folding_a_stack_equals_calling_it(below: str, above: str, base, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", method=below)
     second = trained(base, tmp_path / "second", (first,), method=above)
     model = stacked(base, first, second)
@@ -141,9 +135,7 @@ def test_folding_a_stack_equals_calling_it(
 
 
 @pytest.mark.few(1)
-def test_what_is_found_below_must_be_what_it_was_trained_over(
-    base: Path, sft: Path, dpo: Path, other: Path
-) -> None:
+def test_what_is_found_below_must_be_what_it_was_trained_over(base, sft, dpo, other: Path) -> None:
     for below in [(), (other,), (other, sft), (sft, other)]:
         model = stacked(base, *below)
         before = logits(model)
@@ -158,9 +150,7 @@ def test_what_is_found_below_must_be_what_it_was_trained_over(
     lf.load(model, dpo, "dpo", allow_other_base=True)
 
 
-def test_a_file_that_changed_below_is_another_adapter(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_changed_below_is_another_adapter(base, sft: Path, dpo: Path, tmp_path) -> None:
     copy = shutil.copytree(sft, tmp_path / "copy")
     (copy / "README.md").write_text("Another card.")
     (copy / "manifest.json").unlink()
@@ -171,18 +161,14 @@ def test_a_file_that_changed_below_is_another_adapter(
         stacked(base, copy, dpo)
 
 
-def test_the_selection_and_not_the_order_of_attaching_decides(
-    base: Path, sft: Path, dpo: Path, other: Path
-) -> None:
+def test_the_selection_and_not_the_order_of_attaching_decides(base, sft, dpo, other: Path) -> None:
     model = stacked(base, sft, other)
     with lf.only(model, "a0"):
         lf.load(model, dpo, "dpo")
         torch.testing.assert_close(logits(model), logits(stacked(base, sft, dpo)))
 
 
-def test_in_memory_an_adapter_knows_those_that_were_active(
-    base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_in_memory_an_adapter_knows_those_that_were_active(base, sft: Path, tmp_path: Path) -> None:
     model = stacked(base, sft)
     new = lf.attach(model, lf.LoRA(rank=2), name="new")
     above = lf.attach(model, lf.LoRA(rank=2), name="above")
@@ -277,9 +263,7 @@ def test_dropout_follows_what_is_made_trainable(base: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("where", ["", ".best", ".run", "inside", "around"])
 @pytest.mark.parametrize("option", ["over", "init_adapter"])
-def test_an_output_that_is_an_input_is_refused(
-    where: str, option: str, base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_an_output_that_is_an_input_is_refused(where, option, base, sft, tmp_path) -> None:
     out = tmp_path / "out"
     given = {"": out, "inside": out / "in", "around": out.parent}.get(where, Path(f"{out}{where}"))
     if where != "around":
@@ -302,9 +286,7 @@ def test_what_training_over_refuses(base: Path, sft: Path, dpo: Path, tmp_path: 
     assert not out.exists()
 
 
-def test_an_adapter_over_others_is_trained_further(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_over_others_is_trained_further(base, sft: Path, dpo: Path, tmp_path) -> None:
     trained(base, tmp_path / "more", (sft,), steps=2, init_adapter=dpo)
     assert Saved.open(tmp_path / "more").record["over"] == Saved.open(dpo).record["over"]
     assert not torch.equal(*(next(iter(weights(p).values())) for p in (dpo, tmp_path / "more")))
@@ -354,9 +336,7 @@ def test_a_classifier_below_gives_its_classes_and_head(base: Path, tmp_path: Pat
     assert lf.evaluate(base, rows, adapters=[below, above], storage="fp32") is not None
 
 
-def test_the_engine_serves_a_stack_under_one_name(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_the_engine_serves_a_stack_under_one_name(base, sft: Path, dpo: Path, tmp_path) -> None:
     lora = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), lora)
     assert expected != generated(stacked(base, dpo_alone(dpo, tmp_path)), lora)
@@ -382,9 +362,7 @@ def dpo_alone(dpo: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["dora", "ia3", "loha"])
-def test_the_engine_serves_stacks_of_any_methods(
-    method: str, base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_the_engine_serves_stacks_of_any_methods(method: str, base, sft: Path, tmp_path) -> None:
     below = shutil.copytree(sft, tmp_path / "below")
     over = trained(base, tmp_path / "over", (below,), method=method)
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="over")
@@ -398,9 +376,7 @@ def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, worded) -> Non
         alone(fresh_model(base), asked, {"second": worded[1]})
 
 
-def test_composing_a_whole_stack_gives_what_the_stack_computes(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_composing_a_whole_stack_gives_what_the_stack_computes(base, sft, dpo, tmp_path) -> None:
     lf.compose([sft, dpo], tmp_path / "both", model=base, how="linear", weights=[1, 1])
     both = tmp_path / "both"
     assert "over" not in Saved.open(both).record
@@ -410,9 +386,7 @@ def test_composing_a_whole_stack_gives_what_the_stack_computes(
     assert not (tmp_path / "alone").exists()
 
 
-def test_composing_measures_each_over_what_it_lies_over(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_composing_measures_each_over_what_it_lies_over(base, sft, dpo: Path, tmp_path) -> None:
     made = lf.compose(
         [sft, dpo], tmp_path / "both", model=base, how="linear", weights=[1, 1],
         data={"task": ROWS[:4]}, completions=False, storage="fp32", device="cpu",
@@ -424,9 +398,7 @@ def test_composing_measures_each_over_what_it_lies_over(
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "ia3"])
-def test_inspecting_takes_what_is_below_as_the_base(
-    method: str, base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_inspecting_takes_what_is_below_as_the_base(method: str, base, sft: Path, tmp_path) -> None:
     over = trained(base, tmp_path / "over", (sft,), method=method)
     merged = tmp_path / "merged"
     lf.merge(base, sft, merged)
@@ -442,9 +414,7 @@ def test_inspecting_takes_what_is_below_as_the_base(
         lf.inspect(over, base)
 
 
-def test_the_loss_along_an_update_starts_at_what_is_below(
-    base: Path, sft: Path, dpo: Path
-) -> None:
+def test_the_loss_along_an_update_starts_at_what_is_below(base: Path, sft: Path, dpo: Path) -> None:
     found = lf.inspect(dpo, base, over=sft, data=ROWS[:4], storage="fp32", device="cpu")
     loss = dict(found.paths.scaling)
     for t, adapters in ((0.0, [sft]), (1.0, [sft, dpo])):
@@ -486,9 +456,7 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     assert lorafold("train", *recipe, "--over", a, "--out", a, "--overwrite").returncode == 2
 
 
-def test_a_server_reads_what_is_below_from_its_own_directory_only(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_a_server_reads_what_is_below_from_its_own_directory_only(base, sft, dpo, tmp_path) -> None:
     adapters = tmp_path / "adapters"
     shutil.copytree(dpo, adapters / "dpo")
     (origin,) = parse_over(Saved.open(dpo).record)
@@ -507,9 +475,7 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(
     assert below() == adapters / "sft"
 
 
-def test_what_is_active_on_the_model_of_an_engine_is_below(
-    base: Path, sft: Path, dpo: Path, other: Path
-) -> None:
+def test_what_is_active_on_the_model_of_an_engine_is_below(base, sft, dpo, other: Path) -> None:
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), asked)
     assert alone(stacked(base, sft), asked, {"dpo": dpo}) == expected

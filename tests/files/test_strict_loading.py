@@ -236,9 +236,7 @@ def test_wrong_base(saved: Path, tiny_model: Model) -> None:
     assert "shape" in refusal(tiny_model("llama"), saved, allow_other_base=True)
 
 
-def test_another_architecture_is_named_together_with_its_targets(
-    saved: Path, tiny_model: Model
-) -> None:
+def test_another_architecture_is_named_together_with_its_targets(saved: Path, tiny_model) -> None:
     message = refusal(tiny_model("gpt2"), saved)
     assert "fingerprinted weights" in message
     assert message.endswith("; and 1 more")
@@ -271,9 +269,7 @@ def test_module_to_save_without_a_name_in_peft(tmp_path: Path) -> None:
         adapter.save(tmp_path / "a")
 
 
-def test_fingerprint_of_a_model_and_of_its_files(
-    tiny_model: Model, tiny_model_dir: Callable[[str], Path]
-) -> None:
+def test_fingerprint_of_a_model_and_of_its_files(tiny_model: Model, tiny_model_dir) -> None:
     for kind in ("llama", "gpt2", "gemma", "qwen2"):
         model, files = tiny_model(kind), FileWeights(model_files(tiny_model_dir(kind)))
         of_model, of_files = fingerprint.of_model(model), fingerprint.of_files(tiny_model_dir(kind))
@@ -287,9 +283,7 @@ def test_fingerprint_of_a_model_and_of_its_files(
                 assert fingerprint.differences(known, weights) == []
 
 
-def test_fingerprint_under_the_body_s_own_names(
-    tiny_model: Model, tiny_model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_fingerprint_under_the_body_s_own_names(tiny_model, tiny_model_dir, tmp_path: Path) -> None:
     """Files saved from the body alone lack the first word of every name."""
     model = tiny_model("gpt2")
     model.transformer.save_pretrained(tmp_path / "body")
@@ -317,9 +311,7 @@ def skeleton(path: Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
 
-def test_base_on_the_meta_device(
-    saved: Path, tiny_model: Model, tiny_model_dir: Callable[[str], Path]
-) -> None:
+def test_base_on_the_meta_device(saved: Path, tiny_model: Model, tiny_model_dir) -> None:
     """The base's own numbers come from its files, the factors lie on the CPU."""
     llama = tiny_model_dir("llama")
     adapter = lf.load(skeleton(llama), saved, base=FileWeights(model_files(llama)))
@@ -331,9 +323,7 @@ def test_base_on_the_meta_device(
     assert "not the base" in error_cases.refusal(lf.load, skeleton(llama), saved, base=other)
 
 
-def test_trained_biases_over_the_meta_device(
-    tiny_model: Model, tiny_model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_trained_biases_over_the_meta_device(tiny_model, tiny_model_dir, tmp_path: Path) -> None:
     """A file holds a bias whole, a delta the difference: the base's own comes from the files."""
     adapter = lf.attach(tiny_model("qwen2"), lf.LoRA(rank=4), ["q_proj"], bias="lora_only")
     for p in adapter.parameters():

@@ -151,9 +151,7 @@ COMMANDS = {
 @pytest.mark.few(9)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", "lorafold.json"])
-def test_every_command_that_reads_an_adapter(
-    command: str, file: str, base: Path, adapter: Path, tmp_path: Path, told
-) -> None:
+def test_every_command_that_reads_an_adapter(command, file, base, adapter, tmp_path, told) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
     rows.write_text('{"prompt": "Book", "completion": "a table"}\n')
     flip(adapter / file, sorted(COMMANDS).index(command))
@@ -166,9 +164,7 @@ def test_every_command_that_reads_an_adapter(
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_bit_of_an_adapter_s_tokenizer(
-    file: str, base: Path, adapter: Path, tmp_path: Path, told
-) -> None:
+def test_a_bit_of_an_adapter_s_tokenizer(file: str, base, adapter, tmp_path: Path, told) -> None:
     flip(adapter / file, 0)
     for stack in ([adapter], [adapter, tmp_path / "plain"]):
         assert says_damaged(refusal(Base(base).tokenizer, open_all(stack)), file)
@@ -200,9 +196,7 @@ def _counted(event: str, given: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("verb", READING)
-def test_an_adapter_is_opened_once(
-    verb: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_an_adapter_is_opened_once(verb: str, base, adapter, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "looked_at", Counter())
     READING[verb](base, adapter, tmp_path / "out")
     found = {name: looked_at[str(adapter / name)] for name in FILES}  # type: ignore[index]
@@ -228,9 +222,7 @@ def test_a_file_of_another_size_says_its_size(adapter: Path, tiny_model) -> None
 
 
 @pytest.mark.parametrize("file", ["model-00002-of-*.safetensors", "model.*.index.json"])
-def test_a_bit_of_a_merged_model(
-    file: str, base: Path, merged: Path, adapter: Path, tmp_path: Path, told
-) -> None:
+def test_a_bit_of_a_merged_model(file: str, base, merged, adapter, tmp_path: Path, told) -> None:
     [shard] = merged.glob(file)
     flip(shard, 1)
     for storage in (torch.float32, Storage(torch.float32, "nf4")):
@@ -251,9 +243,7 @@ def test_a_bit_of_a_merged_model(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bit_of_what_lies_beside_a_merged_model_s_weights(
-    merged: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_a_bit_of_what_lies_beside_a_merged_model_s_weights(merged, adapter, tmp_path) -> None:
     whole = (merged / "tokenizer.json").read_bytes()
     flip(merged / "tokenizer.json", 2)
     load_model(merged, torch.float32)
@@ -294,9 +284,7 @@ def test_what_is_not_read_does_not_matter(base: Path, adapter: Path, merged: Pat
 
 
 @pytest.mark.parametrize("manifest", [None, '{"name": "an app", "icons": []}'], ids=str)
-def test_without_a_manifest_of_ours_all_is_as_ever(
-    manifest: str | None, base: Path, adapter: Path, tiny_model
-) -> None:
+def test_without_a_manifest_of_ours_all_is_as_ever(manifest, base, adapter, tiny_model) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
     assert "adapter_config.json: " in refusal(lf.load, tiny_model("llama"), adapter)
@@ -316,9 +304,7 @@ def test_a_manifest_that_is_none(manifest: bytes, base: Path, adapter: Path, tol
     assert line.startswith(f"error: {adapter}: {MANIFEST}: not readable as a manifest: damaged, or")
 
 
-def test_each_file_is_hashed_once_a_load(
-    base: Path, adapter: Path, merged: Path, monkeypatch
-) -> None:
+def test_each_file_is_hashed_once_a_load(base, adapter: Path, merged: Path, monkeypatch) -> None:
     hashed: list[str] = []
     sha256 = atomic.sha256
 
