@@ -1,6 +1,4 @@
-"""What a chat template does unseen is said: what it leaves out of a turn, what it writes by itself,
-the date that it asks for.
-"""
+"""Training reports what a chat template drops, adds by itself, and which date it asks for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What other tools' users type and what it is called here: one table for the command, recipes,
-specs, `attach` and the files of other tools.
-"""
+"""Other tools' names for options: errors of commands, recipes, specs and `attach` suggest ours."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""Control tokens inside contents are text, as transformers' own sanitizer reads them; new tokens,
-and what is allowed, stay tokens.
-"""
+"""Control tokens inside messages are text, as transformers' own sanitizer reads them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A turn ends where the model would have to stop: with what the template writes for it, with what
-begins the next message, or with the tokenizer's end token; and generation stops at that token.
-"""
+"""A turn is trained with the token that ends it, and generation stops at that token."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Data of any size: rows and tokens in Arrow files, worker processes, the cache, weights, streams,
-and runs that are killed at every stage.
-
-What is large is a matter of a threshold, which these tests lower: `large` makes N rows large.
-"""
+"""Data of any size: Arrow files, worker processes, the cache, weights, streams, killed runs."""
 
 import io
 import json

@@ -1,6 +1,4 @@
-"""Rows as much used public sets and other tools have them, with their schemas, read as meant; what
-messages say of being trained on; and what is told of all that.
-"""
+"""Rows of public data sets are read as they are meant, and turns may opt out of training."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`chat_template: none`: prompt and completion are joined as they stand, alike in training,
-evaluation and generation, and travel with the adapter.
-"""
+"""`chat_template: none` joins prompt and completion unchanged, in training and generation."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""The law of rendering, over the chat templates of every family that the installed `trl` has: the
-ids before each trained turn are those that generation starts from, and nothing that the template
-supplies is trained on. What generation starts from is transformers' own.
-"""
+"""Training sees the prompts of generation, for the chat templates of all families in `trl`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Tools, calls, parts, reasoning and preferences in rows: read in one form, shown by the template
-or refused, measured, and calls read back.
-"""
+"""Tools, calls, reasoning and preferences in rows: one form, shown or refused, read back."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Other tools' configurations as recipes: every field asserted, nothing dropped, their defaults
-written, and what comes out trains.
-"""
+"""Other tools' configurations as recipes: defaults, unknown keys, PEFT's files, the command."""
 
 import json
 import random

@@ -204,9 +204,7 @@ max_length: 512
 
 @dataclass
 class File:
-    """A file, the tool it is of, the recipe, the keys that are taken differently and that have no
-    counterpart, parts of what is remarked of keys, and a part of the command.
-    """
+    """A file of a tool, its recipe, and the keys that are changed, left out and remarked on."""
 
     text: str
     tool: str

@@ -1,6 +1,4 @@
-"""GRPO of axolotl and TRL, and TRL's RLOO, as recipes: every field of theirs has an outcome, their
-defaults are written, and they train.
-"""
+"""GRPO and RLOO of axolotl and TRL as recipes: what differs is reported."""
 
 
 import pytest

@@ -1,6 +1,4 @@
-"""Other tools' files of preferences and reward models as recipes: the same losses, number by
-number, the same references, and every value that has no counterpart named.
-"""
+"""Other tools' preferences as recipes: the same losses and the same references."""
 
 
 import pytest
@@ -137,9 +135,7 @@ def test_what_trl_computes_otherwise_is_told(tmp_path):
 
 
 def test_the_losses_of_axolotls_trainer_are_ours(tmp_path, tiny_model_dir):
-    """TRL's own trainer with axolotl's settings: supervised terms, label smoothing, dropout. Of one
-    row TRL's mean over the tokens of a batch is lorafold's over those of the row.
-    """
+    """Of one row, so that TRL's mean over the tokens of a batch is the mean over the row's."""
     path = tiny_model_dir("llama")
     model, tokenizer = (
         kind.from_pretrained(path) for kind in (AutoModelForCausalLM, AutoTokenizer)

@@ -1,6 +1,4 @@
-"""What a translated run does beside the tool's own where both are here: which tokens it labels and
-the rates of its steps. What differs is in the report.
-"""
+"""A translated run labels the tokens and takes the learning rates of the tool's own run."""
 
 import pytest
 import torch

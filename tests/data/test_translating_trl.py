@@ -1,6 +1,4 @@
-"""Configurations of TRL's trainers as recipes: every field of TRL's own classes has an outcome, its
-defaults are written, and a file is known by what is in it.
-"""
+"""TRL's trainers as recipes: every field has an outcome, and a file tells which trainer it is for."""
 
 import dataclasses
 import warnings

@@ -1,6 +1,4 @@
-"""There equals here: what is exported computes in the engine what it computes in lorafold, and what
-a target can't say is refused with nothing written.
-"""
+"""Exported adapters compute the same in other engines, or the export is refused."""
 
 import json
 from pathlib import Path

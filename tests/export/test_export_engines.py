@@ -1,6 +1,4 @@
-"""Adapters for mlx-lm, vLLM and SGLang: the factors in the files are the update, multiplied out on
-both sides; the command lines have what the engines need; the engines compute what lorafold does.
-"""
+"""Exports to mlx-lm, vLLM and SGLang: the factors, the command lines, and the engines' output."""
 
 import json
 import shlex

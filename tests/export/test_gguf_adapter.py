@@ -1,6 +1,4 @@
-"""Adapters as GGUF files: in closed form, as lorafold's loader reads a base with the product added
-to it, and in llama.cpp itself.
-"""
+"""Adapters as GGUF files: the products, read by lorafold's loader and in llama.cpp itself."""
 
 import json
 import shutil

@@ -1,6 +1,4 @@
-"""A model as a GGUF file: what lorafold's own loader reads back is what was written, and llama.cpp
-computes what the model does.
-"""
+"""Models as GGUF files: read back unchanged, and llama.cpp computes the same."""
 
 from pathlib import Path
 from unicodedata import is_normalized
@@ -78,9 +76,7 @@ def test_llama_cpp_computes_what_the_model_does(kind, tmp_path, noisy):
 @pytest.mark.parametrize("method", [lf.LoRA(rank=4, dropout=0.0), lf.DoRA(lf.LoRA(rank=4))])
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_the_model_that_was_trained_is_exported(method, storage, tmp_path):
-    """Adapters are merged into the quantized weights that they were trained on; the weights before
-    quantization are another model.
-    """
+    """Adapters are merged into the quantized weights that they were trained on."""
     pytest.importorskip("xllamacpp")
     base = saved("llama", tmp_path / "base", intermediate_size=128)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)

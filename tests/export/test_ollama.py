@@ -1,6 +1,4 @@
-"""A chat template in Ollama's language: Go itself renders it, and the model's own template writes
-the same text.
-"""
+"""A chat template in Go, as Ollama needs it, writes the same text as the model's own."""
 
 import copy
 import json

@@ -1,6 +1,4 @@
-"""GGUF files: every weight that transformers reads from them, in their precision, or a refusal that
-names what is missing.
-"""
+"""GGUF files are read as transformers reads them, in their precision, or refused."""
 
 import logging
 import shutil

@@ -1,5 +1,4 @@
-"""What lorafold wrote before its modules were put in a new order is read as it was: adapters,
-models, comparisons, searches and recipes. `golden/make.py` says what each is.
+"""Files of earlier versions, which `golden/make.py` wrote, give the same output.
 
 Numbers are compared to 1e-4, in fp32: other processors round otherwise.
 """

@@ -1,6 +1,4 @@
-"""The header of a safetensors file is read as safetensors itself reads it, and what it refuses is
-refused: an interpretation of one's own would be a second format.
-"""
+"""safetensors headers are read and refused as the safetensors library does."""
 
 from __future__ import annotations
 

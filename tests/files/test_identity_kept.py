@@ -1,6 +1,4 @@
-"""The table: thing x changed field x kept result. What was kept for one thing is not given for
-another: it is refused or made anew; and it is given again once the thing is what it was.
-"""
+"""Cached results are reused for the same model, adapter, rows and code, and for no others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Adapters of classifiers, whose head transformers builds in many ways, read by PEFT on the class
-that it has for them: it saves their heads as a whole.
-"""
+"""PEFT reads the adapters of classifiers, whose head it saves as a whole."""
 
 from __future__ import annotations
 

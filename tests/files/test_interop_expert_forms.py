@@ -1,6 +1,4 @@
-"""Files of experts whose class is a row of `core.matrices`: both ways with PEFT, trained by the
-command's own run, and merged into files that transformers reads.
-"""
+"""Experts of the classes in `core.matrices`: both ways with PEFT, trained and merged."""
 
 from __future__ import annotations
 

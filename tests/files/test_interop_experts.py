@@ -1,8 +1,6 @@
-"""Files of adapters over experts both ways with PEFT: `target_parameters` where PEFT has the
-method, and a form of our own, which PEFT refuses, where it has not.
+"""Adapters over experts both ways with PEFT, and in lorafold's own form where PEFT has none.
 
-Logits, gradients and weights of two fp32 implementations differ by rounding in another order: 1e-5
-of the largest is asked of all.
+Two fp32 implementations differ by rounding: 1e-5 of the largest number is asked of all.
 """
 
 import json
@@ -218,9 +216,7 @@ def test_merged_weights_are_pefts(kind: str, moe: Moe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
 def test_a_bf16_base(kind: str, moe: Moe, tmp_path: Path) -> None:
-    """Our error against fp32 is PEFT's, up to what a few thousand roundings make of it. Every token
-    meets all experts, since rounding may change which are the first.
-    """
+    """Every token meets all experts, since rounding may change which come first."""
     exact = moe(kind, num_experts_per_tok=4)
     moved(exact, **CASES["mixed"][0]).save(tmp_path / "a")
     rounded = {"dtype": torch.bfloat16, "num_experts_per_tok": 4}
@@ -251,9 +247,7 @@ def test_offsets_become_lora(kind: str, spec: Spec, moe: Moe, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["qwen2-moe", "deepseek-v3"])
 def test_linears_that_peft_renames(kind: str, moe: Moe, tmp_path: Path) -> None:
-    """In DeepSeek's models PEFT takes the names of the dense block's and the shared expert's
-    linears for those of experts; so they are named by their weights.
-    """
+    """PEFT takes the linears of DeepSeek's dense blocks for experts, so the file names weights."""
     spec = lf.LoRA(
         rank=3, dropout=0.0, rank_pattern={"gate_proj": 2}, alpha_pattern={r".*\.0\.mlp.*": 7.5}
     )

@@ -1,6 +1,4 @@
-"""The grouped linears of DeepSeek-V4, `o_a_proj`: in PEFT, in files that quantize them, and what
-their dropout follows from.
-"""
+"""The grouped linears of DeepSeek-V4: in PEFT, in quantized files, and their dropout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Files of prompt and prefix tuning both ways with PEFT, and of what PEFT lacks: written, read, and
-strict about what is wrong.
-"""
+"""Prompt and prefix tuning both ways with PEFT, and adapters that PEFT does not have."""
 
 import copy
 import shutil

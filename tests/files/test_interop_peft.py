@@ -1,7 +1,6 @@
 """Files both ways with PEFT as the oracle: what one writes the other reads, and the logits agree.
 
-Logits of two fp32 implementations of one formula differ by rounding in another order: 1e-5 of the
-largest is asked of both ways.
+Two fp32 implementations differ by rounding: 1e-5 of the largest logit is asked both ways.
 """
 
 import warnings
@@ -258,9 +257,7 @@ def test_suffixes_where_they_suffice(tiny_model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_is_the_same_base(dtype: torch.dtype, tiny_model, tmp_path) -> None:
-    """Trained over fp32, loaded over half precision and the other way round: no complaint, fp32
-    factors, the same values.
-    """
+    """Trained over fp32 and loaded over half precision, and the other way round."""
     model, half = tiny_model("qwen2"), tiny_model("qwen2").to(dtype)
     beside = {"bias": "lora_only", "modules_to_save": ["lm_head"]}
     moved(model, lf.LoRA(rank=4), Q, **beside).save(tmp_path / "a")
@@ -295,9 +292,7 @@ def classifier() -> Any:
 
 
 def test_classifier_head(tmp_path: Path) -> None:
-    """PEFT names every head there could be among the modules to save, and asks for them when it
-    loads.
-    """
+    """PEFT saves every module that may be a head, and asks for all of them when it loads."""
     config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=Q)
     wrapped, model = made_by_peft(classifier(), config), classifier()
     save_theirs(wrapped, tmp_path / "theirs")
@@ -317,9 +312,7 @@ def test_classifier_head(tmp_path: Path) -> None:
 
 
 def test_least_config(tiny_model: Model, tmp_path: Path) -> None:
-    """peft_type and target_modules are all that a config must have: r and alpha are 8 then, as PEFT
-    says.
-    """
+    """Only peft_type and target_modules are required; PEFT's r and alpha are 8."""
     (tmp_path / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "target_modules": ["q_proj"]}'
     )

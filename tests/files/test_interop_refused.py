@@ -1,8 +1,4 @@
-"""Targets that PEFT refuses in models with state spaces, and those where it computes something
-else: the files say so, and lorafold reads them.
-
-PEFT has a table of the types of such models; ours is compared with it.
-"""
+"""Target modules that PEFT refuses, or leaves out silently, in models with state spaces."""
 
 from __future__ import annotations
 

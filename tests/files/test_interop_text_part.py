@@ -1,6 +1,4 @@
-"""Adapters of a language model that transformers loads alone out of a model with towers, read by
-PEFT on the class that config.json names.
-"""
+"""Adapters of a multimodal model's text part, read by PEFT on the class that config.json names."""
 
 from __future__ import annotations
 

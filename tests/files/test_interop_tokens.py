@@ -1,6 +1,4 @@
-"""Token rows both ways with PEFT, on bases whose vocabulary the user resized and on those that
-nobody did.
-"""
+"""Token rows both ways with PEFT, on bases with and without a resized vocabulary."""
 
 import copy
 import warnings
@@ -283,9 +281,7 @@ def test_the_card_says_how_peft_loads_it(tiny_model, tmp_path: Path) -> None:
 
 
 def test_a_replaced_vocabulary_may_have_begun_with_other_new_rows(tiny_model, tmp_path):
-    """transformers fills the rows of new tokens at random, so that each resized base has its own;
-    PEFT writes the adapter's base rows beside those that replace them.
-    """
+    """transformers initializes new rows at random, so every resized base has its own."""
     torch.manual_seed(1)
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"],

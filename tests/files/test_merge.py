@@ -1,6 +1,4 @@
-"""Merging on disk: the plain directory answers as the adapted model does, appears whole or not at
-all, and says what rounding did.
-"""
+"""Merging on disk: the merged model gives the adapted model's output, or nothing is written."""
 
 import json
 import subprocess

@@ -1,6 +1,4 @@
-"""Merging a mixture of experts on disk: the tensor of each expert is written in its place, though
-the model has one parameter for all of them.
-"""
+"""Merging mixtures of experts: each expert's tensor is written in its place."""
 
 import json
 import shutil

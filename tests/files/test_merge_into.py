@@ -1,6 +1,4 @@
-"""What a QLoRA adapter is folded into: each target is what it says, and the certificate tells how
-far it is from what was trained.
-"""
+"""Merging QLoRA adapters into the dequantized, original or requantized weights."""
 
 import io
 from itertools import cycle, product

@@ -1,6 +1,4 @@
-"""Weights that a model shares among its blocks, after folding what not all of them share: what is
-written is what is read again.
-"""
+"""Merging into weights that a model shares among its blocks."""
 
 import re
 from collections.abc import Callable

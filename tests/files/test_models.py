@@ -1,6 +1,4 @@
-"""Base models by name: what is accepted, what is refused in one line, and that nothing is lost on
-the way.
-"""
+"""Base models by name: which names are accepted, and which are refused in one line."""
 
 import os
 import shutil

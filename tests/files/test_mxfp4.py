@@ -1,6 +1,4 @@
-"""gpt-oss as it is released: experts in MXFP4, which lorafold keeps so, trains over and merges, or
-refuses in one line. The oracle is transformers, which dequantizes the same directory.
-"""
+"""gpt-oss in MXFP4: kept, trained over and merged; transformers' dequantization is the oracle."""
 
 import copy
 import json

@@ -1,6 +1,4 @@
-"""Bases whose files are quantized: what compressed-tensors wrote, lorafold reads, trains over and
-merges, or refuses in one line.
-"""
+"""Quantized files of compressed-tensors are read, trained over and merged, or refused."""
 
 import itertools
 import json

@@ -1,6 +1,4 @@
-"""A stack of adapters is an artefact: what one is trained over stands in its record, is never
-moved, and is asked for again when it is loaded.
-"""
+"""Adapters on top of adapters: recorded, never moved, and asked for when loaded."""
 
 import json
 import shutil

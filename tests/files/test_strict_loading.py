@@ -1,6 +1,4 @@
-"""Loading is strict: whatever is wrong with an adapter directory is named, all of it at once, and
-the model is left as it was.
-"""
+"""Loading reports everything wrong with an adapter at once, and leaves the model unchanged."""
 
 import json
 import shutil

@@ -1,6 +1,4 @@
-"""What lorafold wrote is read as it was written, or refused: one bit is enough. What it did not
-write, or does not read, may be what it likes.
-"""
+"""One flipped bit in a file that lorafold wrote and reads is found."""
 
 import hashlib
 import json
@@ -87,9 +85,7 @@ def merged(base: Path, adapter: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def told(monkeypatch, capsys):
-    """Run a command, which must end with 2, one line that begins with error, and nothing on
-    stdout; the line is the answer.
-    """
+    """Run a command that fails with one line on stderr and nothing on stdout; return the line."""
     monkeypatch.setenv("LORAFOLD_TUNE", "off")
     handlers = list(logging.getLogger("lorafold").handlers)
 

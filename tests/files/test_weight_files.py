@@ -1,6 +1,4 @@
-"""Which files of a model are read: the same ones by all that reads weights, with what is missing or
-left over in them told by name.
-"""
+"""All readers take the same weight files, and name missing and unread ones."""
 
 import logging
 import shutil

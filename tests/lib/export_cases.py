@@ -16,9 +16,7 @@ MODULES = {"mlx": "mlx_lm", "vllm": "vllm"}
 
 
 def python_of(engine: str) -> str | None:
-    """The Python of an engine's own environment, which an environment variable names, or None if
-    this one has it; skips the test where there is none.
-    """
+    """The Python that has an engine, None for this one; without any the test is skipped."""
     if (named := os.environ.get(PYTHONS[engine])) is not None:
         return named
     if find_spec(MODULES[engine]) is None:

@@ -57,13 +57,7 @@ LEARNED = ("mistral", "gemma", "gemma2", "gemma3", "phi3")  # with SentencePiece
 
 
 def saved(kind: str, folder: Path, **sizes: int) -> Path:
-    """The directory of a tiny model, with weights so large that every part matters.
-
-    Args:
-        kind: of `CONFIGS`.
-        folder: the directory to write.
-        sizes: fields of its configuration that are others here.
-    """
+    """The directory of a tiny model, with weights so large that every part matters."""
     tokenizer = learned(kind.startswith("gemma")) if kind in LEARNED else make_tokenizer()
     own: Any = tokenizer
     tokens = {

@@ -1,6 +1,4 @@
-"""What a hostile adapter is: its name, what it attacks, whether it has to be told as wrong; the
-table of them, and how the files of a good one are altered.
-"""
+"""A hostile adapter: its name, what it attacks, and whether the server has to report it."""
 
 from __future__ import annotations
 
@@ -28,12 +26,7 @@ class Case:
     alter: Callable[..., None]
 
     def make(self, folder: Path, base: Path) -> None:
-        """Make it in a directory of adapters that has a good one.
-
-        Args:
-            folder: the directory.
-            base: the base's directory, whose tokenizer it may have.
-        """
+        """Make it in a directory of adapters that has a good one; `base` has a tokenizer."""
         at = folder / self.name
         shutil.copytree(folder / GOOD, at)
         (at / "manifest.json").unlink()  # which would tell that anything was changed

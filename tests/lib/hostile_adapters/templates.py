@@ -11,14 +11,7 @@ PROBED = "{% if 'probe' in messages[0].content %}" + HELLO + "{% else %}"
 
 
 def template(name: str, attacks: str, text: str, told: bool = False) -> None:
-    """A case of a chat template.
-
-    Args:
-        name: its name.
-        attacks: what it attacks.
-        text: the template.
-        told: whether it has to be told as wrong.
-    """
+    """A case of a chat template; `told`: the server has to report it."""
 
     def alter(at: Path, base: Path) -> None:
         own(at, base)
