@@ -11,12 +11,9 @@ from lorafold.methods import make_spec
 from lorafold.recipe.fields import Fields
 from lorafold.recipe.parsing import load_recipe
 
-TOOLS = {
-    **trl.RULES,
-    "axolotl": axolotl.RULES,
-    "llamafactory": llamafactory.RULES,
-    "mlx": mlx.RULES,
-}
+TOOLS = trl.RULES | {
+    "axolotl": axolotl.RULES, "llamafactory": llamafactory.RULES, "mlx": mlx.RULES
+}  # fmt: skip
 # a value of each name; of the others 2
 VALUES = {
     "lr_scheduler_type": "cosine_with_restarts",

@@ -34,10 +34,8 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open: list[str] = []
-        self.marked: list[str] = []
-        self.headings: list[str] = []
-        self.links: list[str] = []
+        self.open, self.links = list[str](), list[str]()
+        self.marked, self.headings = list[str](), list[str]()
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -100,17 +98,14 @@ def test_a_row_of_several_examples_and_one_that_is_cut(tiny_model_dir: Any, tmp_
     template = tmp_path / "chat.jinja"
     template.write_text(
         "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}"
-        "<think></think>{% endif %}{{"
-        " m.content }}{{ eos_token }}{% endfor %}"
+        "<think></think>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     rows = [{"messages": [user("a"), said("b"), user("c"), said("d")]}]
     how: dict[str, Any] = {"chat_template": str(template)}
     text = previewed(tiny_model_dir("llama"), rows, **how)
-    assert "row 1, example 1 of 2: " in text
-    assert "row 1, example 2 of 2: " in text
-    text = previewed(tiny_model_dir("llama"), rows, max_length=40, **how)
-    assert "cut at 40" in text
+    assert all(f"row 1, example {n} of 2: " in text for n in (1, 2))
+    assert "cut at 40" in previewed(tiny_model_dir("llama"), rows, max_length=40, **how)
 
 
 def test_texts_and_labels_are_shown_too(tiny_model_dir: Any, tmp_path: Path) -> None:

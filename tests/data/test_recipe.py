@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from error_cases import refusal
 from lorafold.errors import LorafoldError
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
@@ -20,9 +21,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def refused(*args, **flags) -> str:
-    with pytest.raises(LorafoldError) as caught:
-        load_recipe(*args, **flags)
-    return str(caught.value)
+    return refusal(load_recipe, *args, **flags)
 
 
 def test_file_then_set_then_flags_that_were_given(tmp_path):
@@ -34,47 +33,35 @@ def test_file_then_set_then_flags_that_were_given(tmp_path):
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.e-4", "0.3e-3", "+3e-4", "0.0003", ".3e-3"])
 def test_numbers_as_people_write_them(text):
-    assert load_recipe(None, [f"lr={text}", f"options.x={text}"]) == Recipe(
-        lr=3e-4, options={"x": 3e-4}
-    )
+    recipe = load_recipe(None, [f"lr={text}", f"options.x={text}"])
+    assert recipe == Recipe(lr=3e-4, options={"x": 3e-4})
 
 
 def test_dotted_keys_reach_into_mappings_and_add_to_the_file(tmp_path):
     path = written(tmp_path, "options: {init: kaiming}\nrank_pattern: {k_proj: 2}\n")
-    recipe = load_recipe(
-        path,
-        ["options.init=gaussian", "rank_pattern.layers.0.q_proj=8", "alpha_pattern.v_proj=1e1"],
-    )
+    pairs = ["options.init=gaussian", "rank_pattern.layers.0.q_proj=8", "alpha_pattern.v_proj=1e1"]
+    recipe = load_recipe(path, pairs)
     assert recipe.options == {"init": "gaussian"}
     assert recipe.rank_pattern == {"k_proj": 2, "layers.0.q_proj": 8}
     assert recipe.alpha_pattern == {"v_proj": 10.0}
 
 
 def test_lists_are_yaml():
-    recipe = load_recipe(
-        None, ["targets=[q_proj, v_proj]", "betas=[0.8, 0.95]", "trackers=[tensorboard]"]
-    )
+    pairs = ["targets=[q_proj, v_proj]", "betas=[0.8, 0.95]", "trackers=[tensorboard]"]
+    recipe = load_recipe(None, pairs)
     assert recipe.targets == ("q_proj", "v_proj")
     assert recipe.betas == (0.8, 0.95)
     assert recipe.trackers == ("tensorboard",)
     assert load_recipe(None, ["targets=all-linear"]).targets == "all-linear"
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        Recipe(),
-        Recipe(
-            rank=3,
-            alpha=1 / 3,
-            targets=("a", "b"),
-            options={"init": "gaussian", "n": 1e-7},
-            rank_pattern={"x.y": 2},
-            lr=3e-4,
-            steps=5,
-        ),
-    ],
-)
+FULL = Recipe(
+    rank=3, alpha=1 / 3, targets=("a", "b"), options={"init": "gaussian", "n": 1e-7},
+    rank_pattern={"x.y": 2}, lr=3e-4, steps=5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), FULL, Recipe(warmup_steps=5)], ids=str)
 def test_yaml_round_trips(tmp_path, recipe):
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
 
@@ -82,7 +69,6 @@ def test_yaml_round_trips(tmp_path, recipe):
 def test_every_bad_field_at_once_with_its_source(tmp_path):
     path = written(tmp_path, "rank: 0\nlrr: 1\nrank_pattern: {q_proj: x}\n")
     message = refused(path, ["dropout=1.5", "packing=perhaps"], batch=-1)
-    assert "\n" not in message
     for part in [
         f"rank: found 0 (from {path}), expected greater than or equal to 1",
         f"lrr (from {path}) is not a field of a recipe: did you mean lr",
@@ -95,32 +81,26 @@ def test_every_bad_field_at_once_with_its_source(tmp_path):
 
 
 def test_choices_say_what_is_accepted():
-    assert (
-        "storage: found 'fp4' (from --storage), expected 'nf4', 'int8', 'fp8', 'int4', 'mxfp4',"
-        " 'bf16', 'fp32' or 'auto'" in refused(storage="fp4")
-    )
+    for name, wrong, words in (
+        ("storage", "fp4", "'nf4', 'int8', 'fp8', 'int4', 'mxfp4', 'bf16', 'fp32' or 'auto'"),
+        ("optimizer", "adamax", "'auto', 'adamw', 'adamw8bit' or 'paged-adamw8bit'"),
+        ("gradient_checkpointing", "perhaps", "on or off"),
+    ):
+        said = f"{name}: found '{wrong}' (from --{name.replace('_', '-')}), expected {words}"
+        assert said in refused(**{name: wrong})
     assert "expected a valid string or a valid tuple" in refused(None, ["targets=3"])
-    words = "'auto', 'adamw', 'adamw8bit' or 'paged-adamw8bit'"
-    assert f"optimizer: found 'adamax' (from --optimizer), expected {words}" in refused(
-        optimizer="adamax"
-    )
-    said = (
-        "gradient_checkpointing: found 'perhaps' (from --gradient-checkpointing), expected on"
-        " or off"
-    )
-    assert said in refused(gradient_checkpointing="perhaps")
 
 
 @pytest.mark.parametrize(
     ("word", "truth"), [("on", True), ("off", False), ("true", True), ("false", False)]
 )
 def test_on_and_off_are_words_on_the_command_line_and_truth_in_a_recipe(tmp_path, word, truth):
-    assert load_recipe(gradient_checkpointing=word).gradient_checkpointing is truth
-    assert load_recipe(None, [f"gradient_checkpointing={word}"]).gradient_checkpointing is truth
-    assert (
-        load_recipe(written(tmp_path, f"gradient_checkpointing: {word}\n")).gradient_checkpointing
-        is truth
-    )
+    file = written(tmp_path, f"gradient_checkpointing: {word}\n")
+    for recipe in (
+        load_recipe(gradient_checkpointing=word), load_recipe(file),
+        load_recipe(None, [f"gradient_checkpointing={word}"]),
+    ):  # fmt: skip
+        assert recipe.gradient_checkpointing is truth
 
 
 def test_unknown_without_a_near_name_lists_the_known():
@@ -142,11 +122,8 @@ def test_micro_batches_divide_the_batch():
     assert Recipe(batch=8, accumulate=4).accumulate == 4
 
 
-def test_a_warm_up_is_a_share_or_a_number_of_steps(tmp_path):
+def test_a_warm_up_is_a_share_or_a_number_of_steps():
     assert "warmup_steps: found beside warmup" in refused(warmup=0.1, warmup_steps=5)
-    recipe = Recipe(warmup_steps=5)
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe
     group = {"params": [torch.zeros(1)], "lr": 0.0, "peak": 6.0}
     optimizer, rates = torch.optim.SGD([group]), []
     for step in range(8):
@@ -199,10 +176,8 @@ def test_length_of_a_run(recipe, rows, total, interval):
 
 
 def test_the_module_imports_no_torch():
-    code = (
-        "import sys, lorafold.recipe.recipe; sys.exit('torch' in sys.modules or 'transformers' in"
-        " sys.modules)"
-    )
+    heavy = "{'torch', 'transformers'} & {*sys.modules}"
+    code = f"import sys, lorafold.recipe.recipe; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -210,18 +185,14 @@ def test_the_module_imports_no_torch():
     ("fields", "said"),
     [
         ({"rnak": 8}, "rnak is not a field of a recipe: did you mean rank?"),
-        (
-            {"rank": "x", "batch": 0},
-            "rank: found 'x', expected a whole number;"
-            " batch: found 0, expected greater than or equal to 1",
-        ),
+        ({"rank": "x", "batch": 0},
+         "rank: found 'x', expected a whole number; batch: found 0, expected greater than or equal"
+         " to 1"),
         ({"accumulate": 3}, "accumulate: found 3, expected a divisor of batch, which is 8"),
     ],
-)
+)  # fmt: skip
 def test_a_recipe_of_a_call_is_refused_in_one_line_too(fields, said):
-    with pytest.raises(LorafoldError) as caught:
-        Recipe(**fields)
-    assert str(caught.value) == f"recipe: {said}"
+    assert refusal(Recipe, **fields) == f"recipe: {said}"
 
 
 def test_a_field_under_its_old_name_is_told_of_the_caller_s_line():

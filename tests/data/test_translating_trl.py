@@ -1,4 +1,4 @@
-"""TRL's trainers as recipes: every field has an outcome, and a file tells which trainer it is for."""
+"""TRL's trainers as recipes: every field has an outcome, and a file tells which trainer has it."""
 
 import dataclasses
 import warnings
