@@ -1,13 +1,15 @@
 """Exported adapters compute the same in other engines, or the export is refused."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import lorafold as lf
-from conftest import lorafold
+from adapter_files import json_of
+from conftest import refused
+from conversation_cases import jsonl
+from export_cases import noisy, proof_of
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import update_of
 from lorafold.methods import METHODS
@@ -20,13 +22,8 @@ OTHERS = ("dora", "loha", "lokr", "ia3")
 def adapter(tiny_model, tmp_path):
     """The directory of an adapter of a method on the tiny Llama, whose update is not small."""
 
-    def saved(method: str, name: str = "adapter", **beside) -> Path:
-        model = tiny_model("llama")
-        made = lf.attach(model, METHODS[method](), name="one", **beside)
-        torch.manual_seed(0)
-        for p in made.parameters():
-            p.data += 0.3 * torch.randn_like(p)
-        return made.save(tmp_path / name)
+    def saved(method: str, **beside) -> Path:
+        return noisy(tiny_model("llama"), METHODS[method](), tmp_path / "adapter", **beside)
 
     return saved
 
@@ -67,9 +64,7 @@ def test_others_are_cut_to_the_best_of_a_rank(method, adapter, tiny_model):
 def prompts(tmp_path):
     """A file of few prompts: PEFT takes a second for each."""
     rows = [{"prompt": text} for text in ("the fox", "What is rain?", "jumps", "over the dog")]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return Path(jsonl(tmp_path / "prompts.jsonl", *rows))
 
 
 @pytest.mark.slow
@@ -77,20 +72,16 @@ def prompts(tmp_path):
 def test_peft_computes_what_lorafold_does(method, adapter, prompts, tiny_model_dir, tmp_path):
     out, base = tmp_path / "out", tiny_model_dir("llama")
     done = lf.export(base, adapter(method), out, to="peft", prompts=prompts, device="cpu")
-    assert done.proof is not None
-    assert done.proof.share is not None
-    assert done.proof.kl < 1e-9
-    assert done.proof.share < 1e-6
-    assert done.proof.top == done.proof.prompts == 4
-    assert done.proof.greedy + done.proof.near == 4
-    assert not done.proof.unused
-    assert done.proof.changed == pytest.approx(done.proof.distance, rel=1e-3)
-    assert json.loads((out / "export.json").read_text())["proof"]["engine"] == "PEFT"
-    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert not config["rank_pattern"]
-    assert not config["alpha_pattern"]
+    proof = proof_of(done, 1e-6)
+    assert proof.kl < 1e-9
+    assert proof.top == proof.prompts == 4
+    assert proof.greedy + proof.near == 4
+    assert not proof.unused
+    assert proof.changed == pytest.approx(proof.distance, rel=1e-3)
+    assert json_of(out, "export.json")["proof"]["engine"] == "PEFT"
+    config = json_of(out / "adapter")
+    assert not any(config[name] for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
     assert config["lora_alpha"] == config["r"]
-    assert not config["use_rslora"]
 
 
 def test_as_lora_says_what_it_loses_and_which_rank_is_enough(
@@ -102,21 +93,15 @@ def test_as_lora_says_what_it_loses_and_which_rank_is_enough(
         lf.export(base, saved, tmp_path / "none", to="gguf", **few)
     assert not (tmp_path / "none").exists()
     done = lf.export(base, saved, tmp_path / "out", to="gguf", as_lora=2, **few)
-    assert done.cut is not None
-    assert done.cut.share is not None
-    assert done.proof is not None
-    assert done.proof.share < 1e-3 < done.cut.share
-    assert done.cut.enough is not None
+    proof_of(done, 1e-3)
+    assert done.cut.share > 1e-3
     assert done.cut.enough > 2
 
 
 def test_what_a_target_cannot_say_is_refused(adapter, tiny_model_dir, tmp_path):
     saved = adapter("lora", modules_to_save=["norm"])
-    done = lorafold(
-        "export", str(saved), "--model", str(tiny_model_dir("llama")), "--to", "peft",
-        "--out", str(tmp_path / "out"), "--device", "cpu",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "norm" in done.stderr
-    assert "can't say" in done.stderr
+    asked = ("--to", "peft", "--out", str(tmp_path / "out"), "--device", "cpu")
+    told = refused("export", str(saved), "--model", str(tiny_model_dir("llama")), *asked)
+    assert "norm" in told
+    assert "can't say" in told
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lorafold as lf
+from adapter_files import configure
 from classify_cases import ROWS
 from conftest import make_tokenizer
 from export_cases import noisy
@@ -46,12 +47,9 @@ def test_a_base_that_an_adapter_of_peft_names_otherwise_is_told(
     saved, base = noisy(tiny_model("llama"), lf.LoRA(rank=2), tmp_path / "a"), tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama"), base)
     (saved / "lorafold.json").unlink()
-    (saved / "manifest.json").unlink(missing_ok=True)
-    config = json.loads((saved / "adapter_config.json").read_text())
 
     def told(name: str) -> str:
-        named = {**config, "base_model_name_or_path": name}
-        (saved / "adapter_config.json").write_text(json.dumps(named))
+        configure(saved, base_model_name_or_path=name)
         asked = {"to": "peft", "prove": False, "overwrite": True, "device": "cpu"}
         return lf.export(base, saved, tmp_path / "out", **asked).summary()
 
@@ -62,8 +60,7 @@ def test_a_base_that_an_adapter_of_peft_names_otherwise_is_told(
 def test_part_of_a_head_that_is_rotated_is_told_in_the_older_word():
     """Phi's, StableLM's and GLM-4's, which mlx-lm reads beside rope_theta or has a default for."""
     config = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}
-    older = older_config(config)
-    assert older is not None
+    older = older_config(config) or {}
     assert older["partial_rotary_factor"] == 0.25
 
 

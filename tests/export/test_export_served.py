@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import lorafold as lf
-from gguf_models import saved
+from gguf_models import moved, quietly, saved
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.proof import last, parting, prompts_of
@@ -19,15 +18,9 @@ LONG = 16  # tokens of an answer
 
 def test_the_server_and_llama_cpp_answer_alike(tmp_path: Path) -> None:
     base = saved("llama", tmp_path / "base")
-    adapter = lf.attach(lf.load_model(base, storage="fp32", device="cpu"), lf.LoRA(rank=4))
-    torch.manual_seed(0)
-    for p in adapter.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    adapter.save(tmp_path / "adapters" / "a")
-    lf.export(
-        base, tmp_path / "adapters" / "a", tmp_path / "out", to="gguf", prove=False, device="cpu"
-    )
-    write_model(base, tmp_path / "base.gguf", "F32", lambda done, total: None)
+    adapter = moved(base, tmp_path / "adapters" / "a", lf.LoRA(rank=4))
+    lf.export(base, adapter, tmp_path / "out", to="gguf", prove=False, device="cpu")
+    write_model(base, tmp_path / "base.gguf", "F32", quietly)
     prompts = prompts_of(load_tokenizer(base))
     files = {"base": tmp_path / "base.gguf", "adapter": tmp_path / "out" / "adapter.gguf"}
     job = {
@@ -46,7 +39,7 @@ def test_the_server_and_llama_cpp_answer_alike(tmp_path: Path) -> None:
 
         found, bare = answered("a"), answered("base")
     model = lf.load_model(base, storage="fp32", device="cpu")
-    lf.load(model, tmp_path / "adapters" / "a")
+    lf.load(model, adapter)
     for ids, own, other in zip(prompts.ids, found, wanted, strict=True):
         if own != other:  # only where two tokens are as likely
             first, second = last(model, [*ids, *own[: parting(own, other)]]).topk(2).values

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 import lorafold as lf
-from conftest import lorafold, make_tokenizer
-from gguf_models import CONFIGS, HEADS, learned, saved
+from conftest import make_tokenizer, refused
+from gguf_models import CONFIGS, HEADS, learned, moved, quietly, saved
 from lorafold.errors import LorafoldError
-from lorafold.exporting.gguf_metadata import architecture_of, name_of_rule
+from lorafold.exporting.gguf_metadata import ARCHITECTURES, architecture_of, name_of_rule
 from lorafold.exporting.gguf_model import BLOCKS, type_of, write_model
 from lorafold.merging import merged_tensors
 from lorafold.models.gguf_tokenizers import PREFERRED, WHOLE_WORDS, rule_of
@@ -44,9 +44,6 @@ done.set()
 thread.join()
 print(peak[0])
 """
-
-
-def quietly(done: int, total: int) -> None: ...
 
 
 @pytest.mark.slow
@@ -111,19 +108,14 @@ def test_an_unknown_rule_is_refused(tmp_path):
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, plain])
     tokenizer.save_pretrained(base)
-    done = lorafold(
-        "export", "--model", str(base), "--to", "gguf-model", "--no-proof", "--out",
-        str(tmp_path / "out"), "--device", "cpu",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "splits text by a rule for which llama.cpp has no name" in done.stderr
-    assert len(done.stderr.strip()) < 400
+    asked = ("--to", "gguf-model", "--no-proof", "--out", str(tmp_path / "out"))
+    told = refused("export", "--model", str(base), *asked, "--device", "cpu")
+    assert "splits text by a rule for which llama.cpp has no name" in told
+    assert len(told) < 400
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_that_changes_texts_is_refused(tmp_path):
-    from tokenizers import normalizers
-
     base = saved("gemma2", tmp_path / "base")
     tokenizer = learned(as_gemma=True)
     backend = tokenizer.backend_tokenizer
@@ -187,16 +179,10 @@ def test_a_head_that_changes_alone_goes_in(tmp_path):
     """What was tied is two matrices."""
     base = saved("llama-tied", tmp_path / "base")
     model = lf.load_model(base, storage="fp32", device="cpu")
-    targets = ["q_proj", "lm_head"]
-    adapter = lf.attach(model, lf.LoRA(rank=2, alpha=4, dropout=0.0), targets=targets)
-    torch.manual_seed(0)
-    for p in adapter.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    saved_at = adapter.save(tmp_path / "adapter")
-    adapter.merge(untie_weights=True)
-    lf.export(
-        base, saved_at, tmp_path / "out", to="gguf-model", tensors="F32", prove=False, device="cpu"
-    )
+    adapter = moved(base, tmp_path / "adapter", targets=["q_proj", "lm_head"])
+    lf.load(model, adapter).merge(untie_weights=True)
+    how = {"to": "gguf-model", "tensors": "F32", "prove": False, "device": "cpu"}
+    lf.export(base, adapter, tmp_path / "out", **how)
     found = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model-F32.gguf").tensors}
     head = model.get_output_embeddings().weight.detach().numpy()
     np.testing.assert_allclose(found["output.weight"].data, head, atol=1e-6)
@@ -205,8 +191,6 @@ def test_a_head_that_changes_alone_goes_in(tmp_path):
 
 
 def test_the_table_of_families_is_complete():
-    from lorafold.exporting.gguf_metadata import ARCHITECTURES
-
     named = {make(**{"vocab_size": 300}).model_type for make in CONFIGS.values()}
     assert named == set(ARCHITECTURES)
     assert HEADS["head_dim"] == 16

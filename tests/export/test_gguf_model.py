@@ -1,6 +1,5 @@
 """Models as GGUF files: read back unchanged, and llama.cpp computes the same."""
 
-from pathlib import Path
 from unicodedata import is_normalized
 
 import pytest
@@ -8,30 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
-from gguf_models import CONFIGS, saved
+from export_cases import proof_of
+from gguf_models import CONFIGS, UNREAD, moved, quietly, saved
 from lorafold.exporting.gguf_metadata import TEXTS
 from lorafold.exporting.gguf_model import write_model
 from lorafold.models.sources import resolve_model
-
-UNREAD = ("mixtral", "qwen3_moe", "gemma")  # transformers has other sizes or names for these
-
-
-def quietly(done: int, total: int) -> None: ...
-
-
-@pytest.fixture
-def noisy(tmp_path):
-    """The directory of a LoRA whose update is not small, on the model of a directory."""
-
-    def made(base: Path, **beside) -> Path:
-        model = lf.load_model(base, storage="fp32", device="cpu")
-        adapter = lf.attach(model, lf.LoRA(rank=4, alpha=8, dropout=0.0), **beside)
-        torch.manual_seed(0)
-        for p in adapter.parameters():
-            p.data += 0.1 * torch.randn_like(p)
-        return adapter.save(tmp_path / "adapter")
-
-    return made
 
 
 @pytest.mark.few(5)
@@ -56,20 +36,16 @@ def test_what_is_read_back_is_what_was_written(kind, tmp_path):
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_llama_cpp_computes_what_the_model_does(kind, tmp_path, noisy):
+def test_llama_cpp_computes_what_the_model_does(kind, tmp_path):
     """With adapters folded in, experts among them."""
     pytest.importorskip("xllamacpp")
     base = saved(kind, tmp_path / "base")
-    done = lf.export(
-        base, noisy(base), tmp_path / "out", to="gguf-model", tensors="F32", device="cpu"
-    )
-    assert done.proof is not None
-    assert done.proof.distance > 1e-2
-    assert done.proof.share is not None
-    assert done.proof.share < 1e-4
-    assert done.proof.top == done.proof.prompts == 32
-    assert not done.proof.other_tokens
-    assert not done.proof.other_texts
+    adapter, how = moved(base, tmp_path / "adapter"), {"tensors": "F32", "device": "cpu"}
+    proof = proof_of(lf.export(base, adapter, tmp_path / "out", to="gguf-model", **how))
+    assert proof.distance > 1e-2
+    assert proof.top == proof.prompts == 32
+    assert not proof.other_tokens
+    assert not proof.other_texts
 
 
 @pytest.mark.few(2)
@@ -80,19 +56,12 @@ def test_the_model_that_was_trained_is_exported(method, storage, tmp_path):
     pytest.importorskip("xllamacpp")
     base = saved("llama", tmp_path / "base", intermediate_size=128)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
-    model = lf.load_model(base, storage=storage, device="cpu")
-    adapter = lf.attach(model, method)
-    torch.manual_seed(0)
-    for p in adapter.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    adapter.save(tmp_path / "adapter")
+    adapter = moved(base, tmp_path / "adapter", method, storage, 0.05)
+    how = {"to": "gguf-model", "tensors": "F32", "device": "cpu"}
     done = {
-        into: lf.export(
-            base, tmp_path / "adapter", tmp_path / str(into), to="gguf-model", tensors="F32",
-            device="cpu", into=into,
-        )
+        into: lf.export(base, adapter, tmp_path / str(into), into=into, **how)
         for into in (None, "original")
-    }  # fmt: skip
+    }
     kl = {into: one.away.kl for into, one in done.items()}
     assert kl[None] < 1e-5 < 1e-4 < kl["original"]
     assert done[None].proof.kl == pytest.approx(kl[None], abs=1e-12)
@@ -103,16 +72,12 @@ def test_the_model_that_was_trained_is_exported(method, storage, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_says_the_same_in_llama_cpp(smollm2, tmp_path, noisy):
+def test_the_embedded_model_says_the_same_in_llama_cpp(smollm2, tmp_path):
     """Greedy texts too, but where two tokens are nearer than what was measured."""
     pytest.importorskip("xllamacpp")
-    done = lf.export(
-        smollm2, noisy(smollm2, targets=["o_proj"]), tmp_path / "out", to="ollama", device="cpu"
-    )
-    assert done.proof is not None
-    assert done.proof.kl < 1e-4
-    assert done.proof.share is not None
-    assert done.proof.share < 1e-3
-    assert done.proof.greedy + done.proof.near == 32
-    assert not done.proof.other_tokens
-    assert not done.proof.other_texts
+    adapter = moved(smollm2, tmp_path / "adapter", targets=["o_proj"])
+    proof = proof_of(lf.export(smollm2, adapter, tmp_path / "out", to="ollama", device="cpu"), 1e-3)
+    assert proof.kl < 1e-4
+    assert proof.greedy + proof.near == 32
+    assert not proof.other_tokens
+    assert not proof.other_texts
