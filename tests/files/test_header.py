@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lorafold.errors import LorafoldError
+from error_cases import refusal
 from lorafold.files.safetensors_header import SIZES
 from lorafold.models.weights import DTYPES, InMemory
 
@@ -29,9 +29,8 @@ def test_every_dtype_and_shape_is_what_safetensors_reads() -> None:
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
         assert ours[name].shape == tensor.shape, name
-        assert ours[name].flatten().view(torch.uint8).tolist() == (
-            tensor.flatten().view(torch.uint8).tolist()
-        ), name
+        found, expected = (t.flatten().view(torch.uint8) for t in (ours[name], tensor))
+        assert torch.equal(found, expected), name
 
 
 def described(metadata: Any) -> bytes:
@@ -75,9 +74,8 @@ DAMAGED = {
 def test_what_safetensors_refuses_is_refused_in_one_line(kind: str) -> None:
     with pytest.raises(SafetensorError):
         load(DAMAGED[kind])
-    with pytest.raises(LorafoldError, match="not readable as safetensors") as told:
-        InMemory.read(bytearray(DAMAGED[kind]), HERE)
-    assert "\n" not in str(told.value)
+    told = refusal(InMemory.read, bytearray(DAMAGED[kind]), HERE)
+    assert "not readable as safetensors" in told
 
 
 def test_tensors_share_the_bytes_of_the_file() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from adapter_cases import resaved
+from adapter_files import change, tensors_of
 from lorafold.errors import LorafoldError
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.classifier import load_classifier
@@ -71,7 +72,7 @@ def test_a_configuration_that_transformers_stumbles_over_is_one_line(content, sh
 
 
 def test_a_file_beside_an_index_is_what_every_reader_takes(shards, tiny_model_dir):
-    weights = load_file(tiny_model_dir("llama-wide") / "model.safetensors")
+    weights = tensors_of(tiny_model_dir("llama-wide"))
     doubled = {name: 2 * weight for name, weight in weights.items()}
     save_file(doubled, shards / "model.safetensors", metadata={"format": "pt"})
     name = "model.embed_tokens.weight"
@@ -90,9 +91,8 @@ def without_shards(path: Path) -> Path:
 
 def test_tensors_that_a_model_has_no_place_for_are_told(tiny_model_dir, tmp_path, caplog):
     path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
-    weights = load_file(path / "model.safetensors")
     lost = {f"model.layers.2.{n}.weight": torch.ones(3) for n in range(9)}
-    save_file(weights | lost, path / "model.safetensors", metadata={"format": "pt"})
+    change(path, lambda tensors: tensors.update(lost), "model.safetensors")
     with caplog.at_level(logging.WARNING, "lorafold"):
         load_model(tiny_model_dir("llama"), torch.float32)
         assert caplog.text == ""
