@@ -103,9 +103,7 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
         [system("s"), user("a"), said("[f(a=1)]")],
         [],
     ),
-    "turns with roles": (
-        {"conversations": [user("a"), said("b")]}, [user("a"), said("b")], []
-    ),
+    "turns with roles": ({"conversations": [user("a"), said("b")]}, [user("a"), said("b")], []),
     "the older form of OpenAI": (
         {"messages": [
             user("a"), said("") | {"function_call": {"name": "f", "arguments": '{"a": 1}'}},
@@ -186,9 +184,7 @@ BOTH: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
     "text and lists": (
         {"prompt": "a", "chosen": [said("b")], "rejected": [said("c")]}, [user("a")], []
     ),
-    "text and a list": (
-        {"prompt": "a", "chosen": "b", "rejected": [said("c")]}, [user("a")], []
-    ),
+    "text and a list": ({"prompt": "a", "chosen": "b", "rejected": [said("c")]}, [user("a")], []),
     "a prompt that answers repeat": (
         {"prompt": [system("s"), user("a")], "chosen": [system("s"), user("a"), said("b")],
          "rejected": [system("s"), user("a"), said("c")]}, [system("s"), user("a")], [],

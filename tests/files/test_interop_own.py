@@ -30,9 +30,7 @@ SPARSE = ("sparse_at", "sparse_values")
 PARTS = [f"bottleneck_{part}" for part in ("down.weight", "down.bias", "up.weight", "up.bias")]
 # (model, spec, peft_type, one of its places, keys there)
 OWN: dict[str, tuple[str, Spec, str, str, Any]] = {
-    "houlsby": (
-        "llama", lf.Bottleneck(size=4), "BOTTLENECK", "model.layers.0.self_attn", PARTS,
-    ),
+    "houlsby": ("llama", lf.Bottleneck(size=4), "BOTTLENECK", "model.layers.0.self_attn", PARTS),
     "pfeiffer": (
         "gpt2", lf.Bottleneck(size=4, after="mlp", activation="relu"), "BOTTLENECK",
         "transformer.h.1.mlp", ["bottleneck_up.bias"],

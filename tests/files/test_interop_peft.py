@@ -74,9 +74,7 @@ CASES: dict[str, Case] = {
     "rslora": lora(
         ours={"spec": lf.LoRA(rank=4, alpha=6, rslora=True)}, lora_alpha=6, use_rslora=True
     ),
-    "gaussian": lora(
-        ours={"spec": lf.LoRA(rank=4, init="gaussian")}, init_lora_weights="gaussian"
-    ),
+    "gaussian": lora(ours={"spec": lf.LoRA(rank=4, init="gaussian")}, init_lora_weights="gaussian"),
     "patterns": lora(
         ours={"spec": PATTERNS}, use_rslora=True, rank_pattern=RANKS,
         alpha_pattern={"q_proj": 5.5},

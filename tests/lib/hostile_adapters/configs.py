@@ -54,9 +54,7 @@ cases("config", {
         "A number of 4,000 digits, which Python reads and nothing else can hold.",
         lambda at: raw(at, '"lora_alpha": 4', f'"lora_alpha": 1{ZEROS}'),
     ),
-    "rank-digits": (
-        "A rank of 4,000 digits.", lambda at: raw(at, '"r": 2', f'"r": 1{ZEROS}'),
-    ),
+    "rank-digits": ("A rank of 4,000 digits.", lambda at: raw(at, '"r": 2', f'"r": 1{ZEROS}')),
     "layer-digits": (
         "The number of a layer, of 4,000 digits.",
         lambda at: raw(at, '"bias"', f'"layers_to_transform": [1{ZEROS}], "bias"'),
@@ -71,9 +69,7 @@ cases("config", {
     ),
     "not-utf8": (
         "Bytes that are no UTF-8.",
-        lambda at: content(
-            at, (at / CONFIG).read_bytes().replace(b"CAUSAL_LM", b"\xff\xfe\xc0")
-        ),
+        lambda at: content(at, (at / CONFIG).read_bytes().replace(b"CAUSAL_LM", b"\xff\xfe\xc0")),
     ),
     "utf16": (
         "UTF-16, which parsers of JSON detect.",

@@ -19,9 +19,7 @@ cases("file", {
     ),
     "hard-link": (
         "Weights that are another adapter's file.",
-        lambda at: instead(
-            at, WEIGHTS, lambda file: os.link(at.parent / GOOD / "README.md", file)
-        ),
+        lambda at: instead(at, WEIGHTS, lambda file: os.link(at.parent / GOOD / "README.md", file)),
     ),
     "pipe": ("A pipe, whose reader waits for ever.", lambda at: instead(at, RECORD, os.mkfifo)),
     "pipe-weights": ("The same for the weights.", lambda at: instead(at, WEIGHTS, os.mkfifo)),
@@ -52,9 +50,7 @@ cases("file", {
         "A link to nothing, beside files that are right.",
         lambda at: (at / "notes.txt").symlink_to("nowhere"),
     ),
-    "unreadable": (
-        "Weights that nobody may read, but root.", lambda at: (at / WEIGHTS).chmod(0)
-    ),
+    "unreadable": ("Weights that nobody may read, but root.", lambda at: (at / WEIGHTS).chmod(0)),
     "directory-record": (
         "A directory where the record is expected.", lambda at: instead(at, RECORD, Path.mkdir)
     ),

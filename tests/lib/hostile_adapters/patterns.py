@@ -9,9 +9,7 @@ cases("pattern", {
         "A regular expression of target modules that takes exponential time.",
         lambda at: config(at, target_modules=SLOW),
     ),
-    "excluded": (
-        "The same, of modules to leave out.", lambda at: config(at, exclude_modules=SLOW)
-    ),
+    "excluded": ("The same, of modules to leave out.", lambda at: config(at, exclude_modules=SLOW)),
     "layers": (
         "The same, of layers.",
         lambda at: config(at, layers_pattern=SLOW, layers_to_transform=[0]),

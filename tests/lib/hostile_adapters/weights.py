@@ -115,9 +115,7 @@ cases("weights", {
     ),
     "metadata": (
         "Metadata that is none, in a header that is otherwise known.",
-        lambda at: header(
-            at, lambda head, data: (head | {"__metadata__": {"format": [1]}}, data)
-        ),
+        lambda at: header(at, lambda head, data: (head | {"__metadata__": {"format": [1]}}, data)),
     ),
     "twice": (
         "A tensor that is there twice.",
