@@ -1,6 +1,4 @@
-"""What a chat template does unseen is said: what it leaves out of a turn, what it writes by itself,
-the date that it asks for.
-"""
+"""Training reports what a chat template drops, adds by itself, and which date it asks for."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conversation_cases import WEATHER
+from conversation_cases import WEATHER, said, user
 from families import embedded
 from families import tokenizer_of as family
 from lorafold.data.checks import describe_template
@@ -24,7 +22,7 @@ from lorafold.training.setup import set_up
 from template_cases import CASES, tokenizer_of
 from training_cases import quiet, request
 
-ASKED = {"role": "user", "content": "Rome and Oslo?"}
+ASKED = user("Rome and Oslo?")
 RESULT = {"role": "tool", "content": "Oslo: 3", "tool_call_id": "call0002"}
 
 
@@ -33,17 +31,21 @@ def call(city: str, number: int = 1, name: str = "get_weather") -> dict[str, Any
     return {"id": f"call000{number}", "type": "function", "function": function}
 
 
+def with_template(text: str) -> Any:
+    made = copy.deepcopy(embedded())
+    made.chat_template = text
+    return made
+
+
 def template(shown: str) -> Any:
     """A tokenizer whose template shows of a turn with calls what the expression gives."""
-    made = copy.deepcopy(embedded())
-    made.chat_template = (
+    return with_template(
         "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{% if m.tool_calls %}" + shown + "{% else %}{{ m.content }}{% endif %}"
         "{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    return made
 
 
 FIRST = "{{ m.tool_calls[0].function | tojson }}"
@@ -57,23 +59,17 @@ BY_ID = "{% for c in m.tool_calls %}{{ c.id + (c.function.arguments | tojson) }}
 )
 def test_what_is_lost_of_a_call_is_not_found_in_another_turn(shown: str, part: str) -> None:
     """The result and the answer have the name and the town that the second call lacks."""
-    calls = [call("Rome"), call("Oslo", 2)]
-    row = {
-        "messages": [
-            ASKED, {"role": "assistant", "content": None, "tool_calls": calls}, RESULT,
-            {"role": "assistant", "content": "get_weather says Oslo has 3 degrees in the city."},
-        ],
-        "tools": [WEATHER],
-    }  # fmt: skip
+    turn = {"role": "assistant", "content": None, "tool_calls": [call("Rome"), call("Oslo", 2)]}
+    answer = said("get_weather says Oslo has 3 degrees in the city.")
+    row = {"messages": [ASKED, turn, RESULT, answer], "tools": [WEATHER]}
     with pytest.raises(LorafoldError, match=part):
         encode_row(row, template(shown))
     encode_row(row, template(EACH))
 
 
 def test_what_is_said_beside_a_call_is_counted_where_it_is_left_out() -> None:
-    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": [call("Oslo", 2)]}
-    said = {"role": "assistant", "content": "Let me look. It has 3."}
-    row = {"messages": [ASKED, turn, RESULT, said], "tools": [WEATHER]}
+    turn = said("Let me look.") | {"tool_calls": [call("Oslo", 2)]}
+    row = {"messages": [ASKED, turn, RESULT, said("Let me look. It has 3.")], "tools": [WEATHER]}
     assert encode([row], template(EACH), 512).report.reasoning_hidden == 1
     assert encode([row], template("{{ m.content }}" + EACH), 512).report.reasoning_hidden == 0
 
@@ -134,14 +130,10 @@ class Day(date):
         return date(2024, 2, 3)
 
 
-def test_a_run_keeps_the_day_on_which_it_began(
-    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_the_day_on_which_it_began(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
     file, model = tmp_path / "dated.jinja", tiny_model_dir("llama")
     file.write_text(DATED)
     recipe: dict[str, Any] = {"chat_template": str(file)}
-
-
     monkeypatch.setattr("lorafold.data.templates.date", Day)
     setup = set_up(request(model, tmp_path / "a", **recipe), quiet())
     began = RunDirectory(tmp_path / "a")
@@ -169,23 +161,20 @@ WORDS = (
 )
 
 
-@pytest.mark.parametrize("helps", ["true", "false", "nothing"])
-def test_the_variable_that_lets_plain_turns_train_is_said(helps: str) -> None:
-    tokenizer = copy.deepcopy(embedded())
-    told = "turns without reasoning are left out, since generation would begin them otherwise"
-    expression = {
-        "true": "not plain", "false": "thinking is not defined or thinking", "nothing": "true",
-    }[helps]  # fmt: skip
-    tokenizer.chat_template = WORDS.replace("SET", expression)
-    name = {"true": "plain=true", "false": "thinking=false"}.get(helps)
-    wanted = told if name is None else f"{told}; --template-kwargs {name} helps"
-    assert describe_template(tokenizer).plain == wanted
-    assert wanted in "; ".join(describe_template(tokenizer).lines)
-    tokenizer.chat_template = WORDS.replace("SET", "false")
-    assert describe_template(tokenizer).plain == ""
+@pytest.mark.parametrize(
+    ("expression", "name"),
+    [("not plain", "plain=true"), ("thinking is not defined or thinking", "thinking=false"),
+     ("true", None)],
+)  # fmt: skip
+def test_the_variable_that_lets_plain_turns_train_is_said(expression: str, name) -> None:
+    wanted = "turns without reasoning are left out, since generation would begin them otherwise"
+    found = describe_template(with_template(WORDS.replace("SET", expression)))
+    wanted += f"; --template-kwargs {name} helps" if name else ""
+    assert found.plain == wanted
+    assert wanted in "; ".join(found.lines)
+    assert describe_template(with_template(WORDS.replace("SET", "false"))).plain == ""
 
 
 def test_a_template_that_refuses_plain_conversations_is_said_to() -> None:
-    tokenizer = copy.deepcopy(embedded())
-    tokenizer.chat_template = "{{ raise_exception('needs functions') }}"
+    tokenizer = with_template("{{ raise_exception('needs functions') }}")
     assert "needs functions" in describe_template(tokenizer).plain

@@ -1,6 +1,5 @@
 """User data to token ids and loss mask: shapes and their errors, chat templates, spans, order."""
 
-import io
 import json
 from pathlib import Path
 
@@ -9,14 +8,16 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conversation_cases import prompts
+from conversation_cases import jsonl as rows_in
+from conversation_cases import prompts, trained_texts
+from error_cases import refusal as refused
+from error_cases import told_of
 from lorafold.api.arguments import as_rows
 from lorafold.data.batches import Batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.formats import Conversation, shape_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.rows import read_rows
-from lorafold.errors import LorafoldError
 
 CHAT = {
     "messages": [
@@ -50,16 +51,12 @@ def plain():
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<e>"]
-    corpus = [
-        "User: Hello there\n\nAssistant: Hi you\n\n",
-        "one two three\n\n\n",
-        "the cat sat on the mat",
-    ] * 3
+    chat = "User: Hello there\n\nAssistant: Hi you\n\n"
+    alphabet = inner.pre_tokenizer.alphabet()
     inner.train_from_iterator(
-        corpus,
+        [chat, "one two three\n\n\n", "the cat sat on the mat"] * 3,
         trainers.BpeTrainer(
-            vocab_size=340, special_tokens=special, initial_alphabet=inner.pre_tokenizer.alphabet()
+            vocab_size=340, special_tokens=["<s>", "</s>", "<e>"], initial_alphabet=alphabet
         ),
     )
     inner.post_processor = processors.TemplateProcessing(
@@ -71,24 +68,11 @@ def plain():
 
 
 def jsonl(tmp_path: Path, *rows: object) -> str:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    )
-    return str(path)
-
-
-def refused(function, *args) -> str:
-    with pytest.raises(LorafoldError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return rows_in(tmp_path / "rows.jsonl", *rows)
 
 
 def trained(example, tokenizer) -> list[str]:
-    """The decoded runs of labelled tokens."""
-    text = preview(example, tokenizer).plain
-    return [piece.partition("⟧")[0] for piece in text.split("⟦")[1:]]
+    return trained_texts([example], tokenizer)
 
 
 # reading
@@ -96,13 +80,9 @@ def trained(example, tokenizer) -> list[str]:
 
 @pytest.mark.parametrize(
     "row",
-    [
-        CHAT,
-        PAIR,
-        {"text": "the cat"},
-        {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:2]},
-    ],
-)
+    [CHAT, PAIR, {"text": "the cat"},
+     {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:2]}],
+)  # fmt: skip
 def test_every_shape_is_read(tmp_path, row):
     assert read_rows(jsonl(tmp_path, row, "", row)) == [row, row]
     (tmp_path / "rows.json").write_text(json.dumps([row, row], indent=1))
@@ -122,38 +102,23 @@ def test_parquet_and_directories(tmp_path):
 
 
 def test_bad_rows_are_told_together_by_line(tmp_path):
-    bad = [
-        {"question": "a", "answer": "b"},
-        {"messages": [{"role": "user", "content": None}, 3]},
-        PAIR,
-        {"messages": []},
-    ]
-    source = jsonl(
-        tmp_path,
-        CHAT,
-        "",
-        '{"messages": [',
-        "[1]",
-        *bad,
-    )
+    bad: dict[str, dict] = {
+        "keys found: 'question', 'answer'; expected one of {messages}, {prompt, completion} and 9"
+        " more; did you mean --columns prompt=question,completion=answer":
+            {"question": "a", "answer": "b"},
+        "row 2: field messages[0].content: found null, expected text; row 2: field messages[1]:"
+        " found 3, expected an object with role and content":
+            {"messages": [{"role": "user", "content": None}, 3]},
+        "row 2: shape {prompt, completion}, but row 1 has {messages}": PAIR,
+        "row 2: field messages: found an empty list, expected a list of messages": {"messages": []},
+    }  # fmt: skip
+    source = jsonl(tmp_path, CHAT, "", '{"messages": [', "[1]", *bad.values())
     message = refused(read_rows, source)
     assert message.startswith(f"{source}: row 3: not JSON: ")
-    for part in [
-        "row 4: found a list, expected an object",
-        "and 5 more",
-    ]:
-        assert part in message
-    for number, part in enumerate(
-        [
-            "keys found: 'question', 'answer'; expected one of {messages}, {prompt, completion} and"
-            " 9 more; did you mean --columns prompt=question,completion=answer",
-            "row 2: field messages[0].content: found null, expected text; row 2: field messages[1]:"
-            " found 3, expected an object with role and content",
-            "row 2: shape {prompt, completion}, but row 1 has {messages}",
-            "row 2: field messages: found an empty list, expected a list of messages",
-        ]
-    ):
-        assert part in refused(read_rows, jsonl(tmp_path, CHAT, bad[number]))
+    assert "row 4: found a list, expected an object" in message
+    assert "and 5 more" in message
+    for part, row in bad.items():
+        assert part in refused(read_rows, jsonl(tmp_path, CHAT, row))
 
 
 def test_many_bad_rows_are_counted(tmp_path):
@@ -169,16 +134,14 @@ def test_many_bad_rows_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        (
-            {"prompt": "a", "completion": [CHAT["messages"][1]]},
-            "found text and a list, expected both text or both lists",
-        ),
+        ({"prompt": "a", "completion": [CHAT["messages"][1]]},
+         "found text and a list, expected both text or both lists"),
         ({"prompt": "a", "completion": 7}, "field completion: found 7, expected text"),
         ({"prompt": {"a": 1}, "completion": "b"}, "field prompt: found an object, expected text"),
         ({"prompt": "a"}, "keys found: 'prompt'; expected one of"),
         (b"\xff{}".decode("latin-1"), "not JSON"),
     ],
-)
+)  # fmt: skip
 def test_bad_fields(tmp_path, row, part):
     assert part in refused(read_rows, jsonl(tmp_path, row))
 
@@ -192,11 +155,6 @@ def test_sharegpt_and_alpaca_are_conversations(tmp_path):
         (share | {"system": "Be brief."}, [system, *said], 0),
         ({"instruction": "Hi", "output": "Yo", "input": ""}, said, 1),
         ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, [system, *said], 2),
-        (
-            {"instruction": "Add", "input": "1, 2", "output": "3"},
-            [{"role": "user", "content": "Add\n1, 2"}, {"role": "assistant", "content": "3"}],
-            1,
-        ),
     ]:
         (read,) = read_rows(jsonl(tmp_path, row))
         assert shape_of(read).conversation(read) == Conversation(messages, trained)
@@ -220,9 +178,8 @@ def test_columns_have_other_names_and_unknown_keys_are_named(tmp_path):
     message = refused(lambda: read_rows(path, {"prompt": "questions"}))
     assert "row 1: found no column 'questions'; it has 'question', 'answer', 'id'" in message
     swapped = jsonl(tmp_path, {"prompt": "b", "completion": "a"})
-    assert read_rows(swapped, {"prompt": "completion", "completion": "prompt"}) == [
-        {"prompt": "a", "completion": "b"}
-    ]
+    found = read_rows(swapped, {"prompt": "completion", "completion": "prompt"})
+    assert found == [{"prompt": "a", "completion": "b"}]
 
 
 def test_a_row_that_has_the_new_name_too_is_refused(tmp_path):
@@ -236,16 +193,13 @@ def test_a_row_that_has_the_new_name_too_is_refused(tmp_path):
 def test_ignored_keys_are_named_on_the_console(tmp_path):
     rows = [{"prompt": "a", "completion": "b", "id": 7, "[red]": 1}, {"prompt": "c", "answer": "d"}]
     columns = {"completion": "answer"}
-    console = Console(file=io.StringIO(), width=20)
-    assert as_rows(rows[:1], None, console) == rows[:1]
-    path = jsonl(tmp_path, rows[1] | {"x": None})
-    assert as_rows(path, columns, console) == [{"prompt": "c", "x": None, "completion": "d"}]
+    found = as_rows(jsonl(tmp_path, rows[1] | {"x": None}), columns)
+    assert found == [{"prompt": "c", "x": None, "completion": "d"}]
     told = "rows given in Python: ignored keys: id, [red] (rows of {prompt, completion})\n"
-    assert console.file.getvalue() == told
-    as_rows(jsonl(tmp_path, rows[1] | {"x": 1}), columns, console)
-    assert console.file.getvalue().removeprefix(told) == (
-        f"{path}: ignored keys: x (rows of {{prompt, completion}})\n"
-    )
+    assert told_of(rows[:1]) == told
+    path = jsonl(tmp_path, rows[1] | {"x": 1})
+    assert told_of(path, columns) == f"{path}: ignored keys: x (rows of {{prompt, completion}})\n"
+    assert told_of(jsonl(tmp_path, rows[1] | {"x": None}), columns) == ""
 
 
 def test_csv(tmp_path):
@@ -280,9 +234,8 @@ def test_bad_sources(tmp_path):
     assert "there is no such file" in refused(read_rows, str(tmp_path / "none.parquet"))
     assert "found no such file or directory, expected .jsonl" in refused(read_rows, "a.jsonl:x")
     (tmp_path / "rows.txt").write_text("a,b\n")
-    assert "found a .txt file, expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow" in (
-        refused(read_rows, str(tmp_path / "rows.txt"))
-    )
+    kinds = "found a .txt file, expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
+    assert kinds in refused(read_rows, str(tmp_path / "rows.txt"))
     (tmp_path / "bad.parquet").write_bytes(b"nope")
     assert "can't be read" in refused(read_rows, str(tmp_path / "bad.parquet"))
     (tmp_path / "bad.json").write_text('[{"text": "a"},\n {"text"]')
@@ -304,9 +257,8 @@ def test_an_unreachable_hub_dataset_is_one_line(monkeypatch):
 @pytest.mark.slow
 def test_smollm2_prompt_ids_are_those_of_generation(smollm2):
     rows = [PAIR, {"prompt": "a\n", "completion": "\n\n b"}]
-    for example, (text, _) in zip(
-        encode(rows, smollm2, 512).examples, prompts(rows, smollm2), strict=True
-    ):
+    examples = encode(rows, smollm2, 512).examples
+    for example, (text, _) in zip(examples, prompts(rows, smollm2), strict=True):
         seen = tuple(smollm2(text, add_special_tokens=False).input_ids)
         assert example.ids[: len(seen)] == seen
         assert set(example.labels[: len(seen)]) == {NO_LOSS}
@@ -318,20 +270,14 @@ def test_smollm2_trains_every_answer_with_its_end_of_turn(smollm2):
     assert ensure_chat_template(smollm2) is None
     [example], report = (encoded := encode([CHAT], smollm2, 512)).examples, encoded.report
     assert trained(example, smollm2) == ["Hi!\nWhat now? <|im_end|>", "naïve 🙂<|im_end|>"]
-    assert smollm2.decode(example.ids) == smollm2.apply_chat_template(
-        CHAT["messages"], tokenize=False
-    )
+    text = smollm2.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert smollm2.decode(example.ids) == text
     assert example.ids.count(smollm2.bos_token_id) == 5  # a system turn and four more: none doubled
-    assert (report.rows, report.tokens, report.truncated, report.turns_left_out) == (
-        1,
-        len(example.ids),
-        0,
-        0,
-    )
+    assert (report.rows, report.tokens) == (1, len(example.ids))
+    assert (report.truncated, report.turns_left_out) == (0, 0)
     assert report.labelled == sum(label != NO_LOSS for label in example.labels)
-    assert all(
-        label in (NO_LOSS, token) for token, label in zip(example.ids, example.labels, strict=True)
-    )
+    for token, label in zip(example.ids, example.labels, strict=True):
+        assert label in (NO_LOSS, token)
 
 
 def test_only_the_completion_of_a_pair_of_message_lists_is_trained(smollm2):
@@ -390,9 +336,8 @@ def test_what_a_template_refuses_names_the_row(plain):
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     )
     bad = {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]}
-    assert "row 1: the model's chat template refuses this conversation: no system turns" in refused(
-        encode, [bad, CHAT], plain, 512
-    )
+    told = refused(encode, [bad, CHAT], plain, 512)
+    assert "row 1: the model's chat template refuses this conversation: no system turns" in told
 
 
 def test_text_is_trained_whole_and_ended(plain, smollm2):
@@ -415,24 +360,19 @@ def test_cut_and_unlabelled_rows_are_reported(plain):
     assert max(len(example.ids) for example in encoded.examples) == 60
     assert (encoded.report.rows, encoded.report.truncated, encoded.report.unlabelled) == (3, 2, 1)
     assert encoded.report.longest > 60
-    assert "2 rows were cut at 60 tokens\n1 rows have no token to train on and are left out" in str(
-        encoded.report
-    )
-    assert "none of the 1 rows has a token to train on: 1 were cut at max_length 60" in refused(
-        encode, rows[1:2], plain, 60
-    )
+    told = "2 rows were cut at 60 tokens\n1 rows have no token to train on and are left out"
+    assert told in str(encoded.report)
+    told = "none of the 1 rows has a token to train on: 1 were cut at max_length 60"
+    assert told in refused(encode, rows[1:2], plain, 60)
 
 
 def test_prompts_are_the_last_answer(smollm2):
-    [(text, answer)] = prompts([CHAT], smollm2)
-    assert text == smollm2.apply_chat_template(
-        CHAT["messages"][:3], tokenize=False, add_generation_prompt=True
-    )
-    assert answer == "naïve 🙂"
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    text = smollm2.apply_chat_template(CHAT["messages"][:3], **asked)
+    assert prompts([CHAT], smollm2) == [(text, "naïve 🙂")]
     assert "row 1: found plain text" in refused(prompts, [{"text": "a"}], smollm2)
-    assert "row 1: found no assistant turn" in refused(
-        prompts, [{"messages": CHAT["messages"][:1]}], smollm2
-    )
+    unanswered = [{"messages": CHAT["messages"][:1]}]
+    assert "row 1: found no assistant turn" in refused(prompts, unanswered, smollm2)
 
 
 def test_preview_shows_the_mask_with_and_without_colour(smollm2):

@@ -1,6 +1,4 @@
-"""A turn ends where the model would have to stop: with what the template writes for it, with what
-begins the next message, or with the tokenizer's end token; and generation stops at that token.
-"""
+"""A turn is trained with the token that ends it, and generation stops at that token."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
+from conversation_cases import trained_texts
 from families import embedded
 from lorafold.data.examples import NO_LOSS, encode_row
 from lorafold.data.render import Rendering
@@ -30,17 +29,7 @@ ROW = {
 
 
 def trained(row: dict[str, Any], tokenizer: Any, **how: Any) -> list[str]:
-    """The texts of all trained runs of tokens."""
-    found = []
-    for example in encode_row(row, tokenizer, Rendering(**how))[0]:
-        run: list[int] = []
-        for label in (*example.labels, NO_LOSS):
-            if label != NO_LOSS:
-                run.append(label)
-            elif run:
-                found.append(str(tokenizer.decode(run)))
-                run = []
-    return found
+    return trained_texts(encode_row(row, tokenizer, Rendering(**how))[0], tokenizer)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,9 +101,7 @@ THINKS = (
         (("<|S|>thought\n", "<|E|>", "", "<|S|>thought\n<|E|>"), "", ""),
     ],
 )
-def test_a_block_of_reasoning_is_found_whatever_it_is_called(
-    parts: tuple[str, ...], plain: str, thinking: str
-) -> None:
+def test_a_block_of_reasoning_is_found_whatever_it_is_called(parts, plain, thinking) -> None:
     text = THINKS
     for name, part in zip(("OPEN", "CLOSE", "PLAIN", "PROMPT"), parts, strict=True):
         text = text.replace(name, json.dumps(part))

@@ -1,8 +1,4 @@
-"""Data of any size: rows and tokens in Arrow files, worker processes, the cache, weights, streams,
-and runs that are killed at every stage.
-
-What is large is a matter of a threshold, which these tests lower: `large` makes N rows large.
-"""
+"""Data of any size: Arrow files, worker processes, the cache, weights, streams, killed runs."""
 
 import io
 import json
@@ -12,12 +8,12 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -27,8 +23,9 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
-from conftest import lorafold, make_tokenizer
-from conversation_cases import prompts
+from conftest import lorafold, make_tokenizer, refused
+from conversation_cases import jsonl, prompts, said, user
+from error_cases import refusal
 from large_cases import N, row, train, written
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
@@ -46,6 +43,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
 from lorafold.runtime.processor import usable_cores
+from serving_cases import until
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -83,15 +81,12 @@ def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:
     assert kept.examples[-3:] == direct.examples[-3:]
     assert kept.examples.lengths.tolist() == [len(e.ids) for e in direct.examples]  # type: ignore[attr-defined]
     some = np.array([3, 700, N - 1])
-    assert list(encode(rows.select(some), tokenizer, 75).examples) == [
-        direct.examples[i] for i in some
-    ]
+    found = encode(rows.select(some), tokenizer, 75).examples
+    assert list(found) == [direct.examples[i] for i in some]
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
-def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_generation(
-    template: str,
-) -> None:
+def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_generation(template):
     """With a template of added tokens, and with one of ordinary text, where borders merge."""
     tokenizer = make_tokenizer()
     if template == "plain":
@@ -120,9 +115,7 @@ def test_labelled_rows_are_kept_too(large: Path) -> None:
     assert [entry.kind for entry in cache.entries()] == ["rows", "tokens"]
 
 
-def test_a_second_run_reads_and_tokenizes_nothing(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_reads_and_tokenizes_nothing(large: Path, monkeypatch) -> None:
     tokenizer = make_tokenizer()
     first = encode(read_rows(str(large)), tokenizer, 80)
 
@@ -166,14 +159,9 @@ def test_two_runs_at_once_share_what_one_makes(large: Path) -> None:
         (directory / "file").write_text("whole")
 
     notices: list[str] = []
-    runs = [
-        threading.Thread(target=lambda: cache.cached("tokens", "key", write, notices.append))
-        for _ in range(2)
-    ]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            pool.submit(cache.cached, "tokens", "key", write, notices.append)
     assert made == [1]
     assert [text.split(" that makes ")[0] for text in notices] == ["waiting for another process"]
 
@@ -188,11 +176,9 @@ def test_the_command_lists_and_clears_the_cache(large: Path) -> None:
     assert [entry.kind for entry in cache.entries()] == ["rows"]
     lorafold("cache", "--clear")
     assert cache.entries() == []
-    done = lorafold("cache", "--kind", "token")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: --kind token: expected one of digests, models, native, reference, rows, svd,"
-        " tokens\n",
+    kinds = "digests, models, native, reference, rows, svd, tokens"
+    assert refused("cache", "--kind", "token") == (
+        f"error: --kind token: expected one of {kinds}\n"
     )
 
 
@@ -208,13 +194,10 @@ def test_clearing_leaves_what_another_process_makes(large: Path) -> None:
     assert left == [f"0.0 MB removed from {cache.cache_directory()}\n"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(large: Path, monkeypatch) -> None:
     rows, tokenizer = read_rows(str(large)), make_tokenizer()
-    monkeypatch.setattr(
-        tokenizing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
-    )
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr(tokenizing.shutil, "disk_usage", lambda path: full)
     with pytest.raises(LorafoldError, match=r"tokens: found 0.00 GB free, expected about"):
         encode(rows, tokenizer, 80)
     monkeypatch.undo()
@@ -234,9 +217,7 @@ def test_rows_that_fill_the_disk_leave_nothing(large: Path) -> None:
     assert [p for p in (cache.cache_directory() / "rows").iterdir() if p.is_dir()] == []
 
 
-def test_a_cache_that_cant_be_written_names_the_variable(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cant_be_written_names_the_variable(large: Path, monkeypatch) -> None:
     (large.parent / "file").write_text("")
     monkeypatch.setenv("LORAFOLD_CACHE", str(large.parent / "file"))
     with pytest.raises(LorafoldError, match=r"can't be written: .*set LORAFOLD_CACHE to another"):
@@ -246,9 +227,7 @@ def test_a_cache_that_cant_be_written_names_the_variable(
 def test_bad_rows_of_large_data_are_counted_and_nothing_is_kept(large: Path) -> None:
     with large.open("a") as file:
         file.write('{"prompt": 3, "completion": "x"}\n' * 12 + "no row\n")
-    with pytest.raises(LorafoldError) as error:
-        read_rows(str(large))
-    assert str(error.value) == (
+    assert refusal(read_rows, str(large)) == (
         f"{large}: rows {N + 1} to {N + 12}: field prompt: found 3, expected text; row {N + 13}:"
         " not JSON: Expecting value at column 1"
     )
@@ -262,8 +241,8 @@ def test_what_the_template_refuses_is_told_also_from_workers(large: Path) -> Non
         + tokenizer.chat_template
     )
     for _ in range(2):
-        with pytest.raises(LorafoldError, match=rf"^{large}: row 1501: the model's chat template"):
-            encode(read_rows(str(large)), tokenizer, 80)
+        told = refusal(encode, read_rows(str(large)), tokenizer, 80)
+        assert told.startswith(f"{large}: row 1501: the model's chat template")
 
 
 def test_an_error_in_a_worker_is_raised_here(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,13 +266,11 @@ def test_an_error_in_a_worker_is_raised_here(large: Path, monkeypatch: pytest.Mo
 
 
 def test_weights_are_read_after_the_last_colon_before_a_number(tmp_path: Path) -> None:
-    found = [source_from(text) for text in ("a.jsonl", "a.jsonl:0.3", "C:\\a.jsonl", "x:y:2e1")]
-    assert [(s.name, s.weight) for s in found] == [
-        ("a.jsonl", 1),
-        ("a.jsonl", 0.3),
-        ("C:\\a.jsonl", 1),
-        ("x:y", 20),
-    ]
+    for text, name, weight in (
+        ("a.jsonl", "a.jsonl", 1), ("a.jsonl:0.3", "a.jsonl", 0.3),
+        ("C:\\a.jsonl", "C:\\a.jsonl", 1), ("x:y:2e1", "x:y", 20),
+    ):  # fmt: skip
+        assert (source_from(text).name, source_from(text).weight) == (name, weight)
     (tmp_path / "a:3").write_text("")
     assert source_from(str(tmp_path / "a:3")).weight == 1, "a file of that name is meant"
     for wrong in ("a.jsonl:0", "a.jsonl:-1", "a.jsonl:inf", "a.jsonl:nan"):
@@ -323,10 +300,8 @@ def test_an_epoch_takes_each_source_by_its_weight() -> None:
 
 
 def test_sources_may_have_shapes_of_their_own(tmp_path: Path) -> None:
-    first, second = written(tmp_path / "a.jsonl", 20), tmp_path / "b.jsonl"
-    said = [("user", "Book"), ("assistant", "Yes")]
-    chat = {"messages": [{"role": role, "content": content} for role, content in said]}
-    second.write_text((json.dumps(chat | {"id": 1}) + "\n") * 10)
+    chat = {"messages": [user("Book"), said("Yes")], "id": 1}
+    first, second = written(tmp_path / "a.jsonl", 20), jsonl(tmp_path / "b.jsonl", *[chat] * 10)
     rows = read_rows([str(first), f"{second}:0.5"])
     assert rows.parts == (SourcePart(20), SourcePart(10, 0.5))
     assert rows.ignored == ("id",)
@@ -395,9 +370,7 @@ def test_other_verbs_need_all_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_source_has_rows_of_the_objective(
-    streaming: bool, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_every_source_has_rows_of_the_objective(streaming: bool, tiny_model_dir, tmp_path) -> None:
     first, second = written(tmp_path / "a.jsonl", 5), tmp_path / "b.jsonl"
     second.write_text('{"text": "Book a table", "label": "x"}\n' * 5)
     data, model = [str(first), str(second)], tiny_model_dir("llama")
@@ -453,14 +426,8 @@ t.train(data, t.Path(out), model, streaming=where == "streaming")
 """
 
 
-STAGES = [
-    *("tokenizing", "streaming"),
-    *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("reading", "packing", "training")),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("where", STAGES)
+@pytest.mark.parametrize("where", ["tokenizing", "streaming", "reading", "packing", "training"])
 def test_killed_at_any_stage_and_resumed_it_ends_with_the_same_bytes(
     where: str, large: Path, straight: dict[bool, bytes], tiny_model_dir, tmp_path: Path
 ) -> None:
@@ -469,16 +436,11 @@ def test_killed_at_any_stage_and_resumed_it_ends_with_the_same_bytes(
     command = [sys.executable, "-c", KILLED, where, str(large), str(out), str(model), str(pids)]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert not out.exists()
-    for pid in (int(path.name) for path in pids.iterdir()):
-        for _ in range(100):
-            if not alive(pid):
-                break
-            time.sleep(0.1)
-        assert not alive(pid), "a worker outlived the run"
+    workers = [int(path.name) for path in pids.iterdir()]
+    until(lambda: not any(alive(pid) for pid in workers), 10)  # none outlives the run
     train(str(large), out, model, resume=True, streaming=where == "streaming")
     assert (out / WEIGHTS).read_bytes() == straight[where == "streaming"]
-    names = [p.name for kind in cache.KINDS for p in left_in(kind)]
-    assert not [name for name in names if name.startswith(".")]
+    assert not [p for p in cache.cache_directory().glob("*/.*") if p.is_dir()]
 
 
 def alive(pid: int) -> bool:
@@ -488,19 +450,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def left_in(kind: str) -> Iterator[Path]:
-    folder = cache.cache_directory() / kind
-    return (p for p in folder.iterdir() if p.is_dir()) if folder.exists() else iter(())
-
-
 @pytest.mark.slow
 def test_what_a_run_says_of_its_rows(large: Path, tiny_model_dir, tmp_path: Path) -> None:
     more = written(tmp_path / "more.jsonl", 100)
     model = ["--model", str(tiny_model_dir("llama")), "--device", "cpu", "--storage", "fp32"]
-    done = lorafold(
-        "train", "--data", str(large), "--data", f"{more}:0.5", *model, "--out",
-        str(tmp_path / "a"), "--steps", "2",
-    )  # fmt: skip
+    train = ("train", *model, "--steps", "2", "--data", str(large), "--out")
+    done = lorafold(*train, str(tmp_path / "a"), "--data", f"{more}:0.5")
     assert done.returncode == 0, done.stderr
     assert "MB of rows" in done.stderr or "GB of rows" in done.stderr
     assert "lorafold cache clears it" in done.stderr
@@ -508,10 +463,7 @@ def test_what_a_run_says_of_its_rows(large: Path, tiny_model_dir, tmp_path: Path
     record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
     assert record["data"]["source"] == f"{large}, {more}:0.5"
     assert record["data"]["rows"] == 2200
-    done = lorafold(
-        "train", "--data", str(large), *model, "--out", str(tmp_path / "b"), "--steps", "2",
-        "--streaming", "--resume",
-    )  # fmt: skip
+    done = lorafold(*train, str(tmp_path / "b"), "--streaming", "--resume")
     assert done.returncode == 0, done.stderr
     assert "no run to resume" in done.stderr
     assert "stream: 16 rows read" in done.stderr

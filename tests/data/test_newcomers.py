@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conversation_cases import said, user
+from error_cases import refusal
 from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.sources import source_from
 from lorafold.data.stream import stream_of
@@ -19,16 +20,12 @@ TABLE = 'prompt,completion\n"Wann, bitte?",früh\n'
 
 
 def refused(source: Path) -> str:
-    with pytest.raises(LorafoldError) as error:
-        read_rows(str(source))
-    return str(error.value).replace(str(source), "FILE")
+    return refusal(read_rows, str(source)).replace(str(source), "FILE")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_a_table_is_read_as_a_program_saved_it(
-    delimiter: str, encoding: str, tmp_path: Path
-) -> None:
+def test_a_table_is_read_as_a_program_saved_it(delimiter, encoding: str, tmp_path: Path) -> None:
     text = f'prompt{delimiter}completion\n"Wann{delimiter} bitte?"{delimiter}früh\n'
     (tmp_path / "rows.csv").write_bytes(text.encode(encoding))
     found = read_rows(str(tmp_path / "rows.csv"))
@@ -37,9 +34,7 @@ def test_a_table_is_read_as_a_program_saved_it(
 
 @pytest.mark.parametrize("before", [0, 10_000, 400_000])  # ASCII, in one piece and in several
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_what_excel_saves_is_read_and_said(
-    before: int, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_excel_saves_is_read_and_said(before: int, suffix: str, tmp_path, caplog) -> None:
     plain = "prompt,completion\n" + "a,b\n" * (before // 4)
     content = f"{plain}Wann? „Öffnet“ ihr,früh – 5 €\n".encode("cp1252")
     file = tmp_path / f"rows.csv{suffix}"
@@ -51,9 +46,7 @@ def test_what_excel_saves_is_read_and_said(
     assert "'Öffnet'; where that is wrong, save it as UTF-8" in line
 
 
-def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(tmp_path, caplog, monkeypatch):
     (tmp_path / "rows.csv").write_bytes(TABLE.encode("cp1252"))
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lorafold.data.rows.LARGE", 1)
@@ -76,9 +69,7 @@ def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(
         ("cp1252", "früh", "UTF-8 first, and not UTF-8 soon after line"),
     ],
 )
-def test_other_code_pages_are_not_read_as_that_of_windows(
-    encoding: str, text: str, told: str, tmp_path: Path
-) -> None:
+def test_other_code_pages_are_not_read_as_that_of_windows(encoding, text, told, tmp_path) -> None:
     before = "ä,b\n" if encoding == "cp1252" else "a,b\n"
     content = f"prompt,completion\n{before}".encode() + f"{text},b\n".encode(encoding)
     (tmp_path / "rows.csv").write_bytes(content)
@@ -210,18 +201,13 @@ def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None
         ("id;Frage;Antwort", "7;a;b", "did you mean --columns prompt=Frage,completion=Antwort"),
         ("Eingabe,Ausgabe", "a,b", "did you mean --columns prompt=Eingabe,completion=Ausgabe"),
         ("prompt,answer", "a,b", "did you mean --columns completion=answer"),
-        (
-            "Mail text,when,Reply text",
-            "a,2024-01-02,b",
-            "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order, if the"
-            " file begins with names)",
-        ),
+        ("Mail text,when,Reply text", "a,2024-01-02,b",
+         "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order, if the file"
+         " begins with names)"),
         ("one,two,three", "a,b,c", "(--columns renames)"),
     ],
-)
-def test_the_columns_to_try_are_proposed(
-    header: str, values: str, told: str, tmp_path: Path
-) -> None:
+)  # fmt: skip
+def test_the_columns_to_try_are_proposed(header, values, told: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{header}\n{values}\n")
     line = refused(tmp_path / "rows.csv")
     assert line.endswith(told)
@@ -237,9 +223,8 @@ def test_what_is_proposed_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_a_null_is_called_one(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n'
-    )
+    rows = '{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n'
+    (tmp_path / "a.jsonl").write_text(rows)
     assert "row 2: field label: found null, expected a value" in refused(tmp_path / "a.jsonl")
 
 

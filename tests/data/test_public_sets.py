@@ -1,10 +1,7 @@
-"""Rows as much used public sets and other tools have them, with their schemas, read as meant; what
-messages say of being trained on; and what is told of all that.
-"""
+"""Rows of public data sets are read as they are meant, and turns may opt out of training."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from conftest import make_tokenizer
+from conversation_cases import said, trained_texts, user
+from error_cases import refusal, told_of
 from lorafold.api.arguments import as_prompts, as_rows
-from lorafold.data.examples import encode, preview
+from lorafold.data.examples import encode
 from lorafold.data.formats import CONVERSATIONS, JUDGED, PAIRS, Compared
 from lorafold.data.prompts import references
 from lorafold.data.render import Rendering
@@ -26,14 +24,6 @@ from lorafold.errors import LorafoldError
 from lorafold.objectives import check_shapes
 
 Told = list[str]
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def said(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text} | more
 
 
 def system(text: str) -> dict[str, Any]:
@@ -47,17 +37,20 @@ def turn(speaker: str, text: str, **more: Any) -> dict[str, Any]:
 CALL = {"name": "f", "arguments": {"a": 1}}
 CALLED = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
 TOOL = {"name": "f", "description": "d", "parameters": {"a": {"type": "int"}}}
-WEIGHED = said("b", weight=0)
+WEIGHED = said("b") | {"weight": 0}
 
 
 def read(row: dict[str, Any], objective: str | None = "sft", **columns: str) -> tuple[Any, Told]:
     """What a row gives the objective, and what is told."""
-    console = Console(file=io.StringIO(), width=1000)
-    rows = as_rows([row], columns, console, objective=objective)
+    rows = as_rows([row], columns, objective=objective)
     check_shapes(rows.shapes, objective or "sft")
     wanted = {"sft": CONVERSATIONS, "kto": JUDGED}.get(objective or "sft", PAIRS)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return rows.given(wanted)[0], [line.partition(": ")[2] for line in lines]
+    return rows.given(wanted)[0], lines_of(row, columns, objective)
+
+
+def lines_of(row: Any, columns: dict[str, str] | None, objective: str | None) -> Told:
+    told = told_of([row], columns, objective=objective).splitlines()
+    return [line.partition(": ")[2] for line in told]
 
 
 SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
@@ -110,12 +103,10 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
         [system("s"), user("a"), said("[f(a=1)]")],
         [],
     ),
-    "turns with roles": (
-        {"conversations": [user("a"), said("b")]}, [user("a"), said("b")], []
-    ),
+    "turns with roles": ({"conversations": [user("a"), said("b")]}, [user("a"), said("b")], []),
     "the older form of OpenAI": (
         {"messages": [
-            user("a"), said("", function_call={"name": "f", "arguments": '{"a": 1}'}),
+            user("a"), said("") | {"function_call": {"name": "f", "arguments": '{"a": 1}'}},
             {"role": "function", "name": "f", "content": "2"}, said("b"),
          ], "functions": [TOOL]},
         [user("a"), CALLED, {"role": "tool", "name": "f", "content": "2"}, said("b")],
@@ -193,9 +184,7 @@ BOTH: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
     "text and lists": (
         {"prompt": "a", "chosen": [said("b")], "rejected": [said("c")]}, [user("a")], []
     ),
-    "text and a list": (
-        {"prompt": "a", "chosen": "b", "rejected": [said("c")]}, [user("a")], []
-    ),
+    "text and a list": ({"prompt": "a", "chosen": "b", "rejected": [said("c")]}, [user("a")], []),
     "a prompt that answers repeat": (
         {"prompt": [system("s"), user("a")], "chosen": [system("s"), user("a"), said("b")],
          "rejected": [system("s"), user("a"), said("c")]}, [system("s"), user("a")], [],
@@ -211,13 +200,11 @@ BOTH: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
 @pytest.mark.parametrize("objective", ["dpo", "reward", "kto", None])
 def test_sets_of_preferences(name: str, objective: str | None) -> None:
     row, prompt, told = BOTH[name]
-    console = Console(file=io.StringIO(), width=1000)
-    rows = as_rows([row], None, console, objective=objective)
-    assert rows.given(PAIRS) == [[Compared(prompt, {"chosen": [said("b")],
-                                                    "rejected": [said("c")]})]]  # fmt: skip
+    rows = as_rows([row], objective=objective)
+    answers = {"chosen": [said("b")], "rejected": [said("c")]}
+    assert rows.given(PAIRS) == [[Compared(prompt, answers)]]
     assert [len(one.completions) for one in rows.given(JUDGED)[0]] == [1, 1]
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert [line.partition(": ")[2] for line in lines] == told
+    assert lines_of(row, None, objective) == told
     given, lines = read(row)
     assert given.messages == [*prompt, said("b")]
     if "messages" not in row:
@@ -249,13 +236,13 @@ def test_a_struct_of_lists_in_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        ({"messages": [user("a"), said("b", weight=0.5)]},
+        ({"messages": [user("a"), said("b") | {"weight": 0.5}]},
          "field messages[1].weight: found 0.5, expected 0 or 1, or false or true"),
-        ({"messages": [user("a"), said("b", train="no")]},
+        ({"messages": [user("a"), said("b") | {"train": "no"}]},
          "field messages[1].train: found text, expected 0 or 1, or false or true"),
         ({"conversations": [turn("human", "a"), turn("gpt", "b", loss=2)]},
          "field conversations[1].loss: found 2, expected 0 or 1, or false or true"),
-        ({"messages": [user("a"), said("", function_call=3)]},
+        ({"messages": [user("a"), said("") | {"function_call": 3}]},
          "field messages[1].function_call: found 3, expected an object with name and arguments"),
         ({"messages": [user("a") | {"function_call": CALL}]},
          "field messages[0].function_call: found in a user message, expected assistant"),
@@ -268,18 +255,14 @@ def test_a_struct_of_lists_in_parquet(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(row: dict[str, Any], part: str) -> None:
-    with pytest.raises(LorafoldError) as caught:
-        as_rows([row])
-    assert f"row 1: {part}" in str(caught.value)
+    assert f"row 1: {part}" in refusal(as_rows, [row])
 
 
 def trained(messages: list[dict[str, Any]], **rendering: Any) -> list[str]:
     """What is trained on of one conversation."""
-    tokenizer = make_tokenizer()
-    shown = Rendering(**rendering)
+    tokenizer, shown = make_tokenizer(), Rendering(**rendering)
     found = encode([{"messages": messages}], tokenizer, 500, rendering=shown).examples
-    text = "".join(preview(example, tokenizer).plain for example in found)
-    return [piece.partition("⟧")[0] for piece in text.split("⟦")[1:]]
+    return trained_texts(found, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -299,13 +282,11 @@ def test_a_turn_that_says_so_is_not_trained_on(off: dict[str, Any]) -> None:
 
 
 def test_such_a_turn_is_no_reference() -> None:
-    rows = as_rows([{"messages": [user("a"), said("b"), user("c"), said("d", weight=0)]}])
+    rows = as_rows([{"messages": [user("a"), said("b"), user("c"), said("d") | {"weight": 0}]}])
     [reference] = references(rows.given(CONVERSATIONS), make_tokenizer())
     assert reference.text == "b"
 
 
 def test_turns_of_others_that_shall_be_trained_are_told() -> None:
-    _, told = read({"messages": [user("a") | {"train": True}, said("b")]})
-    assert told == [
-        "1 turns that rows want trained are not of the assistant, and are not trained on"
-    ]
+    told = "1 turns that rows want trained are not of the assistant, and are not trained on"
+    assert read({"messages": [user("a") | {"train": True}, said("b")]})[1] == [told]

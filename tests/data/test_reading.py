@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
+import error_cases
 import lorafold as lf
+from error_cases import told_of as told
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
@@ -40,18 +41,8 @@ def folder(path: Path, **rows: int) -> Path:
     return path
 
 
-def told(data: Any, **options: Any) -> str:
-    """What a user is told of data."""
-    console = Console(file=io.StringIO(), width=1000)
-    as_rows(data if isinstance(data, list) else str(data), None, console, **options)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
 def refusal(source: Any) -> str:
-    with pytest.raises(LorafoldError) as caught:
-        as_rows(source if isinstance(source, list) else str(source))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return error_cases.refusal(as_rows, source if isinstance(source, list) else str(source))
 
 
 def test_a_directory_has_every_file_of_a_known_kind_by_name(tmp_path: Path) -> None:
@@ -83,9 +74,8 @@ def test_of_splits_a_directory_has_those_for_training(tmp_path: Path) -> None:
     assert [Path(name).name for name in read_rows(str(path)).files] == [
         "contest.jsonl", "more.jsonl", "a.jsonl"
     ]  # fmt: skip
-    assert "left out: dev.jsonl, test/a.jsonl (of another split; name a file to take it)" in told(
-        path
-    )
+    left = "left out: dev.jsonl, test/a.jsonl (of another split; name a file to take it)"
+    assert left in told(path)
     assert len(read_rows(str(path / "dev.jsonl"))) == 1
     other = folder(tmp_path / "e", test__jsonl=1, validation__jsonl=1)
     assert refusal(other) == (
@@ -120,9 +110,7 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
     assert message.startswith(f"{path / 'd.jsonl'}: row 2: shape {{messages}}, but row 1 has")
 
 
-def test_a_file_that_changed_at_one_size_and_time_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changed_at_one_size_and_time_is_read_again(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tokenizing, "LARGE", 100)
     monkeypatch.setattr(reading, "LARGE", 100)
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
@@ -155,9 +143,7 @@ def test_a_stream_goes_through_the_files_of_a_directory(tmp_path: Path) -> None:
         stream_of(str(folder(tmp_path / "e", a__jsonl=0)))
 
 
-def test_a_run_has_its_files_in_its_result(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_run_has_its_files_in_its_result(tiny_model_dir, tmp_path: Path) -> None:
     path = folder(tmp_path / "d", a__jsonl=2, b__jsonl=1)
     recipe = lf.Recipe(steps=1, batch=1, storage="fp32")
     done = lf.train(recipe, data=path, out=tmp_path / "out", model=tiny_model_dir("llama"))
@@ -213,10 +199,8 @@ def test_compressed_files_of_several_parts(name: str, codec: str, tmp_path: Path
     """A compressed file may be several, end to end."""
     pieces = [LINE, LINE] if "json" in name else ["prompt,completion\n", "2024-01-02,Hi\n" * 2]
     for piece in pieces:
-        with (
-            (tmp_path / name).open("ab") as file,
-            pa.CompressedOutputStream(file, codec) as stream,
-        ):
+        file = (tmp_path / name).open("ab")
+        with file, pa.CompressedOutputStream(file, codec) as stream:
             stream.write(piece.encode())
     assert read_rows(str(tmp_path / name)) == [ROW, ROW]
     whole = (tmp_path / name).read_bytes()
@@ -253,9 +237,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("a.zip", b"PK", "found a .zip file, expected .jsonl"),
     ],
 )  # fmt: skip
-def test_one_line_says_what_cant_be_read(
-    name: str, content: str | bytes, part: str, tmp_path: Path
-) -> None:
+def test_one_line_says_what_cant_be_read(name, content, part, tmp_path) -> None:
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / name).write_bytes(content)
     assert part in refusal(tmp_path / name)
@@ -280,18 +262,15 @@ def test_a_field_of_csv_may_be_long(tmp_path: Path) -> None:
 
 
 def test_a_column_may_be_dropped(tmp_path: Path) -> None:
-    rows, told = [CHAT | ROW], Console(file=io.StringIO(), width=1000)
-    found = as_rows(rows, {"messages": ""}, told)
-    assert found == [ROW]
-    assert told.file.getvalue() == (  # type: ignore[attr-defined]
-        "rows given in Python: dropped by --columns: messages\n"
-    )
+    rows = [CHAT | ROW]
+    assert as_rows(rows, {"messages": ""}) == [ROW]
+    dropped = "rows given in Python: dropped by --columns: messages\n"
+    assert told(rows, {"messages": ""}) == dropped
     with pytest.raises(LorafoldError, match="row 1: found no column 'x'; it has"):
         as_rows(rows, {"x": ""})
 
 
 def test_sources_know_whether_they_are_several(tmp_path: Path) -> None:
     path = folder(tmp_path / "d", a__jsonl=1)
-    assert [source_from(str(p)).several for p in (path, path / "a.jsonl", path / "*")] == [
-        True, False, True
-    ]  # fmt: skip
+    several = [source_from(str(p)).several for p in (path, path / "a.jsonl", path / "*")]
+    assert several == [True, False, True]

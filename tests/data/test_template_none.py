@@ -1,6 +1,4 @@
-"""`chat_template: none`: prompt and completion are joined as they stand, alike in training,
-evaluation and generation, and travel with the adapter.
-"""
+"""`chat_template: none` joins prompt and completion unchanged, in training and generation."""
 
 import json
 from pathlib import Path
@@ -12,7 +10,9 @@ from tokenizers import processors
 
 import lorafold as lf
 from conftest import make_tokenizer
-from conversation_cases import prompts
+from conversation_cases import jsonl, prompts, user
+from conversation_cases import said as turn
+from error_cases import refusal
 from fresh_models import fresh_model
 from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.render import ensure_chat_template
@@ -38,12 +38,9 @@ PAIRS = [
     {"prompt": "ta", "completion": "ble"},
 ]
 TURNS: list[dict[str, str]] = [
-    {"role": "system", "content": "Short. "},
-    {"role": "user", "content": "Book a table"},
-    {"role": "assistant", "content": " for four"},
-    {"role": "user", "content": " and an alarm"},
-    {"role": "assistant", "content": " at six"},
-]
+    {"role": "system", "content": "Short. "}, user("Book a table"), turn(" for four"),
+    user(" and an alarm"), turn(" at six"),
+]  # fmt: skip
 
 
 @pytest.fixture(params=["bos", "no bos"])
@@ -115,9 +112,7 @@ def test_it_takes_the_place_of_a_template_and_of_the_plain_one(tiny_model_dir) -
     assert end_tokens(model, tokenizer) == {tokenizer.eos_token_id}
 
 
-def test_a_file_of_that_name_is_given_with_its_folder(
-    tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_file_of_that_name_is_given_with_its_folder(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("none").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     for name in ("./none", str(tmp_path / "none")):
@@ -135,11 +130,10 @@ def test_a_file_of_that_name_is_given_with_its_folder(
 
 def test_errors_say_what_there_is(tiny_model_dir, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
-    with pytest.raises(LorafoldError, match=r"expected a file .* or none to join texts unchanged"):
-        set_template(tokenizer, tmp_path / "nowhere.jinja")
+    told = refusal(set_template, tokenizer, tmp_path / "nowhere.jinja")
+    assert "or none to join texts unchanged" in told
     tokenizer.eos_token = None
-    with pytest.raises(LorafoldError, match=r"chat template none: .* no end-of-sequence token"):
-        set_template(tokenizer, "none")
+    assert "no end-of-sequence token" in refusal(set_template, tokenizer, "none")
     told = " ".join(lorafold("train", "--help-all").stdout.replace("│", " ").split())
     assert "none concatenates prompt and completion" in told
     assert "(./none is a file)" in told
@@ -147,8 +141,8 @@ def test_errors_say_what_there_is(tiny_model_dir, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_path: Path) -> None:
-    base, out, data = tiny_model_dir("llama"), tmp_path / "a", tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    base, out = tiny_model_dir("llama"), tmp_path / "a"
+    data = jsonl(tmp_path / "rows.jsonl", *PAIRS)
     asked = ("train", "--model", base, "--data", data, "--out", out, "--chat-template", "none")
     shown = lorafold(*asked, "--preview").stderr
     assert "Book a table for⟦ four people<|im_end|>⟧" in shown
@@ -187,9 +181,7 @@ def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_with_it_and_with_nothing_else(
-    tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_run_is_resumed_with_it_and_with_nothing_else(tiny_model_dir, tmp_path, monkeypatch):
     def asked(name: str, template: str | None = "none", **more: Any) -> Any:
         base, fields = tiny_model_dir("llama"), {"steps": 6, "save_every": 2, "new_tokens": None}
         return request(base, tmp_path / name, PAIRS, chat_template=template, **fields, **more)
@@ -209,8 +201,5 @@ def test_a_run_is_resumed_with_it_and_with_nothing_else(
     with pytest.raises(LorafoldError, match="had another recipe: chat_template: was"):
         train(asked("stopped", None, resume=True), quiet())
     train(asked("stopped", resume=True), quiet())
-    a, b = (
-        (tmp_path / name / "adapter_model.safetensors").read_bytes()
-        for name in ("stopped", "straight")
-    )
-    assert a == b
+    a, b = (tmp_path / name / "adapter_model.safetensors" for name in ("stopped", "straight"))
+    assert a.read_bytes() == b.read_bytes()

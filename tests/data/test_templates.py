@@ -1,7 +1,4 @@
-"""The law of rendering, over the chat templates of every family that the installed `trl` has: the
-ids before each trained turn are those that generation starts from, and nothing that the template
-supplies is trained on. What generation starts from is transformers' own.
-"""
+"""Training sees the prompts of generation, for the chat templates of all families in `trl`."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from conversation_cases import HOW, ROME, ROWS, said, starting_points
+from conversation_cases import HOW, ROME, ROWS, said, starting_points, trained_texts
 from families import as_taken, names, tokenizer_of
 from lorafold.data import templates
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
@@ -60,10 +57,8 @@ def encoded(name: str, kind: str) -> tuple[str, list[Example], TrainedRenderings
 
 def starts(labels: tuple[int, ...]) -> list[int]:
     """Where a run of trained tokens begins."""
-    return [
-        t for t, label in enumerate(labels)
-        if label != NO_LOSS and (t == 0 or labels[t - 1] == NO_LOSS)
-    ]  # fmt: skip
+    before = (NO_LOSS, *labels)
+    return [t for t, label in enumerate(labels) if label != NO_LOSS and before[t] == NO_LOSS]
 
 
 @pytest.mark.few(12)
@@ -102,15 +97,10 @@ def test_what_is_trained_is_what_generation_sees(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", [name for name in names() if name not in MARKING])
 def test_a_trained_turn_is_what_the_template_adds_for_it(name: str, kind: str) -> None:
     row, tokenizer = ROWS[kind], tokenizer_of(name)
-    try:
-        examples, _ = encode_row(row, tokenizer)
-    except LorafoldError:
+    refused, examples, _ = encoded(name, kind)
+    if refused:
         return
-    messages = as_taken(name, row["messages"])
-    texts = {
-        tokenizer.decode([i for i in e.labels[s : end_of(e.labels, s)]])
-        for e in examples for s in starts(e.labels)
-    }  # fmt: skip
+    messages, texts = as_taken(name, row["messages"]), set(trained_texts(examples, tokenizer))
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -133,10 +123,6 @@ def end_after(name: str, following: list[dict[str, Any]]) -> str:
     if name != "glm4moe":
         return ""
     return "<|observation|>" if following and following[0]["role"] == "tool" else "<|user|>"
-
-
-def end_of(labels: tuple[int, ...], start: int) -> int:
-    return next((t for t in range(start, len(labels)) if labels[t] == NO_LOSS), len(labels))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -166,38 +152,20 @@ STABLE = [name for name in names() if name in MARKING]
 def test_marks_of_templates_are_as_transformers_has_them(name: str, kind: str) -> None:
     """Where one example holds the whole row, and no mark covers what the template supplies."""
     row, tokenizer = ROWS[kind], tokenizer_of(name)
-    try:
-        examples, _ = encode_row(row, tokenizer)
-    except LorafoldError:
-        return
-    if len(examples) > 1:
+    refused, examples, _ = encoded(name, kind)
+    if refused or len(examples) > 1:
         return
     found: Any = tokenizer.apply_chat_template(
-        as_taken(name, row["messages"]),
-        tools=row.get("tools"),
-        return_dict=True,
+        as_taken(name, row["messages"]), tools=row.get("tools"), return_dict=True,
         return_assistant_tokens_mask=True,
-    )
+    )  # fmt: skip
     assert list(examples[0].ids) == found["input_ids"]
-    supplied = {t for ids in starting_points(name, row).values() for t in range(len(ids))}
-    prompts = starting_points(name, row)
-    ends = [end_of(tuple(examples[0].labels), s) for s in starts(examples[0].labels)]
-    supplied -= {t for s, e in zip(starts(examples[0].labels), ends, strict=True)
-                 for t in range(s, e)}  # fmt: skip
+    labels, prompts = examples[0].labels, starting_points(name, row)
     assert prompts
-    ours = [int(label != NO_LOSS) for label in examples[0].labels]
+    supplied = {t for ids in prompts.values() for t in range(len(ids)) if labels[t] == NO_LOSS}
+    ours = [int(label != NO_LOSS) for label in labels]
     theirs = [int(m and t not in supplied) for t, m in enumerate(found["assistant_masks"])]
     assert ours == theirs
-
-
-def trained_texts(name: str, kind: str, rendering: Rendering) -> list[str]:
-    tokenizer = tokenizer_of(name)
-    examples, _ = encode_row(ROWS[kind], tokenizer, rendering)
-    return [
-        tokenizer.decode(list(e.labels[s : end_of(e.labels, s)]))
-        for e in examples
-        for s in starts(e.labels)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -214,13 +182,12 @@ def trained_texts(name: str, kind: str, rendering: Rendering) -> list[str]:
     ],
 )
 def test_reasoning_is_masked_with_what_encloses_it(name: str, last: str) -> None:
-    assert last in trained_texts(name, "thinking", Rendering(mask_reasoning=True))
-    assert not any(
-        thought in text
-        for text in trained_texts(name, "thinking", Rendering(mask_reasoning=True))
-        for thought in ("A hard one", "Easy")
-    )
-    [only] = trained_texts(name, "thinking", Rendering("last"))
+    tokenizer, row = tokenizer_of(name), ROWS["thinking"]
+    masked = encode_row(row, tokenizer, Rendering(mask_reasoning=True))[0]
+    texts = trained_texts(masked, tokenizer)
+    assert last in texts
+    assert not any(thought in text for text in texts for thought in ("A hard one", "Easy"))
+    [only] = trained_texts(encode_row(row, tokenizer, Rendering("last"))[0], tokenizer)
     assert "A hard one." in only
     assert only.endswith(last.rpartition("I do not")[2])
     assert "21 degrees" not in only
@@ -232,8 +199,8 @@ def test_reasoning_in_contents_is_found_as_well() -> None:
         tokenizer = tokenizer_of(name)
         [example], _ = encode_row(row, tokenizer)
         assert "Easy.\n</think>\n\nIt is 21" in tokenizer.decode(example.ids)
-        [example], _ = encode_row(row, tokenizer, Rendering(mask_reasoning=True))
-        text = tokenizer.decode([label for label in example.labels if label != NO_LOSS])
+        masked, _ = encode_row(row, tokenizer, Rendering(mask_reasoning=True))
+        [text] = trained_texts(masked, tokenizer)
         assert text.startswith("It is 21 degrees.")
 
 

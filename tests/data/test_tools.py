@@ -1,6 +1,4 @@
-"""Tools, calls, parts, reasoning and preferences in rows: read in one form, shown by the template
-or refused, measured, and calls read back.
-"""
+"""Tools, calls, reasoning and preferences in rows: one form, shown or refused, read back."""
 
 from __future__ import annotations
 
@@ -12,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import lorafold as lf
@@ -27,15 +26,17 @@ from conversation_cases import (
     prompts,
     said,
     starting_points,
+    trained_texts,
     user,
 )
+from error_cases import refusal, told_of
 from families import as_taken, embedded, names, tokenizer_of
-from lorafold.api.arguments import as_rows
 from lorafold.cli import app
 from lorafold.data.calls import parse_calls
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.formats import PAIRS, Compared, Conversation, shape_of
 from lorafold.data.messages import normalized, tools_of
+from lorafold.data.prompts import without_reasoning
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
 from lorafold.data.templates import MessageForm, call, template_of
@@ -51,20 +52,12 @@ from lorafold.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
-TOOLS = [
-    WEATHER,
-    {
-        "type": "function",
-        "function": {
-            "name": "set_alarm",
-            "description": "Set an alarm.",
-            "parameters": {
-                "type": "object",
-                "properties": {"code": {"type": "string"}, "loud": {"type": "boolean"}},
-            },
-        },
+TOOLS = [WEATHER, {"type": "function", "function": {
+    "name": "set_alarm", "description": "Set an alarm.",
+    "parameters": {
+        "type": "object", "properties": {"code": {"type": "string"}, "loud": {"type": "boolean"}},
     },
-]
+}}]  # fmt: skip
 
 
 def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -78,18 +71,17 @@ def conversation(row: dict[str, Any]) -> Conversation:
     return shape.conversation(row)
 
 
-def refusal(function: Any, *args: Any) -> str:
-    with pytest.raises(LorafoldError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.fixture
 def with_tools() -> Any:
     """The embedded model's tokenizer with the built-in template."""
     made = copy.deepcopy(embedded())
     set_template(made, "tools")
+    return made
+
+
+def with_template(text: str) -> Any:
+    made = copy.deepcopy(embedded())
+    made.chat_template = text
     return made
 
 
@@ -145,9 +137,8 @@ def test_sharegpt_has_calls_and_tools() -> None:
     row = {"conversations": turns, "tools": json.dumps([WEATHER]), "system": "Brief."}
     found = conversation(row)
     assert found.tools == (WEATHER,)
-    assert [m["role"] for m in found.messages] == [
-        "system", "user", "assistant", "tool", "assistant",
-    ]  # fmt: skip
+    roles = [m["role"] for m in found.messages]
+    assert roles == ["system", "user", "assistant", "tool", "assistant"]
     assert found.messages[2] == {"role": "assistant", "tool_calls": [call("f", {"a": 1})]}
     turns[1]["value"] = "f(1)"
     assert shape_of(row) is not None
@@ -231,17 +222,13 @@ def test_a_template_that_shows_no_tools_is_refused_and_told_what_helps() -> None
          "messages[1].tool_calls[0]: its name"),
     ],
 )  # fmt: skip
-def test_no_part_of_a_conversation_is_lost_in_silence(
-    template: str, row: dict[str, Any], part: str
-) -> None:
-    tokenizer = copy.deepcopy(embedded())
-    tokenizer.chat_template = template
-    assert f"the chat template does not show {part}" in refusal(encode_row, row, tokenizer)
+def test_no_part_of_a_conversation_is_lost_in_silence(template, row, part) -> None:
+    told = refusal(encode_row, row, with_template(template))
+    assert f"the chat template does not show {part}" in told
 
 
 def test_a_template_may_trim_quote_and_escape() -> None:
-    tokenizer = copy.deepcopy(embedded())
-    tokenizer.chat_template = (
+    tokenizer = with_template(
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim | tojson }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
@@ -265,9 +252,7 @@ def test_a_template_may_trim_quote_and_escape() -> None:
     ],
 )  # fmt: skip
 def test_the_form_of_a_template_is_found_by_rendering(template: str, form: MessageForm) -> None:
-    tokenizer = copy.deepcopy(embedded())
-    tokenizer.chat_template = template
-    assert template_of(tokenizer).form == form
+    assert template_of(with_template(template)).form == form
 
 
 # the built-in template
@@ -302,9 +287,6 @@ def test_the_built_in_template_suits_a_tokenizer_without_chatml() -> None:
     vocabulary["added_tokens"] = [
         token for token in vocabulary["added_tokens"] if not token["content"].startswith("<|im_")
     ]
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     plain = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(vocabulary)), eos_token="<eos>"
     )
@@ -320,12 +302,11 @@ def test_the_built_in_template_suits_a_tokenizer_without_chatml() -> None:
 CALLS = {
     "one": [call("get_weather", {"city": 'New York, "NY"', "days": 2})],
     "two": [
-        call("get_weather", {"city": "Rome"}),
-        call("set_alarm", {"code": "007", "loud": True}),
+        call("get_weather", {"city": "Rome"}), call("set_alarm", {"code": "007", "loud": True})
     ],
     "no arguments": [call("set_alarm", {})],
     "nested": [call("get_weather", {"city": "Rome", "x": ["a", "b"], "y": {"z": 1}})],
-}
+}  # fmt: skip
 
 
 @pytest.mark.few(24)
@@ -337,11 +318,7 @@ def test_calls_are_read_back(name: str, kind: str) -> None:
     try:
         [example], _ = encode_row(row, tokenizer)
     except LorafoldError as error:
-        why = str(error)
-    else:
-        why = ""
-    if why:
-        assert re.search("does not show|single|refuses|supports", why)
+        assert re.search("does not show|single|refuses|supports", str(error))  # noqa: PT017
         return
     said = [label for label in example.labels if label != NO_LOSS]
     for bare in (False, True):  # as a model says it, and as lf.generate shows it
@@ -384,30 +361,24 @@ def test_calls_that_cannot_be_read(with_tools: Any) -> None:
 def test_a_reference_is_the_call_as_the_template_writes_it(with_tools: Any) -> None:
     row = chat(SYSTEM, user("Rome?"), called("A tool."), tools=[WEATHER])
     [(prompt, reference)] = prompts([row], with_tools)
-    assert reference == (
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n'
-        "</tool_call>"
-    )
+    said = '{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}'
+    assert reference == f"<tool_call>\n{said}\n</tool_call>"
     assert prompt == with_tools.apply_chat_template(
         row["messages"][:2], tools=[WEATHER], tokenize=False, add_generation_prompt=True
     )
     assert "does not show the row's tools" in refusal(prompts, [row], embedded())
 
 
-def test_an_answer_counts_without_its_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_counts_without_its_reasoning() -> None:
     """A model that thinks says more than the reference."""
     tokenizer = tokenizer_of("qwen3")
-    from lorafold.data.prompts import without_reasoning
-
     [(prompt, reference)] = prompts([ROWS["thinking"]], tokenizer)
     assert reference == "I do not know."
     for answer in ("<think>\nA hard one.\n</think>\n\nI do not know.", "I do not know."):
         assert without_reasoning(answer, prompt, tokenizer) == reference
 
 
-def test_evaluation_and_generation_with_tools(
-    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_and_generation_with_tools(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
     """What the model says is given: the tiny one can't learn it (benchmarks/function_calls.py)."""
     base, file, seen = tiny_model_dir("llama"), tmp_path / "tools.json", []
     model, tokenizer = lf.load_model(base, storage="fp32"), lf.load_tokenizer(base)
@@ -434,12 +405,10 @@ def test_evaluation_and_generation_with_tools(
         said = lf.generate(model, "Alarm 1", tokenizer=tokenizer, tools=tools)
         assert parse_calls(said, tokenizer) == [call("set_alarm", {"code": "1"})]
     assert seen == seen[:1] * 3 == [prompts(rows[:1], tokenizer)[0][0]] * 3
-    assert "does not show the row's tools" in refusal(
-        lambda: lf.generate(model, "Alarm", tokenizer=lf.load_tokenizer(base), tools=TOOLS)
-    )
-    assert "field tools: found" in refusal(
-        lambda: lf.generate(model, "Alarm", tokenizer=tokenizer, tools="x")
-    )
+    asked = {"tokenizer": lf.load_tokenizer(base), "tools": TOOLS}
+    assert "does not show the row's tools" in refusal(lf.generate, model, "Alarm", **asked)
+    asked = {"tokenizer": tokenizer, "tools": "x"}
+    assert "field tools: found" in refusal(lf.generate, model, "Alarm", **asked)
 
     # the command
     tokenizer.save_pretrained(tmp_path / "model")
@@ -468,9 +437,7 @@ def test_evaluation_and_generation_with_tools(
     assert "can't be read: No such file" in str(done.exception) + done.stderr
 
 
-def test_the_loss_has_rows_as_its_units_whatever_examples_they_give(
-    tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_has_rows_as_its_units_whatever_examples_they_give(tiny_model_dir, monkeypatch):
     model = lf.load_model(tiny_model_dir("llama"), storage="fp32")
     tokenizer = copy.deepcopy(lf.load_tokenizer(tiny_model_dir("llama")))
     tokenizer.chat_template = tokenizer_of("qwen3").chat_template
@@ -497,38 +464,29 @@ def test_the_loss_has_rows_as_its_units_whatever_examples_they_give(
 
 def test_variables_are_values_of_the_template_itself(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tokenizer_of("qwen3"))
+
+    def asked(of: Any, **variables: Any) -> str:
+        how = {"tokenize": False, "add_generation_prompt": True} | variables
+        return str(of.apply_chat_template([user("Hi")], **how))
+
     set_variables(tokenizer, {"enable_thinking": False})
-    text = tokenizer.apply_chat_template(
-        [user("Hi")], tokenize=False, add_generation_prompt=True
-    )
-    theirs = tokenizer_of("qwen3").apply_chat_template(
-        [user("Hi")], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    assert text == theirs
-    assert text.endswith("<think>\n\n</think>\n\n")
-    other = tokenizer.apply_chat_template(
-        [user("Hi")], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    assert not other.endswith("</think>\n\n")
+    assert asked(tokenizer) == asked(tokenizer_of("qwen3"), enable_thinking=False)
+    assert asked(tokenizer).endswith("<think>\n\n</think>\n\n")
+    assert not asked(tokenizer, enable_thinking=True).endswith("</think>\n\n")
     # what the template supplies is not trained on, and the last value given holds
     examples, trained = encode_row(ROWS["thinking"], tokenizer)
     assert (len(examples), trained.hidden) == (2, 2)
-    for example, answer in zip(examples, ("It is 21 degrees.", "I do not know."), strict=True):
-        text = tokenizer.decode([label for label in example.labels if label != NO_LOSS])
-        assert text == answer + "<|im_end|>"
+    said = [f"{answer}<|im_end|>" for answer in ("It is 21 degrees.", "I do not know.")]
+    assert trained_texts(examples, tokenizer) == said
     set_variables(tokenizer, {"enable_thinking": True})
-    assert tokenizer.apply_chat_template(
-        [user("Hi")], tokenize=False, add_generation_prompt=True
-    ).endswith("assistant\n")
+    assert asked(tokenizer).endswith("assistant\n")
     tokenizer.save_pretrained(tmp_path)
     assert "enable_thinking" in (tmp_path / "chat_template.jinja").read_text()
 
 
 def test_variables_have_values_of_every_kind() -> None:
-    tokenizer = copy.deepcopy(embedded())
-    tokenizer.chat_template = "{{ value | tojson }}"
     for value in (True, None, 3, -1.5, 'naïve 🙂 "x" %} \\n', [1, None], {"a": [False]}):
-        made = copy.deepcopy(tokenizer)
+        made = with_template("{{ value | tojson }}")
         set_variables(made, {"value": value})
         assert json.loads(made.apply_chat_template([user("a")], tokenize=False)) == value
 
@@ -543,9 +501,7 @@ def test_variables_that_are_never_read_are_refused() -> None:
     assert "expected none, as it has no variables" in message
 
 
-def test_variables_are_fields_of_the_recipe_and_saved_with_the_adapter(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_variables_are_fields_of_the_recipe_and_saved_with_the_adapter(tiny_model_dir, tmp_path):
     recipe = load_recipe(None, ["template_kwargs.name=Ada", "template_kwargs.loud=false"])
     assert recipe.template_kwargs == {"name": "Ada", "loud": False}
     template = tmp_path / "chat.jinja"
@@ -575,17 +531,13 @@ def test_preferences_have_one_form_and_sft_trains_on_the_chosen() -> None:
          "rejected": {"from": "gpt", "value": "Cold."}},
     ]  # fmt: skip
     for row in rows:
-        shape = shape_of(row)
-        assert shape is not None
+        shape: Any = shape_of(row)
         [pair] = shape.given(PAIRS, row)
         assert pair == Compared(prompt, {"chosen": good, "rejected": bad})
         assert conversation(row) == Conversation(prompt + good, 1)
-        console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        assert as_rows([row], console=console) == [row]
-        assert "rejected is not used by --objective sft" in console.export_text()
-        [example] = encode([row], embedded(), 128).examples
-        text = embedded().decode([label for label in example.labels if label != NO_LOSS])
-        assert text == "Warm.<|im_end|>"
+        assert "rejected is not used by --objective sft" in told_of([row])
+        examples = encode([row], embedded(), 128).examples
+        assert trained_texts(examples, embedded()) == ["Warm.<|im_end|>"]
 
 
 def test_starting_points_are_those_of_a_row_with_tools() -> None:

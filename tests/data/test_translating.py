@@ -1,6 +1,4 @@
-"""Other tools' configurations as recipes: every field asserted, nothing dropped, their defaults
-written, and what comes out trains.
-"""
+"""Other tools' configurations as recipes: defaults, unknown keys, PEFT's files, the command."""
 
 import json
 import random
@@ -8,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
 
 from conftest import lorafold, refused
 from lorafold.config_import import axolotl, llamafactory, mlx, trl
@@ -19,157 +16,10 @@ from lorafold.peft.config import CONFIG, read_config
 from lorafold.recipe.fitting import spec_of
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
-from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
-from lorafold.training.run import train
-from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
+from translation_cases import AXOLOTL, axolotl_of, keys, llamafactory_of, remark, translated
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
-AXOLOTL = """
-base_model: acme/tiny-llama
-model_type: AutoModelForCausalLM
-load_in_8bit: false
-load_in_4bit: true
-adapter: qlora
-lora_model_dir:
-datasets:
-  - path: acme/recipes
-    type: chat_template
-dataset_prepared_path:
-val_set_size: 0.05
-output_dir: ./outputs/chef one
-sequence_len: 4096
-sample_packing: true
-lora_r: 32
-lora_alpha: 16
-lora_dropout: 0.1
-lora_target_linear: true
-peft_use_dora: true
-loraplus_lr_ratio: 16
-gradient_accumulation_steps: 4
-micro_batch_size: 3
-num_epochs: 4
-max_steps: 300
-optimizer: adamw_bnb_8bit
-lr_scheduler: linear
-learning_rate: "2e-4"
-bf16: auto
-tf32: false
-gradient_checkpointing: true
-flash_attention: true
-warmup_steps: 10
-evals_per_epoch: 2
-saves_per_epoch: 1
-weight_decay: 0.01
-max_grad_norm: 0.5
-train_on_inputs: false
-seed: 7
-special_tokens:
-  pad_token: "<|pad|>"
-wandb_project: chef
-wandb_name:
-"""
-LLAMAFACTORY = """
-model_name_or_path: acme/tiny-qwen
-stage: sft
-do_train: true
-finetuning_type: lora
-lora_rank: 12
-lora_target: q_proj, v_proj
-use_rslora: true
-quantization_bit: 8
-dataset: chef,identity
-template: qwen3
-cutoff_len: 1536
-output_dir: saves/chef
-logging_steps: 10
-save_steps: 100
-report_to: tensorboard
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 8
-learning_rate: 1.0e-4
-lr_scheduler_type: cosine
-warmup_ratio: 0.1
-bf16: true
-val_size: 0.1
-eval_strategy: steps
-eval_steps: 50
-resume_from_checkpoint: null
-"""
-
-
-def test_an_axolotl_file_field_by_field(tmp_path):
-    found = translated(tmp_path, AXOLOTL)
-    assert found.tool == "axolotl"
-    assert found.recipe == Recipe(
-        method="dora",
-        rank=32,
-        alpha=16,
-        dropout=0.1,
-        targets="all-linear",
-        storage="nf4",
-        lr=2e-4,
-        lr_b=3.2e-3,
-        schedule="linear",
-        warmup_steps=10,
-        weight_decay=0.01,
-        clip=0.5,
-        optimizer="adamw8bit",
-        epochs=4,
-        steps=300,
-        batch=12,
-        accumulate=4,
-        max_length=4096,
-        packing=True,
-        gradient_checkpointing=True,
-        eval_fraction=0.05,
-        eval_every=38,  # an eighth of 300 steps
-        save_every=75,
-        seed=7,
-        trackers=("wandb",),
-    )
-    assert keys(found, "changed") == {"micro_batch_size", "wandb_project"}
-    assert keys(found, "left") == {
-        "base_model", "model_type", "datasets", "output_dir", "flash_attention", "special_tokens",
-    }  # fmt: skip
-    assert "packed sequences" in remark(found, "micro_batch_size")
-    assert "acme/recipes (chat_template)" in remark(found, "datasets")
-    assert found.command("r.yaml") == (
-        "lorafold train --config r.yaml --model acme/tiny-llama --data acme/recipes"
-        " --out './outputs/chef one'"
-    )
-
-
-def test_a_llamafactory_file_field_by_field(tmp_path):
-    found = translated(tmp_path, LLAMAFACTORY)
-    assert found.tool == "LLaMA-Factory"
-    assert found.recipe == Recipe(
-        method="rslora",
-        rank=12,
-        alpha=24,
-        dropout=0.0,
-        targets=("q_proj", "v_proj"),
-        storage="int8",
-        lr=1e-4,
-        lr_b=1e-4,
-        schedule="cosine",
-        warmup=0.1,
-        optimizer="adamw",
-        epochs=3,
-        batch=16,
-        accumulate=8,
-        max_length=1536,
-        packing=False,
-        eval_fraction=0.1,
-        eval_every=50,
-        save_every=100,
-        trackers=("tensorboard",),
-    )
-    assert keys(found, "changed") == set()
-    assert keys(found, "left") == {
-        "model_name_or_path", "dataset", "template", "output_dir", "logging_steps",
-    }  # fmt: skip
 
 
 def test_what_a_file_leaves_out_has_the_other_tools_default(tmp_path):
@@ -185,16 +35,6 @@ def test_what_a_file_leaves_out_has_the_other_tools_default(tmp_path):
     )  # fmt: skip
     assert "dropout: 0.0  # lora_dropout: 0.0 (their default)" in theirs.to_yaml()
     assert {e.key for e in theirs.changed} == {"excess_length_strategy"}
-
-
-@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY], ids=["axolotl", "llamafactory"])
-def test_a_written_recipe_is_read_back_equal(tmp_path, text):
-    found = translated(tmp_path, text)
-    write(found, tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
-    fields = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    unchanged = {n for n, v in fields.items() if v == Recipe().model_dump(mode="json")[n]}
-    assert unchanged <= {"storage"}
 
 
 VALUES = {"stage": "sft", "finetuning_type": "lora", "adapter": "lora", "quantization_bit": 4}
@@ -252,64 +92,6 @@ def test_an_unknown_key_is_listed_with_a_near_name(tmp_path):
     assert keys(found, "left") == {"base_model", "lora_dropuot"}
     assert remark(found, "lora_dropuot") == f"{NOT_KNOWN}; did you mean lora_dropout?"
     assert found.recipe.dropout == 0.0
-
-
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({"load_in_8bit": True}, {"storage": "int8"}),
-        ({"bf16": True}, {"storage": "bf16"}),
-        ({"bf16": False}, {"storage": "fp32"}),
-        ({"bf16": "auto", "fp16": True}, {"storage": "bf16"}),
-        ({"float32": True}, {"storage": "fp32"}),
-        ({"lr_scheduler": "constant", "warmup_ratio": 0.2}, {"schedule": "constant", "warmup": 0}),
-        ({"lr_scheduler": "rex"}, {"schedule": "cosine"}),
-        ({"warmup_steps": 5}, {"warmup": 0.03, "warmup_steps": 5}),
-        ({"warmup_steps": 0.1}, {"warmup": 0.1, "warmup_steps": None}),
-        ({"batch_size": 32, "micro_batch_size": 4}, {"batch": 32, "accumulate": 8}),
-        ({"val_set_size": 100}, {"eval_fraction": 0.0}),
-        ({"optimizer": "paged_adamw_32bit"}, {"optimizer": "adamw"}),
-        ({"adam_beta2": 0.95}, {"betas": (0.9, 0.95)}),
-        ({"peft_use_rslora": True}, {"method": "rslora"}),
-        ({"peft_use_dora": True, "peft_use_rslora": True}, {"options": {"over": "rslora"}}),
-        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, {"options": {"init": "loftq"}}),
-        ({"peft_init_lora_weights": "pissa_niter_4"}, {"options": {"niter": 4}}),
-        ({"use_wandb": True, "use_tensorboard": True}, {"trackers": ("wandb", "tensorboard")}),
-        ({"tokens": ["<|a|>"]}, {"new_tokens": ("<|a|>",)}),
-        (
-            {"chat_template": "jinja", "chat_template_jinja": "r.jinja"},
-            {"chat_template": "r.jinja"},
-        ),
-        ({"adapter": None, "lora_r": None}, {"method": "full", "rank": None, "lr_b": None}),
-        ({"lora_model_dir": "old"}, {"rank": None, "targets": None, "lr": 1e-4}),
-    ],
-)
-def test_axolotl_settings(tmp_path, settings, fields):
-    recipe = axolotl_of(tmp_path, **settings).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
-
-
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({"finetuning_type": "full", "bf16": True}, {"method": "full", "storage": "fp32"}),
-        ({"finetuning_type": "full", "pure_bf16": True}, {"method": "full", "storage": "bf16"}),
-        ({"pissa_init": True}, {"method": "pissa", "options": {"niter": 16}}),
-        ({"quantization_bit": 2, "quantization_method": "hqq"}, {"storage": "nf4"}),
-        ({"lora_target": "all"}, {"targets": "all-linear"}),
-        ({"additional_target": "embed_tokens,lm_head"},
-         {"modules_to_save": ("embed_tokens", "lm_head")}),
-        ({"stage": "pt"}, {"objective": "sft", "packing": True}),
-        ({"packing": True}, {"packing": True}),
-        ({"neat_packing": True}, {"packing": True}),
-        ({"warmup_ratio": 0.1, "warmup_steps": 0}, {"warmup": 0.1}),
-        ({"disable_gradient_checkpointing": True}, {"gradient_checkpointing": False}),
-        ({"adapter_name_or_path": "old", "lora_rank": 4}, {"rank": None, "alpha": None}),
-    ],
-)  # fmt: skip
-def test_llamafactory_settings(tmp_path, settings, fields):
-    recipe = llamafactory_of(tmp_path, **settings).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
 
 
 def test_an_adapter_to_start_from_brings_its_own(tmp_path):
@@ -457,30 +239,6 @@ def test_what_pefts_file_says_beside_the_method(tmp_path):
         peft_file(tmp_path, task_type="TOKEN_CLS")
     with pytest.raises(LorafoldError, match="peft_type 'OFT' is not supported"):
         peft_file(tmp_path, peft_type="OFT")
-
-
-TRAINED = {"axolotl": axolotl_of, "llamafactory": llamafactory_of}
-
-
-@pytest.mark.parametrize("tool", TRAINED)
-def test_a_translated_recipe_trains(tool, tiny_model_dir, tmp_path):
-    settings = {
-        "axolotl": {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "float32": True},
-        "llamafactory": {"per_device_train_batch_size": 2, "learning_rate": 1e-3},
-    }[tool]
-    found = TRAINED[tool](tmp_path, max_steps=2, warmup_steps=1, **settings)
-    write(found, tmp_path / "recipe.yaml")
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    rows = [{"prompt": f"Book a table for {n}", "completion": f'{{"n": {n}}}'} for n in range(8)]
-    result = train(
-        RunRequest(
-            Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, rows, "rows"
-        ),
-        Console(quiet=True),
-    )
-    assert result.steps == 2
-    saved = json.loads((tmp_path / "a" / CONFIG).read_text())
-    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"]) == (8, 16, 0.0)
 
 
 def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):

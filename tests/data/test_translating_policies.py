@@ -1,159 +1,29 @@
-"""GRPO of axolotl and TRL, and TRL's RLOO, as recipes: every field of theirs has an outcome, their
-defaults are written, and they train.
-"""
-
+"""GRPO, RLOO and preferences of axolotl and TRL as recipes: fields, losses, references."""
 
 import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, KTOConfig, RewardConfig
+from trl.experimental.cpo import CPOConfig
+from trl.experimental.orpo import ORPOConfig
 
-from lorafold.api.train import train
-from lorafold.config_import import axolotl_objectives, grpo
-from lorafold.config_import.rules import NOT_KNOWN
-from lorafold.config_import.run import write
-from lorafold.errors import LorafoldError
-from lorafold.recipe.parsing import load_recipe
-from lorafold.recipe.recipe import Recipe
-from translation_cases import grpo_of, keys, remark, translated, trl_of
+from lorafold.config_import import axolotl_objectives
+from lorafold.objectives.options import law_of, policy_options
+from lorafold.training_step.preference_algorithms import Scored
+from lorafold.training_step.preference_loss import Preferences
+from policy_losses import LONGEST, check_loss_of_trl
+from preference_cases import PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
+from translation_cases import axolotl_of, grpo_of, keys, llamafactory_of, remark, translated, trl_of
 
 pytestmark = pytest.mark.usefixtures("unestimated")
-
-AXOLOTL = """
-base_model: acme/tiny-llama
-vllm: {host: 0.0.0.0, port: 8000, max_model_len: 2048}
-adapter: lora
-lora_r: 32
-lora_alpha: 64
-lora_dropout: 0.05
-lora_target_linear: true
-rl: grpo
-trl:
-  beta: 0.001
-  use_vllm: true
-  vllm_server_timeout: 300
-  async_prefetch: true
-  num_generations: 4
-  max_completion_length: 256
-  temperature: 0.7
-  loss_type: dr_grpo
-  scale_rewards: false
-  epsilon_high: 0.28
-  mask_truncated_completions: true
-  reward_funcs: [rewards.accuracy, lib.more.form]
-  reward_weights: [1.0, 0.5]
-  oddity: 1
-datasets:
-  - {path: acme/sums, type: rewards.transform}
-sequence_len: 768
-micro_batch_size: 4
-gradient_accumulation_steps: 4
-num_epochs: 1
-learning_rate: 5.0e-6
-lr_scheduler: cosine
-bf16: true
-output_dir: ./out
-"""
-TRL = """
-model_name_or_path: acme/tiny-qwen
-dataset_name: acme/sums
-use_peft: true
-lora_r: 8
-lora_target_modules: [q_proj, v_proj]
-load_in_4bit: true
-num_generations: 8
-per_device_train_batch_size: 4
-gradient_accumulation_steps: 8
-importance_sampling_level: sequence
-loss_type: grpo
-epsilon: 3.0e-4
-epsilon_high: 4.0e-4
-max_completion_length: 1024
-max_prompt_length: 512
-use_vllm: true
-reward_funcs: [rewards.score, accuracy_reward]
-reward_weights: [0.2, 2.0]
-learning_rate: 1.0e-5
-max_steps: 100
-output_dir: out
-"""
-
-def test_an_axolotl_file_field_by_field(tmp_path):
-    found = translated(tmp_path, AXOLOTL)
-    assert found.tool == "axolotl"
-    assert found.recipe == Recipe(
-        rank=32, alpha=64, dropout=0.0, targets="all-linear", objective="grpo", beta=0.001,
-        objective_options={
-            "average": "longest", "clip": 0.2, "clip_high": 0.28, "group": 4, "scale": "none",
-            "max_new_tokens": 256, "truncated": "masked",
-            "rewards": ["rewards.py:accuracy", "0.5*lib/more.py:form"],
-        },
-        storage="bf16", lr=5e-6, lr_b=5e-6, optimizer="adamw", epochs=1, batch=4, accumulate=4,
-        max_length=768 + 256,
-    )  # fmt: skip
-    assert found.recipe.packing
-    assert keys(found, "changed") == {
-        "lora_dropout", "sequence_len", "trl.beta", "trl.temperature", "trl.reward_funcs",
-        "trl.mask_truncated_completions",
-    }  # fmt: skip
-    assert keys(found, "left") == {
-        "base_model", "datasets", "output_dir", "vllm", "trl.use_vllm", "trl.vllm_server_timeout",
-        "trl.async_prefetch", "trl.oddity",
-    }  # fmt: skip
-    assert remark(found, "trl.oddity").startswith(NOT_KNOWN)
-    assert remark(found, "trl.use_vllm") == grpo.OWN_DRAWS
-    assert "rows of prompt, and of what the rewards read" in remark(found, "datasets")
-    assert "lists of messages" in remark(found, "trl.reward_funcs")
-    write(found, tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
-
-
-def test_a_file_of_trl_field_by_field(tmp_path):
-    found = translated(tmp_path, TRL)
-    assert found.tool == "TRL's GRPO"
-    assert found.recipe == Recipe(
-        rank=8, alpha=32, dropout=0.0, targets=("q_proj", "v_proj"), objective="gspo",
-        objective_options={
-            "average": "per-sequence", "clip": 3e-4, "clip_high": 4e-4, "group": 8,
-            "scale": "group", "max_new_tokens": 1024, "truncated": "counted",
-            "rewards": ["0.2*rewards.py:score"],
-        },
-        storage="nf4", lr=1e-5, lr_b=1e-5, schedule="linear", warmup=0.0, optimizer="adamw",
-        epochs=3, steps=100, batch=4, accumulate=4, max_length=1536, gradient_checkpointing=True,
-    )  # fmt: skip
-    assert keys(found, "left") == {"model_name_or_path", "dataset_name", "output_dir", "use_vllm"}
-    assert "no file of yours has accuracy_reward" in remark(found, "reward_funcs")
-    assert found.command().endswith(
-        "--model acme/tiny-qwen --data acme/sums --out out --reward 2*FILE.py:FUNCTION"
-    )
-    assert "whole groups" in remark(found, "gradient_accumulation_steps")
-    write(found, tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
 
 
 def test_axolotls_block_has_trls_keys_and_its_own():
     blocks = {rule.key for rule in axolotl_objectives.OF_BLOCK}
     assert {"num_generations", "rollout_func", "use_liger_loss", "vllm_lora_sync"} <= blocks
-
-
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({}, {"batch": 1, "accumulate": 1, "beta": None}),
-        ({"per_device_train_batch_size": 1}, {"batch": 1}),  # of eight processes
-        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 3},
-         {"batch": 6, "accumulate": 3}),
-        ({"gradient_accumulation_steps": 2, "num_generations": 16}, {"batch": 1, "accumulate": 1}),
-        ({"scale_rewards": True, "beta": 0.1}, {"beta": 0.1}),
-        ({"use_peft": False}, {"method": "full", "storage": "fp32", "lr": 1e-6, "lr_b": None}),
-        ({"dtype": "bfloat16"}, {"storage": "bf16"}),
-        ({"bf16": False}, {"storage": "fp32"}),
-        ({"torch_dtype": "auto", "use_dora": True}, {"storage": "auto", "method": "dora"}),
-        ({"load_in_8bit": True}, {"storage": "int8"}),
-        ({"chat_template_kwargs": {"enable_thinking": False}},
-         {"template_kwargs": {"enable_thinking": False}}),
-    ],
-)  # fmt: skip
-def test_settings_of_trl(tmp_path, settings, fields):
-    recipe = trl_of(tmp_path, **settings).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
 
 
 def test_rloo_and_a_file_of_no_model(tmp_path):
@@ -203,48 +73,206 @@ def test_what_means_something_else_here_is_told(tmp_path):
     assert "steps count draws here" in remark(several, "num_iterations")
 
 
-REFUSED = [
-    ({"num_iterations": 2, "delta": 2}, "delta: found 2 with num_iterations"),
-    ({"loss_type": "sapo"}, "loss_type: found 'sapo', but lorafold has no such law"),
-    ({"loss_type": "ppo"}, "loss_type: found 'ppo', expected dapo or bnpo"),
-    ({"loss_type": "cispo"}, "'cispo' and 0.2 as epsilon_high, to which TRL bounds the ratio"),
-    ({"loss_type": "cispo", "epsilon_high": 5, "importance_sampling_level": "sequence"},
-     "importance_sampling_level: found 'sequence'"),
-    ({"scale_rewards": "std"}, "scale_rewards: found 'std', expected group or batch or none"),
-    ({"multi_objective_aggregation": "normalize_then_sum"}, "lorafold sums rewards before"),
-    ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model: found True, but lorafold's reference"),
-    ({"num_generations": 1}, "num_generations: found 1, expected 2 or more"),
-    ({"reward_weights": [1, 2]}, "found 1 functions and 2 reward_weights"),
-    ({"reward_funcs": ["acme/judge"]}, "reward_funcs: found 'acme/judge', a model that scores"),
-    ({"epsilon": 2}, "epsilon"),
-    ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: found 0.2"),
-    ({"entropy_coef": 0.1}, "entropy_coef: found 0.1"),
+LOSSES = [
+    {},
+    {"loss_type": "grpo", "beta": 0.04},
+    {"loss_type": "bnpo", "epsilon": 0.1},
+    {"loss_type": "dr_grpo", "scale_rewards": False, "epsilon_high": 0.28},
+    {"loss_type": "cispo", "epsilon_high": 1.1, "scale_rewards": "batch"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4},
+    {"importance_sampling_level": "sequence"},
+    {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    {"loss_type": "luspo", "beta": 0.1},
 ]
 
 
-@pytest.mark.parametrize(("settings", "part"), REFUSED)
-def test_what_is_asked_for_and_we_have_not_is_refused(tmp_path, settings, part):
-    for made in (trl_of, grpo_of):
-        with pytest.raises(LorafoldError) as caught:
-            made(tmp_path, **settings)
-        assert part in str(caught.value)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(LorafoldError, match="rollout_func: found 'play'"):
-        grpo_of(tmp_path, rollout_func="play")
+@pytest.mark.parametrize("settings", LOSSES, ids=str)
+def test_losses_of_translated_recipes_are_those_of_trl(
+    settings, tmp_path, tiny_model_dir, monkeypatch
+):
+    recipe = trl_of(tmp_path, max_completion_length=LONGEST, **settings).recipe
+    law, _ = policy_options(recipe.objective, recipe.beta, recipe.objective_options)
+    check_loss_of_trl(law, settings, tiny_model_dir("llama"), tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("tool", [trl_of, grpo_of])
-def test_a_translated_policy_trains(tool, tiny_model_dir, tmp_path, monkeypatch):
-    (tmp_path / "rewards.py").write_text(
-        "def score(completions, **row):\n    return [len(text) for text in completions]\n"
+def scored():
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.tensor([[5.0, 9.0], [12.0, 3.0], [7.0, 7.0]])
+    logps = -tokens * torch.rand(3, 2, generator=draw, dtype=torch.double) * 2
+    reference = -tokens * torch.rand(3, 2, generator=draw, dtype=torch.double) * 2
+    return Scored(logps, reference, tokens.double())
+
+
+def llamafactory_loss(kind, found, beta, smoothing, gamma, ftx):
+    """The documented losses of LLaMA-Factory, by row."""
+    means = found.logps / found.tokens
+    d = (found.logps - found.reference)[:, 0] - (found.logps - found.reference)[:, 1]
+    if kind == "sigmoid":
+        loss = -(1 - smoothing) * logsigmoid(beta * d) - smoothing * logsigmoid(-beta * d)
+    elif kind == "hinge":
+        loss = (1 - beta * d).relu()
+    elif kind == "ipo":
+        ratio = means - found.reference / found.tokens
+        loss = (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)) ** 2
+    elif kind == "orpo":
+        odds = means - torch.log1p(-means.exp())
+        loss = -means[:, 0] - beta * logsigmoid(odds[:, 0] - odds[:, 1])
+    else:
+        loss = -logsigmoid(beta * (means[:, 0] - means[:, 1] - gamma / beta))
+    return loss - ftx * means[:, 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pref_beta": 0.4, "dpo_label_smoothing": 0.2, "pref_ftx": 0.7},
+        {"pref_loss": "hinge", "pref_beta": 0.05},
+        {"pref_loss": "ipo"},
+        {"pref_loss": "orpo", "pref_beta": 0.3},
+        {"pref_loss": "simpo"},
+        {"pref_loss": "simpo", "pref_beta": 1.5, "simpo_gamma": 0.9, "pref_ftx": 0.1},
+    ],
+)
+def test_llamafactorys_losses_are_ours(tmp_path, settings):
+    recipe = llamafactory_of(tmp_path, stage="dpo", **settings).recipe
+    law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
+    expected = llamafactory_loss(
+        settings.get("pref_loss", "sigmoid"),
+        scored(),
+        settings.get("pref_beta", 0.1),
+        settings.get("dpo_label_smoothing", 0.0),
+        settings.get("simpo_gamma", 0.5),
+        settings.get("pref_ftx", 0.0),
     )
-    monkeypatch.chdir(tmp_path)
-    where = {"max_steps": 2, "bf16": False, "learning_rate": 1e-3}
-    whole = {"per_device_train_batch_size": 4, **where} if tool is trl_of else {
-        "outside": {"micro_batch_size": 4, "float32": True, **where}}  # fmt: skip
-    found = tool(tmp_path, num_generations=2, max_completion_length=4, **whole)
-    write(found, tmp_path / "recipe.yaml")
-    rows = [{"prompt": f"Name {n} trees."} for n in range(4)]
-    recipe, model = load_recipe(tmp_path / "recipe.yaml"), tiny_model_dir("llama")
-    result = train(recipe, data=rows, out=tmp_path / "a", model=model, device="cpu")
-    assert result.steps == 2
+    torch.testing.assert_close(law.loss(scored()), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"adapter_name_or_path": "a"}, "--init-adapter a"),
+        ({"adapter_name_or_path": "a,b"}, "--over a --init-adapter b"),
+        ({"adapter_name_or_path": "a", "create_new_adapter": True}, "--over a"),
+        ({"adapter_name_or_path": ["a", "b"], "create_new_adapter": True}, "--over a --over b"),
+        # a quantized base goes on with the adapter, whatever the file says
+        ({"adapter_name_or_path": "a", "create_new_adapter": True, "quantization_bit": 4},
+         "--init-adapter a"),
+    ],
+)  # fmt: skip
+def test_llamafactorys_adapters_go_below_or_go_on(tmp_path, settings, flags):
+    for stage in ("sft", "dpo"):
+        found = llamafactory_of(tmp_path, stage=stage, lora_rank=4, **settings)
+        assert found.command().endswith(f"--out OUT {flags}")
+        goes_on = "--init-adapter" in flags
+        assert (found.recipe.rank is None) == goes_on
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective", "beta", "options"),
+    [
+        ({"rl": "dpo"}, "dpo", 0.1, {}),
+        ({"rl": "dpo", "dpo_loss_type": ["hinge"], "dpo_beta": 0.3}, "hinge", 0.3, {}),
+        ({"rl": "dpo", "dpo_loss_type": ["ipo"], "trl": {"beta": 0.4}}, "ipo", 0.4, {}),
+        ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"]}, "dpo", 0.1, {"sft_weight": 1.0}),
+        ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1, 0.2]},
+         "dpo", 0.1, {"sft_weight": 0.2}),
+        ({"rl": "ipo", "rl_beta": 0.2}, "ipo", 0.2, {}),
+        ({"rl": "orpo", "orpo_alpha": 0.25}, "orpo", 0.25, {}),
+        ({"rl": "orpo", "orpo_alpha": 0.25, "rl_beta": 0.5}, "orpo", 0.5, {}),
+        ({"rl": "simpo", "simpo_gamma": 0.5}, "simpo", 0.1, {"gamma": 0.5, "sft_weight": 1.0}),
+        ({"rl": "simpo", "simpo_gamma": 1.0, "cpo_alpha": 0, "rl_beta": 2}, "simpo", 2.0, {}),
+        ({"rl": "kto", "kto_undesirable_weight": 0.5}, "kto", 0.1, {"undesirable_weight": 0.5}),
+        ({"reward_model": True}, "reward", None, {}),
+        ({"reward_model": True, "center_rewards_coefficient": 0.01, "num_labels": 1},
+         "reward", None, {"centre": 0.01}),
+        ({"reward_model": False, "rl": None, "rl_beta": 0.5, "cpo_alpha": 3}, "sft", None, {}),
+    ],
+)  # fmt: skip
+def test_axolotl_settings(tmp_path, settings, objective, beta, options):
+    found = axolotl_of(tmp_path, lora_dropout=0.1, **settings)
+    recipe = found.recipe
+    assert (recipe.objective, recipe.beta, recipe.objective_options) == (objective, beta, options)
+    assert recipe.dropout == (0.1 if objective == "sft" else 0.0)
+    assert (recipe.lr, recipe.lr_b) == (1e-4, 1e-4)
+
+
+def test_what_trl_computes_otherwise_is_told(tmp_path):
+    told = axolotl_of(tmp_path, rl="orpo")
+    assert keys(told, "changed") == {"rl"}
+    assert "learns the prompts" in remark(told, "rl")
+    told = axolotl_of(tmp_path, rl="simpo", simpo_gamma=0.5)
+    assert "micro-batch" in remark(told, "cpo_alpha")
+    told = axolotl_of(tmp_path, rl="dpo", dpo_label_smoothing=0.1)
+    assert keys(told, "left") == {"base_model", "dpo_label_smoothing"}
+    assert "--objective-options label_smoothing=0.1" in remark(told, "dpo_label_smoothing")
+
+
+def test_the_losses_of_axolotls_trainer_are_ours(tmp_path, tiny_model_dir):
+    """Of one row, so that TRL's mean over the tokens of a batch is the mean over the row's."""
+    path = tiny_model_dir("llama")
+    model, tokenizer = (
+        kind.from_pretrained(path) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    adapter = adapted(model)
+    adapter.save(tmp_path / "adapter")
+    for settings in (
+        {"dpo_label_smoothing": 0.3},
+        {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.2], "rl_beta": 0.4},
+    ):
+        recipe = axolotl_of(tmp_path, rl="dpo", **settings).recipe
+        config = DPOConfig(
+            output_dir=str(tmp_path / "trl"), report_to="none", use_cpu=True, bf16=False,
+            gradient_checkpointing=False, beta=recipe.beta,
+            loss_type=settings.get("dpo_loss_type", ["sigmoid"]),
+            loss_weights=settings.get("dpo_loss_weights"),
+            label_smoothing=settings.get("dpo_label_smoothing", 0.0),
+        )  # fmt: skip
+        trainer = trainer_of(DPOTrainer, config, PAIRS[:1], path, tmp_path / "adapter")
+        [example] = examples_of(PAIRS[:1], tokenizer)
+        prompt, (chosen, rejected) = asked(example)
+        batch = trainer.data_collator(
+            [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}]
+        )
+        law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
+        loss = Preferences(model, law, None, tokenizer.pad_token_id)
+        expected = trainer.compute_loss(trainer.model, batch)
+        own = loss(**loss.collate([example], loss.device))
+        check_gradients(trainer, expected, adapter, own)
+        for parameter in adapter.parameters():
+            parameter.grad = None
+
+
+def test_trl_turns_the_dropout_of_lora_off(tmp_path, tiny_model_dir):
+    path = tiny_model_dir("llama")
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        args=DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"),
+    )
+    found = [m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert found
+    assert not any(found)
+
+
+def test_trls_defaults_are_those_that_a_translation_writes():
+    defaults = [c.__dataclass_fields__ for c in (DPOConfig, KTOConfig, CPOConfig, ORPOConfig)]
+    assert [fields["beta"].default for fields in defaults] == [0.1] * 4
+    defaults.append(RewardConfig.__dataclass_fields__)
+    assert all(fields["disable_dropout"].default for fields in defaults)
+    assert CPOConfig.__dataclass_fields__["cpo_alpha"].default == 1.0
+    assert DPOConfig.__dataclass_fields__["loss_type"].default_factory() == ["sigmoid"]
+
+
+def test_axolotl_does_not_load_an_adapter_before_dpo(tmp_path):
+    for rl in ("dpo", "ipo", "kto"):
+        found = axolotl_of(tmp_path, rl=rl, lora_model_dir="old")
+        assert found.command().endswith("--model m --data DATA --out OUT")
+        assert "--over" in remark(found, "lora_model_dir")
+        assert found.recipe.rank == 8
+    for settings in ({"rl": "orpo"}, {"reward_model": True}):
+        found = axolotl_of(tmp_path, lora_model_dir="old", **settings)
+        assert "--init-adapter old" in found.command()
+        assert found.recipe.rank is None

@@ -1,22 +1,49 @@
-"""mlx-lm's files and Unsloth's scripts as recipes, and where all tools' files say that rows lie."""
+"""mlx-lm's files, scripts and TRL's trainers as recipes, and what their runs then do."""
 
+import dataclasses
 import json
+import warnings
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, get_scheduler
+from trl import (
+    DatasetMixtureConfig,
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    ModelConfig,
+    RewardConfig,
+    RLOOConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.scripts.grpo import GRPOScriptArguments
+from trl.scripts.rloo import RLOOScriptArguments
 
 from lorafold.config_import import unsloth
-from lorafold.config_import.run import translate
+from lorafold.config_import.rules import NOT_KNOWN
+from lorafold.config_import.trl import RULES
+from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
+from lorafold.models.tokenizer import set_template
 from lorafold.recipe.recipe import Recipe
-from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
+from lorafold.training_step.optim import set_learning_rates
+from translation_cases import (
+    axolotl_of,
+    keys,
+    llamafactory_of,
+    mlx_of,
+    remark,
+    translated,
+    trl_of,
+    unsloth_of,
+)
 
-MLX = {"model": "acme/tiny", "train": True, "fine_tune_type": "lora", "iters": 600}
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.1, "keys": ["self_attn.q_proj"]}
-
-
-def mlx_of(tmp_path, **settings):
-    return translated(tmp_path, yaml.safe_dump(MLX | settings))
 
 
 def test_mlxs_defaults_and_its_lora(tmp_path):
@@ -36,71 +63,8 @@ def test_mlxs_defaults_and_its_lora(tmp_path):
     assert not keys(own, "changed")
 
 
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({"grad_accumulation_steps": 4}, {"steps": 150, "batch": 16, "accumulate": 4}),
-        ({"lr_schedule": {"name": "cosine_decay", "warmup": 10, "arguments": [2e-5, 600]}},
-         {"lr": 2e-5, "lr_b": 2e-5, "schedule": "cosine", "warmup_steps": 10}),
-        ({"lr_schedule": {"name": "linear_schedule", "arguments": ["1e-5", 0.0, 600]}},
-         {"schedule": "linear", "warmup": 0.0}),
-        ({"optimizer": "adamw"}, {"weight_decay": 0.01}),
-        ({"optimizer": "adamw", "optimizer_config": {"adamw": {"betas": [0.9, 0.98]}}},
-         {"betas": (0.9, 0.98)}),
-        ({"model": "mlx-community/tiny-4bit"}, {"storage": "nf4"}),
-        ({"fine_tune_type": "dora"}, {"method": "dora"}),
-        ({"fine_tune_type": "full", "num_layers": -1}, {"method": "full", "lr_b": None}),
-    ],
-)  # fmt: skip
-def test_settings_of_mlx(tmp_path, settings, fields):
-    recipe = mlx_of(tmp_path, **settings).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"fine_tune_type": "full"}, "the last 16 layers (num_layers)"),
-        ({"lora_parameters": {"rank": 8}}, "lora_parameters: scale, dropout missing"),
-        ({"lr_schedule": "cosine"}, "lr_schedule: found 'cosine', expected an object"),
-        ({"optimizer": "lion"}, "optimizer: found 'lion'"),
-    ],
-)
-def test_what_mlx_or_lorafold_can_not_do_is_refused(tmp_path, settings, part):
-    with pytest.raises(LorafoldError) as caught:
-        mlx_of(tmp_path, **settings)
-    assert part in str(caught.value)
-
-
-SCRIPT = """
-from unsloth import FastLanguageModel
-length = 1024
-model, tokenizer = FastLanguageModel.from_pretrained(
-    model_name="acme/tiny", max_seq_length=length, load_in_4bit=True
-)
-model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=64, random_state=SEED)
-rows = load_dataset("acme/chats", split="train")
-trainer = SFTTrainer(
-    model=model,
-    train_dataset=rows.map(written),
-    args=SFTConfig(
-        learning_rate=2e-4, warmup_steps=5, max_steps=60, bf16=supported(), seed=SEED, odd=1
-    ),
-)
-trainer = train_on_responses_only(trainer, response_part="<|assistant|>")
-raise SystemExit("a script that is read is not run")
-if False:
-    model, tokenizer = FastLanguageModel.from_pretrained("saved", max_seq_length=8)
-"""
-
-
-def script_of(tmp_path, text=SCRIPT):
-    (tmp_path / "train.py").write_text(text)
-    return translate(tmp_path / "train.py")
-
-
 def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
-    found = script_of(tmp_path)
+    found = unsloth_of(tmp_path)
     assert found.tool == "Unsloth"
     assert found.recipe == Recipe(
         rank=32, alpha=64, dropout=0.0, targets=tuple(unsloth.LINEARS), objective="sft",
@@ -113,44 +77,13 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
     [told] = [line for line in found.to_yaml().splitlines() if line.startswith("# NOT READ: ")]
     assert "seed: " in told
     assert told.endswith("give --seed SEED")
-    pairs = script_of(tmp_path, SCRIPT.replace("SFT", "DPO"))
+    pairs = unsloth_of(tmp_path, SFT="DPO")
     assert "rows of prompt, chosen and rejected" in remark(pairs, "load_dataset.path")
     assert remark(found, "odd").startswith("it is not known here")
     counts = [e.key for e in found.entries]
     assert len(counts) == len(set(counts))
     assert "--data acme/chats" in found.command()
     assert json.loads(json.dumps(found.as_json()))["tool"] == "Unsloth"
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "fields"),
-    [
-        ("load_in_4bit=True", "load_in_8bit=True", {"storage": "int8"}),
-        ("load_in_4bit=True", "load_in_4bit=False", {"storage": "auto"}),
-        ("load_in_4bit=True", "full_finetuning=True", {"method": "full", "lr_b": None}),
-        ("r=32", "r=32, use_rslora=True, lora_dropout=0.1", {"method": "rslora", "dropout": 0.1}),
-        ("SFT", "DPO", {"objective": "dpo", "beta": 0.1, "lr": 2e-4}),
-        ("max_steps=60", "max_length=512, packing=True", {"max_length": 512, "packing": True}),
-    ],
-)
-def test_settings_of_unsloth(tmp_path, before, after, fields):
-    recipe = script_of(tmp_path, SCRIPT.replace(before, after)).recipe
-    assert {name: getattr(recipe, name) for name in fields} == fields
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("model = (", "train.py: not Python at line 1"),
-        ("SFTTrainer(args=SFTConfig(seed=1))", "found no call of FastLanguageModel, FastModel"),
-        (SCRIPT.replace("r=32", "r='many'"), "get_peft_model.r: found 'many', expected a number"),
-    ],
-)
-def test_a_script_that_can_not_be_read_is_one_line(tmp_path, text, part):
-    with pytest.raises(LorafoldError) as caught:
-        script_of(tmp_path, text)
-    assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -208,3 +141,269 @@ def test_axolotls_unfrozen_parameters_with_an_adapter(tmp_path):
     assert "axolotl freezes every weight of the adapter" in remark(some, "unfrozen_parameters")
     with pytest.raises(LorafoldError, match="full method trains the whole model"):
         axolotl_of(tmp_path, adapter=None, unfrozen_parameters=["^lm_head.weight$"])
+
+
+TURNS = {
+    "prompt": [{"role": "user", "content": "Book a table"}],
+    "completion": [{"role": "assistant", "content": "for four"}],
+}
+STRINGS = {"prompt": "Book a table", "completion": " for four"}
+IGNORED = -100  # what TRL has in place of a label
+
+
+def labelled_by_trl(row, path, tmp_path):
+    """The ids of a row and those that TRL's trainer labels."""
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(path),
+        args=SFTConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=AutoTokenizer.from_pretrained(path),
+    )  # fmt: skip
+    [batch] = trainer.get_train_dataloader()
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    return ids, [token for token in labels if token != IGNORED]
+
+
+def labelled_here(row, tokenizer):
+    """The ids of a row and those that lorafold labels."""
+    [example] = encode([row], tokenizer, 64).examples
+    ids = list(example.ids)
+    return ids, [i for i, label in zip(ids, example.labels, strict=True) if label >= 0]
+
+
+def test_trl_labels_the_line_end_after_a_turn_besides(tmp_path, tiny_model_dir):
+    path = tiny_model_dir("llama")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    (ids, labels), (own_ids, own) = (
+        labelled_by_trl(TURNS, path, tmp_path),
+        labelled_here(TURNS, tokenizer),
+    )
+    assert ids[: len(own_ids)] == own_ids
+    assert labels == own + tokenizer.encode("\n", add_special_tokens=False)
+    assert "a newline" in str(trl_of(tmp_path, "trl-sft"))
+
+
+def test_trl_joins_prompt_and_completion_as_template_none_does(tmp_path, tiny_model_dir):
+    path = tiny_model_dir("llama")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    found = labelled_by_trl(STRINGS, path, tmp_path)
+    assert found != labelled_here(STRINGS, tokenizer)
+    set_template(tokenizer, "none")
+    assert found == labelled_here(STRINGS, tokenizer)
+    assert "--chat-template none" in str(trl_of(tmp_path, "trl-sft"))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_rates_are_those_of_transformers_after_the_warm_up(tmp_path, kind, warmup_steps):
+    steps = 12
+    found = trl_of(
+        tmp_path, "trl-sft", lr_scheduler_type=kind, warmup_steps=warmup_steps, max_steps=steps
+    )
+    recipe, peak = found.recipe, 1e-3
+    optimizer, own = (
+        torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))], "peak": peak}], lr=peak)
+        for _ in range(2)
+    )
+    scheduler = get_scheduler(kind, optimizer, warmup_steps, steps)
+    theirs, ours = [], []
+    for step in range(steps):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        set_learning_rates(own, recipe, step, steps)
+        ours.append(own.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert ours[warmup_steps:] == pytest.approx(theirs[warmup_steps:])
+    if warmup_steps:
+        assert theirs[0] == 0
+        assert "a rate of 0 there" in remark(found, "warmup_steps")
+        assert all(a > b for a, b in zip(ours[:3], theirs, strict=False))
+    else:
+        assert not remark(found, "warmup_steps")
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup", "warmup_steps"),
+    [
+        ({"warmup_ratio": 0.1, "max_steps": 4}, 0.0, None),
+        ({"warmup_ratio": 0.1, "max_steps": 29}, 0.03, 2),
+        ({"warmup_ratio": 0.1, "max_steps": 15}, 0.03, 2),  # of one step axolotl makes two
+        ({"warmup_steps": 1}, 0.03, 2),
+        ({"max_steps": 60}, 0.03, 2),
+        ({"max_steps": 200}, 0.03, 6),
+        ({"max_steps": 10_000}, 0.03, 100),
+        ({}, 0.03, None),
+        ({"warmup_ratio": 0.2}, 0.2, None),
+    ],
+)
+def test_the_warm_up_of_axolotl_in_its_own_steps(tmp_path, settings, warmup, warmup_steps):
+    recipe = axolotl_of(tmp_path, **settings).recipe
+    assert (recipe.warmup, recipe.warmup_steps) == (warmup, warmup_steps)
+
+
+def test_the_cpu_goes_to_the_command(tmp_path):
+    trl = trl_of(tmp_path, "trl-sft", use_cpu=True)
+    for found in (trl, llamafactory_of(tmp_path, use_cpu=True)):
+        assert "--device cpu" in found.command()
+    assert "--device" not in trl_of(tmp_path, "trl-sft", use_cpu=False).command()
+
+
+def test_a_system_text_of_the_file_is_to_be_written_to_the_rows(tmp_path):
+    for found, key in (
+        (axolotl_of(tmp_path, default_system_message="Be brief."), "default_system_message"),
+        (llamafactory_of(tmp_path, default_system="Be brief."), "default_system"),
+    ):
+        assert "a column system" in remark(found, key)
+
+
+def test_what_mlx_weighs_in_another_way_is_told(tmp_path):
+    text = "model: m\ntrain: true\nfine_tune_type: lora\niters: 8\n"
+    assert "one token of padding" in str(translated(tmp_path, text))
+    assert "weigh alike" not in remark(translated(tmp_path, text), "batch_size")
+    several = translated(tmp_path, f"{text}grad_accumulation_steps: 2\n")
+    assert "micro-batches weigh alike there" in remark(several, "batch_size")
+
+
+def test_the_larger_steps_of_mlx_are_told_with_the_rate_that_comes_near(tmp_path):
+    m = v = larger = 0.0
+    for _ in range(8):  # of a gradient of 1, Adam's corrected step is the rate
+        m, v = 0.9 * m + 0.1, 0.999 * v + 0.001
+        larger += m / v**0.5 / 8
+    text = "model: m\ntrain: true\niters: 8\nlearning_rate: 1e-4\n"
+    told = remark(translated(tmp_path, text), "optimizer")
+    assert f"{larger:.1f} times as large" in told
+    assert f"--lr {larger * 1e-4:.2g} --lr-b" in told
+    corrected = f"{text}optimizer_config: {{adam: {{bias_correction: true}}}}\n"
+    assert not remark(translated(tmp_path, corrected), "optimizer")
+
+
+@pytest.mark.parametrize("betas", [[0.9, 1.0], [0.9], 0.9])
+def test_betas_of_mlx_that_are_none_are_refused(tmp_path, betas):
+    text = f"model: m\niters: 8\noptimizer_config: {{adam: {{betas: {betas}}}}}\n"
+    with pytest.raises(LorafoldError, match="expected two numbers from 0 to below 1"):
+        translated(tmp_path, text)
+
+
+def test_axolotl_packs_without_a_named_attention_as_one_text(tmp_path):
+    open_rows = axolotl_of(tmp_path, sample_packing=True, flash_attention=False)
+    assert open_rows.recipe.packing
+    assert "rows see each other there" in remark(open_rows, "sample_packing")
+    for named in ({"flash_attention": True}, {"attn_implementation": "sdpa"}):
+        found = axolotl_of(tmp_path, sample_packing=True, **named)
+        assert found.recipe.packing
+        assert not remark(found, "sample_packing")
+
+
+with warnings.catch_warnings():  # both are experimental there
+    warnings.simplefilter("ignore")
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+REWARDED = {"reward_funcs": ["rewards.score"]}
+TRAINERS = {
+    "trl-sft": (SFTConfig, ScriptArguments, {}),
+    "trl-dpo": (DPOConfig, ScriptArguments, {}),
+    "trl-kto": (KTOConfig, ScriptArguments, {}),
+    "trl-orpo": (ORPOConfig, ScriptArguments, {}),
+    "trl-cpo": (CPOConfig, ScriptArguments, {"loss_type": "simpo"}),
+    "trl-reward": (RewardConfig, ScriptArguments, {}),
+    "trl-grpo": (GRPOConfig, GRPOScriptArguments, REWARDED),
+    "trl-rloo": (RLOOConfig, RLOOScriptArguments, REWARDED),
+}
+LEAST = {"model_name_or_path": "m", "use_peft": True}
+# Written where TRL has None, which it looks up
+LOOKED_UP = {"bf16", "lora_target_modules", "reward_funcs", "center_rewards_coefficient"}
+
+
+def defaults_of(*kinds):
+    """The fields of dataclasses with their defaults."""
+    found = {}
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            made = field.default_factory is not dataclasses.MISSING
+            found[field.name] = field.default_factory() if made else field.default
+    return found
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_every_field_of_trl_has_an_outcome_and_its_defaults_are_trls(tmp_path, kind):
+    config, script, given = TRAINERS[kind]
+    theirs = defaults_of(config, script, ModelConfig, DatasetMixtureConfig)
+    known = {rule.key: rule.default for rule in RULES[kind]}
+    assert set(theirs) <= set(known)
+    written = {k: v for k, v in known.items() if k in theirs and v is not None}
+    assert {k for k, v in written.items() if v != theirs[k]} <= LOOKED_UP
+    # what is off without a default of ours is off in theirs
+    silent = translated(tmp_path, yaml.safe_dump(LEAST | given), kind)
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in theirs.items()}
+    plain = {k: str(v) if type(v).__module__ != "builtins" else v for k, v in plain.items()}
+    # null is no limit there, and what a file that is silent has is TRL's default
+    told = translated(tmp_path, yaml.safe_dump({**plain, **LEAST, **given}), kind)
+    same = {"seed", "betas", "eps", "eval_every", "save_every"}  # TRL's numbers, now given
+    for name in set(Recipe.model_fields) - same:
+        assert getattr(told.recipe, name) == getattr(silent.recipe, name), name
+    assert all(not e.outcome.remark.startswith(NOT_KNOWN) for e in told.entries)
+    assert sorted(e.key for e in told.entries if e.given or e.key in theirs) == sorted(theirs)
+
+
+def test_the_arguments_of_transformers_are_fields_of_every_trainer():
+    beneath = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for config, _, _ in TRAINERS.values():
+        assert beneath <= set(defaults_of(config))
+
+
+
+
+@pytest.mark.parametrize(
+    ("extra", "tool"),
+    [
+        ({"beta": 0.1, "loss_type": "sigmoid"}, "TRL's DPO"),
+        ({"beta": 0.1, "loss_type": ["hinge"]}, "TRL's DPO"),
+        ({"beta": 0.1, "desirable_weight": 1.0}, "TRL's KTO"),
+        ({"beta": 2.0, "loss_type": "simpo", "simpo_gamma": 1.0}, "TRL's CPO"),
+        ({"center_rewards_coefficient": 0.01}, "TRL's reward trainer"),
+        ({"packing": True}, "TRL's SFT"),
+        ({"reward_funcs": ["a.b"], "scale_rewards": "none"}, "TRL's GRPO"),
+        ({"reward_funcs": ["a.b"], "normalize_advantages": True}, "TRL's RLOO"),
+        ({"stage": "sft", "lora_rank": 8, "finetuning_type": "lora"}, "LLaMA-Factory"),
+    ],
+)
+def test_a_file_is_known_by_what_is_in_it(tmp_path, extra, tool):
+    common = {"model_name_or_path": "m", "learning_rate": 1e-5, "output_dir": "out"}
+    assert translated(tmp_path, yaml.safe_dump(common | extra)).tool == tool
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (LEAST | {"beta": 0.1}, ["TRL's DPO, TRL's KTO", "--kind trl-dpo, trl-kto"]),
+        (LEAST | {"learning_rate": 1e-5}, ["TRL's SFT, TRL's DPO", "trl-reward"]),
+        (LEAST | {"packing": True, "a": 1, "b": 2, "c": 3}, ["TRL's SFT does not know a, b, c"]),
+        ({"reward_funcs": ["a.b"]}, ["TRL's GRPO, TRL's RLOO know as many", "trl-grpo, trl-rloo"]),
+        ({"compute_environment": "LOCAL_MACHINE", "fsdp_config": {}}, ["accelerate's", "torchrun"]),
+        ({"zero_optimization": {}, "train_batch_size": 8}, ["DeepSpeed's", "--strategy fsdp"]),
+        ({"model": "m", "model_class": "llm", "peft_config": {}}, ["LLaMA-Factory's v1", "stage"]),
+        ({"model_type": "llama", "architectures": []}, ["a model's configuration"]),
+        ({"base_model": "m", "model_type": "x", "a": 1, "b": 2}, ["axolotl does not know a, b"]),
+    ],
+)
+def test_a_file_that_fits_no_tool_well_is_refused_with_what_is_unknown(tmp_path, config, parts):
+    with pytest.raises(LorafoldError) as caught:
+        translated(tmp_path, yaml.safe_dump(config))
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 300
+
+
+def test_where_rows_lie(tmp_path):
+    found = trl_of(tmp_path, "trl-sft", dataset_name="acme/a", dataset_config="small")
+    assert "its configuration small" in remark(found, "dataset_name")
+    assert "--data DATA" in found.command()
+    mixed = trl_of(tmp_path, "trl-sft", datasets=[{"path": "acme/a"}, {"path": "acme/b"}])
+    assert "--data acme/a --data acme/b" in mixed.command()
+    text = trl_of(tmp_path, "trl-sft", dataset_text_field="story")
+    assert "--columns text=story" in text.command()

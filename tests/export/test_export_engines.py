@@ -1,9 +1,8 @@
-"""Adapters for mlx-lm, vLLM and SGLang: the factors in the files are the update, multiplied out on
-both sides; the command lines have what the engines need; the engines compute what lorafold does.
-"""
+"""Exports to mlx-lm, vLLM and SGLang: the factors, the command lines, and the engines' output."""
 
 import json
 import shlex
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +10,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lorafold as lf
+from adapter_files import json_of
 from conftest import make_tokenizer
-from export_cases import changes, noisy, python_of, tensors_in, with_tokenizer
+from error_cases import refusal
+from export_cases import changes, noisy, proof_of, python_of, tensors_in, with_tokenizer
 from lorafold.errors import LorafoldError
 from lorafold.exporting.servers import ToSglang
 from lorafold.exporting.target import Subject
@@ -36,51 +37,53 @@ def tiny_mixture(tmp_path_factory):
     return made
 
 
-def exported(base, saved, out, to, **how):
-    """Export without a proof."""
-    return lf.export(base, saved, out, to=to, device="cpu", prove=False, **how)
+@pytest.fixture
+def llama(tiny_model, tiny_model_dir, tmp_path):
+    """Save an adapter of a spec on the tiny Llama; the base, the adapter, and the output."""
+
+    def made(spec, kind="llama", **beside):
+        saved = noisy(tiny_model(kind), spec, tmp_path / "adapter", **beside)
+        return tiny_model_dir(kind), saved, tmp_path / "out"
+
+    return made
 
 
-def in_fp32(base):
-    """The model of a directory."""
-    return lf.load_model(base, storage="fp32")
+exported = partial(lf.export, device="cpu", prove=False)
+in_fp32 = partial(lf.load_model, storage="fp32")
 
 
-def mlx_config(out):
-    """What mlx-lm reads of the configuration."""
-    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    return config, config["lora_parameters"]
+def before_and_after(base, saved):
+    """The model of a directory, and with an adapter folded in."""
+    model, merged = in_fp32(base), in_fp32(base)
+    lf.load(merged, saved, "one").merge()
+    return model, merged
 
 
-def test_mlx_factors_are_the_update(tiny_model, tiny_model_dir, tmp_path):
+def test_mlx_factors_are_the_update(llama):
     """Of rsLoRA with differing ranks and alphas: one rank, one scale."""
     ranks, alphas = {"q_proj": 3}, {"down_proj": 40.0}
     spec = lf.LoRA(rank=5, alpha=16, rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
-    saved = noisy(tiny_model("llama"), spec, tmp_path / "adapter")
-    exported(tiny_model_dir("llama"), saved, tmp_path / "out", "mlx")
-    config, parameters = mlx_config(tmp_path / "out")
-    assert config["fine_tune_type"] == "lora"
-    assert parameters["scale"] == 1
-    assert parameters["rank"] == 5
+    base, saved, out = llama(spec)
+    exported(base, saved, out, to="mlx")
+    config = json_of(out / "adapter")
+    parameters = config["lora_parameters"]
+    assert (config["fine_tune_type"], parameters["scale"], parameters["rank"]) == ("lora", 1, 5)
     assert "self_attn.q_proj" in parameters["keys"]
-    tensors = tensors_in(tmp_path / "out" / "adapter" / "adapters.safetensors")
+    tensors = tensors_in(out / "adapter" / "adapters.safetensors")
     sites = sorted({key.rsplit(".", 1)[0] for key in tensors})
     assert len(sites) == 14
-    model, merged = tiny_model("llama"), tiny_model("llama")
-    lf.load(merged, saved, "one").merge()
-    for site, change in changes(model, merged, sites).items():
+    for site, change in changes(*before_and_after(base, saved), sites).items():
         a, b = tensors[f"{site}.lora_a"], tensors[f"{site}.lora_b"]
         assert a.shape[1] == b.shape[0] == 5
         torch.testing.assert_close(change, (a @ b).t(), **CLOSE)
 
 
-def test_mlx_has_dora(tiny_model, tiny_model_dir, tmp_path):
-    saved = noisy(tiny_model("llama"), lf.DoRA(), tmp_path / "adapter")
-    exported(tiny_model_dir("llama"), saved, tmp_path / "out", "mlx")
-    assert mlx_config(tmp_path / "out")[0]["fine_tune_type"] == "dora"
-    tensors = tensors_in(tmp_path / "out" / "adapter" / "adapters.safetensors")
-    model, merged = tiny_model("llama"), tiny_model("llama")
-    lf.load(merged, saved, "one").merge()
+def test_mlx_has_dora(llama):
+    base, saved, out = llama(lf.DoRA())
+    exported(base, saved, out, to="mlx")
+    assert json_of(out / "adapter")["fine_tune_type"] == "dora"
+    tensors = tensors_in(out / "adapter" / "adapters.safetensors")
+    model, merged = before_and_after(base, saved)
     sites = [key.removesuffix(".m") for key in tensors if key.endswith(".m")]
     assert len(sites) == 14
     for site in sites:
@@ -90,34 +93,23 @@ def test_mlx_has_dora(tiny_model, tiny_model_dir, tmp_path):
         torch.testing.assert_close(merged.get_submodule(site).weight.detach(), folded, **CLOSE)
 
 
-def test_mlx_has_no_dora_over_loha(tiny_model, tiny_model_dir, tmp_path):
-    spec = lf.DoRA(over=lf.LoHa())
-    saved = noisy(tiny_model("llama"), spec, tmp_path / "adapter", targets=["q_proj"])
-    with pytest.raises(LorafoldError, match="DoRADelta is no product"):
-        exported(tiny_model_dir("llama"), saved, tmp_path / "out", "mlx")
-
-
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gpt-oss"])
 def test_mlx_experts_are_apart(name, tiny_mixture, tmp_path):
     base = tiny_mixture(name)
     saved = noisy(in_fp32(base), lf.LoRA(rank=3), tmp_path / "adapter")
-    exported(base, saved, tmp_path / "out", "mlx")
+    exported(base, saved, tmp_path / "out", to="mlx")
     tensors = tensors_in(tmp_path / "out" / "adapter" / "adapters.safetensors")
-    model, merged = in_fp32(base), in_fp32(base)
-    lf.load(merged, saved, "one").merge()
     site = "model.layers.1.mlp.experts"
-    found = changes(model, merged, [f"{site}.gate_up_proj", f"{site}.down_proj"])
+    sites = [f"{site}.gate_up_proj", f"{site}.down_proj"]
+    found = changes(*before_and_after(base, saved), sites)
     both, down = found[f"{site}.gate_up_proj"], found[f"{site}.down_proj"]
     if name == "gpt-oss":  # stored transposed, gates and ups in turns
         both, down = both.mT, down.mT
         gate, up = both[:, ::2], both[:, 1::2]
     else:
         gate, up = both.chunk(2, 1)
-    switch = {
-        "qwen3-moe": "mlp.switch_mlp",
-        "mixtral": "block_sparse_moe.switch_mlp",
-        "gpt-oss": "mlp.experts",
-    }[name]
+    switches = {"mixtral": "block_sparse_moe.switch_mlp", "gpt-oss": "mlp.experts"}
+    switch = switches.get(name, "mlp.switch_mlp")
     for leaf, change in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
         path = f"model.layers.1.{switch}.{leaf}"
         product = tensors[f"{path}.lora_b"] @ tensors[f"{path}.lora_a"]
@@ -151,13 +143,12 @@ def test_configs_of_transformers_5_are_told_in_the_older_words():
     assert older_config({**layers, "layer_types": kinds[:1] * 5 + kinds[1:2]}) is None
 
 
-def test_vllm_line_and_files(tiny_model, tiny_model_dir, tmp_path):
-    base, spec = tiny_model_dir("llama"), lf.LoRA(rank=9, rslora=True)
-    saved = noisy(tiny_model("llama"), spec, tmp_path / "facts")
-    done = exported(base, saved, tmp_path / "out", "vllm")
+def test_vllm_line_and_files(llama, tiny_model, tmp_path):
+    base, saved, out = llama(lf.LoRA(rank=9, rslora=True))
+    done = exported(base, saved, out, to="vllm")
     assert shlex.split(done.launch[0]) == [
         "vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", "16", "--lora-modules",
-        f"facts={tmp_path / 'out' / 'adapter'}",
+        f"adapter={out / 'adapter'}",
     ]  # fmt: skip
     one, other = tiny_model("llama"), tiny_model("llama")
     lf.load(one, saved, "one").merge()
@@ -171,7 +162,7 @@ def test_vllm_is_told_of_stacked_experts(tiny_mixture, tmp_path):
     base = tiny_mixture("mixtral")
     targets = r".*experts\.gate_up_proj"
     saved = noisy(in_fp32(base), lf.LoRA(rank=2), tmp_path / "adapter", targets=targets)
-    done = exported(base, saved, tmp_path / "out", "vllm")
+    done = exported(base, saved, tmp_path / "out", to="vllm")
     words = shlex.split(done.launch[0])
     assert "--enable-mixed-moe-lora-format" in words
     about = json.loads(words[words.index("--lora-modules") + 1])
@@ -184,9 +175,8 @@ def test_vllm_is_told_of_stacked_experts(tiny_mixture, tmp_path):
     assert tensors[f"{prefix}.base_layer.lora_B.weight"].any()
 
 
-def test_sglang_gets_zeros_for_what_it_packs(tiny_model, tiny_model_dir, tmp_path):
-    saved = noisy(tiny_model("llama"), lf.LoRA(rank=4), tmp_path / "adapter", targets=["q_proj"])
-    done = lf.export(tiny_model_dir("llama"), saved, tmp_path / "out", to="sglang", device="cpu")
+def test_sglang_gets_zeros_for_what_it_packs(llama, tmp_path):
+    done = lf.export(*llama(lf.LoRA(rank=4), targets=["q_proj"]), to="sglang", device="cpu")
     assert done.proof is None
     assert "read back, not run: 6 modules" in done.unproved
     tensors = tensors_in(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
@@ -202,25 +192,22 @@ def test_sglang_experts_are_pairs(tiny_mixture, tmp_path):
     done = lf.export(base, saved, tmp_path / "out", to="sglang", device="cpu")
     assert "read back, not run" in done.unproved
     tensors = tensors_in(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    model, merged = in_fp32(base), in_fp32(base)
-    lf.load(merged, saved, "one").merge()
     site = "model.layers.0.mlp.experts"
-    change = changes(model, merged, [f"{site}.gate_up_proj"])[f"{site}.gate_up_proj"]
+    [change] = changes(*before_and_after(base, saved), [f"{site}.gate_up_proj"]).values()
     gate, up = change.chunk(2, 1)
     for e in range(8):
         for name, part in (("gate_proj", gate[e]), ("up_proj", up[e])):
             key = f"{ROOT}{site}.{e}.{name}"
             product = tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
             torch.testing.assert_close(part, product, **CLOSE)
-    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert {"gate_proj", "up_proj", "down_proj"} <= set(config["target_modules"])
+    targets = json_of(tmp_path / "out" / "adapter")["target_modules"]
+    assert {"gate_proj", "up_proj", "down_proj"} <= set(targets)
 
 
-def test_sglang_reads_back_what_is_there(tiny_model, tiny_model_dir, tmp_path):
+def test_sglang_reads_back_what_is_there(llama, tmp_path):
     """A scale that is lost, a tensor too many and one that is not there are found."""
-    base = tiny_model_dir("llama")
-    saved = noisy(tiny_model("llama"), lf.LoRA(rank=4), tmp_path / "adapter")
-    exported(base, saved, tmp_path / "out", "sglang")
+    base, saved, out = llama(lf.LoRA(rank=4))
+    exported(base, saved, out, to="sglang")
     subject, target = Subject(Base(base), (Saved.open(saved),)), ToSglang()
     assert "14 modules" in target.read_back(subject, tmp_path / "out")
     file = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
@@ -233,36 +220,34 @@ def test_sglang_reads_back_what_is_there(tiny_model, tiny_model_dir, tmp_path):
     }
     for said, tensors in damaged.items():
         save_file(tensors, file)
-        with pytest.raises(LorafoldError, match=said):
-            target.read_back(subject, tmp_path / "out")
+        assert said in refusal(target.read_back, subject, out)
 
 
+TWO, TIED, SITE = lf.LoRA(rank=2), {"targets": ["embed_tokens"]}, {"targets": ["q_proj"]}
 REFUSED = {
-    "mlx, names": ("mlx", "gpt2", {}, "found none of mlx-lm's names"),
-    "mlx, tied": ("mlx", "gemma", {"targets": ["embed_tokens"]}, "embedding and head are tied"),
-    "vllm, head": ("vllm", "gemma", {"targets": ["embed_tokens"]}, "adapts no embedding"),
-    "vllm, norms": ("vllm", "llama", {"modules_to_save": ["norm"]}, "can't say"),
-    "vllm, none": ("vllm", "gpt2", {}, "vLLM has no LoRA for models of type gpt2"),
-    "sglang, names": ("sglang", "gpt2", {}, "SGLang adapts no module of that name"),
-    "sglang, tied": ("sglang", "gemma", {"targets": ["embed_tokens"]}, "are tied"),
-}
+    "mlx, names": ("mlx", "gpt2", TWO, {}, "found none of mlx-lm's names"),
+    "mlx, tied": ("mlx", "gemma", TWO, TIED, "embedding and head are tied"),
+    "mlx, no product": ("mlx", "llama", lf.DoRA(over=lf.LoHa()), SITE, "DoRADelta is no product"),
+    "vllm, head": ("vllm", "gemma", TWO, TIED, "adapts no embedding"),
+    "vllm, norms": ("vllm", "llama", TWO, {"modules_to_save": ["norm"]}, "can't say"),
+    "vllm, none": ("vllm", "gpt2", TWO, {}, "vLLM has no LoRA for models of type gpt2"),
+    "vllm, rank": (
+        "vllm", "llama", lf.LoRA(rank=513, alpha=1), SITE,
+        "rank 513: vLLM takes at most 512; --as-lora 512",
+    ),
+    "sglang, names": ("sglang", "gpt2", TWO, {}, "SGLang adapts no module of that name"),
+    "sglang, tied": ("sglang", "gemma", TWO, TIED, "are tied"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_an_engine_has_not_is_refused(case, tiny_model, tiny_model_dir, tmp_path):
-    to, kind, beside, said = REFUSED[case]
-    saved = noisy(tiny_model(kind), lf.LoRA(rank=2), tmp_path / "adapter", **beside)
-    with pytest.raises(LorafoldError, match=said) as refused:
-        exported(tiny_model_dir(kind), saved, tmp_path / "out", to)
-    assert len(str(refused.value)) < 300
-    assert not (tmp_path / "out").exists()
-
-
-def test_vllm_refuses_a_rank_that_it_has_not(tiny_model, tiny_model_dir, tmp_path):
-    spec = lf.LoRA(rank=513, alpha=1)
-    saved = noisy(tiny_model("llama"), spec, tmp_path / "adapter", targets=["q_proj"])
-    with pytest.raises(LorafoldError, match="rank 513: vLLM takes at most 512; --as-lora 512"):
-        exported(tiny_model_dir("llama"), saved, tmp_path / "out", "vllm")
+def test_what_an_engine_has_not_is_refused(case, llama):
+    to, kind, spec, beside, said = REFUSED[case]
+    base, saved, out = llama(spec, kind, **beside)
+    told = refusal(exported, base, saved, out, to=to)
+    assert said in told
+    assert len(told) < 300
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("to", ["vllm", "sglang"])
@@ -272,15 +257,12 @@ def test_experts_of_unknown_families_are_refused(to, tiny_mixture, tmp_path):
     targets = r".*experts\.down_proj"
     saved = noisy(in_fp32(base), lf.LoRA(rank=2), tmp_path / "adapter", targets=targets)
     with pytest.raises(LorafoldError, match=r"known of .*, not of"):
-        exported(base, saved, tmp_path / "out", to)
+        exported(base, saved, tmp_path / "out", to=to)
 
 
 def check(done):
     """The engine computes what lorafold does, and took all of the files."""
-    proof = done.proof
-    assert proof is not None
-    assert proof.share is not None
-    assert proof.share < 1e-3
+    proof = proof_of(done, 1e-3)
     assert proof.top == proof.prompts
     assert proof.greedy + proof.near == proof.prompts
     assert proof.changed == pytest.approx(proof.distance, rel=0.02)
@@ -289,13 +271,11 @@ def check(done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "llama, DoRA"])
-def test_mlx_computes_what_lorafold_does(kind, tiny_model, tiny_model_dir, tmp_path):
+def test_mlx_computes_what_lorafold_does(kind, llama):
     python = python_of("mlx")
     kind, _, dora = kind.partition(", ")
-    spec = lf.DoRA() if dora else lf.LoRA(rank=4, rslora=True)
-    saved = noisy(tiny_model(kind), spec, tmp_path / "adapter")
-    base, out = tiny_model_dir(kind), tmp_path / "out"
-    check(lf.export(base, saved, out, to="mlx", engine_python=python, device="cpu"))
+    asked = llama(lf.DoRA() if dora else lf.LoRA(rank=4, rslora=True), kind)
+    check(lf.export(*asked, to="mlx", engine_python=python, device="cpu"))
 
 
 @pytest.mark.slow

@@ -1,13 +1,10 @@
-"""Adapters as GGUF files: in closed form, as lorafold's loader reads a base with the product added
-to it, and in llama.cpp itself.
-"""
+"""Adapters as GGUF files: the products, read by lorafold's loader and in llama.cpp itself."""
 
-import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
@@ -15,49 +12,31 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from conftest import lorafold
-from gguf_models import CONFIGS, saved
+from adapter_files import json_of
+from conftest import refused
+from export_cases import proof_of
+from gguf_models import CONFIGS, UNREAD, moved, quietly, saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import tensors_of_update, write_model
+from lorafold.exporting.proof import ReferenceAnswers, proof
 from lorafold.exporting.run import FEWER, SHARE
-from lorafold.exporting.target import update_of
+from lorafold.exporting.target import Subject, update_of
 from lorafold.methods import METHODS
 from lorafold.models.sources import resolve_model
+from lorafold.peft.adapter_directory import open_all
+from lorafold.resolve import base_for
 
-UNREAD = ("mixtral", "qwen3_moe", "gemma")  # transformers has other sizes or names for these
 MIXTURES = ("mixtral", "qwen3_moe")
 EMBEDDING = "token_embd.weight"
 EVERYWHERE = ("embed_tokens", "lm_head", "q_proj", "k_proj", "down_proj")
 
 
-def quietly(done: int, total: int) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
     """The directory of the tiny model of a kind, made once."""
-    made: dict[str, Path] = {}
-
-    def base(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = saved(kind, tmp_path_factory.mktemp(f"of{len(made)}") / "base")
-        return made[kind]
-
-    return base
-
-
-def moved(
-    base: Path, out: Path, spec: Any = None, storage: str = "fp32", size: float = 0.1, **beside
-) -> Path:
-    """The directory of an adapter whose update is not small, with the size given here."""
-    model = lf.load_model(base, storage=storage, device="cpu")
-    adapter = lf.attach(model, spec or lf.LoRA(rank=4, alpha=8, dropout=0.0), **beside)
-    torch.manual_seed(0)
-    for p in adapter.parameters():
-        p.data += size * torch.randn_like(p)
-    return adapter.save(out)
+    return cache(lambda kind: saved(kind, tmp_path_factory.mktemp("of") / "base"))
 
 
 def written(base: Path, adapter: Path, out: Path, **options) -> Path:
@@ -105,28 +84,23 @@ def test_llama_cpp_computes_what_lorafold_does(kind, base_of, tmp_path):
     base = base_of(kind)
     adapter = moved(base, tmp_path / "adapter")
     done = lf.export(base, adapter, tmp_path / "out", to="gguf", device="cpu")
-    assert done.proof is not None
-    assert done.proof.distance > 1e-2
-    assert done.proof.share is not None
-    assert done.proof.share < 1e-4
-    assert done.proof.changed == pytest.approx(done.proof.distance, rel=0.5)
-    assert done.proof.prompts == 32
-    assert done.proof.top >= 31  # two may be as good as equal
+    proof = proof_of(done)
+    assert proof.distance > 1e-2
+    assert proof.changed == pytest.approx(proof.distance, rel=0.5)
+    assert proof.prompts == 32
+    assert proof.top >= 31  # two may be as good as equal
     if kind not in MIXTURES:  # there a token of two experts as good as equal goes another way
-        assert done.proof.greedy + done.proof.near == 32
-    assert not done.proof.other_tokens
-    assert {one.name for one in (tmp_path / "out").iterdir()} == {
-        "adapter.gguf", "export.json", "manifest.json",
-    }  # fmt: skip
+        assert proof.greedy + proof.near == 32
+    assert not proof.other_tokens
+    written = {one.name for one in (tmp_path / "out").iterdir()}
+    assert written == {"adapter.gguf", "export.json", "manifest.json"}
 
 
 def test_an_adapter_below_the_engine_s_rounding_is_as_near_as_the_base(base_of, tmp_path):
     base = base_of("llama")
     adapter = moved(base, tmp_path / "adapter", size=3e-4)
     done = lf.export(base, adapter, tmp_path / "out", to="gguf", device="cpu")
-    assert done.proof is not None
-    assert done.proof.share is not None
-    assert done.proof.share > SHARE
+    assert proof_of(done, None).share > SHARE
     assert done.proof.rounding
     assert "for the base alone" in done.summary()
 
@@ -139,9 +113,7 @@ def test_smaller_types_are_proved_too(tensors, base_of, tmp_path):
     done = lf.export(base, adapter, tmp_path / "out", to="gguf", tensors=tensors, device="cpu")
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out/adapter.gguf").tensors}
     assert kinds == {tensors}
-    assert done.proof is not None
-    assert done.proof.share is not None
-    assert done.proof.share < SHARE
+    proof_of(done, SHARE)
 
 
 @pytest.mark.slow
@@ -151,19 +123,12 @@ def test_a_stack_of_ranks_and_scales_with_embedding_and_head(base_of, tmp_path):
     low = moved(base, tmp_path / "low", METHODS["rslora"](rank=16), targets=EVERYWHERE, name="a")
     high = moved(base, tmp_path / "high", lf.LoRA(rank=3, alpha=24), targets="attention", name="b")
     done = lf.export(base, [low, high], tmp_path / "out", to="llama.cpp", device="cpu")
-    assert done.proof is not None
-    assert done.proof.share is not None
-    assert done.proof.share < 1e-4
+    proof_of(done)
     assert f"--lora {done.out}/adapter.gguf" in done.summary()
 
 
 def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path):
     """Both of which leave most likeliest tokens as they are."""
-    from lorafold.exporting.proof import ReferenceAnswers, proof
-    from lorafold.exporting.target import Subject
-    from lorafold.peft.adapter_directory import open_all
-    from lorafold.resolve import base_for
-
     directory = base_of("llama")
     adapters = open_all([moved(directory, tmp_path / "adapter")])
     base = base_for(directory, adapters, None, device="cpu")
@@ -202,33 +167,25 @@ def test_what_has_no_tensor_is_named(base_of, tmp_path):
     factors = dict(update_of(model, ["one"]).factors)
     factors["model.layers.0.base_reference"] = factors["lm_head"]
     tensors, problems = tensors_of_update(factors, model.config, row)
-    assert {name.partition(".lora")[0] for name in tensors} == {
-        f"blk.{n}.attn_q.weight" for n in range(3)
-    }
-    assert len(problems) == 2
-    assert "lm_head: the head is the embedding" in problems[0]
-    assert "base_reference: llama.cpp has no tensor" in problems[1]
+    names = {name.partition(".lora")[0] for name in tensors}
+    assert names == {f"blk.{n}.attn_q.weight" for n in range(3)}
+    head, other = problems
+    assert "lm_head: the head is the embedding" in head
+    assert "base_reference: llama.cpp has no tensor" in other
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "beside", "said"),
+    ("kind", "beside", "said"),
     [
-        ("llama", "lora", {"modules_to_save": ["norm"]}, "norm"),
-        ("gpt2", "lora", {}, "of type gpt2, expected one of llama"),
-        ("gemma", "lora", {"targets": ["embed_tokens"]}, "the head is the embedding"),
+        ("llama", {"modules_to_save": ["norm"]}, "norm"),
+        ("gpt2", {}, "of type gpt2, expected one of llama"),
+        ("gemma", {"targets": ["embed_tokens"]}, "the head is the embedding"),
     ],
 )
-def test_what_it_cannot_say_is_one_line(
-    kind, method, beside, said, tiny_model, tiny_model_dir, tmp_path
-):
-    made = lf.attach(tiny_model(kind), METHODS[method](), name="one", **beside)
-    done = lorafold(
-        "export", str(made.save(tmp_path / "adapter")), "--model", str(tiny_model_dir(kind)),
-        "--to", "gguf", "--out", str(tmp_path / "out"), "--device", "cpu",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_what_it_cannot_say_is_one_line(kind, beside, said, tiny_model, tiny_model_dir, tmp_path):
+    adapter = lf.attach(tiny_model(kind), lf.LoRA(), **beside).save(tmp_path / "adapter")
+    asked = ("--to", "gguf", "--out", str(tmp_path / "out"), "--device", "cpu")
+    assert said in refused("export", str(adapter), "--model", str(tiny_model_dir(kind)), *asked)
     assert not (tmp_path / "out").exists()
 
 
@@ -238,9 +195,8 @@ def test_a_model_alone_is_another_target(base_of, tmp_path):
 
 
 def test_llama_cpp_refuses_the_base_of_another_model_in_a_line(base_of, tmp_path):
-    adapter = written(
-        base_of("qwen2"), moved(base_of("qwen2"), tmp_path / "adapter"), tmp_path / "out"
-    )
+    base = base_of("qwen2")
+    adapter = written(base, moved(base, tmp_path / "adapter"), tmp_path / "out")
     write_model(base_of("llama"), tmp_path / "other.gguf", "F32", quietly)
     job = {
         "base": str(tmp_path / "other.gguf"), "adapter": str(adapter), "ids": [[1, 2]],
@@ -275,12 +231,10 @@ def test_over_a_gguf_file_of_few_bits_what_it_differs_by_is_told(tmp_path, base_
     write_model(base, tmp_path / "model.gguf", "Q4_0", quietly)
     adapter = moved(tmp_path / "model.gguf", tmp_path / "adapter", storage="bf16")
     done = lf.export(adapters=adapter, out=tmp_path / "out", to="gguf", device="cpu")
-    assert done.proof is not None
     assert done.proof.kl < 2e-5
     told = done.beside["over model.gguf"]
-    assert not isinstance(told, str)
     assert told.prompts == FEWER
     assert told.kl > 10 * done.proof.kl
-    kept = json.loads((tmp_path / "out" / "export.json").read_text())
+    kept = json_of(tmp_path / "out", "export.json")
     assert kept["beside"]["over model.gguf"]["kl"] == told.kl
     assert str(tmp_path / "model.gguf") in kept["launch"][0]

@@ -1,6 +1,4 @@
-"""A chat template in Ollama's language: Go itself renders it, and the model's own template writes
-the same text.
-"""
+"""A chat template in Go, as Ollama needs it, writes the same text as the model's own."""
 
 import copy
 import json
@@ -79,13 +77,9 @@ def tokenizer_of(name: str):
 
 
 def chats() -> list[list[dict[str, str]]]:
-    shifts = range(len(SAID))
     return [
-        [
-            {"role": ROLES[r], "content": SAID[(n + shift) % len(SAID)]}
-            for n, r in enumerate(roles)
-        ]
-        for roles, shift in product(CHATS, shifts)
+        [{"role": ROLES[r], "content": SAID[(n + shift) % len(SAID)]} for n, r in enumerate(roles)]
+        for roles, shift in product(CHATS, range(len(SAID)))
     ]
 
 
@@ -149,10 +143,8 @@ def test_what_a_modelfile_cannot_have_is_refused():
 
 def test_the_directory_has_what_ollama_needs(tmp_path):
     base = saved("llama", tmp_path / "base")
-    done = lorafold(
-        "export", "--model", str(base), "--to", "ollama", "--tensors", "Q8_0", "--no-proof",
-        "--out", str(tmp_path / "out"), "--device", "cpu",
-    )  # fmt: skip
+    asked = ("--to", "ollama", "--tensors", "Q8_0", "--no-proof", "--out", str(tmp_path / "out"))
+    done = lorafold("export", "--model", str(base), *asked, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert text.startswith("FROM ./model-Q8_0.gguf\nTEMPLATE")

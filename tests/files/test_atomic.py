@@ -1,6 +1,6 @@
 """A directory appears whole or not at all: whatever fails, nothing half-written is at its path."""
 
-import json
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from adapter_files import json_of
+from error_cases import refusal
 from lorafold.errors import LorafoldError
 from lorafold.files import atomic
 from lorafold.files.atomic import MANIFEST, atomic_directory, check_out, verify, write_json
@@ -36,9 +38,8 @@ def fill_the_disk(path: Path) -> None:
 
 
 def dead_pid() -> int:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        return child.pid
 
 
 def leftover(target: Path, pid: int, kind: str) -> Path:
@@ -54,11 +55,8 @@ def test_a_directory_appears_whole_with_a_manifest_that_holds(tmp_path):
         assert tmp.parent == tmp_path / "a"  # a sibling: the same file system
         assert not (tmp_path / "a" / "out").exists()
     assert os.listdir(tmp_path / "a") == ["out"]
-    entry = json.loads((tmp_path / "a" / "out" / MANIFEST).read_text())["files"]["weights"]
-    assert entry == {
-        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
-        "size": 3,
-    }
+    entry = json_of(tmp_path / "a" / "out", MANIFEST)["files"]["weights"]
+    assert entry == {"sha256": hashlib.sha256(b"abc").hexdigest(), "size": 3}
     assert verify(tmp_path / "a" / "out") == []
 
 
@@ -96,10 +94,8 @@ def test_a_failure_leaves_nothing(tmp_path, error):
 def test_what_exists_is_refused_before_any_work(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
-    with (
-        pytest.raises(LorafoldError, match=r"out exists; pass --overwrite to replace it$"),
-        atomic_directory(out),
-    ):
+    said = r"out exists; pass --overwrite to replace it$"
+    with pytest.raises(LorafoldError, match=said), atomic_directory(out):
         pytest.fail("the block must not run")
     assert (out / "weights").read_text() == "old"
 
@@ -142,11 +138,8 @@ def test_a_path_taken_during_the_work_is_left_alone(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(
-        LorafoldError, match="out was not written: No space left on device"
-    ) as caught:
-        fill_the_disk(tmp_path / "out")
-    assert "\n" not in str(caught.value)
+    told = refusal(fill_the_disk, tmp_path / "out")
+    assert "out was not written: No space left on device" in told
     assert os.listdir(tmp_path) == []
 
 
@@ -162,9 +155,8 @@ try:
 except LorafoldError as error:
     print(error)
 """
-    told = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert told.count("\n") == 1
     assert "out was not written: " in told
     assert "File too large" in told
@@ -215,23 +207,20 @@ def test_leftovers_of_others_stay(tmp_path):
 
 
 def test_json_is_replaced_in_one_step(tmp_path):
-    write_json(tmp_path / "a.json", {"name": "Zoë", "x": [1, 2.5]})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
-        "name": "Zoë",
-        "x": [1, 2.5],
-    }
+    content = {"name": "Zoë", "x": [1, 2.5]}
+    write_json(tmp_path / "a.json", content)
+    assert json_of(tmp_path, "a.json") == content
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     with pytest.raises(LorafoldError, match=r"b\.json was not written: No such file or directory"):
         write_json(tmp_path / "nowhere" / "b.json", {})
     assert os.listdir(tmp_path) == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["name"] == "Zoë"
+    assert json_of(tmp_path, "a.json") == content
 
 
 def test_a_directory_is_no_file_to_write(tmp_path: Path) -> None:
-    with pytest.raises(LorafoldError) as told:
-        write_json(tmp_path, {})
-    assert str(told.value) == f"{tmp_path}: found a directory, expected the name of a file"
+    said = f"{tmp_path}: found a directory, expected the name of a file"
+    assert refusal(write_json, tmp_path, {}) == said
     assert not [*tmp_path.iterdir()]
 
 

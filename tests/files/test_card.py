@@ -47,9 +47,7 @@ def snippet(out: Path) -> str:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("unestimated")
-def test_the_card_of_a_base_of_the_hub_runs_as_it_is_written(
-    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_card_of_a_base_of_the_hub_runs_as_it_is_written(tiny_model_dir, tmp_path, monkeypatch):
     cached, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
     shutil.copytree(tiny_model_dir("llama"), cached / "snapshots" / commit)
     (cached / "refs").mkdir()
@@ -67,9 +65,7 @@ def test_the_card_of_a_base_of_the_hub_runs_as_it_is_written(
     assert isinstance(found["model"], peft.PeftModel)
 
 
-def test_the_embedded_model_is_opened_by_the_library_that_knows_it(
-    tiny_model: Any, tmp_path: Path
-) -> None:
+def test_the_embedded_model_is_opened_by_the_library_that_knows_it(tiny_model, tmp_path) -> None:
     model = tiny_model("llama")
     model.config._name_or_path = "smollm2"
     lf.attach(model, lf.LoRA()).save(tmp_path / "a")
@@ -78,9 +74,7 @@ def test_the_embedded_model_is_opened_by_the_library_that_knows_it(
 
 
 @pytest.mark.usefixtures("unestimated")
-def test_the_card_has_what_the_run_took_where_the_recipe_says_nothing(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_the_card_has_what_the_run_took_where_the_recipe_says_nothing(tiny_model_dir, tmp_path):
     recipe = lf.Recipe(steps=1, batch=2, storage="fp32")
     base = tiny_model_dir("llama")
     lf.train(recipe, model=base, data=ROWS, out=tmp_path / "a", device="cpu")

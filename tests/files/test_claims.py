@@ -1,6 +1,4 @@
-"""Work that processes share through a directory: each path is made once, a dead process's is taken
-over, and one that lost its claim ends. The workers are real processes.
-"""
+"""Processes share work through a directory: each file is made once, also if a process dies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What lorafold wrote before its modules were put in a new order is read as it was: adapters,
-models, comparisons, searches and recipes. `golden/make.py` says what each is.
+"""Files of an earlier version (`golden/README.md`) give the same output.
 
 Numbers are compared to 1e-4, in fp32: other processors round otherwise.
 """
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner, Result
 
 import lorafold as lf
-from golden.make import COMPARE, EVALUATED, IDS, NEW_IDS, RUNS, SEARCH, evaluation
 from lorafold.cli import app
 from lorafold.files.record import named_as_now
 
@@ -29,6 +27,25 @@ ADAPTERS = sorted(path.name for path in (GOLDEN / "adapters").iterdir())
 MODELS = ["full", "merged"]
 EXPECTED = load_file(GOLDEN / "expected.safetensors")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+IDS = [[1, 77, 42, 260, 298, 133]]
+NEW_IDS = [[300, 77, 42, 301, 298, 301]]  # of an adapter with tokens of its own
+# the commands of then
+ON_BASE = ("--model", "base", "--device", "cpu")
+COMPARE = (
+    *("compare", *ON_BASE, "--data", "rows.jsonl", "--eval-data", "held.jsonl"),
+    *("--methods", "lora,ia3", "--seeds", "2", "--out", "comparison"),
+    *("--set", "base=fp32", "--set", "steps=4", "--set", "batch=4", "--set", "max_length=64"),
+)
+SEARCH = (
+    *("intrinsic", *ON_BASE, "--data", "rows.jsonl", "--eval-data", "held.jsonl"),
+    *("--smallest", "8", "--largest", "64", "--share", "0.004", "--out", "search"),
+    *("--set", "steps=6", "--set", "batch=4", "--set", "max_length=64", "--set", "lr=3e-2"),
+)
+EVALUATED = {  # the data, the model and the adapter
+    "tokens": ("chats", "base", "tokens"), "classifier": ("labels", "base", "classifier"),
+    "linear-probe": ("labels", "base", "linear-probe"), "full": ("rows", "full", None),
+    "merged": ("rows", "merged", None),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +111,11 @@ def test_a_model_gives_the_logits_that_it_gave(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVALUATED)
 def test_the_command_finds_the_loss_that_it_found(name: str) -> None:
-    data, of = EVALUATED[name]
-    loss = found(lorafold(*evaluation(data, of)))["loss"]
+    data, model, adapter = EVALUATED[name]
+    of = ("--adapter", f"adapters/{adapter}") if adapter else ()
+    how = ("--storage", "fp32", "--device", "cpu", "--no-completions")
+    done = lorafold("eval", "--model", model, *of, "--data", f"{data}.jsonl", *how)
+    loss = found(done)["loss"]
     assert loss == pytest.approx(read("expected.json")[name], rel=1e-4)
 
 
@@ -116,7 +136,8 @@ def test_a_search_that_does_not_know_its_model_is_refused() -> None:
 
 def test_a_recipe_has_the_values_that_were_written() -> None:
     written = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))
-    lorafold("train", *RUNS["lora"], "--set", "steps=1", "--out", "fresh")
+    run = ("--data", "rows.jsonl", "--config", "recipe.yaml", "--set", "steps=1")
+    lorafold("train", *ON_BASE, *run, "--out", "fresh")
     recipe = read("fresh", "lorafold.json")["recipe"]
     now = named_as_now(written)
     assert {k: recipe[k] for k in now} == now | {"steps": 1}

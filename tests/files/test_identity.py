@@ -23,11 +23,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def aged(file: Path) -> Path:
-    """The file, last written some seconds ago."""
-    past = time.time() - 60
-    os.utime(file, (past, past))
-    return file
+def put_space(path: Path) -> None:
+    """Write a space over the last byte."""
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
 
 
 def test_a_file_is_read_once_and_known_by_its_marks(cache, tmp_path, monkeypatch) -> None:
@@ -46,7 +44,9 @@ def test_a_file_is_read_once_and_known_by_its_marks(cache, tmp_path, monkeypatch
 def test_a_file_that_was_written_just_now_is_read_again(cache, tmp_path) -> None:
     file = tmp_path / "it"
     file.write_bytes(b"one")
-    contents.file_digest(aged(file))  # its content is old; its marks changed just now
+    past = time.time() - 60
+    os.utime(file, (past, past))
+    contents.file_digest(file)  # its content is old; its marks changed just now
     assert not (cache / "digests").exists()
 
 
@@ -87,9 +87,7 @@ def test_a_model_is_another_with_another_byte(name: str, tiny_model_dir, cache, 
     (copy / "own.py").write_text("a = 2")
     assert of_model(source) == before
     assert of_model(with_code) != trusted
-    with (copy / name).open("r+b") as file:
-        file.seek(-1 if (copy / name).stat().st_size else 0, os.SEEK_END)
-        file.write(b" ")
+    put_space(copy / name)
     assert of_model(source) != before
 
 
@@ -124,9 +122,7 @@ def test_a_shard_that_lies_elsewhere_counts(tiny_model_dir, cache, tmp_path) -> 
     index = {"weight_map": {"a": "../shared/model.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     before = of_model(ModelSource(copy, "copy"))
-    with shard.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b" ")
+    put_space(shard)
     assert of_model(ModelSource(copy, "copy")) != before
 
 

@@ -1,6 +1,4 @@
-"""The table: thing x changed field x kept result. What was kept for one thing is not given for
-another: it is refused or made anew; and it is given again once the thing is what it was.
-"""
+"""Cached results are reused for the same model, adapter, rows and code, and for no others."""
 
 from __future__ import annotations
 
@@ -21,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save
 
 import lorafold as lf
+from adapter_files import configure, json_of
 from lorafold import identity
 from lorafold.comparing import measure
 from lorafold.comparing.run import key
@@ -39,6 +38,7 @@ from lorafold.robustness import run as undoing
 from lorafold.robustness import task as fragile
 from lorafold.training import loop
 from lorafold.training.request import RunRequest
+from lorafold.training.run import train
 from own_caches import shared
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -74,25 +74,16 @@ class World:
     recipe: lf.Recipe = field(default_factory=lambda: RECIPE)
     patch: pytest.MonkeyPatch = field(default_factory=pytest.MonkeyPatch)
 
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def below(self) -> Path:
-        return self.root / "below"
+    def __post_init__(self) -> None:
+        self.model, self.below = self.root / "model", self.root / "below"
 
     # the things: each tells whether what was kept is given for what is there now
 
     def run(self) -> bool:
         """The run that was stopped."""
-        try:
+        with pytest.raises((GoesOn, LorafoldError)) as ended:
             self.train("run", self.recipe, self.rows, resume=True)
-        except GoesOn:
-            return True
-        except LorafoldError:
-            return False
-        return False
+        return ended.type is GoesOn
 
     def reference(self) -> bool:
         """The log-probabilities of the reference."""
@@ -134,9 +125,7 @@ class World:
     def svd(self) -> bool:
         """The decompositions of the base with the adapter below."""
         before = set((self.root / "cache" / "svd").rglob(spectra.FILE))
-        lf.inspect(
-            self.root / "top", self.model, over=self.below, full=True, allow_other_base=True
-        )
+        self.inspected()
         return set((self.root / "cache" / "svd").rglob(spectra.FILE)) == before
 
     def tokens(self) -> bool:
@@ -150,6 +139,10 @@ class World:
         return "they are kept in" not in self.told
 
     # what they need
+
+    def inspected(self, model: Path | None = None) -> Any:
+        given = {"over": self.below, "full": True, "allow_other_base": True}
+        return lf.inspect(self.root / "top", model or self.model, **given)
 
     def same(self, name: str, found: set[str]) -> bool:
         return self.names.setdefault(name, found) == found
@@ -215,10 +208,6 @@ def world(tmp_path_factory, tiny_model_dir, patched) -> World:
     return made
 
 
-def edited(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 def put(file: Path, content: bytes) -> None:
     """Other content in another file, since models may have mapped the one before."""
     file.with_suffix(".new").write_bytes(content)
@@ -232,7 +221,7 @@ def weight(world: World) -> None:
 
 
 def configuration(world: World) -> None:
-    edited(world.model / "config.json", rms_norm_eps=0.1)
+    configure(world.model, "config.json", rms_norm_eps=0.1)
 
 
 def template(world: World) -> None:
@@ -241,7 +230,7 @@ def template(world: World) -> None:
 
 
 def scale(world: World) -> None:
-    edited(world.below / "adapter_config.json", lora_alpha=32)
+    configure(world.below, lora_alpha=32)
 
 
 def tensor(world: World) -> None:
@@ -250,9 +239,8 @@ def tensor(world: World) -> None:
 
 
 def vocabulary(world: World) -> None:
-    file = world.model / "tokenizer.json"
-    ahead = json.loads(file.read_text())["pre_tokenizer"] | {"add_prefix_space": True}
-    edited(file, pre_tokenizer=ahead)
+    ahead = json_of(world.model, "tokenizer.json")["pre_tokenizer"] | {"add_prefix_space": True}
+    configure(world.model, "tokenizer.json", pre_tokenizer=ahead)
 
 
 def row(world: World) -> None:
@@ -303,8 +291,7 @@ SLOWLY = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "change",
-    [pytest.param(name, marks=[SLOWLY] * (name not in FAST)) for name in CHANGES],
+    "change", [pytest.param(name, marks=[SLOWLY] * (name not in FAST)) for name in CHANGES]
 )
 def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: World) -> None:
     do, given = CHANGES[change]
@@ -337,9 +324,8 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
 def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
     file: str, others: set[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = shutil.copytree(
-        identity.ROOT, tmp_path / "lorafold", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    compiled = shutil.ignore_patterns("__pycache__")
+    root = shutil.copytree(identity.ROOT, tmp_path / "lorafold", ignore=compiled)
     with (root / file).open("a") as source:
         source.write("\n# another line\n")
     monkeypatch.setattr(identity, "ROOT", root)
@@ -353,18 +339,14 @@ def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
 
 @pytest.mark.slow
 def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeypatch) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     own, commits = tmp_path / "models--owner--name", {"main": "a" * 40, "other": "b" * 40}
     (own / "refs").mkdir(parents=True)
     for name, commit in commits.items():
         (own / "refs" / name).write_text(commit)
         shutil.copytree(world.model, own / "snapshots" / commit)
-    edited(own / "snapshots" / commits["other"] / "config.json", rms_norm_eps=0.1)
+    configure(own / "snapshots" / commits["other"], "config.json", rms_norm_eps=0.1)
     asked = RunRequest(Base("owner/name", device="cpu"), world.root / "hub", RECIPE, ROWS, "rows")
-    from lorafold.training.run import train
-
     with pytest.raises(GoesOn):
         train(asked, Console(quiet=True))
     other = replace(asked.base, revision="other")
@@ -385,19 +367,15 @@ def test_a_search_of_an_earlier_version_is_refused(world: World) -> None:
         file.write_text(content)
 
 
-def test_a_preference_begins_at_log_2_over_another_scale(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_preference_begins_at_log_2_over_another_scale(world: World, tmp_path: Path) -> None:
     content = (world.below / "adapter_config.json").read_bytes()
     try:
         for alpha, name in ((8, "one"), (32, "two")):
-            edited(world.below / "adapter_config.json", lora_alpha=alpha)
+            configure(world.below, lora_alpha=alpha)
+            where = {"model": world.model, "over": world.below, "device": "cpu"}
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(loop, "train_step", STEP)
-                found = lf.train(
-                    DPO, data=PAIRS, out=tmp_path / name, model=world.model, over=world.below,
-                    device="cpu",
-                )  # fmt: skip
+                found = lf.train(DPO, data=PAIRS, out=tmp_path / name, **where)
             assert found.losses[0] == pytest.approx(math.log(2), abs=1e-5)
     finally:
         (world.below / "adapter_config.json").write_bytes(content)
@@ -410,9 +388,7 @@ def test_figures_of_an_edited_base_are_its_own(world: World, tmp_path: Path, mon
     weight(edit)
 
     def top() -> dict[str, float]:
-        sites = lf.inspect(
-            world.root / "top", edit.model, over=world.below, full=True, allow_other_base=True
-        ).as_json()["sites"]
+        sites = world.inspected(edit.model).as_json()["sites"]
         return {path: site["top_projection"] for path, site in sites.items()}
 
     kept = top()
@@ -456,10 +432,5 @@ def rooms_of(files: list[Path]) -> set[str]:
     ],
 )
 def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besides) -> None:
-    files = [
-        file
-        for room in rooms
-        if (identity.ROOT / room).is_dir()
-        for file in (identity.ROOT / room).rglob("*.py")
-    ]
+    files = [file for room in rooms for file in (identity.ROOT / room).rglob("*.py")]
     assert rooms_of(files) - set(rooms) - {"advice", "errors", "files", "identity"} == besides

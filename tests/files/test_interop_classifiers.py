@@ -1,6 +1,4 @@
-"""Adapters of classifiers, whose head transformers builds in many ways, read by PEFT on the class
-that it has for them: it saves their heads as a whole.
-"""
+"""PEFT reads the adapters of classifiers, whose head it saves as a whole."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import transformers as tf
 from torch import Tensor
 
 import lorafold as lf
+from adapter_files import change
 from conftest import make_tokenizer
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting, trace
@@ -21,7 +20,7 @@ from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.quantizations import Storage
 from lorafold.models.sources import resolve_model
 from lorafold.objectives.classify import head_to_save
-from peft_cases import gap, ids, load_theirs, move
+from peft_cases import gap, ids, load_theirs, moved
 
 CLASSES = ("a", "b", "c")
 SMALL: dict[str, Any] = {
@@ -65,9 +64,7 @@ def opened(base: Path) -> Any:
 
 def adapted(model: Any) -> lf.Adapter:
     spec = lf.LoRA(rank=2, dropout=0.0)
-    adapter = lf.attach(model, spec, modules_to_save=head_to_save(model, spec, None))
-    move(adapter.parameters())
-    return adapter
+    return moved(model, spec, modules_to_save=head_to_save(model, spec, None))
 
 
 @torch.no_grad()
@@ -76,18 +73,23 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def both_read(base: Path, model: Any, path: Path) -> Any:
+    """PEFT's model with the saved adapter, when PEFT and lorafold read the same from it."""
+    theirs = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    wrapped, again = load_theirs(theirs, path), opened(base)
+    assert gap(logits(wrapped), logits(model)) < 1e-5
+    lf.load(again, path)
+    assert torch.equal(logits(again), logits(model))
+    return wrapped
+
+
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", [*PARTS, *OTHERS])
 def test_peft_reads_the_head_of_a_classifier(name: str, tmp_path: Path) -> None:
     base = written(tmp_path / "base", (PARTS | OTHERS)[name]())
     model = opened(base)
     adapted(model).save(tmp_path / "adapter")
-    theirs = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
-    wrapped = load_theirs(theirs, tmp_path / "adapter")
-    assert gap(logits(wrapped), logits(model)) < 1e-5
-    again = opened(base)
-    lf.load(again, tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
+    wrapped = both_read(base, model, tmp_path / "adapter")
     if name in PARTS:
         assert wrapped.peft_config["default"].modules_to_save[0] == "classifier"
 
@@ -96,9 +98,8 @@ def test_a_part_of_a_head_alone_is_no_classifier_of_peft(tmp_path: Path) -> None
     """PEFT would look for the whole head, which the files do not have."""
     base = written(tmp_path / "base", PARTS["roberta"]())
     model = opened(base)
-    adapter = lf.attach(model, lf.LoRA(rank=2), modules_to_save=["classifier.out_proj"])
-    move(adapter.parameters())
-    adapter.save(tmp_path / "adapter")
+    saved = ["classifier.out_proj"]
+    moved(model, lf.LoRA(rank=2), modules_to_save=saved).save(tmp_path / "adapter")
     theirs = tf.AutoModelForSequenceClassification.from_pretrained(base)
     assert load_theirs(theirs, tmp_path / "adapter").peft_config["default"].task_type is None
     assert gap(logits(theirs), logits(model)) < 1e-5
@@ -115,11 +116,7 @@ def test_a_pooler_that_the_files_lack_is_a_part_of_the_head(name: str, tmp_path:
     base = written(tmp_path / "base", config, DRAWN[name])
     model = opened(base)
     adapted(model).save(tmp_path / "adapter")
-    theirs = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
-    assert gap(logits(load_theirs(theirs, tmp_path / "adapter")), logits(model)) < 1e-5
-    again = opened(base)
-    lf.load(again, tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
+    both_read(base, model, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("method", ["lora", "linear-probe"])
@@ -138,12 +135,9 @@ def test_a_masked_model_is_trained_as_a_classifier(method: str, tmp_path: Path) 
 
 
 def test_other_weights_of_the_body_may_not_be_missing(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     base = written(tmp_path / "base", tf.BertConfig(**SMALL), tf.BertForMaskedLM)
-    state = load_file(base / "model.safetensors")
-    del state["bert.encoder.layer.0.output.dense.weight"]
-    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    lost = "bert.encoder.layer.0.output.dense.weight"
+    change(base, lambda tensors: tensors.pop(lost), "model.safetensors")
     with pytest.raises(LorafoldError, match=r"1 weights are missing in its files: bert\.encoder"):
         opened(base)
 

@@ -1,6 +1,4 @@
-"""Adapters over encoders in other hands: what sentence-transformers computes with a merged encoder,
-and PEFT with the adapter, is what the adapted encoder computes.
-"""
+"""PEFT and sentence-transformers compute what an adapted encoder computes."""
 
 import pytest
 import torch

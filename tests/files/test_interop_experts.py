@@ -1,8 +1,6 @@
-"""Files of adapters over experts both ways with PEFT: `target_parameters` where PEFT has the
-method, and a form of our own, which PEFT refuses, where it has not.
+"""Adapters over experts both ways with PEFT, and in lorafold's own form where PEFT has none.
 
-Logits, gradients and weights of two fp32 implementations differ by rounding in another order: 1e-5
-of the largest is asked of all.
+Two fp32 implementations differ by rounding: 1e-5 of the largest number is asked of all.
 """
 
 import json
@@ -11,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,20 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lorafold as lf
+from adapter_files import WEIGHTS, change, configure, json_of, tensors_of
 from conftest import lorafold, make_tokenizer
+from error_cases import refusal
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
 from lorafold.core.spec import Spec
-from lorafold.files.atomic import MANIFEST
 from mixtures import CONFIGS
 from more_architectures import FAMILIES
-from peft_cases import CLOSE, gap, logits, move, noise
+from peft_cases import CLOSE, gap, logits, made_by_peft, moved, noise
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 KINDS = ["mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss"]
@@ -46,7 +47,6 @@ def _seeded_and_quiet() -> None:
 @pytest.fixture(scope="session")
 def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a tiny random model of a kind, which all tests share."""
-    from transformers import AutoModelForCausalLM
 
     def make(kind: str) -> Path:
         path = tmp_path_factory.mktemp(kind)
@@ -67,7 +67,6 @@ def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def moe(moe_dir: Callable[[str], Path]) -> Callable[..., Any]:
     """A fresh copy, on every call, of the tiny random model of a kind."""
-    from transformers import AutoModelForCausalLM
 
     @cache
     def read(kind: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
@@ -78,94 +77,49 @@ def moe(moe_dir: Callable[[str], Path]) -> Callable[..., Any]:
 
 Moe = Callable[..., Any]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# (ours, PEFT's): the same adapter asked of both
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "experts": (
-        {"spec": lf.LoRA(rank=3, alpha=5, dropout=0.0), "targets": EXPERTS},
-        {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": EXPERTS},
+THREE = lf.LoRA(rank=3, dropout=0.0)
+RANKS = {"layers.1.mlp.experts.down_proj": 2, "q_proj": 4}
+PATTERNS = {"rank_pattern": RANKS, "alpha_pattern": {"gate_up_proj": 5.5}}
+BESIDE = {"bias": "lora_only", "modules_to_save": ["model.norm"]}
+Asked = dict[str, Any]
+
+
+def both(
+    modules: list[str], parameters: list[str], spec: Spec = THREE, theirs: Asked | None = None,
+    **ours: Any,
+) -> tuple[Asked, Asked]:  # fmt: skip
+    """(ours, PEFT's): the same adapter asked of both."""
+    config = {"r": 3, "lora_alpha": 6, "target_modules": modules, "target_parameters": parameters}
+    return {"spec": spec, "targets": [*modules, *parameters]} | ours, config | (theirs or {})
+
+
+CASES: dict[str, tuple[Asked, Asked]] = {
+    "experts": both([], EXPERTS, lf.LoRA(rank=3, alpha=5, dropout=0.0), {"lora_alpha": 5}),
+    "mixed": both(
+        ["q_proj", "v_proj"], EXPERTS,
+        theirs={"target_parameters": ["gate_up_proj", "experts.down_proj"]},
     ),
-    "mixed": (
-        {"spec": lf.LoRA(rank=3, dropout=0.0), "targets": ["q_proj", "v_proj", *EXPERTS]},
-        {
-            "r": 3,
-            "lora_alpha": 6,
-            "target_modules": ["q_proj", "v_proj"],
-            "target_parameters": ["gate_up_proj", "experts.down_proj"],
-        },
+    "one-parameter": both(
+        [], EXPERTS[1:], lf.LoRA(rank=3, dropout=0.0, rslora=True), {"use_rslora": True}
     ),
-    "one-parameter": (
-        {"spec": lf.LoRA(rank=3, dropout=0.0, rslora=True), "targets": EXPERTS[1:]},
-        {
-            "r": 3,
-            "lora_alpha": 6,
-            "use_rslora": True,
-            "target_modules": [],
-            "target_parameters": EXPERTS[1:],
-        },
+    "one-layer": both(
+        [], [f"layers.1.{GATE_UP}", DOWN],
+        theirs={"target_parameters": [f"model.layers.1.{GATE_UP}", DOWN]},
     ),
-    "one-layer": (
-        {"spec": lf.LoRA(rank=3, dropout=0.0), "targets": [f"layers.1.{GATE_UP}", DOWN]},
-        {
-            "r": 3,
-            "lora_alpha": 6,
-            "target_modules": [],
-            "target_parameters": [f"model.layers.1.{GATE_UP}", DOWN],
-        },
+    "beside": both(
+        ["q_proj"], EXPERTS, theirs=BESIDE | {"trainable_token_indices": [4, 7]},
+        tokens={"embed_tokens": [4, 7]}, **BESIDE,
     ),
-    "beside": (
-        {
-            "spec": lf.LoRA(rank=3, dropout=0.0),
-            "targets": ["q_proj", *EXPERTS],
-            "bias": "lora_only",
-            "modules_to_save": ["model.norm"],
-            "tokens": {"embed_tokens": [4, 7]},
-        },
-        {
-            "r": 3,
-            "lora_alpha": 6,
-            "target_modules": ["q_proj"],
-            "target_parameters": EXPERTS,
-            "bias": "lora_only",
-            "modules_to_save": ["model.norm"],
-            "trainable_token_indices": [4, 7],
-        },
-    ),
-    "patterns": (
-        {
-            "spec": lf.LoRA(
-                rank=3,
-                dropout=0.0,
-                rank_pattern={"layers.1.mlp.experts.down_proj": 2, "q_proj": 4},
-                alpha_pattern={"gate_up_proj": 5.5},
-            ),
-            "targets": ["q_proj", *EXPERTS],
-        },
-        {
-            "r": 3,
-            "lora_alpha": 6,
-            "target_modules": ["q_proj"],
-            "target_parameters": EXPERTS,
-            "rank_pattern": {"layers.1.mlp.experts.down_proj": 2, "q_proj": 4},
-            "alpha_pattern": {"gate_up_proj": 5.5},
-        },
-    ),
-}
+    "patterns": both(["q_proj"], EXPERTS, lf.LoRA(rank=3, dropout=0.0, **PATTERNS), PATTERNS),
+}  # fmt: skip
 
 
 def theirs(case: str, model: Any) -> Any:
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**CASES[case][1]))
-    move(p for p in wrapped.parameters() if p.requires_grad)
-    return wrapped
+    return made_by_peft(model, peft.LoraConfig(**CASES[case][1]))
 
 
-def ours(model: Any, **asked: Any) -> lf.Adapter:
-    adapter = lf.attach(model, **asked)
-    move(adapter.parameters())
-    return adapter
-
-
-def config(path: Path) -> dict[str, Any]:
-    return json.loads((path / "adapter_config.json").read_text())
+def in_peft(model: Any, path: Path, **how: Any) -> Any:
+    return peft.PeftModel.from_pretrained(model, path, **how)
 
 
 @pytest.mark.few(5)
@@ -186,8 +140,8 @@ def test_peft_writes_and_we_read(kind: str, case: str, moe: Moe, tmp_path: Path)
 @pytest.mark.parametrize("case", CASES)
 def test_we_write_and_peft_reads(kind: str, case: str, moe: Moe, tmp_path: Path) -> None:
     model = moe(kind)
-    ours(model, **CASES[case][0]).save(tmp_path / "a")
-    wrapped = peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a")
+    moved(model, **CASES[case][0]).save(tmp_path / "a")
+    wrapped = in_peft(moe(kind), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
     again = moe(kind)
     adapter = lf.load(again, tmp_path / "a")
@@ -195,34 +149,34 @@ def test_we_write_and_peft_reads(kind: str, case: str, moe: Moe, tmp_path: Path)
     # a file has the biases, whose offsets are trained
     assert gap(logits(again), logits(model)) <= (CLOSE if case == "beside" else 0)
     adapter.save(tmp_path / "b")
-    assert config(tmp_path / "b") == config(tmp_path / "a")
-    one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert json_of(tmp_path / "b") == json_of(tmp_path / "a")
+    one, other = (tensors_of(tmp_path / name) for name in "ab")
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(tensor, other[key], rtol=0, atol=1e-6 * key.endswith("bias"))
 
 
 def test_the_names_in_the_config(moe: Moe, tmp_path: Path) -> None:
-    ours(moe("qwen2-moe"), **CASES["mixed"][0]).save(tmp_path / "a")
-    found = config(tmp_path / "a")
+    moved(moe("qwen2-moe"), **CASES["mixed"][0]).save(tmp_path / "a")
+    found = json_of(tmp_path / "a")
     assert found["target_modules"] == ["q_proj", "v_proj"]
     # the shared expert's down_proj is a module, whose parameter is called weight
     assert found["target_parameters"] == ["down_proj", "gate_up_proj"]
-    ours(moe("qwen2-moe"), **CASES["one-layer"][0]).save(tmp_path / "b")
-    found = config(tmp_path / "b")
+    moved(moe("qwen2-moe"), **CASES["one-layer"][0]).save(tmp_path / "b")
+    found = json_of(tmp_path / "b")
     assert found["target_modules"] == []
     assert found["target_parameters"] == ["1.mlp.experts.gate_up_proj", "down_proj"]
-    ours(moe("qwen2-moe"), spec=lf.LoRA(), targets=["q_proj"]).save(tmp_path / "c")
-    assert "target_parameters" not in config(tmp_path / "c")
-    assert config(tmp_path / "c")["lora_dropout"] == 0.05
+    moved(moe("qwen2-moe"), spec=lf.LoRA(), targets=["q_proj"]).save(tmp_path / "c")
+    assert "target_parameters" not in json_of(tmp_path / "c")
+    assert json_of(tmp_path / "c")["lora_dropout"] == 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_pefts(kind: str, moe: Moe, tmp_path: Path) -> None:
     model = moe(kind)
-    adapter = ours(model, **CASES["mixed"][0])
+    adapter = moved(model, **CASES["mixed"][0])
     adapter.save(tmp_path / "a")
-    wrapped = peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a", is_trainable=True)
+    wrapped = in_peft(moe(kind), tmp_path / "a", is_trainable=True)
     ids = torch.randint(3, 250, (2, 9))
     for m in (model, wrapped):
         m(input_ids=ids, labels=ids).loss.backward()
@@ -262,15 +216,13 @@ def test_merged_weights_are_pefts(kind: str, moe: Moe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
 def test_a_bf16_base(kind: str, moe: Moe, tmp_path: Path) -> None:
-    """Our error against fp32 is PEFT's, up to what a few thousand roundings make of it. Every token
-    meets all experts, since rounding may change which are the first.
-    """
+    """Every token meets all experts, since rounding may change which come first."""
     exact = moe(kind, num_experts_per_tok=4)
-    ours(exact, **CASES["mixed"][0]).save(tmp_path / "a")
+    moved(exact, **CASES["mixed"][0]).save(tmp_path / "a")
     rounded = {"dtype": torch.bfloat16, "num_experts_per_tok": 4}
     model = moe(kind, **rounded)
     lf.load(model, tmp_path / "a")
-    wrapped = peft.PeftModel.from_pretrained(moe(kind, **rounded), tmp_path / "a")
+    wrapped = in_peft(moe(kind, **rounded), tmp_path / "a")
     own, their = (noise(logits(m), logits(exact)) for m in (model, wrapped))
     assert own < 1.5 * their
     wrapped.save_pretrained(tmp_path / "b")
@@ -284,9 +236,9 @@ def test_a_bf16_base(kind: str, moe: Moe, tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", [lf.PiSSA(rank=3, dropout=0.0), lf.OLoRA(rank=3, dropout=0.0)])
 def test_offsets_become_lora(kind: str, spec: Spec, moe: Moe, tmp_path: Path) -> None:
     model = moe(kind)
-    ours(model, spec=spec, targets=EXPERTS).save(tmp_path / "a")
-    assert config(tmp_path / "a")["r"] == 6
-    wrapped = peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a")
+    moved(model, spec=spec, targets=EXPERTS).save(tmp_path / "a")
+    assert json_of(tmp_path / "a")["r"] == 6
+    wrapped = in_peft(moe(kind), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
     again = moe(kind)
     lf.load(again, tmp_path / "a")
@@ -295,19 +247,17 @@ def test_offsets_become_lora(kind: str, spec: Spec, moe: Moe, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["qwen2-moe", "deepseek-v3"])
 def test_linears_that_peft_renames(kind: str, moe: Moe, tmp_path: Path) -> None:
-    """In DeepSeek's models PEFT takes the names of the dense block's and the shared expert's
-    linears for those of experts; so they are named by their weights.
-    """
+    """PEFT takes the linears of DeepSeek's dense blocks for experts, so the file names weights."""
     spec = lf.LoRA(
         rank=3, dropout=0.0, rank_pattern={"gate_proj": 2}, alpha_pattern={r".*\.0\.mlp.*": 7.5}
     )
     model = moe(kind)
-    adapter = ours(model, spec=spec)
+    adapter = moved(model, spec=spec)
     assert {p.rsplit(".", 1)[-1] for p in adapter.matches.paths} > {"gate_proj", "gate_up_proj"}
     adapter.save(tmp_path / "a")
-    found = config(tmp_path / "a")
+    found = json_of(tmp_path / "a")
     assert ("down_proj.weight" in found["target_parameters"]) == (kind == "deepseek-v3")
-    wrapped = peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a")
+    wrapped = in_peft(moe(kind), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
     wrapped.save_pretrained(tmp_path / "b")
     for path in ("a", "b"):
@@ -320,35 +270,27 @@ def test_linears_that_peft_renames_beside_experts_of_another_form(tmp_path: Path
     """PEFT goes by the type of the model alone, and computed something else without a word."""
     make = FAMILIES["longcat"].model
     model = make()
-    adapter = lf.attach(model, lf.LoRA(rank=3, dropout=0.0))
-    move(adapter.parameters())
-    adapter.save(tmp_path / "a")
-    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "a")
+    moved(model, THREE).save(tmp_path / "a")
+    theirs = in_peft(make(), tmp_path / "a")
     assert gap(logits(theirs), logits(model)) < CLOSE
 
 
 def test_a_layer_of_a_model_that_peft_renames(moe: Moe, tmp_path: Path) -> None:
     """There a regular expression would be one for the last parts of paths, in all layers."""
     model = moe("deepseek-v3")
-    ours(model, spec=lf.LoRA(rank=3), targets=r".*layers\.1\..*(o_proj|down_proj)").save(
+    moved(model, spec=lf.LoRA(rank=3), targets=r".*layers\.1\..*(o_proj|down_proj)").save(
         tmp_path / "a"
     )
-    wrapped = peft.PeftModel.from_pretrained(moe("deepseek-v3"), tmp_path / "a")
+    wrapped = in_peft(moe("deepseek-v3"), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
 
 
 def test_ranks_by_the_names_of_weights(moe: Moe, tmp_path: Path) -> None:
-    wrapped = peft.get_peft_model(
-        moe("qwen2-moe"),
-        peft.LoraConfig(
-            r=3,
-            target_modules=["q_proj"],
-            target_parameters=["gate_up_proj", "shared_expert.up_proj.weight"],
-            rank_pattern={"up_proj.weight": 2},
-            alpha_pattern={"up_proj.weight": 9, "gate_up_proj": 4},
-        ),
-    )
-    move(p for p in wrapped.parameters() if p.requires_grad)
+    wrapped = made_by_peft(moe("qwen2-moe"), peft.LoraConfig(
+        r=3, target_modules=["q_proj"],
+        target_parameters=["gate_up_proj", "shared_expert.up_proj.weight"],
+        rank_pattern={"up_proj.weight": 2}, alpha_pattern={"up_proj.weight": 9, "gate_up_proj": 4},
+    ))  # fmt: skip
     wrapped.save_pretrained(tmp_path / "a")
     model = moe("qwen2-moe")
     adapter = lf.load(model, tmp_path / "a")
@@ -377,29 +319,27 @@ OWN: dict[str, tuple[Spec, str]] = {
 @pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["qwen2-moe", "gpt-oss"])
 @pytest.mark.parametrize("method", OWN)
-def test_what_peft_lacks_for_experts(
-    kind: str, method: str, moe: Moe, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_peft_lacks_for_experts(kind: str, method: str, moe: Moe, tmp_path, caplog) -> None:
     spec, peft_type = OWN[method]
     model = moe(kind)
     with caplog.at_level(logging.INFO, "lorafold"):
-        ours(model, spec=spec, targets=["q_proj", *EXPERTS]).save(tmp_path / "a")
-    assert config(tmp_path / "a")["peft_type"] == peft_type
+        moved(model, spec=spec, targets=["q_proj", *EXPERTS]).save(tmp_path / "a")
+    assert json_of(tmp_path / "a")["peft_type"] == peft_type
     told = "with LoRA alone" in caplog.text
     assert told == peft_type.startswith("LORAFOLD_")
     assert "PeftModel" not in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     with pytest.raises((ValueError, KeyError)):
-        peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a")
+        in_peft(moe(kind), tmp_path / "a")
     again = moe(kind)
     adapter = lf.load(again, tmp_path / "a")
     assert gap(logits(again), logits(model)) < (CLOSE if "pissa" in method else 1e-7)
     adapter.save(tmp_path / "b")
-    assert config(tmp_path / "b")["peft_type"] == peft_type
+    assert json_of(tmp_path / "b")["peft_type"] == peft_type
 
 
 def test_each_expert_keeps_its_own_triplets(moe: Moe, tmp_path: Path) -> None:
     model = moe("mixtral")
-    adapter = ours(model, spec=lf.AdaLoRA(rank=2, init_rank=4), targets=["q_proj", *EXPERTS])
+    adapter = moved(model, spec=lf.AdaLoRA(rank=2, init_rank=4), targets=["q_proj", *EXPERTS])
     for delta in adapter.own_deltas.values():
         mask: Any = delta.kept
         mask.view(-1, 4)[:, :] = torch.rand(mask.view(-1, 4).shape) < 0.5
@@ -413,33 +353,28 @@ def test_each_expert_keeps_its_own_triplets(moe: Moe, tmp_path: Path) -> None:
         assert torch.equal(found, mask if mask.dim() > 1 else mask[mask])
 
 
-def test_dropout_stays_ours(
-    moe: Moe, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dropout_stays_ours(moe: Moe, tmp_path: Path, caplog) -> None:
     model = moe("qwen3-moe")
-    adapter = ours(model, spec=lf.LoRA(rank=3, dropout=0.25), targets="all-linear")
+    adapter = moved(model, spec=lf.LoRA(rank=3, dropout=0.25), targets="all-linear")
     with caplog.at_level(logging.INFO, "lorafold"):
         adapter.save(tmp_path / "a")
     assert "lora_dropout is 0 in its config; lorafold reads 0.25" in caplog.text
-    assert config(tmp_path / "a")["lora_dropout"] == 0
-    wrapped = peft.PeftModel.from_pretrained(moe("qwen3-moe"), tmp_path / "a")
+    assert json_of(tmp_path / "a")["lora_dropout"] == 0
+    wrapped = in_peft(moe("qwen3-moe"), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
     loaded = lf.load(moe("qwen3-moe"), tmp_path / "a")
     assert loaded.spec == adapter.spec
-    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    record = json_of(tmp_path / "a", "lorafold.json")
     # what the record of another adapter says is not this one's
-    other = ours(moe("qwen3-moe"), spec=lf.LoRA(rank=3, dropout=0.1), targets=["q_proj"])
+    other = moved(moe("qwen3-moe"), spec=lf.LoRA(rank=3, dropout=0.1), targets=["q_proj"])
     other.save(tmp_path / "b", record=record)
     assert lf.load(moe("qwen3-moe"), tmp_path / "b").spec == other.spec
-    damaged(tmp_path / "a", tmp_path / "c", {})
-    (tmp_path / "c" / "lorafold.json").write_text(json.dumps(record | {"dropout": "much"}))
+    configure(tmp_path / "a", "lorafold.json", dropout="much")
     with pytest.raises(lf.LorafoldError, match="field dropout: found 'much', expected a number"):
-        lf.load(moe("qwen3-moe"), tmp_path / "c")
+        lf.load(moe("qwen3-moe"), tmp_path / "a")
 
 
-def test_trained_by_the_command(
-    moe_dir: Callable[[str], Path], moe: Moe, tmp_path: Path
-) -> None:
+def test_trained_by_the_command(moe_dir: Moe, moe: Moe, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Book a table", "completion": "for four at eight"}\n' * 8)
     done = lorafold(
@@ -449,7 +384,7 @@ def test_trained_by_the_command(
     assert done.returncode == 0, done.stderr
     told = " ".join((done.stdout + done.stderr).split())
     assert told.count("PEFT adapts experts and grouped linears without dropout") == 1
-    wrapped = peft.PeftModel.from_pretrained(moe("qwen3-moe"), tmp_path / "a")
+    wrapped = in_peft(moe("qwen3-moe"), tmp_path / "a")
     model = moe("qwen3-moe")
     bare = logits(model)
     adapter = lf.load(model, tmp_path / "a")
@@ -458,85 +393,58 @@ def test_trained_by_the_command(
     assert gap(logits(wrapped), logits(model)) < CLOSE
 
 
-def damaged(path: Path, out: Path, change: dict[str, Any], **fields: Any) -> Path:
-    """A copy of an adapter directory, without its manifest, with other tensors and fields."""
-    out.mkdir()
-    for file in (file for file in path.iterdir() if file.name != MANIFEST):
-        (out / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(path / "adapter_model.safetensors") | change
-    kept = {k: v for k, v in tensors.items() if v is not None}
-    save_file(kept, out / "adapter_model.safetensors")
-    (out / "adapter_config.json").write_text(json.dumps(config(path) | fields))
-    return out
-
-
 INNER = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
 OUTER = "base_model.model.model.layers.1.mlp.experts.lora_B.weight"
 EACH = "base_model.model.model.layers.0.mlp.experts.3.w1.lora_A.weight"
-DEFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+DEFECTS: dict[str, tuple[Asked, Asked, list[str]]] = {
     "tensors": (
-        {INNER: torch.zeros(15, 64), OUTER: None, f"{INNER}s": torch.zeros(2)},
-        {},
-        [
-            f"unknown key {INNER}s",
-            f"missing key {OUTER}",
-            "and 1 more",
-        ],
+        {INNER: torch.zeros(15, 64), OUTER: None, f"{INNER}s": torch.zeros(2)}, {},
+        [f"unknown key {INNER}s", f"missing key {OUTER}", "and 1 more"],
     ),
     "a router": (
-        {},
-        {"target_parameters": ["gate.weight", "gate_up_proj", "down_proj"]},
-        [
-            "target_parameters: found model.layers.0.mlp.gate.weight,"
-            " model.layers.1.mlp.gate.weight, expected the matrices of experts in parameters of"
-            " three dimensions, or the weights of linear modules"
-        ],
+        {}, {"target_parameters": ["gate.weight", "gate_up_proj", "down_proj"]},
+        ["target_parameters: found model.layers.0.mlp.gate.weight, model.layers.1.mlp.gate.weight,"
+         " expected the matrices of experts in parameters of three dimensions, or the weights of"
+         " linear modules"],
     ),
     "an embedding": (
-        {},
-        {"target_parameters": ["embed_tokens.weight"]},
+        {}, {"target_parameters": ["embed_tokens.weight"]},
         ["target_parameters: found model.embed_tokens.weight, expected"],
     ),
     "none": (
-        {},
-        {"target_parameters": ["experts.w1"], "target_modules": []},
+        {}, {"target_parameters": ["experts.w1"], "target_modules": []},
         ["target_parameters experts.w1 match no module of this model"],
     ),
     "no list": (
-        {},
-        {"target_parameters": "down_proj"},
+        {}, {"target_parameters": "down_proj"},
         ["target_parameters: found 'down_proj'; input should be a valid list"],
     ),
     "dora": (
-        {},
-        {"use_dora": True},
-        ['target_parameters=["down_proj","gate_up_proj"] is not supported'],
+        {}, {"use_dora": True}, ['target_parameters=["down_proj","gate_up_proj"] is not supported']
     ),
     "modules of transformers 4": (
         {EACH: torch.zeros(3, 64)},
         {"target_modules": ["w1", "w2", "w3"], "target_parameters": None},
         [f"found 1 tensors of single experts, such as {EACH}", "load the adapter with PEFT"],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_each_defect(defect: str, moe: Moe, tmp_path: Path) -> None:
-    ours(moe("mixtral"), **CASES["experts"][0]).save(tmp_path / "a")
-    change, fields, said = DEFECTS[defect]
-    path = damaged(tmp_path / "a", tmp_path / "b", change, **fields)
-    model = moe("mixtral")
+    path, model = tmp_path / "a", moe("mixtral")
+    moved(moe("mixtral"), **CASES["experts"][0]).save(path)
+    changed, fields, said = DEFECTS[defect]
+    configure(path, **fields)
+    change(path, lambda t: t.update(changed) or [t.pop(k) for k in changed if t[k] is None])
     before = [type(m) for m in model.modules()]
-    with pytest.raises(lf.LorafoldError) as raised:
-        lf.load(model, path)
-    assert all(text in str(raised.value) for text in said), str(raised.value)
+    told = refusal(lf.load, model, path)
+    assert all(text in told for text in said), told
     assert [type(m) for m in model.modules()] == before
 
 
 def test_a_model_with_more_experts(moe: Moe, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    ours(moe("mixtral"), **CASES["experts"][0]).save(tmp_path / "a")
+    moved(moe("mixtral"), **CASES["experts"][0]).save(tmp_path / "a")
     larger = CONFIGS["mixtral"](num_local_experts=5)
     with pytest.raises(lf.LorafoldError, match=r"shape \[12, 64\], expected \[15, 64\]"):
         lf.load(AutoModelForCausalLM.from_config(larger), tmp_path / "a", allow_other_base=True)
@@ -544,23 +452,20 @@ def test_a_model_with_more_experts(moe: Moe, tmp_path: Path) -> None:
 
 def test_files_of_transformers_4_come_through_peft(moe: Moe, tmp_path: Path) -> None:
     """The advice that the refusal gives."""
-    names = {"w1": (64, 128), "w3": (64, 128), "w2": (128, 64)}
-    tensors = {}
-    for layer in range(2):
-        for expert in range(4):
-            for name, (inn, out) in names.items():
-                block = f"base_model.model.model.layers.{layer}.block_sparse_moe"
-                at = f"{block}.experts.{expert}.{name}"
-                tensors[f"{at}.lora_A.weight"] = 0.2 * torch.randn(3, inn)
-                tensors[f"{at}.lora_B.weight"] = 0.2 * torch.randn(out, 3)
+    names, tensors = {"w1": (64, 128), "w3": (64, 128), "w2": (128, 64)}, {}
+    for layer, expert, name in product(range(2), range(4), names):
+        block = f"base_model.model.model.layers.{layer}.block_sparse_moe"
+        at, (inn, out) = f"{block}.experts.{expert}.{name}", names[name]
+        tensors[f"{at}.lora_A.weight"] = 0.2 * torch.randn(3, inn)
+        tensors[f"{at}.lora_B.weight"] = 0.2 * torch.randn(out, 3)
     old = tmp_path / "old"
     old.mkdir()
-    save_file(tensors, old / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, old / WEIGHTS, metadata={"format": "pt"})
     asked = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
     (old / "adapter_config.json").write_text(json.dumps(asked))
     with pytest.raises(lf.LorafoldError, match="found 48 tensors of single experts"):
         lf.load(moe("mixtral"), old)
-    wrapped = peft.PeftModel.from_pretrained(moe("mixtral"), old)
+    wrapped = in_peft(moe("mixtral"), old)
     wrapped.save_pretrained(tmp_path / "new")
     model = moe("mixtral")
     lf.load(model, tmp_path / "new")

@@ -1,6 +1,4 @@
-"""Merging on disk: the plain directory answers as the adapted model does, appears whole or not at
-all, and says what rounding did.
-"""
+"""Merging on disk: the merged model gives the adapted model's output, or nothing is written."""
 
 import json
 import subprocess
@@ -11,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lorafold as lf
-from adapter_cases import adapted_logits, logits, make_adapter, relative, resaved
+from adapter_cases import adapted_logits, differs, logits, make_adapter, relative, resaved
+from adapter_files import configure, json_of, tensors_of
 from conftest import fast_only
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
@@ -34,6 +33,7 @@ from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
+MODEL = "model.safetensors"
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
 
 
@@ -42,47 +42,31 @@ FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
     fast_only(zip(FAMILIES, cycle([True, False])), product(FAMILIES, [False, True])),
 )
 def test_fp32_merged_is_adapted(kind, sharded, tiny_model_dir, tmp_path):
-    base = resaved(
-        tiny_model_dir(kind), tmp_path / "base", max_shard_size="20KB" if sharded else "1GB"
-    )
+    size = "20KB" if sharded else "1GB"
+    base = resaved(tiny_model_dir(kind), tmp_path / "base", max_shard_size=size)
     assert sharded == (base / "model.safetensors.index.json").exists()
     adapter = make_adapter(base, tmp_path / "adapter")
     result = merge(str(base), [adapter], tmp_path / "merged", device="cpu")
-    merged, adapted = (
-        logits(load_model(tmp_path / "merged", torch.float32)),
-        adapted_logits(base, adapter),
-    )
-    assert relative(merged, adapted) < 1e-5
-    # the adapter does something
-    assert relative(merged, logits(fresh_model(base))) > 1e-3
+    assert differs(tmp_path / "merged", base, adapter) < 1e-5
+    assert differs(tmp_path / "merged", base) > 1e-3  # the adapter does something
     assert result.gap is not None
     assert result.gap.relative_logit_gap < 1e-5
     assert result.gap.argmax_agreement > 0.99
     assert result.folded.sums.survival == 1
-    assert {p.name for p in base.glob("model*")} == {
-        p.name for p in (tmp_path / "merged").glob("model*")
-    }
+    names = [{p.name for p in path.glob("model*")} for path in (base, tmp_path / "merged")]
+    assert names[0] == names[1]
 
 
 def test_what_no_adapter_changes_is_kept_to_the_byte(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"])
     merge(str(base), [adapter], tmp_path / "merged", certificate=False)
-    before, after = (
-        load_file(base / "model.safetensors"),
-        load_file(tmp_path / "merged" / "model.safetensors"),
-    )
+    before, after = tensors_of(base), tensors_of(tmp_path / "merged")
     assert list(before) == list(after)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        n for n in before if "q_proj" in n
-    }
-    for file in (
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ):
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name}
+    words = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for file in ("config.json", *words, "chat_template.jinja"):
         same = json.loads if file.endswith(".json") else str
         assert same((base / file).read_text()) == same((tmp_path / "merged" / file).read_text())
     assert verify(tmp_path / "merged") == []
@@ -92,19 +76,10 @@ def test_what_no_adapter_changes_is_kept_to_the_byte(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trained_biases_are_folded(kind, bias, tiny_model_dir, tmp_path):
     base = tiny_model_dir("qwen2" if kind == "llama" else kind)
-    adapter = make_adapter(
-        base,
-        tmp_path / "adapter",
-        targets=["q_proj", "v_proj"] if kind == "llama" else ["c_attn"],
-        bias=bias,
-    )
+    targets = ["q_proj", "v_proj"] if kind == "llama" else ["c_attn"]
+    adapter = make_adapter(base, tmp_path / "adapter", targets=targets, bias=bias)
     merge(str(base), [adapter], tmp_path / "merged", certificate=False)
-    assert (
-        relative(
-            logits(load_model(tmp_path / "merged", torch.float32)), adapted_logits(base, adapter)
-        )
-        < 1e-5
-    )
+    assert differs(tmp_path / "merged", base, adapter) < 1e-5
 
 
 def test_two_adapters_fold_in_order(tiny_model_dir, tmp_path):
@@ -112,13 +87,7 @@ def test_two_adapters_fold_in_order(tiny_model_dir, tmp_path):
     first = make_adapter(base, tmp_path / "first", seed=1, targets=["q_proj", "down_proj"])
     second = make_adapter(base, tmp_path / "second", seed=2, targets="all-linear")
     merge(str(base), [first, second], tmp_path / "merged", certificate=False)
-    assert (
-        relative(
-            logits(load_model(tmp_path / "merged", torch.float32)),
-            adapted_logits(base, first, second),
-        )
-        < 1e-5
-    )
+    assert differs(tmp_path / "merged", base, first, second) < 1e-5
 
 
 @pytest.mark.few(3)
@@ -131,10 +100,7 @@ def test_tied_weights_are_untied(kind, where, tiny_model_dir, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", targets=targets)
     result = merge(str(base), [adapter], tmp_path / "merged", certificate=False)
     assert result.folded.untied == ("lm_head.weight",)
-    assert (
-        json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
-        is False
-    )
+    assert json_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is False
     model = load_model(tmp_path / "merged", torch.float32)
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
     assert relative(logits(model), adapted_logits(base, adapter)) < 1e-5
@@ -147,33 +113,18 @@ def test_a_head_trained_whole_is_untied_and_replaced(tiny_model_dir, tmp_path):
     )
     result = merge(str(base), [adapter], tmp_path / "merged", certificate=False)
     assert result.folded.untied == ("lm_head.weight",)
-    assert (
-        relative(
-            logits(load_model(tmp_path / "merged", torch.float32)), adapted_logits(base, adapter)
-        )
-        < 1e-5
-    )
+    assert differs(tmp_path / "merged", base, adapter) < 1e-5
 
 
 def test_a_checkpoint_without_the_base_prefix_merges(tiny_model_dir, tmp_path):
     """GPT-2's own files say `h.0.attn.c_attn.weight` where the model says `transformer.h.0...`."""
-    from safetensors.torch import save_file
-
     base = resaved(tiny_model_dir("gpt2"), tmp_path / "base")
-    tensors = {
-        name.removeprefix("transformer."): t
-        for name, t in load_file(base / "model.safetensors").items()
-    }
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    tensors = {k.removeprefix("transformer."): t for k, t in tensors_of(base).items()}
+    save_file(tensors, base / MODEL, metadata={"format": "pt"})
     adapter = make_adapter(base, tmp_path / "adapter", targets=["c_attn", "lm_head"])
     merge(str(base), [adapter], tmp_path / "merged", certificate=False)
-    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == {*tensors, "lm_head.weight"}
-    assert (
-        relative(
-            logits(load_model(tmp_path / "merged", torch.float32)), adapted_logits(base, adapter)
-        )
-        < 1e-5
-    )
+    assert set(tensors_of(tmp_path / "merged")) == {*tensors, "lm_head.weight"}
+    assert differs(tmp_path / "merged", base, adapter) < 1e-5
 
 
 @pytest.mark.slow
@@ -192,73 +143,47 @@ assert not any(name.split(".")[0] in ("lorafold", "peft") for name in sys.module
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(3, 43).view(1, -1)).logits[0], sys.argv[2])
 """
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "merged"), str(tmp_path / "logits.pt")],
-        check=True,
-        capture_output=True,
-    )
+    command = [sys.executable, "-c", script, tmp_path / "merged", tmp_path / "logits.pt"]
+    subprocess.run(command, check=True, capture_output=True)
     assert relative(torch.load(tmp_path / "logits.pt"), adapted_logits(base, adapter)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_weak_adapter_survives_16_bits(dtype, tiny_model_dir, tmp_path):
     base = resaved(tiny_model_dir("llama"), tmp_path / "base", dtype)
-    adapter = make_adapter(
-        base, tmp_path / "adapter", size=2e-5 if dtype == torch.bfloat16 else 3e-6
-    )
+    size = 2e-5 if dtype == torch.bfloat16 else 3e-6
+    adapter = make_adapter(base, tmp_path / "adapter", size=size)
     lost = merge(str(base), [adapter], tmp_path / "nearest", rounding="nearest", certificate=False)
     kept = merge(str(base), [adapter], tmp_path / "auto", seed=3, certificate=False)
     assert lost.folded.sums.survival < 0.98
-    stored, before = (load_file(path / "model.safetensors") for path in (tmp_path / "auto", base))
+    stored, before = tensors_of(tmp_path / "auto"), tensors_of(base)
     exact = fresh_model(base)
     lf.load(exact, adapter).merge()
-    # unbiased: each element's error, times its update, is a random number of mean 0. They are wider
-    # where the update is larger
-    after = exact.state_dict()
-    terms = torch.cat(
-        [
-            ((w.double() - after[n]) * (after[n] - before[n].double())).flatten()
-            for n, w in stored.items()
-        ]
-    )
+    # unbiased: each element's error, times its update, is a random number of mean 0
+    after, parts = exact.state_dict(), []
+    for name, w in stored.items():
+        parts.append((w.double() - after[name]) * (after[name] - before[name].double()))
+    terms = torch.cat([part.flatten() for part in parts])
     assert abs(terms.sum()) < 5 * terms.norm()
-    assert kept.folded.sums.survival == pytest.approx(
-        1 + terms.sum().item() / kept.folded.sums.update, rel=1e-3
-    )
+    survival = 1 + terms.sum().item() / kept.folded.sums.update
+    assert kept.folded.sums.survival == pytest.approx(survival, rel=1e-3)
     assert {t.dtype for t in stored.values()} == {dtype}
 
 
 def test_same_seed_same_bytes_whatever_the_shards(tiny_model_dir, tmp_path):
-    single = resaved(tiny_model_dir("llama"), tmp_path / "single", torch.bfloat16)
-    sharded = resaved(
-        tiny_model_dir("llama"), tmp_path / "sharded", torch.bfloat16, max_shard_size="20KB"
-    )
+    model = tiny_model_dir("llama")
+    single = resaved(model, tmp_path / "single", torch.bfloat16)
+    sharded = resaved(model, tmp_path / "sharded", torch.bfloat16, max_shard_size="20KB")
     adapter = make_adapter(single, tmp_path / "adapter", size=2e-5)
 
     def weights(base: Path, seed: int, out: str) -> dict[str, torch.Tensor]:
-        merge(
-            str(base),
-            [adapter],
-            tmp_path / out,
-            rounding="stochastic",
-            seed=seed,
-            certificate=False,
-        )
-        return {
-            name: t
-            for file in (tmp_path / out).glob("*.safetensors")
-            for name, t in load_file(file).items()
-        }
+        how = {"rounding": "stochastic", "seed": seed, "certificate": False}
+        merge(str(base), [adapter], tmp_path / out, **how)
+        return tensors_of(tmp_path / out)
 
-    first, again, in_shards, other = (
-        weights(single, 0, "a"),
-        weights(single, 0, "b"),
-        weights(sharded, 0, "c"),
-        weights(single, 1, "d"),
-    )
-    assert all(
-        torch.equal(first[n], again[n]) and torch.equal(first[n], in_shards[n]) for n in first
-    )
+    first, other = weights(single, 0, "a"), weights(single, 1, "d")
+    for again in (weights(single, 0, "b"), weights(sharded, 0, "c")):
+        assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[n], other[n]) for n in first)
 
 
@@ -266,10 +191,9 @@ def test_the_certificate_is_what_a_comparison_in_memory_finds(tiny_model_dir, tm
     base = resaved(tiny_model_dir("llama"), tmp_path / "base", torch.bfloat16)
     adapter = make_adapter(base, tmp_path / "adapter")
     text = "Book a table for four at the Copper Lantern on Friday."
-    (tmp_path / "probe.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    result = merge(
-        str(base), [adapter], tmp_path / "merged", probe=tmp_path / "probe.jsonl", device="cpu"
-    )
+    probe = tmp_path / "probe.jsonl"
+    probe.write_text(json.dumps({"text": text}) + "\n")
+    result = merge(str(base), [adapter], tmp_path / "merged", probe=probe, device="cpu")
     tokenizer = load_tokenizer(base)
     ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
     model = fresh_model(base)
@@ -282,48 +206,29 @@ def test_the_certificate_is_what_a_comparison_in_memory_finds(tiny_model_dir, tm
     assert result.gap.positions == ids.shape[1]
     assert result.kl == pytest.approx(kl, rel=1e-3)
     assert result.gap.max_logit_gap == pytest.approx((p - q).abs().max().item(), rel=1e-3)
-    assert result.gap.argmax_agreement == pytest.approx(
-        (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-    )
-    recorded = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    agreement = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert result.gap.argmax_agreement == pytest.approx(agreement)
+    recorded = json_of(tmp_path / "merged", "merge.json")
     assert recorded == result.as_json()
-    assert {
-        "kl",
-        "max_logit_gap",
-        "argmax_agreement",
-        "update_survival",
-        "rounding_noise",
-        "rounding",
-        "seed",
-        "out",
-    } <= set(recorded)
+    figures = {"kl", "max_logit_gap", "argmax_agreement", "update_survival", "rounding_noise"}
+    assert figures | {"rounding", "seed", "out"} <= set(recorded)
 
 
 def test_the_command_prints_json_and_refuses_an_existing_out(tiny_model_dir, tmp_path):
     base, runner = tiny_model_dir("llama"), CliRunner()
     adapter = make_adapter(base, tmp_path / "adapter")
-    arguments = [
-        "merge",
-        "--model",
-        str(base),
-        "--adapter",
-        str(adapter),
-        "--out",
-        str(tmp_path / "merged"),
-        "--device",
-        "cpu",
-    ]
+    arguments = ["merge", "--model", str(base), "--adapter", str(adapter), "--device", "cpu"]
+    arguments += ["--out", str(tmp_path / "merged")]
     done = runner.invoke(app, [*arguments, "--json"], catch_exceptions=False)
     assert json.loads(done.stdout.splitlines()[-1])["kl"] < 1e-6
     before = (tmp_path / "merged" / "merge.json").stat().st_mtime_ns
     with pytest.raises(LorafoldError, match="exists"):
         runner.invoke(app, arguments, catch_exceptions=False)
     assert (tmp_path / "merged" / "merge.json").stat().st_mtime_ns == before
-    again = runner.invoke(
-        app, [*arguments, "--overwrite", "--no-certificate"], catch_exceptions=False
-    )
+    more = [*arguments, "--overwrite", "--no-certificate"]
+    again = runner.invoke(app, more, catch_exceptions=False)
     assert "survives" in again.stdout
-    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["kl"] is None
+    assert json_of(tmp_path / "merged", "merge.json")["kl"] is None
 
 
 def test_another_format_is_a_writer(tiny_model_dir, tmp_path):
@@ -340,8 +245,7 @@ def test_another_format_is_a_writer(tiny_model_dir, tmp_path):
     planned = plan(Base(base), [Saved.open(adapter)])
     folded = execute(planned, write, progress=lambda done, total: sizes.append((done, total)))
     merge(str(base), adapter, tmp_path / "merged", certificate=False)
-    (file,) = (tmp_path / "merged").glob("*.safetensors")
-    expected = load_file(file)
+    expected = tensors_of(tmp_path / "merged")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert sum(folded.rounded.values()) > 0
@@ -353,14 +257,11 @@ def test_the_summary_counts_in_words(tiny_model_dir, tmp_path):
     adapter = make_adapter(base, tmp_path / "a", targets=["layers.0.self_attn.q_proj"])
     result = merge(str(base), [adapter], tmp_path / "one", certificate=False)
     assert "(1 tensor kept as computed)" in result.summary()
-    one, two = (
-        replace(result, folded=replace(result.folded, rounded={"nearest": n}, biases=("b",) * n))
-        for n in (1, 2)
-    )
-    assert "(1 tensor rounded to nearest)" in one.summary()
-    assert "  1 bias was added and enabled in config.json" in one.summary()
-    assert "(2 tensors rounded to nearest)" in two.summary()
-    assert "  2 biases were added and enabled in config.json" in two.summary()
+    for n, tensors, biases in ((1, "1 tensor", "1 bias was"), (2, "2 tensors", "2 biases were")):
+        folded = replace(result.folded, rounded={"nearest": n}, biases=("b",) * n)
+        told = replace(result, folded=folded).summary()
+        assert f"({tensors} rounded to nearest)" in told
+        assert f"  {biases} added and enabled in config.json" in told
 
 
 def refused(base: Path, adapters: list[Path], out: Path, match: str) -> str:
@@ -372,24 +273,18 @@ def refused(base: Path, adapters: list[Path], out: Path, match: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("sharded", "targets"),
-    [(False, None), (True, ["q_proj"])],
-    ids=["single-all", "sharded-q_proj"],
-)
+@pytest.mark.parametrize(("sharded", "targets"), [(False, None), (True, ["q_proj"])], ids=str)
 def test_added_biases_are_switched_on_in_the_config(sharded, targets, tiny_model_dir, tmp_path):
-    base = resaved(
-        tiny_model_dir("llama"), tmp_path / "base", max_shard_size="20KB" if sharded else "1GB"
-    )
+    size = "20KB" if sharded else "1GB"
+    base = resaved(tiny_model_dir("llama"), tmp_path / "base", max_shard_size=size)
     adapter = make_adapter(base, tmp_path / "adapter", spec=lf.BitFit(), targets=targets)
     result = merge(str(base), [adapter], tmp_path / "merged", device="cpu")
     model = load_model(tmp_path / "merged", torch.float32)
     assert relative(logits(model), adapted_logits(base, adapter)) < 1e-5
     assert (model.config.attention_bias, model.config.mlp_bias) == (True, targets is None)
     assert result.folded.untied == ()
-    assert len(result.folded.biases) == model.config.num_hidden_layers * (
-        7 if targets is None else 4
-    )
+    biases = 7 if targets is None else 4
+    assert len(result.folded.biases) == model.config.num_hidden_layers * biases
     assert "biases were added" in result.summary()
     # zeros where only the queries were trained
     assert model.model.layers[0].self_attn.o_proj.bias.any() == (targets is None)
@@ -399,9 +294,8 @@ def test_what_a_plain_model_cannot_hold_is_found_by_the_plan(tiny_model_dir, tmp
     """A trained bias on linears that have none whatever the config says."""
     base = tiny_model_dir("gemma")
     adapter = make_adapter(base, tmp_path / "adapter", spec=lf.BitFit())
-    refused(
-        base, [adapter], tmp_path / "merged", "mlp.*adds a bias.*GemmaForCausalLM has none there"
-    )
+    said = "mlp.*adds a bias.*GemmaForCausalLM has none there"
+    refused(base, [adapter], tmp_path / "merged", said)
 
 
 @pytest.mark.few(9)
@@ -418,9 +312,8 @@ def test_every_method_is_planned_and_folded_by_the_one_law(method, tiny_model):
             with pytest.raises(NotMergeable, match="no form in weight space"):
                 changes(module, ["default"])
             continue
-        expected = [
-            None if t is None else t.detach().clone() for t in module.layer("default").dense()
-        ]
+        dense = module.layer("default").dense()
+        expected = [None if t is None else t.detach().clone() for t in dense]
         found = changes(module, ["default"])
         stored = {name: before_and_after(module, ["default"], name)[1] for name in found}
         for name, values in stored.items():
@@ -438,21 +331,15 @@ def test_wrong_inputs_are_refused_and_leave_nothing(tiny_model_dir, tmp_path):
     refused(base, [tmp_path / "absent"], work / "out", "absent")
     refused(tiny_model_dir("gpt2"), [adapter], work / "out", "adapter|base|target")
 
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(
-        json.dumps(
-            {
-                **config,
-                "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            }
-        )
-    )
+    config = (base / "config.json").read_text()
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    configure(base, "config.json", quantization_config=packed)
     refused(base, [adapter], work / "out", "quantized")
-    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    assert "model.layers.2.self_attn.q_proj.weight" in refused(
-        base, [adapter], work / "out", "in no weight file.* and [0-9]+ more"
-    )
-    (base / "config.json").write_text(json.dumps(config))
+    (base / "config.json").write_text(config)
+    configure(base, "config.json", num_hidden_layers=3)
+    told = refused(base, [adapter], work / "out", "in no weight file.* and [0-9]+ more")
+    assert "model.layers.2.self_attn.q_proj.weight" in told
+    (base / "config.json").write_text(config)
     shard = sorted(base.glob("model-*.safetensors"))[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
@@ -474,21 +361,9 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny_model_dir, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731  (the weights take 150 kB)
-    command = [
-        sys.executable,
-        "-m",
-        "lorafold",
-        "merge",
-        "--model",
-        str(base),
-        "--adapter",
-        str(adapter),
-        "--out",
-        str(work / "out"),
-    ]
-    done = subprocess.run(
-        [*command, "--no-certificate"], preexec_fn=limit, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "lorafold", "merge", "--no-certificate", "--model", base]
+    command += ["--adapter", adapter, "--out", work / "out"]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "was not written" in done.stderr

@@ -1,6 +1,4 @@
-"""Merging a mixture of experts on disk: the tensor of each expert is written in its place, though
-the model has one parameter for all of them.
-"""
+"""Merging mixtures of experts: each expert's tensor is written in its place."""
 
 import json
 import shutil
@@ -12,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Chunk, ConversionOps, MergeModulelist, WeightConverter
 
 import lorafold as lf
 import mixtures
+from adapter_cases import IDS, relative
+from adapter_files import assert_same_tensors, change, json_of
+from adapter_files import tensors_of as tensors
 from conftest import fast_only, make_tokenizer
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
@@ -38,11 +38,11 @@ from lorafold.resolve import Base
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
-IDS = torch.arange(3, 43).view(1, -1)
 CONFIGS = {kind: of for kind, of in mixtures.CONFIGS.items() if kind != "deepseek-v3"} | {
     # one tensor of the files is several parameters
     "hrm": lambda: tf.HrmTextConfig(**mixtures.SHAPE),
 }
+MODEL = "model.safetensors"
 CONVERTED = [kind for kind in CONFIGS if kind != "gpt-oss"]
 
 
@@ -73,10 +73,6 @@ def logits(model) -> torch.Tensor:  # (T, vocabulary)
     return model(input_ids=IDS, use_cache=False).logits[0].float()
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def adapted(base: Path, out: Path, storage=torch.float32, spec=None, size: float = 0.1, **options):
     """The model with an adapter of random values on it, which is saved to `out`."""
     model = load_model(base, storage)
@@ -99,11 +95,6 @@ def probe(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("probe") / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"Row {i} of a few"}) + "\n" for i in range(3)))
     return file
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Of all the files of a model."""
-    return {k: t for file in path.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 def layout(path: Path) -> dict[str, list]:
@@ -136,7 +127,7 @@ def test_merged_is_adapted_and_the_files_are_as_they_were(kind, size, moe, probe
     assert verify(tmp_path / "merged") == []
     if size == "60KB":
         index = "model.safetensors.index.json"
-        was, now = (json.loads((p / index).read_text()) for p in (base, tmp_path / "merged"))
+        was, now = (json_of(path, index) for path in (base, tmp_path / "merged"))
         assert now["weight_map"] == was["weight_map"]
         assert now["metadata"]["total_size"] == was["metadata"]["total_size"]
 
@@ -169,9 +160,7 @@ def test_in_16_bits_small_updates_survive(kind, moe, probe, tmp_path) -> None:
     assert nearest.folded.sums.survival < 0.95
     again = merge(base, [tmp_path / "a"], tmp_path / "again", certificate=False)
     assert again.folded == result.folded
-    one, other = tensors(tmp_path / "merged"), tensors(tmp_path / "again")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_tensors(tmp_path / "merged", tmp_path / "again")
 
 
 def test_only_the_targeted_parameter_changes(moe, tmp_path) -> None:
@@ -189,9 +178,7 @@ def test_only_the_targeted_parameter_changes(moe, tmp_path) -> None:
 
 
 def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeypatch) -> None:
-    """A file with the tensors of all blocks between each other is folded with little memory, and
-    gives the same values.
-    """
+    """It is folded with little memory, and gives the same values."""
     base = moe("mixtral")
     adapted(base, tmp_path / "a", size=0.01)
     odd = tmp_path / "odd"
@@ -199,13 +186,8 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
     file = odd / "model.safetensors"
     entries = read_container(base / "model.safetensors").entries
     order = sorted(entries, key=lambda n: (n.split(".")[-2:], n))
-    write_container(
-        file,
-        [(n.removeprefix("model."), entries[n]) for n in order],
-        {"format": "pt"},
-        lambda _: None,
-        lambda *_: None,
-    )
+    renamed = [(n.removeprefix("model."), entries[n]) for n in order]
+    write_container(file, renamed, {"format": "pt"}, lambda _: None, lambda *_: None)
     monkeypatch.setattr(merged_tensors, "CACHED", 1)
     for path in (base, odd):
         merge(path, [tmp_path / "a"], tmp_path / f"{path.name}-out", certificate=False)
@@ -219,9 +201,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
 @pytest.mark.few(4)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe", "gpt-oss"])
-def test_into_the_dequantized_experts_that_were_trained_on(
-    kind, quantization, moe, tmp_path
-) -> None:
+def test_into_the_dequantized_experts_that_were_trained_on(kind, quantization, moe, tmp_path):
     base = moe(kind)
     model, adapter = adapted(base, tmp_path / "a", Storage(torch.float32, quantization))
     result = merge(base, [tmp_path / "a"], tmp_path / "merged", certificate=False)
@@ -251,12 +231,9 @@ def rows(n: int = 8) -> list[dict]:
 def altered(base: Path, out: Path, part: str) -> Path:
     """The base with other values in the tensors whose names have this part."""
     shutil.copytree(base, out)
-    found = tensors(base)
-    changed = [name for name in found if part in name]
+    changed = [name for name in tensors(base) if part in name]
     assert changed
-    for name in changed:
-        found[name] = found[name] + 0.01
-    save_file(found, out / "model.safetensors", metadata={"format": "pt"})
+    change(out, lambda t: t.update({name: t[name] + 0.01 for name in changed}), MODEL)
     return out
 
 
@@ -265,7 +242,7 @@ def test_a_trained_adapter_knows_its_base_and_no_other(storage, moe, probe, tmp_
     base = moe("mixtral")
     recipe = Recipe(epochs=1, batch=4, storage=storage, rank=2)
     lf.train(recipe, data=rows(), out=tmp_path / "a", model=str(base))
-    fingerprint = json.loads((tmp_path / "a" / "lorafold.json").read_text())["base"]
+    fingerprint = json_of(tmp_path / "a", "lorafold.json")["base"]
     assert any(name.endswith("experts.gate_up_proj") for name in fingerprint)
     assert not any("block_sparse_moe.experts" in name for name in fingerprint)
     result: Merged = merge(base, [tmp_path / "a"], tmp_path / "merged", probe=probe)
@@ -339,25 +316,22 @@ def test_a_converted_parameter_cant_be_written_to(moe) -> None:
 def test_a_missing_expert_is_named(moe, tmp_path) -> None:
     base = tmp_path / "base"
     shutil.copytree(moe("mixtral"), base)
-    found = tensors(base)
-    del found["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
-    save_file(found, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LorafoldError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: .*7 tensors"):
-        mapped_model_of(resolve_model(base))
-    del found["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
-    save_file(found, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LorafoldError, match=r"gate_up_proj: shape \[3, 256, 64\], expected \[4,"):
-        mapped_model_of(resolve_model(base))
+    for half, said in (
+        ("w3", r"layers\.1\.mlp\.experts\.gate_up_proj: .*7 tensors"),
+        ("w1", r"gate_up_proj: shape \[3, 256, 64\], expected \[4,"),
+    ):
+        name = f"model.layers.1.block_sparse_moe.experts.2.{half}.weight"
+        change(base, lambda t, name=name: t.pop(name), MODEL)
+        with pytest.raises(LorafoldError, match=said):
+            mapped_model_of(resolve_model(base))
 
 
 def test_experts_of_several_dtypes_are_refused(moe, tmp_path) -> None:
     base = tmp_path / "base"
     shutil.copytree(moe("mixtral"), base)
     adapted(base, tmp_path / "a")
-    found = tensors(base)
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-    found[name] = found[name].bfloat16()
-    save_file(found, base / "model.safetensors", metadata={"format": "pt"})
+    change(base, lambda t: t.update({name: t[name].bfloat16()}), MODEL)
     asked, saved = Base(base, allow_other_base=True), Saved.open(tmp_path / "a")
     with pytest.raises(NotMergeable, match="stored as BF16 and F32"):
         plan(asked, [saved])
@@ -389,10 +363,8 @@ def test_a_conversion_that_cant_be_reversed_is_refused(op, message, moe, monkeyp
     mapped = mapped_model_of(resolve_model(moe("mixtral")))
     name = "model.layers.0.mlp.experts.down_proj"
     real = mapped.converted[name]
-    converter = WeightConverter(
-        ".experts.*.w2.weight", ".experts.down_proj", [MergeModulelist(dim=0), op]
-    )
     pattern = ".experts.*.w2.weight"
+    converter = WeightConverter(pattern, ".experts.down_proj", [MergeModulelist(dim=0), op])
     sources = [SourceTensor(s.entry, s.values, pattern, s.renamed) for s in real.sources]
     if isinstance(op, Chunk):
         sources = [SourceTensor(s.entry, s.values, pattern, f"{s.renamed}.x") for s in real.sources]

@@ -1,6 +1,4 @@
-"""Bases whose files are quantized: what compressed-tensors wrote, lorafold reads, trains over and
-merges, or refuses in one line.
-"""
+"""Quantized files of compressed-tensors are read, trained over and merged, or refused."""
 
 import itertools
 import json
@@ -16,6 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 import lorafold as lf
+from adapter_files import assert_same_tensors, json_of
+from error_cases import refusal
 from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of, parameter_count
@@ -78,7 +78,7 @@ def compressed(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_what_compressed_tensors_decompresses(quantized, kind):
     model = lf.load_model(quantized(kind))
-    settings = json.loads((quantized(kind) / "config.json").read_text())["quantization_config"]
+    settings = json_of(quantized(kind), "config.json")["quantization_config"]
     compressor, scheme = compressor_of(settings)
     assert len(compressed(model)) == 14
     for module in compressed(model).values():
@@ -154,16 +154,13 @@ def test_fine_grained_fp8_is_what_transformers_dequantizes(base, tmp_path):
 @pytest.mark.parametrize("kind", ["fp8", "fp8-block", "int4", "int4-asymmetric", "int8"])
 def test_merging_gives_a_plain_model_and_says_how_near(base, quantized, tmp_path, kind):
     model, storage = loaded(quantized(kind), kind), KINDS[kind][3]
-    adapter = lf.attach(model, METHODS["lora"], ["q_proj", "up_proj"])
-    torch.manual_seed(1)
-    for p in adapter.parameters():
-        nn.init.normal_(p, std=0.05)
+    adapter = moved(model, targets=["q_proj", "up_proj"])
     adapter.save(tmp_path / "a", record={"recipe": {"base": storage}})
     done = merge(quantized(kind), [tmp_path / "a"], tmp_path / "out")
     assert (done.into.target, done.into.trained_on) == ("trained", storage)
     assert done.gap.kl < 1e-4
     assert done.folded.sums.survival == pytest.approx(1, abs=0.01)
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in json_of(tmp_path / "out", "config.json")
     plain = plain_of(quantized(kind), base)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == plain.state_dict().keys()
@@ -218,14 +215,10 @@ def test_peft_s_files_both_ways(base, quantized, tmp_path, kind):
 def test_the_model_saves_as_it_was_loaded_and_half_merged(quantized, tmp_path, kind):
     model = loaded(quantized(kind), kind, torch.bfloat16)
     model.save_pretrained(tmp_path / "same")
-    before = load_file(quantized(kind) / "model.safetensors")
-    after = load_file(tmp_path / "same" / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_tensors(tmp_path / "same", quantized(kind))
     theirs = by_transformers(tmp_path / "same", CompressedTensorsConfig)
     assert relative(theirs(IDS).logits, loaded(tmp_path / "same", kind)(IDS).logits) < 1e-6
-    adapter = lf.attach(model, METHODS["lora"], ["q_proj"])
-    adapter.merge()
+    lf.attach(model, METHODS["lora"], ["q_proj"]).merge()
     model.save_pretrained(tmp_path / "half")
     again = loaded(tmp_path / "half", kind, torch.bfloat16)
     assert len(compressed(again)) == 12
@@ -248,12 +241,12 @@ def test_activations_that_the_files_quantize_are_said_to_be_unquantized(quantize
     assert "activations too, which are computed unquantized" in caplog.messages[0]
 
 
-def drop(name):
-    return lambda tensors: tensors.pop(f"{SITE}.{name}")
-
-
 def replaced(name, change):
     return lambda t: t.update({f"{SITE}.{name}": change(t[f"{SITE}.{name}"]).contiguous()})
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(f"{SITE}.{name}")
 
 
 def at_start(value):
@@ -264,53 +257,46 @@ def at_start(value):
     return replaced("weight_scale", change)
 
 
+# the format, the change, and the refusal
 MISTAKES = {
     "no scale": (
-        "fp8",
-        drop("weight_scale"),
+        "fp8", drop("weight_scale"),
         "weight_scale: found in no weight file, expected F32 or F16 or BF16 [1]",
     ),
     "no codes": ("int4", drop("weight_packed"), "weight_packed: found in no weight file"),
     "no zero points": ("int4-asymmetric", drop("weight_zero_point"), "weight_zero_point: found in"),
     "scale's shape": (
-        "int4",
-        replaced("weight_scale", lambda t: t[:, :1]),
+        "int4", replaced("weight_scale", lambda t: t[:, :1]),
         "weight_scale: found BF16 [64, 1], expected F32 or F16 or BF16 [64, 2]",
     ),
     "codes' shape": (
-        "int4",
-        replaced("weight_packed", lambda t: t[:, :4]),
+        "int4", replaced("weight_packed", lambda t: t[:, :4]),
         "weight_packed: found I32 [64, 4], expected I32 [64, 8]",
     ),
     "codes' dtype": (
-        "fp8",
-        replaced("weight", lambda t: t.bfloat16()),
+        "fp8", replaced("weight", lambda t: t.bfloat16()),
         "q_proj.weight: found BF16 [64, 64], expected F8_E4M3 [64, 64]",
     ),
     "recorded shape": (
-        "int4",
-        replaced("weight_shape", lambda t: t - 4),
+        "int4", replaced("weight_shape", lambda t: t - 4),
         "weight_shape: found [60, 60], expected [64, 64]",
     ),
     "nan": ("fp8", at_start(torch.nan), "weight_scale: found nan (1 such scales)"),
     "a code that is nan": (
-        "fp8",
-        replaced("weight", lambda t: torch.full_like(t, torch.nan)),
+        "fp8", replaced("weight", lambda t: torch.full_like(t, torch.nan)),
         "q_proj.weight: found 4096 values that are not numbers",
     ),
     "infinite": ("int4", at_start(torch.inf), "weight_scale: found inf (1 such scales)"),
     "zero": ("int8", at_start(0.0), "weight_scale: found 0 (1 such scales), expected finite"),
     "order of columns": (
-        "int4",
-        lambda t: t.update({f"{SITE}.weight_g_idx": torch.arange(64)}),
+        "int4", lambda t: t.update({f"{SITE}.weight_g_idx": torch.arange(64)}),
         "weight_g_idx: found in the files, but quantization_config expects none",
     ),
     "a plain one among them": (
-        "fp8",
-        lambda t: t.update({"model.norm.weight_scale": torch.ones(1)}),
+        "fp8", lambda t: t.update({"model.norm.weight_scale": torch.ones(1)}),
         "model.norm.weight_scale: found in the files",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.few(1)
@@ -342,65 +328,46 @@ def test_other_quantizations_are_refused_in_one_line(base, tmp_path, method, sai
     settings = {"quant_method": method, "bits": 4, "group_size": 32}
     path = with_settings(base, tmp_path / "q", lambda c: c.update(quantization_config=settings))
     for storage in ("auto", "nf4", "bf16"):
-        with pytest.raises(LorafoldError) as caught:
-            lf.load_model(path, storage)
-        assert said in str(caught.value)
-        assert str(caught.value).endswith("train on the model that it was quantized from instead")
+        told = refusal(lf.load_model, path, storage)
+        assert said in told
+        assert told.endswith("train on the model that it was quantized from instead")
     with pytest.raises(LorafoldError, match="quantized"):
         lf.estimate(str(path), "lora")
+
+
+def first(settings):
+    return settings["config_groups"]["group_0"]
+
+
+FP8_VALUES = {
+    "targets": ["re:.*v_proj"], "format": "float-quantized",
+    "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        (
-            "fp8",
-            lambda s: s["config_groups"]["group_0"]["weights"].update(num_bits=4),
-            "found weights in the format naive-quantized (4-bit float",
-        ),
-        (
-            "fp8",
-            lambda s: s.update(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
-            "transform_config: found",
-        ),
-        (
-            "int4",
-            lambda s: s.update(quantization_status="frozen"),
-            "quantization_status: found frozen, expected plain compressed weights",
-        ),
-        (
-            "int4",
-            lambda s: s["config_groups"].update(
-                other={
-                    "targets": ["re:.*v_proj"],
-                    "format": "float-quantized",
-                    "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
-                }
-            ),
-            "stored in 2 ways (fp8, int4)",
-        ),
+        ("fp8", lambda s: first(s)["weights"].update(num_bits=4),
+         "found weights in the format naive-quantized (4-bit float"),
+        ("fp8", lambda s: s.update(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
+         "transform_config: found"),
+        ("int4", lambda s: s.update(quantization_status="frozen"),
+         "quantization_status: found frozen, expected plain compressed weights"),
+        ("int4", lambda s: s["config_groups"].update(other=FP8_VALUES),
+         "stored in 2 ways (fp8, int4)"),
         ("fp8", lambda s: s.update(ignore=[]), "quantizes lm_head, the head; expected linears"),
-        (
-            "fp8",
-            lambda s: s["config_groups"]["group_0"].update(targets=["Embedding"]),
-            "quantizes model.embed_tokens, of class Embedding",
-        ),
-        (
-            "fp8",
-            lambda s: s["config_groups"]["group_0"].update(targets=["re:nothing"]),
-            "matches no linear of the model",
-        ),
+        ("fp8", lambda s: first(s).update(targets=["Embedding"]),
+         "quantizes model.embed_tokens, of class Embedding"),
+        ("fp8", lambda s: first(s).update(targets=["re:nothing"]), "matches no linear of"),
         ("fp8", lambda s: s.update(config_groups=3), "quantization_config: "),
     ],
-)
+)  # fmt: skip
 def test_configs_that_are_not_read_are_refused(quantized, tmp_path, kind, change, said):
     path = with_settings(
         quantized(kind), tmp_path / "q", lambda c: change(c["quantization_config"])
     )
-    with pytest.raises(LorafoldError) as caught:
-        lf.load_model(path)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert said in refusal(lf.load_model, path)
 
 
 def test_without_the_package_one_line_names_it(quantized, monkeypatch):

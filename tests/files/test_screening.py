@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -11,15 +10,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AddedToken
 
 import lorafold as lf
+from adapter_files import CONFIG, RECORD, WEIGHTS, change, json_of, tensors_of
+from adapter_files import configure as changed
 from lorafold.data.calls import parse_calls
 from lorafold.data.render import render
 from lorafold.data.templates import template_of
@@ -63,14 +64,7 @@ def adapter(tiny_model_dir, tmp_path) -> Path:
 
 
 def verified(sandbox: Sandbox, path: Path) -> VerifiedFiles:
-    return sandbox.verify(path, FILES, "adapter_config.json", "lorafold.json", ("base", "over"))
-
-
-def changed(path: Path, **fields: Any) -> None:
-    """Change fields of the configuration, which a manifest would tell."""
-    (path / "manifest.json").unlink(missing_ok=True)
-    config = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps(config | fields))
+    return sandbox.verify(path, FILES, CONFIG, RECORD, ("base", "over"))
 
 
 def opened(
@@ -89,10 +83,7 @@ def test_files_are_named_by_their_digest_and_their_form(sandbox, adapter) -> Non
     first = verified(sandbox, adapter)
     assert first.digest_of(FILES) == of_adapter(adapter, words=False) == of_adapter(adapter)
     assert set(first.files) == {*FILES, "manifest.json"}
-    (adapter / "manifest.json").unlink()
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    more = {k: t + 1 for k, t in tensors.items()}
-    save_file(more, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    change(adapter, lambda tensors: [t.add_(1) for t in tensors.values()])
     other = verified(sandbox, adapter)
     assert other.digest_of(FILES) != first.digest_of(FILES)
     assert other.form == first.form
@@ -110,20 +101,19 @@ def test_what_is_wrong_is_told_in_one_line(sandbox, adapter) -> None:
         with pytest.raises(LorafoldError, match=told):
             verified(sandbox, adapter)
         changed(adapter, lora_alpha=8, target_modules=["q_proj"], rank_pattern={})
-    config = (adapter / "adapter_config.json").read_text()
-    (adapter / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
+    config = (adapter / CONFIG).read_text()
+    (adapter / CONFIG).write_text('{"a":' + "[" * 100_000)
     with pytest.raises(LorafoldError, match="nested"):
         verified(sandbox, adapter)
-    (adapter / "adapter_config.json").write_text(config)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    name = next(iter(tensors))
-    for value in (float("nan"), float("-inf")):
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            spoiled = tensors[name].to(dtype).clone()
-            spoiled.view(-1)[-1] = value
-            save_file(tensors | {name: spoiled}, adapter / "adapter_model.safetensors")
-            with pytest.raises(LorafoldError, match="found NaN or infinity"):
-                verified(sandbox, adapter)
+    (adapter / CONFIG).write_text(config)
+    name, tensor = next(iter(tensors_of(adapter).items()))
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for value, dtype in product((float("nan"), float("-inf")), dtypes):
+        spoiled = tensor.to(dtype).clone()
+        spoiled.view(-1)[-1] = value
+        change(adapter, lambda tensors, spoiled=spoiled: tensors.update({name: spoiled}))
+        with pytest.raises(LorafoldError, match="found NaN or infinity"):
+            verified(sandbox, adapter)
 
 
 def test_a_pattern_that_never_ends_is_ended(adapter, base, monkeypatch) -> None:
@@ -239,10 +229,10 @@ def test_a_busy_machine_is_no_mistake_of_a_template(sandbox, base, tmp_path, mon
 
 def test_a_tokenizer_that_does_not_fit_is_refused(sandbox, base, tmp_path) -> None:
     assert opened(sandbox, base, tmp_path, TOOL_TEMPLATE) is not None
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
+    model = json_of(tmp_path, "tokenizer.json")["model"]
+    vocabulary = model["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    changed(tmp_path, "tokenizer.json", model=model)
     with pytest.raises(LorafoldError, match="does not fit the base: token"):
         sandbox.open(Contents(tmp_path, TOKENIZER))
     shutil.rmtree(tmp_path)
@@ -292,21 +282,17 @@ def test_what_could_be_read_in_two_ways_is_refused(sandbox, adapter, file, befor
 
 def test_bytes_after_the_tensors_are_refused(sandbox, adapter):
     (adapter / "manifest.json").unlink()
-    with (adapter / "adapter_model.safetensors").open("ab") as file:
+    with (adapter / WEIGHTS).open("ab") as file:
         file.write(bytes(64))
     with pytest.raises(LorafoldError, match="64 bytes after the last tensor"):
         verified(sandbox, adapter)
 
 
 def test_closing_does_not_wait_for_what_runs(adapter):
-    file = adapter / "adapter_config.json"
-    content = json.loads(file.read_text()) | {"exclude_modules": "(([a-z._0-9])+)+X"}
-    (adapter / "manifest.json").unlink()
-    file.write_text(json.dumps(content))
+    changed(adapter, exclude_modules="(([a-z._0-9])+)+X")
     others = WorkerPool(lambda: {"modules": NAMES}, 1)
-    endless: dict[str, Any] = {
-        "path": str(adapter), "files": FILES, "config": file.name, "record": "", "told": [],
-    }  # fmt: skip
+    endless: dict[str, Any] = {"path": str(adapter), "files": FILES, "config": CONFIG}
+    endless |= {"record": "", "told": []}
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(others.call, "verify", (1000.0, 1 << 30), **endless)
         while not others._busy:

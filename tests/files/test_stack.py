@@ -1,6 +1,4 @@
-"""A stack of adapters is an artefact: what one is trained over stands in its record, is never
-moved, and is asked for again when it is loaded.
-"""
+"""Adapters on top of adapters: recorded, never moved, and asked for when loaded."""
 
 import json
 import shutil
@@ -10,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 
 import lorafold as lf
+from adapter_files import change, configure, tensors_of
 from conftest import fast_only, lorafold
 from engine_cases import alone, generated
 from fresh_models import fresh_model
 from lorafold.core.attach import selection_of
 from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import write_json
 from lorafold.models.loading import load_model
 from lorafold.peft.adapter_directory import Saved, open_all
 from lorafold.peft.provenance import parse_over
@@ -37,12 +35,10 @@ IDS = torch.arange(5, 29).view(2, 12)
 TRAINED = {"steps": 4, "batch": 4, "storage": "fp32", "lr": 1e-2}
 
 
-def request(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> RunRequest:
-    extra = {
-        k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields
-    }
+def request(model: Path, out: Path, over: tuple[Path, ...] = (), rows=ROWS, **fields) -> RunRequest:
+    extra = {k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields}
     recipe = Recipe(**TRAINED | fields)
-    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", over=over, **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", over=over, **extra)
 
 
 def trained(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Path:
@@ -82,24 +78,32 @@ def dpo(base: Path, sft: Path) -> Path:
     return trained(base, sft.with_name("dpo"), (sft,), seed=1)
 
 
+@pytest.fixture(scope="module")
+def other(base: Path, sft: Path) -> Path:
+    """An adapter that nothing lies over."""
+    return trained(base, sft.with_name("other"), seed=2)
+
+
+@pytest.fixture(scope="module")
+def worded(base: Path, sft: Path) -> tuple[Path, Path]:
+    """An adapter with new tokens, and one over it."""
+    first = trained(base, sft.with_name("words"), new_tokens=["<a>", "<b>"])
+    return first, trained(base, sft.with_name("over-words"), (first,))
+
+
 METHODS = ("lora", "dora", "ia3", "loha")
 
 
-def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(
-    base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(base, sft: Path, tmp_path) -> None:
     before = files(sft)
-    dpo = trained(base, tmp_path / "dpo", (sft,))
+    [below] = Saved.open(trained(base, tmp_path / "dpo", (sft,))).record["over"]
     assert files(sft) == before
-    [below] = Saved.open(dpo).record["over"]
     assert below["adapter"] == str(sft)
     assert len(below["sha256"]) == 64
     assert "over" not in Saved.open(sft).record
 
 
-def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
-    base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(base, sft, tmp_path) -> None:
     asked = setup.set_up(request(base, tmp_path / "dpo", (sft,)), quiet())
     model, adapter, _ = setup.adapted_model(asked, quiet())
     assert asked.request.below == ("over1",)
@@ -116,9 +120,7 @@ def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
     ("below", "above"),
     fast_only(zip(METHODS, (*METHODS[1:], METHODS[0]), strict=True), product(METHODS, METHODS)),
 )
-def test_folding_a_stack_equals_calling_it(
-    below: str, above: str, base: Path, tmp_path: Path
-) -> None:
+def test_folding_a_stack_equals_calling_it(below: str, above: str, base, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", method=below)
     second = trained(base, tmp_path / "second", (first,), method=above)
     model = stacked(base, first, second)
@@ -131,10 +133,7 @@ def test_folding_a_stack_equals_calling_it(
 
 
 @pytest.mark.few(1)
-def test_what_is_found_below_must_be_what_it_was_trained_over(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
-    other = trained(base, tmp_path / "other", seed=2)
+def test_what_is_found_below_must_be_what_it_was_trained_over(base, sft, dpo, other: Path) -> None:
     for below in [(), (other,), (other, sft), (sft, other)]:
         model = stacked(base, *below)
         before = logits(model)
@@ -149,33 +148,25 @@ def test_what_is_found_below_must_be_what_it_was_trained_over(
     lf.load(model, dpo, "dpo", allow_other_base=True)
 
 
-def test_a_file_that_changed_below_is_another_adapter(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_changed_below_is_another_adapter(base, sft: Path, dpo: Path, tmp_path) -> None:
     copy = shutil.copytree(sft, tmp_path / "copy")
     (copy / "README.md").write_text("Another card.")
     (copy / "manifest.json").unlink()
     torch.testing.assert_close(logits(stacked(base, copy, dpo)), logits(stacked(base, sft, dpo)))
-    tensors = load_file(copy / "adapter_model.safetensors")
-    key = next(iter(tensors))
-    save_file(tensors | {key: tensors[key] + 1}, copy / "adapter_model.safetensors")
+    key = next(iter(tensors_of(copy)))
+    change(copy, lambda tensors: tensors[key].add_(1))
     with pytest.raises(LorafoldError, match="it was trained over"):
         stacked(base, copy, dpo)
 
 
-def test_the_selection_and_not_the_order_of_attaching_decides(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
-    other = trained(base, tmp_path / "other", seed=2)
+def test_the_selection_and_not_the_order_of_attaching_decides(base, sft, dpo, other: Path) -> None:
     model = stacked(base, sft, other)
     with lf.only(model, "a0"):
         lf.load(model, dpo, "dpo")
         torch.testing.assert_close(logits(model), logits(stacked(base, sft, dpo)))
 
 
-def test_in_memory_an_adapter_knows_those_that_were_active(
-    base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_in_memory_an_adapter_knows_those_that_were_active(base, sft: Path, tmp_path: Path) -> None:
     model = stacked(base, sft)
     new = lf.attach(model, lf.LoRA(rank=2), name="new")
     above = lf.attach(model, lf.LoRA(rank=2), name="above")
@@ -199,8 +190,6 @@ def test_what_is_merged_is_part_of_the_base(base: Path, sft: Path, tmp_path: Pat
 
 
 def test_peft_reads_a_stack_of_lora(base: Path, sft: Path, dpo: Path) -> None:
-    from peft import PeftModel
-
     theirs = PeftModel.from_pretrained(fresh_model(base), sft, adapter_name="sft")
     theirs.load_adapter(dpo, "dpo")
     theirs.base_model.set_adapter(["sft", "dpo"])
@@ -209,8 +198,6 @@ def test_peft_reads_a_stack_of_lora(base: Path, sft: Path, dpo: Path) -> None:
 
 
 def test_an_adapter_of_peft_can_be_below(base: Path, sft: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-
     theirs = PeftModel.from_pretrained(fresh_model(base), sft)
     theirs.save_pretrained(tmp_path / "peft")
     over = trained(base, tmp_path / "over", (tmp_path / "peft",))
@@ -220,7 +207,7 @@ def test_an_adapter_of_peft_can_be_below(base: Path, sft: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
-    base: Path, sft: Path, tmp_path: Path, monkeypatch
+    base: Path, sft: Path, other: Path, tmp_path: Path, monkeypatch
 ) -> None:
     fields = {"steps": 8, "save_every": 2, "dropout": 0.2}
     straight = trained(base, tmp_path / "straight", (sft,), **fields)
@@ -235,14 +222,9 @@ def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
         patched.setattr(loop, "train_step", crashing)
         with pytest.raises(RuntimeError, match="crashed"):
             trained(base, tmp_path / "stopped", (sft,), **fields)
-    other = shutil.copytree(sft, tmp_path / "other")
-    (other / "manifest.json").unlink()
-    tensors = load_file(other / "adapter_model.safetensors")
-    save_file({k: t * 2 for k, t in tensors.items()}, other / "adapter_model.safetensors")
-    with pytest.raises(LorafoldError, match="over: was"):
-        trained(base, tmp_path / "stopped", (other,), resume=True, **fields)
-    with pytest.raises(LorafoldError, match="over: was"):
-        trained(base, tmp_path / "stopped", resume=True, **fields)
+    for over in ((other,), ()):
+        with pytest.raises(LorafoldError, match="over: was"):
+            trained(base, tmp_path / "stopped", over, resume=True, **fields)
     resumed = trained(base, tmp_path / "stopped", (sft,), resume=True, **fields)
     for path, tensor in weights(straight).items():
         assert torch.equal(tensor, weights(resumed)[path]), path
@@ -279,9 +261,7 @@ def test_dropout_follows_what_is_made_trainable(base: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("where", ["", ".best", ".run", "inside", "around"])
 @pytest.mark.parametrize("option", ["over", "init_adapter"])
-def test_an_output_that_is_an_input_is_refused(
-    where: str, option: str, base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_an_output_that_is_an_input_is_refused(where, option, base, sft, tmp_path) -> None:
     out = tmp_path / "out"
     given = {"": out, "inside": out / "in", "around": out.parent}.get(where, Path(f"{out}{where}"))
     if where != "around":
@@ -292,26 +272,20 @@ def test_an_output_that_is_an_input_is_refused(
 
 
 def test_what_training_over_refuses(base: Path, sft: Path, dpo: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(LorafoldError, match=f"^{dpo}: it was trained over {sft} .* --over {sft}"):
-        trained(base, out, (dpo,))
-    with pytest.raises(LorafoldError, match=f"^{dpo}: it was trained over .* found nothing"):
-        trained(base, out, init_adapter=dpo)
-    with pytest.raises(LorafoldError, match="full trains the base's own weights"):
-        trained(base, out, (sft,), method="full")
-    with pytest.raises(LorafoldError, match=f"^{tmp_path / 'none'}: found no adapter_config.json"):
-        trained(base, out, (tmp_path / "none",))
+    out, none = tmp_path / "out", tmp_path / "none"
+    for over, fields, said in (
+        ((dpo,), {}, f"^{dpo}: it was trained over {sft} .* --over {sft}"),
+        ((), {"init_adapter": dpo}, f"^{dpo}: it was trained over .* found nothing"),
+        ((sft,), {"method": "full"}, "full trains the base's own weights"),
+        ((none,), {}, f"^{none}: found no adapter_config.json"),
+    ):
+        with pytest.raises(LorafoldError, match=said):
+            trained(base, out, over, **fields)
     assert not out.exists()
 
 
-def test_an_adapter_over_others_is_trained_further(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
-    run.train(RunRequest(
-        Base(base, device="cpu"), tmp_path / "more",
-        Recipe(steps=2, batch=4, storage="fp32"), ROWS, "rows",
-        init_adapter=dpo, over=(sft,),
-    ), quiet())  # fmt: skip
+def test_an_adapter_over_others_is_trained_further(base, sft: Path, dpo: Path, tmp_path) -> None:
+    trained(base, tmp_path / "more", (sft,), steps=2, init_adapter=dpo)
     assert Saved.open(tmp_path / "more").record["over"] == Saved.open(dpo).record["over"]
     assert not torch.equal(*(next(iter(weights(p).values())) for p in (dpo, tmp_path / "more")))
 
@@ -321,9 +295,9 @@ def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Pa
     base = tiny_model_dir("llama-wide")
     first = trained(base, tmp_path / "first", storage="nf4")
     asked = request(base, tmp_path / "second", (first,), method="dora")
-    recipe = Recipe(**{k: v for k, v in asked.recipe.model_dump(exclude_unset=True).items()
-                       if k != "storage"})  # fmt: skip
-    run.train(replace(asked, recipe=recipe), quiet())
+    given = asked.recipe.model_dump(exclude_unset=True)
+    del given["storage"]
+    run.train(replace(asked, recipe=Recipe(**given)), quiet())
     assert Saved.open(tmp_path / "second").record["recipe"]["storage"] == "nf4"
     merged = lf.merge(base, [first, tmp_path / "second"], tmp_path / "merged", device="cpu")
     assert str(merged.into) == "the nf4 weights that the adapter was trained on, dequantized"
@@ -331,16 +305,14 @@ def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Pa
     assert merged.gap.argmax_agreement > 0.95
 
 
-def test_new_tokens_below_are_known_above(base: Path, tmp_path: Path) -> None:
-    first = trained(base, tmp_path / "first", new_tokens=["<a>", "<b>"])
-    second = trained(base, tmp_path / "second", (first,))
+def test_new_tokens_below_are_known_above(base: Path, worded, tmp_path: Path) -> None:
+    first, second = worded
     assert not Saved.open(second).own_tokenizer
     model = stacked(base, first, second)
     assert logits(model).shape[-1] == Saved.open(first).record["vocabulary"]
     lf.merge(base, [first, second], tmp_path / "merged")
-    torch.testing.assert_close(
-        logits(load_model(tmp_path / "merged", torch.float32)), logits(model)
-    )
+    merged = load_model(tmp_path / "merged", torch.float32)
+    torch.testing.assert_close(logits(merged), logits(model))
 
 
 @pytest.mark.slow
@@ -348,31 +320,21 @@ def test_new_tokens_above_new_tokens(base: Path, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", new_tokens=["<a>"])
     second = trained(base, tmp_path / "second", (first,), new_tokens=["<a>", "<b>"])
     tokenizer = Base(base).tokenizer(open_all([first, second]))
-    assert set(tokenizer.convert_tokens_to_ids(["<a>", "<b>"])) == {
-        Saved.open(second).record["vocabulary"] - 2, Saved.open(second).record["vocabulary"] - 1
-    }  # fmt: skip
-    model = stacked(base, first, second)
-    assert logits(model).shape[-1] == Saved.open(second).record["vocabulary"]
+    size = Saved.open(second).record["vocabulary"]
+    assert set(tokenizer.convert_tokens_to_ids(["<a>", "<b>"])) == {size - 2, size - 1}
+    assert logits(stacked(base, first, second)).shape[-1] == size
 
 
 def test_a_classifier_below_gives_its_classes_and_head(base: Path, tmp_path: Path) -> None:
     rows = [{"text": f"Row {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(8)]
-    fields = {"objective": "classify", "steps": 2, "batch": 4, "storage": "fp32"}
-    for out, over, some in (("first", (), rows), ("second", (tmp_path / "first",), rows[:4])):
-        asked = RunRequest(
-            Base(base, device="cpu"), tmp_path / out, Recipe(**fields), some, "rows", over=over
-        )
-        run.train(asked, quiet())
-    first, second = open_all([tmp_path / "first", tmp_path / "second"])
+    below = trained(base, tmp_path / "a", rows=rows, objective="classify", steps=2)
+    above = trained(base, tmp_path / "b", (below,), rows=rows[:4], objective="classify", steps=2)
+    first, second = open_all([below, above])
     assert second.classes == first.classes
-    both = [tmp_path / "first", tmp_path / "second"]
-    found = lf.evaluate(base, rows, adapters=both, storage="fp32")
-    assert found is not None
+    assert lf.evaluate(base, rows, adapters=[below, above], storage="fp32") is not None
 
 
-def test_the_engine_serves_a_stack_under_one_name(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_the_engine_serves_a_stack_under_one_name(base, sft: Path, dpo: Path, tmp_path) -> None:
     lora = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), lora)
     assert expected != generated(stacked(base, dpo_alone(dpo, tmp_path)), lora)
@@ -380,10 +342,8 @@ def test_the_engine_serves_a_stack_under_one_name(
     assert alone(model, lora, {"dpo": dpo}) == expected
     # also where both were moved together, but not where the one below is missing
     moved = shutil.copytree(dpo, tmp_path / "dpo")
-    record = Saved.open(moved).record
-    record["over"][0]["adapter"] = "gone/sft"
-    write_json(moved / "lorafold.json", record)
-    (moved / "manifest.json").unlink()
+    [below] = Saved.open(moved).record["over"]
+    configure(moved, "lorafold.json", over=[below | {"adapter": "gone/sft"}])
     with pytest.raises(LorafoldError, match=f"over gone/sft .* found in {tmp_path / 'sft'}; put"):
         alone(model, lora, {"dpo": moved})
     shutil.copytree(sft, tmp_path / "sft")
@@ -400,9 +360,7 @@ def dpo_alone(dpo: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["dora", "ia3", "loha"])
-def test_the_engine_serves_stacks_of_any_methods(
-    method: str, base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_the_engine_serves_stacks_of_any_methods(method: str, base, sft: Path, tmp_path) -> None:
     below = shutil.copytree(sft, tmp_path / "below")
     over = trained(base, tmp_path / "over", (below,), method=method)
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="over")
@@ -410,17 +368,13 @@ def test_the_engine_serves_stacks_of_any_methods(
     assert alone(fresh_model(base), asked, {"over": over}) == expected
 
 
-def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, tmp_path: Path) -> None:
-    first = trained(base, tmp_path / "first", new_tokens=["<a>"])
-    second = trained(base, tmp_path / "second", (first,))
+def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, worded) -> None:
     asked = EngineRequest("0", (5, 6), max_new_tokens=2, adapter="second")
     with pytest.raises(LorafoldError, match=r"rows of tokens, .* merge them"):
-        alone(fresh_model(base), asked, {"second": second})
+        alone(fresh_model(base), asked, {"second": worded[1]})
 
 
-def test_composing_a_whole_stack_gives_what_the_stack_computes(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_composing_a_whole_stack_gives_what_the_stack_computes(base, sft, dpo, tmp_path) -> None:
     lf.compose([sft, dpo], tmp_path / "both", model=base, how="linear", weights=[1, 1])
     both = tmp_path / "both"
     assert "over" not in Saved.open(both).record
@@ -430,9 +384,7 @@ def test_composing_a_whole_stack_gives_what_the_stack_computes(
     assert not (tmp_path / "alone").exists()
 
 
-def test_composing_measures_each_over_what_it_lies_over(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_composing_measures_each_over_what_it_lies_over(base, sft, dpo: Path, tmp_path) -> None:
     made = lf.compose(
         [sft, dpo], tmp_path / "both", model=base, how="linear", weights=[1, 1],
         data={"task": ROWS[:4]}, completions=False, storage="fp32", device="cpu",
@@ -444,9 +396,7 @@ def test_composing_measures_each_over_what_it_lies_over(
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "ia3"])
-def test_inspecting_takes_what_is_below_as_the_base(
-    method: str, base: Path, sft: Path, tmp_path: Path
-) -> None:
+def test_inspecting_takes_what_is_below_as_the_base(method: str, base, sft: Path, tmp_path) -> None:
     over = trained(base, tmp_path / "over", (sft,), method=method)
     merged = tmp_path / "merged"
     lf.merge(base, sft, merged)
@@ -462,9 +412,7 @@ def test_inspecting_takes_what_is_below_as_the_base(
         lf.inspect(over, base)
 
 
-def test_the_loss_along_an_update_starts_at_what_is_below(
-    base: Path, sft: Path, dpo: Path
-) -> None:
+def test_the_loss_along_an_update_starts_at_what_is_below(base: Path, sft: Path, dpo: Path) -> None:
     found = lf.inspect(dpo, base, over=sft, data=ROWS[:4], storage="fp32", device="cpu")
     loss = dict(found.paths.scaling)
     for t, adapters in ((0.0, [sft]), (1.0, [sft, dpo])):
@@ -496,9 +444,8 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     assert lorafold("merge", *model, *stack, "--out", c, "--device", "cpu").returncode == 0
     assert lorafold("inspect", b, *model, "--over", a, "--against", a, "--json").returncode == 0
     small = tmp_path / "small"
-    resized = lorafold(
-        "resize", b, *model, "--over", a, "--rank", "16", *data, "--out", str(small), "--json"
-    )
+    asked = ("--over", a, "--rank", "16", "--out", str(small), "--json")
+    resized = lorafold("resize", b, *model, *data, *asked)
     assert resized.returncode == 0
     figures = json.loads(resized.stdout.splitlines()[-1])
     assert figures["loss_after"] == pytest.approx(figures["loss_before"], rel=1e-3)
@@ -507,9 +454,7 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     assert lorafold("train", *recipe, "--over", a, "--out", a, "--overwrite").returncode == 2
 
 
-def test_a_server_reads_what_is_below_from_its_own_directory_only(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_a_server_reads_what_is_below_from_its_own_directory_only(base, sft, dpo, tmp_path) -> None:
     adapters = tmp_path / "adapters"
     shutil.copytree(dpo, adapters / "dpo")
     (origin,) = parse_over(Saved.open(dpo).record)
@@ -528,12 +473,9 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(
     assert below() == adapters / "sft"
 
 
-def test_what_is_active_on_the_model_of_an_engine_is_below(
-    base: Path, sft: Path, dpo: Path, tmp_path: Path
-) -> None:
+def test_what_is_active_on_the_model_of_an_engine_is_below(base, sft, dpo, other: Path) -> None:
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), asked)
     assert alone(stacked(base, sft), asked, {"dpo": dpo}) == expected
-    other = trained(base, tmp_path / "other", seed=2)
     with pytest.raises(LorafoldError, match=f"found {other} "):
         alone(stacked(base, other), asked, {"dpo": dpo})

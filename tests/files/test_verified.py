@@ -1,6 +1,4 @@
-"""What lorafold wrote is read as it was written, or refused: one bit is enough. What it did not
-write, or does not read, may be what it likes.
-"""
+"""One flipped bit in a file that lorafold wrote and reads is found."""
 
 import hashlib
 import json
@@ -17,10 +15,12 @@ import torch
 
 import lorafold as lf
 from adapter_cases import make_adapter, resaved
+from adapter_files import WEIGHTS, json_of
+from conversation_cases import jsonl
+from error_cases import refusal
 from gguf_cases import write_gguf
 from lorafold.api.merge import merge
 from lorafold.cli import main
-from lorafold.errors import LorafoldError
 from lorafold.files import atomic, contents
 from lorafold.files.atomic import MANIFEST, verify
 from lorafold.files.paths import cache_directory
@@ -38,8 +38,7 @@ from lorafold.training.checkpoint import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
-WEIGHTS = "adapter_model.safetensors"
-BITS = 40
+BITS, ROW = 40, {"prompt": "Book", "completion": "a table"}
 
 
 def flip(file: Path, seed: int) -> None:
@@ -50,19 +49,9 @@ def flip(file: Path, seed: int) -> None:
     file.write_bytes(content)
 
 
-def refusal(do: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(LorafoldError) as error:
-        do(*arguments, **options)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
 def says_damaged(message: str, file: str) -> bool:
-    return (
-        f"{file}: content differs from the manifest: damaged, or changed by hand; restore it, or"
-        f" delete {MANIFEST} if you changed it yourself" in message
-    )
+    why = "content differs from the manifest: damaged, or changed by hand; restore it, or delete"
+    return f"{file}: {why} {MANIFEST} if you changed it yourself" in message
 
 
 @pytest.fixture
@@ -87,9 +76,7 @@ def merged(base: Path, adapter: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def told(monkeypatch, capsys):
-    """Run a command, which must end with 2, one line that begins with error, and nothing on
-    stdout; the line is the answer.
-    """
+    """Run a command that fails with one line on stderr and nothing on stdout; return the line."""
     monkeypatch.setenv("LORAFOLD_TUNE", "off")
     handlers = list(logging.getLogger("lorafold").handlers)
 
@@ -126,49 +113,35 @@ def test_forty_bits_of_an_adapter(adapter: Path, tiny_model) -> None:
     lf.load(model, adapter)
 
 
-COMMANDS = {
-    "eval": ("eval", "--data", "{rows}", "--adapter", "{adapter}"),
-    "generate": ("generate", "--prompt", "Book", "--adapter", "{adapter}"),
-    "merge": ("merge", "--adapter", "{adapter}", "--out", "{out}"),
-    "inspect": ("inspect", "{adapter}", "--html", "{out}"),
-    "inspect against": ("inspect", "{plain}", "--against", "{adapter}", "--html", "{out}"),
-    "compose": (
-        *("compose", "--adapter", "{plain}", "--adapter", "{adapter}"),
-        *("--how", "linear", "--out", "{out}"),
-    ),
-    "compose several": (
-        *("compose", "--adapter", "{plain}", "--adapter", "{adapter}"),
-        *("--how", "linear", "--how", "svd", "--out", "{out}"),
-    ),
-    "resize": ("resize", "{adapter}", "--rank", "2", "--out", "{out}"),
-    "train": (
-        *("train", "--data", "{rows}", "--init-adapter", "{adapter}", "--out", "{out}"),
-        *("--set", "steps=1"),
-    ),
-}
+COMMANDS = [
+    "eval --data {rows} --adapter {adapter}",
+    "generate --prompt Book --adapter {adapter}",
+    "merge --adapter {adapter} --out {out}",
+    "inspect {adapter} --html {out}",
+    "inspect {plain} --against {adapter} --html {out}",
+    "compose --adapter {plain} --adapter {adapter} --how linear --out {out}",
+    "compose --adapter {plain} --adapter {adapter} --how linear --how svd --out {out}",
+    "resize {adapter} --rank 2 --out {out}",
+    "train --data {rows} --init-adapter {adapter} --out {out} --set steps=1",
+]
 
 
 @pytest.mark.few(9)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", "lorafold.json"])
-def test_every_command_that_reads_an_adapter(
-    command: str, file: str, base: Path, adapter: Path, tmp_path: Path, told
-) -> None:
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    rows.write_text('{"prompt": "Book", "completion": "a table"}\n')
-    flip(adapter / file, sorted(COMMANDS).index(command))
+def test_every_command_that_reads_an_adapter(command, file, base, adapter, tmp_path, told) -> None:
+    rows, out = jsonl(tmp_path / "rows.jsonl", ROW), tmp_path / "out"
+    flip(adapter / file, COMMANDS.index(command))
     names = {"rows": rows, "adapter": adapter, "plain": tmp_path / "plain", "out": out}
     before = below(tmp_path)
-    line = told(*(part.format(**names) for part in COMMANDS[command]), "--model", base)
+    line = told(*(part.format(**names) for part in command.split()), "--model", base)
     assert says_damaged(line, file)
     assert below(tmp_path) == before
     assert not any("out" in path.name for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_bit_of_an_adapter_s_tokenizer(
-    file: str, base: Path, adapter: Path, tmp_path: Path, told
-) -> None:
+def test_a_bit_of_an_adapter_s_tokenizer(file: str, base, adapter, tmp_path: Path, told) -> None:
     flip(adapter / file, 0)
     for stack in ([adapter], [adapter, tmp_path / "plain"]):
         assert says_damaged(refusal(Base(base).tokenizer, open_all(stack)), file)
@@ -179,10 +152,9 @@ def test_a_bit_of_an_adapter_s_tokenizer(
 
 
 ROWS = [{"prompt": f"Book {n}", "completion": "a table"} for n in range(4)]
+EVALUATED = {"completions": False, "device": "cpu"}
 READING = {
-    "evaluate": lambda base, adapter, out: lf.evaluate(
-        base, ROWS, adapters=adapter, completions=False, device="cpu"
-    ),
+    "evaluate": lambda base, adapter, out: lf.evaluate(base, ROWS, adapters=adapter, **EVALUATED),
     "merge": lambda base, adapter, out: lf.merge(base, adapter, out, device="cpu"),
     "compose": lambda base, adapter, out: lf.compose([adapter], out, model=base),
     "resize": lambda base, adapter, out: lf.resize(adapter, out, model=base, rank=2),
@@ -200,9 +172,7 @@ def _counted(event: str, given: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("verb", READING)
-def test_an_adapter_is_opened_once(
-    verb: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_an_adapter_is_opened_once(verb: str, base, adapter, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "looked_at", Counter())
     READING[verb](base, adapter, tmp_path / "out")
     found = {name: looked_at[str(adapter / name)] for name in FILES}  # type: ignore[index]
@@ -212,9 +182,8 @@ def test_an_adapter_is_opened_once(
 def test_what_is_gone_is_not_overlooked(base: Path, adapter: Path) -> None:
     """Without its record an adapter fits every base, without its tokenizer it speaks another."""
     (adapter / "tokenizer_config.json").unlink()
-    assert "tokenizer_config.json: missing" in refusal(
-        Base(base).tokenizer, [Saved.open(adapter)]
-    )
+    told = refusal(Base(base).tokenizer, [Saved.open(adapter)])
+    assert "tokenizer_config.json: missing" in told
     (adapter / "lorafold.json").unlink()
     assert "lorafold.json: missing" in refusal(Saved.open, adapter)
     assert "lorafold.json: missing" in refusal(lf.load, load_model(base, torch.float32), adapter)
@@ -228,9 +197,7 @@ def test_a_file_of_another_size_says_its_size(adapter: Path, tiny_model) -> None
 
 
 @pytest.mark.parametrize("file", ["model-00002-of-*.safetensors", "model.*.index.json"])
-def test_a_bit_of_a_merged_model(
-    file: str, base: Path, merged: Path, adapter: Path, tmp_path: Path, told
-) -> None:
+def test_a_bit_of_a_merged_model(file: str, base, merged, adapter, tmp_path: Path, told) -> None:
     [shard] = merged.glob(file)
     flip(shard, 1)
     for storage in (torch.float32, Storage(torch.float32, "nf4")):
@@ -239,8 +206,7 @@ def test_a_bit_of_a_merged_model(
     assert says_damaged(refusal(merge, str(merged), [adapter], tmp_path / "out"), shard.name)
     pair = Base(base), Base(merged)
     assert says_damaged(refusal(extract, *pair, tmp_path / "out", rank=2), shard.name)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "Book", "completion": "a table"}\n')
+    rows = jsonl(tmp_path / "rows.jsonl", ROW)
     for command in (
         ("eval", "--data", rows),
         ("generate", "--prompt", "Book"),
@@ -251,9 +217,7 @@ def test_a_bit_of_a_merged_model(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bit_of_what_lies_beside_a_merged_model_s_weights(
-    merged: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_a_bit_of_what_lies_beside_a_merged_model_s_weights(merged, adapter, tmp_path) -> None:
     whole = (merged / "tokenizer.json").read_bytes()
     flip(merged / "tokenizer.json", 2)
     load_model(merged, torch.float32)
@@ -294,11 +258,9 @@ def test_what_is_not_read_does_not_matter(base: Path, adapter: Path, merged: Pat
 
 
 @pytest.mark.parametrize("manifest", [None, '{"name": "an app", "icons": []}'], ids=str)
-def test_without_a_manifest_of_ours_all_is_as_ever(
-    manifest: str | None, base: Path, adapter: Path, tiny_model
-) -> None:
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+def test_without_a_manifest_of_ours_all_is_as_ever(manifest, base, adapter, tiny_model) -> None:
+    config = json_of(adapter) | {"lora_alpha": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert "adapter_config.json: " in refusal(lf.load, tiny_model("llama"), adapter)
     (adapter / MANIFEST).unlink()
     if manifest is not None:
@@ -316,17 +278,12 @@ def test_a_manifest_that_is_none(manifest: bytes, base: Path, adapter: Path, tol
     assert line.startswith(f"error: {adapter}: {MANIFEST}: not readable as a manifest: damaged, or")
 
 
-def test_each_file_is_hashed_once_a_load(
-    base: Path, adapter: Path, merged: Path, monkeypatch
-) -> None:
-    hashed: list[str] = []
-    sha256 = atomic.sha256
+def test_each_file_is_hashed_once_a_load(base, adapter: Path, merged: Path, monkeypatch) -> None:
+    hashed, read, sha256 = list[str](), list[bytes](), atomic.sha256
 
     def counted(path: Path) -> str:
         hashed.append(path.name)
         return sha256(path)
-
-    read: list[bytes] = []
 
     def counted_bytes(content: bytes) -> Any:
         read.append(content)
@@ -342,9 +299,8 @@ def test_each_file_is_hashed_once_a_load(
     assert sum(map(len, read)) < 1.1 * sum((adapter / name).stat().st_size for name in files)
     assert hashed == []
     load_model(merged, Storage(torch.float32, "nf4"))
-    assert {name: hashed.count(name) for name in hashed if "safetensors" in name} == {
-        path.name: 1 for path in merged.glob("*.safetensors*")
-    }
+    weights = [name for name in hashed if "safetensors" in name]
+    assert sorted(weights) == sorted(path.name for path in merged.glob("*.safetensors*"))
 
 
 def test_a_damaged_copy_of_a_gguf_file_is_made_anew(tiny_model_dir, tmp_path, monkeypatch) -> None:
@@ -363,9 +319,8 @@ def test_a_damaged_copy_of_a_gguf_file_is_made_anew(tiny_model_dir, tmp_path, mo
     (source.path / MANIFEST).unlink()
     assert resolve_model(tmp_path / "tiny.gguf") == source
     assert verify(source.path) == []
-    assert {path.name for path in source.path.parent.iterdir()} == {
-        source.path.name, f"{source.path.name}.lock"
-    }  # fmt: skip
+    kept = {path.name for path in source.path.parent.iterdir()}
+    assert kept == {source.path.name, f"{source.path.name}.lock"}
 
 
 def test_damaged_singular_vectors_are_made_anew(tmp_path, monkeypatch) -> None:

@@ -43,6 +43,11 @@ def adapted_logits(model_dir: Path, *adapters: Path) -> torch.Tensor:
     return logits(model)
 
 
+def differs(merged: Path, base: Path, *adapters: Path) -> float:
+    """How far the model of a directory is from the base with the adapters on it."""
+    return relative(logits(load_model(merged, torch.float32)), adapted_logits(base, *adapters))
+
+
 def resaved(model_dir: Path, path: Path, dtype: torch.dtype = torch.float32, **how) -> Path:
     """The model in another dtype or in shards, beside its tokenizer."""
     shutil.copytree(

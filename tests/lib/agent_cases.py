@@ -87,13 +87,7 @@ TOOLS = [
 
 
 def rows(split: Split, n: int, seed: int) -> list[dict[str, Any]]:
-    """Conversations with tools; the same for the same arguments.
-
-    Args:
-        split: train or test.
-        n: how many.
-        seed: draws them.
-    """
+    """Conversations with tools; the same for the same arguments."""
     rng = random.Random(f"agent {split} {seed}")
     found = []
     for _ in range(n):
@@ -106,13 +100,7 @@ def rows(split: Split, n: int, seed: int) -> list[dict[str, Any]]:
 
 
 def question(rng: random.Random, split: Split, name: str) -> tuple[str, dict[str, Any]]:
-    """A question that needs a function, and the arguments.
-
-    Args:
-        rng: draws it.
-        split: train or test.
-        name: the function.
-    """
+    """A question that needs a function, and the arguments."""
     spoken: dict[str, str] = {}
     arguments: dict[str, Any] = {}
     for key in TOOLS[list(FUNCTIONS).index(name)]["function"]["parameters"]["required"]:

@@ -70,11 +70,7 @@ CUT = """() => {
 
 
 def open_browser(play: Any) -> Any:
-    """The browser of this machine, or else playwright's own; without either the test is skipped.
-
-    Args:
-        play: what `sync_playwright` gives.
-    """
+    """The browser of this machine or playwright's; without either the test is skipped."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next(filter(None, map(shutil.which, names)), play.chromium.executable_path)
     if not os.path.exists(found):

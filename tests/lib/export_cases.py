@@ -16,9 +16,7 @@ MODULES = {"mlx": "mlx_lm", "vllm": "vllm"}
 
 
 def python_of(engine: str) -> str | None:
-    """The Python of an engine's own environment, which an environment variable names, or None if
-    this one has it; skips the test where there is none.
-    """
+    """The Python that has an engine, None for this one; without any the test is skipped."""
     if (named := os.environ.get(PYTHONS[engine])) is not None:
         return named
     if find_spec(MODULES[engine]) is None:
@@ -34,6 +32,14 @@ def noisy(model: Any, spec: Any, path: Path, std: float = 0.3, **beside: Any) ->
         p.data += std * torch.randn_like(p)
     saved: Path = made.save(path)
     return saved
+
+
+def proof_of(done: Any, share: float | None = 1e-4) -> Any:
+    """The proof of an export, of which at most a share differs."""
+    assert done.proof is not None
+    assert done.proof.share is not None
+    assert share is None or done.proof.share < share
+    return done.proof
 
 
 def with_tokenizer(model: Any, tokenizer: Any, path: Path) -> Path:

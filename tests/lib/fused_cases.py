@@ -14,9 +14,7 @@ from sequence_cases import build, loss_and_gradients, rows
 
 
 def model_of(name: str, **changes: Any) -> tf.PreTrainedModel:
-    """Random, gains and biases too: at 1 and 0, as they are at the start, much would go
-    unnoticed.
-    """
+    """A random model whose gains and biases are random too."""
     model = build(name, **changes)
     with torch.no_grad():
         for p in model.parameters():

@@ -20,18 +20,10 @@ def write_gguf(
     says: Mapping[str, str | float] | None = None,
     per_file: int = 0,
 ) -> None:
-    """The tiny Llama, or mixture of experts of Qwen 3, of `directory` as a GGUF, in llama.cpp's
-    names and order of query and key rows.
+    """The tiny Llama, or mixture of experts of Qwen 3, of a directory as a GGUF file.
 
-    Args:
-        directory: of the model.
-        path: of the file; of a split one without the numbers.
-        kind: the type of the matrices; vectors are F32.
-        pre: the name of the rule by which the tokenizer splits text.
-        without: tensors to leave out, by the file's names.
-        besides: arrays to write as well, by the file's names.
-        says: metadata besides the model's own.
-        per_file: tensors of a file, if it is split.
+    `kind`: the type of the matrices; vectors are F32. `pre`: how the tokenizer splits text.
+    `without`, `besides`: tensors by the file's names. `per_file`: tensors of each, if it is split.
     """
     import gguf
 

@@ -27,15 +27,9 @@ def ours(name: str) -> str | None:
 
 
 def imported(text: str, own: str, for_checkers: bool = True) -> Iterator[str]:
-    """Every module of whatever package that is imported, wherever in the file: `from lorafold.ops
-    import norm` counts as lorafold.ops.elementwise.
+    """Every module that a file imports, wherever in it; `own` is the file's name within lorafold.
 
-    Args:
-        text: the file's.
-        own: the module's name within lorafold, for what it says relative to itself.
-        for_checkers: with what is imported under TYPE_CHECKING.
-
-    What is found as it runs counts as far as it is known: `import_module(f"lorafold.cli.{name}")`
+    Names that are computed count as far as they are known: `import_module(f"lorafold.cli.{name}")`
     as lorafold.cli, and `import_module(name)` as `?`. So does a text that is a module's name.
     """
     for node in within(ast.parse(text), for_checkers):

@@ -30,6 +30,5 @@ def written(path: Path, n: int = N, first: int = 0) -> Path:
 def train(data: object, out: Path, model: Path, **fields: object) -> None:
     resume = bool(fields.pop("resume", False))
     recipe = lf.Recipe(**{"steps": 12, "batch": 4, "storage": "fp32", "save_every": 5} | fields)
-    lf.train(
-        recipe, data=data, out=out, model=str(model), device="cpu", resume=resume, overwrite=resume
-    )
+    again = {"resume": resume, "overwrite": resume}
+    lf.train(recipe, data=data, out=out, model=str(model), device="cpu", **again)

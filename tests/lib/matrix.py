@@ -58,11 +58,7 @@ class Measured:
 
 
 def measured(name: str, folder: Path) -> Measured:
-    """The row of a family. Raises AssertionError, or what the step raised, if one fails.
-
-    Args:
-        folder: An empty directory for its files.
-    """
+    """The row of a family; an error if a step fails. The directory is empty."""
     row = FAMILIES[name]
     base, adapter, merged = (folder / part for part in ("base", "adapter", "merged"))
     row.model().save_pretrained(base)
@@ -245,9 +241,7 @@ def code(names: Iterable[str]) -> str:
 def in_peft(
     row: Architecture, base: Path, adapter: Path, expected: Tensor
 ) -> tuple[str, set[str]] | None:
-    """None if PEFT computes what is expected; else what it does, and with which modules, if it says
-    so.
-    """
+    """None if PEFT computes what is expected; else what it does, and with which modules."""
     theirs = named(base).from_pretrained(base)
     try:
         wrapped = load_theirs(theirs, adapter).eval()

@@ -1,6 +1,4 @@
-"""A directory of what people have lying around when they mistype: models, adapters, rows of every
-make, recipes of other tools, scripts that are none.
-"""
+"""A directory of what people have lying around when they mistype."""
 
 import gzip
 import json
@@ -31,12 +29,7 @@ def lines(*rows: Any) -> str:
 
 
 def fill(room: Path, base: Path, other: Path) -> Path:
-    """The directory with all of it.
-
-    Args:
-        base: The model of most adapters in it, which stays where it is.
-        other: Another one.
-    """
+    """Fill the directory; `base` is the model of most adapters in it."""
     for name, model in (("base", base), ("other", other)):
         (room / name).symlink_to(model)
     make_adapter(base, room / "adapter")

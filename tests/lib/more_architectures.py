@@ -127,9 +127,7 @@ DECODERS = {
     ),
     "zamba": causal(tf.ZambaConfig, SHARED, MIXERS, n_mamba_heads=2, attention_hidden_size=64),
     "zamba2": replace(
-        causal(
-            tf.Zamba2Config, SHARED, MIXERS, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8
-        ),
+        causal(tf.Zamba2Config, SHARED, MIXERS, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8),
         idle=(r".*_adapter_list\..*", "copies of the blocks' own adapters that no block calls"),
     ),
     "falcon-mamba": causal(tf.FalconMambaConfig, COMMON, MIXERS, state_size=8, time_step_rank=4),
@@ -155,9 +153,7 @@ SPARSE_DECODERS = {
     "dbrx": causal(
         tf.DbrxConfig, IDS, d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
         attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
-        ffn_config={
-            "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32,
-        },
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
         not_in_peft=("w1", "v1", "w2"),  # 2-D parameters of all experts are one matrix there
     ),
     "longcat": causal(

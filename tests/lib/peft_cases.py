@@ -8,6 +8,8 @@ import peft
 import torch
 from torch import nn
 
+import lorafold as lf
+
 CLOSE = 1e-5
 
 
@@ -39,19 +41,35 @@ def move(parameters: Any) -> None:
             p.add_(0.2 * torch.randn(p.shape, generator=generator).to(p))
 
 
+def made_by_peft(model: Any, config: peft.PeftConfig) -> Any:
+    """PEFT's adapter on a model, moved from its start."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, config)
+    move(p for p in wrapped.parameters() if p.requires_grad)
+    return wrapped
+
+
+def moved(model: Any, spec: Any, targets: Any = None, **options: Any) -> lf.Adapter:
+    """An adapter of ours on a model, moved from its start."""
+    adapter = lf.attach(model, spec, targets, **options)
+    move(adapter.parameters())
+    return adapter
+
+
 def save_theirs(wrapped: Any, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says that it saves the embeddings too
         wrapped.save_pretrained(path)
 
 
-def load_theirs(model: Any, path: Path) -> Any:
+def load_theirs(model: Any, path: Path, *expected: str) -> Any:
     """PEFT's reading, in which a warning of missing or unexpected keys or unknown config fields is
-    an error.
+    an error, unless it has one of the expected texts.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        usual = ("is_gradient_checkpointing", "tie_word_embeddings", "fan_in_fan_out")
+        for text in (*usual, *expected):
+            warnings.filterwarnings("ignore", message=f".*{text}.*")
         return peft.PeftModel.from_pretrained(model, path)

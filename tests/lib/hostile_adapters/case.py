@@ -1,6 +1,4 @@
-"""What a hostile adapter is: its name, what it attacks, whether it has to be told as wrong; the
-table of them, and how the files of a good one are altered.
-"""
+"""A hostile adapter: its name, what it attacks, and whether the server has to report it."""
 
 from __future__ import annotations
 
@@ -28,12 +26,7 @@ class Case:
     alter: Callable[..., None]
 
     def make(self, folder: Path, base: Path) -> None:
-        """Make it in a directory of adapters that has a good one.
-
-        Args:
-            folder: the directory.
-            base: the base's directory, whose tokenizer it may have.
-        """
+        """Make it in a directory of adapters that has a good one; `base` has a tokenizer."""
         at = folder / self.name
         shutil.copytree(folder / GOOD, at)
         (at / "manifest.json").unlink()  # which would tell that anything was changed
@@ -41,18 +34,40 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+Alter = Callable[..., None]
 
 
-def wrong(alter: Callable[..., None], told: bool = True) -> Callable[..., None]:
-    """A case that the server has to name among those that are wrong."""
-    name = alter.__name__.replace("_", "-")
-    CASES[name] = Case(name, (alter.__doc__ or "").strip(), told, alter)
+def cases(of: str, rows: dict[str, tuple[str, Alter]], told: bool = True) -> None:
+    """A table of cases: what each attacks, and how it is made. `told`: the server has to name them
+    among those that are wrong; the others may be served.
+    """
+    for name, (attacks, alter) in rows.items():
+        CASES[f"{of}-{name}"] = Case(f"{of}-{name}", attacks, told, alter)
+
+
+def wrong(alter: Alter, told: bool = True) -> Alter:
+    """A case that the server has to name among those that are wrong, with a function of its own."""
+    of, _, name = alter.__name__.replace("_", "-").partition("-")
+    cases(of, {name: ((alter.__doc__ or "").strip(), alter)}, told)
     return alter
 
 
-def either(alter: Callable[..., None]) -> Callable[..., None]:
+def either(alter: Alter) -> Alter:
     """A case that may be served."""
     return wrong(alter, told=False)
+
+
+def raw(at: Path, before: str, after: str, name: str = CONFIG) -> None:
+    """Write a field as no library would."""
+    text = (at / name).read_text()
+    assert before in text, before
+    (at / name).write_text(text.replace(before, after, 1))
+
+
+def instead(at: Path, name: str, make: Callable[[Path], object]) -> None:
+    """Put something else in the place of a file."""
+    (at / name).unlink(missing_ok=True)
+    make(at / name)
 
 
 def config(at: Path, **fields: Any) -> None:

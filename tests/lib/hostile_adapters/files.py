@@ -7,60 +7,54 @@ import shutil
 import socket
 from pathlib import Path
 
-from hostile_adapters.case import CONFIG, GOOD, RECORD, WEIGHTS, either, wrong
+from hostile_adapters.case import CONFIG, GOOD, RECORD, WEIGHTS, cases, either, instead, wrong
 
-
-@wrong
-def file_link(at: Path) -> None:
-    """Weights that are a link to a file of the machine's."""
-    (at / WEIGHTS).unlink()
-    (at / WEIGHTS).symlink_to("/etc/passwd")
-
-
-@wrong
-def file_loop(at: Path) -> None:
-    """A link to itself."""
-    (at / WEIGHTS).unlink()
-    (at / WEIGHTS).symlink_to(WEIGHTS)
-
-
-@either
-def file_dangling(at: Path) -> None:
-    """A link to nothing, beside files that are right."""
-    (at / "notes.txt").symlink_to("nowhere")
-
-
-@wrong
-def file_hard_link(at: Path) -> None:
-    """Weights that are another adapter's file."""
-    (at / WEIGHTS).unlink()
-    os.link(at.parent / GOOD / "README.md", at / WEIGHTS)
-
-
-@wrong
-def file_pipe(at: Path) -> None:
-    """A pipe, whose reader waits for ever."""
-    (at / RECORD).unlink()
-    os.mkfifo(at / RECORD)
-
-
-@wrong
-def file_pipe_weights(at: Path) -> None:
-    """The same for the weights."""
-    (at / WEIGHTS).unlink()
-    os.mkfifo(at / WEIGHTS)
-
-
-@wrong
-def file_pipe_manifest(at: Path) -> None:
-    """The same for the manifest."""
-    os.mkfifo(at / "manifest.json")
-
-
-@wrong
-def file_pipe_tokenizer(at: Path) -> None:
-    """The same for the tokenizer."""
-    os.mkfifo(at / "tokenizer_config.json")
+cases("file", {
+    "link": (
+        "Weights that are a link to a file of the machine's.",
+        lambda at: instead(at, WEIGHTS, lambda file: file.symlink_to("/etc/passwd")),
+    ),
+    "loop": (
+        "A link to itself.", lambda at: instead(at, WEIGHTS, lambda file: file.symlink_to(WEIGHTS))
+    ),
+    "hard-link": (
+        "Weights that are another adapter's file.",
+        lambda at: instead(at, WEIGHTS, lambda file: os.link(at.parent / GOOD / "README.md", file)),
+    ),
+    "pipe": ("A pipe, whose reader waits for ever.", lambda at: instead(at, RECORD, os.mkfifo)),
+    "pipe-weights": ("The same for the weights.", lambda at: instead(at, WEIGHTS, os.mkfifo)),
+    "pipe-manifest": (
+        "The same for the manifest.", lambda at: instead(at, "manifest.json", os.mkfifo)
+    ),
+    "pipe-tokenizer": (
+        "The same for the tokenizer.", lambda at: instead(at, "tokenizer_config.json", os.mkfifo)
+    ),
+    "config-pipe": (
+        "A pipe where the configuration is expected.", lambda at: instead(at, CONFIG, os.mkfifo)
+    ),
+    "sparse": ("Weights of 5 GB of nothing.", lambda at: os.truncate(at / WEIGHTS, 5 << 30)),
+    "sparse-within": (
+        "Weights of 3 GB, which a limit lets through, after tensors that are right.",
+        lambda at: os.truncate(at / WEIGHTS, 3 << 30),
+    ),
+    "directory": (
+        "A directory where weights are expected.", lambda at: instead(at, WEIGHTS, Path.mkdir)
+    ),
+    "config-directory": (
+        "A directory where the configuration is expected.",
+        lambda at: instead(at, CONFIG, Path.mkdir),
+    ),
+})  # fmt: skip
+cases("file", {
+    "dangling": (
+        "A link to nothing, beside files that are right.",
+        lambda at: (at / "notes.txt").symlink_to("nowhere"),
+    ),
+    "unreadable": ("Weights that nobody may read, but root.", lambda at: (at / WEIGHTS).chmod(0)),
+    "directory-record": (
+        "A directory where the record is expected.", lambda at: instead(at, RECORD, Path.mkdir)
+    ),
+}, told=False)  # fmt: skip
 
 
 @wrong
@@ -86,57 +80,11 @@ def file_socket(at: Path) -> None:
 
 
 @wrong
-def file_sparse(at: Path) -> None:
-    """Weights of 5 GB of nothing."""
-    os.truncate(at / WEIGHTS, 5 << 30)
-
-
-@wrong
-def file_sparse_within(at: Path) -> None:
-    """Weights of 3 GB, which a limit lets through, after tensors that are right."""
-    os.truncate(at / WEIGHTS, 3 << 30)
-
-
-@wrong
 def file_sparse_tokenizer(at: Path) -> None:
     """A tokenizer of 3 GB."""
     (at / "tokenizer_config.json").write_text("{}")
     (at / "tokenizer.json").touch()
     os.truncate(at / "tokenizer.json", 3 << 30)
-
-
-@either
-def file_unreadable(at: Path) -> None:
-    """Weights that nobody may read, but root."""
-    (at / WEIGHTS).chmod(0)
-
-
-@wrong
-def file_directory(at: Path) -> None:
-    """A directory where weights are expected."""
-    (at / WEIGHTS).unlink()
-    (at / WEIGHTS).mkdir()
-
-
-@either
-def file_directory_record(at: Path) -> None:
-    """A directory where the record is expected."""
-    (at / RECORD).unlink()
-    (at / RECORD).mkdir()
-
-
-@wrong
-def file_config_directory(at: Path) -> None:
-    """A directory where the configuration is expected."""
-    (at / CONFIG).unlink()
-    (at / CONFIG).mkdir()
-
-
-@wrong
-def file_config_pipe(at: Path) -> None:
-    """A pipe where the configuration is expected."""
-    (at / CONFIG).unlink()
-    os.mkfifo(at / CONFIG)
 
 
 @either

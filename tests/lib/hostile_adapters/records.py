@@ -9,7 +9,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hostile_adapters.case import CONFIG, GOOD, RECORD, SLOW, WEIGHTS, config, either, wrong
+from hostile_adapters.case import (
+    CONFIG,
+    GOOD,
+    RECORD,
+    SLOW,
+    WEIGHTS,
+    cases,
+    config,
+    either,
+    wrong,
+)  # fmt: skip
 
 
 def record(at: Path, **fields: Any) -> None:
@@ -18,25 +28,50 @@ def record(at: Path, **fields: Any) -> None:
     (at / RECORD).write_text(json.dumps(found | fields))
 
 
+def over(at: Path, below: object, digest: str = "0" * 64, times: int = 1) -> None:
+    """Say that an adapter lies over another."""
+    record(at, over=[{"adapter": str(below), "sha256": digest}] * times)
+
+
+ONE = {"shape": [1], "dtype": "float32", "values": "00000000"}
+cases("record", {
+    "itself": ("An adapter over itself.", lambda at: over(at, at)),
+    "digest": ("An adapter over one with another digest.", lambda at: over(at, GOOD, "f" * 64)),
+    "elsewhere": (
+        "An adapter over files of the machine's.", lambda at: over(at, "../../../../etc")
+    ),
+    "dots": ("An adapter over the directory above.", lambda at: over(at, "a/..")),
+    "many": (
+        "An adapter over a hundred thousand others.", lambda at: over(at, GOOD, times=100_000)
+    ),
+    "deep": (
+        "A record nested 100,000 deep.",
+        lambda at: (at / RECORD).write_text('{"over":' + "[" * 100_000 + "]" * 100_000 + "}"),
+    ),
+    "over-text": (
+        "A stack that is a text of 4 MB, which an error quotes.",
+        lambda at: record(at, over="x" * (4 << 20)),
+    ),
+    "base": (
+        "A fingerprint of a hundred thousand weights.",
+        lambda at: record(at, base={f"w{i}": ONE for i in range(100_000)}),
+    ),
+})  # fmt: skip
+cases("manifest", {
+    "deep": (
+        "A manifest nested 100,000 deep.",
+        lambda at: (at / "manifest.json").write_text("[" * 100_000),
+    ),
+})  # fmt: skip
+
+
 @wrong
 def record_cycle(at: Path) -> None:
     """An adapter over one that lies over it."""
     other = at.with_name(f"{at.name}-2")
     shutil.copytree(at, other)
-    record(at, over=[{"adapter": str(other), "sha256": "0" * 64}])
-    record(other, over=[{"adapter": str(at), "sha256": "0" * 64}])
-
-
-@wrong
-def record_itself(at: Path) -> None:
-    """An adapter over itself."""
-    record(at, over=[{"adapter": str(at), "sha256": "0" * 64}])
-
-
-@wrong
-def record_digest(at: Path) -> None:
-    """An adapter over one with another digest."""
-    record(at, over=[{"adapter": GOOD, "sha256": "f" * 64}])
+    over(at, other)
+    over(other, at)
 
 
 @wrong
@@ -49,51 +84,7 @@ def record_over_hostile(at: Path) -> None:
     for name in (CONFIG, WEIGHTS):
         content = (below / name).read_bytes()
         lines += f"{name} {len(content)} {sha256(content).hexdigest()}\n"
-    digest = sha256(lines.encode()).hexdigest()
-    record(at, over=[{"adapter": str(below), "sha256": digest}])
-
-
-@wrong
-def record_elsewhere(at: Path) -> None:
-    """An adapter over files of the machine's."""
-    record(at, over=[{"adapter": "../../../../etc", "sha256": "0" * 64}])
-
-
-@wrong
-def record_dots(at: Path) -> None:
-    """An adapter over the directory above."""
-    record(at, over=[{"adapter": "a/..", "sha256": "0" * 64}])
-
-
-@wrong
-def record_many(at: Path) -> None:
-    """An adapter over a hundred thousand others."""
-    record(at, over=[{"adapter": GOOD, "sha256": "0" * 64}] * 100_000)
-
-
-@wrong
-def record_deep(at: Path) -> None:
-    """A record nested 100,000 deep."""
-    (at / RECORD).write_text('{"over":' + "[" * 100_000 + "]" * 100_000 + "}")
-
-
-@wrong
-def record_over_text(at: Path) -> None:
-    """A stack that is a text of 4 MB, which an error quotes."""
-    record(at, over="x" * (4 << 20))
-
-
-@wrong
-def record_base(at: Path) -> None:
-    """A fingerprint of a hundred thousand weights."""
-    one = {"shape": [1], "dtype": "float32", "values": "00000000"}
-    record(at, base={f"w{i}": one for i in range(100_000)})
-
-
-@wrong
-def manifest_deep(at: Path) -> None:
-    """A manifest nested 100,000 deep."""
-    (at / "manifest.json").write_text("[" * 100_000)
+    over(at, below, sha256(lines.encode()).hexdigest())
 
 
 @wrong

@@ -45,12 +45,7 @@ QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 class Siege:
-    """What is asked of one server, and what was found.
-
-    Args:
-        server: the server.
-        texts: what good adapters say, by name, as `said` gave it before.
-    """
+    """What is asked of one server; `texts` has what good adapters said before, by name."""
 
     def __init__(self, server: Running, texts: dict[str, str]) -> None:
         self.server, self.texts = server, texts

@@ -11,22 +11,13 @@ PROBED = "{% if 'probe' in messages[0].content %}" + HELLO + "{% else %}"
 
 
 def template(name: str, attacks: str, text: str, told: bool = False) -> None:
-    """A case of a chat template.
-
-    Args:
-        name: its name.
-        attacks: what it attacks.
-        text: the template.
-        told: whether it has to be told as wrong.
-    """
+    """A case of a chat template; `told`: the server has to report it."""
 
     def alter(at: Path, base: Path) -> None:
         own(at, base)
         (at / "chat_template.jinja").write_text(text)
 
-    CASES[f"tokenizer-template-{name}"] = Case(
-        f"tokenizer-template-{name}", attacks, told, alter
-    )
+    CASES[f"tokenizer-template-{name}"] = Case(f"tokenizer-template-{name}", attacks, told, alter)
 
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
@@ -86,10 +77,7 @@ for name, attacks, text in (
     ("minus", "A chain of 50,000 signs.", "{{ " + "-" * 50_000 + "1 }}"),
     ("unclosed", "A hundred thousand opened expressions.", "{{" * 100_000),
     ("whitespace", "Spaces that a lexer's patterns try in every way.", "{%" + " " * 100_000 + "-"),
-    (
-        "escape", "Ways out of a sandbox.",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}" + HELLO,
-    ),
+    ("escape", "Ways out of a sandbox.", "{{ ''.__class__.__mro__[1].__subclasses__() }}" + HELLO),
     ("globals", "The same by a function's globals.", OUT),
     ("four-megabytes", "A text of four million letters.", "{{ 'x' * 4000000 }}"),
     ("unicode", "Millions of letters outside of ASCII.", "{{ '\U0001f600' * 4000000 }}"),
