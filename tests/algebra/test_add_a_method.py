@@ -173,9 +173,7 @@ def test_loading_is_strict(scaled: ModuleType, tiny_model, tmp_path: Path) -> No
     refused("colour=3 is not supported", {}, colour=3)
 
 
-def test_a_file_of_a_method_that_is_not_there(
-    scaled: ModuleType, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_a_method_that_is_not_there(scaled, tiny_model, tmp_path, monkeypatch) -> None:
     moved(tiny_model("llama"), scaled.Scaled()).save(tmp_path / "a")
     monkeypatch.delitem(METHODS, "scaled")
     with pytest.raises(LorafoldError, match=r"'LORAFOLD_SCALED' is not supported.*imported first"):
@@ -184,9 +182,7 @@ def test_a_file_of_a_method_that_is_not_there(
         moved(tiny_model("llama"), scaled.Scaled()).save(tmp_path / "b")
 
 
-def test_it_trains_merges_and_is_evaluated_from_python(
-    scaled: ModuleType, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_it_trains_merges_and_is_evaluated_from_python(scaled, tiny_model_dir, tmp_path) -> None:
     asked = {"method": "scaled", "options": {"group": 2}, "storage": "fp32"}
     recipe = Recipe(steps=12, batch=12, lr=0.1, **asked)
     model_dir, out = tiny_model_dir("qwen2"), tmp_path / "a"
@@ -205,9 +201,7 @@ def test_it_trains_merges_and_is_evaluated_from_python(
     assert torch.allclose(logits(model), adapted, rtol=1e-4, atol=1e-5)
 
 
-def test_it_trains_merges_and_is_evaluated_by_the_command(
-    scaled: ModuleType, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_it_trains_merges_and_is_evaluated_by_the_command(scaled, tiny_model_dir, tmp_path) -> None:
     def lorafold(*arguments: object) -> dict[str, Any]:
         given = [*map(str, arguments), "--json"]
         done = CliRunner().invoke(app, given, catch_exceptions=False)
@@ -229,9 +223,7 @@ def test_it_trains_merges_and_is_evaluated_by_the_command(
     assert merged["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 
 
-def test_names_in_files_are_one_a_method(
-    scaled: ModuleType, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_in_files_are_one_a_method(scaled, tiny_model, tmp_path, monkeypatch) -> None:
     # another name of the same class changes nothing
     monkeypatch.setitem(METHODS, "scaled-twos", lambda: scaled.Scaled(group=2))
     moved(tiny_model("llama"), scaled.Scaled(group=2)).save(tmp_path / "a")
@@ -313,9 +305,7 @@ def test_an_option_with_the_name_of_a_shared_key_is_refused(
         moved(tiny_model("llama"), Biased()).save(tmp_path / "a")
 
 
-def test_a_new_additive_method_goes_under_dora(
-    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_additive_method_goes_under_dora(tiny_model, tmp_path, monkeypatch) -> None:
     from lorafold.core.delta import Additive
 
     class RowsDelta(Additive):

@@ -112,9 +112,7 @@ def test_it_keeps_no_module() -> None:
     assert whole() is None
 
 
-def test_a_run_makes_it_once_and_hardly_asks_about_experts(
-    tmp_path: Path, tiny_model_dir: Any
-) -> None:
+def test_a_run_makes_it_once_and_hardly_asks_about_experts(tmp_path, tiny_model_dir) -> None:
     """It looked 11 times for the blocks, and 27% of all calls asked about experts."""
     made: list[nn.Module] = []
     calls = Counter[str]()

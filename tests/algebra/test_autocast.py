@@ -135,9 +135,7 @@ def test_fused_parts_and_adapters_agree(method: str, tiny_model) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3", "loha", "lokr", "vera"])
-def test_peft_s_model_computes_the_same(
-    method: str, tiny_model, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_peft_s_model_computes_the_same(method: str, tiny_model, tiny_model_dir, tmp_path) -> None:
     model = tiny_model("llama")
     moved(attached(model, method)).save(tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")

@@ -19,12 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-    WhisperConfig,
+import transformers as tf
 )
 from transformers import WhisperForConditionalGeneration as Whisper
 
@@ -439,7 +434,7 @@ def test_one_delta_for_each_signal_of_a_batch() -> None:
 
 def whisper() -> Whisper:
     torch.manual_seed(0)
-    config = WhisperConfig(
+    config = tf.WhisperConfig(
         vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
         decoder_ffn_dim=32, max_source_positions=20, max_target_positions=16, pad_token_id=0,
@@ -448,13 +443,13 @@ def whisper() -> Whisper:
     return Whisper(config).eval()
 
 
-def vit() -> ViTForImageClassification:
+def vit() -> tf.ViTForImageClassification:
     torch.manual_seed(0)
-    config = ViTConfig(
+    config = tf.ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         image_size=16, patch_size=4, num_labels=3,
     )  # fmt: skip
-    return ViTForImageClassification(config).eval()
+    return tf.ViTForImageClassification(config).eval()
 
 
 def heard() -> dict[str, torch.Tensor]:
@@ -537,11 +532,11 @@ def mamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny language model with depthwise convolutions, saved."""
     path, tokenizer = tmp_path_factory.mktemp("mamba"), make_tokenizer()
     torch.manual_seed(0)
-    config = MambaConfig(
+    config = tf.MambaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    MambaForCausalLM(config).save_pretrained(path)
+    tf.MambaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -1,13 +1,17 @@
 """Experts as a storage: the laws on mixtures of every form, grouped products against plain torch,
-and quantized matrices against bitsandbytes.
+quantized matrices against bitsandbytes, and what stays frozen.
 """
+
+from __future__ import annotations
 
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -18,7 +22,8 @@ from lorafold.core.attach import base_state, selection_of
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
-from lorafold.layers import layer_of, parameter_count
+from lorafold.core.targets import all_linear, block_linears
+from lorafold.layers import is_linear, layer_of, parameter_count
 from lorafold.layers.bitsandbytes import bitsandbytes
 from lorafold.models.quantize_on_load import compute_in
 from lorafold.ops.grouped import (
@@ -31,7 +36,7 @@ from lorafold.ops.grouped import (
 )
 from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.training_step.fused_modules import fused
-from mixtures import CONFIGS, FORMS, mixture
+from mixtures import CONFIGS, FORMS, MLA, SHAPE, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -433,3 +438,135 @@ def test_every_method_trains_with_its_own_targets(family: str, method: str) -> N
     trained = [p for p in adapter.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None for p in trained)
+
+
+def adapted(name: str) -> tuple[Any, lf.Adapter]:
+    model = mixture(name)
+    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05)
+    return model, adapter
+
+
+def test_only_the_chosen_experts_of_a_token_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's own forward multiplies each of the 24 tokens by all 4 experts, here by 2."""
+    seen: list[int] = []
+    plain = grouped
+    monkeypatch.setattr(
+        "lorafold.layers.experts.grouped",
+        lambda of, number: seen.append(len(of)) or plain(of, number),
+    )
+    model, _ = adapted("llama4")
+    with torch.no_grad():
+        model(IDS)
+    assert seen == [2 * IDS.numel()] * 2
+
+
+@pytest.mark.parametrize("share", ["all", "half", "none"])
+def test_experts_without_matrices_give_back_their_input(share: str) -> None:
+    """LongCat's are those past its 4 experts."""
+    model, adapter = adapted("longcat")
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    x, weights = torch.randn(6, 64, requires_grad=True), torch.rand(6, 2)
+    index = torch.tensor({"all": [[4, 5]], "half": [[5, 1]], "none": [[0, 3]]}[share] * 6)
+    y = experts(x, index, weights)
+    (gradient,) = torch.autograd.grad(y.sin().sum(), x)
+    adapter.merge()
+    expected = experts(x, index, weights)  # by its own forward
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sin().sum(), x)[0])
+    if share == "all":
+        torch.testing.assert_close(y, x * weights.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(("name", "child"), [("llama4", "feed_forward"), ("dbrx", "ffn.experts")])
+def test_experts_apart_from_what_routes_to_them_are_refused(name: str, child: str) -> None:
+    model = mixture(name)
+    holder = next(
+        m.owner
+        for path, m in Anatomy.of(model).modules
+        if isinstance(m, Matrices) and f".{child}." in path
+    )
+    expected = f"found a {type(holder).__name__} alone, expected one in the module that routes"
+    with pytest.raises(lf.LorafoldError, match=expected):
+        lf.attach(holder, lf.LoRA(rank=2), list(dict(holder.named_parameters())))
+    assert not any(isinstance(m, Matrices) for m in holder.modules())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_model_has_its_own_forward_again_when_an_adapter_leaves(name: str) -> None:
+    model = mixture(name)
+    before = [type(m) for m in model.modules()]
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    assert [type(m) for m in model.modules()] != before
+    stored = model.state_dict()
+    other = mixture(name)
+    lf.attach(other, lf.LoRA(rank=2))
+    other.load_state_dict(stored, strict=True)
+    adapter.detach()
+    assert [type(m) for m in model.modules()] == before
+
+
+OTHERS = {
+    "llama4": ("feed_forward.router", 0.6),
+    "jetmoe": ("mlp.router.layer", 0.8),
+    "dbrx": ("ffn.router.layer", 0.8),
+    "longcat": ("mlp.router.classifier", 0.4),
+}
+
+
+def drawn(config: Any) -> Any:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05)
+    model(input_ids=IDS).logits.sin().sum().backward()
+    named = adapter.named_parameters()
+    return [name for name, p in named if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_experts_without_a_row_are_frozen_and_called_experts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
+    monkeypatch.setattr("lorafold.core.matrices.FORMS", {})
+    router, least = OTHERS[name]
+    model = mixture(name)
+    assert any(path.endswith(router) for path in Anatomy.of(model).routers)
+    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
+    assert not any(router in path for path in adapter.deltas)
+    frozen = adapter.unreached.as_json()["blocks"]
+    assert frozen["experts"] > least
+    assert frozen.get("other", 0) < 0.002
+    assert 0 < frozen["router"] < 0.01
+    assert without_gradient(model, adapter) == []
+
+
+def test_an_indexer_gets_no_adapter() -> None:
+    """It had three, of which none ever got a gradient."""
+    config = tf.DeepseekV32Config(
+        **SHAPE | {"num_key_value_heads": 4} | MLA | {"qk_rope_head_dim": 8},
+        moe_intermediate_size=32, n_routed_experts=4, n_group=1, topk_group=1,
+        first_k_dense_replace=1, index_n_heads=2, index_head_dim=16, index_topk=4,
+    )  # fmt: skip
+    model = drawn(config)
+    assert len(Anatomy.of(model).indexers) == 2
+    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
+    assert not any(".indexer." in path for path in adapter.deltas)
+    assert 0.01 < adapter.unreached.as_json()["blocks"]["indexers"] < 0.1
+    assert without_gradient(model, adapter) == []
+    # a base is quantized as before
+    others = set(block_linears(model, is_linear)) - set(all_linear(model, is_linear))
+    assert {path.rpartition(".")[2] for path in others} == {"wq_b", "wk", "weights_proj"}
+    adapter.detach()
+    lf.attach(model, lf.LoRA(rank=2), ["wq_b"])  # by name, as an earlier adapter has it

@@ -1,8 +1,5 @@
-"""Virtual tokens, of prompt and of prefix tuning: that they are in front of everything, everywhere,
-and nowhere else.
-
-PEFT is the oracle for logits (its `generate` ignores them under this transformers); a recomputation
-without a cache is that of `generate`.
+"""Virtual tokens of prompt and prefix tuning are in front of everything, everywhere, and nowhere
+else. PEFT is the oracle for logits, a recomputation without a cache that of `generate`.
 """
 
 from __future__ import annotations
@@ -16,13 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
+import transformers as tf
 )
 
 import lorafold as lf
@@ -231,7 +222,7 @@ def test_eager_attention_computes_the_same(spec: Any, kind: str, tiny_model) -> 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_sliding_window_never_loses_them(spec: Any) -> None:
     torch.manual_seed(0)
-    config = Gemma2Config(
+    config = tf.Gemma2Config(
         vocab_size=260,
         hidden_size=32,
         intermediate_size=48,
@@ -246,7 +237,7 @@ def test_a_sliding_window_never_loses_them(spec: Any) -> None:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = Gemma2ForCausalLM(config).eval()
+    model = tf.Gemma2ForCausalLM(config).eval()
     virtual(model, spec)
     expected = greedy(model, IDS, 6)
     cached = model.generate(
@@ -307,7 +298,7 @@ def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(
     ("cls", "config"),
-    [(LlamaForSequenceClassification, LlamaConfig), (GPT2ForSequenceClassification, GPT2Config)],
+    [(tf.LlamaForSequenceClassification, tf.LlamaConfig), (tf.GPT2ForSequenceClassification, tf.GPT2Config)],
 )
 def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
     torch.manual_seed(0)
@@ -318,7 +309,7 @@ def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
         "vocab_size": 260,
         "num_labels": 3,
     }
-    extra = {"intermediate_size": 48} if config is LlamaConfig else {}
+    extra = {"intermediate_size": 48} if config is tf.LlamaConfig else {}
     model = cls(
         config(**sizes, **extra, pad_token_id=0, bos_token_id=None, eos_token_id=None)
     ).eval()
@@ -373,3 +364,62 @@ def test_options_out_of_range(cls: Any) -> None:
     wrong = "tokens: found 0, expected a whole number from 1; init: found 'zero'"
     with pytest.raises(lf.LorafoldError, match=wrong):
         cls(tokens=0, init="zero")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma"])
+def test_it_is_the_model_with_embeddings_in_front(kind: str, tiny_model) -> None:
+    model, plain = tiny_model(kind), tiny_model(kind)
+    delta = next(iter(lf.attach(model, lf.Prompt(tokens=4)).deltas.values()))
+    front = delta.embeddings.detach().clone().requires_grad_(True)
+    inputs = torch.cat([front.expand(3, -1, -1), plain.get_input_embeddings()(IDS)], 1)
+    expected, found = plain(inputs_embeds=inputs).logits[:, 4:], model(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    torch.testing.assert_close(delta.embeddings.grad, front.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_it_begins_as_tokens_of_the_vocabulary_or_spread_like_them(tiny_model) -> None:
+    model = tiny_model("llama")
+    weight = model.get_input_embeddings().weight
+    torch.manual_seed(3)
+    vocabulary = lf.attach(model, lf.Prompt(tokens=6), name="a").deltas["model"].embeddings
+    torch.manual_seed(3)
+    assert torch.equal(vocabulary, weight[torch.randint(len(weight), (6,))])
+    random = (
+        lf.attach(model, lf.Prompt(tokens=50, init="random"), name="b").deltas["model"].embeddings
+    )
+    # 1,600 draws: standard error 2%
+    assert random.std().item() == pytest.approx(weight.std().item(), rel=0.1)
+
+
+def test_the_prompt_runs_once_for_a_cache_and_lies_with_it(tiny_model) -> None:
+    model = tiny_model("llama")
+    adapter = lf.attach(model, lf.Prompt(tokens=4))
+    lengths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda m, args: lengths.append(args[0].shape[1])
+    )
+    with torch.no_grad():
+        output = model(IDS, use_cache=True, cache=None)
+        output = model(IDS[:, :1], cache=output.cache)
+        # a cache that the model made itself comes without: once more
+        assert lengths == [4, 9, 4, 1]
+        twin = copy.deepcopy(output.cache)
+        next(adapter.parameters()).zero_()
+        a = model(IDS[:, :1], cache=output.cache).logits
+        assert torch.equal(model(IDS[:, :1], cache=twin).logits, a)
+    assert lengths == [4, 9, 4, 1, 1, 1]
+    assert output.cache.get_seq_length() == 11
+
+
+def test_gradients_accumulate_over_the_whole_batch(tiny_model) -> None:
+    model = tiny_model("llama")
+    (p,) = lf.attach(model, lf.Prompt(tokens=4)).parameters()
+
+    def gradient(ids: Tensor) -> Tensor:
+        return torch.autograd.grad(model(ids).logits.square().sum(), [p])[0]
+
+    torch.testing.assert_close(
+        gradient(IDS), sum(gradient(row[None]) for row in IDS), rtol=1e-4, atol=1e-6
+    )

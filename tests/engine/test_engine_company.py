@@ -1,19 +1,17 @@
-"""Alone equals in company, bit for bit, in 16 bits on the fast path: with every method, with what
-earlier prompts left and without, and for every operation that says so.
-"""
+"""Batch invariance: a request has the same bits alone and beside others, in 16 bits too."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 
 import lorafold as lf
-from engine_cases import METHODS, check, prompt, sampling, save_adapters
+from engine_cases import METHODS, check, loaded, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import ROWS, InBlocks, Operations
 from lorafold.kernels.registry import DECODING, use
@@ -21,6 +19,7 @@ from lorafold.ops.decoding import STORED, SlotFactors
 from lorafold.ops.elementwise import ACTIVATIONS
 
 T = torch.Tensor
+SIZES: dict[str, Any] = {"length": 128, "chunk": 24, "budget": 48}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +143,7 @@ class Watched(Engine):
     """An engine that keeps the logits of every choice."""
 
     def watch(self) -> None:
-        self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) a token
+        self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) for each token
         choose = self._choose
 
         def spied(rows: Any, logits_BV: T) -> None:
@@ -155,23 +154,25 @@ class Watched(Engine):
         self._choose = spied  # type: ignore[method-assign]
 
 
-def asked(n: int) -> list[Request]:
-    """Prompts of which many begin alike, under every method and none."""
+def asked(n: int, names: Iterable[str]) -> list[Request]:
+    """Prompts of which many begin alike, under adapters of these methods and none."""
     rng, begins = random.Random(0), [prompt(n, 90 + n) for n in (0, 9, 20, 33)]
-    names = [None, *METHODS]
-    return [
+    every = [None, *METHODS]
+    made = [
         Request(
             str(i), rng.choice(begins) + prompt(rng.randint(1, 40), i), rng.randint(2, 10),
-            names[i % len(names)], sampling(i),
+            every[i % len(every)], sampling(i),
         )
         for i in range(n)
     ]  # fmt: skip
+    return [r for r in made if r.adapter is None or r.adapter in names]
 
 
 def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]:
-    """The requests that have other logits in company than alone, and how many tokens of prompts
-    were there already. As many more requests go on where one of these ended.
+    """The requests that have other logits beside others than alone, and how many tokens of prompts
+    were cached. As many more requests continue where one of these ended.
     """
+    engine.watch()
     rng, waiting, company = random.Random(1), list(requests), {}
     followed: list[Request] = []
     while waiting or engine.step():
@@ -221,14 +222,10 @@ def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
     }
     paths = save_adapters(tiny_model(kind), tmp_path, methods)
     model = tiny_model(kind).bfloat16()
-    with Watched(model, slots=12, length=128, chunk=24, budget=48, prefix_reuse=reuse) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        engine.watch()
-        requests = [r for r in asked(many) if r.adapter is None or r.adapter in paths]
-        wrong, cached = differing(engine, requests)
-        assert wrong == []
-        assert bool(cached) == reuse
+    engine = Watched(model, slots=12, prefix_reuse=reuse, **SIZES)
+    with loaded(engine, paths):
+        wrong, cached = differing(engine, asked(many, paths))
+    assert (wrong, bool(cached)) == ([], reuse)
 
 
 class Entered(InBlocks):
@@ -256,16 +253,11 @@ def test_over_quantized_weights_too_where_no_number_of_rows_is_steady(
     methods = {name: METHODS[name] for name in names}
     paths = save_adapters(tiny_model("llama"), tmp_path, methods)
     model = lf.load_model(str(tiny_model_dir("llama")), storage=storage)
-    with Watched(model, slots=6, length=128, chunk=24, budget=48) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
+    with loaded(Watched(model, slots=6, **SIZES), paths) as engine:
         for name, p in model.named_parameters():
             if "norm" in name:  # int8 keeps large inputs in 16 bits, and chooses by all rows
                 p.data.mul_(20)
-        engine.watch()
-        requests = [r for r in asked(20) if r.adapter is None or r.adapter in paths]
-        wrong, _ = differing(engine, requests)
-    assert wrong == []
+        assert differing(engine, asked(20, paths))[0] == []
     assert Entered.passes > 0
 
 
@@ -294,11 +286,8 @@ def test_completions_of_one_prompt_have_the_bits_of_each_alone(
         for i in range(3)
         for name in names
     ]
-    options: dict[str, Any] = {"slots": 7, "length": 128, "chunk": 24, "budget": 48}
-    with Watched(tiny_model("llama").bfloat16(), invariant=invariant, **options) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        engine.watch()
+    model = tiny_model("llama").bfloat16()
+    with loaded(Watched(model, slots=7, invariant=invariant, **SIZES), paths) as engine:
         wrong, cached = differing(engine, requests)
         assert wrong == []
         assert cached >= 50 * 2

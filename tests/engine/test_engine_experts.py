@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
-from engine_cases import alone, generated, prompt, save_adapters, together
+from engine_cases import alone, ended, expected, loaded, prompt, save_adapters, together
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.request import Token
 from mixtures import CONFIGS, mixture
@@ -37,12 +37,9 @@ def saved(tmp_path_factory) -> Callable[[str], dict[str, Path]]:
     @cache
     def made(kind: str) -> dict[str, Path]:
         model, root = mixture(kind), tmp_path_factory.mktemp(kind)
-        paths = save_adapters(model, root, SPECS)
-        adapter = lf.attach(model, lf.LoRA(rank=4), targets=["o_proj"], name="saved")
-        with torch.no_grad():
-            for p in adapter.parameters():
-                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(9)))
-        return {**paths, "attention": adapter.save(root / "attention")}
+        attention = {"attention": lf.LoRA(rank=4)}
+        alone = save_adapters(model, root, attention, targets=["o_proj"])
+        return save_adapters(model, root, SPECS) | alone
 
     return made
 
@@ -56,15 +53,6 @@ def requests() -> list[Request]:
     ]
 
 
-def expected(model: Any, request: Request, paths: dict[str, Path]) -> tuple[int, ...]:
-    if request.adapter is None:
-        return generated(model, request)
-    adapter = lf.load(model, paths[request.adapter], "expected")
-    tokens = generated(model, request)
-    adapter.detach()
-    return tokens
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -72,10 +60,8 @@ def test_tokens_are_those_of_generate_with_the_adapter_attached(kind, invariant,
     model, paths, asked = mixture(kind), saved(kind), requests()
     tokens = [expected(model, request, paths) for request in asked]
     classes = {path: type(m) for path, m in model.named_modules()}
-    with Engine(model, **OPTIONS, invariant=invariant) as engine:
+    with loaded(Engine(model, **OPTIONS, invariant=invariant), paths) as engine:
         assert engine.slotted, engine.structure.why
-        for name, path in paths.items():
-            engine.load(name, path)
         assert together(engine, asked, steps_between=1) == tokens
     assert classes == {path: type(m) for path, m in model.named_modules()}
     again = [alone(model, request, paths, **OPTIONS, invariant=invariant) for request in asked[:4]]
@@ -86,9 +72,7 @@ def test_tokens_are_those_of_generate_with_the_adapter_attached(kind, invariant,
 
 
 def logprobs(model: Any, asked: list[Request], paths: dict[str, Path]) -> list[list[float]]:
-    with Engine(model, **OPTIONS, invariant=True) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
+    with loaded(Engine(model, **OPTIONS, invariant=True), paths) as engine:
         streams = [engine.submit(request) for request in asked]
         engine.run()
         assert not any(stream.result().message for stream in streams)
@@ -159,13 +143,9 @@ def test_generate_with_an_attached_adapter_and_a_prefix_that_is_shared(saved) ->
     tokens = [expected(model, request, paths) for request in asked]
     with Engine(model, **OPTIONS) as engine:
         engine.load("lora", paths["lora"])
-        ended = []
-        for request in asked:
-            stream = engine.submit(request)
-            engine.run()
-            ended.append(stream.result())
-    assert [e.tokens for e in ended] == tokens
-    assert [e.cached > 0 for e in ended] == [False, True, False]  # never another adapter's
+        ends = [ended(engine, request) for request in asked]
+    assert [e.tokens for e in ends] == tokens
+    assert [e.cached > 0 for e in ends] == [False, True, False]  # never another adapter's
 
 
 def test_the_command_generates_what_generate_does(saved, tmp_path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lorafold as lf
-from engine_cases import METHODS, prompt, save_adapters, together
+from engine_cases import METHODS, loaded, prompt, save_adapters, together
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.fast_path import Packed, packable
 from lorafold.engine.mixed_adapters import ActiveDeltas, Products
@@ -26,9 +26,7 @@ from lorafold.models.quantizations import Storage
 def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Tensor:
     """The logits (n, V) after the prompt and one token of requests with each adapter, and none."""
     seen: dict[str, torch.Tensor] = {}
-    with Engine(model, slots=12, length=64, **options) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
+    with loaded(Engine(model, slots=12, length=64, **options), paths) as engine:
         forward = engine._runner.forward
 
         def spied(rows: Any, counts: Any) -> torch.Tensor:
@@ -128,14 +126,13 @@ def test_quantized_bases_have_mixtures_too(storage, tiny_model_dir, tmp_path) ->
         model, tmp_path, {name: METHODS[name] for name in ("lora", "dora", "ia3")}
     )
     found = first_logits(model, paths)
+    for each in (model, wide):
+        for name, path in paths.items():
+            lf.load(each, path, name)
     for i, (name, row) in enumerate(zip([None, *paths, None], found, strict=True)):
-        ids = torch.tensor([(*prompt(3 + i, i), 7)])
-        logits = []
+        ids, logits = torch.tensor([(*prompt(3 + i, i), 7)]), []
         for each in (model, wide):
-            adapter = lf.load(each, paths[name]) if name else None
-            with torch.no_grad():
+            with torch.no_grad(), lf.only(each, *[name] * bool(name)):
                 logits.append(each(ids, use_cache=False).logits[0, -1].double())
-            if adapter:
-                adapter.detach()
         plain, exact = logits
         assert (row - exact).norm() <= 1.5 * (plain - exact).norm() + 2**-8 * exact.norm()

@@ -8,21 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GptOssConfig,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    MixtralConfig,
-    OPTConfig,
-    Qwen2Config,
-    Qwen3Config,
+import transformers as tf
 )
 
 import lorafold as lf
@@ -37,29 +23,29 @@ VOCABULARY = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_toke
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 FAMILIES: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**SIZE, **VOCABULARY),  # grouped queries
-    "qwen2": lambda: Qwen2Config(**NO_HEAD_DIM, **VOCABULARY),  # biases
-    "gemma": lambda: GemmaConfig(**SIZE, **VOCABULARY),  # tied, scaled embeddings
-    "gpt2": lambda: GPT2Config(**GPT2_SIZE, **VOCABULARY),  # learned positions, Conv1D
-    "mistral": lambda: MistralConfig(**NO_HEAD_DIM, **VOCABULARY, sliding_window=6),
+    "llama": lambda: tf.LlamaConfig(**SIZE, **VOCABULARY),  # grouped queries
+    "qwen2": lambda: tf.Qwen2Config(**NO_HEAD_DIM, **VOCABULARY),  # biases
+    "gemma": lambda: tf.GemmaConfig(**SIZE, **VOCABULARY),  # tied, scaled embeddings
+    "gpt2": lambda: tf.GPT2Config(**GPT2_SIZE, **VOCABULARY),  # learned positions, Conv1D
+    "mistral": lambda: tf.MistralConfig(**NO_HEAD_DIM, **VOCABULARY, sliding_window=6),
     # alternating windows, capped scores
-    "gemma2": lambda: Gemma2Config(**SIZE, **VOCABULARY, sliding_window=6, query_pre_attn_scalar=8),
-    "qwen3": lambda: Qwen3Config(**SIZE, **VOCABULARY),  # norms of queries and keys
-    "mixtral": lambda: MixtralConfig(**NO_HEAD_DIM, **VOCABULARY, num_local_experts=4),
-    "opt": lambda: OPTConfig(**SMALL, **VOCABULARY, ffn_dim=64, word_embed_proj_dim=32),
-    "neox": lambda: GPTNeoXConfig(**SMALL, **VOCABULARY, intermediate_size=64),  # partial rotary
+    "gemma2": lambda: tf.Gemma2Config(**SIZE, **VOCABULARY, sliding_window=6, query_pre_attn_scalar=8),
+    "qwen3": lambda: tf.Qwen3Config(**SIZE, **VOCABULARY),  # norms of queries and keys
+    "mixtral": lambda: tf.MixtralConfig(**NO_HEAD_DIM, **VOCABULARY, num_local_experts=4),
+    "opt": lambda: tf.OPTConfig(**SMALL, **VOCABULARY, ffn_dim=64, word_embed_proj_dim=32),
+    "neox": lambda: tf.GPTNeoXConfig(**SMALL, **VOCABULARY, intermediate_size=64),  # partial rotary
     # sinks, windows, experts
-    "gpt-oss": lambda: GptOssConfig(**SIZE, **VOCABULARY, num_local_experts=4, sliding_window=6),
+    "gpt-oss": lambda: tf.GptOssConfig(**SIZE, **VOCABULARY, num_local_experts=4, sliding_window=6),
 }
 SOLO: dict[str, Any] = {
-    "mamba": lambda: MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **VOCABULARY),
-    "bloom": lambda: BloomConfig(hidden_size=32, n_layer=2, n_head=4, **VOCABULARY),
+    "mamba": lambda: tf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **VOCABULARY),
+    "bloom": lambda: tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **VOCABULARY),
 }
 
 
 def model_of(config: Any) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,11 +21,12 @@ from transformers import (
 )
 
 import lorafold as lf
-from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine import Ended, Engine, Request, Sampling
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.sampler import SampledToken, Sampler, chosen
 
+E = TypeVar("E", bound=Engine)
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4),
     "dora": lf.DoRA(over=lf.LoRA(rank=3)),
@@ -85,12 +86,14 @@ def status(adapters: AdapterCache, name: str) -> str:
     return adapters.warm().get(name, ("cold", 0))[0]
 
 
-def save_adapters(model: nn.Module, directory: Path, specs: Mapping[str, Any]) -> dict[str, Path]:
+def save_adapters(
+    model: nn.Module, directory: Path, specs: Mapping[str, Any], **options: Any
+) -> dict[str, Path]:
     """An adapter of each spec, far from its start, in a directory each."""
     paths = {}
     for i, (name, spec) in enumerate(specs.items()):
         torch.manual_seed(i)
-        adapter = lf.attach(model, spec, name="saved")
+        adapter = lf.attach(model, spec, name="saved", **options)
         generator = torch.Generator().manual_seed(i)
         with torch.no_grad():
             for p in adapter.parameters():
@@ -116,6 +119,21 @@ def prompt(n: int, seed: int, vocabulary: int = 300) -> tuple[int, ...]:
     return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
 
 
+def loaded(engine: E, paths: Mapping[str, Path]) -> E:
+    """The engine, which has loaded these adapters."""
+    for name, path in paths.items():
+        engine.load(name, path)
+    return engine
+
+
+def ended(engine: Engine, request: Request) -> Ended:
+    """The end of a request that runs by itself."""
+    stream = engine.submit(request)
+    engine.run()
+    check(engine)
+    return stream.result()
+
+
 def generated(model: Any, request: Request) -> tuple[int, ...]:
     """The greedy tokens by transformers' own `generate`."""
     model.generation_config.eos_token_id = None
@@ -127,6 +145,16 @@ def generated(model: Any, request: Request) -> tuple[int, ...]:
         do_sample=False,
     )
     return tuple(out[0, len(request.prompt) :].tolist())
+
+
+def expected(model: Any, request: Request, paths: Mapping[str, Path]) -> tuple[int, ...]:
+    """The same with the request's adapter attached."""
+    if request.adapter is None:
+        return generated(model, request)
+    adapter = lf.load(model, paths[request.adapter], "expected")
+    tokens = generated(model, request)
+    adapter.detach()
+    return tokens
 
 
 def alone(
