@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 import transformers as tf
-)
 from transformers import WhisperForConditionalGeneration as Whisper
 
 import lorafold as lf
@@ -558,9 +557,7 @@ def mamba_logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
-def test_the_command_merges_convolutions_in_their_files(
-    method: str, mamba: Path, tmp_path: Path
-) -> None:
+def test_the_command_merges_convolutions_in_their_files(method: str, mamba, tmp_path) -> None:
     expected = on_mamba(mamba, tmp_path / "a", CASES[method][0])
     assert gap(expected, mamba_logits(load_model(mamba, torch.float32))) > 1e-3
     done = lorafold(

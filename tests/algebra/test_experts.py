@@ -535,9 +535,7 @@ def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_experts_without_a_row_are_frozen_and_called_experts(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_without_a_row_are_frozen_and_called_experts(name: str, monkeypatch) -> None:
     """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
     monkeypatch.setattr("lorafold.core.matrices.FORMS", {})
     router, least = OTHERS[name]

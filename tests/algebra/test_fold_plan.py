@@ -56,9 +56,7 @@ def test_what_is_planned_is_what_changes(method: str, kind: str, tiny_model: Cal
     assert {n: tuple(after[n].shape) for n in planned.shapes} == planned.shapes
 
 
-def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(
-    tiny_model: Callable,
-) -> None:
+def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(tiny_model) -> None:
     model = tiny_model("gpt2")
     lf.attach(model, lf.LoRA(rank=2), targets=["c_attn"], tokens=[3, 300], name="rows")
     planned = plan_fold(model, ["rows"])
@@ -71,9 +69,7 @@ def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(
         alone.merge()
 
 
-def test_files_are_planned_as_the_model_is(
-    tiny_model: Callable, tiny_model_dir: Callable, tmp_path: Path
-) -> None:
+def test_files_are_planned_as_the_model_is(tiny_model, tiny_model_dir, tmp_path) -> None:
     adapter = moved(lf.attach(tiny_model("gpt2"), lf.BitFit(), name="a"))
     expected = plan_fold(adapter.model, ["a"]).shapes
     adapter.save(tmp_path / "a")

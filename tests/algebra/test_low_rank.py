@@ -56,9 +56,7 @@ def graph(node: torch.autograd.graph.Node | None) -> list[torch.autograd.graph.N
 
 @pytest.mark.parametrize("base", MATRICES)
 @pytest.mark.parametrize(("method", "dropout"), CASES)
-def test_fused_and_plain_agree(
-    method: str, base: str, dropout: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_and_plain_agree(method: str, base: str, dropout: float, monkeypatch) -> None:
     ours, fused = step(method, base, dropout)
     monkeypatch.setattr(Matrix, "low_rank", Layer.low_rank)
     theirs, plain = step(method, base, dropout)
@@ -71,9 +69,7 @@ def test_fused_and_plain_agree(
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("base", ["linear", "no-bias", "conv1d"])
 @pytest.mark.parametrize("method", LOW_RANK)
-def test_in_bf16_the_fused_errs_no_more(
-    method: str, base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_bf16_the_fused_errs_no_more(method: str, base: str, monkeypatch) -> None:
     """Both against the plain path in fp64, from the same bf16 numbers."""
     _, fused = step(method, base, 0.0, torch.bfloat16)
     monkeypatch.setattr(Matrix, "low_rank", Layer.low_rank)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 import transformers as tf
-)
 
 import lorafold as lf
 from lorafold.data.batches import collate

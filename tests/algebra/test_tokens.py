@@ -223,9 +223,7 @@ def test_over_a_model_the_base_stays_what_it_is(kind: str, tiny_model) -> None:
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: copy.deepcopy(m).double()],
 )
 @pytest.mark.parametrize("kind", TIED)
-def test_a_tied_head_shares_the_rows_through_everything(
-    kind: str, change: Callable[[Any], Any], tiny_model
-) -> None:
+def test_a_tied_head_shares_the_rows_through_everything(kind: str, change, tiny_model) -> None:
     model = tiny_model(kind)
     move(lf.attach(model, lf.LoRA(rank=2), tokens=NEW))
     twin = change(model)

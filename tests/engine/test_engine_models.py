@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-)
 
 import lorafold as lf
 from conftest import GPT2_SIZE, SIZE

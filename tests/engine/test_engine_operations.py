@@ -93,9 +93,7 @@ def test_low_rank(native: Operations, dtype: torch.dtype, n: int, rank: int, wid
 @pytest.mark.parametrize(
     ("heads", "kv", "d", "dv"), [(9, 3, 64, 64), (4, 4, 24, 40), (10, 2, 33, 16)]
 )
-def test_attend(
-    native: Operations, dtype: torch.dtype, heads: int, kv: int, d: int, dv: int
-) -> None:
+def test_attend(native, dtype: torch.dtype, heads: int, kv: int, d: int, dv: int) -> None:
     q = random(3, 5, heads, d, dtype=dtype).transpose(1, 2)
     buffers = random(3, kv, 50, d, dtype=dtype, seed=1), random(3, kv, 50, dv, dtype=dtype, seed=2)
     k, v = (b[:, :, :45] for b in buffers)
