@@ -8,7 +8,6 @@ gradients   every parameter has the gradient of fp32, up to the rounding of a fe
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch

@@ -16,10 +16,10 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-import transformers as tf
 from transformers import WhisperForConditionalGeneration as Whisper
 
 import lorafold as lf

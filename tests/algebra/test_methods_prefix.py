@@ -11,9 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-import transformers as tf
 
 import lorafold as lf
 from lorafold.data.batches import collate

@@ -2,7 +2,6 @@
 compile for three generations of GPUs, in registers alone.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +22,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("shape", [(2, 9, 20), (70, 576), (1, 3)], ids=str)
 @pytest.mark.parametrize("more", ["", "c", "onto", "c onto"])
-def test_bits_are_those_of_the_plain_form(
-    interpreted: Any, shape: tuple[int, ...], more: str
-) -> None:
+def test_bits_are_those_of_the_plain_form(interpreted, shape: tuple[int, ...], more: str) -> None:
     torch.manual_seed(0)
     y, z, onto = (torch.randn(shape).bfloat16() for _ in range(3))
     g, c = 1 + 1e-3 * torch.randn(shape[-1]), torch.randn(shape[-1])
@@ -44,9 +41,7 @@ def test_bits_are_those_of_the_plain_form(
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_they_compile_in_registers(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_compile_in_registers(capability: int, tmp_path, monkeypatch) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

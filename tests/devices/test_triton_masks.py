@@ -2,7 +2,6 @@
 and it compiles for three generations of GPUs, in registers alone.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,9 +33,7 @@ def test_bits_are_those_of_the_plain_form(
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_it_compiles_in_registers(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_compiles_in_registers(capability: int, tmp_path, monkeypatch) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,9 +97,7 @@ def test_a_mask_in_a_buffer_bounds_rows_and_sequences() -> None:
     assert positions_of(gpt_neo(40)).table == sequence_of(gpt_neo(40)) == 40
 
 
-def test_a_row_beyond_the_positions_is_refused_before_training(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_a_row_beyond_the_positions_is_refused_before_training(tiny_model_dir, tmp_path) -> None:
     """Of a run that an earlier version began with more than the positions of its model."""
     model = tiny_model_dir("gpt2")
     data = [{"prompt": "a", "completion": " fox" * n} for n in (3, 1024)]

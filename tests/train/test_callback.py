@@ -164,9 +164,7 @@ def resumed(model_dir: Path, out: Path, spec: lf.LoRA) -> None:
 
 
 @pytest.mark.parametrize("file", ["adapter/adapter_model", "adapter-state/adapter"])
-def test_a_damaged_adapter_is_refused(
-    file: str, half_done: Path, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_damaged_adapter_is_refused(file: str, half_done, tiny_model_dir, tmp_path) -> None:
     out = Path(shutil.copytree(half_done, tmp_path / "run"))
     path = out / "checkpoint-3" / f"{file}.safetensors"
     data = bytearray(path.read_bytes())

@@ -281,9 +281,7 @@ def test_frozen_blocks_below_the_lowest_trained_one_run_once(tiny_model, tiny_mo
     assert checkpointed.runs == plain.runs
 
 
-def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(tiny_model_dir, tmp_path) -> None:
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
     tokenizer = load_tokenizer(tiny_model_dir("llama"))

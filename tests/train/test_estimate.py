@@ -139,9 +139,7 @@ def test_code_of_a_model_that_is_trusted_runs_without_a_question(own_code: Path)
     assert "runs with --trust-remote-code" in refused("estimate", *model)
 
 
-def test_a_run_on_code_that_is_trusted_prints_its_result_alone(
-    own_code: Path, tmp_path: Path
-) -> None:
+def test_a_run_on_code_that_is_trusted_prints_its_result_alone(own_code, tmp_path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     asked = ["--model", own_code, "--data", rows, "--out", tmp_path / "out", "--device", "cpu"]

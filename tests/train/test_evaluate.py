@@ -4,8 +4,6 @@ what it should.
 
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,9 +40,7 @@ ROWS = [{"prompt": text, "completion": f"{i} {text[: 3 * i]} done"} for i, text 
 
 
 @pytest.fixture
-def tiny(
-    tiny_model: Callable[[str], Any], tiny_model_dir: Callable[[str], Path]
-) -> tuple[Any, Any]:
+def tiny(tiny_model, tiny_model_dir) -> tuple[Any, Any]:
     return tiny_model("llama"), load_tokenizer(tiny_model_dir("llama"))
 
 
@@ -78,9 +74,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(training: bool, tiny: tuple[Any
     assert all(module.training is training for module in tiny[0].modules())
 
 
-def test_held_out_loss_is_the_same_packed_or_padded_and_leaves_the_mode(
-    tiny: tuple[Any, Any],
-) -> None:
+def test_held_out_loss_is_the_same_packed_or_padded_and_leaves_the_mode(tiny) -> None:
     model, tokenizer = tiny
     examples = encode(ROWS * 30, tokenizer, 512).examples  # several batches
     assert sum(len(e.ids) for e in examples) > 2 * 2048
@@ -189,10 +183,7 @@ def test_json_holds_the_figures_alone() -> None:
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 def test_an_evaluation_computes_as_the_adapter_was_trained(
-    storage: str,
-    tiny_model_dir: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    storage: str, tiny_model_dir, tmp_path, monkeypatch
 ) -> None:
     """Whatever this device would choose, if it multiplies both natively."""
     for module in ("models.quantizations", "resolve.base"):
@@ -222,12 +213,7 @@ def typed(command: str, **options: Any) -> None:
     app(words, prog_name="lorafold", standalone_mode=False)
 
 
-def test_eval_command(
-    tiny_model_dir: Callable[[str], Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    tiny: tuple[Any, Any],
-) -> None:
+def test_eval_command(tiny_model_dir, tmp_path, capsys, tiny) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     typed(
@@ -253,9 +239,7 @@ def test_eval_command(
     assert capsys.readouterr().out.startswith("6 rows: loss ")
 
 
-def test_generate_command(
-    tiny_model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tiny: tuple[Any, Any]
-) -> None:
+def test_generate_command(tiny_model_dir, capsys, tiny) -> None:
     model, tokenizer = tiny
     (prompt, _), *_ = prompts([{"prompt": "book", "completion": "x"}], tokenizer)
     said = complete(model, tokenizer, [prompt], 7)[0]
@@ -276,10 +260,7 @@ def test_generate_command(
 
 
 def test_adapters_stack_and_one_of_another_base_is_refused(
-    tiny_model: Callable[[str], Any],
-    tiny_model_dir: Callable[[str], Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model, tiny_model_dir, tmp_path, capsys
 ) -> None:
     model, tokenizer = tiny_model("llama"), load_tokenizer(tiny_model_dir("llama"))
     paths = [tmp_path / "first", tmp_path / "second"]

@@ -72,9 +72,7 @@ def test_the_adapter_is_that_of_the_best_step(ended: Path, tiny_model_dir) -> No
     assert measured.loss == pytest.approx(found["evals"][str(found["step"])], rel=1e-5)
 
 
-def test_a_run_that_is_killed_ends_at_the_same_step(
-    ended: Path, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_run_that_is_killed_ends_at_the_same_step(ended, tiny_model_dir, tmp_path) -> None:
     given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "eval_data": OTHER}
     recipe, out = lf.Recipe(**AUTO), tmp_path / "out"
     with killed(len(record(ended)["losses"]) - 5), pytest.raises(Interrupted):

@@ -93,9 +93,7 @@ def test_what_no_run_wrote_is_not_resumed(run: list[str], tmp_path: Path) -> Non
     [("tensorbord", "expected tensorboard"), ("aim", "aim is not installed; pip install aim")],
 )
 @pytest.mark.parametrize("command", ["train", "compare", "intrinsic"])
-def test_a_tracker_that_is_not_there_is_told_first(
-    command: str, name: str, told: str, tmp_path: Path
-) -> None:
+def test_a_tracker_that_is_not_there_is_told_first(command, name: str, told: str, tmp_path) -> None:
     out = ["--out", str(tmp_path / "new"), "--data", "not-read.jsonl", "--trackers", name]
     assert f"error: trackers: {told}" in refused(command, *out).replace(f"found '{name}', ", "")
 

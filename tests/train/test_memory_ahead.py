@@ -110,13 +110,7 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (1000, True)])
-def test_a_run_asks_it(
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_model_dir: Any,
-    tmp_path: Path,
-    free: int,
-    recomputed: bool,
-) -> None:
+def test_a_run_asks_it(monkeypatch, tiny_model_dir, tmp_path, free: int, recomputed: bool) -> None:
     console = Console(file=io.StringIO(), width=400)
     for module in ("training_step.adamw", "training.setup"):
         monkeypatch.setattr(f"lorafold.{module}.free_bytes", lambda device: free)

@@ -85,9 +85,7 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
 @pytest.mark.estimated
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", EACH)
-def test_trained_evaluated_generated_and_merged(
-    name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
+def test_trained_evaluated_generated_and_merged(name: str, model_dir, rows, tmp_path) -> None:
     base, adapter, merged = model_dir(name), tmp_path / "adapter", tmp_path / "merged"
     done = train(base, rows, adapter, "--storage", "fp32")
     assert done.returncode == 0, done.stderr
@@ -126,9 +124,7 @@ def test_trained_evaluated_generated_and_merged(
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
-def test_peft_reads_what_the_command_wrote(
-    name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
+def test_peft_reads_what_the_command_wrote(name: str, model_dir, rows, tmp_path) -> None:
     assert train(model_dir(name), rows, tmp_path / "a", "--storage", "fp32").returncode == 0
     ours = lf.load_model(model_dir(name), "fp32")
     plain = logits(ours)
@@ -142,9 +138,7 @@ def test_peft_reads_what_the_command_wrote(
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
-def test_the_command_merges_what_peft_wrote(
-    name: str, model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_command_merges_what_peft_wrote(name: str, model_dir, tmp_path) -> None:
     torch.manual_seed(1)
     names = ["q_proj", "v_proj", "down_proj"]
     config = peft.LoraConfig(
@@ -158,9 +152,7 @@ def test_the_command_merges_what_peft_wrote(
     assert near(logits(opened(tmp_path / "merged")), logits(theirs))
 
 
-def test_an_adapter_of_another_model_is_refused(
-    model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_another_model_is_refused(model_dir, rows, tmp_path) -> None:
     other = write("llava", tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     model = opened(other)
@@ -176,9 +168,7 @@ def test_an_adapter_of_another_model_is_refused(
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["full", "prompt", "houlsby"])
-def test_other_ways_to_train(
-    method: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
+def test_other_ways_to_train(method: str, model_dir, rows, tmp_path) -> None:
     """full trains the head, whose loss runs the model over given hidden states."""
     options = ("--storage", "fp32", "--method", method)
     done = train(model_dir("llava"), rows, tmp_path / "out", *options)
@@ -204,9 +194,7 @@ def test_a_classifier_beside_a_tower(model_dir: Callable[[str], Path], tmp_path:
 
 
 @pytest.mark.parametrize("preset", ["vision-linear", "audio-linear"])
-def test_a_tower_alone_is_refused(
-    preset: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
+def test_a_tower_alone_is_refused(preset: str, model_dir, rows, tmp_path) -> None:
     name, what = {
         "vision-linear": ("llava", "no row has an image"),
         "audio-linear": ("qwen2-audio", "no row has a sound"),

@@ -330,9 +330,7 @@ def test_vectors_of_experts_are_left_too() -> None:
     assert group["weight_decay"] == 0.0
 
 
-def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(tiny_model_dir, tmp_path) -> None:
     rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(4)]
     for decay in (0.0, 50.0):
         recipe = lf.Recipe(method="ia3", steps=3, batch=4, storage="fp32", weight_decay=decay)

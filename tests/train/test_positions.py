@@ -222,9 +222,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONG = [{"text": "fox " * 200, "label": "a"}, {"text": "rain", "label": "b"}] * 2
 
 
-def test_a_classifier_is_trained_and_measured_within_its_positions(
-    bert: Path, tmp_path: Path
-) -> None:
+def test_a_classifier_is_trained_and_measured_within_its_positions(bert, tmp_path) -> None:
     """The default length is beyond its positions; before, a row of so many tokens was refused after
     the model was loaded, and evaluation ended in a traceback.
     """
@@ -277,9 +275,7 @@ def test_rotary_positions_bound_the_default_and_not_what_is_asked_for(
     assert done.returncode == 0
 
 
-def test_a_run_is_resumed_with_the_length_that_it_began_with(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_a_run_is_resumed_with_the_length_that_it_began_with(tiny_model_dir, tmp_path) -> None:
     """Also one of an earlier version, which began with more than the model has positions."""
     rows = [{"prompt": "a", "completion": " fox"}]
     request = RunRequest(

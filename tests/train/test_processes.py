@@ -34,9 +34,7 @@ def command(tiny_model_dir, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 
 
 @pytest.mark.parametrize("method", FEW)
-def test_two_processes_train_what_one_does(
-    method: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_two_processes_train_what_one_does(method: str, command, tmp_path) -> None:
     dropped = ("--set", "dropout=0.1") if method in DROPS else ()
     command = (*command, "--method", method, *dropped)
     [one] = together(1, tmp_path, *command, "--out", str(tmp_path / "one"))
@@ -111,9 +109,7 @@ def test_three_processes_and_one_head_of_keys(tiny_model_dir, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"linear-probe"}))
-def test_every_method_in_two_processes_and_four(
-    method: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_every_method_in_two_processes_and_four(method: str, command, tmp_path) -> None:
     """With whole weights and with divided ones, the largest difference of which is printed."""
     for dropout in ("0", "0.1") if method in DROPS else (None,):
         dropped = () if dropout is None else ("--set", f"dropout={dropout}")
@@ -134,9 +130,7 @@ def test_every_method_in_two_processes_and_four(
 
 
 @pytest.mark.slow
-def test_a_process_that_rounds_otherwise_trains_what_the_first_one_chose(
-    command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_process_that_rounds_otherwise_trains_what_the_first_one_chose(command, tmp_path) -> None:
     """As on GPUs, where scores that are all but equal may come in another order."""
 
     def before() -> None:
@@ -170,9 +164,7 @@ SHARED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", SHARED)
-def test_two_processes_share_other_runs(
-    what: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_two_processes_share_other_runs(what: str, command, tmp_path) -> None:
     data, (close, *own) = rows(tmp_path / "rows.jsonl", kind=what), SHARED[what]
     asked, found = (*command[:4], str(data), *command[5:], *own), []
     for n in (1, 2):
@@ -207,9 +199,7 @@ FAST = ["dropout"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", FAST)
-def test_divided_weights_train_the_bytes_of_whole_ones(
-    what: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_divided_weights_train_the_bytes_of_whole_ones(what: str, command, tmp_path) -> None:
     divided(what, command, tmp_path)
 
 
@@ -296,9 +286,7 @@ def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_can_not_be_divided_is_refused(
-    processes: int, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_what_can_not_be_divided_is_refused(processes: int, command, tmp_path) -> None:
     out, data = tmp_path / "out", tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a"}\n' * 16)
     asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", *SHARED["grpo"][1:])

@@ -126,11 +126,7 @@ def reading(folder: Path) -> Callable[[int], dict]:
 )
 @pytest.mark.parametrize(("count", "others"), [(2, (1,)), (4, (2, 1))])
 def test_a_signal_to_one_stops_all_and_they_resume(
-    count: int,
-    others: tuple[int, ...],
-    asked: tuple[str, ...],
-    command: tuple[str, ...],
-    tmp_path: Path,
+    count: int, others: tuple[int, ...], asked: tuple[str, ...], command, tmp_path
 ) -> None:
     """Byte for byte as one that was not stopped, and by another number to rounding."""
     command = (*command, "--set", "steps=7", *asked)
@@ -203,9 +199,7 @@ def test_a_process_that_dies_ends_all(rank: int, command: tuple[str, ...], tmp_p
 
 
 @pytest.mark.slow
-def test_one_that_fails_says_why_through_the_first(
-    command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_one_that_fails_says_why_through_the_first(command, tmp_path) -> None:
     def fail() -> None:
         raise MemoryError("no room for 3 GB")
 

@@ -95,9 +95,7 @@ def asked(model: Path, folder: Path, steps: int) -> list[str]:
     return [*run, "--device", "cpu", *(x for s in settings for x in ("--set", s))]
 
 
-def test_srun_starts_one_run(
-    cluster: dict[str, str], tiny_model_dir, tmp_path: Path
-) -> None:
+def test_srun_starts_one_run(cluster, tiny_model_dir, tmp_path) -> None:
     command = asked(tiny_model_dir("llama-wide"), tmp_path, 4)
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([*command, "--out", str(one)], check=True, timeout=WAIT)

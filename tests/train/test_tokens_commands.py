@@ -171,9 +171,7 @@ def test_a_format_of_ones_own_from_training_to_a_plain_model(
     assert measured[0] < trained["losses"][0] - 0.3
 
 
-def test_what_is_known_already_is_said_and_trained(
-    tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
+def test_what_is_known_already_is_said_and_trained(tiny_model_dir, template, tmp_path) -> None:
     asked = request(
         tiny_model_dir("gemma"),
         tmp_path / "a",
@@ -196,9 +194,7 @@ def test_what_is_known_already_is_said_and_trained(
     assert record["recipe"]["chat_template"] == str(template)
 
 
-def test_a_template_alone_travels_with_the_adapter(
-    tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
+def test_a_template_alone_travels_with_the_adapter(tiny_model_dir, template, tmp_path) -> None:
     train(
         request(
             tiny_model_dir("llama"), tmp_path / "a", new_tokens=(), chat_template=str(template)
@@ -283,9 +279,7 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
 
 
 @pytest.mark.slow
-def test_an_adapter_to_start_from_brings_its_tokens(
-    tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_to_start_from_brings_its_tokens(tiny_model_dir, template, tmp_path) -> None:
     base = tiny_model_dir("gemma")
     first = train(
         request(base, tmp_path / "a", chat_template=str(template), steps=40, lr=1e-2, dropout=0.0),
@@ -396,9 +390,7 @@ def saved(base: Path, path: Path, words: list[str]) -> Path:
     return adapter.save(path, tokenizer=tokenizer)
 
 
-def test_the_last_adapters_tokenizer_counts_and_they_must_agree(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_the_last_adapters_tokenizer_counts_and_they_must_agree(tiny_model_dir, tmp_path) -> None:
     base = tiny_model_dir("llama")
     source = resolve_model(base)
     one, two, other = (
@@ -474,9 +466,7 @@ def test_a_classifier_learns_new_words(tiny_model_dir, tmp_path: Path) -> None:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ia3", "dora"])
-def test_other_methods_train_tokens_too(
-    method: str, tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
+def test_other_methods_train_tokens_too(method: str, tiny_model_dir, template, tmp_path) -> None:
     base = tiny_model_dir("llama")
     done = train(
         request(base, tmp_path / "a", method=method, chat_template=str(template), lr=1e-2), quiet()

@@ -58,9 +58,7 @@ def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_pat
     lf.load(model, tmp_path / "a")
 
 
-def test_padded_and_packed_and_accumulated_give_the_same_losses(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_padded_and_packed_and_accumulated_give_the_same_losses(tiny_model_dir, tmp_path) -> None:
     ways = {
         "packed": {},
         "padded": {"packing": False},
@@ -320,9 +318,7 @@ def test_modules_without_a_gradient_are_named(
     )
 
 
-def test_modules_whose_first_gradient_is_zero_are_not(
-    tiny_model_dir, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_modules_whose_first_gradient_is_zero_are_not(tiny_model_dir, tmp_path, caplog) -> None:
     """Fastfood's scale of a matrix multiplies a vector that starts at zero."""
     train(request(tiny_model_dir("llama"), tmp_path / "a", method="fastfood", steps=1), quiet())
     assert not [text for text in caplog.messages if "no gradient" in text]
@@ -396,9 +392,7 @@ def test_a_stopped_run_is_not_thrown_away_unasked(tiny_model_dir, tmp_path: Path
     train(request(tiny_model_dir("llama"), tmp_path / "a", overwrite=True), quiet())
 
 
-def test_what_the_initial_adapter_brings_cant_be_set_beside_it(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_what_the_initial_adapter_brings_cant_be_set_beside_it(tiny_model_dir, tmp_path) -> None:
     fixed = "rank, targets: the adapter of --init-adapter fixes these fields"
     with pytest.raises(LorafoldError, match=fixed):
         train(
