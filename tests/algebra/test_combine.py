@@ -12,6 +12,7 @@ import torch._dynamo.testing
 from torch import nn
 
 import lorafold as lf
+import noise
 from lorafold.core.attach import Selection, attach_delta
 from lorafold.core.combine import Bank, Mix, PerExample, Slots, Stack
 from lorafold.core.delta import Delta, LowRank, Opaque
@@ -27,11 +28,7 @@ IDS = torch.randint(0, IN, (BATCH, TIME), generator=torch.Generator().manual_see
 
 
 def moved(delta: Delta, seed: int) -> Delta:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in delta.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    return delta
+    return noise.moved(delta, 0.3, seed)
 
 
 def low_rank(module: nn.Module, rank: int, seed: int) -> LowRank:

@@ -1,14 +1,9 @@
-"""Convolutions as a storage, against PEFT's and LyCORIS' own layers and in real models.
-
-A small network of a Conv1d and one of a Conv2d, each with a stride and a padding, carries the same
-adapter here and there: outputs, gradients, merged weights, and files both ways.
-"""
+"""Convolutions as a storage, against PEFT's and LyCORIS' own layers and in real models."""
 
 import copy
 import json
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +15,9 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import WhisperForConditionalGeneration as Whisper
 
 import lorafold as lf
+from architectures import ARCHITECTURES
 from conftest import lorafold, make_tokenizer
 from fresh_models import fresh_model
 from lorafold.core.combine import Bank, PerExample, Slots
@@ -129,11 +124,14 @@ def output(model: nn.Module, dims: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("case", "dims"), PAIRS)
-def test_peft_reads_ours_and_merges_it_alike(case: str, dims: int, tmp_path: Path) -> None:
+def test_peft_writes_these_keys_reads_ours_and_merges_alike(case: str, dims: int, tmp_path: Path) -> None:
     model, adapter = ours(case, dims)
     bare, expected = output(net(dims), dims), output(model, dims)
     assert gap(expected, bare) > 100 * CLOSE
     adapter.save(tmp_path / "a")
+    save_theirs(theirs(case, dims), tmp_path / "b")
+    a, b = (load_file(tmp_path / d / WEIGHTS) for d in "ab")
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     there = load_theirs(dims, tmp_path / "a")
     assert gap(output(there, dims), expected) < CLOSE
     adapter.merge()
@@ -167,14 +165,6 @@ def test_ours_reads_peft_with_the_same_gradients(case: str, dims: int, tmp_path:
     assert by_norm[0] == pytest.approx(by_norm[1], rel=1e-4)
     adapter.detach()
     assert torch.equal(output(model, dims), bare)
-
-
-@pytest.mark.parametrize(("case", "dims"), PAIRS)
-def test_keys_and_shapes_are_those_that_peft_writes(case: str, dims: int, tmp_path: Path) -> None:
-    ours(case, dims)[1].save(tmp_path / "ours")
-    save_theirs(theirs(case, dims), tmp_path / "theirs")
-    a, b = (load_file(tmp_path / d / WEIGHTS) for d in ("ours", "theirs"))
-    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
 
 
 ALL: dict[str, Spec] = {name: spec for name, (spec, _) in CASES.items()} | {
@@ -431,97 +421,54 @@ def test_one_delta_for_each_signal_of_a_batch() -> None:
         assert gap(Bank(deltas, slots)(layer, x), y) < CLOSE
 
 
-def whisper() -> Whisper:
-    torch.manual_seed(0)
-    config = tf.WhisperConfig(
-        vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, max_source_positions=20, max_target_positions=16, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    return Whisper(config).eval()
-
-
-def vit() -> tf.ViTForImageClassification:
-    torch.manual_seed(0)
-    config = tf.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        image_size=16, patch_size=4, num_labels=3,
-    )  # fmt: skip
-    return tf.ViTForImageClassification(config).eval()
-
-
-def heard() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return {
-        "input_features": torch.randn(2, 8, 40, generator=g),
-        "labels": torch.randint(3, 64, (2, 6), generator=g),
-    }
-
-
-def seen() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(3, 3, 16, 16, generator=g), "labels": torch.arange(3)}
-
-
-def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten()).item()
-
-
-MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], list[str]]] = {
-    "whisper": (whisper, heard, ["conv1", "conv2", "q_proj"]),
-    "vit": (vit, seen, ["projection"]),
-}
+MODELS = {"whisper": ["conv1", "conv2", "q_proj"], "vit": ["projection"]}
 
 
 @pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_trained_saved_loaded_and_merged(
-    kind: str, method: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    make, batch, targets = MODELS[kind]
-    model, inputs = make().to(dtype), batch()
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    with torch.no_grad():
-        bare = model(**inputs)
-    adapter = lf.attach(model, CASES[method][0], targets)
+def test_trained_saved_loaded_and_merged(kind: str, method: str, dtype, tmp_path: Path) -> None:
+    row = ARCHITECTURES[kind]
+    batch = row.inputs() | row.trains()
+
+    def outputs(model: Any, dtype: torch.dtype = dtype) -> Any:
+        with torch.no_grad():
+            given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+            return model(**given)
+
+    model = row.model().to(dtype)
+    bare, exact_bare = outputs(model), outputs(row.model(), torch.float32)
+    adapter = lf.attach(model, CASES[method][0], MODELS[kind])
     convolutions = [p for p, m in adapter.sites.items() if isinstance(layer_of(m), Convolution)]
     assert len(convolutions) == (2 if kind == "whisper" else 1)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-2)
     model.train()
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
     for _ in range(12):
         model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
-    with torch.no_grad():
-        trained = model(**inputs)
-    losses = [loss_of(out.logits, inputs["labels"]) for out in (bare, trained)]
-    assert losses[1] < losses[0]
+    trained = outputs(model.eval())
+    assert trained.loss < bare.loss
     adapter.save(tmp_path / "a")
-    again = make().to(dtype)
+    again, exact = row.model().to(dtype), row.model().double()
     merged = lf.load(again, tmp_path / "a")
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, trained.logits)
-        merged.merge()
-        logits = again(**inputs).logits
-        exact = make().double()
-        lf.load(exact, tmp_path / "a").merge()
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        reference = exact(**wide).logits
+    assert torch.equal(outputs(again).logits, trained.logits)
+    merged.merge()
+    logits = outputs(again).logits
     if dtype is torch.float32:
         assert gap(logits, trained.logits) < CLOSE
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            there = peft.PeftModel.from_pretrained(make(), tmp_path / "a")
-        with torch.no_grad():
-            # merged, since PEFT's layer has no stride, which Whisper's encoder asks for
-            assert gap(there.merge_and_unload().eval()(**inputs).logits, trained.logits) < CLOSE
+            there = peft.PeftModel.from_pretrained(row.model(), tmp_path / "a")
+        # merged, since PEFT's layer has no stride, which Whisper's encoder asks for
+        assert gap(outputs(there.merge_and_unload().eval()).logits, trained.logits) < CLOSE
         return
     # merged weights are stored in bf16, as those of a bare model; calling is as exact
-    bare_error = (bare.logits.double() - make()(**batch()).logits.double()).norm()
+    lf.load(exact, tmp_path / "a").merge()
+    reference = outputs(exact, torch.float64).logits
+    bare_error = (bare.logits.double() - exact_bare.logits.double()).norm()
     assert (trained.logits.double() - reference).norm() < 4 * bare_error
     assert (logits.double() - reference).norm() < 6 * bare_error
 

@@ -14,6 +14,7 @@ import lorafold as lf
 from lorafold.core.attach import adapted_modules, base_state
 from lorafold.layers import LAYERS, layer_of
 from lorafold.layers.bitsandbytes import Quantized
+from noise import moved
 
 
 def net() -> nn.Module:
@@ -22,11 +23,7 @@ def net() -> nn.Module:
 
 
 def shake(adapter: lf.Adapter, seed: int = 1) -> lf.Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    return adapter
+    return moved(adapter, 0.3, seed)
 
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))

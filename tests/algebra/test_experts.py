@@ -37,6 +37,7 @@ from lorafold.ops.grouped import (
 from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.training_step.fused_modules import fused
 from mixtures import CONFIGS, FORMS, MLA, SHAPE, mixture
+from noise import moved
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -68,12 +69,8 @@ CASES = [
 ]
 
 
-def move(adapter: lf.Adapter, size: float = 0.05) -> lf.Adapter:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator))
-    return adapter
+def move(adapter: lf.Adapter) -> lf.Adapter:
+    return moved(adapter, 0.05)
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -442,11 +439,7 @@ def test_every_method_trains_with_its_own_targets(family: str, method: str) -> N
 
 def adapted(name: str) -> tuple[Any, lf.Adapter]:
     model = mixture(name)
-    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05)
-    return model, adapter
+    return model, move(lf.attach(model, lf.LoRA(rank=2, dropout=0.0)))
 
 
 def test_only_the_chosen_experts_of_a_token_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,9 +519,7 @@ def drawn(config: Any) -> Any:
 
 
 def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05)
+    move(adapter)
     model(input_ids=IDS).logits.sin().sum().backward()
     named = adapter.named_parameters()
     return [name for name, p in named if p.grad is None or not p.grad.any()]

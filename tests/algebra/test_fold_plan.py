@@ -16,15 +16,7 @@ from lorafold.merging.plan import plan
 from lorafold.methods import METHODS
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
-
-
-def moved(adapter: lf.Adapter) -> lf.Adapter:
-    """The adapter with other numbers, so that what it can change it does."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
-    return adapter
+from noise import moved
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -13,16 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.core.anatomy import Anatomy
+from noise import moved
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
-
-
-def moved(adapter: lf.Adapter) -> lf.Adapter:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return adapter
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])

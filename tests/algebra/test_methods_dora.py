@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
+import noise
 from lorafold.core.contexts import unchanged
 from lorafold.core.delta import LowRank
 from lorafold.core.rounding import rounded
@@ -25,12 +26,8 @@ def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequentia
     return nn.Sequential(nn.Linear(96, 128, bias=bias)).to(dtype)
 
 
-def moved(adapter: lf.Adapter, size: float = 0.1) -> DoRADelta:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator))
-    return adapter.deltas["0"]
+def moved(adapter: lf.Adapter) -> DoRADelta:
+    return noise.moved(adapter).deltas["0"]
 
 
 def survival(realised: torch.Tensor, change: torch.Tensor) -> tuple[float, float]:

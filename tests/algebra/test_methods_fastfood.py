@@ -15,6 +15,7 @@ import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec
 from lorafold.ops.walsh import halves, walsh
+from noise import moved
 
 
 def hadamard(n: int) -> torch.Tensor:
@@ -34,10 +35,7 @@ def adapted(dimension: int) -> tuple[nn.Sequential, lf.Adapter]:
     torch.manual_seed(0)
     root = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16))
     adapter = lf.attach(root, make_spec("fastfood", dimension=dimension), ["0", "2"])
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return root, adapter
+    return root, moved(adapter)
 
 
 @pytest.mark.few(2)

@@ -1,12 +1,5 @@
-"""Every method of the table on whole tiny transformers: what a layer alone can't show.
-
-start           the model is the base, but for methods that say otherwise
-gradients       every parameter receives one, the same with and without gradient checkpointing
-copies          a deep copy and a pickle compute the same and are independent; the state can be
-                carried over
-bf16            a bf16 base computes what the fp32 one does, to bf16's precision, and trains
-compile         the whole model compiles in one graph and computes the same
-detach          gives the base back, bit for bit
+"""Every method of the table on whole tiny transformers: its start, gradients, copies and state, in
+bf16, compiled, merged and over another one; and what the model must go on doing.
 """
 
 from __future__ import annotations
@@ -25,6 +18,7 @@ from lorafold.methods import METHODS
 from method_cases import IDS, NO_IDENTITY, attached, moved
 
 KINDS = ["llama", "gpt2", "qwen2"]
+ALL_KINDS = [*KINDS, "gemma"]
 
 
 def loss_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
@@ -38,13 +32,15 @@ def gradients(adapter: lf.Adapter, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
 
 
-def every(kinds: list[str] = KINDS, slow: tuple[str, ...] = ()) -> Callable:
+def every(
+    kinds: list[str] = KINDS, slow: tuple[str, ...] = (), lora_on_all: bool = False
+) -> Callable:
     return pytest.mark.parametrize(
         ("method", "kind"),
         [
             pytest.param(m, k, id=f"{m}-{k}", marks=[pytest.mark.slow] if m in slow else [])
             for m in METHODS
-            for k in kinds
+            for k in (ALL_KINDS if m == "lora" and lora_on_all else kinds)
         ],
     )
 
@@ -73,7 +69,7 @@ def test_it_starts_as_the_base_and_detaching_gives_it_back(
 
 
 @pytest.mark.few(20)
-@every()
+@every(lora_on_all=True)
 def test_gradients_are_complete_and_the_same_under_checkpointing(
     method: str, kind: str, tiny_model
 ) -> None:
@@ -151,7 +147,7 @@ def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> 
 
 
 @pytest.mark.few(1)
-@every(["llama"], slow=ALIKE)
+@every(["llama"], slow=ALIKE, lora_on_all=True)
 def test_the_compiled_model_computes_the_same(method: str, kind: str, tiny_model) -> None:
     torch._dynamo.reset()
     model = tiny_model(kind)

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lorafold as lf
+from conftest import SIZE
 from lorafold.data.batches import collate
+from lorafold.data.examples import Example
 from lorafold.generation import complete
 from lorafold.layers import layer_of
 from lorafold.training_step.lm_head_loss import labelled_loss
 from lorafold.training_step.packed_attention import isolates, packed
+from method_cases import IDS, classifier
 
 N = 5
 SPECS = [
@@ -28,8 +31,11 @@ SPECS = [
     pytest.param(lf.Prefix(tokens=N), id="prefix"),
 ]
 KINDS = ["llama", "gpt2", "qwen2", "gemma"]
-IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(4))
 EPS = {"rtol": 1e-4, "atol": 2e-5}  # fp32, two orders of summation
+GREEDY: dict[str, Any] = {
+    "attention_mask": torch.ones_like(IDS), "do_sample": False, "eos_token_id": None,
+    "pad_token_id": 0,
+}  # fmt: skip
 
 
 def every(kinds: list[str] = KINDS) -> Any:
@@ -102,22 +108,10 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
     virtual(model, spec)
     expected = greedy(model, IDS, 8)
     scores = logits(model, expected)[:, -9:-1]
-    for cache in (
-        {},
-        {"use_cache": False},
-        {"cache_implementation": "static", "disable_compile": True},
-    ):
-        found = model.generate(
-            IDS,
-            attention_mask=torch.ones_like(IDS),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **cache,
-        )
+    static = {"cache_implementation": "static", "disable_compile": True}
+    told = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
+    for cache in ({}, {"use_cache": False}, static):
+        found = model.generate(IDS, **GREEDY, **told, **cache)
         assert torch.equal(found.sequences, expected)
         torch.testing.assert_close(torch.stack(found.logits, 1), scores, **EPS)
     with lf.only(model):
@@ -133,11 +127,7 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(
 
     model, tokenizer = tiny_model(kind), load_tokenizer(str(tiny_model_dir(kind)))
     virtual(model, spec)
-    prompts = [
-        "Book a table",
-        "Remind me to call the plumber tomorrow morning",
-        "The quick brown fox",
-    ]
+    prompts = ["Book a table", "Remind me to call the plumber tomorrow", "The quick brown fox"]
     # more than one round: caches are handed on
     alone = [complete(model, tokenizer, [p], 20)[0] for p in prompts]
     assert complete(model, tokenizer, prompts, 20) == alone
@@ -151,17 +141,8 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(
 def test_beams_reorder_the_cache_and_nothing_else(spec: Any, kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     virtual(model, spec)
-    options: dict[str, Any] = {
-        "max_new_tokens": 6,
-        "num_beams": 3,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    mask = torch.ones_like(IDS)
-    cached, anew = (
-        model.generate(IDS, attention_mask=mask, use_cache=use, **options) for use in (True, False)
-    )
+    options = GREEDY | {"max_new_tokens": 6, "num_beams": 3}
+    cached, anew = (model.generate(IDS, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, anew)
 
 
@@ -187,22 +168,16 @@ def test_packed_documents_each_see_them(spec: Any, kind: str, tiny_model) -> Non
     virtual(model, spec)
     assert isolates(model)
 
-    class Document:
-        def __init__(self, ids: Tensor) -> None:
-            self.ids = self.labels = ids.tolist()
-
     documents = [IDS[0, :4], IDS[1], IDS[2, :6]]
     alone = torch.cat([logits(model, d[None])[0] for d in documents])
     with packed(model) as apart:
         assert apart
-        batch = collate([Document(d) for d in documents], packed=True, pad_id=0)
-        together = logits(
-            model, batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        )[0]
-        torch.testing.assert_close(together, alone, **EPS)
-        torch.testing.assert_close(
-            logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]), **EPS
-        )
+        batch = collate([Example(d.tolist(), d.tolist()) for d in documents], packed=True, pad_id=0)
+        del batch["labels"]
+        ids = batch.pop("input_ids")
+        torch.testing.assert_close(logits(model, ids, **batch, use_cache=False)[0], alone, **EPS)
+        rows = torch.cat([logits(model, row[None]) for row in IDS])
+        torch.testing.assert_close(logits(model, IDS), rows, **EPS)
     torch.testing.assert_close(logits(model, IDS[:1, :4])[0], alone[:4], **EPS)
 
 
@@ -221,28 +196,11 @@ def test_eager_attention_computes_the_same(spec: Any, kind: str, tiny_model) -> 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_sliding_window_never_loses_them(spec: Any) -> None:
     torch.manual_seed(0)
-    config = tf.Gemma2Config(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=6,
-        max_position_embeddings=128,
-        attn_implementation="eager",
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    size = SIZE | {"vocab_size": 260, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    config = tf.Gemma2Config(**size, sliding_window=6, attn_implementation="eager")
     model = tf.Gemma2ForCausalLM(config).eval()
     virtual(model, spec)
-    expected = greedy(model, IDS, 6)
-    cached = model.generate(
-        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0
-    )
-    assert torch.equal(cached, expected)
+    assert torch.equal(model.generate(IDS, **GREEDY, max_new_tokens=6), greedy(model, IDS, 6))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -269,21 +227,10 @@ def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
     model = tiny_model("llama")
     a, b = virtual(model, below(tokens=2), "a"), virtual(model, above(tokens=3), "b", seed=1)
     both = logits(model, IDS)
-    assert torch.equal(
-        model.generate(
-            IDS,
-            attention_mask=torch.ones_like(IDS),
-            max_new_tokens=5,
-            do_sample=False,
-            eos_token_id=None,
-        ),
-        greedy(model, IDS, 5),
-    )
-    with lf.only(model, "a"):
-        only_a = logits(model, IDS)
-    with lf.only(model, "b"):
-        only_b = logits(model, IDS)
-    for one in (only_a, only_b):
+    assert torch.equal(model.generate(IDS, **GREEDY, max_new_tokens=5), greedy(model, IDS, 5))
+    for name in "ab":
+        with lf.only(model, name):
+            one = logits(model, IDS)
         assert (both - one).norm() > 1e-3 * one.norm()
     if below is above is lf.Prompt:
         one = tiny_model("llama")
@@ -295,23 +242,9 @@ def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(
-    ("cls", "config"),
-    [(tf.LlamaForSequenceClassification, tf.LlamaConfig), (tf.GPT2ForSequenceClassification, tf.GPT2Config)],
-)
-def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 260,
-        "num_labels": 3,
-    }
-    extra = {"intermediate_size": 48} if config is tf.LlamaConfig else {}
-    model = cls(
-        config(**sizes, **extra, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    ).eval()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_classifier_takes_them_too(spec: Any, kind: str) -> None:
+    model = classifier(kind)
     bare = logits(model, IDS)
     adapter = virtual(model, spec)
     assert not torch.allclose(logits(model, IDS), bare)
@@ -331,10 +264,8 @@ def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
     adapter = lf.attach(model, spec)
     with pytest.raises(lf.NotMergeable, match=r"PromptDelta|PrefixDelta|no weight"):
         adapter.merge()
-    for receiver in [p for p in adapter.sites if p != "model"]:
-        adapter.sites[receiver].deltas["default"] = lf.Bottleneck(size=2).build(
-            layer_of(adapter.sites[receiver])
-        )
+    for site in [site for path, site in adapter.sites.items() if path != "model"]:
+        site.deltas["default"] = lf.Bottleneck(size=2).build(layer_of(site))
     with pytest.raises(lf.LorafoldError, match=r"of layers \[0, 1\]"):
         logits(model, IDS)
 
@@ -350,11 +281,8 @@ def test_prefix_begins_with_activations_of_real_tokens(tiny_model) -> None:
     for layer, (keys, values) in delta.keys_and_values(None, None).items():
         torch.testing.assert_close(keys, cache.layers[layer].keys)
         torch.testing.assert_close(values, cache.layers[layer].values)
-    random = (
-        lf.attach(tiny_model("gpt2"), lf.Prefix(tokens=4, init="random"))
-        .deltas["transformer"]
-        .prefix
-    )
+    other = lf.attach(tiny_model("gpt2"), lf.Prefix(tokens=4, init="random"))
+    random = other.deltas["transformer"].prefix
     assert random.std().item() == pytest.approx(0.02, rel=0.2)  # 512 draws: standard error 3%
 
 

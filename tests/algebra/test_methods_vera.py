@@ -9,16 +9,14 @@ from torch import nn
 
 import lorafold as lf
 from lorafold.core.delta import SETTINGS
+from noise import moved
 
 
 def adapted() -> tuple[nn.Sequential, lf.Adapter]:
     torch.manual_seed(0)
     root = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16))
     adapter = lf.attach(root, lf.VeRA(rank=8), ["0", "2"])
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return root, adapter
+    return root, moved(adapter)
 
 
 def projections(root: nn.Sequential) -> set[int]:

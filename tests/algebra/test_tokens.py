@@ -21,6 +21,7 @@ from lorafold.methods import METHODS
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.ops import reference
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
+from noise import moved
 
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
 TIED = ["gemma", "gpt2"]
@@ -69,11 +70,7 @@ def rooted(
 
 
 def move(adapter: lf.Adapter, size: float = 0.1) -> lf.Adapter:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator).to(p))
-    return adapter
+    return moved(adapter, size, 2)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

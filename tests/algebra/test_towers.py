@@ -5,14 +5,16 @@ every architecture of the table under the laws and beside PEFT.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 import lorafold as lf
 from architectures import (
@@ -26,6 +28,7 @@ from architectures import (
     SEQ2SEQ,
     TEXT,
     TOWER,
+    Architecture,
     moved,
     near,
     run,
@@ -42,23 +45,29 @@ from more_architectures import FAMILIES
 HAVE_EXPERTS = {*MIXTURES, "jamba", "granite-hybrid", "qwen3-next"}
 
 
+def learned(model: Any, adapter: lf.Adapter, row: Architecture, steps: int) -> list[torch.Tensor]:
+    """The losses of steps by the model's own loss."""
+    inputs, losses = row.inputs() | row.trains(), []
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
+    for _ in range(steps):
+        losses.append(model(**inputs).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
 @pytest.mark.parametrize("name", list(MULTIMODAL))
 def test_the_tower_stays_out_and_byte_for_byte_the_same(name: str) -> None:
     row = MULTIMODAL[name]
-    model, inputs = row.model(), row.inputs()
+    model, labels = row.model(), {"labels": row.inputs()["input_ids"]}
     assert tuple(Anatomy.of(model).encoders) == row.towers
     adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
     inner = Anatomy.of(model).language
     assert all(site.startswith(f"{inner}.layers.") for site in adapter.sites)
     before = {n: p.clone() for n, p in model.named_parameters() if n.startswith(row.towers)}
     assert before
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    losses = []
-    for _ in range(3):
-        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = learned(model, adapter, replace(row, trains=lambda: labels), 3)
     assert losses[-1] < losses[0]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in before.items())
@@ -256,20 +265,13 @@ def test_the_run_says_what_is_in_a_tower_and_what_stays_frozen(tmp_path: Path) -
     assert "targets in the vision tower: 2 of the 4 modules of q_proj, 2 of" in done.stderr
 
 
-IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-LABELS = torch.tensor([1, 2])
-
-
-def vit() -> ViTForImageClassification:
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    shape = {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "num_labels": 3}
-    return ViTForImageClassification(ViTConfig(**size, **shape)).eval()
+def vit() -> Any:
+    return ARCHITECTURES["vit"].model()
 
 
 def classes_of(model: ViTForImageClassification) -> Tensor:
     with torch.no_grad():
-        return model(pixel_values=IMAGES).logits
+        return model(**ARCHITECTURES["vit"].inputs()).logits
 
 
 @pytest.mark.parametrize("saved", [(), ("classifier",)])
@@ -280,13 +282,7 @@ def test_it_trains_saves_loads_and_merges(spec, saved: tuple[str, ...], tmp_path
     adapter = lf.attach(model, spec, modules_to_save=saved)
     assert not Anatomy.of(model).vocabulary_ends
     assert torch.allclose(classes_of(model), bare, atol=1e-6)
-    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
-    losses = []
-    for _ in range(5):
-        losses.append(model(pixel_values=IMAGES, labels=LABELS).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = learned(model, adapter, ARCHITECTURES["vit"], 5)
     assert losses[-1] < losses[0]
     y = classes_of(model)
     adapter.save(tmp_path / "adapter")
@@ -327,25 +323,15 @@ def test_a_fresh_adapter_changes_nothing_and_the_base_stays_bit_for_bit(name: st
 
 @pytest.mark.few(23)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_adapted_module_has_its_gradient(name: str) -> None:
-    """A module whose forward the model bypasses would have none."""
-    row = ARCHITECTURES[name]
-    model = row.model()
-    adapter = moved(model)
-    y = run(model, row.inputs())
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
-    lost = [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
-    assert lost == []
-
-
-@pytest.mark.few(23)
-@pytest.mark.parametrize("name", NAMES)
-def test_merging_equals_calling(name: str) -> None:
+def test_every_adapted_module_has_its_gradient_and_merging_equals_calling(name: str) -> None:
+    """A module whose forward the model bypasses would have no gradient."""
     row = ARCHITECTURES[name]
     model, inputs = row.model(), row.inputs()
     adapter = moved(model)
+    y = run(model, inputs)
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    assert [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()] == []
     with torch.no_grad():
-        y = run(model, inputs)
         adapter.merge()
         assert near(run(model, inputs), y)
     assert not [n for n, _ in model.named_parameters() if "deltas" in n]
@@ -385,13 +371,8 @@ def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None
     left_out = OF_EXPERTS if matrices else ()
     targets = [p for p in peft_has(name, model) if p.rsplit(".", 1)[-1] not in left_out]
     matrices &= set(peft_has(name, model))
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=targets,
-        target_parameters=sorted(matrices) or None,
-        init_lora_weights=False,
-    )
+    where = {"target_modules": targets, "target_parameters": sorted(matrices) or None}
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **where)
     theirs = peft.get_peft_model(row.model(), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     lf.load(model, tmp_path / "theirs")
@@ -405,16 +386,8 @@ def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", [n for n, row in ENCODERS.items() if row.trains])
 def test_a_loop_of_its_own_learns(name: str) -> None:
     row = ENCODERS[name]
-    assert row.trains is not None
-    model, inputs = row.model(), row.inputs() | row.trains()
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
-    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
-    losses = []
-    for _ in range(8):
-        losses.append(model(**inputs).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model = row.model()
+    losses = learned(model, lf.attach(model, lf.LoRA(rank=4, dropout=0.0)), row, 8)
     assert losses[-1] < 0.9 * losses[0]
 
 

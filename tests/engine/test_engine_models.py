@@ -17,27 +17,28 @@ from lorafold.engine import Engine, Request, Sampling, Token, model_structure
 from lorafold.engine.sampler import noise
 from lorafold.errors import LorafoldError
 
-NO_HEAD_DIM = {k: v for k, v in SIZE.items() if k != "head_dim"}
 VOCABULARY = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTH = VOCABULARY | {"hidden_size": 32, "num_hidden_layers": 2}
+SMALL, FULL = WIDTH | {"num_attention_heads": 4}, VOCABULARY | SIZE
+NO_HEAD_DIM = {k: v for k, v in FULL.items() if k != "head_dim"}
 
 FAMILIES: dict[str, Any] = {
-    "llama": lambda: tf.LlamaConfig(**SIZE, **VOCABULARY),  # grouped queries
-    "qwen2": lambda: tf.Qwen2Config(**NO_HEAD_DIM, **VOCABULARY),  # biases
-    "gemma": lambda: tf.GemmaConfig(**SIZE, **VOCABULARY),  # tied, scaled embeddings
+    "llama": lambda: tf.LlamaConfig(**FULL),  # grouped queries
+    "qwen2": lambda: tf.Qwen2Config(**NO_HEAD_DIM),  # biases
+    "gemma": lambda: tf.GemmaConfig(**FULL),  # tied, scaled embeddings
     "gpt2": lambda: tf.GPT2Config(**GPT2_SIZE, **VOCABULARY),  # learned positions, Conv1D
-    "mistral": lambda: tf.MistralConfig(**NO_HEAD_DIM, **VOCABULARY, sliding_window=6),
+    "mistral": lambda: tf.MistralConfig(**NO_HEAD_DIM, sliding_window=6),
     # alternating windows, capped scores
-    "gemma2": lambda: tf.Gemma2Config(**SIZE, **VOCABULARY, sliding_window=6, query_pre_attn_scalar=8),
-    "qwen3": lambda: tf.Qwen3Config(**SIZE, **VOCABULARY),  # norms of queries and keys
-    "mixtral": lambda: tf.MixtralConfig(**NO_HEAD_DIM, **VOCABULARY, num_local_experts=4),
-    "opt": lambda: tf.OPTConfig(**SMALL, **VOCABULARY, ffn_dim=64, word_embed_proj_dim=32),
-    "neox": lambda: tf.GPTNeoXConfig(**SMALL, **VOCABULARY, intermediate_size=64),  # partial rotary
+    "gemma2": lambda: tf.Gemma2Config(**FULL, sliding_window=6, query_pre_attn_scalar=8),
+    "qwen3": lambda: tf.Qwen3Config(**FULL),  # norms of queries and keys
+    "mixtral": lambda: tf.MixtralConfig(**NO_HEAD_DIM, num_local_experts=4),
+    "opt": lambda: tf.OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32),
+    "neox": lambda: tf.GPTNeoXConfig(**SMALL, intermediate_size=64),  # partial rotary
     # sinks, windows, experts
-    "gpt-oss": lambda: tf.GptOssConfig(**SIZE, **VOCABULARY, num_local_experts=4, sliding_window=6),
+    "gpt-oss": lambda: tf.GptOssConfig(**FULL, num_local_experts=4, sliding_window=6),
 }
 SOLO: dict[str, Any] = {
-    "mamba": lambda: tf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **VOCABULARY),
+    "mamba": lambda: tf.MambaConfig(**WIDTH, state_size=8),
     "bloom": lambda: tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **VOCABULARY),
 }
 
