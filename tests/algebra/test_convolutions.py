@@ -124,7 +124,7 @@ def output(model: nn.Module, dims: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("case", "dims"), PAIRS)
-def test_peft_writes_these_keys_reads_ours_and_merges_alike(case: str, dims: int, tmp_path: Path) -> None:
+def test_peft_has_the_keys_computes_and_merges_alike(case: str, dims: int, tmp_path: Path) -> None:
     model, adapter = ours(case, dims)
     bare, expected = output(net(dims), dims), output(model, dims)
     assert gap(expected, bare) > 100 * CLOSE

@@ -17,24 +17,31 @@ from conftest import lorafold
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
+from lorafold.training.finish import Trained
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 
 
-def request(model: Path, out: Path, **fields) -> RunRequest:
+def request(
+    model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any
+) -> RunRequest:
     extra = {
         k: fields.pop(k)
         for k in ("resume", "overwrite", "eval_rows", "init_adapter")
         if k in fields
     }
     recipe = Recipe(**{"steps": 6, "batch": 4, "storage": "fp32"} | fields)
-    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:
     return Console(quiet=True)
+
+
+def trained(model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> Trained:
+    return train(request(model, out, rows, **fields), quiet())
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

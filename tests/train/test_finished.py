@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import lorafold, refused
+from typed_commands import write_rows
 
 ROWS = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}"} for a in range(4) for b in (1, 2)]
 
@@ -14,8 +15,7 @@ ROWS = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}"} for a in range
 def run(tiny_model_dir, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command that resumes a run, which is finished."""
     folder = tmp_path_factory.mktemp("finished")
-    rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    rows = write_rows(folder / "rows.jsonl", ROWS)
     named = {"model": tiny_model_dir("llama"), "data": rows, "out": folder / "adapter", "steps": 2}
     command = ["train", *(part for k, v in named.items() for part in (f"--{k}", str(v)))]
     command += ["--batch", "2", "--storage", "fp32", "--resume", "--json"]
@@ -63,8 +63,7 @@ def test_another_run_does_not_replace_a_finished_one(
     run: list[str], other: list[str], told: str, tiny_model_dir, tmp_path: Path
 ) -> None:
     if other[0] == "--data":
-        (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
-        run = with_other(run, "--data", tmp_path / "rows.jsonl")
+        run = with_other(run, "--data", write_rows(tmp_path / "rows.jsonl", ROWS[:1]))
     elif other[0] == "--model":
         run = with_other(run, "--model", tiny_model_dir(other[1]))
     elif other[0] == "--init-adapter":

@@ -17,53 +17,44 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lorafold as lf
+import training_cases
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of
 from lorafold.methods import METHODS
 from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
 from lorafold.recipe.recipe import Recipe
-from lorafold.resolve import Base
 from lorafold.training import loop
+from lorafold.training.finish import Trained
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step import adamw
 from lorafold.training_step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.training_step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
+from process_cases import same_bytes
+from training_cases import quiet, weights
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
 NAMES = [name for name in get_args(Recipe.model_fields["optimizer"].annotation) if name != "auto"]
-ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 GB, MB = 10**9, 10**6
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-def request(model: Path, out: Path, resume: bool = False, **fields) -> RunRequest:
-    # rank 64 on the tiny model: some factors are above the 4,096 elements from which state is
-    # 8-bit, some below
-    recipe = Recipe(
-        **{
-            "steps": 12,
-            "batch": 4,
-            "storage": "fp32",
-            "rank": 64,
-            "lr": 1e-3,
-            "lr_b": 5e-3,
-            "save_every": 4,
-        }
-        | fields
-    )
-    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", resume=resume)
+@pytest.fixture
+def llama(tiny_model_dir) -> Path:
+    return tiny_model_dir("llama")
 
 
-def quiet() -> Console:
-    return Console(quiet=True)
+def request(model: Path, out: Path, **fields: Any) -> RunRequest:
+    """At rank 64 some factors have the 4,096 elements from which state is 8-bit, some fewer."""
+    own = {"steps": 12, "rank": 64, "lr": 1e-3, "lr_b": 5e-3, "save_every": 4}
+    return training_cases.request(model, out, **own | fields)
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter_model.safetensors")
+def trained(model: Path, out: Path, **fields: Any) -> Trained:
+    return train(request(model, out, **fields), quiet())
 
 
 def made(
@@ -162,14 +153,13 @@ def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() ->
     ],
 )
 def test_each_trains_and_says_what_it_is(
-    name: str, line: str, tiny_model_dir, tmp_path: Path, capsys
+    name: str, line: str, llama, tmp_path: Path, capsys
 ) -> None:
     with warnings.catch_warnings():
         # what bitsandbytes would warn of is in the line
         warnings.filterwarnings("error", message=".*[Pp]aged.*")
         result = train(
-            request(tiny_model_dir("llama"), tmp_path / "a", optimizer=name),
-            Console(file=sys.stdout, width=200),
+            request(llama, tmp_path / "a", optimizer=name), Console(file=sys.stdout, width=200)
         )
     told = f"optimizer: {line}\nlearning rate: 1e-3; up factors (LoRA+) 5e-3\n"
     assert told in capsys.readouterr().out
@@ -194,16 +184,14 @@ def test_8_bit_state_is_8_bits_in_a_quarter_of_the_bytes() -> None:
 
 
 @pytest.mark.slow
-def test_8_bits_follow_the_fp32_trajectory(tiny_model_dir, tmp_path: Path) -> None:
+def test_8_bits_follow_the_fp32_trajectory(llama, tmp_path: Path) -> None:
     """Codes of 8 bits are a few percent apart, and errors of single steps cancel in part: a tenth
     of the way after 20 steps is a lot.
     """
     losses, found = {}, {}
     for name in ("adamw", "adamw8bit"):
         fields = {"optimizer": name, "rank": 128, "steps": 20, "dropout": 0.0}
-        losses[name] = train(
-            request(tiny_model_dir("llama"), tmp_path / name, **fields), quiet()
-        ).losses
+        losses[name] = trained(llama, tmp_path / name, **fields).losses
         factors = weights(tmp_path / name)
         found[name] = torch.cat(
             [
@@ -278,25 +266,17 @@ def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: RunRequest) -> None
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
-    name: str, tiny_model_dir, tmp_path: Path, monkeypatch
+    name: str, llama, tmp_path: Path, monkeypatch
 ) -> None:
-    straight = train(
-        request(tiny_model_dir("llama"), tmp_path / "straight", optimizer=name), quiet()
-    )
-    stopped(monkeypatch, 6, request(tiny_model_dir("llama"), tmp_path / "stopped", optimizer=name))
+    straight = trained(llama, tmp_path / "straight", optimizer=name)
+    stopped(monkeypatch, 6, request(llama, tmp_path / "stopped", optimizer=name))
     kept = load_file(tmp_path / "stopped.run" / "step-000004" / "optimizer.safetensors")
     assert any(t.dtype == torch.uint8 for key, t in kept.items() if not key.startswith("rng")) == (
         name != "adamw"
     )
-    resumed = train(
-        request(tiny_model_dir("llama"), tmp_path / "stopped", resume=True, optimizer=name), quiet()
-    )
+    resumed = trained(llama, tmp_path / "stopped", resume=True, optimizer=name)
     assert resumed.losses == straight.losses
-    ours, theirs = (
-        (tmp_path / out / "adapter_model.safetensors").read_bytes()
-        for out in ("stopped", "straight")
-    )
-    assert ours == theirs
+    assert same_bytes(tmp_path / "stopped", tmp_path / "straight")
 
 
 DECAYED = {
@@ -330,28 +310,25 @@ def test_vectors_of_experts_are_left_too() -> None:
     assert group["weight_decay"] == 0.0
 
 
-def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(tiny_model_dir, tmp_path) -> None:
+def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(llama, tmp_path) -> None:
     rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(4)]
     for decay in (0.0, 50.0):
         recipe = lf.Recipe(method="ia3", steps=3, batch=4, storage="fp32", weight_decay=decay)
-        lf.train(recipe, model=tiny_model_dir("llama"), data=rows, out=tmp_path / f"{decay}")
+        lf.train(recipe, model=llama, data=rows, out=tmp_path / f"{decay}")
     one, other = (tmp_path / f"{decay}" / "adapter_model.safetensors" for decay in (0.0, 50.0))
     assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.slow
 def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
-    tiny_model_dir, tmp_path: Path, monkeypatch, capsys
+    llama, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    straight = train(
-        request(tiny_model_dir("llama"), tmp_path / "straight", optimizer="adamw8bit"), quiet()
-    )
+    straight = trained(llama, tmp_path / "straight", optimizer="adamw8bit")
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
         patch.setattr(adamw, "choose", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
-        stopped(monkeypatch, 6, request(tiny_model_dir("llama"), tmp_path / "a"))
+        stopped(monkeypatch, 6, request(llama, tmp_path / "a"))
     resumed = train(
-        request(tiny_model_dir("llama"), tmp_path / "a", resume=True),
-        Console(file=sys.stdout, width=200),
+        request(llama, tmp_path / "a", resume=True), Console(file=sys.stdout, width=200)
     )
     assert (
         "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n"
@@ -361,7 +338,7 @@ def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
 
 
 def test_without_bitsandbytes_the_8_bit_ones_are_one_clear_error(
-    tiny_model_dir, tmp_path: Path, monkeypatch
+    llama, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
@@ -371,9 +348,9 @@ def test_without_bitsandbytes_the_8_bit_ones_are_one_clear_error(
             r" adamw$"
         ),
     ):
-        train(request(tiny_model_dir("llama"), tmp_path / "a", optimizer="adamw8bit"), quiet())
+        trained(llama, tmp_path / "a", optimizer="adamw8bit")
     assert list(tmp_path.iterdir()) == []
-    train(request(tiny_model_dir("llama"), tmp_path / "a", optimizer="adamw", steps=1), quiet())
+    trained(llama, tmp_path / "a", optimizer="adamw", steps=1)
 
 
 def test_a_matrix_without_trained_entries_is_left_to_no_optimizer() -> None:

@@ -14,12 +14,13 @@ import transformers as tf
 from rich.console import Console
 
 import lorafold as lf
-from conftest import lorafold, make_tokenizer, refused
+from conftest import make_tokenizer, refused
 from lorafold.errors import LorafoldError
 from lorafold.models.positions import Positions, positions_in, positions_of, trained_on
 from lorafold.resolve import Base
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import RunRequest, with_length
+from typed_commands import done, run, write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -226,22 +227,18 @@ def test_a_classifier_is_trained_and_measured_within_its_positions(bert, tmp_pat
     """The default length is beyond its positions; before, a row of so many tokens was refused after
     the model was loaded, and evaluation ended in a traceback.
     """
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(f'{{"text": "{r["text"]}", "label": "{r["label"]}"}}\n' for r in LONG))
+    data = write_rows(tmp_path / "rows.jsonl", LONG)
     told = "max_length 64 instead of 1024: BertForSequenceClassification has 64 positions"
-    train = ("train", "--model", str(bert), "--data", str(data), "--objective", "classify",
-             "--steps", "2", "--batch", "2", "--storage", "fp32")  # fmt: skip
-    done = lorafold(*train, "--out", str(tmp_path / "a"))
-    assert done.returncode == 0
-    assert told in done.stderr
-    assert "2 rows were cut at 64 tokens" in done.stderr
-    asked = ("--model", str(bert), "--data", str(data), "--adapter", str(tmp_path / "a"))
-    done = lorafold("eval", *asked)
-    assert done.returncode == 0
-    assert told in done.stderr
+    on = f"--model {bert} --data {data}"
+    train = f"train {on} --objective classify --steps 2 --batch 2 --storage fp32 --out {tmp_path}"
+    said = done(f"{train}/a").stderr
+    assert told in said
+    assert "2 rows were cut at 64 tokens" in said
+    measure = f"eval {on} --adapter {tmp_path}/a"
+    assert told in done(measure).stderr
     beyond = "error: max_length 65: expected at most 64, the positions that BertForSequence"
-    for command in ((*train, "--out", str(tmp_path / "b")), ("eval", *asked)):
-        assert refused(*command, "--max-length", "65").startswith(beyond)
+    for command in (f"{train}/b", measure):
+        assert refused(*command.split(), "--max-length", "65").startswith(beyond)
     assert not (tmp_path / "b").exists()
 
 
@@ -261,18 +258,16 @@ def test_rotary_positions_bound_the_default_and_not_what_is_asked_for(
     tiny_model_dir: Any, tmp_path: Path
 ) -> None:
     data = [{"prompt": "a", "completion": " fox" * 600}]
-    cut = lorafold("estimate", "--model", str(tiny_model_dir("llama")), "--mode", "lora", "--json")
-    assert "max_length 512 instead of 1024: LlamaForCausalLM was trained on 512" in cut.stderr
+    model = tiny_model_dir("llama")
+    cut = run(f"estimate --model {model} --mode lora --json").stderr
+    assert "max_length 512 instead of 1024: LlamaForCausalLM was trained on 512" in cut
     recipe = lf.Recipe(steps=1, batch=1, storage="fp32", max_length=700)
-    lf.train(recipe, model=tiny_model_dir("llama"), data=data, out=tmp_path / "a")
+    lf.train(recipe, model=model, data=data, out=tmp_path / "a")
     assert '"max_length": 700' in (tmp_path / "a" / "lorafold.json").read_text()
     told = "max_length 700: LlamaForCausalLM was trained on 512 positions"
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": " fox"}\n')
-    done = lorafold("eval", "--model", str(tiny_model_dir("llama")), "--data", str(rows),
-                    "--max-length", "700", "--no-completions")  # fmt: skip
-    assert told in done.stderr
-    assert done.returncode == 0
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " fox"}])
+    on = f"eval --model {model} --data {rows}"
+    assert told in done(f"{on} --max-length 700 --no-completions").stderr
 
 
 def test_a_run_is_resumed_with_the_length_that_it_began_with(tiny_model_dir, tmp_path) -> None:
