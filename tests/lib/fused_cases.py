@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lorafold as lf
 from lorafold.data.batches import collate
+from noise import moved
 from sequence_cases import build, loss_and_gradients, rows
 
 
@@ -27,11 +28,7 @@ def model_of(name: str, **changes: Any) -> tf.PreTrainedModel:
 
 def adapted(model: tf.PreTrainedModel, spec: Any = None, **options: Any) -> lf.Adapter:
     adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.3) if spec is None else spec, **options)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return adapter
+    return moved(adapter, 0.05)
 
 
 def together() -> list[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ against each branch alone, and the losses of documents against whole logits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.shared_prefixes import Branching, branching
-from sequence_cases import COMMON, CONFIGS, GROUPED, VOCAB, assert_close, build, heads
+from noise import moved
+from sequence_cases import CONFIGS, GROUPED, LEAKY, VOCAB, assert_close, build, heads
 
 CPU = torch.device("cpu")
 # of each row, the shared tokens and the branches; windows of 5 and 6 are shorter than the prompts
@@ -199,10 +201,10 @@ def batch() -> Batch:
 WEIGHTS = torch.randn(9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def step(model: Any, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses (9,), and the gradients of a sum with weights of either sign."""
+def step(model: Any, losses: Tensor, weights: Tensor = WEIGHTS) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of documents, and the gradients of a sum with weights of either sign."""
     model.zero_grad()
-    (losses * WEIGHTS.to(losses.dtype)).sum().backward()
+    (losses * weights.to(losses.dtype)).sum().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return losses.detach(), found
 
@@ -239,11 +241,7 @@ def assert_same(
 def adapted(name: str, spec: Any = None, **options: Any) -> Any:
     model = build(name)
     model.set_attn_implementation("eager")
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0) if spec is None else spec, **options)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    moved(lf.attach(model, spec or lf.LoRA(rank=4, dropout=0.0), **options), 0.05)
     return model.train()
 
 
@@ -303,30 +301,11 @@ def test_attention_dropout_takes_the_general_path() -> None:
             assert_close(model(**given.inputs, use_cache=False).logits, plain)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        tf.MambaConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            state_size=4,
-            vocab_size=VOCAB,
-            initializer_range=0.2,
-        ),
-        tf.OPTConfig(
-            **{k: v for k, v in COMMON.items() if k != "intermediate_size"},
-            ffn_dim=48,
-            init_std=0.2,
-            word_embed_proj_dim=32,
-            max_position_embeddings=64,
-        ),
-    ],
-    ids=["mamba", "opt"],
-)
+@pytest.mark.parametrize("name", LEAKY)
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_that_does_not_pack_is_left_as_it_was(config: tf.PreTrainedConfig) -> None:
+def test_a_model_that_does_not_pack_is_left_as_it_was(name: str) -> None:
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config).train()
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(LEAKY[name])).train()
     before = model.config._attn_implementation
     with branching(model) as branches:
         assert not branches.packs
@@ -439,20 +418,13 @@ def test_losses_and_gradients_are_those_of_whole_logits(name: str, head: str) ->
         model.get_output_embeddings().weight.requires_grad_(True)
     labels, inputs, document = padded()
     weights = torch.tensor([1.5, 3.0, -0.7, 2.0, 0.0])
-
-    def run(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        model.zero_grad()
-        (losses * weights).sum().backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return losses.detach(), found
-
     each = F.cross_entropy(
         model(**inputs, use_cache=False).logits.transpose(1, 2), labels, reduction="none"
     )
     expected = torch.stack([each[document == i].sum() for i in range(5)])
     losses, counts = document_losses(model, labels, inputs, document, 5)
     assert counts.tolist() == [((document == i) & (labels != -100)).sum().item() for i in range(5)]
-    assert_same(run(losses), run(expected))
+    assert_same(step(model, losses, weights), step(model, expected, weights))
 
 
 @pytest.mark.usefixtures("_chunks_of_four")
@@ -462,11 +434,8 @@ def test_the_general_head_equals_the_linear_one(monkeypatch: pytest.MonkeyPatch)
     for linear in (True, False):
         if not linear:
             monkeypatch.setattr("lorafold.training_step.lm_head_loss.linear_form", lambda *_: None)
-        model.zero_grad()
         losses, _ = document_losses(model, labels, inputs, document, 5)
-        losses.square().sum().backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((losses.detach(), grads))
+        found.append(step(model, losses, losses.detach()))
     assert_same(found[1], found[0])
 
 

@@ -27,6 +27,7 @@ from lorafold.training_step.losses import CompletionLoss, RowsAlike
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
+from noise import moved
 from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build
 
 CPU = torch.device("cpu")
@@ -86,11 +87,7 @@ def test_each_row_is_a_path(drawn: list[tuple[list[int], int]]) -> None:
 
 def adapted(name: str, dropout: float = 0.0) -> Any:
     model = build(name)
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=dropout))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    moved(lf.attach(model, lf.LoRA(rank=4, dropout=dropout)), 0.05)
     return model.train()
 
 

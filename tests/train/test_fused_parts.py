@@ -18,17 +18,12 @@ from fused_cases import adapted, assert_same_step, model_of, seeded_step, togeth
 from lorafold.methods import make_spec
 from lorafold.training_step.fused_modules import ROTARY, fused
 from lorafold.training_step.packed_attention import packed
-from sequence_cases import COMMON, VOCAB, loss_and_gradients
+from sequence_cases import GROUPED, VOCAB, loss_and_gradients
 
 
 def test_a_norm_that_is_trained() -> None:
-    for options in (
-        {"spec": lf.Full()},
-        {
-            "spec": lf.LoRA(rank=4),
-            "modules_to_save": ["input_layernorm", "post_attention_layernorm"],
-        },
-    ):
+    norms = {"modules_to_save": ["input_layernorm", "post_attention_layernorm"]}
+    for options in ({"spec": lf.Full()}, {"spec": lf.LoRA(rank=4), **norms}):
         model = model_of("llama")
         adapted(model, **options)
         with packed(model):
@@ -78,9 +73,7 @@ class Shifted(LlamaRMSNorm):
 
 
 class Gated(LlamaRMSNorm):
-    """As Mamba's and Qwen3-Next's: with a second input, which may be missing in the one and not in
-    the other.
-    """
+    """As Mamba's: with a second input, which may be missing."""
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         return super().forward(hidden_states if gate is None else hidden_states * gate)
@@ -139,11 +132,8 @@ def test_a_delta_that_changes_nothing_yet() -> None:
     lf.attach(model, make_spec("houlsby"), modules_to_save=["input_layernorm"])
     with fused(model) as found:
         assert (found.fast, found.plain) == (0, ("MLP", "rotary embedding"))
-        assert not any(
-            "forward" in vars(m)
-            for layer in model.model.layers
-            for m in (layer.mlp, layer.input_layernorm)
-        )
+        for layer in model.model.layers:
+            assert not {"forward"} & (vars(layer.mlp).keys() | vars(layer.input_layernorm).keys())
         loss_and_gradients(model, together())
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
@@ -155,12 +145,8 @@ class PartlyGated(nn.Module):
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-            mlp.act_fn,
-        )
+        for name in ("gate_proj", "up_proj", "down_proj", "act_fn"):
+            setattr(self, name, getattr(mlp, name))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * (1 + self.up_proj(x)))
@@ -213,22 +199,12 @@ def test_a_mixture_of_experts_is_itself() -> None:
 
 
 def test_a_linear_attention_whose_norm_takes_a_gate_is_itself() -> None:
-    size = COMMON | {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    }
-    widths = {
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-    }
-    experts = {"num_experts": 0, "mlp_only_layers": [0, 1]}
+    size = GROUPED | {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    size |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1]}
+    config = tf.Qwen3NextConfig(**size, **layers, num_experts=0, initializer_range=0.2)
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(
-        tf.Qwen3NextConfig(**size, **widths, **experts, initializer_range=0.2)
-    ).train()
+    model = tf.AutoModelForCausalLM.from_config(config).train()
     ids = torch.randint(1, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids=ids, use_cache=False).logits
     model.requires_grad_(False)

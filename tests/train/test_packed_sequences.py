@@ -2,6 +2,7 @@
 document alone.
 """
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.packed_attention import NAME, attend, document_mask, isolates, packed
+from noise import moved
 from sequence_cases import (
     CONFIGS,
     GROUPED,
-    VOCAB,
+    LEAKY,
     Row,
     assert_close,
     build,
@@ -206,10 +208,7 @@ def test_adapters_of_experts_learn_from_packed_documents_what_they_learn_from_ea
     model, plain, examples = build(name), build(name), rows()
     spec = lf.LoRA(rank=3, dropout=0.0) if method == "lora" else lf.LoHa(rank=2)
     adapter = lf.attach(model, spec)
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    moved(adapter)
     assert any(path.endswith("experts.gate_up_proj") for path in adapter.matches.paths)
     folded = {}
     for path, delta in adapter.own_deltas.items():
@@ -317,41 +316,11 @@ def test_attention_dropout_takes_the_general_path() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        tf.OPTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=48,
-            vocab_size=VOCAB,
-            init_std=0.2,
-            word_embed_proj_dim=32,
-            max_position_embeddings=64,
-        ),
-        tf.GptOssConfig(
-            **GROUPED,
-            head_dim=8,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            initializer_range=0.2,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        ),
-        tf.MambaConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            state_size=4,
-            vocab_size=VOCAB,
-            initializer_range=0.2,
-        ),
-    ],
-    ids=["opt", "gpt-oss", "mamba"],
-)
+@pytest.mark.parametrize("name", LEAKY)
 @pytest.mark.filterwarnings("ignore")
-def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedConfig) -> None:
+def test_a_leak_is_detected_and_the_model_left_as_it_was(name: str) -> None:
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config).train()
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(LEAKY[name])).train()
     before = model.config._attn_implementation
     with packed(model) as apart:
         assert not apart
