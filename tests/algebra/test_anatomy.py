@@ -1,6 +1,4 @@
-"""A model's anatomy: what it says of each kind of model, that it is made once, and that it is never
-of a model as it was before.
-"""
+"""A model's anatomy: what it finds in each kind of model, once, and again after a change."""
 
 from __future__ import annotations
 

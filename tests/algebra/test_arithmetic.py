@@ -1,6 +1,4 @@
-"""16-bit products in fp32 arithmetic: rounded once, where the processor is faster at it, in every
-operation that multiplies, for the scope that says so.
-"""
+"""16-bit products in fp32 arithmetic, rounded once, in every operation that multiplies."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""torch.autocast over an fp32 base, which Trainer and TRL turn on: every method over every storage,
-whole models, experts, the fused parts, and PEFT's adapters beside ours.
-
-the law     a layer under autocast is as exact as the plain module with the folded weight
-gradients   every parameter has the gradient of fp32, up to the rounding of a few products
-"""
+"""torch.autocast over an fp32 base: layers, models, experts, the fused parts, and PEFT beside."""
 
 from __future__ import annotations
 

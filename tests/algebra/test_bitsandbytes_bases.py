@@ -64,9 +64,7 @@ def test_the_linears_of_the_blocks_are_packed_and_nothing_else(tiny_model_dir, n
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_an_answer_between_steps_leaves_gradients_as_they_were(tiny_model_dir, method):
-    """bitsandbytes reorders its codes for answers where the CPU has bf16 in AVX512, and gives no
-    gradients from that order.
-    """
+    """bitsandbytes reorders its codes for inference with AVX512, and loses the gradients."""
     model = load_model(tiny_model_dir("llama-wide"), held("nf4", torch.bfloat16))
     targets = "attention" if method == "lora" else None
     moved(lf.attach(model, make_spec(method), targets), 1.0)
@@ -121,9 +119,7 @@ def test_what_is_computed_is_the_specification(tiny_model_dir):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_a_step_keeps_no_matrix_of_the_base(tiny_model_dir, method, kind):
-    """Of what autograd saves between forward and backward nothing has the shape of a packed weight,
-    but what is the model's own.
-    """
+    """Nothing that autograd saves has the shape of a packed weight, but what is the model's own."""
     model = load_model(tiny_model_dir("llama-wide"), held(kind, torch.bfloat16)).train()
     small = {name: 3 for name in ("rank", "size") if name in known_options(method)}
     lf.attach(model, make_spec(method, **small))
@@ -223,9 +219,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
 
 
 def test_a_deep_base_is_known_by_what_is_not_packed(tiny_model_dir, tmp_path):
-    """With more linears than a fingerprint has room for, none of its weights might be left to
-    compare.
-    """
+    """It has more linears than a fingerprint has room for."""
     config = load_model(tiny_model_dir("llama-wide"), torch.float32).config
     config.num_hidden_layers = 8
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "deep")
@@ -307,9 +301,7 @@ def test_storage_is_named_with_its_reason():
 @pytest.mark.few(2)
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method):
-    """By the same command, and the merged model is what was trained; or the method says that it has
-    no form in weight space.
-    """
+    """The merged model is what was trained, or the method has no form in weight space."""
     model = tiny_model_dir("llama-wide")
     options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
     trained(model, tmp_path / "a", method=method, steps=3, storage="auto", options=options)

@@ -1,6 +1,4 @@
-"""Combinators: what a mixture, a batch of many tenants and a bank compute, each against the deltas
-alone.
-"""
+"""Combinators: a mixture, a batch of many tenants and a bank, each against the deltas alone."""
 
 from __future__ import annotations
 

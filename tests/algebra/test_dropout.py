@@ -1,6 +1,4 @@
-"""Dropped places: what they follow from, exact probability, independence, the caller's random
-state, one draw for all readers, a preserved mean.
-"""
+"""Dropped places: what they follow from, their probability, and one draw for all readers."""
 
 from __future__ import annotations
 
@@ -103,9 +101,7 @@ def test_gaps_are_geometric(p: float) -> None:
 
 
 def test_elements_of_a_call_are_independent() -> None:
-    """Chi-square over the 256 patterns of the eight elements that one call decides on, and over
-    those of eight rows, eight sites and eight steps.
-    """
+    """Chi-square over the 256 patterns of eight elements of a call, of rows, sites and steps."""
     rows, n, p = 1024, 1024, 0.5
 
     def at(key: int, number: int) -> Tensor:

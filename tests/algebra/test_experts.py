@@ -1,6 +1,4 @@
-"""Experts as a storage: the laws on mixtures of every form, grouped products against plain torch,
-quantized matrices against bitsandbytes, and what stays frozen.
-"""
+"""Experts as a storage: the laws on mixtures of every form, against torch and bitsandbytes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The fused operations of training against `ops/reference.py`: values and gradients, layouts, and
-what bf16 loses.
-"""
+"""The fused operations of training against `ops/reference.py`: values, gradients, bf16."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def assert_equal(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.dty
 
 
 def assert_no_worse(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """In 16 bits, from inputs that have them: as near to the fp64 computation as the specification
-    in 16 bits is, give or take 5%.
-    """
+    """As near to fp64 as the specification in 16 bits is, give or take 5%."""
     tensors = [t.to(dtype).double() for t in tensors]
     truth = run(spec, tensors, torch.float64)
     for found, peer, true in zip(
@@ -93,9 +89,7 @@ def test_norm_of_a_transposed_input() -> None:
 @pytest.mark.parametrize("gain_dtype", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
-    """Against the form that models have, which rounds once more before the gain, and against the
-    specification.
-    """
+    """Against the form of models, which rounds before the gain too, and the specification."""
     gain = GAIN.to(dtype)
     given = gain if gain_dtype == "same" else gain.float()
     x = normal(64, 16, 32)
@@ -141,9 +135,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {
 
 
 def angles(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of random positions, for all rows or for each, in the shape that broadcasts over
-    heads.
-    """
+    """cos and sin of random positions, in the shape that broadcasts over heads."""
     theta = normal(rows, 7, 4, seed=3).repeat(1, 1, 2)
     return theta.cos().to(dtype).unsqueeze(dim), theta.sin().to(dtype).unsqueeze(dim)
 
@@ -328,9 +320,7 @@ def test_low_rank_in_16_bits(dtype: torch.dtype, form: str) -> None:
 
 @pytest.mark.usefixtures("each_arithmetic")
 def test_a_weak_update_survives_one_rounding() -> None:
-    """An update of a tenth of a bf16 unit, forward and backward, and what remains of it along the
-    exact one.
-    """
+    """A tenth of a bf16 unit, forward and backward: what is left of it along the exact one."""
     n = 64
     x, g = (normal(4096, n, seed=s).bfloat16() for s in (1, 2))
     w = (normal(n, n, seed=3) / n**0.5).bfloat16()

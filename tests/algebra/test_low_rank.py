@@ -1,6 +1,4 @@
-"""Every low-rank method: the fused operation gives the gradients of the plain path, with the same
-places dropped.
-"""
+"""Low-rank methods: the fused operation has the gradients of the plain path, with dropout."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ MATRICES = [base for base in BASES if not base.startswith(PLAIN)]
 def step(
     method: str, base: str, dropout: float, dtype: torch.dtype = torch.float32, wide: bool = False
 ) -> tuple[bool, dict[str, Tensor]]:
-    """Did the fused operation run; output, and gradients of the input and all parameters. wide: in
-    fp64, from the same numbers.
-    """
+    """Whether the fused operation ran; output and gradients; wide: in fp64."""
     torch.manual_seed(0)
     make, inputs = BASES[base]
     root = to(nn.Sequential(make()), dtype).train()

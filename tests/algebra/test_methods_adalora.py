@@ -1,6 +1,4 @@
-"""AdaLoRA's budget: the schedule, that ranks move to where they count, and that a resumed run is
-the run.
-"""
+"""AdaLoRA's budget: its schedule, where ranks go, and that a resumed run is the run."""
 
 import copy
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""BitFit: every bias there is; where there is none, added ones, which merging switches on in the
-config of the model.
-"""
+"""BitFit: every bias there is, or added ones, which merging switches on in the config."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Bottleneck adapters: where Houlsby's and Pfeiffer's lie, what they compute, and that they say
-they can't be folded.
-"""
+"""Bottleneck adapters: where Houlsby's and Pfeiffer's are, and what they compute."""
 
 from __future__ import annotations
 

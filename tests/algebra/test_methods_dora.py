@@ -1,6 +1,4 @@
-"""What DoRA promises beyond the laws: small magnitudes that are not lost, one pass through the
-base, norms without V.
-"""
+"""DoRA beyond the laws: small magnitudes survive, the base runs once, norms need no matrix."""
 
 import copy
 import pickle
@@ -31,9 +29,7 @@ def moved(adapter: lf.Adapter) -> DoRADelta:
 
 
 def survival(realised: torch.Tensor, change: torch.Tensor) -> tuple[float, float]:
-    """The projection of what happened on what should have, and its standard error under rounding's
-    noise.
-    """
+    """The projection of the change on the exact one, and its standard error."""
     error = (realised - change).norm() / change.norm() / change.numel() ** 0.5
     return ((realised * change).sum() / change.square().sum()).item(), error.item()
 
@@ -47,9 +43,7 @@ def survival(realised: torch.Tensor, change: torch.Tensor) -> tuple[float, float
     ids=str,
 )
 def test_a_small_gain_survives_in_bf16(spec, size: float) -> None:
-    """To the nearest, a gain within 1 +- 2^-9 = 0.002 changes not one output: y lies on the grid
-    that the product is rounded to.
-    """
+    """Rounded to the nearest, a gain within 1 +- 2^-9 changes no output."""
     root = layer(torch.bfloat16, bias=False)
     vector = dict(lf.attach(root, spec, ["0"]).named_parameters())[
         "0.magnitude" if isinstance(spec, lf.DoRA) else "0.l"

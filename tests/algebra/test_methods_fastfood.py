@@ -1,6 +1,4 @@
-"""Training in a random subspace: the projection against its definition, and one vector for all
-matrices.
-"""
+"""Training in a random subspace: its projection, and one vector for all matrices."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Full fine-tuning: the weights themselves in place, once each, and a model that is whole again
-afterwards.
-"""
+"""Full fine-tuning: the weights themselves, in place, once each."""
 
 from __future__ import annotations
 

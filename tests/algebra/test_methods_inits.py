@@ -1,6 +1,4 @@
-"""PiSSA and OLoRA start from the weight: the right part of it, the base untouched and nothing of a
-small step lost.
-"""
+"""PiSSA and OLoRA start from the right part of the weight and lose nothing of a small step."""
 
 import pytest
 import torch
@@ -44,9 +42,7 @@ def test_olora_starts_from_qr() -> None:
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("spec", [lf.PiSSA(rank=5), lf.OLoRA(rank=5)], ids=["pissa", "olora"])
 def test_a_first_step_survives_in_bf16(spec) -> None:
-    """Against B itself, near 0.3, a step of 1e-4 is under half a unit of bf16: only the difference
-    B - B0 can carry it.
-    """
+    """Only the difference B - B0 can hold it: it is under half a unit of B."""
     root, adapter = laid(spec, torch.bfloat16)
     stored = root.state_dict()["0.weight"]
     assert torch.equal(stored, weight().bfloat16())

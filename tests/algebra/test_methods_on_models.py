@@ -1,6 +1,4 @@
-"""Every method of the table on whole tiny transformers: its start, gradients, copies and state, in
-bf16, compiled, merged and over another one; and what the model must go on doing.
-"""
+"""Every method of the table on whole tiny transformers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What methods compute with besides low-rank products: each operation against its plain form, in
-values and in gradients, and what is computed once.
-"""
+"""The other operations of methods, in values and gradients, and what is computed once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Virtual tokens of prompt and prefix tuning are in front of everything, everywhere, and nowhere
-else. PEFT is the oracle for logits, a recomputation without a cache that of `generate`.
-"""
+"""Virtual tokens of prompt and prefix tuning, against PEFT and against no cache."""
 
 from __future__ import annotations
 

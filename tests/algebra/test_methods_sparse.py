@@ -1,6 +1,4 @@
-"""Sparse fine-tuning: what is chosen, by LT-SFT's movement and by FISH's squared gradients, against
-the definitions.
-"""
+"""Sparse fine-tuning: what LT-SFT and FISH choose, against the definitions."""
 
 from __future__ import annotations
 

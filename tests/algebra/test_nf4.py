@@ -1,6 +1,4 @@
-"""The reference of NF4 is what bitsandbytes stores, byte for byte, and what its closed forms
-say.
-"""
+"""The reference of NF4 is what bitsandbytes stores, byte for byte."""
 
 from itertools import product
 
@@ -28,9 +26,7 @@ def with_outlier() -> torch.Tensor:
 
 
 def around_ties() -> torch.Tensor:
-    """Whole blocks: absmax c, then c times every midpoint of two levels, and the floats just below
-    and above. Exact ties where c is 1.
-    """
+    """Whole blocks of c times every midpoint of two levels, and the floats beside them."""
     level = nf4.levels()
     # where c is no power of two, w * (1 / c) and w / c fall on different sides
     c = torch.cat([torch.ones(1), normal(99).abs()])[:, None]
@@ -61,11 +57,7 @@ def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.NF4Tensor, torch.Tensor]:
-    """What bitsandbytes stores for w, in the reference's form, and what it makes of it.
-
-    As one row: in version 0.50 the AVX-512 kernel takes the wrong constants if rows are no whole
-    number of blocks.
-    """
+    """What bitsandbytes 0.50 stores for w as one row: for others it takes wrong constants."""
     bytes_, state = bnb.quantize_4bit(
         w.flatten(), blocksize=64, compress_statistics=double, quant_type="nf4"
     )
@@ -80,9 +72,7 @@ def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.NF4Tensor, torch
 
 
 def on_grid(y: torch.Tensor) -> torch.Tensor:
-    """y rounded to 65536 points of [-1, 1]: the table by which the CPU kernel of bitsandbytes looks
-    up an 8-bit code.
-    """
+    """y on the 65536 points by which the CPU kernel looks up an 8-bit code."""
     return -1 + 2 * ((y.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).int() / 65535
 
 

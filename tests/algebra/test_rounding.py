@@ -1,6 +1,4 @@
-"""Rounding folded weights: each kind is right on its own terms, in both 16-bit dtypes, subnormals
-and boundaries included.
-"""
+"""Rounding folded weights: each kind on its own terms, in both 16-bit dtypes."""
 
 import math
 

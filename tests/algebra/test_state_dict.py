@@ -1,6 +1,4 @@
-"""The state dict of a model with adapters: it holds them under names of their own, and loading it
-brings them back; a base's own state loads beneath them.
-"""
+"""The state dict of a model with adapters brings them back, and a base's loads beneath them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""New tokens: rows of embedding and head under the laws of every delta, over a base that is never
-resized.
-"""
+"""New tokens: rows of embedding and head, under the laws, over a base that is never resized."""
 
 import copy
 import itertools

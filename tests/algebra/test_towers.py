@@ -1,6 +1,4 @@
-"""Models with encoders for images and sounds: which part is adapted, and what stays frozen; and
-every architecture of the table under the laws and beside PEFT.
-"""
+"""Models with encoders for images and sounds, and every architecture under the laws."""
 
 from __future__ import annotations
 
@@ -402,9 +400,7 @@ def test_encoders_keep_all_their_blocks() -> None:
 
 
 def test_presets_of_an_encoder_decoder() -> None:
-    """T5's attentions have capital letters, and its encoder lies outside the decoder, as the head
-    does.
-    """
+    """T5's attentions have capital letters, and its encoder and head are no decoder's."""
     model = ARCHITECTURES["t5"].model()
     attention = lf.attach(model, lf.LoRA(rank=2), "attention", name="attention").sites
     assert {path.rsplit(".", 2)[1] for path in attention} == {"SelfAttention", "EncDecAttention"}
@@ -435,9 +431,7 @@ def test_what_mixes_documents_trains_padded(name: str) -> None:
     ("name", "packs"), [("mpt", False), ("dbrx", True), ("deepseek-v4", False)]
 )
 def test_attention_set_in_another_way_stays_what_it_was(name: str, packs: bool) -> None:
-    """Parts of a configuration without an attention of their own, and keys beside those of the
-    documents: each was a traceback of `lf.train`.
-    """
+    """Configurations whose parts have no attention of their own."""
     model = FAMILIES[name].model()
 
     def set_to() -> list[str | None]:

@@ -90,9 +90,7 @@ TORCHS = {
 
 
 def called(model: nn.Module, x: Tensor, padded: bool = True) -> Tensor:
-    """The output at the tokens that are no padding: elsewhere torch's fast path has zeros, and its
-    other one has numbers.
-    """
+    """The output at the tokens: at padding torch's two paths differ."""
     batch_first = next(m.batch_first for m in model.modules() if hasattr(m, "batch_first"))
     x = x if batch_first else x.transpose(0, 1)
     mask = PADDED if padded else None

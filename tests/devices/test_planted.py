@@ -1,6 +1,4 @@
-"""Defects that only a GPU would show are found on shadows: each is planted, and a step fails; and
-older cards take the paths that they have.
-"""
+"""Defects that only a GPU would show, planted one by one, are found on shadows."""
 
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""A training step computes on a GPU what it computes on the CPU, of every method, storage and
-layout, and asks the device for nothing but its loss.
-"""
+"""A training step computes on a GPU what it does on the CPU, and waits for its loss alone."""
 
 from typing import Any
 

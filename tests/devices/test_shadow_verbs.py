@@ -1,6 +1,4 @@
-"""Whole verbs on a GPU: a run from its rows to its files, and what is done with them, compute what
-they compute on the CPU.
-"""
+"""Whole verbs, from rows to files, compute on a GPU what they compute on the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -65,9 +63,7 @@ class Both(NamedTuple):
 
 
 def both(verb: Callable[[str, str], Any]) -> Both:
-    """What a verb gives on the device and on the CPU, called with the device's name and a name of
-    its own.
-    """
+    """What a verb gives on the device and on the CPU."""
     with unestimating():
         with on_device():
             there = verb(str(WHERE), "there")

@@ -1,6 +1,4 @@
-"""The kernels of gains, without a GPU: interpreted they round as the plain form does, and they
-compile for three generations of GPUs, in registers alone.
-"""
+"""The kernels of gains, interpreted and compiled, without a GPU."""
 
 from typing import Any
 

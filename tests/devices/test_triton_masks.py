@@ -1,6 +1,4 @@
-"""The kernel of dropout, without a GPU: interpreted it draws the bits of the plain form,
-and it compiles for three generations of GPUs, in registers alone.
-"""
+"""The kernel of dropout, interpreted and compiled, without a GPU."""
 
 from typing import Any
 

@@ -169,9 +169,7 @@ def asked(n: int, names: Iterable[str]) -> list[Request]:
 
 
 def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]:
-    """The requests that have other logits beside others than alone, and how many tokens of prompts
-    were cached. As many more requests continue where one of these ended.
-    """
+    """Requests with other logits beside others than alone, and the tokens that were cached."""
     engine.watch()
     rng, waiting, company = random.Random(1), list(requests), {}
     followed: list[Request] = []

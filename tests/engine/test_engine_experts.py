@@ -1,6 +1,4 @@
-"""Requests whose adapters change experts: each computes what transformers' `generate` computes with
-the adapter attached, whatever shares the engine.
-"""
+"""Adapters of experts: requests have the tokens of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -98,10 +96,7 @@ def test_invariant_logits_are_the_same_bits_in_any_company(kind, dtype, saved) -
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
 def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, tmp_path, monkeypatch) -> None:
-    """The logits of a prompt, by the engine in bf16, are as near to those in fp32 as the model's
-    own in bf16 are. Every token meets every expert, since a router whose choice rounding changes
-    would be most of the error.
-    """
+    """Every token meets every expert, or a router's rounding would be most of the error."""
     config = CONFIGS[kind]()
     config.num_experts_per_tok = config.num_local_experts
     monkeypatch.setitem(CONFIGS, kind, lambda: config)

@@ -1,6 +1,4 @@
-"""The fast path computes what the plain one computes, with every kind of adapter over it, and is
-gone when the engine is closed.
-"""
+"""The fast path computes what the plain one does, and is gone when the engine is closed."""
 
 from __future__ import annotations
 

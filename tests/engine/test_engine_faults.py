@@ -1,6 +1,4 @@
-"""What is refused, cancelled, damaged or fails touches nobody else: each request has one last
-event, and what it held is free again.
-"""
+"""What is refused, cancelled, damaged or fails touches no other request."""
 
 from __future__ import annotations
 
@@ -156,9 +154,7 @@ def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad, monkeypat
 
 
 def test_a_fault_of_the_machine_does_not_lose_those_that_wait_or_read(model, monkeypatch) -> None:
-    """Both rows that decode fail, so the cache is made anew, and the row that was reading its
-    prompt reads it again.
-    """
+    """The cache is made anew, and the row that was reading its prompt reads it again."""
     asked = [Request("0", prompt(3, 0), 8), Request("1", prompt(4, 1), 8)]
     long = Request("long", prompt(40, 2), 8)
     expected = generated(model, long)

@@ -1,6 +1,4 @@
-"""Any mixture of adapters in one batch: each request has the tokens that it has alone, and what is
-wrong with one adapter touches no other request.
-"""
+"""Any mixture of adapters in one batch: each request has the tokens that it has alone."""
 
 from __future__ import annotations
 

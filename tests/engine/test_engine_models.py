@@ -1,6 +1,4 @@
-"""Requests in the engine get the tokens that transformers' `generate` gives them, whatever the
-model: ten families in slots, others one at a time, with the reason.
-"""
+"""Requests have the tokens of transformers' `generate`, whatever the model."""
 
 from __future__ import annotations
 

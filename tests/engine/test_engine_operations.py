@@ -1,6 +1,4 @@
-"""The engine's operations: C++ against torch in fp64, alone against in company, and from how many
-rows on a product keeps its bits.
-"""
+"""The engine's operations in C++, against torch in fp64, and alone against in company."""
 
 from __future__ import annotations
 

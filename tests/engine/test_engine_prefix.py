@@ -1,6 +1,4 @@
-"""Prefix reuse: the same tokens with it and without, one pass over a shared prompt, and nobody
-starts from what another tenant, adapter or generation computed.
-"""
+"""Prefix reuse changes no token, and nobody starts from what others computed."""
 
 from __future__ import annotations
 

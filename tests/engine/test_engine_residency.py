@@ -1,6 +1,4 @@
-"""Adapters come, go and change under a running engine: a request has the adapter that its name
-stood for when it was submitted; files that grew are refused before they are read.
-"""
+"""A request has the adapter that its name stood for when it was submitted."""
 
 from __future__ import annotations
 
@@ -77,10 +75,7 @@ def bytes_of(engine: Engine, name: str) -> int:
 
 @pytest.mark.slow
 def test_the_machine(model, paths, tokens) -> None:
-    """Any order of submit, step, cancel, load, unload, evict, pin and look, with room for about two
-    of the adapters; what the engine holds is right after each. Requests of two tenants have prompts
-    that begin the same, and start from nobody else's.
-    """
+    """Any order of operations, with room for two adapters, and two tenants."""
     with loaded(Engine(model, slots=1, length=32), paths) as engine:
         room = sum(sorted(bytes_of(engine, name) for name in paths)[-2:])
 

@@ -1,6 +1,4 @@
-"""The sampler computes what transformers' logits processors compute, for rows alone and together;
-log probabilities are those of transformers' own pass.
-"""
+"""The sampler, against transformers' logits processors and log probabilities."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Batched greedy answers equal one prompt at a time, streams equal both, completions end with the
-table of positions, and the model is left as it was.
-"""
+"""Completions in batches equal one prompt at a time, and streams equal both."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Hugging Face's Trainer and TRL's SFTTrainer with AdapterCallback: what a kill leaves, what a
-resumed run ends with, what checkpoints hold, and what is refused.
-"""
+"""Hugging Face's Trainer and TRL's SFTTrainer with AdapterCallback."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import lorafold as lf
 from lorafold.errors import LorafoldError
+from noise import moved
 from trainer_cases import LORA, SETTINGS, made, rows, train_until_killed
 from training_cases import killed
 
@@ -64,7 +64,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tiny_model_dir, tmp_pat
     checkpoint = tmp_path / "run" / "checkpoint-8"
     assert load_file(checkpoint / "model.safetensors") == {}
     assert (checkpoint / "model.safetensors").stat().st_size < 100
-    fresh = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.float32)
+    fresh = base_of(tiny_model_dir("llama"))
     lf.load(fresh, checkpoint / "adapter")
     with torch.no_grad():
         assert torch.equal(fresh(IDS).logits, trainer.model.eval()(IDS).logits)
@@ -80,9 +80,8 @@ def test_one_checkpoint_at_most_and_a_kill_before_it_is_written(
     tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stops while Trainer writes leaves the checkpoint before, which is the last one."""
-    trainer, _ = made(
-        "trainer", tiny_model_dir("llama"), tmp_path / "run", LORA, save_total_limit=1
-    )
+    asked = ("trainer", tiny_model_dir("llama"), tmp_path / "run", LORA)
+    trainer, _ = made(*asked, save_total_limit=1)
     write = trainer._save_optimizer_and_scheduler
 
     def stopping(output_dir: str) -> None:
@@ -97,9 +96,7 @@ def test_one_checkpoint_at_most_and_a_kill_before_it_is_written(
     assert names == ["checkpoint-3", "checkpoint-6"]
     last = lf.AdapterCallback.last_checkpoint(tmp_path / "run")
     assert last == str(tmp_path / "run" / "checkpoint-3")
-    resumed, _ = made(
-        "trainer", tiny_model_dir("llama"), tmp_path / "run", LORA, save_total_limit=1
-    )
+    resumed, _ = made(*asked, save_total_limit=1)
     resumed.train(resume_from_checkpoint=last)
     assert lf.AdapterCallback.last_checkpoint(tmp_path / "run").endswith("checkpoint-8")
     assert lf.AdapterCallback.last_checkpoint(tmp_path / "none") is None
@@ -158,6 +155,10 @@ def half_done(tiny_model_dir, tmp_path_factory) -> Path:
     return out
 
 
+def base_of(model_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+
+
 def resumed(model_dir: Path, out: Path, spec: lf.LoRA) -> None:
     trainer, _ = made("trainer", model_dir, out, spec)
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-3"))
@@ -179,10 +180,7 @@ def test_a_foreign_adapter_is_refused(half_done: Path, tiny_model_dir, tmp_path:
     out = Path(shutil.copytree(half_done, tmp_path / "run"))
     with pytest.raises(LorafoldError, match=r"another adapter: it holds LoRA\(rank=4.*expected"):
         resumed(tiny_model_dir("llama"), out, lf.LoRA(rank=4, alpha=1.0, dropout=0.1))
-    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.float32)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(1e-3)
+    moved(other := base_of(tiny_model_dir("llama")), 1e-3)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(LorafoldError, match="another adapter: not the base it was trained on"):
         resumed(tmp_path / "other", out, LORA)
@@ -202,19 +200,19 @@ def test_a_checkpoint_elsewhere_is_named(half_done: Path, tiny_model_dir, tmp_pa
 
 
 def test_an_existing_end_is_refused_before_the_first_step(tiny_model_dir, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.float32)
+    model = base_of(tiny_model_dir("llama"))
     adapter = lf.attach(model, LORA)
     adapter.save(tmp_path / "end")
     before = (tmp_path / "end" / WEIGHTS).read_bytes()
     arguments = TrainingArguments(str(tmp_path / "run"), **SETTINGS | {"max_steps": 1})
-    for overwrite in (False, True):
-        callback = lf.AdapterCallback(adapter, tmp_path / "end", overwrite=overwrite)
-        trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=[callback])
-        if not overwrite:
-            with pytest.raises(LorafoldError, match="end exists"):
-                trainer.train()
-            continue
-        trainer.train()
+    refused, allowed = (
+        Trainer(model, arguments, train_dataset=rows(), callbacks=[
+            lf.AdapterCallback(adapter, tmp_path / "end", overwrite=overwrite)])
+        for overwrite in (False, True)
+    )  # fmt: skip
+    with pytest.raises(LorafoldError, match="end exists"):
+        refused.train()
+    allowed.train()
     assert (tmp_path / "end" / WEIGHTS).read_bytes() != before
     assert not (tmp_path / "run" / "adapter").exists()
 

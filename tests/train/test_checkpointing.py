@@ -1,6 +1,4 @@
-"""Gradient checkpointing changes memory alone: every method has the same loss and gradients, bit
-for bit, by the path of a run.
-"""
+"""Gradient checkpointing changes memory alone, for every method, bit for bit."""
 
 from __future__ import annotations
 
@@ -54,9 +52,7 @@ def options_of(method: str) -> dict[str, Any]:
 
 
 class Step:
-    """One step's loss and gradients; `runs`, how often the first block ran; `random`, the
-    generator's state after it.
-    """
+    """A step; `runs`: how often the first block ran; `random`: the random state after it."""
 
     def __init__(
         self, model: Any, tokenizer: Any, method: str, packing: bool, checkpointed: bool,
@@ -91,9 +87,7 @@ class Step:
 
 
 def first_linear(model: nn.Module) -> nn.Module:
-    """The first linear of the first block: a replay that has all it needs stops before a block's
-    last ones.
-    """
+    """The first one of the first block: a replay stops before a block's last ones."""
     return next(m for name, m in model.named_modules() if name.endswith(("q_proj", "c_attn")))
 
 

@@ -1,6 +1,4 @@
-"""What a block of a training step may dispatch: a budget of operations and of copies that only an
-intended change raises. On a fast processor, or a GPU, each costs more than it computes.
-"""
+"""How many operations and copies a block of a training step may dispatch."""
 
 from collections import Counter
 from typing import Any

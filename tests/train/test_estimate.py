@@ -1,6 +1,4 @@
-"""The command: what it prints, the page it writes, what it refuses; and the cheatsheet in the
-docs.
-"""
+"""The command `estimate`, and the cheatsheet in the docs."""
 
 from __future__ import annotations
 
@@ -137,9 +135,7 @@ def of_each(arguments: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_what_each_of_several_processes_holds_and_sends(mode: str) -> None:
-    """By the page's formulas: a Llama of 7b has 32 blocks of 4 w^2 + 3 w m weights and 2 w norms,
-    and outside of them two tables of 32,000 rows and a norm.
-    """
+    """By the page's formulas, for the blocks, the tables and the norms of a Llama of 7b."""
     w, m, rank, widths = 4096, 11008, 16, 4 * (4096 + 4096) + 3 * (4096 + 11008)
     one, eight = (of_each(f"--mode {mode} --gpus {n}") for n in ("1", "8"))
     assert eight["weights"] == -(-one["weights"] // 8)

@@ -1,6 +1,4 @@
-"""An estimate is about a device, and not about the machine that asks: every kind of processor gives
-the same, unless it is itself what is asked about.
-"""
+"""An estimate is about a device, whatever machine makes it."""
 
 from __future__ import annotations
 
@@ -28,17 +26,11 @@ from lorafold.models.quantizations import Storage
 from lorafold.objectives.sft import Sft
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
+from memory_cases import BF16, COMMON
 
-CONFIG = tf.LlamaConfig(
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=200,
-)
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 200}
+CONFIG = tf.LlamaConfig(**COMMON | SMALL)
 LORA = make_spec("lora")
-BF16 = Storage(torch.bfloat16)
 SETTINGS = {
     "lora": Setting(BF16, LORA, rows=(96,)),
     "checkpointing": Setting(BF16, LORA, rows=(96,), checkpointing=True),

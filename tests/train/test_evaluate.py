@@ -1,6 +1,4 @@
-"""Evaluation: the loss is transformers' own, the intervals are what they claim, exact match counts
-what it should.
-"""
+"""Evaluation: the model's own loss, its interval, and exact match."""
 
 import json
 import math

@@ -1,6 +1,4 @@
-"""Rows that begin alike: their forest by its definition, and the loss and gradients of a step over
-it, which are those of the rows computed apart.
-"""
+"""Shared prefixes: the tree of rows by its definition, and a step over it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Whole models while they are fused: what is reported, that nothing else changes, and that they are
-themselves again afterwards.
-"""
+"""Whole models while they are fused, and that they are themselves again afterwards."""
 
 from __future__ import annotations
 
@@ -87,9 +85,7 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
 @pytest.mark.few(5)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_each_document_alone(name: str) -> None:
-    """Fused and packed, against the model's own code and no packing; the sequences are longer than
-    the window of those that have one.
-    """
+    """Sequences are longer than the window of models that have one."""
     model = model_of(name)
     adapted(model, lf.LoRA(rank=4, dropout=0.0))
     expected = loss_and_gradients(model, apart())

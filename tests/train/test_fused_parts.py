@@ -1,6 +1,4 @@
-"""Parts of a model that fusing leaves alone: those that are trained, that carry a delta, or that
-are something else than they look.
-"""
+"""Parts of a model that fusing leaves alone."""
 
 from __future__ import annotations
 

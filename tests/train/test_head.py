@@ -1,6 +1,4 @@
-"""The loss at labelled positions: against whole logits, on heads of every make, frozen, trained and
-adapted.
-"""
+"""The loss at labelled positions, on heads of every make."""
 
 import copy
 import pickle
@@ -64,9 +62,7 @@ def batch(labelled: int = 13) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def prepare(model: Any, state: str) -> None:
-    """What is trained: a block under a frozen head, head and block, the head alone, or an adapter
-    on the head and a block.
-    """
+    """What is trained: `state`, or a block under a frozen head."""
     head, block = model.get_output_embeddings(), model.get_decoder()
     model.requires_grad_(state == "all")
     if state == "frozen head":
@@ -278,9 +274,7 @@ def test_a_body_without_a_head_is_an_error() -> None:
 
 
 class Prompted(tf.LlamaForCausalLM):
-    """A root whose class was swapped by a soft prompt: vectors before the input, and their rows cut
-    from the output (or not).
-    """
+    """A root with a soft prompt, whose rows are cut from the output, or not."""
 
     cut = True
 

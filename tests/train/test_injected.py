@@ -1,7 +1,4 @@
-"""NaN, infinities and kills at 60 places of a run and of its end: no bad file is left as a result
-or as a checkpoint, and --resume ends with the bytes of a run that nothing happened to, or finds it
-finished.
-"""
+"""NaN, infinities and kills at 60 places of a run: no bad file is left, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -62,9 +59,7 @@ def check_left(out: Path) -> None:
 
 
 def killed_at(place: int, told: Path, *of: Any) -> None:
-    """A run whose process is killed before the file system is changed for the n-th time; how often
-    it was changed goes into a file.
-    """
+    """A run that is killed before its n-th change of the file system, or counts them."""
     changes, sync = [0], os.fsync
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:

@@ -1,6 +1,4 @@
-"""Estimates against what a real step holds, counted at the allocator, over architectures, methods
-and storages.
-"""
+"""Estimates against what a real step holds, counted at the allocator."""
 
 from __future__ import annotations
 

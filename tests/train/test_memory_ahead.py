@@ -24,24 +24,16 @@ from lorafold.data.row_store import SourcePart
 from lorafold.memory.estimate import estimate
 from lorafold.memory.preflight import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
-from lorafold.methods import make_spec
-from lorafold.models.quantizations import Storage
 from lorafold.objectives.sft import Sft
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEPT, RETURNED, free_bytes, freed_blocks
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
+from memory_cases import CONFIGS, LORA
 
-CONFIG = tf.LlamaConfig(
-    hidden_size=128,
-    intermediate_size=320,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=500,
-)
-SETTING = Setting(Storage(torch.bfloat16), make_spec("lora"), rows=(128,) * 4)
+CONFIG = CONFIGS["llama"]
+SETTING = replace(LORA, rows=(128,) * 4)
 
 
 def said(free: int, asked: Any) -> tuple[bool, str]:
@@ -86,9 +78,8 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
 
     def plan(**fields: Any) -> Setting:
         recipe = Recipe(epochs=1, **fields)
-        feed = StoredFeed(
-            examples, [SourcePart(4)], recipe.batch, recipe.total_steps(4), recipe.seed
-        )
+        steps = recipe.total_steps(4)
+        feed = StoredFeed(examples, [SourcePart(4)], recipe.batch, steps, recipe.seed)
         return largest_batch(recipe, feed, Sft(), SETTING, shares=True)
 
     whole = plan(batch=4, packing=True)
@@ -96,12 +87,8 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     packed = plan(batch=4, max_length=60, packing=True)
     assert (sum(packed.rows), packed.accumulating) == (60, True)
     padded = plan(batch=4, accumulate=2, packing=False)
-    assert (len(padded.rows), max(padded.rows), padded.packed, padded.accumulating) == (
-        2,
-        40,
-        False,
-        True,
-    )
+    assert (len(padded.rows), max(padded.rows)) == (2, 40)
+    assert (padded.packed, padded.accumulating) == (False, True)
     # the ids of each begin as those of the longest, and all train on the same two after their own
     alike = plan(batch=4, packing="auto")
     assert (sum(alike.rows), alike.accumulating) == (40, False)
@@ -120,17 +107,10 @@ def test_a_run_asks_it(monkeypatch, tiny_model_dir, tmp_path, free: int, recompu
     )
     recipe = Recipe(steps=1, batch=2, storage="fp32", max_length=32)
     rows = [{"prompt": "a b", "completion": " c"}] * 4
-    train(
-        RunRequest(Base(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console
-    )
-    assert (
-        any(
-            p.device.type == "cpu" and type(p) is torch.nn.Parameter
-            for m in seen
-            for p in m.parameters()
-        )
-        is recomputed
-    )
+    base = Base(tiny_model_dir("llama"))
+    train(RunRequest(base, tmp_path / "out", recipe, rows, "test"), console)
+    real = [p for m in seen for p in m.parameters() if type(p) is torch.nn.Parameter]
+    assert any(p.device.type == "cpu" for p in real) is recomputed
     assert "memory: " in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -1,6 +1,4 @@
-"""The optimizers: each trains, 8-bit state is what it says, a run goes on exactly where it stopped,
-and `auto` decides by the figures.
-"""
+"""The optimizers: 8-bit state, resumption, and the choice of `auto`."""
 
 import gc
 import sys
@@ -185,9 +183,7 @@ def test_8_bit_state_is_8_bits_in_a_quarter_of_the_bytes() -> None:
 
 @pytest.mark.slow
 def test_8_bits_follow_the_fp32_trajectory(llama, tmp_path: Path) -> None:
-    """Codes of 8 bits are a few percent apart, and errors of single steps cancel in part: a tenth
-    of the way after 20 steps is a lot.
-    """
+    """A tenth of the way after 20 steps is a lot: codes are a few percent apart."""
     losses, found = {}, {}
     for name in ("adamw", "adamw8bit"):
         fields = {"optimizer": name, "rank": 128, "steps": 20, "dropout": 0.0}
@@ -383,12 +379,7 @@ def test_paged_state_is_still_paged_after_a_resume() -> None:
 
 @needs_cuda
 def test_paging_carries_a_run_over_a_spike_that_fits_on_average() -> None:
-    """Ballast leaves ROOM bytes beside the parameters.
-
-    Every optimizer's steps fit in it; a spike of all but SLACK fits only where the state moves out
-    of its way: fp32 state is 512 MiB, 8-bit state 130 MiB, and of the paged one 2 MiB of scales
-    stay.
-    """
+    """fp32 state is 512 MiB, 8-bit state 130; a spike of all but SLACK needs it paged out."""
     count, room, slack = 1 << 26, 1280 << 20, 64 << 20
     device = torch.device("cuda")
 
@@ -398,9 +389,7 @@ def test_paging_carries_a_run_over_a_spike_that_fits_on_average() -> None:
         return torch.cuda.mem_get_info(device)[0]
 
     def run(name: str, spikes: list[int]) -> list[float]:
-        """Three steps, the activations of each a tensor of so many bytes that is gone before the
-        update; the norm after each step.
-        """
+        """The norm after each of three steps whose activations take so many bytes."""
         p = nn.Parameter(torch.zeros(count, device=device))
         p.grad = torch.ones_like(p)  # kept, so that each step needs the same
         optimizer = make_optimizer(

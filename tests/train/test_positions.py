@@ -1,6 +1,4 @@
-"""How many tokens a row may have: against transformers itself, which fails one token later, and in
-every verb that cuts rows.
-"""
+"""How many tokens a row may have, against transformers, which fails one token later."""
 
 from __future__ import annotations
 
@@ -224,9 +222,7 @@ LONG = [{"text": "fox " * 200, "label": "a"}, {"text": "rain", "label": "b"}] * 
 
 
 def test_a_classifier_is_trained_and_measured_within_its_positions(bert, tmp_path) -> None:
-    """The default length is beyond its positions; before, a row of so many tokens was refused after
-    the model was loaded, and evaluation ended in a traceback.
-    """
+    """The default length is beyond its positions."""
     data = write_rows(tmp_path / "rows.jsonl", LONG)
     told = "max_length 64 instead of 1024: BertForSequenceClassification has 64 positions"
     on = f"--model {bert} --data {data}"

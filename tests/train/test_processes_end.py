@@ -19,7 +19,7 @@ from lorafold.core.delta import Delta
 from lorafold.files.atomic import verify
 from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
-from process_cases import One, apart, begun, ended, free_port, rows, same_bytes, together
+from process_cases import One, apart, begun, ended, free_port, rows, same_bytes, together, well
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "batch=8")
 LONG = ("--set", "steps=40", "--set", "dropout=0.1", "--set", "save_every=50")
@@ -93,9 +93,7 @@ def signalled(number: int) -> object:
 
 
 def reading(folder: Path) -> Callable[[int], dict]:
-    """What the processes of a run call before it begins, so that each notes the bytes that it takes
-    from a checkpoint's adapter.
-    """
+    """Has each process of a run note the bytes that it takes from a checkpoint's adapter."""
 
     def own(rank: int) -> dict:
         def before() -> None:
@@ -131,8 +129,7 @@ def test_a_signal_to_one_stops_all_and_they_resume(
     """Byte for byte as one that was not stopped, and by another number to rounding."""
     command = (*command, "--set", "steps=7", *asked)
     whole, stopped = tmp_path / "whole", tmp_path / str(count)
-    done = together(count, tmp_path, *command, "--out", str(whole))
-    assert [one.code for one in done] == [0] * count, done[0].stderr
+    well(count, tmp_path, *command, "--out", str(whole))
 
     def stopping(rank: int) -> dict:
         return {"before": in_step(3, signalled(signal.SIGTERM))} if rank == count - 1 else {}
@@ -150,8 +147,7 @@ def test_a_signal_to_one_stops_all_and_they_resume(
     for n in (count, *others):
         out = tmp_path / str(n)
         asked = (*command, "--out", str(out), "--resume")
-        done = together(n, tmp_path, *asked, own=reading(tmp_path))
-        assert [one.code for one in done] == [0] * n, done[0].stderr
+        well(n, tmp_path, *asked, own=reading(tmp_path))
         assert apart(whole, out) < 1e-5
         read = [int((tmp_path / f"read {rank}").read_text()) for rank in range(n)]
         if n > 1 and "full" in asked:  # each reads what it owns, and what is small
@@ -179,8 +175,7 @@ def test_a_file_system_that_is_not_shared(command: tuple[str, ...], tmp_path: Pa
         line = the_line(together(2, tmp_path, *run, "--resume", own=own), 2)
         assert f"the run to resume: {seen}" in line
         assert "step 3 (" in line
-    done = together(2, tmp_path, *run, "--resume", "--out", str(here))
-    assert [one.code for one in done] == [0, 0], done[0].stderr
+    well(2, tmp_path, *run, "--resume", "--out", str(here))
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -247,8 +242,7 @@ def test_tasks_of_srun_are_one_run(command: tuple[str, ...], tmp_path: Path) -> 
     tasks = [srun(n, 2, free_port()) for n in range(2)]
     tasks[1]["SLURM_JOB_ID"] = tasks[0]["SLURM_JOB_ID"]
     run = (*command, "--set", "steps=2", "--set", "eval_fraction=0.2", "--json")
-    done = together(2, tmp_path, *run, "--out", str(tmp_path / "out"), environments=tasks)
-    assert [one.code for one in done] == [0, 0], done[0].stderr
+    done = well(2, tmp_path, *run, "--out", str(tmp_path / "out"), environments=tasks)
     assert len(done[0].stdout.splitlines()) == 1
     assert done[0].stderr.count("step 2: held-out") == 1
     assert done[1].stdout == done[1].stderr == ""
@@ -284,6 +278,5 @@ def test_thirty_signals_and_ten_deaths(command: tuple[str, ...], tmp_path: Path)
             assert codes == {-signal.SIGKILL, 1}
             continue
         assert codes == {143}
-        done = together(2, tmp_path, *run, "--out", str(out), "--resume")
-        assert [one.code for one in done] == [0, 0]
+        well(2, tmp_path, *run, "--out", str(out), "--resume")
         assert same_bytes(tmp_path / "whole", out)

@@ -1,6 +1,4 @@
-"""New tokens from the command line: a format of conversation of one's own, trained, saved, read by
-PEFT, merged and spoken.
-"""
+"""New tokens from the command line: trained, saved, read by PEFT, merged and generated."""
 
 import json
 import shutil
@@ -254,9 +252,7 @@ def test_an_adapter_to_start_from_brings_its_tokens(tiny_model_dir, template, tm
 
 
 def test_rows_past_the_tokenizers_end_start_afresh(tiny_model_dir, tmp_path: Path) -> None:
-    """A matrix that is longer than the vocabulary, as many are: the first new word has a row there,
-    the second has none.
-    """
+    """The matrix has a row for the first new word, and none for the second."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama"), base)
     model = fresh_model(base)
@@ -275,9 +271,7 @@ def test_rows_past_the_tokenizers_end_start_afresh(tiny_model_dir, tmp_path: Pat
 
 
 def test_a_word_without_a_row_is_named(tiny_model_dir, tmp_path: Path) -> None:
-    """A tokenizer that knows more words than the matrix has rows: its extra ones must be trained
-    too.
-    """
+    """The tokenizer knows more words than the matrix has rows."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama"), base)
     tokenizer = load_tokenizer(base)
@@ -425,9 +419,7 @@ def halved(base: Path, path: Path, **how: Any) -> Path:
 def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
     kind: str, tiny_model_dir, tmp_path: Path
 ) -> None:
-    """A weak update that bf16 loses is seen to be lost, whatever stands beside it in rows that were
-    given outright.
-    """
+    """A weak update that bf16 loses is seen to be lost, whatever is beside it."""
     base = halved(tiny_model_dir(kind), tmp_path / "base")
     model = fresh_model(base)
     adapter = lf.attach(model, lf.LoRA(rank=4), tokens=(301, 5, 300))

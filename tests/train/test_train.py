@@ -1,6 +1,4 @@
-"""Training end to end on tiny models: every family, exact resumption, clean interruption, and
-errors that say what is wrong.
-"""
+"""Training end to end on tiny models: resumption, interruption, and errors."""
 
 import io
 import json
