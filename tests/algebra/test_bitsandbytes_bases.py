@@ -26,6 +26,7 @@ from lorafold.ops import nf4
 from lorafold.peft.adapter_directory import Saved
 from lorafold.training_step.fused_modules import fused
 from noise import moved
+from quantized_cases import ROWS
 from training_cases import trained
 
 KINDS = ["nf4", "int8"]
@@ -67,7 +68,8 @@ def test_an_answer_between_steps_leaves_gradients_as_they_were(tiny_model_dir, m
     """bitsandbytes reorders its codes for inference with AVX512, and loses the gradients."""
     model = load_model(tiny_model_dir("llama-wide"), held("nf4", torch.bfloat16))
     targets = "attention" if method == "lora" else None
-    moved(lf.attach(model, make_spec(method), targets), 1.0)
+    for p in lf.attach(model, make_spec(method), targets).parameters():
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
 
     def gradients() -> torch.Tensor:
         torch.manual_seed(0)
@@ -304,7 +306,8 @@ def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method)
     """The merged model is what was trained, or the method has no form in weight space."""
     model = tiny_model_dir("llama-wide")
     options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
-    trained(model, tmp_path / "a", method=method, steps=3, storage="auto", options=options)
+    fields = {"method": method, "steps": 3, "storage": "auto", "options": options}
+    trained(model, tmp_path / "a", ROWS, **fields)
     try:
         merged = merge(str(model), [tmp_path / "a"], tmp_path / "out")
     except NotMergeable:

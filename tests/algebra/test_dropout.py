@@ -27,6 +27,7 @@ from lorafold.ops.dropout import (
     shared,
 )
 from lorafold.ops.operators import plainly
+from noise import moved
 
 SHARES = [0.0, 0.001, 0.05, 0.5, 0.9]
 N = 1 << 20
@@ -216,10 +217,7 @@ def test_another_counter_draws_others(change: str) -> None:
 def test_a_step_of_a_model_drops_what_its_names_say() -> None:
     """With gradient checkpointing too, and without reading the random state."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.5), ["0", "1"])
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.normal_()
+    adapter = moved(lf.attach(model, lf.LoRA(rank=4, dropout=0.5), ["0", "1"]), 1.0)
     x, names = torch.randn(6, 16), named(torch.tensor([3]), torch.arange(6))
     before = torch.get_rng_state()
 
@@ -313,11 +311,9 @@ def test_emptied_copies_and_empty_does_not(form: str) -> None:
     if form == "mask":
         where = (expected == 0).view(x.shape)
     before = x.clone()
-    assert torch.equal(emptied(x, where).flatten(), expected)
-    # places count in x's order
-    assert torch.equal(
-        emptied(x.transpose(0, 2).contiguous().transpose(0, 2), where).flatten(), expected
-    )
+    # places count in x's order, whatever its layout
+    for given in (x, x.transpose(0, 2).contiguous().transpose(0, 2)):
+        assert torch.equal(emptied(given, where).flatten(), expected)
     assert torch.equal(x, before)
     rows = x.flatten(0, 1)
     EMPTY(rows, where)
@@ -341,14 +337,9 @@ def test_compiled_code_takes_a_mask() -> None:
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
 def test_refuses_what_is_no_probability(p: float) -> None:
     x = torch.empty(3)
-    for call in (
-        lambda: dropped(x, p)[1],
-        lambda: dropout(x, p),
-        lambda: shared(x, p, 0),
-        lambda: keep_scale(p),
-    ):
+    for call, *given in ((dropped, x, p), (dropout, x, p), (shared, x, p, 0), (keep_scale, p)):
         with pytest.raises(ValueError, match="expected 0 or more and below 1"):
-            call()
+            call(*given)
 
 
 # --- one draw for all readers --------------------------------------------------------------------
@@ -387,9 +378,8 @@ def test_another_input_gets_another_draw(change: str) -> None:
     first = shared(x, 0.5, 1)
     if change == "value":
         x += 1
-    found = shared(
-        x.clone() if change == "tensor" else x, 0.4 if change == "probability" else 0.5, 2
-    )
+    given = x.clone() if change == "tensor" else x
+    found = shared(given, 0.4 if change == "probability" else 0.5, 2)
     assert not torch.equal(found.where, first.where)
     assert torch.equal(found.x, emptied(x, found.where))
 
@@ -432,11 +422,9 @@ def test_layers_that_read_an_input_drop_the_same_of_it() -> None:
     k.load_state_dict(q.state_dict())
     model = nn.ModuleDict({"q": q, "k": k})
     adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.5), ["q", "k"])
-    with torch.no_grad():
-        for ours, theirs in zip(
-            *(delta.parameters() for delta in adapter.deltas.values()), strict=True
-        ):
-            theirs.copy_(ours.normal_())
+    for delta in adapter.deltas.values():
+        moved(delta)
+    adapter.deltas["k"].load_state_dict(adapter.deltas["q"].state_dict())
     x = torch.randn(5, 16)
     first: Any = model["q"](x)
     assert torch.equal(model["k"](x), first)

@@ -58,17 +58,13 @@ def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.NF4Tensor, torch.Tensor]:
     """What bitsandbytes 0.50 stores for w as one row: for others it takes wrong constants."""
-    bytes_, state = bnb.quantize_4bit(
-        w.flatten(), blocksize=64, compress_statistics=double, quant_type="nf4"
-    )
-    constants = (
-        nf4.BlockConstants(state.absmax, state.state2.absmax, state.offset)
-        if double
-        else state.absmax
-    )
-    return nf4.NF4Tensor(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(
-        bytes_, state
-    ).view(w.shape)
+    how = {"blocksize": 64, "compress_statistics": double, "quant_type": "nf4"}
+    bytes_, state = bnb.quantize_4bit(w.flatten(), **how)
+    constants = state.absmax
+    if double:
+        constants = nf4.BlockConstants(state.absmax, state.state2.absmax, state.offset)
+    dense = bnb.dequantize_4bit(bytes_, state).view(w.shape)
+    return nf4.NF4Tensor(bytes_.flatten(), constants, w.shape, 64), dense
 
 
 def on_grid(y: torch.Tensor) -> torch.Tensor:
@@ -81,15 +77,18 @@ def test_levels_are_those_of_bitsandbytes():
     assert torch.equal(nf4.dynamic_map(), bnb.create_dynamic_map())
 
 
-@pytest.mark.few(14)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_bytes_and_values_are_those_of_bitsandbytes(case, dtype):
-    w = to(CASES[case], dtype)
+def assert_bytes(w: torch.Tensor, dtype: torch.dtype) -> None:
     ours, (theirs, dense) = nf4.quantize(w, double=False), of_bitsandbytes(w, False)
     assert torch.equal(ours.codes, theirs.codes)
     assert torch.equal(ours.constants, theirs.constants)
     assert torch.equal(nf4.dequantize(ours, dtype), dense)
+
+
+@pytest.mark.few(14)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_and_values_are_those_of_bitsandbytes(case, dtype):
+    assert_bytes(to(CASES[case], dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,11 +104,9 @@ def test_double_quantized_bytes_and_values_are_those_of_bitsandbytes(case, dtype
     c = nf4.quantize(w, double=False).constants
     y, d = nf4.normalized(c - c.mean(), 256)
     if d.any():  # else any code stands for zero: theirs is 0, ours 127
-        assert torch.equal(
-            theirs.constants.codes, nf4.nearest(on_grid(y), nf4.dynamic_map()).flatten()[: len(c)]
-        )
-    # a code that is nearest to the grid's point instead is at worst one step of the grid farther
-    # away
+        nearest = nf4.nearest(on_grid(y), nf4.dynamic_map()).flatten()[: len(c)]
+        assert torch.equal(theirs.constants.codes, nearest)
+    # the code nearest to the grid's point is at worst one step of the grid farther away
     worse = (theirs.constants.dense() - c).abs() - (ours.constants.dense() - c).abs()
     assert (worse <= d.repeat_interleave(256)[: len(c)] * 2 / 65535 + 4 * EPS * c.abs().max()).all()
 
@@ -123,10 +120,7 @@ def test_real_weights_are_stored_as_bitsandbytes_does(smollm2, name):
 
     with safe_open(smollm2 / "model.safetensors", "pt") as file:
         w = file.get_tensor(name).bfloat16()
-    ours, (theirs, dense) = nf4.quantize(w, double=False), of_bitsandbytes(w, False)
-    assert torch.equal(ours.codes, theirs.codes)
-    assert torch.equal(ours.constants, theirs.constants)
-    assert torch.equal(nf4.dequantize(ours, torch.bfloat16), dense)
+    assert_bytes(w, torch.bfloat16)
     ours, (theirs, dense) = nf4.quantize(w), of_bitsandbytes(w, True)
     assert torch.equal(ours.codes, theirs.codes)
     assert torch.equal(nf4.dequantize(theirs, torch.bfloat16), dense)
@@ -182,10 +176,10 @@ def test_bits_per_weight_are_those_that_are_stored(block):
     w = normal(64, 64 * 32)
     stored = lambda *tensors: 8 * sum(t.nbytes for t in tensors) / w.numel()  # noqa: E731
     plain, packed = nf4.quantize(w, block, double=False), nf4.quantize(w, block)
+    constants = packed.constants
     assert stored(plain.codes, plain.constants) == nf4.bits_per_weight(block, double=False)
-    assert stored(
-        packed.codes, packed.constants.codes, packed.constants.absmax
-    ) == nf4.bits_per_weight(block)
+    found = stored(packed.codes, constants.codes, constants.absmax)
+    assert found == nf4.bits_per_weight(block)
     assert nf4.bits_per_weight() == 4 + 8 / 64 + 32 / (64 * 256)
     assert (round(nf4.bits_per_weight(), 3), nf4.bits_per_weight(double=False)) == (4.127, 4.5)
 
