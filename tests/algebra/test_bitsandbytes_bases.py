@@ -24,10 +24,14 @@ from lorafold.models.quantizations import STORAGES, Storage, choose_storage
 from lorafold.models.sources import resolve_model
 from lorafold.ops import nf4
 from lorafold.peft.adapter_directory import Saved
+from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
+from lorafold.training.request import RunRequest
+from lorafold.training.run import train
 from lorafold.training_step.fused_modules import fused
 from noise import moved
 from quantized_cases import ROWS
-from training_cases import trained
+from training_cases import quiet, trained
 
 KINDS = ["nf4", "int8"]
 IDS = torch.arange(5, 25)[None]
@@ -257,14 +261,16 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
 
 @pytest.mark.slow
 def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path):
-    for name, storage, asked in (
-        ("a", "nf4", {}),
-        ("b", "int8", {"storage": "int8"}),
-        ("c", "int8", {"init_adapter": tmp_path / "b"}),
-        ("d", "fp32", {"method": "full"}),
+    base = Base(tiny_model_dir("llama-wide"))
+    for name, storage, asked, start in (
+        ("a", "nf4", {}, None),
+        ("b", "int8", {"storage": "int8"}, None),
+        ("c", "int8", {}, tmp_path / "b"),
+        ("d", "fp32", {"method": "full"}, None),
     ):
-        steps = {"storage": "auto", "steps": 1 + (name == "a")}
-        trained(tiny_model_dir("llama-wide"), tmp_path / name, **steps | asked)
+        recipe = Recipe(batch=4, steps=1 + (name == "a"), **asked)
+        where = tmp_path / name, recipe, ROWS, "rows"
+        train(RunRequest(base, *where, init_adapter=start), quiet())
         record = json.loads((tmp_path / name / "lorafold.json").read_text())
         assert record["recipe"]["storage"] == storage
 
@@ -306,7 +312,7 @@ def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method)
     """The merged model is what was trained, or the method has no form in weight space."""
     model = tiny_model_dir("llama-wide")
     options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
-    fields = {"method": method, "steps": 3, "storage": "auto", "options": options}
+    fields = {"method": method, "steps": 3, "storage": "nf4", "options": options}
     trained(model, tmp_path / "a", ROWS, **fields)
     try:
         merged = merge(str(model), [tmp_path / "a"], tmp_path / "out")

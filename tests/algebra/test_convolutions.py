@@ -1,7 +1,6 @@
 """Convolutions as a storage, against PEFT's and LyCORIS' own layers and in real models."""
 
 import copy
-import json
 import re
 import warnings
 from pathlib import Path
@@ -29,6 +28,7 @@ from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
+from lycoris_cases import lycoris, their_change
 from peft_cases import CLOSE, gap, move, save_theirs
 
 WEIGHTS = "adapter_model.safetensors"
@@ -253,39 +253,16 @@ def test_a_whole_w2_of_a_conv1d_is_never_misread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["loha", "lokr", "lokr-both", "lokr-whole"])
 def test_changes_equal_those_of_lycoris(kind: str, dims: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lycoris.modules.loha import LohaModule
-        from lycoris.modules.lokr import LokrModule
-    model = net(dims)
+    model, weight = net(dims), net(dims).stem.weight.detach()
     rank = {"loha": 3, "lokr-whole": 8}.get(kind, 1)
-    both = kind == "lokr-both"
-    factor = 4 if both else -1
-    spec, module = (
-        (lf.LoHa(rank=rank, alpha=5), LohaModule("m", model.stem, 1.0, lora_dim=rank, alpha=5))
-        if kind == "loha"
-        else (
-            lf.LoKr(rank=rank, alpha=rank, decompose_both=both, decompose_factor=factor),
-            LokrModule(
-                "m", model.stem, 1.0, lora_dim=rank, alpha=rank, decompose_both=both, factor=factor
-            ),
-        )
-    )
+    alpha, factor = 5 if kind == "loha" else rank, 4 if kind == "lokr-both" else -1
+    spec, theirs = lycoris(kind, model.stem, rank, alpha, factor)
     adapter = lf.attach(model, spec, ["stem"])
     delta = adapter.deltas["stem"]
-    own = dict(delta.named_parameters())
+    expected = their_change(theirs, delta, weight.shape).view(weight.shape)
+    function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(torch.randn_like(p))
-            mine = own.pop(re.sub("^(hada|lokr)_", "", name))
-            mine.copy_(p.view(mine.shape))
-        assert not own
-        expected = module.get_weight(model.stem.weight.shape)
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        expected = expected.view(net(dims).stem.weight.shape)
-        weight = net(dims).stem.weight
         assert gap(delta.delta().view(weight.shape), expected) < CLOSE
-        function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
         y = function(signal(dims), weight + expected, model.stem.bias, stride=2, padding=1)
         assert gap(model.stem(signal(dims)), y) < CLOSE
         adapter.merge()
@@ -560,11 +537,3 @@ def test_a_fresh_adapter_changes_no_bit(dtype: torch.dtype) -> None:
         lf.attach(model, lf.LoRA(dropout=0.0), BOTH)
         assert torch.equal(model(x), bare)
         assert torch.equal(copy.deepcopy(model)(x), bare)
-
-
-def test_a_file_says_what_it_needs(tmp_path: Path) -> None:
-    ours("lora", 1)[1].save(tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert sorted(config["target_modules"]) == sorted(BOTH)
-    with pytest.raises(lf.LorafoldError, match="not the base it was trained on"):
-        lf.load(net(2), tmp_path / "a")

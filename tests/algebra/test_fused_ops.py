@@ -61,29 +61,22 @@ def norm_input(shape: str) -> Tensor:
     return x * torch.logspace(-3, 2, len(x), dtype=torch.float64).view(-1, *[1] * (x.dim() - 1))
 
 
+def norms(gain: Tensor) -> tuple[Op, Op]:
+    """The fast one and the specification."""
+    return lambda x: rms_norm(x, gain, 1e-5), lambda x: reference.rms_norm(x, gain, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("shape", NORM_SHAPES)
 def test_norm_equals_its_specification(shape: str, dtype: torch.dtype) -> None:
-    gain = GAIN.to(dtype)
-    assert_equal(
-        lambda x: rms_norm(x, gain, 1e-5),
-        lambda x: reference.rms_norm(x, gain, 1e-5),
-        [norm_input(shape)],
-        dtype,
-    )
+    assert_equal(*norms(GAIN.to(dtype)), [norm_input(shape)], dtype)
 
 
 def test_norm_of_a_transposed_input() -> None:
+    fast, spec = norms(GAIN)
     x = normal(2, 4, 5, 32).transpose(1, 2)
-    assert_equal(
-        lambda x: rms_norm(x, GAIN, 1e-5),
-        lambda x: reference.rms_norm(x, GAIN, 1e-5),
-        [x],
-        torch.float64,
-    )
-    assert torch.autograd.gradcheck(
-        lambda x: rms_norm(x, GAIN, 1e-5), x[:1, :2, :2].requires_grad_()
-    )
+    assert_equal(fast, spec, [x], torch.float64)
+    assert torch.autograd.gradcheck(fast, x[:1, :2, :2].requires_grad_())
 
 
 @pytest.mark.parametrize("gain_dtype", ["same", "fp32"])
@@ -103,9 +96,7 @@ def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
             wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
         ).to(x.dtype)
 
-    def fast(x: Tensor) -> Tensor:
-        return rms_norm(x, given, 1e-5)
-
+    fast, _ = norms(given)
     assert_no_worse(fast, spec, [x], dtype)
     assert_no_worse(fast, llama, [x], dtype)
 
@@ -113,13 +104,7 @@ def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64])
 def test_norm_takes_a_narrower_gain(x_dtype: torch.dtype) -> None:
     """A model in 16 bits whose residual stream is wider loses nothing of it."""
-    gain = GAIN.bfloat16()
-    assert_equal(
-        lambda x: rms_norm(x, gain, 1e-5),
-        lambda x: reference.rms_norm(x, gain, 1e-5),
-        [normal(8, 32)],
-        x_dtype,
-    )
+    assert_equal(*norms(GAIN.bfloat16()), [normal(8, 32)], x_dtype)
 
 
 # --- rotary --------------------------------------------------------------------------------------
@@ -140,15 +125,19 @@ def angles(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return theta.cos().to(dtype).unsqueeze(dim), theta.sin().to(dtype).unsqueeze(dim)
 
 
+def rotaries(cos: Tensor, sin: Tensor) -> tuple[Op, Op]:
+    def with_(op: Op) -> Op:
+        return lambda x: op(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    return with_(rotary), with_(reference.rotary)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rotary_equals_its_specification(layout: str, dtype: torch.dtype, rows: int) -> None:
     make, dim = LAYOUTS[layout]
-    cos, sin = angles(rows, dim, dtype)
-    assert_equal(
-        lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [make()], dtype
-    )
+    assert_equal(*rotaries(*angles(rows, dim, dtype)), [make()], dtype)
 
 
 @pytest.mark.few(5)
@@ -165,9 +154,7 @@ def test_rotary_differentiates_and_keeps_the_layout(layout: str) -> None:
 def test_rotary_takes_any_cos_and_sin() -> None:
     """Halves of cos and of sin that differ: the two pairs of a plane each have their own."""
     x, cos, sin = normal(2, 3, 7, 8), normal(7, 8, seed=4), normal(7, 8, seed=5)
-    assert_equal(
-        lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [x], torch.float64
-    )
+    assert_equal(*rotaries(cos, sin), [x], torch.float64)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -175,26 +162,21 @@ def test_rotary_takes_any_cos_and_sin() -> None:
 def test_rotary_in_16_bits(layout: str, dtype: torch.dtype) -> None:
     x = normal(16, 12, 7, 8) if layout == "heads-first" else normal(16, 7, 12, 8).transpose(1, 2)
     cos, sin = (t.to(dtype) for t in angles(1, 1, torch.float64))
-
-    def with_(op: Op) -> Op:
-        return lambda x: op(x, cos.to(x.dtype), sin.to(x.dtype))
-
-    assert_no_worse(with_(rotary), with_(reference.rotary), [x], dtype)
+    assert_no_worse(*rotaries(cos, sin), [x], dtype)
 
 
 # --- gated ---------------------------------------------------------------------------------------
 
 
+def gates(act: str) -> tuple[Op, Op]:
+    forward = ACTIVATIONS[act].forward
+    return lambda g, u: gated(g, u, act), lambda g, u: reference.gated(g, u, forward)
+
+
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gated_equals_its_specification(act: str, dtype: torch.dtype) -> None:
-    known, pair = ACTIVATIONS[act], [3 * normal(2, 5, 12), normal(2, 5, 12, seed=1)]
-    assert_equal(
-        lambda g, u: gated(g, u, act),
-        lambda g, u: reference.gated(g, u, known.forward),
-        pair,
-        dtype,
-    )
+    assert_equal(*gates(act), [3 * normal(2, 5, 12), normal(2, 5, 12, seed=1)], dtype)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -202,21 +184,13 @@ def test_gated_differentiates_from_halves_of_one_tensor(act: str) -> None:
     both = normal(3, 10).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: gated(*t.chunk(2, -1), act), both)
     gate, up = both.detach().chunk(2, -1)
-    assert torch.autograd.gradcheck(
-        lambda u: gated(gate, u, act), up.clone().requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda u: gated(gate, u, act), up.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gated_in_16_bits(act: str, dtype: torch.dtype) -> None:
-    known, pair = ACTIVATIONS[act], [2 * normal(64, 128), normal(64, 128, seed=1)]
-    assert_no_worse(
-        lambda g, u: gated(g, u, act),
-        lambda g, u: reference.gated(g, u, known.forward),
-        pair,
-        dtype,
-    )
+    assert_no_worse(*gates(act), [2 * normal(64, 128), normal(64, 128, seed=1)], dtype)
 
 
 # --- a linear under a low-rank change ------------------------------------------------------------
@@ -276,9 +250,7 @@ def test_low_rank_differentiates_from_a_transposed_input(form: str) -> None:
 
 @pytest.mark.parametrize("trained", ["x", "down", "up", "factors", "nothing"])
 def test_low_rank_differentiates_what_is_trained(trained: str) -> None:
-    names = {"x": ["x"], "down": ["down"], "up": ["up"], "factors": ["down", "up"], "nothing": []}[
-        trained
-    ]
+    names = {"factors": ["down", "up"], "nothing": []}.get(trained, [trained])
     given = dict(zip(("x", "down", "up"), [normal(2, 5, IN), *factors()], strict=True))
     outs: list[dict[str, Any]] = []
     for op in fast_and_spec(places((2, 5, IN), "places")):

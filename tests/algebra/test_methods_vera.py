@@ -42,14 +42,3 @@ def test_projections_stay_shared_and_are_no_parameters(change: str) -> None:
     assert {k.rsplit(".", 1)[-1] for k in adapter.state_dict()} == {"d", "b", SETTINGS}
     shared = root[0].deltas["default"].projections
     assert (tuple(shared.A.shape), tuple(shared.B.shape)) == ((8, 32), (32, 8))
-
-
-def test_the_seed_makes_them() -> None:
-    root, _ = adapted()
-    other, _ = adapted()
-    a, b = (m[0].deltas["default"].projections for m in (root, other))
-    assert torch.equal(a.A, b.A)
-    assert torch.equal(a.B, b.B)
-    third = nn.Sequential(nn.Linear(32, 32))
-    lf.attach(third, lf.VeRA(rank=8, projection_prng_key=1), ["0"])
-    assert not torch.equal(third[0].deltas["default"].projections.A, a.A)

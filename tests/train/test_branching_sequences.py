@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.shared_prefixes import Branching, branching
 from noise import moved
-from sequence_cases import CONFIGS, GROUPED, LEAKY, VOCAB, assert_close, build, heads
+from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build, heads
 
 CPU = torch.device("cpu")
 # of each row, the shared tokens and the branches; windows of 5 and 6 are shorter than the prompts
@@ -303,18 +302,6 @@ def test_attention_dropout_takes_the_general_path() -> None:
                 if hasattr(module, "attn_dropout"):
                     module.attn_dropout.p = 1e-12  # the general path, and next to nothing dropped
             assert_close(model(**given.inputs, use_cache=False).logits, plain)
-
-
-@pytest.mark.parametrize("name", LEAKY)
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_that_does_not_pack_is_left_as_it_was(name: str) -> None:
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(LEAKY[name])).train()
-    before = model.config._attn_implementation
-    with branching(model) as branches:
-        assert not branches.packs
-        assert not branches.shares
-        assert model.config._attn_implementation == before
 
 
 def test_a_model_may_pack_and_not_share() -> None:

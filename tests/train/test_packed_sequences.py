@@ -22,6 +22,7 @@ from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.packed_attention import NAME, attend, document_mask, isolates, packed
+from lorafold.training_step.shared_prefixes import branching
 from noise import moved
 from sequence_cases import (
     CONFIGS,
@@ -215,24 +216,14 @@ def test_sinks_and_biases_take_the_general_path(extra: str, mask: str) -> None:
     assert_close(found, expected)
 
 
-def test_attention_dropout_takes_the_general_path() -> None:
-    model = build("gpt2", attn_pdrop=0.5)
-    inputs = collate(rows(), packed=True, pad_id=0)
-    del inputs["labels"]
-    with packed(model) as apart:
-        assert apart
-        first, second = (model(**inputs, use_cache=False).logits for _ in range(2))
-    assert not torch.equal(first, second)
-
-
 @pytest.mark.parametrize("name", LEAKY)
 @pytest.mark.filterwarnings("ignore")
 def test_a_leak_is_detected_and_the_model_left_as_it_was(name: str) -> None:
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(LEAKY[name])).train()
     before = model.config._attn_implementation
-    with packed(model) as apart:
-        assert not apart
+    with packed(model) as apart, branching(model) as branches:
+        assert (apart, branches.packs, branches.shares) == (False, False, False)
         assert model.config._attn_implementation == before
     examples = rows()
     alone, _ = loss_and_gradients(

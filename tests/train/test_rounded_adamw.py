@@ -37,7 +37,7 @@ from lorafold.training_step.lm_head_loss import labelled_loss
 from lorafold.training_step.optim import optimizer_tensors, restore_optimizer, sum_in_fp32
 from memory_cases import COMMON, CONFIGS, LORA, close
 from process_cases import same_bytes
-from rounding_cases import DTYPES, values
+from rounding_cases import DTYPES
 from training_cases import killed, request, train_until_killed, trained
 from typed_commands import write_rows
 
@@ -64,25 +64,6 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     return all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("turn", [0, 1, 100_000])
-def test_turned_gives_one_of_the_two_neighbours_and_is_right_on_average(
-    dtype: torch.dtype, turn: int
-) -> None:
-    draws = 20_000
-    for i, x in enumerate(values(dtype)):
-        many = turned(x.expand(draws), dtype, generator_of(i, "x"), turn).double()
-        low, high = many.aminmax()
-        assert low <= x <= high
-        assert len(many.unique()) <= 2
-        assert (torch.sign(many) * torch.sign(x) >= 0).all()
-        if x.to(dtype) == x:
-            assert torch.equal(many.to(dtype), x.to(dtype).expand(draws))
-        # the mean of n draws of two values has a standard deviation of at most their distance /
-        # (2 sqrt n)
-        assert abs(many.mean() - x) <= 5 * (high - low) / (2 * draws**0.5) + 1e-12 * abs(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

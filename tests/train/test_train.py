@@ -61,17 +61,33 @@ def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_pat
     lf.load(model, tmp_path / "a")
 
 
-def test_padded_and_packed_and_accumulated_give_the_same_losses(llama, tmp_path) -> None:
+PLAIN = {"packing": True, "dropout": 0.3}
+ROLES = {"dropout": 0.0, "lr": 1e-2, "new_tokens": ("<|user|>", "<|assistant|>")}
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("llama", PLAIN),
+        *(pytest.param(kind, ROLES, marks=pytest.mark.slow) for kind in ("gemma", "qwen2")),
+    ],
+    ids=["plain", "tokens-gemma", "tokens-qwen2"],
+)
+def test_padded_and_packed_and_accumulated_give_the_same_losses(
+    kind: str, given: dict[str, Any], tiny_model_dir, tmp_path: Path
+) -> None:
+    if given is ROLES:
+        (tmp_path / "chat.jinja").write_text(TEMPLATE)
+        given = {**ROLES, "chat_template": str(tmp_path / "chat.jinja")}
     ways = {
-        "packed": {},
-        "padded": {"packing": False},
-        "accumulated": {"accumulate": 4},
+        "packed": {}, "padded": {"packing": False}, "accumulated": {"accumulate": 4},
         "checkpointed": {"gradient_checkpointing": True},
+    }  # fmt: skip
+    losses = {
+        name: trained(tiny_model_dir(kind), tmp_path / name, **{**given, **fields}).losses
+        for name, fields in ways.items()
     }
-    losses = {}
-    for name, fields in ways.items():
-        given = {"packing": True, "dropout": 0.3, **fields}
-        losses[name] = trained(llama, tmp_path / name, **given).losses
     for name in ways:
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
 
