@@ -73,9 +73,8 @@ def test_a_model_whose_blocks_hold_no_mlp_module_is_refused() -> None:
 
 def test_it_does_not_merge_and_wrong_options_are_listed(tiny_model) -> None:
     adapter = lf.attach(tiny_model("gpt2"), lf.Bottleneck(size=2))
-    with pytest.raises(
-        lf.NotMergeable, match=r"transformer\.h\.0\.attn: .*\.0\.mlp: .*; and 2 more"
-    ):
+    told = r"transformer\.h\.0\.attn: .*\.0\.mlp: .*; and 2 more"
+    with pytest.raises(lf.NotMergeable, match=told):
         adapter.merge()
     wrong = r"size: found 0.*activation: found 'tanh'.*after: found 'attention'"
     with pytest.raises(lf.LorafoldError, match=wrong):

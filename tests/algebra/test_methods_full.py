@@ -93,10 +93,8 @@ def test_a_second_adapter_does_not_freeze_it(tiny_model) -> None:
 def test_it_says_that_it_trains_the_base_and_refuses_what_has_no_weights(tiny_model) -> None:
     assert lf.Full.trains_base
     assert not lf.LoRA.trains_base
-    with pytest.raises(
-        lf.LorafoldError,
-        match="Full trains floating-point weights in place; LlamaMLP has no parameters",
-    ):
+    told = "Full trains floating-point weights in place; LlamaMLP has no parameters"
+    with pytest.raises(lf.LorafoldError, match=told):
         lf.attach(tiny_model("llama"), lf.Full(), ["mlp"])
 
 

@@ -253,9 +253,8 @@ def test_a_classifier_takes_them_too(spec: Any, kind: str) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
     model = tiny_model("llama")
-    with pytest.raises(
-        lf.LorafoldError, match=r"expected a decoder and its attentions .*found Linear"
-    ):
+    told = r"expected a decoder and its attentions .*found Linear"
+    with pytest.raises(lf.LorafoldError, match=told):
         lf.attach(model, spec, ["q_proj"])
     with pytest.raises(lf.LorafoldError, match="has no modules of this preset"):
         lf.attach(nn.Sequential(nn.Linear(3, 3)), spec)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from torch import nn
 import lorafold as lf
 from conftest import make_tokenizer, unestimating
 from device_cases import HERE, REAL, SIZE, engines_know_shadows, moved, on_device
-from lorafold.errors import Interrupted
-from lorafold.training import loop
 from shadow import WHERE
+from training_cases import stopping
 
 pytestmark = HERE
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
@@ -103,16 +101,10 @@ def test_a_run_from_rows_to_files(model: Path, tmp_path: Path, method: str, stor
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(model: Path, tmp_path: Path) -> None:
-    step, given = loop.train_step, {"steps": 4, "save_every": 1, "dropout": 0.1}
-
-    def killed(job: Any, examples: Any, n: int) -> float:
-        if n == 2:
-            raise Interrupted("killed", 1)
-        return step(job, examples, n)
-
+    given = {"steps": 4, "save_every": 1, "dropout": 0.1}
     with unestimating(), on_device():
         whole = trained(model, tmp_path / "whole", str(WHERE), **given)
-        with mock.patch.object(loop, "train_step", killed), pytest.raises(Interrupted):
+        with stopping(2), pytest.raises(KeyboardInterrupt):
             trained(model, tmp_path / "out", str(WHERE), **given)
         recipe = lf.Recipe(**RECIPE | {"storage": "fp32"} | given)
         resumed = lf.train(

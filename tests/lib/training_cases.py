@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -70,6 +72,20 @@ def command(told: Path, *arguments: str) -> None:
     done = lorafold(*arguments)
     told.write_text(done.stderr)
     sys.exit(done.returncode)
+
+
+@contextmanager
+def stopping(at: int, error: BaseException | None = None) -> Iterator[None]:
+    """Runs fail in step `at`, by KeyboardInterrupt or an error; their checkpoints stay."""
+    step = loop.train_step
+
+    def failing(plan: loop.Plan, rows: Any, i: int) -> Any:
+        if i == at:
+            raise error or KeyboardInterrupt
+        return step(plan, rows, i)
+
+    with mock.patch.object(loop, "train_step", failing):
+        yield
 
 
 def train_until_killed(model: Path, out: Path, fields: dict[str, Any]) -> None:

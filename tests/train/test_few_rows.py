@@ -1,19 +1,16 @@
 """epochs="auto": enough steps of few rows, ended by the held-out loss."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 import lorafold as lf
 from conftest import unestimating
-from lorafold.errors import Interrupted, LorafoldError
-from lorafold.training import loop
+from lorafold.errors import LorafoldError
 from process_cases import same_bytes
+from training_cases import stopping
 from typed_commands import run, write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -27,20 +24,6 @@ AUTO = {"epochs": "auto", "batch": 2, "max_length": 64, "storage": "fp32", "lr":
 
 def record(out: Path) -> dict[str, Any]:
     return json.loads((out / "lorafold.json").read_text())
-
-
-@contextmanager
-def killed(after: int) -> Iterator[None]:
-    """Runs end by an error after this many steps."""
-    train = loop.train_step
-
-    def step_or_end(job: Any, examples: Any, step: int) -> float:
-        if step == after:
-            raise Interrupted("killed", 1)
-        return train(job, examples, step)
-
-    with mock.patch.object(loop, "train_step", step_or_end):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +57,7 @@ def test_the_adapter_is_that_of_the_best_step(ended: Path, tiny_model_dir) -> No
 
 def test_a_run_that_is_killed_ends_at_the_same_step(ended, tiny_model_dir, tmp_path) -> None:
     recipe, out, model = lf.Recipe(**AUTO), tmp_path / "out", tiny_model_dir("llama")
-    with killed(len(record(ended)["losses"]) - 5), pytest.raises(Interrupted):
+    with stopping(len(record(ended)["losses"]) - 5), pytest.raises(KeyboardInterrupt):
         lf.train(recipe, model=model, out=out, **DATA)
     lf.train(recipe, model=model, out=out, resume=True, **DATA)
     assert record(out)["losses"] == record(ended)["losses"]

@@ -2,7 +2,6 @@
 
 import gc
 import sys
-import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +21,6 @@ from lorafold.methods import METHODS
 from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
 from lorafold.recipe.recipe import Recipe
-from lorafold.training import loop
 from lorafold.training.finish import Trained
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
@@ -30,7 +28,7 @@ from lorafold.training_step import adamw
 from lorafold.training_step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.training_step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
 from process_cases import same_bytes
-from training_cases import quiet, weights
+from training_cases import quiet, stopping, weights
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -101,20 +99,17 @@ def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() ->
         parameters = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
         return adamw.optimizer_line(adamw.OptimizerChoice(name, "why"), [{"params": parameters}], 7)
 
-    assert (
-        line("adamw8bit", torch.float32)
-        == "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)"
-    )
-    assert line("adamw", torch.bfloat16) == (
-        "optimizer: adamw with fp32 state, 8.0 kB (why); updates rounded stochastically, seed 7"
-    )
+    found = [line("adamw8bit", torch.float32), line("adamw", torch.bfloat16)]
+    assert found == [
+        "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)",
+        "optimizer: adamw with fp32 state, 8.0 kB (why); updates rounded stochastically, seed 7",
+    ]
 
 
 def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() -> None:
     delta = LoRA(rank=2).build(layer_of(nn.Linear(4, 4)))
-    assert rates(param_groups([("", delta)], 2e-4, 3e-3), 2e-4) == (
-        "learning rate: 2e-4; up factors (LoRA+) 3e-3"
-    )
+    both = rates(param_groups([("", delta)], 2e-4, 3e-3), 2e-4)
+    assert both == "learning rate: 2e-4; up factors (LoRA+) 3e-3"
     assert rates(param_groups([("", delta)], 1.5e-2, 1.5e-2), 1.5e-2) == "learning rate: 1.5e-2"
     delta.A.requires_grad_(False)
     only = "learning rate: up factors (LoRA+) 3e-3"
@@ -128,21 +123,13 @@ def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() ->
         ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
         ("adamw", "adamw with fp32 state, 524.3 kB"),
         ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
-        (
-            "paged-adamw8bit",
-            "paged-adamw8bit with 8-bit state, 377.6 kB (not paged: the CPU has no paging)",
-        ),
+        (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
     ],
 )
-def test_each_trains_and_says_what_it_is(
-    name: str, line: str, llama, tmp_path: Path, capsys
-) -> None:
-    with warnings.catch_warnings():
-        # what bitsandbytes would warn of is in the line
-        warnings.filterwarnings("error", message=".*[Pp]aged.*")
-        result = train(
-            request(llama, tmp_path / "a", optimizer=name), Console(file=sys.stdout, width=200)
-        )
+@pytest.mark.filterwarnings("error:.*[Pp]aged")  # what bitsandbytes would warn of is in the line
+def test_each_trains_and_says_what_it_is(name: str, line: str, llama, tmp_path, capsys) -> None:
+    asked = request(llama, tmp_path / "a", optimizer=name)
+    result = train(asked, Console(file=sys.stdout, width=200))
     told = f"optimizer: {line}\nlearning rate: 1e-3; up factors (LoRA+) 5e-3\n"
     assert told in capsys.readouterr().out
     assert result.losses[-1] < result.losses[0] - 0.3
@@ -153,14 +140,12 @@ def test_8_bit_state_is_8_bits_in_a_quarter_of_the_bytes() -> None:
     for p in tensors:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    found = {
-        id(p): {k: v for k, v in optimizer.state[p].items() if k.startswith(("state", "absmax"))}
-        for p in tensors
-    }
+    measured = []
     for p in tensors:
-        dtype = torch.uint8 if p.numel() >= 4096 else torch.float32
-        assert found[id(p)]["state1"].dtype == found[id(p)]["state2"].dtype == dtype
-    measured = [sum(v.nbytes for v in found[id(p)].values()) for p in tensors]
+        state, dtype = optimizer.state[p], torch.uint8 if p.numel() >= 4096 else torch.float32
+        assert state["state1"].dtype == state["state2"].dtype == dtype
+        kept = [v.nbytes for k, v in state.items() if k.startswith(("state", "absmax"))]
+        measured.append(sum(kept))
     assert measured == [state_bytes("adamw8bit", [p]) for p in tensors]
     assert measured[0] / state_bytes("adamw", tensors[:1]) == pytest.approx(1 / 4, rel=0.02)
 
@@ -199,9 +184,8 @@ def test_state_goes_through_a_checkpoint_unchanged(name: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
     assert all(q.grad is None for q in theirs)
     again = optimizer_tensors(other)
-    assert {k: (v.dtype, v.tolist()) for k, v in again.items()} == {
-        k: (v.dtype, v.tolist()) for k, v in stored.items()
-    }
+    assert again.keys() == stored.keys()
+    assert all(v.dtype == stored[k].dtype and torch.equal(v, stored[k]) for k, v in again.items())
     for group, mine in zip(other.param_groups, one.param_groups, strict=True):
         group["lr"] = mine["lr"]  # as every step of a run sets it
     for optimizer, tensors in ((one, ours), (other, theirs)):
@@ -223,32 +207,17 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         restore_optimizer(other, optimizer_tensors(one))
 
 
-def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: RunRequest) -> None:
-    """A run that fails in step `at`, as one does that is killed: its checkpoints stay."""
-
-    def failing(plan: loop.Plan, rows: list, i: int) -> float:
-        if i == at:
-            raise KeyboardInterrupt
-        return original(plan, rows, i)
-
-    original = loop.train_step
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(asked, quiet())
-
-
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
     name: str, llama, tmp_path: Path, monkeypatch
 ) -> None:
     straight = trained(llama, tmp_path / "straight", optimizer=name)
-    stopped(monkeypatch, 6, request(llama, tmp_path / "stopped", optimizer=name))
+    with stopping(6), pytest.raises(KeyboardInterrupt):
+        trained(llama, tmp_path / "stopped", optimizer=name)
     kept = load_file(tmp_path / "stopped.run" / "step-000004" / "optimizer.safetensors")
-    assert any(t.dtype == torch.uint8 for key, t in kept.items() if not key.startswith("rng")) == (
-        name != "adamw"
-    )
+    state = [t.dtype for key, t in kept.items() if not key.startswith("rng")]
+    assert (torch.uint8 in state) == (name != "adamw")
     resumed = trained(llama, tmp_path / "stopped", resume=True, optimizer=name)
     assert resumed.losses == straight.losses
     assert same_bytes(tmp_path / "stopped", tmp_path / "straight")
@@ -290,8 +259,7 @@ def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(llama, tmp_path) -
     for decay in (0.0, 50.0):
         recipe = lf.Recipe(method="ia3", steps=3, batch=4, storage="fp32", weight_decay=decay)
         lf.train(recipe, model=llama, data=rows, out=tmp_path / f"{decay}")
-    one, other = (tmp_path / f"{decay}" / "adapter_model.safetensors" for decay in (0.0, 50.0))
-    assert one.read_bytes() == other.read_bytes()
+    assert same_bytes(tmp_path / "0.0", tmp_path / "50.0")
 
 
 @pytest.mark.slow
@@ -301,14 +269,12 @@ def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
     straight = trained(llama, tmp_path / "straight", optimizer="adamw8bit")
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
         patch.setattr(adamw, "choose", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
-        stopped(monkeypatch, 6, request(llama, tmp_path / "a"))
-    resumed = train(
-        request(llama, tmp_path / "a", resume=True), Console(file=sys.stdout, width=200)
-    )
-    assert (
-        "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n"
-        in capsys.readouterr().out
-    )
+        with stopping(6), pytest.raises(KeyboardInterrupt):
+            trained(llama, tmp_path / "a")
+    asked = request(llama, tmp_path / "a", resume=True)
+    resumed = train(asked, Console(file=sys.stdout, width=200))
+    told = "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n"
+    assert told in capsys.readouterr().out
     assert resumed.losses == straight.losses
 
 

@@ -30,13 +30,13 @@ from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, t
 from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from noise import moved
 from process_cases import same_bytes
 from token_cases import ROWS, lorafold, quiet, request, said, trained
+from training_cases import stopping
 from typed_commands import done, result, write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -175,18 +175,9 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
         fields = {"steps": 12, "save_every": 4, "chat_template": str(template)}
         return request(tiny_model_dir("gpt2"), tmp_path / name, **fields, **more)
 
-    step = loop.train_step
-
-    def stopped(job: Any, rows: Any, at: int) -> float:
-        if at == 6:
-            raise RuntimeError("stopped")
-        return step(job, rows, at)
-
     train(asked("straight"), quiet())
-    monkeypatch.setattr(loop, "train_step", stopped)
-    with pytest.raises(RuntimeError, match="stopped"):
+    with stopping(6), pytest.raises(KeyboardInterrupt):
         train(asked("stopped"), quiet())
-    monkeypatch.undo()
     template.write_text(TEMPLATE + "\n")
     told = "the run to resume had another recipe: {}: was"
     with pytest.raises(LorafoldError, match=told.format("chat_template")):
@@ -211,9 +202,8 @@ def test_an_adapter_to_start_from_brings_its_tokens(tiny_model_dir, template, tm
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == TEMPLATE
     keys = [set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in "ab"]
     assert keys[0] == keys[1]
-    with pytest.raises(
-        LorafoldError, match="new_tokens: the adapter of --init-adapter fixes these fields"
-    ):
+    told = "new_tokens: the adapter of --init-adapter fixes these fields"
+    with pytest.raises(LorafoldError, match=told):
         trained(base, tmp_path / "c", init_adapter=tmp_path / "a")
 
 
@@ -243,10 +233,8 @@ def test_a_word_without_a_row_is_named(tiny_model_dir, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(base)
     tokenizer.add_tokens(["<|extra|>"], special_tokens=True)
     tokenizer.save_pretrained(base)
-    with pytest.raises(
-        LorafoldError,
-        match=r"tokens \[301, 302\] leave a gap: the base's last token is 299; .* from 300 on",
-    ):
+    told = r"tokens \[301, 302\] leave a gap: the base's last token is 299; .* from 300 on"
+    with pytest.raises(LorafoldError, match=told):
         trained(base, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     trained(base, tmp_path / "a", new_tokens=("<|extra|>", "<|user|>"))
@@ -300,12 +288,8 @@ def test_the_last_adapters_tokenizer_counts_and_they_must_agree(tiny_model_dir, 
         tokenizer = tokenizer_of(source, order)
         assert tokenizer("<|b|><|a|>").input_ids == [301, 300]
         assert tokenizer.decode([301, 5], skip_special_tokens=True) == tokenizer.decode([5])
-    with pytest.raises(
-        LorafoldError,
-        match=(
-            r"0 and .*2: their tokenizers differ: 300 is <\|a\|> and <\|b\|>; these adapters can't"
-        ),
-    ):
+    told = r"0 and .*2: their tokenizers differ: 300 is <\|a\|> and <\|b\|>; these adapters can't"
+    with pytest.raises(LorafoldError, match=told):
         tokenizer_of(source, [one, other])
     merged = merge(str(base), [one, two], tmp_path / "m", device="cpu")
     assert merged.folded.vocabulary == 302

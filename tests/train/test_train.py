@@ -23,7 +23,6 @@ from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.runtime.processes import ALONE
-from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
 from lorafold.training_step.data_parallel import Replicated
@@ -35,6 +34,7 @@ from training_cases import (
     killed,
     quiet,
     request,
+    stopping,
     train_until_killed,
     trained,
     weights,
@@ -158,13 +158,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_as_it_did(
     fields = {"method": "fish", "steps": 2, "lr": 1e-2}
     whole = trained(llama, tmp_path / "whole", **fields)
 
-    def stopped(*of: Any) -> tuple[float, float]:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            trained(llama, tmp_path / "a", **fields)
+    with stopping(0), pytest.raises(KeyboardInterrupt):
+        trained(llama, tmp_path / "a", **fields)
     assert not RunDirectory(tmp_path / "a").checkpoints()
     again = request(llama, tmp_path / "a", resume=True, **fields)
     assert train(again, quiet()).losses == whole.losses
@@ -229,9 +224,8 @@ def test_targets_that_mean_other_modules_now(found: str, llama, tmp_path: Path) 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
     llama, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        LorafoldError, match=r"the loss is nan; the last good checkpoint is .*a.run/step-0*1\b"
-    ):
+    told = r"the loss is nan; the last good checkpoint is .*a.run/step-0*1\b"
+    with pytest.raises(LorafoldError, match=told):
         trained(llama, tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1)
     assert not (tmp_path / "a").exists()
 
@@ -359,9 +353,8 @@ def test_a_wrong_option_of_the_method(llama, tmp_path: Path) -> None:
 def test_a_stopped_run_is_not_thrown_away_unasked(llama, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match="loss is nan"):
         trained(llama, tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1)
-    with pytest.raises(
-        LorafoldError, match=r"a.run holds a run that was stopped: pass --resume to continue it"
-    ):
+    told = r"a.run holds a run that was stopped: pass --resume to continue it"
+    with pytest.raises(LorafoldError, match=told):
         trained(llama, tmp_path / "a")
     trained(llama, tmp_path / "a", overwrite=True)
 
