@@ -33,8 +33,6 @@ FILE = '''"""Scaled: every output of a layer, or every group of them, times a nu
     y = (1 + strength s) * (W x + b)        s (out / group,) zero at start
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

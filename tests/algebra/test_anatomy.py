@@ -1,7 +1,5 @@
 """A model's anatomy: what it finds in each kind of model, once, and again after a change."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections import Counter

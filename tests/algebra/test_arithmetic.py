@@ -1,7 +1,5 @@
 """16-bit products in fp32 arithmetic, rounded once, in every operation that multiplies."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from threading import Thread
 from typing import Any

@@ -1,7 +1,5 @@
 """torch.autocast over an fp32 base: layers, models, experts, the fused parts, and PEFT beside."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

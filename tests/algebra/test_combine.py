@@ -1,7 +1,5 @@
 """Combinators: a mixture, a batch of many tenants and a bank, each against the deltas alone."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

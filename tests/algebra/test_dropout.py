@@ -1,7 +1,5 @@
 """Dropped places: what they follow from, their probability, and one draw for all readers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -49,9 +47,6 @@ def mask(n: int, p: float, seed: int) -> Tensor:
 def within(found: float, expected: float, variance: float, sigmas: float = 5) -> bool:
     """Five sigma: once in 1.7 million seeds."""
     return abs(found - expected) <= sigmas * math.sqrt(variance)
-
-
-# --- which places --------------------------------------------------------------------------------
 
 
 @pytest.mark.few(17)
@@ -124,9 +119,6 @@ def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
     for x, p in ((torch.empty(100), 0.0), (torch.empty(3, 0), 0.5)):
         assert dropped(x, p)[1].numel() == 0
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# --- what they follow from ------------------------------------------------------------------------
 
 
 def of_site(x: Tensor, p: float, site: DrawSite) -> Tensor:
@@ -240,9 +232,6 @@ def test_a_step_of_a_model_drops_what_its_names_say() -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-# --- random state --------------------------------------------------------------------------------
-
-
 def test_follows_the_default_generator() -> None:
     x = torch.empty(1000, dtype=torch.bfloat16)
     torch.manual_seed(3)
@@ -269,9 +258,6 @@ def test_checkpoint_replays_the_places(form: str) -> None:
         return torch.autograd.grad(y, x)[0]
 
     assert torch.equal(gradient(True), gradient(False))
-
-
-# --- what becomes of x ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -340,9 +326,6 @@ def test_refuses_what_is_no_probability(p: float) -> None:
     for call, *given in ((dropped, x, p), (dropout, x, p), (shared, x, p, 0), (keep_scale, p)):
         with pytest.raises(ValueError, match="expected 0 or more and below 1"):
             call(*given)
-
-
-# --- one draw for all readers --------------------------------------------------------------------
 
 
 def same(a: Dropped, b: Dropped) -> bool:

@@ -1,7 +1,5 @@
 """Experts as a storage: the laws on mixtures of every form, against torch and bitsandbytes."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The plan of a fold, made from shapes alone, is what folding then does, in memory and in files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The fused operations of training against `ops/reference.py`: values, gradients, bf16."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,8 +46,6 @@ def assert_no_worse(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.
     ):
         assert (found - true).norm() <= 1.05 * (peer - true).norm()
 
-
-# --- norm ----------------------------------------------------------------------------------------
 
 NORM_SHAPES = {"rows": (6, 32), "tokens": (2, 5, 32), "heads": (2, 3, 4, 32), "none": (0, 32)}
 GAIN = 1 + 0.3 * normal(32, seed=1)
@@ -107,8 +103,6 @@ def test_norm_takes_a_narrower_gain(x_dtype: torch.dtype) -> None:
     assert_equal(*norms(GAIN.bfloat16()), [normal(8, 32)], x_dtype)
 
 
-# --- rotary --------------------------------------------------------------------------------------
-
 # x, and the dimension in which cos and sin (B, T, D) lack the heads
 LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {
     "heads-first": (lambda: normal(2, 3, 7, 8), 1),
@@ -165,9 +159,6 @@ def test_rotary_in_16_bits(layout: str, dtype: torch.dtype) -> None:
     assert_no_worse(*rotaries(cos, sin), [x], dtype)
 
 
-# --- gated ---------------------------------------------------------------------------------------
-
-
 def gates(act: str) -> tuple[Op, Op]:
     forward = ACTIVATIONS[act].forward
     return lambda g, u: gated(g, u, act), lambda g, u: reference.gated(g, u, forward)
@@ -192,8 +183,6 @@ def test_gated_differentiates_from_halves_of_one_tensor(act: str) -> None:
 def test_gated_in_16_bits(act: str, dtype: torch.dtype) -> None:
     assert_no_worse(*gates(act), [2 * normal(64, 128), normal(64, 128, seed=1)], dtype)
 
-
-# --- a linear under a low-rank change ------------------------------------------------------------
 
 OUT, IN, RANK, P = 24, 16, 3, 0.3
 W = normal(OUT, IN, seed=6) / IN**0.5

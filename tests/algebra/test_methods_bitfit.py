@@ -1,7 +1,5 @@
 """BitFit: every bias there is, or added ones, which merging switches on in the config."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Bottleneck adapters: where Houlsby's and Pfeiffer's are, and what they compute."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

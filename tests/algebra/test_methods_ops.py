@@ -1,7 +1,5 @@
 """The other operations of methods, in values and gradients, and what is computed once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

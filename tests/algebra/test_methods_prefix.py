@@ -1,7 +1,5 @@
 """Virtual tokens of prompt and prefix tuning, against PEFT and against no cache."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any

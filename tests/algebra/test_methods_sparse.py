@@ -1,7 +1,5 @@
 """Sparse fine-tuning: what LT-SFT and FISH choose, against the definitions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

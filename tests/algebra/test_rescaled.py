@@ -1,7 +1,5 @@
 """RWKV divides weights in place for inference; a delta over them is not divided."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

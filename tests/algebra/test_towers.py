@@ -1,7 +1,5 @@
 """Models with encoders for images and sounds, and every architecture under the laws."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -168,9 +166,6 @@ def test_all_linear_in_peft_s_file_keeps_peft_s_meaning(tmp_path: Path) -> None:
         assert near(run(model, inputs), run(theirs, inputs))
 
 
-# --- what stays frozen ---------------------------------------------------------------------------
-
-
 @pytest.mark.few(16)
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_what_is_reached_and_what_is_not_are_all_of_the_blocks(name: str) -> None:
@@ -233,9 +228,6 @@ def test_a_quantized_weight_counts_out_times_in(storage: str, tiny_model_dir) ->
         for how in ("fp32", storage)
     )
     assert quantized == plain
-
-
-# --- the command ---------------------------------------------------------------------------------
 
 
 def test_the_run_says_what_is_in_a_tower_and_what_stays_frozen(tmp_path: Path) -> None:
@@ -378,9 +370,6 @@ def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None
         assert near(run(model, inputs), run(theirs, inputs))
 
 
-# --- the loops of those that are no language models ----------------------------------------------
-
-
 @pytest.mark.parametrize("name", [n for n, row in ENCODERS.items() if row.trains])
 def test_a_loop_of_its_own_learns(name: str) -> None:
     row = ENCODERS[name]
@@ -415,9 +404,6 @@ def test_a_vision_encoder_under_a_text_decoder_is_one_model() -> None:
     assert Anatomy.of(model).encoders == {}
     sites = lf.attach(model, lf.LoRA(rank=2)).sites
     assert {site.split(".")[0] for site in sites} == {"encoder", "decoder"}
-
-
-# --- packing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*TEXT, *RECURRENT, *MIXTURES])

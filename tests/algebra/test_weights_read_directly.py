@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_gradients_reach_the_deltas(method: str, storage: str) -> None:
             assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
 
-def encoder(batch_first: bool, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+def encoder(batch_first: bool, dtype: torch.dtype | None = None, **options) -> Any:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=batch_first, **options)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).to(dtype)
@@ -74,19 +75,16 @@ def encoder(batch_first: bool, dtype: torch.dtype = torch.float32, **options) ->
 
 X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]]).bool()
-TORCHS = {
-    "attention": lambda batch_first, dtype: nn.MultiheadAttention(
-        16, 2, batch_first=batch_first, dtype=dtype
-    ),
-    "no-bias": lambda batch_first, dtype: nn.MultiheadAttention(
-        16, 2, bias=False, batch_first=batch_first, dtype=dtype
-    ),
-    "layer": lambda batch_first, dtype: encoder(batch_first, dtype).layers[0],
-    "norm-first": lambda batch_first, dtype: encoder(
-        batch_first, dtype, norm_first=True, activation="gelu"
-    ).layers[1],
-    "encoder": encoder,
-}
+def of_torch(kind: str, first: bool, dtype: torch.dtype | None = None) -> nn.Module:
+    if kind in ("attention", "no-bias"):
+        bias = kind == "attention"
+        return nn.MultiheadAttention(16, 2, bias=bias, batch_first=first, dtype=dtype)
+    if kind == "norm-first":
+        return encoder(first, dtype, norm_first=True, activation="gelu").layers[1]
+    return encoder(first, dtype) if kind == "encoder" else encoder(first, dtype).layers[0]
+
+
+TORCHS = ("attention", "no-bias", "layer", "norm-first", "encoder")
 
 
 def called(model: nn.Module, x: Tensor, padded: bool = True) -> Tensor:
@@ -111,7 +109,7 @@ def called(model: nn.Module, x: Tensor, padded: bool = True) -> Tensor:
 @pytest.mark.parametrize("kind", TORCHS)
 def test_torchs_own_transformers(kind: str, training: bool, batch_first: bool, dtype) -> None:
     torch.manual_seed(0)
-    model = TORCHS[kind](batch_first, dtype).train(training).requires_grad_(False)
+    model = of_torch(kind, batch_first, dtype).train(training).requires_grad_(False)
     x, size = torch.randn(3, 5, 16).to(dtype), torch.finfo(dtype).eps
     bare = called(model, x)
     adapter = lf.attach(model, lf.LoRA(rank=3, dropout=0.0))
@@ -206,9 +204,7 @@ def test_two_adapters_lie_upon_each_other() -> None:
 
 
 def test_a_reading_keeps_the_adapters_that_it_was_read_under() -> None:
-    root, x = past("lora", "linear")
-    adapter = lf.attach(root, METHODS["lora"], ["at"])
-    move(adapter)
+    root, x, _ = laid()
     y, weight = root(x), root.at.weight
     with lf.only(root):
         assert relative(F.linear(x, weight, root.at.bias), y) < 1e-6
@@ -283,7 +279,7 @@ def test_t5_folds_nothing_and_mamba_what_it_reads(monkeypatch) -> None:
 @pytest.mark.parametrize("kind", ["attention", "layer", "past"])
 def test_compiles_in_one_graph(kind: str) -> None:
     torch._dynamo.reset()
-    model, x = past("lora", "linear") if kind == "past" else (TORCHS[kind](True, None), X)
+    model, x = past("lora", "linear") if kind == "past" else (of_torch(kind, True), X)
     move(adapter := lf.attach(model, METHODS["dora"], "all-linear"))
     call = (lambda m: m(x, x, x)[0]) if kind == "attention" else lambda m: m(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -295,9 +291,7 @@ def test_compiles_in_one_graph(kind: str) -> None:
 
 
 def test_folding_is_exact_under_autocast() -> None:
-    root, x = past("lora", "linear")
-    adapter = lf.attach(root, METHODS["lora"], ["at"])
-    move(adapter)
+    root, x, adapter = laid()
     with torch.autocast("cpu", torch.bfloat16):
         y = root(x)
     adapter.merge()
@@ -319,6 +313,14 @@ def test_small_changes_survive_in_bf16() -> None:
     assert kept[0] == pytest.approx(1, abs=0.05 + 3 * noise)
     assert kept[1] < 0.5
     assert noise < 0.1
+
+
+def laid(method: str = "lora") -> tuple[Past, Tensor, lf.Adapter]:
+    """A module that somebody reads, under a method away from its start."""
+    root, x = past(method, "linear")
+    adapter = lf.attach(root, METHODS[method], ["at"])
+    move(adapter)
+    return root, x, adapter
 
 
 def test_telling_shape_dtype_and_device_folds_nothing(monkeypatch) -> None:
@@ -344,9 +346,7 @@ def test_telling_shape_dtype_and_device_folds_nothing(monkeypatch) -> None:
 
 
 def test_who_writes_writes_to_what_is_stored() -> None:
-    root, x = past("lora", "linear")
-    adapter = lf.attach(root, METHODS["lora"], ["at"])
-    move(adapter)
+    root, x, adapter = laid()
     stored, change = root.at._parameters["weight"], adapter.deltas["at"].delta()
     for write in (
         lambda w: w.fill_(2.0),
@@ -445,8 +445,7 @@ def test_a_forward_that_was_replaced_before_attaching_is_served_too() -> None:
 
 
 def test_gradients_of_torch_func() -> None:
-    root, x = past("lora", "linear")
-    move(adapter := lf.attach(root, METHODS["lora"], ["at"]))
+    root, x, adapter = laid()
     names = {n: p.detach() for n, p in root.named_parameters() if "deltas" in n}
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -463,8 +462,7 @@ def test_gradients_of_torch_func() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_it_is_recomputed_under_checkpointing(reentrant: bool) -> None:
-    root, x = past("lora", "linear")
-    move(adapter := lf.attach(root, METHODS["dora"], ["at"]))
+    root, x, adapter = laid("dora")
     x.requires_grad_()
     again = gradients(adapter, checkpoint(root, x, use_reentrant=reentrant))
     assert all(map(torch.equal, again, gradients(adapter, root(x))))
@@ -472,8 +470,7 @@ def test_it_is_recomputed_under_checkpointing(reentrant: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_traced_and_exported() -> None:
-    root, x = past("lora", "linear")
-    move(lf.attach(root, METHODS["lora"], ["at"]))
+    root, x, _ = laid()
     y = root(x)
     assert torch.allclose(torch.jit.trace(root, (x,))(x), y, atol=1e-6)
     assert torch.allclose(torch.export.export(root, (x,)).module()(x), y, atol=1e-6)
@@ -517,8 +514,7 @@ def test_without_values_it_has_the_shapes_alone() -> None:
 
 
 def test_an_address_stays_good() -> None:
-    root, _ = past("lora", "linear")
-    move(lf.attach(root, METHODS["lora"], ["at"]))
+    root, *_ = laid()
     served = root.at.weight
     numbers = (ctypes.c_float * (32 * 16)).from_address(served.data_ptr())
     _ = [torch.full((32, 16), -1.0) for _ in range(64)]

@@ -1,7 +1,5 @@
 """Batch invariance: a request has the same bits alone and beside others, in 16 bits too."""
 
-from __future__ import annotations
-
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable

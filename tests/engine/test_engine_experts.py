@@ -1,7 +1,5 @@
 """Adapters of experts: requests have the tokens of transformers' `generate`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +12,7 @@ from torch import Tensor
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
-from engine_cases import alone, ended, expected, loaded, prompt, save_adapters, together
+from engine_cases import alone, ended, expected, loaded, prompt, save_adapters, together, watch
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.request import Token
 from mixtures import CONFIGS, mixture
@@ -114,16 +112,8 @@ def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, tmp_path, monkeypat
     lf.load(model, paths["lora"], "lora", allow_other_base=True)
     with lf.only(model), Engine(model, length=64) as engine:
         engine.adopt("mine", ["lora"])
-        forward = engine._runner.forward
-
-        def watched(rows: Any, counts: Any) -> Tensor:
-            seen.append(forward(rows, counts))
-            return seen[-1]
-
-        engine._runner.forward = watched  # type: ignore[method-assign]
-        stream = engine.submit(Request("1", ids, 1, adapter="mine"))
-        engine.run()
-        assert stream.result().message == ""
+        watch(engine, lambda rows, counts, logits: seen.append(logits))
+        assert ended(engine, Request("1", ids, 1, adapter="mine")).message == ""
     exact, plain, base = own(torch.float32), own(torch.bfloat16), own(torch.float32, None)
     error = (seen[0][0].float() - exact).norm()
     assert error <= 2 * (plain - exact).norm()

@@ -1,7 +1,5 @@
 """The fast path computes what the plain one does, and is gone when the engine is closed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 import lorafold as lf
-from engine_cases import METHODS, loaded, prompt, save_adapters, together
+from engine_cases import METHODS, loaded, prompt, save_adapters, together, watch
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.fast_path import Packed, packable
 from lorafold.engine.mixed_adapters import ActiveDeltas, Products
@@ -25,16 +23,13 @@ def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Te
     """The logits (n, V) after the prompt and one token of requests with each adapter, and none."""
     seen: dict[str, torch.Tensor] = {}
     with loaded(Engine(model, slots=12, length=64, **options), paths) as engine:
-        forward = engine._runner.forward
 
-        def spied(rows: Any, counts: Any) -> torch.Tensor:
-            logits = forward(rows, counts)
+        def see(rows: Any, counts: Any, logits: torch.Tensor) -> None:
             for b, row in enumerate(rows):
                 if len(row.tokens) - len(row.request.prompt) == 1:
                     seen[row.request.id] = logits[b].double()
-            return logits
 
-        engine._runner.forward = spied  # type: ignore[method-assign]
+        watch(engine, see)
         for i, name in enumerate([None, *paths, None]):
             same = Sampling(logit_bias={7: 1e4})  # the same tokens in every engine
             engine.submit(Request(f"{i:02d}", prompt(3 + i, i), 3, name, same))

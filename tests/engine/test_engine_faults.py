@@ -1,7 +1,5 @@
 """What is refused, cancelled, damaged or fails touches no other request."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time
@@ -13,7 +11,17 @@ import torch
 
 import lorafold as lf
 from conftest import make_tokenizer
-from engine_cases import METHODS, check, ended, generated, loaded, prompt, save_adapters, status
+from engine_cases import (
+    METHODS,
+    check,
+    ended,
+    failing,
+    generated,
+    loaded,
+    prompt,
+    save_adapters,
+    status,
+)
 from lorafold.engine import Ended, Engine, Request, Sampling, Token
 from lorafold.engine.adapter_cache import checksum
 from lorafold.engine.adapters import LoadedAdapter
@@ -48,6 +56,9 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
         (Request("a", (1,), 4, sampling=Sampling(logit_bias={400: 1.0})), "logit_bias.*400"),
         (Request("a", (1,), 4, sampling=Sampling(stop=("x",))), "no tokenizer"),
         (Request("a", (), 0), "prompt: found no tokens.*max_new_tokens: found 0"),
+        (Request("a", (1, 2, 3), 2, prompt_logprobs=21), "logprobs: found 21, expected 0 to 20"),
+        (Request("a", (1, 2, 4), 2, prompt_logprobs=-1), "prompt_logprobs: found -1"),
+        (Request("a", (1, 2, 5), -1, prompt_logprobs=0), "max_new_tokens: found -1"),
     ],
     ids=lambda x: x.id + str(x.prompt)[:9] + str(x.adapter) if isinstance(x, Request) else None,
 )
@@ -120,7 +131,7 @@ def test_ends_stops_and_texts(model) -> None:
 
 
 @pytest.mark.parametrize("bad", [["3"], ["0", "5"], [str(i) for i in range(6)]], ids=len)
-def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad, monkeypatch) -> None:
+def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad) -> None:
     """The fault is in the requests, or (all six) in the machine; then new requests run again."""
     names = [None, "one", "two", "opaque", "one", None]
     asked = [Request(str(i), prompt(3 + 5 * i, i), 8, adapter=names[i]) for i in range(6)]
@@ -133,17 +144,9 @@ def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad, monkeypat
             check(engine)
             return {stream.request.id: stream.result() for stream in streams}
 
-        sound, forward = all_tokens(), engine._runner.forward
-
-        def faulty(rows: Any, counts: Any) -> torch.Tensor:
-            new = {row.request.id: len(row.tokens) - len(row.request.prompt) for row in rows}
-            if any(new.get(id) == 3 for id in bad):
-                raise MemoryError("no room for the pass")
-            return forward(rows, counts)
-
-        monkeypatch.setattr(engine._runner, "forward", faulty)
-        found = all_tokens()
-        monkeypatch.setattr(engine._runner, "forward", forward)
+        sound, error = all_tokens(), MemoryError("no room for the pass")
+        with failing(engine, lambda row, n: row.request.id in bad and n == 3, error):
+            found = all_tokens()
         for id, end in found.items():
             if id in bad:
                 assert (end.reason, end.message) == ("failed", "MemoryError: no room for the pass")
@@ -153,23 +156,17 @@ def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad, monkeypat
         assert all_tokens() == sound
 
 
-def test_a_fault_of_the_machine_does_not_lose_those_that_wait_or_read(model, monkeypatch) -> None:
+def test_a_fault_of_the_machine_does_not_lose_those_that_wait_or_read(model) -> None:
     """The cache is made anew, and the row that was reading its prompt reads it again."""
     asked = [Request("0", prompt(3, 0), 8), Request("1", prompt(4, 1), 8)]
     long = Request("long", prompt(40, 2), 8)
     expected = generated(model, long)
     with Engine(model, slots=3, length=64, chunk=8, budget=8) as engine:
-        forward, cache = engine._runner.forward, engine._runner.cache  # type: ignore[attr-defined]
-
-        def faulty(rows: Any, counts: Any) -> torch.Tensor:
-            new = {row.request.id: len(row.tokens) - len(row.request.prompt) for row in rows}
-            if any(n == 2 for id, n in new.items() if id != "long"):
-                raise RuntimeError("the device is gone")
-            return forward(rows, counts)
-
-        monkeypatch.setattr(engine._runner, "forward", faulty)
-        streams = [engine.submit(request) for request in [*asked, long]]
-        engine.run()
+        cache: Any = engine._runner.cache  # type: ignore[attr-defined]
+        error = RuntimeError("the device is gone")
+        with failing(engine, lambda row, n: row.request.id != "long" and n == 2, error):
+            streams = [engine.submit(request) for request in [*asked, long]]
+            engine.run()
         assert [s.result().reason for s in streams] == ["failed", "failed", "length"]
         assert streams[2].result().tokens == expected
         assert engine._runner.cache is not cache  # type: ignore[attr-defined]

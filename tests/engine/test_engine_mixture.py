@@ -1,7 +1,5 @@
 """Any mixture of adapters in one batch: each request has the tokens that it has alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from engine_cases import (
     sampling,
     save_adapters,
     together,
+    watch,
 )
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
@@ -141,24 +140,21 @@ def test_stacks_of_many_ranks_and_targets(model, tmp_path) -> None:
 
 def logits_seen(engine: Engine, request: Request, others: list[Request]) -> list[torch.Tensor]:
     """The logits of each token of a request, bit for bit, with others in the batch."""
-    seen, forward = [], engine._runner.forward
+    seen: list[torch.Tensor] = []
 
-    def spied(rows: Any, counts: Any) -> torch.Tensor:
-        logits = forward(rows, counts)
+    def see(rows: Any, counts: Any, logits: torch.Tensor) -> None:
         for b, (row, n) in enumerate(zip(rows, counts, strict=True)):
             if row.request.id == request.id and row.pending == n:
                 seen.append(logits[b].clone())
-        return logits
 
-    engine._runner.forward = spied  # type: ignore[method-assign]
+    watch(engine, see)
     streams = [engine.submit(other) for other in others[: len(others) // 2]]
     engine.step()
     stream = engine.submit(request)
     streams += [engine.submit(other) for other in others[len(others) // 2 :]]
     engine.run()
     assert stream.result().message == ""
-    engine._runner.forward = forward  # type: ignore[method-assign]
-    return seen
+    return [*seen]  # the engine goes on
 
 
 @pytest.mark.slow

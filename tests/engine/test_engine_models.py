@@ -1,7 +1,5 @@
 """Requests have the tokens of transformers' `generate`, whatever the model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The engine's operations in C++, against torch in fp64, and alone against in company."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Prefix reuse changes no token, and nobody starts from what others computed."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -15,12 +13,14 @@ from engine_cases import (
     METHODS,
     check,
     ended,
+    failing,
     generated,
     loaded,
     prompt,
     sampling,
     save_adapters,
     together,
+    watch,
 )
 from lorafold.engine import Engine, Request
 from lorafold.engine.kv_cache import KeptPrefixes, PrefixKey, common
@@ -184,13 +184,12 @@ def test_the_longest_beginning_is_found_and_the_last_token_is_computed() -> None
 def counting(model: Any, paths: Mapping[str, Path], slots: int, **options: Any) -> Any:
     """An engine with these adapters that counts the tokens it computes."""
     engine: Any = loaded(Engine(model, slots=slots, **OPTIONS, **options), paths)
-    engine.computed, forward = 0, engine._runner.forward
+    engine.computed = 0
 
-    def spied(rows: Any, counts: Sequence[int]) -> Any:
+    def count(rows: Any, counts: Sequence[int], logits: Any) -> None:
         engine.computed += sum(counts)
-        return forward(rows, counts)
 
-    engine._runner.forward = spied
+    watch(engine, count)
     return engine
 
 
@@ -264,17 +263,10 @@ def test_if_the_one_that_reads_is_cancelled_another_one_reads(model, paths) -> N
 def test_a_pass_that_raises_for_one_ends_it_alone(model, paths) -> None:
     asked = several(4)
     with Engine(model, slots=4, **OPTIONS) as engine:
-        forward = engine._runner.forward
-
-        def faulty(rows: Any, counts: Any) -> Any:
-            if any(row.request.id == asked[0].id for row in rows):
-                raise RuntimeError("no")
-            return forward(rows, counts)
-
-        engine._runner.forward = faulty  # type: ignore[method-assign]
         streams = [engine.submit(request) for request in asked]
-        while engine.step():
-            check(engine)
+        with failing(engine, lambda row, n: row.request.id == asked[0].id, RuntimeError("no")):
+            while engine.step():
+                check(engine)
         assert [stream.result().reason for stream in streams] == ["failed"] + 3 * ["length"]
     assert [s.result().tokens for s in streams[1:]] == each_alone(model, paths, asked[1:])
 

@@ -1,7 +1,5 @@
 """A request has the adapter that its name stood for when it was submitted."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Completions in batches equal one prompt at a time, and streams equal both."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

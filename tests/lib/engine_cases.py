@@ -5,9 +5,11 @@ that know nothing of the engine: transformers' `generate`, and the sampler's ste
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import nn
@@ -124,6 +126,32 @@ def loaded(engine: E, paths: Mapping[str, Path]) -> E:
     for name, path in paths.items():
         engine.load(name, path)
     return engine
+
+
+def watch(engine: Engine, see: Callable[[Any, Any, torch.Tensor], object]) -> None:
+    """Call `see` with the rows, the counts and the logits of each pass."""
+    forward = engine._runner.forward
+
+    def watched(rows: Any, counts: Any) -> torch.Tensor:
+        logits = forward(rows, counts)
+        see(rows, counts, logits)
+        return logits
+
+    engine._runner.forward = watched  # type: ignore[method-assign]
+
+
+@contextmanager
+def failing(engine: Engine, when: Callable[[Any, int], bool], error: Exception) -> Iterator[None]:
+    """Passes raise an error if `when` holds for one of their rows and its new tokens."""
+    forward = engine._runner.forward
+
+    def faulty(rows: Any, counts: Any) -> torch.Tensor:
+        if any(when(row, len(row.tokens) - len(row.request.prompt)) for row in rows):
+            raise error
+        return forward(rows, counts)
+
+    with mock.patch.object(engine._runner, "forward", faulty):
+        yield
 
 
 def ended(engine: Engine, request: Request) -> Ended:

@@ -1,7 +1,5 @@
 """Rows whose branches share their first tokens, against each branch alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -48,9 +46,6 @@ def layout(shared: list[int], branches: list[list[int]], window: int | None = No
     starts = [start * (i > 0) for start, own in both for i, _ in enumerate(own)]
     made = Documents.forest(lens, starts, CPU)
     return Documents(made.lens, window, made.starts, made.keys)
-
-
-# --- the op --------------------------------------------------------------------------------------
 
 
 def one_by_one(
@@ -165,9 +160,6 @@ def test_documents_that_share_nothing_gather_nothing() -> None:
 def test_lengths_that_no_row_has_are_refused(lens: list[int], starts: list[int]) -> None:
     with pytest.raises(LorafoldError, match=r"packed row \d: found .* expected fewer"):
         Documents.forest(lens, starts, CPU)
-
-
-# --- models --------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -369,9 +361,6 @@ def test_chunked_attention_is_refused_where_a_chunk_ends_in_a_document() -> None
             branches.over(docs),
         ):
             model(**inputs, use_cache=False)
-
-
-# --- the losses of documents ---------------------------------------------------------------------
 
 
 @pytest.fixture

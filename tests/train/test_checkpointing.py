@@ -1,7 +1,5 @@
 """Gradient checkpointing changes memory alone, for every method, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The command `estimate`, and the cheatsheet in the docs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shared prefixes: the tree of rows by its definition, and a step over it."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from contextlib import nullcontext

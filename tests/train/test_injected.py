@@ -1,7 +1,5 @@
 """NaN, infinities and kills at 60 places of a run: no bad file is left, and it can be resumed."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

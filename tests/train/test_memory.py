@@ -1,11 +1,9 @@
-"""Estimates against what a real step holds, counted at the allocator."""
-
-from __future__ import annotations
+"""Estimates against what a real step, and the engine that samples, hold at the allocator."""
 
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -14,27 +12,39 @@ import torch
 import transformers as tf
 from torch import nn
 
+import lorafold as lf
 import mixtures
 from architectures import MULTIMODAL
-from conftest import fast_only
+from conftest import fast_only, make_tokenizer
 from lorafold.cli.commands import size
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
+from lorafold.data.batches import StoredFeed
+from lorafold.data.prompts import TokenizedPrompt
+from lorafold.data.row_store import SourcePart
+from lorafold.engine.fast_path import Packed
+from lorafold.engine.runner import SlotRunner
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.rollouts import Rollouts, RolloutSize
 from lorafold.layers import LAYERS
 from lorafold.layers.bitsandbytes import Quantized
 from lorafold.memory.estimate import advise, estimate
+from lorafold.memory.measure import allocated, peak_of
+from lorafold.memory.preflight import documents, largest_batch
 from lorafold.memory.presets import llama, setting_of
 from lorafold.memory.result import verdict
-from lorafold.memory.trace import Setting, nothing
+from lorafold.memory.trace import Setting, nothing, trace
 from lorafold.methods import make_spec
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
 from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
+from lorafold.objectives.options import SamplingOptions
+from lorafold.objectives.policy import PolicyObjective
 from lorafold.ops import attention
 from lorafold.recipe.recipe import Recipe
-from memory_cases import BF16, COMMON, CONFIGS, LORA, close
+from lorafold.training_step.policy_algorithms import Grpo
+from memory_cases import BF16, COMMON, CONFIGS, CPU, LORA, close
 
 METHODS = ["lora", "dora", "vera", "adalora", "loha", "lokr", "ia3", "bitfit", "houlsby", "prefix",
            "prompt", "lt-sft", "full", "linear-probe"]  # fmt: skip
@@ -287,3 +297,72 @@ def test_sizes() -> None:
     for text, said in {"lots": "expected a size", "24": "did you mean 24GB"}.items():
         with pytest.raises(LorafoldError, match=said):
             size(text)
+
+
+TWO_BLOCKS = tf.LlamaConfig(**{**COMMON, "num_hidden_layers": 2})
+DRAWN = RolloutSize(slots=24, group=12, prompt=20, longest=40)
+
+
+def sampling(dtype: torch.dtype, drawn: RolloutSize | None = DRAWN, **changes: Any) -> Setting:
+    return Setting(Storage(dtype), lf.LoRA(rank=8, dropout=0.0), rows=(16,), draws=drawn, **changes)
+
+
+def cached(rollouts: Rollouts) -> int:
+    runner = rollouts.engine._runner
+    assert isinstance(runner, SlotRunner)
+    buffers = (*runner.cache.keys.values(), *runner.cache.values.values())
+    return sum(buffer.nbytes for buffer in buffers)
+
+
+def opaque(rollouts: Rollouts) -> int:
+    """The bytes of matrices in oneDNN's order, which have no storage."""
+    forwards = [vars(module).get("forward") for module in rollouts.shell.modules()]
+    packed = {f.func for f in forwards if isinstance(f, partial) and isinstance(f.func, Packed)}
+    return sum(one._w.numel() * one._w.element_size() for one in packed)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
+def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> None:
+    asked = sampling(dtype)
+    expected = trace(TWO_BLOCKS, asked, TWO_BLOCKS.num_hidden_layers)
+    model = fake_model(TWO_BLOCKS, asked.base, TWO_BLOCKS.num_hidden_layers)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    lf.attach(model, asked.spec)
+    before = allocated(CPU)
+    rollouts = Rollouts(model, make_tokenizer(), group=12, longest=DRAWN.longest)
+    rollouts.open(DRAWN.prompt, DRAWN.slots)
+    prompts = [[*range(5, 5 + DRAWN.prompt)]] * 2
+    held = []
+    rollouts.draw(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
+    engine = allocated(CPU) - before + opaque(rollouts)
+    assert max(held) == expected.slots
+    assert engine == pytest.approx(expected.engine, rel=0.05)
+    if dtype == torch.float32:  # no ledger sees matrices without a storage
+        peak = peak_of(lambda: rollouts.draw(prompts, 1), CPU) - before - engine
+        assert peak == pytest.approx(expected.drawing, rel=0.1)
+    rollouts.close()
+
+
+def test_the_peak_is_that_of_the_step_or_of_drawing() -> None:
+    without = estimate(TWO_BLOCKS, sampling(torch.float32, None)).terms
+    long = estimate(TWO_BLOCKS, sampling(torch.float32, RolloutSize(64, 8, 20, 2000))).terms
+    assert without["engine"] == without["kv_cache"] == 0 < without["activations"]
+    assert long["kv_cache"] == 64 * 2048 * 2 * 2 * 2 * 32 * 4
+    assert long["activations"] == long["gradients"] == long["logits"] == 0
+
+
+def test_shorter_completions_fill_a_sequence() -> None:
+    """Planned are those that are as long as they may be, of which fewer fit."""
+    drawing = PolicyObjective(Grpo(), SamplingOptions(group=4, max_new_tokens=20))
+    prompts = [TokenizedPrompt((1,) * n, {}, "") for n in (10, 12, 14)]
+    feed = StoredFeed(prompts, [SourcePart(3)], 3, 1, 0)
+    found = [
+        largest_batch(recipe, feed, drawing, sampling(torch.float32, None))
+        for recipe in (Recipe(batch=3, steps=1, max_length=n) for n in (150, 1000))
+    ]
+    whole = sum(n for prompt in prompts for n in documents([drawing.trained(prompt)]))
+    assert [sum(one.rows) for one in found] == [150, whole]
+    assert [one.draws for one in found] == [RolloutSize(12, 4, 14, 20)] * 2

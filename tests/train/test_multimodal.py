@@ -1,7 +1,5 @@
 """Models that take images or sounds beside text, trained on text by the command."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache
@@ -185,9 +183,6 @@ def test_a_classifier_beside_a_tower(model_dir, tmp_path: Path) -> None:
     assert "modules to save: score\n" in told.stderr
 
 
-# --- what text alone can't do --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("preset", ["vision-linear", "audio-linear"])
 def test_a_tower_alone_is_refused(preset: str, model_dir, rows, tmp_path) -> None:
     name, what = {
@@ -243,9 +238,6 @@ def test_transformers_own_mappings_decide() -> None:
         config = ARCHITECTURES[name].config()
         expected = "CausalLM" if type(config) in both else "MultimodalLM"
         assert auto_class(config, "x").__name__ == f"AutoModelFor{expected}"
-
-
-# --- Gemma 3 on NF4 ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [pytest.param("gemma3-text", marks=pytest.mark.slow), "gemma3"])

@@ -36,8 +36,6 @@ from sequence_cases import (
     rows,
 )
 
-# --- the op --------------------------------------------------------------------------------------
-
 
 @pytest.mark.few(5)
 @pytest.mark.parametrize("softcap", [None, 4.0])
@@ -72,9 +70,6 @@ def test_dense_mask_shows_the_documents(window: int | None) -> None:
         assert seen[b, 0, i, j].item() == (document[b][i] == document[b][j] and near)
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
 def test_collate_shifts_inside_each_document() -> None:
     examples = [Row([5, 6, 7], [-100, 6, 7]), Row([8, 9], [8, 9])]
     batch = collate(examples, packed=True, pad_id=0)
@@ -89,9 +84,6 @@ def test_collate_shifts_inside_each_document() -> None:
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "labels": [[6, 7, -100], [9, -100, -100]],
     }
-
-
-# --- models --------------------------------------------------------------------------------------
 
 
 @pytest.mark.few(9)

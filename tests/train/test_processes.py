@@ -1,7 +1,5 @@
 """Several processes of one run compute what one process does, and one alone speaks."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Processes of one run start, stop and end together, and one line says why."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

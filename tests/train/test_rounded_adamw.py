@@ -1,7 +1,5 @@
 """AdamW on 16-bit parameters: fp32's steps in expectation."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from copy import deepcopy

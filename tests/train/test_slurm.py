@@ -1,7 +1,5 @@
 """SLURM starts the processes of a run and ends them: srun and sbatch, a cluster of one machine."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -1,4 +1,4 @@
-"""The kernels of gains, interpreted and compiled, without a GPU."""
+"""The kernels of gains and of dropout, interpreted and compiled, without a GPU."""
 
 from typing import Any
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from lorafold.core.rounding import ODD
-from lorafold.kernels.triton_kernels import SCALE_CONSTANTS, _TritonScale
+from lorafold.kernels.triton_kernels import (
+    DROPOUT_CONSTANTS,
+    SCALE_CONSTANTS,
+    _TritonDropout,
+    _TritonScale,
+)
+from lorafold.ops.dropout import MASKED
 from lorafold.ops.scale import BACKWARD, SCALE
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -59,3 +65,39 @@ def test_they_compile_in_registers(capability: int, tmp_path, monkeypatch) -> No
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert ".local" not in made.asm["ptx"]  # nothing is spilled
+
+
+NAMES = [0, (1 << 40) + 7, (5 << 40) + (3 << 32) + 9, (1 << 62) + 3, 12345678901234]
+KEY, SITE = 0x723456789ABCDEF1, 0xFEDCBA98
+
+
+@pytest.fixture
+def interpreted_dropout(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return _TritonDropout()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 1e-4])
+@pytest.mark.parametrize("width", [7, 20, 576, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_are_those_of_the_plain_form(
+    interpreted_dropout: Any, width: int, p: float, dtype: torch.dtype
+) -> None:
+    x, names = torch.randn(len(NAMES), width).to(dtype), torch.tensor(NAMES)
+    found = interpreted_dropout.masked(x, p, names, KEY, SITE)
+    assert all(map(torch.equal, found, MASKED.plain(x, p, names, KEY, SITE)))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_dropout_compiles_in_registers(capability: int, tmp_path, monkeypatch) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    numbers = dict.fromkeys(("low", "high", "site"), "i64") | {"width": "i32", "limit": "i32"}
+    tensors = {"names": "*i64", "x": "*bf16", "kept": "*bf16", "where": "*u8"}
+    types = {**tensors, **numbers} | dict.fromkeys(DROPOUT_CONSTANTS, "constexpr")
+    source = ASTSource(fn=_TritonDropout().kernel, signature=types, constexprs=DROPOUT_CONSTANTS)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert ".local" not in made.asm["ptx"]  # nothing is spilled
+    assert "mul.hi.u32" in made.asm["ptx"]  # words of 32 bits, as on the CPU
