@@ -11,8 +11,8 @@ from torch import nn
 import lorafold as lf
 from lorafold.core.attach import adapted_modules, base_state
 from lorafold.layers import LAYERS, layer_of
-from lorafold.layers.bitsandbytes import Quantized
 from noise import moved
+from own_storage import PATH, Codes, CodesLayer
 
 
 def net() -> nn.Module:
@@ -147,36 +147,19 @@ def test_an_adapter_over_another_is_not_merged_first() -> None:
     assert torch.allclose(model(X), y, atol=1e-6)
 
 
-class Codes(nn.Module):
-    """A linear that holds all of its matrix in buffers."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.bias = None
-        self.register_buffer("codes", (linear.weight.detach() * 64).round().to(torch.int8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.codes.float() / 64).t()
-
-
-class CodesLayer(Quantized):
+class InFp32(CodesLayer):
     dtype = torch.float32
-
-    def dequantized(self) -> torch.Tensor:
-        return self.bare.codes.float() / 64
 
 
 @pytest.mark.parametrize("spec", [lf.LoRA(rank=2), lf.DoRA()], ids=["lora", "dora"])
 def test_a_module_may_hold_all_of_its_matrix_in_buffers(spec, monkeypatch) -> None:
-    monkeypatch.setitem(LAYERS, f"{Codes.__module__}.{Codes.__qualname__}", CodesLayer)
-    linear = nn.Linear(6, 8, bias=False)
-    model = nn.Sequential(Codes(linear)).eval()
+    monkeypatch.setitem(LAYERS, PATH, InFp32)
+    model = nn.Sequential(Codes(torch.randn(8, 6))).eval()
     assert layer_of(model[0]).device == torch.device("cpu")
     adapter = shake(lf.attach(model, spec, ["0"]))
     for _ in range(2):
         with torch.no_grad():
-            w, _ = adapter.deltas["0"].fold(model[0].codes.float() / 64, None)
+            w, _ = adapter.deltas["0"].fold(model[0].codes * model[0].scale, None)
             assert torch.allclose(model(X), X @ w.t(), atol=1e-5)
             model[0].codes.mul_(-1).add_(3)  # a change of the codes is seen
     with pytest.raises(lf.LorafoldError, match="ReLU: found no parameter and no buffer, expected"):

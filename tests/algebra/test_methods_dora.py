@@ -278,7 +278,7 @@ def test_over_another_adapter() -> None:
     """The magnitude lies over whatever is beneath: the norms are then those of the whole sum."""
     root = layer()
     below, above = (
-        noise.moved(lf.attach(root, spec, ["0"], name=str(spec)), 0.3)
+        noise.moved(lf.attach(root, spec, ["0"], name=type(spec).__name__), 0.3)
         for spec in (lf.LoRA(rank=4, dropout=0.0), lf.DoRA(lf.LoRA(rank=2, dropout=0.0)))
     )
     x = torch.randn(5, 96)

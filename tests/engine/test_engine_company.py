@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,8 +13,6 @@ from engine_cases import METHODS, check, loaded, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import ROWS, InBlocks, Operations
 from lorafold.kernels.registry import DECODING, use
-from lorafold.ops.decoding import STORED, SlotFactors
-from lorafold.ops.elementwise import ACTIVATIONS
 
 T = torch.Tensor
 SIZES: dict[str, Any] = {"length": 128, "chunk": 24, "budget": 48}
@@ -25,116 +23,6 @@ def native() -> Operations:
     if why := use(DECODING):
         pytest.skip(why)
     return Operations("cpu")
-
-
-def random_of(*shape: int, dtype: torch.dtype, seed: int = 0) -> T:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-# B rows of T tokens, of sizes at which blocks and vectors have ends; one function for each
-# operation, of which rows and tokens it computes
-B, TOKENS, D = 5, 6, 44
-
-
-def low_rank(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    down, up = random_of(4, 3, D, dtype=dtype), random_of(4, 3, 37, dtype=dtype, seed=1)
-    part, slots = SlotFactors(down, up, torch.full((4,), 3), 37), torch.tensor([2, 0, 2, 3, 1])
-    x = random_of(B, TOKENS, D, dtype=dtype, seed=2)
-    return lambda rows, tokens: of.low_rank([part], slots[rows])(x[rows, tokens])
-
-
-def attend(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    q = random_of(B, 6, TOKENS, D, dtype=dtype)
-    k, v = (random_of(B, 2, 40, D, dtype=dtype, seed=s) for s in (1, 2))
-    seen = (
-        torch.arange(40)
-        <= torch.arange(TOKENS)[:, None] + torch.tensor([0, 9, 3, 30, 33])[:, None, None]
-    )
-    mask = torch.zeros(B, 1, TOKENS, 40, dtype=dtype).masked_fill_(~seen[:, None], float("-inf"))
-    return lambda rows, tokens: of.attend(
-        q[rows, :, tokens], k[rows], v[rows], mask[rows, :, tokens], 0.2
-    )
-
-
-def write(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    x, slots = random_of(B, 2, TOKENS, D, dtype=dtype), torch.tensor([3, 0, 4, 1, 2])
-    starts = torch.tensor([0, 7, 2, 30, 11])
-
-    def run(rows: slice, tokens: slice) -> T:
-        buffer = torch.zeros(B, 2, 40, D, dtype=dtype)
-        first = tokens.start or 0
-        of.write(buffer, x[rows, :, tokens], slots[rows], starts[rows] + first)
-        found = [
-            buffer[slot, :, start : start + TOKENS]
-            for slot, start in zip(slots[rows].tolist(), starts[rows].tolist(), strict=True)
-        ]
-        return torch.stack(found).transpose(1, 2)[:, tokens]
-
-    return run
-
-
-def rms_norm(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    x, gain = random_of(B, TOKENS, D, dtype=dtype), random_of(D, dtype=dtype, seed=1)
-    return lambda rows, tokens: of.rms_norm(x[rows, tokens], gain, 1e-5)
-
-
-def rotary(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    x = random_of(B, TOKENS, 3, D, dtype=dtype).transpose(1, 2)
-    cos, sin = (random_of(B, 1, TOKENS, D, dtype=dtype, seed=s) for s in (1, 2))
-    return lambda rows, tokens: of.rotary(
-        x[rows, :, tokens], cos[rows, :, tokens], sin[rows, :, tokens]
-    ).transpose(1, 2)
-
-
-def gated(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    both = random_of(B, TOKENS, 2 * D, dtype=dtype)  # as a product with both matrices gives them
-    known = [act for act in ACTIVATIONS if act != "gelu"]  # torch computes that one
-
-    def run(rows: slice, tokens: slice) -> T:
-        gate, up = both[rows, tokens].chunk(2, -1)
-        return torch.cat([of.gated(gate, up, act) for act in known], -1)
-
-    return run
-
-
-def scale(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    y = random_of(B, TOKENS, D, dtype=dtype)
-    g, c = (random_of(B, D, dtype=torch.float32, seed=s) for s in (1, 2))
-    return lambda rows, tokens: torch.cat(
-        [of.scale(y[rows, tokens], g[rows], c[rows]), of.scale(y[rows, tokens], g[0], None)], -1
-    )
-
-
-CHECKS: dict[str, Any] = {
-    f.__name__: f for f in (low_rank, attend, write, rms_norm, rotary, gated, scale)
-}
-
-
-def test_every_operation_says_whether_its_rows_are_independent() -> None:
-    operations = {of.name for of in DECODING if of is not STORED}  # which computes nothing
-    assert CHECKS.keys() == operations
-    assert Operations().independent <= operations
-    assert Operations("cpu").independent == operations
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "native"])
-@pytest.mark.parametrize("name", CHECKS)
-def test_rows_that_are_said_to_be_independent_are(
-    name: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    of = Operations() if kind == "plain" else request.getfixturevalue("native")
-    if name not in of.independent:
-        pytest.skip("it does not say so")
-    compute = CHECKS[name](of, dtype)
-    whole = compute(slice(None), slice(None))
-    for b in range(B):
-        assert torch.equal(compute(slice(b, b + 1), slice(None))[0], whole[b])
-    for t in range(TOKENS):
-        assert torch.equal(compute(slice(None), slice(t, t + 1))[:, 0], whole[:, t])
-    for b, t in ((0, 0), (3, 4)):  # a pass of several tokens, and one of a single one
-        assert torch.equal(compute(slice(b, B), slice(t, TOKENS))[0, 0], whole[b, t])
-        assert torch.equal(compute(slice(b, b + 1), slice(t, t + 1))[0, 0], whole[b, t])
 
 
 class Watched(Engine):

@@ -27,7 +27,6 @@ from lorafold.engine.runner import SlotRunner
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize
 from lorafold.layers import LAYERS
-from lorafold.layers.bitsandbytes import Quantized
 from lorafold.memory.estimate import advise, estimate
 from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.preflight import documents, largest_batch
@@ -45,6 +44,7 @@ from lorafold.ops import attention
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.policy_algorithms import Grpo
 from memory_cases import BF16, COMMON, CONFIGS, CPU, LORA, close
+from own_storage import PATH, CodesLayer
 
 METHODS = ["lora", "dora", "vera", "adalora", "loha", "lokr", "ia3", "bitfit", "houlsby", "prefix",
            "prompt", "lt-sft", "full", "linear-probe"]  # fmt: skip
@@ -152,27 +152,6 @@ def test_attention_over_long_documents_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert long["activations"] - short["activations"] == pytest.approx(kept, rel=0.05)
 
 
-class Halves(nn.Module):
-    """A linear whose weights are held in 8 bits and one scale."""
-
-    def __init__(self, w: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", w.float().abs().amax() / 127)
-        self.register_buffer("codes", (w.float() / self.scale).round().to(torch.int8))
-        self.out_features, self.in_features = w.shape
-        self.bias = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.codes * self.scale).to(x.dtype).t()
-
-
-class HalvesLayer(Quantized):
-    dtype = torch.bfloat16  # type: ignore[assignment]
-
-    def dequantized(self) -> torch.Tensor:
-        return (self.module.codes * self.module.scale).to(self.dtype)  # type: ignore[operator]
-
-
 class GainDelta(Delta):
     """y = g (W x): keeps W x for the backward."""
 
@@ -203,11 +182,10 @@ class Gain(Spec):
 def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    row = StorageRow(8, packer=f"{__name__}:Halves")
-    monkeypatch.setitem(STORAGES, "halves", row)
-    monkeypatch.setitem(LAYERS, f"{Halves.__module__}.{Halves.__qualname__}", HalvesLayer)
+    monkeypatch.setitem(STORAGES, "codes", StorageRow(8, packer="own_storage:Codes"))
+    monkeypatch.setitem(LAYERS, PATH, CodesLayer)
     own = replace(
-        LORA, base=Storage(torch.bfloat16, "halves"), spec=Gain(), checkpointing=checkpointing
+        LORA, base=Storage(torch.bfloat16, "codes"), spec=Gain(), checkpointing=checkpointing
     )
     held = close(LLAMA, own)
     in_bf16 = estimate(LLAMA, replace(own, base=BF16)).terms
