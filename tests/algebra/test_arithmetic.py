@@ -53,16 +53,9 @@ def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch)
 
 @multiplying(widened=True)
 def test_only_16_bit_products_of_many_rows_are_widened() -> None:
-    wide = {
-        dtype: arithmetic(X.to(dtype))
-        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    }
-    assert wide == {
-        torch.bfloat16: torch.float32,
-        torch.float16: torch.float32,
-        torch.float32: torch.float32,
-        torch.float64: torch.float64,
-    }
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert arithmetic(X.to(dtype)) is torch.float32
+    assert arithmetic(X.double()) is torch.float64
     assert arithmetic(X[: ROWS - 1]) is torch.bfloat16
     assert arithmetic(X.unflatten(0, (2, -1))) is torch.float32
     assert arithmetic(X.to("meta")) is torch.bfloat16
@@ -71,13 +64,7 @@ def test_only_16_bit_products_of_many_rows_are_widened() -> None:
 # flags of /proc/cpuinfo, torch's two answers, and whether bf16 and fp16 are better widened
 PROCESSORS = {
     "amd": ("AuthenticAMD avx512_bf16", False, True, False, True),
-    "intel-amx": (
-        "GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx_bf16",
-        True,
-        True,
-        False,
-        False,
-    ),
+    "intel-amx": ("GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx", True, True, False, False),
     "intel-amx-hidden": ("GenuineIntel avx512_bf16 avx512_fp16", False, True, True, False),
     "amd-avx2": ("AuthenticAMD avx2 f16c", False, False, True, True),
     "intel-laptop": ("GenuineIntel avx2 f16c", False, False, True, True),

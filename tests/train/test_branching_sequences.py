@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafold as lf
+from fused_cases import assert_same_step
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
@@ -222,17 +223,6 @@ def found_step(model: Any, given: Batch, branches: Branching) -> tuple[Tensor, d
     return step(model, losses)
 
 
-def assert_same(
-    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
-) -> None:
-    assert_close(found[0], expected[0])
-    assert found[1].keys() == expected[1].keys() != set()
-    whole = torch.cat([g.flatten() for g in expected[1].values()]).norm().item()
-    assert whole > 0
-    for name, g in expected[1].items():
-        assert_close(found[1][name], g, whole)
-
-
 def adapted(name: str, spec: Any = None, **options: Any) -> Any:
     model = build(name)
     model.set_attn_implementation("eager")
@@ -252,7 +242,7 @@ def test_branches_are_as_they_are_alone(name: str, way: str) -> None:
         assert branches.packs
         assert branches.shares
         assert model.training
-        assert_same(found_step(model, given, branches), expected)
+        assert_same_step(found_step(model, given, branches), expected)
     assert model.config._attn_implementation == "eager"
 
 
@@ -277,7 +267,7 @@ def test_every_branch_sees_virtual_tokens(name: str, spec: str) -> None:
     expected = expected_step(model, given)
     with branching(model) as branches:
         assert branches.shares
-        assert_same(found_step(model, given, branches), expected)
+        assert_same_step(found_step(model, given, branches), expected)
 
 
 def test_attention_dropout_takes_the_general_path() -> None:
@@ -396,7 +386,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(name: str, head: str) ->
     expected = torch.stack([each[document == i].sum() for i in range(5)])
     losses, counts = document_losses(model, labels, inputs, document, 5)
     assert counts.tolist() == [((document == i) & (labels != -100)).sum().item() for i in range(5)]
-    assert_same(step(model, losses, weights), step(model, expected, weights))
+    assert_same_step(step(model, losses, weights), step(model, expected, weights))
 
 
 @pytest.mark.usefixtures("_chunks_of_four")
@@ -408,7 +398,7 @@ def test_the_general_head_equals_the_linear_one(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr("lorafold.training_step.lm_head_loss.linear_form", lambda *_: None)
         losses, _ = document_losses(model, labels, inputs, document, 5)
         found.append(step(model, losses, losses.detach()))
-    assert_same(found[1], found[0])
+    assert_same_step(found[1], found[0])
 
 
 @pytest.mark.usefixtures("_chunks_of_four")
@@ -427,7 +417,7 @@ def test_dropout_on_the_head_draws_the_same_in_the_backward() -> None:
         return total.detach(), found
 
     found = run(lambda: document_losses(model, labels, inputs, document, 5)[0].sum())
-    assert_same(found, run(lambda: labelled_loss(model, labels, inputs)[0]))
+    assert_same_step(found, run(lambda: labelled_loss(model, labels, inputs)[0]))
 
 
 @pytest.mark.parametrize("head", ["frozen", "adapted"])

@@ -1,6 +1,5 @@
 """AdamW on 16-bit parameters: fp32's steps in expectation."""
 
-import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,16 +25,14 @@ from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.ops import arithmetic
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.run import train
 from lorafold.training_step import adamw
 from lorafold.training_step.adamw import RoundedAdamW, make_optimizer, state_bytes
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.lm_head_loss import labelled_loss
 from lorafold.training_step.optim import optimizer_tensors, restore_optimizer, sum_in_fp32
 from memory_cases import COMMON, CONFIGS, LORA, close
-from process_cases import same_bytes
 from rounding_cases import DTYPES
-from training_cases import killed, request, train_until_killed, trained
+from training_cases import trained
 from typed_commands import write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -187,22 +183,6 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(way: str) -> None:
         step(one, ours, seed)
         step(other, theirs, seed)
     assert same(ours, theirs)
-
-
-@pytest.mark.slow
-def test_a_killed_run_of_full_fine_tuning_on_bf16_gives_the_same_bytes(
-    tiny_model_dir, tmp_path: Path, capsys
-) -> None:
-    fields = {"method": "full", "storage": "bf16", "steps": 20, "save_every": 5, "seed": 3}
-    model, straight, stopped = tiny_model_dir("llama"), tmp_path / "straight", tmp_path / "stopped"
-    full = train(request(model, straight, **fields), Console(file=sys.stdout, width=200))
-    size = f"{8 * full.trainable_parameters / 1e3:.1f} kB"
-    line = f"optimizer: adamw with fp32 state, {size} (16-bit weights are trained)"
-    assert f"{line}; updates rounded stochastically, seed 3\n" in capsys.readouterr().out
-    killed(train_until_killed, model, stopped, fields)
-    resumed = trained(model, stopped, resume=True, **fields)
-    assert resumed.losses == full.losses
-    assert same_bytes(stopped, straight)
 
 
 @pytest.mark.slow

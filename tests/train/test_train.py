@@ -112,18 +112,22 @@ def test_what_rows_begin_with_is_said_and_changes_no_loss(llama, tmp_path: Path)
     assert all(int(share) >= 10 for share in said)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
-def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
-    optimizer: str, llama, tmp_path: Path
-) -> None:
-    # of rank 64, some factors have 8-bit state
-    fields = {"steps": 20, "save_every": 5, "rank": 64, "optimizer": optimizer}
-    straight = trained(llama, tmp_path / "straight", **fields)
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(full: bool, llama, tmp_path) -> None:
+    fields = {"steps": 20, "save_every": 5}
+    if full:
+        fields |= {"method": "full", "storage": "bf16", "seed": 3}
+    told = Console(file=io.StringIO(), width=200)
+    straight = train(request(llama, tmp_path / "straight", **fields), told)
     killed(train_until_killed, llama, tmp_path / "killed", fields)
     assert not (tmp_path / "killed").exists()
     resumed = trained(llama, tmp_path / "killed", resume=True, **fields)
     assert resumed.losses == straight.losses
     assert same_bytes(tmp_path / "killed", tmp_path / "straight")
+    size = f"{8 * straight.trainable_parameters / 1e3:.1f} kB"
+    line = f"optimizer: adamw with fp32 state, {size} (16-bit weights are trained)"
+    said = f"{line}; updates rounded stochastically, seed 3\n" in told.file.getvalue()
+    assert said == full
 
 
 @pytest.mark.parametrize(
