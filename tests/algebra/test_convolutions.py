@@ -30,6 +30,7 @@ from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from lycoris_cases import lycoris, their_change
 from peft_cases import CLOSE, gap, move, save_theirs
+from peft_cases import PAIRS as OF_PEFT
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -62,27 +63,13 @@ def signal(dims: int) -> torch.Tensor:
 
 BOTH = ["stem", "body"]
 # our spec, and PEFT's config
-CASES: dict[str, tuple[Spec, peft.PeftConfig]] = {
+CASES: dict[str, tuple[Spec, peft.PeftConfig]] = OF_PEFT | {
     "lora": (lf.LoRA(rank=4, alpha=6), peft.LoraConfig(r=4, lora_alpha=6)),
     "rslora": (
         lf.LoRA(rank=3, alpha=6, rslora=True),
         peft.LoraConfig(r=3, lora_alpha=6, use_rslora=True),
     ),
-    "dora": (
-        lf.DoRA(lf.LoRA(rank=4, alpha=6)),
-        peft.LoraConfig(r=4, lora_alpha=6, use_dora=True),
-    ),
-    "loha": (lf.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5)),
     "lokr": (lf.LoKr(rank=1, alpha=3), peft.LoKrConfig(r=1, alpha=3)),
-    "lokr-both": (
-        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8),
-        peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
-    ),
-    "lokr-whole": (lf.LoKr(rank=8, alpha=3), peft.LoKrConfig(r=8, alpha=3)),
-    "adalora": (
-        lf.AdaLoRA(rank=3, init_rank=4, alpha=6),
-        peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10),
-    ),
     "ia3": (lf.IA3(feedforward=[]), peft.IA3Config(feedforward_modules=[])),
 }
 # what PEFT has no layer for, or computes otherwise (the whole w2 of a Conv1d)

@@ -14,6 +14,7 @@ import lorafold as lf
 from lorafold.core.spec import Spec
 from lorafold.methods.adalora import ranks
 from lycoris_cases import lycoris, their_change
+from peft_cases import PAIRS
 from sequence_cases import GROUPED
 
 IDS = torch.arange(24).view(2, 12) % 32
@@ -47,23 +48,9 @@ NAMES = {
     r"ia3_l\.default": "l",
 }
 
-CASES: dict[str, tuple[Spec, peft.PeftConfig]] = {
-    "dora": (
-        lf.DoRA(lf.LoRA(rank=4, alpha=6, dropout=0.1)),
-        peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, use_dora=True),
-    ),
-    "adalora": (
-        lf.AdaLoRA(rank=3, init_rank=4, alpha=6),
-        peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10),
-    ),
+CASES: dict[str, tuple[Spec, peft.PeftConfig]] = PAIRS | {
     "vera": (lf.VeRA(rank=8, projection_prng_key=7), peft.VeraConfig(r=8, projection_prng_key=7)),
-    "loha": (lf.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5)),
     "lokr": (lf.LoKr(rank=2, alpha=3), peft.LoKrConfig(r=2, alpha=3)),
-    "lokr-whole": (lf.LoKr(rank=8, alpha=3), peft.LoKrConfig(r=8, alpha=3)),
-    "lokr-both": (
-        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8),
-        peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
-    ),
     "ia3": (lf.IA3(), peft.IA3Config()),
 }
 

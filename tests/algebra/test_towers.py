@@ -29,7 +29,6 @@ from architectures import (
     near,
     run,
 )
-from conftest import lorafold, make_tokenizer
 from lorafold.adapter.coverage import strays, unreached
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
@@ -37,6 +36,8 @@ from lorafold.core.targets import PRESETS
 from lorafold.layers import is_linear
 from lorafold.training_step.packed_attention import isolates
 from more_architectures import FAMILIES
+from multimodal_cases import write
+from typed_commands import done, write_rows
 
 HAVE_EXPERTS = {*MIXTURES, "jamba", "granite-hybrid", "qwen3-next"}
 
@@ -196,9 +197,7 @@ def test_the_kinds_and_the_line() -> None:
         "norms": 2 * 32,
         "other": block.self_attn.sinks.numel(),
     }
-    whole = sum(p.numel() for p in block.parameters() if p.dim()) - sum(
-        p.numel() for p in block.parameters() if p.requires_grad
-    )
+    whole = sum(p.numel() for p in block.parameters() if p.dim() and not p.requires_grad)
     found = adapter.unreached
     assert found.blocks == {kind: 2 * n for kind, n in expected.items()}
     assert list(found.blocks) == list(expected)
@@ -221,38 +220,23 @@ def test_a_parameter_that_is_a_site_is_reached() -> None:
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_a_quantized_weight_counts_out_times_in(storage: str, tiny_model_dir) -> None:
-    plain, quantized = (
-        lf.attach(
-            lf.load_model(tiny_model_dir("llama-wide"), storage=how), lf.LoRA(rank=2), ["q_proj"]
-        ).unreached
-        for how in ("fp32", storage)
-    )
+    models = (lf.load_model(tiny_model_dir("llama-wide"), storage=s) for s in ("fp32", storage))
+    plain, quantized = (lf.attach(m, lf.LoRA(rank=2), ["q_proj"]).unreached for m in models)
     assert quantized == plain
 
 
 def test_the_run_says_what_is_in_a_tower_and_what_stays_frozen(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    config = MULTIMODAL["gemma3"].config()
-    config.text_config.vocab_size = len(tokenizer)
-    config.text_config.pad_token_id = tokenizer.pad_token_id
-    torch.manual_seed(0)
-    tf.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{n}", "completion": f"{n + 1}"} for n in range(4)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    done = lorafold(
-        *("train", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl")),
-        *("--out", str(tmp_path / "out"), "--storage", "fp32", "--epochs", "1", "--json"),
-        *("--targets", "q_proj", "--targets", "v_proj"),
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    shares = result["frozen"]["blocks"]
+    data, model = write_rows(tmp_path / "rows.jsonl", rows), write("gemma3", tmp_path / "model")
+    asked = f"train --model {model} --data {data} --out {tmp_path / 'out'} --storage fp32"
+    told = done(f"{asked} --epochs 1 --json --targets q_proj --targets v_proj")
+    frozen = json.loads(told.stdout.splitlines()[-1])["frozen"]
+    shares = frozen["blocks"]
     assert set(shares) == {"linears", "norms"}
     assert 0 < shares["norms"] < 0.05 < shares["linears"] < 1
-    assert set(result["frozen"]["beside"]) == {"vision tower", "connector"}
-    assert f"  frozen in the blocks: linears {shares['linears']:.1%}, norms" in done.stderr
-    assert "targets in the vision tower: 2 of the 4 modules of q_proj, 2 of" in done.stderr
+    assert set(frozen["beside"]) == {"vision tower", "connector"}
+    assert f"  frozen in the blocks: linears {shares['linears']:.1%}, norms" in told.stderr
+    assert "targets in the vision tower: 2 of the 4 modules of q_proj, 2 of" in told.stderr
 
 
 def vit() -> Any:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from architectures import ARCHITECTURES, MULTIMODAL, near
-from conftest import Done, make_tokenizer
+from conftest import Done
 from lorafold.adapter.coverage import text_alone
 from lorafold.models.architecture import auto_class
+from multimodal_cases import write
 from noise import moved
 from typed_commands import done, result, run, write_rows
 
@@ -29,26 +30,6 @@ EACH = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in MUL
 IDS = torch.tensor([[20, 31, 42, 53, 64, 75], [99, 88, 77, 66, 55, 44]])
 # the widths and heads with which NF4 quantizes every matrix of the language model
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
-
-
-def write(name: str, path: Path, **text: int) -> Path:
-    """Write the model of that name, with a tokenizer, whose ids are below those of images."""
-    row, tokenizer = ARCHITECTURES[name], make_tokenizer()
-    config = row.config()
-    own = config.get_text_config()
-    for field, value in text.items():
-        setattr(own, field, value)
-    own.vocab_size = len(tokenizer) + 8
-    own.bos_token_id, own.eos_token_id = None, tokenizer.eos_token_id
-    own.pad_token_id = tokenizer.pad_token_id
-    for field in ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index"):
-        if hasattr(config, field):
-            setattr(config, field, len(tokenizer) + 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        row.cls(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """How many tokens a row may have, against transformers, and sequences beyond a table."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,86 +43,57 @@ BART: dict[str, Any] = {
 }  # fmt: skip
 NOT_SAID = {k: v for k, v in SMALL.items() if k != "type_vocab_size"}
 
-CAUSAL: dict[str, tuple[Callable[[], Any], int | None]] = {
-    "gpt2": (lambda: tf.GPT2Config(**GPT), N),
-    "gpt-bigcode": (lambda: tf.GPTBigCodeConfig(**GPT), N),
-    "openai-gpt": (lambda: tf.OpenAIGPTConfig(**GPT), N),
-    "gptj": (lambda: tf.GPTJConfig(**GPT, rotary_dim=8), N),
-    "codegen": (lambda: tf.CodeGenConfig(**GPT, rotary_dim=8), N),
-    "ctrl": (lambda: tf.CTRLConfig(**GPT, dff=48), N),
-    "opt": (
-        lambda: tf.OPTConfig(**NOT_SAID | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-        N,
-    ),
-    "biogpt": (lambda: tf.BioGptConfig(**NOT_SAID), N),
-    "bart": (lambda: tf.BartConfig(**BART), N),
-    "pegasus": (lambda: tf.PegasusConfig(**BART), N),
-    "roberta-decoder": (lambda: tf.RobertaConfig(**SMALL, is_decoder=True), N - 2),
+TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+CAUSAL: dict[str, tuple[Any, dict[str, Any], int | None]] = {
+    "gpt2": (tf.GPT2Config, GPT, N),
+    "gpt-bigcode": (tf.GPTBigCodeConfig, GPT, N),
+    "openai-gpt": (tf.OpenAIGPTConfig, GPT, N),
+    "gptj": (tf.GPTJConfig, GPT | {"rotary_dim": 8}, N),
+    "codegen": (tf.CodeGenConfig, GPT | {"rotary_dim": 8}, N),
+    "ctrl": (tf.CTRLConfig, GPT | {"dff": 48}, N),
+    "opt": (tf.OPTConfig, NOT_SAID | {"ffn_dim": 48, "word_embed_proj_dim": 32}, N),
+    "biogpt": (tf.BioGptConfig, NOT_SAID, N),
+    "bart": (tf.BartConfig, BART, N),
+    "pegasus": (tf.PegasusConfig, BART, N),
+    "roberta-decoder": (tf.RobertaConfig, SMALL | {"is_decoder": True}, N - 2),
     # its table grows as rows do
-    "xglm": (
-        lambda: tf.XGLMConfig(
-            vocab_size=300, d_model=32, ffn_dim=48, num_layers=2, attention_heads=2,
-            max_position_embeddings=N,
-        ),
-        None,
-    ),
-    "bloom": (lambda: tf.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2), None),
-    "falcon-alibi": (
-        lambda: tf.FalconConfig(
-            vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=True,
-            max_position_embeddings=N, new_decoder_architecture=False,
-        ),
-        None,
-    ),
-    "llama": (lambda: tf.LlamaConfig(**NOT_SAID), None),
-    "mamba": (lambda: tf.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2), None),
-}  # fmt: skip
-CLASSIFIERS: dict[str, tuple[Callable[[], Any], int | None]] = {
-    "bert": (lambda: tf.BertConfig(**SMALL), N),
-    "roberta": (lambda: tf.RobertaConfig(**SMALL), N - 2),
-    "xlm-roberta": (lambda: tf.XLMRobertaConfig(**SMALL), N - 2),
-    "camembert": (lambda: tf.CamembertConfig(**SMALL), N - 2),
-    "mpnet": (lambda: tf.MPNetConfig(**NOT_SAID), N - 2),
-    "esm": (
-        lambda: tf.EsmConfig(**NOT_SAID, position_embedding_type="absolute", mask_token_id=2),
-        N - 2,
-    ),
-    "esm-rotary": (
-        lambda: tf.EsmConfig(**NOT_SAID, position_embedding_type="rotary", mask_token_id=2),
-        None,
-    ),
-    "longformer": (lambda: tf.LongformerConfig(**SMALL, attention_window=4), N - 2),
-    "electra": (lambda: tf.ElectraConfig(**SMALL, embedding_size=32), N),
-    "albert": (lambda: tf.AlbertConfig(**SMALL, embedding_size=16), N),
-    "distilbert": (
-        lambda: tf.DistilBertConfig(
-            vocab_size=300, dim=32, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=N
-        ),
-        N,
-    ),
-    "nystromformer": (
-        lambda: tf.NystromformerConfig(**SMALL, num_landmarks=N, segment_means_seq_len=N),
-        N,
-    ),
-    "rembert": (
-        lambda: tf.RemBertConfig(**SMALL, input_embedding_size=16, output_embedding_size=16),
-        N,
-    ),
-    "deberta": (lambda: tf.DebertaConfig(**SMALL), N),
-    "deberta-relative": (
-        lambda: tf.DebertaV2Config(**SMALL, relative_attention=True, position_biased_input=False),
-        None,
-    ),
-    "xlm": (
-        lambda: tf.XLMConfig(
-            vocab_size=300, emb_dim=32, n_layers=2, n_heads=2, max_position_embeddings=N
-        ),
-        N,
-    ),
-    "roformer": (lambda: tf.RoFormerConfig(**SMALL, embedding_size=32), N),
-    "xlnet": (lambda: tf.XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=2), None),
-    "modernbert": (lambda: tf.ModernBertConfig(**NOT_SAID, sep_token_id=2, cls_token_id=3), None),
-}  # fmt: skip
+    "xglm": (tf.XGLMConfig, {"vocab_size": 300, "d_model": 32, "ffn_dim": 48, "num_layers": 2,
+                             "attention_heads": 2, "max_position_embeddings": N}, None),
+    "bloom": (tf.BloomConfig, TINY | {"n_layer": 2, "n_head": 2}, None),
+    "falcon-alibi": (tf.FalconConfig, TINY | {
+        "num_attention_heads": 2, "alibi": True, "max_position_embeddings": N,
+        "new_decoder_architecture": False}, None),
+    "llama": (tf.LlamaConfig, NOT_SAID, None),
+    "mamba": (tf.MambaConfig, TINY, None),
+}
+ESM = NOT_SAID | {"mask_token_id": 2}
+CLASSIFIERS: dict[str, tuple[Any, dict[str, Any], int | None]] = {
+    "bert": (tf.BertConfig, SMALL, N),
+    "roberta": (tf.RobertaConfig, SMALL, N - 2),
+    "xlm-roberta": (tf.XLMRobertaConfig, SMALL, N - 2),
+    "camembert": (tf.CamembertConfig, SMALL, N - 2),
+    "mpnet": (tf.MPNetConfig, NOT_SAID, N - 2),
+    "esm": (tf.EsmConfig, ESM | {"position_embedding_type": "absolute"}, N - 2),
+    "esm-rotary": (tf.EsmConfig, ESM | {"position_embedding_type": "rotary"}, None),
+    "longformer": (tf.LongformerConfig, SMALL | {"attention_window": 4}, N - 2),
+    "electra": (tf.ElectraConfig, SMALL | {"embedding_size": 32}, N),
+    "albert": (tf.AlbertConfig, SMALL | {"embedding_size": 16}, N),
+    "distilbert": (tf.DistilBertConfig, {
+        "vocab_size": 300, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2,
+        "max_position_embeddings": N}, N),
+    "nystromformer": (tf.NystromformerConfig,
+                      SMALL | {"num_landmarks": N, "segment_means_seq_len": N}, N),
+    "rembert": (tf.RemBertConfig,
+                SMALL | {"input_embedding_size": 16, "output_embedding_size": 16}, N),
+    "deberta": (tf.DebertaConfig, SMALL, N),
+    "deberta-relative": (tf.DebertaV2Config, SMALL | {
+        "relative_attention": True, "position_biased_input": False}, None),
+    "xlm": (tf.XLMConfig, {"vocab_size": 300, "emb_dim": 32, "n_layers": 2, "n_heads": 2,
+                           "max_position_embeddings": N}, N),
+    "roformer": (tf.RoFormerConfig, SMALL | {"embedding_size": 32}, N),
+    "xlnet": (tf.XLNetConfig, {"vocab_size": 300, "d_model": 32, "n_layer": 2, "n_head": 2}, None),
+    "modernbert": (tf.ModernBertConfig, NOT_SAID | {"sep_token_id": 2, "cls_token_id": 3}, None),
+}
 
 
 def runs(model: Any, tokens: int) -> bool:
@@ -139,10 +109,11 @@ def runs(model: Any, tokens: int) -> bool:
 @pytest.mark.parametrize("name", [*CAUSAL, *CLASSIFIERS])
 def test_a_row_of_so_many_tokens_runs_and_one_more_does_not(name: str) -> None:
     classifies = name in CLASSIFIERS
-    make, expected = (CAUSAL | CLASSIFIERS)[name]
+    config, fields, expected = (CAUSAL | CLASSIFIERS)[name]
     auto = tf.AutoModelForSequenceClassification if classifies else tf.AutoModelForCausalLM
-    model = auto.from_config(make()).eval()
-    assert positions_of(model).table == positions_in(make(), classifies).table == expected
+    model = auto.from_config(config(**fields)).eval()
+    assert positions_of(model).table == expected
+    assert positions_in(config(**fields), classifies).table == expected
     if expected is None:
         assert runs(model, 2 * N)
     else:
@@ -150,27 +121,17 @@ def test_a_row_of_so_many_tokens_runs_and_one_more_does_not(name: str) -> None:
         assert not runs(model, expected + 1)
 
 
+STRETCHED = {"factor": 4.0, "rope_type": "yarn"}
+LLAMA3 = {"original_max_position_embeddings": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE: dict[str, tuple[dict[str, Any] | None, int]] = {
     "none": (None, 64),
     "linear": ({"rope_type": "linear", "factor": 4.0}, 256),
     "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 128),
     # as configurations are released: with the positions after stretching, and before
-    "yarn-after": (
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-        64,
-    ),
-    "yarn-before": (
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-        256,
-    ),
-    "llama3": (
-        {
-            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8,
-            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        },
-        64,
-    ),
-}  # fmt: skip
+    "yarn-after": (STRETCHED | {"original_max_position_embeddings": 16}, 64),
+    "yarn-before": (STRETCHED | {"original_max_position_embeddings": 64}, 256),
+    "llama3": (LLAMA3 | {"rope_type": "llama3", "factor": 8.0}, 64),
+}
 
 
 @pytest.mark.parametrize("kind", ROPE)
