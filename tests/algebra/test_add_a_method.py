@@ -247,18 +247,14 @@ def test_options_come_back_as_they_went(spec: Holder, tiny_model, tmp_path: Path
 
 @pytest.mark.usefixtures("holder")
 @pytest.mark.parametrize("value", [Holder(), {1, 2}, float("inf"), nn.ReLU], ids=str)
-def test_an_option_that_would_not_come_back_is_not_written(
-    value: object, tiny_model, tmp_path: Path
-) -> None:
+def test_an_option_that_would_not_come_back_is_not_written(value, tiny_model, tmp_path) -> None:
     adapter = moved(tiny_model("llama"), Holder(kind=value))
     with pytest.raises(LorafoldError, match=r"Holder: kind=.* would not come back from a file"):
         adapter.save(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
-def test_an_option_with_the_name_of_a_shared_key_is_refused(
-    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_option_named_as_a_shared_key_is_refused(tiny_model, tmp_path, monkeypatch) -> None:
     @dataclass(frozen=True)
     class Biased(Spec):
         bias: float = 0.0

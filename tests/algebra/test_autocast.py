@@ -35,9 +35,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("method", "base"), CASES)
-def test_a_layer_is_as_exact_as_the_plain_module(
-    method: str, base: str, stored: torch.dtype
-) -> None:
+def test_a_layer_is_as_exact_as_the_plain_module(method, base, stored) -> None:
     root, x, adapter = adapted(method, base, stored)
     move(adapter)
     x = x.float() if x.is_floating_point() else x

@@ -222,9 +222,7 @@ def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> t
 @pytest.mark.parametrize("form", ["none", "places", "mask"])
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("shape", [(7, IN), (2, 5, IN), (2, 3, 4, IN), (0, IN)], ids=str)
-def test_low_rank_equals_its_specification(
-    shape: tuple[int, ...], dtype: torch.dtype, form: str
-) -> None:
+def test_low_rank_equals_its_specification(shape, dtype, form) -> None:
     assert_equal(*fast_and_spec(places(shape, form)), [normal(*shape), *factors()], dtype)
 
 

@@ -54,9 +54,7 @@ def test_gradients_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "power"), [(torch.optim.Adam, 1), (torch.optim.SGD, 2)])
-def test_alpha_is_a_scale_of_the_learning_rate_of_B(
-    optimizer: type[torch.optim.Optimizer], power: int
-) -> None:
+def test_alpha_is_a_scale_of_the_learning_rate_of_B(optimizer, power) -> None:
     """alpha times c is B's rate times c (Adam) or c squared (SGD), and B times c."""
     c, lr = 4.0, 1e-2
     scaled, _ = trained(alpha=3 * c, lr=lr, lr_b=lr, optimizer=optimizer, steps=5)

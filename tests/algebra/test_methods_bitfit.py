@@ -1,6 +1,5 @@
 """BitFit: every bias there is, or added ones, which merging switches on in the config."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,9 +38,7 @@ def test_a_model_without_biases_gets_them_on_the_linears_of_its_blocks(tiny_mode
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_merged_in_memory_it_computes_the_same_and_is_saved_whole(
-    kind: str, tiny_model, tmp_path: Path
-) -> None:
+def test_merged_in_memory_it_computes_the_same_and_is_saved(kind, tiny_model, tmp_path) -> None:
     model = tiny_model(kind)
     adapter = moved(lf.attach(model, lf.BitFit()))
     with torch.no_grad():

@@ -13,17 +13,13 @@ from lorafold.methods import METHODS, make_spec
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
 ATTENTION = {"llama": "self_attn", "qwen2": "self_attn", "gemma": "self_attn", "gpt2": "attn"}
 BLOCKS = {
-    "llama": "model.layers",
-    "qwen2": "model.layers",
-    "gemma": "model.layers",
+    "llama": "model.layers", "qwen2": "model.layers", "gemma": "model.layers",
     "gpt2": "transformer.h",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", list(ATTENTION))
-def test_houlsby_lies_after_both_sublayers_and_pfeiffer_after_the_mlp(
-    kind: str, tiny_model
-) -> None:
+def test_houlsby_lies_after_both_sublayers_and_pfeiffer_after_the_mlp(kind, tiny_model) -> None:
     model = tiny_model(kind)
     houlsby, pfeiffer = METHODS["houlsby"](size=4), make_spec("pfeiffer", size=4)
     both = {f"{BLOCKS[kind]}.{i}.{part}" for i in range(2) for part in (ATTENTION[kind], "mlp")}
@@ -84,12 +80,9 @@ def test_a_mixture_of_experts_gives_its_width() -> None:
 
     torch.manual_seed(0)
     sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_local_experts": 3,
-    }
+        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_local_experts": 3,
+    }  # fmt: skip
     model = MixtralForCausalLM(MixtralConfig(vocab_size=260, num_hidden_layers=1, **sizes)).eval()
     with torch.no_grad():
         bare = model(IDS).logits

@@ -46,9 +46,7 @@ def every(
 
 @pytest.mark.few(20)
 @every()
-def test_it_starts_as_the_base_and_detaching_gives_it_back(
-    method: str, kind: str, tiny_model
-) -> None:
+def test_it_starts_as_the_base_and_detaching_gives_it_back(method, kind, tiny_model) -> None:
     model = tiny_model(kind)
     with torch.no_grad():
         bare = model(IDS).logits
@@ -69,9 +67,7 @@ def test_it_starts_as_the_base_and_detaching_gives_it_back(
 
 @pytest.mark.few(20)
 @every(lora_on_all=True)
-def test_gradients_are_complete_and_the_same_under_checkpointing(
-    method: str, kind: str, tiny_model
-) -> None:
+def test_gradients_are_complete_and_the_same_under_checkpointing(method, kind, tiny_model) -> None:
     model = tiny_model(kind).train()
     adapter = moved(attached(model, method))
     for module in model.modules():
@@ -97,9 +93,7 @@ def test_gradients_are_complete_and_the_same_under_checkpointing(
 @pytest.mark.parametrize(
     "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-def test_copies_compute_the_same_and_are_independent(
-    method: str, kind: str, twin_of, tiny_model
-) -> None:
+def test_copies_compute_the_same_and_are_independent(method, kind, twin_of, tiny_model) -> None:
     model = tiny_model(kind)
     adapter = moved(attached(model, method))
     with torch.no_grad():

@@ -116,9 +116,7 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
 
 @pytest.mark.few(3)
 @every(["llama", "gpt2"])
-def test_a_left_padded_batch_generates_what_each_row_does_alone(
-    spec: Any, kind: str, tiny_model, tiny_model_dir
-) -> None:
+def test_a_left_padded_batch_generates_as_each_row(spec, kind, tiny_model, tiny_model_dir) -> None:
     from lorafold.models.tokenizer import load_tokenizer
 
     model, tokenizer = tiny_model(kind), load_tokenizer(str(tiny_model_dir(kind)))
@@ -200,9 +198,7 @@ def test_a_sliding_window_never_loses_them(spec: Any) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_under_gradient_checkpointing_two_batches_may_wait_for_their_backward(
-    spec: Any, tiny_model
-) -> None:
+def test_under_checkpointing_two_batches_may_wait_for_their_backward(spec, tiny_model) -> None:
     model = tiny_model("llama").train()
     adapter = virtual(model, spec)
     (p,) = adapter.parameters()

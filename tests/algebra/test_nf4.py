@@ -43,13 +43,10 @@ CASES = {
     "outlier": with_outlier(),
     "ties": around_ties(),
     "many magnitudes": normal(8, 64) * torch.logspace(-20, 20, 8)[:, None],
-    "one": normal(1),
-    "odd and less than a block": normal(63),
-    "a block and one": normal(65),
-    "ragged": normal(64 * 5 + 7),
-    "odd rows": normal(5, 13),
+    "one": normal(1), "odd and less than a block": normal(63), "a block and one": normal(65),
+    "ragged": normal(64 * 5 + 7), "odd rows": normal(5, 13),
     "many blocks of constants, ragged": normal(64 * 600 + 30),
-}
+}  # fmt: skip
 
 
 def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -210,9 +207,7 @@ def test_the_faster_codes_are_the_bytes_of_bitsandbytes(w, dtype):
         torch.testing.assert_close(made[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
-def test_bitsandbytes_quantizes_with_the_faster_codes_and_with_its_own_what_they_do_not_know(
-    monkeypatch,
-):
+def test_bitsandbytes_quantizes_with_the_faster_codes_what_they_know(monkeypatch):
     blocks = []
 
     def counted(w, block):

@@ -82,9 +82,7 @@ def test_a_module_with_something_else_of_that_name_is_refused() -> None:
         lf.attach(model, lf.LoRA(rank=2), ["0"])
 
 
-def test_saved_whole_it_opens_as_the_base_and_says_what_it_left(
-    tiny_model, tmp_path, caplog, monkeypatch
-) -> None:
+def test_saved_whole_it_opens_as_the_base(tiny_model, tmp_path, caplog, monkeypatch) -> None:
     model = tiny_model("qwen2")
     bare = logits(model)
     adapter = moved(attached(model, "lora"))
@@ -157,19 +155,15 @@ def trained(model_dir: Path, out: Path, spec: Any, resume: bool, stack: bool) ->
 
 
 SPECS = {
-    "lora": lf.LoRA(rank=4, dropout=0.1),
-    "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.1)),
-    "ia3": lf.IA3(),
-    "stack": lf.LoRA(rank=4, dropout=0.1),
-}
+    "lora": lf.LoRA(rank=4, dropout=0.1), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.1)),
+    "ia3": lf.IA3(), "stack": lf.LoRA(rank=4, dropout=0.1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name", ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dora", "ia3", "stack"))]
 )
-def test_a_trainer_resumes_without_the_callback(
-    name: str, tiny_model_dir, tmp_path: Path, caplog
-) -> None:
+def test_a_trainer_resumes_without_the_callback(name, tiny_model_dir, tmp_path, caplog) -> None:
     model_dir, spec, stack = tiny_model_dir("llama"), SPECS[name], name == "stack"
     straight = trained(model_dir, tmp_path, spec, False, stack).state_dict()
     with caplog.at_level("WARNING"):
@@ -200,9 +194,7 @@ OTHERS: list[tuple[Any, Any, str]] = [
 
 
 @pytest.mark.parametrize(("one", "other", "told"), OTHERS)
-def test_a_state_that_would_compute_otherwise_is_refused(
-    one: Any, other: Any, told: str, tiny_model
-) -> None:
+def test_a_state_that_would_compute_otherwise_is_refused(one, other, told, tiny_model) -> None:
     model, second = tiny_model("llama"), tiny_model("llama")
     adapter, to = lf.attach(model, one), lf.attach(second, other)
     before = {key: tensor.clone() for key, tensor in to.state_dict().items()}

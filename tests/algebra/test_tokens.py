@@ -43,11 +43,9 @@ class Scaled(nn.Embedding):
 
 
 BASES: dict[str, Callable[[], nn.Module]] = {
-    "embedding": lambda: nn.Embedding(11, 6),
-    "scaled": lambda: Scaled(11, 6),
-    "head": lambda: nn.Linear(6, 11, bias=False),
-    "biased": lambda: nn.Linear(6, 11),
-}
+    "embedding": lambda: nn.Embedding(11, 6), "scaled": lambda: Scaled(11, 6),
+    "head": lambda: nn.Linear(6, 11, bias=False), "biased": lambda: nn.Linear(6, 11),
+}  # fmt: skip
 WHICH = {"new": (11, 12), "mixed": (12, 2, 11), "known": (4, 2)}
 CASES = [pytest.param(b, w, id=f"{b}-{w}") for b, w in itertools.product(BASES, WHICH)]
 
@@ -303,9 +301,7 @@ class Seen(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large_as_the_matrix(
-    kind: str, tiny_model
-) -> None:
+def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large(kind, tiny_model) -> None:
     model = tiny_model(kind)
     adapter = move(lf.attach(model, lf.LoRA(rank=2, dropout=0.0), tokens=NEW))
     labels = torch.cat([IDS[:, 1:], torch.full((1, 1), -100)], 1)

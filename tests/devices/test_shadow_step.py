@@ -162,9 +162,7 @@ def test_a_value_that_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("capability", "size"), [((7, 5), 16), ((7, 0), 16), ((9, 0), 20)])
-def test_what_has_no_kernel_takes_tiles(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], size: int
-) -> None:
+def test_what_has_no_kernel_takes_tiles(monkeypatch, capability, size) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     found, expected = case(head_dim=size).both()
     assert apart(found, expected) < 3e-2

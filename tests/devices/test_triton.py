@@ -80,9 +80,7 @@ def interpreted_dropout(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("p", [0.05, 0.5, 1e-4])
 @pytest.mark.parametrize("width", [7, 20, 576, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_masks_are_those_of_the_plain_form(
-    interpreted_dropout: Any, width: int, p: float, dtype: torch.dtype
-) -> None:
+def test_masks_are_those_of_the_plain_form(interpreted_dropout, width, p, dtype) -> None:
     x, names = torch.randn(len(NAMES), width).to(dtype), torch.tensor(NAMES)
     found = interpreted_dropout.masked(x, p, names, KEY, SITE)
     assert all(map(torch.equal, found, MASKED.plain(x, p, names, KEY, SITE)))

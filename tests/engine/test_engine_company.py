@@ -90,17 +90,12 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "afresh"])
-@pytest.mark.parametrize(
-    ("kind", "many"),
-    [
-        ("llama", 27),
-        pytest.param("gemma", 16, marks=pytest.mark.slow),
-        pytest.param("llama-wide", 500, marks=pytest.mark.slow),
-    ],
-)
-def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
-    kind: str, many: int, reuse: bool, native: Operations, tiny_model, tmp_path
-) -> None:
+@pytest.mark.parametrize(("kind", "many"), [
+    ("llama", 27),
+    pytest.param("gemma", 16, marks=pytest.mark.slow),
+    pytest.param("llama-wide", 500, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_in_bf16_a_request_is_as_alone(kind, many, reuse, native, tiny_model, tmp_path) -> None:
     methods = {
         k: v for k, v in METHODS.items() if kind != "gemma" or k in ("lora", "dora", "prompt")
     }
@@ -160,9 +155,7 @@ def test_adapters_that_are_active_on_a_model_in_int8_belong_to_the_base(tiny_mod
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("invariant", [False, True])
-def test_completions_of_one_prompt_have_the_bits_of_each_alone(
-    invariant: bool, native: Operations, tiny_model, tmp_path
-) -> None:
+def test_completions_of_one_prompt_are_as_alone(invariant, native, tiny_model, tmp_path) -> None:
     names = (None, "lora", "prompt")
     paths = save_adapters(tiny_model("llama"), tmp_path, {n: METHODS[n] for n in names if n})
     requests = [

@@ -171,9 +171,7 @@ def test_values_are_those_of_torch(name: str, dtype: torch.dtype, size, native) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "native"])
 @pytest.mark.parametrize("name", CHECKS)
-def test_rows_that_are_said_to_be_independent_are(
-    name: str, kind: str, dtype: torch.dtype, size, request: pytest.FixtureRequest
-) -> None:
+def test_rows_that_are_said_to_be_independent_are(name, kind, dtype, size, request) -> None:
     of = Operations() if kind == "plain" else request.getfixturevalue("native")
     if name not in of.independent:
         pytest.skip("it does not say so")
@@ -226,17 +224,12 @@ def test_it_is_compiled_once_and_listed_in_the_cache(native: Operations) -> None
     assert any(entry.kind == "native" for entry in entries())
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "says"),
-    [
-        ("CXX", "/nowhere/c++", "/nowhere/c"),  # no compiler
-        ("CXX", "false", "exit code 1"),  # one that fails without a word
-        ("LORAFOLD_CACHE", "/proc/none", "/proc/none"),  # a cache that can't be written
-    ],
-)
-def test_where_it_cannot_be_compiled_it_says_why_and_torch_computes(
-    monkeypatch: pytest.MonkeyPatch, native: Operations, variable: str, value: str, says: str
-) -> None:
+@pytest.mark.parametrize(("variable", "value", "says"), [
+    ("CXX", "/nowhere/c++", "/nowhere/c"),  # no compiler
+    ("CXX", "false", "exit code 1"),  # one that fails without a word
+    ("LORAFOLD_CACHE", "/proc/none", "/proc/none"),  # a cache that can't be written
+])  # fmt: skip
+def test_where_nothing_compiles_torch_computes(monkeypatch, native, variable, value, says) -> None:
     monkeypatch.setenv(variable, value)
     _forms.cache_clear()
     use.cache_clear()
@@ -304,9 +297,7 @@ def test_products_of_this_processor_keep_their_bits_from_there_on(widened: bool)
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_blocks_no_product_depends_on_the_number_of_rows(
-    dtype: torch.dtype, inference: bool
-) -> None:
+def test_in_blocks_no_product_depends_on_the_number_of_rows(dtype, inference) -> None:
     m = random_rows(1536, dtype)[:96]
     many = random_rows(1536, dtype)
     b, onto = many[0, :96], many[:, :96]

@@ -34,12 +34,9 @@ from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError
 
 SPECS = {
-    "a1": lf.LoRA(rank=2),
-    "a2": lf.LoRA(rank=3),
-    "b1": lf.DoRA(over=lf.LoRA(rank=2)),
-    "c1": lf.Bottleneck(size=4),
-    "d1": lf.Prompt(tokens=2),
-}
+    "a1": lf.LoRA(rank=2), "a2": lf.LoRA(rank=3), "b1": lf.DoRA(over=lf.LoRA(rank=2)),
+    "c1": lf.Bottleneck(size=4), "d1": lf.Prompt(tokens=2),
+}  # fmt: skip
 PROMPTS = [prompt(3, 0), prompt(19, 1), prompt(8, 2)]
 PROMPTS += [(*PROMPTS[1][:9], *prompt(4, 3)), (*PROMPTS[1], *prompt(3, 4))]  # begin the same
 NEW = 6
@@ -188,9 +185,7 @@ def test_the_machine(model, paths, tokens) -> None:
     Machine.TestCase().runTest()
 
 
-def test_a_name_that_is_loaded_again_is_another_adapter_for_new_requests(
-    model, paths, tokens, tmp_path
-) -> None:
+def test_a_name_loaded_again_is_another_adapter_then(model, paths, tokens, tmp_path) -> None:
     where = tmp_path / "a"
     shutil.copytree(paths["a1"], where)
     with Engine(model, slots=2, length=32) as engine:
@@ -271,9 +266,7 @@ def test_an_adapter_below_that_changed_is_another_stack(tiny_model, tmp_path) ->
         assert engine.adapters.entry("it") == after
 
 
-def test_the_same_files_elsewhere_are_read_there_from_then_on(
-    model, paths, tokens, tmp_path
-) -> None:
+def test_the_same_files_elsewhere_are_read_there_from_now(model, paths, tokens, tmp_path) -> None:
     for name in ("one", "two"):
         shutil.copytree(paths["a1"], tmp_path / name)
     with Engine(model, slots=1, length=32) as engine:

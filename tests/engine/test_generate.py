@@ -160,9 +160,7 @@ def test_what_cannot_be_answered_is_refused(tokenizer) -> None:
     assert complete(tiny("llama"), tokenizer, [], 4) == []
 
 
-def test_sampled_completions_of_many_prompts_are_each_that_of_its_own_stream(
-    tokenizer, monkeypatch
-) -> None:
+def test_sampled_completions_of_many_prompts_have_their_own_stream(tokenizer, monkeypatch) -> None:
     model, sampling = tiny("llama"), Sampling(temperature=1.5, seed=4)
     monkeypatch.setattr(generation, "BATCH", 3)
     found = complete(model, tokenizer, PROMPTS, 9, sampling)
@@ -170,14 +168,10 @@ def test_sampled_completions_of_many_prompts_are_each_that_of_its_own_stream(
 
 
 METHODS: dict[str, Any] = {
-    "lora": lf.LoRA(rank=4, dropout=0.0),
-    "dora": lf.DoRA(over=lf.LoRA(rank=3)),
-    "ia3": lf.IA3(),
-    "prompt": lf.Prompt(tokens=3),
-    "prefix": lf.Prefix(tokens=3),
-    "houlsby": lf.Bottleneck(size=4),
+    "lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(over=lf.LoRA(rank=3)), "ia3": lf.IA3(),
+    "prompt": lf.Prompt(tokens=3), "prefix": lf.Prefix(tokens=3), "houlsby": lf.Bottleneck(size=4),
     "bitfit": lf.BitFit(),
-}
+}  # fmt: skip
 STACKS = [*((name,) for name in METHODS), ("lora", "dora"), ("dora", "lora"), ("lora", "prompt")]
 
 
@@ -194,9 +188,7 @@ def adapted(kind: str, names: tuple[str, ...]) -> tf.PreTrainedModel:
 @pytest.mark.few(2)
 @pytest.mark.parametrize("names", STACKS, ids="+".join)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
-def test_adapters_that_are_active_complete_as_generate_has_it(
-    kind: str, names: tuple[str, ...], tokenizer, monkeypatch
-) -> None:
+def test_active_adapters_complete_as_generate_has_it(kind, names, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(generation, "BATCH", 3)
     model = adapted(kind, names)
     answers = complete(model, tokenizer, PROMPTS, 12)
@@ -220,9 +212,7 @@ def generated(
 
 
 @pytest.mark.parametrize("names", [(), ("lora",), ("prefix",)], ids="+".join)
-def test_an_iterator_that_is_closed_halfway_gives_the_model_back(
-    names: tuple[str, ...], tokenizer
-) -> None:
+def test_an_iterator_that_is_closed_halfway_gives_the_model_back(names, tokenizer) -> None:
     model = adapted("llama", names).train()
     ids = torch.tensor([[5, 6, 7]])
 

@@ -25,9 +25,7 @@ def final(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["trainer", pytest.param("sft", marks=pytest.mark.slow)])
-def test_killed_and_resumed_ends_with_the_bytes_of_a_run_that_was_not(
-    kind: str, tiny_model_dir, tmp_path: Path, caplog
-) -> None:
+def test_killed_and_resumed_it_has_the_same_bytes(kind, tiny_model_dir, tmp_path, caplog) -> None:
     model_dir, stopped = tiny_model_dir("llama"), tmp_path / "stopped"
     made(kind, model_dir, tmp_path / "straight", LORA)[0].train()
     killed(train_until_killed, kind, model_dir, stopped)
@@ -76,9 +74,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tiny_model_dir, tmp_pat
     assert trainer.model.state_dict().keys() < written.keys()
 
 
-def test_one_checkpoint_at_most_and_a_kill_before_it_is_written(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_checkpoint_and_a_kill_before_it(tiny_model_dir, tmp_path, monkeypatch) -> None:
     """A run that stops while Trainer writes leaves the checkpoint before, which is the last one."""
     asked = ("trainer", tiny_model_dir("llama"), tmp_path / "run", LORA)
     trainer, _ = made(*asked, save_total_limit=1)
@@ -131,9 +127,7 @@ def test_the_best_adapter_is_the_one_at_the_end(tiny_model_dir, tmp_path: Path) 
     assert final(tmp_path / "run") == final(best) != final(tmp_path / "run" / "checkpoint-8")
 
 
-def test_where_trainer_chooses_what_to_save_late_the_base_is_in_it(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_where_trainer_chooses_late_the_base_is_saved_too(tiny_model_dir, tmp_path) -> None:
     trainer, _ = made(
         "trainer", tiny_model_dir("llama"), tmp_path / "run", LORA, eval_strategy="steps",
         eval_steps=4, save_strategy="best", metric_for_best_model="loss",
@@ -241,16 +235,12 @@ def test_what_the_callback_would_not_save_is_refused(tiny_model, tmp_path: Path)
         lf.AdapterCallback(model)
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (lf.AdaLoRA(), "AdaLoRA acts after each step and adds a penalty to the loss, which"),
-        (lf.DoRA(lf.AdaLoRA()), "DoRA acts after each step"),
-        (lf.FishMask(), "FishMask acts before the first step"),
-        (lf.Full(), "Full trains the base itself"),
-    ],
-    ids=["adalora", "dora", "fish", "full"],
-)
+@pytest.mark.parametrize(("spec", "message"), [
+    (lf.AdaLoRA(), "AdaLoRA acts after each step and adds a penalty to the loss, which"),
+    (lf.DoRA(lf.AdaLoRA()), "DoRA acts after each step"),
+    (lf.FishMask(), "FishMask acts before the first step"),
+    (lf.Full(), "Full trains the base itself"),
+], ids=["adalora", "dora", "fish", "full"])  # fmt: skip
 def test_a_method_that_a_trainer_would_do_half_of_is_refused(spec, message, tiny_model) -> None:
     with pytest.raises(LorafoldError, match=message):
         lf.AdapterCallback(lf.attach(tiny_model("llama"), spec))

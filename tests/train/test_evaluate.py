@@ -161,9 +161,7 @@ def test_json_holds_the_figures_alone() -> None:
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_an_evaluation_computes_as_the_adapter_was_trained(
-    storage: str, tiny_model_dir, tmp_path, monkeypatch
-) -> None:
+def test_an_evaluation_computes_as_trained(storage, tiny_model_dir, tmp_path, monkeypatch) -> None:
     """Whatever this device would choose, if it multiplies both natively."""
     for module in ("models.quantizations", "resolve.base"):
         monkeypatch.setattr(f"lorafold.{module}.native_bf16", lambda device: (True, "it can"))

@@ -64,9 +64,7 @@ def test_a_run_that_is_killed_ends_at_the_same_step(ended, tiny_model_dir, tmp_p
     assert same_bytes(out, ended)
 
 
-def test_figures_are_those_of_the_adapter_and_no_older_best_one_stays(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_figures_are_the_adapters_and_no_older_best_one_stays(tiny_model_dir, tmp_path) -> None:
     def pairs(rows: list[dict[str, str]], swap: bool) -> list[dict[str, str]]:
         sides = ("rejected", "chosen") if swap else ("chosen", "rejected")
         return [

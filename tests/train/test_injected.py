@@ -142,9 +142,7 @@ def injecting(kind: str, value: float, at: int) -> Callable[..., tuple[float, fl
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("kind", ["loss", "gradient", "weight", "exp_avg"])
-def test_a_number_that_is_not_finite(
-    kind: str, value: float, method: str, straight, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_number_not_finite(kind, value, method, straight, tiny_model_dir, tmp_path) -> None:
     held_out = (value > 0) != (method == "dora")
     of = tiny_model_dir("llama"), tmp_path / "out", method, held_out
     with mock.patch.object(loop, "train_step", injecting(kind, value, 2)):

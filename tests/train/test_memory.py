@@ -179,9 +179,7 @@ class Gain(Spec):
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
-    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
-) -> None:
+def test_a_storage_and_a_method_that_no_one_here_has_heard_of(monkeypatch, checkpointing) -> None:
     monkeypatch.setitem(STORAGES, "codes", StorageRow(8, packer="own_storage:Codes"))
     monkeypatch.setitem(LAYERS, PATH, CodesLayer)
     own = replace(
@@ -255,15 +253,12 @@ def test_a_model_that_no_machine_here_holds() -> None:
     assert terms["kv_cache"] == 2 * 80 * 8 * 128 * 64 * 2
 
 
-@pytest.mark.parametrize(
-    ("mode", "fields", "labelled", "message"),
-    [
-        ("nosuch", {}, None, "unknown method 'nosuch'"),
-        ("lora", {"lr": 1e-3}, None, "found lr, which an estimate does not use"),
-        ("full", {"storage": "nf4"}, None, "full trains the base's own weights"),
-        ("lora", {}, 127, "expected at most 126"),
-    ],
-)
+@pytest.mark.parametrize(("mode", "fields", "labelled", "message"), [
+    ("nosuch", {}, None, "unknown method 'nosuch'"),
+    ("lora", {"lr": 1e-3}, None, "found lr, which an estimate does not use"),
+    ("full", {"storage": "nf4"}, None, "full trains the base's own weights"),
+    ("lora", {}, 127, "expected at most 126"),
+])  # fmt: skip
 def test_what_can_not_be_asked(mode: str, fields: dict, labelled: int, message: str) -> None:
     with pytest.raises(LorafoldError, match=message):
         setting_of(mode, Recipe(**fields), 2, 64, labelled=labelled)

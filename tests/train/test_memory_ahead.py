@@ -141,9 +141,7 @@ OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], Any]] = {
 
 @pytest.mark.estimated
 @pytest.mark.parametrize("objective", OF_ROWS)
-def test_an_estimate_on_rows_is_what_a_run_on_them_says(
-    objective: str, tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_estimate_is_what_a_run_says(objective, tiny_model_dir, monkeypatch, tmp_path) -> None:
     rows, options, rewards = OF_ROWS[objective]
     model, said = tiny_model_dir("llama"), list[int]()
     recipe = lf.Recipe(objective=objective, objective_options=options, storage="fp32")

@@ -76,9 +76,7 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
 @pytest.mark.estimated
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", EACH)
-def test_trained_evaluated_generated_and_merged(
-    name: str, model_dir, rows, trained, tmp_path
-) -> None:
+def test_trained_evaluated_generated_and_merged(name, model_dir, rows, trained, tmp_path) -> None:
     base, merged = model_dir(name), tmp_path / "merged"
     adapter, told = trained(name)
     kind, what = ("audio", "a sound") if name == "qwen2-audio" else ("vision", "an image")
@@ -190,14 +188,11 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
     assert text_alone(ARCHITECTURES["llama"].model(), ["model.layers.0.mlp.up_proj"]) is None
 
 
-@pytest.mark.parametrize(
-    ("config", "needs"),
-    [
-        (tf.BlipConfig(), "its forward needs pixel_values"),
-        (tf.Pix2StructConfig(), "it is an encoder-decoder"),
-        (tf.Qwen2_5OmniConfig(), "its forward takes no input_ids"),
-    ],
-)
+@pytest.mark.parametrize(("config", "needs"), [
+    (tf.BlipConfig(), "its forward needs pixel_values"),
+    (tf.Pix2StructConfig(), "it is an encoder-decoder"),
+    (tf.Qwen2_5OmniConfig(), "its forward takes no input_ids"),
+])  # fmt: skip
 def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path) -> None:
     line = f"a {config.model_type} model can't run on text alone ({needs}), and rows have only"
     with pytest.raises(lf.LorafoldError) as found:

@@ -74,21 +74,16 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("parameters", "device", "free", "name", "why"),
-    [
-        (5 * MB, "cpu", 0, "adamw", "the CPU has no paging"),
-        (5000 * MB, "mps", 0, "adamw", "MPS has no paging"),
-        (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the 70.0 GB free"),
-        (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the 24.0 GB free"),
-        (1001 * MB, "cuda", 24 * GB, PAGED, "8.0 GB, would be more than a third of the 24.0 GB"),
-        (7000 * MB, "cuda", 52 * GB, PAGED, "56.0 GB, would be more than a third of the 52.0 GB"),
-        (40 * MB, "cuda", 500 * MB, PAGED, "320.0 MB, would be more than a third of the 500.0 MB"),
-    ],
-)
-def test_auto_is_fp32_unless_memory_is_short_on_cuda(
-    parameters: int, device: str, free: int, name: str, why: str
-) -> None:
+@pytest.mark.parametrize(("parameters", "device", "free", "name", "why"), [
+    (5 * MB, "cpu", 0, "adamw", "the CPU has no paging"),
+    (5000 * MB, "mps", 0, "adamw", "MPS has no paging"),
+    (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the 70.0 GB free"),
+    (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the 24.0 GB free"),
+    (1001 * MB, "cuda", 24 * GB, PAGED, "8.0 GB, would be more than a third of the 24.0 GB"),
+    (7000 * MB, "cuda", 52 * GB, PAGED, "56.0 GB, would be more than a third of the 52.0 GB"),
+    (40 * MB, "cuda", 500 * MB, PAGED, "320.0 MB, would be more than a third of the 500.0 MB"),
+])  # fmt: skip
+def test_auto_is_fp32_unless_memory_is_short_on_cuda(parameters, device, free, name, why) -> None:
     if name == PAGED:
         why = f"fp32 state, {why} free"
     assert choose(parameters, device, free) == (name, why)
@@ -117,15 +112,12 @@ def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() ->
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
-        ("adamw", "adamw with fp32 state, 524.3 kB"),
-        ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
-        (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
-    ],
-)
+@pytest.mark.parametrize(("name", "line"), [
+    ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
+    ("adamw", "adamw with fp32 state, 524.3 kB"),
+    ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
+    (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
+])  # fmt: skip
 @pytest.mark.filterwarnings("error:.*[Pp]aged")  # what bitsandbytes would warn of is in the line
 def test_each_trains_and_says_what_it_is(name: str, line: str, llama, tmp_path, capsys) -> None:
     asked = request(llama, tmp_path / "a", optimizer=name)
@@ -209,9 +201,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
-    name: str, llama, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_resumed_run_gives_the_bytes_of_one_unstopped(name, llama, tmp_path, monkeypatch) -> None:
     straight = trained(llama, tmp_path / "straight", optimizer=name)
     with stopping(6), pytest.raises(KeyboardInterrupt):
         trained(llama, tmp_path / "stopped", optimizer=name)
@@ -263,9 +253,7 @@ def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(llama, tmp_path) -
 
 
 @pytest.mark.slow
-def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
-    llama, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_auto_keeps_to_its_choice_in_a_resumed_run(llama, tmp_path, monkeypatch, capsys) -> None:
     straight = trained(llama, tmp_path / "straight", optimizer="adamw8bit")
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
         patch.setattr(adamw, "choose", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
@@ -278,9 +266,7 @@ def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
     assert resumed.losses == straight.losses
 
 
-def test_without_bitsandbytes_the_8_bit_ones_are_one_clear_error(
-    llama, tmp_path: Path, monkeypatch
-) -> None:
+def test_without_bitsandbytes_the_8_bit_ones_are_one_error(llama, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
         LorafoldError,

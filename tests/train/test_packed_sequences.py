@@ -118,9 +118,7 @@ def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> Non
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "loha"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
-def test_adapters_of_experts_learn_from_packed_documents_what_they_learn_from_each(
-    name: str, method: str, checkpointed: bool
-) -> None:
+def test_adapters_of_experts_learn_the_same_from_packed_rows(name, method, checkpointed) -> None:
     """Against torch's own backward through the folded weights, by the fused parts."""
     model, plain, examples = build(name), build(name), rows()
     spec = lf.LoRA(rank=3, dropout=0.0) if method == "lora" else lf.LoHa(rank=2)

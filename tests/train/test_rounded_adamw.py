@@ -231,9 +231,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "qwen2", "gpt2"])
-def test_trained_weights_are_multiplied_in_the_faster_numbers(
-    kind: str, tiny_model_dir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_multiplied_in_the_faster_numbers(kind, tiny_model_dir, monkeypatch) -> None:
     """The head too, which gemma and gpt2 tie to their embedding."""
     ids = torch.randint(3, 250, (1, 100), generator=torch.Generator().manual_seed(4))
     found = {}

@@ -106,9 +106,7 @@ def test_srun_starts_one_run(cluster, tiny_model_dir, tmp_path) -> None:
     assert apart(one, two) < 1e-5
 
 
-def test_a_job_that_is_stopped_goes_on_when_it_is_sent_again(
-    cluster: dict[str, str], tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_job_that_is_stopped_goes_on_if_sent_again(cluster, tiny_model_dir, tmp_path) -> None:
     command = asked(tiny_model_dir("llama-wide"), tmp_path, 60)
     whole, again = tmp_path / "whole", tmp_path / "again"
     start = ["srun", "-n", "2", "--overcommit", "--kill-on-bad-exit"]

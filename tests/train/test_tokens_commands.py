@@ -81,9 +81,7 @@ def in_peft(model: Any, words: int, adapter: Path, ids: list[int]) -> torch.Tens
 @pytest.mark.slow
 @pytest.mark.estimated
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_format_of_ones_own_from_training_to_a_plain_model(
-    kind: str, template: Path, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_format_of_ones_own_up_to_a_plain_model(kind, template, tiny_model_dir, tmp_path) -> None:
     base, data = tiny_model_dir(kind), write_rows(tmp_path / "rows.jsonl", ROWS)
     out, merged = tmp_path / "a", tmp_path / "m"
     sets = "--set steps=40 --set batch=4 --set lr=1e-2 --set lr_b=2e-2 --set dropout=0"
@@ -138,11 +136,9 @@ def test_a_format_of_ones_own_from_training_to_a_plain_model(
 
 def test_what_is_known_already_is_said_and_trained(tiny_model_dir, template, tmp_path) -> None:
     asked = request(
-        tiny_model_dir("gemma"),
-        tmp_path / "a",
-        new_tokens=("<|user|>", "<|im_end|>"),
+        tiny_model_dir("gemma"), tmp_path / "a", new_tokens=("<|user|>", "<|im_end|>"),
         chat_template=str(template),
-    )
+    )  # fmt: skip
     notice = (
         "new tokens: <|user|> 300; <|im_end|> is a token already (2), its embedding is trained too"
     )
@@ -344,9 +340,7 @@ def test_other_methods_train_tokens_too(method: str, tiny_model_dir, template, t
     assert evaluate(model, tokenizer, ROWS, 64, asked).loss < done.losses[0]
 
 
-def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_training_the_base_and_comparisons_refuse_new_tokens(tiny_model_dir, tmp_path) -> None:
     with pytest.raises(LorafoldError, match="tokens: Full trains the base's own weights"):
         trained(tiny_model_dir("llama"), tmp_path / "a", method="full")
     base = Base(tiny_model_dir("llama"), device="cpu")
@@ -361,9 +355,7 @@ def halved(base: Path, path: Path, **how: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gemma", "llama"])
-def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
-    kind: str, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_rows_are_rounded_to_the_nearest_and_hide_nothing(kind, tiny_model_dir, tmp_path) -> None:
     """A weak update that bf16 loses is seen to be lost, whatever is beside it."""
     base = halved(tiny_model_dir(kind), tmp_path / "base")
     model = fresh_model(base)

@@ -66,17 +66,11 @@ ROLES = {"dropout": 0.0, "lr": 1e-2, "new_tokens": ("<|user|>", "<|assistant|>")
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    ("kind", "given"),
-    [
-        ("llama", PLAIN),
-        *(pytest.param(kind, ROLES, marks=pytest.mark.slow) for kind in ("gemma", "qwen2")),
-    ],
-    ids=["plain", "tokens-gemma", "tokens-qwen2"],
-)
-def test_padded_and_packed_and_accumulated_give_the_same_losses(
-    kind: str, given: dict[str, Any], tiny_model_dir, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("kind", "given"), [
+    ("llama", PLAIN),
+    *(pytest.param(kind, ROLES, marks=pytest.mark.slow) for kind in ("gemma", "qwen2")),
+], ids=["plain", "tokens-gemma", "tokens-qwen2"])  # fmt: skip
+def test_padded_packed_and_accumulated_losses_agree(kind, given, tiny_model_dir, tmp_path) -> None:
     if given is ROLES:
         (tmp_path / "chat.jinja").write_text(TEMPLATE)
         given = {**ROLES, "chat_template": str(tmp_path / "chat.jinja")}
@@ -96,11 +90,9 @@ def test_what_rows_begin_with_is_said_and_changes_no_loss(llama, tmp_path: Path)
     """In one micro-batch, in several, checkpointed, and killed and resumed as it began."""
     model, told = llama, Console(file=io.StringIO(), width=200)
     ways = {
-        "apart": {"packing": True},
-        "once": {},
-        "accumulated": {"accumulate": 2},
+        "apart": {"packing": True}, "once": {}, "accumulated": {"accumulate": 2},
         "checkpointed": {"gradient_checkpointing": True},
-    }
+    }  # fmt: skip
     losses = {
         name: train(request(model, tmp_path / name, dropout=0.0, **fields), told).losses
         for name, fields in ways.items()
@@ -155,9 +147,7 @@ def test_a_stop_is_asked_for_and_the_run_goes_on_later(number: int, llama, tmp_p
     assert not (tmp_path / "a").exists()
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_as_it_did(
-    llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_ended_before_its_first_checkpoint_starts_anew(llama, tmp_path, monkeypatch) -> None:
     """Its method chooses the entries that it trains again: no checkpoint has them."""
     fields = {"method": "fish", "steps": 2, "lr": 1e-2}
     whole = trained(llama, tmp_path / "whole", **fields)
@@ -183,9 +173,7 @@ def test_a_resumed_run_must_be_the_same_run(llama, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_other_held_out_rows_are_refused_but_where_the_run_does_not_say_which(
-    llama, tmp_path: Path
-) -> None:
+def test_other_held_out_rows_are_refused_where_the_run_says_which(llama, tmp_path) -> None:
     out, fields = tmp_path / "a", {"lr": 1e30, "lr_b": 1e30, "save_every": 1}
     one, other = ({"prompt": "a", "completion": c} for c in ("b", "c"))
     asked = replace(request(llama, out, **fields), eval_rows=[one])
@@ -225,25 +213,18 @@ def test_targets_that_mean_other_modules_now(found: str, llama, tmp_path: Path) 
         train(again, quiet())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
-    llama, tmp_path: Path
-) -> None:
+def test_a_loss_not_finite_stops_the_run_and_names_the_last_checkpoint(llama, tmp_path) -> None:
     told = r"the loss is nan; the last good checkpoint is .*a.run/step-0*1\b"
     with pytest.raises(LorafoldError, match=told):
         trained(llama, tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1)
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(
-    ("lr", "steps", "told"),
-    [
-        (1e9, 9, r"steps 2 to 6: the gradient is not finite; the last good .*step-000001\b"),
-        (1e38, 1, r"step 1: found NaN or infinity in model.embed_tokens.weight.*no checkpoint"),
-    ],
-)
-def test_full_fine_tuning_writes_nothing_that_is_not_finite(
-    lr: float, steps: int, told: str, llama, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("lr", "steps", "told"), [
+    (1e9, 9, r"steps 2 to 6: the gradient is not finite; the last good .*step-000001\b"),
+    (1e38, 1, r"step 1: found NaN or infinity in model.embed_tokens.weight.*no checkpoint"),
+])  # fmt: skip
+def test_full_fine_tuning_writes_nothing_not_finite(lr, steps, told, llama, tmp_path) -> None:
     fields = {"method": "full", "lr": lr, "steps": steps, "save_every": 1, "keep": 9}
     with pytest.raises(LorafoldError, match=told):
         trained(llama, tmp_path / "a", **fields)
@@ -252,9 +233,7 @@ def test_full_fine_tuning_writes_nothing_that_is_not_finite(
         assert all(t.isfinite().all() for t in load_file(file).values())
 
 
-def test_a_model_that_is_not_what_was_trained_is_no_success(
-    llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_is_not_what_was_trained_is_no_success(llama, tmp_path, monkeypatch) -> None:
     save = PreTrainedModel.save_pretrained
 
     def damaged(model: Any, folder: Path, **how: Any) -> None:
@@ -270,9 +249,7 @@ def test_a_model_that_is_not_what_was_trained_is_no_success(
 
 
 @pytest.mark.parametrize(("rate", "better"), [(5e-3, True), (1e-9, False)])
-def test_a_loss_that_is_no_better_than_the_base_is_told(
-    rate: float, better: bool, llama, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_better_than_the_base_is_told(rate, better, llama, tmp_path) -> None:
     asked = {"steps": 54, "lr": rate, "lr_b": rate}
     console = Console(file=io.StringIO(), width=400)
     result = train(request(llama, tmp_path / "a", **asked), console)
@@ -288,9 +265,7 @@ def test_an_adapter_without_gradient_is_an_error(llama, tmp_path: Path) -> None:
         trained(llama, tmp_path / "a", alpha=1e-300, targets=["lm_head"], clip=0.0)
 
 
-def test_modules_without_a_gradient_are_named(
-    llama, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
-) -> None:
+def test_modules_without_a_gradient_are_named(llama, tmp_path, caplog, monkeypatch) -> None:
     """A model whose second block's output is thrown away."""
     from transformers.models.llama import modeling_llama
 
