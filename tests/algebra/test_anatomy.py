@@ -27,18 +27,21 @@ def parts(model: nn.Module) -> dict[str, Any]:
     return {name: getattr(own, name) for name in paths} | {"blocks": len(own.blocks)}
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("llama", ("model.embed_tokens", "lm_head", "model", "", (), 2)),
-    ("whisper", ("model.decoder.embed_tokens", "proj_out", "model.decoder", "", (), 4)),
-    ("bert", ("bert.embeddings.word_embeddings", None, "bert", "", (), 2)),
-    (
-        "llava",
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", ("model.embed_tokens", "lm_head", "model", "", (), 2)),
+        ("whisper", ("model.decoder.embed_tokens", "proj_out", "model.decoder", "", (), 4)),
+        ("bert", ("bert.embeddings.word_embeddings", None, "bert", "", (), 2)),
         (
-            *("model.language_model.embed_tokens", "lm_head", "model.language_model"),
-            *("model.language_model", ("model.vision_tower", "model.multi_modal_projector"), 4),
+            "llava",
+            (
+                *("model.language_model.embed_tokens", "lm_head", "model.language_model"),
+                *("model.language_model", ("model.vision_tower", "model.multi_modal_projector"), 4),
+            ),
         ),
-    ),
-])  # fmt: skip
+    ],
+)
 def test_parts_of_each_kind_of_model(name: str, expected: tuple[Any, ...], tiny_model: Any) -> None:
     model = tiny_model(name) if name == "llama" else ARCHITECTURES[name].model()
     assert tuple(parts(model).values()) == expected

@@ -155,11 +155,17 @@ def test_ours_reads_peft_with_the_same_gradients(case: str, dims: int, tmp_path:
 
 
 ALL: dict[str, Spec] = {name: spec for name, (spec, _) in CASES.items()} | {
-    "pissa": lf.PiSSA(rank=3, alpha=5), "olora": lf.OLoRA(rank=3), "vera": lf.VeRA(rank=8),
-    "dora-loha": lf.DoRA(lf.LoHa(rank=3)), "dora-lokr": lf.DoRA(lf.LoKr(rank=2)),
-    "dora-pissa": lf.DoRA(lf.PiSSA(rank=3)), "dora-adalora": lf.DoRA(lf.AdaLoRA(rank=3)),
-    "bitfit": lf.BitFit(), "lt-sft": lf.LTSFT(density=0.2), "fastfood": lf.Fastfood(dimension=30),
-}  # fmt: skip
+    "pissa": lf.PiSSA(rank=3, alpha=5),
+    "olora": lf.OLoRA(rank=3),
+    "vera": lf.VeRA(rank=8),
+    "dora-loha": lf.DoRA(lf.LoHa(rank=3)),
+    "dora-lokr": lf.DoRA(lf.LoKr(rank=2)),
+    "dora-pissa": lf.DoRA(lf.PiSSA(rank=3)),
+    "dora-adalora": lf.DoRA(lf.AdaLoRA(rank=3)),
+    "bitfit": lf.BitFit(),
+    "lt-sft": lf.LTSFT(density=0.2),
+    "fastfood": lf.Fastfood(dimension=30),
+}
 
 
 @pytest.mark.few(19)
@@ -303,13 +309,17 @@ def test_presets_leave_convolutions_out() -> None:
         lf.attach(net(1), lf.LoRA(), ["stemm"])
 
 
-@pytest.mark.parametrize(("module", "spec", "message"), [
-    (nn.ConvTranspose1d(4, 4, 3), lf.LoRA(), "0: LoRA.*transposed convolutions are not"),
-    (nn.ConvTranspose2d(4, 4, 3), lf.LoHa(), "0: LoHa.*transposed convolutions are not"),
-    (weight_norm(nn.Conv1d(4, 4, 3)), lf.LoRA(), "0: LoRA.*computed from other parameters"),
-    (nn.Conv1d(4, 4, 3), lf.IA3(feedforward=["0"]), "0: IA3.*inputs are signals"),
-    (nn.Conv1d(2, 4, 3), lf.PiSSA(rank=5), r"0: PiSSA.*rank 5 for a matrix \(4, 6\)"),
-], ids=["transposed-1d", "transposed-2d", "weight-norm", "ia3-inputs", "rank"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "spec", "message"),
+    [
+        (nn.ConvTranspose1d(4, 4, 3), lf.LoRA(), "0: LoRA.*transposed convolutions are not"),
+        (nn.ConvTranspose2d(4, 4, 3), lf.LoHa(), "0: LoHa.*transposed convolutions are not"),
+        (weight_norm(nn.Conv1d(4, 4, 3)), lf.LoRA(), "0: LoRA.*computed from other parameters"),
+        (nn.Conv1d(4, 4, 3), lf.IA3(feedforward=["0"]), "0: IA3.*inputs are signals"),
+        (nn.Conv1d(2, 4, 3), lf.PiSSA(rank=5), r"0: PiSSA.*rank 5 for a matrix \(4, 6\)"),
+    ],
+    ids=["transposed-1d", "transposed-2d", "weight-norm", "ia3-inputs", "rank"],
+)
 def test_what_cannot_be_adapted_is_refused(module: nn.Module, spec: Spec, message: str) -> None:
     root = nn.Sequential(module)
     with pytest.raises(lf.LorafoldError, match=message):

@@ -453,9 +453,11 @@ def test_the_model_has_its_own_forward_again_when_an_adapter_leaves(name: str) -
 
 
 OTHERS = {
-    "llama4": ("feed_forward.router", 0.6), "jetmoe": ("mlp.router.layer", 0.8),
-    "dbrx": ("ffn.router.layer", 0.8), "longcat": ("mlp.router.classifier", 0.4),
-}  # fmt: skip
+    "llama4": ("feed_forward.router", 0.6),
+    "jetmoe": ("mlp.router.layer", 0.8),
+    "dbrx": ("ffn.router.layer", 0.8),
+    "longcat": ("mlp.router.classifier", 0.4),
+}
 
 
 def drawn(config: Any) -> Any:

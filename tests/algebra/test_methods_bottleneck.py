@@ -13,9 +13,11 @@ from lorafold.methods import METHODS, make_spec
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
 ATTENTION = {"llama": "self_attn", "qwen2": "self_attn", "gemma": "self_attn", "gpt2": "attn"}
 BLOCKS = {
-    "llama": "model.layers", "qwen2": "model.layers", "gemma": "model.layers",
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+    "gemma": "model.layers",
     "gpt2": "transformer.h",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", list(ATTENTION))
@@ -80,9 +82,12 @@ def test_a_mixture_of_experts_gives_its_width() -> None:
 
     torch.manual_seed(0)
     sizes = {
-        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "num_local_experts": 3,
-    }  # fmt: skip
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 3,
+    }
     model = MixtralForCausalLM(MixtralConfig(vocab_size=260, num_hidden_layers=1, **sizes)).eval()
     with torch.no_grad():
         bare = model(IDS).logits

@@ -39,10 +39,14 @@ NAMES = {
     r"lora_A\.default\.weight": "A",
     r"lora_B\.default\.weight": "B",
     r"lora_magnitude_vector\.default\.weight": "magnitude",
-    r"lora_A\.default": "Q", r"lora_B\.default": "P", r"lora_E\.default": "E",
-    r"vera_lambda_b\.default": "b", r"vera_lambda_d\.default": "d",
-    r"(?:hada|lokr)_(w\w+)\.default": r"\1", r"ia3_l\.default": "l",
-}  # fmt: skip
+    r"lora_A\.default": "Q",
+    r"lora_B\.default": "P",
+    r"lora_E\.default": "E",
+    r"vera_lambda_b\.default": "b",
+    r"vera_lambda_d\.default": "d",
+    r"(?:hada|lokr)_(w\w+)\.default": r"\1",
+    r"ia3_l\.default": "l",
+}
 
 CASES: dict[str, tuple[Spec, peft.PeftConfig]] = PAIRS | {
     "vera": (lf.VeRA(rank=8, projection_prng_key=7), peft.VeraConfig(r=8, projection_prng_key=7)),

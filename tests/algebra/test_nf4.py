@@ -43,10 +43,13 @@ CASES = {
     "outlier": with_outlier(),
     "ties": around_ties(),
     "many magnitudes": normal(8, 64) * torch.logspace(-20, 20, 8)[:, None],
-    "one": normal(1), "odd and less than a block": normal(63), "a block and one": normal(65),
-    "ragged": normal(64 * 5 + 7), "odd rows": normal(5, 13),
+    "one": normal(1),
+    "odd and less than a block": normal(63),
+    "a block and one": normal(65),
+    "ragged": normal(64 * 5 + 7),
+    "odd rows": normal(5, 13),
     "many blocks of constants, ragged": normal(64 * 600 + 30),
-}  # fmt: skip
+}
 
 
 def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -155,9 +155,11 @@ def trained(model_dir: Path, out: Path, spec: Any, resume: bool, stack: bool) ->
 
 
 SPECS = {
-    "lora": lf.LoRA(rank=4, dropout=0.1), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.1)),
-    "ia3": lf.IA3(), "stack": lf.LoRA(rank=4, dropout=0.1),
-}  # fmt: skip
+    "lora": lf.LoRA(rank=4, dropout=0.1),
+    "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.1)),
+    "ia3": lf.IA3(),
+    "stack": lf.LoRA(rank=4, dropout=0.1),
+}
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,11 @@ class Scaled(nn.Embedding):
 
 
 BASES: dict[str, Callable[[], nn.Module]] = {
-    "embedding": lambda: nn.Embedding(11, 6), "scaled": lambda: Scaled(11, 6),
-    "head": lambda: nn.Linear(6, 11, bias=False), "biased": lambda: nn.Linear(6, 11),
-}  # fmt: skip
+    "embedding": lambda: nn.Embedding(11, 6),
+    "scaled": lambda: Scaled(11, 6),
+    "head": lambda: nn.Linear(6, 11, bias=False),
+    "biased": lambda: nn.Linear(6, 11),
+}
 WHICH = {"new": (11, 12), "mixed": (12, 2, 11), "known": (4, 2)}
 CASES = [pytest.param(b, w, id=f"{b}-{w}") for b, w in itertools.product(BASES, WHICH)]
 

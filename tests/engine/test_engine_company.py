@@ -90,11 +90,14 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "afresh"])
-@pytest.mark.parametrize(("kind", "many"), [
-    ("llama", 27),
-    pytest.param("gemma", 16, marks=pytest.mark.slow),
-    pytest.param("llama-wide", 500, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "many"),
+    [
+        ("llama", 27),
+        pytest.param("gemma", 16, marks=pytest.mark.slow),
+        pytest.param("llama-wide", 500, marks=pytest.mark.slow),
+    ],
+)
 def test_in_bf16_a_request_is_as_alone(kind, many, reuse, native, tiny_model, tmp_path) -> None:
     methods = {
         k: v for k, v in METHODS.items() if kind != "gemma" or k in ("lora", "dora", "prompt")

@@ -18,9 +18,11 @@ from lorafold.engine.request import Token
 from mixtures import CONFIGS, mixture
 
 SPECS = {
-    "lora": lf.LoRA(rank=4), "dora": lf.DoRA(over=lf.LoRA(rank=3)), "loha": lf.LoHa(rank=2),
+    "lora": lf.LoRA(rank=4),
+    "dora": lf.DoRA(over=lf.LoRA(rank=3)),
+    "loha": lf.LoHa(rank=2),
     "ia3": lf.IA3(),
-}  # fmt: skip
+}
 OPTIONS = {"slots": 4, "length": 64, "chunk": 7, "budget": 14}
 
 

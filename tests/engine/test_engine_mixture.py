@@ -82,8 +82,10 @@ def test_adapters_that_are_active_belong_to_the_base(model, paths) -> None:
 def test_what_is_attached_can_be_adopted_beside_what_is_loaded(model, paths, tmp_path) -> None:
     """Each under its own name, several as one stack, and beside adapters from files."""
     stacks = {name: (name,) for name in METHODS} | {
-        "low": ("vera", "lora"), "both": ("lora", "dora"), "mixed": ("prompt", "lora"),
-    }  # fmt: skip
+        "low": ("vera", "lora"),
+        "both": ("lora", "dora"),
+        "mixed": ("prompt", "lora"),
+    }
     handles = [lf.load(model, paths[name], name=name) for name in METHODS]
     asked = [Request(str(i), prompt(3 + i, i), 8, name) for i, name in enumerate(stacks)]
     tokens = []

@@ -224,11 +224,14 @@ def test_it_is_compiled_once_and_listed_in_the_cache(native: Operations) -> None
     assert any(entry.kind == "native" for entry in entries())
 
 
-@pytest.mark.parametrize(("variable", "value", "says"), [
-    ("CXX", "/nowhere/c++", "/nowhere/c"),  # no compiler
-    ("CXX", "false", "exit code 1"),  # one that fails without a word
-    ("LORAFOLD_CACHE", "/proc/none", "/proc/none"),  # a cache that can't be written
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("CXX", "/nowhere/c++", "/nowhere/c"),  # no compiler
+        ("CXX", "false", "exit code 1"),  # one that fails without a word
+        ("LORAFOLD_CACHE", "/proc/none", "/proc/none"),  # a cache that can't be written
+    ],
+)
 def test_where_nothing_compiles_torch_computes(monkeypatch, native, variable, value, says) -> None:
     monkeypatch.setenv(variable, value)
     _forms.cache_clear()

@@ -34,9 +34,12 @@ from lorafold.engine.kv_cache import common
 from lorafold.errors import LorafoldError
 
 SPECS = {
-    "a1": lf.LoRA(rank=2), "a2": lf.LoRA(rank=3), "b1": lf.DoRA(over=lf.LoRA(rank=2)),
-    "c1": lf.Bottleneck(size=4), "d1": lf.Prompt(tokens=2),
-}  # fmt: skip
+    "a1": lf.LoRA(rank=2),
+    "a2": lf.LoRA(rank=3),
+    "b1": lf.DoRA(over=lf.LoRA(rank=2)),
+    "c1": lf.Bottleneck(size=4),
+    "d1": lf.Prompt(tokens=2),
+}
 PROMPTS = [prompt(3, 0), prompt(19, 1), prompt(8, 2)]
 PROMPTS += [(*PROMPTS[1][:9], *prompt(4, 3)), (*PROMPTS[1], *prompt(3, 4))]  # begin the same
 NEW = 6

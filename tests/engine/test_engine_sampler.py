@@ -27,13 +27,19 @@ def logits(seed: int) -> torch.Tensor:
     return 3 * torch.randn(V, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("settings", [
-    {"temperature": 0.7}, {"temperature": 1.3, "top_k": 5}, {"temperature": 1.0, "top_p": 0.6},
-    {"temperature": 1.0, "min_p": 0.2},
-    {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
-    {"temperature": 1.0, "repetition_penalty": 1.7},
-    {"repetition_penalty": 0.6},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 1.0, "repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6},
+    ],
+    ids=str,
+)
 def test_tokens_are_those_of_transformers_processors(settings: dict[str, Any]) -> None:
     own = Sampling(**settings, seed=4)
     sampler = Sampler(own, PROMPT)
@@ -107,20 +113,27 @@ def test_only_allowed_tokens_are_chosen() -> None:
         assert not set(chosen[5:]) <= {5, 6}
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"temperature": -1.0}, "temperature: found -1.0, expected 0 or more"),
-    ({"temperature": float("nan")}, "finite"), ({"top_p": 0.0}, "top_p"), ({"top_k": -1}, "top_k"),
-    ({"min_p": 1.5}, "min_p"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty"),
-    ({"logit_bias": {1: float("inf")}}, "finite"), ({"stop": ("",)}, "stop"),
-    ({"logprobs": 21}, "logprobs"), ({"top_p": 2.0, "top_k": -1}, "top_k.*top_p"),
-    ({"logit_bias": {3: 1e39}}, r"^logit_bias: found 1e\+39"),
-    *(
-        ({name: value}, f"^{name}: found .*finite number of float32")
-        for name in ("temperature", *(f"{x}_penalty" for x in PENALTIES))
-        for value in (1e39, 10**400, float("inf"))
-    ),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"temperature": -1.0}, "temperature: found -1.0, expected 0 or more"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"logit_bias": {1: float("inf")}}, "finite"),
+        ({"stop": ("",)}, "stop"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"top_p": 2.0, "top_k": -1}, "top_k.*top_p"),
+        ({"logit_bias": {3: 1e39}}, r"^logit_bias: found 1e\+39"),
+        *(
+            ({name: value}, f"^{name}: found .*finite number of float32")
+            for name in ("temperature", *(f"{x}_penalty" for x in PENALTIES))
+            for value in (1e39, 10**400, float("inf"))
+        ),
+    ],
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(LorafoldError, match=says):
         Sampling(**settings)
@@ -199,11 +212,14 @@ def test_structured_output_fits_the_schema_or_the_regex(tiny_model) -> None:
     assert any(s.result().reason == "end" for s in streams[::3])
 
 
-@pytest.mark.parametrize(("kind", "says"), [
-    ({"schema": "{"}, "schema"),
-    ({"regex": "("}, "regex"),
-    ({"schema": '{"type": "x"}'}, "schema"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ({"schema": "{"}, "schema"),
+        ({"regex": "("}, "regex"),
+        ({"schema": '{"type": "x"}'}, "schema"),
+    ],
+)
 def test_grammars_that_cannot_be_read_are_refused(tiny_model, kind, says) -> None:
     pytest.importorskip("llguidance")
     request = Request("1", prompt(3, 1), 5, sampling=Sampling(**kind))

@@ -168,10 +168,14 @@ def test_sampled_completions_of_many_prompts_have_their_own_stream(tokenizer, mo
 
 
 METHODS: dict[str, Any] = {
-    "lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(over=lf.LoRA(rank=3)), "ia3": lf.IA3(),
-    "prompt": lf.Prompt(tokens=3), "prefix": lf.Prefix(tokens=3), "houlsby": lf.Bottleneck(size=4),
+    "lora": lf.LoRA(rank=4, dropout=0.0),
+    "dora": lf.DoRA(over=lf.LoRA(rank=3)),
+    "ia3": lf.IA3(),
+    "prompt": lf.Prompt(tokens=3),
+    "prefix": lf.Prefix(tokens=3),
+    "houlsby": lf.Bottleneck(size=4),
     "bitfit": lf.BitFit(),
-}  # fmt: skip
+}
 STACKS = [*((name,) for name in METHODS), ("lora", "dora"), ("dora", "lora"), ("lora", "prompt")]
 
 

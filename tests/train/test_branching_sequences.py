@@ -32,10 +32,12 @@ CPU = torch.device("cpu")
 # of each row, the shared tokens and the branches; windows of 5 and 6 are shorter than the prompts
 SHARED, BRANCHES = [9, 0, 1, 12], [[7, 5], [6, 4], [3, 2, 8], [1, 1]]
 LAYOUTS = {
-    "rows": (SHARED, BRANCHES), "equal": ([6, 6], [[4, 4, 4, 4], [4, 4, 4, 4]]),
-    "nothing-shared": ([0, 0], [[5, 3], [4]]), "one-branch": ([4, 2], [[3], [5]]),
+    "rows": (SHARED, BRANCHES),
+    "equal": ([6, 6], [[4, 4, 4, 4], [4, 4, 4, 4]]),
+    "nothing-shared": ([0, 0], [[5, 3], [4]]),
+    "one-branch": ([4, 2], [[3], [5]]),
     "documents": ([0] * 4, [[3], [3], [1], [5]]),
-}  # fmt: skip
+}
 
 
 def layout(shared: list[int], branches: list[list[int]], window: int | None = None) -> Documents:
@@ -96,11 +98,14 @@ TREES = [layout([100, 150], [[40, 70], [30, 30, 60]], window) for window in (Non
 
 @pytest.mark.few(16)
 @pytest.mark.usefixtures("each_arithmetic", "each_form")
-@pytest.mark.parametrize(("docs", "softcap"), [
-    *((TREES[0], None), (TREES[1], None), (TREES[0], 30.0)),
-    *((Documents(lens), None) for lens in ((214, 180, 118), (128,) * 4, (1024,))),
-    *((Documents((700,), 300), None), (Documents((90, 400)), 30.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("docs", "softcap"),
+    [
+        *((TREES[0], None), (TREES[1], None), (TREES[0], 30.0)),
+        *((Documents(lens), None) for lens in ((214, 180, 118), (128,) * 4, (1024,))),
+        *((Documents((700,), 300), None), (Documents((90, 400)), 30.0)),
+    ],
+)
 def test_attention_in_bf16_errs_no_more_than_its_specification(docs: Any, softcap: Any) -> None:
     qkv = heads(sum(docs.own), (32, 32), queries=6, keys=2)
     g = torch.randn(

@@ -235,12 +235,16 @@ def test_what_the_callback_would_not_save_is_refused(tiny_model, tmp_path: Path)
         lf.AdapterCallback(model)
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    (lf.AdaLoRA(), "AdaLoRA acts after each step and adds a penalty to the loss, which"),
-    (lf.DoRA(lf.AdaLoRA()), "DoRA acts after each step"),
-    (lf.FishMask(), "FishMask acts before the first step"),
-    (lf.Full(), "Full trains the base itself"),
-], ids=["adalora", "dora", "fish", "full"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (lf.AdaLoRA(), "AdaLoRA acts after each step and adds a penalty to the loss, which"),
+        (lf.DoRA(lf.AdaLoRA()), "DoRA acts after each step"),
+        (lf.FishMask(), "FishMask acts before the first step"),
+        (lf.Full(), "Full trains the base itself"),
+    ],
+    ids=["adalora", "dora", "fish", "full"],
+)
 def test_a_method_that_a_trainer_would_do_half_of_is_refused(spec, message, tiny_model) -> None:
     with pytest.raises(LorafoldError, match=message):
         lf.AdapterCallback(lf.attach(tiny_model("llama"), spec))

@@ -45,19 +45,22 @@ def test_a_gguf_file_by_its_header() -> None:
         assert getattr(found, name) == getattr(unpacked, name)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ("--params 6b", "params 6b: expected one of 7b, "),
-    ("--params 7b --measure", "--measure: found --params 7b, which has no weights"),
-    ("--params 7b --model m", "--params: found --params 7b and --model m, expected"),
-    ("--device-memory lots", "expected a size"),
-    ("--mode nosuch", "unknown method 'nosuch'"),
-    ("--model no/such/model/here", "no/such/model/here"),
-    ("--model LLAMA --revision main", "which is for models of the hub"),
-    ("--model LLAMA --device foo", "device: found 'foo'"),
-    ("--gpus 2 --strategy zero", "--strategy: found zero, expected one of fsdp, ddp"),
-    ("--gpus 2 --mode inference", "--gpus: found --mode inference too, expected none: the"),
-    ("--gpus 2 --measure", "--gpus: found --measure too, expected none: the estimate is for a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--params 6b", "params 6b: expected one of 7b, "),
+        ("--params 7b --measure", "--measure: found --params 7b, which has no weights"),
+        ("--params 7b --model m", "--params: found --params 7b and --model m, expected"),
+        ("--device-memory lots", "expected a size"),
+        ("--mode nosuch", "unknown method 'nosuch'"),
+        ("--model no/such/model/here", "no/such/model/here"),
+        ("--model LLAMA --revision main", "which is for models of the hub"),
+        ("--model LLAMA --device foo", "device: found 'foo'"),
+        ("--gpus 2 --strategy zero", "--strategy: found zero, expected one of fsdp, ddp"),
+        ("--gpus 2 --mode inference", "--gpus: found --mode inference too, expected none: the"),
+        ("--gpus 2 --measure", "--gpus: found --measure too, expected none: the estimate is for a"),
+    ],
+)
 def test_what_is_refused(arguments: str, message: str, tiny_model_dir: Any) -> None:
     words = arguments.replace("LLAMA", str(tiny_model_dir("llama"))).split()
     assert message in refused("estimate", *words)

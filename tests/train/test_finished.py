@@ -50,12 +50,15 @@ def test_a_finished_run_is_not_trained_again(run: list[str]) -> None:
     assert lorafold(*run, "--save-every", "1").returncode == 0
 
 
-@pytest.mark.parametrize(("other", "told"), [
-    (["--rank", "3", "--seed", "5"], "rank was None, now 3, seed was 0, now 5; choose"),
-    (["--data", "other"], "the rows were others"),
-    (["--model", "qwen2"], "the model was another one"),
-    (["--init-adapter", "same"], "it started from another adapter"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (["--rank", "3", "--seed", "5"], "rank was None, now 3, seed was 0, now 5; choose"),
+        (["--data", "other"], "the rows were others"),
+        (["--model", "qwen2"], "the model was another one"),
+        (["--init-adapter", "same"], "it started from another adapter"),
+    ],
+)
 def test_another_run_replaces_no_finished_one(run, other, told, tiny_model_dir, tmp_path) -> None:
     if other[0] == "--data":
         run = with_other(run, "--data", write_rows(tmp_path / "rows.jsonl", ROWS[:1]))
@@ -93,13 +96,16 @@ def test_a_tracker_that_is_not_there_is_told_first(command, name: str, told: str
 
 
 COMMANDS = {
-    "train": ["--data", "ROWS"], "merge": ["--adapter", "ADAPTER"],
-    "compose": ["ADAPTER", "ADAPTER"], "resize": ["ADAPTER", "--rank", "1"],
-    "extract": ["--tuned", "TUNED", "--rank", "1"], "compare": ["--data", "ROWS"],
+    "train": ["--data", "ROWS"],
+    "merge": ["--adapter", "ADAPTER"],
+    "compose": ["ADAPTER", "ADAPTER"],
+    "resize": ["ADAPTER", "--rank", "1"],
+    "extract": ["--tuned", "TUNED", "--rank", "1"],
+    "compare": ["--data", "ROWS"],
     "intrinsic": ["--data", "ROWS"],
     "fragility": ["ADAPTER", "--data", "ROWS", "--refuse", "ROWS", "--controls", "ROWS"],
     "quickstart": [],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -97,10 +97,13 @@ def stepped(loss: RowsAlike, batches: list[list[Any]]) -> tuple[torch.Tensor, di
 
 
 @pytest.mark.few(6)
-@pytest.mark.parametrize(("rows", "name", "way"), [
-    *((rows, "llama", "plain") for rows in ROWS),
-    *itertools.product(["three depths"], CONFIGS, ["plain", "checkpointed", "fused"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "name", "way"),
+    [
+        *((rows, "llama", "plain") for rows in ROWS),
+        *itertools.product(["three depths"], CONFIGS, ["plain", "checkpointed", "fused"]),
+    ],
+)
 def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> None:
     model, given = adapted(name), ROWS[rows]
     apart = stepped(CompletionLoss(model, False, 0), [[one] for one in given])
@@ -125,10 +128,13 @@ QWEN2_MOE = tf.Qwen2MoeConfig(  # without windows, whose masks transformers make
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "config"), [
-    ("three depths", MIXTRAL), ("equal", MIXTRAL), ("a part of another", MIXTRAL),
-    ("three depths", QWEN2_MOE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "config"),
+    [
+        ("three depths", MIXTRAL), ("equal", MIXTRAL), ("a part of another", MIXTRAL),
+        ("three depths", QWEN2_MOE),
+    ],
+)  # fmt: skip
 def test_a_router_is_balanced_over_the_tokens_of_all_rows(rows, config) -> None:
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))

@@ -253,12 +253,15 @@ def test_a_model_that_no_machine_here_holds() -> None:
     assert terms["kv_cache"] == 2 * 80 * 8 * 128 * 64 * 2
 
 
-@pytest.mark.parametrize(("mode", "fields", "labelled", "message"), [
-    ("nosuch", {}, None, "unknown method 'nosuch'"),
-    ("lora", {"lr": 1e-3}, None, "found lr, which an estimate does not use"),
-    ("full", {"storage": "nf4"}, None, "full trains the base's own weights"),
-    ("lora", {}, 127, "expected at most 126"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "fields", "labelled", "message"),
+    [
+        ("nosuch", {}, None, "unknown method 'nosuch'"),
+        ("lora", {"lr": 1e-3}, None, "found lr, which an estimate does not use"),
+        ("full", {"storage": "nf4"}, None, "full trains the base's own weights"),
+        ("lora", {}, 127, "expected at most 126"),
+    ],
+)
 def test_what_can_not_be_asked(mode: str, fields: dict, labelled: int, message: str) -> None:
     with pytest.raises(LorafoldError, match=message):
         setting_of(mode, Recipe(**fields), 2, 64, labelled=labelled)

@@ -188,11 +188,14 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
     assert text_alone(ARCHITECTURES["llama"].model(), ["model.layers.0.mlp.up_proj"]) is None
 
 
-@pytest.mark.parametrize(("config", "needs"), [
-    (tf.BlipConfig(), "its forward needs pixel_values"),
-    (tf.Pix2StructConfig(), "it is an encoder-decoder"),
-    (tf.Qwen2_5OmniConfig(), "its forward takes no input_ids"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "needs"),
+    [
+        (tf.BlipConfig(), "its forward needs pixel_values"),
+        (tf.Pix2StructConfig(), "it is an encoder-decoder"),
+        (tf.Qwen2_5OmniConfig(), "its forward takes no input_ids"),
+    ],
+)
 def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path) -> None:
     line = f"a {config.model_type} model can't run on text alone ({needs}), and rows have only"
     with pytest.raises(lf.LorafoldError) as found:

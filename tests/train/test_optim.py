@@ -74,15 +74,18 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize(("parameters", "device", "free", "name", "why"), [
-    (5 * MB, "cpu", 0, "adamw", "the CPU has no paging"),
-    (5000 * MB, "mps", 0, "adamw", "MPS has no paging"),
-    (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the 70.0 GB free"),
-    (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the 24.0 GB free"),
-    (1001 * MB, "cuda", 24 * GB, PAGED, "8.0 GB, would be more than a third of the 24.0 GB"),
-    (7000 * MB, "cuda", 52 * GB, PAGED, "56.0 GB, would be more than a third of the 52.0 GB"),
-    (40 * MB, "cuda", 500 * MB, PAGED, "320.0 MB, would be more than a third of the 500.0 MB"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parameters", "device", "free", "name", "why"),
+    [
+        (5 * MB, "cpu", 0, "adamw", "the CPU has no paging"),
+        (5000 * MB, "mps", 0, "adamw", "MPS has no paging"),
+        (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the 70.0 GB free"),
+        (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the 24.0 GB free"),
+        (1001 * MB, "cuda", 24 * GB, PAGED, "8.0 GB, would be more than a third of the 24.0 GB"),
+        (7000 * MB, "cuda", 52 * GB, PAGED, "56.0 GB, would be more than a third of the 52.0 GB"),
+        (40 * MB, "cuda", 500 * MB, PAGED, "320.0 MB, would be more than a third of the 500.0 MB"),
+    ],
+)
 def test_auto_is_fp32_unless_memory_is_short_on_cuda(parameters, device, free, name, why) -> None:
     if name == PAGED:
         why = f"fp32 state, {why} free"
@@ -112,12 +115,15 @@ def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() ->
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize(("name", "line"), [
-    ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
-    ("adamw", "adamw with fp32 state, 524.3 kB"),
-    ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
-    (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
+        ("adamw", "adamw with fp32 state, 524.3 kB"),
+        ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
+        (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
+    ],
+)
 @pytest.mark.filterwarnings("error:.*[Pp]aged")  # what bitsandbytes would warn of is in the line
 def test_each_trains_and_says_what_it_is(name: str, line: str, llama, tmp_path, capsys) -> None:
     asked = request(llama, tmp_path / "a", optimizer=name)

@@ -45,13 +45,15 @@ NOT_SAID = {k: v for k, v in SMALL.items() if k != "type_vocab_size"}
 
 TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
 CAUSAL: dict[str, tuple[Any, dict[str, Any], int | None]] = {
-    "gpt2": (tf.GPT2Config, GPT, N), "gpt-bigcode": (tf.GPTBigCodeConfig, GPT, N),
+    "gpt2": (tf.GPT2Config, GPT, N),
+    "gpt-bigcode": (tf.GPTBigCodeConfig, GPT, N),
     "openai-gpt": (tf.OpenAIGPTConfig, GPT, N),
     "gptj": (tf.GPTJConfig, GPT | {"rotary_dim": 8}, N),
     "codegen": (tf.CodeGenConfig, GPT | {"rotary_dim": 8}, N),
     "ctrl": (tf.CTRLConfig, GPT | {"dff": 48}, N),
     "opt": (tf.OPTConfig, NOT_SAID | {"ffn_dim": 48, "word_embed_proj_dim": 32}, N),
-    "biogpt": (tf.BioGptConfig, NOT_SAID, N), "bart": (tf.BartConfig, BART, N),
+    "biogpt": (tf.BioGptConfig, NOT_SAID, N),
+    "bart": (tf.BartConfig, BART, N),
     "pegasus": (tf.PegasusConfig, BART, N),
     "roberta-decoder": (tf.RobertaConfig, SMALL | {"is_decoder": True}, N - 2),
     # its table grows as rows do
@@ -63,7 +65,7 @@ CAUSAL: dict[str, tuple[Any, dict[str, Any], int | None]] = {
         "new_decoder_architecture": False}, None),
     "llama": (tf.LlamaConfig, NOT_SAID, None),
     "mamba": (tf.MambaConfig, TINY, None),
-}  # fmt: skip
+}
 ESM = NOT_SAID | {"mask_token_id": 2}
 CLASSIFIERS: dict[str, tuple[Any, dict[str, Any], int | None]] = {
     "bert": (tf.BertConfig, SMALL, N),

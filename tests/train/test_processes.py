@@ -162,19 +162,22 @@ def test_two_processes_share_other_runs(what: str, command, tmp_path) -> None:
 DIVIDED = {
     "uneven batches": ("--set", "batch=6", "--set", "accumulate=3"),
     "checkpointed": ("--set", "gradient_checkpointing=true"),
-    "nf4": ("--set", "storage=nf4"), "nf4 in fp32": ("--set", "storage=nf4"),
-    "dropout": ("--set", "dropout=0.1"), "prompt": ("--method", "prompt"),
+    "nf4": ("--set", "storage=nf4"),
+    "nf4 in fp32": ("--set", "storage=nf4"),
+    "dropout": ("--set", "dropout=0.1"),
+    "prompt": ("--method", "prompt"),
     "dora": ("--method", "dora", "--eval-fraction", "0.2"),
     "dpo": ("--objective", "dpo"),
     "kto": ("--objective", "kto", "--set", "batch=6", "--set", "accumulate=3"),
-    "reward": ("--objective", "reward"), "pissa": ("--method", "pissa"),
+    "reward": ("--objective", "reward"),
+    "pissa": ("--method", "pissa"),
     "adalora": ("--method", "adalora"),
     "8 bits": ("--set", "optimizer=adamw8bit", "--rank", "64"),
     "full": ("--method", "full", "--set", "clip=0.5", "--eval-fraction", "0.2"),
     "full, some modules": ("--method", "full", "--set", "targets=[q_proj, down_proj]"),
     "full, bf16": ("--method", "full", "--set", "storage=bf16"),
     "full, checkpointed": ("--method", "full", "--set", "gradient_checkpointing=true"),
-}  # fmt: skip
+}
 
 
 def noting(folder: Path, fp32: bool) -> Callable[[int], dict]:

@@ -40,11 +40,14 @@ def the_line(done: list[One], code: int) -> str:
     return line
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    (("--data", "{other}"), "the rows: "),
-    (("--data", "none.jsonl"), "none.jsonl: there is no such file"),
-    (("--set", "seed=3"), "seed: 3 there, 0 in process 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--data", "{other}"), "the rows: "),
+        (("--data", "none.jsonl"), "none.jsonl: there is no such file"),
+        (("--set", "seed=3"), "seed: 3 there, 0 in process 0"),
+    ],
+)
 def test_a_process_that_differs_is_refused_by_all(given, said, command, tmp_path) -> None:
     at, other = command.index("--data"), rows(tmp_path / "other.jsonl", 24)
     shared, data = (*command[:at], *command[at + 2 :]), command[at : at + 2]
@@ -106,11 +109,15 @@ def reading(folder: Path) -> Callable[[int], dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [
-    ("--set", "dropout=0.1"),
-    ("--set", "dropout=0.1", "--strategy", "fsdp"),
-    ("--method", "full", "--strategy", "fsdp"),
-], ids=["lora", "lora, divided", "full, divided"])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--set", "dropout=0.1"),
+        ("--set", "dropout=0.1", "--strategy", "fsdp"),
+        ("--method", "full", "--strategy", "fsdp"),
+    ],
+    ids=["lora", "lora, divided", "full, divided"],
+)
 @pytest.mark.parametrize(("count", "others"), [(2, (1,)), (4, (2, 1))])
 def test_a_signal_to_one_stops_all_and_they_resume(count, others, asked, command, tmp_path) -> None:
     """Byte for byte as one that was not stopped, and by another number to rounding."""

@@ -136,9 +136,11 @@ def test_a_format_of_ones_own_up_to_a_plain_model(kind, template, tiny_model_dir
 
 def test_what_is_known_already_is_said_and_trained(tiny_model_dir, template, tmp_path) -> None:
     asked = request(
-        tiny_model_dir("gemma"), tmp_path / "a", new_tokens=("<|user|>", "<|im_end|>"),
+        tiny_model_dir("gemma"),
+        tmp_path / "a",
+        new_tokens=("<|user|>", "<|im_end|>"),
         chat_template=str(template),
-    )  # fmt: skip
+    )
     notice = (
         "new tokens: <|user|> 300; <|im_end|> is a token already (2), its embedding is trained too"
     )

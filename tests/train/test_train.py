@@ -66,10 +66,14 @@ ROLES = {"dropout": 0.0, "lr": 1e-2, "new_tokens": ("<|user|>", "<|assistant|>")
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
-@pytest.mark.parametrize(("kind", "given"), [
-    ("llama", PLAIN),
-    *(pytest.param(kind, ROLES, marks=pytest.mark.slow) for kind in ("gemma", "qwen2")),
-], ids=["plain", "tokens-gemma", "tokens-qwen2"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("llama", PLAIN),
+        *(pytest.param(kind, ROLES, marks=pytest.mark.slow) for kind in ("gemma", "qwen2")),
+    ],
+    ids=["plain", "tokens-gemma", "tokens-qwen2"],
+)
 def test_padded_packed_and_accumulated_losses_agree(kind, given, tiny_model_dir, tmp_path) -> None:
     if given is ROLES:
         (tmp_path / "chat.jinja").write_text(TEMPLATE)
@@ -90,9 +94,11 @@ def test_what_rows_begin_with_is_said_and_changes_no_loss(llama, tmp_path: Path)
     """In one micro-batch, in several, checkpointed, and killed and resumed as it began."""
     model, told = llama, Console(file=io.StringIO(), width=200)
     ways = {
-        "apart": {"packing": True}, "once": {}, "accumulated": {"accumulate": 2},
+        "apart": {"packing": True},
+        "once": {},
+        "accumulated": {"accumulate": 2},
         "checkpointed": {"gradient_checkpointing": True},
-    }  # fmt: skip
+    }
     losses = {
         name: train(request(model, tmp_path / name, dropout=0.0, **fields), told).losses
         for name, fields in ways.items()
@@ -220,10 +226,13 @@ def test_a_loss_not_finite_stops_the_run_and_names_the_last_checkpoint(llama, tm
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("lr", "steps", "told"), [
-    (1e9, 9, r"steps 2 to 6: the gradient is not finite; the last good .*step-000001\b"),
-    (1e38, 1, r"step 1: found NaN or infinity in model.embed_tokens.weight.*no checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lr", "steps", "told"),
+    [
+        (1e9, 9, r"steps 2 to 6: the gradient is not finite; the last good .*step-000001\b"),
+        (1e38, 1, r"step 1: found NaN or infinity in model.embed_tokens.weight.*no checkpoint"),
+    ],
+)
 def test_full_fine_tuning_writes_nothing_not_finite(lr, steps, told, llama, tmp_path) -> None:
     fields = {"method": "full", "lr": lr, "steps": steps, "save_every": 1, "keep": 9}
     with pytest.raises(LorafoldError, match=told):
