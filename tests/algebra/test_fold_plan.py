@@ -64,14 +64,3 @@ def test_files_are_planned_as_the_model_is(tiny_model, tiny_model_dir, tmp_path)
     adapter.save(tmp_path / "a")
     planned = plan(Base(tiny_model_dir("gpt2")), [Saved.open(tmp_path / "a")])
     assert {planned.changed[name]: shape for name, shape in planned.shapes.items()} == expected
-
-
-def test_what_lies_beneath_must_be_merged_first(tiny_model: Callable) -> None:
-    model = tiny_model("llama")
-    lower = lf.attach(model, lf.LoRA(rank=2), name="lower")
-    upper = lf.attach(model, lf.LoRA(rank=2), name="upper")
-    assert plan_fold(model, ["lower", "upper"]).problems == ()
-    assert all("'lower' is attached" in why for _, why in plan_fold(model, ["upper"]).problems)
-    with pytest.raises(NotMergeable, match="'lower' is attached below; merge that one first"):
-        upper.merge()
-    assert set(lower.deltas) == set(upper.deltas)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
 
 import lorafold as lf
+from adapter_cases import relative
 from lorafold.core.attach import Deltas, base_state
 from lorafold.layers import layer_of
 from lorafold.methods import METHODS
@@ -68,10 +69,6 @@ def rooted(
 
 def move(adapter: lf.Adapter, size: float = 0.1) -> lf.Adapter:
     return moved(adapter, size, 2)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @torch.no_grad()

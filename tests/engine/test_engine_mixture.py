@@ -16,10 +16,10 @@ from engine_cases import (
     is_finite,
     loaded,
     prompt,
+    same_bits,
     sampling,
     save_adapters,
     together,
-    watch,
 )
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
@@ -138,25 +138,6 @@ def test_stacks_of_many_ranks_and_targets(model, tmp_path) -> None:
         assert together(engine, asked, steps_between=1) == tokens
 
 
-def logits_seen(engine: Engine, request: Request, others: list[Request]) -> list[torch.Tensor]:
-    """The logits of each token of a request, bit for bit, with others in the batch."""
-    seen: list[torch.Tensor] = []
-
-    def see(rows: Any, counts: Any, logits: torch.Tensor) -> None:
-        for b, (row, n) in enumerate(zip(rows, counts, strict=True)):
-            if row.request.id == request.id and row.pending == n:
-                seen.append(logits[b].clone())
-
-    watch(engine, see)
-    streams = [engine.submit(other) for other in others[: len(others) // 2]]
-    engine.step()
-    stream = engine.submit(request)
-    streams += [engine.submit(other) for other in others[len(others) // 2 :]]
-    engine.run()
-    assert stream.result().message == ""
-    return [*seen]  # the engine goes on
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "seed"), [(60, 0), (500, 1), (500, 2)])
 def test_random_requests_are_each_as_alone(model, paths, n: int, seed: int) -> None:
@@ -185,17 +166,12 @@ def test_random_requests_are_each_as_alone(model, paths, n: int, seed: int) -> N
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("adapter", [None, "lora", "dora", "prompt", "houlsby", "vera"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_invariant_logits_are_the_same_bits_in_any_company(
-    model, paths, tiny_model, adapter, dtype
-) -> None:
-    model = model if dtype is torch.float32 else tiny_model("llama").to(dtype)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_invariant_logits_are_the_same_bits(model, paths, tiny_model, adapter, kind) -> None:
+    model = model if kind == "fp32" else tiny_model("llama").bfloat16()
     request = Request("it", prompt(21, 5), 10, adapter=adapter)
     with loaded(Engine(model, slots=6, length=64, chunk=8, invariant=True), paths) as engine:
-        by_itself = logits_seen(engine, request, [])
-        with_others = logits_seen(engine, request, mixture(14))
-    assert len(by_itself) == request.max_new_tokens
-    assert all(torch.equal(a, b) for a, b in zip(by_itself, with_others, strict=True))
+        same_bits(engine, request, mixture(14))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "houlsby", "ia3"])

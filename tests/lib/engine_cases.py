@@ -154,6 +154,32 @@ def failing(engine: Engine, when: Callable[[Any, int], bool], error: Exception) 
         yield
 
 
+def logits_of(engine: Engine, request: Request, others: Sequence[Request]) -> list[torch.Tensor]:
+    """The logits of each token of a request, with others in the batch, earlier and later ones."""
+    seen: list[torch.Tensor] = []
+
+    def see(rows: Any, counts: Any, logits: torch.Tensor) -> None:
+        for b, (row, n) in enumerate(zip(rows, counts, strict=True)):
+            if row.request.id == request.id and row.pending == n:
+                seen.append(logits[b].clone())
+
+    watch(engine, see)
+    half = len(others) // 2
+    streams = [engine.submit(other) for other in others[:half]]
+    engine.step()
+    streams += [engine.submit(asked) for asked in (request, *others[half:])]
+    engine.run()
+    assert not any(stream.result().message for stream in streams)
+    return [*seen]  # the engine goes on
+
+
+def same_bits(engine: Engine, request: Request, others: Sequence[Request]) -> None:
+    """The logits of a request are, beside others, bit for bit those that it has by itself."""
+    alone, beside = logits_of(engine, request, []), logits_of(engine, request, others)
+    assert len(alone) == len(beside) == request.max_new_tokens
+    assert all(map(torch.equal, alone, beside))
+
+
 def ended(engine: Engine, request: Request) -> Ended:
     """The end of a request that runs by itself."""
     stream = engine.submit(request)

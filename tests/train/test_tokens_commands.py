@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
-from adapter_cases import resaved
+from adapter_cases import relative, resaved
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.comparing.measure import ComparisonTask, Variant
@@ -64,10 +64,6 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 def config_of(adapter: Path) -> dict[str, Any]:
     return json.loads((adapter / "adapter_config.json").read_text())
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def in_peft(model: Any, words: int, adapter: Path, ids: list[int]) -> torch.Tensor:
