@@ -135,7 +135,7 @@ def test_verbs(verb: str, model: Path, adapters: list[Path], tmp_path: Path) -> 
             return lf.generate(prompts="What is 3?", adapters=adapters[0], max_new_tokens=8, **on)
         if verb == "inspect":
             found = lf.inspect(adapters[0], model=model, device=device)
-            return [site["norm"] for site in found.sites.values()]
+            return [site.base.norm for site in found.sites.values()]
         out = tmp_path / name
         if verb == "fragility":
             found = lf.fragility(
