@@ -290,7 +290,7 @@ def test_no_8_bit_optimizer_is_advised_or_taken_for_16_bit_weights() -> None:
 def test_the_command_refuses_8_bits_in_one_line(tiny_model_dir, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     where = f"--data {rows} --model {tiny_model_dir('llama')} --out {tmp_path / 'out'}"
-    how = "--method full --storage bf16 --optimizer paged-adamw8bit"
+    how = "--method full --storage bf16 --optimizer paged-adamw8bit --max-length 64"
     assert refused("train", *where.split(), *how.split()) == (
         "error: optimizer paged-adamw8bit rounds updates to the nearest, and weights in bfloat16"
         " would lose those under half a unit; expected optimizer adamw, or base fp32\n"
