@@ -179,7 +179,7 @@ def test_a_resumed_run_must_be_the_same_run(llama, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_other_held_out_rows_are_refused_where_the_run_says_which(llama, tmp_path) -> None:
+def test_other_held_out_rows_are_refused_whatever_the_run_said(llama, tmp_path) -> None:
     out, fields = tmp_path / "a", {"lr": 1e30, "lr_b": 1e30, "save_every": 1}
     one, other = ({"prompt": "a", "completion": c} for c in ("b", "c"))
     asked = replace(request(llama, out, **fields), eval_rows=[one])
@@ -191,7 +191,7 @@ def test_other_held_out_rows_are_refused_where_the_run_says_which(llama, tmp_pat
     identity = json.loads((RunDirectory(out).path / "run.json").read_text())
     del identity["eval_data"]
     RunDirectory(out).start(identity)  # as a version began it that knew no such field
-    with pytest.raises(LorafoldError, match=r"eval_data: was null, now .* lorafold that began it"):
+    with pytest.raises(LorafoldError, match=r"eval_data: was None, now .* lorafold that began it"):
         train(again, quiet())
 
 
