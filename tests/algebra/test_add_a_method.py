@@ -1,8 +1,4 @@
-"""A new method is one file and one row of METHODS: all else follows from them.
-
-The file is written into a temporary directory, registered, and then trained, saved, loaded, merged
-and evaluated, from Python and by the command; the laws are those of `laws.py`.
-"""
+"""A new method is one file and one row of METHODS: all else follows from them."""
 
 import importlib.util
 import json
@@ -14,25 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
 import laws
 import lorafold as lf
+import noise
 from fresh_models import fresh_model
-from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
-from lorafold.recipe.recipe import Recipe
-from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
-from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 IDS = torch.arange(24).reshape(3, 8)
@@ -41,8 +32,6 @@ FILE = '''"""Scaled: every output of a layer, or every group of them, times a nu
 
     y = (1 + strength s) * (W x + b)        s (out / group,) zero at start
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -100,12 +89,7 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def moved(model: nn.Module, spec: Spec) -> lf.Adapter:
-    adapter = lf.attach(model, spec)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return adapter
+    return noise.moved(lf.attach(model, spec))
 
 
 @torch.no_grad()
@@ -115,8 +99,6 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def config_of(path: Path) -> dict[str, Any]:
     return json.loads((path / "adapter_config.json").read_text())
-
-
 
 
 @pytest.mark.few(20)
@@ -173,9 +155,7 @@ def test_loading_is_strict(scaled: ModuleType, tiny_model, tmp_path: Path) -> No
     refused("colour=3 is not supported", {}, colour=3)
 
 
-def test_a_file_of_a_method_that_is_not_there(
-    scaled: ModuleType, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_a_method_that_is_not_there(scaled, tiny_model, tmp_path, monkeypatch) -> None:
     moved(tiny_model("llama"), scaled.Scaled()).save(tmp_path / "a")
     monkeypatch.delitem(METHODS, "scaled")
     with pytest.raises(LorafoldError, match=r"'LORAFOLD_SCALED' is not supported.*imported first"):
@@ -184,54 +164,32 @@ def test_a_file_of_a_method_that_is_not_there(
         moved(tiny_model("llama"), scaled.Scaled()).save(tmp_path / "b")
 
 
-def test_it_trains_merges_and_is_evaluated_from_python(
-    scaled: ModuleType, tiny_model_dir, tmp_path: Path
-) -> None:
-    asked = {"method": "scaled", "options": {"group": 2}, "storage": "fp32"}
-    recipe = Recipe(steps=12, batch=12, lr=0.1, **asked)
-    model_dir, out = tiny_model_dir("qwen2"), tmp_path / "a"
-    request = RunRequest(Base(model_dir, device="cpu"), out, recipe, ROWS, "rows")
-    trained = train(request, Console(quiet=True))
-    assert trained.losses[-1] < trained.losses[0] - 0.05
-    model = fresh_model(model_dir)
-    adapter = lf.load(model, out)
-    assert adapter.spec == scaled.Scaled(group=2)
-    adapted = logits(model)
-    merge(str(model_dir), [out], tmp_path / "merged", console=Console(quiet=True))
-    assert torch.allclose(
-        logits(load_model(tmp_path / "merged", torch.float32)), adapted, rtol=1e-4, atol=1e-5
-    )
-    adapter.merge()
-    assert torch.allclose(logits(model), adapted, rtol=1e-4, atol=1e-5)
-
-
-def test_it_trains_merges_and_is_evaluated_by_the_command(
-    scaled: ModuleType, tiny_model_dir, tmp_path: Path
-) -> None:
-    def lorafold(*arguments: object) -> dict[str, Any]:
-        given = [*map(str, arguments), "--json"]
-        done = CliRunner().invoke(app, given, catch_exceptions=False)
+def test_it_trains_merges_and_is_evaluated(scaled: ModuleType, tiny_model_dir, tmp_path) -> None:
+    def run(words: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, [*words.split(), "--json"], catch_exceptions=False)
         return json.loads(done.stdout.splitlines()[-1])
 
-    data, model, adapter = tmp_path / "rows.jsonl", tiny_model_dir("llama"), tmp_path / "a"
+    model, data = tiny_model_dir("qwen2"), tmp_path / "rows.jsonl"
+    out, merged = tmp_path / "a", tmp_path / "merged"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    options = ("--storage", "fp32", "--set", "steps=4", "--set", "lr=0.05", "--set", "batch=4")
-    options = (*options, "--set", "options.strength=2.0", "--device", "cpu")
-    lorafold("train", "--model", model, "--data", data, "--out", adapter, "--method", "scaled",
-             *options)  # fmt: skip
-    assert config_of(adapter)["strength"] == 2.0
-    plain = ("--data", data, "--storage", "fp32")
-    ours = lorafold("eval", "--model", model, "--adapter", adapter, *plain)
-    bare = lorafold("eval", "--model", model, *plain)
-    assert ours["loss"] < bare["loss"]
-    lorafold("merge", "--model", model, "--adapter", adapter, "--out", tmp_path / "merged")
-    merged = lorafold("eval", "--model", tmp_path / "merged", *plain)
-    assert merged["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+    options = "--set steps=12 --set lr=0.1 --set batch=12 --set options.group=2"
+    plain = f"--data {data} --storage fp32"
+    losses = run(f"train --model {model} {plain} --out {out} --method scaled {options}")["losses"]
+    assert losses[-1] < losses[0] - 0.05
+    ours = run(f"eval --model {model} --adapter {out} {plain}")["loss"]
+    assert ours < run(f"eval --model {model} {plain}")["loss"]
+    run(f"merge --model {model} --adapter {out} --out {merged}")
+    assert run(f"eval --model {merged} {plain}")["loss"] == pytest.approx(ours, rel=1e-5)
+    adapted = fresh_model(model)
+    adapter = lf.load(adapted, out)
+    assert adapter.spec == scaled.Scaled(group=2)
+    expected = logits(adapted)
+    adapter.merge()
+    for found in (adapted, load_model(merged, torch.float32)):
+        assert torch.allclose(logits(found), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_names_in_files_are_one_a_method(
-    scaled: ModuleType, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_in_files_are_one_a_method(scaled, tiny_model, tmp_path, monkeypatch) -> None:
     # another name of the same class changes nothing
     monkeypatch.setitem(METHODS, "scaled-twos", lambda: scaled.Scaled(group=2))
     moved(tiny_model("llama"), scaled.Scaled(group=2)).save(tmp_path / "a")
@@ -289,18 +247,14 @@ def test_options_come_back_as_they_went(spec: Holder, tiny_model, tmp_path: Path
 
 @pytest.mark.usefixtures("holder")
 @pytest.mark.parametrize("value", [Holder(), {1, 2}, float("inf"), nn.ReLU], ids=str)
-def test_an_option_that_would_not_come_back_is_not_written(
-    value: object, tiny_model, tmp_path: Path
-) -> None:
+def test_an_option_that_would_not_come_back_is_not_written(value, tiny_model, tmp_path) -> None:
     adapter = moved(tiny_model("llama"), Holder(kind=value))
     with pytest.raises(LorafoldError, match=r"Holder: kind=.* would not come back from a file"):
         adapter.save(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
-def test_an_option_with_the_name_of_a_shared_key_is_refused(
-    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_option_named_as_a_shared_key_is_refused(tiny_model, tmp_path, monkeypatch) -> None:
     @dataclass(frozen=True)
     class Biased(Spec):
         bias: float = 0.0
@@ -313,9 +267,7 @@ def test_an_option_with_the_name_of_a_shared_key_is_refused(
         moved(tiny_model("llama"), Biased()).save(tmp_path / "a")
 
 
-def test_a_new_additive_method_goes_under_dora(
-    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_additive_method_goes_under_dora(tiny_model, tmp_path, monkeypatch) -> None:
     from lorafold.core.delta import Additive
 
     class RowsDelta(Additive):

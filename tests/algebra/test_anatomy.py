@@ -1,8 +1,4 @@
-"""A model's anatomy: what it says of each kind of model, that it is made once, and that it is never
-of a model as it was before.
-"""
-
-from __future__ import annotations
+"""A model's anatomy: what it finds in each kind of model, once, and again after a change."""
 
 import copy
 import sys
@@ -112,9 +108,7 @@ def test_it_keeps_no_module() -> None:
     assert whole() is None
 
 
-def test_a_run_makes_it_once_and_hardly_asks_about_experts(
-    tmp_path: Path, tiny_model_dir: Any
-) -> None:
+def test_a_run_makes_it_once_and_hardly_asks_about_experts(tmp_path, tiny_model_dir) -> None:
     """It looked 11 times for the blocks, and 27% of all calls asked about experts."""
     made: list[nn.Module] = []
     calls = Counter[str]()

@@ -1,19 +1,18 @@
-"""16-bit products in fp32 arithmetic: rounded once, where the processor is faster at it, in every
-operation that multiplies.
-"""
-
-from __future__ import annotations
+"""16-bit products in fp32 arithmetic, rounded once, in every operation that multiplies."""
 
 from collections.abc import Iterator
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from arithmetic_cases import IN, OPS, Products, T, X
+from arithmetic_cases import IN, OPS, Products, T, W, X
 from lorafold.ops import arithmetic as module
 from lorafold.ops import cross_entropy
-from lorafold.ops.arithmetic import ROWS, arithmetic, multiplying
+from lorafold.ops.arithmetic import ROWS, arithmetic, linear, multiplying, widening_pays, widens
 from lorafold.ops.operators import plainly
 
 
@@ -54,16 +53,9 @@ def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch)
 
 @multiplying(widened=True)
 def test_only_16_bit_products_of_many_rows_are_widened() -> None:
-    wide = {
-        dtype: arithmetic(X.to(dtype))
-        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    }
-    assert wide == {
-        torch.bfloat16: torch.float32,
-        torch.float16: torch.float32,
-        torch.float32: torch.float32,
-        torch.float64: torch.float64,
-    }
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert arithmetic(X.to(dtype)) is torch.float32
+    assert arithmetic(X.double()) is torch.float64
     assert arithmetic(X[: ROWS - 1]) is torch.bfloat16
     assert arithmetic(X.unflatten(0, (2, -1))) is torch.float32
     assert arithmetic(X.to("meta")) is torch.bfloat16
@@ -72,13 +64,7 @@ def test_only_16_bit_products_of_many_rows_are_widened() -> None:
 # flags of /proc/cpuinfo, torch's two answers, and whether bf16 and fp16 are better widened
 PROCESSORS = {
     "amd": ("AuthenticAMD avx512_bf16", False, True, False, True),
-    "intel-amx": (
-        "GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx_bf16",
-        True,
-        True,
-        False,
-        False,
-    ),
+    "intel-amx": ("GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx", True, True, False, False),
     "intel-amx-hidden": ("GenuineIntel avx512_bf16 avx512_fp16", False, True, True, False),
     "amd-avx2": ("AuthenticAMD avx2 f16c", False, False, True, True),
     "intel-laptop": ("GenuineIntel avx2 f16c", False, False, True, True),
@@ -101,3 +87,58 @@ def test_what_pays_follows_from_the_processor(name: str, monkeypatch: pytest.Mon
 def test_other_processors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.platform, "machine", lambda: "arm64")
     assert not module.widening_pays.__wrapped__(torch.bfloat16)
+
+
+KINDS = {False: torch.bfloat16, True: torch.float32}
+
+
+@pytest.mark.parametrize("widened", KINDS)
+def test_it_holds_until_the_scope_ends(widened: bool) -> None:
+    own = widening_pays(torch.bfloat16)
+    with multiplying(widened=widened):
+        assert arithmetic(X) is KINDS[widened]
+        with multiplying(widened=not widened):
+            assert widens(torch.bfloat16) is widens(torch.float16) is not widened
+        assert widens(torch.bfloat16) is widened
+    assert widens(torch.bfloat16) is own
+    with pytest.raises(ZeroDivisionError), multiplying(widened=not own):
+        _ = 1 / 0
+    assert widens(torch.bfloat16) is own
+
+
+def test_another_thread_decides_for_itself() -> None:
+    found: list[bool] = []
+    with multiplying(widened=not widening_pays(torch.bfloat16)):
+        thread = Thread(target=lambda: found.append(widens(torch.bfloat16)))
+        thread.start()
+        thread.join()
+    assert found == [widening_pays(torch.bfloat16)]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("widened", KINDS)
+def test_a_backward_multiplies_as_its_forward_did(op: str, widened: bool) -> None:
+    given, call = OPS[op]
+    with plainly(), Products() as products:
+        with multiplying(widened=widened):
+            y = call(*(z.detach().clone().requires_grad_() for z in given))
+        with multiplying(widened=not widened):
+            y.backward(torch.ones_like(y))
+    assert products.dtypes == {KINDS[widened]}
+
+
+def test_compiled_code_is_one_graph_for_every_scope() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(linear, backend=backend, fullgraph=True)
+    for widened in KINDS:
+        with multiplying(widened=widened):
+            assert torch.equal(compiled(X, W), F.linear(X, W))
+    (graph,) = graphs
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
+        F.linear
+    ]

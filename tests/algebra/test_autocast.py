@@ -1,14 +1,9 @@
-"""torch.autocast over an fp32 base, which Trainer and TRL turn on: every method over every storage,
-whole models, experts, the fused parts, and PEFT's adapters beside ours.
-
-the law     a layer under autocast is as exact as the plain module with the folded weight
-gradients   every parameter has the gradient of fp32, up to the rounding of a few products
-"""
-
-from __future__ import annotations
+"""torch.autocast over an fp32 base: layers, models, experts, the fused parts, and PEFT beside."""
 
 import copy
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -40,9 +35,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("method", "base"), CASES)
-def test_a_layer_is_as_exact_as_the_plain_module(
-    method: str, base: str, stored: torch.dtype
-) -> None:
+def test_a_layer_is_as_exact_as_the_plain_module(method, base, stored) -> None:
     root, x, adapter = adapted(method, base, stored)
     move(adapter)
     x = x.float() if x.is_floating_point() else x
@@ -84,6 +77,17 @@ def test_a_layer_has_the_gradients_of_fp32(method: str, base: str, inside: bool)
         assert off(ours, expected) < 16 * UNIT
 
 
+def with_and_without(model: nn.Module, adapter: lf.Adapter, ids: Tensor) -> Iterator[Any]:
+    """The loss and the gradients of a step under autocast, and of one in fp32."""
+    for enabled in (True, False):
+        with bf16(enabled):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        grads = [p.grad.flatten() for p in adapter.parameters() if p.grad is not None]
+        yield float(loss.detach()), torch.cat(grads)
+        model.zero_grad()
+
+
 @pytest.mark.few(10)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "linear-probe"])
@@ -92,15 +96,7 @@ def test_a_model_trains_as_in_fp32(method: str, checkpointing: bool, tiny_model)
     adapter = moved(attached(model, method))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    found: list[tuple[float, Tensor]] = []
-    for enabled in (True, False):
-        with bf16(enabled):
-            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
-        loss.backward()
-        grads = [p.grad.flatten() for p in adapter.parameters() if p.grad is not None]
-        found.append((float(loss.detach()), torch.cat(grads)))
-        model.zero_grad()
-    (ours, g), (expected, e) = found
+    (ours, g), (expected, e) = with_and_without(model, adapter, IDS)
     assert ours == pytest.approx(expected, rel=1e-2)
     assert off(g, e) < 0.05
 
@@ -120,24 +116,16 @@ def test_fused_parts_and_adapters_agree(method: str, tiny_model) -> None:
     model = tiny_model("qwen2").train()
     adapter = moved(attached(model, method))
     found = []
-    for parts in (True, False):
-        with bf16():
-            if parts:
-                with fused(model):
-                    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
-                    loss.backward()
-            else:
-                loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
-                loss.backward()
+    for parts in (fused(model), nullcontext()):
+        with bf16(), parts:
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]))
         model.zero_grad()
     assert off(*found) < 0.05
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3", "loha", "lokr", "vera"])
-def test_peft_s_model_computes_the_same(
-    method: str, tiny_model, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_peft_s_model_computes_the_same(method: str, tiny_model, tiny_model_dir, tmp_path) -> None:
     model = tiny_model("llama")
     moved(attached(model, method)).save(tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
@@ -176,11 +164,5 @@ def test_experts(method: str, family: str) -> None:
     model = AutoModelForCausalLM.from_config(CONFIGS[family](num_experts_per_tok=4)).train()
     ids = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
     adapter = moved(lf.attach(model, spec_of(method), ["experts.gate_up_proj"]))
-    found = []
-    for enabled in (True, False):
-        with bf16(enabled):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]))
-        model.zero_grad()
-    assert off(*found) < 0.1
+    (_, ours), (_, expected) = with_and_without(model, adapter, ids)
+    assert off(ours, expected) < 0.1

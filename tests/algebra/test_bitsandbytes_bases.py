@@ -1,23 +1,19 @@
-"""Bases packed by bitsandbytes: what is packed, what a step keeps, and that nothing else changes.
-
-(The laws: lib/laws.py.)
-"""
+"""Bases packed by bitsandbytes: what is packed, what a step keeps, and what stays as it was."""
 
 import gc
 import json
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
-from rich.console import Console
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import lorafold as lf
 import nf4_reference as nf4
-from conftest import ALIKE
 from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.layers import layer_of, parameter_count
@@ -33,6 +29,9 @@ from lorafold.resolve import Base
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step.fused_modules import fused
+from noise import moved
+from quantized_cases import ROWS
+from training_cases import quiet, trained
 
 KINDS = ["nf4", "int8"]
 IDS = torch.arange(5, 25)[None]
@@ -49,38 +48,31 @@ def packed_paths(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama-wide", "gpt2-wide"])
 def test_the_linears_of_the_blocks_are_packed_and_nothing_else(tiny_model_dir, name, kind):
-    plain, model = (
-        load_model(tiny_model_dir(name), torch.bfloat16),
-        load_model(tiny_model_dir(name), held(kind, torch.bfloat16)),
-    )
+    path, bf16 = tiny_model_dir(name), torch.bfloat16
+    plain, model = load_model(path, bf16), load_model(path, held(kind, bf16))
     inside = list(lf.attach(plain, lf.LoRA()).matches.paths)
     assert packed_paths(model) == inside
-    assert {
-        p.dtype
-        for n, p in model.named_parameters()
-        if n.rsplit(".", 1)[0] not in inside or n.endswith("bias")
-    } == {torch.bfloat16}
+    named = model.named_parameters()
+    others = [p for n, p in named if n.rsplit(".", 1)[0] not in inside or n.endswith("bias")]
+    assert {p.dtype for p in others} == {bf16}
     assert parameter_count(model) == parameter_count(plain)
-    for path in inside:
-        w, q = layer_of(plain.get_submodule(path)).dense()[0], layer_of(model.get_submodule(path))
+    for site in inside:
+        w, q = layer_of(plain.get_submodule(site)).dense()[0], layer_of(model.get_submodule(site))
         assert q.shape == w.shape
         step = w.float().abs().amax() * (0.16 if kind == "nf4" else 1 / 127)
         assert (q.dense()[0].float() - w.float()).abs().max() <= step
     assert model.generation_config.eos_token_id == plain.generation_config.eos_token_id
-    assert model.name_or_path == str(tiny_model_dir(name))
+    assert model.name_or_path == str(path)
     assert not model.training
 
 
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_an_answer_between_steps_leaves_gradients_as_they_were(tiny_model_dir, method):
-    """bitsandbytes reorders its codes for answers where the CPU has bf16 in AVX512, and gives no
-    gradients from that order.
-    """
+    """bitsandbytes reorders its codes for inference with AVX512, and loses the gradients."""
     model = load_model(tiny_model_dir("llama-wide"), held("nf4", torch.bfloat16))
-    for p in lf.attach(
-        model, make_spec(method), "attention" if method == "lora" else None
-    ).parameters():
+    targets = "attention" if method == "lora" else None
+    for p in lf.attach(model, make_spec(method), targets).parameters():
         p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
 
     def gradients() -> torch.Tensor:
@@ -112,9 +104,9 @@ def test_rows_that_are_no_whole_blocks_stay_in_16_bits(tiny_model_dir):
 
 
 def test_what_is_computed_is_the_specification(tiny_model_dir):
-    plain, model = (
-        load_model(tiny_model_dir("llama-wide"), torch.bfloat16),
-        load_model(tiny_model_dir("llama-wide"), held("nf4")),
+    path = tiny_model_dir("llama-wide")
+    plain, model, unpacked = (
+        load_model(path, how) for how in (torch.bfloat16, held("nf4"), torch.float32)
     )
     for path in packed_paths(model):
         w = plain.get_submodule(path).weight.detach()
@@ -122,16 +114,10 @@ def test_what_is_computed_is_the_specification(tiny_model_dir):
         found = layer_of(model.get_submodule(path)).dense()[0]
         # constants that lie between two of 256 levels
         assert (found - expected).norm() <= 1e-3 * expected.norm()
-    unpacked = load_model(tiny_model_dir("llama-wide"), torch.float32)
-    for path in packed_paths(model):
-        unpacked.get_submodule(path).weight.data.copy_(
-            layer_of(model.get_submodule(path)).dense()[0]
-        )
+        unpacked.get_submodule(path).weight.data.copy_(found)
     # of the embeddings and norms, which a packed model holds in 16 bits
-    bf16 = torch.finfo(torch.bfloat16).eps
-    assert (model(IDS).logits - unpacked(IDS).logits).norm() <= 4 * bf16 * unpacked(
-        IDS
-    ).logits.norm()
+    bf16, expected = torch.finfo(torch.bfloat16).eps, unpacked(IDS).logits
+    assert (model(IDS).logits - expected).norm() <= 4 * bf16 * expected.norm()
 
 
 @pytest.mark.few(24)
@@ -139,16 +125,12 @@ def test_what_is_computed_is_the_specification(tiny_model_dir):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_a_step_keeps_no_matrix_of_the_base(tiny_model_dir, method, kind):
-    """Of what autograd saves between forward and backward nothing has the shape of a packed weight,
-    but what is the model's own.
-    """
+    """Nothing that autograd saves has the shape of a packed weight, but what is the model's own."""
     model = load_model(tiny_model_dir("llama-wide"), held(kind, torch.bfloat16)).train()
     small = {name: 3 for name in ("rank", "size") if name in known_options(method)}
     lf.attach(model, make_spec(method, **small))
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    weights = {
-        shape for p in packed_paths(model) for shape in (layer_of(model.get_submodule(p)).shape,)
-    }
+    weights = {layer_of(model.get_submodule(p)).shape for p in packed_paths(model)}
     kept = []
 
     def pack(t):
@@ -166,18 +148,14 @@ def test_a_step_keeps_no_matrix_of_the_base(tiny_model_dir, method, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_in_memory_leaves_a_plain_model(tiny_model_dir, tmp_path, kind):
     model = load_model(tiny_model_dir("llama-wide"), held(kind))
-    adapter = lf.attach(model, lf.LoRA(dropout=0.0))
-    for p in adapter.parameters():
-        nn.init.normal_(p, std=0.05)
+    adapter = moved(lf.attach(model, lf.LoRA(dropout=0.0)), 0.05)
     expected = model(IDS).logits
     adapter.merge()
     assert packed_paths(model) == []
-    assert (model(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
     model.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert (
-        load_model(tmp_path / "plain", torch.float32)(IDS).logits - expected
-    ).norm() <= 1e-5 * expected.norm()
+    for found in (model, load_model(tmp_path / "plain", torch.float32)):
+        assert (found(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_merging_a_part_leaves_the_rest_packed(tiny_model_dir, tmp_path):
@@ -214,13 +192,11 @@ def test_codes_may_be_stored_under_any_dtype(tiny_model_dir, tmp_path, stored, d
     """As checkpoints for FSDP are (`bnb_4bit_quant_storage`): bf16 codes were converted to fp32."""
     base, found = tiny_model_dir("llama-wide"), []
     for storage in (torch.uint8, stored):
-        made = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage
-        )
+        kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": storage}
+        how: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+        how["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **kind)
         path = tmp_path / str(storage)
-        LlamaForCausalLM.from_pretrained(
-            base, quantization_config=made, dtype=torch.bfloat16, device_map={"": "cpu"}
-        ).save_pretrained(path)
+        LlamaForCausalLM.from_pretrained(base, **how).save_pretrained(path)
         model = load_model(path, held("nf4", dtype))
         lf.attach(model, lf.LoRA())
         found.append(model(IDS).logits)
@@ -243,16 +219,13 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
             layer.mlp.up_proj.weight.mul_(1.1)
     plain.save_pretrained(tmp_path / "other")
     other = load_model(tmp_path / "other", held("nf4"))
+    weights = weights_of(resolve_model(tmp_path / "other"), held("nf4"))
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
-        lf.load(
-            other, tmp_path / "a", base=weights_of(resolve_model(tmp_path / "other"), held("nf4"))
-        )
+        lf.load(other, tmp_path / "a", base=weights)
 
 
 def test_a_deep_base_is_known_by_what_is_not_packed(tiny_model_dir, tmp_path):
-    """With more linears than a fingerprint has room for, none of its weights might be left to
-    compare.
-    """
+    """It has more linears than a fingerprint has room for."""
     config = load_model(tiny_model_dir("llama-wide"), torch.float32).config
     config.num_hidden_layers = 8
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "deep")
@@ -277,67 +250,29 @@ def test_weights_that_bitsandbytes_repacked_are_read_all_the_same():
 
 
 def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
-    with pytest.raises(
-        LorafoldError,
-        match=(
-            "Full trains floating-point weights in place; "
-            "Linear4bit has quantized parameters: weight"
-        ),
-    ):
+    told = "Full trains floating-point weights in place; Linear4bit has quantized parameters: w"
+    with pytest.raises(LorafoldError, match=told):
         lf.attach(load_model(tiny_model_dir("llama-wide"), held("nf4")), lf.Full())
-    request = RunRequest(
-        Base(tiny_model_dir("llama-wide")),
-        tmp_path / "out",
-        Recipe(method="full", storage="nf4"),
-        ROWS,
-        "rows",
-    )
-    with pytest.raises(
-        LorafoldError,
-        match=(
-            "storage nf4: full trains the base's own weights, which can't be quantized; expected"
-            " fp32 or bf16"
-        ),
-    ):
-        train(request, Console(quiet=True))
+    told = "storage nf4: full trains the base's own weights, which can't be quantized; expected fp"
+    with pytest.raises(LorafoldError, match=told):
+        trained(tiny_model_dir("llama-wide"), tmp_path / "out", method="full", storage="nf4")
     assert list(tmp_path.iterdir()) == []
-
-
-ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
 
 
 @pytest.mark.slow
 def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path):
-    model = str(tiny_model_dir("llama-wide"))
-    lines = Console(record=True, quiet=True)
-    train(RunRequest(Base(model), tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
-    assert Saved.open(tmp_path / "a").record["recipe"]["storage"] == "nf4"
-    train(
-        RunRequest(
-            Base(model), tmp_path / "b", Recipe(steps=1, batch=4, storage="int8"), ROWS, "rows"
-        ),
-        lines,
-    )
-    train(
-        RunRequest(
-            Base(model),
-            tmp_path / "c",
-            Recipe(steps=1, batch=4),
-            ROWS,
-            "rows",
-            init_adapter=tmp_path / "b",
-        ),
-        lines,
-    )
-    assert Saved.open(tmp_path / "c").record["recipe"]["storage"] == "int8"
-    train(
-        RunRequest(
-            Base(model), tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"
-        ),
-        lines,
-    )
-    record = json.loads((tmp_path / "d" / "lorafold.json").read_text())
-    assert record["recipe"]["storage"] == "fp32"
+    base = Base(tiny_model_dir("llama-wide"))
+    for name, storage, asked, start in (
+        ("a", "nf4", {}, None),
+        ("b", "int8", {"storage": "int8"}, None),
+        ("c", "int8", {}, tmp_path / "b"),
+        ("d", "fp32", {"method": "full"}, None),
+    ):
+        recipe = Recipe(batch=4, steps=1 + (name == "a"), **asked)
+        where = tmp_path / name, recipe, ROWS, "rows"
+        train(RunRequest(base, *where, init_adapter=start), quiet())
+        record = json.loads((tmp_path / name / "lorafold.json").read_text())
+        assert record["recipe"]["storage"] == storage
 
 
 def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):
@@ -372,24 +307,15 @@ def test_storage_is_named_with_its_reason():
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(m, marks=[pytest.mark.slow] if m in ALIKE else [])
-        for m in METHODS
-        if m not in ("full", "linear-probe")
-    ],
-)
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method):
-    """By the same command, and the merged model is what was trained; or the method says that it has
-    no form in weight space.
-    """
-    model = str(tiny_model_dir("llama-wide"))
+    """The merged model is what was trained, or the method has no form in weight space."""
+    model = tiny_model_dir("llama-wide")
     options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
-    recipe = Recipe(method=method, steps=3, batch=4, options=options)
-    train(RunRequest(Base(model), tmp_path / "a", recipe, ROWS, "rows"), Console(quiet=True))
+    fields = {"method": method, "steps": 3, "storage": "nf4", "options": options}
+    trained(model, tmp_path / "a", ROWS, **fields)
     try:
-        merged = merge(model, [tmp_path / "a"], tmp_path / "out")
+        merged = merge(str(model), [tmp_path / "a"], tmp_path / "out")
     except NotMergeable:
         assert not (tmp_path / "out").exists()
         assert method in ("houlsby", "pfeiffer", "prompt", "prefix")

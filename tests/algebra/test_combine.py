@@ -1,10 +1,7 @@
-"""Combinators: what a mixture, a batch of many tenants and a bank compute, each against the deltas
-alone.
-"""
-
-from __future__ import annotations
+"""Combinators: a mixture, a batch of many tenants and a bank, each against the deltas alone."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ import torch._dynamo.testing
 from torch import nn
 
 import lorafold as lf
+import noise
 from lorafold.core.attach import Selection, attach_delta
 from lorafold.core.combine import Bank, Mix, PerExample, Slots, Stack
 from lorafold.core.delta import Delta, LowRank, Opaque
@@ -27,11 +25,7 @@ IDS = torch.randint(0, IN, (BATCH, TIME), generator=torch.Generator().manual_see
 
 
 def moved(delta: Delta, seed: int) -> Delta:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in delta.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    return delta
+    return noise.moved(delta, 0.3, seed)
 
 
 def low_rank(module: nn.Module, rank: int, seed: int) -> LowRank:
@@ -52,6 +46,11 @@ def under(module: nn.Module, delta: Delta) -> nn.Module:
     return root
 
 
+def alone(module: nn.Module, deltas: Sequence[Delta], x: torch.Tensor = X) -> list[torch.Tensor]:
+    """What the module computes without a delta, and under each of them."""
+    return [module(x), *(under(module, copy.deepcopy(delta))(x) for delta in deltas)]
+
+
 def many(module: nn.Module) -> list[Delta]:
     """Four methods of four kinds: low rank, a bias, a stack, one with no weight-space form."""
     return [
@@ -66,10 +65,8 @@ def test_a_mixture_is_its_formula_and_folds() -> None:
     module, gates = base(), torch.tensor([0.7, -0.4, 1.3])
     deltas = many(module)[:3]
     mix = Mix(deltas, gates)
-    y = module(X)
-    expected = y + sum(
-        g * (under(module, copy.deepcopy(d))(X) - y) for g, d in zip(gates, deltas, strict=True)
-    )
+    y, *each = alone(module, deltas)
+    expected = y + sum(g * (own - y) for g, own in zip(gates, each, strict=True))
     torch.testing.assert_close(under(module, mix)(X), expected)
     w, b = mix.fold(module.weight, module.bias)
     torch.testing.assert_close(nn.functional.linear(X, w, b), expected)
@@ -87,10 +84,8 @@ def test_a_mixture_over_no_bias_folds_into_one() -> None:
 def test_a_mixture_of_low_rank_deltas_is_one_of_their_summed_rank() -> None:
     module, gates = base(), torch.tensor([0.7, -0.4])
     deltas = [low_rank(module, 2, 1), low_rank(module, 3, 2)]
-    y = module(X)
-    expected = y + sum(
-        g * (under(module, copy.deepcopy(d))(X) - y) for g, d in zip(gates, deltas, strict=True)
-    )
+    y, *each = alone(module, deltas)
+    expected = y + sum(g * (own - y) for g, own in zip(gates, each, strict=True))
     torch.testing.assert_close(under(module, Mix(deltas, gates))(X), expected)
     narrow, twins = copy.deepcopy(module).bfloat16(), copy.deepcopy(deltas)
     for d in twins:
@@ -111,9 +106,8 @@ def test_gates_and_deltas_of_a_mixture_learn() -> None:
     under(module, mix)(X).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in mix.parameters())
     shared = nn.Parameter(torch.ones(1))
-    assert (
-        Mix([low_rank(module, 2, 1)], shared).gates is Mix([low_rank(module, 2, 1)], shared).gates
-    )
+    one, other = (Mix([low_rank(module, 2, 1)], shared) for _ in range(2))
+    assert one.gates is other.gates
 
 
 def test_an_opaque_member_makes_a_mixture_unmergeable() -> None:
@@ -126,9 +120,9 @@ def test_an_opaque_member_makes_a_mixture_unmergeable() -> None:
 def test_each_row_is_computed_as_under_its_delta_alone(slots: list[int]) -> None:
     module = base()
     deltas = many(module)
-    alone = [module(X), *(under(module, copy.deepcopy(d))(X) for d in deltas)]
+    each = alone(module, deltas)
     y = under(module, PerExample(deltas, Slots(torch.tensor(slots))))(X)
-    torch.testing.assert_close(y, torch.stack([alone[slot][b] for b, slot in enumerate(slots)]))
+    torch.testing.assert_close(y, torch.stack([each[slot][b] for b, slot in enumerate(slots)]))
 
 
 def scaling(seed: int) -> IA3Delta:
@@ -140,12 +134,12 @@ def test_deltas_that_change_the_input_are_combined_as_they_compute_alone() -> No
     module = base()
     deltas: list[Delta] = [scaling(1), low_rank(module, 2, 2), scaling(3)]
     slots = [0, 1, 2, 3, 3, 1]
-    alone = [module(X), *(under(module, copy.deepcopy(d))(X) for d in deltas)]
-    assert (alone[1] - alone[0]).norm() > 0.1
+    each = alone(module, deltas)
+    assert (each[1] - each[0]).norm() > 0.1
     y = under(module, PerExample(deltas, Slots(torch.tensor(slots))))(X)
-    torch.testing.assert_close(y, torch.stack([alone[slot][b] for b, slot in enumerate(slots)]))
+    torch.testing.assert_close(y, torch.stack([each[slot][b] for b, slot in enumerate(slots)]))
     gates = torch.tensor([0.7, -0.4, 1.3])
-    mixed = alone[0] + sum(g * (a - alone[0]) for g, a in zip(gates, alone[1:], strict=True))
+    mixed = each[0] + sum(g * (a - each[0]) for g, a in zip(gates, each[1:], strict=True))
     mix = Mix(deltas, gates)
     torch.testing.assert_close(under(module, mix)(X), mixed)
     w, b = mix.fold(module.weight, module.bias)
@@ -169,9 +163,8 @@ def test_the_base_runs_once_under_rows() -> None:
 
 def test_rows_learn_each_from_its_own() -> None:
     module = base()
-    rows = PerExample(
-        [low_rank(module, 2, 1), low_rank(module, 2, 2)], Slots(torch.tensor([0, 2, 2, 0, 2, 0]))
-    )
+    slots = Slots(torch.tensor([0, 2, 2, 0, 2, 0]))
+    rows = PerExample([low_rank(module, 2, 1), low_rank(module, 2, 2)], slots)
     under(module, rows)(X).square().sum().backward()
     first, second = rows.deltas
     assert all(p.grad is None for p in first.parameters())
@@ -186,10 +179,10 @@ def test_rows_learn_each_from_its_own() -> None:
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3, 3, 1], [2, 2, 2, 2, 0, 0]])
 def test_a_bank_is_each_row_alone(module: nn.Module, x: torch.Tensor, slots: list[int]) -> None:
     deltas = [low_rank(module, rank, rank) for rank in (1, 4, 2)]
-    alone = [module(x), *(under(module, copy.deepcopy(d))(x) for d in deltas)]
+    each = alone(module, deltas, x)
     bank = Bank(deltas, Slots(torch.tensor(slots)))
     torch.testing.assert_close(
-        under(module, bank)(x), torch.stack([alone[slot][b] for b, slot in enumerate(slots)])
+        under(module, bank)(x), torch.stack([each[slot][b] for b, slot in enumerate(slots)])
     )
     assert bank.up.shape == (4, OUT, 4)
     assert bank.down.shape == (4, 4, IN)
@@ -211,12 +204,8 @@ def test_one_compiled_frame_serves_every_assignment(combinator: type[Delta]) -> 
 
 def test_slots_stay_shared_in_a_copy_of_the_model() -> None:
     module, slots = base(), Slots(torch.zeros(BATCH, dtype=torch.long))
-    both = nn.ModuleList(
-        [
-            under(module, PerExample([low_rank(module, 2, 1)], slots)),
-            under(module, Bank([low_rank(module, 2, 2)], slots)),
-        ]
-    )
+    combined = PerExample([low_rank(module, 2, 1)], slots), Bank([low_rank(module, 2, 2)], slots)
+    both = nn.ModuleList([under(module, delta) for delta in combined])
     twin = copy.deepcopy(both)
     twin[0][0].deltas["it"].slots.at = torch.ones(BATCH, dtype=torch.long)
     assert twin[0][0].deltas["it"].slots is twin[1][0].deltas["it"].slots
@@ -228,13 +217,8 @@ def test_parts_up_factors_and_penalties() -> None:
     module = base()
     deltas = many(module)
     stack = Stack(deltas)
-    assert [type(p).__name__ for p in stack.parts()] == [
-        "LoRADelta",
-        "BiasDelta",
-        "LoRADelta",
-        "BiasDelta",
-        "BottleneckDelta",
-    ]
+    kinds = [type(p).__name__ for p in stack.parts()]
+    assert kinds == ["LoRADelta", "BiasDelta", "LoRADelta", "BiasDelta", "BottleneckDelta"]
     mix, rows = Mix(deltas, torch.ones(4)), PerExample(deltas, Slots(torch.zeros(1)))
     assert list(mix.parts()) == [mix]
     assert list(rows.parts()) == [rows]

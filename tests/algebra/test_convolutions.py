@@ -1,14 +1,8 @@
-"""Convolutions as a storage, against PEFT's and LyCORIS' own layers and in real models.
-
-A small network of a Conv1d and one of a Conv2d, each with a stride and a padding, carries the same
-adapter here and there: outputs, gradients, merged weights, and files both ways.
-"""
+"""Convolutions as a storage, against PEFT's and LyCORIS' own layers and in real models."""
 
 import copy
-import json
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +10,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-    WhisperConfig,
-)
-from transformers import WhisperForConditionalGeneration as Whisper
 
 import lorafold as lf
+from architectures import ARCHITECTURES
 from conftest import lorafold, make_tokenizer
 from fresh_models import fresh_model
 from lorafold.core.combine import Bank, PerExample, Slots
@@ -40,7 +28,9 @@ from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
+from lycoris_cases import lycoris, their_change
 from peft_cases import CLOSE, gap, move, save_theirs
+from peft_cases import PAIRS as OF_PEFT
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -73,27 +63,13 @@ def signal(dims: int) -> torch.Tensor:
 
 BOTH = ["stem", "body"]
 # our spec, and PEFT's config
-CASES: dict[str, tuple[Spec, peft.PeftConfig]] = {
+CASES: dict[str, tuple[Spec, peft.PeftConfig]] = OF_PEFT | {
     "lora": (lf.LoRA(rank=4, alpha=6), peft.LoraConfig(r=4, lora_alpha=6)),
     "rslora": (
         lf.LoRA(rank=3, alpha=6, rslora=True),
         peft.LoraConfig(r=3, lora_alpha=6, use_rslora=True),
     ),
-    "dora": (
-        lf.DoRA(lf.LoRA(rank=4, alpha=6)),
-        peft.LoraConfig(r=4, lora_alpha=6, use_dora=True),
-    ),
-    "loha": (lf.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5)),
     "lokr": (lf.LoKr(rank=1, alpha=3), peft.LoKrConfig(r=1, alpha=3)),
-    "lokr-both": (
-        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8),
-        peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
-    ),
-    "lokr-whole": (lf.LoKr(rank=8, alpha=3), peft.LoKrConfig(r=8, alpha=3)),
-    "adalora": (
-        lf.AdaLoRA(rank=3, init_rank=4, alpha=6),
-        peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10),
-    ),
     "ia3": (lf.IA3(feedforward=[]), peft.IA3Config(feedforward_modules=[])),
 }
 # what PEFT has no layer for, or computes otherwise (the whole w2 of a Conv1d)
@@ -135,11 +111,14 @@ def output(model: nn.Module, dims: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("case", "dims"), PAIRS)
-def test_peft_reads_ours_and_merges_it_alike(case: str, dims: int, tmp_path: Path) -> None:
+def test_peft_has_the_keys_computes_and_merges_alike(case: str, dims: int, tmp_path: Path) -> None:
     model, adapter = ours(case, dims)
     bare, expected = output(net(dims), dims), output(model, dims)
     assert gap(expected, bare) > 100 * CLOSE
     adapter.save(tmp_path / "a")
+    save_theirs(theirs(case, dims), tmp_path / "b")
+    a, b = (load_file(tmp_path / d / WEIGHTS) for d in "ab")
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     there = load_theirs(dims, tmp_path / "a")
     assert gap(output(there, dims), expected) < CLOSE
     adapter.merge()
@@ -173,14 +152,6 @@ def test_ours_reads_peft_with_the_same_gradients(case: str, dims: int, tmp_path:
     assert by_norm[0] == pytest.approx(by_norm[1], rel=1e-4)
     adapter.detach()
     assert torch.equal(output(model, dims), bare)
-
-
-@pytest.mark.parametrize(("case", "dims"), PAIRS)
-def test_keys_and_shapes_are_those_that_peft_writes(case: str, dims: int, tmp_path: Path) -> None:
-    ours(case, dims)[1].save(tmp_path / "ours")
-    save_theirs(theirs(case, dims), tmp_path / "theirs")
-    a, b = (load_file(tmp_path / d / WEIGHTS) for d in ("ours", "theirs"))
-    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
 
 
 ALL: dict[str, Spec] = {name: spec for name, (spec, _) in CASES.items()} | {
@@ -269,39 +240,16 @@ def test_a_whole_w2_of_a_conv1d_is_never_misread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["loha", "lokr", "lokr-both", "lokr-whole"])
 def test_changes_equal_those_of_lycoris(kind: str, dims: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lycoris.modules.loha import LohaModule
-        from lycoris.modules.lokr import LokrModule
-    model = net(dims)
+    model, weight = net(dims), net(dims).stem.weight.detach()
     rank = {"loha": 3, "lokr-whole": 8}.get(kind, 1)
-    both = kind == "lokr-both"
-    factor = 4 if both else -1
-    spec, module = (
-        (lf.LoHa(rank=rank, alpha=5), LohaModule("m", model.stem, 1.0, lora_dim=rank, alpha=5))
-        if kind == "loha"
-        else (
-            lf.LoKr(rank=rank, alpha=rank, decompose_both=both, decompose_factor=factor),
-            LokrModule(
-                "m", model.stem, 1.0, lora_dim=rank, alpha=rank, decompose_both=both, factor=factor
-            ),
-        )
-    )
+    alpha, factor = 5 if kind == "loha" else rank, 4 if kind == "lokr-both" else -1
+    spec, theirs = lycoris(kind, model.stem, rank, alpha, factor)
     adapter = lf.attach(model, spec, ["stem"])
     delta = adapter.deltas["stem"]
-    own = dict(delta.named_parameters())
+    expected = their_change(theirs, delta, weight.shape).view(weight.shape)
+    function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(torch.randn_like(p))
-            mine = own.pop(re.sub("^(hada|lokr)_", "", name))
-            mine.copy_(p.view(mine.shape))
-        assert not own
-        expected = module.get_weight(model.stem.weight.shape)
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        expected = expected.view(net(dims).stem.weight.shape)
-        weight = net(dims).stem.weight
         assert gap(delta.delta().view(weight.shape), expected) < CLOSE
-        function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
         y = function(signal(dims), weight + expected, model.stem.bias, stride=2, padding=1)
         assert gap(model.stem(signal(dims)), y) < CLOSE
         adapter.merge()
@@ -437,97 +385,54 @@ def test_one_delta_for_each_signal_of_a_batch() -> None:
         assert gap(Bank(deltas, slots)(layer, x), y) < CLOSE
 
 
-def whisper() -> Whisper:
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, max_source_positions=20, max_target_positions=16, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    return Whisper(config).eval()
-
-
-def vit() -> ViTForImageClassification:
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        image_size=16, patch_size=4, num_labels=3,
-    )  # fmt: skip
-    return ViTForImageClassification(config).eval()
-
-
-def heard() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return {
-        "input_features": torch.randn(2, 8, 40, generator=g),
-        "labels": torch.randint(3, 64, (2, 6), generator=g),
-    }
-
-
-def seen() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(3, 3, 16, 16, generator=g), "labels": torch.arange(3)}
-
-
-def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten()).item()
-
-
-MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], list[str]]] = {
-    "whisper": (whisper, heard, ["conv1", "conv2", "q_proj"]),
-    "vit": (vit, seen, ["projection"]),
-}
+MODELS = {"whisper": ["conv1", "conv2", "q_proj"], "vit": ["projection"]}
 
 
 @pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_trained_saved_loaded_and_merged(
-    kind: str, method: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    make, batch, targets = MODELS[kind]
-    model, inputs = make().to(dtype), batch()
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    with torch.no_grad():
-        bare = model(**inputs)
-    adapter = lf.attach(model, CASES[method][0], targets)
+def test_trained_saved_loaded_and_merged(kind: str, method: str, dtype, tmp_path: Path) -> None:
+    row = ARCHITECTURES[kind]
+    batch = row.inputs() | row.trains()
+
+    def outputs(model: Any, dtype: torch.dtype = dtype) -> Any:
+        with torch.no_grad():
+            given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+            return model(**given)
+
+    model = row.model().to(dtype)
+    bare, exact_bare = outputs(model), outputs(row.model(), torch.float32)
+    adapter = lf.attach(model, CASES[method][0], MODELS[kind])
     convolutions = [p for p, m in adapter.sites.items() if isinstance(layer_of(m), Convolution)]
     assert len(convolutions) == (2 if kind == "whisper" else 1)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-2)
     model.train()
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
     for _ in range(12):
         model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
-    with torch.no_grad():
-        trained = model(**inputs)
-    losses = [loss_of(out.logits, inputs["labels"]) for out in (bare, trained)]
-    assert losses[1] < losses[0]
+    trained = outputs(model.eval())
+    assert trained.loss < bare.loss
     adapter.save(tmp_path / "a")
-    again = make().to(dtype)
+    again, exact = row.model().to(dtype), row.model().double()
     merged = lf.load(again, tmp_path / "a")
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, trained.logits)
-        merged.merge()
-        logits = again(**inputs).logits
-        exact = make().double()
-        lf.load(exact, tmp_path / "a").merge()
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        reference = exact(**wide).logits
+    assert torch.equal(outputs(again).logits, trained.logits)
+    merged.merge()
+    logits = outputs(again).logits
     if dtype is torch.float32:
         assert gap(logits, trained.logits) < CLOSE
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            there = peft.PeftModel.from_pretrained(make(), tmp_path / "a")
-        with torch.no_grad():
-            # merged, since PEFT's layer has no stride, which Whisper's encoder asks for
-            assert gap(there.merge_and_unload().eval()(**inputs).logits, trained.logits) < CLOSE
+            there = peft.PeftModel.from_pretrained(row.model(), tmp_path / "a")
+        # merged, since PEFT's layer has no stride, which Whisper's encoder asks for
+        assert gap(outputs(there.merge_and_unload().eval()).logits, trained.logits) < CLOSE
         return
     # merged weights are stored in bf16, as those of a bare model; calling is as exact
-    bare_error = (bare.logits.double() - make()(**batch()).logits.double()).norm()
+    lf.load(exact, tmp_path / "a").merge()
+    reference = outputs(exact, torch.float64).logits
+    bare_error = (bare.logits.double() - exact_bare.logits.double()).norm()
     assert (trained.logits.double() - reference).norm() < 4 * bare_error
     assert (logits.double() - reference).norm() < 6 * bare_error
 
@@ -537,11 +442,11 @@ def mamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny language model with depthwise convolutions, saved."""
     path, tokenizer = tmp_path_factory.mktemp("mamba"), make_tokenizer()
     torch.manual_seed(0)
-    config = MambaConfig(
+    config = tf.MambaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    MambaForCausalLM(config).save_pretrained(path)
+    tf.MambaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -563,9 +468,7 @@ def mamba_logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
-def test_the_command_merges_convolutions_in_their_files(
-    method: str, mamba: Path, tmp_path: Path
-) -> None:
+def test_the_command_merges_convolutions_in_their_files(method: str, mamba, tmp_path) -> None:
     expected = on_mamba(mamba, tmp_path / "a", CASES[method][0])
     assert gap(expected, mamba_logits(load_model(mamba, torch.float32))) > 1e-3
     done = lorafold(
@@ -577,9 +480,7 @@ def test_the_command_merges_convolutions_in_their_files(
 
 
 @pytest.mark.slow
-def test_adapters_of_convolutions_are_inspected_resized_composed_and_estimated(
-    mamba: Path, tmp_path: Path
-) -> None:
+def test_adapters_of_convolutions_are_inspected_resized_and_composed(mamba, tmp_path) -> None:
     source = resolve_model(str(mamba))
     expected = on_mamba(mamba, tmp_path / "a", lf.LoRA(rank=4))
     on_mamba(mamba, tmp_path / "b", lf.LoRA(rank=2), seed=1)
@@ -621,11 +522,3 @@ def test_a_fresh_adapter_changes_no_bit(dtype: torch.dtype) -> None:
         lf.attach(model, lf.LoRA(dropout=0.0), BOTH)
         assert torch.equal(model(x), bare)
         assert torch.equal(copy.deepcopy(model)(x), bare)
-
-
-def test_a_file_says_what_it_needs(tmp_path: Path) -> None:
-    ours("lora", 1)[1].save(tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert sorted(config["target_modules"]) == sorted(BOTH)
-    with pytest.raises(lf.LorafoldError, match="not the base it was trained on"):
-        lf.load(net(2), tmp_path / "a")

@@ -1,74 +1,55 @@
-"""Experts as a storage: the laws on mixtures of every form, grouped products against plain torch,
-and quantized matrices against bitsandbytes.
-"""
+"""Experts as a storage: the laws on mixtures of every form, against torch and bitsandbytes."""
 
 import copy
 import pickle
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+import laws
 import lorafold as lf
 from lorafold.core.anatomy import Anatomy, of_attention
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
-from lorafold.layers import layer_of, parameter_count
+from lorafold.core.targets import all_linear, block_linears
+from lorafold.layers import is_linear, layer_of, parameter_count
 from lorafold.layers.bitsandbytes import bitsandbytes
 from lorafold.models.quantize_on_load import compute_in
-from lorafold.ops.grouped import (
-    FrozenMatrices,
-    Groups,
-    frozen_product,
-    grouped,
-    low_rank_product,
-    product,
-)
+from lorafold.ops import grouped as ops
+from lorafold.ops.grouped import FrozenMatrices, Groups, frozen_product, grouped, low_rank_product
 from lorafold.ops.kernel_requirements import DeviceKind, as_on
 from lorafold.training_step.fused_modules import fused
-from mixtures import CONFIGS, FORMS, mixture
+from mixtures import CONFIGS, FORMS, MLA, SHAPE, mixture
+from noise import moved
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-METHODS: dict[str, Spec] = {
-    "lora": lf.LoRA(rank=3, dropout=0.0),
-    "rslora": lf.LoRA(rank=3, dropout=0.0, rslora=True),
-    "pissa": lf.PiSSA(rank=3),
-    "olora": lf.OLoRA(rank=3),
-    "dora": lf.DoRA(lf.LoRA(rank=3, dropout=0.0)),
-    "dora-loha": lf.DoRA(lf.LoHa(rank=3)),
-    "dora-vera": lf.DoRA(lf.VeRA(rank=8)),
-    "adalora": lf.AdaLoRA(rank=3),
-    "vera": lf.VeRA(rank=8),
-    "loha": lf.LoHa(rank=3),
-    "lokr": lf.LoKr(rank=2),
-    "ia3": lf.IA3(),
-    "lt-sft": lf.LTSFT(density=0.1),
-    "fastfood": lf.Fastfood(dimension=40),
-}
-CASES = [
-    *[pytest.param(m, "mixtral", id=f"{m}-mixtral") for m in METHODS],
-    *[pytest.param(m, "gpt-oss", id=f"{m}-gpt-oss") for m in METHODS],
-    *[
-        pytest.param(m, c, id=f"{m}-{c}")
-        for m in ("lora", "dora")
-        for c in ("qwen3-moe", "qwen2-moe", "deepseek-v3")
-    ],
-    *[pytest.param(m, f, id=f"{m}-{f}") for f in FORMS for m in ("lora", "dora", "vera", "ia3")],
+H100, A100 = DeviceKind("cuda", (9, 0)), DeviceKind("cuda", (8, 0))
+AS_LAID = ("lora", "rslora", "pissa", "olora", "dora", "dora-loha", "dora-vera", "adalora", "vera",
+           "loha", "fastfood")  # fmt: skip
+METHODS: dict[str, Spec] = {name: laws.METHODS[name] for name in AS_LAID} | {
+    "lokr": lf.LoKr(rank=2), "ia3": lf.IA3(), "lt-sft": lf.LTSFT(density=0.1)
+}  # fmt: skip
+PAIRS = [
+    *product(METHODS, ("mixtral", "gpt-oss")),
+    *product(("lora", "dora"), ("qwen3-moe", "qwen2-moe", "deepseek-v3")),
+    *product(("lora", "dora", "vera", "ia3"), FORMS),
 ]
+CASES = [pytest.param(method, family, id=f"{method}-{family}") for method, family in PAIRS]
 
 
-def move(adapter: lf.Adapter, size: float = 0.05) -> lf.Adapter:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator))
-    return adapter
+def move(adapter: lf.Adapter) -> lf.Adapter:
+    return moved(adapter, 0.05)
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -194,22 +175,31 @@ def groups_of(number: int, rows: int) -> Groups:
     return grouped(of[of != 1], number)[0]  # the second and the last have no rows
 
 
+@pytest.mark.parametrize("place", ["cpu", "h100"])
 @pytest.mark.parametrize(("rows", "number"), [(3, 8), (40, 5), (400, 4), (1000, 3)])
-def test_groups_are_sorted_and_filled_up(rows: int, number: int) -> None:
+def test_groups_are_sorted_and_filled_up(rows: int, number: int, place: str) -> None:
     of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
-    groups, taken, places = grouped(of, number)
+    with as_on(H100) if place == "h100" else nullcontext():
+        groups, taken, places = grouped(of, number)
     step = groups.step
     assert step == 2 ** max(0, (rows // (4 * number)).bit_length() - 1)
-    sizes = torch.bincount(of, minlength=number)
-    filled = [-(-n // step) * step for n in sizes.tolist()]
+    filled = [-(-n // step) * step for n in torch.bincount(of, minlength=number).tolist()]
     assert list(groups.sizes[:-1]) == filled[:-1]
-    assert 0 <= groups.sizes[-1] - filled[-1] < step * max(1, number // 4)
     assert torch.equal(groups.tiles.repeat_interleave(step), groups.of_row)
     assert len(taken) == len(groups.of_row) == sum(groups.sizes)
     assert torch.equal(taken[places], torch.arange(rows))
     assert torch.equal(groups.of_row[places], of)
-    assert torch.equal(groups.of_row, groups.of_row.sort().values)
-    assert [at for e, at in groups.spans()][-1].stop == sum(groups.sizes)
+    assert torch.equal(torch.bincount(groups.of_row, minlength=number), torch.tensor(groups.sizes))
+    if place == "cpu":
+        assert 0 <= groups.sizes[-1] - filled[-1] < step * max(1, number // 4)
+        assert torch.equal(groups.of_row, groups.of_row.sort().values)
+        assert [at for e, at in groups.spans()][-1].stop == sum(groups.sizes)
+        return
+    assert groups.known is None  # the sizes stay on the device
+    assert sum(groups.sizes) == (-(-rows // step) + number) * step
+    for other in (A100, DeviceKind("cuda", (12, 0))):  # for which torch has no such kernel
+        with as_on(other):
+            assert grouped(of, number)[0].ends is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -218,28 +208,19 @@ def test_grouped_products_are_those_of_plain_torch(dtype: torch.dtype) -> None:
     groups = groups_of(5, 40)
     n = len(groups.of_row)
     x, onto = torch.randn(n, 6, dtype=dtype), torch.randn(n, 7, dtype=dtype)
-    w, down, up = (
-        torch.randn(5, *s, dtype=torch.promote_types(dtype, torch.float32))
-        for s in ((7, 6), (2, 6), (7, 2))
-    )
-    each = w.to(dtype)[groups.of_row]
+    wide = torch.promote_types(dtype, torch.float32)
+    w, down, up = (torch.randn(5, *s, dtype=wide) for s in ((7, 6), (2, 6), (7, 2)))
     frozen = FrozenMatrices(lambda e, d: w[e].to(d), w.to, groups)
-    pairs = [
-        (lambda x: product(x, w, groups), lambda x: torch.einsum("soi,si->so", each, x)),
-        (
-            lambda x: frozen_product(x, onto, frozen, 7),
-            lambda x: torch.einsum("soi,si->so", each, x) + onto,
-        ),
-        (
-            lambda x: low_rank_product(x, frozen, down, up, None, 1.0),
-            lambda x: torch.einsum("soi,si->so", (w + up @ down).to(dtype)[groups.of_row], x),
-        ),
-    ]
-    for ours, plain in pairs:
-        exact = plain(x.double()) if dtype is torch.float64 else None
-        y = ours(x)
-        reference = plain(x)
-        error = 1e-12 if exact is not None else 2e-2
+
+    def plain(w: Tensor) -> Tensor:
+        return torch.einsum("soi,si->so", w.to(dtype)[groups.of_row], x)
+
+    error = 1e-12 if dtype is torch.float64 else 2e-2
+    for y, reference in (
+        (ops.product(x, w, groups), plain(w)),
+        (frozen_product(x, onto, frozen, 7), plain(w) + onto),
+        (low_rank_product(x, frozen, down, up, None, 1.0), plain(w + up @ down)),
+    ):
         assert y.dtype is dtype
         assert (y - reference).norm() <= error * reference.norm()
 
@@ -248,42 +229,14 @@ def test_gradients_of_grouped_products_are_right() -> None:
     torch.manual_seed(0)
     groups = groups_of(4, 12)
     n = len(groups.of_row)
-    x = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(4, 5, 3, dtype=torch.float64)
-    m = w.clone().requires_grad_()
-    down = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    up = torch.randn(4, 5, 2, dtype=torch.float64, requires_grad=True)
-    onto = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
-
+    sizes = (n, 3), (4, 5, 3), (4, 2, 3), (4, 5, 2), (n, 5)
+    x, m, down, up, onto = (torch.randn(*s, dtype=torch.float64).requires_grad_() for s in sizes)
+    w = m.detach()
     frozen = FrozenMatrices(lambda e, dtype: w[e].to(dtype), w.to, groups)
     check = torch.autograd.gradcheck
-    assert check(lambda x, m: product(x, m, groups), (x, m))
+    assert check(lambda x, m: ops.product(x, m, groups), (x, m))
     assert check(lambda x, o: frozen_product(x, o, frozen, 5), (x, onto))
     assert check(lambda x, a, b: low_rank_product(x, frozen, a, b, None, 1.0), (x, down, up))
-
-
-H100, A100 = DeviceKind("cuda", (9, 0)), DeviceKind("cuda", (8, 0))
-
-
-@pytest.mark.parametrize(("rows", "number"), [(3, 8), (40, 5), (400, 4), (1000, 3)])
-def test_groups_whose_sizes_stay_on_the_device(rows: int, number: int) -> None:
-    of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
-    with as_on(H100):
-        groups, taken, places = grouped(of, number)
-    for other in (A100, DeviceKind("cuda", (12, 0))):  # for which torch has no such kernel
-        with as_on(other):
-            assert grouped(of, number)[0].ends is None
-    step = groups.step
-    assert step == 2 ** max(0, (rows // (4 * number)).bit_length() - 1)
-    assert groups.known is None
-    room = (-(-rows // step) + number) * step
-    assert len(taken) == len(groups.of_row) == sum(groups.sizes) == room
-    assert torch.equal(taken[places], torch.arange(rows))
-    assert torch.equal(groups.of_row[places], of)
-    assert torch.equal(groups.tiles.repeat_interleave(step), groups.of_row)
-    assert torch.equal(torch.bincount(groups.of_row, minlength=number), torch.tensor(groups.sizes))
-    filled = [-(-n // step) * step for n in torch.bincount(of, minlength=number).tolist()]
-    assert list(groups.sizes[:-1]) == filled[:-1]
 
 
 def test_products_of_all_groups_at_once_are_as_exact() -> None:
@@ -433,3 +386,127 @@ def test_every_method_trains_with_its_own_targets(family: str, method: str) -> N
     trained = [p for p in adapter.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None for p in trained)
+
+
+def adapted(name: str) -> tuple[Any, lf.Adapter]:
+    model = mixture(name)
+    return model, move(lf.attach(model, lf.LoRA(rank=2, dropout=0.0)))
+
+
+def test_only_the_chosen_experts_of_a_token_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's own forward multiplies each of the 24 tokens by all 4 experts, here by 2."""
+    seen: list[int] = []
+    plain = grouped
+    monkeypatch.setattr(
+        "lorafold.layers.experts.grouped",
+        lambda of, number: seen.append(len(of)) or plain(of, number),
+    )
+    model, _ = adapted("llama4")
+    with torch.no_grad():
+        model(IDS)
+    assert seen == [2 * IDS.numel()] * 2
+
+
+@pytest.mark.parametrize("share", ["all", "half", "none"])
+def test_experts_without_matrices_give_back_their_input(share: str) -> None:
+    """LongCat's are those past its 4 experts."""
+    model, adapter = adapted("longcat")
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    x, weights = torch.randn(6, 64, requires_grad=True), torch.rand(6, 2)
+    index = torch.tensor({"all": [[4, 5]], "half": [[5, 1]], "none": [[0, 3]]}[share] * 6)
+    y = experts(x, index, weights)
+    (gradient,) = torch.autograd.grad(y.sin().sum(), x)
+    adapter.merge()
+    expected = experts(x, index, weights)  # by its own forward
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sin().sum(), x)[0])
+    if share == "all":
+        torch.testing.assert_close(y, x * weights.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(("name", "child"), [("llama4", "feed_forward"), ("dbrx", "ffn.experts")])
+def test_experts_apart_from_what_routes_to_them_are_refused(name: str, child: str) -> None:
+    model = mixture(name)
+    holder = next(
+        m.owner
+        for path, m in Anatomy.of(model).modules
+        if isinstance(m, Matrices) and f".{child}." in path
+    )
+    expected = f"found a {type(holder).__name__} alone, expected one in the module that routes"
+    with pytest.raises(lf.LorafoldError, match=expected):
+        lf.attach(holder, lf.LoRA(rank=2), list(dict(holder.named_parameters())))
+    assert not any(isinstance(m, Matrices) for m in holder.modules())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_model_has_its_own_forward_again_when_an_adapter_leaves(name: str) -> None:
+    model = mixture(name)
+    before = [type(m) for m in model.modules()]
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    assert [type(m) for m in model.modules()] != before
+    stored = model.state_dict()
+    other = mixture(name)
+    lf.attach(other, lf.LoRA(rank=2))
+    other.load_state_dict(stored, strict=True)
+    adapter.detach()
+    assert [type(m) for m in model.modules()] == before
+
+
+OTHERS = {
+    "llama4": ("feed_forward.router", 0.6),
+    "jetmoe": ("mlp.router.layer", 0.8),
+    "dbrx": ("ffn.router.layer", 0.8),
+    "longcat": ("mlp.router.classifier", 0.4),
+}
+
+
+def drawn(config: Any) -> Any:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
+    move(adapter)
+    model(input_ids=IDS).logits.sin().sum().backward()
+    named = adapter.named_parameters()
+    return [name for name, p in named if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_experts_without_a_row_are_frozen_and_called_experts(name: str, monkeypatch) -> None:
+    """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
+    monkeypatch.setattr("lorafold.core.matrices.FORMS", {})
+    router, least = OTHERS[name]
+    model = mixture(name)
+    assert any(path.endswith(router) for path in Anatomy.of(model).routers)
+    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
+    assert not any(router in path for path in adapter.deltas)
+    frozen = adapter.unreached.as_json()["blocks"]
+    assert frozen["experts"] > least
+    assert frozen.get("other", 0) < 0.002
+    assert 0 < frozen["router"] < 0.01
+    assert without_gradient(model, adapter) == []
+
+
+def test_an_indexer_gets_no_adapter() -> None:
+    """It had three, of which none ever got a gradient."""
+    config = tf.DeepseekV32Config(
+        **SHAPE | {"num_key_value_heads": 4} | MLA | {"qk_rope_head_dim": 8},
+        moe_intermediate_size=32, n_routed_experts=4, n_group=1, topk_group=1,
+        first_k_dense_replace=1, index_n_heads=2, index_head_dim=16, index_topk=4,
+    )  # fmt: skip
+    model = drawn(config)
+    assert len(Anatomy.of(model).indexers) == 2
+    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
+    assert not any(".indexer." in path for path in adapter.deltas)
+    assert 0.01 < adapter.unreached.as_json()["blocks"]["indexers"] < 0.1
+    assert without_gradient(model, adapter) == []
+    # a base is quantized as before
+    others = set(block_linears(model, is_linear)) - set(all_linear(model, is_linear))
+    assert {path.rpartition(".")[2] for path in others} == {"wq_b", "wk", "weights_proj"}
+    adapter.detach()
+    lf.attach(model, lf.LoRA(rank=2), ["wq_b"])  # by name, as an earlier adapter has it

@@ -1,9 +1,6 @@
 """The plan of a fold, made from shapes alone, is what folding then does, in memory and in files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,15 +14,7 @@ from lorafold.merging.plan import plan
 from lorafold.methods import METHODS
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
-
-
-def moved(adapter: lf.Adapter) -> lf.Adapter:
-    """The adapter with other numbers, so that what it can change it does."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
-    return adapter
+from noise import moved
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -56,9 +45,7 @@ def test_what_is_planned_is_what_changes(method: str, kind: str, tiny_model: Cal
     assert {n: tuple(after[n].shape) for n in planned.shapes} == planned.shapes
 
 
-def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(
-    tiny_model: Callable,
-) -> None:
+def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(tiny_model) -> None:
     model = tiny_model("gpt2")
     lf.attach(model, lf.LoRA(rank=2), targets=["c_attn"], tokens=[3, 300], name="rows")
     planned = plan_fold(model, ["rows"])
@@ -71,22 +58,9 @@ def test_a_shared_weight_changed_on_both_sides_stays_shared_and_else_parts(
         alone.merge()
 
 
-def test_files_are_planned_as_the_model_is(
-    tiny_model: Callable, tiny_model_dir: Callable, tmp_path: Path
-) -> None:
+def test_files_are_planned_as_the_model_is(tiny_model, tiny_model_dir, tmp_path) -> None:
     adapter = moved(lf.attach(tiny_model("gpt2"), lf.BitFit(), name="a"))
     expected = plan_fold(adapter.model, ["a"]).shapes
     adapter.save(tmp_path / "a")
     planned = plan(Base(tiny_model_dir("gpt2")), [Saved.open(tmp_path / "a")])
     assert {planned.changed[name]: shape for name, shape in planned.shapes.items()} == expected
-
-
-def test_what_lies_beneath_must_be_merged_first(tiny_model: Callable) -> None:
-    model = tiny_model("llama")
-    lower = lf.attach(model, lf.LoRA(rank=2), name="lower")
-    upper = lf.attach(model, lf.LoRA(rank=2), name="upper")
-    assert plan_fold(model, ["lower", "upper"]).problems == ()
-    assert all("'lower' is attached" in why for _, why in plan_fold(model, ["upper"]).problems)
-    with pytest.raises(NotMergeable, match="'lower' is attached below; merge that one first"):
-        upper.merge()
-    assert set(lower.deltas) == set(upper.deltas)

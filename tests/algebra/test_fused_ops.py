@@ -1,8 +1,4 @@
-"""The fused operations of training against `reference_ops`: values and gradients, layouts, and
-what bf16 loses.
-"""
-
-from __future__ import annotations
+"""The fused operations of training against `ops/reference.py`: values, gradients, bf16."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,9 +38,7 @@ def assert_equal(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.dty
 
 
 def assert_no_worse(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """In 16 bits, from inputs that have them: as near to the fp64 computation as the specification
-    in 16 bits is, give or take 5%.
-    """
+    """As near to fp64 as the specification in 16 bits is, give or take 5%."""
     tensors = [t.to(dtype).double() for t in tensors]
     truth = run(spec, tensors, torch.float64)
     for found, peer, true in zip(
@@ -52,8 +46,6 @@ def assert_no_worse(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.
     ):
         assert (found - true).norm() <= 1.05 * (peer - true).norm()
 
-
-# --- norm ----------------------------------------------------------------------------------------
 
 NORM_SHAPES = {"rows": (6, 32), "tokens": (2, 5, 32), "heads": (2, 3, 4, 32), "none": (0, 32)}
 GAIN = 1 + 0.3 * normal(32, seed=1)
@@ -65,37 +57,28 @@ def norm_input(shape: str) -> Tensor:
     return x * torch.logspace(-3, 2, len(x), dtype=torch.float64).view(-1, *[1] * (x.dim() - 1))
 
 
+def norms(gain: Tensor) -> tuple[Op, Op]:
+    """The fast one and the specification."""
+    return lambda x: rms_norm(x, gain, 1e-5), lambda x: reference.rms_norm(x, gain, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("shape", NORM_SHAPES)
 def test_norm_equals_its_specification(shape: str, dtype: torch.dtype) -> None:
-    gain = GAIN.to(dtype)
-    assert_equal(
-        lambda x: rms_norm(x, gain, 1e-5),
-        lambda x: reference.rms_norm(x, gain, 1e-5),
-        [norm_input(shape)],
-        dtype,
-    )
+    assert_equal(*norms(GAIN.to(dtype)), [norm_input(shape)], dtype)
 
 
 def test_norm_of_a_transposed_input() -> None:
+    fast, spec = norms(GAIN)
     x = normal(2, 4, 5, 32).transpose(1, 2)
-    assert_equal(
-        lambda x: rms_norm(x, GAIN, 1e-5),
-        lambda x: reference.rms_norm(x, GAIN, 1e-5),
-        [x],
-        torch.float64,
-    )
-    assert torch.autograd.gradcheck(
-        lambda x: rms_norm(x, GAIN, 1e-5), x[:1, :2, :2].requires_grad_()
-    )
+    assert_equal(fast, spec, [x], torch.float64)
+    assert torch.autograd.gradcheck(fast, x[:1, :2, :2].requires_grad_())
 
 
 @pytest.mark.parametrize("gain_dtype", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
-    """Against the form that models have, which rounds once more before the gain, and against the
-    specification.
-    """
+    """Against the form of models, which rounds before the gain too, and the specification."""
     gain = GAIN.to(dtype)
     given = gain if gain_dtype == "same" else gain.float()
     x = normal(64, 16, 32)
@@ -109,9 +92,7 @@ def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
             wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
         ).to(x.dtype)
 
-    def fast(x: Tensor) -> Tensor:
-        return rms_norm(x, given, 1e-5)
-
+    fast, _ = norms(given)
     assert_no_worse(fast, spec, [x], dtype)
     assert_no_worse(fast, llama, [x], dtype)
 
@@ -119,16 +100,8 @@ def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64])
 def test_norm_takes_a_narrower_gain(x_dtype: torch.dtype) -> None:
     """A model in 16 bits whose residual stream is wider loses nothing of it."""
-    gain = GAIN.bfloat16()
-    assert_equal(
-        lambda x: rms_norm(x, gain, 1e-5),
-        lambda x: reference.rms_norm(x, gain, 1e-5),
-        [normal(8, 32)],
-        x_dtype,
-    )
+    assert_equal(*norms(GAIN.bfloat16()), [normal(8, 32)], x_dtype)
 
-
-# --- rotary --------------------------------------------------------------------------------------
 
 # x, and the dimension in which cos and sin (B, T, D) lack the heads
 LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {
@@ -141,11 +114,16 @@ LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {
 
 
 def angles(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of random positions, for all rows or for each, in the shape that broadcasts over
-    heads.
-    """
+    """cos and sin of random positions, in the shape that broadcasts over heads."""
     theta = normal(rows, 7, 4, seed=3).repeat(1, 1, 2)
     return theta.cos().to(dtype).unsqueeze(dim), theta.sin().to(dtype).unsqueeze(dim)
+
+
+def rotaries(cos: Tensor, sin: Tensor) -> tuple[Op, Op]:
+    def with_(op: Op) -> Op:
+        return lambda x: op(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    return with_(rotary), with_(reference.rotary)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -153,10 +131,7 @@ def angles(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rotary_equals_its_specification(layout: str, dtype: torch.dtype, rows: int) -> None:
     make, dim = LAYOUTS[layout]
-    cos, sin = angles(rows, dim, dtype)
-    assert_equal(
-        lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [make()], dtype
-    )
+    assert_equal(*rotaries(*angles(rows, dim, dtype)), [make()], dtype)
 
 
 @pytest.mark.few(5)
@@ -173,9 +148,7 @@ def test_rotary_differentiates_and_keeps_the_layout(layout: str) -> None:
 def test_rotary_takes_any_cos_and_sin() -> None:
     """Halves of cos and of sin that differ: the two pairs of a plane each have their own."""
     x, cos, sin = normal(2, 3, 7, 8), normal(7, 8, seed=4), normal(7, 8, seed=5)
-    assert_equal(
-        lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [x], torch.float64
-    )
+    assert_equal(*rotaries(cos, sin), [x], torch.float64)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -183,26 +156,18 @@ def test_rotary_takes_any_cos_and_sin() -> None:
 def test_rotary_in_16_bits(layout: str, dtype: torch.dtype) -> None:
     x = normal(16, 12, 7, 8) if layout == "heads-first" else normal(16, 7, 12, 8).transpose(1, 2)
     cos, sin = (t.to(dtype) for t in angles(1, 1, torch.float64))
-
-    def with_(op: Op) -> Op:
-        return lambda x: op(x, cos.to(x.dtype), sin.to(x.dtype))
-
-    assert_no_worse(with_(rotary), with_(reference.rotary), [x], dtype)
+    assert_no_worse(*rotaries(cos, sin), [x], dtype)
 
 
-# --- gated ---------------------------------------------------------------------------------------
+def gates(act: str) -> tuple[Op, Op]:
+    forward = ACTIVATIONS[act].forward
+    return lambda g, u: gated(g, u, act), lambda g, u: reference.gated(g, u, forward)
 
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gated_equals_its_specification(act: str, dtype: torch.dtype) -> None:
-    known, pair = ACTIVATIONS[act], [3 * normal(2, 5, 12), normal(2, 5, 12, seed=1)]
-    assert_equal(
-        lambda g, u: gated(g, u, act),
-        lambda g, u: reference.gated(g, u, known.forward),
-        pair,
-        dtype,
-    )
+    assert_equal(*gates(act), [3 * normal(2, 5, 12), normal(2, 5, 12, seed=1)], dtype)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -210,24 +175,14 @@ def test_gated_differentiates_from_halves_of_one_tensor(act: str) -> None:
     both = normal(3, 10).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: gated(*t.chunk(2, -1), act), both)
     gate, up = both.detach().chunk(2, -1)
-    assert torch.autograd.gradcheck(
-        lambda u: gated(gate, u, act), up.clone().requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda u: gated(gate, u, act), up.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gated_in_16_bits(act: str, dtype: torch.dtype) -> None:
-    known, pair = ACTIVATIONS[act], [2 * normal(64, 128), normal(64, 128, seed=1)]
-    assert_no_worse(
-        lambda g, u: gated(g, u, act),
-        lambda g, u: reference.gated(g, u, known.forward),
-        pair,
-        dtype,
-    )
+    assert_no_worse(*gates(act), [2 * normal(64, 128), normal(64, 128, seed=1)], dtype)
 
-
-# --- a linear under a low-rank change ------------------------------------------------------------
 
 OUT, IN, RANK, P = 24, 16, 3, 0.3
 W = normal(OUT, IN, seed=6) / IN**0.5
@@ -267,9 +222,7 @@ def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> t
 @pytest.mark.parametrize("form", ["none", "places", "mask"])
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("shape", [(7, IN), (2, 5, IN), (2, 3, 4, IN), (0, IN)], ids=str)
-def test_low_rank_equals_its_specification(
-    shape: tuple[int, ...], dtype: torch.dtype, form: str
-) -> None:
+def test_low_rank_equals_its_specification(shape, dtype, form) -> None:
     assert_equal(*fast_and_spec(places(shape, form)), [normal(*shape), *factors()], dtype)
 
 
@@ -284,9 +237,7 @@ def test_low_rank_differentiates_from_a_transposed_input(form: str) -> None:
 
 @pytest.mark.parametrize("trained", ["x", "down", "up", "factors", "nothing"])
 def test_low_rank_differentiates_what_is_trained(trained: str) -> None:
-    names = {"x": ["x"], "down": ["down"], "up": ["up"], "factors": ["down", "up"], "nothing": []}[
-        trained
-    ]
+    names = {"factors": ["down", "up"], "nothing": []}.get(trained, [trained])
     given = dict(zip(("x", "down", "up"), [normal(2, 5, IN), *factors()], strict=True))
     outs: list[dict[str, Any]] = []
     for op in fast_and_spec(places((2, 5, IN), "places")):
@@ -328,9 +279,7 @@ def test_low_rank_in_16_bits(dtype: torch.dtype, form: str) -> None:
 
 @pytest.mark.usefixtures("each_arithmetic")
 def test_a_weak_update_survives_one_rounding() -> None:
-    """An update of a tenth of a bf16 unit, forward and backward, and what remains of it along the
-    exact one.
-    """
+    """A tenth of a bf16 unit, forward and backward: what is left of it along the exact one."""
     n = 64
     x, g = (normal(4096, n, seed=s).bfloat16() for s in (1, 2))
     w = (normal(n, n, seed=3) / n**0.5).bfloat16()

@@ -1,6 +1,4 @@
-"""What the host knows of tensors that it sent, until they change; the device is torch's meta, from
-which nothing can be read.
-"""
+"""What the host knows of tensors that it sent, on torch's meta device, which can't be read."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""Every method keeps the laws on every base; it compiles, and in 16 bits it is as exact as a layer
-without it.
-"""
+"""Every method keeps the laws on every base, compiles, and is as exact in 16 bits as the layer."""
 
 import copy
 from collections.abc import Callable
@@ -48,9 +46,7 @@ def test_compiles_in_one_graph(method: str, base: str) -> None:
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
-    """The change of the output along the exact change: an update far under half a unit of bf16 must
-    not be lost in a matrix layer.
-    """
+    """The change of the output along the exact one, far under half a unit of bf16."""
     if base == "embedding":
         pytest.skip(
             "an embedding's output has nothing beneath the rounding: rows are stored values"
@@ -80,9 +76,7 @@ def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_bf16_is_as_exact_as_the_bare_layer(method: str, base: str) -> None:
-    """A dither has three times the variance of rounding to the nearest, a stored row that is looked
-    up no error at all.
-    """
+    """A dither has three times the variance of rounding to the nearest."""
     root, x, adapter = adapted(method, base, torch.bfloat16)
     move(adapter)
     exact = to(copy.deepcopy(root), torch.float64)

@@ -1,6 +1,4 @@
-"""AdaLoRA's budget: the schedule, that ranks move to where they count, and that a resumed run is
-the run.
-"""
+"""AdaLoRA's budget: its schedule, where ranks go, and that a resumed run is the run."""
 
 import copy
 from pathlib import Path
@@ -80,10 +78,8 @@ def test_a_resumed_run_is_the_run() -> None:
 
 
 def test_wrong_values_are_all_named() -> None:
-    with pytest.raises(
-        lf.LorafoldError,
-        match=r"rank: found 0.*; delta_t: found 0.*; dropout: found 1\.5.*; beta1 .*: found 2 and ",
-    ):
+    told = r"rank: found 0.*; delta_t: found 0.*; dropout: found 1\.5.*; beta1 .*: found 2 and "
+    with pytest.raises(lf.LorafoldError, match=told):
         lf.AdaLoRA(rank=0, init_rank=4, dropout=1.5, delta_t=0, beta1=2)
 
 

@@ -1,10 +1,5 @@
-"""BitFit: every bias there is; where there is none, added ones, which merging switches on in the
-config of the model.
-"""
+"""BitFit: every bias there is, or added ones, which merging switches on in the config."""
 
-from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +8,9 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.core.anatomy import Anatomy
+from noise import moved
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
-
-
-def moved(adapter: lf.Adapter) -> lf.Adapter:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return adapter
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
@@ -50,9 +38,7 @@ def test_a_model_without_biases_gets_them_on_the_linears_of_its_blocks(tiny_mode
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_merged_in_memory_it_computes_the_same_and_is_saved_whole(
-    kind: str, tiny_model, tmp_path: Path
-) -> None:
+def test_merged_in_memory_it_computes_the_same_and_is_saved(kind, tiny_model, tmp_path) -> None:
     model = tiny_model(kind)
     adapter = moved(lf.attach(model, lf.BitFit()))
     with torch.no_grad():
@@ -82,9 +68,8 @@ def test_a_bias_that_no_config_gives_is_refused(tiny_model) -> None:
     model = tiny_model("gemma")
     adapter = moved(lf.attach(model, lf.BitFit()))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(
-        lf.NotMergeable, match=r"mlp\.gate_proj.*adds a bias.*GemmaForCausalLM has none there"
-    ):
+    told = r"mlp\.gate_proj.*adds a bias.*GemmaForCausalLM has none there"
+    with pytest.raises(lf.NotMergeable, match=told):
         adapter.merge()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

@@ -1,8 +1,4 @@
-"""Bottleneck adapters: where Houlsby's and Pfeiffer's lie, what they compute, and that they say
-they can't be folded.
-"""
-
-from __future__ import annotations
+"""Bottleneck adapters: where Houlsby's and Pfeiffer's are, and what they compute."""
 
 import copy
 
@@ -25,9 +21,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("kind", list(ATTENTION))
-def test_houlsby_lies_after_both_sublayers_and_pfeiffer_after_the_mlp(
-    kind: str, tiny_model
-) -> None:
+def test_houlsby_lies_after_both_sublayers_and_pfeiffer_after_the_mlp(kind, tiny_model) -> None:
     model = tiny_model(kind)
     houlsby, pfeiffer = METHODS["houlsby"](size=4), make_spec("pfeiffer", size=4)
     both = {f"{BLOCKS[kind]}.{i}.{part}" for i in range(2) for part in (ATTENTION[kind], "mlp")}
@@ -75,9 +69,8 @@ def test_a_model_whose_blocks_hold_no_mlp_module_is_refused() -> None:
 
 def test_it_does_not_merge_and_wrong_options_are_listed(tiny_model) -> None:
     adapter = lf.attach(tiny_model("gpt2"), lf.Bottleneck(size=2))
-    with pytest.raises(
-        lf.NotMergeable, match=r"transformer\.h\.0\.attn: .*\.0\.mlp: .*; and 2 more"
-    ):
+    told = r"transformer\.h\.0\.attn: .*\.0\.mlp: .*; and 2 more"
+    with pytest.raises(lf.NotMergeable, match=told):
         adapter.merge()
     wrong = r"size: found 0.*activation: found 'tanh'.*after: found 'attention'"
     with pytest.raises(lf.LorafoldError, match=wrong):

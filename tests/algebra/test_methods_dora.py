@@ -1,6 +1,4 @@
-"""What DoRA promises beyond the laws: small magnitudes that are not lost, one pass through the
-base, norms without V.
-"""
+"""DoRA beyond the laws: small magnitudes survive, the base runs once, norms need no matrix."""
 
 import copy
 import pickle
@@ -11,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
+import noise
 from lorafold.core.contexts import unchanged
 from lorafold.core.delta import LowRank
 from lorafold.core.rounding import rounded
@@ -19,24 +18,20 @@ from lorafold.methods import make_spec
 from lorafold.methods.dora import DoRADelta
 from lorafold.ops.scale import scale, scaled
 
+DORA = lf.DoRA(lf.LoRA(rank=4, dropout=0.0))
+
 
 def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(96, 128, bias=bias)).to(dtype)
 
 
-def moved(adapter: lf.Adapter, size: float = 0.1) -> DoRADelta:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator))
-    return adapter.deltas["0"]
+def moved(adapter: lf.Adapter) -> DoRADelta:
+    return noise.moved(adapter).deltas["0"]
 
 
 def survival(realised: torch.Tensor, change: torch.Tensor) -> tuple[float, float]:
-    """The projection of what happened on what should have, and its standard error under rounding's
-    noise.
-    """
+    """The projection of the change on the exact one, and its standard error."""
     error = (realised - change).norm() / change.norm() / change.numel() ** 0.5
     return ((realised * change).sum() / change.square().sum()).item(), error.item()
 
@@ -50,19 +45,15 @@ def survival(realised: torch.Tensor, change: torch.Tensor) -> tuple[float, float
     ids=str,
 )
 def test_a_small_gain_survives_in_bf16(spec, size: float) -> None:
-    """To the nearest, a gain within 1 +- 2^-9 = 0.002 changes not one output: y lies on the grid
-    that the product is rounded to.
-    """
+    """Rounded to the nearest, a gain within 1 +- 2^-9 changes no output."""
     root = layer(torch.bfloat16, bias=False)
-    vector = dict(lf.attach(root, spec, ["0"]).named_parameters())[
-        "0.magnitude" if isinstance(spec, lf.DoRA) else "0.l"
-    ]
+    name = "0.magnitude" if isinstance(spec, lf.DoRA) else "0.l"
+    vector = dict(lf.attach(root, spec, ["0"]).named_parameters())[name]
     x = torch.randn(8192, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.no_grad():
         bare = root(x).double()
-        vector.mul_(
-            1 + size * torch.randn(vector.shape, generator=torch.Generator().manual_seed(3))
-        )
+        generator = torch.Generator().manual_seed(3)
+        vector.mul_(1 + size * torch.randn(vector.shape, generator=generator))
         exact = copy.deepcopy(root).double()
         with lf.only(exact):
             start = exact(x.double())
@@ -102,9 +93,8 @@ def test_scale_is_its_specification() -> None:
     for fast, plain in zip(*results, strict=True):
         assert fast.dtype == plain.dtype
         # gradients are rounded to bf16 in both; sums over 150 rows are of numbers so rounded
-        assert (fast.float() - plain.float()).norm() <= torch.finfo(
-            torch.bfloat16
-        ).eps * plain.float().norm()
+        allowed = torch.finfo(torch.bfloat16).eps * plain.float().norm()
+        assert (fast.float() - plain.float()).norm() <= allowed
     assert torch.equal(results[0][0], results[1][0])
 
 
@@ -118,11 +108,8 @@ def test_the_base_runs_once_with_dropout() -> None:
     root.train()
     with FlopCounterMode(display=False) as counter:
         root(x)
-    base, low, norms = (
-        2 * 64 * 96 * 128,
-        2 * 64 * 4 * (96 + 128),
-        2 * 4 * (128 * 96 + 4 * 96 + 4 * 128),
-    )
+    base, low = 2 * 64 * 96 * 128, 2 * 64 * 4 * (96 + 128)
+    norms = 2 * 4 * (128 * 96 + 4 * 96 + 4 * 128)
     assert counter.get_total_flops() <= base + low + norms
     torch.manual_seed(1)
     y = root(x)
@@ -138,7 +125,7 @@ def test_the_base_runs_once_with_dropout() -> None:
 
 def test_norms_are_kept_only_while_nothing_changes() -> None:
     root = layer()
-    delta = moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"]))
+    delta = moved(lf.attach(root, DORA, ["0"]))
     root.eval()
     x = torch.randn(5, 96)
 
@@ -178,16 +165,15 @@ def counted(monkeypatch) -> list[DoRADelta]:
 
 def test_norms_are_computed_once_for_the_micro_batches_of_a_step(monkeypatch) -> None:
     root, plain = layer(), layer()
-    spec = lf.DoRA(lf.LoRA(rank=4, dropout=0.0))
+    spec = DORA
     adapter, other = (lf.attach(m, spec, ["0"]) for m in (root, plain))
     for each in (adapter, other):
         moved(each)
         for p, q in zip(each.parameters(), adapter.parameters(), strict=True):
             p.data.copy_(q)
     # this optimizer changes parameters without changing their version
-    optimizers = [
-        torch.optim.AdamW(each.parameters(), lr=0.1, fused=True) for each in (adapter, other)
-    ]
+    made = (torch.optim.AdamW(each.parameters(), lr=0.1, fused=True) for each in (adapter, other))
+    optimizers = list(made)
     batches = torch.randn(3, 3, 5, 96)
     calls = counted(monkeypatch)
     for step in batches:
@@ -227,7 +213,7 @@ def test_norms_are_kept_for_a_block_that_is_replayed(monkeypatch) -> None:
 
 def test_norms_follow_a_factor_and_a_delta_below_within_a_step() -> None:
     root = layer()
-    delta = moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"], name="above"))
+    delta = moved(lf.attach(root, DORA, ["0"], name="above"))
     x = torch.randn(5, 96)
 
     def law_holds() -> bool:
@@ -252,7 +238,7 @@ def test_norms_follow_a_factor_and_a_delta_below_within_a_step() -> None:
 
 def test_a_copy_and_a_file_have_no_norms_of_their_own() -> None:
     root = layer()
-    delta = moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"]))
+    delta = moved(lf.attach(root, DORA, ["0"]))
     x = torch.randn(5, 96)
     with unchanged():
         y = root(x)
@@ -268,7 +254,7 @@ def test_a_copy_and_a_file_have_no_norms_of_their_own() -> None:
 def test_inference_tensors_have_no_version() -> None:
     with torch.inference_mode():
         root = layer()
-        delta = moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"]))
+        delta = moved(lf.attach(root, DORA, ["0"]))
         for mode in (True, False):
             root.train(mode)
             x = torch.randn(5, 96)
@@ -280,7 +266,7 @@ def test_rows_of_zeros_have_no_direction() -> None:
     root = layer()
     with torch.no_grad():
         root[0].weight[3] = 0
-    adapter = lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"])
+    adapter = lf.attach(root, DORA, ["0"])
     moved(adapter)
     y = root(torch.randn(5, 96))
     y.square().sum().backward()
@@ -291,12 +277,10 @@ def test_rows_of_zeros_have_no_direction() -> None:
 def test_over_another_adapter() -> None:
     """The magnitude lies over whatever is beneath: the norms are then those of the whole sum."""
     root = layer()
-    below = lf.attach(root, lf.LoRA(rank=4, dropout=0.0), ["0"], name="below")
-    with torch.no_grad():
-        below.deltas["0"].B.normal_(0, 0.3)
-    above = lf.attach(root, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), ["0"], name="above")
-    with torch.no_grad():
-        above.deltas["0"].inner.B.normal_(0, 0.3)
+    below, above = (
+        noise.moved(lf.attach(root, spec, ["0"], name=type(spec).__name__), 0.3)
+        for spec in (lf.LoRA(rank=4, dropout=0.0), lf.DoRA(lf.LoRA(rank=2, dropout=0.0)))
+    )
     x = torch.randn(5, 96)
     y = root(x)
     below.merge()

@@ -1,8 +1,4 @@
-"""Training in a random subspace: the projection against its definition, and one vector for all
-matrices.
-"""
-
-from __future__ import annotations
+"""Fastfood and VeRA: one vector, or one pair of projections, for all matrices."""
 
 import copy
 import pickle
@@ -12,9 +8,11 @@ import torch
 from torch import nn
 
 import lorafold as lf
+from lorafold.core.delta import SETTINGS
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec
 from lorafold.ops.walsh import halves, walsh
+from noise import moved
 
 
 def hadamard(n: int) -> torch.Tensor:
@@ -34,10 +32,7 @@ def adapted(dimension: int) -> tuple[nn.Sequential, lf.Adapter]:
     torch.manual_seed(0)
     root = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16))
     adapter = lf.attach(root, make_spec("fastfood", dimension=dimension), ["0", "2"])
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return root, adapter
+    return root, moved(adapter)
 
 
 @pytest.mark.few(2)
@@ -111,3 +106,35 @@ def test_only_the_vector_and_the_scales_are_stored(tiny_model, tmp_path) -> None
 def test_a_dimension_below_one_is_refused() -> None:
     with pytest.raises(LorafoldError, match="dimension: found 0"):
         make_spec("fastfood", dimension=0)
+
+
+def with_vera() -> tuple[nn.Sequential, lf.Adapter]:
+    torch.manual_seed(0)
+    root = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16))
+    adapter = lf.attach(root, lf.VeRA(rank=8), ["0", "2"])
+    return root, moved(adapter)
+
+
+def projections(root: nn.Sequential) -> set[int]:
+    return {id(root[i].deltas["default"].projections) for i in (0, 2)}
+
+
+CHANGES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "double": lambda m: copy.deepcopy(m).double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_projections_stay_shared_and_are_no_parameters(change: str) -> None:
+    root, adapter = with_vera()
+    twin = CHANGES[change](root)
+    x = torch.randn(3, 24)
+    assert len(projections(twin)) == 1
+    assert projections(twin) != projections(root)
+    assert torch.allclose(twin(x.to(next(twin.parameters()).dtype)).float(), root(x), atol=1e-6)
+    assert {n.rsplit(".", 1)[-1] for n, _ in adapter.named_parameters()} == {"d", "b"}
+    assert {k.rsplit(".", 1)[-1] for k in adapter.state_dict()} == {"d", "b", SETTINGS}
+    shared = root[0].deltas["default"].projections
+    assert (tuple(shared.A.shape), tuple(shared.B.shape)) == ((8, 32), (32, 8))

@@ -1,18 +1,16 @@
-"""Full fine-tuning: the weights themselves in place, once each, and a model that is whole again
-afterwards.
-"""
-
-from __future__ import annotations
+"""Full fine-tuning and the linear probe: the weights themselves, in place, once each."""
 
 import copy
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.training_step.optim import matrices_in
+from method_cases import classifier
 from mixtures import mixture
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
@@ -95,10 +93,8 @@ def test_a_second_adapter_does_not_freeze_it(tiny_model) -> None:
 def test_it_says_that_it_trains_the_base_and_refuses_what_has_no_weights(tiny_model) -> None:
     assert lf.Full.trains_base
     assert not lf.LoRA.trains_base
-    with pytest.raises(
-        lf.LorafoldError,
-        match="Full trains floating-point weights in place; LlamaMLP has no parameters",
-    ):
+    told = "Full trains floating-point weights in place; LlamaMLP has no parameters"
+    with pytest.raises(lf.LorafoldError, match=told):
         lf.attach(tiny_model("llama"), lf.Full(), ["mlp"])
 
 
@@ -123,3 +119,43 @@ def test_weight_decay_leaves_the_biases_of_experts_as_they_are() -> None:
         vectors = name.endswith("bias") or p.ndim == 1
         assert (id(p) in shrunk) != vectors, name
     assert any(p.ndim == 2 for name, p in model.named_parameters() if name.endswith("_bias"))
+
+
+TEXTS = torch.randint(3, 250, (6, 7), generator=torch.Generator().manual_seed(4))
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_it_trains_the_head_over_features_that_stay(kind: str) -> None:
+    model = classifier(kind)
+    with torch.no_grad():
+        bare = model(TEXTS).logits
+    adapter = lf.attach(model, lf.LinearProbe())
+    assert list(adapter.sites) == ["score"]
+    assert sum(p.numel() for p in adapter.parameters()) == 3 * 32
+    assert torch.equal(model(TEXTS).logits.detach(), bare)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = model(input_ids=TEXTS, labels=LABELS).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    features = {}
+    model.score.register_forward_hook(lambda m, args, y: features.update(h=args[0]))
+    with torch.no_grad():
+        y = model(input_ids=TEXTS).logits
+        head = adapter.deltas["score"].copy.weight
+        torch.testing.assert_close(y, features["h"][:, -1] @ head.T)
+        with lf.only(model):
+            assert torch.equal(model(TEXTS).logits, bare)
+        adapter.merge()
+        torch.testing.assert_close(model(TEXTS).logits, y)
+    assert cross_entropy(y, LABELS) < losses[0]
+
+
+def test_a_model_without_a_head_has_none_to_train() -> None:
+    with pytest.raises(lf.LorafoldError, match="'head': LlamaModel has no modules of this preset"):
+        lf.attach(classifier("llama").model, lf.LinearProbe())

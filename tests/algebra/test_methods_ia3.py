@@ -10,47 +10,16 @@ from transformers import AutoConfig, AutoModel
 
 import lorafold as lf
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "head_dim": 8,
-    "ffn_dim": 48,
-    "word_embed_proj_dim": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "rotary_dim": 8,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "pad_token_id": 0,
-    "embedding_size": 32,
-    "vocab_size": 64,
-}
-
-FAMILIES = [
-    "llama",
-    "mistral",
-    "gpt2",
-    "bloom",
-    "gpt_neox",
-    "t5",
-    "bert",
-    "roberta",
-    "gpt_bigcode",
-    "deberta-v2",
-]
+WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size")
+INNER = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads",
+         "decoder_attention_heads")  # fmt: skip
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+SMALL = dict.fromkeys(WIDTHS, 32) | dict.fromkeys(INNER, 48) | dict.fromkeys(HEADS, 4)
+SMALL |= dict.fromkeys((*LAYERS, "num_key_value_heads"), 2) | {"pad_token_id": 0, "vocab_size": 64}
+SMALL |= dict.fromkeys(("d_kv", "head_dim", "rotary_dim"), 8)
+FAMILIES = ["llama", "mistral", "gpt2", "bloom", "gpt_neox", "t5", "bert", "roberta",
+            "gpt_bigcode", "deberta-v2"]  # fmt: skip
 # the paper trains keys; PEFT's table has queries in their place
 QUERIES = ["opt", "gptj", "gpt_neo", "bart", "phi", "gemma", "gemma2", "qwen2", "qwen3"]
 
@@ -61,10 +30,8 @@ def sites(family: str) -> dict[str, bool]:
         if name in config.to_dict():
             setattr(config, name, value)
     if family == "gpt_neo":
-        config.attention_layers, config.attention_types = (
-            ["global", "local"],
-            [[["global", "local"], 1]],
-        )
+        config.attention_layers = ["global", "local"]
+        config.attention_types = [[["global", "local"], 1]]
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:2]
     with torch.device("meta"):
@@ -79,11 +46,8 @@ def ends(path: str, names: list[str]) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_places_are_those_of_peft(family: str) -> None:
     found = sites(family)
-    names = [
-        n
-        for n in PLACES[family]
-        if family not in ("bert", "roberta", "deberta-v2") or n != "output.dense"
-    ]
+    encoders = ("bert", "roberta", "deberta-v2")
+    names = [n for n in PLACES[family] if family not in encoders or n != "output.dense"]
     assert {p for p in found if not found[p]} == {
         p for p in found if ends(p, names) and not ends(p, FEEDFORWARD[family])
     }

@@ -1,30 +1,23 @@
-"""Every method of the table on whole tiny transformers: what a layer alone can't show.
-
-start           the model is the base, but for methods that say otherwise
-gradients       every parameter receives one, the same with and without gradient checkpointing
-copies          a deep copy and a pickle compute the same and are independent; the state can be
-                carried over
-bf16            a bf16 base computes what the fp32 one does, to bf16's precision, and trains
-compile         the whole model compiles in one graph and computes the same
-detach          gives the base back, bit for bit
-"""
-
-from __future__ import annotations
+"""Every method of the table on whole tiny transformers."""
 
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 import lorafold as lf
+import noise
 from conftest import ALIKE
 from lorafold.methods import METHODS
 from method_cases import IDS, NO_IDENTITY, attached, moved
 
 KINDS = ["llama", "gpt2", "qwen2"]
+ALL_KINDS = [*KINDS, "gemma"]
 
 
 def loss_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
@@ -38,22 +31,22 @@ def gradients(adapter: lf.Adapter, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
 
 
-def every(kinds: list[str] = KINDS, slow: tuple[str, ...] = ()) -> Callable:
+def every(
+    kinds: list[str] = KINDS, slow: tuple[str, ...] = (), lora_on_all: bool = False
+) -> Callable:
     return pytest.mark.parametrize(
         ("method", "kind"),
         [
             pytest.param(m, k, id=f"{m}-{k}", marks=[pytest.mark.slow] if m in slow else [])
             for m in METHODS
-            for k in kinds
+            for k in (ALL_KINDS if m == "lora" and lora_on_all else kinds)
         ],
     )
 
 
 @pytest.mark.few(20)
 @every()
-def test_it_starts_as_the_base_and_detaching_gives_it_back(
-    method: str, kind: str, tiny_model
-) -> None:
+def test_it_starts_as_the_base_and_detaching_gives_it_back(method, kind, tiny_model) -> None:
     model = tiny_model(kind)
     with torch.no_grad():
         bare = model(IDS).logits
@@ -73,10 +66,8 @@ def test_it_starts_as_the_base_and_detaching_gives_it_back(
 
 
 @pytest.mark.few(20)
-@every()
-def test_gradients_are_complete_and_the_same_under_checkpointing(
-    method: str, kind: str, tiny_model
-) -> None:
+@every(lora_on_all=True)
+def test_gradients_are_complete_and_the_same_under_checkpointing(method, kind, tiny_model) -> None:
     model = tiny_model(kind).train()
     adapter = moved(attached(model, method))
     for module in model.modules():
@@ -102,9 +93,7 @@ def test_gradients_are_complete_and_the_same_under_checkpointing(
 @pytest.mark.parametrize(
     "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-def test_copies_compute_the_same_and_are_independent(
-    method: str, kind: str, twin_of, tiny_model
-) -> None:
+def test_copies_compute_the_same_and_are_independent(method, kind, twin_of, tiny_model) -> None:
     model = tiny_model(kind)
     adapter = moved(attached(model, method))
     with torch.no_grad():
@@ -151,7 +140,7 @@ def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> 
 
 
 @pytest.mark.few(1)
-@every(["llama"], slow=ALIKE)
+@every(["llama"], slow=ALIKE, lora_on_all=True)
 def test_the_compiled_model_computes_the_same(method: str, kind: str, tiny_model) -> None:
     torch._dynamo.reset()
     model = tiny_model(kind)
@@ -178,3 +167,78 @@ def test_it_lies_over_another_method(method: str, kind: str, tiny_model) -> None
         with lf.only(model, "below"):
             assert torch.equal(model(IDS).logits, under)
     assert all(p.requires_grad for p in below.parameters())
+
+
+FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
+ROWS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def with_lora(model: torch.nn.Module, **options) -> lf.Adapter:
+    return noise.moved(lf.attach(model, lf.LoRA(rank=4, dropout=0.0), **options))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_all_linear_leaves_head_and_embeddings_alone(kind: str, tiny_model) -> None:
+    sites = with_lora(tiny_model(kind)).sites
+    per_block = 4 if kind == "gpt2" else 7
+    assert len(sites) == 2 * per_block
+    assert not [s for s in sites if "head" in s or "embed" in s or "wte" in s]
+
+
+def test_falcons_own_linear_class_is_a_linear() -> None:
+    torch.manual_seed(0)
+    model = FalconForCausalLM(
+        FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    ).eval()
+    adapter = with_lora(model)
+    found = {path.rpartition(".")[2] for path in adapter.sites}
+    assert found == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    with torch.no_grad():
+        y = model(ROWS).logits
+        adapter.merge()
+        torch.testing.assert_close(model(ROWS).logits, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_generate_merge_and_save(kind: str, tiny_model, tmp_path: Path) -> None:
+    model = tiny_model(kind)
+    bare = model(ROWS).logits
+    adapter = with_lora(model)
+    logits = model(ROWS).logits
+    greedy = {"attention_mask": torch.ones_like(ROWS), "max_new_tokens": 5, "do_sample": False}
+    answer = model.generate(ROWS, **greedy)
+    model.save_pretrained(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert type(plain).__name__ == type(model).__name__
+    assert torch.equal(plain(ROWS).logits, bare)
+    with lf.only(model):
+        assert torch.equal(model(ROWS).logits, bare)
+    adapter.merge()
+    assert (model(ROWS).logits - logits).norm() <= 1e-5 * logits.norm()
+    assert torch.equal(model.generate(ROWS, **greedy), answer)
+
+
+def test_embedding_tied_to_the_head_is_untied_on_request(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("gemma")
+    adapter = with_lora(model, targets=["embed_tokens", "q_proj"])
+    logits = model(ROWS).logits
+    with pytest.raises(lf.NotMergeable, match=r"model.embed_tokens: its weight is tied to lm_head"):
+        adapter.merge()
+    adapter.merge(untie_weights=True)
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (again(ROWS).logits - logits).norm() <= 1e-5 * logits.norm()
+
+
+def test_trained_biases_and_modules_to_save_are_deltas_too(tiny_model) -> None:
+    model = tiny_model("qwen2")
+    bare = model(ROWS).logits
+    adapter = with_lora(model, bias="lora_only", modules_to_save=["lm_head", "norm"])
+    logits = model(ROWS).logits
+    kinds = {type(d).__name__ for _, d in adapter.parts()}
+    assert kinds == {"LoRADelta", "BiasDelta", "ReplaceDelta"}
+    with lf.only(model):
+        assert torch.equal(model(ROWS).logits, bare)
+    adapter.merge(untie_weights=True)
+    assert (model(ROWS).logits - logits).norm() <= 1e-5 * logits.norm()
+    assert not [n for n, _ in model.named_parameters() if "deltas" in n]

@@ -1,8 +1,4 @@
-"""What methods compute with besides low-rank products: each operation against its plain form, in
-values and in gradients, and what is computed once.
-"""
-
-from __future__ import annotations
+"""The other operations of methods, in values and gradients, and what is computed once."""
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from lorafold.ops.attention import document_attention
 from lorafold.ops.checkpoint_segments import once
 from lorafold.ops.frozen import FEW, product_at, scaled_matrix, scaled_product, sparse_linear
 from lorafold.ops.packed_documents import Documents, prefixed
+from noise import moved
 
 
 def positions(n: int, k: int) -> Tensor:
@@ -86,10 +83,7 @@ def adapted(spec: lf.VeRA) -> tuple[nn.ModuleDict, Tensor]:
     """q and k read one input, o another one of the same size."""
     torch.manual_seed(0)
     root = nn.ModuleDict({"q": nn.Linear(24, 32), "k": nn.Linear(24, 8), "o": nn.Linear(24, 16)})
-    adapter = lf.attach(root, spec, ["q", "k", "o"])
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    moved(lf.attach(root, spec, ["q", "k", "o"]))
     return root, torch.randn(50, 24, requires_grad=True)
 
 

@@ -13,29 +13,22 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import lorafold as lf
 from lorafold.core.spec import Spec
 from lorafold.methods.adalora import ranks
+from lycoris_cases import lycoris, their_change
+from peft_cases import PAIRS
+from sequence_cases import GROUPED
 
 IDS = torch.arange(24).view(2, 12) % 32
 
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=32,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**GROUPED | {"vocab_size": 32}))
 
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=32, n_positions=32)
-    )
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=32, n_positions=32)
+    return GPT2LMHeadModel(config)
 
 
 MODELS = {"llama": llama, "gpt2": gpt2}
@@ -55,23 +48,9 @@ NAMES = {
     r"ia3_l\.default": "l",
 }
 
-CASES: dict[str, tuple[Spec, peft.PeftConfig]] = {
-    "dora": (
-        lf.DoRA(lf.LoRA(rank=4, alpha=6, dropout=0.1)),
-        peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, use_dora=True),
-    ),
-    "adalora": (
-        lf.AdaLoRA(rank=3, init_rank=4, alpha=6),
-        peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10),
-    ),
+CASES: dict[str, tuple[Spec, peft.PeftConfig]] = PAIRS | {
     "vera": (lf.VeRA(rank=8, projection_prng_key=7), peft.VeraConfig(r=8, projection_prng_key=7)),
-    "loha": (lf.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5)),
     "lokr": (lf.LoKr(rank=2, alpha=3), peft.LoKrConfig(r=2, alpha=3)),
-    "lokr-whole": (lf.LoKr(rank=8, alpha=3), peft.LoKrConfig(r=8, alpha=3)),
-    "lokr-both": (
-        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8),
-        peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
-    ),
     "ia3": (lf.IA3(), peft.IA3Config()),
 }
 
@@ -79,11 +58,10 @@ CASES: dict[str, tuple[Spec, peft.PeftConfig]] = {
 def places(method: str, family: str) -> dict[str, list[str]]:
     if method != "ia3":
         return {"target_modules": TARGETS[family]}
-    return (
-        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-        if family == "llama"
-        else {}
-    )
+    if family == "gpt2":
+        return {}
+    names = ["k_proj", "v_proj", "down_proj"]
+    return {"target_modules": names, "feedforward_modules": names[2:]}
 
 
 def peft_model(method: str, family: str) -> peft.PeftModel:
@@ -148,9 +126,8 @@ def test_dora_gradients_are_those_of_peft() -> None:
     own = dict(adapter.named_parameters())
     for name, p in theirs.named_parameters():
         if p.requires_grad:
-            ours = name.removeprefix("base_model.model.").replace(
-                "lora_magnitude_vector.default.weight", "magnitude"
-            )
+            ours = name.removeprefix("base_model.model.")
+            ours = ours.replace("lora_magnitude_vector.default.weight", "magnitude")
             ours = re.sub(r"lora_([AB])\.default\.weight", r"inner.\1", ours)
             assert (own[ours].grad - p.grad).norm() <= 1e-5 * p.grad.norm(), name
 
@@ -158,16 +135,9 @@ def test_dora_gradients_are_those_of_peft() -> None:
 def test_adalora_trains_and_prunes_as_peft_does() -> None:
     """Steps with the same data and optimizer: the same triplets survive, with the same values."""
     total, torch_lr = 12, 0.05
-    config = peft.AdaLoraConfig(
-        target_r=2,
-        init_r=4,
-        lora_alpha=6,
-        tinit=2,
-        tfinal=3,
-        deltaT=2,
-        total_step=total,
-        target_modules=TARGETS["llama"],
-    )
+    schedule = {"tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": total}
+    config = peft.AdaLoraConfig(target_r=2, init_r=4, lora_alpha=6, **schedule)
+    config.target_modules = set(TARGETS["llama"])
     logging.disable(logging.WARNING)
     theirs = peft.get_peft_model(llama(), config)
     logging.disable(logging.NOTSET)
@@ -192,10 +162,8 @@ def test_adalora_trains_and_prunes_as_peft_does() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
     kept = {path: delta.kept.tolist() for path, delta in adapter.deltas.items()}
-    assert kept == {
-        f"model.{k.split('.lora_E')[0].removeprefix('model.')}": v
-        for k, v in config.rank_pattern.items()
-    }
+    pattern = config.rank_pattern.items()
+    assert kept == {f"model.{k.split('.lora_E')[0].removeprefix('model.')}": v for k, v in pattern}
     assert sum(ranks(adapter.deltas).values()) == 2 * len(kept)
     assert len(set(ranks(adapter.deltas).values())) > 1
     with torch.no_grad():
@@ -205,36 +173,10 @@ def test_adalora_trains_and_prunes_as_peft_does() -> None:
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "lokr-both"])
 def test_matrices_equal_those_of_lycoris(kind: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lycoris.modules.loha import LohaModule
-        from lycoris.modules.lokr import LokrModule
     torch.manual_seed(0)
     root = nn.Sequential(nn.Linear(64, 128))
-    factor = {"lokr": 4, "lokr-both": 8}.get(kind)
-    spec, theirs = (
-        (lf.LoHa(rank=3, alpha=5), LohaModule("m", root[0], 1.0, lora_dim=3, alpha=5))
-        if kind == "loha"
-        else (
-            lf.LoKr(rank=1, alpha=3, decompose_factor=factor, decompose_both=kind == "lokr-both"),
-            LokrModule(
-                "m",
-                root[0],
-                1.0,
-                lora_dim=1,
-                alpha=3,
-                factor=factor,
-                decompose_both=kind == "lokr-both",
-            ),
-        )
-    )
+    rank, alpha, factor = {"loha": (3, 5, -1), "lokr": (1, 3, 4), "lokr-both": (1, 3, 8)}[kind]
+    spec, theirs = lycoris(kind, root[0], rank, alpha, factor)
     delta = lf.attach(root, spec, ["0"]).deltas["0"]
-    own = dict(delta.named_parameters())
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            p.copy_(torch.randn_like(p))
-            own.pop(re.sub("^(hada|lokr)_", "", name)).copy_(p)
-        expected = theirs.get_weight(root[0].weight.shape)
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        assert not own
-        assert (delta.delta() - expected).norm() <= 1e-5 * expected.norm()
+    expected = their_change(theirs, delta, root[0].weight.shape)
+    assert (delta.delta() - expected).norm() <= 1e-5 * expected.norm()

@@ -1,11 +1,4 @@
-"""Virtual tokens, of prompt and of prefix tuning: that they are in front of everything, everywhere,
-and nowhere else.
-
-PEFT is the oracle for logits (its `generate` ignores them under this transformers); a recomputation
-without a cache is that of `generate`.
-"""
-
-from __future__ import annotations
+"""Virtual tokens of prompt and prefix tuning, against PEFT and against no cache."""
 
 import copy
 import warnings
@@ -14,23 +7,19 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-)
 
 import lorafold as lf
+from conftest import SIZE
 from lorafold.data.batches import collate
+from lorafold.data.examples import Example
 from lorafold.generation import complete
 from lorafold.layers import layer_of
 from lorafold.training_step.lm_head_loss import labelled_loss
 from lorafold.training_step.packed_attention import isolates, packed
+from method_cases import IDS, classifier
 
 N = 5
 SPECS = [
@@ -38,8 +27,11 @@ SPECS = [
     pytest.param(lf.Prefix(tokens=N), id="prefix"),
 ]
 KINDS = ["llama", "gpt2", "qwen2", "gemma"]
-IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(4))
 EPS = {"rtol": 1e-4, "atol": 2e-5}  # fp32, two orders of summation
+GREEDY: dict[str, Any] = {
+    "attention_mask": torch.ones_like(IDS), "do_sample": False, "eos_token_id": None,
+    "pad_token_id": 0,
+}  # fmt: skip
 
 
 def every(kinds: list[str] = KINDS) -> Any:
@@ -112,22 +104,10 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
     virtual(model, spec)
     expected = greedy(model, IDS, 8)
     scores = logits(model, expected)[:, -9:-1]
-    for cache in (
-        {},
-        {"use_cache": False},
-        {"cache_implementation": "static", "disable_compile": True},
-    ):
-        found = model.generate(
-            IDS,
-            attention_mask=torch.ones_like(IDS),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **cache,
-        )
+    static = {"cache_implementation": "static", "disable_compile": True}
+    told = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
+    for cache in ({}, {"use_cache": False}, static):
+        found = model.generate(IDS, **GREEDY, **told, **cache)
         assert torch.equal(found.sequences, expected)
         torch.testing.assert_close(torch.stack(found.logits, 1), scores, **EPS)
     with lf.only(model):
@@ -136,18 +116,12 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
 
 @pytest.mark.few(3)
 @every(["llama", "gpt2"])
-def test_a_left_padded_batch_generates_what_each_row_does_alone(
-    spec: Any, kind: str, tiny_model, tiny_model_dir
-) -> None:
+def test_a_left_padded_batch_generates_as_each_row(spec, kind, tiny_model, tiny_model_dir) -> None:
     from lorafold.models.tokenizer import load_tokenizer
 
     model, tokenizer = tiny_model(kind), load_tokenizer(str(tiny_model_dir(kind)))
     virtual(model, spec)
-    prompts = [
-        "Book a table",
-        "Remind me to call the plumber tomorrow morning",
-        "The quick brown fox",
-    ]
+    prompts = ["Book a table", "Remind me to call the plumber tomorrow", "The quick brown fox"]
     # more than one round: caches are handed on
     alone = [complete(model, tokenizer, [p], 20)[0] for p in prompts]
     assert complete(model, tokenizer, prompts, 20) == alone
@@ -161,17 +135,8 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(
 def test_beams_reorder_the_cache_and_nothing_else(spec: Any, kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     virtual(model, spec)
-    options: dict[str, Any] = {
-        "max_new_tokens": 6,
-        "num_beams": 3,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    mask = torch.ones_like(IDS)
-    cached, anew = (
-        model.generate(IDS, attention_mask=mask, use_cache=use, **options) for use in (True, False)
-    )
+    options = GREEDY | {"max_new_tokens": 6, "num_beams": 3}
+    cached, anew = (model.generate(IDS, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, anew)
 
 
@@ -197,22 +162,16 @@ def test_packed_documents_each_see_them(spec: Any, kind: str, tiny_model) -> Non
     virtual(model, spec)
     assert isolates(model)
 
-    class Document:
-        def __init__(self, ids: Tensor) -> None:
-            self.ids = self.labels = ids.tolist()
-
     documents = [IDS[0, :4], IDS[1], IDS[2, :6]]
     alone = torch.cat([logits(model, d[None])[0] for d in documents])
     with packed(model) as apart:
         assert apart
-        batch = collate([Document(d) for d in documents], packed=True, pad_id=0)
-        together = logits(
-            model, batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        )[0]
-        torch.testing.assert_close(together, alone, **EPS)
-        torch.testing.assert_close(
-            logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]), **EPS
-        )
+        batch = collate([Example(d.tolist(), d.tolist()) for d in documents], packed=True, pad_id=0)
+        del batch["labels"]
+        ids = batch.pop("input_ids")
+        torch.testing.assert_close(logits(model, ids, **batch, use_cache=False)[0], alone, **EPS)
+        rows = torch.cat([logits(model, row[None]) for row in IDS])
+        torch.testing.assert_close(logits(model, IDS), rows, **EPS)
     torch.testing.assert_close(logits(model, IDS[:1, :4])[0], alone[:4], **EPS)
 
 
@@ -231,34 +190,15 @@ def test_eager_attention_computes_the_same(spec: Any, kind: str, tiny_model) -> 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_sliding_window_never_loses_them(spec: Any) -> None:
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=6,
-        max_position_embeddings=128,
-        attn_implementation="eager",
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = Gemma2ForCausalLM(config).eval()
+    size = SIZE | {"vocab_size": 260, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    config = tf.Gemma2Config(**size, sliding_window=6, attn_implementation="eager")
+    model = tf.Gemma2ForCausalLM(config).eval()
     virtual(model, spec)
-    expected = greedy(model, IDS, 6)
-    cached = model.generate(
-        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0
-    )
-    assert torch.equal(cached, expected)
+    assert torch.equal(model.generate(IDS, **GREEDY, max_new_tokens=6), greedy(model, IDS, 6))
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_under_gradient_checkpointing_two_batches_may_wait_for_their_backward(
-    spec: Any, tiny_model
-) -> None:
+def test_under_checkpointing_two_batches_may_wait_for_their_backward(spec, tiny_model) -> None:
     model = tiny_model("llama").train()
     adapter = virtual(model, spec)
     (p,) = adapter.parameters()
@@ -279,21 +219,10 @@ def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
     model = tiny_model("llama")
     a, b = virtual(model, below(tokens=2), "a"), virtual(model, above(tokens=3), "b", seed=1)
     both = logits(model, IDS)
-    assert torch.equal(
-        model.generate(
-            IDS,
-            attention_mask=torch.ones_like(IDS),
-            max_new_tokens=5,
-            do_sample=False,
-            eos_token_id=None,
-        ),
-        greedy(model, IDS, 5),
-    )
-    with lf.only(model, "a"):
-        only_a = logits(model, IDS)
-    with lf.only(model, "b"):
-        only_b = logits(model, IDS)
-    for one in (only_a, only_b):
+    assert torch.equal(model.generate(IDS, **GREEDY, max_new_tokens=5), greedy(model, IDS, 5))
+    for name in "ab":
+        with lf.only(model, name):
+            one = logits(model, IDS)
         assert (both - one).norm() > 1e-3 * one.norm()
     if below is above is lf.Prompt:
         one = tiny_model("llama")
@@ -305,23 +234,9 @@ def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(
-    ("cls", "config"),
-    [(LlamaForSequenceClassification, LlamaConfig), (GPT2ForSequenceClassification, GPT2Config)],
-)
-def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 260,
-        "num_labels": 3,
-    }
-    extra = {"intermediate_size": 48} if config is LlamaConfig else {}
-    model = cls(
-        config(**sizes, **extra, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    ).eval()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_classifier_takes_them_too(spec: Any, kind: str) -> None:
+    model = classifier(kind)
     bare = logits(model, IDS)
     adapter = virtual(model, spec)
     assert not torch.allclose(logits(model, IDS), bare)
@@ -332,19 +247,16 @@ def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
     model = tiny_model("llama")
-    with pytest.raises(
-        lf.LorafoldError, match=r"expected a decoder and its attentions .*found Linear"
-    ):
+    told = r"expected a decoder and its attentions .*found Linear"
+    with pytest.raises(lf.LorafoldError, match=told):
         lf.attach(model, spec, ["q_proj"])
     with pytest.raises(lf.LorafoldError, match="has no modules of this preset"):
         lf.attach(nn.Sequential(nn.Linear(3, 3)), spec)
     adapter = lf.attach(model, spec)
     with pytest.raises(lf.NotMergeable, match=r"PromptDelta|PrefixDelta|no weight"):
         adapter.merge()
-    for receiver in [p for p in adapter.sites if p != "model"]:
-        adapter.sites[receiver].deltas["default"] = lf.Bottleneck(size=2).build(
-            layer_of(adapter.sites[receiver])
-        )
+    for site in [site for path, site in adapter.sites.items() if path != "model"]:
+        site.deltas["default"] = lf.Bottleneck(size=2).build(layer_of(site))
     with pytest.raises(lf.LorafoldError, match=r"of layers \[0, 1\]"):
         logits(model, IDS)
 
@@ -360,11 +272,8 @@ def test_prefix_begins_with_activations_of_real_tokens(tiny_model) -> None:
     for layer, (keys, values) in delta.keys_and_values(None, None).items():
         torch.testing.assert_close(keys, cache.layers[layer].keys)
         torch.testing.assert_close(values, cache.layers[layer].values)
-    random = (
-        lf.attach(tiny_model("gpt2"), lf.Prefix(tokens=4, init="random"))
-        .deltas["transformer"]
-        .prefix
-    )
+    other = lf.attach(tiny_model("gpt2"), lf.Prefix(tokens=4, init="random"))
+    random = other.deltas["transformer"].prefix
     assert random.std().item() == pytest.approx(0.02, rel=0.2)  # 512 draws: standard error 3%
 
 
@@ -373,3 +282,62 @@ def test_options_out_of_range(cls: Any) -> None:
     wrong = "tokens: found 0, expected a whole number from 1; init: found 'zero'"
     with pytest.raises(lf.LorafoldError, match=wrong):
         cls(tokens=0, init="zero")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma"])
+def test_it_is_the_model_with_embeddings_in_front(kind: str, tiny_model) -> None:
+    model, plain = tiny_model(kind), tiny_model(kind)
+    delta = next(iter(lf.attach(model, lf.Prompt(tokens=4)).deltas.values()))
+    front = delta.embeddings.detach().clone().requires_grad_(True)
+    inputs = torch.cat([front.expand(3, -1, -1), plain.get_input_embeddings()(IDS)], 1)
+    expected, found = plain(inputs_embeds=inputs).logits[:, 4:], model(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    torch.testing.assert_close(delta.embeddings.grad, front.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_it_begins_as_tokens_of_the_vocabulary_or_spread_like_them(tiny_model) -> None:
+    model = tiny_model("llama")
+    weight = model.get_input_embeddings().weight
+    torch.manual_seed(3)
+    vocabulary = lf.attach(model, lf.Prompt(tokens=6), name="a").deltas["model"].embeddings
+    torch.manual_seed(3)
+    assert torch.equal(vocabulary, weight[torch.randint(len(weight), (6,))])
+    random = (
+        lf.attach(model, lf.Prompt(tokens=50, init="random"), name="b").deltas["model"].embeddings
+    )
+    # 1,600 draws: standard error 2%
+    assert random.std().item() == pytest.approx(weight.std().item(), rel=0.1)
+
+
+def test_the_prompt_runs_once_for_a_cache_and_lies_with_it(tiny_model) -> None:
+    model = tiny_model("llama")
+    adapter = lf.attach(model, lf.Prompt(tokens=4))
+    lengths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda m, args: lengths.append(args[0].shape[1])
+    )
+    with torch.no_grad():
+        output = model(IDS, use_cache=True, cache=None)
+        output = model(IDS[:, :1], cache=output.cache)
+        # a cache that the model made itself comes without: once more
+        assert lengths == [4, 9, 4, 1]
+        twin = copy.deepcopy(output.cache)
+        next(adapter.parameters()).zero_()
+        a = model(IDS[:, :1], cache=output.cache).logits
+        assert torch.equal(model(IDS[:, :1], cache=twin).logits, a)
+    assert lengths == [4, 9, 4, 1, 1, 1]
+    assert output.cache.get_seq_length() == 11
+
+
+def test_gradients_accumulate_over_the_whole_batch(tiny_model) -> None:
+    model = tiny_model("llama")
+    (p,) = lf.attach(model, lf.Prompt(tokens=4)).parameters()
+
+    def gradient(ids: Tensor) -> Tensor:
+        return torch.autograd.grad(model(ids).logits.square().sum(), [p])[0]
+
+    torch.testing.assert_close(
+        gradient(IDS), sum(gradient(row[None]) for row in IDS), rtol=1e-4, atol=1e-6
+    )

@@ -1,6 +1,4 @@
-"""The reference of NF4 is what bitsandbytes stores, byte for byte, and what its closed forms
-say.
-"""
+"""The reference of NF4 is what bitsandbytes stores, byte for byte."""
 
 from itertools import product
 
@@ -29,9 +27,7 @@ def with_outlier() -> torch.Tensor:
 
 
 def around_ties() -> torch.Tensor:
-    """Whole blocks: absmax c, then c times every midpoint of two levels, and the floats just below
-    and above. Exact ties where c is 1.
-    """
+    """Whole blocks of c times every midpoint of two levels, and the floats beside them."""
     level = nf4.levels()
     # where c is no power of two, w * (1 / c) and w / c fall on different sides
     c = torch.cat([torch.ones(1), normal(99).abs()])[:, None]
@@ -62,28 +58,18 @@ def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.NF4Tensor, torch.Tensor]:
-    """What bitsandbytes stores for w, in the reference's form, and what it makes of it.
-
-    As one row: in version 0.50 the AVX-512 kernel takes the wrong constants if rows are no whole
-    number of blocks.
-    """
-    bytes_, state = bnb.quantize_4bit(
-        w.flatten(), blocksize=64, compress_statistics=double, quant_type="nf4"
-    )
-    constants = (
-        nf4.BlockConstants(state.absmax, state.state2.absmax, state.offset)
-        if double
-        else state.absmax
-    )
-    return nf4.NF4Tensor(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(
-        bytes_, state
-    ).view(w.shape)
+    """What bitsandbytes 0.50 stores for w as one row: for others it takes wrong constants."""
+    how = {"blocksize": 64, "compress_statistics": double, "quant_type": "nf4"}
+    bytes_, state = bnb.quantize_4bit(w.flatten(), **how)
+    constants = state.absmax
+    if double:
+        constants = nf4.BlockConstants(state.absmax, state.state2.absmax, state.offset)
+    dense = bnb.dequantize_4bit(bytes_, state).view(w.shape)
+    return nf4.NF4Tensor(bytes_.flatten(), constants, w.shape, 64), dense
 
 
 def on_grid(y: torch.Tensor) -> torch.Tensor:
-    """y rounded to 65536 points of [-1, 1]: the table by which the CPU kernel of bitsandbytes looks
-    up an 8-bit code.
-    """
+    """y on the 65536 points by which the CPU kernel looks up an 8-bit code."""
     return -1 + 2 * ((y.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).int() / 65535
 
 
@@ -92,15 +78,18 @@ def test_levels_are_those_of_bitsandbytes():
     assert torch.equal(nf4.dynamic_map(), bnb.create_dynamic_map())
 
 
-@pytest.mark.few(14)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_bytes_and_values_are_those_of_bitsandbytes(case, dtype):
-    w = to(CASES[case], dtype)
+def assert_bytes(w: torch.Tensor, dtype: torch.dtype) -> None:
     ours, (theirs, dense) = nf4.quantize(w, double=False), of_bitsandbytes(w, False)
     assert torch.equal(ours.codes, theirs.codes)
     assert torch.equal(ours.constants, theirs.constants)
     assert torch.equal(nf4.dequantize(ours, dtype), dense)
+
+
+@pytest.mark.few(14)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_and_values_are_those_of_bitsandbytes(case, dtype):
+    assert_bytes(to(CASES[case], dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,11 +105,9 @@ def test_double_quantized_bytes_and_values_are_those_of_bitsandbytes(case, dtype
     c = nf4.quantize(w, double=False).constants
     y, d = nf4.normalized(c - c.mean(), 256)
     if d.any():  # else any code stands for zero: theirs is 0, ours 127
-        assert torch.equal(
-            theirs.constants.codes, nf4.nearest(on_grid(y), nf4.dynamic_map()).flatten()[: len(c)]
-        )
-    # a code that is nearest to the grid's point instead is at worst one step of the grid farther
-    # away
+        nearest = nf4.nearest(on_grid(y), nf4.dynamic_map()).flatten()[: len(c)]
+        assert torch.equal(theirs.constants.codes, nearest)
+    # the code nearest to the grid's point is at worst one step of the grid farther away
     worse = (theirs.constants.dense() - c).abs() - (ours.constants.dense() - c).abs()
     assert (worse <= d.repeat_interleave(256)[: len(c)] * 2 / 65535 + 4 * EPS * c.abs().max()).all()
 
@@ -134,10 +121,7 @@ def test_real_weights_are_stored_as_bitsandbytes_does(smollm2, name):
 
     with safe_open(smollm2 / "model.safetensors", "pt") as file:
         w = file.get_tensor(name).bfloat16()
-    ours, (theirs, dense) = nf4.quantize(w, double=False), of_bitsandbytes(w, False)
-    assert torch.equal(ours.codes, theirs.codes)
-    assert torch.equal(ours.constants, theirs.constants)
-    assert torch.equal(nf4.dequantize(ours, torch.bfloat16), dense)
+    assert_bytes(w, torch.bfloat16)
     ours, (theirs, dense) = nf4.quantize(w), of_bitsandbytes(w, True)
     assert torch.equal(ours.codes, theirs.codes)
     assert torch.equal(nf4.dequantize(theirs, torch.bfloat16), dense)
@@ -193,10 +177,10 @@ def test_bits_per_weight_are_those_that_are_stored(block):
     w = normal(64, 64 * 32)
     stored = lambda *tensors: 8 * sum(t.nbytes for t in tensors) / w.numel()  # noqa: E731
     plain, packed = nf4.quantize(w, block, double=False), nf4.quantize(w, block)
+    constants = packed.constants
     assert stored(plain.codes, plain.constants) == nf4.bits_per_weight(block, double=False)
-    assert stored(
-        packed.codes, packed.constants.codes, packed.constants.absmax
-    ) == nf4.bits_per_weight(block)
+    found = stored(packed.codes, constants.codes, constants.absmax)
+    assert found == nf4.bits_per_weight(block)
     assert nf4.bits_per_weight() == 4 + 8 / 64 + 32 / (64 * 256)
     assert (round(nf4.bits_per_weight(), 3), nf4.bits_per_weight(double=False)) == (4.127, 4.5)
 
@@ -227,9 +211,7 @@ def test_the_faster_codes_are_the_bytes_of_bitsandbytes(w, dtype):
         torch.testing.assert_close(made[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
-def test_bitsandbytes_quantizes_with_the_faster_codes_and_with_its_own_what_they_do_not_know(
-    monkeypatch,
-):
+def test_bitsandbytes_quantizes_with_the_faster_codes_what_they_know(monkeypatch):
     blocks = []
 
     def counted(w, block):

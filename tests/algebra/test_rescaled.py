@@ -1,7 +1,5 @@
 """RWKV divides weights in place for inference; a delta over them is not divided."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
+from noise import moved
 
 IDS = torch.randint(3, 290, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -34,12 +33,7 @@ def rwkv() -> Any:
 
 
 def adapted(model: Any) -> lf.Adapter:
-    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return adapter
+    return moved(lf.attach(model, lf.LoRA(rank=2, dropout=0.0)))
 
 
 @torch.no_grad()

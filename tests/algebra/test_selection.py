@@ -1,6 +1,4 @@
-"""Which adapters compute: in the replay of a checkpointed block, in threads and in tasks."""
-
-from __future__ import annotations
+"""Which adapters compute: in a replayed block, in threads and tasks, and in the reference."""
 
 import asyncio
 import copy
@@ -17,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lorafold as lf
 from lorafold.core.attach import selection_of
 from lorafold.errors import LorafoldError
+from method_cases import IDS, moved
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(9), requires_grad=True)
 
@@ -247,3 +246,41 @@ def test_what_is_attached_or_detached_inside_is_so_afterwards() -> None:
         third.detach()
     assert selection.names == ("one", "two")
     assert [origin.name for origin in selection.active] == ["one", "two"]
+
+
+WAYS: dict[str, Callable[[Any], Tensor]] = {
+    "the model": lambda m: m(IDS).logits,
+    "its forward": lambda m: m.forward(IDS).logits,
+    "the body": lambda m: m.model(IDS).last_hidden_state,
+    "the body's forward": lambda m: m.model.forward(IDS).last_hidden_state,
+    "the decoder": lambda m: m.get_decoder()(IDS).last_hidden_state,
+    "the base model": lambda m: m.base_model(IDS).last_hidden_state,
+    "a submodule": lambda m: m.get_submodule("model")(IDS).last_hidden_state,
+    "generated": lambda m: m.generate(IDS, max_new_tokens=4, do_sample=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_of_asking_it_has_the_policy(way: str, tiny_model) -> None:
+    model, ask = tiny_model("llama"), WAYS[way]
+    moved(lf.attach(model, lf.LoRA(rank=4, dropout=0.5), name="below")).requires_grad_(False)
+    moved(lf.attach(model, lf.LoRA(rank=4, dropout=0.5), name="trains"), 0.5)
+    reference = lf.reference(model)
+    with torch.no_grad(), lf.only(model, "below"):
+        expected = ask(model.eval())
+    with torch.no_grad():
+        assert not torch.equal(ask(model), expected)
+    found = ask(reference.train())
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+
+
+def test_what_is_set_on_it_stays_the_model_s(tiny_model) -> None:
+    model = tiny_model("llama")
+    moved(lf.attach(model, lf.LoRA(rank=4), name="trains"))
+    reference, head = lf.reference(model), model.lm_head
+    assert reference.config is model.config
+    assert reference.model is reference.model
+    reference.lm_head = reference.lm_head.float()  # as a trainer casts it
+    assert model.lm_head is head
+    assert model(IDS).logits.requires_grad

@@ -1,6 +1,4 @@
-"""New tokens: rows of embedding and head under the laws of every delta, over a base that is never
-resized.
-"""
+"""New tokens: rows of embedding and head, under the laws, over a base that is never resized."""
 
 import copy
 import itertools
@@ -16,15 +14,21 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PhiConfig,
 
 import lorafold as lf
 import reference_ops as reference
+from adapter_cases import relative
 from lorafold.core.attach import Deltas, base_state
 from lorafold.layers import layer_of
 from lorafold.methods import METHODS
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
+from noise import moved
 
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
 TIED = ["gemma", "gpt2"]
 V, D = 300, 32  # of the tiny models
+SIZES: dict[str, Any] = {
+    "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "vocab_size": V, "pad_token_id": 0,
+}  # fmt: skip
 NEW = (301, 5, 300)  # two that the base lacks and one that it has, in no order
 MATRICES = {(V, D), (V + 2, D), (D, V), (D, V + 2)}
 IDS = torch.tensor([[7, 300, 5, 9, 301, 5, 3, 300]])
@@ -39,14 +43,11 @@ class Scaled(nn.Embedding):
         return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
 
 
-BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Tensor]]] = {
-    "embedding": (
-        lambda: nn.Embedding(11, 6),
-        lambda g: torch.tensor([[0, 2, 11, 12], [12, 1, 4, 2]]),
-    ),
-    "scaled": (lambda: Scaled(11, 6), lambda g: torch.tensor([[0, 2, 11, 12], [12, 1, 4, 2]])),
-    "head": (lambda: nn.Linear(6, 11, bias=False), lambda g: torch.randn(3, 5, 6, generator=g)),
-    "biased": (lambda: nn.Linear(6, 11), lambda g: torch.randn(3, 5, 6, generator=g)),
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "embedding": lambda: nn.Embedding(11, 6),
+    "scaled": lambda: Scaled(11, 6),
+    "head": lambda: nn.Linear(6, 11, bias=False),
+    "biased": lambda: nn.Linear(6, 11),
 }
 WHICH = {"new": (11, 12), "mixed": (12, 2, 11), "known": (4, 2)}
 CASES = [pytest.param(b, w, id=f"{b}-{w}") for b, w in itertools.product(BASES, WHICH)]
@@ -57,27 +58,17 @@ def rooted(
 ) -> tuple[nn.Module, Tensor, lf.Adapter]:
     """A layer under its token rows, beside a linear that has the method, and an input."""
     torch.manual_seed(0)
-    make, inputs = BASES[base]
-    root = nn.ModuleDict({"at": make(), "beside": nn.Linear(6, 6)}).to(dtype)
-    x = inputs(torch.Generator().manual_seed(1))
-    x = (
-        x.to(dtype)
-        if x.is_floating_point()
-        else torch.where((x > 10) & torch.tensor(max(ids) < 11), 0, x)
-    )
+    root = nn.ModuleDict({"at": BASES[base](), "beside": nn.Linear(6, 6)}).to(dtype)
+    if base in ("head", "biased"):
+        x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    else:
+        x = torch.tensor([[0, 2, 11, 12], [12, 1, 4, 2]])
+        x = x.masked_fill(x > max(*ids, 10), 0)
     return root, x, lf.attach(root, lf.LoRA(rank=2), ["beside"], tokens={"at": ids})
 
 
 def move(adapter: lf.Adapter, size: float = 0.1) -> lf.Adapter:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator).to(p))
-    return adapter
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
+    return moved(adapter, size, 2)
 
 
 @torch.no_grad()
@@ -109,9 +100,7 @@ def test_what_is_not_trained_stays_bit_for_bit(base: str, which: str) -> None:
             assert torch.equal(y[others], root["at"](x[others]))
             assert torch.equal(at_start[x < 11], root["at"](x[x < 11]))
             mean = weight.mean(0) * getattr(root["at"], "embed_scale", 1.0)
-            assert torch.allclose(
-                at_start[x >= 11], mean.expand(int((x >= 11).sum()), -1), atol=1e-6
-            )
+            assert all(torch.allclose(row, mean, atol=1e-6) for row in at_start[x >= 11])
         assert torch.equal(root["at"].weight, weight)
 
 
@@ -123,23 +112,18 @@ def test_folding_then_calling_equals_calling(base: str, which: str, dtype: torch
     move(adapter)
     y = root["at"](x)
     adapter.merge()
-    assert type(root["at"]) is type(BASES[base][0]())
+    assert type(root["at"]) is type(BASES[base]())
     assert len(root["at"].weight) == max(11, *(i + 1 for i in WHICH[which]))
     assert root["at"].weight.dtype is dtype
     merged = root["at"](x)
     # rows are rounded as the merged weight is: an embedding's are the same numbers, a head's
     # products differ by rounding
-    assert (
-        torch.equal(merged, y)
-        if not x.is_floating_point()
-        else relative(merged, y) < 4 * torch.finfo(dtype).eps
-    )
-    text = repr(root["at"])
-    assert (
-        "num_embeddings" in text
-        or "out_features" in text
-        or f"({len(root['at'].weight)}, 6)" in text
-    )
+    if x.is_floating_point():
+        assert relative(merged, y) < 4 * torch.finfo(dtype).eps
+    else:
+        assert torch.equal(merged, y)
+    shown = f"({len(root['at'].weight)}, 6)"
+    assert any(word in repr(root["at"]) for word in ("num_embeddings", "out_features", shown))
 
 
 @pytest.mark.parametrize(("base", "which"), CASES)
@@ -199,7 +183,12 @@ def test_over_a_model_the_base_stays_what_it_is(kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     short = IDS.masked_fill(IDS >= V, 0)
     bare, state = logits(model, short), {k: v.clone() for k, v in model.state_dict().items()}
-    adapter = move(lf.attach(model, lf.LoRA(rank=2), tokens=NEW))
+    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=NEW)
+    z = logits(model)  # of new tokens, the average at first
+    mean = z[..., :V].mean(-1, keepdim=True)
+    assert torch.allclose(z[..., V:], mean.expand(*z.shape[:-1], 2), atol=1e-5)
+    assert (z.softmax(-1)[..., V:] <= 1 / V).all()
+    move(adapter)
     assert logits(model).shape[-1] == V + 2
     with lf.only(model):
         assert torch.equal(logits(model, short), bare)
@@ -223,17 +212,13 @@ def test_over_a_model_the_base_stays_what_it_is(kind: str, tiny_model) -> None:
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: copy.deepcopy(m).double()],
 )
 @pytest.mark.parametrize("kind", TIED)
-def test_a_tied_head_shares_the_rows_through_everything(
-    kind: str, change: Callable[[Any], Any], tiny_model
-) -> None:
+def test_a_tied_head_shares_the_rows_through_everything(kind: str, change, tiny_model) -> None:
     model = tiny_model(kind)
     move(lf.attach(model, lf.LoRA(rank=2), tokens=NEW))
     twin = change(model)
     assert torch.allclose(logits(twin).float(), logits(model), atol=1e-5)
-    embedding, head = (
-        twin.get_input_embeddings().deltas["default"],
-        twin.get_output_embeddings().deltas["default"],
-    )
+    ends = twin.get_input_embeddings(), twin.get_output_embeddings()
+    embedding, head = (module.deltas["default"] for module in ends)
     assert head.owner is embedding
     assert list(head.parameters()) == []
     assert sum(p is embedding.rows for p in twin.parameters()) == 1
@@ -245,17 +230,6 @@ def test_a_tied_head_shares_the_rows_through_everything(
     with torch.no_grad():  # as loading does, which puts another parameter there
         embedding.rows = nn.Parameter(torch.zeros_like(embedding.rows))
     assert (logits(twin)[..., list(NEW)] == 0).all()
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_new_tokens_start_as_the_average(kind: str, tiny_model) -> None:
-    model = tiny_model(kind)
-    lf.attach(model, lf.LoRA(rank=2), tokens=(300, 301))
-    z = logits(model)
-    assert torch.allclose(
-        z[..., V:], z[..., :V].mean(-1, keepdim=True).expand(*z.shape[:-1], 2), atol=1e-5
-    )
-    assert (z.softmax(-1)[..., V:] <= 1 / V).all()
 
 
 def test_a_fresh_id_starts_as_the_average_although_the_base_has_a_row(tiny_model) -> None:
@@ -300,9 +274,8 @@ def test_rows_that_the_base_has_grow_nothing(tiny_model) -> None:
 def test_a_tied_head_with_rows_of_its_own_is_untied_by_merging(kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     embedding = "wte" if kind == "gpt2" else "embed_tokens"
-    adapter = move(
-        lf.attach(model, lf.LoRA(rank=2), tokens={embedding: [5, 300], "lm_head": [300, 7]})
-    )
+    rows = {embedding: [5, 300], "lm_head": [300, 7]}
+    adapter = move(lf.attach(model, lf.LoRA(rank=2), tokens=rows))
     y = logits(model, IDS.clamp_max(300))
     with pytest.raises(lf.NotMergeable, match="its weight is tied to"):
         adapter.merge()
@@ -318,23 +291,16 @@ class Seen(TorchDispatchMode):
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            self.shapes |= {
-                tuple(t.shape)
-                for t in (out if isinstance(out, list | tuple) else [out])
-                if isinstance(t, Tensor)
-            }
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        every = out if isinstance(out, list | tuple) else [out]
+        if not func.is_view:
+            self.shapes |= {tuple(t.shape) for t in every if isinstance(t, Tensor)}
         return out
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large_as_the_matrix(
-    kind: str, tiny_model
-) -> None:
+def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large(kind, tiny_model) -> None:
     model = tiny_model(kind)
     adapter = move(lf.attach(model, lf.LoRA(rank=2, dropout=0.0), tokens=NEW))
     labels = torch.cat([IDS[:, 1:], torch.full((1, 1), -100)], 1)
@@ -394,22 +360,15 @@ def test_what_lies_over_rows_is_refused(tiny_model) -> None:
         with pytest.raises(lf.LorafoldError, match="has token rows of another adapter"):
             lf.attach(model, lf.LoRA(rank=2), name="second", **options)
     lf.attach(model, lf.LoRA(rank=2), name="second")  # elsewhere it may lie over that adapter
-    with pytest.raises(
-        lf.LorafoldError,
-        match=(
-            r"tokens \[302\] leave a gap: the base's last token is 300; number new tokens from 301"
-        ),
-    ):
+    told = r"tokens \[302\] leave a gap: the base's last token is 300; number new tokens from 301"
+    with pytest.raises(lf.LorafoldError, match=told):
         lf.attach(model, lf.LoRA(rank=2), name="third", tokens=(302,))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "gap": (
         {"tokens": (300, 302)},
-        (
-            r"model.embed_tokens: tokens \[300, 302\] leave a gap: .* is 299; .* from"
-            r" 300 on"
-        ),
+        r"model.embed_tokens: tokens \[300, 302\] leave a gap: .* is 299; .* from 300 on",
     ),
     "far": ({"tokens": (310,)}, r"tokens \[310\] leave a gap"),
     "twice": ({"tokens": (300, 300)}, r"tokens \[300, 300\]: expected ids from 0 up, each once"),
@@ -445,29 +404,20 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(case: str, tiny_model) ->
 
 
 def test_a_module_that_says_nothing_of_embeddings_needs_names() -> None:
-    with pytest.raises(
-        lf.LorafoldError,
-        match="ModuleDict does not say which module its embedding is; give the ids by module name",
-    ):
-        lf.attach(
-            nn.ModuleDict({"at": nn.Embedding(11, 6), "beside": nn.Linear(6, 6)}),
-            lf.LoRA(rank=2),
-            ["beside"],
-            tokens=(3,),
-        )
+    model = nn.ModuleDict({"at": nn.Embedding(11, 6), "beside": nn.Linear(6, 6)})
+    told = "ModuleDict does not say which module its embedding is; give the ids by module name"
+    with pytest.raises(lf.LorafoldError, match=told):
+        lf.attach(model, lf.LoRA(rank=2), ["beside"], tokens=(3,))
 
 
 @pytest.mark.few(9)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_new_tokens_or_says_why_not(method: str, tiny_model, tmp_path) -> None:
-    model, kind = tiny_model("qwen2"), "qwen2"
-    spec = METHODS[method]()
-    if method in ("full", "linear-probe"):
-        reason = (
-            "Full trains the base's own weights"
-            if method == "full"
-            else "lm_head is a target or a module to save as well"
-        )
+    model, spec = tiny_model("qwen2"), METHODS[method]()
+    if reason := {
+        "full": "Full trains the base's own weights",
+        "linear-probe": "lm_head is a target or a module to save as well",
+    }.get(method):
         with pytest.raises(lf.LorafoldError, match=f"tokens: {reason}"):
             lf.attach(model, spec, tokens=NEW)
         return
@@ -475,7 +425,7 @@ def test_every_method_has_new_tokens_or_says_why_not(method: str, tiny_model, tm
     y = logits(model)
     assert y.shape[-1] == V + 2
     adapter.save(tmp_path / "a")
-    again = tiny_model(kind)
+    again = tiny_model("qwen2")
     loaded = lf.load(again, tmp_path / "a")
     assert loaded.tokens == adapter.tokens
     assert relative(logits(again), y) < 1e-5
@@ -484,15 +434,7 @@ def test_every_method_has_new_tokens_or_says_why_not(method: str, tiny_model, tm
 def test_trained_biases_lie_beneath_the_rows() -> None:
     """Phi's head has a bias: known tokens keep theirs, new ones have the mean."""
     torch.manual_seed(0)
-    config = PhiConfig(
-        hidden_size=D,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=V,
-        pad_token_id=0,
-    )
-    model = PhiForCausalLM(config).eval()
+    model = PhiForCausalLM(PhiConfig(**SIZES)).eval()
     nn.init.normal_(model.lm_head.bias)
     short = IDS.masked_fill(IDS >= V, 0)
     bare = logits(model, short)
@@ -508,16 +450,7 @@ def test_trained_biases_lie_beneath_the_rows() -> None:
 def test_a_classifier_trains_the_embeddings_rows_alone(tmp_path) -> None:
     def classifier() -> Any:
         torch.manual_seed(0)
-        sizes = {
-            "hidden_size": D,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "vocab_size": V,
-        }
-        return LlamaForSequenceClassification(
-            LlamaConfig(**sizes, num_labels=3, pad_token_id=0)
-        ).eval()
+        return LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3)).eval()
 
     model = classifier()
     adapter = move(lf.attach(model, lf.LoRA(rank=2), modules_to_save=["score"], tokens=NEW))

@@ -1,6 +1,4 @@
-"""The engine answers on a GPU what it answers on the CPU, under mixed adapters, and a step that
-decodes asks the device for its tokens alone.
-"""
+"""The engine answers on a GPU what it answers on the CPU, and waits for its tokens alone."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -39,9 +37,7 @@ def answers(
     config: Any, storage: str, adapters: dict[str, Path], methods: Sequence[str | None],
     there: bool, sampling: Sampling,
 ) -> tuple[list[list[int]], Count]:  # fmt: skip
-    """The tokens of a stream for each method, and what the second step that decodes them all
-    cost.
-    """
+    """The tokens for each method, and the cost of the second step that decodes them all."""
     found, decoded = Count(), 0
     with ExitStack() as stack:
         device = stack.enter_context(on_device()) if there else None

@@ -1,6 +1,4 @@
-"""What files bring is computed on a GPU as on the CPU: codes of other makers' formats, experts in
-MXFP4, and the convolutions of a model.
-"""
+"""What files hold is computed on a GPU as on the CPU: codes, MXFP4 experts, convolutions."""
 
 from functools import cache
 from pathlib import Path

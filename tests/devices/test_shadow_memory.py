@@ -1,8 +1,4 @@
-"""An estimate for a GPU counts what a step on tensors that are there holds, of any machine.
-
-The oracle is a step on fake tensors that say cuda:0, whose ways are CUDA's because of their device
-and not because an estimate asked for them.
-"""
+"""An estimate for a GPU counts what a step on fake tensors that are on cuda:0 holds."""
 
 import gc
 from contextlib import nullcontext

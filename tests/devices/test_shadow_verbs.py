@@ -1,11 +1,8 @@
-"""Whole verbs on a GPU: a run from its rows to its files, and what is done with them, compute what
-they compute on the CPU.
-"""
+"""Whole verbs, from rows to files, compute on a GPU what they compute on the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -16,9 +13,8 @@ from torch import nn
 import lorafold as lf
 from conftest import make_tokenizer, unestimating
 from device_cases import HERE, REAL, SIZE, engines_know_shadows, moved, on_device
-from lorafold.errors import Interrupted
-from lorafold.training import loop
 from shadow import WHERE
+from training_cases import stopping
 
 pytestmark = HERE
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
@@ -65,9 +61,7 @@ class Both(NamedTuple):
 
 
 def both(verb: Callable[[str, str], Any]) -> Both:
-    """What a verb gives on the device and on the CPU, called with the device's name and a name of
-    its own.
-    """
+    """What a verb gives on the device and on the CPU."""
     with unestimating():
         with on_device():
             there = verb(str(WHERE), "there")
@@ -107,16 +101,10 @@ def test_a_run_from_rows_to_files(model: Path, tmp_path: Path, method: str, stor
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(model: Path, tmp_path: Path) -> None:
-    step, given = loop.train_step, {"steps": 4, "save_every": 1, "dropout": 0.1}
-
-    def killed(job: Any, examples: Any, n: int) -> float:
-        if n == 2:
-            raise Interrupted("killed", 1)
-        return step(job, examples, n)
-
+    given = {"steps": 4, "save_every": 1, "dropout": 0.1}
     with unestimating(), on_device():
         whole = trained(model, tmp_path / "whole", str(WHERE), **given)
-        with mock.patch.object(loop, "train_step", killed), pytest.raises(Interrupted):
+        with stopping(2), pytest.raises(KeyboardInterrupt):
             trained(model, tmp_path / "out", str(WHERE), **given)
         recipe = lf.Recipe(**RECIPE | {"storage": "fp32"} | given)
         resumed = lf.train(
@@ -147,7 +135,7 @@ def test_verbs(verb: str, model: Path, adapters: list[Path], tmp_path: Path) -> 
             return lf.generate(prompts="What is 3?", adapters=adapters[0], max_new_tokens=8, **on)
         if verb == "inspect":
             found = lf.inspect(adapters[0], model=model, device=device)
-            return [site["norm"] for site in found.sites.values()]
+            return [site.base.norm for site in found.sites.values()]
         out = tmp_path / name
         if verb == "fragility":
             found = lf.fragility(

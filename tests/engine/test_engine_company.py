@@ -1,26 +1,21 @@
-"""Alone equals in company, bit for bit, in 16 bits on the fast path: with every method, with what
-earlier prompts left and without, and for every operation that says so.
-"""
-
-from __future__ import annotations
+"""Batch invariance: a request has the same bits alone and beside others, in 16 bits too."""
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 
 import lorafold as lf
-from engine_cases import METHODS, check, prompt, sampling, save_adapters
+from engine_cases import METHODS, check, loaded, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import ROWS, InBlocks, Operations
 from lorafold.kernels.registry import DECODING, use
-from lorafold.ops.decoding import STORED, SlotFactors
-from lorafold.ops.elementwise import ACTIVATIONS
 
 T = torch.Tensor
+SIZES: dict[str, Any] = {"length": 128, "chunk": 24, "budget": 48}
 
 
 @pytest.fixture(scope="module")
@@ -30,122 +25,11 @@ def native() -> Operations:
     return Operations("cpu")
 
 
-def random_of(*shape: int, dtype: torch.dtype, seed: int = 0) -> T:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-# B rows of T tokens, of sizes at which blocks and vectors have ends; one function for each
-# operation, of which rows and tokens it computes
-B, TOKENS, D = 5, 6, 44
-
-
-def low_rank(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    down, up = random_of(4, 3, D, dtype=dtype), random_of(4, 3, 37, dtype=dtype, seed=1)
-    part, slots = SlotFactors(down, up, torch.full((4,), 3), 37), torch.tensor([2, 0, 2, 3, 1])
-    x = random_of(B, TOKENS, D, dtype=dtype, seed=2)
-    return lambda rows, tokens: of.low_rank([part], slots[rows])(x[rows, tokens])
-
-
-def attend(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    q = random_of(B, 6, TOKENS, D, dtype=dtype)
-    k, v = (random_of(B, 2, 40, D, dtype=dtype, seed=s) for s in (1, 2))
-    seen = (
-        torch.arange(40)
-        <= torch.arange(TOKENS)[:, None] + torch.tensor([0, 9, 3, 30, 33])[:, None, None]
-    )
-    mask = torch.zeros(B, 1, TOKENS, 40, dtype=dtype).masked_fill_(~seen[:, None], float("-inf"))
-    return lambda rows, tokens: of.attend(
-        q[rows, :, tokens], k[rows], v[rows], mask[rows, :, tokens], 0.2
-    )
-
-
-def write(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    x, slots = random_of(B, 2, TOKENS, D, dtype=dtype), torch.tensor([3, 0, 4, 1, 2])
-    starts = torch.tensor([0, 7, 2, 30, 11])
-
-    def run(rows: slice, tokens: slice) -> T:
-        buffer = torch.zeros(B, 2, 40, D, dtype=dtype)
-        first = tokens.start or 0
-        of.write(buffer, x[rows, :, tokens], slots[rows], starts[rows] + first)
-        found = [
-            buffer[slot, :, start : start + TOKENS]
-            for slot, start in zip(slots[rows].tolist(), starts[rows].tolist(), strict=True)
-        ]
-        return torch.stack(found).transpose(1, 2)[:, tokens]
-
-    return run
-
-
-def rms_norm(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    x, gain = random_of(B, TOKENS, D, dtype=dtype), random_of(D, dtype=dtype, seed=1)
-    return lambda rows, tokens: of.rms_norm(x[rows, tokens], gain, 1e-5)
-
-
-def rotary(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    x = random_of(B, TOKENS, 3, D, dtype=dtype).transpose(1, 2)
-    cos, sin = (random_of(B, 1, TOKENS, D, dtype=dtype, seed=s) for s in (1, 2))
-    return lambda rows, tokens: of.rotary(
-        x[rows, :, tokens], cos[rows, :, tokens], sin[rows, :, tokens]
-    ).transpose(1, 2)
-
-
-def gated(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    both = random_of(B, TOKENS, 2 * D, dtype=dtype)  # as a product with both matrices gives them
-    known = [act for act in ACTIVATIONS if act != "gelu"]  # torch computes that one
-
-    def run(rows: slice, tokens: slice) -> T:
-        gate, up = both[rows, tokens].chunk(2, -1)
-        return torch.cat([of.gated(gate, up, act) for act in known], -1)
-
-    return run
-
-
-def scale(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
-    y = random_of(B, TOKENS, D, dtype=dtype)
-    g, c = (random_of(B, D, dtype=torch.float32, seed=s) for s in (1, 2))
-    return lambda rows, tokens: torch.cat(
-        [of.scale(y[rows, tokens], g[rows], c[rows]), of.scale(y[rows, tokens], g[0], None)], -1
-    )
-
-
-CHECKS: dict[str, Any] = {
-    f.__name__: f for f in (low_rank, attend, write, rms_norm, rotary, gated, scale)
-}
-
-
-INDEPENDENT = ("write", "rotary", "scale")  # also in plain torch
-
-
-def test_every_operation_is_checked() -> None:
-    operations = {of.name for of in DECODING if of is not STORED}  # which computes nothing
-    assert CHECKS.keys() == operations
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "native"])
-@pytest.mark.parametrize("name", CHECKS)
-def test_rows_are_independent(
-    name: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    if kind == "plain" and name not in INDEPENDENT:
-        pytest.skip("torch has other orders of summation for other shapes")
-    of = Operations() if kind == "plain" else request.getfixturevalue("native")
-    compute = CHECKS[name](of, dtype)
-    whole = compute(slice(None), slice(None))
-    for b in range(B):
-        assert torch.equal(compute(slice(b, b + 1), slice(None))[0], whole[b])
-    for t in range(TOKENS):
-        assert torch.equal(compute(slice(None), slice(t, t + 1))[:, 0], whole[:, t])
-    for b, t in ((0, 0), (3, 4)):  # a pass of several tokens, and one of a single one
-        assert torch.equal(compute(slice(b, B), slice(t, TOKENS))[0, 0], whole[b, t])
-        assert torch.equal(compute(slice(b, b + 1), slice(t, t + 1))[0, 0], whole[b, t])
-
-
 class Watched(Engine):
     """An engine that keeps the logits of every choice."""
 
     def watch(self) -> None:
-        self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) a token
+        self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) for each token
         choose = self._choose
 
         def spied(rows: Any, logits_BV: T) -> None:
@@ -156,23 +40,23 @@ class Watched(Engine):
         self._choose = spied  # type: ignore[method-assign]
 
 
-def asked(n: int) -> list[Request]:
-    """Prompts of which many begin alike, under every method and none."""
+def asked(n: int, names: Iterable[str]) -> list[Request]:
+    """Prompts of which many begin alike, under adapters of these methods and none."""
     rng, begins = random.Random(0), [prompt(n, 90 + n) for n in (0, 9, 20, 33)]
-    names = [None, *METHODS]
-    return [
+    every = [None, *METHODS]
+    made = [
         Request(
             str(i), rng.choice(begins) + prompt(rng.randint(1, 40), i), rng.randint(2, 10),
-            names[i % len(names)], sampling(i),
+            every[i % len(every)], sampling(i),
         )
         for i in range(n)
     ]  # fmt: skip
+    return [r for r in made if r.adapter is None or r.adapter in names]
 
 
 def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]:
-    """The requests that have other logits in company than alone, and how many tokens of prompts
-    were there already. As many more requests go on where one of these ended.
-    """
+    """Requests with other logits beside others than alone, and the tokens that were cached."""
+    engine.watch()
     rng, waiting, company = random.Random(1), list(requests), {}
     followed: list[Request] = []
     while waiting or engine.step():
@@ -214,22 +98,16 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
         pytest.param("llama-wide", 500, marks=pytest.mark.slow),
     ],
 )
-def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
-    kind: str, many: int, reuse: bool, native: Operations, tiny_model, tmp_path
-) -> None:
+def test_in_bf16_a_request_is_as_alone(kind, many, reuse, native, tiny_model, tmp_path) -> None:
     methods = {
         k: v for k, v in METHODS.items() if kind != "gemma" or k in ("lora", "dora", "prompt")
     }
     paths = save_adapters(tiny_model(kind), tmp_path, methods)
     model = tiny_model(kind).bfloat16()
-    with Watched(model, slots=12, length=128, chunk=24, budget=48, prefix_reuse=reuse) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        engine.watch()
-        requests = [r for r in asked(many) if r.adapter is None or r.adapter in paths]
-        wrong, cached = differing(engine, requests)
-        assert wrong == []
-        assert bool(cached) == reuse
+    engine = Watched(model, slots=12, prefix_reuse=reuse, **SIZES)
+    with loaded(engine, paths):
+        wrong, cached = differing(engine, asked(many, paths))
+    assert (wrong, bool(cached)) == ([], reuse)
 
 
 class Entered(InBlocks):
@@ -257,16 +135,11 @@ def test_over_quantized_weights_too_where_no_number_of_rows_is_steady(
     methods = {name: METHODS[name] for name in names}
     paths = save_adapters(tiny_model("llama"), tmp_path, methods)
     model = lf.load_model(str(tiny_model_dir("llama")), storage=storage)
-    with Watched(model, slots=6, length=128, chunk=24, budget=48) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
+    with loaded(Watched(model, slots=6, **SIZES), paths) as engine:
         for name, p in model.named_parameters():
             if "norm" in name:  # int8 keeps large inputs in 16 bits, and chooses by all rows
                 p.data.mul_(20)
-        engine.watch()
-        requests = [r for r in asked(20) if r.adapter is None or r.adapter in paths]
-        wrong, _ = differing(engine, requests)
-    assert wrong == []
+        assert differing(engine, asked(20, paths))[0] == []
     assert Entered.passes > 0
 
 
@@ -285,9 +158,7 @@ def test_adapters_that_are_active_on_a_model_in_int8_belong_to_the_base(tiny_mod
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("invariant", [False, True])
-def test_completions_of_one_prompt_have_the_bits_of_each_alone(
-    invariant: bool, native: Operations, tiny_model, tmp_path
-) -> None:
+def test_completions_of_one_prompt_are_as_alone(invariant, native, tiny_model, tmp_path) -> None:
     names = (None, "lora", "prompt")
     paths = save_adapters(tiny_model("llama"), tmp_path, {n: METHODS[n] for n in names if n})
     requests = [
@@ -295,11 +166,8 @@ def test_completions_of_one_prompt_have_the_bits_of_each_alone(
         for i in range(3)
         for name in names
     ]
-    options: dict[str, Any] = {"slots": 7, "length": 128, "chunk": 24, "budget": 48}
-    with Watched(tiny_model("llama").bfloat16(), invariant=invariant, **options) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        engine.watch()
+    model = tiny_model("llama").bfloat16()
+    with loaded(Watched(model, slots=7, invariant=invariant, **SIZES), paths) as engine:
         wrong, cached = differing(engine, requests)
         assert wrong == []
         assert cached >= 50 * 2

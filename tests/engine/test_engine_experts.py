@@ -1,14 +1,9 @@
-"""Requests whose adapters change experts: each computes what transformers' `generate` computes with
-the adapter attached, whatever shares the engine.
-"""
-
-from __future__ import annotations
+"""Adapters of experts: requests have the tokens of transformers' `generate`."""
 
 import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +11,18 @@ from torch import Tensor
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
-from engine_cases import alone, generated, prompt, save_adapters, together
-from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.request import Token
+from engine_cases import (
+    alone,
+    ended,
+    expected,
+    loaded,
+    prompt,
+    same_bits,
+    save_adapters,
+    together,
+    watch,
+)
+from lorafold.engine import Engine, Request
 from mixtures import CONFIGS, mixture
 
 SPECS = {
@@ -37,12 +41,9 @@ def saved(tmp_path_factory) -> Callable[[str], dict[str, Path]]:
     @cache
     def made(kind: str) -> dict[str, Path]:
         model, root = mixture(kind), tmp_path_factory.mktemp(kind)
-        paths = save_adapters(model, root, SPECS)
-        adapter = lf.attach(model, lf.LoRA(rank=4), targets=["o_proj"], name="saved")
-        with torch.no_grad():
-            for p in adapter.parameters():
-                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(9)))
-        return {**paths, "attention": adapter.save(root / "attention")}
+        attention = {"attention": lf.LoRA(rank=4)}
+        alone = save_adapters(model, root, attention, targets=["o_proj"])
+        return save_adapters(model, root, SPECS) | alone
 
     return made
 
@@ -56,15 +57,6 @@ def requests() -> list[Request]:
     ]
 
 
-def expected(model: Any, request: Request, paths: dict[str, Path]) -> tuple[int, ...]:
-    if request.adapter is None:
-        return generated(model, request)
-    adapter = lf.load(model, paths[request.adapter], "expected")
-    tokens = generated(model, request)
-    adapter.detach()
-    return tokens
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -72,10 +64,8 @@ def test_tokens_are_those_of_generate_with_the_adapter_attached(kind, invariant,
     model, paths, asked = mixture(kind), saved(kind), requests()
     tokens = [expected(model, request, paths) for request in asked]
     classes = {path: type(m) for path, m in model.named_modules()}
-    with Engine(model, **OPTIONS, invariant=invariant) as engine:
+    with loaded(Engine(model, **OPTIONS, invariant=invariant), paths) as engine:
         assert engine.slotted, engine.structure.why
-        for name, path in paths.items():
-            engine.load(name, path)
         assert together(engine, asked, steps_between=1) == tokens
     assert classes == {path: type(m) for path, m in model.named_modules()}
     again = [alone(model, request, paths, **OPTIONS, invariant=invariant) for request in asked[:4]]
@@ -85,39 +75,24 @@ def test_tokens_are_those_of_generate_with_the_adapter_attached(kind, invariant,
                 for name in (None, "lora", "dora")}) == 3  # fmt: skip
 
 
-def logprobs(model: Any, asked: list[Request], paths: dict[str, Path]) -> list[list[float]]:
-    with Engine(model, **OPTIONS, invariant=True) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        streams = [engine.submit(request) for request in asked]
-        engine.run()
-        assert not any(stream.result().message for stream in streams)
-        return [
-            [e.logprob for e in stream.so_far() if isinstance(e, Token) and e.logprob is not None]
-            for stream in streams
-        ]
-
-
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
 def test_invariant_logits_are_the_same_bits_in_any_company(kind, dtype, saved) -> None:
-    model, paths, sampling = mixture(kind, dtype), saved(kind), Sampling(logprobs=1)
+    model, paths = mixture(kind, dtype), saved(kind)
     asked = [
-        Request(str(i), prompt(5 + 3 * i, i), 8, adapter=name, sampling=sampling)
+        Request(str(i), prompt(5 + 3 * i, i), 8, adapter=name)
         for i, name in enumerate([None, "lora", "attention", None, "lora", "attention"])
     ]
-    found = logprobs(model, asked, paths)
-    assert [len(one) for one in found] == [8] * len(asked)
-    assert found == [logprobs(model, [request], paths)[0] for request in asked]
+    options = OPTIONS | {"invariant": True, "prefix_reuse": False}
+    with loaded(Engine(model, **options), paths) as engine:
+        for request in asked:
+            same_bits(engine, request, [other for other in asked if other is not request])
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
 def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, tmp_path, monkeypatch) -> None:
-    """The logits of a prompt, by the engine in bf16, are as near to those in fp32 as the model's
-    own in bf16 are. Every token meets every expert, since a router whose choice rounding changes
-    would be most of the error.
-    """
+    """Every token meets every expert, or a router's rounding would be most of the error."""
     config = CONFIGS[kind]()
     config.num_experts_per_tok = config.num_local_experts
     monkeypatch.setitem(CONFIGS, kind, lambda: config)
@@ -135,16 +110,8 @@ def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, tmp_path, monkeypat
     lf.load(model, paths["lora"], "lora", allow_other_base=True)
     with lf.only(model), Engine(model, length=64) as engine:
         engine.adopt("mine", ["lora"])
-        forward = engine._runner.forward
-
-        def watched(rows: Any, counts: Any) -> Tensor:
-            seen.append(forward(rows, counts))
-            return seen[-1]
-
-        engine._runner.forward = watched  # type: ignore[method-assign]
-        stream = engine.submit(Request("1", ids, 1, adapter="mine"))
-        engine.run()
-        assert stream.result().message == ""
+        watch(engine, lambda rows, counts, logits: seen.append(logits))
+        assert ended(engine, Request("1", ids, 1, adapter="mine")).message == ""
     exact, plain, base = own(torch.float32), own(torch.bfloat16), own(torch.float32, None)
     error = (seen[0][0].float() - exact).norm()
     assert error <= 2 * (plain - exact).norm()
@@ -159,13 +126,9 @@ def test_generate_with_an_attached_adapter_and_a_prefix_that_is_shared(saved) ->
     tokens = [expected(model, request, paths) for request in asked]
     with Engine(model, **OPTIONS) as engine:
         engine.load("lora", paths["lora"])
-        ended = []
-        for request in asked:
-            stream = engine.submit(request)
-            engine.run()
-            ended.append(stream.result())
-    assert [e.tokens for e in ended] == tokens
-    assert [e.cached > 0 for e in ended] == [False, True, False]  # never another adapter's
+        ends = [ended(engine, request) for request in asked]
+    assert [e.tokens for e in ends] == tokens
+    assert [e.cached > 0 for e in ends] == [False, True, False]  # never another adapter's
 
 
 def test_the_command_generates_what_generate_does(saved, tmp_path) -> None:

@@ -1,8 +1,4 @@
-"""The fast path computes what the plain one computes, with every kind of adapter over it, and is
-gone when the engine is closed.
-"""
-
-from __future__ import annotations
+"""The fast path computes what the plain one does, and is gone when the engine is closed."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +8,7 @@ import torch
 from torch import nn
 
 import lorafold as lf
-from engine_cases import METHODS, prompt, save_adapters, together
+from engine_cases import METHODS, loaded, prompt, save_adapters, together, watch
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.fast_path import Packed, packable
 from lorafold.engine.mixed_adapters import ActiveDeltas, SlotAdapters
@@ -26,19 +22,14 @@ from lorafold.models.quantizations import Storage
 def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Tensor:
     """The logits (n, V) after the prompt and one token of requests with each adapter, and none."""
     seen: dict[str, torch.Tensor] = {}
-    with Engine(model, slots=12, length=64, **options) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        forward = engine._runner.forward
+    with loaded(Engine(model, slots=12, length=64, **options), paths) as engine:
 
-        def spied(rows: Any, counts: Any) -> torch.Tensor:
-            logits = forward(rows, counts)
+        def see(rows: Any, counts: Any, logits: torch.Tensor) -> None:
             for b, row in enumerate(rows):
                 if len(row.tokens) - len(row.request.prompt) == 1:
                     seen[row.request.id] = logits[b].double()
-            return logits
 
-        engine._runner.forward = spied  # type: ignore[method-assign]
+        watch(engine, see)
         for i, name in enumerate([None, *paths, None]):
             same = Sampling(logit_bias={7: 1e4})  # the same tokens in every engine
             engine.submit(Request(f"{i:02d}", prompt(3 + i, i), 3, name, same))
@@ -128,14 +119,13 @@ def test_quantized_bases_have_mixtures_too(storage, tiny_model_dir, tmp_path) ->
         model, tmp_path, {name: METHODS[name] for name in ("lora", "dora", "ia3")}
     )
     found = first_logits(model, paths)
+    for each in (model, wide):
+        for name, path in paths.items():
+            lf.load(each, path, name)
     for i, (name, row) in enumerate(zip([None, *paths, None], found, strict=True)):
-        ids = torch.tensor([(*prompt(3 + i, i), 7)])
-        logits = []
+        ids, logits = torch.tensor([(*prompt(3 + i, i), 7)]), []
         for each in (model, wide):
-            adapter = lf.load(each, paths[name]) if name else None
-            with torch.no_grad():
+            with torch.no_grad(), lf.only(each, *[name] * bool(name)):
                 logits.append(each(ids, use_cache=False).logits[0, -1].double())
-            if adapter:
-                adapter.detach()
         plain, exact = logits
         assert (row - exact).norm() <= 1.5 * (plain - exact).norm() + 2**-8 * exact.norm()

@@ -1,8 +1,4 @@
-"""Any mixture of adapters in one batch: each request has the tokens that it has alone, and what is
-wrong with one adapter touches no other request.
-"""
-
-from __future__ import annotations
+"""Any mixture of adapters in one batch: each request has the tokens that it has alone."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,12 @@ from engine_cases import (
     alone,
     check,
     evict,
+    expected,
     generated,
     is_finite,
+    loaded,
     prompt,
+    same_bits,
     sampling,
     save_adapters,
     together,
@@ -48,17 +47,12 @@ def mixture(n: int, *, new: int = 8) -> list[Request]:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
 def test_eight_methods_in_one_batch_are_each_as_generate_has_it(model, paths, invariant) -> None:
-    asked, expected = mixture(12), []
-    for request in asked:
-        adapter = lf.load(model, paths[request.adapter]) if request.adapter else None
-        expected.append(generated(model, request))
-        if adapter:
-            adapter.detach()
-    assert len(set(expected[:9])) == 9  # the adapters do something
-    with Engine(model, slots=6, length=64, chunk=8, budget=16, invariant=invariant) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        assert together(engine, asked, steps_between=1) == expected
+    asked = mixture(12)
+    tokens = [expected(model, request, paths) for request in asked]
+    assert len(set(tokens[:9])) == 9  # the adapters do something
+    engine = Engine(model, slots=6, length=64, chunk=8, budget=16, invariant=invariant)
+    with loaded(engine, paths):
+        assert together(engine, asked, steps_between=1) == tokens
     assert not any("deltas" in vars(m).get("_modules", {}) for m in model.modules())
 
 
@@ -67,32 +61,22 @@ def test_eight_methods_in_one_batch_are_each_as_generate_has_it(model, paths, in
 def test_other_models_mix_them_too(kind, tiny_model, tmp_path) -> None:
     model = tiny_model(kind)
     specs = {name: METHODS[name] for name in ("lora", "dora", "prompt", "houlsby", "ia3")}
-    paths = save_adapters(model, tmp_path, specs)
-    names = [None, *specs]
+    paths, names = save_adapters(model, tmp_path, specs), [None, *specs]
     asked = [Request(str(i), prompt(4 + i, i), 6, adapter=names[i % 6]) for i in range(9)]
-    expected = [alone(model, request, paths, length=64, slots=1) for request in asked]
-    for request, tokens in zip(asked[:6], expected, strict=False):
-        adapter = lf.load(model, paths[request.adapter]) if request.adapter else None
-        assert generated(model, request) == tokens
-        if adapter:
-            adapter.detach()
-    with Engine(model, slots=8, length=64) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        assert together(engine, asked) == expected
+    tokens = [alone(model, request, paths, length=64, slots=1) for request in asked]
+    assert [expected(model, request, paths) for request in asked[:6]] == tokens[:6]
+    with loaded(Engine(model, slots=8, length=64), paths) as engine:
+        assert together(engine, asked) == tokens
 
 
 def test_adapters_that_are_active_belong_to_the_base(model, paths) -> None:
     active = lf.load(model, paths["loha"], name="below")
-    request = Request("1", prompt(6, 1), 8, adapter="lora")
-    over = lf.load(model, paths["lora"], name="over")
-    expected = generated(model, request)
-    over.detach()
+    asked = [Request("1", prompt(6, 1), 8, adapter="lora"), Request("2", prompt(6, 1), 8)]
+    over, base = (expected(model, request, paths) for request in asked)
     with Engine(model, slots=3, length=64) as engine:
         engine.load("lora", paths["lora"])
-        both = together(engine, [request, Request("2", prompt(6, 1), 8)])
-    assert both[0] == expected
-    assert both[1] == generated(model, Request("2", prompt(6, 1), 8)) != expected
+        assert together(engine, asked) == [over, base]
+    assert over != base
     active.detach()
 
 
@@ -105,27 +89,27 @@ def test_what_is_attached_can_be_adopted_beside_what_is_loaded(model, paths, tmp
     }
     handles = [lf.load(model, paths[name], name=name) for name in METHODS]
     asked = [Request(str(i), prompt(3 + i, i), 8, name) for i, name in enumerate(stacks)]
-    expected = []
+    tokens = []
     for request in asked:
         with lf.only(model, *stacks[str(request.adapter)]):
-            expected.append(generated(model, request))
+            tokens.append(generated(model, request))
     asked += [Request("file", prompt(5, 5), 8, "file"), Request("base", prompt(5, 5), 8)]
     with lf.only(model, "lora"):
-        expected.append(generated(model, asked[-2]))
+        tokens.append(generated(model, asked[-2]))
     with lf.only(model):
-        expected.append(generated(model, asked[-1]))
+        tokens.append(generated(model, asked[-1]))
         with Engine(model, slots=6, length=64, chunk=8, adapter_bytes=10**5) as engine:
             for name, on_model in stacks.items():
                 engine.adopt(name, on_model)
             engine.load("file", paths["lora"])
-            assert together(engine, asked, steps_between=1) == expected
+            assert together(engine, asked, steps_between=1) == tokens
             assert not evict(engine.adapters, "lora")
             engine.unload("lora")
             with pytest.raises(LorafoldError, match="found 'lora'"):
                 engine.submit(Request("again", prompt(3, 1), 4, "lora"))
             with pytest.raises(LorafoldError, match="no adapter other"):
                 engine.adopt("other", ["other"])
-    assert generated(model, asked[0]) != expected[0]  # all are active again
+    assert generated(model, asked[0]) != tokens[0]  # all are active again
     with (
         Engine(model, slots=2, length=64) as engine,
         pytest.raises(LorafoldError, match="adapter lora: found it active"),
@@ -144,73 +128,51 @@ def test_stacks_of_many_ranks_and_targets(model, tmp_path) -> None:
         "rs": lf.LoRA(rank=5, rslora=True),
     }
     paths = save_adapters(model, tmp_path, specs)
-    torch.manual_seed(9)
-    adapter = lf.attach(
-        model, lf.LoRA(rank=6), targets=["q_proj", "v_proj"], name="qv", bias="none"
-    )
-    for p in adapter.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    paths["qv"] = adapter.save(tmp_path / "qv")
-    adapter.detach()
-    adapter = lf.attach(
-        model, lf.LoRA(rank=2), targets=["k_proj"], name="tok", tokens=[5, 300, 301]
-    )
-    for p in adapter.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    paths["tok"] = adapter.save(tmp_path / "tok")
-    adapter.detach()
+    paths |= save_adapters(model, tmp_path, {"qv": lf.LoRA(rank=6)}, targets=["q_proj", "v_proj"])
+    rows = {"targets": ["k_proj"], "tokens": [5, 300, 301]}
+    paths |= save_adapters(model, tmp_path, {"tok": lf.LoRA(rank=2)}, **rows)
     names = [*paths, None]
     asked = [Request(str(i), prompt(5 + i, i), 7, adapter=names[i % 7]) for i in range(11)]
     asked.append(Request("new", (*prompt(5, 3), 300, 301), 7, adapter="tok"))
-    expected = []
-    for request in asked:
-        adapter = lf.load(model, paths[request.adapter]) if request.adapter else None
-        expected.append(generated(model, request))
-        if adapter:
-            adapter.detach()
-    with Engine(model, slots=7, length=64) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        assert together(engine, asked, steps_between=1) == expected
+    tokens = [expected(model, request, paths) for request in asked]
+    with loaded(Engine(model, slots=7, length=64), paths) as engine:
+        assert together(engine, asked, steps_between=1) == tokens
 
 
-def logits_seen(engine: Engine, request: Request, others: list[Request]) -> list[torch.Tensor]:
-    """The logits of each token of a request, bit for bit, with others in the batch."""
-    seen, forward = [], engine._runner.forward
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "seed"), [(60, 0), (500, 1), (500, 2)])
+def test_random_requests_are_each_as_alone(model, paths, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
 
-    def spied(rows: Any, counts: Any) -> torch.Tensor:
-        logits = forward(rows, counts)
-        for b, (row, n) in enumerate(zip(rows, counts, strict=True)):
-            if row.request.id == request.id and row.pending == n:
-                seen.append(logits[b].clone())
-        return logits
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
 
-    engine._runner.forward = spied  # type: ignore[method-assign]
-    streams = [engine.submit(other) for other in others[: len(others) // 2]]
-    engine.step()
-    stream = engine.submit(request)
-    streams += [engine.submit(other) for other in others[len(others) // 2 :]]
-    engine.run()
-    assert stream.result().message == ""
-    engine._runner.forward = forward  # type: ignore[method-assign]
-    return seen
+    names, asked = [None, *METHODS], []
+    for i in range(n):
+        ids, new, name = prompt(1 + draw(45), i), 1 + draw(14), names[draw(len(names))]
+        asked.append(Request(str(i), ids, new, name, sampling(draw(99))))
+    with loaded(Engine(model, slots=1, length=64), paths) as engine:
+        tokens = [together(engine, [request])[0] for request in asked]
+    with loaded(Engine(model, slots=7, length=64, chunk=12, budget=24), paths) as engine:
+        streams = []
+        for request in asked:
+            streams.append(engine.submit(request))
+            for _ in range(draw(3)):
+                engine.step()
+        engine.run()
+        check(engine)
+    found = [stream.result().tokens for stream in streams]
+    assert [i for i in range(n) if found[i] != tokens[i]] == []
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("adapter", [None, "lora", "dora", "prompt", "houlsby", "vera"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_invariant_logits_are_the_same_bits_in_any_company(
-    model, paths, tiny_model, adapter, dtype
-) -> None:
-    model = model if dtype is torch.float32 else tiny_model("llama").to(dtype)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_invariant_logits_are_the_same_bits(model, paths, tiny_model, adapter, kind) -> None:
+    model = model if kind == "fp32" else tiny_model("llama").bfloat16()
     request = Request("it", prompt(21, 5), 10, adapter=adapter)
-    with Engine(model, slots=6, length=64, chunk=8, invariant=True) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        by_itself = logits_seen(engine, request, [])
-        with_others = logits_seen(engine, request, mixture(14))
-    assert len(by_itself) == request.max_new_tokens
-    assert all(torch.equal(a, b) for a, b in zip(by_itself, with_others, strict=True))
+    with loaded(Engine(model, slots=6, length=64, chunk=8, invariant=True), paths) as engine:
+        same_bits(engine, request, mixture(14))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "houlsby", "ia3"])
@@ -254,56 +216,11 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
     assert poisoned["after"] == sound["after"]
 
 
-def run_random(model: Any, paths: dict[str, Path], n: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
-    names = [None, *METHODS]
-    asked = [
-        Request(
-            str(i),
-            prompt(1 + draw(45), i),
-            1 + draw(14),
-            names[draw(len(names))],
-            sampling(draw(99)),
-        )
-        for i in range(n)
-    ]
-    with Engine(model, slots=1, length=64) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        expected = [together(engine, [request])[0] for request in asked]
-    with Engine(model, slots=7, length=64, chunk=12, budget=24) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        streams = []
-        for request in asked:
-            streams.append(engine.submit(request))
-            for _ in range(draw(3)):
-                engine.step()
-        engine.run()
-        check(engine)
-    found = [stream.result().tokens for stream in streams]
-    assert [i for i in range(n) if found[i] != expected[i]] == []
-
-
-@pytest.mark.slow
-def test_random_requests_are_each_as_alone(model, paths) -> None:
-    run_random(model, paths, 60, 0)
-
-
-@pytest.mark.slow
-def test_a_thousand_random_requests_are_each_as_alone(model, paths) -> None:
-    for seed in (1, 2):
-        run_random(model, paths, 500, seed)
-
-
 def test_sampled_with_adapters_as_alone(model, paths) -> None:
     asked = [
         Request(str(i), prompt(5, i), 10, name, Sampling(temperature=1.0, seed=7))
         for i, name in enumerate(paths)
     ]
-    expected = [alone(model, request, paths, slots=1, length=64) for request in asked]
-    with Engine(model, slots=8, length=64) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
-        assert together(engine, asked) == expected
+    tokens = [alone(model, request, paths, slots=1, length=64) for request in asked]
+    with loaded(Engine(model, slots=8, length=64), paths) as engine:
+        assert together(engine, asked) == tokens

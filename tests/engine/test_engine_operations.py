@@ -1,23 +1,34 @@
-"""The engine's operations: C++ against torch in fp64, alone against in company, and what is not
-theirs.
-"""
+"""The engine's operations in C++, against torch in fp64, and alone against in company."""
 
-import itertools
 import shutil
 import sys
+from collections.abc import Callable
 from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from lorafold.engine.operations import Operations, available
+from lorafold.engine.operations import (
+    ROWS,
+    InBlocks,
+    Operations,
+    available,
+    plain_products,
+    random_rows,
+    steady,
+)
 from lorafold.files.cache import entries
 from lorafold.kernels.registry import DECODING, FORMS, _forms, use
-from lorafold.ops.decoding import SlotFactors
+from lorafold.ops.arithmetic import FEW, multiplying
+from lorafold.ops.decoding import STORED, SlotFactors
+from lorafold.ops.elementwise import ACTIVATIONS
 from lorafold.ops.operators import Operation, plainly
 
+T = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -35,98 +46,161 @@ def close(found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor) -> N
     assert found.dtype == plain.dtype
     assert found.shape == expected.shape
     wide = expected.double()
-    allowed = max(
-        float(2 * (plain.double() - wide).norm()),
-        float(torch.finfo(found.dtype).eps * wide.norm()),
-    )
-    assert float((found.double() - wide).norm()) <= allowed
+    rounding = torch.finfo(found.dtype).eps * wide.norm()
+    assert (found.double() - wide).norm() <= max(2 * (plain.double() - wide).norm(), rounding)
 
 
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+# rows and tokens, and sizes at which blocks and vectors have ends: of inputs and outputs, the rank,
+# the heads of queries and of keys
+B, TOKENS = 5, 6
+SIZES = [(44, 37, 3, 6, 2), (64, 96, 16, 9, 3), (34, 51, 1, 4, 4)]
+WHOLE = slice(None), slice(None)
+Compute = Callable[[slice, slice], T]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "rank", "width"), [(64, 16, 96), (37, 3, 51), (96, 1, 64)])
-def test_low_rank(native: Operations, dtype: torch.dtype, n: int, rank: int, width: int) -> None:
-    down, up = random(5, rank, n, dtype=dtype), random(5, rank, width, dtype=dtype, seed=1)
-    ranks = torch.tensor([rank, 1, rank, 0, rank])
+def random_of(*shape: int, dtype: torch.dtype, seed: int = 0) -> T:
+    """Numbers that 16 bits hold."""
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made.bfloat16().to(dtype)
+
+
+def low_rank(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
+    n, width, rank, *_ = size
+    ranks, slots = torch.tensor([rank, 1, rank, 0, rank]), torch.tensor([2, 0, 3, 4, 1])
+    down, up = (random_of(5, rank, k, dtype=dtype, seed=k) for k in (n, width))
     for slot, r in enumerate(ranks.tolist()):
         down[slot, r:], up[slot, r:] = 0, 0
-    other = random(5, 2, n, dtype=dtype, seed=3), random(5, 2, 33, dtype=dtype, seed=4)
-    slots = torch.tensor([0, 1, 4, 3, 4, 1, 1])
-    x = random(7, 3, n, dtype=dtype, seed=2)
+    other = (random_of(5, 2, k, dtype=dtype, seed=k) for k in (n, 33))
+    parts = [
+        SlotFactors(down, up, ranks, width),
+        SlotFactors(None, None, torch.zeros(5, dtype=torch.long), 7),
+        SlotFactors(*other, torch.full((5,), 2), 33),
+    ]
+    x = random_of(B, TOKENS, n, dtype=dtype, seed=2)
+    return lambda rows, tokens: of.low_rank(parts, slots[rows])(x[rows, tokens])
 
-    def product(operations: Operations, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-        parts = [
-            SlotFactors(down.to(dtype), up.to(dtype), ranks, width),
-            SlotFactors(None, None, torch.zeros(5, dtype=torch.long), 7),
-            SlotFactors(other[0].to(dtype), other[1].to(dtype), torch.full((5,), 2), 33),
-        ]
-        return operations.low_rank(parts, slots[rows])(x[rows].to(dtype))
 
-    found = product(native, dtype, slice(None))
-    wide = product(Operations(), torch.float64, slice(None))
-    close(found, wide, product(Operations(), dtype, slice(None)))
-    assert not found[3, :, :width].any()
-    assert not found[..., width : width + 7].any()
-    for b in range(7):  # the bits are the same alone, and a token at a time
-        assert torch.equal(product(native, dtype, slice(b, b + 1))[0], found[b])
-    x = x[:, 1:2]
-    assert torch.equal(product(native, dtype, slice(None)), found[:, 1:2])
+def attention(dtype: torch.dtype, size: tuple[int, ...]) -> tuple[T, T, T, T]:
+    n, width, _, heads, kv = size
+    q = random_of(B, TOKENS, heads, n, dtype=dtype).transpose(1, 2)
+    k, v = (random_of(B, kv, 50, d, dtype=dtype, seed=d)[:, :, :40] for d in (n, width))
+    last = torch.arange(TOKENS)[:, None] + torch.tensor([0, 9, 3, 30, 33])[:, None, None]
+    mask = torch.zeros(B, 1, TOKENS, 40, dtype=dtype)
+    mask.masked_fill_(torch.arange(40) > last[:, None], float("-inf"))
+    mask[3, ..., :7], mask[4, ..., 5:9] = float("-inf"), float("-inf")
+    return q, k, v, mask
+
+
+def attend(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
+    q, k, v, mask = attention(dtype, size)
+    return lambda rows, tokens: of.attend(
+        q[rows, :, tokens], k[rows], v[rows], mask[rows, :, tokens], 0.2
+    )
+
+
+def write(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
+    x = random_of(B, TOKENS, 2, size[0], dtype=dtype).transpose(1, 2)
+    slots, starts = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([0, 7, 2, 30, 11])
+
+    def run(rows: slice, tokens: slice) -> T:
+        buffer, first = torch.zeros(B, 2, 40, size[0], dtype=dtype), tokens.start or 0
+        of.write(buffer, x[rows, :, tokens], slots[rows], starts[rows] + first)
+        places = zip(slots[rows].tolist(), starts[rows].tolist(), strict=True)
+        found = [buffer[slot, :, start : start + TOKENS] for slot, start in places]
+        return torch.stack(found).transpose(1, 2)[:, tokens]
+
+    return run
+
+
+def rms_norm(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
+    x, gain = random_of(B, TOKENS, size[0], dtype=dtype), random_of(size[0], dtype=dtype, seed=1)
+    return lambda rows, tokens: of.rms_norm(x[rows, tokens], gain, 1e-5)
+
+
+def rotary(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
+    x = random_of(B, TOKENS, 3, size[0], dtype=dtype).transpose(1, 2)
+    cos, sin = (random_of(B, 1, TOKENS, size[0], dtype=dtype, seed=s) for s in (1, 2))
+    return lambda rows, tokens: of.rotary(
+        x[rows, :, tokens], cos[rows, :, tokens], sin[rows, :, tokens]
+    ).transpose(1, 2)
+
+
+def gated(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
+    both = random_of(B, TOKENS, 2 * size[0], dtype=dtype)  # as one product with both matrices
+    known = [act for act in ACTIVATIONS if act != "gelu"]  # torch computes that one
+
+    def run(rows: slice, tokens: slice) -> T:
+        gate, up = both[rows, tokens].chunk(2, -1)
+        return torch.cat([of.gated(gate, up, act) for act in known], -1)
+
+    return run
+
+
+def scale(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
+    y = random_of(B, TOKENS, size[0], dtype=dtype)
+    g, c = (random_of(B, size[0], dtype=torch.float32, seed=s) for s in (1, 2))
+    return lambda rows, tokens: torch.cat(
+        [of.scale(y[rows, tokens], g[rows], c[rows]), of.scale(y[rows, tokens], g[0], None)], -1
+    )
+
+
+CHECKS: dict[str, Any] = {
+    f.__name__: f for f in (low_rank, attend, write, rms_norm, rotary, gated, scale)
+}
+
+
+def test_every_operation_says_whether_its_rows_are_independent() -> None:
+    operations = {of.name for of in DECODING if of is not STORED}  # which computes nothing
+    assert CHECKS.keys() == operations
+    assert Operations().independent <= operations
+    assert Operations("cpu").independent == operations
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in ("gated", "scale")])
+def test_values_are_those_of_torch(name: str, dtype: torch.dtype, size, native) -> None:
+    found, plain = (CHECKS[name](of, dtype, size)(*WHOLE) for of in (native, Operations()))
+    close(found, CHECKS[name](Operations(), torch.float64, size)(*WHOLE), plain)
+    if name == "low_rank":  # of rank 0, and of nothing
+        assert not found[2, :, : size[1]].any()
+        assert not found[..., size[1] : size[1] + 7].any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "native"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_rows_that_are_said_to_be_independent_are(name, kind, dtype, size, request) -> None:
+    of = Operations() if kind == "plain" else request.getfixturevalue("native")
+    if name not in of.independent:
+        pytest.skip("it does not say so")
+    compute = CHECKS[name](of, dtype, size)
+    whole = compute(*WHOLE)
+    for b in range(B):
+        assert torch.equal(compute(slice(b, b + 1), slice(None))[0], whole[b])
+    for t in range(TOKENS):
+        assert torch.equal(compute(slice(None), slice(t, t + 1))[:, 0], whole[:, t])
+    for b, t in ((0, 0), (3, 4)):  # a pass of several tokens, and one of a single one
+        assert torch.equal(compute(slice(b, B), slice(t, TOKENS))[0, 0], whole[b, t])
+        assert torch.equal(compute(slice(b, b + 1), slice(t, t + 1))[0, 0], whole[b, t])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("heads", "kv", "d", "dv"), [(9, 3, 64, 64), (4, 4, 24, 40), (10, 2, 33, 16)]
-)
-def test_attend(
-    native: Operations, dtype: torch.dtype, heads: int, kv: int, d: int, dv: int
-) -> None:
-    q = random(3, 5, heads, d, dtype=dtype).transpose(1, 2)
-    buffers = random(3, kv, 50, d, dtype=dtype, seed=1), random(3, kv, 50, dv, dtype=dtype, seed=2)
-    k, v = (b[:, :, :45] for b in buffers)
-    mask = torch.zeros(3, 1, 5, 45, dtype=dtype)
-    for b, t in itertools.product(range(3), range(5)):
-        mask[b, 0, t, 20 * b + t + 1 :] = float("-inf")
-    mask[2, ..., :7], mask[1, ..., 5:9] = float("-inf"), float("-inf")
-    wide = Operations().attend(q.double(), k.double(), v.double(), mask.double(), 0.2)
+@pytest.mark.parametrize("size", SIZES)
+def test_attention_reads_what_a_token_sees_alone(native, size, dtype: torch.dtype) -> None:
+    q, k, v, mask = attention(dtype, size)
     found = native.attend(q, k, v, mask, 0.2)
-    close(found, wide, Operations().attend(q, k, v, mask, 0.2))
-    for b, t in itertools.product(range(3), range(5)):  # alone, and with keys that it can't see
-        n = 20 * b + t + 1
-        parts = q[b : b + 1, :, t : t + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n]
-        alone = native.attend(*parts, mask[b : b + 1, :, t : t + 1, :n], 0.2)
-        assert torch.equal(alone[0, 0], found[b, t])
+    for b, start in enumerate((0, 9, 3, 30, 33)):
+        for t in range(TOKENS):
+            own, n = slice(b, b + 1), start + t + 1
+            parts = q[own, :, t : t + 1], k[own, :, :n], v[own, :, :n], mask[own, :, t : t + 1, :n]
+            assert torch.equal(native.attend(*parts, 0.2)[0, 0], found[b, t])
     v[1, 0, 3] = float("nan")
     broken = native.attend(q, k, v, mask, 0.2)
     assert broken[1].isnan().any()
-    assert torch.equal(broken[0], found[0])
-    assert torch.equal(broken[2], found[2])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_rotary_and_write(native: Operations, dtype: torch.dtype) -> None:
-    x, gain = random(5, 1, 70, dtype=dtype), random(70, dtype=dtype, seed=1)
-    plain = Operations()
-    close(
-        native.rms_norm(x, gain, 1e-5),
-        plain.rms_norm(x.double(), gain.double(), 1e-5),
-        plain.rms_norm(x, gain, 1e-5),
-    )
-    q = random(5, 1, 3, 20, dtype=dtype).transpose(1, 2)
-    cos, sin = random(5, 1, 1, 20, dtype=dtype, seed=1), random(5, 1, 1, 20, dtype=dtype, seed=2)
-    close(
-        native.rotary(q, cos, sin),
-        plain.rotary(q.double(), cos.double(), sin.double()),
-        plain.rotary(q, cos, sin),
-    )
-    buffers = [random(8, 3, 40, 20, dtype=dtype) for _ in range(2)]
-    new = random(5, 4, 3, 20, dtype=dtype, seed=3).transpose(1, 2)
-    slots, starts = torch.tensor([6, 0, 3, 1, 7]), torch.tensor([0, 5, 36, 11, 2])
-    native.write(buffers[0], new, slots, starts)
-    plain.write(buffers[1], new, slots, starts)
-    assert torch.equal(*buffers)
+    others = [0, 2, 3, 4]
+    assert torch.equal(broken[others], found[others])
 
 
 def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Operations) -> None:
@@ -140,7 +214,7 @@ def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Operatio
 
 
 def test_other_dtypes_and_layouts_are_computed_in_torch(native: Operations) -> None:
-    x, gain = random(5, 1, 70, dtype=torch.float64), random(70, dtype=torch.float64)
+    x, gain = random_of(5, 1, 70, dtype=torch.float64), random_of(70, dtype=torch.float64)
     assert torch.equal(native.rms_norm(x, gain, 1e-5), Operations().rms_norm(x, gain, 1e-5))
 
 
@@ -158,9 +232,7 @@ def test_it_is_compiled_once_and_listed_in_the_cache(native: Operations) -> None
         ("LORAFOLD_CACHE", "/proc/none", "/proc/none"),  # a cache that can't be written
     ],
 )
-def test_where_it_cannot_be_compiled_it_says_why_and_torch_computes(
-    monkeypatch: pytest.MonkeyPatch, native: Operations, variable: str, value: str, says: str
-) -> None:
+def test_where_nothing_compiles_torch_computes(monkeypatch, native, variable, value, says) -> None:
     monkeypatch.setenv(variable, value)
     _forms.cache_clear()
     use.cache_clear()
@@ -195,3 +267,56 @@ def test_each_row_names_a_file_that_has_the_form(native: Operations) -> None:
     for of, row in FORMS.items():
         for place in row.values():
             assert callable(getattr(resolve_name(f"lorafold.kernels.{place}"), of.name))
+
+
+@pytest.mark.parametrize("odd", [*range(1, FEW + 1)])
+def test_one_number_of_rows_that_is_summed_otherwise_is_found(odd: int) -> None:
+    def kernel(x: Tensor) -> Tensor:
+        a, b, c = x.unbind(-1)
+        return a + (b + c) if len(x) == odd else (a + b) + c
+
+    assert steady(kernel, random_rows(3, torch.float32)) == odd + 1
+
+
+def test_a_kernel_that_never_settles_has_the_last_number() -> None:
+    assert steady(lambda x: x / len(x), random_rows(64, torch.float32)) == ROWS[-1]
+
+
+@pytest.mark.parametrize("widened", [False, True])
+def test_products_of_this_processor_keep_their_bits_from_there_on(widened: bool) -> None:
+    shapes = [(96, 576), (576, 96)]
+    with multiplying(widened=widened, rows=1):
+        least = plain_products(shapes, torch.bfloat16)
+    assert 1 <= least <= ROWS[-1]
+    for out, inn in shapes if least <= FEW else ():
+        x = random_rows(inn, torch.float32 if widened else torch.bfloat16)
+        m = x.repeat(-(-out // len(x)), 1)[:out]
+        whole = F.linear(x, m)
+        for n in range(least, 4 * FEW):
+            for start in (0, 1, len(x) - n):
+                own = F.linear(x[start : start + n], m)
+                assert torch.equal(own, whole[start : start + n]), (out, inn, n, start)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_blocks_no_product_depends_on_the_number_of_rows(dtype, inference) -> None:
+    m = random_rows(1536, dtype)[:96]
+    many = random_rows(1536, dtype)
+    b, onto = many[0, :96], many[:, :96]
+
+    def products(x: Tensor, onto: Tensor) -> list[Tensor]:
+        inplace = onto.clone().addmm_(x, m.t())
+        batched = F.linear(x.view(1, len(x), -1), m)[0]
+        return [x @ m.t(), F.linear(x, m, b), torch.addmm(onto, x, m.t()), inplace, batched]
+
+    with torch.inference_mode(inference), InBlocks(FEW):
+        whole = products(many, onto)
+        for n in (1, 2, 7, 16, 17, 33, 128, 200):
+            for start in (0, len(many) - n):
+                rows = slice(start, start + n)
+                for own, of_all in zip(products(many[rows], onto[rows]), whole, strict=True):
+                    assert torch.equal(own, of_all[rows]), (n, start)
+    expected = products(many, onto)
+    for own, of_torch in zip(whole, expected, strict=True):
+        torch.testing.assert_close(own, of_torch, rtol=2e-2, atol=2e-2 * float(of_torch.std()))

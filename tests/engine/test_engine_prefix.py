@@ -1,18 +1,28 @@
-"""A request that starts from what a free slot holds has the tokens that it has without, and nobody
-starts from what another tenant, adapter or generation computed.
-"""
-
-from __future__ import annotations
+"""Prefix reuse changes no token, and nobody starts from what others computed."""
 
 import shutil
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine_cases import METHODS, check, prompt, sampling, save_adapters, together
-from lorafold.engine import Ended, Engine, Request
+from engine_cases import (
+    METHODS,
+    check,
+    ended,
+    failing,
+    generated,
+    loaded,
+    prompt,
+    sampling,
+    save_adapters,
+    together,
+    watch,
+)
+from lorafold.engine import Engine, Request
 from lorafold.engine.kv_cache import CachedPrefixes, common
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
@@ -26,13 +36,6 @@ def model(tiny_model) -> Any:
 @pytest.fixture(scope="module")
 def paths(model, tmp_path_factory) -> dict[str, Path]:
     return save_adapters(model, tmp_path_factory.mktemp("adapters"), METHODS)
-
-
-def ended(engine: Engine, request: Request) -> Ended:
-    stream = engine.submit(request)
-    engine.run()
-    check(engine)
-    return stream.result()
 
 
 def conversations(n: int, seed: int) -> list[Request]:
@@ -51,15 +54,13 @@ def conversations(n: int, seed: int) -> list[Request]:
     return asked
 
 
-def run_conversations(model: Any, paths: dict[str, Path], n: int, seed: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "seed"), [(120, 0), *((250, seed) for seed in range(1, 9))])
+def test_tokens_are_the_same_with_reuse_and_without(model, paths, n: int, seed: int) -> None:
     asked = conversations(n, seed)
-    with Engine(model, slots=1, prefix_reuse=False, **OPTIONS) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
+    with loaded(Engine(model, slots=1, prefix_reuse=False, **OPTIONS), paths) as engine:
         expected = [together(engine, [request])[0] for request in asked]
-    with Engine(model, slots=5, **OPTIONS) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
+    with loaded(Engine(model, slots=5, **OPTIONS), paths) as engine:
         streams = []
         for i, request in enumerate(asked):
             streams.append(engine.submit(request))
@@ -79,17 +80,6 @@ def run_conversations(model: Any, paths: dict[str, Path], n: int, seed: int) -> 
     assert sum(end.cached > 0 for end in found) > n / 4
 
 
-@pytest.mark.slow
-def test_tokens_are_the_same_with_reuse_and_without(model, paths) -> None:
-    run_conversations(model, paths, 120, 0)
-
-
-@pytest.mark.slow
-def test_tokens_of_many_conversations_are_the_same_with_reuse(model, paths) -> None:
-    for seed in range(1, 9):
-        run_conversations(model, paths, 250, seed)
-
-
 def test_the_next_turn_starts_where_the_last_ended(model, paths) -> None:
     with Engine(model, slots=3, **OPTIONS) as engine:
         engine.load("lora", paths["lora"])
@@ -107,19 +97,11 @@ def test_nobody_starts_from_what_others_computed(model, paths, tmp_path) -> None
     ids = prompt(30, 0)
     where = tmp_path / "it"
     shutil.copytree(paths["lora"], where)
-    with Engine(model, slots=8, **OPTIONS) as engine:
-        engine.load("it", where)
-        engine.load("dora", paths["dora"])
-        engine.load("soft", paths["prompt"])
-        asked = [
-            Request("1", ids, 5),
-            Request("2", ids, 5, tenant="a"),
-            Request("3", ids, 5, "it"),
-            Request("4", ids, 5, "it", tenant="a"),
-            Request("5", ids, 5, "dora"),
-            Request("6", ids, 5, "soft"),
-            Request("7", ids, 5, "soft"),  # has virtual tokens in the cache
-        ]
+    adapters = {"it": where, "dora": paths["dora"], "soft": paths["prompt"]}
+    with loaded(Engine(model, slots=8, **OPTIONS), adapters) as engine:
+        # the last has virtual tokens in the cache
+        named = [*product((None, "it"), ("", "a")), ("dora", ""), ("soft", ""), ("soft", "")]
+        asked = [Request(str(i), ids, 5, name, tenant=t) for i, (name, t) in enumerate(named)]
         assert [ended(engine, request).cached for request in asked] == [0] * 7
         again = [ended(engine, request).cached for request in asked]
         assert again == [29, 29, 29, 29, 29, 0, 0]
@@ -197,3 +179,111 @@ def test_the_longest_beginning_is_found_and_the_last_token_is_computed() -> None
     assert kept.find(key, (9, 1)) == (-1, 0)
     assert kept.find(key, (1,)) == (-1, 0)
     assert kept.find((1, "other"), (1, 2, 3, 4)) == (-1, 0)
+
+
+def counting(model: Any, paths: Mapping[str, Path], slots: int, **options: Any) -> Any:
+    """An engine with these adapters that counts the tokens it computes."""
+    engine: Any = loaded(Engine(model, slots=slots, **OPTIONS, **options), paths)
+    engine.computed = 0
+
+    def count(rows: Any, counts: Sequence[int], logits: Any) -> None:
+        engine.computed += sum(counts)
+
+    watch(engine, count)
+    return engine
+
+
+def several(n: int, length: int = 40, seed: int = 0, **given: Any) -> list[Request]:
+    ids = prompt(length, seed)
+    name = f"{seed} {sorted(given.items())}"
+    return [Request(f"{name} {i}", ids, 6, sampling=sampling(i), **given) for i in range(n)]
+
+
+def each_alone(model: Any, paths: Mapping[str, Path], asked: Sequence[Request]) -> list[Any]:
+    with loaded(Engine(model, slots=1, prefix_reuse=False, **OPTIONS), paths) as engine:
+        return [together(engine, [request])[0] for request in asked]
+
+
+@pytest.mark.parametrize("options", [{}, {"invariant": True}, {"prefix_reuse": False}], ids=str)
+@pytest.mark.parametrize("length", [1, 40])
+def test_the_prompt_is_computed_once(model, paths, length: int, options: Any) -> None:
+    asked = several(6, length) + several(2, length, adapter="lora") + several(2, length, tenant="a")
+    with counting(model, paths, 12, **options) as engine:
+        found = together(engine, asked)
+        # the last token of a completion is not computed
+        assert engine.computed == 3 * length + len(asked) * (6 - 1)
+    assert found == each_alone(model, paths, asked)
+    assert found[0] == generated(model, asked[0])
+
+
+def test_rows_with_more_in_the_cache_than_their_tokens_read_their_own(model, paths) -> None:
+    asked = several(3, adapter="prompt")
+    expected = each_alone(model, paths, asked)
+    with counting(model, paths, 4) as engine:
+        assert together(engine, asked) == expected
+        assert engine.computed == 3 * (40 + 5)
+
+
+def test_with_fewer_slots_the_others_start_from_what_is_there(model, paths) -> None:
+    asked = several(7)
+    expected = each_alone(model, paths, asked)
+    with counting(model, paths, 3) as engine:
+        assert together(engine, asked) == expected
+        assert engine.computed == 40 + 7 * 5 + 2  # one of each paths reads the prompt's last token
+
+
+def test_one_that_comes_later_starts_from_what_a_running_one_has(model, paths) -> None:
+    asked = several(3)
+    expected = each_alone(model, paths, asked)
+    with counting(model, paths, 3) as engine:
+        assert together(engine, asked, steps_between=5) == expected
+        assert engine.computed == 40 + 3 * 5 + 2
+    with counting(model, paths, 3) as engine:  # while the first one still reads
+        assert together(engine, asked, steps_between=1) == expected
+        assert engine.computed == 40 + 3 * 5
+
+
+def test_if_the_one_that_reads_is_cancelled_another_one_reads(model, paths) -> None:
+    asked = several(4)
+    expected = each_alone(model, paths, asked)
+    with counting(model, paths, 4) as engine:
+        streams = [engine.submit(request) for request in asked]
+        engine.step()
+        engine.cancel(asked[0].id)
+        engine.cancel(asked[2].id)
+        while engine.step():
+            check(engine)
+        found = [stream.result() for stream in streams]
+        assert [end.reason for end in found] == ["cancelled", "length", "cancelled", "length"]
+        assert [found[i].tokens for i in (1, 3)] == [expected[i] for i in (1, 3)]
+        assert [found[i].cached for i in (1, 3)] == [0, 40]
+        assert engine.computed == 12 + 40 + 2 * 5
+
+
+def test_a_pass_that_raises_for_one_ends_it_alone(model, paths) -> None:
+    asked = several(4)
+    with Engine(model, slots=4, **OPTIONS) as engine:
+        streams = [engine.submit(request) for request in asked]
+        with failing(engine, lambda row, n: row.request.id == asked[0].id, RuntimeError("no")):
+            while engine.step():
+                check(engine)
+        assert [stream.result().reason for stream in streams] == ["failed"] + 3 * ["length"]
+    assert [s.result().tokens for s in streams[1:]] == each_alone(model, paths, asked[1:])
+
+
+def test_requests_of_one_adapter_share_its_factors(model, paths) -> None:
+    """They are held once beside the zeros of the base's rows, whatever the number of slots."""
+    asked = several(6, adapter="lora")
+    expected = each_alone(model, paths, asked)
+    with Engine(model, slots=6, **OPTIONS) as engine:
+        engine.load("lora", paths["lora"])
+        streams = [engine.submit(request) for request in asked]
+        engine.step()
+        products = engine._runner.deltas.slot_adapters
+        assert len(products.placed) == 6
+        [held] = products.places
+        tensors = [t for s in products.stacks for t in s.tensors.values()]
+        assert sum(t.nbytes for t in tensors) == 2 * held.nbytes
+        engine.run()
+        assert [stream.result().tokens for stream in streams] == expected
+        assert not products.places

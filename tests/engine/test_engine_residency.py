@@ -1,12 +1,12 @@
-"""Adapters come, go and change under a running engine: a request has exactly the adapter that its
-name stood for when it was submitted, whatever happens to that afterwards.
-"""
-
-from __future__ import annotations
+"""A request has the adapter that its name stood for when it was submitted."""
 
 import json
+import os
 import shutil
 import threading
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import lorafold as lf
-from engine_cases import alone, check, check_adapters, evict, prompt, save_adapters, status
+from engine_cases import (
+    alone,
+    check,
+    check_adapters,
+    ended,
+    evict,
+    loaded,
+    prompt,
+    save_adapters,
+    status,
+    with_large_weights,
+)
 from lorafold.engine import Engine, EventStream, Request
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
@@ -63,13 +74,8 @@ def bytes_of(engine: Engine, name: str) -> int:
 
 @pytest.mark.slow
 def test_the_machine(model, paths, tokens) -> None:
-    """Any order of submit, step, cancel, load, unload, evict, pin and look, with room for about two
-    of the adapters; what the engine holds is right after each. Requests of two tenants have prompts
-    that begin the same, and start from nobody else's.
-    """
-    with Engine(model, slots=1, length=32) as engine:
-        for name, path in paths.items():
-            engine.load(name, path)
+    """Any order of operations, with room for two adapters, and two tenants."""
+    with loaded(Engine(model, slots=1, length=32), paths) as engine:
         room = sum(sorted(bytes_of(engine, name) for name in paths)[-2:])
 
     class Machine(RuleBasedStateMachine):
@@ -178,19 +184,12 @@ def test_the_machine(model, paths, tokens) -> None:
             finally:
                 self.engine.close()
 
-    Machine.TestCase.settings = settings(
-        max_examples=60,
-        stateful_step_count=25,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    case = Machine.TestCase()
-    case.runTest()
+    of = {"max_examples": 60, "stateful_step_count": 25, "deadline": None}
+    Machine.TestCase.settings = settings(**of, suppress_health_check=list(HealthCheck))
+    Machine.TestCase().runTest()
 
 
-def test_a_name_that_is_loaded_again_is_another_adapter_for_new_requests(
-    model, paths, tokens, tmp_path
-) -> None:
+def test_a_name_loaded_again_is_another_adapter_then(model, paths, tokens, tmp_path) -> None:
     where = tmp_path / "a"
     shutil.copytree(paths["a1"], where)
     with Engine(model, slots=2, length=32) as engine:
@@ -256,17 +255,14 @@ def test_an_adapter_below_that_changed_is_another_stack(tiny_model, tmp_path) ->
         assert engine.adapters.entry("it") == before
         (low / "lorafold.json").write_text(json.dumps(record | {"note": "another"}))
         assert evict(engine.adapters, "it")
-        stream = engine.submit(Request("1", PROMPTS[0], NEW, adapter="it"))
-        engine.run()
-        assert stream.result().reason == "failed"
-        assert f"{low} changed since it was loaded" in stream.result().message
+        end = ended(engine, Request("1", PROMPTS[0], NEW, adapter="it"))
+        assert end.reason == "failed"
+        assert f"{low} changed since it was loaded" in end.message
         engine.load("it", high)
         after = engine.adapters.entry("it")
         assert (after.stack[0] != before.stack[0], after.stack[1]) == (True, before.stack[1])
         assert (after.stack != before.stack, after.generation > before.generation) == (True, True)
-        stream = engine.submit(Request("2", PROMPTS[0], NEW, adapter="it"))
-        engine.run()
-        assert stream.result().reason == "length"
+        assert ended(engine, Request("2", PROMPTS[0], NEW, adapter="it")).reason == "length"
         weights = low / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"!")
         with pytest.raises(LorafoldError, match="it was trained over"):
@@ -274,9 +270,7 @@ def test_an_adapter_below_that_changed_is_another_stack(tiny_model, tmp_path) ->
         assert engine.adapters.entry("it") == after
 
 
-def test_the_same_files_elsewhere_are_read_there_from_then_on(
-    model, paths, tokens, tmp_path
-) -> None:
+def test_the_same_files_elsewhere_are_read_there_from_now(model, paths, tokens, tmp_path) -> None:
     for name in ("one", "two"):
         shutil.copytree(paths["a1"], tmp_path / name)
     with Engine(model, slots=1, length=32) as engine:
@@ -284,9 +278,7 @@ def test_the_same_files_elsewhere_are_read_there_from_then_on(
         engine.load("a", tmp_path / "two")
         shutil.rmtree(tmp_path / "one")
         assert evict(engine.adapters, "a")
-        stream = engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
-        engine.run()
-        assert stream.result().tokens == tokens["a1", 0]
+        assert ended(engine, Request("1", PROMPTS[0], NEW, adapter="a")).tokens == tokens["a1", 0]
 
 
 @pytest.mark.parametrize("kind", ["missing", "other-model", "truncated"])
@@ -307,9 +299,7 @@ def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, ki
         assert engine.adapters.names() == ("a",)
         with pytest.raises(LorafoldError, match=said):
             engine.load("a", where)
-        engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
-        engine.run()
-        check(engine)
+        ended(engine, Request("1", PROMPTS[0], NEW, adapter="a"))
 
 
 def test_an_evicted_adapter_is_read_again_and_others_go_on_meanwhile(model, paths, tokens) -> None:
@@ -337,12 +327,9 @@ def test_an_evicted_adapter_is_read_again_and_others_go_on_meanwhile(model, path
 
 def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
     with Engine(model, slots=2, length=32) as engine:
-        engine.load("a", paths["a1"])
-        engine.load("b", paths["a2"])
-        engine.load("c", paths["b1"])
-        sizes = {name: bytes_of(engine, name) for name in "abc"}
-        reader = engine._reader
-    books = AdapterCache(reader, budget=sizes["a"] + sizes["b"])
+        loaded(engine, {"a": paths["a1"], "b": paths["a2"], "c": paths["b1"]})
+        budget = bytes_of(engine, "a") + bytes_of(engine, "b")
+    books = AdapterCache(engine._reader, budget=budget)
     try:
         books.load("a", paths["a1"]).result()
         books.load("b", paths["a2"]).result()
@@ -366,3 +353,45 @@ def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
         check_adapters(books)
     finally:
         books.close()
+
+
+LARGE, LITTLE = 64 << 20, 4 << 20  # bytes
+
+
+@pytest.fixture
+def adapter(model, tmp_path) -> Path:
+    return save_adapters(model, tmp_path, {"a": lf.LoRA(rank=2)})["a"]
+
+
+@contextmanager
+def taking_little() -> Iterator[None]:
+    """What is done here takes little memory at any time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < LITTLE
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "lorafold.json", "manifest.json"])
+def test_what_grew_since_it_was_verified_is_not_read(model, adapter, name) -> None:
+    with Engine(model, slots=1, length=32) as engine:
+        engine.load("a", adapter)
+        assert evict(engine.adapters, "a")
+        os.truncate(adapter / name, LARGE)
+        with taking_little():
+            end = ended(engine, Request("1", prompt(3, 0), 2, adapter="a"))
+    assert end.reason == "failed"
+    assert f"found more with {name}; if it changed, load it again" in end.message
+
+
+def test_weights_that_memory_has_no_room_for_are_not_read(model, adapter, tmp_path) -> None:
+    large = shutil.copytree(adapter, tmp_path / "large")
+    with_large_weights(large, LARGE // 4)
+    with Engine(model, slots=1, length=32, adapter_bytes=LARGE // 2) as engine:
+        engine.load("a", adapter)
+        told = f"found {LARGE // 4:,} numbers, expected at most {LARGE // 8:,}"
+        with taking_little(), pytest.raises(LorafoldError, match=told):
+            engine.load("large", large)
+        assert engine.adapters.names() == ("a",)

@@ -1,25 +1,26 @@
-"""The sampler computes what transformers' logits processors compute, and texts are what decoding
-the whole completion gives.
-"""
-
-from __future__ import annotations
+"""The sampler, against transformers' logits processors and log probabilities."""
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
+import lorafold as lf
 from conftest import make_tokenizer
-from engine_cases import check, choose, processors, prompt, sampling
-from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.sampler import NotFinite, Sampler, Unfit, filtered, noise
+from engine_cases import METHODS, check, choose, loaded, processors, prompt, sampling, save_adapters
+from lorafold.engine import Ended, Engine, EventStream, Request, Sampling, Token
+from lorafold.engine.sampler import NOT_FINITE, NotFinite, Sampler, Unfit, chosen, filtered, noise
 from lorafold.engine.sequence import Text
 from lorafold.errors import LorafoldError
 
 V = 60
 PROMPT = (3, 7, 7, 11)
+PENALTIES = ("repetition", "presence", "frequency")
 
 
 def logits(seed: int) -> torch.Tensor:
@@ -112,15 +113,6 @@ def test_only_allowed_tokens_are_chosen() -> None:
         assert not set(chosen[5:]) <= {5, 6}
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("own", [Sampling(), Sampling(temperature=1.0)], ids=["greedy", "drawn"])
-def test_logits_that_are_not_finite_raise(bad: float, own: Sampling) -> None:
-    row = logits(0)
-    row[7] = bad
-    with pytest.raises(NotFinite):
-        choose(Sampler(own, PROMPT), row)
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -134,6 +126,12 @@ def test_logits_that_are_not_finite_raise(bad: float, own: Sampling) -> None:
         ({"stop": ("",)}, "stop"),
         ({"logprobs": 21}, "logprobs"),
         ({"top_p": 2.0, "top_k": -1}, "top_k.*top_p"),
+        ({"logit_bias": {3: 1e39}}, r"^logit_bias: found 1e\+39"),
+        *(
+            ({name: value}, f"^{name}: found .*finite number of float32")
+            for name in ("temperature", *(f"{x}_penalty" for x in PENALTIES))
+            for value in (1e39, 10**400, float("inf"))
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -179,10 +177,6 @@ def test_stop_texts_cut_the_completion_wherever_tokens_end(stop: str) -> None:
     found, text = pieces(tokenizer, ids, (stop, "never"))
     assert text.stopped == (stop in words)
     assert "".join(found) == text.text == words.split(stop)[0]
-
-
-def test_every_setting_of_the_cases_is_a_sampling() -> None:
-    assert len({str(sampling(i)) for i in range(7)}) == 7
 
 
 def test_structured_output_fits_the_schema_or_the_regex(tiny_model) -> None:
@@ -269,19 +263,237 @@ def test_a_tiny_temperature_takes_the_likeliest() -> None:
         assert choose(tiny, logits(i)).token == choose(greedy, logits(i)).token
 
 
-@pytest.mark.parametrize(
-    "name", ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"]
-)
-def test_what_float32_does_not_hold_is_refused_by_name(name: str) -> None:
-    for value in (1e39, 10**400, float("inf")):
-        with pytest.raises(LorafoldError, match=f"^{name}: found .*finite number of float32"):
-            Sampling(**{name: value})
-    with pytest.raises(LorafoldError, match=r"^logit_bias: found 1e\+39"):
-        Sampling(logit_bias={3: 1e39})
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_grammar_that_admits_nothing_is_the_requests_own_fault(temperature: float) -> None:
     own = Sampling(temperature=temperature, regex="a")
     with pytest.raises(Unfit, match=r"^regex: .*no token may follow"):
         choose(Sampler(own, PROMPT, lambda tokens: torch.zeros(V, dtype=torch.bool)), logits(0))
+
+
+def test_draws_have_the_probabilities_of_their_distribution() -> None:
+    many, p = 5_000, (3 * torch.randn(V, generator=torch.Generator().manual_seed(2))).softmax(-1)
+    for seed in (5, 1 << 60):
+        draws = torch.stack([noise(seed, i, V) for i in range(many)])
+        counts = torch.bincount((p / draws).argmax(-1), minlength=V)
+        expected = many * p
+        large = expected > 5
+        chi = ((counts - expected) ** 2 / expected)[large].sum()
+        n = int(large.sum())
+        assert abs(float(chi) - n) < 4 * (2 * n) ** 0.5
+    seeds = torch.stack([noise(seed, 3, V) for seed in range(many)])
+    assert seeds.mean() == pytest.approx(1, abs=0.02)
+    assert torch.corrcoef(seeds[:, :9].T).fill_diagonal_(0).abs().max() < 0.08
+
+
+@pytest.mark.parametrize("vocabulary", [300, 3001])
+def test_a_row_has_the_token_and_the_bits_that_it_has_alone(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    settings = [replace(sampling(i), seed=i, logprobs=(None, 2)[i % 2]) for i in range(21)]
+    settings += [Sampling(1.0, top_p=p, min_p=0.001, logprobs=1) for p in (0.3, 0.9, 0.9999)]
+    company = [Sampler(own, PROMPT) for own in settings]
+    single = [Sampler(own, PROMPT) for own in settings]
+    for _ in range(4):
+        rows = torch.randn(len(settings), vocabulary, generator=generator).bfloat16()
+        found = chosen(company, rows)
+        assert found == [choose(own, row) for own, row in zip(single, rows, strict=True)]
+    assert [a.tokens for a in company] == [b.tokens for b in single]
+
+
+def test_top_p_is_that_of_transformers_in_a_large_vocabulary() -> None:
+    rows = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    rows[1] *= 4
+    for p in (0.2, 0.9, 0.999):
+        own = Sampling(temperature=1.0, top_p=p)
+        expected = TopPLogitsWarper(p)(torch.zeros(2, 1, dtype=torch.long), rows.clone())
+        assert torch.equal(filtered(rows, [own, own]).isfinite(), expected.isfinite())
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_row_alone() -> None:
+    rows = torch.randn(6, V)
+    rows[1:3, 3], rows[3:5, 3] = float("nan"), float("inf")
+    samplers = [Sampler(Sampling(temperature=t), ()) for t in (1.0, 1.0, 0.0, 1.0, 0.0, 0.0)]
+    found = chosen(samplers, rows)
+    assert [isinstance(one, NotFinite) for one in found] == [False, *[True] * 4, False]
+    assert [len(own.tokens) for own in samplers] == [1, 0, 0, 0, 0, 1]
+
+
+OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Any:
+    return tiny_model("llama")
+
+
+def logits_of(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    """What transformers' model says (T, V) after each of the tokens."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def logp(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    return logits_of(model, ids).log_softmax(-1)
+
+
+def ran(engine: Engine, *requests: Request) -> list[EventStream]:
+    streams = [engine.submit(request) for request in requests]
+    engine.run()
+    check(engine)
+    assert [s.result().message for s in streams] == [""] * len(streams)
+    return streams
+
+
+def tokens_of(stream: EventStream) -> list[Token]:
+    return [event for event in stream.so_far() if isinstance(event, Token)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_token_that_ends_a_completion_can_be_kept(model, temperature: float) -> None:
+    own = Sampling(temperature=temperature, seed=3, logprobs=2)
+    ids = prompt(9, 1)
+    with Engine(model, make_tokenizer(), slots=3, **OPTIONS) as engine:
+        (whole,) = ran(engine, Request("0", ids, 12, sampling=own))
+        end = whole.result().tokens[5]
+        at = whole.result().tokens.index(end)
+        asked = {"max_new_tokens": 12, "sampling": own, "ends": frozenset([end])}
+        kept, not_kept = ran(
+            engine, Request("1", ids, keep_end=True, **asked), Request("2", ids, **asked)
+        )
+        # the end may be the last token that there is room for
+        (just,) = ran(
+            engine, Request("3", ids, at + 1, sampling=own, ends=frozenset([end]), keep_end=True)
+        )
+    first = whole.result().tokens[: at + 1]
+    assert kept.result() == Ended("1", "end", first, not_kept.result().text)
+    assert not_kept.result().tokens == first[:-1]
+    assert (just.result().reason, just.result().tokens) == ("end", first)
+    expected = logp(model, ids + first)
+    last = tokens_of(kept)[-1]
+    assert (last.token, last.text, len(tokens_of(kept))) == (end, "", at + 1)
+    assert last.logprob == pytest.approx(float(expected[-2, end]), abs=1e-5)
+    assert [p for _, p in last.top] == pytest.approx(expected[-2].topk(2).values.tolist(), abs=1e-5)
+
+
+def test_a_grammar_s_end_can_be_kept(model) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = make_tokenizer()
+    request = Request("1", prompt(5, 1), 20, sampling=Sampling(regex="ab"), keep_end=True)
+    with Engine(model, tokenizer, slots=1, **OPTIONS) as engine:
+        (stream,) = ran(engine, request)
+    ended = stream.result()
+    assert (ended.reason, ended.text) == ("end", "ab")
+    assert ended.tokens[-1] == tokenizer.eos_token_id
+
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_k": 7},
+    {"temperature": 1.4, "top_p": 0.7, "min_p": 0.02},
+    {"temperature": 0.8, "repetition_penalty": 1.4, "top_k": 40, "top_p": 0.9},
+)
+
+
+def test_the_distribution_drawn_from_is_transformers_processors(model) -> None:
+    asked = [
+        Request(str(i), prompt(8 + i, i), 16, sampling=Sampling(**own, seed=i, logprobs=0))
+        for i, own in enumerate(SETTINGS)
+    ]
+    with Engine(model, slots=3, **OPTIONS) as engine:
+        streams = ran(engine, *asked)
+    for stream in streams:
+        request, tokens = stream.request, stream.result().tokens
+        ids = request.prompt + tokens
+        raw = logits_of(model, ids)
+        for n, event in enumerate(tokens_of(stream), len(request.prompt)):
+            own = raw[None, n - 1]
+            changed = processors(request.sampling)(torch.tensor([ids[:n]]), own.clone())
+            drawn = float(changed.log_softmax(-1)[0, event.token])
+            assert event.drawn_logprob == pytest.approx(drawn, abs=1e-4)
+            assert event.logprob == pytest.approx(
+                float(own.log_softmax(-1)[0, event.token]), abs=1e-5
+            )
+
+
+def scores_of(stream: EventStream) -> list[float | None]:
+    assert [one.token for one in stream.prompt] == list(stream.request.prompt)
+    return [one.logprob for one in stream.prompt]
+
+
+@pytest.fixture(scope="module")
+def paths(model, tmp_path_factory) -> dict[str, Path]:
+    return save_adapters(model, tmp_path_factory.mktemp("adapters"), METHODS)
+
+
+@pytest.mark.parametrize("options", [{}, {"invariant": True}], ids=str)
+def test_the_tokens_of_prompts_have_transformers_log_probabilities(model, paths, options) -> None:
+    lengths = (1, 2, 12, 13, 25, 40, 41, 30, 29)
+    names = (None, *METHODS)
+    asked = [
+        Request(str(i), prompt(n, i), i % 3, name, prompt_logprobs=(0, 2)[i % 2])
+        for i, (n, name) in enumerate(zip(lengths, names, strict=True))
+    ]
+    asked.append(Request("not asked", prompt(40, 6), 5, "ia3"))
+    with loaded(Engine(model, slots=6, **OPTIONS, **options), paths) as engine:
+        streams = ran(engine, *asked)
+    assert streams.pop().prompt == ()
+    for stream in streams:
+        request = stream.request
+        adapter = lf.load(model, paths[request.adapter], name="it") if request.adapter else None
+        expected = logp(model, request.prompt)
+        if adapter is not None:
+            adapter.detach()
+        first, *others = scores_of(stream)
+        own = expected[:-1].gather(1, torch.tensor(request.prompt[1:])[:, None].long())[:, 0]
+        assert first is None
+        assert others == pytest.approx(own.tolist(), abs=1e-4)
+        k = request.prompt_logprobs
+        assert stream.prompt[0].top == ()
+        for one, best in zip(stream.prompt[1:], expected, strict=False):
+            assert [p for _, p in one.top] == pytest.approx(best.topk(k).values.tolist(), abs=1e-4)
+        assert len(stream.result().tokens) == request.max_new_tokens
+
+
+def test_scores_follow_from_the_request_alone(model, paths) -> None:
+    """Beside others, after the same prompt, and shared with completions of it."""
+    ids = prompt(40, 1)
+    asked = [Request(f"{i}", ids, 6, "lora", prompt_logprobs=1) for i in range(3)]
+    asked += [Request("plain", ids, 6, "lora"), Request("other", prompt(31, 2), 6)]
+    with Engine(model, slots=2, **OPTIONS) as engine:
+        engine.load("lora", paths["lora"])
+        first = ran(engine, asked[0])[0]
+        assert first.result().cached == 0
+        expected = scores_of(first)
+        again = ran(engine, *asked)
+    assert [stream.result().tokens for stream in again[:4]] == [first.result().tokens] * 4
+    for stream in again[:3]:
+        assert scores_of(stream) == pytest.approx(expected, abs=1e-5)
+    assert again[0].result().cached == 0
+    assert [stream.prompt for stream in again[3:]] == [(), ()]
+
+
+def test_never_more_logits_than_of_a_chunk(model) -> None:
+    with Engine(model, slots=2, **OPTIONS) as engine:
+        seen: list[int] = []
+        handle = model.lm_head.register_forward_hook(lambda m, x, y: seen.append(y[..., 0].numel()))
+        ran(engine, *(Request(str(i), prompt(70, i), 0, prompt_logprobs=0) for i in range(2)))
+        assert max(seen) == OPTIONS["budget"]
+        seen.clear()
+        ran(engine, *(Request(str(i), prompt(70, i), 1) for i in range(2)))
+        assert max(seen) <= 4
+        handle.remove()
+
+
+def test_logits_that_are_not_finite_within_a_prompt_end_the_request(model) -> None:
+    with Engine(model, slots=2, **OPTIONS) as engine:
+
+        def spoil(module: Any, inputs: Any, logits_BTV: torch.Tensor) -> None:
+            logits_BTV[:, 3:4] = float("nan")
+
+        handle = model.lm_head.register_forward_hook(spoil)
+        asked = [Request(str(k), prompt(9, 1), 2, prompt_logprobs=k) for k in (0, None)]
+        scored, plain = [engine.submit(request) for request in asked]
+        engine.step()
+        handle.remove()
+        engine.run()
+    assert scored.result().message == NOT_FINITE
+    assert plain.result().reason == "length"

@@ -1,7 +1,5 @@
 """Tenants share an engine by what they are given, not by how much they ask for."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -5,9 +5,11 @@ that know nothing of the engine: transformers' `generate`, and the sampler's ste
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import nn
@@ -21,11 +23,12 @@ from transformers import (
 )
 
 import lorafold as lf
-from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine import Ended, Engine, Request, Sampling
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.sampler import SampledToken, Sampler, chosen
 
+E = TypeVar("E", bound=Engine)
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4),
     "dora": lf.DoRA(over=lf.LoRA(rank=3)),
@@ -99,12 +102,14 @@ def status(adapters: AdapterCache, name: str) -> str:
     return adapters.warm().get(name, ("cold", 0))[0]
 
 
-def save_adapters(model: nn.Module, directory: Path, specs: Mapping[str, Any]) -> dict[str, Path]:
+def save_adapters(
+    model: nn.Module, directory: Path, specs: Mapping[str, Any], **options: Any
+) -> dict[str, Path]:
     """An adapter of each spec, far from its start, in a directory each."""
     paths = {}
     for i, (name, spec) in enumerate(specs.items()):
         torch.manual_seed(i)
-        adapter = lf.attach(model, spec, name="saved")
+        adapter = lf.attach(model, spec, name="saved", **options)
         generator = torch.Generator().manual_seed(i)
         with torch.no_grad():
             for p in adapter.parameters():
@@ -130,6 +135,73 @@ def prompt(n: int, seed: int, vocabulary: int = 300) -> tuple[int, ...]:
     return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
 
 
+def loaded(engine: E, paths: Mapping[str, Path]) -> E:
+    """The engine, which has loaded these adapters."""
+    for name, path in paths.items():
+        engine.load(name, path)
+    return engine
+
+
+def watch(engine: Engine, see: Callable[[Any, Any, torch.Tensor], object]) -> None:
+    """Call `see` with the rows, the counts and the logits of each pass."""
+    forward = engine._runner.forward
+
+    def watched(rows: Any, counts: Any) -> torch.Tensor:
+        logits = forward(rows, counts)
+        see(rows, counts, logits)
+        return logits
+
+    engine._runner.forward = watched  # type: ignore[method-assign]
+
+
+@contextmanager
+def failing(engine: Engine, when: Callable[[Any, int], bool], error: Exception) -> Iterator[None]:
+    """Passes raise an error if `when` holds for one of their rows and its new tokens."""
+    forward = engine._runner.forward
+
+    def faulty(rows: Any, counts: Any) -> torch.Tensor:
+        if any(when(row, len(row.tokens) - len(row.request.prompt)) for row in rows):
+            raise error
+        return forward(rows, counts)
+
+    with mock.patch.object(engine._runner, "forward", faulty):
+        yield
+
+
+def logits_of(engine: Engine, request: Request, others: Sequence[Request]) -> list[torch.Tensor]:
+    """The logits of each token of a request, with others in the batch, earlier and later ones."""
+    seen: list[torch.Tensor] = []
+
+    def see(rows: Any, counts: Any, logits: torch.Tensor) -> None:
+        for b, (row, n) in enumerate(zip(rows, counts, strict=True)):
+            if row.request.id == request.id and row.pending == n:
+                seen.append(logits[b].clone())
+
+    watch(engine, see)
+    half = len(others) // 2
+    streams = [engine.submit(other) for other in others[:half]]
+    engine.step()
+    streams += [engine.submit(asked) for asked in (request, *others[half:])]
+    engine.run()
+    assert not any(stream.result().message for stream in streams)
+    return [*seen]  # the engine goes on
+
+
+def same_bits(engine: Engine, request: Request, others: Sequence[Request]) -> None:
+    """The logits of a request are, beside others, bit for bit those that it has by itself."""
+    alone, beside = logits_of(engine, request, []), logits_of(engine, request, others)
+    assert len(alone) == len(beside) == request.max_new_tokens
+    assert all(map(torch.equal, alone, beside))
+
+
+def ended(engine: Engine, request: Request) -> Ended:
+    """The end of a request that runs by itself."""
+    stream = engine.submit(request)
+    engine.run()
+    check(engine)
+    return stream.result()
+
+
 def generated(model: Any, request: Request) -> tuple[int, ...]:
     """The greedy tokens by transformers' own `generate`."""
     model.generation_config.eos_token_id = None
@@ -141,6 +213,16 @@ def generated(model: Any, request: Request) -> tuple[int, ...]:
         do_sample=False,
     )
     return tuple(out[0, len(request.prompt) :].tolist())
+
+
+def expected(model: Any, request: Request, paths: Mapping[str, Path]) -> tuple[int, ...]:
+    """The same with the request's adapter attached."""
+    if request.adapter is None:
+        return generated(model, request)
+    adapter = lf.load(model, paths[request.adapter], "expected")
+    tokens = generated(model, request)
+    adapter.detach()
+    return tokens
 
 
 def alone(

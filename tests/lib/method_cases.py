@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+import transformers as tf
 from torch import nn
 
 import lorafold as lf
@@ -21,6 +25,17 @@ OPTIONS = {
 }
 NO_IDENTITY = {"prompt", "prefix"}
 IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(4))
+
+
+def classifier(kind: str) -> Any:
+    """A tiny llama or gpt2 of three classes."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260,
+        "num_labels": 3, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    config = tf.GPT2Config if kind == "gpt2" else partial(tf.LlamaConfig, intermediate_size=48)
+    return tf.AutoModelForSequenceClassification.from_config(config(**sizes)).eval()
 
 
 def spec_of(method: str) -> Spec:

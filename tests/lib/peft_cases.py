@@ -9,8 +9,26 @@ import torch
 from torch import nn
 
 import lorafold as lf
+from lorafold.core.spec import Spec
 
 CLOSE = 1e-5
+# our spec, and PEFT's config of the same
+PAIRS: dict[str, tuple[Spec, peft.PeftConfig]] = {
+    "dora": (
+        lf.DoRA(lf.LoRA(rank=4, alpha=6)),
+        peft.LoraConfig(r=4, lora_alpha=6, use_dora=True),
+    ),
+    "adalora": (
+        lf.AdaLoRA(rank=3, init_rank=4, alpha=6),
+        peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10),
+    ),
+    "loha": (lf.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5)),
+    "lokr-both": (
+        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8),
+        peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
+    ),
+    "lokr-whole": (lf.LoKr(rank=8, alpha=3), peft.LoKrConfig(r=8, alpha=3)),
+}
 
 
 def ids() -> torch.Tensor:

@@ -135,6 +135,13 @@ def together(n: int, folder: Path, *arguments: str, **how: Any) -> list[One]:
     return ended(begun(n, folder, *arguments, **how))
 
 
+def well(n: int, folder: Path, *arguments: str, **how: Any) -> list[One]:
+    """The processes of a command, all of which ended well."""
+    found = together(n, folder, *arguments, **how)
+    assert [one.code for one in found] == [0] * n, found[0].stderr
+    return found
+
+
 def apart(one: Path, other: Path, but: str = "nothing") -> float:
     """The largest relative difference between tensors of two adapters or models, but for those
     whose names have `but` in them.

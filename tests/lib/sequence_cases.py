@@ -62,6 +62,20 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "mixtral": (tf.MixtralConfig, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+# models in which the documents of one sequence influence each other
+LEAKY: dict[str, Any] = {
+    "mamba": tf.MambaConfig(
+        hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=VOCAB, initializer_range=0.2
+    ),
+    "opt": tf.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB, ffn_dim=48,
+        init_std=0.2, word_embed_proj_dim=32, max_position_embeddings=64,
+    ),
+    "gpt-oss": tf.GptOssConfig(
+        **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
 LENGTHS = [9, 14, 14, 5]
 
 

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from lorafold.cli import app
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
+from lorafold.training.finish import Trained
 from lorafold.training.request import RunRequest
+from lorafold.training.run import train
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -39,6 +41,12 @@ def request(
 
 def quiet() -> Console:
     return Console(quiet=True)
+
+
+def trained(
+    model: Path | str, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any
+) -> Trained:
+    return train(request(model, out, rows, **fields), quiet())
 
 
 def said(do: Any, *arguments: Any) -> str:

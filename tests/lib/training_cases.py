@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -17,24 +19,31 @@ from conftest import lorafold
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.training import loop
+from lorafold.training.finish import Trained
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 
 
-def request(model: Path, out: Path, **fields) -> RunRequest:
+def request(
+    model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any
+) -> RunRequest:
     extra = {
         k: fields.pop(k)
         for k in ("resume", "overwrite", "eval_rows", "init_adapter")
         if k in fields
     }
     recipe = Recipe(**{"steps": 6, "batch": 4, "storage": "fp32"} | fields)
-    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", **extra)
+    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:
     return Console(quiet=True)
+
+
+def trained(model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> Trained:
+    return train(request(model, out, rows, **fields), quiet())
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -63,6 +72,20 @@ def command(told: Path, *arguments: str) -> None:
     done = lorafold(*arguments)
     told.write_text(done.stderr)
     sys.exit(done.returncode)
+
+
+@contextmanager
+def stopping(at: int, error: BaseException | None = None) -> Iterator[None]:
+    """Runs fail in step `at`, by KeyboardInterrupt or an error; their checkpoints stay."""
+    step = loop.train_step
+
+    def failing(plan: loop.Plan, rows: Any, i: int) -> Any:
+        if i == at:
+            raise error or KeyboardInterrupt
+        return step(plan, rows, i)
+
+    with mock.patch.object(loop, "train_step", failing):
+        yield
 
 
 def train_until_killed(model: Path, out: Path, fields: dict[str, Any]) -> None:

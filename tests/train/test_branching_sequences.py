@@ -1,8 +1,4 @@
-"""Rows whose branches share their first tokens: the op against its specification, whole models
-against each branch alone, and the losses of documents against whole logits.
-"""
-
-from __future__ import annotations
+"""Rows whose branches share their first tokens, against each branch alone."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafold as lf
+from fused_cases import assert_same_step
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
@@ -28,7 +25,8 @@ from lorafold.training_step.gradient_checkpointing import recompute
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss
 from lorafold.training_step.packed_attention import packed
 from lorafold.training_step.shared_prefixes import Branching, branching
-from sequence_cases import COMMON, CONFIGS, GROUPED, VOCAB, assert_close, build, heads
+from noise import moved
+from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build, heads
 
 CPU = torch.device("cpu")
 # of each row, the shared tokens and the branches; windows of 5 and 6 are shorter than the prompts
@@ -38,6 +36,7 @@ LAYOUTS = {
     "equal": ([6, 6], [[4, 4, 4, 4], [4, 4, 4, 4]]),
     "nothing-shared": ([0, 0], [[5, 3], [4]]),
     "one-branch": ([4, 2], [[3], [5]]),
+    "documents": ([0] * 4, [[3], [3], [1], [5]]),
 }
 
 
@@ -48,9 +47,6 @@ def layout(shared: list[int], branches: list[list[int]], window: int | None = No
     starts = [start * (i > 0) for start, own in both for i, _ in enumerate(own)]
     made = Documents.forest(lens, starts, CPU)
     return Documents(made.lens, window, made.starts, made.keys)
-
-
-# --- the op --------------------------------------------------------------------------------------
 
 
 def one_by_one(
@@ -71,13 +67,12 @@ def one_by_one(
     return torch.cat(out)
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("rows", LAYOUTS)
-def test_attention_and_its_specification_are_each_branch_alone_in_fp64(
-    rows: str, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed_documents, "TILE", 4)  # one, two and several tiles
+def test_attention_is_each_branch_alone_in_fp64(rows, window, softcap, monkeypatch) -> None:
+    monkeypatch.setattr(packed_documents, "TILE", 2)  # one, two and several tiles
     docs = layout(*LAYOUTS[rows], window)
     qkv = heads(sum(docs.own), (3, 5), queries=4, keys=2)
     expected = one_by_one(*qkv, LAYOUTS[rows], window, softcap)
@@ -98,12 +93,20 @@ def test_gradcheck_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda *x: document_attention(*x, docs, 0.5, 2.0), qkv)
 
 
+TREES = [layout([100, 150], [[40, 70], [30, 30, 60]], window) for window in (None, 50)]
+
+
+@pytest.mark.few(16)
 @pytest.mark.usefixtures("each_arithmetic", "each_form")
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 30.0)])
-def test_attention_in_bf16_errs_no_more_than_its_specification(
-    window: int | None, softcap: float | None
-) -> None:
-    docs = layout([100, 150], [[40, 70], [30, 30, 60]], window)
+@pytest.mark.parametrize(
+    ("docs", "softcap"),
+    [
+        *((TREES[0], None), (TREES[1], None), (TREES[0], 30.0)),
+        *((Documents(lens), None) for lens in ((214, 180, 118), (128,) * 4, (1024,))),
+        *((Documents((700,), 300), None), (Documents((90, 400)), 30.0)),
+    ],
+)
+def test_attention_in_bf16_errs_no_more_than_its_specification(docs: Any, softcap: Any) -> None:
     qkv = heads(sum(docs.own), (32, 32), queries=6, keys=2)
     g = torch.randn(
         sum(docs.own), 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64
@@ -138,12 +141,8 @@ def test_dense_mask_shows_the_branches(rows: str, window: int | None) -> None:
     assert seen.shape == (1, 1, len(tokens), len(tokens))
     for i, (row, branch, at) in enumerate(tokens):
         for j, (other, theirs, before) in enumerate(tokens):
-            expected = (
-                row == other
-                and (theirs is None or theirs == branch)
-                and before <= at
-                and (window is None or at - before < window)
-            )
+            near = 0 <= at - before < (window or len(tokens))
+            expected = row == other and theirs in (None, branch) and near
             assert seen[0, 0, i, j].item() == expected, (i, j)
 
 
@@ -160,9 +159,6 @@ def test_documents_that_share_nothing_gather_nothing() -> None:
 def test_lengths_that_no_row_has_are_refused(lens: list[int], starts: list[int]) -> None:
     with pytest.raises(LorafoldError, match=r"packed row \d: found .* expected fewer"):
         Documents.forest(lens, starts, CPU)
-
-
-# --- models --------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -199,10 +195,10 @@ def batch() -> Batch:
 WEIGHTS = torch.randn(9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def step(model: Any, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses (9,), and the gradients of a sum with weights of either sign."""
+def step(model: Any, losses: Tensor, weights: Tensor = WEIGHTS) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of documents, and the gradients of a sum with weights of either sign."""
     model.zero_grad()
-    (losses * WEIGHTS.to(losses.dtype)).sum().backward()
+    (losses * weights.to(losses.dtype)).sum().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return losses.detach(), found
 
@@ -225,25 +221,10 @@ def found_step(model: Any, given: Batch, branches: Branching) -> tuple[Tensor, d
     return step(model, losses)
 
 
-def assert_same(
-    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
-) -> None:
-    assert_close(found[0], expected[0])
-    assert found[1].keys() == expected[1].keys() != set()
-    whole = torch.cat([g.flatten() for g in expected[1].values()]).norm().item()
-    assert whole > 0
-    for name, g in expected[1].items():
-        assert_close(found[1][name], g, whole)
-
-
 def adapted(name: str, spec: Any = None, **options: Any) -> Any:
     model = build(name)
     model.set_attn_implementation("eager")
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0) if spec is None else spec, **options)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    moved(lf.attach(model, spec or lf.LoRA(rank=4, dropout=0.0), **options), 0.05)
     return model.train()
 
 
@@ -259,7 +240,7 @@ def test_branches_are_as_they_are_alone(name: str, way: str) -> None:
         assert branches.packs
         assert branches.shares
         assert model.training
-        assert_same(found_step(model, given, branches), expected)
+        assert_same_step(found_step(model, given, branches), expected)
     assert model.config._attn_implementation == "eager"
 
 
@@ -284,7 +265,7 @@ def test_every_branch_sees_virtual_tokens(name: str, spec: str) -> None:
     expected = expected_step(model, given)
     with branching(model) as branches:
         assert branches.shares
-        assert_same(found_step(model, given, branches), expected)
+        assert_same_step(found_step(model, given, branches), expected)
 
 
 def test_attention_dropout_takes_the_general_path() -> None:
@@ -303,41 +284,8 @@ def test_attention_dropout_takes_the_general_path() -> None:
             assert_close(model(**given.inputs, use_cache=False).logits, plain)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        tf.MambaConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            state_size=4,
-            vocab_size=VOCAB,
-            initializer_range=0.2,
-        ),
-        tf.OPTConfig(
-            **{k: v for k, v in COMMON.items() if k != "intermediate_size"},
-            ffn_dim=48,
-            init_std=0.2,
-            word_embed_proj_dim=32,
-            max_position_embeddings=64,
-        ),
-    ],
-    ids=["mamba", "opt"],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_that_does_not_pack_is_left_as_it_was(config: tf.PreTrainedConfig) -> None:
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config).train()
-    before = model.config._attn_implementation
-    with branching(model) as branches:
-        assert not branches.packs
-        assert not branches.shares
-        assert model.config._attn_implementation == before
-
-
 def test_a_model_may_pack_and_not_share() -> None:
-    """One block mixes each token with the one before it, where that has the position before: it
-    is right for packed documents, and wrong for the second branch of a prompt.
-    """
+    """A block that mixes each token with the one at the position before it."""
     model, given = adapted("llama"), batch()
     positions: list[Tensor] = []
 
@@ -389,14 +337,8 @@ def test_a_batch_that_is_not_the_layout_is_an_error() -> None:
 def test_chunked_attention_is_refused_where_a_chunk_ends_in_a_document() -> None:
     """The short documents of the test are as they are alone; those of the batch are longer."""
     torch.manual_seed(0)
-    config = tf.Llama4TextConfig(
-        **GROUPED,
-        head_dim=8,
-        intermediate_size_mlp=48,
-        num_local_experts=2,
-        attention_chunk_size=18,
-        pad_token_id=0,
-    )
+    sizes = GROUPED | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    config = tf.Llama4TextConfig(**sizes, attention_chunk_size=18, pad_token_id=0)
     model = tf.Llama4ForCausalLM(config).eval()
     docs = layout([15], [[5, 4]])
     inputs = {"input_ids": torch.arange(24)[None], "position_ids": docs.positions()}
@@ -407,9 +349,6 @@ def test_chunked_attention_is_refused_where_a_chunk_ends_in_a_document() -> None
             branches.over(docs),
         ):
             model(**inputs, use_cache=False)
-
-
-# --- the losses of documents ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -439,20 +378,13 @@ def test_losses_and_gradients_are_those_of_whole_logits(name: str, head: str) ->
         model.get_output_embeddings().weight.requires_grad_(True)
     labels, inputs, document = padded()
     weights = torch.tensor([1.5, 3.0, -0.7, 2.0, 0.0])
-
-    def run(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        model.zero_grad()
-        (losses * weights).sum().backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return losses.detach(), found
-
     each = F.cross_entropy(
         model(**inputs, use_cache=False).logits.transpose(1, 2), labels, reduction="none"
     )
     expected = torch.stack([each[document == i].sum() for i in range(5)])
     losses, counts = document_losses(model, labels, inputs, document, 5)
     assert counts.tolist() == [((document == i) & (labels != -100)).sum().item() for i in range(5)]
-    assert_same(run(losses), run(expected))
+    assert_same_step(step(model, losses, weights), step(model, expected, weights))
 
 
 @pytest.mark.usefixtures("_chunks_of_four")
@@ -462,19 +394,13 @@ def test_the_general_head_equals_the_linear_one(monkeypatch: pytest.MonkeyPatch)
     for linear in (True, False):
         if not linear:
             monkeypatch.setattr("lorafold.training_step.lm_head_loss.linear_form", lambda *_: None)
-        model.zero_grad()
         losses, _ = document_losses(model, labels, inputs, document, 5)
-        losses.square().sum().backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((losses.detach(), grads))
-    assert_same(found[1], found[0])
+        found.append(step(model, losses, losses.detach()))
+    assert_same_step(found[1], found[0])
 
 
 @pytest.mark.usefixtures("_chunks_of_four")
 def test_dropout_on_the_head_draws_the_same_in_the_backward() -> None:
-    """The sum over documents, with weights of 1, against the way that computes gradients in the
-    forward.
-    """
     model = adapted("llama", lf.LoRA(rank=4, dropout=0.5), targets=["lm_head"])
     labels, inputs, document = padded()
     labels = labels.masked_fill(document < 0, -100)
@@ -489,7 +415,7 @@ def test_dropout_on_the_head_draws_the_same_in_the_backward() -> None:
         return total.detach(), found
 
     found = run(lambda: document_losses(model, labels, inputs, document, 5)[0].sum())
-    assert_same(found, run(lambda: labelled_loss(model, labels, inputs)[0]))
+    assert_same_step(found, run(lambda: labelled_loss(model, labels, inputs)[0]))
 
 
 @pytest.mark.parametrize("head", ["frozen", "adapted"])
@@ -505,9 +431,7 @@ def test_no_label_gives_losses_and_gradients_of_zero(head: str) -> None:
 
 @pytest.mark.usefixtures("_chunks_of_four")
 def test_the_logits_of_one_chunk_exist_at_a_time() -> None:
-    """Under an adapted head, none are computed for more than 4 positions, in either pass, and none
-    are kept for the backward.
-    """
+    """In either pass, and none are kept for the backward."""
     model = adapted("llama", targets=["lm_head"])
     labels, inputs, document = padded()
     made: list[Tensor] = []
@@ -539,9 +463,7 @@ def test_the_logits_of_one_chunk_exist_at_a_time() -> None:
 
 @pytest.mark.slow
 def test_the_embedded_model_in_bf16_errs_no_more_than_its_branches_alone(smollm2: Any) -> None:
-    """Against fp32, with the adapter in both: the loss of each token of four documents, as errors
-    cancel by chance in sums of them, and the gradients.
-    """
+    """The loss of each token, since errors cancel in sums, and the gradients."""
     draw = torch.Generator().manual_seed(6)
     docs = layout([40, 25], [[20, 31], [17, 12]])
     ids = torch.randint(1, 49152, (sum(docs.own),), generator=draw)
@@ -555,33 +477,23 @@ def test_the_embedded_model_in_bf16_errs_no_more_than_its_branches_alone(smollm2
     def run(dtype: torch.dtype, shared: bool) -> list[Tensor]:
         model = load_model(smollm2, dtype)
         torch.manual_seed(0)
-        lf.attach(model, lf.LoRA(rank=8, dropout=0.0))
-        generator = torch.Generator().manual_seed(2)
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data.add_(0.01 * torch.randn(p.shape, generator=generator))
+        moved(lf.attach(model, lf.LoRA(rank=8, dropout=0.0)), 0.01)
         if shared:
             labels = torch.full_like(ids, -100).index_copy(0, places, ids[following])
             each = torch.full_like(ids, -1).index_copy(0, places, torch.arange(len(places)))
             inputs = {"input_ids": ids[None], "position_ids": docs.positions()}
+            of = labels[None], inputs, each[None], len(places)
             with branching(model) as branches:
                 assert branches.shares
                 with branches.over(docs):
-                    losses, _ = document_losses(
-                        model, labels[None], inputs, each[None], len(places)
-                    )
+                    losses, _ = document_losses(model, *of)
                 (losses * weights).sum().backward()
         else:
-            losses = torch.cat(
-                [
-                    F.cross_entropy(
-                        model(input_ids=ids[own][None], use_cache=False).logits[0].float()[s:-1],
-                        ids[own][s + 1 :],
-                        reduction="none",
-                    )
-                    for own, s in zip(tokens, start, strict=True)
-                ]
-            )
+            parts = []
+            for own, s in zip(tokens, start, strict=True):
+                z = model(input_ids=ids[own][None], use_cache=False).logits[0].float()[s:-1]
+                parts.append(F.cross_entropy(z, ids[own][s + 1 :], reduction="none"))
+            losses = torch.cat(parts)
             (losses * weights).sum().backward()
         grads = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
         return [losses.detach().double(), torch.cat(grads)]

@@ -1,9 +1,8 @@
-"""Hugging Face's Trainer and TRL's SFTTrainer with AdapterCallback: what a kill leaves, what a
-resumed run ends with, what checkpoints hold, and what is refused.
-"""
+"""Hugging Face's Trainer and TRL's SFTTrainer with AdapterCallback."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import lorafold as lf
 from lorafold.errors import LorafoldError
+from noise import moved
 from trainer_cases import LORA, SETTINGS, made, rows, train_until_killed
 from training_cases import killed
 
@@ -25,9 +25,7 @@ def final(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["trainer", pytest.param("sft", marks=pytest.mark.slow)])
-def test_killed_and_resumed_ends_with_the_bytes_of_a_run_that_was_not(
-    kind: str, tiny_model_dir, tmp_path: Path, caplog
-) -> None:
+def test_killed_and_resumed_it_has_the_same_bytes(kind, tiny_model_dir, tmp_path, caplog) -> None:
     model_dir, stopped = tiny_model_dir("llama"), tmp_path / "stopped"
     made(kind, model_dir, tmp_path / "straight", LORA)[0].train()
     killed(train_until_killed, kind, model_dir, stopped)
@@ -64,7 +62,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tiny_model_dir, tmp_pat
     checkpoint = tmp_path / "run" / "checkpoint-8"
     assert load_file(checkpoint / "model.safetensors") == {}
     assert (checkpoint / "model.safetensors").stat().st_size < 100
-    fresh = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.float32)
+    fresh = base_of(tiny_model_dir("llama"))
     lf.load(fresh, checkpoint / "adapter")
     with torch.no_grad():
         assert torch.equal(fresh(IDS).logits, trainer.model.eval()(IDS).logits)
@@ -76,13 +74,10 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tiny_model_dir, tmp_pat
     assert trainer.model.state_dict().keys() < written.keys()
 
 
-def test_one_checkpoint_at_most_and_a_kill_before_it_is_written(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_checkpoint_and_a_kill_before_it(tiny_model_dir, tmp_path, monkeypatch) -> None:
     """A run that stops while Trainer writes leaves the checkpoint before, which is the last one."""
-    trainer, _ = made(
-        "trainer", tiny_model_dir("llama"), tmp_path / "run", LORA, save_total_limit=1
-    )
+    asked = ("trainer", tiny_model_dir("llama"), tmp_path / "run", LORA)
+    trainer, _ = made(*asked, save_total_limit=1)
     write = trainer._save_optimizer_and_scheduler
 
     def stopping(output_dir: str) -> None:
@@ -97,9 +92,7 @@ def test_one_checkpoint_at_most_and_a_kill_before_it_is_written(
     assert names == ["checkpoint-3", "checkpoint-6"]
     last = lf.AdapterCallback.last_checkpoint(tmp_path / "run")
     assert last == str(tmp_path / "run" / "checkpoint-3")
-    resumed, _ = made(
-        "trainer", tiny_model_dir("llama"), tmp_path / "run", LORA, save_total_limit=1
-    )
+    resumed, _ = made(*asked, save_total_limit=1)
     resumed.train(resume_from_checkpoint=last)
     assert lf.AdapterCallback.last_checkpoint(tmp_path / "run").endswith("checkpoint-8")
     assert lf.AdapterCallback.last_checkpoint(tmp_path / "none") is None
@@ -134,9 +127,7 @@ def test_the_best_adapter_is_the_one_at_the_end(tiny_model_dir, tmp_path: Path) 
     assert final(tmp_path / "run") == final(best) != final(tmp_path / "run" / "checkpoint-8")
 
 
-def test_where_trainer_chooses_what_to_save_late_the_base_is_in_it(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_where_trainer_chooses_late_the_base_is_saved_too(tiny_model_dir, tmp_path) -> None:
     trainer, _ = made(
         "trainer", tiny_model_dir("llama"), tmp_path / "run", LORA, eval_strategy="steps",
         eval_steps=4, save_strategy="best", metric_for_best_model="loss",
@@ -158,15 +149,17 @@ def half_done(tiny_model_dir, tmp_path_factory) -> Path:
     return out
 
 
+def base_of(model_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+
+
 def resumed(model_dir: Path, out: Path, spec: lf.LoRA) -> None:
     trainer, _ = made("trainer", model_dir, out, spec)
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("file", ["adapter/adapter_model", "adapter-state/adapter"])
-def test_a_damaged_adapter_is_refused(
-    file: str, half_done: Path, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_damaged_adapter_is_refused(file: str, half_done, tiny_model_dir, tmp_path) -> None:
     out = Path(shutil.copytree(half_done, tmp_path / "run"))
     path = out / "checkpoint-3" / f"{file}.safetensors"
     data = bytearray(path.read_bytes())
@@ -181,10 +174,7 @@ def test_a_foreign_adapter_is_refused(half_done: Path, tiny_model_dir, tmp_path:
     out = Path(shutil.copytree(half_done, tmp_path / "run"))
     with pytest.raises(LorafoldError, match=r"another adapter: it holds LoRA\(rank=4.*expected"):
         resumed(tiny_model_dir("llama"), out, lf.LoRA(rank=4, alpha=1.0, dropout=0.1))
-    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.float32)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(1e-3)
+    moved(other := base_of(tiny_model_dir("llama")), 1e-3)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(LorafoldError, match="another adapter: not the base it was trained on"):
         resumed(tmp_path / "other", out, LORA)
@@ -204,19 +194,19 @@ def test_a_checkpoint_elsewhere_is_named(half_done: Path, tiny_model_dir, tmp_pa
 
 
 def test_an_existing_end_is_refused_before_the_first_step(tiny_model_dir, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.float32)
+    model = base_of(tiny_model_dir("llama"))
     adapter = lf.attach(model, LORA)
     adapter.save(tmp_path / "end")
     before = (tmp_path / "end" / WEIGHTS).read_bytes()
     arguments = TrainingArguments(str(tmp_path / "run"), **SETTINGS | {"max_steps": 1})
-    for overwrite in (False, True):
-        callback = lf.AdapterCallback(adapter, tmp_path / "end", overwrite=overwrite)
-        trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=[callback])
-        if not overwrite:
-            with pytest.raises(LorafoldError, match="end exists"):
-                trainer.train()
-            continue
-        trainer.train()
+    refused, allowed = (
+        Trainer(model, arguments, train_dataset=rows(), callbacks=[
+            lf.AdapterCallback(adapter, tmp_path / "end", overwrite=overwrite)])
+        for overwrite in (False, True)
+    )  # fmt: skip
+    with pytest.raises(LorafoldError, match="end exists"):
+        refused.train()
+    allowed.train()
     assert (tmp_path / "end" / WEIGHTS).read_bytes() != before
     assert not (tmp_path / "run" / "adapter").exists()
 

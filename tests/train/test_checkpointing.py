@@ -1,11 +1,4 @@
-"""Gradient checkpointing changes memory and nothing else: for every method the same loss and the
-same gradients, bit for bit.
-
-The path is that of a run: its objective, its batches, the method's own preparation and penalty,
-dropout where the method has some.
-"""
-
-from __future__ import annotations
+"""Gradient checkpointing changes memory alone, for every method, bit for bit."""
 
 import json
 import subprocess
@@ -16,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+import transformers as tf
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
+import training_cases
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
@@ -31,10 +25,11 @@ from lorafold.objectives.sft import Sft
 from lorafold.ops import attention
 from lorafold.ops.checkpoint_segments import keeping, kept
 from lorafold.recipe.recipe import Recipe
-from lorafold.resolve import Base
-from lorafold.training.request import RunRequest
-from lorafold.training.run import sample_losses, train
+from lorafold.training.run import sample_losses
 from lorafold.training_step.gradient_checkpointing import recompute
+from noise import moved
+from training_cases import quiet
+from typed_commands import write_rows
 
 ROWS = [
     {"prompt": f"Book a table for {n} " * (1 + n % 3), "completion": f'{{"people": {n}}}'}
@@ -48,10 +43,6 @@ SEED = 3
 BLOCKS = 2  # of the tiny models
 
 
-def quiet() -> Console:
-    return Console(quiet=True)
-
-
 def options_of(method: str) -> dict[str, Any]:
     return OPTIONS.get(method, {}) | (
         {"dropout": 0.3} if "dropout" in known_options(method) else {}
@@ -59,20 +50,12 @@ def options_of(method: str) -> dict[str, Any]:
 
 
 class Step:
-    """One step's loss and gradients; `runs`, how often the first block ran; `random`, the
-    generator's state after it.
-    """
+    """A step; `runs`: how often the first block ran; `random`: the random state after it."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        method: str,
-        packing: bool,
-        checkpointed: bool,
-        seed: int = SEED,
-        targets: Any = None,
-    ) -> None:
+        self, model: Any, tokenizer: Any, method: str, packing: bool, checkpointed: bool,
+        seed: int = SEED, targets: Any = None,
+    ) -> None:  # fmt: skip
         torch.manual_seed(SEED)
         data = encode(ROWS, tokenizer, 64)
         feed = StoredFeed(data.examples, data.parts, 3, 2, 0)
@@ -81,13 +64,9 @@ class Step:
             recompute(model)
         with Sft().loss(model, tokenizer, packing, quiet()) as loss:
             assert loss.packed is packing
-            adapter.spec.prepare(
-                adapter.own_deltas, partial(sample_losses, loss, feed, Recipe(batch=3))
-            )
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for p in adapter.parameters():
-                    p.add_(0.05 * torch.randn(p.shape, generator=generator))
+            losses = partial(sample_losses, loss, feed, Recipe(batch=3))
+            adapter.spec.prepare(adapter.own_deltas, losses)
+            moved(adapter, 0.05, 1)
             loss.train()
             self.runs = 0
             first_linear(model).register_forward_pre_hook(self.count)
@@ -97,21 +76,16 @@ class Step:
             total = total if added is None else total + added
             total.backward()
         self.loss, self.random = total.detach(), torch.get_rng_state()
-        self.grads: dict[str, Tensor] = {
-            name: p.grad for name, p in adapter.named_parameters() if p.grad is not None
-        }
-        self.missing = [
-            name for name, p in adapter.named_parameters() if p.numel() and p.grad is None
-        ]
+        named = list(adapter.named_parameters())
+        self.grads: dict[str, Tensor] = {n: p.grad for n, p in named if p.grad is not None}
+        self.missing = [name for name, p in named if p.numel() and p.grad is None]
 
     def count(self, *_: object) -> None:
         self.runs += 1
 
 
 def first_linear(model: nn.Module) -> nn.Module:
-    """The first linear of the first block: a replay that has all it needs stops before a block's
-    last ones.
-    """
+    """The first one of the first block: a replay stops before a block's last ones."""
     return next(m for name, m in model.named_modules() if name.endswith(("q_proj", "c_attn")))
 
 
@@ -120,9 +94,8 @@ def assert_same(plain: Step, checkpointed: Step) -> None:
     assert torch.equal(checkpointed.loss, plain.loss)
     assert plain.missing == checkpointed.missing == []
     assert any(g.any() for g in plain.grads.values())
-    assert [
-        name for name, g in plain.grads.items() if not torch.equal(checkpointed.grads[name], g)
-    ] == []
+    grads = checkpointed.grads
+    assert [name for name, g in plain.grads.items() if not torch.equal(grads[name], g)] == []
     # the next step draws what it would have drawn
     assert torch.equal(checkpointed.random, plain.random)
 
@@ -130,9 +103,7 @@ def assert_same(plain: Step, checkpointed: Step) -> None:
 @pytest.mark.few(4)
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_the_same_loss_and_gradients(
-    method: str, packing: bool, tiny_model, tiny_model_dir
-) -> None:
+def test_every_method_has_the_same_gradients(method, packing, tiny_model, tiny_model_dir) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
     plain, checkpointed = (
         Step(tiny_model("llama"), tokenizer, method, packing, on) for on in (False, True)
@@ -157,9 +128,7 @@ def test_so_it_is_over_a_bf16_base(method: str, tiny_model, tiny_model_dir) -> N
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["gpt2", "gemma", "qwen2"])
-def test_the_models_own_dropout_is_replayed_too(
-    kind: str, packing: bool, tiny_model, tiny_model_dir
-) -> None:
+def test_the_models_own_dropout_is_replayed_too(kind, packing, tiny_model, tiny_model_dir) -> None:
     # gpt2 has dropout everywhere; in the others it is switched on in attention
     tokenizer = load_tokenizer(tiny_model_dir(kind))
 
@@ -177,9 +146,7 @@ def test_the_models_own_dropout_is_replayed_too(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
-def test_attention_over_long_documents_runs_once(
-    kind: str, tiny_model, tiny_model_dir, monkeypatch: pytest.MonkeyPatch, each_form: None
-) -> None:
+def test_long_attention_runs_once(kind, tiny_model, tiny_model_dir, monkeypatch, each_form) -> None:
     runs = []
     attended = attention.FORWARD
     monkeypatch.setattr(attention, "FORWARD", lambda *args: runs.append(1) or attended(*args))
@@ -243,107 +210,48 @@ def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> Non
     ]
     for objective, rows in {"sft": ROWS, "classify": labelled}.items():
         found = []
+        fields = {"objective": objective, "steps": 4, "lr": 1e-2, "lr_b": 5e-2, "accumulate": 2}
         for on in (False, True):
-            recipe = Recipe(
-                objective=objective,
-                steps=4,
-                batch=4,
-                accumulate=2,
-                storage="fp32",
-                lr=1e-2,
-                lr_b=5e-2,
-                dropout=0.3,
-                gradient_checkpointing=on,
-            )
+            how = fields | {"dropout": 0.3, "gradient_checkpointing": on}
             out = tmp_path / f"{objective}-{on}"
-            train(
-                RunRequest(Base(tiny_model_dir("llama"), device="cpu"), out, recipe, rows, "rows"),
-                quiet(),
-            )
+            training_cases.trained(tiny_model_dir("llama"), out, rows, **how)
             found.append((out / "adapter_model.safetensors").read_bytes())
         assert found[0] == found[1]
 
 
 def test_frozen_blocks_below_the_lowest_trained_one_run_once(tiny_model, tiny_model_dir) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
+    upper = [r"model.layers.1.mlp.down_proj"]
     plain, checkpointed = (
-        Step(
-            tiny_model("llama"),
-            tokenizer,
-            "lora",
-            True,
-            on,
-            targets=[r"model.layers.1.mlp.down_proj"],
-        )
+        Step(tiny_model("llama"), tokenizer, "lora", True, on, targets=upper)
         for on in (False, True)
     )
     assert_same(plain, checkpointed)
     assert checkpointed.runs == plain.runs
 
 
-def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(
-    tiny_model_dir, tmp_path: Path
-) -> None:
-    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
-
-    tokenizer = load_tokenizer(tiny_model_dir("llama"))
-    config = OpenAIGPTConfig(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64
-    )
-    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    recipe = Recipe(storage="fp32", gradient_checkpointing=True, targets=["c_attn"])
-    with pytest.raises(
-        LorafoldError,
-        match=(
-            r"^gradient_checkpointing: found on, expected off for this model: OpenAIGPTLMHeadModel"
-            r" does"
-        ),
-    ):
-        train(
-            RunRequest(
-                Base(tmp_path / "model", device="cpu"), tmp_path / "a", recipe, ROWS, "rows"
-            ),
-            quiet(),
-        )
+def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(tiny_model_dir, tmp_path) -> None:
+    tokenizer, model = load_tokenizer(tiny_model_dir("llama")), tmp_path / "model"
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    config = tf.OpenAIGPTConfig(vocab_size=len(tokenizer), **size)
+    tf.OpenAIGPTLMHeadModel(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    told = "^gradient_checkpointing: found on, expected off for this model: OpenAIGPTLMHeadModel "
+    how = {"gradient_checkpointing": True, "targets": ["c_attn"]}
+    with pytest.raises(LorafoldError, match=told):
+        training_cases.trained(model, tmp_path / "a", ROWS, **how)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.slow
 def test_the_command_takes_it_and_the_optimizer_as_words(tiny_model_dir, tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [
-        sys.executable,
-        "-m",
-        "lorafold",
-        "train",
-        "--model",
-        str(tiny_model_dir("llama")),
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "a"),
-        "--storage",
-        "fp32",
-        "--device",
-        "cpu",
-        "--set",
-        "steps=2",
-        "--set",
-        "rank=64",
-        "--gradient-checkpointing",
-        "on",
-        "--optimizer",
-        "paged-adamw8bit",
-        "--json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [
-        line
-        for line in done.stderr.splitlines()
-        if "paged" in line or "Warning" in line or "kernels" in line
-    ]
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    where = f"--model {tiny_model_dir('llama')} --data {data} --out {tmp_path / 'a'} --device cpu"
+    how = "--storage fp32 --set steps=2 --set rank=64 --gradient-checkpointing on"
+    words = f"-m lorafold train {where} {how} --optimizer paged-adamw8bit --json".split()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    told = ("paged", "Warning", "kernels")
+    lines = [line for line in done.stderr.splitlines() if any(word in line for word in told)]
     assert lines == [
         "optimizer: paged-adamw8bit with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"
     ]

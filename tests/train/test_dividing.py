@@ -1,7 +1,5 @@
 """A model that is divided as it is loaded has few bytes itself, and operations find it whole."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,4 @@
-"""The command: what it prints, the page it writes, what it refuses; and the cheatsheet in the
-docs.
-"""
-
-from __future__ import annotations
+"""The command `estimate`, and the cheatsheet in the docs."""
 
 import json
 import shutil
@@ -11,22 +7,17 @@ from typing import Any
 
 import pytest
 
-from conftest import Done, lorafold, refused
+from conftest import refused
 from lorafold.memory import cheatsheet
 from lorafold.memory.estimate import TERMS
 from lorafold.models.sources import _embedded_gguf, configuration
+from typed_commands import done, result, write_rows
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 
 
-def run(*arguments: str) -> Done:
-    return lorafold("estimate", *arguments)
-
-
 def test_a_shape_alone() -> None:
-    found = json.loads(
-        run("--params", "7b", "--mode", "inference", "--max-length", "4096", "--json").stdout
-    )
+    found = result("estimate --params 7b --mode inference --max-length 4096")
     assert found["total"] == sum(found[name] for name in TERMS)
     assert found["weights"] == pytest.approx(2 * 6.738e9, rel=1e-3)
     assert found["kv_cache"] == 2 * 32 * 32 * 128 * 4096 * 2
@@ -35,21 +26,9 @@ def test_a_shape_alone() -> None:
 
 @pytest.mark.slow
 def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    model = str(tiny_model_dir("llama"))
-    done = run(
-        "--model",
-        model,
-        "--mode",
-        "lora",
-        "--device-memory",
-        "1MB",
-        "--measure",
-        "--html",
-        str(page),
-        "--json",
-    )
-    found = json.loads(done.stdout)
+    page, model = tmp_path / "page.html", tiny_model_dir("llama")
+    asked = f"estimate --model {model} --mode lora --device-memory 1MB --measure --html {page}"
+    found = result(asked)
     assert found["total"] == pytest.approx(found["measured"], rel=0.05)
     assert found["fits"] is (found["spare"] >= 0)
     text = page.read_text()
@@ -61,33 +40,30 @@ def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_gguf_file_by_its_header() -> None:
     found, unpacked = configuration(str(_embedded_gguf())), configuration("smollm2")
-    for name in (
-        "hidden_size",
-        "num_hidden_layers",
-        "intermediate_size",
-        "num_key_value_heads",
-        "vocab_size",
-        "tie_word_embeddings",
-    ):
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads",
+                 "vocab_size", "tie_word_embeddings"):  # fmt: skip
         assert getattr(found, name) == getattr(unpacked, name)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--params", "6b"], "params 6b: expected one of 7b, "),
-        (["--params", "7b", "--measure"], "--measure: found --params 7b, which has no weights"),
-        (["--params", "7b", "--model", "m"], "--params: found --params 7b and --model m, expected"),
-        (["--device-memory", "lots"], "expected a size"),
-        (["--mode", "nosuch"], "unknown method 'nosuch'"),
-        (["--model", "no/such/model/here"], "no/such/model/here"),
+        ("--params 6b", "params 6b: expected one of 7b, "),
+        ("--params 7b --measure", "--measure: found --params 7b, which has no weights"),
+        ("--params 7b --model m", "--params: found --params 7b and --model m, expected"),
+        ("--device-memory lots", "expected a size"),
+        ("--mode nosuch", "unknown method 'nosuch'"),
+        ("--model no/such/model/here", "no/such/model/here"),
+        ("--model LLAMA --revision main", "which is for models of the hub"),
+        ("--model LLAMA --device foo", "device: found 'foo'"),
+        ("--gpus 2 --strategy zero", "--strategy: found zero, expected one of fsdp, ddp"),
+        ("--gpus 2 --mode inference", "--gpus: found --mode inference too, expected none: the"),
+        ("--gpus 2 --measure", "--gpus: found --measure too, expected none: the estimate is for a"),
     ],
 )
-def test_what_is_refused(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
+def test_what_is_refused(arguments: str, message: str, tiny_model_dir: Any) -> None:
+    words = arguments.replace("LLAMA", str(tiny_model_dir("llama"))).split()
+    assert message in refused("estimate", *words)
 
 
 def test_rules_of_thumb_give_what_they_say() -> None:
@@ -133,54 +109,33 @@ def own_code(tiny_model_dir: Any, tmp_path: Path) -> Path:
 
 
 def test_code_of_a_model_that_is_trusted_runs_without_a_question(own_code: Path) -> None:
-    model = ("--model", str(own_code), "--mode", "lora", "--max-length", "16")
-    done = run(*model, "--trust-remote-code", "--json")
-    assert json.loads(done.stdout)["total"] > 0
-    assert "runs with --trust-remote-code" in refused("estimate", *model)
+    asked = f"estimate --model {own_code} --mode lora --max-length 16"
+    assert result(f"{asked} --trust-remote-code")["total"] > 0
+    assert "runs with --trust-remote-code" in refused(*asked.split())
 
 
-def test_a_run_on_code_that_is_trusted_prints_its_result_alone(
-    own_code: Path, tmp_path: Path
-) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    asked = ["--model", own_code, "--data", rows, "--out", tmp_path / "out", "--device", "cpu"]
-    asked += ["--storage", "fp32", "--steps", "1", "--batch", "2", "--trust-remote-code", "--json"]
-    done = lorafold("train", *map(str, asked))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 1
-    assert "memory" in done.stderr
+def test_a_run_on_code_that_is_trusted_prints_its_result_alone(own_code, tmp_path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
+    asked = f"train --model {own_code} --data {rows} --out {tmp_path / 'out'} --device cpu"
+    told = done(f"{asked} --storage fp32 --steps 1 --batch 2 --trust-remote-code --json")
+    assert json.loads(told.stdout)["steps"] == 1
+    assert "memory" in told.stderr
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (("--revision", "main"), "which is for models of the hub"),
-        (("--device", "foo"), "device: found 'foo'"),
-    ],
-)
-def test_what_would_have_no_effect_is_refused(
-    given: tuple[str, ...], said: str, tiny_model_dir: Any
-) -> None:
-    assert said in refused("estimate", "--model", str(tiny_model_dir("llama")), *given)
+SHARED = "--params 7b --max-length 256 --gradient-checkpointing on"
 
 
-SHARED = ("--params", "7b", "--max-length", "256", "--gradient-checkpointing", "on", "--json")
-
-
-def of_each(*arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(*SHARED, *arguments).stdout)
+def of_each(arguments: str) -> dict[str, Any]:
+    found = result(f"estimate {SHARED} {arguments}")
     assert found["total"] == sum(found[name] for name in TERMS)
     return found
 
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_what_each_of_several_processes_holds_and_sends(mode: str) -> None:
-    """By the page's formulas: a Llama of 7b has 32 blocks of 4 w^2 + 3 w m weights and 2 w norms,
-    and outside of them two tables of 32,000 rows and a norm.
-    """
+    """By the page's formulas, for the blocks, the tables and the norms of a Llama of 7b."""
     w, m, rank, widths = 4096, 11008, 16, 4 * (4096 + 4096) + 3 * (4096 + 11008)
-    one, eight = (of_each("--mode", mode, "--gpus", n) for n in ("1", "8"))
+    one, eight = (of_each(f"--mode {mode} --gpus {n}") for n in ("1", "8"))
     assert eight["weights"] == -(-one["weights"] // 8)
     assert one["exchanged"] == 0
     assert {"sent", "bandwidth"}.isdisjoint(one)
@@ -202,30 +157,14 @@ def test_what_each_of_several_processes_holds_and_sends(mode: str) -> None:
     # last products of a block are not repeated
     products = 32 * passes * 2 * 256 * (4 * w * w + 3 * w * m)
     assert 0.8 <= eight["bandwidth"] / (sent * 4e14 / products) <= 1.1
-    slow = of_each("--mode", mode, "--gpus", "8", "--tflops", "40")
+    slow = of_each(f"--mode {mode} --gpus 8 --tflops 40")
     assert slow["bandwidth"] == pytest.approx(eight["bandwidth"] / 10)
 
 
 @pytest.mark.slow
 def test_ddp_holds_all_and_sends_gradients_alone() -> None:
-    one, four = of_each("--mode", "lora"), of_each(
-        "--mode", "lora", "--gpus", "4", "--strategy", "ddp"
-    )
-    bucket = four.pop("exchanged")
-    assert 0 < bucket <= 2**26
-    assert {n: four[n] for n in TERMS if n != "exchanged"} == {
-        n: one[n] for n in TERMS if n != "exchanged"
-    }
+    one, four = of_each("--mode lora"), of_each("--mode lora --gpus 4 --strategy ddp")
+    assert 0 < four["exchanged"] <= 2**26
+    others = [name for name in TERMS if name != "exchanged"]
+    assert [four[name] for name in others] == [one[name] for name in others]
     assert four["sent"] == int(2 * 3 / 4 * one["adapter"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--strategy", "zero"], "--strategy: found zero, expected one of fsdp, ddp"),
-        (["--mode", "inference"], "--gpus: found --mode inference too, expected none: the"),
-        (["--measure"], "--gpus: found --measure too, expected none: the estimate is for a"),
-    ],
-)
-def test_what_several_processes_do_not_do(arguments: list[str], message: str) -> None:
-    assert message in refused("estimate", "--gpus", "2", *arguments)

@@ -1,26 +1,24 @@
 """epochs="auto": enough steps of few rows, ended by the held-out loss."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 import lorafold as lf
-from conftest import lorafold, unestimating
-from lorafold.errors import Interrupted, LorafoldError
-from lorafold.training import loop
+from conftest import unestimating
+from lorafold.errors import LorafoldError
+from process_cases import same_bytes
+from training_cases import stopping
+from typed_commands import run, write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
-ROWS = [
-    {"prompt": f"Say {word}", "completion": word}
-    for word in ("red", "blue", "green", "gold", "grey", "pink")
-]
+WORDS = ("red", "blue", "green", "gold", "grey", "pink")
+ROWS = [{"prompt": f"Say {word}", "completion": word} for word in WORDS]
 # what is held out contradicts what is learned, so that its loss rises soon
 OTHER = [{"prompt": row["prompt"], "completion": row["completion"][::-1]} for row in ROWS]
+DATA: dict[str, Any] = {"data": ROWS, "eval_data": OTHER}
 AUTO = {"epochs": "auto", "batch": 2, "max_length": 64, "storage": "fp32", "lr": 0.02, "lr_b": 0.05}
 
 
@@ -28,26 +26,11 @@ def record(out: Path) -> dict[str, Any]:
     return json.loads((out / "lorafold.json").read_text())
 
 
-@contextmanager
-def killed(after: int) -> Iterator[None]:
-    """Runs end by an error after this many steps."""
-    train = loop.train_step
-
-    def step_or_end(job: Any, examples: Any, step: int) -> float:
-        if step == after:
-            raise Interrupted("killed", 1)
-        return train(job, examples, step)
-
-    with mock.patch.object(loop, "train_step", step_or_end):
-        yield
-
-
 @pytest.fixture(scope="module")
 def ended(tiny_model_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ended") / "out"
-    given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "eval_data": OTHER}
     with unestimating():
-        lf.train(lf.Recipe(**AUTO), out=out, **given)
+        lf.train(lf.Recipe(**AUTO), model=tiny_model_dir("llama"), out=out, **DATA)
     return out
 
 
@@ -72,23 +55,16 @@ def test_the_adapter_is_that_of_the_best_step(ended: Path, tiny_model_dir) -> No
     assert measured.loss == pytest.approx(found["evals"][str(found["step"])], rel=1e-5)
 
 
-def test_a_run_that_is_killed_ends_at_the_same_step(
-    ended: Path, tiny_model_dir, tmp_path: Path
-) -> None:
-    given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "eval_data": OTHER}
-    recipe, out = lf.Recipe(**AUTO), tmp_path / "out"
-    with killed(len(record(ended)["losses"]) - 5), pytest.raises(Interrupted):
-        lf.train(recipe, out=out, **given)
-    lf.train(recipe, out=out, resume=True, **given)
+def test_a_run_that_is_killed_ends_at_the_same_step(ended, tiny_model_dir, tmp_path) -> None:
+    recipe, out, model = lf.Recipe(**AUTO), tmp_path / "out", tiny_model_dir("llama")
+    with stopping(len(record(ended)["losses"]) - 5), pytest.raises(KeyboardInterrupt):
+        lf.train(recipe, model=model, out=out, **DATA)
+    lf.train(recipe, model=model, out=out, resume=True, **DATA)
     assert record(out)["losses"] == record(ended)["losses"]
-    assert (out / "adapter_model.safetensors").read_bytes() == (
-        ended / "adapter_model.safetensors"
-    ).read_bytes()
+    assert same_bytes(out, ended)
 
 
-def test_figures_are_those_of_the_adapter_and_no_older_best_one_stays(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_figures_are_the_adapters_and_no_older_best_one_stays(tiny_model_dir, tmp_path) -> None:
     def pairs(rows: list[dict[str, str]], swap: bool) -> list[dict[str, str]]:
         sides = ("rejected", "chosen") if swap else ("chosen", "rejected")
         return [
@@ -122,12 +98,10 @@ def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_mod
 
 @pytest.mark.slow
 def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    common = ("--data", str(tmp_path / "rows.jsonl"), "--max-length", "64")
-    model = ("--model", str(tiny_model_dir("llama")))
-    said = lorafold("train", *model, *common, "--out", str(tmp_path / "few"), "--epochs", "1")
-    assert "steps: 1, few to learn by: --epochs auto takes 100, and --eval-fr" in said.stderr
-    said = lorafold("train", *model, *common, "--out", str(tmp_path / "asked"), "--steps", "1")
-    assert "few to learn by" not in said.stderr
-    said = lorafold("train", *model, *common, "--out", str(tmp_path / "all"))
-    assert "epochs auto: 100 steps, found no held-out rows to end by" in said.stderr
+    data, model = write_rows(tmp_path / "rows.jsonl", ROWS), tiny_model_dir("llama")
+    asked = f"train --model {model} --data {data} --max-length 64 --out {tmp_path}"
+    said = run(f"{asked}/few --epochs 1").stderr
+    assert "steps: 1, few to learn by: --epochs auto takes 100, and --eval-fr" in said
+    assert "few to learn by" not in run(f"{asked}/asked --steps 1").stderr
+    said = run(f"{asked}/all").stderr
+    assert "epochs auto: 100 steps, found no held-out rows to end by" in said

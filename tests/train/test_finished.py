@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import lorafold, refused
+from typed_commands import write_rows
 
 ROWS = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}"} for a in range(4) for b in (1, 2)]
 
@@ -14,8 +15,7 @@ ROWS = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}"} for a in range
 def run(tiny_model_dir, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command that resumes a run, which is finished."""
     folder = tmp_path_factory.mktemp("finished")
-    rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    rows = write_rows(folder / "rows.jsonl", ROWS)
     named = {"model": tiny_model_dir("llama"), "data": rows, "out": folder / "adapter", "steps": 2}
     command = ["train", *(part for k, v in named.items() for part in (f"--{k}", str(v)))]
     command += ["--batch", "2", "--storage", "fp32", "--resume", "--json"]
@@ -59,12 +59,9 @@ def test_a_finished_run_is_not_trained_again(run: list[str]) -> None:
         (["--init-adapter", "same"], "it started from another adapter"),
     ],
 )
-def test_another_run_does_not_replace_a_finished_one(
-    run: list[str], other: list[str], told: str, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_another_run_replaces_no_finished_one(run, other, told, tiny_model_dir, tmp_path) -> None:
     if other[0] == "--data":
-        (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
-        run = with_other(run, "--data", tmp_path / "rows.jsonl")
+        run = with_other(run, "--data", write_rows(tmp_path / "rows.jsonl", ROWS[:1]))
     elif other[0] == "--model":
         run = with_other(run, "--model", tiny_model_dir(other[1]))
     elif other[0] == "--init-adapter":
@@ -93,9 +90,7 @@ def test_what_no_run_wrote_is_not_resumed(run: list[str], tmp_path: Path) -> Non
     [("tensorbord", "expected tensorboard"), ("aim", "aim is not installed; pip install aim")],
 )
 @pytest.mark.parametrize("command", ["train", "compare", "intrinsic"])
-def test_a_tracker_that_is_not_there_is_told_first(
-    command: str, name: str, told: str, tmp_path: Path
-) -> None:
+def test_a_tracker_that_is_not_there_is_told_first(command, name: str, told: str, tmp_path) -> None:
     out = ["--out", str(tmp_path / "new"), "--data", "not-read.jsonl", "--trackers", name]
     assert f"error: trackers: {told}" in refused(command, *out).replace(f"found '{name}', ", "")
 
@@ -114,9 +109,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_output_that_cannot_be_written_is_told_before_a_model_is_loaded(
-    command: str, run: list[str], tmp_path: Path
-) -> None:
+def test_an_output_that_cannot_be_written_is_told_before_a_load(command, run, tmp_path) -> None:
     given = {"ADAPTER": run[run.index("--out") + 1], "ROWS": run[run.index("--data") + 1]}
     # no weights in it, so that a command that opened it would say so
     model = tmp_path / "model"

@@ -1,8 +1,4 @@
-"""Rows that begin alike: their forest by its definition, and the loss and gradients of a step over
-it, which are those of the rows computed apart.
-"""
-
-from __future__ import annotations
+"""Shared prefixes: the tree of rows by its definition, and a step over it."""
 
 import copy
 import itertools
@@ -16,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold as lf
+from fused_cases import assert_same_step
 from lorafold.data.batches import alike, forest
 from lorafold.data.branches import Branched
 from lorafold.data.classification import LabelledExample
@@ -27,6 +24,7 @@ from lorafold.training_step.losses import CompletionLoss, RowsAlike
 from lorafold.training_step.preference_algorithms import Dpo
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching
+from noise import moved
 from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build
 
 CPU = torch.device("cpu")
@@ -86,24 +84,16 @@ def test_each_row_is_a_path(drawn: list[tuple[list[int], int]]) -> None:
 
 def adapted(name: str, dropout: float = 0.0) -> Any:
     model = build(name)
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=dropout))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    moved(lf.attach(model, lf.LoRA(rank=4, dropout=dropout)), 0.05)
     return model.train()
 
 
-def stepped(loss: RowsAlike, batches: list[list[Any]]) -> tuple[float, dict[str, Any]]:
+def stepped(loss: RowsAlike, batches: list[list[Any]]) -> tuple[torch.Tensor, dict[str, Any]]:
     loss.model.zero_grad()
-    total = 0.0
-    for batch in batches:
-        one = loss(**loss.collate(batch, CPU))
-        one.backward()
-        total += one.item()
-    return total, {
-        name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None
-    }
+    losses = [loss(**loss.collate(batch, CPU)) for batch in batches]
+    torch.stack(losses).sum().backward()
+    found = {n: p.grad.clone() for n, p in loss.model.named_parameters() if p.grad is not None}
+    return torch.stack(losses).sum().detach(), found
 
 
 @pytest.mark.few(6)
@@ -127,14 +117,7 @@ def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> Non
         loss = CompletionLoss(model, True, 0, how)
         assert loss.shared_in(given) == (rows != "apart")
         together = stepped(loss, [given])
-    same_step(together, apart)
-
-
-def same_step(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[str, Any]]) -> None:
-    assert_close(torch.tensor(found[0]), torch.tensor(expected[0]))
-    whole = torch.cat([g.flatten() for g in expected[1].values()]).norm().item()
-    for parameter, gradient in expected[1].items():
-        assert_close(found[1][parameter], gradient, whole)
+    assert_same_step(together, apart)
 
 
 ROUTER = GROUPED | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
@@ -152,9 +135,7 @@ QWEN2_MOE = tf.Qwen2MoeConfig(  # without windows, whose masks transformers make
         ("three depths", QWEN2_MOE),
     ],
 )  # fmt: skip
-def test_a_router_is_balanced_over_the_tokens_of_all_rows(
-    rows: str, config: tf.PreTrainedConfig
-) -> None:
+def test_a_router_is_balanced_over_the_tokens_of_all_rows(rows, config) -> None:
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
@@ -163,7 +144,7 @@ def test_a_router_is_balanced_over_the_tokens_of_all_rows(
         apart = stepped(CompletionLoss(model, True, 0), [given])
         loss = CompletionLoss(model, True, 0, how)
         assert loss.shared_in(given)
-        same_step(stepped(loss, [given]), apart)
+        assert_same_step(stepped(loss, [given]), apart)
 
 
 def text(ids: str, label: int) -> LabelledExample:
@@ -185,7 +166,7 @@ def test_texts_with_a_class_are_read_where_each_ends() -> None:
     with branching(model, across=True) as how:
         loss = Classification(model, pad, how)
         assert loss.computed(given) == 10 + 3 + 3 < sum(len(one.ids) for one in given)
-        same_step(stepped(loss, [given]), apart)
+        assert_same_step(stepped(loss, [given]), apart)
         alone = [Classification(model, pad).collate([one], CPU) for one in given]
         logits = [loss.logits(**{k: v for k, v in one.items() if k != "labels"}) for one in alone]
         inputs = loss.collate(given, CPU)
@@ -227,7 +208,7 @@ def test_a_tree_may_have_more_tokens_than_the_model_has_positions() -> None:
         [order] = loss.micro_batches(rows, 1, 10**6)
         part = [rows[i] for i in order]
         assert len(forest(part).ids) > most
-        same_step(stepped(loss, [part]), apart)
+        assert_same_step(stepped(loss, [part]), apart)
 
 
 def test_a_token_that_begins_rows_draws_as_the_first_of_them() -> None:

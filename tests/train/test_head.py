@@ -1,6 +1,4 @@
-"""The loss at labelled positions: against whole logits, on heads of every make, frozen, trained and
-adapted.
-"""
+"""The loss at labelled positions, on heads of every make."""
 
 import copy
 import pickle
@@ -15,35 +13,16 @@ from torch import Tensor, nn
 import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.ops import cross_entropy, reference
-from lorafold.ops.cross_entropy import (
-    LinearHead,
-    chunks,
-    head_cross_entropy,
-    head_losses,
-    linear_cross_entropy,
-)
+from lorafold.ops.cross_entropy import LinearHead, head_cross_entropy, head_losses
 from lorafold.training_step import lm_head_loss as head_of_step
 from lorafold.training_step.lm_head_loss import document_losses, labelled_loss, linear_form
+from sequence_cases import GROUPED, VOCAB
 
-VOCAB, B, T = 97, 2, 11
+B, T = 2, 11
 pytestmark = pytest.mark.usefixtures("each_form")
-COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-MOE = {
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "decoder_sparse_step": 1,
-}
+COMMON = GROUPED | {"num_hidden_layers": 1, "initializer_range": 0.2, "pad_token_id": 0}
+MOE = {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+MOE |= {"head_dim": 8, "num_experts_per_tok": 2}
 CONFIGS = {
     "llama": tf.LlamaConfig(**COMMON),
     "tied": tf.Qwen2Config(**COMMON, tie_word_embeddings=True),
@@ -63,9 +42,7 @@ def chunks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Adapted(nn.Linear):
-    """A head whose class was swapped, as attach does: what it holds as a linear is not all that it
-    computes.
-    """
+    """A head whose class was swapped: as a linear it has not all that it computes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x @ self.down.t() @ self.up.t()
@@ -85,9 +62,7 @@ def batch(labelled: int = 13) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def prepare(model: Any, state: str) -> None:
-    """What is trained: a block under a frozen head, head and block, the head alone, or an adapter
-    on the head and a block.
-    """
+    """What is trained: `state`, or a block under a frozen head."""
     head, block = model.get_output_embeddings(), model.get_decoder()
     model.requires_grad_(state == "all")
     if state == "frozen head":
@@ -141,9 +116,8 @@ def test_row_losses_are_those_of_each_row_alone(name: str, state: str) -> None:
     labels[-1] = -100
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
-    expected = torch.stack(
-        [reference.labelled_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))]
-    )
+    rows = zip(logits.split(1), labels.split(1), strict=True)
+    expected = torch.stack([reference.labelled_loss(*row) for row in rows])
     assert expected[-1] == 0
     assert expected[0] > 0
     row = torch.arange(len(labels))[:, None].expand_as(labels)
@@ -168,19 +142,17 @@ def test_frozen_linear_heads_take_the_short_way(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "capped", "scaled"])
 def test_fp64_gradcheck_of_every_way(name: str) -> None:
     model = build(name, torch.float64).requires_grad_(False)
-    scale, cap = (
-        getattr(model, "logit_scale", 1.0),
-        getattr(model.config, "final_logit_softcapping", None),
-    )
+    scale = getattr(model, "logit_scale", 1.0)
+    cap = getattr(model.config, "final_logit_softcapping", None)
     linear = LinearHead(model.get_output_embeddings().weight, None, scale, cap)
     h = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(VOCAB, (6,))
 
     def short(h: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(h, targets, linear)
+        return cross_entropy.linear_cross_entropy(h, targets, linear)
 
     def long(h: torch.Tensor) -> torch.Tensor:
-        return head_cross_entropy(h, targets, head, [], chunks(len(h)))
+        return head_cross_entropy(h, targets, head, [], cross_entropy.chunks(len(h)))
 
     def again(h: torch.Tensor) -> torch.Tensor:
         return head_losses(h, targets, partial(head_of_step.head_of, model))
@@ -224,19 +196,13 @@ def test_bf16_errs_no_more_than_whole_logits(name: str, adapted: bool) -> None:
         if ours:
             loss, _ = labelled_loss(model, labels, inputs)
         else:
-            logits = model(**inputs).logits
-            loss = reference.labelled_loss(
-                logits.to(torch.promote_types(dtype, torch.float32)), labels
-            )
+            logits = model(**inputs).logits.to(torch.promote_types(dtype, torch.float32))
+            loss = reference.labelled_loss(logits, labels)
         (loss / 13).backward()
         return [loss.detach().double()[None], caught[0].grad.double()]
 
-    truth, peer, found = (
-        run(torch.float64, False),
-        run(torch.bfloat16, False),
-        run(torch.bfloat16, True),
-    )
-    for ours, theirs, true in zip(found, peer, truth, strict=True):
+    truth, peer = run(torch.float64, False), run(torch.bfloat16, False)
+    for ours, theirs, true in zip(run(torch.bfloat16, True), peer, truth, strict=True):
         # the loss is a single number, whose error may be small by luck: a bf16 unit is granted
         # beside it
         granted = torch.finfo(torch.bfloat16).eps * true.norm() if true.numel() == 1 else 0.0
@@ -264,10 +230,8 @@ def test_sums_over_micro_batches_add_up() -> None:
     whole = gradients(model, labelled_loss(model, labels, inputs)[0] / 13)
     model.zero_grad()
     for b in range(B):
-        loss, _ = labelled_loss(
-            model, labels[b : b + 1], {k: v[b : b + 1] for k, v in inputs.items()}
-        )
-        (loss / 13).backward()
+        part = {k: v[b : b + 1] for k, v in inputs.items()}
+        (labelled_loss(model, labels[b : b + 1], part)[0] / 13).backward()
     for name, gradient in whole.items():
         assert_close(model.get_parameter(name).grad, gradient)
 
@@ -310,9 +274,7 @@ def test_a_body_without_a_head_is_an_error() -> None:
 
 
 class Prompted(tf.LlamaForCausalLM):
-    """A root whose class was swapped by a soft prompt: vectors before the input, and their rows cut
-    from the output (or not).
-    """
+    """A root with a soft prompt, whose rows are cut from the output, or not."""
 
     cut = True
 
@@ -374,9 +336,6 @@ def test_autocast_trains_a_head() -> None:
         expected = reference.labelled_loss(model(**inputs).logits.float(), labels)
         wanted = gradients(model, expected)
         loss, _ = labelled_loss(model, labels, inputs)
+    units = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
     for name, gradient in gradients(model, loss).items():
-        assert_close(
-            gradient,
-            wanted[name],
-            units=torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps,
-        )
+        assert_close(gradient, wanted[name], units)

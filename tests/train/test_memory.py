@@ -1,12 +1,9 @@
-"""Estimates against what a real step holds, counted at the allocator, over architectures, methods
-and storages.
-"""
-
-from __future__ import annotations
+"""Estimates against what a real step, and the engine that samples, hold at the allocator."""
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -15,44 +12,106 @@ import torch
 import transformers as tf
 from torch import nn
 
+import lorafold as lf
 import mixtures
 from architectures import MULTIMODAL
-from conftest import fast_only
+from conftest import fast_only, make_tokenizer
 from lorafold.api.estimate import bytes_of
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
+from lorafold.data.batches import StoredFeed
+from lorafold.data.prompts import TokenizedPrompt
+from lorafold.data.row_store import SourcePart
+from lorafold.engine.fast_path import Packed
+from lorafold.engine.runner import SlotRunner
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.rollouts import Rollouts, RolloutSize
 from lorafold.layers import LAYERS
-from lorafold.layers.bitsandbytes import Quantized
 from lorafold.memory.estimate import advise, estimate
+from lorafold.memory.measure import allocated, peak_of
+from lorafold.memory.preflight import documents, largest_batch
 from lorafold.memory.presets import llama, setting_of
 from lorafold.memory.result import verdict
-from lorafold.memory.trace import Setting, nothing
+from lorafold.memory.trace import Setting, nothing, trace
 from lorafold.methods import make_spec
 from lorafold.methods.parts.trainable_tokens import TrainableTokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
 from lorafold.models.quantizations import MADE, STORAGES, Storage, StorageRow
+from lorafold.objectives.options import SamplingOptions
+from lorafold.objectives.policy import PolicyObjective
 from lorafold.ops import attention
 from lorafold.recipe.recipe import Recipe
-from memory_cases import BF16, COMMON, CONFIGS, LORA, close
+from lorafold.training_step.policy_algorithms import Grpo
+from memory_cases import BF16, COMMON, CONFIGS, CPU, LORA, close
+from own_storage import PATH, CodesLayer
 
-METHODS = [
-    "lora",
-    "dora",
-    "vera",
-    "adalora",
-    "loha",
-    "lokr",
-    "ia3",
-    "bitfit",
-    "houlsby",
-    "prefix",
-    "prompt",
-    "lt-sft",
-    "full",
-    "linear-probe",
-]
+METHODS = ["lora", "dora", "vera", "adalora", "loha", "lokr", "ia3", "bitfit", "houlsby", "prefix",
+           "prompt", "lt-sft", "full", "linear-probe"]  # fmt: skip
+FP32 = Storage(torch.float32)
+LLAMA = CONFIGS["llama"]
+JETMOE = tf.JetMoeConfig(
+    vocab_size=500, hidden_size=128, num_hidden_layers=3, num_key_value_heads=2, kv_channels=32,
+    intermediate_size=256, num_local_experts=4, num_experts_per_tok=2, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+
+
+def classifier(model: Any) -> dict[str, Any]:
+    return {"modules_to_save": head_paths(model)}
+
+
+def tokens(model: Any) -> dict[str, Any]:
+    rows = TrainableTokens((500, 501, 7), frozenset({500, 501}))
+    return {"modules_to_save": ["norm"], "tokens": rows}
+
+
+def settings() -> Iterator[tuple[str, Any, Setting]]:
+    """What is estimated: a name, the model, and what is trained on it, if anything is."""
+    for method, again in product(METHODS, (False, True)):
+        base = FP32 if method == "full" else BF16
+        own = replace(LORA, base=base, spec=make_spec(method), checkpointing=again)
+        yield f"{method}{', checkpointed' * again}", LLAMA, own
+    for name in ("qwen2", "gemma2", "gpt2"):
+        yield name, CONFIGS[name], LORA
+    for quantization in MADE:
+        base = Storage(torch.bfloat16, quantization)
+        for method in ("lora", "loha"):
+            own = replace(LORA, base=base, spec=make_spec(method))
+            yield f"{method}, {quantization}", LLAMA, own
+        # bitsandbytes' own forward runs there, over fake tensors as over real ones
+        yield f"inference, {quantization}", LLAMA, Setting(base, rows=(200, 200))
+    other_way = replace(LORA, base=Storage(torch.bfloat16, "nf4"))
+    yield "matrices that lie the other way round, nf4", CONFIGS["gpt2"], other_way
+    for method in ("lora", "full"):
+        there = replace(LORA, base=FP32, spec=make_spec(method), accumulating=True)
+        yield f"{method}, gradients are there", LLAMA, there
+    yield "rows of many lengths", LLAMA, replace(LORA, rows=(30, 200, 90, 55), labelled=60)
+    padded = replace(LORA, rows=(100, 160, 128), packed=False)
+    yield "padded rows", LLAMA, replace(padded, labelled=60)
+    for name, again in product(("llama", "bert"), (False, True)):
+        own = replace(padded, classes=3, beside=classifier, checkpointing=again)
+        yield f"classifier, {name}{', checkpointed' * again}", CONFIGS[name], own
+    yield "new tokens and a norm", LLAMA, replace(LORA, beside=tokens)
+    lora, targets = make_spec("lora"), (None, "attention", "all-linear")
+    for name, of, dtype in product(mixtures.CONFIGS, targets, (torch.float32, torch.bfloat16)):
+        # experts without an adapter run torch's grouped product, whatever the dtype; gpt-oss's
+        # documents of one sequence influence each other, so its rows are padded
+        own = Setting(Storage(dtype), of and lora, of, rows=(64, 64), packed=name != "gpt-oss")
+        yield f"{name}, {of}, {dtype}", mixtures.CONFIGS[name](), own
+    for spec in (lora, None):  # JetMoe's router counts: as many for each, where there are no values
+        yield f"jetmoe, {spec and 'lora'}", JETMOE, Setting(BF16, spec, rows=(64, 64))
+        for name, row in MULTIMODAL.items():
+            # Gemma 3's tower is initialized with values that fake tensors lack, its head is tied
+            own = Setting(BF16, spec, rows=(96, 64), packed=name != "qwen2.5-vl")
+            yield f"{name}, {spec and 'lora'}", row.config(), own
+    # while a model is made it may hold embedding and head apart, and ties them then
+    large = tf.LlamaConfig(**COMMON | {"vocab_size": 20000}, tie_word_embeddings=True)
+    yield "large vocabulary", large, LORA
+    yield "large vocabulary, inference", large, Setting(BF16, rows=(100,))
+
+
+SETTINGS = [pytest.param(config, own, id=name) for name, config, own in settings()]
 
 
 @pytest.fixture(autouse=True)
@@ -62,54 +121,15 @@ def what_exists_is_not_looked_at_again() -> None:
     gc.freeze()
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_methods(method: str, checkpointing: bool) -> None:
-    base = Storage(torch.float32) if method == "full" else BF16
-    close(
-        CONFIGS["llama"],
-        replace(LORA, base=base, spec=make_spec(method), checkpointing=checkpointing),
-    )
+@pytest.mark.few(5)
+@pytest.mark.parametrize(("config", "setting"), SETTINGS)
+def test_an_estimate_is_what_a_step_takes(config: Any, setting: Setting) -> None:
+    close(config, setting)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_how_soon_blocks_are_alike(name: str) -> None:
     assert period(CONFIGS[name]) == (2 if name == "gemma2" else 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])  # llama is that of the methods
-def test_architectures(name: str) -> None:
-    close(CONFIGS[name], LORA)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("quantization", "method"),
-    fast_only([("nf4", "loha"), ("int8", "lora")], product(MADE, ["lora", "loha"])),
-)
-def test_storages(quantization: str, method: str) -> None:
-    close(
-        CONFIGS["llama"],
-        replace(LORA, base=Storage(torch.bfloat16, quantization), spec=make_spec(method)),
-    )
-
-
-@pytest.mark.slow
-def test_a_packed_base_whose_matrices_lie_the_other_way_round() -> None:
-    close(CONFIGS["gpt2"], replace(LORA, base=Storage(torch.bfloat16, "nf4")))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_gradients_that_are_there_already(method: str) -> None:
-    close(
-        CONFIGS["llama"],
-        replace(LORA, base=Storage(torch.float32), spec=make_spec(method), accumulating=True),
-    )
 
 
 @pytest.mark.slow
@@ -122,63 +142,14 @@ def test_a_peak_that_moves_with_the_number_of_blocks() -> None:
 
 
 @pytest.mark.slow
-def test_rows_of_many_lengths_few_of_whose_tokens_count() -> None:
-    close(CONFIGS["llama"], replace(LORA, rows=(30, 200, 90, 55), labelled=60))
-
-
-@pytest.mark.slow
 def test_attention_over_long_documents_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = replace(LORA, checkpointing=True)
-    short = close(CONFIGS["llama"], setting)
+    short = close(LLAMA, setting)
     monkeypatch.setattr(attention, "LONG", 100)
-    long = close(CONFIGS["llama"], setting)
-    config = CONFIGS["llama"]
+    long = close(LLAMA, setting)
+    config = LLAMA
     kept = config.num_hidden_layers * 256 * config.hidden_size * BF16.dtype.itemsize
     assert long["activations"] - short["activations"] == pytest.approx(kept, rel=0.05)
-
-
-@pytest.mark.slow
-def test_rows_that_are_filled_up() -> None:
-    close(CONFIGS["llama"], replace(LORA, rows=(100, 160, 128), labelled=60, packed=False))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "checkpointing"),
-    fast_only([("llama", True), ("bert", False)], product(["llama", "bert"], [False, True])),
-)
-def test_classifiers(name: str, checkpointing: bool) -> None:
-    def beside(model: Any) -> dict[str, Any]:
-        return {"modules_to_save": head_paths(model)}
-
-    close(
-        CONFIGS[name],
-        replace(
-            LORA, rows=(100, 160, 128), classes=3, packed=False, beside=beside,
-            checkpointing=checkpointing,
-        ),
-    )
-
-
-class Halves(nn.Module):
-    """A linear whose weights are held in 8 bits and one scale."""
-
-    def __init__(self, w: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", w.float().abs().amax() / 127)
-        self.register_buffer("codes", (w.float() / self.scale).round().to(torch.int8))
-        self.out_features, self.in_features = w.shape
-        self.bias = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.codes * self.scale).to(x.dtype).t()
-
-
-class HalvesLayer(Quantized):
-    dtype = torch.bfloat16  # type: ignore[assignment]
-
-    def dequantized(self) -> torch.Tensor:
-        return (self.module.codes * self.module.scale).to(self.dtype)  # type: ignore[operator]
 
 
 class GainDelta(Delta):
@@ -208,33 +179,22 @@ class Gain(Spec):
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
-    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
-) -> None:
-    row = StorageRow(8, packer=f"{__name__}:Halves")
-    monkeypatch.setitem(STORAGES, "halves", row)
-    monkeypatch.setitem(LAYERS, f"{Halves.__module__}.{Halves.__qualname__}", HalvesLayer)
+def test_a_storage_and_a_method_that_no_one_here_has_heard_of(monkeypatch, checkpointing) -> None:
+    monkeypatch.setitem(STORAGES, "codes", StorageRow(8, packer="own_storage:Codes"))
+    monkeypatch.setitem(LAYERS, PATH, CodesLayer)
     own = replace(
-        LORA, base=Storage(torch.bfloat16, "halves"), spec=Gain(), checkpointing=checkpointing
+        LORA, base=Storage(torch.bfloat16, "codes"), spec=Gain(), checkpointing=checkpointing
     )
-    held = close(CONFIGS["llama"], own)
-    in_bf16 = estimate(CONFIGS["llama"], replace(own, base=BF16)).terms
+    held = close(LLAMA, own)
+    in_bf16 = estimate(LLAMA, replace(own, base=BF16)).terms
     assert held["weights"] < 0.6 * in_bf16["weights"]
     assert held["adapter"] == 4 * 6 * (2 * 128 + 2 * 64 + 2 * 320 + 128)
-
-
-def test_what_is_trained_beside_the_method() -> None:
-    beside = {
-        "modules_to_save": ["norm"],
-        "tokens": TrainableTokens((500, 501, 7), frozenset({500, 501})),
-    }
-    close(CONFIGS["llama"], replace(LORA, beside=lambda model: beside))
 
 
 @cache
 def alone() -> dict[str, int]:
     """The terms of LORA."""
-    return estimate(CONFIGS["llama"], LORA).terms
+    return estimate(LLAMA, LORA).terms
 
 
 @pytest.mark.slow
@@ -247,7 +207,7 @@ def alone() -> dict[str, int]:
 )
 def test_over_frozen_adapters(below: str, checkpointing: bool) -> None:
     over = replace(LORA, below=((make_spec(below), nothing),) * 2, checkpointing=checkpointing)
-    found = close(CONFIGS["llama"], over)
+    found = close(LLAMA, over)
     assert found["weights"] > alone()["weights"]
     assert found["optimizer"] == alone()["optimizer"]
 
@@ -259,60 +219,6 @@ def test_inference(name: str) -> None:
     assert found["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    ("name", "targets", "dtype"),
-    fast_only(
-        [
-            *((name, "all-linear", torch.float32) for name in mixtures.CONFIGS),
-            *product(["mixtral", "gpt-oss"], [None, "attention"], [torch.float32]),
-        ],
-        product(
-            mixtures.CONFIGS, [None, "attention", "all-linear"], [torch.float32, torch.bfloat16]
-        ),
-    ),
-)
-def test_mixtures_of_experts(name: str, targets: str | None, dtype: torch.dtype) -> None:
-    """Experts without an adapter run torch's grouped product, whatever the dtype."""
-    spec = None if targets is None else make_spec("lora")
-    # in gpt-oss documents of one sequence influence each other, so that rows are padded
-    setting = Setting(Storage(dtype), spec, targets, rows=(64, 64), packed=name != "gpt-oss")
-    close(mixtures.CONFIGS[name](), setting)
-
-
-@pytest.mark.parametrize("spec", ["lora", pytest.param(None, marks=pytest.mark.slow)])
-def test_experts_whose_router_counts_their_rows(spec: str | None) -> None:
-    """JetMoe's: as many for each, where there are no values."""
-    config = tf.JetMoeConfig(
-        vocab_size=500, hidden_size=128, num_hidden_layers=3, num_key_value_heads=2, kv_channels=32,
-        intermediate_size=256, num_local_experts=4, num_experts_per_tok=2, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    close(config, Setting(BF16, spec and make_spec(spec), rows=(64, 64)))
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    ("name", "spec"),
-    fast_only(
-        [*product(MULTIMODAL, ["lora"]), ("gemma3", None), ("qwen2-audio", None)],
-        product(MULTIMODAL, [None, "lora"]),
-    ),
-)
-def test_towers(name: str, spec: str | None) -> None:
-    """That of Gemma 3 is initialized with values that fake tensors lack, and its head is tied."""
-    config = MULTIMODAL[name].config()
-    packed = name != "qwen2.5-vl"
-    close(config, Setting(BF16, spec and make_spec(spec), rows=(96, 64), packed=packed))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quantization", MADE)
-def test_inference_on_a_quantized_base(quantization: str) -> None:
-    """bitsandbytes' own forward runs there, over fake tensors as over real ones."""
-    close(CONFIGS["llama"], Setting(Storage(torch.bfloat16, quantization), rows=(200, 200)))
-
-
 def test_layers_whose_kinds_their_configuration_works_out() -> None:
     found = estimate(CONFIGS["mamba"], Setting(BF16, make_spec("lora"), rows=(8,), packed=False))
     assert found.terms["weights"] == 2 * sum(
@@ -321,33 +227,20 @@ def test_layers_whose_kinds_their_configuration_works_out() -> None:
 
 
 @pytest.mark.slow
-def test_a_large_vocabulary_is_held_once() -> None:
-    """While a model is made it may hold embedding and head apart, and ties them then."""
-    config = tf.LlamaConfig(**COMMON | {"vocab_size": 20000}, tie_word_embeddings=True)
-    close(config, Setting(BF16, rows=(100,)))
-    close(config, LORA)
-
-
-@pytest.mark.slow
 def test_what_is_advised_fits() -> None:
-    config, setting = CONFIGS["llama"], replace(LORA, rows=(128,) * 8)
+    config, setting = LLAMA, replace(LORA, rows=(128,) * 8)
     memory = estimate(config, replace(LORA, rows=(128,) * 4)).total + 1000
     found = advise(config, setting, memory)
     assert (found.fits, found.batch) == (False, 4)
     assert found.length < setting.length
     assert estimate(config, replace(setting, rows=(found.length,) * 8)).total <= memory
-    words = dict(found.changes)
-    assert (
-        words["gradient checkpointing"]
-        == estimate(config, replace(setting, checkpointing=True)).total
-    )
+    words, lines = dict(found.changes), verdict(found, setting)
+    checkpointed = estimate(config, replace(setting, checkpointing=True)).total
+    assert words["gradient checkpointing"] == checkpointed
     assert max(words.values()) <= memory
     assert {"batch 4", f"length {found.length}"} <= set(words)
-    assert verdict(found, setting)[0].startswith("does not fit: ")
-    assert any(
-        line.startswith("would fit with gradient checkpointing: ")
-        for line in verdict(found, setting)
-    )
+    assert lines[0].startswith("does not fit: ")
+    assert any(line.startswith("would fit with gradient checkpointing: ") for line in lines)
     assert advise(config, replace(LORA, rows=(64, 64)), memory).fits
 
 
@@ -361,31 +254,91 @@ def test_a_model_that_no_machine_here_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "fields", "message"),
+    ("mode", "fields", "labelled", "message"),
     [
-        ("nosuch", {}, "unknown method 'nosuch'"),
-        ("lora", {"lr": 1e-3}, "found lr, which an estimate does not use"),
-        ("full", {"storage": "nf4"}, "full trains the base's own weights"),
+        ("nosuch", {}, None, "unknown method 'nosuch'"),
+        ("lora", {"lr": 1e-3}, None, "found lr, which an estimate does not use"),
+        ("full", {"storage": "nf4"}, None, "full trains the base's own weights"),
+        ("lora", {}, 127, "expected at most 126"),
     ],
 )
-def test_what_can_not_be_asked(mode: str, fields: dict, message: str) -> None:
+def test_what_can_not_be_asked(mode: str, fields: dict, labelled: int, message: str) -> None:
     with pytest.raises(LorafoldError, match=message):
-        setting_of(mode, Recipe(**fields), 1, 64)
-
-
-def test_labels_are_no_more_than_there_are() -> None:
-    with pytest.raises(LorafoldError, match="expected at most 126"):
-        setting_of("lora", Recipe(), 2, 64, labelled=127)
+        setting_of(mode, Recipe(**fields), 2, 64, labelled=labelled)
 
 
 def test_sizes() -> None:
-    assert [bytes_of(text) for text in ("24GB", "24 gib", "500MB", "1.5T")] == [
-        24 * 10**9,
-        24 * 2**30,
-        5 * 10**8,
-        15 * 10**11,
+    found = {"24GB": 24 * 10**9, "24 gib": 24 * 2**30, "500MB": 5 * 10**8, "1.5T": 15 * 10**11}
+    assert {text: bytes_of(text) for text in found} == found
+    for text, said in {"lots": "expected a size", "24": "did you mean 24GB"}.items():
+        with pytest.raises(LorafoldError, match=said):
+            bytes_of(text)
+
+
+TWO_BLOCKS = tf.LlamaConfig(**{**COMMON, "num_hidden_layers": 2})
+DRAWN = RolloutSize(slots=24, group=12, prompt=20, longest=40)
+
+
+def sampling(dtype: torch.dtype, drawn: RolloutSize | None = DRAWN, **changes: Any) -> Setting:
+    return Setting(Storage(dtype), lf.LoRA(rank=8, dropout=0.0), rows=(16,), draws=drawn, **changes)
+
+
+def cached(rollouts: Rollouts) -> int:
+    runner = rollouts.engine._runner
+    assert isinstance(runner, SlotRunner)
+    buffers = (*runner.cache.keys.values(), *runner.cache.values.values())
+    return sum(buffer.nbytes for buffer in buffers)
+
+
+def opaque(rollouts: Rollouts) -> int:
+    """The bytes of matrices in oneDNN's order, which have no storage."""
+    forwards = [vars(module).get("forward") for module in rollouts.shell.modules()]
+    packed = {f.func for f in forwards if isinstance(f, partial) and isinstance(f.func, Packed)}
+    return sum(one._w.numel() * one._w.element_size() for one in packed)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
+def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> None:
+    asked = sampling(dtype)
+    expected = trace(TWO_BLOCKS, asked, TWO_BLOCKS.num_hidden_layers)
+    model = fake_model(TWO_BLOCKS, asked.base, TWO_BLOCKS.num_hidden_layers)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    lf.attach(model, asked.spec)
+    before = allocated(CPU)
+    rollouts = Rollouts(model, make_tokenizer(), group=12, longest=DRAWN.longest)
+    rollouts.open(DRAWN.prompt, DRAWN.slots)
+    prompts = [[*range(5, 5 + DRAWN.prompt)]] * 2
+    held = []
+    rollouts.draw(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
+    engine = allocated(CPU) - before + opaque(rollouts)
+    assert max(held) == expected.slots
+    assert engine == pytest.approx(expected.engine, rel=0.05)
+    if dtype == torch.float32:  # no ledger sees matrices without a storage
+        peak = peak_of(lambda: rollouts.draw(prompts, 1), CPU) - before - engine
+        assert peak == pytest.approx(expected.drawing, rel=0.1)
+    rollouts.close()
+
+
+def test_the_peak_is_that_of_the_step_or_of_drawing() -> None:
+    without = estimate(TWO_BLOCKS, sampling(torch.float32, None)).terms
+    long = estimate(TWO_BLOCKS, sampling(torch.float32, RolloutSize(64, 8, 20, 2000))).terms
+    assert without["engine"] == without["kv_cache"] == 0 < without["activations"]
+    assert long["kv_cache"] == 64 * 2048 * 2 * 2 * 2 * 32 * 4
+    assert long["activations"] == long["gradients"] == long["logits"] == 0
+
+
+def test_shorter_completions_fill_a_sequence() -> None:
+    """Planned are those that are as long as they may be, of which fewer fit."""
+    drawing = PolicyObjective(Grpo(), SamplingOptions(group=4, max_new_tokens=20))
+    prompts = [TokenizedPrompt((1,) * n, {}, "") for n in (10, 12, 14)]
+    feed = StoredFeed(prompts, [SourcePart(3)], 3, 1, 0)
+    found = [
+        largest_batch(recipe, feed, drawing, sampling(torch.float32, None))
+        for recipe in (Recipe(batch=3, steps=1, max_length=n) for n in (150, 1000))
     ]
-    with pytest.raises(LorafoldError, match="expected a size"):
-        bytes_of("lots")
-    with pytest.raises(LorafoldError, match="did you mean 24GB"):
-        bytes_of("24")
+    whole = sum(n for prompt in prompts for n in documents([drawing.trained(prompt)]))
+    assert [sum(one.rows) for one in found] == [150, whole]
+    assert [one.draws for one in found] == [RolloutSize(12, 4, 14, 20)] * 2

@@ -1,6 +1,4 @@
-"""What a run says of memory before it starts, and what it does about it."""
-
-from __future__ import annotations
+"""Memory before a run: what it prints and does, and that an estimate is about a device."""
 
 import io
 import json
@@ -16,32 +14,31 @@ import torch
 import transformers as tf
 from rich.console import Console
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 import lorafold as lf
+from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
 from lorafold.data.row_store import SourcePart
-from lorafold.memory.estimate import estimate
+from lorafold.memory.estimate import Estimate, estimate
+from lorafold.memory.measure import measure
 from lorafold.memory.preflight import choose_checkpointing, largest_batch
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
+from lorafold.models.fake import fake_model
 from lorafold.models.quantizations import Storage
 from lorafold.objectives.sft import Sft
+from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 from lorafold.runtime.memory import KEPT, RETURNED, free_bytes, freed_blocks
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
+from memory_cases import BF16, COMMON, CONFIGS, CPU, LORA
 
-CONFIG = tf.LlamaConfig(
-    hidden_size=128,
-    intermediate_size=320,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=500,
-)
-SETTING = Setting(Storage(torch.bfloat16), make_spec("lora"), rows=(128,) * 4)
+CONFIG = CONFIGS["llama"]
+SETTING = replace(LORA, rows=(128,) * 4)
 
 
 def said(free: int, asked: Any) -> tuple[bool, str]:
@@ -86,9 +83,8 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
 
     def plan(**fields: Any) -> Setting:
         recipe = Recipe(epochs=1, **fields)
-        feed = StoredFeed(
-            examples, [SourcePart(4)], recipe.batch, recipe.total_steps(4), recipe.seed
-        )
+        steps = recipe.total_steps(4)
+        feed = StoredFeed(examples, [SourcePart(4)], recipe.batch, steps, recipe.seed)
         return largest_batch(recipe, feed, Sft(), SETTING, shares=True)
 
     whole = plan(batch=4, packing=True)
@@ -96,12 +92,8 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     packed = plan(batch=4, max_length=60, packing=True)
     assert (sum(packed.rows), packed.accumulating) == (60, True)
     padded = plan(batch=4, accumulate=2, packing=False)
-    assert (len(padded.rows), max(padded.rows), padded.packed, padded.accumulating) == (
-        2,
-        40,
-        False,
-        True,
-    )
+    assert (len(padded.rows), max(padded.rows)) == (2, 40)
+    assert (padded.packed, padded.accumulating) == (False, True)
     # the ids of each begin as those of the longest, and all train on the same two after their own
     alike = plan(batch=4, packing="auto")
     assert (sum(alike.rows), alike.accumulating) == (40, False)
@@ -110,13 +102,7 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (1000, True)])
-def test_a_run_asks_it(
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_model_dir: Any,
-    tmp_path: Path,
-    free: int,
-    recomputed: bool,
-) -> None:
+def test_a_run_asks_it(monkeypatch, tiny_model_dir, tmp_path, free: int, recomputed: bool) -> None:
     console = Console(file=io.StringIO(), width=400)
     for module in ("training_step.adamw", "training.setup"):
         monkeypatch.setattr(f"lorafold.{module}.free_bytes", lambda device: free)
@@ -126,17 +112,10 @@ def test_a_run_asks_it(
     )
     recipe = Recipe(steps=1, batch=2, storage="fp32", max_length=32)
     rows = [{"prompt": "a b", "completion": " c"}] * 4
-    train(
-        RunRequest(Base(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console
-    )
-    assert (
-        any(
-            p.device.type == "cpu" and type(p) is torch.nn.Parameter
-            for m in seen
-            for p in m.parameters()
-        )
-        is recomputed
-    )
+    base = Base(tiny_model_dir("llama"))
+    train(RunRequest(base, tmp_path / "out", recipe, rows, "test"), console)
+    real = [p for m in seen for p in m.parameters() if type(p) is torch.nn.Parameter]
+    assert any(p.device.type == "cpu" for p in real) is recomputed
     assert "memory: " in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -162,9 +141,7 @@ OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], Any]] = {
 
 @pytest.mark.estimated
 @pytest.mark.parametrize("objective", OF_ROWS)
-def test_an_estimate_on_rows_is_what_a_run_on_them_says(
-    objective: str, tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_estimate_is_what_a_run_says(objective, tiny_model_dir, monkeypatch, tmp_path) -> None:
     rows, options, rewards = OF_ROWS[objective]
     model, said = tiny_model_dir("llama"), list[int]()
     recipe = lf.Recipe(objective=objective, objective_options=options, storage="fp32")
@@ -246,3 +223,87 @@ def test_a_whole_process_takes_what_its_run_says(setting: int) -> None:
     command = [sys.executable, str(script), "--only", str(setting)]
     found = json.loads(subprocess.check_output(command, text=True))
     assert 0.8 < float(found["over"]) <= 1.05, found
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 200}
+TWO_BLOCKS = tf.LlamaConfig(**COMMON | SMALL)
+METHOD = make_spec("lora")
+SETTINGS = {
+    "lora": Setting(BF16, METHOD, rows=(96,)),
+    "checkpointing": Setting(BF16, METHOD, rows=(96,), checkpointing=True),
+    "nf4": Setting(Storage(torch.bfloat16, "nf4"), METHOD, rows=(96,)),
+    "inference": Setting(BF16, rows=(96,)),
+}
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_machine_that_asks_has_no_say(name: str) -> None:
+    def found(asked: bool, machine: bool) -> Estimate:
+        with multiplying(widened=machine):
+            return estimate(TWO_BLOCKS, replace(SETTINGS[name], widened=asked))
+
+    plain = found(False, False)
+    assert plain == found(False, True)
+    wider = found(True, False)
+    assert wider == found(True, True)
+    # what is asked about has one; inference runs the model's own products, as they are
+    assert (wider.total > plain.total) is (name != "inference")
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_is_what_a_machine_of_that_kind_holds(name: str, each_arithmetic: bool) -> None:
+    setting = replace(SETTINGS[name], widened=each_arithmetic)
+    measured = measure(lambda: fake_model(TWO_BLOCKS, setting.base, 2), setting, CPU)
+    assert estimate(TWO_BLOCKS, setting).total == pytest.approx(measured, rel=0.02)
+
+
+def test_tensors_that_die_meanwhile_do_not_count() -> None:
+    others = [torch.zeros(2**20)]
+
+    def load() -> tf.PreTrainedModel:
+        others.clear()
+        return fake_model(TWO_BLOCKS, BF16, 2)
+
+    setting = SETTINGS["inference"]
+    found = measure(load, setting, torch.device("cpu"))
+    assert estimate(TWO_BLOCKS, setting).total == pytest.approx(found, rel=0.02)
+
+
+def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
+    def plan(device: str, base: Storage = BF16) -> Setting:
+        examples = [Example(tuple(range(96)), tuple(range(96)))]
+        feed = StoredFeed(examples, [SourcePart(1)], 8, 1, 0)
+        setting = Setting(base, METHOD)
+        return largest_batch(Recipe(), feed, Sft(), setting, device=torch.device(device))
+
+    assert plan("cpu").widened is each_arithmetic
+    assert not plan("cuda").widened
+    assert not plan("cpu", Storage(torch.float32)).widened
+    console = Console(file=io.StringIO(), width=400)
+    choose_checkpointing(TWO_BLOCKS, plan("cpu"), False, 10**9, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("16-bit products in fp32" in text) is each_arithmetic
+
+
+@pytest.mark.slow
+def test_the_command_asks_this_machine_only_where_it_is_told_to(tiny_model_dir: Any) -> None:
+    def said(widened: bool, *arguments: str) -> str:
+        given = ["estimate", "--model", str(tiny_model_dir("llama")), "--mode", "lora"]
+        with multiplying(widened=widened):
+            return CliRunner().invoke(app, [*given, *arguments], catch_exceptions=False).stdout
+
+    device = said(True)
+    assert device == said(False)
+    assert "this machine" not in device
+    here = "for this machine's CPU, which multiplies 16-bit matrices "
+    cpu = said(False, "--device", "cpu")
+    assert cpu.endswith(f"{here}in 16 bits\n")
+    assert cpu.partition(here)[0] != device  # a GPU keeps masks of dropout, a CPU their places
+    older = said(False, "--compute-capability", "7.5")
+    assert older != device == said(False, "--device", "cuda", "--compute-capability", "9.0")
+    wider = said(True, "--device", "cpu").splitlines()
+    assert wider[-1] == f"{here}in fp32"
+    assert wider[-2].startswith("total")
+    assert wider[-2] != device.splitlines()[-1]

@@ -1,7 +1,5 @@
 """Models that take images or sounds beside text, trained on text by the command."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache
@@ -16,9 +14,12 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from architectures import ARCHITECTURES, MULTIMODAL, near
-from conftest import Done, lorafold, make_tokenizer
+from conftest import Done
 from lorafold.adapter.coverage import text_alone
 from lorafold.models.architecture import auto_class
+from multimodal_cases import write
+from noise import moved
+from typed_commands import done, result, run, write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -31,44 +32,34 @@ IDS = torch.tensor([[20, 31, 42, 53, 64, 75], [99, 88, 77, 66, 55, 44]])
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
-def write(name: str, path: Path, **text: int) -> Path:
-    """Write the model of that name, with a tokenizer, whose ids are below those of images."""
-    row, tokenizer = ARCHITECTURES[name], make_tokenizer()
-    config = row.config()
-    own = config.get_text_config()
-    for field, value in text.items():
-        setattr(own, field, value)
-    own.vocab_size = len(tokenizer) + 8
-    own.bos_token_id, own.eos_token_id = None, tokenizer.eos_token_id
-    own.pad_token_id = tokenizer.pad_token_id
-    for field in ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index"):
-        if hasattr(config, field):
-            setattr(config, field, len(tokenizer) + 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        row.cls(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model_dir(tmp_path_factory) -> Callable[[str], Path]:
     """The directory of a tiny multimodal model, which all tests share."""
     return cache(lambda name: write(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
-    return path
+def rows(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
 
 
-def train(model: Path, rows: Path, out: Path, *options: str) -> Done:
-    return lorafold(
-        *("train", "--model", str(model), "--data", str(rows), "--out", str(out)),
-        *("--epochs", "2", "--lr", "1e-2", "--json", *options),
-    )
+def train(model: Path, rows: Path, out: Path, options: str = "--storage fp32") -> Done:
+    on = f"train --model {model} --data {rows} --out {out}"
+    return run(f"{on} --epochs 2 --lr 1e-2 --json {options}")
+
+
+@pytest.fixture(scope="module")
+def trained(model_dir, rows: Path, tmp_path_factory) -> Callable[[str], tuple[Path, Done]]:
+    """An adapter of a model that the command trained, and what it printed. Read only."""
+
+    @cache
+    def made(name: str) -> tuple[Path, Done]:
+        out = tmp_path_factory.mktemp("trained") / name
+        told = train(model_dir(name), rows, out)
+        assert told.returncode == 0, told.stderr
+        return out, told
+
+    return made
 
 
 def opened(path: Path) -> Any:
@@ -85,33 +76,21 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
 @pytest.mark.estimated
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", EACH)
-def test_trained_evaluated_generated_and_merged(
-    name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
-    base, adapter, merged = model_dir(name), tmp_path / "adapter", tmp_path / "merged"
-    done = train(base, rows, adapter, "--storage", "fp32")
-    assert done.returncode == 0, done.stderr
+def test_trained_evaluated_generated_and_merged(name, model_dir, rows, trained, tmp_path) -> None:
+    base, merged = model_dir(name), tmp_path / "merged"
+    adapter, told = trained(name)
     kind, what = ("audio", "a sound") if name == "qwen2-audio" else ("vision", "an image")
-    assert (
-        f"text alone is trained: no row has {what}, so the {kind} tower gets no input\n"
-        in done.stderr
-    )
-    assert "memory: no estimate" not in done.stderr
-    assert "fast path: 2 of 2 blocks\n" in done.stderr
-    losses = json.loads(done.stdout.splitlines()[-1])["losses"]
+    said = f"text alone is trained: no row has {what}, so the {kind} tower gets no input\n"
+    assert said in told.stderr
+    assert "memory: no estimate" not in told.stderr
+    assert "fast path: 2 of 2 blocks\n" in told.stderr
+    losses = json.loads(told.stdout.splitlines()[-1])["losses"]
     assert losses[-1] < losses[0]
-    on = ("--model", str(base), "--adapter", str(adapter), "--storage", "fp32", "--json")
-    done = lorafold("eval", *on, "--data", str(rows))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["loss"] < losses[0]
-    done = lorafold("generate", *on, "--prompt", "2 cats", "--max-new-tokens", "3")
-    assert done.returncode == 0, done.stderr
-    done = lorafold("inspect", str(adapter), "--model", str(base))
-    assert done.returncode == 0, done.stderr
-    done = lorafold(
-        *("merge", "--model", str(base), "--adapter", str(adapter), "--out", str(merged), "--json")
-    )
-    assert done.returncode == 0, done.stderr
+    on = f"--model {base} --adapter {adapter}"
+    assert result(f"eval {on} --storage fp32 --data {rows}")["loss"] < losses[0]
+    done(f"generate {on} --storage fp32 --prompt cats --max-new-tokens 3")
+    done(f"inspect {adapter} --model {base}")
+    done(f"merge {on} --out {merged}")
     before, after = (load_file(path / "model.safetensors") for path in (base, merged))
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -126,64 +105,48 @@ def test_trained_evaluated_generated_and_merged(
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
-def test_peft_reads_what_the_command_wrote(
-    name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
-    assert train(model_dir(name), rows, tmp_path / "a", "--storage", "fp32").returncode == 0
+def test_peft_reads_what_the_command_wrote(name: str, model_dir, trained) -> None:
+    adapter, _ = trained(name)
     ours = lf.load_model(model_dir(name), "fp32")
     plain = logits(ours)
-    lf.load(ours, tmp_path / "a")
-    theirs = peft.PeftModel.from_pretrained(opened(model_dir(name)), tmp_path / "a").eval()
+    lf.load(ours, adapter)
+    theirs = peft.PeftModel.from_pretrained(opened(model_dir(name)), adapter).eval()
     assert near(logits(theirs), logits(ours))
     assert not near(logits(ours), plain)
-    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    card = (adapter / "README.md").read_text(encoding="utf-8")
     assert "AutoModelForMultimodalLM.from_pretrained(" in card
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
-def test_the_command_merges_what_peft_wrote(
-    name: str, model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_command_merges_what_peft_wrote(name: str, model_dir, tmp_path) -> None:
     torch.manual_seed(1)
     names = ["q_proj", "v_proj", "down_proj"]
-    config = peft.LoraConfig(
-        r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM"
-    )
+    how = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(r=4, target_modules=names, **how)
     theirs = peft.get_peft_model(opened(model_dir(name)), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    on = ("--model", str(model_dir(name)), "--adapter", str(tmp_path / "theirs"))
-    done = lorafold("merge", *on, "--out", str(tmp_path / "merged"))
-    assert done.returncode == 0, done.stderr
+    on = f"--model {model_dir(name)} --adapter {tmp_path / 'theirs'}"
+    done(f"merge {on} --out {tmp_path / 'merged'}")
     assert near(logits(opened(tmp_path / "merged")), logits(theirs))
 
 
-def test_an_adapter_of_another_model_is_refused(
-    model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
-    other = write("llava", tmp_path / "other")
-    weights = load_file(other / "model.safetensors")
-    model = opened(other)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-    model.save_pretrained(other)
-    assert weights.keys() == load_file(other / "model.safetensors").keys()
-    assert train(model_dir("llava"), rows, tmp_path / "a", "--storage", "fp32").returncode == 0
+def test_an_adapter_of_another_model_is_refused(model_dir, tmp_path: Path) -> None:
+    model, other = lf.load_model(model_dir("llava"), "fp32"), write("llava", tmp_path / "other")
+    lf.attach(model, lf.LoRA(rank=2)).save(tmp_path / "a")
+    moved(changed := opened(other)).save_pretrained(other)
+    assert dict(changed.named_parameters()).keys() == dict(opened(other).named_parameters()).keys()
     with pytest.raises(lf.LorafoldError, match="base"):
         lf.load(lf.load_model(other, "fp32"), tmp_path / "a")
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["full", "prompt", "houlsby"])
-def test_other_ways_to_train(
-    method: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
+def test_other_ways_to_train(method: str, model_dir, rows, tmp_path) -> None:
     """full trains the head, whose loss runs the model over given hidden states."""
-    options = ("--storage", "fp32", "--method", method)
-    done = train(model_dir("llava"), rows, tmp_path / "out", *options)
-    assert done.returncode == 0, done.stderr
-    losses = json.loads(done.stdout.splitlines()[-1])["losses"]
+    told = train(model_dir("llava"), rows, tmp_path / "out", f"--storage fp32 --method {method}")
+    assert told.returncode == 0, told.stderr
+    losses = json.loads(told.stdout.splitlines()[-1])["losses"]
     assert losses[-1] < losses[0]
     if method == "full":
         card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -191,29 +154,24 @@ def test_other_ways_to_train(
         assert not near(logits(opened(tmp_path / "out")), logits(opened(model_dir("llava"))))
 
 
-def test_a_classifier_beside_a_tower(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_classifier_beside_a_tower(model_dir, tmp_path: Path) -> None:
     texts = [{"text": f"{n} cats", "label": "ab"[n % 2]} for n in range(4)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
-    on = ("--storage", "fp32", "--objective", "classify")
-    done = train(model_dir("gemma3"), tmp_path / "rows.jsonl", tmp_path / "out", *on)
-    assert done.returncode == 0, done.stderr
-    assert "modules to save: score\n" in done.stderr
-
-
-# --- what text alone can't do --------------------------------------------------------------------
+    data, on = write_rows(tmp_path / "rows.jsonl", texts), "--storage fp32 --objective classify"
+    told = train(model_dir("gemma3"), data, tmp_path / "out", on)
+    assert told.returncode == 0, told.stderr
+    assert "modules to save: score\n" in told.stderr
 
 
 @pytest.mark.parametrize("preset", ["vision-linear", "audio-linear"])
-def test_a_tower_alone_is_refused(
-    preset: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
+def test_a_tower_alone_is_refused(preset: str, model_dir, rows, tmp_path) -> None:
     name, what = {
         "vision-linear": ("llava", "no row has an image"),
         "audio-linear": ("qwen2-audio", "no row has a sound"),
     }[preset]
-    done = train(model_dir(name), rows, tmp_path / "out", "--storage", "fp32", "--targets", preset)
-    assert done.returncode == 2
-    assert f", and {what}, so none of them would get a gradient" in done.stderr
+    on = f"--storage fp32 --targets {preset}"
+    told = train(model_dir(name), rows, tmp_path / "out", on)
+    assert told.returncode == 2
+    assert f", and {what}, so none of them would get a gradient" in told.stderr
     assert not list(tmp_path.glob("out*"))
 
 
@@ -244,9 +202,9 @@ def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path
         auto_class(config, "model x")
     assert str(found.value).startswith(f"model x: {line}")
     config.save_pretrained(tmp_path / "model")
-    done = lorafold("estimate", "--model", str(tmp_path / "model"), "--mode", "lora")
-    assert done.returncode == 2
-    assert line in done.stderr
+    told = run(f"estimate --model {tmp_path / 'model'} --mode lora")
+    assert told.returncode == 2
+    assert line in told.stderr
 
 
 def test_transformers_own_mappings_decide() -> None:
@@ -261,22 +219,15 @@ def test_transformers_own_mappings_decide() -> None:
         assert auto_class(config, "x").__name__ == f"AutoModelFor{expected}"
 
 
-# --- Gemma 3 on NF4 ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [pytest.param("gemma3-text", marks=pytest.mark.slow), "gemma3"])
 def test_gemma_3_on_nf4_runs_fused_and_merges(name: str, rows: Path, tmp_path: Path) -> None:
     base = write(name, tmp_path / "model", **WIDE, num_hidden_layers=2)
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    done = train(base, rows, adapter, "--storage", "nf4")
-    assert done.returncode == 0, done.stderr
-    assert "fast path: 2 of 2 blocks\n" in done.stderr
-    losses = json.loads(done.stdout.splitlines()[-1])["losses"]
+    told = train(base, rows, adapter, "--storage nf4")
+    assert told.returncode == 0, told.stderr
+    assert "fast path: 2 of 2 blocks\n" in told.stderr
+    losses = json.loads(told.stdout.splitlines()[-1])["losses"]
     assert losses[-1] < losses[0]
-    done = lorafold(
-        *("merge", "--model", str(base), "--adapter", str(adapter), "--out", str(merged), "--json")
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = result(f"merge --model {base} --adapter {adapter} --out {merged}")
     assert found["argmax_agreement"] > 0.99
     assert found["kl"] < 1e-4

@@ -1,10 +1,7 @@
-"""The optimizers: each trains, 8-bit state is what it says, a run goes on exactly where it stopped,
-and `auto` decides by the figures.
-"""
+"""The optimizers: 8-bit state, resumption, and the choice of `auto`."""
 
 import gc
 import sys
-import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -17,53 +14,43 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lorafold as lf
+import training_cases
 from lorafold.errors import LorafoldError
 from lorafold.layers import layer_of
 from lorafold.methods import METHODS
 from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
 from lorafold.recipe.recipe import Recipe
-from lorafold.resolve import Base
-from lorafold.training import loop
+from lorafold.training.finish import Trained
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 from lorafold.training_step import adamw
 from lorafold.training_step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.training_step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
+from process_cases import same_bytes
+from training_cases import quiet, stopping, weights
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
 NAMES = [name for name in get_args(Recipe.model_fields["optimizer"].annotation) if name != "auto"]
-ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 GB, MB = 10**9, 10**6
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-def request(model: Path, out: Path, resume: bool = False, **fields) -> RunRequest:
-    # rank 64 on the tiny model: some factors are above the 4,096 elements from which state is
-    # 8-bit, some below
-    recipe = Recipe(
-        **{
-            "steps": 12,
-            "batch": 4,
-            "storage": "fp32",
-            "rank": 64,
-            "lr": 1e-3,
-            "lr_b": 5e-3,
-            "save_every": 4,
-        }
-        | fields
-    )
-    return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", resume=resume)
+@pytest.fixture
+def llama(tiny_model_dir) -> Path:
+    return tiny_model_dir("llama")
 
 
-def quiet() -> Console:
-    return Console(quiet=True)
+def request(model: Path, out: Path, **fields: Any) -> RunRequest:
+    """At rank 64 some factors have the 4,096 elements from which state is 8-bit, some fewer."""
+    own = {"steps": 12, "rank": 64, "lr": 1e-3, "lr_b": 5e-3, "save_every": 4}
+    return training_cases.request(model, out, **own | fields)
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter_model.safetensors")
+def trained(model: Path, out: Path, **fields: Any) -> Trained:
+    return train(request(model, out, **fields), quiet())
 
 
 def made(
@@ -94,32 +81,14 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
         (5000 * MB, "mps", 0, "adamw", "MPS has no paging"),
         (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the 70.0 GB free"),
         (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the 24.0 GB free"),
-        (
-            1001 * MB,
-            "cuda",
-            24 * GB,
-            PAGED,
-            "fp32 state, 8.0 GB, would be more than a third of the 24.0 GB free",
-        ),
-        (
-            7000 * MB,
-            "cuda",
-            52 * GB,
-            PAGED,
-            "fp32 state, 56.0 GB, would be more than a third of the 52.0 GB free",
-        ),
-        (
-            40 * MB,
-            "cuda",
-            500 * MB,
-            PAGED,
-            "fp32 state, 320.0 MB, would be more than a third of the 500.0 MB free",
-        ),
+        (1001 * MB, "cuda", 24 * GB, PAGED, "8.0 GB, would be more than a third of the 24.0 GB"),
+        (7000 * MB, "cuda", 52 * GB, PAGED, "56.0 GB, would be more than a third of the 52.0 GB"),
+        (40 * MB, "cuda", 500 * MB, PAGED, "320.0 MB, would be more than a third of the 500.0 MB"),
     ],
 )
-def test_auto_is_fp32_unless_memory_is_short_on_cuda(
-    parameters: int, device: str, free: int, name: str, why: str
-) -> None:
+def test_auto_is_fp32_unless_memory_is_short_on_cuda(parameters, device, free, name, why) -> None:
+    if name == PAGED:
+        why = f"fp32 state, {why} free"
     assert choose(parameters, device, free) == (name, why)
 
 
@@ -128,20 +97,17 @@ def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() ->
         parameters = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
         return adamw.optimizer_line(adamw.OptimizerChoice(name, "why"), [{"params": parameters}], 7)
 
-    assert (
-        line("adamw8bit", torch.float32)
-        == "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)"
-    )
-    assert line("adamw", torch.bfloat16) == (
-        "optimizer: adamw with fp32 state, 8.0 kB (why); updates rounded stochastically, seed 7"
-    )
+    found = [line("adamw8bit", torch.float32), line("adamw", torch.bfloat16)]
+    assert found == [
+        "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)",
+        "optimizer: adamw with fp32 state, 8.0 kB (why); updates rounded stochastically, seed 7",
+    ]
 
 
 def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() -> None:
     delta = LoRA(rank=2).build(layer_of(nn.Linear(4, 4)))
-    assert rates(param_groups([("", delta)], 2e-4, 3e-3), 2e-4) == (
-        "learning rate: 2e-4; up factors (LoRA+) 3e-3"
-    )
+    both = rates(param_groups([("", delta)], 2e-4, 3e-3), 2e-4)
+    assert both == "learning rate: 2e-4; up factors (LoRA+) 3e-3"
     assert rates(param_groups([("", delta)], 1.5e-2, 1.5e-2), 1.5e-2) == "learning rate: 1.5e-2"
     delta.A.requires_grad_(False)
     only = "learning rate: up factors (LoRA+) 3e-3"
@@ -155,22 +121,13 @@ def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() ->
         ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
         ("adamw", "adamw with fp32 state, 524.3 kB"),
         ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
-        (
-            "paged-adamw8bit",
-            "paged-adamw8bit with 8-bit state, 377.6 kB (not paged: the CPU has no paging)",
-        ),
+        (PAGED, f"{PAGED} with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
     ],
 )
-def test_each_trains_and_says_what_it_is(
-    name: str, line: str, tiny_model_dir, tmp_path: Path, capsys
-) -> None:
-    with warnings.catch_warnings():
-        # what bitsandbytes would warn of is in the line
-        warnings.filterwarnings("error", message=".*[Pp]aged.*")
-        result = train(
-            request(tiny_model_dir("llama"), tmp_path / "a", optimizer=name),
-            Console(file=sys.stdout, width=200),
-        )
+@pytest.mark.filterwarnings("error:.*[Pp]aged")  # what bitsandbytes would warn of is in the line
+def test_each_trains_and_says_what_it_is(name: str, line: str, llama, tmp_path, capsys) -> None:
+    asked = request(llama, tmp_path / "a", optimizer=name)
+    result = train(asked, Console(file=sys.stdout, width=200))
     told = f"optimizer: {line}\nlearning rate: 1e-3; up factors (LoRA+) 5e-3\n"
     assert told in capsys.readouterr().out
     assert result.losses[-1] < result.losses[0] - 0.3
@@ -181,37 +138,26 @@ def test_8_bit_state_is_8_bits_in_a_quarter_of_the_bytes() -> None:
     for p in tensors:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    found = {
-        id(p): {k: v for k, v in optimizer.state[p].items() if k.startswith(("state", "absmax"))}
-        for p in tensors
-    }
+    measured = []
     for p in tensors:
-        dtype = torch.uint8 if p.numel() >= 4096 else torch.float32
-        assert found[id(p)]["state1"].dtype == found[id(p)]["state2"].dtype == dtype
-    measured = [sum(v.nbytes for v in found[id(p)].values()) for p in tensors]
+        state, dtype = optimizer.state[p], torch.uint8 if p.numel() >= 4096 else torch.float32
+        assert state["state1"].dtype == state["state2"].dtype == dtype
+        kept = [v.nbytes for k, v in state.items() if k.startswith(("state", "absmax"))]
+        measured.append(sum(kept))
     assert measured == [state_bytes("adamw8bit", [p]) for p in tensors]
     assert measured[0] / state_bytes("adamw", tensors[:1]) == pytest.approx(1 / 4, rel=0.02)
 
 
 @pytest.mark.slow
-def test_8_bits_follow_the_fp32_trajectory(tiny_model_dir, tmp_path: Path) -> None:
-    """Codes of 8 bits are a few percent apart, and errors of single steps cancel in part: a tenth
-    of the way after 20 steps is a lot.
-    """
+def test_8_bits_follow_the_fp32_trajectory(llama, tmp_path: Path) -> None:
+    """A tenth of the way after 20 steps is a lot: codes are a few percent apart."""
     losses, found = {}, {}
     for name in ("adamw", "adamw8bit"):
         fields = {"optimizer": name, "rank": 128, "steps": 20, "dropout": 0.0}
-        losses[name] = train(
-            request(tiny_model_dir("llama"), tmp_path / name, **fields), quiet()
-        ).losses
+        losses[name] = trained(llama, tmp_path / name, **fields).losses
         factors = weights(tmp_path / name)
-        found[name] = torch.cat(
-            [
-                (b @ factors[k.replace("lora_B", "lora_A")]).flatten()
-                for k, b in factors.items()
-                if "lora_B" in k
-            ]
-        )
+        ups = {k.replace("lora_B", "lora_A"): b for k, b in factors.items() if "lora_B" in k}
+        found[name] = torch.cat([(b @ factors[k]).flatten() for k, b in ups.items()])
     fall = losses["adamw"][0] - min(losses["adamw"])
     assert fall > 0.4
     assert max(abs(a - b) for a, b in zip(*losses.values(), strict=True)) < 0.02 * fall
@@ -236,9 +182,8 @@ def test_state_goes_through_a_checkpoint_unchanged(name: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
     assert all(q.grad is None for q in theirs)
     again = optimizer_tensors(other)
-    assert {k: (v.dtype, v.tolist()) for k, v in again.items()} == {
-        k: (v.dtype, v.tolist()) for k, v in stored.items()
-    }
+    assert again.keys() == stored.keys()
+    assert all(v.dtype == stored[k].dtype and torch.equal(v, stored[k]) for k, v in again.items())
     for group, mine in zip(other.param_groups, one.param_groups, strict=True):
         group["lr"] = mine["lr"]  # as every step of a run sets it
     for optimizer, tensors in ((one, ours), (other, theirs)):
@@ -250,53 +195,23 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     one, ours = made("adamw")
     step(one, ours, 0)
     other, _ = made("adamw8bit")
-    with pytest.raises(
-        LorafoldError,
-        match=(
-            r"of another optimizer: 0.absmax1: expected \(20,\), found none; .*0.exp_avg: expected"
-            r" none"
-        ),
-    ):
+    told = r"another optimizer: 0.absmax1: expected \(20,\), found none; .*0.exp_avg: expected none"
+    with pytest.raises(LorafoldError, match=told):
         restore_optimizer(other, optimizer_tensors(one))
-
-
-def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: RunRequest) -> None:
-    """A run that fails in step `at`, as one does that is killed: its checkpoints stay."""
-
-    def failing(plan: loop.Plan, rows: list, i: int) -> float:
-        if i == at:
-            raise KeyboardInterrupt
-        return original(plan, rows, i)
-
-    original = loop.train_step
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(asked, quiet())
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
-    name: str, tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
-    straight = train(
-        request(tiny_model_dir("llama"), tmp_path / "straight", optimizer=name), quiet()
-    )
-    stopped(monkeypatch, 6, request(tiny_model_dir("llama"), tmp_path / "stopped", optimizer=name))
+def test_a_resumed_run_gives_the_bytes_of_one_unstopped(name, llama, tmp_path, monkeypatch) -> None:
+    straight = trained(llama, tmp_path / "straight", optimizer=name)
+    with stopping(6), pytest.raises(KeyboardInterrupt):
+        trained(llama, tmp_path / "stopped", optimizer=name)
     kept = load_file(tmp_path / "stopped.run" / "step-000004" / "optimizer.safetensors")
-    assert any(t.dtype == torch.uint8 for key, t in kept.items() if not key.startswith("rng")) == (
-        name != "adamw"
-    )
-    resumed = train(
-        request(tiny_model_dir("llama"), tmp_path / "stopped", resume=True, optimizer=name), quiet()
-    )
+    state = [t.dtype for key, t in kept.items() if not key.startswith("rng")]
+    assert (torch.uint8 in state) == (name != "adamw")
+    resumed = trained(llama, tmp_path / "stopped", resume=True, optimizer=name)
     assert resumed.losses == straight.losses
-    ours, theirs = (
-        (tmp_path / out / "adapter_model.safetensors").read_bytes()
-        for out in ("stopped", "straight")
-    )
-    assert ours == theirs
+    assert same_bytes(tmp_path / "stopped", tmp_path / "straight")
 
 
 DECAYED = {
@@ -330,52 +245,35 @@ def test_vectors_of_experts_are_left_too() -> None:
     assert group["weight_decay"] == 0.0
 
 
-def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(
-    tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(llama, tmp_path) -> None:
     rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(4)]
     for decay in (0.0, 50.0):
         recipe = lf.Recipe(method="ia3", steps=3, batch=4, storage="fp32", weight_decay=decay)
-        lf.train(recipe, model=tiny_model_dir("llama"), data=rows, out=tmp_path / f"{decay}")
-    one, other = (tmp_path / f"{decay}" / "adapter_model.safetensors" for decay in (0.0, 50.0))
-    assert one.read_bytes() == other.read_bytes()
+        lf.train(recipe, model=llama, data=rows, out=tmp_path / f"{decay}")
+    assert same_bytes(tmp_path / "0.0", tmp_path / "50.0")
 
 
 @pytest.mark.slow
-def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
-    tiny_model_dir, tmp_path: Path, monkeypatch, capsys
-) -> None:
-    straight = train(
-        request(tiny_model_dir("llama"), tmp_path / "straight", optimizer="adamw8bit"), quiet()
-    )
+def test_auto_keeps_to_its_choice_in_a_resumed_run(llama, tmp_path, monkeypatch, capsys) -> None:
+    straight = trained(llama, tmp_path / "straight", optimizer="adamw8bit")
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
         patch.setattr(adamw, "choose", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
-        stopped(monkeypatch, 6, request(tiny_model_dir("llama"), tmp_path / "a"))
-    resumed = train(
-        request(tiny_model_dir("llama"), tmp_path / "a", resume=True),
-        Console(file=sys.stdout, width=200),
-    )
-    assert (
-        "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n"
-        in capsys.readouterr().out
-    )
+        with stopping(6), pytest.raises(KeyboardInterrupt):
+            trained(llama, tmp_path / "a")
+    asked = request(llama, tmp_path / "a", resume=True)
+    resumed = train(asked, Console(file=sys.stdout, width=200))
+    told = "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n"
+    assert told in capsys.readouterr().out
     assert resumed.losses == straight.losses
 
 
-def test_without_bitsandbytes_the_8_bit_ones_are_one_clear_error(
-    tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
+def test_without_bitsandbytes_the_8_bit_ones_are_one_error(llama, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(
-        LorafoldError,
-        match=(
-            r"optimizer adamw8bit needs bitsandbytes, .*; pip install bitsandbytes, or choose .*"
-            r" adamw$"
-        ),
-    ):
-        train(request(tiny_model_dir("llama"), tmp_path / "a", optimizer="adamw8bit"), quiet())
+    told = "adamw8bit needs bitsandbytes, .*; pip install bitsandbytes, or choose .* adamw$"
+    with pytest.raises(LorafoldError, match=told):
+        trained(llama, tmp_path / "a", optimizer="adamw8bit")
     assert list(tmp_path.iterdir()) == []
-    train(request(tiny_model_dir("llama"), tmp_path / "a", optimizer="adamw", steps=1), quiet())
+    trained(llama, tmp_path / "a", optimizer="adamw", steps=1)
 
 
 def test_a_matrix_without_trained_entries_is_left_to_no_optimizer() -> None:
@@ -408,12 +306,7 @@ def test_paged_state_is_still_paged_after_a_resume() -> None:
 
 @needs_cuda
 def test_paging_carries_a_run_over_a_spike_that_fits_on_average() -> None:
-    """Ballast leaves ROOM bytes beside the parameters.
-
-    Every optimizer's steps fit in it; a spike of all but SLACK fits only where the state moves out
-    of its way: fp32 state is 512 MiB, 8-bit state 130 MiB, and of the paged one 2 MiB of scales
-    stay.
-    """
+    """fp32 state is 512 MiB, 8-bit state 130; a spike of all but SLACK needs it paged out."""
     count, room, slack = 1 << 26, 1280 << 20, 64 << 20
     device = torch.device("cuda")
 
@@ -423,9 +316,7 @@ def test_paging_carries_a_run_over_a_spike_that_fits_on_average() -> None:
         return torch.cuda.mem_get_info(device)[0]
 
     def run(name: str, spikes: list[int]) -> list[float]:
-        """Three steps, the activations of each a tensor of so many bytes that is gone before the
-        update; the norm after each step.
-        """
+        """The norm after each of three steps whose activations take so many bytes."""
         p = nn.Parameter(torch.zeros(count, device=device))
         p.grad = torch.ones_like(p)  # kept, so that each step needs the same
         optimizer = make_optimizer(

@@ -1,7 +1,7 @@
-"""Packed documents: the attention op against its specification, and whole models against each
-document alone.
-"""
+"""Packed documents: batches, and whole models against each document alone."""
 
+import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,22 +9,26 @@ import torch
 import transformers as tf
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 from transformers import masking_utils
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.inkling import modeling_inkling
 
 import lorafold as lf
+import reference_ops as reference
+from fused_cases import assert_same_step
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.data.batches import collate
-from lorafold.ops import packed_documents, reference
 from lorafold.ops.attention import document_attention
 from lorafold.ops.packed_documents import Documents
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.packed_attention import NAME, attend, document_mask, isolates, packed
+from lorafold.training_step.shared_prefixes import branching
+from noise import moved
 from sequence_cases import (
     CONFIGS,
     GROUPED,
-    VOCAB,
+    LEAKY,
     Row,
     assert_close,
     build,
@@ -32,67 +36,6 @@ from sequence_cases import (
     loss_and_gradients,
     rows,
 )
-
-# --- the op --------------------------------------------------------------------------------------
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.usefixtures("each_form")
-def test_attention_equals_its_specification_in_fp64(
-    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # the documents below then take one, two and several tiles
-    monkeypatch.setattr(packed_documents, "TILE", 2)
-    lens = (3, 3, 1, 5)
-    qkv = heads(12, (3, 5), queries=4, keys=2)
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return document_attention(q, k, v, Documents(lens, window), 0.5, softcap)
-
-    assert torch.autograd.gradcheck(ours, qkv)
-    expected = reference.document_attention(*qkv, Documents(lens, window), 0.5, softcap)
-    torch.testing.assert_close(ours(*qkv), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.few(6)
-@pytest.mark.usefixtures("each_arithmetic")
-@pytest.mark.parametrize(
-    ("lens", "window", "softcap"),
-    [
-        ((214, 180, 118), None, None),
-        ((128,) * 4, None, None),
-        ((1024,), None, None),
-        ((700,), 300, None),
-        ((90, 400), None, 30.0),
-    ],
-)
-@pytest.mark.usefixtures("each_form")
-def test_attention_in_bf16_errs_no_more_than_its_specification(
-    lens: tuple[int, ...], window: int | None, softcap: float | None
-) -> None:
-    qkv = heads(sum(lens), (32, 32), queries=6, keys=2)
-    g = torch.randn(
-        sum(lens), 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-    ).bfloat16()
-
-    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().bfloat16().to(dtype).requires_grad_() for t in qkv]
-        out = function(*leaves)
-        return [t.double() for t in (out, *torch.autograd.grad(out, leaves, g.to(dtype)))]
-
-    def spec(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.document_attention(q, k, v, Documents(lens, window), 32**-0.5, softcap)
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return document_attention(q, k, v, Documents(lens, window), 32**-0.5, softcap)
-
-    truth = run(spec, torch.float64)
-    for found, peer, true in zip(
-        run(ours, torch.bfloat16), run(spec, torch.bfloat16), truth, strict=True
-    ):
-        assert (found - true).norm() <= 1.5 * (peer - true).norm()
 
 
 @pytest.mark.few(5)
@@ -123,18 +66,9 @@ def test_attention_over_long_documents_in_fp32(window: int | None, softcap: floa
 def test_dense_mask_shows_the_documents(window: int | None) -> None:
     seen = Documents((3, 5, 8), window).dense(2, torch.device("cpu"))
     document = [[0] * 3 + [1] * 5, [2] * 8]
-    for b in range(2):
-        for i in range(8):
-            for j in range(8):
-                expected = (
-                    document[b][i] == document[b][j]
-                    and j <= i
-                    and (window is None or i - j < window)
-                )
-                assert seen[b, 0, i, j].item() == expected
-
-
-# --- batches -------------------------------------------------------------------------------------
+    for b, i, j in product(range(2), range(8), range(8)):
+        near = 0 <= i - j < (window or 8)
+        assert seen[b, 0, i, j].item() == (document[b][i] == document[b][j] and near)
 
 
 def test_collate_shifts_inside_each_document() -> None:
@@ -153,9 +87,6 @@ def test_collate_shifts_inside_each_document() -> None:
     }
 
 
-# --- models --------------------------------------------------------------------------------------
-
-
 @pytest.mark.few(9)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -163,7 +94,7 @@ def test_collate_shifts_inside_each_document() -> None:
 def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> None:
     model, examples = build(name), rows()
     model.set_attn_implementation("eager")  # softcaps need it, and it is the longest way round
-    expected, gradients = loss_and_gradients(
+    expected = loss_and_gradients(
         model, [collate([e], packed=False, pad_id=0) for e in examples]
     )
     with torch.no_grad():
@@ -175,69 +106,43 @@ def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> Non
         assert apart
         assert model.config._attn_implementation == NAME
         assert model.training
-        found, packed_gradients = loss_and_gradients(model, [batch])
+        found = loss_and_gradients(model, [batch])
         with torch.no_grad():
-            assert_close(
-                model(
-                    input_ids=batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    use_cache=False,
-                ).logits[0],
-                alone,
-            )
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+            assert_close(model(**inputs, use_cache=False).logits[0], alone)
     assert model.config._attn_implementation == "eager"
-    assert_close(found, expected)
-    assert packed_gradients.keys() == gradients.keys()
-    whole = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
-    for parameter, gradient in gradients.items():
-        assert_close(packed_gradients[parameter], gradient, whole)
+    assert_same_step(found, expected)
 
 
 @pytest.mark.few(5)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "loha"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
-def test_adapters_of_experts_learn_from_packed_documents_what_they_learn_from_each(
-    name: str, method: str, checkpointed: bool
-) -> None:
-    """Against each document alone, by torch's own backward through the folded weights, and with the
-    fused parts of training.
-    """
+def test_adapters_of_experts_learn_the_same_from_packed_rows(name, method, checkpointed) -> None:
+    """Against torch's own backward through the folded weights, by the fused parts."""
     model, plain, examples = build(name), build(name), rows()
     spec = lf.LoRA(rank=3, dropout=0.0) if method == "lora" else lf.LoHa(rank=2)
     adapter = lf.attach(model, spec)
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    moved(adapter)
     assert any(path.endswith("experts.gate_up_proj") for path in adapter.matches.paths)
     folded = {}
     for path, delta in adapter.own_deltas.items():
         weight = parameter_path(module_at(model, path), path, "weight")
         folded[weight] = plain.get_parameter(weight).detach() + delta.delta()
-    losses = [
-        functional_call(
-            plain, folded, kwargs={"input_ids": torch.tensor([e.ids]), "use_cache": False}
-        ).logits[0, :-1]
-        for e in examples
-    ]
-    expected = sum(
-        torch.nn.functional.cross_entropy(z, torch.tensor(e.labels[1:]), reduction="sum")
-        for z, e in zip(losses, examples, strict=True)
-    )
-    parameters = dict(adapter.named_parameters())
+    expected = torch.zeros(())
+    for e in examples:
+        given = {"input_ids": torch.tensor([e.ids]), "use_cache": False}
+        z = functional_call(plain, folded, kwargs=given).logits[0, :-1]
+        expected = expected + cross_entropy(z, torch.tensor(e.labels[1:]), reduction="sum")
+    names = {id(p): name for name, p in model.named_parameters()}
+    parameters = {names[id(p)]: p for p in adapter.parameters()}
     gradients = torch.autograd.grad(expected, list(parameters.values()))
     if checkpointed:
         model.activation_checkpointing_enable()
     with fused(model), packed(model) as apart:
         assert apart
-        found, got = loss_and_gradients(model, [collate(examples, packed=True, pad_id=0)])
-    assert_close(found, expected.detach())
-    assert len(got) == len(gradients)
-    whole = torch.cat([g.flatten() for g in gradients]).norm().item()
-    for p, gradient in zip(parameters.values(), gradients, strict=True):
-        assert p.grad is not None
-        assert_close(p.grad, gradient, whole)
+        found = loss_and_gradients(model, [collate(examples, packed=True, pad_id=0)])
+    assert_same_step(found, (expected.detach(), dict(zip(parameters, gradients, strict=True))))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral"])
@@ -274,9 +179,7 @@ def test_generate_goes_on_working(name: str) -> None:
 @pytest.mark.parametrize("mask", ["documents", "boolean", "added"])
 @pytest.mark.parametrize("extra", ["sinks", "position_bias"])
 def test_sinks_and_biases_take_the_general_path(extra: str, mask: str) -> None:
-    """Against the eager attention of models that have them: GPT-OSS passes its sinks as s_aux,
-    Inkling a position_bias.
-    """
+    """Against eager attention: GPT-OSS has sinks, Inkling a position bias."""
     draw = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, h, 12, 8, generator=draw) for h in (4, 2, 2))
     docs = Documents((5, 7, 12), window=4)
@@ -291,70 +194,19 @@ def test_sinks_and_biases_take_the_general_path(extra: str, mask: str) -> None:
         given = also = {"position_bias": torch.randn(1, 4, 12, 12, generator=draw)}
         peer = modeling_inkling
     expected, _ = peer.eager_attention_forward(module, q, k, v, added, scaling=0.3, **also)
-    found, _ = attend(
-        module,
-        q,
-        k,
-        v,
-        {"documents": docs, "boolean": seen, "added": added}[mask],
-        scaling=0.3,
-        **given,
-    )
+    given_mask = {"documents": docs, "boolean": seen, "added": added}[mask]
+    found, _ = attend(module, q, k, v, given_mask, scaling=0.3, **given)
     assert_close(found, expected)
 
 
-def test_attention_dropout_takes_the_general_path() -> None:
-    model = build("gpt2", attn_pdrop=0.5)
-    batch = collate(rows(), packed=True, pad_id=0)
-    inputs = {
-        "input_ids": batch["input_ids"],
-        "position_ids": batch["position_ids"],
-        "use_cache": False,
-    }
-    with packed(model) as apart:
-        assert apart
-        first, second = model(**inputs).logits, model(**inputs).logits
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        tf.OPTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=48,
-            vocab_size=VOCAB,
-            init_std=0.2,
-            word_embed_proj_dim=32,
-            max_position_embeddings=64,
-        ),
-        tf.GptOssConfig(
-            **GROUPED,
-            head_dim=8,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            initializer_range=0.2,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        ),
-        tf.MambaConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            state_size=4,
-            vocab_size=VOCAB,
-            initializer_range=0.2,
-        ),
-    ],
-    ids=["opt", "gpt-oss", "mamba"],
-)
+@pytest.mark.parametrize("name", LEAKY)
 @pytest.mark.filterwarnings("ignore")
-def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedConfig) -> None:
+def test_a_leak_is_detected_and_the_model_left_as_it_was(name: str) -> None:
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config).train()
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(LEAKY[name])).train()
     before = model.config._attn_implementation
-    with packed(model) as apart:
-        assert not apart
+    with packed(model) as apart, branching(model) as branches:
+        assert (apart, branches.packs, branches.shares) == (False, False, False)
         assert model.config._attn_implementation == before
     examples = rows()
     alone, _ = loss_and_gradients(
@@ -367,9 +219,7 @@ def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedCo
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_a_faint_leak_in_bf16_is_detected(scale: float) -> None:
-    """One so faint that the rounding of bf16 could hide it from a comparison with the documents
-    alone: one layer reads one row back.
-    """
+    """So faint that rounding could hide it: one layer reads one row back."""
     model = build("llama").bfloat16()
     assert isolates(model)
 
@@ -381,9 +231,6 @@ def test_a_faint_leak_in_bf16_is_detected(scale: float) -> None:
 
 
 def test_a_position_counted_over_the_row_is_detected() -> None:
-    """Nothing is read from the neighbour here; a document would only be told that it begins where
-    the neighbour ends.
-    """
     model = build("llama")
 
     def count(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:

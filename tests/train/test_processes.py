@@ -1,7 +1,5 @@
 """Several processes of one run compute what one process does, and one alone speaks."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -18,7 +16,7 @@ from lorafold.methods import METHODS, sparse
 from lorafold.models import quantizations
 from lorafold.training import loop, setup
 from mixtures import CONFIGS
-from process_cases import apart, rows, same_bytes, together
+from process_cases import apart, rows, same_bytes, together, well
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "steps=8", "--set", "batch=8")
 FEW = ("lora", pytest.param("full", marks=pytest.mark.slow))
@@ -34,14 +32,11 @@ def command(tiny_model_dir, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 
 
 @pytest.mark.parametrize("method", FEW)
-def test_two_processes_train_what_one_does(
-    method: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_two_processes_train_what_one_does(method: str, command, tmp_path) -> None:
     dropped = ("--set", "dropout=0.1") if method in DROPS else ()
     command = (*command, "--method", method, *dropped)
-    [one] = together(1, tmp_path, *command, "--out", str(tmp_path / "one"))
-    two = together(2, tmp_path, *command, "--out", str(tmp_path / "two"), "--json")
-    assert [p.code for p in (one, *two)] == [0, 0, 0], two[0].stderr
+    well(1, tmp_path, *command, "--out", str(tmp_path / "one"))
+    well(2, tmp_path, *command, "--out", str(tmp_path / "two"), "--json")
     assert apart(tmp_path / "one", tmp_path / "two") < CLOSE
 
 
@@ -51,8 +46,7 @@ def test_preferences_beside_their_reference(tiny_model_dir, tmp_path: Path) -> N
     command = ("train", "--model", model, "--data", str(data), *RUN, "--objective", "dpo")
     outs = [tmp_path / str(n) for n in (1, 2)]
     for n, out in enumerate(outs, 1):
-        done = together(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
-        assert [p.code for p in done] == [0] * n, done[0].stderr
+        well(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
     assert apart(*outs) < CLOSE
 
 
@@ -67,23 +61,15 @@ def test_experts_some_of_which_get_no_token(tiny_model_dir, tmp_path: Path) -> N
     command = ("train", "--model", str(model), "--data", str(data), *RUN, *targets)
     outs = [tmp_path / str(n) for n in (1, 2)]
     for n, out in enumerate(outs, 1):
-        done = together(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
-        assert [p.code for p in done] == [0] * n, done[0].stderr
+        well(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
     assert apart(*outs) < CLOSE
 
 
 def by_row(one: Path, folder: Path, *asked: str, but: str = "nothing") -> float:
-    """How far a run of one process is from `one`, where each row of a batch is a micro-batch, but
-    for tensors whose names have `but` in them.
-
-    So far rounding alone may lead: AdamW's first step multiplies what a sum in another order makes
-    of a gradient that is nearly zero by up to lr / 1e-8, and a number may come close to zero.
-    """
+    """How far rounding may lead: a run with micro-batches of one row, but for tensors of `but`."""
     batch = next(text for text in asked if text.startswith("batch=")).removeprefix("batch=")
     out = folder / "by row"
-    asked = (*asked, "--set", f"accumulate={batch}", "--overwrite", "--out", str(out))
-    [done] = together(1, folder, *asked)
-    assert done.code == 0, done.stderr
+    well(1, folder, *asked, "--set", f"accumulate={batch}", "--overwrite", "--out", str(out))
     found = apart(one, out, but)
     assert found < 100 * CLOSE  # more is no rounding
     return found
@@ -102,8 +88,7 @@ def test_three_processes_and_one_head_of_keys(tiny_model_dir, tmp_path: Path) ->
         command, outs = (*asked, "--method", method, "--set", "dropout=0.1", "--overwrite"), []
         for n in (1, 3):
             outs.append(tmp_path / f"{method} {n}")
-            done = together(n, tmp_path, *command, "--out", str(outs[-1]))
-            assert [p.code for p in done] == [0] * n, done[0].stderr
+            well(n, tmp_path, *command, "--out", str(outs[-1]))
         rounded = by_row(outs[0], tmp_path, *command)
         print(method, f"{apart(*outs):.1e}, by row {rounded:.1e}")
         assert apart(*outs) < max(CLOSE, 2 * rounded)
@@ -111,17 +96,14 @@ def test_three_processes_and_one_head_of_keys(tiny_model_dir, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"linear-probe"}))
-def test_every_method_in_two_processes_and_four(
-    method: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_every_method_in_two_processes_and_four(method: str, command, tmp_path) -> None:
     """With whole weights and with divided ones, the largest difference of which is printed."""
     for dropout in ("0", "0.1") if method in DROPS else (None,):
         dropped = () if dropout is None else ("--set", f"dropout={dropout}")
         asked, outs = (*command, "--method", method, *dropped, "--overwrite"), {}
         for n, strategy in ((1, "ddp"), (2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")):
             outs[n, strategy] = out = tmp_path / f"{n} {strategy}"
-            done = together(n, tmp_path, *asked, "--strategy", strategy, "--out", str(out))
-            assert [p.code for p in done] == [0] * n, done[0].stderr
+            well(n, tmp_path, *asked, "--strategy", strategy, "--out", str(out))
         one = outs.pop((1, "ddp"))
         # gradients of key biases are zero but for rounding, which AdamW makes steps of
         but = "k_proj.base_layer.bias"
@@ -134,9 +116,7 @@ def test_every_method_in_two_processes_and_four(
 
 
 @pytest.mark.slow
-def test_a_process_that_rounds_otherwise_trains_what_the_first_one_chose(
-    command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_process_that_rounds_otherwise_trains_what_the_first_one_chose(command, tmp_path) -> None:
     """As on GPUs, where scores that are all but equal may come in another order."""
 
     def before() -> None:
@@ -151,8 +131,7 @@ def test_a_process_that_rounds_otherwise_trains_what_the_first_one_chose(
     outs = [tmp_path / str(n) for n in (1, 2)]
     for n, out in enumerate(outs, 1):
         told = ("--out", str(out))
-        done = together(n, tmp_path, *asked, *told, own=lambda r: {"before": before} if r else {})
-        assert [p.code for p in done] == [0] * n, done[0].stderr
+        done = well(n, tmp_path, *asked, *told, own=lambda r: {"before": before} if r else {})
         assert "no gradient in the first step" not in done[0].stderr + done[0].stdout
     assert apart(*outs) < CLOSE
 
@@ -170,15 +149,12 @@ SHARED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", SHARED)
-def test_two_processes_share_other_runs(
-    what: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_two_processes_share_other_runs(what: str, command, tmp_path) -> None:
     data, (close, *own) = rows(tmp_path / "rows.jsonl", kind=what), SHARED[what]
     asked, found = (*command[:4], str(data), *command[5:], *own), []
     for n in (1, 2):
         out = tmp_path / str(n)
-        done = together(n, tmp_path, *asked, "--out", str(out))
-        assert [p.code for p in done] == [0] * n, done[0].stderr
+        well(n, tmp_path, *asked, "--out", str(out))
         found.append(json.loads((out / "lorafold.json").read_text())["losses"])
     assert found[1] == pytest.approx(found[0], abs=close)
 
@@ -202,30 +178,10 @@ DIVIDED = {
     "full, bf16": ("--method", "full", "--set", "storage=bf16"),
     "full, checkpointed": ("--method", "full", "--set", "gradient_checkpointing=true"),
 }
-FAST = ["dropout"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", FAST)
-def test_divided_weights_train_the_bytes_of_whole_ones(
-    what: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
-    divided(what, command, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", sorted(DIVIDED.keys() - {*FAST}))
-def test_divided_weights_of_other_runs(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
-    divided(what, command, tmp_path)
 
 
 def noting(folder: Path, fp32: bool) -> Callable[[int], dict]:
-    """What a run calls before it begins, so that it notes the bytes that a model has of its weights
-    when a method is to be attached to it.
-
-    Args:
-        fp32: A machine that does not multiply bf16 natively.
-    """
+    """Notes the bytes of weights when a method is attached; fp32: bf16 is not native."""
 
     def before() -> None:
         attach = setup.attach
@@ -265,8 +221,7 @@ def test_moments_are_divided(method: str, command: tuple[str, ...], tmp_path: Pa
     found = []
     for n in (1, 2):
         out = ("--method", method, "--strategy", "fsdp", "--out", str(tmp_path / str(n)))
-        done = together(n, tmp_path, *command, *out, own=own)
-        assert [p.code for p in done] == [0] * n, done[0].stderr
+        well(n, tmp_path, *command, *out, own=own)
         found += [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(n)]
     whole, one, other = found
     assert not one.keys() & other.keys()
@@ -274,15 +229,16 @@ def test_moments_are_divided(method: str, command: tuple[str, ...], tmp_path: Pa
     assert sum(one.values()) == pytest.approx(sum(other.values()), rel=0.1)
 
 
-def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DIVIDED)
+def test_divided_weights_train_the_bytes_of_whole_ones(what: str, command, tmp_path: Path) -> None:
     kinds = {"dpo": "dpo", "reward": "dpo", "kto": "kto"}
     data = rows(tmp_path / "rows.jsonl", kind=kinds.get(what, "sft"))
     asked = (*command[:4], str(data), *command[5:], *DIVIDED[what])
     outs, needed = [tmp_path / strategy for strategy in ("ddp", "fsdp")], []
     for out in outs:
         there = (*asked, "--strategy", out.name, "--out", str(out))
-        found = together(2, tmp_path, *there, own=noting(tmp_path, "fp32" in what))
-        assert [p.code for p in found] == [0, 0], found[0].stderr
+        found = well(2, tmp_path, *there, own=noting(tmp_path, "fp32" in what))
         said = found[0].stderr + found[0].stdout
         needed += re.findall(r"memory: ([\d.]+) MB at the peak", said)
     assert same_bytes(*outs)
@@ -296,9 +252,7 @@ def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_can_not_be_divided_is_refused(
-    processes: int, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_what_can_not_be_divided_is_refused(processes: int, command, tmp_path) -> None:
     out, data = tmp_path / "out", tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a"}\n' * 16)
     asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", *SHARED["grpo"][1:])

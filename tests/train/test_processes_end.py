@@ -1,7 +1,5 @@
 """Processes of one run start, stop and end together, and one line says why."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
@@ -19,7 +17,7 @@ from lorafold.core.delta import Delta
 from lorafold.files.atomic import verify
 from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
-from process_cases import One, apart, begun, ended, free_port, rows, same_bytes, together
+from process_cases import One, apart, begun, ended, free_port, rows, same_bytes, together, well
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "batch=8")
 LONG = ("--set", "steps=40", "--set", "dropout=0.1", "--set", "save_every=50")
@@ -50,9 +48,7 @@ def the_line(done: list[One], code: int) -> str:
         (("--set", "seed=3"), "seed: 3 there, 0 in process 0"),
     ],
 )
-def test_a_process_that_differs_is_refused_by_all(
-    given: tuple[str, ...], said: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_process_that_differs_is_refused_by_all(given, said, command, tmp_path) -> None:
     at, other = command.index("--data"), rows(tmp_path / "other.jsonl", 24)
     shared, data = (*command[:at], *command[at + 2 :]), command[at : at + 2]
 
@@ -93,9 +89,7 @@ def signalled(number: int) -> object:
 
 
 def reading(folder: Path) -> Callable[[int], dict]:
-    """What the processes of a run call before it begins, so that each notes the bytes that it takes
-    from a checkpoint's adapter.
-    """
+    """Has each process of a run note the bytes that it takes from a checkpoint's adapter."""
 
     def own(rank: int) -> dict:
         def before() -> None:
@@ -125,18 +119,11 @@ def reading(folder: Path) -> Callable[[int], dict]:
     ids=["lora", "lora, divided", "full, divided"],
 )
 @pytest.mark.parametrize(("count", "others"), [(2, (1,)), (4, (2, 1))])
-def test_a_signal_to_one_stops_all_and_they_resume(
-    count: int,
-    others: tuple[int, ...],
-    asked: tuple[str, ...],
-    command: tuple[str, ...],
-    tmp_path: Path,
-) -> None:
+def test_a_signal_to_one_stops_all_and_they_resume(count, others, asked, command, tmp_path) -> None:
     """Byte for byte as one that was not stopped, and by another number to rounding."""
     command = (*command, "--set", "steps=7", *asked)
     whole, stopped = tmp_path / "whole", tmp_path / str(count)
-    done = together(count, tmp_path, *command, "--out", str(whole))
-    assert [one.code for one in done] == [0] * count, done[0].stderr
+    well(count, tmp_path, *command, "--out", str(whole))
 
     def stopping(rank: int) -> dict:
         return {"before": in_step(3, signalled(signal.SIGTERM))} if rank == count - 1 else {}
@@ -154,8 +141,7 @@ def test_a_signal_to_one_stops_all_and_they_resume(
     for n in (count, *others):
         out = tmp_path / str(n)
         asked = (*command, "--out", str(out), "--resume")
-        done = together(n, tmp_path, *asked, own=reading(tmp_path))
-        assert [one.code for one in done] == [0] * n, done[0].stderr
+        well(n, tmp_path, *asked, own=reading(tmp_path))
         assert apart(whole, out) < 1e-5
         read = [int((tmp_path / f"read {rank}").read_text()) for rank in range(n)]
         if n > 1 and "full" in asked:  # each reads what it owns, and what is small
@@ -183,8 +169,7 @@ def test_a_file_system_that_is_not_shared(command: tuple[str, ...], tmp_path: Pa
         line = the_line(together(2, tmp_path, *run, "--resume", own=own), 2)
         assert f"the run to resume: {seen}" in line
         assert "step 3 (" in line
-    done = together(2, tmp_path, *run, "--resume", "--out", str(here))
-    assert [one.code for one in done] == [0, 0], done[0].stderr
+    well(2, tmp_path, *run, "--resume", "--out", str(here))
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -203,9 +188,7 @@ def test_a_process_that_dies_ends_all(rank: int, command: tuple[str, ...], tmp_p
 
 
 @pytest.mark.slow
-def test_one_that_fails_says_why_through_the_first(
-    command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_one_that_fails_says_why_through_the_first(command, tmp_path) -> None:
     def fail() -> None:
         raise MemoryError("no room for 3 GB")
 
@@ -253,8 +236,7 @@ def test_tasks_of_srun_are_one_run(command: tuple[str, ...], tmp_path: Path) -> 
     tasks = [srun(n, 2, free_port()) for n in range(2)]
     tasks[1]["SLURM_JOB_ID"] = tasks[0]["SLURM_JOB_ID"]
     run = (*command, "--set", "steps=2", "--set", "eval_fraction=0.2", "--json")
-    done = together(2, tmp_path, *run, "--out", str(tmp_path / "out"), environments=tasks)
-    assert [one.code for one in done] == [0, 0], done[0].stderr
+    done = well(2, tmp_path, *run, "--out", str(tmp_path / "out"), environments=tasks)
     assert len(done[0].stdout.splitlines()) == 1
     assert done[0].stderr.count("step 2: held-out") == 1
     assert done[1].stdout == done[1].stderr == ""
@@ -290,6 +272,5 @@ def test_thirty_signals_and_ten_deaths(command: tuple[str, ...], tmp_path: Path)
             assert codes == {-signal.SIGKILL, 1}
             continue
         assert codes == {143}
-        done = together(2, tmp_path, *run, "--out", str(out), "--resume")
-        assert [one.code for one in done] == [0, 0]
+        well(2, tmp_path, *run, "--out", str(out), "--resume")
         assert same_bytes(tmp_path / "whole", out)

@@ -1,11 +1,5 @@
-"""AdamW on 16-bit parameters: fp32's steps in expectation, at 2 bytes a weight, and the same bytes
-after a kill.
-"""
+"""AdamW on 16-bit parameters: fp32's steps in expectation."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -15,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import refused
 from lorafold.adapter import attach
 from lorafold.core.rounding import generator_of, turned
 from lorafold.errors import LorafoldError
@@ -31,15 +25,15 @@ from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.ops import arithmetic
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.run import train
 from lorafold.training_step import adamw
 from lorafold.training_step.adamw import RoundedAdamW, make_optimizer, state_bytes
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.lm_head_loss import labelled_loss
 from lorafold.training_step.optim import optimizer_tensors, restore_optimizer, sum_in_fp32
 from memory_cases import COMMON, CONFIGS, LORA, close
-from rounding_cases import DTYPES, values
-from training_cases import killed, quiet, request, train_until_killed
+from rounding_cases import DTYPES
+from training_cases import trained
+from typed_commands import write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -64,25 +58,6 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     return all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("turn", [0, 1, 100_000])
-def test_turned_gives_one_of_the_two_neighbours_and_is_right_on_average(
-    dtype: torch.dtype, turn: int
-) -> None:
-    draws = 20_000
-    for i, x in enumerate(values(dtype)):
-        many = turned(x.expand(draws), dtype, generator_of(i, "x"), turn).double()
-        low, high = many.aminmax()
-        assert low <= x <= high
-        assert len(many.unique()) <= 2
-        assert (torch.sign(many) * torch.sign(x) >= 0).all()
-        if x.to(dtype) == x:
-            assert torch.equal(many.to(dtype), x.to(dtype).expand(draws))
-        # the mean of n draws of two values has a standard deviation of at most their distance /
-        # (2 sqrt n)
-        assert abs(many.mean() - x) <= 5 * (high - low) / (2 * draws**0.5) + 1e-12 * abs(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,9 +97,7 @@ def test_fp32_parameters_are_updated_as_by_torch(fused: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_over_the_seeds_the_mean_is_fp32s_update(dtype: torch.dtype) -> None:
-    """At the third step, when a number has turned. The update is far below half a unit, so that
-    rounded to the nearest nothing of it is left.
-    """
+    """At the third step; to the nearest, nothing of the update would be left."""
     n, draws = 4000, 400
     grads = [random((n,), 1 + i).to(dtype) for i in range(3)]
     start = random((n,), 0).to(dtype)
@@ -141,18 +114,15 @@ def test_over_the_seeds_the_mean_is_fp32s_update(dtype: torch.dtype) -> None:
     update = after(AdamW, nn.Parameter(start.float())) - start.double()
     unit = torch.finfo(dtype).eps * start.double().abs().log2().floor().exp2()
     assert (update.abs() < unit / 2).double().mean() > 0.95
-    mean = torch.stack(
-        [after(RoundedAdamW, nn.Parameter(start.clone()), seed=s) for s in range(draws)]
-    ).mean(0)
-    moved = mean - start.double()
+    found = [after(RoundedAdamW, nn.Parameter(start.clone()), seed=s) for s in range(draws)]
+    moved = torch.stack(found).mean(0) - start.double()
     # a draw is one of two values a unit apart: the mean of n is off by unit / (2 sqrt n) at most,
     # and six times that leaves 2e-9 to chance for each weight
     assert ((moved - update).abs() <= 6 * unit / (2 * draws**0.5)).all()
     # and the projection on the update, in units, by |update| / (2 sqrt n) of |update|^2
     u = update / unit
-    assert (moved / unit * u).sum() / u.square().sum() == pytest.approx(
-        1, abs=6 / (2 * draws**0.5 * u.norm().item())
-    )
+    along = (moved / unit * u).sum() / u.square().sum()
+    assert along == pytest.approx(1, abs=6 / (2 * draws**0.5 * u.norm().item()))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -205,9 +175,8 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(way: str) -> None:
     else:
         other.load_state_dict(one.state_dict())
     stored, again = optimizer_tensors(one), optimizer_tensors(other)
-    assert stored.keys() == again.keys() == {
-        f"{i}.{name}" for i in range(8) for name in ("step", "exp_avg", "exp_avg_sq")
-    }
+    keys = {f"{i}.{name}" for i in range(8) for name in ("step", "exp_avg", "exp_avg_sq")}
+    assert stored.keys() == again.keys() == keys
     assert {t.dtype for t in again.values()} == {torch.float32}
     assert same([*stored.values()], [*again.values()])
     for seed in (7, 8):
@@ -217,30 +186,13 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(way: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_full_fine_tuning_on_bf16_gives_the_same_bytes(
-    tiny_model_dir, tmp_path: Path, capsys
-) -> None:
-    fields = {"method": "full", "storage": "bf16", "steps": 20, "save_every": 5, "seed": 3}
-    model, straight, stopped = tiny_model_dir("llama"), tmp_path / "straight", tmp_path / "stopped"
-    full = train(request(model, straight, **fields), Console(file=sys.stdout, width=200))
-    size = f"{8 * full.trainable_parameters / 1e3:.1f} kB"
-    line = f"optimizer: adamw with fp32 state, {size} (16-bit weights are trained)"
-    assert f"{line}; updates rounded stochastically, seed 3\n" in capsys.readouterr().out
-    killed(train_until_killed, model, stopped, fields)
-    resumed = train(request(model, stopped, resume=True, **fields), quiet())
-    assert resumed.losses == full.losses
-    ours, theirs = ((at / "model.safetensors").read_bytes() for at in (stopped, straight))
-    assert ours == theirs
-
-
-@pytest.mark.slow
 def test_at_its_own_rate_it_learns_what_fp32_learns(tiny_model_dir, tmp_path: Path) -> None:
     """Updates of 2e-5 are under half a unit of nearly every weight of the tiny model."""
     fall = {}
     for base in ("fp32", "bf16"):
         fields = {"method": "full", "storage": base, "lr": 2e-5, "schedule": "constant"}
         fields |= {"steps": 60}
-        losses = train(request(tiny_model_dir("llama"), tmp_path / base, **fields), quiet()).losses
+        losses = trained(tiny_model_dir("llama"), tmp_path / base, **fields).losses
         fall[base] = sum(losses[:6]) - sum(losses[-6:])
     assert fall["bf16"] == pytest.approx(fall["fp32"], rel=0.05)
 
@@ -279,12 +231,8 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "qwen2", "gpt2"])
-def test_trained_weights_are_multiplied_in_the_faster_numbers(
-    kind: str, tiny_model_dir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The head too, which gemma and gpt2 tie to their embedding; the gradients are those of 16-bit
-    arithmetic but for its roundings.
-    """
+def test_weights_are_multiplied_in_the_faster_numbers(kind, tiny_model_dir, monkeypatch) -> None:
+    """The head too, which gemma and gpt2 tie to their embedding."""
     ids = torch.randint(3, 250, (1, 100), generator=torch.Generator().manual_seed(4))
     found = {}
     for pays in (False, True):
@@ -340,15 +288,11 @@ def test_no_8_bit_optimizer_is_advised_or_taken_for_16_bit_weights() -> None:
 
 @pytest.mark.slow
 def test_the_command_refuses_8_bits_in_one_line(tiny_model_dir, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "a"}\n')
-    options = ["--method", "full", "--storage", "bf16", "--optimizer", "paged-adamw8bit"]
-    where = ["--data", str(rows), "--model", str(tiny_model_dir("llama"))]
-    command = [sys.executable, "-m", "lorafold", "train", *where, "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert (done.stdout + done.stderr).splitlines() == [
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    where = f"--data {rows} --model {tiny_model_dir('llama')} --out {tmp_path / 'out'}"
+    how = "--method full --storage bf16 --optimizer paged-adamw8bit --max-length 64"
+    assert refused("train", *where.split(), *how.split()) == (
         "error: optimizer paged-adamw8bit rounds updates to the nearest, and weights in bfloat16"
-        " would lose those under half a unit; expected optimizer adamw, or base fp32"
-    ]
+        " would lose those under half a unit; expected optimizer adamw, or base fp32\n"
+    )
     assert sorted(tmp_path.iterdir()) == [rows]

@@ -1,7 +1,5 @@
 """SLURM starts the processes of a run and ends them: srun and sbatch, a cluster of one machine."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -95,9 +93,7 @@ def asked(model: Path, folder: Path, steps: int) -> list[str]:
     return [*run, "--device", "cpu", *(x for s in settings for x in ("--set", s))]
 
 
-def test_srun_starts_one_run(
-    cluster: dict[str, str], tiny_model_dir, tmp_path: Path
-) -> None:
+def test_srun_starts_one_run(cluster, tiny_model_dir, tmp_path) -> None:
     command = asked(tiny_model_dir("llama-wide"), tmp_path, 4)
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([*command, "--out", str(one)], check=True, timeout=WAIT)
@@ -110,9 +106,7 @@ def test_srun_starts_one_run(
     assert apart(one, two) < 1e-5
 
 
-def test_a_job_that_is_stopped_goes_on_when_it_is_sent_again(
-    cluster: dict[str, str], tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_job_that_is_stopped_goes_on_if_sent_again(cluster, tiny_model_dir, tmp_path) -> None:
     command = asked(tiny_model_dir("llama-wide"), tmp_path, 60)
     whole, again = tmp_path / "whole", tmp_path / "again"
     start = ["srun", "-n", "2", "--overcommit", "--kill-on-bad-exit"]

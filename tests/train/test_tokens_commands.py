@@ -1,6 +1,4 @@
-"""New tokens from the command line: a format of conversation of one's own, trained, saved, read by
-PEFT, merged and spoken.
-"""
+"""New tokens from the command line: trained, saved, read by PEFT, merged and generated."""
 
 import json
 import shutil
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
+from adapter_cases import relative, resaved
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.comparing.measure import ComparisonTask, Variant
@@ -31,11 +30,14 @@ from lorafold.models.tokenizer import add_words, load_tokenizer, set_template, t
 from lorafold.peft.adapter_directory import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
-from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
-from token_cases import ROWS, lorafold, quiet, request, said
+from noise import moved
+from process_cases import same_bytes
+from token_cases import ROWS, lorafold, quiet, request, said, trained
+from training_cases import stopping
+from typed_commands import done, result, write_rows
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -60,120 +62,75 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
     return model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
+def config_of(adapter: Path) -> dict[str, Any]:
+    return json.loads((adapter / "adapter_config.json").read_text())
+
+
+def in_peft(model: Any, words: int, adapter: Path, ids: list[int]) -> torch.Tensor:
+    """The logits in PEFT, on a base that its user resized."""
+    model.resize_token_embeddings(words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return logits(peft.PeftModel.from_pretrained(model, adapter), ids)
 
 
 @pytest.mark.slow
 @pytest.mark.estimated
-@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_a_format_of_ones_own_from_training_to_a_plain_model(
-    kind: str, template: Path, tiny_model_dir, tmp_path: Path
-) -> None:
-    base, data = tiny_model_dir(kind), tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    asked = (
-        "train",
-        "--model",
-        base,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "a",
-        "--new-tokens",
-        ROLES,
-        "--chat-template",
-        template,
-    )
-    sets = [
-        word
-        for field in ("steps=40", "batch=4", "lr=1e-2", "lr_b=2e-2", "dropout=0")
-        for word in ("--set", field)
-    ]
-    done = lorafold(*asked, *sets, "--storage", "fp32", "--json")
-    assert "new tokens: <|user|> 300, <|assistant|> 301" in done.stderr
-    trained = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_format_of_ones_own_up_to_a_plain_model(kind, template, tiny_model_dir, tmp_path) -> None:
+    base, data = tiny_model_dir(kind), write_rows(tmp_path / "rows.jsonl", ROWS)
+    out, merged = tmp_path / "a", tmp_path / "m"
+    sets = "--set steps=40 --set batch=4 --set lr=1e-2 --set lr_b=2e-2 --set dropout=0"
+    asked = f"train --model {base} --data {data} --out {out} --new-tokens {ROLES} {sets}"
+    told = done(f"{asked} --chat-template {template} --storage fp32 --json")
+    assert "new tokens: <|user|> 300, <|assistant|> 301" in told.stderr
+    losses = json.loads(told.stdout.splitlines()[-1])["losses"]
 
     # the adapter: rows for two tokens, and the tokenizer that writes them, with its template
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    tensors = load_file(out / "adapter_model.safetensors")
     rows = [t for key, t in tensors.items() if key.endswith("trainable_tokens_delta")]
     assert [tuple(t.shape) for t in rows] == [(2, 32)] * (1 if kind == "gpt2" else 2)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == TEMPLATE
     conversation = tokenizer.apply_chat_template(ROWS[7]["messages"], tokenize=False)
     ids = tokenizer(conversation, add_special_tokens=False).input_ids
     assert (ids[0], ids.count(300), ids.count(301)) == (300, 1, 1)
-
-    model = fresh_model(base)
-    adapter = lf.load(model, tmp_path / "a")
+    model, start = fresh_model(base), fresh_model(base)
+    adapter = lf.load(model, out)
     expected = logits(model, ids)
     assert len(expected[0]) == 302
-    start = fresh_model(base)
     torch.manual_seed(0)
-    untrained = (
-        lf.attach(start, lf.LoRA(), tokens=(300, 301)).deltas[next(iter(adapter.tokens))].rows
-    )
-    assert (rows[-1] - untrained).abs().amax(1).min() > 1e-2  # both rows learned
-
-    # PEFT, on a base that its user resized
-    theirs = fresh_model(base)
-    theirs.resize_token_embeddings(len(tokenizer))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert (
-            relative(logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "a"), ids), expected)
-            < 1e-5
-        )
+    untrained = lf.attach(start, lf.LoRA(), tokens=(300, 301)).deltas[next(iter(adapter.tokens))]
+    assert (rows[-1] - untrained.rows).abs().amax(1).min() > 1e-2  # both rows learned
+    assert relative(in_peft(fresh_model(base), len(tokenizer), out, ids), expected) < 1e-5
 
     # a plain model, with the adapter's tokenizer
-    merged = json.loads(
-        lorafold(
-            "merge", "--model", base, "--adapter", tmp_path / "a", "--out", tmp_path / "m", "--json"
-        ).stdout
-    )
-    assert merged["vocabulary"] == 302
-    assert merged["kl"] < 1e-9
-    assert merged["untied"] == []
-    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    found = result(f"merge --model {base} --adapter {out} --out {merged}")
+    assert (found["vocabulary"], found["untied"]) == (302, [])
+    assert found["kl"] < 1e-9
+    plain, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not any(info.values())
-    assert plain.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "m")) == 302
-    assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == (
-        kind == "gpt2"
-    )
+    assert plain.config.vocab_size == len(AutoTokenizer.from_pretrained(merged)) == 302
+    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    assert (embedding.weight is head.weight) == (kind == "gpt2")
     assert relative(logits(plain, ids), expected) < 1e-5
-    assert AutoTokenizer.from_pretrained(tmp_path / "m").get_vocab() == tokenizer.get_vocab()
-    assert (tmp_path / "m" / "chat_template.jinja").read_text() == TEMPLATE
+    assert AutoTokenizer.from_pretrained(merged).get_vocab() == tokenizer.get_vocab()
+    assert (merged / "chat_template.jinja").read_text() == TEMPLATE
 
     # both say the same, and about as well as training ended
     spoken, measured = [], []
-    for of in (("--model", base, "--adapter", tmp_path / "a"), ("--model", tmp_path / "m")):
-        generated = lorafold(
-            "generate",
-            *of,
-            "--prompt",
-            "Book a table for 7",
-            "--max-new-tokens",
-            12,
-            "--storage",
-            "fp32",
-            "--json",
-        )
-        spoken.append(json.loads(generated.stdout)["text"])
-        measured.append(
-            json.loads(
-                lorafold(
-                    "eval", *of, "--data", data, "--storage", "fp32", "--no-completions", "--json"
-                ).stdout
-            )["loss"]
-        )
+    for of in (f"--model {base} --adapter {out}", f"--model {merged}"):
+        said = lorafold(*f"generate {of} --max-new-tokens 12 --storage fp32 --json".split(),
+                        "--prompt", "Book a table for 7")  # fmt: skip
+        spoken.append(json.loads(said.stdout)["text"])
+        found = result(f"eval {of} --data {data} --storage fp32 --no-completions")
+        measured.append(found["loss"])
     assert spoken[0] == spoken[1]
     assert measured[0] == pytest.approx(measured[1], rel=1e-5)
-    assert measured[0] < trained["losses"][0] - 0.3
+    assert measured[0] < losses[0] - 0.3
 
 
-def test_what_is_known_already_is_said_and_trained(
-    tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
+def test_what_is_known_already_is_said_and_trained(tiny_model_dir, template, tmp_path) -> None:
     asked = request(
         tiny_model_dir("gemma"),
         tmp_path / "a",
@@ -188,54 +145,20 @@ def test_what_is_known_already_is_said_and_trained(
     assert "<|user|>Book a table for 0" in shown
     assert '⟦{"people": 0}<|im_end|>⟧' in shown
     assert notice in said(train, asked)
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())[
-        "trainable_token_indices"
-    ] == [300, 2]
+    assert config_of(tmp_path / "a")["trainable_token_indices"] == [300, 2]
     record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
     assert record["new_tokens"] == {"<|user|>": 300, "<|im_end|>": 2}
     assert record["recipe"]["chat_template"] == str(template)
 
 
-def test_a_template_alone_travels_with_the_adapter(
-    tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
-    train(
-        request(
-            tiny_model_dir("llama"), tmp_path / "a", new_tokens=(), chat_template=str(template)
-        ),
-        quiet(),
-    )
+def test_a_template_alone_travels_with_the_adapter(tiny_model_dir, template, tmp_path) -> None:
+    trained(tiny_model_dir("llama"), tmp_path / "a", new_tokens=(), chat_template=str(template))
     source = resolve_model(tiny_model_dir("llama"))
     assert tokenizer_of(source, [tmp_path / "a"]).chat_template == TEMPLATE
-    train(request(tiny_model_dir("llama"), tmp_path / "b", new_tokens=()), quiet())
+    trained(tiny_model_dir("llama"), tmp_path / "b", new_tokens=())
     assert not (tmp_path / "b" / "tokenizer.json").exists()
     found = Base(tiny_model_dir("llama")).tokenizer([Saved.open(tmp_path / "b")])
     assert found.chat_template == load_tokenizer(source).chat_template
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gemma", "qwen2"])
-def test_padded_and_packed_and_accumulated_give_the_same_losses(
-    kind: str, tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
-    ways = {
-        "packed": {},
-        "padded": {"packing": False},
-        "accumulated": {"accumulate": 4},
-        "checkpointed": {"gradient_checkpointing": True},
-    }
-    losses = {}
-    for name, fields in ways.items():
-        asked = request(
-            tiny_model_dir(kind),
-            tmp_path / name,
-            dropout=0.0,
-            lr=1e-2,
-            chat_template=str(template),
-            **fields,
-        )
-        losses[name] = train(asked, quiet()).losses
-        assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
 
 
 @pytest.mark.slow
@@ -243,74 +166,43 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     tiny_model_dir, template: Path, tmp_path: Path, monkeypatch
 ) -> None:
     def asked(name: str, **more: Any) -> RunRequest:
-        return request(
-            tiny_model_dir("gpt2"),
-            tmp_path / name,
-            steps=12,
-            save_every=4,
-            chat_template=str(template),
-            **more,
-        )
-
-    step = loop.train_step
-
-    def stopped(job: Any, rows: Any, at: int) -> float:
-        if at == 6:
-            raise RuntimeError("stopped")
-        return step(job, rows, at)
+        fields = {"steps": 12, "save_every": 4, "chat_template": str(template)}
+        return request(tiny_model_dir("gpt2"), tmp_path / name, **fields, **more)
 
     train(asked("straight"), quiet())
-    monkeypatch.setattr(loop, "train_step", stopped)
-    with pytest.raises(RuntimeError, match="stopped"):
+    with stopping(6), pytest.raises(KeyboardInterrupt):
         train(asked("stopped"), quiet())
-    monkeypatch.undo()
     template.write_text(TEMPLATE + "\n")
-    with pytest.raises(
-        LorafoldError, match="the run to resume had another recipe: chat_template: was"
-    ):
+    told = "the run to resume had another recipe: {}: was"
+    with pytest.raises(LorafoldError, match=told.format("chat_template")):
         train(asked("stopped", resume=True), quiet())
     template.write_text(TEMPLATE)
-    with pytest.raises(
-        LorafoldError, match="the run to resume had another recipe: new_tokens: was"
-    ):
+    with pytest.raises(LorafoldError, match=told.format("new_tokens")):
         train(asked("stopped", resume=True, new_tokens=("<|user|>",)), quiet())
     train(asked("stopped", resume=True), quiet())
-    a, b = (
-        (tmp_path / name / "adapter_model.safetensors").read_bytes()
-        for name in ("stopped", "straight")
-    )
-    assert a == b
+    assert same_bytes(tmp_path / "stopped", tmp_path / "straight")
 
 
 @pytest.mark.slow
-def test_an_adapter_to_start_from_brings_its_tokens(
-    tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_to_start_from_brings_its_tokens(tiny_model_dir, template, tmp_path) -> None:
     base = tiny_model_dir("gemma")
-    first = train(
-        request(base, tmp_path / "a", chat_template=str(template), steps=40, lr=1e-2, dropout=0.0),
-        quiet(),
+    first = trained(
+        base, tmp_path / "a", chat_template=str(template), steps=40, lr=1e-2, dropout=0.0
     )
-    second = train(
-        request(base, tmp_path / "b", init_adapter=tmp_path / "a", new_tokens=None, lr=1e-3),
-        quiet(),
-    )
+    second = trained(base, tmp_path / "b", init_adapter=tmp_path / "a", new_tokens=None, lr=1e-3)
     assert second.losses[0] < first.losses[0] - 0.1
     a, b = ((tmp_path / name / "tokenizer.json").read_text() for name in "ab")
     assert a == b
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == TEMPLATE
     keys = [set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in "ab"]
     assert keys[0] == keys[1]
-    with pytest.raises(
-        LorafoldError, match="new_tokens: the adapter of --init-adapter fixes these fields"
-    ):
-        train(request(base, tmp_path / "c", init_adapter=tmp_path / "a"), quiet())
+    told = "new_tokens: the adapter of --init-adapter fixes these fields"
+    with pytest.raises(LorafoldError, match=told):
+        trained(base, tmp_path / "c", init_adapter=tmp_path / "a")
 
 
 def test_rows_past_the_tokenizers_end_start_afresh(tiny_model_dir, tmp_path: Path) -> None:
-    """A matrix that is longer than the vocabulary, as many are: the first new word has a row there,
-    the second has none.
-    """
+    """The matrix has a row for the first new word, and none for the second."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama"), base)
     model = fresh_model(base)
@@ -318,7 +210,7 @@ def test_rows_past_the_tokenizers_end_start_afresh(tiny_model_dir, tmp_path: Pat
     with torch.no_grad():
         model.get_input_embeddings().weight[300] = 9.0
     model.save_pretrained(base)
-    train(request(base, tmp_path / "a", steps=1, lr=1e-6), quiet())
+    trained(base, tmp_path / "a", steps=1, lr=1e-6)
     rows = load_file(tmp_path / "a" / "adapter_model.safetensors")[
         f"base_model.model.model.embed_tokens.{ROWS_KEY}"
     ]
@@ -329,47 +221,33 @@ def test_rows_past_the_tokenizers_end_start_afresh(tiny_model_dir, tmp_path: Pat
 
 
 def test_a_word_without_a_row_is_named(tiny_model_dir, tmp_path: Path) -> None:
-    """A tokenizer that knows more words than the matrix has rows: its extra ones must be trained
-    too.
-    """
+    """The tokenizer knows more words than the matrix has rows."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama"), base)
     tokenizer = load_tokenizer(base)
     tokenizer.add_tokens(["<|extra|>"], special_tokens=True)
     tokenizer.save_pretrained(base)
-    with pytest.raises(
-        LorafoldError,
-        match=r"tokens \[301, 302\] leave a gap: the base's last token is 299; .* from 300 on",
-    ):
-        train(request(base, tmp_path / "a"), quiet())
+    told = r"tokens \[301, 302\] leave a gap: the base's last token is 299; .* from 300 on"
+    with pytest.raises(LorafoldError, match=told):
+        trained(base, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    train(request(base, tmp_path / "a", new_tokens=("<|extra|>", "<|user|>")), quiet())
+    trained(base, tmp_path / "a", new_tokens=("<|extra|>", "<|user|>"))
 
 
 def test_templates_that_cannot_be_used_are_one_line(tiny_model_dir, tmp_path: Path) -> None:
     for name, content, message in [
-        (
-            "none.jinja",
-            None,
-            r"chat template .*none.jinja: can't be read: No such file or directory",
-        ),
-        (
-            "broken.jinja",
-            "{% for m in messages %}\n{{ m.content }",
-            r"chat template .*broken.jinja: line 2: unexpected '}'",
-        ),
-        ("bytes.jinja", b"\xff\xfe", r"chat template .*bytes.jinja: can't be read: it is no text"),
-        ("empty.jinja", " \n", r"chat template .*empty.jinja: found an empty file"),
+        ("none", None, "can't be read: No such file or directory"),
+        ("broken", b"{% for m in messages %}\n{{ m.content }", "line 2: unexpected '}'"),
+        ("bytes", b"\xff\xfe", "can't be read: it is no text"),
+        ("empty", b" \n", "found an empty file"),
     ]:
+        path = tmp_path / f"{name}.jinja"
         if content is not None:
-            (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        with pytest.raises(LorafoldError, match=message) as caught:
-            show(
-                request(
-                    tiny_model_dir("llama"), tmp_path / "a", chat_template=str(tmp_path / name)
-                ),
-                quiet(),
-            )
+            path.write_bytes(content)
+        asked = request(tiny_model_dir("llama"), tmp_path / "a", chat_template=str(path))
+        told = f"chat template .*{name}.jinja: {message}"
+        with pytest.raises(LorafoldError, match=told) as caught:
+            show(asked, quiet())
         assert "\n" not in str(caught.value)
     # one that refuses some conversations is a template all the same
     (tmp_path / "strict.jinja").write_text("{{ raise_exception('only systems') }}")
@@ -389,16 +267,11 @@ def test_words_that_make_no_token_are_one_line(tiny_model_dir, tmp_path: Path) -
 def saved(base: Path, path: Path, words: list[str]) -> Path:
     tokenizer, model = load_tokenizer(base), fresh_model(base)
     ids = add_words(tokenizer, words).ids.values()
-    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=tuple(ids))
-    generator = torch.Generator().manual_seed(len(words))
-    for p in adapter.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    adapter = moved(lf.attach(model, lf.LoRA(rank=2), tokens=tuple(ids)), seed=len(words))
     return adapter.save(path, tokenizer=tokenizer)
 
 
-def test_the_last_adapters_tokenizer_counts_and_they_must_agree(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_the_last_adapters_tokenizer_counts_and_they_must_agree(tiny_model_dir, tmp_path) -> None:
     base = tiny_model_dir("llama")
     source = resolve_model(base)
     one, two, other = (
@@ -409,12 +282,8 @@ def test_the_last_adapters_tokenizer_counts_and_they_must_agree(
         tokenizer = tokenizer_of(source, order)
         assert tokenizer("<|b|><|a|>").input_ids == [301, 300]
         assert tokenizer.decode([301, 5], skip_special_tokens=True) == tokenizer.decode([5])
-    with pytest.raises(
-        LorafoldError,
-        match=(
-            r"0 and .*2: their tokenizers differ: 300 is <\|a\|> and <\|b\|>; these adapters can't"
-        ),
-    ):
+    told = r"0 and .*2: their tokenizers differ: 300 is <\|a\|> and <\|b\|>; these adapters can't"
+    with pytest.raises(LorafoldError, match=told):
         tokenizer_of(source, [one, other])
     merged = merge(str(base), [one, two], tmp_path / "m", device="cpu")
     assert merged.folded.vocabulary == 302
@@ -449,80 +318,43 @@ def test_a_classifier_learns_new_words(tiny_model_dir, tmp_path: Path) -> None:
         {"text": f"<|{label}|> {n}", "label": label} for n in range(12) for label in ("good", "bad")
     ]
     words = {"new_tokens": ("<|good|>", "<|bad|>"), "objective": "classify"}
-    train(
-        request(tiny_model_dir("gpt2"), tmp_path / "a", rows, **words, steps=40, lr=1e-2), quiet()
-    )
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())[
-        "trainable_token_indices"
-    ] == [300, 301]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = lorafold(
-        "eval",
-        "--model",
-        tiny_model_dir("gpt2"),
-        "--adapter",
-        tmp_path / "a",
-        "--data",
-        data,
-        "--storage",
-        "fp32",
-        "--json",
-    )
-    assert json.loads(found.stdout)["exact_match"] > 0.9
+    trained(tiny_model_dir("gpt2"), tmp_path / "a", rows, **words, steps=40, lr=1e-2)
+    assert config_of(tmp_path / "a")["trainable_token_indices"] == [300, 301]
+    data, model = write_rows(tmp_path / "rows.jsonl", rows), tiny_model_dir("gpt2")
+    on = f"--model {model} --adapter {tmp_path / 'a'} --data {data} --storage fp32"
+    assert result(f"eval {on}")["exact_match"] > 0.9
 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ia3", "dora"])
-def test_other_methods_train_tokens_too(
-    method: str, tiny_model_dir, template: Path, tmp_path: Path
-) -> None:
+def test_other_methods_train_tokens_too(method: str, tiny_model_dir, template, tmp_path) -> None:
     base = tiny_model_dir("llama")
-    done = train(
-        request(base, tmp_path / "a", method=method, chat_template=str(template), lr=1e-2), quiet()
-    )
+    done = trained(base, tmp_path / "a", method=method, chat_template=str(template), lr=1e-2)
     model = fresh_model(base)
     adapter = lf.load(model, tmp_path / "a")
     assert adapter.tokens == dict.fromkeys(("model.embed_tokens", "lm_head"), (300, 301))
-    measured = evaluate(
-        model,
-        tokenizer_of(resolve_model(base), [tmp_path / "a"]),
-        ROWS,
-        64,
-        EvaluationSettings(completions=False),
-    ).loss
-    assert measured < done.losses[0]
+    tokenizer = tokenizer_of(resolve_model(base), [tmp_path / "a"])
+    asked = EvaluationSettings(completions=False)
+    assert evaluate(model, tokenizer, ROWS, 64, asked).loss < done.losses[0]
 
 
-def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_training_the_base_and_comparisons_refuse_new_tokens(tiny_model_dir, tmp_path) -> None:
     with pytest.raises(LorafoldError, match="tokens: Full trains the base's own weights"):
-        train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
+        trained(tiny_model_dir("llama"), tmp_path / "a", method="full")
     base = Base(tiny_model_dir("llama"), device="cpu")
     task = ComparisonTask(base, ROWS, ROWS, "rows", Recipe(new_tokens=("<|user|>",)))
-    with pytest.raises(
-        LorafoldError,
-        match=r"new_tokens: found <\|user\|>, expected none",
-    ):
+    with pytest.raises(LorafoldError, match=r"new_tokens: found <\|user\|>, expected none"):
         compare(task, [Variant("lora")], [0], tmp_path / "c", lambda *_: None)
     assert list(tmp_path.iterdir()) == []
 
 
 def halved(base: Path, path: Path, **how: Any) -> Path:
-    """The model in bf16."""
-    shutil.copytree(base, path, ignore=lambda _, names: [n for n in names if "safetensors" in n])
-    load_model(base, torch.bfloat16).save_pretrained(path, **how)
-    return path
+    return resaved(base, path, torch.bfloat16, **how)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "llama"])
-def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
-    kind: str, tiny_model_dir, tmp_path: Path
-) -> None:
-    """A weak update that bf16 loses is seen to be lost, whatever stands beside it in rows that were
-    given outright.
-    """
+def test_rows_are_rounded_to_the_nearest_and_hide_nothing(kind, tiny_model_dir, tmp_path) -> None:
+    """A weak update that bf16 loses is seen to be lost, whatever is beside it."""
     base = halved(tiny_model_dir(kind), tmp_path / "base")
     model = fresh_model(base)
     adapter = lf.attach(model, lf.LoRA(rank=4), tokens=(301, 5, 300))
@@ -538,54 +370,38 @@ def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
     alone = tmp_path / "alone"
     shutil.copytree(with_rows, alone)
     (alone / MANIFEST).unlink()
-    tensors = {
-        k: t
-        for k, t in load_file(alone / "adapter_model.safetensors").items()
-        if "tokens_delta" not in k
-    }
-    save_file(tensors, alone / "adapter_model.safetensors")
-    config = json.loads((alone / "adapter_config.json").read_text())
-    (alone / "adapter_config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k != "trainable_token_indices"})
-    )
+    file = alone / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if "tokens_delta" not in k}, file)
+    config = config_of(alone)
+    del config["trainable_token_indices"]
+    (alone / "adapter_config.json").write_text(json.dumps(config))
     for rounding in ("nearest", "auto", "stochastic"):
+        how: dict[str, Any] = {"rounding": rounding, "certificate": False}
         mine, plain = (
-            merge(
-                str(base),
-                [path],
-                tmp_path / f"{path.name}-{rounding}",
-                rounding=rounding,
-                certificate=False,
-            ).folded
+            merge(str(base), [path], tmp_path / f"{path.name}-{rounding}", **how).folded
             for path in (with_rows, alone)
         )
         assert mine.sums == plain.sums
         assert rounding != "nearest" or mine.sums.survival < 0.98
         stored = load_file(tmp_path / f"with-{rounding}" / "model.safetensors")
+        before, untouched = load_file(base / "model.safetensors"), [i for i in range(300) if i != 5]
         for path, values in rows.items():
-            assert torch.equal(stored[f"{path}.weight"][[301, 5, 300]], values.bfloat16())
-            untouched = [i for i in range(300) if i != 5]
-            assert torch.equal(
-                stored[f"{path}.weight"][untouched],
-                load_file(base / "model.safetensors")[f"{path}.weight"][untouched],
-            )
+            now, then = (tensors[f"{path}.weight"] for tensors in (stored, before))
+            assert torch.equal(now[[301, 5, 300]], values.bfloat16())
+            assert torch.equal(now[untouched], then[untouched])
 
 
 @pytest.mark.parametrize("kind", ["gemma", "llama"])
 def test_shards_grow_and_add_up(kind: str, tiny_model_dir, tmp_path: Path) -> None:
     base = halved(tiny_model_dir(kind), tmp_path / "base", max_shard_size="20KB")
     merge(str(base), [saved(base, tmp_path / "a", ["<|a|>"])], tmp_path / "m", certificate=False)
-    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
-    sizes = {
-        name: t.nbytes
-        for file in set(index["weight_map"].values())
-        for name, t in load_file(tmp_path / "m" / file).items()
-    }
-    assert (
-        set(sizes)
-        == set(index["weight_map"])
-        == set(json.loads((base / "model.safetensors.index.json").read_text())["weight_map"])
+    index, before = (
+        json.loads((path / "model.safetensors.index.json").read_text())
+        for path in (tmp_path / "m", base)
     )
+    files = [load_file(tmp_path / "m" / file) for file in set(index["weight_map"].values())]
+    sizes = {name: t.nbytes for file in files for name, t in file.items()}
+    assert sizes.keys() == index["weight_map"].keys() == before["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert load_model(tmp_path / "m", torch.bfloat16).get_input_embeddings().num_embeddings == 301
 
@@ -594,11 +410,8 @@ def test_a_tied_weight_that_is_stored_twice_stays_one(tiny_model_dir, tmp_path: 
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("gemma"), base)
     tensors = load_file(base / "model.safetensors")
-    save_file(
-        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
-        base / "model.safetensors",
-        {"format": "pt"},
-    )
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
     adapter = saved(base, tmp_path / "a", ["<|a|>"])
     assert merge(str(base), [adapter], tmp_path / "m", device="cpu").gap.relative_logit_gap < 1e-5
     grown = load_file(tmp_path / "m" / "model.safetensors")
@@ -633,48 +446,28 @@ def test_a_base_without_a_tokenizer_is_merged_all_the_same(tiny_model_dir, tmp_p
 
 def test_a_config_says_its_vocabulary_where_it_has_it() -> None:
     assert declared({"model_type": "llama"}, 7) == {"model_type": "llama", "vocab_size": 7}
-    nested = {
-        "text_config": {"vocab_size": 5, "hidden_size": 2},
-        "vision_config": {"vocab_size": 3},
-    }
-    assert declared(nested, 7) == {
-        "text_config": {"vocab_size": 7, "hidden_size": 2},
-        "vision_config": {"vocab_size": 3},
-    }
+    vision = {"vision_config": {"vocab_size": 3}}
+    nested = {"text_config": {"vocab_size": 5, "hidden_size": 2}} | vision
+    found = declared(nested, 7)
+    assert found == {"text_config": {"vocab_size": 7, "hidden_size": 2}} | vision
     assert declared({**nested, "vocab_size": 5}, 7)["vocab_size"] == 7
 
 
 @pytest.mark.slow
 def test_the_real_model_learns_roles(template: Path, smollm2: Path, tmp_path: Path) -> None:
-    asked = request(
-        "smollm2",
-        tmp_path / "a",
-        chat_template=str(template),
-        steps=6,
-        lr=1e-3,
-        batch=2,
-        max_length=64,
-    )
-    done = train(asked, quiet())
+    fields = {"chat_template": str(template), "steps": 6, "lr": 1e-3, "batch": 2, "max_length": 64}
+    done = trained("smollm2", tmp_path / "a", **fields)
     assert done.losses[-1] < done.losses[0]
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["trainable_token_indices"] == [49152, 49153]
+    assert config_of(tmp_path / "a")["trainable_token_indices"] == [49152, 49153]
     source = resolve_model("smollm2")
     tokenizer = tokenizer_of(source, [tmp_path / "a"])
     ids = tokenizer(
         tokenizer.apply_chat_template(ROWS[3]["messages"], tokenize=False), add_special_tokens=False
     ).input_ids
-    model, theirs = load_model(source, torch.float32), load_model(source, torch.float32)
+    model = load_model(source, torch.float32)
     lf.load(model, tmp_path / "a")
-    expected = logits(model, ids)
-    theirs.resize_token_embeddings(len(tokenizer))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert (
-            relative(logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "a"), ids), expected)
-            < 1e-5
-        )
-    del theirs
+    theirs = in_peft(load_model(source, torch.float32), len(tokenizer), tmp_path / "a", ids)
+    assert relative(theirs, logits(model, ids)) < 1e-5
     merge("smollm2", [tmp_path / "a"], tmp_path / "m", certificate=False)
     plain = load_model(tmp_path / "m", torch.float32)
     assert plain.config.vocab_size == 49154

@@ -1,15 +1,18 @@
-"""The kernels of gains, without a GPU: interpreted they round as the plain form does, and they
-compile for three generations of GPUs, in registers alone.
-"""
+"""The kernels of gains and of dropout, interpreted and compiled, without a GPU."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lorafold.core.rounding import ODD
-from lorafold.kernels.triton_kernels import SCALE_CONSTANTS, _TritonScale
+from lorafold.kernels.triton_kernels import (
+    DROPOUT_CONSTANTS,
+    SCALE_CONSTANTS,
+    _TritonDropout,
+    _TritonScale,
+)
+from lorafold.ops.dropout import MASKED
 from lorafold.ops.scale import BACKWARD, SCALE
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -23,9 +26,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("shape", [(2, 9, 20), (70, 576), (1, 3)], ids=str)
 @pytest.mark.parametrize("more", ["", "c", "onto", "c onto"])
-def test_bits_are_those_of_the_plain_form(
-    interpreted: Any, shape: tuple[int, ...], more: str
-) -> None:
+def test_bits_are_those_of_the_plain_form(interpreted, shape: tuple[int, ...], more: str) -> None:
     torch.manual_seed(0)
     y, z, onto = (torch.randn(shape).bfloat16() for _ in range(3))
     g, c = 1 + 1e-3 * torch.randn(shape[-1]), torch.randn(shape[-1])
@@ -44,9 +45,7 @@ def test_bits_are_those_of_the_plain_form(
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_they_compile_in_registers(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_compile_in_registers(capability: int, tmp_path, monkeypatch) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -66,3 +65,37 @@ def test_they_compile_in_registers(
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert ".local" not in made.asm["ptx"]  # nothing is spilled
+
+
+NAMES = [0, (1 << 40) + 7, (5 << 40) + (3 << 32) + 9, (1 << 62) + 3, 12345678901234]
+KEY, SITE = 0x723456789ABCDEF1, 0xFEDCBA98
+
+
+@pytest.fixture
+def interpreted_dropout(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return _TritonDropout()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 1e-4])
+@pytest.mark.parametrize("width", [7, 20, 576, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_are_those_of_the_plain_form(interpreted_dropout, width, p, dtype) -> None:
+    x, names = torch.randn(len(NAMES), width).to(dtype), torch.tensor(NAMES)
+    found = interpreted_dropout.masked(x, p, names, KEY, SITE)
+    assert all(map(torch.equal, found, MASKED.plain(x, p, names, KEY, SITE)))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_dropout_compiles_in_registers(capability: int, tmp_path, monkeypatch) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    numbers = dict.fromkeys(("low", "high", "site"), "i64") | {"width": "i32", "limit": "i32"}
+    tensors = {"names": "*i64", "x": "*bf16", "kept": "*bf16", "where": "*u8"}
+    types = {**tensors, **numbers} | dict.fromkeys(DROPOUT_CONSTANTS, "constexpr")
+    source = ASTSource(fn=_TritonDropout().kernel, signature=types, constexprs=DROPOUT_CONSTANTS)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert ".local" not in made.asm["ptx"]  # nothing is spilled
+    assert "mul.hi.u32" in made.asm["ptx"]  # words of 32 bits, as on the CPU
