@@ -1,6 +1,4 @@
-"""The laws of policies: TRL's losses on the same tensors, closed forms, and advantages."""
-
-from __future__ import annotations
+"""The algorithms of policies: TRL's losses on the same tensors, closed forms, and advantages."""
 
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lorafold.training_step.policy_algorithms import (
 )
 from policy_losses import check_loss_of_trl, gradient_of_trl
 
+NAN = float("nan")
 CASES = {
     "grpo": (Grpo(), {"loss_type": "dapo"}),
     "grpo with KL": (Grpo(beta=0.1), {"loss_type": "dapo", "beta": 0.1}),
@@ -50,7 +49,6 @@ CASES = {
 def test_losses_are_those_of_trl(
     case: str, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and gradients of TRL's own code, on the same log-probabilities."""
     law, settings = CASES[case]
     settings = {"beta": 0.0, **settings}
     check_loss_of_trl(law, settings, tiny_model_dir("llama"), tmp_path, monkeypatch)
@@ -85,9 +83,7 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_a_step_weighs_what_it_does_in_trl_where_a_group_is_alike(
     case: str, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One group of four has one reward, so that it counts in the mean alone: the gradient that
-    reaches the optimizer is that of TRL's trainer on the same completions.
-    """
+    """One group of four has one reward, so it counts in the mean alone."""
     options, settings = STEPS[case]
     options, seen = dict(options), list[Any]()
     recipe = lf.Recipe(
@@ -124,33 +120,30 @@ def test_a_step_weighs_what_it_does_in_trl_where_a_group_is_alike(
     assert any(float(x.abs().max()) > 1e-4 for x in ours)
 
 
-def test_advantages_are_those_of_trl() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0]])
-    group = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    batch = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-4)
-    torch.testing.assert_close(Grpo().advantages(rewards), group)
-    torch.testing.assert_close(Ppo().advantages(rewards), batch)
-    left_out = [[1 - 1 / 3, -2 / 3, 0.5 - 0.5, 0.5 - 0.5], [0.0] * 4]
-    torch.testing.assert_close(Rloo().advantages(rewards), torch.tensor(left_out))
-
-
-def test_a_completion_without_a_reward_has_no_part_as_in_trl() -> None:
-    nan = float("nan")
-    rewards = torch.tensor([[1.0, nan, 0.5, 0.0], [nan] * 4, [nan, 3.0, nan, nan]])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [[1.0, 0.0, 0.5, 0.5], [2.0] * 4],
+        [[1.0, NAN, 0.5, 0.0], [NAN] * 4, [NAN, 3.0, NAN, NAN]],
+    ],
+    ids=["all", "some missing"],
+)
+def test_advantages_are_those_of_trl(rewards: Any) -> None:
+    rewards = torch.tensor(rewards)
     of = rewards - rewards.nanmean(1, keepdim=True)
-    group = (of / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)).nan_to_num(0.0)
-    batch = (of / (nanstd(rewards) + 1e-4)).nan_to_num(0.0)
-    torch.testing.assert_close(Grpo().advantages(rewards), group)
-    torch.testing.assert_close(Ppo().advantages(rewards), batch)
-    others = (rewards.nansum(1, keepdim=True) - rewards) / torch.tensor([[2.0], [-1.0], [0.0]])
-    torch.testing.assert_close(Rloo().advantages(rewards), (rewards - others).nan_to_num(0.0))
-    torch.testing.assert_close(Reinforce().advantages(rewards), of.nan_to_num(0.0))
+    n = rewards.isfinite().sum(1, keepdim=True)
+    others = (rewards.nansum(1, keepdim=True) - rewards) / (n - 1)
+    for law, expected in [
+        (Grpo(), of / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)),
+        (Ppo(), of / (nanstd(rewards) + 1e-4)),
+        (Rloo(), rewards - others),
+        (Reinforce(), of),
+    ]:
+        torch.testing.assert_close(law.advantages(rewards), expected.nan_to_num(0.0))
 
 
 def test_the_gradient_of_a_policy_of_two_tokens() -> None:
-    """d/dz of the expected reward of softmax(0, z) is p (1 - p) (r_1 - r_0); with both tokens drawn
-    as often as they are probable, the surrogate has that gradient, for every law without a scale.
-    """
+    """d/dz of the expected reward of softmax(0, z) is p (1 - p) (r_1 - r_0)."""
     z = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     p = float(torch.sigmoid(z))
     rewards = torch.tensor([0.2, 1.0], dtype=torch.float64)
