@@ -157,39 +157,6 @@ def test_the_gradient_of_a_policy_of_two_tokens() -> None:
         assert float(-gradient) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_bandit_follows_the_exact_recursion() -> None:
-    """Steps on the exact expectation of the surrogate raise the reward as gradient ascent does."""
-    rewards = torch.tensor([0.0, 1.0, 0.3], dtype=torch.float64)
-    ours = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    exact = torch.zeros(3, dtype=torch.float64)
-    for _ in range(50):
-        logps = torch.log_softmax(ours, 0)
-        p = logps.detach().exp()
-        advantages = rewards - (p * rewards).sum()
-        drawn = SampledTokens(logps, logps.detach(), None, advantages, torch.arange(3))
-        loss = (Grpo(scale="none").loss(drawn) * p).sum()
-        (gradient,) = torch.autograd.grad(loss, ours)
-        with torch.no_grad():
-            ours -= 2.0 * gradient
-        q = torch.softmax(exact, 0)
-        exact = exact + 2.0 * q * (rewards - (q * rewards).sum())
-    torch.testing.assert_close(ours.detach(), exact, rtol=1e-10, atol=1e-10)
-    assert float((torch.softmax(exact, 0) * rewards).sum()) > 0.9
-
-
-def test_k3_is_the_kl_in_expectation() -> None:
-    """Its mean over all tokens, each as probable as it is, is the full sum."""
-    generator = torch.Generator().manual_seed(1)
-    logp, ref = (
-        torch.log_softmax(torch.randn(50, generator=generator, dtype=torch.float64), 0)
-        for _ in range(2)
-    )
-    drawn = SampledTokens(logp, logp, ref, torch.zeros(50), torch.arange(50))
-    expected = (logp.exp() * (logp - ref)).sum()
-    torch.testing.assert_close((logp.exp() * drawn.kl).sum(), expected)
-    assert bool((drawn.kl >= 0).all())
-
-
 def test_what_is_clipped() -> None:
     logps = torch.log(torch.tensor([0.7, 0.7, 1.3, 1.3, 1.0]))
     a = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])

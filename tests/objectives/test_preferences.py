@@ -159,30 +159,6 @@ def test_a_supervised_term_adds_the_loss_of_the_chosen() -> None:
         assert torch.allclose(more, -2 * scored.logps[:, 0] / scored.tokens[:, 0])
 
 
-def test_the_gradient_of_dpo_on_two_tokens_is_that_of_its_equation() -> None:
-    """Two tokens with logits (t, 0): the gradient of eq. 7 is -beta s(-beta d) d'(t)."""
-    beta, reference = 0.5, torch.log_softmax(torch.tensor([0.3, 0.0]), 0)
-    for t in (-1.0, 0.3, 2.0):
-        logit = torch.tensor(t, requires_grad=True)
-        logps = torch.log_softmax(torch.stack([logit, torch.zeros(())]), 0)[None]
-        Dpo(beta=beta).loss(Scored(logps, reference[None], torch.ones(1, 2))).sum().backward()
-        # log p_1 - log p_2 = t, so d = t - 0.3 and its derivative is 1
-        expected = -beta / (1 + math.exp(beta * (t - 0.3)))
-        assert float(logit.grad) == pytest.approx(expected, rel=1e-6)
-
-
-def test_ipo_rests_where_its_margin_is_reached() -> None:
-    """The fixed point of eq. 17: a margin of 1 / (2 beta)."""
-    beta, logit = 0.25, torch.tensor(0.0, requires_grad=True)
-    optimizer = torch.optim.SGD([logit], lr=0.1)
-    for _ in range(200):
-        logps = torch.log_softmax(torch.stack([logit, torch.zeros(())]), 0)[None]
-        optimizer.zero_grad()
-        Ipo(beta=beta).loss(Scored(logps, torch.zeros(1, 2), torch.ones(1, 2))).sum().backward()
-        optimizer.step()
-    assert float(logit.detach()) == pytest.approx(1 / (2 * beta), rel=1e-5)
-
-
 def test_a_document_is_what_supervised_training_makes_of_it(tiny: Any) -> None:
     _, tokenizer, _ = tiny
     for name, n in (("chosen", 0), ("rejected", 1)):

@@ -38,7 +38,7 @@ from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.options import law_of
 from lorafold.training.run import train
-from lorafold.training_step.preference_algorithms import BradleyTerry, Scored
+from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import Branching, branching
 from process_cases import same_bytes
@@ -161,20 +161,6 @@ def test_loss_and_gradients_are_those_of_trl(
         [match] = [g for n, g in found.items() if f"{path}." in n and end in n]
         off, whole = off + float((p.grad - match).square().sum()), whole + float(match.norm()) ** 2
     assert math.sqrt(off) <= 1e-5 * math.sqrt(whole) != 0
-
-
-def test_the_law_s_closed_forms() -> None:
-    scores = torch.tensor([[1.5, 0.5], [-0.2, 0.3]], dtype=torch.float64)
-    pairs = Scored(scores, None, torch.ones(2, 2))
-    d = scores[:, 0] - scores[:, 1]
-    plain, wide = BradleyTerry(margin=0.4), BradleyTerry(margin=0.4, centre=0.1)
-    assert torch.allclose(BradleyTerry().loss(pairs), torch.log1p(torch.exp(-d)))
-    assert torch.allclose(plain.loss(pairs), torch.log1p(torch.exp(0.4 - d)))
-    centred = torch.tensor([0.1 * 2.0**2, 0.1 * 0.1**2], dtype=torch.float64)
-    assert torch.allclose(wide.loss(pairs) - plain.loss(pairs), centred)
-    # the middle of a pair moves by the centring alone
-    moved = Scored(scores + 3, None, torch.ones(2, 2))
-    assert torch.allclose(plain.loss(moved), plain.loss(pairs))
 
 
 @pytest.mark.parametrize(
