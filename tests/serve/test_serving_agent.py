@@ -1,5 +1,5 @@
-"""Real clients and an agent framework, in loops of calls, results and answers: under an adapter
-that learns to call functions here, from rows that `agent_cases` draws.
+"""Real clients and an agent framework, in loops of calls, results and answers, under an adapter
+that learns here to call functions.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ import asyncio
 import functools
 import json
 import random
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +20,7 @@ import lorafold as lf
 from agent_cases import FUNCTIONS, SAYS, TOOLS, question, rows
 from serving_cases import Running, running
 
+pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.slow
 Call = tuple[str, dict[str, Any]]
 KINDS = ("OpenAIChatModel", "OpenAIResponsesModel")
@@ -36,7 +35,7 @@ class Booking(BaseModel):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, smollm2) -> Iterator[Running]:
-    """The embedded model in the storage that suits the machine, and `calls`."""
+    """The embedded model in the storage that suits the machine, and the adapter `calls`."""
     adapters = tmp_path_factory.mktemp("agent") / "adapters"
     recipe = lf.Recipe(chat_template="tools", steps=40, batch=2, dropout=0.0, storage="auto")
     began = time.perf_counter()
@@ -51,11 +50,6 @@ def server(tmp_path_factory, smollm2) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def base(server: Running) -> str:
     return server.parts.registry.base
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +93,6 @@ def unseen(n: int, seed: int) -> Iterator[tuple[str, Call, str]]:
 
 
 def said(name: str, arguments: dict[str, Any]) -> str:
-    """The answer after a call."""
     return SAYS[name].format(result=FUNCTIONS[name](**arguments), **arguments)
 
 
@@ -159,13 +152,11 @@ def test_an_agent_that_has_to_answer_in_a_form(server):
 
 
 def called_in(message: Any) -> list[Call]:
-    """The calls of a message of the openai package."""
     calls = message.tool_calls or []
     return [(call.function.name, json.loads(call.function.arguments)) for call in calls]
 
 
 def results(calls: list[Any]) -> list[dict[str, Any]]:
-    """What the functions say, as messages."""
     return [
         {"role": "tool", "tool_call_id": call.id,
          "content": FUNCTIONS[call.function.name](**json.loads(call.function.arguments))}
@@ -205,7 +196,6 @@ def test_the_asynchronous_client_in_loops_at_once(asynchronous):
 
 
 def test_the_client_puts_streamed_calls_together(client):
-    """Two calls in one turn, by hand and by the package's own helper."""
     asked = "Compare the weather in Lake Harford and Port Velmere"
     messages: list[Any] = [{"role": "user", "content": asked}]
     calls: dict[int, dict[str, str]] = {}
@@ -282,18 +272,3 @@ def test_responses_in_a_loop(client):
         result = FUNCTIONS[name](**arguments)
         output = {"type": "function_call_output", "call_id": call.call_id, "output": result}
         assert respond([*items, *first.output, output]).output_text == answer
-
-
-def test_curl_gets_a_call(server):
-    if shutil.which("curl") is None:
-        pytest.skip("no curl on this machine")
-    asked, call, _ = next(unseen(1, seed=8))
-    body = json.dumps(fields([{"role": "user", "content": asked}]))
-    command = [
-        "curl", "-sS", "--fail-with-body", f"{server.url}/v1/chat/completions", "-H",
-        "Content-Type: application/json", "-d", body,
-    ]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (found,) = json.loads(out)["choices"][0]["message"]["tool_calls"]
-    function = found["function"]
-    assert (function["name"], json.loads(function["arguments"])) == call

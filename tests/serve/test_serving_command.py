@@ -1,4 +1,4 @@
-"""`lorafold serve` as a process: what it refuses to start with, what it says, how it ends."""
+"""`lorafold serve` as a process: what it refuses to start with, its messages, its end."""
 
 from __future__ import annotations
 
@@ -175,10 +175,7 @@ def test_while_it_drains_nothing_new_begins_and_a_second_signal_ends_it(tiny_mod
 
 
 @pytest.mark.slow
-def test_time_in_which_the_process_stood_still_is_not_the_engine_s(
-    tiny_model_dir, adapters, tmp_path
-):
-    """As a container that was paused: its first request is answered."""
+def test_a_process_that_was_paused_answers(tiny_model_dir, adapters, tmp_path):
     config = tmp_path / "serve.yaml"
     config.write_text("heartbeat_seconds: 1.5\n")
     options = ("--model", str(tiny_model_dir("llama")), "--adapters", str(adapters))

@@ -1,5 +1,5 @@
-"""The server listens at once: adapters are verified meanwhile and at first use, what is known is
-not read again, and what comes later is seen.
+"""A server listens at once: adapters are verified meanwhile and at first use, and new ones are
+seen.
 """
 
 from __future__ import annotations
@@ -7,12 +7,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +24,25 @@ from lorafold.serving.backend import AdapterFiles
 from lorafold.serving.registry import DirectoryWatcher
 from lorafold.serving.verifier import VerifiedCache
 from lorafold.verification import worker_pool
-from serving_cases import ADMIN, counted, running, saved, until
+from serving_cases import ADMIN, counted, no_descriptors, running, saved, until
+
+pytest_plugins = ["serving_fixtures"]
 
 
 @pytest.fixture
-def folder(tiny_model_dir, tmp_path) -> Path:
-    return saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2), "b": lf.IA3()}, tmp_path / "in")
+def folder(llama: Path, tmp_path: Path) -> Path:
+    return saved(llama, {"a": lf.LoRA(rank=2), "b": lf.IA3()}, tmp_path / "in")
 
 
-def test_it_serves_before_anything_was_verified(folder, tiny_model_dir, monkeypatch) -> None:
+def arrives(folder: Path, like: str, name: str) -> None:
+    """A copy of an adapter, whole at once."""
+    shutil.copytree(folder / like, folder.parent / name)
+    (folder.parent / name).rename(folder / name)
+
+
+def test_it_serves_before_anything_was_verified(folder, llama, monkeypatch) -> None:
     monkeypatch.setattr(DirectoryWatcher, "begin", lambda self: None)
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert server.parts.registry.adapters == {}
         listed = {one["id"]: one for one in server.ask("/v1/models").json["data"]}
         assert (listed["a"]["state"], listed["b"]["state"]) == ("unverified", "unverified")
@@ -48,20 +53,20 @@ def test_it_serves_before_anything_was_verified(folder, tiny_model_dir, monkeypa
 
 
 def test_what_is_known_is_not_read_again_unless_it_was_touched(
-    folder, tiny_model_dir, monkeypatch
+    folder, llama, tiny_model_dir, monkeypatch
 ) -> None:
     monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
-    names, model = counted(monkeypatch), tiny_model_dir("llama")
-    with running(model, folder) as server:
+    names = counted(monkeypatch)
+    with running(llama, folder) as server:
         texts = [server.text(name, "Hello") for name in "ab"]
         first = {name: found.digest for name, found in server.parts.registry.adapters.items()}
     assert sorted(names) == ["a", "b"]
-    with running(model, folder) as server:
+    with running(llama, folder) as server:
         assert [server.text(name, "Hello") for name in "ab"] == texts
         assert {n: found.digest for n, found in server.parts.registry.adapters.items()} == first
     assert sorted(names) == ["a", "b"]
     (folder / "b" / "README.md").write_text("new")
-    with running(model, folder):
+    with running(llama, folder):
         assert sorted(names) == ["a", "b", "b"]
     other = tiny_model_dir("llama-wide")  # what was found for one base is not for another
     with running(other, folder) as server:
@@ -100,22 +105,21 @@ def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_files_that_were_written_just_now_are_not_taken_for_known(
-    folder, tiny_model_dir, monkeypatch
+    folder, llama, monkeypatch
 ) -> None:
     monkeypatch.setattr("lorafold.files.contents.FRESH", 600.0)
     names = counted(monkeypatch)
     for _ in range(2):
-        with running(tiny_model_dir("llama"), folder):
+        with running(llama, folder):
             pass
     assert sorted(names) == ["a", "a", "b", "b"]
 
 
-def test_new_directories_and_mended_ones_are_seen(folder, tiny_model_dir, caplog) -> None:
+def test_new_directories_and_mended_ones_are_seen(folder, llama, caplog) -> None:
     caplog.set_level(logging.WARNING, "lorafold")
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert server.complete("c", "Hello").code == "model_not_found"
-        shutil.copytree(folder / "a", folder.parent / "c")
-        (folder.parent / "c").rename(folder / "c")
+        arrives(folder, "a", "c")
         until(lambda: server.complete("c", "Hello").status == 200)
         assert server.text("c", "Hello") == server.text("a", "Hello")
         shutil.copytree(folder / "b", folder.parent / "d")
@@ -131,22 +135,9 @@ def test_new_directories_and_mended_ones_are_seen(folder, tiny_model_dir, caplog
     assert any(record.getMessage().startswith("not served: d: ") for record in caplog.records)
 
 
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Let this process open no file meanwhile."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-
-
-def test_what_comes_while_nothing_can_be_opened_is_seen_afterwards(
-    folder, tiny_model_dir, caplog
-) -> None:
+def test_what_comes_while_nothing_can_be_opened_is_seen_afterwards(folder, llama, caplog) -> None:
     shutil.copytree(folder / "a", folder.parent / "c")
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         with no_descriptors():
             (folder.parent / "c").rename(folder / "c")
             os.utime(folder, (10**9, 10**9))  # as if that was long ago
@@ -154,26 +145,25 @@ def test_what_comes_while_nothing_can_be_opened_is_seen_afterwards(
         until(lambda: server.complete("c", "Hello").status == 200, 5)
 
 
-def test_a_file_that_comes_late_makes_an_entry_an_adapter(folder, tiny_model_dir) -> None:
+def test_a_file_that_comes_late_makes_an_entry_an_adapter(folder, llama) -> None:
     config = folder / "c" / "adapter_config.json"
     shutil.copytree(folder / "a", folder / "c", ignore=lambda *_: [config.name])
     os.utime(folder, (10**9, 10**9))
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert "c" not in server.parts.registry.names()
         shutil.copy(folder / "a" / config.name, config)
         until(lambda: "c" in server.parts.registry.adapters, 5)
 
 
-def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatch, caplog) -> None:
+def test_what_the_machine_lacks_is_no_verdict(folder, llama, monkeypatch, caplog) -> None:
     """Neither file descriptors nor time on its processor."""
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         registry, wait = server.parts.registry, worker_pool.LEAST
         monkeypatch.setattr(worker_pool, "LEAST", 0.0)
         monkeypatch.setattr(worker_pool, "WALL", 0.0)
         for process in registry.verifier._sandbox._verifying._idle:
             os.kill(process.id, signal.SIGSTOP)
-        shutil.copytree(folder / "a", folder.parent / "c")
-        (folder.parent / "c").rename(folder / "c")
+        arrives(folder, "a", "c")
         until(lambda: "c can't be verified now: the machine is busy" in caplog.text)
         refused = server.complete("c", "Hello")
         assert (refused.status, refused.code) == (503, "machine_busy")
@@ -182,16 +172,14 @@ def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatc
         monkeypatch.setattr(worker_pool, "LEAST", wait)
         until(lambda: server.complete("c", "Hello").status == 200)
     monkeypatch.setattr(DirectoryWatcher, "begin", lambda self: None)
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert "c" in server.parts.registry.names()
         with no_descriptors(), pytest.raises(Busy):
             server.parts.registry.ready("c")
         assert server.text("c", "Hello")
 
 
-def test_an_adapter_that_names_another_base_is_served_and_told(
-    folder, tiny_model_dir, caplog
-) -> None:
+def test_an_adapter_that_names_another_base_is_served_and_told(folder, llama, caplog) -> None:
     caplog.set_level(logging.WARNING, "lorafold")
     path = folder / "a"
     for file in ("lorafold.json", "manifest.json"):  # as PEFT's have none
@@ -199,7 +187,7 @@ def test_an_adapter_that_names_another_base_is_served_and_told(
     config = json.loads((path / "adapter_config.json").read_text())
     named = config | {"base_model_name_or_path": "somebody/another-base"}
     (path / "adapter_config.json").write_text(json.dumps(named))
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert server.text("a", "Hello")
         notes = server.ask("/admin/adapters", key=ADMIN).json["notes"]
     assert set(notes) == {"a"}
@@ -207,17 +195,17 @@ def test_an_adapter_that_names_another_base_is_served_and_told(
     assert any("somebody/another-base" in record.getMessage() for record in caplog.records)
 
 
-def test_an_adapter_that_was_trained_on_other_weights_is_told(folder, tiny_model_dir) -> None:
-    model = lf.load_model(tiny_model_dir("llama"), storage="nf4")
+def test_an_adapter_that_was_trained_on_other_weights_is_told(folder, llama) -> None:
+    model = lf.load_model(llama, storage="nf4")
     lf.attach(model, lf.LoRA(rank=2)).save(folder / "q")
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert server.text("q", "Hello")
         notes = server.ask("/admin/adapters", key=ADMIN).json["notes"]
     assert notes == {"q": "it was trained on nf4 weights: over fp32 ones it is another model"}
 
 
 def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
-    folder, tiny_model_dir, monkeypatch
+    folder, llama, monkeypatch
 ) -> None:
     for i in range(4):
         shutil.copytree(folder / "a", folder / f"a{i}")
@@ -228,23 +216,23 @@ def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
         verify(self, entry)
 
     monkeypatch.setattr(Engine, "verify", count)
-    with running(tiny_model_dir("llama"), folder, processes=3) as server:
+    with running(llama, folder, processes=3) as server:
         assert set(server.parts.registry.adapters) == {"a", "b", *(f"a{i}" for i in range(4))}
         assert server.text("a", "Hello") == server.text("a3", "Hello")
     assert 2 <= len(checked) <= 3  # two forms, with one of which both threads may begin
 
 
-def test_what_memory_has_no_room_for_is_refused_by_its_header(folder, tiny_model_dir) -> None:
+def test_what_memory_has_no_room_for_is_refused_by_its_header(folder, llama) -> None:
     with_large_weights(shutil.copytree(folder / "a", folder / "large"), 1 << 24)
-    with running(tiny_model_dir("llama"), folder, adapter_bytes=32 << 20) as server:
+    with running(llama, folder, adapter_bytes=32 << 20) as server:
         told = server.ask("/admin/adapters", key=ADMIN).json["wrong"]
         assert told.keys() == {"large"}
         assert "found 16,777,216 numbers, expected at most 8,388,608" in told["large"]
         assert server.text("a", "Hello")
 
 
-def test_what_grew_is_not_read_and_the_log_says_why(folder, tiny_model_dir, caplog) -> None:
-    with running(tiny_model_dir("llama"), folder) as server:
+def test_what_grew_is_not_read_and_the_log_says_why(folder, llama, caplog) -> None:
+    with running(llama, folder) as server:
         before, key = server.text("a", "Hello"), server.parts.registry.adapters["a"].key
         weights = folder / "a" / "adapter_model.safetensors"
         size = weights.stat().st_size

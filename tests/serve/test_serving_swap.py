@@ -18,16 +18,13 @@ import lorafold as lf
 from engine_cases import METHODS, check_adapters
 from serving_cases import ADMIN, Running, running, saved, until
 
+pytest_plugins = ["serving_fixtures"]
 PROMPT = "The quick brown fox"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("swap")
-    specs = {"v1": lf.LoRA(rank=2), "v2": lf.LoRA(rank=3), "other": lf.DoRA()}
-    adapters = saved(tiny_model_dir("llama"), specs, folder / "adapters")
-    with running(tiny_model_dir("llama"), adapters) as found:
-        yield found
+def server(serve) -> Running:
+    return serve({"v1": lf.LoRA(rank=2), "v2": lf.LoRA(rank=3), "other": lf.DoRA()})
 
 
 def point(server: Running, name: str, **body: object) -> None:
@@ -35,7 +32,7 @@ def point(server: Running, name: str, **body: object) -> None:
     assert answer.status == 200, answer.content
 
 
-@pytest.mark.parametrize("flips", [75, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [75, pytest.param(400, marks=pytest.mark.slow)])
 def test_an_alias_flips_under_load(server: Running, flips):
     texts = {server.text(model, PROMPT): model for model in ("v1", "v2")}
     assert len(texts) == 2
@@ -88,37 +85,35 @@ def test_rollback_weights_and_versions(server: Running):
     assert server.text("it", PROMPT) == texts["v1"]
 
 
-def test_other_files_under_the_same_name(server: Running, tiny_model_dir, tmp_path):
+def test_other_files_under_the_same_name(server: Running, llama, tmp_path):
     """Those that run finish with what they began with; no other version's keys are reused."""
-    new = saved(tiny_model_dir("llama"), {"x": lf.IA3(), "v1": lf.LoRA(rank=4)}, tmp_path / "new")
+    new = saved(llama, {"x": lf.IA3(), "v1": lf.LoRA(rank=4)}, tmp_path / "new")
     old = server.text("other", PROMPT, max_tokens=200)
     with ThreadPoolExecutor(1) as pool:
         runs = pool.submit(server.text, "other", PROMPT, max_tokens=200)
         until(lambda: server.engine._scheduler.running)
         shutil.rmtree(server.folder / "other")
         shutil.copytree(new / "v1", server.folder / "other")
-        assert server.ask("/v1/load_lora_adapter", {"lora_name": "other"}, ADMIN).status == 200
+        assert server.load("other").status == 200
         changed = server.text("other", PROMPT, max_tokens=30)
         assert runs.result() == old
     assert not old.startswith(changed)
-    with running(tiny_model_dir("llama"), new) as alone:
+    with running(llama, new) as alone:
         assert alone.text("v1", PROMPT, max_tokens=30) == changed
     until(lambda: len(server.engine.adapters._states) == 3)
 
 
-def test_what_was_said_holds_after_a_restart(tiny_model_dir, tmp_path):
-    folder = saved(
-        tiny_model_dir("llama"), {n: lf.LoRA(rank=2) for n in "abcd"}, tmp_path / "adapters"
-    )
-    with running(tiny_model_dir("llama"), folder) as server:
+def test_what_was_said_holds_after_a_restart(llama, tmp_path):
+    folder = saved(llama, {n: lf.LoRA(rank=2) for n in "abcd"}, tmp_path / "adapters")
+    with running(llama, folder) as server:
         point(server, "now", target="a")
         point(server, "now", target="b")
-        for act in ("/admin/adapters/a:pin", "/admin/adapters/c:quarantine"):
-            assert server.ask(act, {}, ADMIN).status == 200
-        assert server.ask("/v1/unload_lora_adapter", {"lora_name": "d"}, ADMIN).status == 200
+        for name, act in (("a", "pin"), ("c", "quarantine")):
+            assert server.manage(name, act).status == 200
+        assert server.load("d", "unload").status == 200
         assert server.complete("d", "x").status == 404
         text = server.text("b", PROMPT)
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert server.text("now", PROMPT) == text
         assert server.ask("/v1/models/a").json["pinned"]
         assert server.complete("c", "x").code == "adapter_quarantined"
@@ -127,7 +122,7 @@ def test_what_was_said_holds_after_a_restart(tiny_model_dir, tmp_path):
         assert (shown["unloaded"], list(shown["quarantined"])) == (["d"], ["c"])
         point(server, "now", rollback=True)
         for name in "cd":
-            answer = server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN)
+            answer = server.load(name)
             assert answer.status == 200, answer.content
             assert server.complete(name, "x").status == 200
         assert server.text("now", PROMPT) == server.text("a", PROMPT)
@@ -145,7 +140,6 @@ def test_every_request_is_what_it_is_alone(tiny_model_dir, tmp_path):
                 "model": draw.choice(models), "prompt": PROMPT * draw.randint(1, 4),
                 "max_tokens": draw.randint(1, 30), "temperature": draw.choice([0, 0, 0.9]),
                 "seed": i, "top_p": draw.choice([1, 0.8]), "return_token_ids": True,
-                "stream": False,
             }
             for i in range(60)
         ]  # fmt: skip
@@ -177,7 +171,7 @@ class Race(RuleBasedStateMachine):
     def put(self, name: str, version: str) -> None:
         shutil.rmtree(self.server.folder / name, ignore_errors=True)
         shutil.copytree(self.versions[version], self.server.folder / name)
-        answer = self.server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN)
+        answer = self.server.load(name)
         assert answer.status == 200, answer.content
         self.now[name] = version
 
@@ -187,13 +181,13 @@ class Race(RuleBasedStateMachine):
 
     @rule(name=names)
     def unload(self, name: str) -> None:
-        status = self.server.ask("/v1/unload_lora_adapter", {"lora_name": name}, ADMIN).status
+        status = self.server.load(name, "unload").status
         assert status == (200 if name in self.now else 404)
         self.now.pop(name, None)
 
     @rule(name=names, act=st.sampled_from(["pin", "unpin", "quarantine"]))
     def manage(self, name: str, act: str) -> None:
-        status = self.server.ask(f"/admin/adapters/{name}:{act}", {}, ADMIN).status
+        status = self.server.manage(name, act).status
         assert status == (200 if name in self.now else 404)
         if act == "quarantine" and name in self.now:
             self.put(name, self.now[name])
@@ -236,21 +230,19 @@ class Race(RuleBasedStateMachine):
         assert set(self.server.parts.registry.adapters) == set(self.now)
 
 
-@pytest.mark.parametrize("steps", [25, pytest.param(200, marks=pytest.mark.slow)])
-def test_any_order_of_loads_pins_evictions_and_requests(tiny_model_dir, tmp_path, steps):
+@pytest.mark.parametrize("steps", [25, pytest.param(120, marks=pytest.mark.slow)])
+def test_any_order_of_loads_pins_evictions_and_requests(llama, tmp_path, steps):
     specs = {"1": lf.LoRA(rank=2), "2": lf.LoRA(rank=3), "3": lf.DoRA()}
-    versions = saved(tiny_model_dir("llama"), specs, tmp_path / "versions")
+    versions = saved(llama, specs, tmp_path / "versions")
     folder = tmp_path / "served"
     folder.mkdir()
-    with running(tiny_model_dir("llama"), versions) as server:
+    with running(llama, versions) as server:
         texts = {version: server.text(version, PROMPT) for version in specs}
-    with running(tiny_model_dir("llama"), folder, processes=3) as server:
+    with running(llama, folder, processes=3) as server:
         Race.server, Race.texts = server, texts
         Race.versions = {version: versions / version for version in specs}
-        run_state_machine_as_test(
-            Race,
-            settings=settings(
-                max_examples=2 if steps == 25 else 4, stateful_step_count=steps, deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
+        few = settings(
+            max_examples=2 if steps == 25 else 4, stateful_step_count=steps, deadline=None,
+            suppress_health_check=list(HealthCheck),
         )  # fmt: skip
+        run_state_machine_as_test(Race, settings=few)
