@@ -12,30 +12,32 @@ import pytest
 import lorafold as lf
 from conftest import lorafold
 from lorafold.api.arguments import as_rows
+from lorafold.comparing import run
 from lorafold.comparing.measure import ComparisonTask, Variant, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare, in_own_process, key
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
-from lorafold.models.sources import resolve_model
 from lorafold.recipe.fitting import fitting, spec_of, without
 from lorafold.recipe.recipe import Recipe
 from lorafold.resolve import Base
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 
-
 # dropout is no option of full
 RECIPE = Recipe(steps=3, batch=4, storage="fp32", max_length=64, dropout=0.0)
 
 
+def task_of(model: Path, recipe: Recipe = RECIPE, rows: Any = ROWS) -> ComparisonTask:
+    return ComparisonTask(Base(model, device="cpu"), rows, rows[:4], "rows", recipe)
+
+
 def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
-    source = resolve_model(tiny_model_dir("llama"))
     keys = set()
     for weight in (1.0, 0.5, 4.0):
         rows = Rows(ROWS, (SourcePart(6), SourcePart(6, weight)))
-        task = ComparisonTask(Base(source, device="cpu"), rows, ROWS[:4], "rows", RECIPE)
+        task = replace(task_of(tiny_model_dir("llama"), rows=rows), held_out=ROWS[:4])
         keys.add(key(task, "lora"))
         pickle.dumps(task)  # methods are measured in processes of their own
     assert len(keys) == 3
@@ -50,14 +52,12 @@ def test_rows_reach_the_process_that_measures() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_compared_is_what_an_evaluation_of_the_adapter_says(
+def test_the_figures_are_those_of_an_evaluation_of_the_adapter(
     tiny_model_dir, tmp_path: Path
 ) -> None:
     """The rows are rendered with the recipe's template, as they were in training."""
     base, recipe = tiny_model_dir("llama"), RECIPE.model_copy(update={"chat_template": "none"})
-    found = measure(
-        ComparisonTask(Base(base, device="cpu"), ROWS, ROWS[:4], "rows", recipe), "lora", 0
-    )
+    found = measure(task_of(base, recipe), "lora", 0)
     lf.train(recipe, data=ROWS, model=base, out=tmp_path / "a", device="cpu")
     evaluated = lf.evaluate(base, ROWS[:4], adapters=tmp_path / "a", max_length=64, device="cpu")
     assert (found.loss, found.exact_match) == (evaluated.loss, evaluated.exact_match)
@@ -95,14 +95,10 @@ def test_the_recipe_says_how_much_is_held_out_once(
 
 @pytest.mark.slow
 def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
-    texts = [
-        {"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"}
-        for n in range(12)
-    ]
+    labels = ("even", "odd")
+    texts = [{"text": f"the cat sat {n} times", "label": labels[n % 2]} for n in range(12)]
     recipe = RECIPE.model_copy(update={"objective": "classify"})
-    task = ComparisonTask(
-        Base(tiny_model_dir("llama"), device="cpu"), texts, texts[:4], "texts", recipe
-    )
+    task = task_of(tiny_model_dir("llama"), recipe, texts)
     both = [Variant("linear-probe"), Variant("lora")]
     base, probe, lora = compare(task, both, [0], tmp_path, lambda *_: None)
     assert (base.method, base.trainable_parameters) == ("base", None)
@@ -125,14 +121,11 @@ def test_the_option_for_methods_is_a_list() -> None:
 
 
 def test_options_reach_the_methods_that_have_them() -> None:
-    recipe = Recipe(
-        rank=4, dropout=0.1, rank_pattern={"q_proj": 8}, options={"init": "gaussian"}, steps=7
-    )
+    shared = {"rank_pattern": {"q_proj": 8}, "options": {"init": "gaussian"}}
+    recipe = Recipe(rank=4, dropout=0.1, steps=7, **shared)
     assert fitting(recipe, "lora") == recipe
-    assert (fitting(recipe, "dora").rank, fitting(recipe, "dora").options) == (
-        4,
-        {"init": "gaussian"},
-    )
+    dora = fitting(recipe, "dora")
+    assert (dora.rank, dora.options) == (4, {"init": "gaussian"})
     assert fitting(recipe, "bitfit") == Recipe(steps=7, method="bitfit")
 
 
@@ -147,18 +140,13 @@ def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout:
 
 @pytest.mark.slow
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
-    task = ComparisonTask(
-        Base(tiny_model_dir("llama"), device="cpu"), ROWS, ROWS[:4], "rows", RECIPE
-    )
-    told: list[str] = []
+    task, told = task_of(tiny_model_dir("llama")), list[str]()
     three = [Variant("lora"), Variant("houlsby"), Variant("full")]
-    rows = compare(
-        task,
-        three,
-        [0],
-        tmp_path,
-        lambda row, done, total: told.append(f"{row.method} {done}/{total}"),
-    )
+
+    def tell(row: Any, done: int, total: int) -> None:
+        told.append(f"{row.method} {done}/{total}")
+
+    rows = compare(task, three, [0], tmp_path, tell)
     assert told == ["base 1/4", "lora 2/4", "houlsby 3/4", "full 4/4"]
     base, lora, houlsby, full = rows
     alone = lf.evaluate(tiny_model_dir("llama"), ROWS[:4], max_length=64, storage="fp32")
@@ -176,26 +164,20 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
     def never(*_: object) -> None:
         raise AssertionError
 
-    import lorafold.comparing.run as run
-
-    measured, run.in_own_process = run.in_own_process, never
-    try:
-        assert compare(task, three, [0], tmp_path, lambda *_: None) == rows
-    finally:
-        run.in_own_process = measured
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "in_own_process", never)
+        assert compare(task, three, [0], tmp_path, tell) == rows
     with monkeypatch.context() as patch:
         patch.setattr(LoRA, "lr", 1e-9)
-        # other defaults, another row
-        other = run.key(task, "lora")
+        other = run.key(task, "lora")  # other defaults, another row
         assert other not in {p.stem.rpartition("-")[2] for p in stamps}
     assert markdown(rows).count("\n") == 8
     page(rows, "Methods <on> rows", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert text.count("<svg") == 5
     assert "Methods &lt;on&gt; rows" in text
-    assert "| 3.5000 (3.0000 to 4.0000) |" in markdown(
-        [replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)]
-    )
+    two = [replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)]
+    assert "| 3.5000 (3.0000 to 4.0000) |" in markdown(two)
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
 
 

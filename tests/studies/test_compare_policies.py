@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
+from command_cases import rows_file, words
 from conftest import lorafold, refused
 from lorafold.comparing import measure as module
 from lorafold.comparing import run
@@ -74,9 +75,8 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     assert (base.reward, base.reward_interval) == (alone.reward, alone.reward_interval)
     assert base.prompt_rewards == alone.prompt_rewards
     assert base.rewards == {name: one.mean for name, one in alone.rewards.items()}
-    trained = lf.train(
-        RECIPE, data=TRAIN, model=model, out=tmp_path / "a", rewards=asked, device="cpu"
-    )
+    how_trained: dict[str, Any] = {"data": TRAIN, "model": model, "device": "cpu"}
+    trained = lf.train(RECIPE, out=tmp_path / "a", rewards=asked, **how_trained)
     alone = lf.evaluate(model, HELD_OUT, adapters=tmp_path / "a", **how)
     assert (lora.reward, lora.prompt_rewards) == (alone.reward, alone.prompt_rewards)
     assert lora.prompt_rewards != base.prompt_rewards
@@ -105,8 +105,7 @@ def test_rows_are_what_training_and_evaluating_alone_give(
 
 @pytest.mark.slow
 def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3))
+    rows = rows_file(tmp_path / "rows.jsonl", ROWS * 3)
     done = lorafold(
         "compare", "--model", str(tiny_model_dir("llama")), "--data", str(rows), "--out",
         str(tmp_path / "c"), "--methods", "lora,ia3", "--objective", "rloo", "--reward",
@@ -360,11 +359,9 @@ def test_bad_input(case: str, tiny_model_dir, tmp_path: Path) -> None:
 
 
 def test_the_command_needs_a_reward(tiny_model_dir, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    asked = ["compare", "--objective", "grpo", "--data", rows, "--out", tmp_path / "c"]
-    told = refused(*map(str, asked), "--max-length", "300", "--model",
-                   str(tiny_model_dir("llama")))  # fmt: skip
+    rows = rows_file(tmp_path / "rows.jsonl", ROWS)
+    asked = words("compare", objective="grpo", data=rows, out=tmp_path / "c", max_length=300)
+    told = refused(*asked, "--model", str(tiny_model_dir("llama")))
     assert "found no reward" in told
 
 

@@ -1,12 +1,9 @@
-"""A comparison of settings: which ones there are of each method, and that each is what the recipe
-with these settings gives alone.
+"""A comparison of settings: the settings of each method, each with the figures of its recipe alone.
 """
 
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,10 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
+from command_cases import rows_file, words
 from conftest import lorafold
 from lorafold.cli.commands import varied
-from lorafold.comparing.measure import Measurement, Variant, variants
+from lorafold.comparing.measure import ComparisonTask, Measurement, Variant, variants
 from lorafold.comparing.paired_tests import alike, verdict, with_validation
 from lorafold.comparing.report import deciding, markdown, page
 from lorafold.comparing.run import key
@@ -26,6 +24,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import loss_interval, ratio_interval
 from lorafold.files.html_page import markdown_table
 from lorafold.recipe.recipe import Recipe
+from lorafold.resolve import Base
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 RECIPE = Recipe(steps=2, batch=4, storage="fp32", max_length=64)
@@ -132,12 +131,9 @@ def test_the_option_has_values_in_yaml() -> None:
         varied(["targets=[q_proj"])
 
 
-def test_a_bad_value_is_one_line_and_leaves_nothing(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    asked = ("--model", str(tiny_model_dir("llama")), "--data", str(data), "--methods", "lora")
+def test_a_bad_value_is_one_line_and_leaves_nothing(tiny_model_dir, tmp_path: Path) -> None:
+    data = rows_file(tmp_path / "rows.jsonl", ROWS)
+    asked = words(model=tiny_model_dir("llama"), data=data, methods="lora")
     done = lorafold("compare", *asked, "--vary", "rank=4,0", "--out", str(tmp_path / "out"))
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
     assert "vary: rank: found 0" in done.stderr
@@ -228,7 +224,7 @@ def test_rewards_of_a_sweep_are_of_other_prompts_too() -> None:
 
 @pytest.mark.slow
 def test_settings_are_measured_as_their_recipes_are_alone(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+    tiny_model_dir, tmp_path: Path
 ) -> None:
     """Figures are kept by what they depend on, so one is found again whichever way it is asked."""
     how: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "device": "cpu"}
@@ -244,12 +240,7 @@ def test_settings_are_measured_as_their_recipes_are_alone(
     assert "lora lr=0.001" in str(grid)
 
 
-def test_the_settings_are_in_what_figures_are_kept_by(
-    tiny_model_dir: Callable[[str], Path],
-) -> None:
-    from lorafold.comparing.measure import ComparisonTask
-    from lorafold.resolve import Base
-
+def test_the_settings_are_in_what_figures_are_kept_by(tiny_model_dir) -> None:
     base = Base(tiny_model_dir("llama"), device="cpu")
     keys = {
         key(ComparisonTask(base, ROWS, ROWS[:4], "rows", one.of(RECIPE)), "lora")
@@ -260,7 +251,7 @@ def test_the_settings_are_in_what_figures_are_kept_by(
 
 @pytest.mark.slow
 def test_a_regular_expression_stands_in_names_as_it_is(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+    tiny_model_dir, tmp_path: Path
 ) -> None:
     said = io.StringIO()
     found = lf.compare(

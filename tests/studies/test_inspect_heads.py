@@ -1,4 +1,4 @@
-"""Which attention heads an update writes to and reads from."""
+"""The attention heads that an update writes to and reads from."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ def test_planted_heads_are_found_and_shown(tiny_model_dir, tmp_path) -> None:
     found = json.loads(told.stdout)
     heads = {path: site["heads"] for path, site in found["sites"].items() if "heads" in site}
     assert {path.rpartition(".")[2] for path in heads} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    for name, at, n in (
-        ("q_proj", 1, queries), ("v_proj", 0, keys), ("o_proj", queries - 1, queries),
-    ):  # fmt: skip
+    last = queries - 1
+    for name, at, n in (("q_proj", 1, queries), ("v_proj", 0, keys), ("o_proj", last, queries)):
         wanted = [float(head == at) for head in range(n)]
         assert heads[f"{ATTENTION}.{name}"] == pytest.approx(wanted, abs=1e-6)
     assert heads["model.layers.0.self_attn.q_proj"] == [0.0] * queries

@@ -1,6 +1,5 @@
-"""`lorafold inspect` over a model without a tokenizer: all but the tables of tokens, and a line
-that says so.
-"""
+"""`lorafold inspect` over a model without a tokenizer: all but the tables of tokens."""
+
 
 import json
 import shutil
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from adapter_cases import make_adapter
+from command_cases import words
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.inspecting.inspect import inspect
@@ -38,11 +38,9 @@ def test_the_tables_of_tokens_are_left_out(
     base = without(tiny_model_dir(kind), tmp_path / "base", *names)
     make_adapter(base, tmp_path / "a")
     save_file({"probe": torch.ones(32)}, tmp_path / "f.safetensors")
-    arguments = [
-        *("inspect", tmp_path / "a", "--model", base, "--directions", tmp_path / "f.safetensors"),
-        *("--html", tmp_path / "page.html"),
-    ]
-    asked = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    own = {"directions": tmp_path / "f.safetensors", "html": tmp_path / "page.html"}
+    arguments = words("inspect", tmp_path / "a", model=base, **own)
+    asked = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     found: dict[str, Any] = json.loads(asked.stdout.splitlines()[-1])
     line = (
         f"The tables of tokens are left out: model {base}: it has no tokenizer (found no file with"
@@ -58,7 +56,7 @@ def test_the_tables_of_tokens_are_left_out(
     assert whole["tokens_left_out"] is None
     assert whole["whole"] == found["whole"]
     assert any("reads" in site for site in whole["sites"].values())
-    printed = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    printed = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert line in printed.stderr.splitlines()
     assert "directions for 95% on average" in printed.stdout
 

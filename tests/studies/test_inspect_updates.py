@@ -1,6 +1,4 @@
-"""An update's singular parts and their figures, against dense SVDs, planted updates and closed
-forms.
-"""
+"""An update's singular parts and their figures, against dense SVDs and closed forms."""
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from lorafold.inspecting.spectra import (
     phi,
     pooled,
     stable_rank,
-)
+)  # fmt: skip
 from lorafold.inspecting.subspaces import compared
 from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
 from lorafold.layers import layer_of
@@ -33,10 +31,8 @@ DENSE = ["loha", "lokr", "dora", "fish", "ia3"]
 @pytest.mark.parametrize("method", RANKED + DENSE)
 def test_the_parts_are_those_of_the_dense_update(method, kind, tiny_model):
     model = tiny_model(kind)
-    adapter = lf.attach(
-        model,
-        make_spec(method, **{"rank": 4} if method in (*RANKED, "loha", "lokr", "dora") else {}),
-    )
+    options = {"rank": 4} if method in (*RANKED, "loha", "lokr", "dora") else {}
+    adapter = lf.attach(model, make_spec(method, **options))
     move(adapter)
     for site in sites(adapter):
         w = layer_of(model.get_submodule(site.path)).dense()[0].detach()
@@ -62,11 +58,8 @@ def test_factors_are_never_multiplied_out():
 
 
 def test_small_singular_values_keep_their_digits():
-    u, v, s = (
-        orthonormal(50, 4),
-        orthonormal(40, 4, 1),
-        torch.tensor([1.0, 1e-3, 1e-6, 1e-9], dtype=torch.float64),
-    )
+    u, v = orthonormal(50, 4), orthonormal(40, 4, 1)
+    s = torch.tensor([1.0, 1e-3, 1e-6, 1e-9], dtype=torch.float64)
     assert torch.allclose(of_factors(u * s, v.t()).s.double(), s, rtol=1e-6, atol=0)
 
 
@@ -107,21 +100,15 @@ def test_advice_states_what_resizing_loses():
     found = pooled([s])
     squares = s.double().square()
     assert found.rank_95 == effective_rank(s, 0.95)
-    assert found.advised_loss == pytest.approx(
-        float(squares[int(found.advised_rank) :].sum() / squares.sum())
-    )
-    assert (
-        advice(16, found)
-        == f"rank {found.rank_95} holds 95% of the energy, and the adapter has rank 16:"
-        f" resizing it to rank {found.advised_rank} loses {found.advised_loss:.1%} of the"
-        " energy"
+    lost = float(squares[int(found.advised_rank) :].sum() / squares.sum())
+    assert found.advised_loss == pytest.approx(lost)
+    assert advice(16, found) == (
+        f"rank {found.rank_95} holds 95% of the energy, and the adapter has rank 16: resizing it to"
+        f" rank {found.advised_rank} loses {found.advised_loss:.1%} of the energy"
     )
     assert "use a higher rank" in advice(16, pooled([torch.ones(16)]))
-    assert (
-        advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)]))
-        == "rank 5 holds 95% of the energy, and the adapter has rank 8: keep this rank"
-    )
-
+    kept = "rank 5 holds 95% of the energy, and the adapter has rank 8: keep this rank"
+    assert advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)])) == kept
 
 def test_pooled_loss_weighs_sites_by_their_energy():
     large, small = torch.tensor([100.0]), torch.tensor([0.1] * 40)
@@ -135,9 +122,8 @@ def test_phi_by_brute_force():
     for i in range(1, 6):
         for j in range(1, 8):
             first, second = a[:, :i] @ a[:, :i].t(), b[:, :j] @ b[:, :j].t()  # projectors
-            assert float(grid[i - 1, j - 1]) == pytest.approx(
-                float((first @ second).trace()) / min(i, j), abs=1e-12
-            )
+            expected = float((first @ second).trace()) / min(i, j)
+            assert float(grid[i - 1, j - 1]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_phi_of_the_same_of_rotated_and_of_orthogonal_subspaces():
@@ -162,9 +148,8 @@ def test_similarity_of_two_updates_is_that_of_the_dense_ones():
     mixed = of_factors(both.u * both.s, both.v.t())  # overlaps with either
     for x, y in ((a, b), (a, mixed), (a, a)):
         expected = float((x.dense() * y.dense()).sum() / (x.dense().norm() * y.dense().norm()))
-        assert compared("b", {"m": x}, {"m": y}).sites["m"].cosine == pytest.approx(
-            expected, abs=1e-5
-        )
+        found = compared("b", {"m": x}, {"m": y}).sites["m"].cosine
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_amplification_of_a_base_s_own_direction():
@@ -184,29 +169,22 @@ def test_amplification_of_a_base_s_own_direction():
 def test_projection_by_dense_svd():
     w, update = torch.randn(24, 16), planted(24, 16, [2.0, 1.0, 0.4])
     u, _, vt = torch.linalg.svd(update.dense())
+    size = float((u[:, :3].t() @ w @ vt[:3].t()).norm())
     found = against_base(update, w)
-    assert found.projection == pytest.approx(
-        float((u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4
-    )
+    assert found.projection == pytest.approx(size, rel=1e-4)
     first = against_base(update, w, 1)
     assert first.amplification == pytest.approx(2 / abs(float(u[:, 0] @ w @ vt[0])), rel=1e-4)
     assert first.relative_norm == found.relative_norm
-    assert found.amplification == pytest.approx(
-        float(update.dense().norm() / (u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4
-    )
+    assert found.amplification == pytest.approx(float(update.dense().norm()) / size, rel=1e-4)
 
 
 def test_random_directions_have_the_projection_and_the_strength_of_chance():
     w = torch.randn(40, 30, generator=torch.Generator().manual_seed(3)) * torch.logspace(0, -2, 30)
     found = [against_base(planted(40, 30, [1.0] * 4, seed=10 * i + 100), w) for i in range(300)]
+    powers = {"projection": 2, "random_projection": 2, "strength_read": 1, "strength_written": 1}
     mean = {
         name: sum(getattr(f, name) ** power for f in found) / len(found)
-        for name, power in (
-            ("projection", 2),
-            ("random_projection", 2),
-            ("strength_read", 1),
-            ("strength_written", 1),
-        )
+        for name, power in powers.items()
     }
     assert mean["projection"] == pytest.approx(mean["random_projection"], rel=0.1)
     assert mean["strength_read"] == pytest.approx(1, rel=0.1)

@@ -1,5 +1,5 @@
 """The pages that the program writes, in a browser: nothing is cut, covered or wider than the
-screen, and all of it can be read, on a desktop and a phone, in light and in dark.
+screen, and all of it can be read.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import sync_playwright
 from rich.cells import cell_len
 
 import lorafold as lf
 from adapter_cases import make_adapter
-from browser_cases import CONTRASTS, CUT, open_browser
+from browser_cases import CONTRASTS, CUT
 from conftest import lorafold, refused
 from conversation_cases import ROWS
 from lorafold.files.plots import SERIES, brief, distinct, drawing, folded, number, scaled, short
@@ -28,13 +26,7 @@ from page_cases import CHINESE, LONG, PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as play:
-        found = open_browser(play)
-        yield found
-        found.close()
+pytest_plugins = ["browser_cases"]
 
 
 def see(browser: Any, file: Path) -> None:
