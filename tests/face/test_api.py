@@ -1,7 +1,5 @@
 """One import: every verb from `lf`, on names, paths, rows and loaded models, quiet unless asked."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import json
@@ -13,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
+from command_cases import rows_file
 from lorafold.api.compose import by_name
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -133,8 +132,7 @@ def adapter(model: str, tmp_path_factory) -> Path:
 
 
 def test_a_run_from_rows_is_that_from_their_file(model: str, adapter: Path, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    file = rows_file(tmp_path / "rows.jsonl", ROWS)
     lf.train(RECIPE, data=file, out=tmp_path / "a", model=model, eval_data=ROWS[:4])
     name = "adapter_model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (adapter / name).read_bytes()
@@ -154,17 +152,14 @@ def test_names_and_loaded_models_measure_alike(model: str, adapter: Path) -> Non
 def test_what_a_loaded_model_leaves_without_effect_is_refused(model: str, adapter: Path) -> None:
     loaded = lf.load_model(model, "fp32", "cpu")
     for given in (
-        {"storage": "fp32"},
-        {"device": "cpu"},
-        {"revision": "main"},
-        {"allow_other_base": True},
+        {"storage": "fp32"}, {"device": "cpu"}, {"revision": "main"}, {"allow_other_base": True},
         {"adapters": adapter, "storage": "nf4", "device": "cpu"},
-    ):
-        with pytest.raises(lf.LorafoldError, match=f"^{', '.join(given)}: expected none, because"):
+    ):  # fmt: skip
+        told = f"^{', '.join(given)}: expected none, because"
+        with pytest.raises(lf.LorafoldError, match=told):
             lf.evaluate(loaded, ROWS, **given)
-        with pytest.raises(lf.LorafoldError, match=f"^{', '.join(given)}: expected none, because"):
+        with pytest.raises(lf.LorafoldError, match=told):
             lf.generate(loaded, "Hello", **given)
-
 
 def test_a_prompt_gives_a_text_and_a_list_a_list(model: str, adapter: Path) -> None:
     loaded, tokenizer = lf.load_model(model, "fp32", "cpu"), lf.load_tokenizer(model)
@@ -209,10 +204,8 @@ def test_an_estimate_is_the_command_s(model: str) -> None:
 
 @pytest.mark.slow
 def test_a_comparison_of_two(model: str, tmp_path: Path) -> None:
-    recipe = RECIPE.model_copy(update={"steps": 1})
-    found = lf.compare(
-        tmp_path / "c", model=model, data=ROWS, methods=["lora", "bitfit"], recipe=recipe
-    )
+    given = {"recipe": RECIPE.model_copy(update={"steps": 1}), "methods": ["lora", "bitfit"]}
+    found = lf.compare(tmp_path / "c", model=model, data=ROWS, **given)
     assert [row.method for row in found.rows] == ["base", "lora", "bitfit"]
     assert (tmp_path / "c" / "table.md").read_text() == str(found)
 
@@ -254,7 +247,6 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Path) -> None:
-    """It was a TypeError of whatever met it first, or nothing where it was not needed."""
     for value in WRONG[name]:
         given = {"model": model, "adapters": [], "out": tmp_path / "out", "to": "gguf-model"}
         wrong = {**given, "prove": False, name: value}
@@ -274,12 +266,10 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
         (lambda out: lf.train(data="x", out=out, learning_rate=3), "lf.train has no option learn"),
         (lambda out: lf.generate("m", "x", adapter="a"), "did you mean adapters?"),
         (lambda out: lf.load_model("m", quantize="nf4"), "lf.load_model has no option quantize"),
-        (
-            lambda out: lf.compose("a", out, learning=lf.Learning(evaluations=0)),
-            "evaluations: found 0, expected 1 or more",
-        ),
+        (lambda out: lf.compose("a", out, learning=lf.Learning(evaluations=0)),
+         "evaluations: found 0, expected 1 or more"),
     ],
-)
+)  # fmt: skip
 def test_python_refuses_what_the_command_refuses(call: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(lf.LorafoldError, match=re.escape(message)):
         call(tmp_path / "out")

@@ -1,6 +1,4 @@
-"""The command's frame: quick help, one line for what the user can put right, exit codes, and clean
-output.
-"""
+"""The command's frame: quick help, one line for what the user can put right, and exit codes."""
 
 import json
 import os
@@ -17,14 +15,9 @@ from lorafold.cli import COMMANDS
 from lorafold.cli.commands import emit
 
 HEAVY = {
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "bitsandbytes",
-    "safetensors",
+    "torch", "transformers", "datasets", "accelerate", "bitsandbytes", "safetensors",
     "huggingface_hub",
-}
+}  # fmt: skip
 
 
 def test_help_lists_every_command_and_loads_nothing_that_takes_long():
@@ -91,21 +84,14 @@ def test_what_the_system_refuses_is_one_line(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_finds_no_room_is_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "lorafold", "--help"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "lorafold", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.stderr.splitlines()[0] == "error: No space left on device"
     assert done.returncode == 2
 
 
 def open_once_read(fifo: Path, reader: subprocess.Popen) -> int:
-    """A descriptor that keeps `reader` waiting for lines, from the moment that it reads the
-    pipe.
-    """
+    """A descriptor that keeps `reader` waiting for lines, once it reads the pipe."""
     while reader.poll() is None:
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
@@ -117,25 +103,14 @@ def open_once_read(fifo: Path, reader: subprocess.Popen) -> int:
 def test_ctrl_c_ends_with_130(tmp_path):
     rows = tmp_path / "rows.jsonl"
     os.mkfifo(rows)
+    asked = ["train", "--data", str(rows), "--out", str(tmp_path / "out")]
     child = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "lorafold",
-            "train",
-            "--data",
-            str(rows),
-            "--out",
-            str(tmp_path / "out"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "lorafold", *asked], stderr=subprocess.PIPE, text=True,
         # where the tests run in the background it is ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    )  # fmt: skip
     waiting = open_once_read(rows, child)
-    # a signal that comes just before the read begins is noticed only when the next one breaks it
-    # off
+    # a signal that comes just before the read begins is noticed only when the next one comes
     for _ in range(6):
         child.send_signal(signal.SIGINT)
         try:

@@ -1,7 +1,5 @@
 """`--on`: what it refuses, and the command that it starts elsewhere."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

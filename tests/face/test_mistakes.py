@@ -1,5 +1,4 @@
-"""Mistakes as people type them. Each is told in one line of fewer than 300 characters, which says
-what was found and what to do, with exit code 2, and leaves nothing behind.
+"""Mistakes as people type them: each is told in one line with exit code 2, and leaves nothing.
 
 A command begins with TRAIN or ON where it is a good one but for what follows: `ON no.jsonl` trains
 on that file.

@@ -1,6 +1,4 @@
-"""An adapter of another base is refused, and taken where `allow_other_base` is on: where a run
-trains over it or starts from it, and where it is served.
-"""
+"""An adapter of another base is refused, and taken where `allow_other_base` is on."""
 
 import json
 import shutil
@@ -68,11 +66,9 @@ def test_what_is_loaded_on_another_base_is_told_and_what_is_made_of_it_keeps_its
     how = {"data": ROWS, "device": "cpu", "init_adapter": lora}
     lf.train(recipe, out=tmp_path / "further", **asked, **how)
     lf.merge(base, [lora], tmp_path / "merged", allow_other_base=True, certificate=False)
-    records = ("of-both/lorafold.json", "further/lorafold.json", "merged/merge.json")
-    for made in records:
-        assert "was trained on another base" in str(
-            json.loads((tmp_path / made).read_text())["other_base"]
-        )
+    for made in ("of-both/lorafold.json", "further/lorafold.json", "merged/merge.json"):
+        record = json.loads((tmp_path / made).read_text())
+        assert "was trained on another base" in str(record["other_base"])
 
 
 def test_a_server_takes_one_where_it_is_told_to(

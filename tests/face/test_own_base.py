@@ -1,5 +1,5 @@
-"""Where no model is named, adapters are loaded on the base that they say they were trained on, and
-that is said; it is found again by its name, beside the adapter, and by its fingerprint.
+"""Where no model is named, adapters are loaded on the base that their records name; it is found by
+its name, beside the adapter, and by its fingerprint.
 """
 
 import io
@@ -75,25 +75,20 @@ def found(*adapters: Path) -> tuple[Base, str]:
     return base, told.getvalue()
 
 
-
 CALLS: dict[str, Callable[[Path, Console], object]] = {
     "evaluate": lambda at, console: lf.evaluate(
-        data=ROWS, adapters=at / "adapter", completions=False, console=console
-    ),
+        data=ROWS, adapters=at / "adapter", completions=False, console=console),
     "generate": lambda at, console: lf.generate(
-        None, "Book", adapters=at / "adapter", max_new_tokens=2, console=console
-    ),
+        None, "Book", adapters=at / "adapter", max_new_tokens=2, console=console),
     "chat": lambda at, console: lf.chat(adapters=at / "adapter", console=console),
     "merge": lambda at, console: lf.merge(
-        adapters=at / "adapter", out=at / "out", certificate=False, console=console
-    ),
+        adapters=at / "adapter", out=at / "out", certificate=False, console=console),
     "inspect": lambda at, console: lf.inspect(at / "adapter", console=console),
     "compose": lambda at, console: lf.compose([at / "adapter"] * 2, at / "out", console=console),
     "resize": lambda at, console: lf.resize(at / "adapter", at / "out", rank=1, console=console),
     "train": lambda at, console: lf.train(
         lf.Recipe(steps=1, batch=2, storage="fp32"), data=ROWS, out=at / "out",
-        over=at / "adapter", console=console,
-    ),
+        over=at / "adapter", console=console),
 }  # fmt: skip
 
 
@@ -148,10 +143,8 @@ def test_a_base_that_was_renamed_is_found_by_its_fingerprint(place: Path, hub: P
     (place / "base").rename(place / "renamed")
     base, told = found(adapter)
     assert base.source.path == place / "renamed"
-    assert told == (
-        f"base: {place / 'renamed'}, found by its fingerprint; the adapter's record says"
-        f" {place / 'base'}\n"
-    )
+    told_ = f"found by its fingerprint; the adapter's record says {place / 'base'}\n"
+    assert told == f"base: {place / 'renamed'}, {told_}"
     other.mkdir(parents=True)
     adapter.rename(other / "adapter")  # it lies where the record says that it did
     assert found(other / "adapter")[0].source.path == place / "renamed"
@@ -212,17 +205,13 @@ def test_what_is_not_found_says_where_it_was_looked_for(place: Path, hub: Path) 
             found(place / "adapter")
 
 
-def test_adapters_of_different_bases_are_refused_with_both_named(
-    place: Path, tiny_model_dir
-) -> None:
+def test_adapters_of_different_bases_are_refused_with_both_named(place, tiny_model_dir) -> None:
     theirs = make_adapter(tiny_model_dir("qwen2"), place / "theirs")
     with pytest.raises(LorafoldError) as error:
         lf.compose([place / "adapter", theirs], place / "out")
     said = str(error.value)
     assert said.startswith("adapters of different bases: ")
-    assert "base, and " in said
-    assert "qwen2" in said
-    assert "--model" in said
+    assert all(part in said for part in ("base, and ", "qwen2", "--model"))
     assert len(said) <= 300
     named(theirs, "acme/other", record=False)
     with pytest.raises(LorafoldError, match=r"adapters of different bases: .* on acme/other"):

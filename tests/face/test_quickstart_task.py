@@ -1,5 +1,5 @@
-"""The quickstart task: strict JSON, deterministic, varied, and a test split made of words that
-training never shows.
+"""The quickstart task: strict JSON, deterministic, and a test split of words that training never
+shows.
 """
 
 import json
@@ -11,28 +11,11 @@ import pytest
 from lorafold.quickstart.task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
 
 COPIED = ("place", "task", "to", "text", "title", "artist", "city")
-GLUE = {  # the fixed words of the patterns
-    *(
-        "the",
-        "i",
-        "will",
-        "be",
-        "have",
-        "to",
-        "my",
-        "your",
-        "no",
-        "aunt",
-        "uncle",
-        "coach",
-        "mr",
-        "ms",
-        "dr",
-        "dj",
-        "band",
-    ),
-    *("cafe", "chez", "port", "lake", "new", "mount", "fort"),
-}
+FIXED = (  # the words of the patterns
+    "the i will be have to my your no aunt uncle coach mr ms dr dj band"
+    " cafe chez port lake new mount fort"
+)
+GLUE = set(FIXED.split())
 
 
 def request(row: Row) -> str:
@@ -49,12 +32,8 @@ def records(split: Split) -> list[dict[str, str | int]]:
 
 
 def copied(split: Split) -> list[str]:
-    return [
-        str(value)
-        for row in rows(split, 4000, 7)
-        for key, value in record(row).items()
-        if key in COPIED
-    ]
+    found = [item for row in rows(split, 4000, 7) for item in record(row).items()]
+    return [str(value) for key, value in found if key in COPIED]
 
 
 def vocabulary(values: list[str]) -> set[str]:
@@ -103,11 +82,8 @@ def test_intents_are_balanced() -> None:
 
 @pytest.mark.parametrize("key", ["time", "day", "people"])
 def test_every_normalised_value_of_the_test_split_is_taught(key: str) -> None:
-    seen = {
-        split: {found[key] for found in records(split) if key in found}
-        for split in ("train", "test")
-    }
-    assert seen["test"] <= seen["train"]
+    seen, taught = ({of[key] for of in records(s) if key in of} for s in ("test", "train"))
+    assert seen <= taught
 
 
 def test_numbers_and_times_agree_with_what_was_said() -> None:
@@ -120,10 +96,8 @@ def test_numbers_and_times_agree_with_what_was_said() -> None:
             assert found["time"] == f"{hour}:{minute or '00'} {half}"
         elif spoken := re.search(r"(half past )?(\w+) in the (morning|evening)", text):
             half, hour, period = spoken.groups()
-            assert (
-                found["time"] == f"{numbers.index(hour) + 1}:{'30' if half else '00'}"
-                f" {'pm' if period == 'evening' else 'am'}"
-            )
+            minutes, when = "30" if half else "00", "pm" if period == "evening" else "am"
+            assert found["time"] == f"{numbers.index(hour) + 1}:{minutes} {when}"
         else:
             assert "time" not in found
             continue

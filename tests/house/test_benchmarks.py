@@ -17,11 +17,8 @@ from lorafold.models.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "gpu")  # test_gpu_day
-NEEDS = {  # beside what tests are installed with
-    "export_gguf": "xllamacpp",
-    "export_matrix": "xllamacpp",
-    "export_models": "xllamacpp",
-}
+# beside what tests are installed with
+NEEDS = dict.fromkeys(("export_gguf", "export_matrix", "export_models"), "xllamacpp")
 # of what others' packages deprecate among themselves nothing is said
 WARNED = re.compile(r"Traceback|^(?!.*site-packages).*Warning: .*$", re.MULTILINE)
 TABLE = re.compile(r"^\| ?-.*\n((?:\|.*\n?)+)", re.MULTILINE)
@@ -57,7 +54,7 @@ def test_the_short_form_runs_and_prints_figures(name: str, smollm2: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_side_that_takes_more_steps_is_caught(smollm2: Path, tmp_path: Path) -> None:
-    """As it was when `--epochs auto` made 100 steps of few rows, beside one epoch of TRL's."""
+    """It was not when `--epochs auto` made 100 steps of few rows, beside one epoch of TRL's."""
     text = (FOLDER / "chat.py").read_text(encoding="utf-8")
     assert text.count('"--epochs", "1", ') == 1
     script = tmp_path / "chat.py"

@@ -1,8 +1,6 @@
-"""The size of the source, within `budget.toml`. What a train request enters is measured in
-`test_train_request.py`, options that are declared twice in `tests/face/test_faces.py`.
+"""The size of the source, within `budget.toml`. Other tests measure what a train request enters,
+and options that are declared twice.
 """
-
-from __future__ import annotations
 
 import ast
 from collections import Counter

@@ -11,8 +11,6 @@ commands of LONG, and, among the slow tests, on the embedded model itself and wi
 of the commands run as one, behind the page that has their rows.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -23,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -44,12 +43,9 @@ LONG_PAGES = {
 }  # fmt: skip
 # what a page of the cookbook must reach on the embedded model: the share of right completions
 COOKBOOK = {
-    "cookbook-classify.md": 0.9,
-    "cookbook-extract.md": 0.8,
-    "cookbook-style.md": 0.8,
-    "cookbook-tools.md": 0.9,
-    "cookbook-distil.md": 0.9,
-}
+    "cookbook-classify.md": 0.9, "cookbook-extract.md": 0.8, "cookbook-style.md": 0.8,
+    "cookbook-tools.md": 0.9, "cookbook-distil.md": 0.9,
+}  # fmt: skip
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"[\w/.-]+\.\w+")
@@ -57,8 +53,6 @@ FILE = re.compile(r"[\w/.-]+\.\w+")
 
 @dataclass(frozen=True)
 class Fence:
-    """A block of code on a page."""
-
     page: str
     line: int
     language: str
@@ -96,22 +90,16 @@ def fences(page: str) -> Iterator[Fence]:
     text = (DOCS / page).read_text(encoding="utf-8")
     for found in FENCE.finditer(text):
         title = re.search(r'title="([^"]*)"', found[3])
-        yield Fence(
-            page,
-            text.count("\n", 0, found.start()) + 2,
-            found[2],
-            title[1] if title else "",
-            textwrap.dedent(found[4]),
-        )
+        line = text.count("\n", 0, found.start()) + 2
+        name = title[1] if title else ""
+        yield Fence(page, line, found[2], name, textwrap.dedent(found[4]))
 
 
 FENCES = [fence for page in PAGES for fence in fences(page)]
 
 
 def fences_of(page: str) -> list[Fence]:
-    """Those of a page; behind the command line's page stand those of the commands, in the order of
-    the navigation.
-    """
+    """Those of a page; the command line's page is followed by those of the commands."""
     nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     below = re.findall(r"cli/\w+\.md", nav) if page == "cli.md" else []
     return [fence for one in (page, *below) for fence in fences(one)]
@@ -153,11 +141,7 @@ def tables() -> Iterator[None]:
     ],
 )
 def test_a_page_runs(
-    model: str,
-    page: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    model: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
 ) -> None:
     if model == "tiny":
         packages, cache = request.getfixturevalue("tiny")
@@ -175,7 +159,6 @@ def test_a_page_runs(
 
 
 def run(fence: Fence, module: ModuleType, without: set[str]) -> None:
-    """Write the file that it is, or carry out what it says."""
     if fence.file:
         Path(fence.file).parent.mkdir(parents=True, exist_ok=True)
         Path(fence.file).write_text(fence.text, encoding="utf-8")
@@ -257,7 +240,7 @@ def test_the_table_of_methods_links_to_what_the_api_reference_has() -> None:
     ],
 )
 def test_make_docs_fails_for_a_dead_link(text: str, wrong: str, tmp_path: Path) -> None:
-    """As `make docs` builds the site: with the options that it has and the settings of the site."""
+    """As `make docs` builds the site."""
     pytest.importorskip("mkdocs")
     makefile = (DOCS.parent / "Makefile").read_text(encoding="utf-8")
     [given] = re.findall(r"mkdocs (build .*)$", makefile, re.M)
@@ -332,7 +315,7 @@ def test_blocks_of_text_with_columns_are_not_folded() -> None:
 
 
 def load_hooks() -> ModuleType:
-    """The hooks of the documentation, with the modules beside them, as mkdocs loads them."""
+    """The hooks of the documentation, as mkdocs loads them."""
     import importlib.util
 
     if str(DOCS) not in sys.path:

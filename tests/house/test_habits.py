@@ -1,7 +1,5 @@
 """What others expect beside the code: its files are well-formed and agree with it."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

@@ -1,13 +1,10 @@
-"""What stands on a page is what was measured: a table below a mark has figures of that file.
+"""A table of a page below a mark has the figures of a file of results.
 
     <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.md
 
 Each figure beyond the first column is one of the file's, rounded as the page has it; shares may be
-written as percent in one of both. So is each of a row that names `benchmarks/ranks.py` as where its
-figures are from. A result that is measured again makes the page's test fail.
+percent in one of both. So is each of a row that names `benchmarks/ranks.py`.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterator
@@ -91,11 +88,5 @@ def test_a_figure_that_differs_is_found() -> None:
 def test_the_pages_of_measurements_are_marked() -> None:
     pages = {page for page, _, _ in TABLES}
     assert pages >= {"measured.md", "measured-methods.md", "memory.md", "inspect.md", "fits.md"}
-    assert {name for _, name, _ in ROWS} >= {
-        "alignment",
-        "memory_grid",
-        "nf4_training",
-        "policy_task",
-        "preferences",
-        "serving",
-    }
+    named = {"alignment", "memory_grid", "nf4_training", "policy_task", "preferences", "serving"}
+    assert {name for _, name, _ in ROWS} >= named

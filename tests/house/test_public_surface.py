@@ -1,6 +1,4 @@
-"""What `import lorafold` gives: exactly the names that type checkers see and the page on the API
-has, and nothing that importing a module changes.
-"""
+"""`import lorafold` gives the names that type checkers see and that the page on the API has."""
 
 import ast
 import importlib

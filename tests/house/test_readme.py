@@ -1,7 +1,5 @@
 """The README: short, and its examples run."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -44,9 +42,8 @@ def test_its_links_lead_somewhere(link: str) -> None:
 @pytest.mark.slow
 def test_its_python_examples_run(tmp_path: Path) -> None:
     program = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "exact match" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter", "merged", "mine"}

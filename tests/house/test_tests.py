@@ -1,4 +1,4 @@
-"""How the tests lie: by wing, with what they share in `lib`, and no test in another."""
+"""The tests lie by folder, with helpers in `lib`, and no test imports another."""
 
 import ast
 import re
@@ -21,7 +21,6 @@ def test_every_test_lies_in_a_folder_with_a_budget_that_the_page_names() -> None
 
 
 def test_no_test_imports_a_test() -> None:
-    """Nor does a script that a test runs in a process of its own, or a helper."""
     assert importing("from test_x import y") == ["from test_x"]
     assert importing("SCRIPT = 'import sys; import test_x'") == ["import test_x"]
     texts = {path.name: path.read_text(encoding="utf-8") for path in FILES if path.name != HERE}
@@ -29,7 +28,6 @@ def test_no_test_imports_a_test() -> None:
 
 
 def importing(text: str) -> list[str]:
-    """Where a file imports a test, in its code and in its texts, but for what they say in prose."""
     nodes = list(ast.walk(ast.parse(text)))
     code = [ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
     scripts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]

@@ -1,7 +1,6 @@
 """How much of the source one training request runs through: functions and files."""
 
-from __future__ import annotations
-
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,12 +43,9 @@ REQUEST = dedent("""
 @pytest.fixture(scope="module")
 def entered(tiny_model_dir, tmp_path_factory) -> list[tuple[str, str]]:
     """The functions of lorafold that a warm request enters, each with its file."""
-    import json
-
-    command = [sys.executable, "-c", REQUEST, str(tiny_model_dir("llama"))]
-    made = subprocess.run(
-        [*command, str(tmp_path_factory.mktemp("out"))], capture_output=True, text=True, check=True
-    )
+    model, out = str(tiny_model_dir("llama")), str(tmp_path_factory.mktemp("out"))
+    command = [sys.executable, "-c", REQUEST, model, out]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
     return [(file, name) for file, name in json.loads(made.stdout.splitlines()[-1])]
 
 
@@ -64,7 +60,6 @@ def test_a_train_request_enters_few_files(entered: list[tuple[str, str]]) -> Non
 
 
 def by_package(entered: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """Functions and files by package."""
     packages = {Path(file).parts[0] for file, _ in entered}
     inside = {p: [e for e in entered if Path(e[0]).parts[0] == p] for p in packages}
     return {p: (len(found), len({file for file, _ in found})) for p, found in inside.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+from conftest import lorafold
 from lorafold.cli import app
 
 
@@ -27,6 +28,16 @@ def printed(*arguments: object, **options: Any) -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def error_of(*arguments: str) -> str:
+    """The one line with which a command is refused, after notices."""
+    done = lorafold(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert done.stderr.count("error: ") == 1
+    return line
 
 
 def rows_file(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

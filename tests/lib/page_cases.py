@@ -2,8 +2,6 @@
 see of pages: names that are long, figures that lie close, and some that are missing.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path

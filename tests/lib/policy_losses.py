@@ -1,7 +1,5 @@
 """TRL's own losses of policies, and lorafold's, of the same tokens of completions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

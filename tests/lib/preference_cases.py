@@ -1,7 +1,5 @@
 """Pairs and judged completions, and trainers of TRL that have the values of our adapters."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

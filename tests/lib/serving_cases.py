@@ -1,7 +1,5 @@
 """A real server in a thread, on a tiny model with saved adapters, and requests to it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import resource

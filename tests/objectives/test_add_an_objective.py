@@ -2,8 +2,6 @@
 and an algorithm over pairs, which no other file names.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

@@ -1,7 +1,5 @@
 """The rewards of completions of held-out prompts, and that a loaded model stays as it is."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from shutil import copytree

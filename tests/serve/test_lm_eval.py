@@ -1,8 +1,6 @@
 """lm-eval over a task made here: the merged model through transformers, and the served adapter."""
 
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

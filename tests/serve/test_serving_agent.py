@@ -2,8 +2,6 @@
 that learns here to call functions.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import json

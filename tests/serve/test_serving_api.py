@@ -1,7 +1,5 @@
 """The API, as the `openai` package sees it: every answer has to be of that package's types."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The server needs nothing of what computes but the nine calls of `Backend`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any

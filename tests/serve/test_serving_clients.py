@@ -4,8 +4,6 @@ The model is a random one: grammars hold its calls and its JSON. A client that i
 skipped; `pip install lorafold[dev,clients]` has them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`lorafold serve` as a process: what it refuses to start with, its messages, its end."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -2,8 +2,6 @@
 and Anthropic's messages: the same turn as a chat, in its shapes, with its events and its errors.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The pages on serving and the code have the same settings, errors, metrics and routes."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

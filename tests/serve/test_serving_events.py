@@ -1,7 +1,5 @@
 """`GET /v1/models/events`: the list, what changed since, who sees which of it, and its cost."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Faults stay where they are: numbers, bodies, clients, files, threads."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Gauges of adapters, the metrics that routers read, and the reasons for a refused adapter."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

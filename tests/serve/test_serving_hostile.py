@@ -1,7 +1,5 @@
 """Hostile adapters and requests are refused, or harm nobody but whoever sends them."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import socket

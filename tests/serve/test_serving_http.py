@@ -2,8 +2,6 @@
 no field that changes an answer is ignored.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Access: tenants and their adapters, the administrator, and nobody else."""
 
-from __future__ import annotations
-
 import hmac
 import json
 import os

@@ -1,7 +1,5 @@
 """Requests of clients that left stand in nobody's way."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Limits of a key: its expiry, the base, tokens; and who may read the metrics."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """The page at `/`, in a browser: on a desktop and a phone, in light and in dark."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

@@ -2,8 +2,6 @@
 thousand models, and administration.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The log has nothing that a client sends but the path, whatever becomes of the request."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json

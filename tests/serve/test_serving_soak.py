@@ -1,7 +1,5 @@
 """A server under everything at once, for a while, holds in the end what it held."""
 
-from __future__ import annotations
-
 import gc
 import json
 import random

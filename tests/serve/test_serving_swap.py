@@ -1,7 +1,5 @@
 """Adapters that come, go and change while others are served: every answer is of one version."""
 
-from __future__ import annotations
-
 import random
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """Adapters with a tokenizer of their own: how the server renders, ends and decodes with it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

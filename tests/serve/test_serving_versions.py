@@ -2,8 +2,6 @@
 another digest.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -3,8 +3,6 @@
 It has an environment of its own; the test runs where its command `open-webui` is on the path.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Methods compared as policies: by rewards of held-out prompts, beside the base, in pairs."""
 
-from __future__ import annotations
-
 import html
 import io
 import json

@@ -1,8 +1,6 @@
 """A comparison of settings: the settings of each method, each with the figures of its recipe alone.
 """
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 from pathlib import Path

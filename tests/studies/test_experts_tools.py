@@ -2,8 +2,6 @@
 oracle is the change of the merged model's parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path

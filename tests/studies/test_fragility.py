@@ -1,8 +1,6 @@
 """Fragility: log-odds by their formula, the share of an update in a subspace, defences as updates,
 and a sweep that is kept as it goes.
 """
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -17,8 +15,8 @@ import torch
 
 import lorafold as lf
 from adapter_cases import make_adapter
-from command_cases import rows_file, words
-from conftest import lorafold, refused, unestimating
+from command_cases import error_of, rows_file, words
+from conftest import lorafold, unestimating
 from fresh_models import fresh_model
 from lorafold.api.arguments import as_prompts
 from lorafold.api.loaded_model import load_with_adapters
@@ -553,7 +551,7 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     rows_file(tmp_path / "d.jsonl", BENIGN)
     rows_file(tmp_path / "bad.jsonl", [{"question": "a"}])
     given = [*more, *([] if "--examples" in more else ["--examples", "1"])]
-    assert told in refused("fragility", *files, *given)
+    assert told in error_of("fragility", *files, *given)
     assert not list(tmp_path.glob("o/*/*"))
 
 

@@ -1,7 +1,5 @@
 """The history of a run: kept with its adapter, the same after a kill, and a page."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

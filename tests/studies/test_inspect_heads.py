@@ -1,7 +1,5 @@
 """The attention heads that an update writes to and reads from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

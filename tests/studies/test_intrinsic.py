@@ -1,7 +1,5 @@
 """The search for a task's intrinsic dimension."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -2,8 +2,6 @@
 screen, and all of it can be read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

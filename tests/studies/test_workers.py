@@ -2,8 +2,6 @@
 one process makes alone, and nothing finished is measured again.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
