@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +19,7 @@ pytestmark = pytest.mark.usefixtures("unestimated")
 
 ROWS = [{"prompt": f"Book a table for {i}", "completion": f' {{"people": {i}}}'} for i in range(12)]
 RECIPE = lf.Recipe(steps=2, batch=2, storage="fp32", max_length=64)
-# What a user may rely on: the names and the order of the arguments of each verb.
-SIGNATURES = {
-    "attach": "model spec targets name *bias modules_to_save tokens base",
-    "chat": (
-        "model adapters *system max_new_tokens temperature seed allow_control_tokens console"
-        " revision trust_remote_code device allow_other_base storage"
-    ),
-    "compare": (
-        "out *model data eval_data rewards columns methods vary seeds recipe html console"
-        " revision trust_remote_code device"
-    ),
-    "compose": (
-        "adapters out *model how weights rank density learning data completions seed overwrite"
-        " console revision trust_remote_code device allow_other_base storage"
-    ),
-    "estimate": (
-        "model mode *params data rewards columns batch max_length labelled recipe gpus strategy"
-        " tflops device_memory measure device compute_capability html console length revision"
-        " trust_remote_code"
-    ),
-    "evaluate": (
-        "model data *columns adapters tokenizer max_length completions max_new_tokens rewards"
-        " group temperature seed reward_seconds console revision trust_remote_code device"
-        " allow_other_base storage"
-    ),
-    "export": (
-        "model adapters out *to tensors as_lora prove prompts engine_python engine_url into"
-        " overwrite console revision trust_remote_code device allow_other_base storage"
-    ),
-    "extract": "tuned out *rank model overwrite revision trust_remote_code",
-    "fragility": (
-        "out *probes data model adapters against_adapter tuned instead tuning defending recipe"
-        " columns html console revision trust_remote_code device allow_other_base storage"
-    ),
-    "generate": (
-        "model prompts *adapters tokenizer max_new_tokens temperature seed console revision"
-        " trust_remote_code device allow_other_base storage system tools allow_control_tokens"
-    ),
-    "history": "adapter *html",
-    "inspect": (
-        "adapter model *over against directions data rows max_length full html console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "intrinsic": (
-        "out *model data eval_data columns smallest largest share recipe console revision"
-        " trust_remote_code device"
-    ),
-    "load": "model path name *allow_other_base trainable base",
-    "load_model": "model storage device *revision trust_remote_code",
-    "load_tokenizer": "source revision trust_remote_code",
-    "merge": (
-        "model adapters out *into rounding seed certificate probe overwrite console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "only": "model *names",
-    "parse_calls": "text tokenizer tools",
-    "preview": (
-        "recipe *data model html console revision trust_remote_code device allow_other_base"
-        " eval_data rewards columns init_adapter over"
-    ),
-    "reference": "model",
-    "resize": (
-        "adapter out *model over rank energy data columns max_length overwrite console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "score": (
-        "model data *columns adapters tokenizer out overwrite max_length console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "serve": (
-        "adapters *model host port keys admin_key_file metrics_key_file config settings"
-        " allow_control_tokens json_logs open_page console revision trust_remote_code device"
-        " allow_other_base storage"
-    ),
-    "train": (
-        "recipe *data out model plot resume overwrite console revision trust_remote_code device"
-        " allow_other_base eval_data rewards columns init_adapter over"
-    ),
-}
+SIGNATURES = Path(__file__).with_name("signatures.toml")
 
 
 def shown(function: object) -> str:
@@ -111,7 +34,8 @@ def shown(function: object) -> str:
 
 def test_signatures_are_pinned() -> None:
     verbs = {name for name in lf.__all__ if name.islower()}
-    assert {name: shown(getattr(lf, name)) for name in sorted(verbs)} == SIGNATURES
+    pinned = tomllib.loads(SIGNATURES.read_text(encoding="utf-8"))
+    assert {name: shown(getattr(lf, name)) for name in sorted(verbs)} == pinned
 
 
 @pytest.fixture(scope="module")

@@ -108,9 +108,7 @@ def test_each_answer_is_the_models_own_to_all_that_was_said(chat: Chat, alone: A
     assert talk(chat, "rain") == alone([messages[0], said(USER, "rain")], *BOTH)
 
 
-def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(
-    chat: Chat, alone: Any
-) -> None:
+def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat, alone) -> None:
     names = {"first": BOTH[:1], "second": BOTH[1:], "none": (), "all": BOTH}
     answers = {}
     for name, attached in names.items():
@@ -165,7 +163,6 @@ def test_both_goes_on_with_the_adapters_answer(chat: Chat, alone: Callable[..., 
 
 
 def test_old_turns_leave_when_the_context_is_full_and_the_system_message_stays(chat: Chat) -> None:
-    """No prompt leaves less room than an answer may take, or leaves out a turn that would fit."""
     chat.system = "Remember the lantern."
     dropped = 0
     for number in range(40):
@@ -186,9 +183,7 @@ def test_old_turns_leave_when_the_context_is_full_and_the_system_message_stays(c
     assert len(chat.conversation()) == 81
 
 
-def test_an_answer_gets_what_the_context_has_left_and_a_longer_message_is_refused(
-    chat: Chat,
-) -> None:
+def test_an_answer_gets_what_the_context_has_left_and_a_longer_message_is_refused(chat) -> None:
     chat.max_new_tokens = 400
     turn = chat.ask("x" * 300)
     tokens = len(chat.tokenizer(turn.prompt, add_special_tokens=False).input_ids)
@@ -224,9 +219,7 @@ def test_saved_conversations_are_rows_that_train_reads(chat: Chat, tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["no json\n", '{"text": "a row of another shape"}\n'])
-def test_saving_over_what_holds_no_conversations_leaves_it_alone(
-    text: str, chat: Chat, tmp_path: Path
-) -> None:
+def test_saving_over_what_holds_no_conversations_leaves_it_alone(text: str, chat, tmp_path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     talk(chat, "rain")

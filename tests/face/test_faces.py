@@ -50,7 +50,6 @@ CLI = Path(commands.__file__).parent
 
 
 def options(verb: str) -> dict[str, list[str]]:
-    """The names of a command's options, by parameter."""
     return {str(p.name): [*p.opts, *p.secondary_opts] for p in command_of(verb).params}
 
 
@@ -81,7 +80,6 @@ def test_a_verb_has_the_parameters_of_a_base_that_bear_on_it(verb: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_option_is_declared_once(name: str) -> None:
-    """It is a parameter of the verb or of what runs it, or a field of the recipe."""
     places = declarations(name)
     assert len({one.name for _, one in places}) == len(places)
     recipes = [one for _, one in places if isinstance(one.option, RecipeOptions)]
@@ -244,9 +242,7 @@ def test_a_word_that_is_unknown_is_refused_where_it_has_no_effect_too(
         assert said in refused(*map(str, [*asked, option, "foo"]))
 
 
-def test_paths_may_begin_with_a_tilde_at_both_faces(
-    tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
+def test_paths_may_begin_with_a_tilde_at_both_faces(tiny_model_dir, tmp_path, monkeypatch) -> None:
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "ad")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -302,7 +298,6 @@ def test_the_kinds_of_the_cache_are_listed() -> None:
 
 @pytest.fixture(scope="module")
 def judge(tiny_model_dir, tmp_path_factory) -> Path:
-    """A reward model."""
     path, base = tmp_path_factory.mktemp("judge") / "judge", tiny_model_dir("llama")
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     recipe = lf.Recipe(objective="reward", steps=1, batch=2, storage="fp32")

@@ -71,9 +71,7 @@ def test_what_is_loaded_on_another_base_is_told_and_what_is_made_of_it_keeps_its
         assert "was trained on another base" in str(record["other_base"])
 
 
-def test_a_server_takes_one_where_it_is_told_to(
-    other: Path, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_server_takes_one_where_it_is_told_to(other: Path, tiny_model_dir, tmp_path) -> None:
     folder = saved(other, {"theirs": lf.LoRA(rank=2)}, tmp_path / "adapters")
     base = tiny_model_dir("llama")
     with running(base, folder) as server:

@@ -43,7 +43,6 @@ def place(tiny_model_dir, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch) -> Path:
-    """An empty cache of the hub."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
@@ -126,9 +125,7 @@ def test_what_has_no_record_says_it_in_its_configuration(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "models/base", "/gone/base", "../base"])
-def test_a_base_is_found_by_a_relative_name_and_beside_the_adapter(
-    name: str, place: Path, hub: Path
-) -> None:
+def test_a_base_is_found_by_a_relative_name_and_beside_the_adapter(name: str, place, hub) -> None:
     at = place / "adapter"
     for record in (True, False):
         base, told = found(named(at, name, record))
@@ -150,9 +147,7 @@ def test_a_base_that_was_renamed_is_found_by_its_fingerprint(place: Path, hub: P
     assert found(other / "adapter")[0].source.path == place / "renamed"
 
 
-def test_a_model_of_that_name_with_other_weights_is_taken_if_no_other_fits(
-    place: Path, hub: Path
-) -> None:
+def test_a_model_of_that_name_with_other_weights_is_taken_if_no_other_fits(place, hub) -> None:
     shutil.rmtree(place / "base")
     make_model_dir("qwen2", place / "base")
     assert found(place / "adapter")[0].source.path == place / "base"
@@ -266,7 +261,6 @@ def test_a_server_stores_its_base_as_most_adapters_had_it(place: Path) -> None:
 
 
 def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_model_dir) -> None:
-    """Nor do they stop it: most decide, and from then on what they decided."""
     folder = place / "adapters"
     folder.mkdir()
     make_adapter(place / "base", folder / "z")

@@ -94,9 +94,7 @@ def test_each_figure_is_said_and_judged(after: float, kl: float | None, told, ot
 
 
 @pytest.mark.parametrize("there", ["on the path", "elsewhere", "as a module"])
-def test_its_commands_run_from_where_it_ran(
-    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_commands_run_from_where_it_ran(there: str, tmp_path, monkeypatch) -> None:
     bin_ = tmp_path / "a b" / "bin"
     bin_.mkdir(parents=True)
     script = bin_ / "lorafold"

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -140,9 +139,7 @@ def tables() -> Iterator[None]:
         *(pytest.param("smollm2", page, marks=pytest.mark.slow) for page in RUNNING),
     ],
 )
-def test_a_page_runs(
-    model: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
-) -> None:
+def test_a_page_runs(model, page, tmp_path, monkeypatch, request) -> None:
     if model == "tiny":
         packages, cache = request.getfixturevalue("tiny")
         monkeypatch.syspath_prepend(packages)
@@ -240,7 +237,6 @@ def test_the_table_of_methods_links_to_what_the_api_reference_has() -> None:
     ],
 )
 def test_make_docs_fails_for_a_dead_link(text: str, wrong: str, tmp_path: Path) -> None:
-    """As `make docs` builds the site."""
     pytest.importorskip("mkdocs")
     makefile = (DOCS.parent / "Makefile").read_text(encoding="utf-8")
     [given] = re.findall(r"mkdocs (build .*)$", makefile, re.M)
@@ -266,9 +262,7 @@ def test_make_docs_fails_for_a_dead_link(text: str, wrong: str, tmp_path: Path) 
         ('<img src="none.png">', ["page.html: none.png"]),
     ],
 )
-def test_no_dead_link_of_a_built_page_is_overlooked(
-    body: str, dead: list[str], tmp_path: Path
-) -> None:
+def test_no_dead_link_of_a_built_page_is_overlooked(body: str, dead: list[str], tmp_path) -> None:
     pytest.importorskip("mkdocs")
     (tmp_path / "page.html").write_text(body)
     (tmp_path / "other.html").write_text('<p id="there">')
@@ -315,7 +309,6 @@ def test_blocks_of_text_with_columns_are_not_folded() -> None:
 
 
 def load_hooks() -> ModuleType:
-    """The hooks of the documentation, as mkdocs loads them."""
     import importlib.util
 
     if str(DOCS) not in sys.path:

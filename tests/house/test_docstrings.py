@@ -39,7 +39,6 @@ class Public(NamedTuple):
 
 
 def functions(path: Path) -> Iterator[Public]:
-    """The public functions of a file, and the public methods of its public classes."""
     text = path.read_text(encoding="utf-8")
     name = ".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__")
     module = importlib.import_module(name)
@@ -139,5 +138,4 @@ def entries_in(docs: str) -> dict[str, str]:
 
 
 def described_in(docs: str) -> set[str]:
-    """The names in an `Args:` section."""
     return {name for names in entries_in(docs) for name in names.split(", ")}

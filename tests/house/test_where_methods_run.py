@@ -27,7 +27,6 @@ OF_MODELS = {"houlsby", "pfeiffer", "prompt", "prefix", "linear-probe"}
 
 
 def cell(method: str, base: str) -> str:
-    """What happens to a method over a layer."""
     if method in OF_MODELS:
         return "model"
     torch.manual_seed(0)

@@ -36,7 +36,6 @@ def given(reference: bool = True) -> tuple[SampledTokens, Tensor]:
 
 
 def averaged(law: PolicyLaw, drawn: SampledTokens) -> Tensor:
-    """The loss over the step, as `training_step.policy_loss` has it."""
     losses, lengths = law.loss(drawn), torch.tensor(LENGTHS)
     if law.average == "tokens":
         return losses.mean()
@@ -100,7 +99,6 @@ def check_loss_of_trl(
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Assert that the law has the loss and the gradient of TRL with these settings."""
     drawn, rewards = given(reference=bool(law.beta))
     advantages = law.advantages(rewards).flatten()
     expected, gradient = loss_of_trl(settings, drawn, advantages, model_dir, out, monkeypatch)

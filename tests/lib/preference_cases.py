@@ -67,7 +67,6 @@ def trainer_of(
 
 
 def check_gradients(trainer: Any, loss: Tensor, adapter: lf.Adapter, own: Tensor) -> None:
-    """The same loss, and the same gradient of every factor."""
     assert float(own.detach()) == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-6)
     loss.backward()
     own.backward()

@@ -27,8 +27,6 @@ LONG = 240  # seconds after which processes count as hung, on a machine that oth
 
 @dataclass(frozen=True)
 class One:
-    """One process: where its output goes, and how it ended."""
-
     process: BaseProcess
     told: Path
     printed: Path
@@ -125,7 +123,6 @@ def ended(processes: Sequence[One], seconds: float = LONG) -> list[One]:
 
 
 def together(n: int, folder: Path, *arguments: str, **how: Any) -> list[One]:
-    """The processes of a command, when they have ended."""
     return ended(begun(n, folder, *arguments, **how))
 
 

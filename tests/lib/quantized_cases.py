@@ -154,7 +154,6 @@ def relative(a: Tensor, b: Tensor) -> float:
 def moved(
     model: Any, method: str = "lora", name: str = "a", targets: Any = "all-linear"
 ) -> lf.Adapter:
-    """An adapter of the method, no longer as it starts."""
     torch.manual_seed(1)
     adapter = lf.attach(model, METHODS[method], targets, name=name)
     with torch.no_grad():

@@ -36,7 +36,6 @@ ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
 
 
 def strict(**properties: Any) -> dict[str, Any]:
-    """The schema of an object of these properties."""
     return {
         "type": "object", "properties": properties, "required": [*properties],
         "additionalProperties": False,
@@ -146,7 +145,6 @@ class Running:
 
 
 def saved(model_dir: Path, specs: Mapping[str, Any], folder: Path) -> Path:
-    """A directory of adapters of that model."""
     save_adapters(fresh_model(model_dir), folder, specs)
     return folder
 
@@ -229,7 +227,6 @@ def posted(server: Running, path: str, body: Any) -> socket.socket:
 
 
 def stream_of(server: Running, model: str, tokens: int, **more: object) -> socket.socket:
-    """A connection on which a stream was asked for."""
     asked = {"model": model, "prompt": "The", "max_tokens": tokens, "stream": True}
     return posted(server, "/v1/completions", asked | {"ignore_eos": True} | more)
 
@@ -248,7 +245,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """Let this process open no file meanwhile."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
     try:

@@ -165,7 +165,6 @@ def check_devices(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list
 
 
 def count(found: Count, func: Any, args: Any, kwargs: Any, there: Any, here: Any) -> None:
-    """Add an operation to what was counted."""
     name, there_is = func.overloadpacket.__name__, WHERE.type
     to = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     waits = ""
@@ -302,7 +301,6 @@ def pretend() -> None:
 
 
 def pretend_cuda() -> None:
-    """Have `torch.cuda` answer so."""
     with contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401  (which would look for CUDA's library)
     cuda: Any = torch.cuda

@@ -66,5 +66,4 @@ def made(kind: str, model_dir: Path, out: Path, spec: lf.LoRA, *more, **settings
 
 
 def train_until_killed(kind: str, model_dir: Path, out: Path) -> None:
-    """A run whose process is killed in step 8."""
     made(kind, model_dir, out, LORA, Killed())[0].train()

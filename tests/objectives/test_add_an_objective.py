@@ -235,9 +235,7 @@ def test_what_it_does_not_take_is_refused(hardest, tiny_model_dir, tmp_path: Pat
         lf.compare(out, model=model, data=ROWS, recipe=lf.Recipe(objective="hardest"))
 
 
-def test_its_rows_are_shown_and_its_memory_estimated(
-    hardest, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_its_rows_are_shown_and_its_memory_estimated(hardest, tiny_model_dir, tmp_path) -> None:
     said, model = io.StringIO(), tiny_model_dir("llama")
     asked = request(model, tmp_path / "a", "hardest", ROWS)
     show(asked, Console(file=said, width=200), rows=1)

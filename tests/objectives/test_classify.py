@@ -204,9 +204,7 @@ def test_the_fresh_head_follows_from_the_seed(directory: Path, tiny_model_dir) -
 
 
 @pytest.mark.slow
-def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
-    fit, directory: Path, tmp_path: Path
-) -> None:
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(fit, directory, tmp_path) -> None:
     fit("straight", steps=12, save_every=4)
     killed(train_until_killed, directory, tmp_path / "killed")
     fit("killed", steps=12, save_every=4, resume=True)
@@ -326,9 +324,7 @@ def test_peft_computes_the_same_from_the_files(fit, directory: Path, tmp_path: P
         torch.testing.assert_close(ours(ids).logits, wrapped(ids).logits)
 
 
-def test_an_adapter_merged_in_memory_is_a_plain_classifier(
-    fit, directory: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_merged_in_memory_is_a_plain_classifier(fit, directory, tmp_path) -> None:
     fit(lr=1e-2)
     model, tokenizer = classifier(directory), load_tokenizer(directory)
     adapter = lf.load(model, tmp_path / "a")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lorafold as lf
-from conftest import lorafold, refused
+from conftest import lorafold
 from lorafold.core.attach import selection_of
 from lorafold.errors import LorafoldError
 from lorafold.generation import text_of
@@ -224,12 +224,3 @@ def test_a_classifier_that_is_loaded_draws_nothing(base: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base)
     with pytest.raises(LorafoldError, match="generates nothing, expected a causal language model"):
         measured(model)
-
-
-def test_options_of_the_command_have_no_effect_without_rewards(base: Path, tmp_path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    asked = ["eval", "--model", str(base), "--data", str(tmp_path / "rows.jsonl")]
-    said = refused(*asked, "--temperature", "1", "--reward-seconds", "30")
-    assert "temperature, reward_seconds: expected none without rewards" in said
-    said = refused(*asked, "--reward", "regex:a", "--no-completions")
-    assert "completions: found False, expected True" in said

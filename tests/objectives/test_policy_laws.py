@@ -46,9 +46,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_are_those_of_trl(
-    case: str, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_are_those_of_trl(case: str, tiny_model_dir, tmp_path, monkeypatch) -> None:
     law, settings = CASES[case]
     settings = {"beta": 0.0, **settings}
     check_loss_of_trl(law, settings, tiny_model_dir("llama"), tmp_path, monkeypatch)

@@ -208,9 +208,7 @@ def test_judged_rows_have_the_completion_before_as_a_second_branch(tiny: Any) ->
     assert [example.desirable for example in both] == [True, False] * len(PAIRS)
 
 
-def test_references_are_the_stack_below_and_are_kept(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_references_are_the_stack_below_and_are_kept(tiny: Any, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(shared(tmp_path / "cache")))
     model, tokenizer, _ = tiny
     examples = examples_of(PAIRS, tokenizer)
@@ -356,9 +354,7 @@ RECIPES = {
 @pytest.mark.estimated
 @pytest.mark.few(3)
 @pytest.mark.parametrize("objective", RECIPES)
-def test_every_objective_trains_and_is_measured(
-    objective: str, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_every_objective_trains_and_is_measured(objective: str, tiny_model_dir, tmp_path) -> None:
     base, out = tiny_model_dir("llama-wide"), tmp_path / "out"
     rows = JUDGED if objective == "kto" else PAIRS
     recipe = lf.Recipe(
@@ -387,9 +383,7 @@ def test_every_objective_trains_and_is_measured(
         pytest.param("loha", 1e-1, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_methods_learn_preferences(
-    method: str, lr: float, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_methods_learn_preferences(method: str, lr: float, tiny_model_dir, tmp_path) -> None:
     recipe = lf.Recipe(
         objective="dpo", method=method, steps=30, batch=4, lr=lr, lr_b=lr, storage="fp32"
     )
@@ -491,11 +485,6 @@ def test_a_preview_shows_both_completions(tiny_model_dir, tmp_path: Path) -> Non
     assert text.count("chosen:") == text.count("rejected:") == 3
     assert "⟦The table is booked.<|im_end|>⟧" in text
     assert "⟦No.<|im_end|>⟧" in text
-
-
-def test_comparing_methods_by_preferences_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LorafoldError, match="objective: found dpo, expected one whose figures"):
-        lf.compare(tmp_path / "out", data=PAIRS, recipe=lf.Recipe(objective="dpo"))
 
 
 def test_judged_rows_of_one_kind_have_no_margin(tiny: Any) -> None:

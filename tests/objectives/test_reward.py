@@ -291,9 +291,7 @@ def test_every_method_tells_the_pairs_apart_and_comes_back(
     assert found.figures.margin == pytest.approx(result.figures["margin"], rel=1e-4)
 
 
-def test_scores_are_equal_to_the_bit_after_saving_and_loading(
-    directory: Path, tmp_path: Path
-) -> None:
+def test_scores_are_equal_to_the_bit_after_saving_and_loading(directory, tmp_path) -> None:
     model, tokenizer = reward_model(directory), load_tokenizer(directory)
     adapted(model).save(tmp_path / "a", record={"reward": True})
     other = reward_model(directory, seed=9)  # another head, which the saved one replaces
@@ -343,9 +341,7 @@ def test_an_adapter_that_peft_saved_is_scored(directory: Path, tmp_path: Path) -
     same_scores(found.rows, scored_alone(wrapped, [d.ids for e in examples for d in e.documents()]))
 
 
-def test_a_folded_model_is_a_plain_reward_model(
-    trained: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_folded_model_is_a_plain_reward_model(trained, tmp_path) -> None:
     directory, out = trained
     model = reward_model(directory)
     adapter = lf.load(model, out)
@@ -394,9 +390,7 @@ def test_a_head_in_fp32_files_is_read_in_fp32(directory: Path, tmp_path: Path) -
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("storage", ["nf4", pytest.param("int8", marks=pytest.mark.slow), "bf16"])
-def test_a_quantized_base_scores_as_it_was_trained(
-    storage: str, directory: Path, tmp_path: Path
-) -> None:
+def test_a_quantized_base_scores_as_it_was_trained(storage: str, directory, tmp_path) -> None:
     how = {"storage": storage, "lr": 1e-2, "steps": 30, "eval_rows": ROWS}
     result = fit(directory, tmp_path / "a", **how)
     found = score(directory, tmp_path / "a", storage=storage)
@@ -406,9 +400,7 @@ def test_a_quantized_base_scores_as_it_was_trained(
 
 
 @pytest.mark.slow
-def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
-    directory: Path, tmp_path: Path
-) -> None:
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(directory, tmp_path) -> None:
     how: dict[str, Any] = {"steps": 9, "save_every": 3, "objective_options": {"centre": 0.01}}
     fit(directory, tmp_path / "straight", **how)
     with interrupted(5, RuntimeError):

@@ -157,9 +157,7 @@ def test_every_kind_of_decoder_has_a_shell(kind: str, tiny_model_dir, tmp_path: 
     assert scores == pytest.approx(of_score, rel=1e-4, abs=1e-5)
 
 
-def test_a_policy_trains_with_it_and_resumes_exactly(
-    reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_policy_trains_with_it_and_resumes_exactly(reward, tmp_path) -> None:
     directory, _ = reward
     out = shutil.copytree(reward[1], tmp_path / "reward")
     given, changes = [f"0.5*adapter:{out}", short], {"recipe": {"save_every": 1}}
@@ -179,9 +177,7 @@ def test_a_policy_trains_with_it_and_resumes_exactly(
     assert same_bytes(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_the_sum_has_the_score_with_its_weight_and_a_row_its_own_prompt(
-    reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_sum_has_the_score_with_its_weight_and_a_row_its_own_prompt(reward, tmp_path) -> None:
     directory, out = reward
     base = Base(directory, "fp32", device="cpu")
     asked = {"role": "user", "content": "Say red"}
@@ -222,9 +218,7 @@ class Keeping:
 
 
 @pytest.mark.slow
-def test_a_reward_over_a_stack_and_a_policy_over_one(
-    reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_reward_over_a_stack_and_a_policy_over_one(reward, tmp_path) -> None:
     """Each has its own adapters below, whichever those of the other are."""
     directory, plain = reward
     sft = recipe(lr=3e-2, steps=4)
@@ -256,9 +250,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_can_t_score_is_refused_before_anything_runs(
-    case: str, reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_what_can_t_score_is_refused_before_anything_runs(case: str, reward, tmp_path) -> None:
     directory, out = reward[0], shutil.copytree(reward[1], tmp_path / "reward")
     changes: dict[str, Any] = {"recipe": {"method": "full"} if case == "full" else {}}
     weights, record = out / "adapter_model.safetensors", out / "lorafold.json"
@@ -302,9 +294,7 @@ def test_it_needs_a_model_and_a_finite_weight(reward: tuple[Path, Path]) -> None
         RewardAdapter.of(f"inf*adapter:{reward[1]}", Base(reward[0]))
 
 
-def test_the_command_s_option_is_a_spelling_of_the_name(
-    reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_command_s_option_is_a_spelling_of_the_name(reward, tmp_path) -> None:
     directory, out = reward
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))

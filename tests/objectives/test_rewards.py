@@ -107,9 +107,7 @@ def test_a_function_gets_what_it_names_and_gives_numbers(one: Rewards, folder: P
     assert one([])[0] == []
 
 
-def test_a_function_with_every_field_one_with_positions_and_a_batch(
-    folder: Path, batch: Rewards
-) -> None:
+def test_a_function_with_every_field_one_with_positions_and_a_batch(folder, batch) -> None:
     every, positional, lists = (
         reward_of(f"{folder}/given.py:{name}") for name in ("every", "positional", "lists")
     )
@@ -122,9 +120,7 @@ def test_a_function_with_every_field_one_with_positions_and_a_batch(
         reward.close()
 
 
-def test_the_process_has_no_torch_and_prints_to_standard_error(
-    one: Rewards, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_process_has_no_torch_and_prints_to_standard_error(one, capfd) -> None:
     assert one(judged("torch"))[0] == [0.0]
     one.close()  # the process has the standard error of when it was started
     assert one(judged("1"))[0] == [1.0]
@@ -175,9 +171,7 @@ def test_what_is_wrong_names_the_completion(one: Rewards, completion: str, told:
     assert one(judged("4"))[0] == [4.0]  # the next call is answered as if nothing had been
 
 
-def test_what_a_killed_function_started_is_killed_too(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_a_killed_function_started_is_killed_too(folder, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     with Rewards.of(f"{folder}/given.py:one", limit=1) as rewards:
         assert "took more than 1 s" in fails(rewards, "group")

@@ -42,7 +42,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, 
 
 
 def asked(model: str, arguments: dict[str, Any], folder: Path) -> dict[str, list[Any]]:
-    """What lm-eval reads of each row, by task."""
     from lm_eval import simple_evaluate
 
     rows = folder / "rows.jsonl"

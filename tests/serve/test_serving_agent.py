@@ -97,12 +97,15 @@ def said(name: str, arguments: dict[str, Any]) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_agent_calls_and_answers_with_the_result(server, kind):
     agent, called = agent_of(server, kind)
-    for asked, call, answer in unseen(6, seed=1):
+    history: list[Any] = []
+    for n, (asked, call, answer) in enumerate(unseen(6, seed=1)):
         called.clear()
-        found = agent.run_sync(asked)
+        found = agent.run_sync(asked, message_history=history if n < 3 else None)
         print(f"{asked!r} -> {called} -> {found.output!r}")
         assert called == [call]
         assert found.output == answer
+        history = found.all_messages() if n < 3 else history
+    assert len(history) == 12  # a question, a call, its result and an answer each
     called.clear()
     assert agent.run_sync("Hello").output.startswith("Hello")
     assert called == []
@@ -127,20 +130,7 @@ def test_an_agent_streams(server, kind):
     asyncio.run(all_of_them())
 
 
-def test_an_agent_goes_on_with_its_conversation(server):
-    agent, called = agent_of(server)
-    history: list[Any] = []
-    for asked, call, answer in unseen(3, seed=3):
-        called.clear()
-        found = agent.run_sync(asked, message_history=history)
-        history = found.all_messages()
-        assert called == [call]
-        assert found.output == answer
-    assert len(history) == 12  # a question, a call, its result and an answer each
-
-
 def test_an_agent_that_has_to_answer_in_a_form(server):
-    """With a tool that has to be called, and with a JSON schema of the text."""
     pydantic_ai = pytest.importorskip("pydantic_ai")
     asked, wanted = "Book a table for 4 at The Wild Pear", Booking(place="The Wild Pear", people=4)
     by_tool = pydantic_ai.Agent(model_of(server), output_type=Booking)
@@ -166,26 +156,15 @@ def fields(messages: list[Any], **more: Any) -> dict[str, Any]:
     return {"model": "calls", "messages": messages, "tools": TOOLS, "temperature": 0} | more
 
 
-def test_the_client_in_a_loop(client):
-    for asked, call, answer in unseen(3, seed=4):
-        messages: list[Any] = [{"role": "user", "content": asked}]
-        first = client.chat.completions.create(**fields(messages)).choices[0]
-        assert first.finish_reason == "tool_calls"
-        assert called_in(first.message) == [call]
-        messages += [first.message, *results(first.message.tool_calls)]
-        last = client.chat.completions.create(**fields(messages)).choices[0]
-        assert last.finish_reason == "stop"
-        assert last.message.content == answer
-
-
 def test_the_asynchronous_client_in_loops_at_once(asynchronous):
     async def loop(asked: str, call: Call, answer: str) -> None:
         messages: list[Any] = [{"role": "user", "content": asked}]
         create = asynchronous.chat.completions.create
-        first = (await create(**fields(messages))).choices[0].message
-        assert called_in(first) == [call]
-        messages += [first, *results(first.tool_calls)]
-        assert (await create(**fields(messages))).choices[0].message.content == answer
+        first = (await create(**fields(messages))).choices[0]
+        assert (first.finish_reason, called_in(first.message)) == ("tool_calls", [call])
+        messages += [first.message, *results(first.message.tool_calls)]
+        last = (await create(**fields(messages))).choices[0]
+        assert (last.finish_reason, last.message.content) == ("stop", answer)
 
     async def all_of_them() -> None:
         await asyncio.gather(*(loop(*one) for one in unseen(6, seed=5)))
@@ -241,15 +220,6 @@ def test_the_choice_of_tools(client, base):
     assert len(called_in(forced.choices[0].message)) == 1
     with pytest.raises(openai.BadRequestError, match="tools"):  # its own template shows none
         client.chat.completions.create(**fields(messages, model=base))
-
-
-def test_a_schema_is_a_type(client, base):
-    asked: Any = [{"role": "user", "content": "A table for 4 at Cafe Roma. Reply in JSON."}]
-    for model in (base, "calls"):
-        found = client.chat.completions.parse(
-            model=model, messages=asked, response_format=Booking, temperature=0
-        )
-        assert isinstance(found.choices[0].message.parsed, Booking)
 
 
 def test_responses_in_a_loop(client):

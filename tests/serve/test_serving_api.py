@@ -1,9 +1,6 @@
 """The API, as the `openai` package sees it: every answer has to be of that package's types."""
 
-import asyncio
 import json
-import shutil
-import subprocess
 from typing import Any
 
 import openai
@@ -60,23 +57,6 @@ def test_adapters_differ_from_the_base_and_from_each_other(server):
     digest = server.parts.registry.adapters["a"].digest
     assert server.text(f"a@{digest[:12]}", "The quick brown", max_tokens=16) == texts["a"]
     assert server.complete("a@" + "0" * 12, "The").code == "model_not_found"
-
-
-def test_many_at_once_from_the_asynchronous_client(server):
-    async def all_of_them() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-
-            async def one(i: int) -> str:
-                stream = await client.completions.create(
-                    model=("base", "a", "b")[i % 3], prompt=f"Number {i}", max_tokens=6,
-                    temperature=0, stream=True, extra_body={"ignore_eos": True},
-                )  # fmt: skip
-                return "".join([chunk.choices[0].text async for chunk in stream])
-
-            return list(await asyncio.gather(*map(one, range(12))))
-
-    for i, text in enumerate(asyncio.run(all_of_them())):
-        assert text == server.text(("base", "a", "b")[i % 3], f"Number {i}", max_tokens=6)
 
 
 def test_choices_have_seeds_of_their_own_that_repeat(client):
@@ -206,18 +186,6 @@ def test_responses_are_the_same_turn(client, server):
     assert again.usage.input_tokens > called.usage.input_tokens
 
 
-def test_curl_gets_what_the_client_gets(server):
-    if shutil.which("curl") is None:
-        pytest.skip("no curl on this machine")
-    body = {"model": "a", "prompt": "The", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
-    command = [
-        "curl", "-sS", "--fail-with-body", f"{server.url}/v1/completions", "-H",
-        "Content-Type: application/json", "-d", json.dumps(body),
-    ]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    assert json.loads(out)["choices"][0]["text"] == server.text("a", "The", max_tokens=6)
-
-
 def test_every_answer_validates_against_the_packages_types(server):
     """The client itself builds its types without validation, so they are validated here."""
     chat = {"model": "a", "messages": ASK, "max_tokens": 6, "seed": 0}
@@ -316,9 +284,7 @@ def test_an_echo_without_log_probabilities_is_the_text(server: Running) -> None:
     assert all(one["choices"][0]["logprobs"] is None for one in streamed)
 
 
-def test_one_prompt_is_read_once_for_all_its_completions(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_prompt_is_read_once_for_all_its_completions(server, monkeypatch) -> None:
     runner = server.engine._runner
     forward, computed = runner.forward, []
 

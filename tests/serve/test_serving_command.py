@@ -110,7 +110,6 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str],
 
 
 def stream(port: int, tokens: int) -> HTTPConnection:
-    """A connection on which a stream has begun."""
     at = HTTPConnection("127.0.0.1", port, timeout=60)
     body = {"model": "a", "prompt": "The", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     at.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})

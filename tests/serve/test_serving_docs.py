@@ -28,7 +28,6 @@ ROUTERS = re.compile(r"\bvllm:\w+")  # for programs, which the dashboard has und
 
 @pytest.fixture(scope="module")
 def server(serve) -> Running:
-    """A server that has answered one request."""
     found = serve()
     found.text("a", "The")
     return found

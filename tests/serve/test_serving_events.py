@@ -87,9 +87,7 @@ def test_the_list_comes_first_and_then_what_changed_alone(server: Running) -> No
         server.parts.host.draining = False
 
 
-def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(server, monkeypatch) -> None:
     looks: list[float] = []
     look = routes.Snapshot
     monkeypatch.setattr(routes, "Snapshot", lambda s: looks.append(time.monotonic()) or look(s))

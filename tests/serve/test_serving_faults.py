@@ -37,7 +37,6 @@ def common(serve) -> Running:
 
 
 def at_once(server: Running, models: list[str], **more: object) -> list[Answer]:
-    """A completion under each model, asked for together."""
     with ThreadPoolExecutor(len(models)) as pool:
         asked = [
             pool.submit(server.complete, model, f"Number {i}", **more)
@@ -192,7 +191,6 @@ def mended(common, tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_files_that_change_under_the_server(mended: Running, damage, name):
-    """Only what was verified is served."""
     text = mended.text("a", "The")
     DAMAGES[damage](mended.folder / "a" / name)
     assert mended.text("a", "The") == text  # it is in memory

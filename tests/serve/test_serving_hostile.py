@@ -33,7 +33,6 @@ WORST = (
 
 
 def worker_pids() -> set[int]:
-    """The processes that this one started, and that run."""
     children = psutil.Process().children(recursive=True)
     return {one.pid for one in children if one.status() != psutil.STATUS_ZOMBIE}
 
@@ -71,7 +70,6 @@ def besieged(base: Path, folder: Path, names: Sequence[str], everything: bool) -
 
 @pytest.fixture
 def folder(tiny_model_dir, tmp_path):
-    """A directory with two good adapters."""
     specs = {"good": lf.LoRA(rank=2), "also": lf.DoRA()}
     return saved(tiny_model_dir("llama"), specs, tmp_path / "adapters")
 
@@ -225,9 +223,7 @@ def test_bodies_that_are_half_there_wait_in_the_tenants_queue(server: Running) -
     until(lambda: server.parts.host.waiting("me") == 0)
 
 
-def test_large_bodies_are_read_and_answered_beside_the_event_loop(
-    server: Running, monkeypatch: Any
-) -> None:
+def test_large_bodies_are_read_and_answered_beside_the_event_loop(server, monkeypatch) -> None:
     """The event loop's thread never has a text of so many bytes in its hands."""
     from lorafold.serving import server as module
     from lorafold.serving.routes import completions
@@ -263,9 +259,7 @@ def test_large_bodies_are_read_and_answered_beside_the_event_loop(
         ("/detokenize", "tokens", [1] * 300_000),
     ],
 )
-def test_one_error_of_a_million_is_looked_for(
-    server: Running, path: str, field: str, value: Any
-) -> None:
+def test_one_error_of_a_million_is_looked_for(server, path: str, field: str, value: Any) -> None:
     """A list with an error in each element took 5 s, in which nothing else was answered."""
     chat = path in ("/v1/chat/completions", "/v1/messages")
     body = {"model": "a"} | ({"max_tokens": 2, "messages": ASK} if chat else {})

@@ -18,7 +18,6 @@ ORIGIN = "https://app.example"
 
 @pytest.fixture(scope="module")
 def server(serve) -> Running:
-    """A server that pages of one other origin may ask."""
     return serve(cors=[ORIGIN])
 
 

@@ -133,7 +133,6 @@ def test_versions_can_be_looked_up(server: Running):
 
 
 def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatch):
-    """One tenant's large bodies keep no other one waiting, and are bounded."""
     rendering = server.parts.registry.plain.renderer
     began, go = threading.Event(), threading.Event()
     tokens = rendering.tokens
@@ -244,7 +243,6 @@ def test_a_key_is_revoked_whatever_became_of_the_file_before(tmp_path, fault, st
 
 
 def test_every_hash_is_compared(tmp_path, monkeypatch):
-    """The time that it takes does not depend on the key."""
     file = tmp_path / "keys.json"
     made = [new_key(file, f"t{i}", ["*"]) for i in range(5)]
     keys, compared, real = Keys(file, None), [], hmac.compare_digest

@@ -96,9 +96,7 @@ def test_what_was_not_thought_about_yet_is_left_out(
     until(server.idle)
 
 
-def test_what_the_engine_got_for_nobody_ends(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_engine_got_for_nobody_ends(server, monkeypatch) -> None:
     engine = server.engine
     began, go, submit, streams = threading.Event(), threading.Event(), engine.submit, []
 

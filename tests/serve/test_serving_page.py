@@ -59,7 +59,6 @@ def visit(browser: Any, site: Running) -> Iterator[Callable[..., Any]]:
 
 
 def ask(page: Any, question: str, length: int = 24) -> list[str]:
-    """Ask, and wait for both answers; their texts."""
     if not page.locator("#length").is_visible():
         page.click("#options summary")
     page.fill("#length", str(length))
@@ -85,9 +84,7 @@ def completion(site: Running, model: str, *messages: str, length: int = 24) -> s
 
 @pytest.mark.slow
 @pytest.mark.few(1)
-def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(
-    visit: Any, site: Running
-) -> None:
+def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(visit, site) -> None:
     page, base = visit(), site.parts.registry.base
     assert page.locator("#left").input_value() == base
     assert page.locator("#right").input_value() == "dora"
@@ -132,9 +129,7 @@ def test_a_system_message_and_the_choice_of_models_count(visit: Any, site: Runni
     assert page.locator(".answer").count() == 2
 
 
-def test_stop_ends_both_answers_here_and_in_the_server(
-    visit: Any, site: Running, monkeypatch: Any
-) -> None:
+def test_stop_ends_both_answers_here_and_in_the_server(visit, site, monkeypatch) -> None:
     engine = site.engine
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or step())
@@ -276,9 +271,7 @@ def test_the_keyboard_is_enough_and_everything_has_a_name(visit: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(
-    visit: Any, llama: Path, adapters: Path
-) -> None:
+def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(visit, llama, adapters) -> None:
     with running(llama, adapters, {"acme": ["lora"]}) as server:
         page, key = visit(url=server.url), server.keys["acme"]
         field, chat = page.get_by_label("Key", exact=True), page.locator("#chat")
@@ -315,7 +308,6 @@ def test_the_inspected_page_opens_as_it_is_and_shut(visit: Any) -> None:
 
 
 def see_inspected(page: Any) -> None:
-    """Its style counts, its script does not, and it has no origin to act for."""
     heading = page.locator("h1")
     sync.expect(heading).to_have_text("Inside")
     sync.expect(heading).to_have_css("color", "rgb(1, 2, 3)")
@@ -323,9 +315,7 @@ def see_inspected(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_gone_is_told_and_waited_for(
-    visit: Any, site: Running, llama: Path, adapters: Path
-) -> None:
+def test_a_server_that_is_gone_is_told_and_waited_for(visit, site, llama, adapters) -> None:
     with running(llama, adapters) as server:
         page = visit(url=server.url)
         trouble = page.locator("#trouble")

@@ -308,9 +308,7 @@ def test_an_administrator_changes_adapters_and_aliases(page: Any, site: Running)
     assert page.evaluate(unnamed) == []
 
 
-def test_what_is_not_seen_holds_no_stream_and_what_ends_is_asked_for_again(
-    page: Any, site: Running
-) -> None:
+def test_what_is_not_seen_holds_no_stream_and_what_ends_is_asked_for_again(page, site) -> None:
     seen = "Object.defineProperty(document, 'visibilityState', {value: %r, configurable: true});" \
         "document.dispatchEvent(new Event('visibilitychange'))"  # fmt: skip
     sync.expect(page.locator("#rows tr")).to_have_count(3)

@@ -38,7 +38,6 @@ def server(serve) -> Running:
 
 @pytest.fixture(params=["plain", "json"])
 def written(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """The server's standard error."""
     found = io.StringIO()
     before = {n: vars(logging.getLogger(n)).copy() for n in LOGGERS}
     hooks = threading.excepthook, sys.unraisablehook
@@ -103,9 +102,7 @@ def bodies() -> Iterator[tuple[str, Any]]:
     yield "/admin/adapters", {MARK: MARK}
 
 
-def test_the_log_has_nothing_that_clients_send(
-    server: Running, written: io.StringIO, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_log_has_nothing_that_clients_send(server, written, capfd) -> None:
     key, statuses = server.keys["acme"], set()
     for path, body in bodies():
         for used in (ADMIN if "l" in path[4:6] or "admin" in path else key, MARK):
@@ -176,7 +173,6 @@ def type_of(fault: Any) -> str:
 
 
 def counted(metrics: str, outcome: str) -> float:
-    """How many requests ended so."""
     found = re.findall(rf'lorafold_requests_total{{.*outcome="{outcome}".*}} (\S+)', metrics)
     return sum(map(float, found))
 
@@ -201,9 +197,7 @@ def test_the_death_of_the_engine_and_lost_tasks_are_told_without_messages(
     assert "ValueError" in text
 
 
-def test_a_client_that_leaves_in_its_body_is_counted_as_one(
-    server: Running, written: io.StringIO
-) -> None:
+def test_a_client_that_leaves_in_its_body_is_counted_as_one(server, written) -> None:
     before = counted(server.metrics(ADMIN), "client_left")
     for path in (PLAIN, TURNS, "/v1/responses", "/tokenize"):
         with socket.create_connection(("127.0.0.1", server.port)) as at:
@@ -240,9 +234,7 @@ def test_of_a_whole_address_the_path_alone_is_kept(server: Running, written: io.
     assert re.search(r"method=other|\"method\": \"other\"", text)
 
 
-def test_with_log_texts_all_of_it_is_there(
-    serve_once, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_log_texts_all_of_it_is_there(serve_once, written, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", written)
         logs.set_up(True, texts=True)

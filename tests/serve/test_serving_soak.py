@@ -95,7 +95,6 @@ class Load:
 
 
 def held() -> tuple[int, int, int]:
-    """The process's bytes, open files and threads."""
     gc.collect()
     process = psutil.Process()
     return process.memory_info().rss, process.num_fds(), threading.active_count()

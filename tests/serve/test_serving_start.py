@@ -33,7 +33,6 @@ def folder(llama: Path, tmp_path: Path) -> Path:
 
 
 def arrives(folder: Path, like: str, name: str) -> None:
-    """A copy of an adapter, whole at once."""
     shutil.copytree(folder / like, folder.parent / name)
     (folder.parent / name).rename(folder / name)
 

@@ -128,7 +128,6 @@ def test_what_was_said_holds_after_a_restart(llama, tmp_path):
 
 @pytest.mark.slow
 def test_every_request_is_what_it_is_alone(tiny_model_dir, tmp_path):
-    """Eight methods and the base, lengths, samplers and arrivals at random, in fp32."""
     folder = saved(tiny_model_dir("qwen2"), METHODS, tmp_path / "adapters")
     draw = random.Random(0)
     with running(tiny_model_dir("qwen2"), folder, slots=6) as server:
@@ -153,8 +152,6 @@ def test_every_request_is_what_it_is_alone(tiny_model_dir, tmp_path):
 
 
 class Race(RuleBasedStateMachine):
-    """Any order of what clients and the administrator may do."""
-
     server: Running
     versions: dict[str, Path]
     texts: dict[str, str]

@@ -242,7 +242,6 @@ def test_a_schema_holds_for_an_adapter_with_new_tokens(server):
 
 
 def test_reasoning_is_told_apart(server):
-    """The prompt opens it, and what the model says is reasoning until it closes it."""
     reader = PartReader(renderer_of(server, "thinks").tokenizer, "[assistant] <think>", ())
     said = [reader.add(piece) for piece in ("Let me", " see</th", "ink>\n\nIt ", "is.")]
     assert said == [

@@ -28,8 +28,6 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
 def edited(name: str, **fields: Any) -> Callable[[Path], None]:
-    """A change of fields of a file of JSON."""
-
     def alter(at: Path) -> None:
         content = json.loads((at / name).read_text())
         (at / name).write_text(json.dumps(content | fields))
@@ -38,8 +36,6 @@ def edited(name: str, **fields: Any) -> Callable[[Path], None]:
 
 
 def written(name: str, text: str) -> Callable[[Path], None]:
-    """Another content of a file, or a new one."""
-
     def alter(at: Path) -> None:
         (at / name).parent.mkdir(exist_ok=True)
         (at / name).write_text(text)
@@ -55,7 +51,6 @@ def spaced(at: Path) -> None:
 
 
 def one_weight(at: Path) -> None:
-    """Another value of one weight."""
     tensors = load_file(at / OLD[1])
     name = sorted(tensors)[0]
     tensors[name].view(-1)[0] += 8
@@ -136,7 +131,6 @@ def test_another_version_has_another_digest(what: str, server: Running) -> None:
 
 
 def in_words(at: Path) -> None:
-    """A tokenizer with another template."""
     write_tokenizer(load_tokenizer(at.parents[1] / "base"), at)
     (at / "chat_template.jinja").write_text(TEMPLATE)
 

@@ -47,8 +47,6 @@ def told(server: Running) -> dict[str, str]:
 
 
 class WebUI:
-    """Open WebUI as it runs."""
-
     def __init__(self, url: str) -> None:
         self.url, self.token = url, ""
 

@@ -52,9 +52,7 @@ def test_rows_reach_the_process_that_measures() -> None:
 
 
 @pytest.mark.slow
-def test_the_figures_are_those_of_an_evaluation_of_the_adapter(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_the_figures_are_those_of_an_evaluation_of_the_adapter(tiny_model_dir, tmp_path) -> None:
     """The rows are rendered with the recipe's template, as they were in training."""
     base, recipe = tiny_model_dir("llama"), RECIPE.model_copy(update={"chat_template": "none"})
     found = measure(task_of(base, recipe), "lora", 0)
@@ -74,9 +72,7 @@ def test_a_process_that_ends_before_it_is_done_is_told() -> None:
         in_own_process(ends, "lora", 0)
 
 
-def test_the_recipe_says_how_much_is_held_out_once(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_says_how_much_is_held_out_once(tiny_model_dir, tmp_path, monkeypatch) -> None:
     model, seen = tiny_model_dir("llama"), list[ComparisonTask]()
 
     def none(task: ComparisonTask, *_: Any) -> list[Any]:

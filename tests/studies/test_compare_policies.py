@@ -125,9 +125,7 @@ def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_reward_model_scores_what_is_compared(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reward_model_scores_what_is_compared(tiny_model_dir, tmp_path, monkeypatch) -> None:
     model, scored = tiny_model_dir("llama"), tmp_path / "reward"
     pairs = [{"prompt": f"Say {w}", "chosen": w, "rejected": w[::-1]} for w in WORDS]
     recipe = lf.Recipe(objective="reward", steps=2, batch=2, max_length=64, storage="fp32", lr=0.1)
@@ -152,15 +150,11 @@ class Asking(lf.LoRA):
 
 
 class Looking(lf.LoRA):
-    """A method that prepares its deltas without losses."""
-
     def prepare(self, deltas: Any, losses: Any) -> None:
         assert deltas
 
 
-def test_a_method_says_whether_it_asks_for_losses(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_says_whether_it_asks_for_losses(tiny_model_dir, tmp_path, monkeypatch) -> None:
     words = {m: make_spec(m).asks_losses for m in METHODS}
     assert {m for m, asks in words.items() if asks} == {"lt-sft", "fish"}
     for method, over in (("fish", {}), ("dora", {"over": "fish"})):
@@ -258,7 +252,6 @@ def test_losses_are_compared_in_pairs_too() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> None:
-    """However clear the rows are: they say nothing of other seeds."""
     rows = [one for one in thrice(BEFORE, WORSE, BETTER) if one.seed < seeds]
     said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict (3 needed)"
     assert verdict(rows) == f"{said}; run it again with --seeds 3, which keeps these figures"
@@ -302,14 +295,12 @@ def test_one_method_under_other_seeds_is_not_told_from_itself(seeds: int, power:
 
 
 def test_many_lines_of_one_method_are_not_told_apart_either() -> None:
-    """Of ten pairs, the best is one by luck."""
     chance = np.random.default_rng(0)
     told = [bool(distinguished_pairs(drawn(chance, "abcde", 3))) for _ in range(100)]
     assert sum(told) <= 8
 
 
 def test_what_decides_fits_a_terminal_whole() -> None:
-    """Also long figures and names; nothing is cut."""
     rows = [BEFORE, BETTER, policy("linear-probe", -1234.5, 17.25, 99.75)]
     many = [replace(row, peak_bytes=int(12.5e9), train_seconds=12345.0) for row in rows]
     base, lora = losses(BASE, 1, 2, 3, 4), losses("lora", 0.5, 1.5, 2.5, 3.4)
@@ -363,9 +354,7 @@ def test_the_command_needs_a_reward(tiny_model_dir, tmp_path: Path) -> None:
     assert "found no reward" in told
 
 
-def test_methods_that_can_not_are_left_out_and_named(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_methods_that_can_not_are_left_out_and_named(tiny_model_dir, tmp_path, monkeypatch) -> None:
     told, planned = io.StringIO(), list[str]()
 
     def plan(task: Any, asked: list[Variant], *_: object) -> list[Measurement]:

@@ -70,7 +70,6 @@ def test_epochs_vary_where_no_steps_are_set() -> None:
 
 
 def test_what_a_method_has_one_choice_of_does_not_vary() -> None:
-    """Full training has no quantized base."""
     assert named(["full", "lora"], {"storage": ["nf4", "fp32"]}) == [
         "full", "lora storage=nf4", "lora storage=fp32"
     ]  # fmt: skip
@@ -221,9 +220,7 @@ def test_rewards_of_a_sweep_are_of_other_prompts_too() -> None:
 
 
 @pytest.mark.slow
-def test_settings_are_measured_as_their_recipes_are_alone(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_settings_are_measured_as_their_recipes_are_alone(tiny_model_dir, tmp_path) -> None:
     """Figures are kept by what they depend on, so one is found again whichever way it is asked."""
     how: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "device": "cpu"}
     rates = RECIPE.model_copy(update={"lr": 1e-2})
@@ -248,9 +245,7 @@ def test_the_settings_are_in_what_figures_are_kept_by(tiny_model_dir) -> None:
 
 
 @pytest.mark.slow
-def test_a_regular_expression_stands_in_names_as_it_is(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_regular_expression_stands_in_names_as_it_is(tiny_model_dir, tmp_path) -> None:
     said = io.StringIO()
     found = lf.compare(
         tmp_path, model=tiny_model_dir("llama"), data=ROWS, device="cpu", methods=["lora", "ia3"],

@@ -55,9 +55,7 @@ def made(llama: Path, tmp_path_factory) -> Callable[..., list[Path]]:
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("word", RULES)
-def test_one_adapter_with_weight_one_is_itself(
-    word: str, llama: Path, made: Any, tmp_path: Path
-) -> None:
+def test_one_adapter_with_weight_one_is_itself(word: str, llama, made, tmp_path) -> None:
     density = {"density": 1.0} if RULES[word].prune else {}
     result = run(llama, made("b"), tmp_path / "out", word, weights=(1.0,), **density)
     assert result.truncation_error < ROUNDING
@@ -66,9 +64,7 @@ def test_one_adapter_with_weight_one_is_itself(
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("word", ["linear", "task-arithmetic", "svd", "ties", "magnitude"])
-def test_an_adapter_minus_itself_is_the_base(
-    word: str, llama: Path, made: Any, tmp_path: Path
-) -> None:
+def test_an_adapter_minus_itself_is_the_base(word: str, llama, made, tmp_path) -> None:
     run(llama, made("a", "a"), tmp_path / "out", word, weights=(1.0, -1.0))
     base = logits(fresh_model(llama))
     assert relative(adapted_logits(llama, tmp_path / "out"), base) < ROUNDING
@@ -91,9 +87,7 @@ def test_linear_is_commutative_and_associative(llama: Path, made: Any, tmp_path:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
-def test_composing_then_folding_is_folding_the_sum(
-    kind: str, tiny_model_dir: Any, tmp_path: Path
-) -> None:
+def test_composing_then_folding_is_folding_the_sum(kind: str, tiny_model_dir, tmp_path) -> None:
     base = tiny_model_dir(kind)
     both = [
         make_adapter(base, tmp_path / f"{rank}", seed=rank, spec=lf.LoRA(rank=rank))
@@ -125,7 +119,6 @@ def test_weights_where_none_are_given(llama: Path, made: Any, tmp_path: Path) ->
 def theirs(
     model: Path, adapters: Sequence[Path], weights: Sequence[float], **how: Any
 ) -> dict[str, Tensor]:
-    """What PEFT composes, dW by parameter name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.PeftModel.from_pretrained(fresh_model(model), adapters[0], "0")
@@ -154,9 +147,7 @@ PRUNED = {"density": 0.25, "svd_rank": 6}
     ],
     ids=["cat", "svd", "svd-rank", "magnitude", "ties"],
 )
-def test_peft_agrees(
-    ours: str, kind: str, weights: Any, options: Any, llama: Path, tmp_path: Path
-) -> None:
+def test_peft_agrees(ours: str, kind: str, weights: Any, options: Any, llama, tmp_path) -> None:
     adapters = [
         make_adapter(llama, tmp_path / f"{i}", seed=i, spec=lf.LoRA(rank=4, alpha=i + 3))
         for i in (0, 1)
@@ -202,9 +193,7 @@ def dropped(change: Tensor, density: float, seed: int, name: str) -> Tensor:
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("word", ["ties", "dare", "dare-ties", "magnitude"])
-def test_pruned_compositions_are_their_plain_formulas(
-    word: str, llama: Path, made: Any, tmp_path: Path
-) -> None:
+def test_pruned_compositions_are_their_plain_formulas(word: str, llama, made, tmp_path) -> None:
     adapters, weights, density, seed = made("a", "b"), (0.6, 1.3), 0.3, 5
     options = {"weights": weights, "density": density, "seed": seed, "rank": 32}
     result = run(llama, adapters, tmp_path / "out", word, **options)
@@ -276,9 +265,7 @@ def test_the_stated_error_is_that_of_all_weights(llama: Path, made: Any, tmp_pat
 
 
 @pytest.mark.parametrize("word", ["ties", "dare"])
-def test_the_same_seed_gives_the_same_bytes(
-    word: str, llama: Path, made: Any, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_bytes(word: str, llama, made, tmp_path) -> None:
     for name, seed in {"one": 3, "two": 3, "three": 4}.items():
         torch.rand(1)  # the state of the process does not matter
         run(llama, made("a", "b"), tmp_path / name, word, rank=2, seed=seed)

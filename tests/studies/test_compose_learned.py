@@ -17,7 +17,7 @@ from command_cases import error_of, printed, rows_file, words
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
-from lorafold.composing.interference import meetings, overlap
+from lorafold.composing.interference import meetings
 from lorafold.composing.methods import BOUND, minimized, write_mixture
 from lorafold.composing.request import ComposeRequest, Job
 from lorafold.composing.updates import names, read
@@ -50,7 +50,6 @@ def pair(llama: Path, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> list[Path]:
-    """Two files of rows, of answers that differ in kind."""
     root = tmp_path_factory.mktemp("tasks")
     asked = {"json": "Book a table for {}", "words": "Remind me at {}"}
     answers = {"json": '{{"people": {}}}', "words": "I will, at {}."}
@@ -70,8 +69,6 @@ def job(model: Path, adapters: list[Path], **options: Any) -> Job:
 
 @pytest.fixture
 def mixed(llama: Path, pair: list[Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A mixture as it starts."""
-
     def write(gates: str) -> Path:
         write_mixture(job(llama, pair), tmp_path / gates, gates)  # type: ignore[arg-type]
         return tmp_path / gates
@@ -80,9 +77,7 @@ def mixed(llama: Path, pair: list[Path], tmp_path: Path) -> Callable[[str], Path
 
 
 @pytest.mark.parametrize("gates", GATINGS)
-def test_a_mixture_starts_as_the_average(
-    gates: str, llama: Path, pair: list[Path], mixed: Any, tmp_path: Path
-) -> None:
+def test_a_mixture_starts_as_the_average(gates: str, llama, pair, mixed, tmp_path) -> None:
     run(llama, pair, tmp_path / "average")
     expected = adapted_logits(llama, tmp_path / "average")
     assert relative(adapted_logits(llama, mixed(gates)), expected) < ROUNDING
@@ -92,9 +87,7 @@ def test_a_mixture_starts_as_the_average(
 @pytest.mark.parametrize(
     ("gates", "count"), [("global", 2), ("layer", 2 * 14), ("token", 2 * (2 * (32 * 6 + 64)))]
 )
-def test_gates_are_all_that_trains_and_each_once(
-    gates: str, count: int, llama: Path, mixed: Any
-) -> None:
+def test_gates_are_all_that_trains_and_each_once(gates: str, count: int, llama, mixed) -> None:
     model = fresh_model(llama)
     adapter = lf.load(model, mixed(gates), trainable=True)
     assert sum(p.numel() for p in adapter.parameters()) == count
@@ -104,9 +97,7 @@ def test_gates_are_all_that_trains_and_each_once(
 
 
 @pytest.mark.parametrize("gates", GATINGS)
-def test_a_trained_mixture_is_saved_and_read_as_it_is(
-    gates: str, llama: Path, mixed: Any, tmp_path: Path
-) -> None:
+def test_a_trained_mixture_is_saved_and_read_as_it_is(gates: str, llama, mixed, tmp_path) -> None:
     model, path = fresh_model(llama), mixed(gates)
     adapter = lf.load(model, path, trainable=True)
     start = logits(model)
@@ -131,9 +122,7 @@ def set_gates(path: Path, values: list[float]) -> Path:
     return path
 
 
-def test_a_mixture_under_fixed_gates_is_a_linear_composition(
-    llama: Path, pair: list[Path], mixed: Any, tmp_path: Path
-) -> None:
+def test_a_mixture_under_fixed_gates_is_a_linear_composition(llama, pair, mixed, tmp_path) -> None:
     path = set_gates(mixed("global"), [0.3, -1.1])
     run(llama, pair, tmp_path / "sum", weights=(0.3, -1.1))
     expected = updates(llama, tmp_path / "sum")
@@ -146,9 +135,7 @@ def test_a_mixture_under_fixed_gates_is_a_linear_composition(
 
 
 @torch.no_grad()
-def test_a_router_weighs_the_adapters_token_by_token(
-    llama: Path, pair: list[Path], mixed: Any
-) -> None:
+def test_a_router_weighs_the_adapters_token_by_token(llama, pair, mixed) -> None:
     model = fresh_model(llama)
     adapter = lf.load(model, mixed("token"))
     path = "model.layers.1.self_attn.q_proj"
@@ -168,9 +155,7 @@ def test_a_router_weighs_the_adapters_token_by_token(
         adapter.merge()
 
 
-def test_a_routed_mixture_can_t_be_composed(
-    llama: Path, pair: list[Path], mixed: Any, tmp_path: Path
-) -> None:
+def test_a_routed_mixture_can_t_be_composed(llama, pair, mixed, tmp_path) -> None:
     with pytest.raises(LorafoldError, match="RoutedDelta"):
         run(llama, [pair[0], mixed("token")], tmp_path / "out")
 
@@ -186,9 +171,7 @@ def test_a_routed_mixture_can_t_be_composed(
         ("mixture_gates", lambda t: t[1:], "expected \\[2\\]"),
     ],
 )
-def test_a_damaged_mixture_is_refused(
-    key: str, change: Any, message: str, llama: Path, mixed: Any
-) -> None:
+def test_a_damaged_mixture_is_refused(key: str, change: Any, message: str, llama, mixed) -> None:
     path = mixed("global")
     tensors = load_file(path / WEIGHTS)
     name = next(k for k in tensors if k.endswith(key))
@@ -198,9 +181,7 @@ def test_a_damaged_mixture_is_refused(
         lf.load(fresh_model(llama), path)
 
 
-def test_updates_without_factors_are_cut_into_a_mixture(
-    llama: Path, pair: list[Path], tmp_path: Path
-) -> None:
+def test_updates_without_factors_are_cut_into_a_mixture(llama, pair, tmp_path) -> None:
     lokr = make_adapter(llama, tmp_path / "lokr", spec=lf.LoKr(rank=2), targets=["v_proj"])
     adapters = [pair[0], lokr]
     with pytest.raises(LorafoldError, match="give --rank"):
@@ -275,9 +256,7 @@ def test_geometry_is_that_of_the_dense_updates(llama: Path, pair: list[Path]) ->
     assert found.overall.cosine == pytest.approx(cosine, abs=1e-5)
 
 
-def test_an_adapter_meets_itself_and_its_negative(
-    llama: Path, pair: list[Path], tmp_path: Path
-) -> None:
+def test_an_adapter_meets_itself_and_its_negative(llama, pair, tmp_path) -> None:
     run(llama, pair[:1], tmp_path / "minus", "task-arithmetic", weights=(-1.0,))
     opened = open_all([pair[0], pair[0], tmp_path / "minus"])
     three = meetings(read(Base(llama), opened), Console(quiet=True))
@@ -290,28 +269,13 @@ def test_an_adapter_meets_itself_and_its_negative(
     assert "most opposed at" in str(three[1])
 
 
-def test_random_subspaces_share_what_chance_says() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shared = [
-        overlap(torch.randn(60, 3, generator=generator), torch.randn(60, 9, generator=generator))
-        for _ in range(300)
-    ]
-    assert sum(shared) / 300 == pytest.approx(9 / 60, abs=0.01)
-    eye = torch.eye(60)
-    assert overlap(eye[:, :3], eye[:, 3:9]) == 0
-    turned = eye[:, :3] @ torch.randn(3, 3, generator=generator)
-    assert overlap(turned, eye[:, :9]) == pytest.approx(1)
-
-
 def test_names_are_short_where_they_can_be() -> None:
     assert names(["x/a", "y/b"]) == ("a", "b")
     assert names(["x/a", "y/a"]) == ("x/a", "y/a")
     assert names(["x/a", "x/a"]) == ("x/a#1", "x/a#2")
 
 
-def test_the_command_says_weights_error_and_place(
-    llama: Path, pair: list[Path], tmp_path: Path
-) -> None:
+def test_the_command_says_weights_error_and_place(llama, pair, tmp_path) -> None:
     given = {"model": llama, "adapter": pair, "out": tmp_path / "out"}
     said = printed("compose", **given, weight=[0.5, -2], rank=3)
     assert said["weights"] == [0.5, -2]
@@ -322,9 +286,7 @@ def test_the_command_says_weights_error_and_place(
 
 
 @pytest.mark.slow
-def test_interference_is_what_evaluation_finds(
-    llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
-) -> None:
+def test_interference_is_what_evaluation_finds(llama, pair, tasks, tmp_path) -> None:
     given = {"model": llama, "adapter": pair, "out": tmp_path / "out", "storage": "fp32"}
     said = printed("compose", **given, how=["linear", "ties"], data=tasks)
     found = said["interference"]["tasks"]
@@ -352,9 +314,7 @@ def test_interference_is_what_evaluation_finds(
 
 
 @pytest.mark.slow
-def test_what_is_learned_is_better_on_its_examples(
-    llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
-) -> None:
+def test_what_is_learned_is_better_on_its_examples(llama, pair, tasks, tmp_path) -> None:
     """Random adapters hurt, so learning leaves less of them than the average has."""
     words = ["linear", "lorahub", "mixture"]
     given = {"model": llama, "adapter": pair, "out": tmp_path / "out", "storage": "fp32"}
@@ -371,9 +331,7 @@ def test_what_is_learned_is_better_on_its_examples(
         same(updates(llama, tmp_path / "out" / name), weighted(llama, pair, weights))
 
 
-def test_half_of_the_rows_are_set_apart_for_what_learns(
-    llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
-) -> None:
+def test_half_of_the_rows_are_set_apart_for_what_learns(llama, pair, tasks, tmp_path) -> None:
     given = {"model": llama, "adapter": pair, "out": tmp_path / "out", "storage": "fp32"}
     learning = {"how": "mixture", "gates": "token", "set": "steps=2", "no_completions": True}
     said = printed("compose", **given, data=tasks, **learning)

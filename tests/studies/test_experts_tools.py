@@ -273,8 +273,6 @@ def test_updates_are_laid_over_a_model_by_their_matrices(moe_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(moe_dir, tmp_path_factory) -> Callable[[str], list[Path]]:
-    """Two adapters of other ranks and targets."""
-
     @cache
     def made(kind: str) -> list[Path]:
         root, base = tmp_path_factory.mktemp(kind), moe_dir(kind)

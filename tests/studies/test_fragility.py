@@ -73,7 +73,6 @@ def loaded(model_dir) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def policy(quick, model_dir, tmp_path_factory) -> Path:
-    """An adapter that was taught to refuse, a little."""
     out = tmp_path_factory.mktemp("policy") / "policy"
     rows = [{"prompt": f"Tell me about Zephyr {n}", "completion": "I can't"} for n in range(20, 40)]
     recipe = lf.Recipe(steps=60, batch=4, storage="fp32", rank=4, lr_b=1e-2)
@@ -250,17 +249,6 @@ def test_overlap_of_parts_of_a_space() -> None:
     assert found.written == pytest.approx(5 / 25, abs=1e-6)
     assert found.written_by_chance == pytest.approx(3 / 12 * 5 / 25, abs=1e-6)
     assert overlap({"m": within["m"].top(0)}, aligned) is None
-
-
-def test_chance_is_what_random_updates_have() -> None:
-    aligned = {"m": of_factors(drawn(40, 4), drawn(4, 30, seed=1))}
-    found = [
-        overlap({"m": of_factors(drawn(40, 3, seed=s), drawn(3, 30, seed=s + 1))}, aligned)
-        for s in range(2, 302)
-    ]
-    for side, chance in (("written", 4 / 40), ("read", 4 / 30)):
-        mean = sum(getattr(o, side) for o in found) / len(found)
-        assert mean == pytest.approx(chance, rel=0.1)
 
 
 def test_a_projected_update_has_no_overlap_and_is_the_dense_formula() -> None:

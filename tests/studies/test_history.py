@@ -76,9 +76,7 @@ def test_what_was_measured_before_the_first_step_is_no_best_step() -> None:
     assert Progress(evals={0: -1.0}).best is None
 
 
-def test_a_run_that_was_killed_has_the_same_record(
-    whole: tuple[Path, Any], tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_run_that_was_killed_has_the_same_record(whole, tiny_model_dir, tmp_path) -> None:
     with interrupted(3):
         trained(tiny_model_dir("llama"), tmp_path / "a")
     state = tmp_path / "a.run" / "step-000003" / "state.json"
@@ -118,9 +116,7 @@ def test_the_card_says_what_judged_and_what_it_came_to(whole: tuple[Path, Any]) 
     assert "| objective | grpo |" in text
 
 
-def test_the_page_has_all_and_shows_completions_as_text(
-    whole: tuple[Path, Any], tmp_path: Path
-) -> None:
+def test_the_page_has_all_and_shows_completions_as_text(whole, tmp_path) -> None:
     out, file = whole[0], tmp_path / "page.html"
     found = printed("history", out, html=file)
     assert found["held_out"]["step"] == [0, 2, 4]
@@ -221,9 +217,7 @@ INTERVAL = {"step": [0, 1], "reward": [1, 2], "reward_interval": [[1, 2], 3]}
         ({"recipe": None}, "record of `lorafold train`: recipe: Field"),
     ],
 )  # fmt: skip
-def test_a_record_that_was_changed_by_hand(
-    changed: dict[str, Any], told: str, tmp_path: Path
-) -> None:
+def test_a_record_that_was_changed_by_hand(changed: dict[str, Any], told: str, tmp_path) -> None:
     kept = {"recipe": {}, "losses": [1.0, 0.5]} | changed
     kept = {name: value for name, value in kept.items() if value is not None}
     (tmp_path / "lorafold.json").write_text(json.dumps(kept))

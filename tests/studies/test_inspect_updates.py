@@ -126,22 +126,6 @@ def test_phi_by_brute_force():
             assert float(grid[i - 1, j - 1]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_phi_of_the_same_of_rotated_and_of_orthogonal_subspaces():
-    a = orthonormal(30, 6)
-    rotated = a[:, :3] @ orthonormal(3, 3, 5)
-    assert torch.allclose(phi(a, a).diagonal(), torch.ones(6, dtype=torch.float64))
-    assert float(phi(a[:, :3], rotated)[-1, -1]) == pytest.approx(1)
-    assert float(phi(a[:, :3], a[:, 3:]).max()) < 1e-20
-
-
-def test_phi_of_unrelated_subspaces_is_what_chance_gives():
-    found = [
-        float(phi(orthonormal(60, 4, 2 * i), orthonormal(60, 9, 2 * i + 1))[-1, -1])
-        for i in range(200)
-    ]
-    assert sum(found) / len(found) == pytest.approx(9 / 60, rel=0.05)
-
-
 def test_similarity_of_two_updates_is_that_of_the_dense_ones():
     a, b = planted(20, 30, [3.0, 1.0, 0.5]), planted(20, 30, [2.0, 1.0], seed=7)
     both = Svd(torch.cat([a.u, b.u], 1), torch.cat([a.s, b.s]), torch.cat([a.v, b.v], 1))

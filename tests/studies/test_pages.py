@@ -58,9 +58,7 @@ def test_a_report_can_be_read_everywhere(name: str, browser: Any, tmp_path: Path
     see(browser, file)
 
 
-def test_an_update_can_be_read_everywhere(
-    tiny_model_dir: Any, browser: Any, tmp_path: Path
-) -> None:
+def test_an_update_can_be_read_everywhere(tiny_model_dir, browser, tmp_path) -> None:
     base, file = tiny_model_dir("llama"), tmp_path / "page.html"
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=4), targets=["q_proj", "down_proj"])
     done = lorafold("inspect", str(tmp_path / "a"), "--model", str(base), "--html", str(file))
@@ -68,9 +66,7 @@ def test_an_update_can_be_read_everywhere(
     see(browser, file)
 
 
-def test_rows_and_a_run_on_them_can_be_read_everywhere(
-    tiny_model_dir: Any, browser: Any, tmp_path: Path
-) -> None:
+def test_rows_and_a_run_on_them_can_be_read_everywhere(tiny_model_dir, browser, tmp_path) -> None:
     file, data = tmp_path / "page.html", tmp_path / "rows.jsonl"
     data.write_text(json.dumps(ROWS["both"]))
     run = ["train", "--model", str(tiny_model_dir("llama")), "--data", str(data), "--out",

@@ -165,9 +165,7 @@ def close(found: Any, expected: Any) -> None:
         assert found == (pytest.approx(expected, rel=1e-5) if near else expected)
 
 
-def test_a_ray_cluster_starts_the_workers(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ray_cluster_starts_the_workers(tiny_model_dir, tmp_path, monkeypatch) -> None:
     ray = pytest.importorskip("ray")
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}.items():
         monkeypatch.setenv(name, value)
