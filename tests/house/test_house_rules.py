@@ -118,7 +118,7 @@ def test_no_way_to_import_is_overlooked(text: str, found: set[str]) -> None:
 
 # what is imported under a name that only a run knows: the packages of others, which are examined,
 # and the files beside a table, which names them in its rows
-UNKNOWN = {"doctor.installation", "kernels.table"}
+UNKNOWN = {"doctor.installation", "kernels.registry"}
 
 
 def test_what_is_imported_is_written_but_for_what_tables_name() -> None:

@@ -24,11 +24,8 @@ ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} 
 
 
 def request(model: Path, out: Path, **fields) -> RunRequest:
-    extra = {
-        k: fields.pop(k)
-        for k in ("resume", "overwrite", "eval_rows", "init_adapter")
-        if k in fields
-    }
+    names = ("resume", "overwrite", "eval_rows", "init_adapter")
+    extra = {k: fields.pop(k) for k in names if k in fields}
     recipe = Recipe(**{"steps": 6, "batch": 4, "storage": "fp32"} | fields)
     return RunRequest(Base(model, device="cpu"), out, recipe, ROWS, "rows", **extra)
 
@@ -42,9 +39,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def beginning(run: Callable[..., object], *arguments: object) -> BaseProcess:
-    """A process that runs something: a fork, whose imports are done, but where a GPU's threads
-    forbid that.
-    """
+    """A process that runs something: a fork, unless a GPU's threads forbid that."""
     kind = "spawn" if torch.cuda.is_available() else "fork"
     process: BaseProcess = get_context(kind).Process(target=run, args=arguments)
     process.start()

@@ -144,13 +144,6 @@ def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tok
     assert all(p.requires_grad for p in adapter.parameters())
 
 
-def test_draws_follow_from_their_key_alone(model, tokenizer) -> None:
-    adapted(model, SPECS["lora"])
-    with drawing(model, tokenizer) as rollouts:
-        first, second = (rollouts.draw(PROMPTS, 7) for _ in range(2))
-        assert first == second != rollouts.draw(PROMPTS, 8)
-
-
 def logps_of(model: Any, e: Rollout, branch: Any) -> torch.Tensor:
     ids = torch.tensor([[*e.shared, *branch.ids]])
     found = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
@@ -527,12 +520,3 @@ def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> 
     found = TokenizedPrompt((1,), row, "row 1")
     assert found.question == prompt
     assert found.other_fields.get("answer") == answer
-
-
-@pytest.mark.slow
-def test_a_run_at_rate_0_keeps_ratios_at_1_and_no_kl(run, tmp_path: Path) -> None:
-    run("a", asked(steps=20, lr=1e-30, lr_b=1e-30, beta=0.1, options={"updates": 2}))
-    steps = json.loads((tmp_path / "a" / "lorafold.json").read_text())["steps"]
-    assert len(steps["KL"]) == 20
-    for name, most in {"KL": 1e-9, "clipped": 0.0, "largest mismatch": 1e-5}.items():
-        assert all(x is None or x <= most for x in steps[name]), name

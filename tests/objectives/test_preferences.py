@@ -29,7 +29,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.options import law_of
-from lorafold.objectives.preference import Referenced, digest, referenced
+from lorafold.objectives.preference import digest, referenced
 from lorafold.runtime.processes import ALONE
 from lorafold.training_step import preference_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -232,20 +232,6 @@ def test_references_are_the_stack_below_and_are_kept(tiny: Any, tmp_path, monkey
         next(p for n, p in model.named_parameters() if ".default." in n).data.add_(1)
         assert digest(model) != before
     assert selection_of(model).names == ("default", "dpo")
-
-
-def test_a_reference_that_is_not_given_is_computed(tiny: Any) -> None:
-    model, tokenizer, _ = tiny
-    examples = examples_of(PAIRS, tokenizer)
-    adapted(model)
-    with branching(model) as how:
-        loss = Preferences(model, Dpo(), how, 0)
-        given = Referenced(examples, torch.zeros(len(examples), 2).numpy())
-        for index, logps in loss.references(list(examples)):
-            given.logps[index] = logps
-        live = loss(**loss.collate(list(examples), loss.device))
-        known = loss(**loss.collate(list(given), loss.device))
-    assert float(live) == pytest.approx(float(known), rel=1e-5)
 
 
 def test_figures_are_those_of_their_definitions(tiny: Any) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from trl import RewardConfig, RewardTrainer
 
 import lorafold as lf
 from classify_cases import quiet, request
+from command_cases import error_of, printed, rows_file, words
 from conftest import lorafold
-from interrupted_runs import interrupted
 from lorafold.api.merge import merge
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched, encode_preferred
@@ -41,7 +42,6 @@ from lorafold.training.run import train
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import Branching, branching
-from process_cases import same_bytes
 from serving_cases import running
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -400,26 +400,6 @@ def test_a_quantized_base_scores_as_it_was_trained(storage: str, directory, tmp_
 
 
 @pytest.mark.slow
-def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(directory, tmp_path) -> None:
-    how: dict[str, Any] = {"steps": 9, "save_every": 3, "objective_options": {"centre": 0.01}}
-    fit(directory, tmp_path / "straight", **how)
-    with interrupted(5, RuntimeError):
-        fit(directory, tmp_path / "stopped", **how)
-    fit(directory, tmp_path / "stopped", resume=True, **how)
-    assert same_bytes(tmp_path / "stopped", tmp_path / "straight")
-
-
-@pytest.mark.slow
-def test_micro_batches_add_up_and_prompts_are_shared(directory: Path, tmp_path: Path) -> None:
-    ways: dict[str, Any] = {"whole": {}, "parts": {"accumulate": 2}, "padded": {"packing": False}}
-    runs = {
-        name: fit(directory, tmp_path / name, dropout=0.0, **how) for name, how in ways.items()
-    }
-    for name in ("parts", "padded"):
-        assert runs[name].losses == pytest.approx(runs["whole"].losses, rel=1e-4)
-
-
-@pytest.mark.slow
 def test_the_estimate_of_a_step_is_what_it_takes(directory: Path) -> None:
     config = configuration(str(directory))
     setting = Setting(
@@ -487,29 +467,20 @@ def test_the_correlation_is_that_of_torch_on_ranks_without_ties() -> None:
     assert found.length_correlation == pytest.approx(expected)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.slow
 @pytest.mark.estimated
 def test_commands_from_training_to_scores(directory: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "rows.jsonl", ROWS)
-    out, scores = str(tmp_path / "a"), tmp_path / "scores.jsonl"
-    done = lorafold(
-        "train", "--objective", "reward", "--objective-options", "centre=0.01", "--data", data,
-        "--out", out, "--model", str(directory), "--device", "cpu", "--storage", "fp32",
-        "--set", "steps=30", "--set", "lr=0.01", "--set", "batch=8", "--eval-data", data, "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    out, scores = tmp_path / "a", tmp_path / "scores.jsonl"
+    data = rows_file(tmp_path / "rows.jsonl", ROWS)
+    how: dict[str, Any] = {"model": directory, "storage": "fp32", "device": "cpu"}
+    objective = {"objective": "reward", "objective_options": "centre=0.01"}
+    steps = {"set": ["steps=30", "lr=0.01", "batch=8"]}
+    trained = printed("train", **how, **objective, **steps, data=data, out=out, eval_data=data)
+    figures = trained["figures"]
     assert figures["accuracy"] == 1
-    given = ["--adapter", out, "--model", str(directory), "--storage", "fp32", "--device", "cpu"]
-    found = lorafold("score", *given, "--data", data, "--out", str(scores), "--json")
-    assert found.returncode == 0, found.stderr
-    [line] = found.stdout.splitlines()
-    measured = json.loads(line)
+
+    given = words(adapter=out, **how)
+    measured = printed("score", *given, data=data, out=scores)
     assert measured["margin"] == pytest.approx(figures["margin"], rel=1e-4)
     assert measured["n"] == sum(one["n"] for one in measured["calibration"]) == len(ROWS)
     assert measured["chosen_longer"]["n"] + measured["chosen_shorter"]["n"] <= len(ROWS)
@@ -517,71 +488,71 @@ def test_commands_from_training_to_scores(directory: Path, tmp_path: Path) -> No
     assert [one["row"] for one in lines] == list(range(1, len(ROWS) + 1))
     assert all(one["chosen"] > one["rejected"] for one in lines)
 
-    printed = lorafold("score", *given, "--data", data, "--json")
-    assert [json.loads(text) for text in printed.stdout.splitlines()] == [*lines, measured]
-    told = lorafold("score", *given, "--data", data)
-    assert told.stdout.splitlines()[0].split("\t") == [
-        "1", f"{lines[0]['chosen']:.4f}", f"{lines[0]['rejected']:.4f}"
-    ]  # fmt: skip
-    assert f"{len(ROWS)} pairs: accuracy 100.0%" in told.stdout
-    again = lorafold("score", *given, "--data", data, "--out", str(scores))
-    assert (again.returncode, "pass --overwrite" in again.stderr) == (2, True)
-    replaced = lorafold("score", *given, "--data", data, "--out", str(scores), "--overwrite")
-    assert replaced.returncode == 0
-    texts = write(tmp_path / "texts.jsonl", [{"text": "It rains."}, {"text": "A fox."}])
-    assert lorafold("score", *given, "--data", texts).stdout.count("\n") == 3
+    of_rows = ["score", *given, "--data", str(data)]
+    text = lorafold(*of_rows, "--json").stdout
+    assert [json.loads(line) for line in text.splitlines()] == [*lines, measured]
+    told = lorafold(*of_rows).stdout
+    first = ["1", f"{lines[0]['chosen']:.4f}", f"{lines[0]['rejected']:.4f}"]
+    assert told.splitlines()[0].split("\t") == first
+    assert f"{len(ROWS)} pairs: accuracy 100.0%" in told
+    assert "pass --overwrite" in error_of(*of_rows, "--out", str(scores))
+    assert lorafold(*of_rows, "--out", str(scores), "--overwrite").returncode == 0
+    texts = rows_file(tmp_path / "texts.jsonl", [{"text": "It rains."}, {"text": "A fox."}])
+    assert lorafold("score", *given, "--data", str(texts)).stdout.count("\n") == 3
 
-    single = write(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
-    for arguments in (
-        ["eval", "--data", data], ["eval", "--data", single], ["generate", "--prompt", "x"],
+    single = rows_file(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
+    for command in (
+        words("eval", data=data), words("eval", data=single), words("generate", prompt="x"),
         ["chat"],
     ):  # fmt: skip
-        refused = lorafold(*arguments, *given)
-        assert refused.returncode == 2, arguments
-        assert "found a reward model, expected a language model" in refused.stderr
-        assert "lorafold score" in refused.stderr
-    plain = lorafold("score", "--data", data, "--model", str(directory))
-    assert "found no reward model, expected a reward model" in plain.stderr
+        refused = error_of(*command, *given)
+        assert "found a reward model, expected a language model" in refused
+        assert "lorafold score" in refused
+    plain = error_of(*words("score", data=data, model=directory))
+    assert "found no reward model, expected a reward model" in plain
+
+
+LABELLED = [{"text": f"text {n}", "label": n % 2} for n in range(4)]
 
 
 def test_what_can_t_be_used_is_one_line(trained: tuple[Path, Path], tmp_path: Path) -> None:
     directory, out = trained
-    with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
-        merge(str(directory), [out], tmp_path / "m")
-    with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
-        lf.compose([out, out], tmp_path / "m", model=str(directory))
+    lm, classes, none = (tmp_path / name for name in ("lm", "classes", "none"))
     with running(directory, out) as server:
         (told,) = server.parts.registry.rejected.values()
     assert "an adapter of a classifier or a reward model, expected one of a language" in told
-    labelled = [{"text": f"text {n}", "label": n % 2} for n in range(4)]
-    fit(directory, tmp_path / "classes", labelled, objective="classify", steps=1, batch=2)
-    with pytest.raises(LorafoldError, match="found a classifier of 0, 1, expected a reward model"):
-        score(directory, tmp_path / "classes")
-    with pytest.raises(LorafoldError, match="found a classifier of 0, 1, expected a reward model"):
-        fit(directory, tmp_path / "b", init_adapter=tmp_path / "classes")
-    with pytest.raises(LorafoldError, match=r"adapter: found a reward model, expected a classif"):
-        lf.evaluate(str(directory), labelled, adapters=out)
-    fit(directory, tmp_path / "lm", objective="sft", steps=1)
-    with pytest.raises(LorafoldError, match=r"--init-adapter .*lm: found no score, which the obj"):
-        fit(directory, tmp_path / "b", init_adapter=tmp_path / "lm")
-    for objective, rows in {"sft": ROWS, "dpo": ROWS, "classify": labelled}.items():
-        with pytest.raises(LorafoldError, match="adapter"):
-            fit(directory, tmp_path / "b", rows, objective=objective, init_adapter=out, batch=2)
+    fit(directory, classes, LABELLED, objective="classify", steps=1, batch=2)
+    fit(directory, lm, objective="sft", steps=1)
     two = load_classifier(resolve_model(directory), ("a", "b"), 0, torch.float32)
-    with pytest.raises(LorafoldError, match="score"):
-        lf.load(two, out)
-    with pytest.raises(LorafoldError, match="SequenceClassification with 2 outputs: expected a"):
-        score_rows(two, load_tokenizer(directory), ROWS, 64)
-    with pytest.raises(LorafoldError, match=r"rows of \{prompt, completion\}, which are for"):
-        fit(directory, tmp_path / "b", [JUDGED])
     same = {**ROWS[1], "rejected": ROWS[1]["chosen"]}
-    with pytest.raises(LorafoldError, match=r"row 2: .*chosen and rejected: found the same text"):
-        score(directory, out, rows=[ROWS[0], same])
-    single = [{"prompt": "x " * 90, "completion": "y"}, {"prompt": "x", "completion": "y"}]
-    with pytest.raises(LorafoldError, match=r"data: rows 1: found no turn of the assistant within"):
-        score(directory, out, rows=single, max_length=32)
-    assert not (tmp_path / "b").exists()
-    assert not (tmp_path / "m").exists()
+    long = [{"prompt": "x " * 90, "completion": "y"}, {"prompt": "x", "completion": "y"}]
+    of_classes = "found a classifier of 0, 1, expected a reward model"
+    of_language = "found a reward model, expected an adapter of a lang"
+    cases: list[tuple[str, Callable[[], Any]]] = [
+        (of_language, lambda: merge(str(directory), [out], none)),
+        (of_language, lambda: lf.compose([out, out], none, model=str(directory))),
+        (of_classes, lambda: score(directory, classes)),
+        (of_classes, lambda: fit(directory, none, init_adapter=classes)),
+        ("adapter: found a reward model, expected a classif",
+         lambda: lf.evaluate(str(directory), LABELLED, adapters=out)),
+        (r"--init-adapter .*lm: found no score, which the obj",
+         lambda: fit(directory, none, init_adapter=lm)),
+        ("score", lambda: lf.load(two, out)),
+        ("SequenceClassification with 2 outputs: expected a",
+         lambda: score_rows(two, load_tokenizer(directory), ROWS, 64)),
+        (r"rows of \{prompt, completion\}, which are for", lambda: fit(directory, none, [JUDGED])),
+        (r"row 2: .*chosen and rejected: found the same text",
+         lambda: score(directory, out, rows=[ROWS[0], same])),
+        ("data: rows 1: found no turn of the assistant within",
+         lambda: score(directory, out, rows=long, max_length=32)),
+    ]  # fmt: skip
+    for told, work in cases:
+        with pytest.raises(LorafoldError, match=told):
+            work()
+    for objective, rows in {"sft": ROWS, "dpo": ROWS, "classify": LABELLED}.items():
+        with pytest.raises(LorafoldError, match="adapter"):
+            fit(directory, none, rows, objective=objective, init_adapter=out, batch=2)
+    assert not none.exists()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 import lorafold as lf
 from fresh_models import fresh_model
-from serving_cases import ASK, TABLE, TOOL_TEMPLATE, Running, tool
+from serving_cases import ASK, TOOL_TEMPLATE, Running, tool
 
 pytest_plugins = ["serving_fixtures"]
 PROMPT = "Book a table <|im_end|> for four at the Copper Lantern, naïve 日."
@@ -118,16 +118,6 @@ def test_stop_bias_and_end(server):
     ended = server.complete("a", "The", logit_bias={str(end): 100}, ignore_eos=False).json
     nothing = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
     assert ended["choices"][0] == nothing
-
-
-def test_answers_fit_a_schema(client):
-    form: Any = {"type": "json_schema", "json_schema": {"name": "table", "schema": TABLE}}
-    for model in ("base", "a"):
-        found = client.chat.completions.create(model=model, messages=ASK, response_format=form)
-        value = json.loads(found.choices[0].message.content)
-        assert value["day"] in ("friday", "sunday")
-        assert value["people"] in (2, 4)
-        assert found.choices[0].finish_reason == "stop"
 
 
 NAMED = {"type": "function", "function": {"name": "weather"}}

@@ -62,29 +62,6 @@ def test_one_adapter_with_weight_one_is_itself(word: str, llama, made, tmp_path)
     same(updates(llama, tmp_path / "out"), updates(llama, *made("b")))
 
 
-@pytest.mark.few(3)
-@pytest.mark.parametrize("word", ["linear", "task-arithmetic", "svd", "ties", "magnitude"])
-def test_an_adapter_minus_itself_is_the_base(word: str, llama, made, tmp_path) -> None:
-    run(llama, made("a", "a"), tmp_path / "out", word, weights=(1.0, -1.0))
-    base = logits(fresh_model(llama))
-    assert relative(adapted_logits(llama, tmp_path / "out"), base) < ROUNDING
-    assert relative(adapted_logits(llama, *made("a")), base) > 100 * ROUNDING
-
-
-def test_linear_is_commutative_and_associative(llama: Path, made: Any, tmp_path: Path) -> None:
-    a, b, c = made("a", "b", "c")
-
-    def add(x: Path, y: Path, name: str) -> Path:
-        run(llama, [x, y], tmp_path / name, weights=(1.0, 1.0))
-        return tmp_path / name
-
-    left = add(add(a, b, "ab"), c, "ab-c")
-    right = add(a, add(b, c, "bc"), "a-bc")
-    same(updates(llama, add(b, a, "ba")), updates(llama, tmp_path / "ab"))
-    same(updates(llama, left), updates(llama, right))
-    same(updates(llama, left), weighted(llama, [a, b, c], [1, 1, 1]))
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
 def test_composing_then_folding_is_folding_the_sum(kind: str, tiny_model_dir, tmp_path) -> None:

@@ -177,18 +177,6 @@ def test_log_odds_and_kl_by_their_formulas(loaded, model_dir, tmp_path: Path) ->
     assert found.kl == pytest.approx(kl / tokens, rel=1e-4)
 
 
-def test_an_adapter_at_its_identity_changes_no_figure(loaded) -> None:
-    model, tokenizer = loaded
-    probe = probed(model, tokenizer, "I can't")
-    untouched = list(distributions(model, probe.controls))
-    before = measure(model, tokenizer, probe, untouched)
-    lf.attach(model, lf.LoRA(rank=2), name="new")
-    after = measure(model, tokenizer, probe, untouched)
-    assert after.kl == pytest.approx(0, abs=1e-9)
-    assert after.log_odds == pytest.approx(before.log_odds, abs=1e-5)
-    assert after.refusals == before.refusals
-
-
 @pytest.mark.few(1)
 def test_distributions_that_have_no_room_are_computed_anew(task, monkeypatch) -> None:
     bench = bench_of(task)
