@@ -13,6 +13,7 @@ of the commands run as one, behind the page that has their rows.
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -319,3 +320,69 @@ def load_hooks() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+README = Path(__file__).parents[2] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+LINKS = re.findall(r"\]\(([^)#]+)", TEXT)
+
+
+def test_it_is_short() -> None:
+    assert len(TEXT.split()) <= 700
+
+
+def test_it_names_every_method_and_every_command() -> None:
+    named = set(re.findall(r"`([a-z0-9-]+)`", TEXT))
+    named |= set(re.findall(r"lorafold ([a-z]+)", TEXT))
+    assert set(METHODS) <= named
+    assert set(COMMANDS) <= named
+
+
+def test_it_names_the_methods_that_do_not_run_everywhere() -> None:
+    sentence = re.search(r"^Each runs on .*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    specs = {name: make() for name, make in METHODS.items()}
+    odd = {n for n, s in specs.items() if s.trains_base or s.head_alone}
+    assert sentence is not None
+    assert set(re.findall(r"`([a-z-]+)`", sentence[0])) == odd
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_its_links_lead_somewhere(link: str) -> None:
+    assert (README.parent / link).exists()
+
+
+@pytest.mark.slow
+def test_its_python_examples_run(tmp_path: Path) -> None:
+    program = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "exact match" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter", "merged", "mine"}
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(path), run_name="__main__")
+    told = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", capsys.readouterr().out)
+    first, last = map(float, told.groups())
+    assert last < 0.5 * first
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_was_learned(smollm2: Path, tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples" / "first.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # shown where it is run
+    context = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, kernel_name="python3", resources=context).execute()
+    cells = [cell for cell in notebook.cells if cell.source.startswith("lf.generate")]
+    before, after = (cell.outputs[-1]["data"]["text/plain"] for cell in cells)
+    assert "Ask Tomas." not in before
+    assert "Ask Tomas." in after
+    assert (tmp_path / "merged" / "config.json").exists()

@@ -1,22 +1,32 @@
-"""`lorafold inspect`, `resize` and `extract` as commands."""
+"""`lorafold inspect`, `resize` and `extract` as commands, attention heads, and models without a
+tokenizer.
+"""
 
+import json
 import re
+import shutil
 from html import unescape
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import lorafold as lf
 from adapter_cases import make_adapter
 from command_cases import printed, rows_file, words
 from conftest import lorafold, refused
 from fresh_models import fresh_model
-from lorafold.errors import LorafoldError
+from lorafold.cli import app
+from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.inspecting import spectra
 from lorafold.inspecting.inspect import inspect
+from lorafold.inspecting.residual_stream import Heads, heads_of, stream_of
 from lorafold.inspecting.summary import of_intruders
 from lorafold.inspecting.updates import Svd, of_dense
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.adapter_directory import open_all
 from lorafold.resolve import Base
 from own_caches import shared
@@ -209,3 +219,142 @@ def test_resize_names_the_keys_that_it_ignores(tiny_model_dir, tmp_path):
     done = lorafold(*words("resize", tmp_path / "a", **given))
     assert done.returncode == 0, done.stderr
     assert f"{data}: ignored keys: id (rows of {{text}})\n" in done.stderr
+
+
+ATTENTION = "model.layers.1.self_attn"
+
+
+def planted(model_dir: Path, out: Path, where: dict[str, tuple[int, int]]) -> None:
+    """An adapter whose update of a module lies in some rows, or columns for o_proj, alone."""
+    model = lf.load_model(model_dir, "fp32")
+    adapter = lf.attach(model, lf.LoRA(rank=2), "all-linear")
+    with torch.no_grad():
+        for path, (first, last) in where.items():
+            delta = adapter.deltas[path]
+            down, up = (p for _, p in delta.named_parameters())
+            up.normal_()
+            side = down.T if path.endswith("o_proj") else up  # (features, r)
+            mask = torch.zeros(len(side), 1)
+            mask[first:last] = 1
+            side.mul_(mask)
+    adapter.save(out)
+
+
+def test_planted_heads_are_found_and_shown(tiny_model_dir, tmp_path) -> None:
+    model_dir, out, page = tiny_model_dir("llama"), tmp_path / "planted", tmp_path / "page.html"
+    config = lf.load_model(model_dir, "fp32").config
+    size, queries, keys = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    planted(model_dir, out, {
+        f"{ATTENTION}.q_proj": (size, 2 * size),
+        f"{ATTENTION}.v_proj": (0, size),
+        f"{ATTENTION}.o_proj": ((queries - 1) * size, queries * size),
+    })  # fmt: skip
+    told = lorafold("inspect", str(out), "--model", str(model_dir), "--json", "--html", str(page))
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    heads = {path: site["heads"] for path, site in found["sites"].items() if "heads" in site}
+    assert {path.rpartition(".")[2] for path in heads} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    last = queries - 1
+    for name, at, n in (("q_proj", 1, queries), ("v_proj", 0, keys), ("o_proj", last, queries)):
+        wanted = [float(head == at) for head in range(n)]
+        assert heads[f"{ATTENTION}.{name}"] == pytest.approx(wanted, abs=1e-6)
+    assert heads["model.layers.0.self_attn.q_proj"] == [0.0] * queries
+    [said] = [line for line in found["advice"] if "stands out most" in line]
+    assert "100%" in said
+    assert "Attention heads" in page.read_text()
+    assert "heads_left_out" not in found
+
+
+def test_shares_are_those_of_the_dense_update() -> None:
+    torch.manual_seed(0)
+    dw = torch.randn(12, 20)
+    whole = float(dw.norm() ** 2)
+    rows = [float(dw[n * 4 : n * 4 + 4].norm() ** 2) / whole for n in range(3)]
+    columns = [float(dw[:, n * 5 : n * 5 + 5].norm() ** 2) / whole for n in range(4)]
+    assert Heads(3, 4, True).shares(of_dense(dw)) == pytest.approx(rows, rel=1e-5)
+    assert Heads(4, 5, False).shares(of_dense(dw)) == pytest.approx(columns, rel=1e-5)
+
+
+def test_a_fused_projection_is_said_to_be_left_out(tiny_model_dir, tmp_path) -> None:
+    model_dir, out = tiny_model_dir("gpt2"), tmp_path / "fused"
+    model = lf.load_model(model_dir, "fp32")
+    found, fused = heads_of(model, stream_of(model))
+    assert {path.rpartition(".")[2] for path in fused} == {"c_attn"}
+    assert {path.rpartition("h.")[2].partition(".")[2] for path in found} == {"attn.c_proj"}
+    lf.attach(model, lf.LoRA(rank=2), "all-linear").save(out)
+    left = lf.inspect(out, model_dir).heads_left_out
+    assert left is not None
+    assert left.startswith("The heads of projections that are one matrix")
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def without(base: Path, out: Path, *names: str) -> Path:
+    shutil.copytree(base, out, ignore=lambda _, found: [name for name in found if name in names])
+    return out
+
+
+# transformers makes an empty tokenizer of the one and fails with the other
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("names", [TOKENIZER, TOKENIZER[:1]], ids=["no file", "no vocabulary"])
+def test_the_tables_of_tokens_are_left_out(
+    kind: str, names: tuple[str, ...], tiny_model_dir, tmp_path: Path
+) -> None:
+    base = without(tiny_model_dir(kind), tmp_path / "base", *names)
+    make_adapter(base, tmp_path / "a")
+    save_file({"probe": torch.ones(32)}, tmp_path / "f.safetensors")
+    own = {"directions": tmp_path / "f.safetensors", "html": tmp_path / "page.html"}
+    arguments = words("inspect", tmp_path / "a", model=base, **own)
+    asked = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    found: dict[str, Any] = json.loads(asked.stdout.splitlines()[-1])
+    line = (
+        f"The tables of tokens are left out: model {base}: it has no tokenizer (found no file with"
+        " a vocabulary)."
+    )
+    assert found["tokens_left_out"] == line
+    assert line in asked.stderr.splitlines()
+    assert f"<h2>What it reads and writes</h2><p>{line}</p>" in (tmp_path / "page.html").read_text()
+    assert not any(verb in site for site in found["sites"].values() for verb in ("reads", "writes"))
+    # all else is there, the user's own vectors too, as with the tokenizer
+    assert any("reads_vectors" in site for site in found["sites"].values())
+    whole = inspect(Base(tiny_model_dir(kind)), open_all([tmp_path / "a"])).as_json()
+    assert whole["tokens_left_out"] is None
+    assert whole["whole"] == found["whole"]
+    assert any("reads" in site for site in whole["sites"].values())
+    printed = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert line in printed.stderr.splitlines()
+    assert "directions for 95% on average" in printed.stdout
+
+
+def test_an_adapter_s_own_tokenizer_names_them(tiny_model_dir, tmp_path: Path) -> None:
+    base = without(tiny_model_dir("llama"), tmp_path / "base", *TOKENIZER)
+    make_adapter(base, tmp_path / "a")
+    load_tokenizer(tiny_model_dir("llama")).save_pretrained(tmp_path / "a")
+    found = inspect(Base(base), open_all([tmp_path / "a"])).as_json()
+    assert found["tokens_left_out"] is None
+    assert any("reads" in site for site in found["sites"].values())
+
+
+def test_a_tokenizer_that_cannot_be_read_is_still_an_error(tiny_model_dir, tmp_path: Path) -> None:
+    base = without(tiny_model_dir("llama"), tmp_path / "base")
+    make_adapter(base, tmp_path / "a")
+    (base / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(LorafoldError, match="transformers can't load it") as error:
+        inspect(Base(base), open_all([tmp_path / "a"]))
+    assert not isinstance(error.value, NoTokenizer)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma", "qwen2"])
+def test_no_command_takes_an_empty_tokenizer_for_the_model_s(
+    kind: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    base = without(tiny_model_dir(kind), tmp_path / "base", *TOKENIZER)
+    with pytest.raises(NoTokenizer, match="it has no tokenizer"):
+        load_tokenizer(base)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Book", "completion": "a table"}\n')
+    for command in (["generate", "--prompt", "Book"], ["eval", "--data", str(rows)]):
+        with pytest.raises(NoTokenizer, match="it has no tokenizer"):
+            CliRunner().invoke(app, [*command, "--model", str(base)], catch_exceptions=False)
