@@ -115,7 +115,7 @@ def test_merged_inspected_composed(model: str, adapter: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_an_estimate_is_the_command_s(model: str) -> None:
-    found = lf.estimate(model, "lora", max_length=64, device_memory=10**9)
+    found = lf.estimate(model, "lora", max_length=64, device_memory="1GB")
     assert sum(found.terms.values()) == found.total
     assert found.advice is not None
     assert found.advice.fits
@@ -188,6 +188,8 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
         (lambda out: lf.compare(out, seeds=0), "seeds: found 0, expected 1 or more"),
         (lambda out: lf.intrinsic(out, share=1.5), "share: found 1.5, expected 0 to 1"),
         (lambda out: lf.train(data="x", out=out, learning_rate=3), "lf.train has no option learn"),
+        (lambda out: lf.train(data={"prompt": ["a"]}, out=out), "data: found a dict, expected"),
+        (lambda out: lf.estimate("m", device_memory="24"), "found 24, expected a size as in 24GB"),
         (lambda out: lf.generate("m", "x", adapter="a"), "did you mean adapters?"),
         (lambda out: lf.load_model("m", quantize="nf4"), "lf.load_model has no option quantize"),
         (lambda out: lf.compose("a", out, learning=lf.Learning(evaluations=0)),

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -101,7 +102,9 @@ def entered(tiny_model_dir, tmp_path_factory) -> list[tuple[str, str]]:
     """The functions of lorafold that a warm request enters, each with its file."""
     model, out = str(tiny_model_dir("llama")), str(tmp_path_factory.mktemp("out"))
     command = [sys.executable, "-c", REQUEST, model, out]
-    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    # with more threads than one, those of a busy machine enter more of `runtime.processor`
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    made = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return [(file, name) for file, name in json.loads(made.stdout.splitlines()[-1])]
 
 

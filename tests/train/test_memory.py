@@ -18,7 +18,7 @@ from torch import nn
 import mixtures
 from architectures import MULTIMODAL
 from conftest import fast_only
-from lorafold.cli.commands import size
+from lorafold.api.estimate import bytes_of
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -379,13 +379,13 @@ def test_labels_are_no_more_than_there_are() -> None:
 
 
 def test_sizes() -> None:
-    assert [size(text) for text in ("24GB", "24 gib", "500MB", "1.5T")] == [
+    assert [bytes_of(text) for text in ("24GB", "24 gib", "500MB", "1.5T")] == [
         24 * 10**9,
         24 * 2**30,
         5 * 10**8,
         15 * 10**11,
     ]
     with pytest.raises(LorafoldError, match="expected a size"):
-        size("lots")
+        bytes_of("lots")
     with pytest.raises(LorafoldError, match="did you mean 24GB"):
-        size("24")
+        bytes_of("24")

@@ -6,7 +6,7 @@ reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -136,6 +136,8 @@ def sources_in(data: Data) -> list[str] | None:
     """The sources that data names, or None for the rows themselves."""
     if isinstance(data, (str, Path)):
         return [str(data)]
+    if isinstance(data, Mapping):
+        raise LorafoldError("data: found a dict, expected a list of rows or the name of a source")
     names = [str(item) for item in data if isinstance(item, (str, Path))]
     return names if names and len(names) == len(data) else None
 

@@ -38,7 +38,7 @@ def estimate(
     gpus: Annotated[int, opt.Option(min=1)] = 1,
     strategy: str = "fsdp",
     tflops: Annotated[float, opt.Option(rare=True, min=1)] = 400,
-    device_memory: Annotated[int | None, opt.Option(kind=str, metavar="SIZE")] = None,
+    device_memory: Annotated[str | int | None, opt.Option(kind=str, metavar="SIZE")] = None,
     measure: bool = False,
     device: str | None = None,
     compute_capability: Annotated[str | None, opt.Option(metavar="X.Y")] = None,
@@ -69,7 +69,7 @@ def estimate(
         strategy: Whether each of `gpus` holds a shard of the weights (fsdp) or all (ddp).
         tflops: The throughput of a device in TFLOP/s, to compute the bandwidth that `gpus` need.
         device_memory: The memory of a device, for example 24GB, to check whether the run fits and
-            what would fit. In Python, in bytes.
+            what would fit. In Python also a number of bytes.
         measure: Also load the model and run two real steps, to check the estimate.
         device: The device to estimate for: cpu is this machine's CPU. Default: a CUDA GPU. With
             `measure`, the device that runs the steps: cpu, cuda, cuda:N or mps. Default: the
@@ -128,6 +128,7 @@ def estimate(
             raise LorafoldError(both_names("length", "max_length"))
         warnings.warn(called_now("length", "max_length"), DeprecationWarning, stacklevel=2)
         max_length = length
+    memory = bytes_of(device_memory) if isinstance(device_memory, str) else device_memory
     if params is not None and str(model) != EMBEDDED:
         raise LorafoldError(
             f"--params: found --params {params} and --model {model}, expected one of the two"
@@ -190,10 +191,10 @@ def estimate(
         resident=of_this_cpu and setting.spec is not None and on is None,
     )
     total, advice, measured = estimate.estimate(config, setting), None, None
-    if device_memory is not None:
+    if memory is not None:
         with console.status("searching for what fits, in about twenty settings"):
             search = advise if data is None else advise_on_rows
-            advice = search(config, setting, device_memory)
+            advice = search(config, setting, memory)
     if on is not None:
         with console.status("running two real steps"):
             measured = measured_bytes(
@@ -203,7 +204,7 @@ def estimate(
     if chart is not None:
         rows = f"{setting.batch} x {setting.length} tokens" if data is None else "on its rows"
         title = f"{mode} of {params or model}, {rows}"
-        page(total, title, chart, forecast.remarks(), device_memory)
+        page(total, title, chart, forecast.remarks(), memory)
     return forecast
 
 
@@ -254,3 +255,14 @@ def capability(given: str | None) -> tuple[int, int]:
         )
     major, _, minor = given.partition(".")
     return int(major), int(minor)
+
+
+def bytes_of(text: str) -> int:
+    """The bytes of a size such as 24GB, 24GiB or 500MB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if match is None or not match[2]:
+        hint = f"; did you mean {text}GB?" if re.fullmatch(r"[\d.]+", text) else ""
+        expected = "expected a size as in 24GB or 24GiB"
+        raise LorafoldError(f"--device-memory: found {text}, {expected}{hint}")
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit ** (1 + "KMGT".index(match[2])))

@@ -184,19 +184,6 @@ def varied(pairs: Iterable[str] | None) -> dict[str, list[Any]]:
     return named_as_now(fields)
 
 
-def size(text: str | None) -> int | None:
-    """The bytes of a size such as 24GB, 24GiB or 500MB."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
-    if match is None or not match[2]:
-        hint = f"; did you mean {text}GB?" if re.fullmatch(r"[\d.]+", text) else ""
-        expected = "expected a size as in 24GB or 24GiB"
-        raise LorafoldError(f"--device-memory: found {text}, {expected}{hint}")
-    unit = 1024 if match[3] else 1000
-    return int(float(match[1]) * unit ** (1 + "KMGT".index(match[2])))
-
-
 def _tools(file: Path | None) -> Any:
     from lorafold.data.calls import read_tools
 
@@ -212,7 +199,6 @@ def _rewards(names: list[str] | None, adapters: Sequence[str] | None = ()) -> li
 # how the text of an option becomes the argument of this name
 READERS: dict[str, Callable[..., Any]] = {
     "columns": columns_of,
-    "device_memory": size,
     "methods": lambda texts: [name.strip() for text in texts or () for name in text.split(",")],
     "rewards": _rewards,
     "tools": _tools,
