@@ -90,7 +90,7 @@ def test_the_page_shows_no_figure_that_the_json_lacks(tiny_model_dir, tmp_path):
         "effective_rank_95": ".0f", "relative_norm": ".1%", "amplification": ".2f",
         "intruders": ".0f",
     }  # fmt: skip
-    tables = re.findall(r'<table class="map">.*?</table>', page)
+    tables = re.findall(r'<table class="map">.*?</table>', page, re.DOTALL)
     for table, (name, form) in zip(tables, maps.items(), strict=True):
         shown = re.findall(r"<td style=[^>]*>([^<]*)</td>", table)
         assert sorted(shown) == sorted(f"{site[name]:{form}}" for site in found["sites"].values())
