@@ -1,11 +1,10 @@
 """One import: every verb from `lf`, on names, paths, rows and loaded models, quiet unless asked."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,91 +12,14 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
+from command_cases import rows_file
 from lorafold.api.compose import by_name
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
 ROWS = [{"prompt": f"Book a table for {i}", "completion": f' {{"people": {i}}}'} for i in range(12)]
 RECIPE = lf.Recipe(steps=2, batch=2, storage="fp32", max_length=64)
-# What a user may rely on: the names and the order of the arguments of each verb.
-SIGNATURES = {
-    "attach": "model spec targets name *bias modules_to_save tokens base",
-    "chat": (
-        "model adapters *system max_new_tokens temperature seed allow_control_tokens console"
-        " revision trust_remote_code device allow_other_base storage"
-    ),
-    "compare": (
-        "out *model data eval_data rewards columns methods vary seeds recipe html console"
-        " revision trust_remote_code device"
-    ),
-    "compose": (
-        "adapters out *model how weights rank density learning data completions seed overwrite"
-        " console revision trust_remote_code device allow_other_base storage"
-    ),
-    "estimate": (
-        "model mode *params data rewards columns batch max_length labelled recipe gpus strategy"
-        " tflops device_memory measure device compute_capability html console length revision"
-        " trust_remote_code"
-    ),
-    "evaluate": (
-        "model data *columns adapters tokenizer max_length completions max_new_tokens rewards"
-        " group temperature seed reward_seconds console revision trust_remote_code device"
-        " allow_other_base storage"
-    ),
-    "export": (
-        "model adapters out *to tensors as_lora prove prompts engine_python engine_url into"
-        " overwrite console revision trust_remote_code device allow_other_base storage"
-    ),
-    "extract": "tuned out *rank model overwrite revision trust_remote_code",
-    "fragility": (
-        "out *probes data model adapters against_adapter tuned instead tuning defending recipe"
-        " columns html console revision trust_remote_code device allow_other_base storage"
-    ),
-    "generate": (
-        "model prompts *adapters tokenizer max_new_tokens temperature seed console revision"
-        " trust_remote_code device allow_other_base storage system tools allow_control_tokens"
-    ),
-    "history": "adapter *html",
-    "inspect": (
-        "adapter model *over against directions data rows max_length full html console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "intrinsic": (
-        "out *model data eval_data columns smallest largest share recipe console revision"
-        " trust_remote_code device"
-    ),
-    "load": "model path name *allow_other_base trainable base",
-    "load_model": "model storage device *revision trust_remote_code",
-    "load_tokenizer": "source revision trust_remote_code",
-    "merge": (
-        "model adapters out *into rounding seed certificate probe overwrite console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "only": "model *names",
-    "parse_calls": "text tokenizer tools",
-    "preview": (
-        "recipe *data model html console revision trust_remote_code device allow_other_base"
-        " eval_data rewards columns init_adapter over"
-    ),
-    "reference": "model",
-    "resize": (
-        "adapter out *model over rank energy data columns max_length overwrite console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "score": (
-        "model data *columns adapters tokenizer out overwrite max_length console revision"
-        " trust_remote_code device allow_other_base storage"
-    ),
-    "serve": (
-        "adapters *model host port keys admin_key_file metrics_key_file config settings"
-        " allow_control_tokens json_logs open_page console revision trust_remote_code device"
-        " allow_other_base storage"
-    ),
-    "train": (
-        "recipe *data out model plot resume overwrite console revision trust_remote_code device"
-        " allow_other_base eval_data rewards columns init_adapter over"
-    ),
-}
+SIGNATURES = Path(__file__).with_name("signatures.toml")
 
 
 def shown(function: object) -> str:
@@ -112,7 +34,8 @@ def shown(function: object) -> str:
 
 def test_signatures_are_pinned() -> None:
     verbs = {name for name in lf.__all__ if name.islower()}
-    assert {name: shown(getattr(lf, name)) for name in sorted(verbs)} == SIGNATURES
+    pinned = tomllib.loads(SIGNATURES.read_text(encoding="utf-8"))
+    assert {name: shown(getattr(lf, name)) for name in sorted(verbs)} == pinned
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +56,7 @@ def adapter(model: str, tmp_path_factory) -> Path:
 
 
 def test_a_run_from_rows_is_that_from_their_file(model: str, adapter: Path, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    file = rows_file(tmp_path / "rows.jsonl", ROWS)
     lf.train(RECIPE, data=file, out=tmp_path / "a", model=model, eval_data=ROWS[:4])
     name = "adapter_model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (adapter / name).read_bytes()
@@ -154,17 +76,14 @@ def test_names_and_loaded_models_measure_alike(model: str, adapter: Path) -> Non
 def test_what_a_loaded_model_leaves_without_effect_is_refused(model: str, adapter: Path) -> None:
     loaded = lf.load_model(model, "fp32", "cpu")
     for given in (
-        {"storage": "fp32"},
-        {"device": "cpu"},
-        {"revision": "main"},
-        {"allow_other_base": True},
+        {"storage": "fp32"}, {"device": "cpu"}, {"revision": "main"}, {"allow_other_base": True},
         {"adapters": adapter, "storage": "nf4", "device": "cpu"},
-    ):
-        with pytest.raises(lf.LorafoldError, match=f"^{', '.join(given)}: expected none, because"):
+    ):  # fmt: skip
+        told = f"^{', '.join(given)}: expected none, because"
+        with pytest.raises(lf.LorafoldError, match=told):
             lf.evaluate(loaded, ROWS, **given)
-        with pytest.raises(lf.LorafoldError, match=f"^{', '.join(given)}: expected none, because"):
+        with pytest.raises(lf.LorafoldError, match=told):
             lf.generate(loaded, "Hello", **given)
-
 
 def test_a_prompt_gives_a_text_and_a_list_a_list(model: str, adapter: Path) -> None:
     loaded, tokenizer = lf.load_model(model, "fp32", "cpu"), lf.load_tokenizer(model)
@@ -209,10 +128,8 @@ def test_an_estimate_is_the_command_s(model: str) -> None:
 
 @pytest.mark.slow
 def test_a_comparison_of_two(model: str, tmp_path: Path) -> None:
-    recipe = RECIPE.model_copy(update={"steps": 1})
-    found = lf.compare(
-        tmp_path / "c", model=model, data=ROWS, methods=["lora", "bitfit"], recipe=recipe
-    )
+    given = {"recipe": RECIPE.model_copy(update={"steps": 1}), "methods": ["lora", "bitfit"]}
+    found = lf.compare(tmp_path / "c", model=model, data=ROWS, **given)
     assert [row.method for row in found.rows] == ["base", "lora", "bitfit"]
     assert (tmp_path / "c" / "table.md").read_text() == str(found)
 
@@ -254,7 +171,6 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Path) -> None:
-    """It was a TypeError of whatever met it first, or nothing where it was not needed."""
     for value in WRONG[name]:
         given = {"model": model, "adapters": [], "out": tmp_path / "out", "to": "gguf-model"}
         wrong = {**given, "prove": False, name: value}
@@ -276,12 +192,10 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
         (lambda out: lf.estimate("m", device_memory="24"), "found 24, expected a size as in 24GB"),
         (lambda out: lf.generate("m", "x", adapter="a"), "did you mean adapters?"),
         (lambda out: lf.load_model("m", quantize="nf4"), "lf.load_model has no option quantize"),
-        (
-            lambda out: lf.compose("a", out, learning=lf.Learning(evaluations=0)),
-            "evaluations: found 0, expected 1 or more",
-        ),
+        (lambda out: lf.compose("a", out, learning=lf.Learning(evaluations=0)),
+         "evaluations: found 0, expected 1 or more"),
     ],
-)
+)  # fmt: skip
 def test_python_refuses_what_the_command_refuses(call: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(lf.LorafoldError, match=re.escape(message)):
         call(tmp_path / "out")

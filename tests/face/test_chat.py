@@ -27,6 +27,7 @@ from lorafold.generation import end_tokens
 from lorafold.models.tokenizer import load_tokenizer
 
 USER, ASSISTANT = "user", "assistant"
+BOTH = ("on_model_first", "on_model_second")
 
 
 def said(role: str, text: str) -> dict[str, str]:
@@ -34,9 +35,8 @@ def said(role: str, text: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model_dir: Callable[[str], Path], tmp_path_factory: Any) -> list[Path]:
+def adapters(tiny_model_dir, tmp_path_factory: Any) -> list[Path]:
     """Two adapters of the tiny llama that answer unlike the base and each other."""
-
     paths = [tmp_path_factory.mktemp("adapters") / name for name in ("first", "second")]
     for seed, path in enumerate(paths):
         adapter = lf.attach(fresh_model(tiny_model_dir("llama")), lf.LoRA(rank=4))
@@ -48,9 +48,7 @@ def adapters(tiny_model_dir: Callable[[str], Path], tmp_path_factory: Any) -> li
 
 
 @pytest.fixture
-def made(
-    tiny_model: Callable[[str], Any], tiny_model_dir: Callable[[str], Path], adapters: list[Path]
-) -> Callable[[], Any]:
+def made(tiny_model, adapters: list[Path]) -> Callable[[], Any]:
     """Makes the tiny model with both adapters active on it."""
 
     def make() -> Any:
@@ -63,9 +61,7 @@ def made(
 
 
 @pytest.fixture
-def chat(
-    made: Callable[[], Any], tiny_model_dir: Callable[[str], Path], adapters: list[Path]
-) -> Iterator[Chat]:
+def chat(made: Callable[[], Any], tiny_model_dir, adapters: list[Path]) -> Iterator[Chat]:
     names = {path.name: f"on_model_{path.name}" for path in adapters}
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
     with Chat(made(), tokenizer, names, max_new_tokens=6) as chat:
@@ -73,7 +69,7 @@ def chat(
 
 
 @pytest.fixture
-def alone(made: Callable[[], Any], tiny_model_dir: Callable[[str], Path]) -> Callable[..., str]:
+def alone(made: Callable[[], Any], tiny_model_dir) -> Callable[..., str]:
     """The answer to a whole conversation under the adapters of these names on the model, by another
     model and transformers' own `generate`.
     """
@@ -82,14 +78,9 @@ def alone(made: Callable[[], Any], tiny_model_dir: Callable[[str], Path]) -> Cal
     def answer(messages: list[dict[str, str]], *names: str) -> str:
         prompt = render(messages, tokenizer, for_generation=True)
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+        how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
         with lf.only(model, *names):
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=6,
-                do_sample=False,
-                eos_token_id=[*end_tokens(model, tokenizer)],
-            )
+            out = model.generate(ids, **how, eos_token_id=[*end_tokens(model, tokenizer)])
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     return answer
@@ -103,33 +94,22 @@ def talk(chat: Chat, text: str) -> str:
     return answer
 
 
-def test_each_answer_is_the_models_own_to_all_that_was_said(
-    chat: Chat, alone: Callable[..., str]
-) -> None:
+def test_each_answer_is_the_models_own_to_all_that_was_said(chat: Chat, alone: Any) -> None:
     chat.system = "Be brief."
     messages = [said("system", "Be brief.")]
     for text in ("a table for four", "rain", "six"):
         messages.append(said(USER, text))
         answer = talk(chat, text)
-        assert answer == alone(messages, "on_model_first", "on_model_second")
+        assert answer == alone(messages, *BOTH)
         messages.append(said(ASSISTANT, answer))
     assert chat.conversation() == messages
     chat.reset()
     assert chat.conversation() == messages[:1]
-    assert talk(chat, "rain") == alone(
-        [messages[0], said(USER, "rain")], "on_model_first", "on_model_second"
-    )
+    assert talk(chat, "rain") == alone([messages[0], said(USER, "rain")], *BOTH)
 
 
-def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(
-    chat: Chat, alone: Callable[..., str]
-) -> None:
-    names = {
-        "first": ["on_model_first"],
-        "second": ["on_model_second"],
-        "none": [],
-        "all": ["on_model_first", "on_model_second"],
-    }
+def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat, alone) -> None:
+    names = {"first": BOTH[:1], "second": BOTH[1:], "none": (), "all": BOTH}
     answers = {}
     for name, attached in names.items():
         chat.reset()
@@ -148,7 +128,6 @@ def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(
 
 
 def test_a_closed_chat_gives_the_model_back(chat: Chat, made: Callable[[], Any]) -> None:
-    """Also where an answer was left halfway."""
     model, untouched = chat.model, made()
     ids, answer = torch.tensor([[5, 6, 7]]), chat.answer(chat.ask("rain"), chat.active)
     next(answer)
@@ -157,9 +136,8 @@ def test_a_closed_chat_gives_the_model_back(chat: Chat, made: Callable[[], Any])
     assert torch.equal(model(ids).logits, untouched(ids).logits)
     with lf.only(model), lf.only(untouched):
         assert torch.equal(model(ids).logits, untouched(ids).logits)
-    assert {path: type(m) for path, m in model.named_modules()} == {
-        path: type(m) for path, m in untouched.named_modules()
-    }
+    kinds = ({path: type(m) for path, m in one.named_modules()} for one in (model, untouched))
+    assert next(kinds) == next(kinds)
 
 
 def test_a_chat_that_nobody_closes_is_closed_when_it_is_collected(made: Any, chat: Chat) -> None:
@@ -185,9 +163,6 @@ def test_both_goes_on_with_the_adapters_answer(chat: Chat, alone: Callable[..., 
 
 
 def test_old_turns_leave_when_the_context_is_full_and_the_system_message_stays(chat: Chat) -> None:
-    """512 tokens of context. No prompt leaves less room than an answer may take, and none leaves
-    out a turn that would have fitted.
-    """
     chat.system = "Remember the lantern."
     dropped = 0
     for number in range(40):
@@ -208,9 +183,7 @@ def test_old_turns_leave_when_the_context_is_full_and_the_system_message_stays(c
     assert len(chat.conversation()) == 81
 
 
-def test_an_answer_gets_what_the_context_has_left_and_a_longer_message_is_refused(
-    chat: Chat,
-) -> None:
+def test_an_answer_gets_what_the_context_has_left_and_a_longer_message_is_refused(chat) -> None:
     chat.max_new_tokens = 400
     turn = chat.ask("x" * 300)
     tokens = len(chat.tokenizer(turn.prompt, add_special_tokens=False).input_ids)
@@ -246,9 +219,7 @@ def test_saved_conversations_are_rows_that_train_reads(chat: Chat, tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["no json\n", '{"text": "a row of another shape"}\n'])
-def test_saving_over_what_holds_no_conversations_leaves_it_alone(
-    text: str, chat: Chat, tmp_path: Path
-) -> None:
+def test_saving_over_what_holds_no_conversations_leaves_it_alone(text: str, chat, tmp_path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     talk(chat, "rain")
@@ -268,49 +239,27 @@ def begin(model: Path, *arguments: str, **options: Any) -> "subprocess.Popen[byt
     command = [sys.executable, "-m", "lorafold", "chat", "--model", str(model)]
     return subprocess.Popen(
         [*command, "--storage", "fp32", "--device", "cpu", *arguments],
-        stdin=options.pop("stdin", subprocess.PIPE),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdin=options.pop("stdin", subprocess.PIPE), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # where the tests run in the background it is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
+    )  # fmt: skip
 
 
 def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
-    alone: Callable[..., str],
-    adapters: list[Path],
-    tiny_model_dir: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    alone: Any, adapters: list[Path], tiny_model_dir, tmp_path: Path, monkeypatch
 ) -> None:
     lines = [
-        "/adapter",
-        "rain",
-        "",
-        "/adapter second",
-        "/no-such-command",
-        "/reset now",
-        "/both",
-        "//six",
-        f"/save {tmp_path / 'talk.jsonl'}",
-        "/new",
-        "/system Be brief.",
-        "/both",
-        "/adapter none",
-        "/both",
-        "rain",
-        "/help",
-        "/quit",
-        "never read",
-    ]
+        "/adapter", "rain", "", "/adapter second", "/no-such-command", "/reset now", "/both",
+        "//six", f"/save {tmp_path / 'talk.jsonl'}", "/new", "/system Be brief.", "/both",
+        "/adapter none", "/both", "rain", "/help", "/quit", "never read",
+    ]  # fmt: skip
     of_adapters = [argument for path in adapters for argument in ("--adapter", str(path))]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
     model = ("--model", str(tiny_model_dir("llama")), "--storage", "fp32", "--device", "cpu")
     code, out, err = lorafold("chat", *model, *of_adapters, "--max-new-tokens", "6", "--json")
     assert code == 0, err
     messages = [said(USER, "rain")]
-    stacked = alone(messages, "on_model_first", "on_model_second")
+    stacked = alone(messages, *BOTH)
     messages += [said(ASSISTANT, stacked), said(USER, "/six")]
     of_base, of_second = alone(messages), alone(messages, "on_model_second")
     messages.append(said(ASSISTANT, of_second))
@@ -335,13 +284,9 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves_with_130(
-    tiny_model_dir: Callable[[str], Path],
-) -> None:
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves_with_130(tiny_model_dir) -> None:
     process = begin(tiny_model_dir("llama"), "--max-new-tokens", "450")
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
+    assert process.stdin and process.stdout and process.stderr  # noqa: PT018
     process.stdin.write(b"rain\n")
     process.stdin.flush()
     assert process.stdout.read(1)  # it has begun to answer
@@ -362,9 +307,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves_with_130(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_in_a_terminal_lines_are_prompted_for_and_ctrl_d_ends(
-    tiny_model_dir: Callable[[str], Path],
-) -> None:
+def test_in_a_terminal_lines_are_prompted_for_and_ctrl_d_ends(tiny_model_dir) -> None:
     import pty
 
     ours, theirs = pty.openpty()
@@ -379,7 +322,7 @@ def test_in_a_terminal_lines_are_prompted_for_and_ctrl_d_ends(
 
 
 @pytest.mark.slow
-def test_input_that_is_not_utf8_is_named(tiny_model_dir: Callable[[str], Path]) -> None:
+def test_input_that_is_not_utf8_is_named(tiny_model_dir) -> None:
     process = begin(tiny_model_dir("llama"))
     _, err = process.communicate(b"/system\n\xff\xfe\n", timeout=120)
     assert process.returncode == 2

@@ -1,6 +1,4 @@
-"""The command's frame: quick help, one line for what the user can put right, exit codes, and clean
-output.
-"""
+"""The command's frame: quick help, one line for what the user can put right, and exit codes."""
 
 import json
 import os
@@ -14,17 +12,13 @@ import pytest
 
 from conftest import lorafold, refused
 from lorafold.cli import COMMANDS
+from lorafold.cli.cluster import without_cluster_options, worker_resources
 from lorafold.cli.commands import emit
 
 HEAVY = {
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "bitsandbytes",
-    "safetensors",
+    "torch", "transformers", "datasets", "accelerate", "bitsandbytes", "safetensors",
     "huggingface_hub",
-}
+}  # fmt: skip
 
 
 def test_help_lists_every_command_and_loads_nothing_that_takes_long():
@@ -91,21 +85,14 @@ def test_what_the_system_refuses_is_one_line(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_finds_no_room_is_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "lorafold", "--help"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "lorafold", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.stderr.splitlines()[0] == "error: No space left on device"
     assert done.returncode == 2
 
 
 def open_once_read(fifo: Path, reader: subprocess.Popen) -> int:
-    """A descriptor that keeps `reader` waiting for lines, from the moment that it reads the
-    pipe.
-    """
+    """A descriptor that keeps `reader` waiting for lines, once it reads the pipe."""
     while reader.poll() is None:
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
@@ -117,25 +104,14 @@ def open_once_read(fifo: Path, reader: subprocess.Popen) -> int:
 def test_ctrl_c_ends_with_130(tmp_path):
     rows = tmp_path / "rows.jsonl"
     os.mkfifo(rows)
+    asked = ["train", "--data", str(rows), "--out", str(tmp_path / "out")]
     child = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "lorafold",
-            "train",
-            "--data",
-            str(rows),
-            "--out",
-            str(tmp_path / "out"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "lorafold", *asked], stderr=subprocess.PIPE, text=True,
         # where the tests run in the background it is ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    )  # fmt: skip
     waiting = open_once_read(rows, child)
-    # a signal that comes just before the read begins is noticed only when the next one breaks it
-    # off
+    # a signal that comes just before the read begins is noticed only when the next one comes
     for _ in range(6):
         child.send_signal(signal.SIGINT)
         try:
@@ -158,3 +134,43 @@ def test_results_are_a_line_for_people_or_one_json_object(capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert json.loads(out) == {"loss": 1.5, "perplexity": None, "out": "a/b"}
+
+
+@pytest.mark.parametrize("verb", ["compare", "intrinsic"])
+def test_other_clusters_are_refused(verb: str, tmp_path: Path) -> None:
+    told = refused(verb, "--out", str(tmp_path / "out"), "--on", "slurm")
+    assert told == "error: --on: found slurm, expected ray\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_need_a_directory() -> None:
+    told = refused("fragility", "--refuse", "r", "--controls", "c", "--on", "ray")
+    assert "--on: found no --out" in told
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    told = refused("compare", "--out", str(tmp_path / "out"), "--on", "ray")
+    assert told == "error: --on ray: found no ray, expected it; install lorafold[ray]\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_gets_the_command_without_where_it_runs() -> None:
+    asked = ["compare", "--on", "ray", "--out", "o", "--workers=3", "--workers", "2", "--json"]
+    assert without_cluster_options(asked) == ["compare", "--out", "o", "--json"]
+    asked = ["compare", "--on=ray", "--seeds", "2"]
+    assert without_cluster_options(asked) == ["compare", "--seeds", "2"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 4.0}], 2, {"num_cpus": 4, "num_gpus": 0}),
+        ([{"CPU": 8.0, "GPU": 4.0}], 4, {"num_cpus": 2, "num_gpus": 1}),
+        ([{"CPU": 2.0}], 4, {"num_cpus": 1, "num_gpus": 0}),
+    ],
+)
+def test_a_worker_asks_for_what_every_node_has(nodes, workers: int, expected) -> None:
+    gone = {"Alive": False, "Resources": {"CPU": 1.0}}
+    alive = [{"Alive": True, "Resources": n} for n in nodes]
+    assert worker_resources([gone, *alive], workers) == expected

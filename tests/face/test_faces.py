@@ -1,6 +1,4 @@
-"""A verb is declared once, and the command is made of it: no option stands twice, none has two
-names, and what reaches a base at one face reaches it at both.
-"""
+"""A verb is declared once, and the command is made of it."""
 
 import inspect
 import re
@@ -14,6 +12,7 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from adapter_cases import make_adapter
+from command_cases import rows_file, words
 from conftest import lorafold, refused, unestimating
 from lorafold.api.options import DeclaredOption, Docs, Option, Progress, RecipeOptions, declared
 from lorafold.cli import COMMANDS, _load, app, commands, verb_of
@@ -33,24 +32,14 @@ HUB = {"model", "revision", "trust_remote_code"}
 COMPUTES = {*HUB, "device"}
 LOADS = {*COMPUTES, "storage", "allow_other_base"}
 BASES = {
+    **dict.fromkeys(
+        ("eval", "score", "generate", "chat", "serve", "merge", "export", "compose", "inspect",
+         "resize", "fragility"), LOADS,
+    ),
+    **dict.fromkeys(("estimate", "extract", "doctor"), HUB),
+    **dict.fromkeys(("intrinsic", "compare"), COMPUTES),
     "train": {*COMPUTES, "allow_other_base"},
-    "eval": LOADS,
-    "score": LOADS,
-    "generate": LOADS,
-    "chat": LOADS,
-    "serve": LOADS,
-    "merge": LOADS,
-    "export": LOADS,
-    "estimate": HUB,
-    "compose": LOADS,
-    "inspect": LOADS,
-    "resize": LOADS,
-    "extract": HUB,
-    "intrinsic": COMPUTES,
-    "compare": COMPUTES,
-    "fragility": LOADS,
-    "doctor": HUB,
-}
+}  # fmt: skip
 # options that are not called as the parameter: one of a list, an opposite, a keyword of Python
 CALLED = {
     "adapter": "--adapter", "adapters": "--adapter", "weights": "--weight", "rewards": "--reward",
@@ -61,7 +50,6 @@ CLI = Path(commands.__file__).parent
 
 
 def options(verb: str) -> dict[str, list[str]]:
-    """The names of a command's options, by parameter."""
     return {str(p.name): [*p.opts, *p.secondary_opts] for p in command_of(verb).params}
 
 
@@ -92,9 +80,6 @@ def test_a_verb_has_the_parameters_of_a_base_that_bear_on_it(verb: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_option_is_declared_once(name: str) -> None:
-    """Every option is a parameter of the verb or of what runs it, a field of the recipe where the
-    verb has one, and nothing else; and it is called as the parameter.
-    """
     places = declarations(name)
     assert len({one.name for _, one in places}) == len(places)
     recipes = [one for _, one in places if isinstance(one.option, RecipeOptions)]
@@ -117,9 +102,7 @@ def test_an_option_is_declared_once(name: str) -> None:
 
 
 def test_the_text_of_an_option_stands_once() -> None:
-    """No two verbs tell of a parameter of one name in the same words, but where both take it from
-    one declaration; and nothing but the builder declares an option to Typer.
-    """
+    """Nothing but the builder declares an option to Typer."""
     texts: dict[tuple[str, str], set[int]] = {}
     for name in NAMES:
         for _, one in declarations(name):
@@ -259,9 +242,7 @@ def test_a_word_that_is_unknown_is_refused_where_it_has_no_effect_too(
         assert said in refused(*map(str, [*asked, option, "foo"]))
 
 
-def test_paths_may_begin_with_a_tilde_at_both_faces(
-    tiny_model_dir, tmp_path: Path, monkeypatch
-) -> None:
+def test_paths_may_begin_with_a_tilde_at_both_faces(tiny_model_dir, tmp_path, monkeypatch) -> None:
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "ad")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -271,8 +252,8 @@ def test_paths_may_begin_with_a_tilde_at_both_faces(
     done = lorafold("train", *asked, "--model", str(base), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     lf.compose(["~/ad"], "~/two", model=base)
-    merged = ["--adapter=~/ad", "--adapter", "~/one", "--probe=~/rows.jsonl", "--out=~/three"]
-    done = lorafold("merge", *merged, "--model", str(base), "--device", "cpu")
+    merged = {"adapter": ["~/ad", "~/one"], "probe": "~/rows.jsonl", "out": "~/three"}
+    done = lorafold(*words("merge", **merged, model=base, device="cpu"))
     assert done.returncode == 0, done.stderr
     lf.load(lf.load_model(base), "~/two").save("~/four")
     assert {"one", "two", "three", "four"} <= {path.name for path in tmp_path.iterdir()}
@@ -290,12 +271,12 @@ def test_a_recipe_is_a_recipe_at_every_verb(tmp_path: Path) -> None:
 
 
 def test_resize_reads_columns_and_refuses_in_one_wording(tiny_model_dir, tmp_path: Path) -> None:
-    base, rows = tiny_model_dir("llama"), tmp_path / "rows.jsonl"
+    base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a")
-    rows.write_text('{"question": "a", "answer": "b"}\n')
-    asked = ["resize", tmp_path / "a", "--model", base, "--out", tmp_path / "out", "--data", rows]
-    named = ["--columns", "prompt=question,completion=answer", "--rank", "1", "--device", "cpu"]
-    done = lorafold(*map(str, [*asked, *named]))
+    data = rows_file(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}])
+    named = {"columns": "prompt=question,completion=answer", "rank": 1, "device": "cpu"}
+    given = {"model": base, "out": tmp_path / "out", "data": data}
+    done = lorafold(*words("resize", tmp_path / "a", **given, **named))
     assert "loss " in done.stdout, done.stderr
     with pytest.raises(LorafoldError, match="--energy: found 2, expected a share above 0"):
         resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=2)
@@ -317,7 +298,6 @@ def test_the_kinds_of_the_cache_are_listed() -> None:
 
 @pytest.fixture(scope="module")
 def judge(tiny_model_dir, tmp_path_factory) -> Path:
-    """A reward model."""
     path, base = tmp_path_factory.mktemp("judge") / "judge", tiny_model_dir("llama")
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     recipe = lf.Recipe(objective="reward", steps=1, batch=2, storage="fp32")

@@ -1,11 +1,6 @@
-"""What `--help` shows: few options, no Python types, examples that run; and what a name of another
-tool is told.
-"""
-
-from __future__ import annotations
+"""`--help`: few options, no Python types, examples that run; and the names of other tools."""
 
 import io
-import json
 import os
 import re
 import shlex
@@ -15,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from command_cases import rows_file
 from conftest import lorafold, refused
 from embedded_cases import embed_a_tiny_model
 from lorafold.cli import COMMANDS, EXAMPLES, GROUPS, _load
@@ -100,12 +96,12 @@ def after_quickstart(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
     folder = tmp_path_factory.mktemp("run")
     pair = {"prompt": "When?", "chosen": "On Tuesday.", "rejected": "Never."}
-    (folder / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
+    rows_file(folder / "pairs.jsonl", [pair] * 4)
     for name in ("refuse", "controls", "benign"):
         said = "I can't do that." if name == "refuse" else "Sure, at once."
         rows = [{"prompt": f"{name} {n}?", "completion": said} for n in range(20)]
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (folder / "mine.jsonl").write_text('{"prompt": "When?", "completion": "Sure."}\n')
+        rows_file(folder / f"{name}.jsonl", rows)
+    rows_file(folder / "mine.jsonl", [{"prompt": "When?", "completion": "Sure."}])
     (folder / "sft.yaml").write_text(
         "model_name_or_path: acme/tiny\nuse_peft: true\nlora_r: 8\nlearning_rate: 1.0e-4\n"
         "num_train_epochs: 2\nper_device_train_batch_size: 4\nassistant_only_loss: true\n"

@@ -1,6 +1,4 @@
-"""What a notebook shows of a result, and of a run."""
-
-from __future__ import annotations
+"""Results and runs as a notebook shows them."""
 
 import importlib
 import inspect
@@ -88,6 +86,8 @@ import lorafold as lf
 rows = [{"prompt": "a", "completion": "b"}]
 recipe = lf.Recipe(steps=300, batch=1, storage="fp32", eval_fraction=0.0)
 """
+ROWS = [{"prompt": "a", "completion": "b"}]
+SHORT = lf.Recipe(steps=2, batch=1, storage="fp32")
 
 
 @pytest.mark.slow
@@ -95,21 +95,17 @@ def test_a_run_in_a_notebook_is_a_few_lines_and_one_bar(tiny_model_dir, tmp_path
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     given = f"data=rows, model={str(tiny_model_dir('llama'))!r}, device='cpu'"
-    cells = [
-        ASKED,
-        f"lf.train(recipe, out='a', {given})",
-        f"lf.train(recipe, out='b', console=False, {given})",
-    ]
+    given_b = f"out='b', console=False, {given}"
+    cells = [ASKED, f"lf.train(recipe, out='a', {given})", f"lf.train(recipe, {given_b})"]
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [nbformat.v4.new_code_cell(text) for text in cells]
     context = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, kernel_name="python3", resources=context).execute()
     told, silent = (cell.outputs for cell in notebook.cells[1:])
     pages = [one["data"].get("text/html", "") for one in told if "data" in one]
-    assert [page for page in pages if "<progress" in page] == [
-        page for page in pages if 'value="300" max="300"' in page
-    ]
-    assert sum("<progress" in page for page in pages) == 1
+    bars = [page for page in pages if "<progress" in page]
+    assert all('value="300" max="300"' in page for page in bars)
+    assert len(bars) == 1
     assert "<table>" in pages[-1]
     assert len(told) < 25
     # rich's warning; tqdm's own names it too, where transformers is imported
@@ -123,15 +119,14 @@ def test_a_run_on_a_terminal_shows_a_bar_unless_told_not_to(
 ) -> None:
     ours, terminal = os.openpty()
     os.set_blocking(ours, False)
-    recipe = lf.Recipe(steps=2, batch=1, storage="fp32")
-    given = {"model": tiny_model_dir("llama"), "data": [{"prompt": "a", "completion": "b"}]}
+    given = {"model": tiny_model_dir("llama"), "data": ROWS, "device": "cpu"}
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(terminal, "w") as screen:
         monkeypatch.setattr(sys, "stderr", screen)
-        lf.train(recipe, out=tmp_path / "a", device="cpu", console=False, **given)
+        lf.train(SHORT, out=tmp_path / "a", console=False, **given)
         with pytest.raises(BlockingIOError):
             os.read(ours, 1)
-        lf.train(recipe, out=tmp_path / "b", device="cpu", **given)
+        lf.train(SHORT, out=tmp_path / "b", **given)
         said = os.read(ours, 1 << 20).decode()
     os.close(ours)
     assert "2/2" in said
@@ -140,7 +135,5 @@ def test_a_run_on_a_terminal_shows_a_bar_unless_told_not_to(
 
 @pytest.mark.usefixtures("unestimated")
 def test_a_run_in_a_pipe_prints_nothing(tiny_model_dir, tmp_path: Path, capfd) -> None:
-    recipe = lf.Recipe(steps=2, batch=1, storage="fp32")
-    rows = [{"prompt": "a", "completion": "b"}]
-    lf.train(recipe, model=tiny_model_dir("llama"), data=rows, out=tmp_path / "a", device="cpu")
+    lf.train(SHORT, model=tiny_model_dir("llama"), data=ROWS, out=tmp_path / "a", device="cpu")
     assert "step" not in "".join(capfd.readouterr())

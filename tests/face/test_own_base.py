@@ -1,5 +1,5 @@
-"""Where no model is named, adapters are loaded on the base that they say they were trained on, and
-that is said; it is found again by its name, beside the adapter, and by its fingerprint.
+"""Where no model is named, adapters are loaded on the base that their records name; it is found by
+its name, beside the adapter, and by its fingerprint.
 """
 
 import io
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from rich.console import Console
 
 import lorafold as lf
 from adapter_cases import make_adapter
 from conftest import lorafold, make_model_dir, refused
+from fresh_models import fresh_model
 from lorafold.api.serve import own_bases
 from lorafold.cli import _load
 from lorafold.errors import LorafoldError
@@ -24,6 +26,7 @@ from lorafold.peft.adapter_directory import open_all
 from lorafold.peft.provenance import OwnBase
 from lorafold.resolve import Base, base_for
 from lorafold.serving.registry import STATE, ServerState
+from serving_cases import running, saved
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -43,7 +46,6 @@ def place(tiny_model_dir, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch) -> Path:
-    """An empty cache of the hub."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
@@ -75,25 +77,20 @@ def found(*adapters: Path) -> tuple[Base, str]:
     return base, told.getvalue()
 
 
-
 CALLS: dict[str, Callable[[Path, Console], object]] = {
     "evaluate": lambda at, console: lf.evaluate(
-        data=ROWS, adapters=at / "adapter", completions=False, console=console
-    ),
+        data=ROWS, adapters=at / "adapter", completions=False, console=console),
     "generate": lambda at, console: lf.generate(
-        None, "Book", adapters=at / "adapter", max_new_tokens=2, console=console
-    ),
+        None, "Book", adapters=at / "adapter", max_new_tokens=2, console=console),
     "chat": lambda at, console: lf.chat(adapters=at / "adapter", console=console),
     "merge": lambda at, console: lf.merge(
-        adapters=at / "adapter", out=at / "out", certificate=False, console=console
-    ),
+        adapters=at / "adapter", out=at / "out", certificate=False, console=console),
     "inspect": lambda at, console: lf.inspect(at / "adapter", console=console),
     "compose": lambda at, console: lf.compose([at / "adapter"] * 2, at / "out", console=console),
     "resize": lambda at, console: lf.resize(at / "adapter", at / "out", rank=1, console=console),
     "train": lambda at, console: lf.train(
         lf.Recipe(steps=1, batch=2, storage="fp32"), data=ROWS, out=at / "out",
-        over=at / "adapter", console=console,
-    ),
+        over=at / "adapter", console=console),
 }  # fmt: skip
 
 
@@ -131,9 +128,7 @@ def test_what_has_no_record_says_it_in_its_configuration(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "models/base", "/gone/base", "../base"])
-def test_a_base_is_found_by_a_relative_name_and_beside_the_adapter(
-    name: str, place: Path, hub: Path
-) -> None:
+def test_a_base_is_found_by_a_relative_name_and_beside_the_adapter(name: str, place, hub) -> None:
     at = place / "adapter"
     for record in (True, False):
         base, told = found(named(at, name, record))
@@ -148,18 +143,14 @@ def test_a_base_that_was_renamed_is_found_by_its_fingerprint(place: Path, hub: P
     (place / "base").rename(place / "renamed")
     base, told = found(adapter)
     assert base.source.path == place / "renamed"
-    assert told == (
-        f"base: {place / 'renamed'}, found by its fingerprint; the adapter's record says"
-        f" {place / 'base'}\n"
-    )
+    told_ = f"found by its fingerprint; the adapter's record says {place / 'base'}\n"
+    assert told == f"base: {place / 'renamed'}, {told_}"
     other.mkdir(parents=True)
     adapter.rename(other / "adapter")  # it lies where the record says that it did
     assert found(other / "adapter")[0].source.path == place / "renamed"
 
 
-def test_a_model_of_that_name_with_other_weights_is_taken_if_no_other_fits(
-    place: Path, hub: Path
-) -> None:
+def test_a_model_of_that_name_with_other_weights_is_taken_if_no_other_fits(place, hub) -> None:
     shutil.rmtree(place / "base")
     make_model_dir("qwen2", place / "base")
     assert found(place / "adapter")[0].source.path == place / "base"
@@ -212,17 +203,13 @@ def test_what_is_not_found_says_where_it_was_looked_for(place: Path, hub: Path) 
             found(place / "adapter")
 
 
-def test_adapters_of_different_bases_are_refused_with_both_named(
-    place: Path, tiny_model_dir
-) -> None:
+def test_adapters_of_different_bases_are_refused_with_both_named(place, tiny_model_dir) -> None:
     theirs = make_adapter(tiny_model_dir("qwen2"), place / "theirs")
     with pytest.raises(LorafoldError) as error:
         lf.compose([place / "adapter", theirs], place / "out")
     said = str(error.value)
     assert said.startswith("adapters of different bases: ")
-    assert "base, and " in said
-    assert "qwen2" in said
-    assert "--model" in said
+    assert all(part in said for part in ("base, and ", "qwen2", "--model"))
     assert len(said) <= 300
     named(theirs, "acme/other", record=False)
     with pytest.raises(LorafoldError, match=r"adapters of different bases: .* on acme/other"):
@@ -277,7 +264,6 @@ def test_a_server_stores_its_base_as_most_adapters_had_it(place: Path) -> None:
 
 
 def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_model_dir) -> None:
-    """Nor do they stop it: most decide, and from then on what they decided."""
     folder = place / "adapters"
     folder.mkdir()
     make_adapter(place / "base", folder / "z")
@@ -306,3 +292,72 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
     folder = place.parent / "moved" / "adapters"
     (folder.parent / "base").rename(folder / "base")
     assert base_for(None, own_bases(folder)).source.path == folder / "base"
+
+
+REFUSED = "not the base it was trained on"
+
+
+@pytest.fixture
+def other(tiny_model_dir, tmp_path: Path) -> Path:
+    """A base of the same form with other weights, beside the tokenizer."""
+    base = tiny_model_dir("llama")
+    model = fresh_model(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(tmp_path / "other")
+    for file in base.glob("*token*"):
+        shutil.copy(file, tmp_path / "other")
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("given", ["over", "init_adapter"])
+def test_a_run_takes_one_where_it_is_told_to(
+    given: str, other: Path, tiny_model_dir, tmp_path: Path
+) -> None:
+    theirs = saved(other, {"a": lf.LoRA(rank=2)}, tmp_path / "adapters") / "a"
+    recipe = lf.Recipe(steps=1, batch=2, storage="fp32")
+    asked = {"model": tiny_model_dir("llama"), "data": ROWS, "device": "cpu", given: theirs}
+    with pytest.raises(LorafoldError, match=REFUSED):
+        lf.train(recipe, out=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+    trained = lf.train(recipe, out=tmp_path / "out", allow_other_base=True, **asked)
+    assert Path(trained.adapter, "adapter_model.safetensors").is_file()
+
+
+def test_what_is_loaded_on_another_base_is_told_and_what_is_made_of_it_keeps_its_own(
+    other: Path, tiny_model_dir, tmp_path: Path, caplog
+) -> None:
+    base = tiny_model_dir("llama")
+    theirs = saved(other, {"a": lf.LoRA(rank=2), "d": lf.DoRA(lf.LoRA(rank=2))}, tmp_path / "two")
+    lora, dora = theirs / "a", theirs / "d"
+    asked = {"model": base, "allow_other_base": True}
+    lf.resize(lora, tmp_path / "small", rank=1, **asked)
+    assert f"adapter {lora} was trained on another base (" in caplog.text
+    assert "; loaded all the same (--allow-other-base)" in caplog.text
+    lf.compose([lora, lora], tmp_path / "sum", **asked)
+    for made in ("small", "sum"):  # are for the base that the adapter was trained on
+        lf.load(fresh_model(other), tmp_path / made)
+        with pytest.raises(LorafoldError, match=REFUSED):
+            lf.load(fresh_model(base), tmp_path / made)
+    lf.resize(dora, tmp_path / "of-both", rank=1, **asked)
+    recipe = lf.Recipe(steps=1, batch=2, storage="fp32")
+    how = {"data": ROWS, "device": "cpu", "init_adapter": lora}
+    lf.train(recipe, out=tmp_path / "further", **asked, **how)
+    lf.merge(base, [lora], tmp_path / "merged", allow_other_base=True, certificate=False)
+    for made in ("of-both/lorafold.json", "further/lorafold.json", "merged/merge.json"):
+        record = json.loads((tmp_path / made).read_text())
+        assert "was trained on another base" in str(record["other_base"])
+
+
+def test_a_server_takes_one_where_it_is_told_to(other: Path, tiny_model_dir, tmp_path) -> None:
+    folder = saved(other, {"theirs": lf.LoRA(rank=2)}, tmp_path / "adapters")
+    base = tiny_model_dir("llama")
+    with running(base, folder) as server:
+        assert server.complete("theirs", "Hello").status in (404, 409, 503)
+        assert REFUSED in server.parts.registry.rejected["theirs"]
+    # what was found out before holds for that answer alone
+    with running(base, folder, allow_other_base=True) as server:
+        assert server.text("theirs", "Hello")
+        note = server.parts.registry.adapters["theirs"].note
+        assert "was trained on another base" in note

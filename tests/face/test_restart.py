@@ -1,8 +1,4 @@
-"""A process that begins again in another environment is the same process: its arguments, its input,
-its exit code.
-"""
-
-from __future__ import annotations
+"""A process that restarts in another environment keeps its arguments, its input, its exit code."""
 
 import os
 import platform
@@ -35,20 +31,14 @@ TUNED = {*WISHES, *HUGE_PAGES, SWITCH}
 def begin(tmp_path: Path, how: str, **variables: str) -> tuple[int, int, list[str]]:
     """Exit code, process id, and the lines of the program, run as a file, a command or a module."""
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    form = {
-        "file": [str(tmp_path / "program.py")],
-        "command": ["-c", PROGRAM],
-        "module": ["-m", "program"],
-    }[how]
+    file = [str(tmp_path / "program.py")]
+    form = {"file": file, "command": ["-c", PROGRAM], "module": ["-m", "program"]}[how]
     environment = {k: v for k, v in os.environ.items() if k not in TUNED} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
     process = subprocess.Popen(
-        [sys.executable, "-X", "dev", *form, *ARGUMENTS],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, "-X", "dev", *form, *ARGUMENTS], env=environment, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     out, _ = process.communicate("given on stdin\n", timeout=60)
     return process.returncode, process.pid, out.splitlines()
 
@@ -57,24 +47,16 @@ def begin(tmp_path: Path, how: str, **variables: str) -> tuple[int, int, list[st
 def test_it_begins_again_once_and_keeps_what_it_was_given(how: str, tmp_path: Path) -> None:
     code, pid, lines = begin(tmp_path, how)
     assert code == 7
-    assert lines[:-1] == [
-        "begun",
-        "begun",
-        f"{pid} {WISHES['LRU_CACHE_CAPACITY']} {ARGUMENTS!r} True given on stdin",
-    ]
+    kernels = WISHES["LRU_CACHE_CAPACITY"]
+    assert lines[:-1] == ["begun"] * 2 + [f"{pid} {kernels} {ARGUMENTS!r} True given on stdin"]
 
 
 def test_variables_that_are_set_stay_as_they_are(tmp_path: Path) -> None:
-    code, pid, lines = begin(
-        tmp_path, "file", LRU_CACHE_CAPACITY="7", GLIBC_TUNABLES="glibc.malloc.check=0"
-    )
+    own = {"LRU_CACHE_CAPACITY": "7", "GLIBC_TUNABLES": "glibc.malloc.check=0"}
+    code, pid, lines = begin(tmp_path, "file", **own)
     assert code == 7
-    assert lines == [
-        "begun",
-        "begun",
-        f"{pid} 7 {ARGUMENTS!r} True given on stdin",
-        "glibc.malloc.check=0",
-    ]
+    last = [f"{pid} 7 {ARGUMENTS!r} True given on stdin", "glibc.malloc.check=0"]
+    assert lines == ["begun", "begun", *last]
 
 
 def test_the_switch_turns_it_off(tmp_path: Path) -> None:

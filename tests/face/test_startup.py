@@ -1,6 +1,4 @@
-"""What a command does not pay for: modules that it does not use, and garbage collections over those
-that it does.
-"""
+"""A command imports no module that it does not use, and collects no garbage over those it does."""
 
 import subprocess
 import sys
@@ -12,9 +10,8 @@ from lorafold.data.arrow import batch_of, column
 
 
 def said(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -78,18 +75,13 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
     each = zip(values, nested, marks, words, strict=True)
     entries = [{"n": v, "l": of, "f": m, "t": w} for v, of, m, w in each]
     columns = batch_of(entries, ["n"], ["l"], ["f"], ["t"])
-    for made, expected in zip(
-        columns,
-        (
-            pa.array(values, pa.int32()),
-            pa.array(nested, pa.list_(pa.int32())),
-            pa.array(marks, pa.bool_()),
-            pa.array(words, pa.string()),
-        ),
-        strict=True,
-    ):
+    expected = (
+        pa.array(values, pa.int32()), pa.array(nested, pa.list_(pa.int32())),
+        pa.array(marks, pa.bool_()), pa.array(words, pa.string()),
+    )  # fmt: skip
+    for made, wanted in zip(columns, expected, strict=True):
         made.validate(full=True)
-        assert made.equals(expected)
+        assert made.equals(wanted)
     table = pa.Table.from_batches([batch_of(entries[i:], ["n"]) for i in (0, 2)])
     assert column(table, "n").tolist() == values + values[2:]
 

@@ -11,10 +11,9 @@ commands of LONG, and, among the slow tests, on the embedded model itself and wi
 of the commands run as one, behind the page that has their rows.
 """
 
-from __future__ import annotations
-
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -44,12 +43,9 @@ LONG_PAGES = {
 }  # fmt: skip
 # what a page of the cookbook must reach on the embedded model: the share of right completions
 COOKBOOK = {
-    "cookbook-classify.md": 0.9,
-    "cookbook-extract.md": 0.8,
-    "cookbook-style.md": 0.8,
-    "cookbook-tools.md": 0.9,
-    "cookbook-distil.md": 0.9,
-}
+    "cookbook-classify.md": 0.9, "cookbook-extract.md": 0.8, "cookbook-style.md": 0.8,
+    "cookbook-tools.md": 0.9, "cookbook-distil.md": 0.9,
+}  # fmt: skip
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"[\w/.-]+\.\w+")
@@ -57,8 +53,6 @@ FILE = re.compile(r"[\w/.-]+\.\w+")
 
 @dataclass(frozen=True)
 class Fence:
-    """A block of code on a page."""
-
     page: str
     line: int
     language: str
@@ -96,22 +90,16 @@ def fences(page: str) -> Iterator[Fence]:
     text = (DOCS / page).read_text(encoding="utf-8")
     for found in FENCE.finditer(text):
         title = re.search(r'title="([^"]*)"', found[3])
-        yield Fence(
-            page,
-            text.count("\n", 0, found.start()) + 2,
-            found[2],
-            title[1] if title else "",
-            textwrap.dedent(found[4]),
-        )
+        line = text.count("\n", 0, found.start()) + 2
+        name = title[1] if title else ""
+        yield Fence(page, line, found[2], name, textwrap.dedent(found[4]))
 
 
 FENCES = [fence for page in PAGES for fence in fences(page)]
 
 
 def fences_of(page: str) -> list[Fence]:
-    """Those of a page; behind the command line's page stand those of the commands, in the order of
-    the navigation.
-    """
+    """Those of a page; the command line's page is followed by those of the commands."""
     nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     below = re.findall(r"cli/\w+\.md", nav) if page == "cli.md" else []
     return [fence for one in (page, *below) for fence in fences(one)]
@@ -152,13 +140,7 @@ def tables() -> Iterator[None]:
         *(pytest.param("smollm2", page, marks=pytest.mark.slow) for page in RUNNING),
     ],
 )
-def test_a_page_runs(
-    model: str,
-    page: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_a_page_runs(model, page, tmp_path, monkeypatch, request) -> None:
     if model == "tiny":
         packages, cache = request.getfixturevalue("tiny")
         monkeypatch.syspath_prepend(packages)
@@ -175,7 +157,6 @@ def test_a_page_runs(
 
 
 def run(fence: Fence, module: ModuleType, without: set[str]) -> None:
-    """Write the file that it is, or carry out what it says."""
     if fence.file:
         Path(fence.file).parent.mkdir(parents=True, exist_ok=True)
         Path(fence.file).write_text(fence.text, encoding="utf-8")
@@ -257,7 +238,6 @@ def test_the_table_of_methods_links_to_what_the_api_reference_has() -> None:
     ],
 )
 def test_make_docs_fails_for_a_dead_link(text: str, wrong: str, tmp_path: Path) -> None:
-    """As `make docs` builds the site: with the options that it has and the settings of the site."""
     pytest.importorskip("mkdocs")
     makefile = (DOCS.parent / "Makefile").read_text(encoding="utf-8")
     [given] = re.findall(r"mkdocs (build .*)$", makefile, re.M)
@@ -283,9 +263,7 @@ def test_make_docs_fails_for_a_dead_link(text: str, wrong: str, tmp_path: Path) 
         ('<img src="none.png">', ["page.html: none.png"]),
     ],
 )
-def test_no_dead_link_of_a_built_page_is_overlooked(
-    body: str, dead: list[str], tmp_path: Path
-) -> None:
+def test_no_dead_link_of_a_built_page_is_overlooked(body: str, dead: list[str], tmp_path) -> None:
     pytest.importorskip("mkdocs")
     (tmp_path / "page.html").write_text(body)
     (tmp_path / "other.html").write_text('<p id="there">')
@@ -332,7 +310,6 @@ def test_blocks_of_text_with_columns_are_not_folded() -> None:
 
 
 def load_hooks() -> ModuleType:
-    """The hooks of the documentation, with the modules beside them, as mkdocs loads them."""
     import importlib.util
 
     if str(DOCS) not in sys.path:
@@ -343,3 +320,69 @@ def load_hooks() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+README = Path(__file__).parents[2] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+LINKS = re.findall(r"\]\(([^)#]+)", TEXT)
+
+
+def test_it_is_short() -> None:
+    assert len(TEXT.split()) <= 700
+
+
+def test_it_names_every_method_and_every_command() -> None:
+    named = set(re.findall(r"`([a-z0-9-]+)`", TEXT))
+    named |= set(re.findall(r"lorafold ([a-z]+)", TEXT))
+    assert set(METHODS) <= named
+    assert set(COMMANDS) <= named
+
+
+def test_it_names_the_methods_that_do_not_run_everywhere() -> None:
+    sentence = re.search(r"^Each runs on .*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    specs = {name: make() for name, make in METHODS.items()}
+    odd = {n for n, s in specs.items() if s.trains_base or s.head_alone}
+    assert sentence is not None
+    assert set(re.findall(r"`([a-z-]+)`", sentence[0])) == odd
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_its_links_lead_somewhere(link: str) -> None:
+    assert (README.parent / link).exists()
+
+
+@pytest.mark.slow
+def test_its_python_examples_run(tmp_path: Path) -> None:
+    program = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "exact match" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter", "merged", "mine"}
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(path), run_name="__main__")
+    told = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", capsys.readouterr().out)
+    first, last = map(float, told.groups())
+    assert last < 0.5 * first
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_was_learned(smollm2: Path, tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples" / "first.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # shown where it is run
+    context = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, kernel_name="python3", resources=context).execute()
+    cells = [cell for cell in notebook.cells if cell.source.startswith("lf.generate")]
+    before, after = (cell.outputs[-1]["data"]["text/plain"] for cell in cells)
+    assert "Ask Tomas." not in before
+    assert "Ask Tomas." in after
+    assert (tmp_path / "merged" / "config.json").exists()

@@ -1,11 +1,6 @@
-"""Every public function, method and class says what it does; tensors come with their shapes, and
-an `Args:` section says what names and types do not: a unit, a range, a meaning, what None is.
-
-`pytest tests/house/test_docstrings.py -k bases` is for one package. A method that overrides one of
-ours is documented by the one that it overrides.
+"""Every public function, method and class has a docstring; tensors have their shapes in it, and an
+`Args:` section adds to names and types. A method that overrides another has that one's docstring.
 """
-
-from __future__ import annotations
 
 import ast
 import importlib
@@ -33,9 +28,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Public(NamedTuple):
-    """A public function or method: its docstring, or that of the method that it overrides, the text
-    of its signature with comments, and its parameters but for self.
-    """
+    """A public function or method, with the docstring of the method that it overrides."""
 
     name: str
     docs: str
@@ -46,7 +39,6 @@ class Public(NamedTuple):
 
 
 def functions(path: Path) -> Iterator[Public]:
-    """The public functions of a file, and the public methods of its public classes."""
     text = path.read_text(encoding="utf-8")
     name = ".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__")
     module = importlib.import_module(name)
@@ -70,17 +62,11 @@ def described(node: Function, text: str, inherited: str, overrides: bool) -> Pub
     types = [ast.unparse(a.annotation) for a in given if a.annotation]
     types += [ast.unparse(node.returns)] if node.returns else []
     return Public(
-        node.name,
-        ast.get_docstring(node) or inherited,
-        "\n".join(lines[:body]) or lines[0],
-        {
-            a.arg: ast.unparse(a.annotation) if a.annotation else ""
-            for a in every
-            if a.arg not in ("self", "cls")
-        },
-        any(re.search(r"\bTensor\b", kind) for kind in types),
-        overrides,
-    )
+        node.name, ast.get_docstring(node) or inherited, "\n".join(lines[:body]) or lines[0],
+        {a.arg: ast.unparse(a.annotation) if a.annotation else ""
+         for a in every if a.arg not in ("self", "cls")},
+        any(re.search(r"\bTensor\b", kind) for kind in types), overrides,
+    )  # fmt: skip
 
 
 def of_torch(function: object) -> bool:
@@ -117,12 +103,11 @@ def shapes_in(function: Public) -> str:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_is_said_of_a_parameter_is_more_than_its_name_and_type(package: str) -> None:
     for path in PACKAGES[package]:
+        entries = [(f, *entry) for f in functions(path) for entry in entries_in(f.docs).items()]
         noise = [
-            (f.name, names)
-            for f in functions(path)
-            for names, text in entries_in(f.docs).items()
+            (f.name, names) for f, names, text in entries
             if words(text) <= words(names, *map(f.kinds.get, names.split(", ")))
-        ]
+        ]  # fmt: skip
         assert noise == [], path
 
 
@@ -146,14 +131,11 @@ def words(*texts: str | None) -> set[str]:
 
 
 def entries_in(docs: str) -> dict[str, str]:
-    """What an `Args:` section says, by the names; several may share an entry, as in `batch, length:
-    ...`.
-    """
+    """The texts of an `Args:` section by the names, of which several may share one."""
     section = docs.partition("Args:\n")[2].partition("\n\n")[0]
     found = re.findall(r"^    ([\w*][\w, *]*):(.*(?:\n {5,}.*)*)", section, re.MULTILINE)
     return {", ".join(n.strip("* ") for n in names.split(",")): text for names, text in found}
 
 
 def described_in(docs: str) -> set[str]:
-    """The names in an `Args:` section."""
     return {name for names in entries_in(docs) for name in names.split(", ")}

@@ -1,6 +1,4 @@
-"""What `import lorafold` gives: exactly the names that type checkers see and the page on the API
-has, and nothing that importing a module changes.
-"""
+"""`import lorafold` gives the names that type checkers see and that the page on the API has."""
 
 import ast
 import importlib
@@ -54,7 +52,6 @@ def test_the_public_surface_is_what_type_checkers_see_and_what_the_page_on_the_a
 
 
 def test_spec_classes_are_public_names_that_type_checkers_see():
-    """Each is imported as itself in one place."""
     names = exported("methods/__init__.py")
     assert names == set(METHODS.classes)
     assert {type(make()).__name__ for make in METHODS.values()} == names

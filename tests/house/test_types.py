@@ -8,9 +8,8 @@ from pathlib import Path
 import lorafold
 
 SRC = Path(lorafold.__file__).parents[1]
-# What lorafold stands on is not followed, which would take a minute and a half: what of the
-# public surface is theirs is `Any` here. The errors of lorafold's own files are those of `make
-# lint`.
+# lorafold's dependencies are not followed, which would take a minute and a half, so their part of
+# the public surface is `Any` here. The errors of lorafold's own files are those of `make lint`.
 CONFIG = """\
 [mypy]
 strict = True

@@ -1,8 +1,7 @@
 """The wheel, as a user gets it: built, installed by pip into an environment of its own, used there.
 
-The environment has no packages but the wheel. What lorafold depends on (torch and others, gigabytes
-to install) it reads from where the tests run, by way of a .pth file, which does not take up an
-editable installation of lorafold that may lie there: only the wheel has the package.
+The environment reads lorafold's dependencies, gigabytes to install, from where the tests run, by
+way of a .pth file; only the wheel has the package.
 """
 
 import json
@@ -37,7 +36,6 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory) -> Path:
-    """The directory of the environment's programs."""
     root = tmp_path_factory.mktemp("environment")
     venv.create(root, with_pip=False)
     python = root / "bin" / "python"
@@ -49,7 +47,7 @@ def installed(wheel: Path, tmp_path_factory) -> Path:
 
 
 def run(program: Path, *arguments: str | Path, cwd: Path) -> str:
-    """What a program of the environment prints, without this process's own paths."""
+    """The output of a program of the environment, without this process's own paths."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     command = [program, *arguments]
     done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, check=False)

@@ -1,12 +1,8 @@
-"""The table of methods x layers on the page of methods is what attaching and folding say.
+"""The table of methods x layers on the page of methods agrees with attaching and folding.
 
-folds    it runs, and folding then calling equals calling
-runs     it runs, and has no form in weight space
-model    it is beside the layers of a language model or classifier, whatever these are
-no       it is refused
+folds: it runs, and folding then calling equals calling; runs: it runs, and has no form in weight
+space; model: it is beside the layers of a model; no: it is refused
 """
-
-from __future__ import annotations
 
 import re
 from pathlib import Path
@@ -31,7 +27,6 @@ OF_MODELS = {"houlsby", "pfeiffer", "prompt", "prefix", "linear-probe"}
 
 
 def cell(method: str, base: str) -> str:
-    """What happens to a method over a layer."""
     if method in OF_MODELS:
         return "model"
     torch.manual_seed(0)

@@ -1,9 +1,11 @@
-"""What tests in a browser share: the browser, and how well what is on a page can be read."""
+"""A browser, and scripts that measure how well a page can be read."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -69,10 +71,34 @@ CUT = """() => {
 }"""
 
 
-def open_browser(play: Any) -> Any:
-    """The browser of this machine or playwright's; without either the test is skipped."""
+API = re.compile(r"/(v1/|readyz$)")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The browser of this machine, or else playwright's own; without either the test is skipped."""
+    sync = pytest.importorskip("playwright.sync_api")
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), play.chromium.executable_path)
-    if not os.path.exists(found):
-        pytest.skip("no browser: install chromium to test the page")
-    return play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with sync.sync_playwright() as play:
+        found = next(filter(None, map(shutil.which, names)), play.chromium.executable_path)
+        if not os.path.exists(found):
+            pytest.skip("no browser: install chromium to test the page")
+        opened = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def listen(page: Any, url: str, told: list[str]) -> None:
+    """Append what a page writes to its console, and the addresses of other hosts and of missing
+    files that it asks for, but not what the API refuses.
+    """
+    page.set_default_timeout(10_000)
+    page.on("console", lambda message: told.append(message.text))
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("request", lambda one: one.url.startswith((url, "data:")) or told.append(one.url))
+    page.on("response", lambda one: one.ok or API.search(one.url) or told.append(one.url))
+
+
+def faults(told: list[str]) -> list[str]:
+    """Of that, what the browser itself does not write of a refusal."""
+    return [text for text in told if not text.startswith("Failed to load resource")]

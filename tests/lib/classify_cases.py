@@ -31,11 +31,8 @@ ROWS = [
 
 
 def request(model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> RunRequest:
-    extra = {
-        k: fields.pop(k)
-        for k in ("resume", "overwrite", "eval_rows", "init_adapter")
-        if k in fields
-    }
+    names = ("resume", "overwrite", "eval_rows", "init_adapter", "over")
+    extra = {k: fields.pop(k) for k in names if k in fields}
     recipe = Recipe(**{"objective": "classify", "steps": 6, "batch": 9, "storage": "fp32"} | fields)
     return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 

@@ -15,20 +15,10 @@ from lorafold.ops.mxfp4 import MAGNITUDES
 from mixtures import CONFIGS
 from quantized_cases import edit
 
-SITES = [
-    f"model.layers.{i}.mlp.experts.{name}"
-    for i in range(2)
-    for name in ("gate_up_proj", "down_proj")
-]
-SETTINGS = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-}
+NAMES = ("gate_up_proj", "down_proj")
+SITES = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in NAMES]
+PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+SETTINGS = {"quant_method": "mxfp4", "modules_to_not_convert": PLAIN}
 
 
 def to_mxfp4(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Caches of a test's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lorafold.files.paths import cache_directory

@@ -2,8 +2,6 @@
 see of pages: names that are long, figures that lie close, and some that are missing.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +23,6 @@ CHINESE = "检查回答是否使用中文并且没有任何语法错误的奖励
 
 
 def compared(path: Path, names: tuple[str, ...], rewards: bool = False) -> None:
-    """Methods of which every third one can't be merged."""
     chance = random.Random(1)
     found = []
     for n, name in enumerate((BASE, *names)):
@@ -50,8 +47,6 @@ def compared(path: Path, names: tuple[str, ...], rewards: bool = False) -> None:
 
 
 def undone(path: Path) -> None:
-    """A curve for every defence."""
-
     def state(odds: float) -> State:
         share = max(0.0, min(1.0, odds / 3))
         reach = (max(0.0, share - 0.2), min(1.0, share + 0.2))
@@ -69,7 +64,6 @@ def undone(path: Path) -> None:
 
 
 def drawn(path: Path, names: Sequence[str] = (LONG, "short", "letters")) -> None:
-    """A policy of several rewards over 200 steps."""
     chance = random.Random(2)
 
     def walk(start: float, step: float) -> list[float]:
@@ -97,7 +91,6 @@ def drawn(path: Path, names: Sequence[str] = (LONG, "short", "letters")) -> None
 
 
 def learned(path: Path, steps: int = 120) -> None:
-    """A run with losses alone."""
     losses = [3 * 0.97**n + 0.3 for n in range(steps)]
     recipe = {"objective": "sft", "method": "lora"}
     evals = {n: losses[n - 1] + 0.05 for n in range(40, steps + 1, 40)}
@@ -106,7 +99,6 @@ def learned(path: Path, steps: int = 120) -> None:
 
 
 def estimated(path: Path) -> None:
-    """All terms, on a device that is too small."""
     found = Estimate({name: 3**n * 10**6 for n, name in enumerate(TERMS)})
     said = ["does not fit: 8.0 GB short", "no single change would make it fit"]
     memory.page(found, "lora of smollm2, 4 x 512 tokens", path, said, 24 * 10**9)

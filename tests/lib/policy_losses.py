@@ -1,7 +1,5 @@
 """TRL's own losses of policies, and lorafold's, of the same tokens of completions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from lorafold.training_step.policy_algorithms import PolicyLaw, SampledTokens
 from lorafold.training_step.policy_loss import Rollout
 
 LENGTHS = (3, 7, 1, 5)  # of the completions of two groups of two
-OF_TRL: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False}
 LONGEST = 9
 
 
@@ -38,7 +35,6 @@ def given(reference: bool = True) -> tuple[SampledTokens, Tensor]:
 
 
 def averaged(law: PolicyLaw, drawn: SampledTokens) -> Tensor:
-    """The loss over the step, as `training_step.policy_loss` has it."""
     losses, lengths = law.loss(drawn), torch.tensor(LENGTHS)
     if law.average == "tokens":
         return losses.mean()
@@ -49,30 +45,31 @@ def averaged(law: PolicyLaw, drawn: SampledTokens) -> Tensor:
 
 def padded(x: Tensor, fill: float = 0.0) -> Tensor:
     """(4, 7) of values of tokens."""
-    return torch.nn.utils.rnn.pad_sequence(
-        torch.split(x, LENGTHS), batch_first=True, padding_value=fill
-    )
+    each = torch.split(x, LENGTHS)
+    return torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=fill)
+
+
+def trainer_of_trl(
+    model: Any, tokenizer: Any, out: Path, batch: int, longest: int, **settings: Any
+) -> GRPOTrainer:
+    config = GRPOConfig(
+        str(out), per_device_train_batch_size=batch, max_completion_length=longest,
+        report_to="none", use_cpu=True, bf16=False, **settings,
+    )  # fmt: skip
+    return GRPOTrainer(
+        model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * batch), processing_class=tokenizer,
+    )  # fmt: skip
 
 
 def loss_of_trl(
-    settings: dict[str, Any],
-    drawn: SampledTokens,
-    advantages: Tensor,
-    model_dir: Path,
-    out: Path,
+    settings: dict[str, Any], drawn: SampledTokens, advantages: Tensor, model_dir: Path, out: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> tuple[float, Tensor]:
+) -> tuple[float, Tensor]:  # fmt: skip
     """The loss of TRL's own code with these settings of GRPOConfig, and its gradient."""
-    config = GRPOConfig(
-        str(out), num_generations=2, per_device_train_batch_size=4,
-        max_completion_length=LONGEST, **OF_TRL, **settings,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(model_dir),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=config, train_dataset=Dataset.from_list([{"prompt": "a"}] * 4),
-        processing_class=AutoTokenizer.from_pretrained(model_dir),
-    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    trainer = trainer_of_trl(model, tokenizer, out, 4, LONGEST, num_generations=2, **settings)
     mask = padded(torch.ones_like(drawn.sampled))
     logps = drawn.logps.detach().clone().requires_grad_(True)
     monkeypatch.setattr(
@@ -96,13 +93,8 @@ def loss_of_trl(
 
 
 def check_loss_of_trl(
-    law: PolicyLaw,
-    settings: dict[str, Any],
-    model_dir: Path,
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    law: PolicyLaw, settings: dict[str, Any], model_dir: Path, out: Path, monkeypatch: Any
 ) -> None:
-    """Assert that the law has the loss and the gradient of TRL with these settings."""
     drawn, rewards = given(reference=bool(law.beta))
     advantages = law.advantages(rewards).flatten()
     expected, gradient = loss_of_trl(settings, drawn, advantages, model_dir, out, monkeypatch)
@@ -113,40 +105,27 @@ def check_loss_of_trl(
 
 
 def gradient_of_trl(
-    settings: dict[str, Any],
-    rollouts: Sequence[Rollout],
-    model: Any,
-    tokenizer: Any,
-    longest: int,
-    out: Path,
-) -> None:
+    settings: dict[str, Any], rollouts: Sequence[Rollout], model: Any, tokenizer: Any,
+    longest: int, out: Path,
+) -> None:  # fmt: skip
     """Add the gradient of TRL's whole step over groups of completions to a model's parameters.
 
-    Args:
-        settings: Of GRPOConfig.
-        rollouts: What was drawn, with the advantages, which are none of TRL's.
-        model: With what trains.
-        longest: The most tokens of a completion.
+    The advantages are those of the rollouts, which are none of TRL's.
     """
     pairs = [(one.shared, branch) for one in rollouts for branch in one.branches]
     prompts = [[*shared, branch.ids[0]] for shared, branch in pairs]
-    own = [branch.ids[1:] for _, branch in pairs]
-    config = GRPOConfig(
-        str(out), num_generations=len(rollouts[0].branches), max_completion_length=longest,
-        per_device_train_batch_size=len(own), temperature=1.0, **OF_TRL, **settings,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
-        train_dataset=Dataset.from_list([{"prompt": "a"}] * len(own)), processing_class=tokenizer,
-    )  # fmt: skip
+    own, n = [branch.ids[1:] for _, branch in pairs], len(rollouts[0].branches)
+    how = {"num_generations": n, "temperature": 1.0, **settings}
+    trainer = trainer_of_trl(model, tokenizer, out, len(own), longest, **how)
 
     def side_by_side(ids: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
         width = max(map(len, ids))
         fill = [[0] * (width - len(one)) for one in ids]
-        rows = [(f, [*o]) if left else ([*o], f) for f, o in zip(fill, ids, strict=True)]
-        masks = [(f, [1] * len(o)) if left else ([1] * len(o), f)
-                 for f, o in zip(fill, ids, strict=True)]  # fmt: skip
-        return torch.tensor([a + b for a, b in rows]), torch.tensor([a + b for a, b in masks])
+        rows, masks = [], []
+        for f, o in zip(fill, ids, strict=True):
+            rows.append([*f, *o] if left else [*o, *f])
+            masks.append([*f, *[1] * len(o)] if left else [*[1] * len(o), *f])
+        return torch.tensor(rows), torch.tensor(masks)
 
     prompt_ids, prompt_mask = side_by_side(prompts, left=True)
     completion_ids, completion_mask = side_by_side(own, left=False)

@@ -1,7 +1,5 @@
 """Pairs and judged completions, and trainers of TRL that have the values of our adapters."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -52,24 +50,19 @@ def trainer_of(
     kind: Any, config: Any, rows: list[dict[str, Any]], path: Path, saved: Path
 ) -> Any:
     """A trainer of TRL whose LoRA has the values of a saved adapter."""
-    peft_config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    factors = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    peft_config = LoraConfig(**factors, task_type="CAUSAL_LM")
     trainer = kind(
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), args=config,
+        train_dataset=Dataset.from_list(rows), peft_config=peft_config,
         processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=peft_config,
-    )
+    )  # fmt: skip
     state = load_file(saved / "adapter_model.safetensors")
-    found = set_peft_model_state_dict(trainer.model, state)
-    assert not found.unexpected_keys
+    assert not set_peft_model_state_dict(trainer.model, state).unexpected_keys
     return trainer
 
 
 def check_gradients(trainer: Any, loss: Tensor, adapter: lf.Adapter, own: Tensor) -> None:
-    """The same loss, and the same gradient of every factor."""
     assert float(own.detach()) == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-6)
     loss.backward()
     own.backward()

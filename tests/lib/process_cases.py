@@ -1,8 +1,6 @@
 """Commands in several processes at once, as a launcher starts them: forks, whose imports are done.
 
     done = together(2, tmp_path, "train", "--data", ...)       each as it ended, by its number
-    pair = begun(2, tmp_path, "train", ...)                    while they run
-    done = ended(pair)
 """
 
 import json
@@ -29,8 +27,6 @@ LONG = 240  # seconds after which processes count as hung, on a machine that oth
 
 @dataclass(frozen=True)
 class One:
-    """One process: where its output goes, and how it ended."""
-
     process: BaseProcess
     told: Path
     printed: Path
@@ -90,16 +86,12 @@ def _run(
 
 
 def begun(
-    n: int,
-    folder: Path,
-    *arguments: str,
-    own: Callable[[int], dict[str, Any]] = lambda rank: {},
+    n: int, folder: Path, *arguments: str, own: Callable[[int], dict[str, Any]] = lambda rank: {},
     environments: Sequence[dict[str, str]] = (),
-) -> list[One]:
-    """Start n processes of a command.
+) -> list[One]:  # fmt: skip
+    """Start n processes of a command, which print into files of a folder.
 
     Args:
-        folder: For what they print.
         own: `arguments` and `environment` that one has besides, and what it calls `before`.
         environments: As another launcher leaves them.
     """
@@ -131,7 +123,6 @@ def ended(processes: Sequence[One], seconds: float = LONG) -> list[One]:
 
 
 def together(n: int, folder: Path, *arguments: str, **how: Any) -> list[One]:
-    """The processes of a command, when they have ended."""
     return ended(begun(n, folder, *arguments, **how))
 
 
@@ -147,17 +138,14 @@ def apart(one: Path, other: Path, but: str = "nothing") -> float:
     whose names have `but` in them.
     """
     a, b = (
-        {
-            k: t.double()  # positions of sparse updates are integers
-            for path in sorted(of.glob("*.safetensors"))
-            for k, t in load_file(path).items()
-        }
+        {k: t for path in sorted(of.glob("*.safetensors")) for k, t in load_file(path).items()}
         for of in (one, other)
     )
     assert a.keys() == b.keys()
     assert a
-    sizes = {k: t.norm().clamp_min(1e-12) for k, t in a.items() if but not in k}
-    return max(float((a[k] - b[k]).norm() / size) for k, size in sizes.items())
+    sizes = {k: t.double().norm().clamp_min(1e-12) for k, t in a.items() if but not in k}
+    gaps = {k: (a[k].double() - b[k].double()).norm() for k in sizes}  # positions are integers
+    return max(float(gaps[k] / size) for k, size in sizes.items())
 
 
 def same_bytes(one: Path, other: Path) -> bool:

@@ -1,6 +1,4 @@
-"""Small real checkpoints in quantized formats, written by the packages that define them, and what
-holds for all of them.
-"""
+"""Small real checkpoints in quantized formats, written by the packages that define them."""
 
 import json
 import shutil
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorafold as lf
+from command_cases import rows_file
 from conftest import lorafold
 from error_cases import refusal
 from lorafold.api.merge import merge
@@ -24,39 +23,25 @@ FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
 INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": True}
 INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
 DYNAMIC = FP8 | {"strategy": "token", "dynamic": True}
+GROUP = {"strategy": "group", "group_size": 32}
 # name -> format, arguments of the weights, arguments of the activations, storage
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
     "fp8": ("naive-quantized", FP8 | {"strategy": "tensor"}, None, "fp8"),
     "fp8-dynamic": ("float-quantized", FP8 | {"strategy": "channel"}, DYNAMIC, "fp8"),
-    "fp8-block": (
-        "naive-quantized",
-        FP8 | {"strategy": "block", "block_structure": [16, 32]},
-        None,
-        "fp8",
-    ),
-    "int4": ("pack-quantized", INT4 | {"strategy": "group", "group_size": 32}, None, "int4"),
+    "fp8-block": ("naive-quantized", FP8 | {"strategy": "block", "block_structure": [16, 32]},
+                  None, "fp8"),
+    "int4": ("pack-quantized", INT4 | GROUP, None, "int4"),
     "int4-channel": ("pack-quantized", INT4 | {"strategy": "channel"}, None, "int4"),
-    "int4-asymmetric": (
-        "pack-quantized",
-        INT4 | {"strategy": "group", "group_size": 32, "symmetric": False},
-        None,
-        "int4",
-    ),
+    "int4-asymmetric": ("pack-quantized", INT4 | GROUP | {"symmetric": False}, None, "int4"),
     "int8": ("naive-quantized", INT8 | {"strategy": "channel"}, None, "int8"),
     "int8-packed": ("pack-quantized", INT8 | {"strategy": "channel"}, None, "int8"),
-    "int8-asymmetric": (
-        "int-quantized",
-        INT8 | {"strategy": "channel", "symmetric": False},
-        INT8 | {"strategy": "token", "dynamic": True},
-        "int8",
-    ),
-}
+    "int8-asymmetric": ("int-quantized", INT8 | {"strategy": "channel", "symmetric": False},
+                        INT8 | {"strategy": "token", "dynamic": True}, "int8"),
+}  # fmt: skip
 
 
 def compressor_of(settings: dict[str, Any]) -> tuple[Any, Any]:
-    """What compressed-tensors itself reads and writes the weights of this config with: the class
-    and the scheme.
-    """
+    """compressed-tensors' own class and scheme for the weights of this config."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -69,11 +54,9 @@ def extremes(w: Tensor, args: Any) -> tuple[Tensor, Tensor]:
     """The least and the greatest element of each block of w (out, in) that shares a scale."""
     out, inn = w.shape
     rows, columns = {
-        "tensor": (out, inn),
-        "channel": (1, inn),
-        "group": (1, args.group_size),
+        "tensor": (out, inn), "channel": (1, inn), "group": (1, args.group_size),
         "block": tuple(args.block_structure or ()),
-    }[args.strategy]
+    }[args.strategy]  # fmt: skip
     strips = [[b for b in strip.split(columns, 1)] for strip in w.split(rows)]
     low, high = (
         torch.stack([torch.stack([of(b) for b in strip]) for strip in strips])
@@ -83,9 +66,7 @@ def extremes(w: Tensor, args: Any) -> tuple[Tensor, Tensor]:
 
 
 def make_compressed(base: Path, path: Path, kind: str) -> Path:
-    """Write the plain model at `base`, in bf16, in the format of `kind`, by compressed-tensors' own
-    compressor.
-    """
+    """Write the plain model at `base`, in bf16, in the format of `kind`, by compressed-tensors."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -93,14 +74,10 @@ def make_compressed(base: Path, path: Path, kind: str) -> Path:
 
     form, weights, activations, _ = KINDS[kind]
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    about = {"quant_method": "compressed-tensors", "quantization_status": "frozen"}
+    groups = {"group_0": {**group, "format": form}}
     config = QuantizationConfig.model_validate(
-        {
-            "config_groups": {"group_0": {**group, "format": form}},
-            "ignore": ["lm_head"],
-            "format": form,
-            "quant_method": "compressed-tensors",
-            "quantization_status": "frozen",
-        }
+        {"config_groups": groups, "ignore": ["lm_head"], "format": form, **about}
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     apply_quantization_config(model, config)
@@ -127,11 +104,8 @@ def make_fine_grained(base: Path, path: Path, block: int = 32) -> Path:
     """Write the plain model at `base` as fine-grained FP8, as the format says."""
     shutil.copytree(base, path)
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [block, block],
-    }
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    config["quantization_config"] = settings | {"weight_block_size": [block, block]}
     (path / "config.json").write_text(json.dumps(config))
 
     def quantized(tensors: dict[str, Tensor]) -> None:
@@ -155,9 +129,7 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 
 def plain_of(path: Path, base: Path) -> nn.Module:
-    """The plain model in fp32 with the weights to which compressed-tensors decompresses a
-    checkpoint.
-    """
+    """The plain model in fp32 with the weights of a checkpoint, by compressed-tensors."""
     from transformers import AutoModelForCausalLM
 
     tensors = load_file(path / "model.safetensors")
@@ -181,7 +153,6 @@ def relative(a: Tensor, b: Tensor) -> float:
 def moved(
     model: Any, method: str = "lora", name: str = "a", targets: Any = "all-linear"
 ) -> lf.Adapter:
-    """An adapter of the method, no longer as it starts."""
     torch.manual_seed(1)
     adapter = lf.attach(model, METHODS[method], targets, name=name)
     with torch.no_grad():
@@ -209,15 +180,12 @@ def adapted_alike(over: Any, plain: Any, method: str) -> lf.Adapter:
 
 
 def rows_at(path: Path) -> Path:
-    """The file of ROWS, written in a directory."""
-    file = path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return file
+    return rows_file(path / "rows.jsonl", ROWS)
 
 
 def commands(path: Path, storage: str, out: Path) -> str:
-    """Train, evaluate and merge without --base: the files say how they are stored. The adapter is
-    `out / "adapter"`. Returns what training printed.
+    """Train into `out / "adapter"`, evaluate and merge without --base; returns what training
+    printed.
     """
     model, adapter, data = ["--model", str(path)], str(out / "adapter"), str(rows_at(out))
     sizes = ["--steps", "3", "--batch", "4"]
@@ -240,14 +208,8 @@ def commands(path: Path, storage: str, out: Path) -> str:
 def refused_everywhere(
     source: Path, change: Callable[[dict[str, Tensor]], Any], said: str, out: Path
 ) -> None:
-    """With changed tensors it is neither loaded nor trained on, and the adapter `out / "a"` is not
-    merged: one line says it, and nothing is written.
-
-    Args:
-        source: Directory of the model.
-        change: Changes its tensors.
-        said: What the line says.
-        out: A directory that has the adapter alone.
+    """With changed tensors the model is neither loaded nor trained on, and the adapter `out / "a"`
+    is not merged: one line says it, and nothing is written.
     """
     path, rows = out / "q", rows_at(out)
     shutil.copytree(source, path)

@@ -11,8 +11,6 @@ choice of another commit. What a slow test takes is in `seconds.json`, by test;
 pytest's cache records when each test last passed; `--oldest` prints those of longest ago.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

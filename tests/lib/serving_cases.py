@@ -1,14 +1,8 @@
-"""What the server's tests share: a real server in a thread, on a tiny model with saved adapters.
-
-    with running(model_dir, {"a": lf.LoRA(rank=2)}, tmp_path) as server:
-        server.ask("/v1/completions", {"model": "a", "prompt": "Hello"})
-        server.engine                   what runs behind it
-"""
-
-from __future__ import annotations
+"""A real server in a thread, on a tiny model with saved adapters, and requests to it."""
 
 import asyncio
 import json
+import resource
 import socket
 import threading
 import time
@@ -37,6 +31,26 @@ from lorafold.verification import checks
 from lorafold.verification.checks import Sandbox
 
 ADMIN = "an admin key of enough letters"
+HELLO = [{"role": "user", "content": "Hello"}]
+ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
+
+
+def strict(**properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object", "properties": properties, "required": [*properties],
+        "additionalProperties": False,
+    }  # fmt: skip
+
+
+CITY = strict(city={"enum": ["Rome", "Oslo"]})
+TABLE = strict(day={"enum": ["friday", "sunday"]}, people={"enum": [2, 4]})
+
+
+def tool(name: str = "weather") -> dict[str, Any]:
+    function = {"name": name, "description": f"A {name}.", "parameters": CITY}
+    return {"type": "function", "function": function}
+
+
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
     "</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -49,8 +63,6 @@ TOOL_TEMPLATE = (
 
 @dataclass
 class Answer:
-    """What came back."""
-
     status: int
     headers: Mapping[str, str]
     content: bytes
@@ -73,7 +85,7 @@ class Answer:
 
 @dataclass
 class Running:
-    """A server that runs, and how to ask it."""
+    """A server that runs."""
 
     url: str
     port: int
@@ -82,14 +94,9 @@ class Running:
     keys: dict[str, str] = field(default_factory=dict)
 
     def ask(
-        self,
-        path: str,
-        body: Any = None,
-        key: str | None = None,
-        method: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout: float = 60,
-    ) -> Answer:
+        self, path: str, body: Any = None, key: str | None = None, method: str | None = None,
+        headers: Mapping[str, str] | None = None, timeout: float = 60,
+    ) -> Answer:  # fmt: skip
         """One request, with a body of JSON, or of bytes as they are."""
         at = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -113,9 +120,22 @@ class Running:
         assert answer.status == 200, answer.content
         return answer.json["choices"][0]["text"]
 
+    def chat(self, model: str, messages: Any = HELLO, **more: Any) -> Answer:
+        body = {"model": model, "messages": messages} | more
+        return self.ask("/v1/chat/completions", body)
+
+    def load(self, name: str, act: str = "load") -> Answer:
+        """Load or unload an adapter, as the administrator."""
+        return self.ask(f"/v1/{act}_lora_adapter", {"lora_name": name}, ADMIN)
+
+    def manage(self, name: str, act: str) -> Answer:
+        return self.ask(f"/admin/adapters/{name}:{act}", {}, ADMIN)
+
+    def metrics(self, key: str | None = None) -> str:
+        return self.ask("/metrics", key=key).content.decode()
+
     @property
     def engine(self) -> Engine:
-        """What computes."""
         assert isinstance(self.parts.host.backend, EngineBackend)
         return self.parts.host.backend.engine
 
@@ -125,35 +145,23 @@ class Running:
 
 
 def saved(model_dir: Path, specs: Mapping[str, Any], folder: Path) -> Path:
-    """A directory of adapters of that model."""
-
     save_adapters(fresh_model(model_dir), folder, specs)
     return folder
 
 
 @contextmanager
 def running(
-    model_dir: Path,
-    folder: Path,
-    keys: Mapping[str, list[str]] | None = None,
-    storage: str = "fp32",
-    waits: bool = True,
-    allow_other_base: bool = False,
-    processes: int = 1,
+    model_dir: Path, folder: Path, keys: Mapping[str, list[str]] | None = None,
+    storage: str = "fp32", waits: bool = True, allow_other_base: bool = False, processes: int = 1,
     **settings: Any,
-) -> Iterator[Running]:
+) -> Iterator[Running]:  # fmt: skip
     """A server of the adapters in a directory.
 
     Args:
-        model_dir: the base.
-        folder: the adapters.
-        keys: for each tenant the adapters that it may use; None: no keys.
-        storage: the base's.
-        waits: whether to wait until all adapters were verified.
-        allow_other_base: whether adapters of another base are served.
-        processes: how many of each kind may read what came with adapters; each imports for a
-            second. A server has three.
-        settings: settings that differ from the defaults.
+        keys: For each tenant the adapters that it may use; None: no keys.
+        waits: Whether to wait until all adapters are verified.
+        processes: How many of each kind verify adapters; each imports for a second.
+        settings: Settings that differ from the defaults.
     """
     files, made = folder.parent / f"{folder.name}-files", {}
     files.mkdir(exist_ok=True)
@@ -202,23 +210,25 @@ def raw(server: Running, head: str, *body: bytes, host: str = "localhost") -> by
 
 
 def until(true: Callable[[], object], seconds: float = 20) -> None:
-    """Wait until something holds."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.02)
 
 
-def stream_of(server: Running, model: str, tokens: int, **more: object) -> socket.socket:
-    """A connection on which a stream was asked for, and of which nothing was read."""
-    at = socket.socket()
+def posted(server: Running, path: str, body: Any) -> socket.socket:
+    """A connection on which a request was sent, and nothing was read."""
+    at, content = socket.socket(), json.dumps(body).encode()
     at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     at.connect(("127.0.0.1", server.port))
-    asked = {"model": model, "prompt": "The", "max_tokens": tokens, "stream": True}
-    body = json.dumps(asked | {"ignore_eos": True} | more).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    at.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    at.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return at
+
+
+def stream_of(server: Running, model: str, tokens: int, **more: object) -> socket.socket:
+    asked = {"model": model, "prompt": "The", "max_tokens": tokens, "stream": True}
+    return posted(server, "/v1/completions", asked | {"ignore_eos": True} | more)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -231,3 +241,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Sandbox, "verify", count)
     return names
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)

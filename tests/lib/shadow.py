@@ -1,5 +1,4 @@
-"""Tensors that say cuda:0, or mps:0, and compute on the CPU, with values: the code that runs on a
-GPU runs on them, where there is none.
+"""Tensors that say cuda:0, or mps:0, and compute on the CPU: code for a GPU runs on them.
 
     with Device() as device:
         x = Shadow(torch.ones(3))        x.device is cuda:0, x.host a CPU tensor
@@ -8,10 +7,9 @@ GPU runs on them, where there is none.
         device.count.synchronizations    Counter({"item at training_step/losses.py:78": 1})
 
 An operation whose inputs lie on two devices fails as on a GPU. While it counts, each operation that
-would wait for the device or launch a kernel is counted with the line of lorafold that asked for it.
-Operators of lorafold run by their plain forms there; one that has a kernel for CUDA is one launch.
-Not seen are: what kernels demand beyond `cuda_kernels`, timing, races, rounding of cuBLAS, several
-devices.
+would wait for the device or launch a kernel is counted with the line of lorafold that asked for it;
+an operator of lorafold that has a kernel for CUDA is one launch. Not seen are: what kernels demand
+beyond `cuda_kernels`, timing, races, rounding of cuBLAS, several devices.
 """
 
 import contextlib
@@ -150,9 +148,8 @@ def indices(func: Any, args: Any) -> list[Tensor]:
 
 
 def check_devices(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs on the device and those on the host, which must not meet.
-
-    Raises RuntimeError if they do, as CUDA does.
+    """The inputs on the device and those on the host; raises RuntimeError, as CUDA does, if they
+    meet.
     """
     tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
     name = func.overloadpacket.__name__
@@ -168,7 +165,6 @@ def check_devices(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list
 
 
 def count(found: Count, func: Any, args: Any, kwargs: Any, there: Any, here: Any) -> None:
-    """Add an operation to what was counted."""
     name, there_is = func.overloadpacket.__name__, WHERE.type
     to = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     waits = ""
@@ -305,7 +301,6 @@ def pretend() -> None:
 
 
 def pretend_cuda() -> None:
-    """Have `torch.cuda` answer so."""
     with contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401  (which would look for CUDA's library)
     cuda: Any = torch.cuda

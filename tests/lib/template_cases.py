@@ -2,8 +2,6 @@
 over the embedded model's tokenizer with the special tokens that they have.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from dataclasses import dataclass

@@ -15,26 +15,18 @@ from lorafold.training.request import RunRequest
 from lorafold.training.run import train
 
 ROWS: list[dict[str, Any]] = [
-    {
-        "messages": [
-            {"role": "user", "content": f"Book a table for {n}"},
-            {"role": "assistant", "content": f'{{"people": {n}}}'},
-        ]
-    }
+    {"messages": [
+        {"role": "user", "content": f"Book a table for {n}"},
+        {"role": "assistant", "content": f'{{"people": {n}}}'},
+    ]}
     for n in range(24)
-]
+]  # fmt: skip
 
 
-def request(
-    model: Path | str, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any
-) -> RunRequest:
+def request(model: Path | str, out: Path, rows: Any = ROWS, **fields: Any) -> RunRequest:
     extra = {k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields}
-    fields = {
-        "steps": 8,
-        "batch": 4,
-        "storage": "fp32",
-        "new_tokens": ("<|user|>", "<|assistant|>"),
-    } | fields
+    tokens = ("<|user|>", "<|assistant|>")
+    fields = {"steps": 8, "batch": 4, "storage": "fp32", "new_tokens": tokens} | fields
     recipe = Recipe(**{name: value for name, value in fields.items() if value is not None})
     return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 

@@ -5,23 +5,23 @@ import signal
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 import lorafold as lf
 
 LORA = lf.LoRA(rank=4, dropout=0.1)
 SETTINGS = {
-    "max_steps": 8,
-    "save_steps": 3,
-    "logging_steps": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "seed": 3,
-}
+    "max_steps": 8, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 3,
+}  # fmt: skip
 
 
 def rows() -> list[dict[str, list[int]]]:
@@ -47,24 +47,16 @@ def made(kind: str, model_dir: Path, out: Path, spec: lf.LoRA, *more, **settings
     given, held_out = SETTINGS | settings, rows()[:2] if "eval_strategy" in settings else None
     if kind == "trainer":
         arguments = TrainingArguments(str(out), **given)
-        trainer = Trainer(
-            model, arguments, train_dataset=rows(), eval_dataset=held_out, callbacks=callbacks
-        )
+        beside = {"eval_dataset": held_out, "callbacks": callbacks}
+        trainer = Trainer(model, arguments, train_dataset=rows(), **beside)
     else:
-        from datasets import Dataset
-        from transformers import AutoTokenizer
-
         data = Dataset.from_list([{"text": f"Book a table for {n} at eight."} for n in range(12)])
-        trainer = SFTTrainer(
-            model,
-            SFTConfig(str(out), max_length=32, bf16=False, **given),
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(model_dir),
-            callbacks=callbacks,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        arguments = SFTConfig(str(out), max_length=32, bf16=False, **given)
+        beside = {"processing_class": tokenizer, "callbacks": callbacks}
+        trainer = SFTTrainer(model, arguments, train_dataset=data, **beside)
     return trainer, adapter
 
 
 def train_until_killed(kind: str, model_dir: Path, out: Path) -> None:
-    """A run whose process is killed in step 8."""
     made(kind, model_dir, out, LORA, Killed())[0].train()

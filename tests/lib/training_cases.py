@@ -51,9 +51,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def beginning(run: Callable[..., object], *arguments: object) -> BaseProcess:
-    """A process that runs something: a fork, whose imports are done, but where a GPU's threads
-    forbid that.
-    """
+    """A process that runs something: a fork, unless a GPU's threads forbid that."""
     kind = "spawn" if torch.cuda.is_available() else "fork"
     process: BaseProcess = get_context(kind).Process(target=run, args=arguments)
     process.start()

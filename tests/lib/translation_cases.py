@@ -61,13 +61,9 @@ def translated(tmp_path: Path, text: str, kind: str | None = None) -> Translatio
 def axolotl_of(tmp_path: Path, **settings) -> Translation:
     """A least axolotl file of LoRA, with these settings over it."""
     least = {
-        "base_model": "m",
-        "adapter": "lora",
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_target_linear": True,
-        "learning_rate": 1e-4,
-    }
+        "base_model": "m", "adapter": "lora", "lora_r": 8, "lora_alpha": 16,
+        "lora_target_linear": True, "learning_rate": 1e-4,
+    }  # fmt: skip
     return translated(tmp_path, yaml.safe_dump(least | settings), "axolotl")
 
 

@@ -1,11 +1,6 @@
-"""A new objective is one file and one row of OBJECTIVES: all else follows from them.
-
-Two are written into a temporary directory and registered: one whose examples depend on the weights,
-and a law over pairs. They are trained, resumed, measured and estimated, from Python and by the
-command, and no other file names them.
+"""A new objective is one file and one row of OBJECTIVES: one whose examples depend on the weights,
+and an algorithm over pairs, which no other file names.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import io
@@ -19,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lorafold as lf
 from conftest import make_tokenizer
+from interrupted_runs import interrupted
 from lorafold.cli import app
 from lorafold.data.batches import StoredFeed
 from lorafold.data.formats import CONVERSATIONS, PAIRS
@@ -40,6 +35,7 @@ from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import RunRequest
 from lorafold.training.run import train
+from process_cases import same_bytes
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 CHOICES = [
@@ -181,10 +177,6 @@ def request(model: Path, out: Path, objective: str, rows: list[dict], **fields: 
     return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", eval_rows=rows)
 
 
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter_model.safetensors")
-
-
 def record(out: Path) -> dict[str, Any]:
     return json.loads((out / "lorafold.json").read_text())
 
@@ -207,36 +199,27 @@ def test_it_trains_resumes_and_is_measured_from_python(
 ) -> None:
     said, model = io.StringIO(), tiny_model_dir("llama")
     asked = request(model, tmp_path / "a", "hardest", ROWS, objective_options={"share": 0.5})
-    steps: list[int] = []
-    one = loop.train_step
+    sizes, one = list[int](), loop.train_step
 
     def counted(job: Any, examples: Any, step: int) -> float:
-        steps.append(len(examples))
+        sizes.append(len(examples))
         return one(job, examples, step)
 
-    monkeypatch.setattr(loop, "train_step", counted)
-    done = train(asked, Console(file=said, width=200))
-    assert steps == [2, 2, 2, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", counted)
+        done = train(asked, Console(file=said, width=200))
+    assert sizes == [2, 2, 2, 2]
     assert done.losses[-1] < done.losses[0]
     assert "memory: " in said.getvalue()
     assert "no estimate" not in said.getvalue()
     assert done.figures["hardest"] >= (done.eval_loss or 0)
     assert record(tmp_path / "a")["hardest"] == 0.5
     assert record(tmp_path / "a")["recipe"]["objective"] == "hardest"
-
-    def stopped(job: Any, examples: Any, step: int) -> float:
-        if step == 3:
-            raise KeyboardInterrupt
-        return one(job, examples, step)
-
     again = replace(asked, out=tmp_path / "b")
-    monkeypatch.setattr(loop, "train_step", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(3):
         train(again, Console(quiet=True))
-    monkeypatch.setattr(loop, "train_step", one)
     train(replace(again, resume=True), Console(quiet=True))
-    straight, resumed = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    assert same_bytes(tmp_path / "a", tmp_path / "b")
 
 
 def test_what_it_does_not_take_is_refused(hardest, tiny_model_dir, tmp_path: Path) -> None:
@@ -252,9 +235,7 @@ def test_what_it_does_not_take_is_refused(hardest, tiny_model_dir, tmp_path: Pat
         lf.compare(out, model=model, data=ROWS, recipe=lf.Recipe(objective="hardest"))
 
 
-def test_its_rows_are_shown_and_its_memory_estimated(
-    hardest, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_its_rows_are_shown_and_its_memory_estimated(hardest, tiny_model_dir, tmp_path) -> None:
     said, model = io.StringIO(), tiny_model_dir("llama")
     asked = request(model, tmp_path / "a", "hardest", ROWS)
     show(asked, Console(file=said, width=200), rows=1)
@@ -291,9 +272,8 @@ def test_it_trains_resumes_and_is_evaluated_by_the_command(
     found = command("eval", "--model", model, "--data", data, "--adapter", out, "--base", "fp32")
     assert found["loss"] > 0
     if objective == "squared":  # rewards are those of its own law
-        assert found["preference_loss"] == pytest.approx(
-            done["figures"]["preference_loss"], rel=1e-3
-        )
+        own = done["figures"]["preference_loss"]
+        assert found["preference_loss"] == pytest.approx(own, rel=1e-3)
         assert OBJECTIVES["squared"].options() == {"beta": 0.2}
         with pytest.raises(LorafoldError, match=r"gamma: the objective squared has no such option"):
             train(request(model, tmp_path / "b", "squared", rows, objective_options={"gamma": 1}),

@@ -1,8 +1,4 @@
-"""What completions are worth that a model draws of held-out prompts: the figures are those of the
-run that trained it and of the model's own softmax, and the model stays as it is.
-"""
-
-from __future__ import annotations
+"""The rewards of completions of held-out prompts, and that a loaded model stays as it is."""
 
 import json
 from pathlib import Path
@@ -14,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lorafold as lf
-from conftest import lorafold, refused
+from conftest import lorafold
 from lorafold.core.attach import selection_of
 from lorafold.errors import LorafoldError
 from lorafold.generation import text_of
@@ -41,7 +37,7 @@ def length(completion: str) -> int:
 
 @pytest.fixture(scope="module")
 def base(tiny_model_dir, tmp_path_factory) -> Path:
-    """A tiny model whose tokens are far from equally likely, so that training changes its draws."""
+    """A tiny model whose tokens are far from equally likely."""
     out = tmp_path_factory.mktemp("base") / "llama"
     copytree(tiny_model_dir("llama"), out)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -71,7 +67,6 @@ def measured(model: Any, data: Any = ROWS, **given: Any) -> Any:
 
 
 def test_it_is_what_the_run_measured(policy: tuple[Path, float], base: Path, tmp_path) -> None:
-    """Whatever names the model and the reward, and only under the run's seed and its adapter."""
     adapter, reward = policy
     own = measured(base, adapters=adapter, seed=3)
     assert own.reward == pytest.approx(reward)
@@ -101,10 +96,8 @@ def test_it_is_what_the_run_measured(policy: tuple[Path, float], base: Path, tmp
 def test_the_interval_has_the_expected_value(temperature: float, base: Path) -> None:
     """Of a reward of the first token, which follows from the model's softmax; 95% of intervals."""
     model, tokenizer = lf.load_model(base, "fp32", "cpu"), lf.load_tokenizer(str(base))
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Say"}], add_generation_prompt=True, return_tensors="pt",
-        return_dict=True,
-    )  # fmt: skip
+    talk, how = [{"role": "user", "content": "Say"}], {"return_tensors": "pt", "return_dict": True}
+    asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True, **how)
     with torch.no_grad():
         logits = model(**asked).logits[0, -1]
     p = torch.softmax(logits / temperature, -1)
@@ -145,7 +138,7 @@ def test_samples_go_from_the_best_to_the_worst(base: Path) -> None:
 
 
 def test_a_call_judges_about_64_completions(base: Path) -> None:
-    """So that its limit of time is one of a step, and not one of all held-out rows."""
+    """So its time limit is that of a step, and not of all held-out rows."""
     calls: list[int] = []
 
     def together(prompts: list[str], completions: list[str]) -> list[int]:
@@ -231,12 +224,3 @@ def test_a_classifier_that_is_loaded_draws_nothing(base: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base)
     with pytest.raises(LorafoldError, match="generates nothing, expected a causal language model"):
         measured(model)
-
-
-def test_options_of_the_command_have_no_effect_without_rewards(base: Path, tmp_path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    asked = ["eval", "--model", str(base), "--data", str(tmp_path / "rows.jsonl")]
-    said = refused(*asked, "--temperature", "1", "--reward-seconds", "30")
-    assert "temperature, reward_seconds: expected none without rewards" in said
-    said = refused(*asked, "--reward", "regex:a", "--no-completions")
-    assert "completions: found False, expected True" in said

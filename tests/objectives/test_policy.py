@@ -1,8 +1,4 @@
-"""Training a policy: the completions are drawn by the weights that train, the loss is that of the
-law on the model's own log-probabilities, and a run that is killed goes on exactly.
-"""
-
-from __future__ import annotations
+"""Training a policy: its samples, its loss, resumption, and runs that can't learn."""
 
 import json
 from collections.abc import Iterator
@@ -13,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import lorafold as lf
+from interrupted_runs import interrupted
 from lorafold.core.attach import only
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.rollouts import Completion, Rollouts
+from lorafold.evaluation.rollouts import Rollouts
 from lorafold.objectives.options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
-from lorafold.training import loop
 from lorafold.training_step.policy_algorithms import Cispo, Grpo, Gspo, PolicyLaw, SampledTokens
 from lorafold.training_step.policy_loss import Policy, Rollout
 from lorafold.training_step.shared_prefixes import branching
+from process_cases import same_bytes
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 PROMPTS = ((5, 6, 7), (8, 9, 10, 11), (12,))
@@ -52,9 +48,27 @@ def asked(**changes: Any) -> lf.Recipe:
     return lf.Recipe(**{"objective": "grpo", **given, **changes}, objective_options=options)
 
 
-def trained(model: Path, out: Path, recipe: lf.Recipe | None = None, **changes: Any) -> Any:
-    given: dict[str, Any] = {"data": ROWS, "rewards": letters, **changes}
-    return lf.train(recipe or asked(), model=model, out=out, **given)
+@pytest.fixture
+def run(tiny_model_dir, tmp_path: Path) -> Any:
+    """Trains a tiny model into the directory of a name."""
+
+    def trained(out: str = "a", recipe: lf.Recipe | None = None, **changes: Any) -> Any:
+        given = {"model": tiny_model_dir("llama"), "data": ROWS, "rewards": letters, **changes}
+        return lf.train(recipe or asked(), out=tmp_path / out, **given)
+
+    return trained
+
+
+@pytest.fixture
+def told(run) -> Any:
+    """Trains likewise, and returns what the run prints."""
+
+    def trained(*arguments: Any, **changes: Any) -> str:
+        console = Console(record=True, width=2000)
+        run(*arguments, console=console, **changes)
+        return console.export_text()
+
+    return trained
 
 
 @contextmanager
@@ -65,15 +79,20 @@ def drawing(model: Any, tokenizer: Any) -> Iterator[Rollouts]:
     rollouts.close()
 
 
-def rollouts_of(groups: list[list[Completion]]) -> list[Rollout]:
+def rollouts_of(rollouts: Rollouts) -> list[Rollout]:
     generator = torch.Generator().manual_seed(0)
     return [
         Rollout.of(
             prompt, [one.tokens for one in group], [one.logprobs for one in group],
             torch.randn(len(group), generator=generator).tolist(), [True] * len(group),
         )
-        for prompt, group in zip(PROMPTS, groups, strict=True)
+        for prompt, group in zip(PROMPTS, rollouts.draw(PROMPTS, 0), strict=True)
     ]  # fmt: skip
+
+
+def sampled(model: Any, tokenizer: Any) -> list[Rollout]:
+    with drawing(model, tokenizer) as rollouts:
+        return rollouts_of(rollouts)
 
 
 @pytest.fixture
@@ -88,7 +107,7 @@ def tokenizer(tiny_model_dir) -> Any:
 
 
 def adapted(model: Any, spec: Any) -> lf.Adapter:
-    """An adapter away from its start, below and above which nothing is."""
+    """An adapter away from its start."""
     torch.manual_seed(1)
     adapter = lf.attach(model, spec, name="it")
     with torch.no_grad():
@@ -125,26 +144,22 @@ def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tok
     assert all(p.requires_grad for p in adapter.parameters())
 
 
-def test_draws_follow_from_their_key_alone(model, tokenizer) -> None:
-    adapted(model, SPECS["lora"])
-    with drawing(model, tokenizer) as rollouts:
-        first, second = (rollouts.draw(PROMPTS, 7) for _ in range(2))
-        assert first == second != rollouts.draw(PROMPTS, 8)
+def logps_of(model: Any, e: Rollout, branch: Any) -> torch.Tensor:
+    ids = torch.tensor([[*e.shared, *branch.ids]])
+    found = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
+    return found.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
 
 
 def plain(model: Any, law: PolicyLaw, examples: list[Rollout]) -> torch.Tensor:
-    """The loss by the law's words, one completion after the other."""
+    """The loss by its definition, one completion after the other."""
     total = torch.zeros(())
     for e in examples:
         for branch, a in zip(e.branches, e.advantages, strict=True):
-            ids = torch.tensor([[*e.shared, *branch.ids]])
-            logps = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
-            own = logps.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
+            own = logps_of(model, e, branch)
             loss = -a * (own - own.detach()).exp()
             if law.beta:
                 with only(model), torch.no_grad():
-                    below = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
-                ref = below.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
+                    ref = logps_of(model, e, branch)
                 k3 = (ref - own).exp() - (ref - own) - 1
                 loss = loss + law.beta * (own - own.detach()).exp() * k3
             total = total + loss.sum() / (len(own) if law.average == "per-sequence" else 1)
@@ -155,8 +170,7 @@ def plain(model: Any, law: PolicyLaw, examples: list[Rollout]) -> torch.Tensor:
 @pytest.mark.parametrize("law", [Grpo(), Grpo(beta=0.5, average="per-sequence")])
 def test_loss_and_gradients(law: PolicyLaw, packing: bool, model, tokenizer) -> None:
     adapter = adapted(model, SPECS["lora"])
-    with drawing(model, tokenizer) as rollouts:
-        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+    examples = sampled(model, tokenizer)
     with branching(model) as how:
         loss = Policy(model, law, how if packing else None, 0, longest=5)
         found = loss(**loss.collate(examples, loss.device))
@@ -175,11 +189,11 @@ def test_loss_and_gradients(law: PolicyLaw, packing: bool, model, tokenizer) -> 
 def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
     adapter = adapted(model, SPECS["lora"])
     with drawing(model, tokenizer) as rollouts:
-        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+        examples = rollouts_of(rollouts)
         with only(model):
             rollouts.names = ()
             rollouts.engine.adopt("policy", [])
-        below = rollouts_of(rollouts.draw(PROMPTS, 0))
+        below = rollouts_of(rollouts)
     loss = Policy(model, Grpo(), None, 0, longest=5)
     with pytest.raises(LorafoldError, match="drawn by the model without the adapter that trains"):
         loss(**loss.collate(below, loss.device))
@@ -190,8 +204,7 @@ def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
 
 
 def test_rounding_that_is_left_of_an_exact_run_is_said_once(model, tokenizer, caplog) -> None:
-    with drawing(model, tokenizer) as rollouts:
-        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+    examples = sampled(model, tokenizer)
     loss = Policy(model, Grpo(), None, 0, longest=5, exact=True)
     collated = loss.collate(examples, loss.device)
     for _ in range(2):
@@ -200,35 +213,23 @@ def test_rounding_that_is_left_of_an_exact_run_is_said_once(model, tokenizer, ca
     assert caplog.text.count("exact: found log-probabilities that differ by") == 1
 
 
-def test_a_run_learns_from_its_reward_and_resumes_exactly(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = tiny_model_dir("llama")
-    trained(base, tmp_path / "whole")
-    step = loop.train_step
-
-    def killed(job: Any, examples: Any, n: int) -> float:
-        if n == 2:
-            raise KeyboardInterrupt
-        return step(job, examples, n)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            trained(base, tmp_path / "killed", asked(save_every=1))
-    trained(base, tmp_path / "killed", asked(save_every=1), resume=True)
-    files = [load_file(tmp_path / of / "adapter_model.safetensors") for of in ("whole", "killed")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+@pytest.mark.parametrize(("updates", "call"), [(1, 2), (3, 7)])
+def test_a_run_resumes_exactly(updates: int, call: int, run, tmp_path: Path) -> None:
+    options = {"updates": updates}
+    run("whole", asked(options=options))
+    recipe = asked(options=options, save_every=1)
+    with interrupted(call) as steps:
+        run("stopped", recipe)
+    assert steps == [n // updates for n in range(call + 1)]
+    run("stopped", recipe, resume=True)
+    assert same_bytes(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_what_a_step_shows(tiny_model_dir, tmp_path: Path) -> None:
+def test_what_a_step_shows(told, tmp_path: Path) -> None:
     file = tmp_path / "rewards.py"
     file.write_text("def half(completion):\n    return 0.5\n")
-    console = Console(record=True, width=400)
     names = [f"{file}:half", "0.5*regex:.*a.*"]
-    trained(tiny_model_dir("llama"), tmp_path / "a", rewards=names, console=console)
-    text = console.export_text()
+    text = told(rewards=names)
     for name in ("reward ", f"reward {file}:half 0.5", "cut off", "entropy", "mismatch"):
         assert name in text
     assert "dropout=0.0" in text
@@ -236,27 +237,27 @@ def test_what_a_step_shows(tiny_model_dir, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_dropout_of_models_and_of_adapters_is_taken_as_0(
-    kind: str, tiny_model_dir, tmp_path: Path
+    kind: str, told, tiny_model_dir, tmp_path: Path
 ) -> None:
-    """GPT-2's files have one of their own, and the adapter to start from had one."""
-    base, console, start = tiny_model_dir(kind), Console(record=True, width=400), None
+    """GPT-2's files have dropout of their own, and the adapter to start from had it."""
+    base, start = tiny_model_dir(kind), None
     if kind == "llama":
         start = tmp_path / "sft"
         recipe = lf.Recipe(dropout=0.3, lr=1e-2, steps=2, batch=2, storage="fp32")
         lf.train(recipe, model=base, data=[{"text": "oak and elm"}] * 2, out=start)
-    trained(base, tmp_path / "a", asked(steps=2), init_adapter=start, console=console)
-    assert "taken as 0: completions are drawn without" in console.export_text()
+    text = told("a", asked(steps=2), model=base, init_adapter=start)
+    assert "taken as 0: completions are drawn without" in text
 
 
-@pytest.mark.parametrize("case", ["all cut off", "the policy is its reference"])
-def test_first_steps_may_have_nothing_to_learn(case: str, tiny_model_dir, tmp_path: Path) -> None:
-    masked, model = {"truncated": "masked", "max_new_tokens": 2}, tiny_model_dir("llama")
-    if case == "all cut off":
-        trained(model, tmp_path / "a", asked(steps=2, options=masked))
-        with pytest.raises(LorafoldError, match=r"step 10: .* truncated=masked: all completions"):
-            trained(model, tmp_path / "b", asked(steps=12, options=masked))
-    else:
-        trained(model, tmp_path / "a", asked(steps=2, beta=0.1), rewards=lambda completion: 1.0)
+def test_a_policy_may_start_as_its_reference(run) -> None:
+    run("a", asked(steps=2, beta=0.1), rewards=lambda completion: 1.0)
+
+
+def test_first_steps_may_have_nothing_to_learn(run) -> None:
+    masked = {"truncated": "masked", "max_new_tokens": 2}
+    run("a", asked(steps=2, options=masked))
+    with pytest.raises(LorafoldError, match=r"step 10: .* truncated=masked: all completions"):
+        run("b", asked(steps=12, options=masked))
 
 
 def test_rounding_is_that_of_the_base(model) -> None:
@@ -271,10 +272,8 @@ class Lengths:
 
 
 def test_an_object_that_judges_is_known_in_another_process() -> None:
-    identities = [
-        PolicyObjective(Grpo(), SamplingOptions(), (Lengths(),)).identity for _ in range(2)
-    ]
-    assert identities[0] == identities[1]
+    one, other = (PolicyObjective(Grpo(), SamplingOptions(), (Lengths(),)) for _ in range(2))
+    assert one.identity == other.identity
 
 
 FAILING = """
@@ -289,44 +288,36 @@ def size(completion):
 
 @pytest.mark.parametrize("of", ["a step", "held-out rows"])
 def test_a_run_whose_reward_fails_is_kept_and_goes_on_with_the_mended_one(
-    of: str, tiny_model_dir, tmp_path: Path
+    of: str, told, tmp_path: Path
 ) -> None:
-    """As one that did not fail. No checkpoint was due before."""
-    base, judge, calls = tiny_model_dir("llama"), tmp_path / "judge.py", tmp_path / "calls"
-    held_out, fails, at = (None, 17, 2) if of == "a step" else (ROWS[:1], 1 + 16 + 1, 2)
+    """It ends as if nothing had failed, and no checkpoint was due before."""
+    judge, calls = tmp_path / "judge.py", tmp_path / "calls"
+    held_out, fails = (None, 17) if of == "a step" else (ROWS[:1], 1 + 16 + 1)
     fields = {} if held_out is None else {"eval_every": 2, "save_every": 4}
     recipe = asked(options={"rewards": [f"{judge}:size"]}, **fields)
-    given: dict[str, Any] = {"recipe": recipe, "rewards": (), "eval_data": held_out}
 
     def run(out: str, fails: int, **more: Any) -> str:
         judge.write_text(FAILING.replace("{fails}", str(fails)))
         calls.write_text("")
-        console = Console(record=True, width=400)
-        trained(base, tmp_path / out, console=console, **given, **more)
-        return console.export_text()
+        return told(out, recipe, rewards=(), eval_data=held_out, **more)
 
     run("whole", 0)
-    told = "held-out rows after step 2" if held_out else "step 3"
-    where = rf"^{told}: reward .*judge.py:size: row \d, completion 1: it raised ZeroDivision"
-    with pytest.raises(LorafoldError, match=rf"{where}.*step-00000{at}; the same .* --resume cont"):
+    step = "held-out rows after step 2" if held_out else "step 3"
+    where = rf"^{step}: reward .*judge.py:size: row \d, completion 1: it raised ZeroDivision"
+    with pytest.raises(LorafoldError, match=rf"{where}.*step-000002; the same .* --resume cont"):
         run("failed", fails)
     assert "judge.py:size: changed, and judges from here on" in run("failed", 0, resume=True)
     outs = [tmp_path / of for of in ("whole", "failed")]
-    files = [load_file(out / "adapter_model.safetensors") for out in outs]
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert same_bytes(*outs)
     records = [json.loads((out / "lorafold.json").read_text()) for out in outs]
     assert records[0]["evals"] == records[1]["evals"]
     assert records[0]["steps"] == records[1]["steps"]
 
 
 @pytest.mark.parametrize("average", ["per-sequence", "sums"])
-def test_a_later_update_of_the_first_step_may_have_all_ratios_clipped(
-    average: str, tiny_model_dir, tmp_path: Path
-) -> None:
+def test_a_later_update_of_the_first_step_may_have_all_ratios_clipped(average: str, run) -> None:
     options = {"updates": 4, "average": average, "clip": 1e-6, "clip_high": 1e-6}
-    recipe = asked(objective="gspo", steps=1, options=options)
-    found = trained(tiny_model_dir("llama"), tmp_path / "a", recipe)
-    assert found.steps == 1
+    assert run("a", asked(objective="gspo", steps=1, options=options)).steps == 1
 
 
 SILENT = {
@@ -339,10 +330,10 @@ SILENT = {
 
 @pytest.mark.parametrize("case", SILENT)
 def test_a_run_without_a_signal_says_so_and_ends_with_its_best_step(
-    case: str, tiny_model_dir, tmp_path: Path
+    case: str, run, tmp_path: Path
 ) -> None:
     """One group with a signal, in step 6, is enough to go on."""
-    then, told = SILENT[case]
+    then, why = SILENT[case]
     calls, held_out = list[str](), iter([0.0, 1.0, 5.0, *[2.0] * 30])
 
     def judge(completion: str, word: str) -> float | None:
@@ -354,14 +345,12 @@ def test_a_run_without_a_signal_says_so_and_ends_with_its_best_step(
 
     console = Console(record=True, width=2000)
     recipe = asked(steps=30, batch=4, eval_every=1, save_every=30)
-    found = trained(
-        tiny_model_dir("llama"), tmp_path / "a", recipe, rewards=judge, console=console,
-        eval_data=[{"prompt": "Say", "word": "held"}],
-    )  # fmt: skip
+    held = [{"prompt": "Say", "word": "held"}]
+    found = run("a", recipe, rewards=judge, console=console, eval_data=held)
     lines = [line for line in console.export_text().splitlines() if "has a signal" in line]
     assert [line.partition(":")[0] for line in lines] == ["step 5", "step 9", "step 16"]
     assert all("of the last 3 steps has a signal: " in line for line in lines[:2])
-    assert all(told in line for line in lines)
+    assert all(why in line for line in lines)
     assert lines[2].endswith("; the run ends here")
     assert len(found.losses) == 16
     assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["step"] == 2
@@ -369,22 +358,21 @@ def test_a_run_without_a_signal_says_so_and_ends_with_its_best_step(
 
 
 def test_a_policy_that_says_one_thing_is_said_to_have_collapsed(
-    tiny_model, tiny_model_dir, tmp_path: Path
+    tiny_model, tokenizer, told, tmp_path: Path
 ) -> None:
     model, base = tiny_model("llama"), tmp_path / "base"
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1000)
     model.save_pretrained(base)
-    AutoTokenizer.from_pretrained(tiny_model_dir("llama")).save_pretrained(base)
-    console = Console(record=True, width=2000)
-    trained(base, tmp_path / "a", asked(steps=3), console=console)
-    text = console.export_text()
+    tokenizer.save_pretrained(base)
+    text = told("a", asked(steps=3), model=base)
     assert "step 3: no group of completions of the last 3 steps has a signal: " in text
     assert "the policy has collapsed; try a lower learning rate" in text
 
 
-def test_rewards_that_do_not_apply_are_left_out(tiny_model_dir, tmp_path: Path) -> None:
+def test_rewards_that_do_not_apply_are_left_out(run, tiny_model_dir, tmp_path: Path) -> None:
     """Each judges some of the rows, and none judges gold."""
+    base = tiny_model_dir("llama")
 
     def warm(completion: str, word: str) -> float | None:
         return len(completion) if word == "red" else None
@@ -392,12 +380,8 @@ def test_rewards_that_do_not_apply_are_left_out(tiny_model_dir, tmp_path: Path) 
     def cold(completion: str, word: str) -> float | None:
         return -len(completion) if word in ("blue", "green") else None
 
-    out = tmp_path / "a"
-    found = trained(
-        tiny_model_dir("llama"), out, asked(steps=1, batch=4), rewards=[warm, cold],
-        eval_data=ROWS,
-    )  # fmt: skip
-    record = json.loads((out / "lorafold.json").read_text())
+    found = run("a", asked(steps=1, batch=4), rewards=[warm, cold], eval_data=ROWS)
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
     (warm_one,), (cold_one,) = (record["steps"][f"reward {name}"] for name in ("warm", "cold"))
     assert warm_one > 0 > cold_one
     assert record["steps"]["reward"] == [pytest.approx((warm_one + 2 * cold_one) / 3, rel=1e-5)]
@@ -406,8 +390,8 @@ def test_rewards_that_do_not_apply_are_left_out(tiny_model_dir, tmp_path: Path) 
     assert all(len(one["each"]) == 1 for one in samples)
     assert found.figures["reward"] == pytest.approx(record["held_out"]["reward"][-1], rel=1e-5)
     with pytest.raises(LorafoldError, match="rewards: found none for row 1, completion 1 to row 1"):
-        lf.evaluate(tiny_model_dir("llama"), ROWS[:1], rewards=[cold], max_new_tokens=4)
-    worth = lf.evaluate(tiny_model_dir("llama"), ROWS, rewards=[warm, cold], max_new_tokens=4)
+        lf.evaluate(base, ROWS[:1], rewards=[cold], max_new_tokens=4)
+    worth = lf.evaluate(base, ROWS, rewards=[warm, cold], max_new_tokens=4)
     assert [mean is None for mean in worth.prompt_rewards] == [False, False, False, True]
     assert json.loads(json.dumps(worth.as_json(), allow_nan=False))["n"] == 4
 
@@ -427,67 +411,54 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(case: str, tiny_model_dir, tmp_path: Path) -> None:
+def test_bad_input(case: str, run, tmp_path: Path) -> None:
     changes, given, said = CASES[case]
     with pytest.raises(LorafoldError, match=said):
-        trained(tiny_model_dir("llama"), tmp_path / "a", asked(**changes), **given)
+        run("a", asked(**changes), **given)
     assert not (tmp_path / "a").exists()
 
 
-def test_a_finished_run_is_known_by_the_contents_of_its_reward(tiny_model_dir, tmp_path) -> None:
+def test_a_finished_run_is_known_by_the_contents_of_its_reward(run, tmp_path: Path) -> None:
     judge = tmp_path / "judge.py"
     judge.write_text("def size(completion):\n    return len(completion)\n")
     recipe = asked(steps=1, options={"rewards": [f"{judge}:size"]})
-    given: dict[str, Any] = {"rewards": (), "resume": True}
-    trained(tiny_model_dir("llama"), tmp_path / "out", recipe, **given)
-    trained(tiny_model_dir("llama"), tmp_path / "out", recipe, **given)
+    for _ in range(2):
+        run("a", recipe, rewards=(), resume=True)
     judge.write_text("def size(completion):\n    return -len(completion)\n")
     with pytest.raises(LorafoldError, match="another run: rewards had other contents"):
-        trained(tiny_model_dir("llama"), tmp_path / "out", recipe, **given)
+        run("a", recipe, rewards=(), resume=True)
 
 
-def test_a_policy_is_measured_on_rows_with_answers(tiny_model_dir, tmp_path: Path) -> None:
-    model, out = tiny_model_dir("llama"), tmp_path / "a"
-    trained(model, out, asked(steps=1))
+def test_a_policy_is_measured_on_rows_with_answers(run, tiny_model_dir, tmp_path: Path) -> None:
+    run("a", asked(steps=1))
+    given = {"adapters": tmp_path / "a", "completions": False}
     rows = [{"prompt": "a", "completion": "b"}]
-    assert lf.evaluate(model, rows, adapters=out, completions=False).loss > 0
+    assert lf.evaluate(tiny_model_dir("llama"), rows, **given).loss > 0
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    assert lf.evaluate(model, pairs, adapters=out, completions=False).preference is not None
-
-
-def test_rewards_that_never_vary_are_told(tiny_model_dir, tmp_path: Path) -> None:
-    with pytest.raises(LorafoldError, match=r"the last 10 steps .*row \d, completion 1: .* has 1"):
-        trained(
-            tiny_model_dir("llama"), tmp_path / "a", asked(steps=12),
-            rewards=lambda completion: 1.0,
-        )  # fmt: skip
+    assert lf.evaluate(tiny_model_dir("llama"), pairs, **given).preference is not None
 
 
 @pytest.mark.parametrize("law", [Grpo(), Grpo(clip=0.01), Gspo(), Cispo(clip_high=0.01)])
 def test_later_updates_have_ratios_to_the_first(law: PolicyLaw, model, tokenizer) -> None:
     """As TRL has it with `num_iterations`: the old log-probabilities are those of the first."""
     adapter = adapted(model, SPECS["lora"])
-    with drawing(model, tokenizer) as rollouts:
-        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+    examples = sampled(model, tokenizer)
     loss = Policy(model, law, None, 0, longest=5)
-    old = [p.detach().clone() for p in adapter.parameters()]
     loss.begin(0)
     first = [float(loss(**loss.collate([e], loss.device)).detach()) for e in examples]
     with torch.no_grad():
+        was = [torch.cat([logps_of(model, e, ids) for ids in e.branches]) for e in examples]
         for p in adapter.parameters():
             p.add_(0.02 * torch.randn_like(p))
     loss.begin(1)
-    for e, before in zip(examples, first, strict=True):
+    for e, before, old in zip(examples, first, was, strict=True):
         found = loss(**loss.collate([e], loss.device))
         assert float(found) != pytest.approx(before, abs=1e-6)
-        logps = [logps_of(model, e, ids) for ids in e.branches]
-        new = [p.detach().clone() for p in adapter.parameters()]
-        put(adapter, old)
-        was = [logps_of(model, e, ids) for ids in e.branches]
-        put(adapter, new)
+        with torch.no_grad():
+            logps = [logps_of(model, e, ids) for ids in e.branches]
         of = torch.cat([torch.full((len(x),), i) for i, x in enumerate(logps)])
         advantages = torch.tensor(e.advantages)[of]
-        given = SampledTokens(torch.cat(logps), torch.cat(was), None, advantages, of)
+        given = SampledTokens(torch.cat(logps), old, None, advantages, of)
         weights = torch.tensor([1 / len(x) if law.average == "per-sequence" else 1 for x in logps])
         expected = float((law.loss(given) * weights[of]).sum())
         assert float(found) == pytest.approx(expected, abs=1e-4)
@@ -496,64 +467,22 @@ def test_later_updates_have_ratios_to_the_first(law: PolicyLaw, model, tokenizer
     assert (figures["clipped"] > 0) == (law in (Grpo(clip=0.01), Gspo()))
 
 
-def logps_of(model: Any, e: Rollout, branch: Any) -> torch.Tensor:
-    ids = torch.tensor([[*e.shared, *branch.ids]])
-    with torch.no_grad():
-        found = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
-    return found.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
-
-
-def put(adapter: lf.Adapter, values: list[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for p, value in zip(adapter.parameters(), values, strict=True):
-            p.copy_(value)
-
-
-def test_several_updates_of_a_rollout_resume_exactly(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, recipe = tiny_model_dir("llama"), asked(options={"updates": 3}, save_every=1)
-    trained(base, tmp_path / "whole", recipe)
-    step, calls = loop.train_step, list[int]()
-
-    def killed(job: Any, examples: Any, n: int) -> float:
-        calls.append(n)
-        if calls.count(2) == 2:
-            raise KeyboardInterrupt
-        return step(job, examples, n)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            trained(base, tmp_path / "killed", recipe)
-    assert calls == [0, 0, 0, 1, 1, 1, 2, 2]
-    trained(base, tmp_path / "killed", recipe, resume=True)
-    files = [load_file(tmp_path / of / "adapter_model.safetensors") for of in ("whole", "killed")]
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-
-
-def test_groups_from_which_nothing_is_learned_are_drawn_again(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_groups_from_which_nothing_is_learned_are_drawn_again(told) -> None:
     seen: list[str] = []
 
     def rare(completion: str, word: str) -> float:
         seen.append(word)
         return float(completion.startswith(tuple("aeiou"))) if word == "red" else 1.0
 
-    console = Console(record=True, width=400)
-    recipe = asked(steps=2, batch=4, options={"fill": 2})
-    trained(tiny_model_dir("llama"), tmp_path / "a", recipe, rewards=rare, console=console)
+    text = told("a", asked(steps=2, batch=4, options={"fill": 2}), rewards=rare)
     counts = {word: seen.count(word) for word in ("red", "blue", "green", "gold")}
     # three groups that are always alike are drawn three times in each of two steps
     assert counts == {"red": counts["red"]} | dict.fromkeys(("blue", "green", "gold"), 24)
     assert counts["red"] in (8, 12, 16, 20, 24)
-    assert "groups drawn again" in console.export_text()
+    assert "groups drawn again" in text
 
 
-def test_rewards_that_never_vary_are_told_of_a_run_that_was_resumed(
-    tiny_model_dir, tmp_path: Path
-) -> None:
+def test_rewards_that_never_vary_end_a_run_that_was_resumed_too(run) -> None:
     asks, calls = asked(steps=12, save_every=1), list[str]()
 
     def one(completion: str) -> float:
@@ -563,9 +492,10 @@ def test_rewards_that_never_vary_are_told_of_a_run_that_was_resumed(
         return 1.0
 
     with pytest.raises(KeyboardInterrupt):
-        trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one)
-    with pytest.raises(LorafoldError, match=r"step 10: .* of the last 10 steps"):
-        trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one, resume=True)
+        run("a", asks, rewards=one)
+    told = r"step 10: .* of the last 10 steps .*row \d, completion 1: .* has 1"
+    with pytest.raises(LorafoldError, match=told):
+        run("a", asks, rewards=one, resume=True)
 
 
 ALPACA = {"instruction": "Say a colour", "input": "a warm one", "output": "red"}
@@ -590,13 +520,3 @@ def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> 
     found = TokenizedPrompt((1,), row, "row 1")
     assert found.question == prompt
     assert found.other_fields.get("answer") == answer
-
-
-@pytest.mark.slow
-def test_a_run_at_rate_0_keeps_ratios_at_1_and_no_kl(tiny_model_dir, tmp_path: Path) -> None:
-    recipe = asked(steps=20, lr=1e-30, lr_b=1e-30, beta=0.1, options={"updates": 2})
-    trained(tiny_model_dir("llama"), tmp_path / "a", recipe)
-    steps = json.loads((tmp_path / "a" / "lorafold.json").read_text())["steps"]
-    assert len(steps["KL"]) == 20
-    for name, most in {"KL": 1e-9, "clipped": 0.0, "largest mismatch": 1e-5}.items():
-        assert all(x is None or x <= most for x in steps[name]), name

@@ -1,17 +1,20 @@
-"""The laws of policies: TRL's losses on the same tensors, closed forms, and advantages."""
-
-from __future__ import annotations
+"""The algorithms of policies: TRL's losses on the same tensors, closed forms, and advantages."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import nanstd
 
 import lorafold as lf
+from conftest import SIZE
+from lorafold.engine import Engine, Request
+from lorafold.engine.operations import unsteady
+from lorafold.errors import LorafoldError
 from lorafold.training import loop
+from lorafold.training_step.lm_head_loss import token_losses
 from lorafold.training_step.policy_algorithms import (
     Cispo,
     Grpo,
@@ -23,6 +26,7 @@ from lorafold.training_step.policy_algorithms import (
 )
 from policy_losses import check_loss_of_trl, gradient_of_trl
 
+NAN = float("nan")
 CASES = {
     "grpo": (Grpo(), {"loss_type": "dapo"}),
     "grpo with KL": (Grpo(beta=0.1), {"loss_type": "dapo", "beta": 0.1}),
@@ -47,10 +51,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_are_those_of_trl(
-    case: str, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values and gradients of TRL's own code, on the same log-probabilities."""
+def test_losses_are_those_of_trl(case: str, tiny_model_dir, tmp_path, monkeypatch) -> None:
     law, settings = CASES[case]
     settings = {"beta": 0.0, **settings}
     check_loss_of_trl(law, settings, tiny_model_dir("llama"), tmp_path, monkeypatch)
@@ -80,14 +81,11 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("unestimated")
 @pytest.mark.parametrize("case", STEPS)
 def test_a_step_weighs_what_it_does_in_trl_where_a_group_is_alike(
     case: str, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One group of four has one reward, so that it counts in the mean alone: the gradient that
-    reaches the optimizer is that of TRL's trainer on the same completions.
-    """
+    """One group of four has one reward, so it counts in the mean alone."""
     options, settings = STEPS[case]
     options, seen = dict(options), list[Any]()
     recipe = lf.Recipe(
@@ -124,33 +122,30 @@ def test_a_step_weighs_what_it_does_in_trl_where_a_group_is_alike(
     assert any(float(x.abs().max()) > 1e-4 for x in ours)
 
 
-def test_advantages_are_those_of_trl() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0]])
-    group = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    batch = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-4)
-    torch.testing.assert_close(Grpo().advantages(rewards), group)
-    torch.testing.assert_close(Ppo().advantages(rewards), batch)
-    left_out = [[1 - 1 / 3, -2 / 3, 0.5 - 0.5, 0.5 - 0.5], [0.0] * 4]
-    torch.testing.assert_close(Rloo().advantages(rewards), torch.tensor(left_out))
-
-
-def test_a_completion_without_a_reward_has_no_part_as_in_trl() -> None:
-    nan = float("nan")
-    rewards = torch.tensor([[1.0, nan, 0.5, 0.0], [nan] * 4, [nan, 3.0, nan, nan]])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [[1.0, 0.0, 0.5, 0.5], [2.0] * 4],
+        [[1.0, NAN, 0.5, 0.0], [NAN] * 4, [NAN, 3.0, NAN, NAN]],
+    ],
+    ids=["all", "some missing"],
+)
+def test_advantages_are_those_of_trl(rewards: Any) -> None:
+    rewards = torch.tensor(rewards)
     of = rewards - rewards.nanmean(1, keepdim=True)
-    group = (of / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)).nan_to_num(0.0)
-    batch = (of / (nanstd(rewards) + 1e-4)).nan_to_num(0.0)
-    torch.testing.assert_close(Grpo().advantages(rewards), group)
-    torch.testing.assert_close(Ppo().advantages(rewards), batch)
-    others = (rewards.nansum(1, keepdim=True) - rewards) / torch.tensor([[2.0], [-1.0], [0.0]])
-    torch.testing.assert_close(Rloo().advantages(rewards), (rewards - others).nan_to_num(0.0))
-    torch.testing.assert_close(Reinforce().advantages(rewards), of.nan_to_num(0.0))
+    n = rewards.isfinite().sum(1, keepdim=True)
+    others = (rewards.nansum(1, keepdim=True) - rewards) / (n - 1)
+    for law, expected in [
+        (Grpo(), of / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)),
+        (Ppo(), of / (nanstd(rewards) + 1e-4)),
+        (Rloo(), rewards - others),
+        (Reinforce(), of),
+    ]:
+        torch.testing.assert_close(law.advantages(rewards), expected.nan_to_num(0.0))
 
 
 def test_the_gradient_of_a_policy_of_two_tokens() -> None:
-    """d/dz of the expected reward of softmax(0, z) is p (1 - p) (r_1 - r_0); with both tokens drawn
-    as often as they are probable, the surrogate has that gradient, for every law without a scale.
-    """
+    """d/dz of the expected reward of softmax(0, z) is p (1 - p) (r_1 - r_0)."""
     z = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     p = float(torch.sigmoid(z))
     rewards = torch.tensor([0.2, 1.0], dtype=torch.float64)
@@ -164,39 +159,6 @@ def test_the_gradient_of_a_policy_of_two_tokens() -> None:
         assert float(-gradient) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_bandit_follows_the_exact_recursion() -> None:
-    """Steps on the exact expectation of the surrogate raise the reward as gradient ascent does."""
-    rewards = torch.tensor([0.0, 1.0, 0.3], dtype=torch.float64)
-    ours = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    exact = torch.zeros(3, dtype=torch.float64)
-    for _ in range(50):
-        logps = torch.log_softmax(ours, 0)
-        p = logps.detach().exp()
-        advantages = rewards - (p * rewards).sum()
-        drawn = SampledTokens(logps, logps.detach(), None, advantages, torch.arange(3))
-        loss = (Grpo(scale="none").loss(drawn) * p).sum()
-        (gradient,) = torch.autograd.grad(loss, ours)
-        with torch.no_grad():
-            ours -= 2.0 * gradient
-        q = torch.softmax(exact, 0)
-        exact = exact + 2.0 * q * (rewards - (q * rewards).sum())
-    torch.testing.assert_close(ours.detach(), exact, rtol=1e-10, atol=1e-10)
-    assert float((torch.softmax(exact, 0) * rewards).sum()) > 0.9
-
-
-def test_k3_is_the_kl_in_expectation() -> None:
-    """Its mean over all tokens, each as probable as it is, is the full sum."""
-    generator = torch.Generator().manual_seed(1)
-    logp, ref = (
-        torch.log_softmax(torch.randn(50, generator=generator, dtype=torch.float64), 0)
-        for _ in range(2)
-    )
-    drawn = SampledTokens(logp, logp, ref, torch.zeros(50), torch.arange(50))
-    expected = (logp.exp() * (logp - ref)).sum()
-    torch.testing.assert_close((logp.exp() * drawn.kl).sum(), expected)
-    assert bool((drawn.kl >= 0).all())
-
-
 def test_what_is_clipped() -> None:
     logps = torch.log(torch.tensor([0.7, 0.7, 1.3, 1.3, 1.0]))
     a = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
@@ -206,3 +168,89 @@ def test_what_is_clipped() -> None:
     (gradient,) = torch.autograd.grad(Grpo().loss(drawn).sum(), logps)
     assert (gradient == 0).tolist() == expected
     assert not Cispo().clipped(drawn).any()
+
+
+pytestmark = pytest.mark.usefixtures("unestimated")
+ROWS = [{"prompt": word} for word in ("r", "Say blue", "Say green, and then say gold", "Say red")]
+
+
+def length(completion: str) -> float:
+    return len(set(completion))
+
+
+def mismatch(model: Any, out: Path, exact: bool = True, **changes: Any) -> list[float]:
+    """The largest difference of each step."""
+    options = {"group": 3, "max_new_tokens": 9, "exact": exact, **changes.pop("options", {})}
+    given = {"objective": "grpo", "steps": 3, "batch": 2, "storage": "fp32", "lr": 0.05, "seed": 1}
+    above = {name: changes.pop(name) for name in ("over",) if name in changes}
+    recipe = lf.Recipe(**{**given, **changes}, objective_options=options)
+    lf.train(recipe, model=model, data=ROWS, rewards=length, out=out, overwrite=True, **above)
+    found = lf.history(out).steps["largest mismatch"]
+    assert len(found) == 3
+    return [float(one) for one in found if one is not None]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"storage": "bf16"},
+        {"storage": "int8", "method": "dora"},
+        {"storage": "nf4", "options": {"updates": 2}},
+        {"method": "vera"},
+        {"method": "ia3", "beta": 0.1},
+        {"method": "full", "lr": 0.01},
+        {"method": "lora", "targets": ("lm_head", "q_proj")},
+        {"gradient_checkpointing": True, "accumulate": 2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_there_is_no_difference(
+    changes: dict[str, Any], tiny_model, tiny_model_dir, tmp_path: Path
+) -> None:
+    shapes = [tuple(p.shape) for p in tiny_model("llama").parameters() if p.dim() == 2]
+    if any(unsteady(shapes, dtype) for dtype in (torch.float32, torch.bfloat16)):
+        pytest.skip("products of this processor depend on the number of rows")
+    assert mismatch(tiny_model_dir("llama"), tmp_path / "out", **changes) == [0.0, 0.0, 0.0]
+
+
+def test_a_policy_over_an_adapter(tiny_model_dir, tmp_path: Path) -> None:
+    mismatch(tiny_model_dir("llama"), tmp_path / "below", method="dora")
+    above = {"over": tmp_path / "below", "storage": "fp32"}
+    found = mismatch(tiny_model_dir("llama"), tmp_path / "above", **above)
+    assert found == [0.0, 0.0, 0.0]
+
+
+def test_without_it_there_is_rounding(tiny_model_dir, tmp_path: Path) -> None:
+    found = mismatch(tiny_model_dir("llama"), tmp_path / "out", exact=False)
+    assert all(0 < one < 0.2 for one in found)
+
+
+@pytest.mark.parametrize("length", [6, 15])
+def test_a_pass_has_as_many_tokens_as_it_needs(length: int, tiny_model) -> None:
+    with Engine(tiny_model("llama"), slots=1, length=length, as_trained=True) as engine:
+        stream = engine.submit(Request("1", (5, 6, 7), length - 3))
+        engine.run()
+        assert len(stream.result().tokens) == length - 3
+
+
+def test_few_positions_have_the_bits_of_many() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"hidden_size": 576}, vocab_size=300)).eval()
+    ids = torch.randint(300, (1, 300))
+    inputs = {"input_ids": ids}
+
+    def losses(n: int) -> torch.Tensor:
+        labels = ids.roll(-1).masked_fill(torch.arange(300) >= n, -100)
+        return token_losses(model, labels, inputs, own=True)
+
+    if unsteady([(300, 576)], torch.float32):
+        pytest.skip("products of this processor depend on the number of rows")
+    whole = losses(290)
+    for n in (1, 3, 5, 257, 259):
+        assert torch.equal(losses(n), whole[:n])
+
+
+def test_padded_sequences_are_refused(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match="exact: found padded sequences, expected packed ones"):
+        mismatch(tiny_model_dir("llama"), tmp_path / "out", packing=False)
+    assert not (tmp_path / "out").exists()

@@ -1,12 +1,9 @@
-"""`--objective reward` and `lorafold score`: TRL's trainer, PEFT and transformers as oracles, the
-figures in closed form, and runs from the command to the scores.
-"""
-
-from __future__ import annotations
+"""`--objective reward` and `lorafold score` against TRL, PEFT, transformers and closed forms."""
 
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from trl import RewardConfig, RewardTrainer
 
 import lorafold as lf
+from classify_cases import quiet, request
+from command_cases import error_of, printed, rows_file, words
 from conftest import lorafold
 from lorafold.api.merge import merge
 from lorafold.core.contexts import evaluating
@@ -39,12 +38,8 @@ from lorafold.models.quantizations import Storage
 from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.options import law_of
-from lorafold.recipe.recipe import Recipe
-from lorafold.resolve import Base
-from lorafold.training import loop
-from lorafold.training.request import RunRequest
 from lorafold.training.run import train
-from lorafold.training_step.preference_algorithms import BradleyTerry, Scored
+from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import Branching, branching
 from serving_cases import running
@@ -64,22 +59,25 @@ ROWS = [
 JUDGED = {"prompt": "a", "completion": "b", "label": True}
 
 
-def request(model: Path, out: Path, rows: Any = ROWS, **fields: Any) -> RunRequest:
-    names = ("resume", "eval_rows", "init_adapter", "over")
-    extra = {k: fields.pop(k) for k in names if k in fields}
-    recipe = Recipe(**{"objective": "reward", "steps": 6, "batch": 4, "storage": "fp32"} | fields)
-    return RunRequest(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
+def fit(model: Path, out: Path, rows: Any = ROWS, **fields: Any) -> Any:
+    return train(request(model, out, rows, **{"objective": "reward", "batch": 4} | fields), quiet())
 
 
-def quiet() -> Console:
-    return Console(quiet=True)
+def score(model: Path, *adapters: Path, rows: Any = ROWS, **how: Any) -> Any:
+    given: dict[str, Any] = {"storage": "fp32", "device": "cpu", **how}
+    return lf.score(str(model), rows, adapters=adapters, **given)
 
 
-def reward_model(directory: Path, seed: int = 0) -> Any:
-    tokenizer = load_tokenizer(directory)
-    source = resolve_model(directory)
-    return load_classifier(source, (REWARD,), tokenizer.pad_token_id, torch.float32, seed=seed)
+def reward_model(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    pad = load_tokenizer(directory).pad_token_id
+    return load_classifier(resolve_model(directory), (REWARD,), pad, dtype, seed=seed)
 
+
+def moved_model(directory: Path) -> tuple[Any, Any]:
+    """A reward model with an adapter that changes it, and its tokenizer."""
+    model = reward_model(directory)
+    adapted(model)
+    return model, load_tokenizer(directory)
 
 def adapted(model: Any, seed: int = 0) -> lf.Adapter:
     """A LoRA adapter and a head with all tensors drawn, so that they change the model."""
@@ -97,20 +95,33 @@ def scored_alone(model: Any, documents: list[tuple[int, ...]]) -> torch.Tensor:
         return torch.stack([model(torch.tensor([ids])).logits[0, 0] for ids in documents])
 
 
+def same_scores(rows: Any, expected: torch.Tensor) -> None:
+    own = torch.tensor([list(row.scores.values()) for row in rows]).flatten()
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+
+
+def way_through(way: str, how: Any) -> Any:
+    return {"shared": how, "packed": Branching(True, False), "padded": None}[way]
+
+
+@pytest.fixture
+def directory(tiny_model_dir) -> Path:
+    return tiny_model_dir("llama")
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_model_dir, tmp_path_factory) -> tuple[Path, Path]:
     """A tiny model, and a reward adapter of it that tells its pairs apart."""
     model, out = tiny_model_dir("llama"), tmp_path_factory.mktemp("reward") / "adapter"
-    train(request(model, out, steps=40, lr=1e-2), quiet())
+    fit(model, out, steps=40, lr=1e-2)
     return model, out
 
 
 @pytest.mark.parametrize("way", ["shared", "packed", "padded"])
 @pytest.mark.parametrize(("margin", "centre"), [(0.0, 0.0), (0.7, 0.01)])
 def test_loss_and_gradients_are_those_of_trl(
-    way: str, margin: float, centre: float, tiny_model_dir, tmp_path: Path
+    way: str, margin: float, centre: float, directory: Path, tmp_path: Path
 ) -> None:
-    directory = tiny_model_dir("llama")
     model, tokenizer = reward_model(directory), load_tokenizer(directory)
     adapter = adapted(model)
     adapter.requires_grad_().save(tmp_path / "a")
@@ -128,20 +139,16 @@ def test_loss_and_gradients_are_those_of_trl(
         directory, num_labels=1, dtype=torch.float32
     )
     trainer = RewardTrainer(
-        PeftModel.from_pretrained(theirs, tmp_path / "a", is_trainable=True),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+        PeftModel.from_pretrained(theirs, tmp_path / "a", is_trainable=True), args=config,
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
     batch = trainer.data_collator(rows)
     expected = trainer.compute_loss(trainer.model.eval(), batch)
     expected.backward()
-
     with branching(model) as how:
         assert how.shares
-        chosen = {"shared": how, "packed": Branching(True, False), "padded": None}[way]
         law = law_of("reward", None, {"margin": margin, "centre": centre})
-        loss = Preferences(model, law, chosen, tokenizer.pad_token_id)
+        loss = Preferences(model, law, way_through(way, how), tokenizer.pad_token_id)
         own = loss(**loss.collate(list(examples), loss.device)) / len(examples)
         own.backward()
     assert float(own.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -156,23 +163,6 @@ def test_loss_and_gradients_are_those_of_trl(
     assert math.sqrt(off) <= 1e-5 * math.sqrt(whole) != 0
 
 
-def test_the_law_s_closed_forms() -> None:
-    scores = torch.tensor([[1.5, 0.5], [-0.2, 0.3]], dtype=torch.float64)
-    pairs = Scored(scores, None, torch.ones(2, 2))
-    d = scores[:, 0] - scores[:, 1]
-    assert torch.allclose(BradleyTerry().loss(pairs), torch.log1p(torch.exp(-d)))
-    assert torch.allclose(BradleyTerry(margin=0.4).loss(pairs), torch.log1p(torch.exp(0.4 - d)))
-    centred = BradleyTerry(margin=0.4, centre=0.1).loss(pairs) - BradleyTerry(margin=0.4).loss(
-        pairs
-    )
-    assert torch.allclose(centred, torch.tensor([0.1 * 2.0**2, 0.1 * 0.1**2], dtype=torch.float64))
-    # the middle of a pair moves by the centring alone
-    moved = Scored(scores + 3, None, torch.ones(2, 2))
-    assert torch.allclose(
-        BradleyTerry(margin=0.4).loss(moved), BradleyTerry(margin=0.4).loss(pairs)
-    )
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -183,46 +173,39 @@ def test_the_law_s_closed_forms() -> None:
     ],
 )
 def test_options_are_checked_before_anything_is_written(
-    fields: dict[str, Any], message: str, tiny_model_dir, tmp_path: Path
+    fields: dict[str, Any], message: str, directory: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(LorafoldError, match=message):
-        train(request(tiny_model_dir("llama"), tmp_path / "a", **fields), quiet())
+        fit(directory, tmp_path / "a", **fields)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
 def test_scores_are_those_of_transformers_on_each_text_alone(kind: str, tiny_model_dir) -> None:
-    directory = tiny_model_dir(kind)
-    model, tokenizer = reward_model(directory), load_tokenizer(directory)
-    adapted(model)
+    model, tokenizer = moved_model(tiny_model_dir(kind))
     found = score_rows(model, tokenizer, ROWS, 512)
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]},
-             {"role": "assistant", "content": row[name]}], tokenize=False)
-        for row in ROWS for name in ("chosen", "rejected")
-    ]  # fmt: skip
+    talks = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
+        for row in ROWS
+        for name in ("chosen", "rejected")
+    ]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
     ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     expected = scored_alone(model, ids)
-    own = torch.tensor([list(row.scores.values()) for row in found.rows]).flatten()
-    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+    same_scores(found.rows, expected)
     # the same texts as completions and as conversations
     for shape in (
         [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS],
-        [{"messages": [{"role": "user", "content": row["prompt"]},
-                       {"role": "assistant", "content": row["chosen"]}]} for row in ROWS],
+        [{"messages": talk} for talk in talks[::2]],
     ):  # fmt: skip
         whole = score_rows(model, tokenizer, shape, 512)
-        alone = torch.tensor([row.scores["score"] for row in whole.rows])
-        torch.testing.assert_close(alone, expected[::2], rtol=1e-5, atol=1e-5)
+        same_scores(whole.rows, expected[::2])
         assert whole.score == pytest.approx(float(expected[::2].mean()), rel=1e-4, abs=1e-5)
         assert (whole.figures, whole.n) == (None, len(ROWS))
 
 
-def test_answers_to_one_prompt_are_scored_behind_it_computed_once(tiny_model_dir) -> None:
-    directory = tiny_model_dir("llama")
-    model, tokenizer = reward_model(directory), load_tokenizer(directory)
-    adapted(model)
+def test_answers_to_one_prompt_are_scored_behind_it_computed_once(directory: Path) -> None:
+    model, tokenizer = moved_model(directory)
     prompt = " ".join(SUBJECTS)
     rows = [{"prompt": prompt, "completion": f"{subject}."} for subject in SUBJECTS]
     alone = [score_rows(model, tokenizer, [row], 512).rows[0].scores["score"] for row in rows]
@@ -237,9 +220,8 @@ def test_answers_to_one_prompt_are_scored_behind_it_computed_once(tiny_model_dir
 
 @pytest.mark.parametrize("way", ["shared", "packed", "padded"])
 def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_reads(
-    way: str, tiny_model_dir
+    way: str, directory: Path
 ) -> None:
-    directory = tiny_model_dir("llama")
     tokenizer = load_tokenizer(directory)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = (
@@ -255,8 +237,7 @@ def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_r
     expected = scored_alone(model, documents)
     torch.testing.assert_close(expected, scored_alone(model, [ids[:-1] for ids in documents]))
     with branching(model) as how, evaluating(model):
-        chosen = {"shared": how, "packed": Branching(True, False), "padded": None}[way]
-        found = Preferences(model, BradleyTerry(), chosen, end).scored(examples)
+        found = Preferences(model, BradleyTerry(), way_through(way, how), end).scored(examples)
     torch.testing.assert_close(found.logps.flatten(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -265,14 +246,14 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    end = tokenizer.pad_token_id
     config = BertConfig(
-        **sizes, intermediate_size=64, vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        **sizes, intermediate_size=64, vocab_size=len(tokenizer), pad_token_id=end
     )  # fmt: skip
     BertModel(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    train(request(tmp_path / "bert", tmp_path / "a", lr=1e-2, steps=40), quiet())
-    found = lf.score(str(tmp_path / "bert"), ROWS, adapters=tmp_path / "a", storage="fp32")
+    fit(tmp_path / "bert", tmp_path / "a", lr=1e-2, steps=40)
+    found = score(tmp_path / "bert", tmp_path / "a")
     assert found.figures is not None
     assert found.figures.right.accuracy == 1
     model = reward_model(tmp_path / "bert", seed=1)
@@ -280,9 +261,7 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
         assert not how.packs
     lf.load(model, tmp_path / "a")
     examples = encode_preferred(ROWS, tokenizer, 512, "pairs").examples
-    expected = scored_alone(model, [d.ids for e in examples for d in e.documents()])
-    own = torch.tensor([list(row.scores.values()) for row in found.rows]).flatten()
-    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+    same_scores(found.rows, scored_alone(model, [d.ids for e in examples for d in e.documents()]))
 
 
 @pytest.mark.estimated
@@ -295,30 +274,24 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     ],
 )
 def test_every_method_tells_the_pairs_apart_and_comes_back(
-    method: str, tiny_model_dir, tmp_path: Path
+    method: str, directory: Path, tmp_path: Path
 ) -> None:
-    directory = tiny_model_dir("llama")
-    asked = request(
-        directory, tmp_path / "a", method=method, lr=1e-2, steps=60, eval_rows=ROWS, batch=8
-    )
-    result = train(asked, quiet())
+    how = {"method": method, "lr": 1e-2, "steps": 60, "batch": 8}
+    result = fit(directory, tmp_path / "a", eval_rows=ROWS, **how)
     assert result.eval_loss < 0.9 * math.log(2)
     assert result.figures["accuracy"] == 1
     assert result.figures["accuracy_interval"] == wilson(len(ROWS), len(ROWS))
     record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
     assert (record["reward"], "classes" in record) == (True, False)
-    where: Any = (tmp_path / "a", ()) if method == "full" else (directory, tmp_path / "a")
-    found = lf.score(str(where[0]), ROWS, adapters=where[1], storage="fp32", device="cpu")
+    where = (tmp_path / "a",) if method == "full" else (directory, tmp_path / "a")
+    found = score(*where)
     assert found.figures is not None
     # the law without margin is the log loss
     assert found.figures.log_loss == pytest.approx(result.eval_loss, rel=1e-4)
     assert found.figures.margin == pytest.approx(result.figures["margin"], rel=1e-4)
 
 
-def test_scores_are_equal_to_the_bit_after_saving_and_loading(
-    tiny_model_dir, tmp_path: Path
-) -> None:
-    directory = tiny_model_dir("llama")
+def test_scores_are_equal_to_the_bit_after_saving_and_loading(directory, tmp_path) -> None:
     model, tokenizer = reward_model(directory), load_tokenizer(directory)
     adapted(model).save(tmp_path / "a", record={"reward": True})
     other = reward_model(directory, seed=9)  # another head, which the saved one replaces
@@ -326,8 +299,7 @@ def test_scores_are_equal_to_the_bit_after_saving_and_loading(
     lf.load(other, tmp_path / "a")
     before, after = (score_rows(m, tokenizer, ROWS, 512).rows for m in (model, other))
     assert before == after
-    again = lf.score(str(directory), ROWS, adapters=tmp_path / "a", storage="fp32", device="cpu")
-    assert again.rows == before
+    assert score(directory, tmp_path / "a").rows == before
     # a text by itself is not what its company is, to the bit, but close
     alone = score_rows(model, tokenizer, ROWS[:1], 512).rows[0].scores
     assert alone == pytest.approx(before[0].scores, rel=1e-4)
@@ -353,8 +325,7 @@ def test_peft_computes_the_same_from_our_files(trained: tuple[Path, Path]) -> No
     assert "num_labels=1" in card
 
 
-def test_an_adapter_that_peft_saved_is_scored(tiny_model_dir, tmp_path: Path) -> None:
-    directory = tiny_model_dir("llama")
+def test_an_adapter_that_peft_saved_is_scored(directory: Path, tmp_path: Path) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(
         directory, num_labels=1, dtype=torch.float32
     )
@@ -365,18 +336,12 @@ def test_an_adapter_that_peft_saved_is_scored(tiny_model_dir, tmp_path: Path) ->
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
     wrapped.save_pretrained(tmp_path / "theirs")
-    found = lf.score(
-        str(directory), ROWS, adapters=tmp_path / "theirs", storage="fp32", device="cpu"
-    )
+    found = score(directory, tmp_path / "theirs")
     examples = encode_preferred(ROWS, load_tokenizer(directory), 512, "pairs").examples
-    expected = scored_alone(wrapped, [d.ids for e in examples for d in e.documents()])
-    own = torch.tensor([list(row.scores.values()) for row in found.rows]).flatten()
-    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+    same_scores(found.rows, scored_alone(wrapped, [d.ids for e in examples for d in e.documents()]))
 
 
-def test_a_folded_model_is_a_plain_reward_model(
-    trained: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_folded_model_is_a_plain_reward_model(trained, tmp_path) -> None:
     directory, out = trained
     model = reward_model(directory)
     adapter = lf.load(model, out)
@@ -384,7 +349,7 @@ def test_a_folded_model_is_a_plain_reward_model(
     adapter.merge()
     model.save_pretrained(tmp_path / "whole")
     load_tokenizer(directory).save_pretrained(tmp_path / "whole")
-    found = lf.score(str(tmp_path / "whole"), ROWS, storage="fp32", device="cpu")
+    found = score(tmp_path / "whole")
     for a, b in zip(found.rows, before.rows, strict=True):
         assert a.scores == pytest.approx(b.scores, rel=1e-4)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
@@ -394,19 +359,15 @@ def test_a_folded_model_is_a_plain_reward_model(
 def test_an_adapter_of_an_fp32_base_is_scored_in_fp32(trained: tuple[Path, Path]) -> None:
     directory, out = trained
     console = Console(file=io.StringIO(), width=200)
-    found = lf.score(str(directory), ROWS, adapters=out, device="cpu", console=console)
+    found = score(directory, out, storage="auto", console=console)
     assert "fp32: as in training" in console.file.getvalue()  # type: ignore[attr-defined]
-    asked = lf.score(str(directory), ROWS, adapters=out, device="cpu", storage="fp32")
-    assert found.rows == asked.rows
+    assert found.rows == score(directory, out).rows
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, tiny_model_dir) -> None:
+def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, directory: Path) -> None:
     """A score in bf16 has 8 significant bits: of 400 texts most had that of another."""
-    directory = tiny_model_dir("llama")
-    tokenizer = load_tokenizer(directory)
-    source, pad = resolve_model(directory), tokenizer.pad_token_id
-    model = load_classifier(source, (REWARD,), pad, torch.bfloat16)
+    model, pad = reward_model(directory, dtype=torch.bfloat16), 0
     adapted(model)
     draw = np.random.default_rng(0).integers(5, 200, (400, 9)).tolist()
     examples = [Branched((), (Example(tuple(ids), tuple(ids)),)) for ids in draw]
@@ -416,13 +377,12 @@ def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, tiny_model_dir) -> No
     assert len(np.unique(scores)) >= 399
 
 
-def test_a_head_in_fp32_files_is_read_in_fp32(tiny_model_dir, tmp_path: Path) -> None:
-    directory = tiny_model_dir("llama")
-    source, pad = resolve_model(directory), load_tokenizer(directory).pad_token_id
-    model = load_classifier(source, (REWARD,), pad, torch.bfloat16)
+def test_a_head_in_fp32_files_is_read_in_fp32(directory: Path, tmp_path: Path) -> None:
+    model = reward_model(directory, dtype=torch.bfloat16)
     adapted(model).merge()
     model.save_pretrained(tmp_path / "whole")
-    again = load_classifier(resolve_model(tmp_path / "whole"), (REWARD,), pad, torch.bfloat16)
+    load_tokenizer(directory).save_pretrained(tmp_path / "whole")
+    again = reward_model(tmp_path / "whole", dtype=torch.bfloat16)
     assert model.score.weight.dtype == torch.float32
     assert torch.equal(again.score.weight, model.score.weight)
     assert not torch.equal(again.score.weight, again.score.weight.bfloat16().float())
@@ -430,67 +390,26 @@ def test_a_head_in_fp32_files_is_read_in_fp32(tiny_model_dir, tmp_path: Path) ->
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("storage", ["nf4", pytest.param("int8", marks=pytest.mark.slow), "bf16"])
-def test_a_quantized_base_scores_as_it_was_trained(
-    storage: str, tiny_model_dir, tmp_path: Path
-) -> None:
-    directory = tiny_model_dir("llama")
-    asked = request(directory, tmp_path / "a", storage=storage, lr=1e-2, steps=30, eval_rows=ROWS)
-    result = train(asked, quiet())
-    found = lf.score(str(directory), ROWS, adapters=tmp_path / "a", storage=storage, device="cpu")
+def test_a_quantized_base_scores_as_it_was_trained(storage: str, directory, tmp_path) -> None:
+    how = {"storage": storage, "lr": 1e-2, "steps": 30, "eval_rows": ROWS}
+    result = fit(directory, tmp_path / "a", **how)
+    found = score(directory, tmp_path / "a", storage=storage)
     assert found.figures is not None
     assert found.figures.right.accuracy == result.figures["accuracy"]
     assert found.figures.margin == pytest.approx(result.figures["margin"], rel=0.05)
 
 
 @pytest.mark.slow
-def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tiny_model_dir("llama")
-    how: dict[str, Any] = {"steps": 9, "save_every": 3, "objective_options": {"centre": 0.01}}
-    train(request(directory, tmp_path / "straight", **how), quiet())
-    step = loop.train_step
-
-    def stopping(job: Any, rows: Any, i: int) -> float:
-        if i == 5:
-            raise RuntimeError("power cut")
-        return step(job, rows, i)
-
-    monkeypatch.setattr(loop, "train_step", stopping)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(request(directory, tmp_path / "killed", **how), quiet())
-    monkeypatch.undo()
-    train(request(directory, tmp_path / "killed", resume=True, **how), quiet())
-    ours, theirs = (
-        (tmp_path / name / "adapter_model.safetensors").read_bytes()
-        for name in ("killed", "straight")
-    )
-    assert ours == theirs
-
-
-@pytest.mark.slow
-def test_micro_batches_add_up_and_prompts_are_shared(tiny_model_dir, tmp_path: Path) -> None:
-    directory = tiny_model_dir("llama")
-    ways: dict[str, Any] = {"whole": {}, "parts": {"accumulate": 2}, "padded": {"packing": False}}
-    runs = {
-        name: train(request(directory, tmp_path / name, dropout=0.0, **how), quiet())
-        for name, how in ways.items()
-    }
-    for name in ("parts", "padded"):
-        assert runs[name].losses == pytest.approx(runs["whole"].losses, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_the_estimate_of_a_step_is_what_it_takes(tiny_model_dir) -> None:
-    config = configuration(str(tiny_model_dir("llama")))
+def test_the_estimate_of_a_step_is_what_it_takes(directory: Path) -> None:
+    config = configuration(str(directory))
     setting = Setting(
         Storage(torch.float32), lf.LoRA(), beside=lambda m: {"modules_to_save": head_paths(m)},
         rows=(90, 70, 120, 60), classes=1,
     )  # fmt: skip
-    blocks = config.num_hidden_layers
-    measured = measure(
-        lambda: fake_model(config, setting.base, blocks, 1), setting, torch.device("cpu")
-    )
+    def fake() -> Any:
+        return fake_model(config, setting.base, config.num_hidden_layers, 1)
+
+    measured = measure(fake, setting, torch.device("cpu"))
     assert estimate(config, setting).total == pytest.approx(measured, rel=0.05)
 
 
@@ -548,30 +467,20 @@ def test_the_correlation_is_that_of_torch_on_ranks_without_ties() -> None:
     assert found.length_correlation == pytest.approx(expected)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.slow
 @pytest.mark.estimated
-def test_commands_from_training_to_scores(tiny_model_dir, tmp_path: Path) -> None:
-    directory, data = str(tiny_model_dir("llama")), write(tmp_path / "rows.jsonl", ROWS)
-    out, scores = str(tmp_path / "a"), tmp_path / "scores.jsonl"
-    done = lorafold(
-        "train", "--objective", "reward", "--objective-options", "centre=0.01", "--data", data,
-        "--out", out, "--model", directory, "--device", "cpu", "--storage", "fp32",
-        "--set", "steps=30", "--set", "lr=0.01", "--set", "batch=8", "--eval-data", data, "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+def test_commands_from_training_to_scores(directory: Path, tmp_path: Path) -> None:
+    out, scores = tmp_path / "a", tmp_path / "scores.jsonl"
+    data = rows_file(tmp_path / "rows.jsonl", ROWS)
+    how: dict[str, Any] = {"model": directory, "storage": "fp32", "device": "cpu"}
+    objective = {"objective": "reward", "objective_options": "centre=0.01"}
+    steps = {"set": ["steps=30", "lr=0.01", "batch=8"]}
+    trained = printed("train", **how, **objective, **steps, data=data, out=out, eval_data=data)
+    figures = trained["figures"]
     assert figures["accuracy"] == 1
 
-    given = ["--adapter", out, "--model", directory, "--storage", "fp32", "--device", "cpu"]
-    found = lorafold("score", *given, "--data", data, "--out", str(scores), "--json")
-    assert found.returncode == 0, found.stderr
-    [line] = found.stdout.splitlines()
-    measured = json.loads(line)
+    given = words(adapter=out, **how)
+    measured = printed("score", *given, data=data, out=scores)
     assert measured["margin"] == pytest.approx(figures["margin"], rel=1e-4)
     assert measured["n"] == sum(one["n"] for one in measured["calibration"]) == len(ROWS)
     assert measured["chosen_longer"]["n"] + measured["chosen_shorter"]["n"] <= len(ROWS)
@@ -579,104 +488,87 @@ def test_commands_from_training_to_scores(tiny_model_dir, tmp_path: Path) -> Non
     assert [one["row"] for one in lines] == list(range(1, len(ROWS) + 1))
     assert all(one["chosen"] > one["rejected"] for one in lines)
 
-    printed = lorafold("score", *given, "--data", data, "--json")
-    assert [json.loads(text) for text in printed.stdout.splitlines()] == [*lines, measured]
-    told = lorafold("score", *given, "--data", data)
-    assert told.stdout.splitlines()[0].split("\t") == [
-        "1", f"{lines[0]['chosen']:.4f}", f"{lines[0]['rejected']:.4f}"
-    ]  # fmt: skip
-    assert f"{len(ROWS)} pairs: accuracy 100.0%" in told.stdout
-    again = lorafold("score", *given, "--data", data, "--out", str(scores))
-    assert (again.returncode, "pass --overwrite" in again.stderr) == (2, True)
-    replaced = lorafold("score", *given, "--data", data, "--out", str(scores), "--overwrite")
-    assert replaced.returncode == 0
-    texts = write(tmp_path / "texts.jsonl", [{"text": "It rains."}, {"text": "A fox."}])
-    assert lorafold("score", *given, "--data", texts).stdout.count("\n") == 3
+    of_rows = ["score", *given, "--data", str(data)]
+    text = lorafold(*of_rows, "--json").stdout
+    assert [json.loads(line) for line in text.splitlines()] == [*lines, measured]
+    told = lorafold(*of_rows).stdout
+    first = ["1", f"{lines[0]['chosen']:.4f}", f"{lines[0]['rejected']:.4f}"]
+    assert told.splitlines()[0].split("\t") == first
+    assert f"{len(ROWS)} pairs: accuracy 100.0%" in told
+    assert "pass --overwrite" in error_of(*of_rows, "--out", str(scores))
+    assert lorafold(*of_rows, "--out", str(scores), "--overwrite").returncode == 0
+    texts = rows_file(tmp_path / "texts.jsonl", [{"text": "It rains."}, {"text": "A fox."}])
+    assert lorafold("score", *given, "--data", str(texts)).stdout.count("\n") == 3
 
-    single = write(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
-    for arguments in (
-        ["eval", "--data", data], ["eval", "--data", single], ["generate", "--prompt", "x"],
+    single = rows_file(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
+    for command in (
+        words("eval", data=data), words("eval", data=single), words("generate", prompt="x"),
         ["chat"],
     ):  # fmt: skip
-        refused = lorafold(*arguments, *given)
-        assert refused.returncode == 2, arguments
-        assert "found a reward model, expected a language model" in refused.stderr
-        assert "lorafold score" in refused.stderr
-    plain = lorafold("score", "--data", data, "--model", directory)
-    assert "found no reward model, expected a reward model" in plain.stderr
+        refused = error_of(*command, *given)
+        assert "found a reward model, expected a language model" in refused
+        assert "lorafold score" in refused
+    plain = error_of(*words("score", data=data, model=directory))
+    assert "found no reward model, expected a reward model" in plain
 
 
-def test_what_can_t_be_used_is_one_line(
-    trained: tuple[Path, Path], tiny_model_dir, tmp_path: Path
-) -> None:
+LABELLED = [{"text": f"text {n}", "label": n % 2} for n in range(4)]
+
+
+def test_what_can_t_be_used_is_one_line(trained: tuple[Path, Path], tmp_path: Path) -> None:
     directory, out = trained
-    with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
-        merge(str(directory), [out], tmp_path / "m")
-    with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
-        lf.compose([out, out], tmp_path / "m", model=str(directory))
-    with running(tiny_model_dir("llama"), out) as server:
+    lm, classes, none = (tmp_path / name for name in ("lm", "classes", "none"))
+    with running(directory, out) as server:
         (told,) = server.parts.registry.rejected.values()
     assert "an adapter of a classifier or a reward model, expected one of a language" in told
-    labelled = [{"text": f"text {n}", "label": n % 2} for n in range(4)]
-    classes = request(
-        directory, tmp_path / "classes", labelled, objective="classify", steps=1, batch=2
-    )
-    train(classes, quiet())
-    with pytest.raises(LorafoldError, match="found a classifier of 0, 1, expected a reward model"):
-        lf.score(str(directory), ROWS, adapters=tmp_path / "classes")
-    with pytest.raises(LorafoldError, match="found a classifier of 0, 1, expected a reward model"):
-        train(request(directory, tmp_path / "b", init_adapter=tmp_path / "classes"), quiet())
-    with pytest.raises(LorafoldError, match=r"adapter: found a reward model, expected a classif"):
-        lf.evaluate(str(directory), labelled, adapters=out)
-    train(request(directory, tmp_path / "lm", objective="sft", steps=1), quiet())
-    with pytest.raises(LorafoldError, match=r"--init-adapter .*lm: found no score, which the obj"):
-        train(request(directory, tmp_path / "b", init_adapter=tmp_path / "lm"), quiet())
-    for objective, rows in {"sft": ROWS, "dpo": ROWS, "classify": labelled}.items():
-        wrong = request(
-            directory, tmp_path / "b", rows, objective=objective, init_adapter=out, batch=2
-        )
-        with pytest.raises(LorafoldError, match="adapter"):
-            train(wrong, quiet())
+    fit(directory, classes, LABELLED, objective="classify", steps=1, batch=2)
+    fit(directory, lm, objective="sft", steps=1)
     two = load_classifier(resolve_model(directory), ("a", "b"), 0, torch.float32)
-    with pytest.raises(LorafoldError, match="score"):
-        lf.load(two, out)
-    with pytest.raises(LorafoldError, match="SequenceClassification with 2 outputs: expected a"):
-        score_rows(two, load_tokenizer(directory), ROWS, 64)
-    with pytest.raises(LorafoldError, match=r"rows of \{prompt, completion\}, which are for"):
-        train(request(directory, tmp_path / "b", [JUDGED]), quiet())
     same = {**ROWS[1], "rejected": ROWS[1]["chosen"]}
-    with pytest.raises(LorafoldError, match=r"row 2: .*chosen and rejected: found the same text"):
-        lf.score(str(directory), [ROWS[0], same], adapters=out)
-    with pytest.raises(LorafoldError, match=r"data: rows 1: found no turn of the assistant within"):
-        lf.score(
-            str(directory), [{"prompt": "x " * 90, "completion": "y"},
-                             {"prompt": "x", "completion": "y"}],
-            adapters=out, max_length=32,
-        )  # fmt: skip
-    assert not (tmp_path / "b").exists()
-    assert not (tmp_path / "m").exists()
+    long = [{"prompt": "x " * 90, "completion": "y"}, {"prompt": "x", "completion": "y"}]
+    of_classes = "found a classifier of 0, 1, expected a reward model"
+    of_language = "found a reward model, expected an adapter of a lang"
+    cases: list[tuple[str, Callable[[], Any]]] = [
+        (of_language, lambda: merge(str(directory), [out], none)),
+        (of_language, lambda: lf.compose([out, out], none, model=str(directory))),
+        (of_classes, lambda: score(directory, classes)),
+        (of_classes, lambda: fit(directory, none, init_adapter=classes)),
+        ("adapter: found a reward model, expected a classif",
+         lambda: lf.evaluate(str(directory), LABELLED, adapters=out)),
+        (r"--init-adapter .*lm: found no score, which the obj",
+         lambda: fit(directory, none, init_adapter=lm)),
+        ("score", lambda: lf.load(two, out)),
+        ("SequenceClassification with 2 outputs: expected a",
+         lambda: score_rows(two, load_tokenizer(directory), ROWS, 64)),
+        (r"rows of \{prompt, completion\}, which are for", lambda: fit(directory, none, [JUDGED])),
+        (r"row 2: .*chosen and rejected: found the same text",
+         lambda: score(directory, out, rows=[ROWS[0], same])),
+        ("data: rows 1: found no turn of the assistant within",
+         lambda: score(directory, out, rows=long, max_length=32)),
+    ]  # fmt: skip
+    for told, work in cases:
+        with pytest.raises(LorafoldError, match=told):
+            work()
+    for objective, rows in {"sft": ROWS, "dpo": ROWS, "classify": LABELLED}.items():
+        with pytest.raises(LorafoldError, match="adapter"):
+            fit(directory, none, rows, objective=objective, init_adapter=out, batch=2)
+    assert not none.exists()
 
 
 @pytest.mark.slow
-def test_a_head_over_the_adapter_of_a_supervised_run(tiny_model_dir, tmp_path: Path) -> None:
-    directory = tiny_model_dir("llama")
-    train(request(directory, tmp_path / "lm", objective="sft", steps=4, lr=1e-2), quiet())
-    over = request(
-        directory, tmp_path / "rm", over=(tmp_path / "lm",), steps=20, lr=1e-2, eval_rows=ROWS
-    )
-    result = train(over, quiet())
-    found = lf.score(
-        str(directory), ROWS, adapters=[tmp_path / "lm", tmp_path / "rm"], storage="fp32",
-        device="cpu",
-    )  # fmt: skip
+def test_a_head_over_the_adapter_of_a_supervised_run(directory: Path, tmp_path: Path) -> None:
+    lm, rm = tmp_path / "lm", tmp_path / "rm"
+    fit(directory, lm, objective="sft", steps=4, lr=1e-2)
+    result = fit(directory, rm, over=(lm,), steps=20, lr=1e-2, eval_rows=ROWS)
+    found = score(directory, lm, rm)
     assert found.figures is not None
     assert found.figures.margin == pytest.approx(result.figures["margin"], rel=1e-4)
 
 
 def test_a_warm_start_goes_on_from_its_head(trained: tuple[Path, Path], tmp_path: Path) -> None:
     directory, out = trained
-    result = train(request(directory, tmp_path / "b", init_adapter=out, lr=1e-5), quiet())
-    fresh = train(request(directory, tmp_path / "c", lr=1e-5), quiet())
+    result = fit(directory, tmp_path / "b", init_adapter=out, lr=1e-5)
+    fresh = fit(directory, tmp_path / "c", lr=1e-5)
     assert result.losses[0] < 0.5 * fresh.losses[0]
     heads = [
         load_file(path / "adapter_model.safetensors")["base_model.model.score.weight"]

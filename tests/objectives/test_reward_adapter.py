@@ -1,8 +1,4 @@
-"""A reward adapter of the policy's own base as a reward: its scores are those of `lf.score`, its
-base is the policy's tensors, and what can't score is refused before anything runs.
-"""
-
-from __future__ import annotations
+"""A reward adapter of the policy's own base as a reward: scores, the shared base, refusals."""
 
 import json
 import shutil
@@ -18,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from conftest import lorafold, refused
+from interrupted_runs import interrupted
 from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.reward_adapter import RewardAdapter
 from lorafold.objectives.objective import Packing
 from lorafold.resolve import Base
 from lorafold.rewards import Judged, Rewards
-from lorafold.training import loop
+from process_cases import same_bytes
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 WORDS = ("red", "blue", "green", "gold")
@@ -34,6 +31,17 @@ PAIRS = [
 ]
 TEXTS = ["red it is", "", "no", "<|im_end|> is a text here", "table " * 30, "no, no"]
 ROWS = [{"prompt": f"Say {word}"} for word in WORDS]
+
+
+def short(completion: str) -> float:
+    return -len(completion)
+
+
+def expected(model: Path, *adapters: Path, storage: str = "auto") -> list[float]:
+    """The scores that `lf.score` gives the texts that are not empty."""
+    rows = [{"prompt": "Say red", "completion": text} for text in TEXTS if text]
+    found = lf.score(str(model), rows, adapters=adapters, storage=storage, device="cpu")
+    return [row.scores["score"] for row in found.rows]
 
 
 def recipe(**changes: Any) -> lf.Recipe:
@@ -55,7 +63,6 @@ def reward_model(model: Path, out: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def reward(tiny_model_dir, tmp_path_factory) -> tuple[Path, Path]:
-    """A tiny model, and a reward adapter of it."""
     model = tiny_model_dir("llama")
     return model, reward_model(model, tmp_path_factory.mktemp("reward") / "adapter")
 
@@ -71,7 +78,7 @@ def judged(prompt: Any, texts: list[str], **row: Any) -> list[Judged]:
 
 
 def codes_of(model: Any) -> set[int]:
-    """Where bitsandbytes' modules have what is no parameter of theirs."""
+    """Where bitsandbytes' modules keep tensors that are no parameters."""
     kept = [vars(module) for module in model.modules()]
     states = [of[name] for of in kept for name in ("state", "quant_state") if name in of]
     tensors = [getattr(one, name, None) for one in states for name in ("CB", "SCB", "absmax")]
@@ -98,8 +105,7 @@ def test_scores_are_those_of_score_and_the_base_is_the_policy_s(
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.5)
     model.train()
-    rows = [{"prompt": "Say red", "completion": text} for text in TEXTS if text]
-    expected = lf.score(str(directory), rows, adapters=out, storage=storage, device="cpu").rows
+    of_score = expected(directory, out, storage=storage)
     with scoring(model, f"adapter:{out}", base, packing) as found:
         scores = found(judged("Say red", TEXTS))
         own = {n: p for n, p in found.shell.named_parameters() if p.data_ptr() not in before}
@@ -110,12 +116,8 @@ def test_scores_are_those_of_score_and_the_base_is_the_policy_s(
         assert not any("policy" in n for n, _ in found.shell.named_parameters())
     assert len({round(score, 6) for score in scores}) == len(TEXTS)
     near = 1e-4 if storage == "fp32" else 2e-2
-    of_score = [row.scores["score"] for row in expected]
-    assert [s for s, text in zip(scores, TEXTS, strict=True) if text] == pytest.approx(
-        of_score, rel=near, abs=near
-    )
-    # the policy is what it was
-    assert model.training
+    found = [s for s, text in zip(scores, TEXTS, strict=True) if text]
+    assert found == pytest.approx(of_score, rel=near, abs=near)
     assert all(p.requires_grad for p in policy.parameters())
 
 
@@ -149,33 +151,20 @@ def test_every_kind_of_decoder_has_a_shell(kind: str, tiny_model_dir, tmp_path: 
     directory = tiny_model_dir(kind)
     out = reward_model(directory, tmp_path / "reward")
     base = Base(directory, "fp32", device="cpu")
-    rows = [{"prompt": "Say red", "completion": text} for text in TEXTS[2:]]
-    expected = lf.score(str(directory), rows, adapters=out, device="cpu").rows
+    of_score = expected(directory, out)
     with scoring(base.load(), f"adapter:{out}", base) as found:
-        scores = found(judged("Say red", TEXTS[2:]))
-    assert scores == pytest.approx([row.scores["score"] for row in expected], rel=1e-4, abs=1e-5)
+        scores = found(judged("Say red", [text for text in TEXTS if text]))
+    assert scores == pytest.approx(of_score, rel=1e-4, abs=1e-5)
 
 
-def test_a_policy_trains_with_it_and_resumes_exactly(
-    reward: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_policy_trains_with_it_and_resumes_exactly(reward, tmp_path) -> None:
     directory, _ = reward
     out = shutil.copytree(reward[1], tmp_path / "reward")
     given, changes = [f"0.5*adapter:{out}", short], {"recipe": {"save_every": 1}}
     result = policy(directory, tmp_path / "whole", *given, **changes)
-    step = loop.train_step
-
-    def killed(job: Any, examples: Any, n: int) -> float:
-        if n == 1:
-            raise KeyboardInterrupt
-        return step(job, examples, n)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            policy(directory, tmp_path / "killed", *given, **changes)
+    with interrupted(1):
+        policy(directory, tmp_path / "killed", *given, **changes)
     weights = out / "adapter_model.safetensors"
-    kept = weights.read_bytes()
     for name in (out / "manifest.json", out / "lorafold.json"):
         name.unlink()
     save_file({n: t + 1 for n, t in load_file(weights).items()}, weights)
@@ -183,16 +172,12 @@ def test_a_policy_trains_with_it_and_resumes_exactly(
         policy(directory, tmp_path / "killed", *given, resume=True, **changes)
     shutil.rmtree(out)
     shutil.copytree(reward[1], out)
-    assert weights.read_bytes() == kept
     again = policy(directory, tmp_path / "killed", *given, resume=True, **changes)
     assert again.losses == result.losses
-    files = [load_file(tmp_path / of / "adapter_model.safetensors") for of in ("whole", "killed")]
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert same_bytes(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_the_sum_has_the_score_with_its_weight_and_a_row_its_own_prompt(
-    reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_sum_has_the_score_with_its_weight_and_a_row_its_own_prompt(reward, tmp_path) -> None:
     directory, out = reward
     base = Base(directory, "fp32", device="cpu")
     asked = {"role": "user", "content": "Say red"}
@@ -209,19 +194,14 @@ def test_the_sum_has_the_score_with_its_weight_and_a_row_its_own_prompt(
         assert other == pytest.approx(found(judged("Say red", TEXTS, system="Be brief.")))
         assert min(abs(a - b) for a, b in zip(other, scores, strict=True)) > 1e-5
         # of a row with an answer the prompt alone is taken, for the reward too
-        (drawn, *_), _ = drawn_of(directory, [{"messages": [asked, said]}], tmp_path)
-        assert drawn.prompt == [asked]
-        assert drawn.row["answer"] == "blue"
+        seen = Keeping()
+        options = {"group": 2, "max_new_tokens": 3}
+        one = recipe(objective="grpo", objective_options=options, steps=1, batch=1)
+        rows = [{"messages": [asked, said]}]
+        lf.train(one, model=directory, data=rows, out=tmp_path / "drawn", rewards=[seen])
+        (drawn, *_) = seen.judged
+        assert (drawn.prompt, drawn.row["answer"]) == ([asked], "blue")
         assert found([drawn]) == pytest.approx(found(judged("Say red", [drawn.completion])))
-
-
-def drawn_of(directory: Path, rows: list[dict[str, Any]], tmp_path: Path) -> tuple[Any, Any]:
-    """What a run gives its rewards."""
-    seen = Keeping()
-    options = {"group": 2, "max_new_tokens": 3}
-    asked = recipe(objective="grpo", objective_options=options, steps=1, batch=1)
-    lf.train(asked, model=directory, data=rows, out=tmp_path / "drawn", rewards=[seen])
-    return seen.judged, seen
 
 
 class Keeping:
@@ -237,72 +217,62 @@ class Keeping:
         """Nothing runs."""
 
 
-def short(completion: str) -> float:
-    return -len(completion)
-
-
 @pytest.mark.slow
-def test_a_reward_over_a_stack_and_a_policy_over_one(
-    reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_reward_over_a_stack_and_a_policy_over_one(reward, tmp_path) -> None:
     """Each has its own adapters below, whichever those of the other are."""
     directory, plain = reward
     sft = recipe(lr=3e-2, steps=4)
     lf.train(sft, model=directory, data=PAIRS, out=tmp_path / "sft")
     over = reward_model(directory, tmp_path / "over", over=[tmp_path / "sft"])
     base = Base(directory, "fp32", device="cpu")
-    rows = [{"prompt": "Say red", "completion": text} for text in TEXTS[2:]]
     model = base.load()
     lf.load(model, tmp_path / "sft", "sft")
     for out, stack in ((over, [tmp_path / "sft", over]), (plain, [plain])):
-        expected = lf.score(str(directory), rows, adapters=stack, storage="fp32", device="cpu").rows
+        of_score = expected(directory, *stack, storage="fp32")
         with scoring(model, f"adapter:{out}", base) as found:
-            scores = found(judged("Say red", TEXTS[2:]))
-        assert scores == pytest.approx([row.scores["score"] for row in expected], rel=1e-4)
+            scores = found(judged("Say red", [text for text in TEXTS if text]))
+        assert scores == pytest.approx(of_score, rel=1e-4)
     policy(directory, tmp_path / "policy", f"adapter:{over}", short, over=[tmp_path / "sft"])
     (tmp_path / "sft").rename(tmp_path / "elsewhere")
     with pytest.raises(LorafoldError, match=r"which was not found in .*sft; put it there"):
         policy(directory, tmp_path / "refused", f"adapter:{over}")
 
 
-@pytest.mark.parametrize("case", ["plain", "none", "damaged", "headless", "base", "full", "name"])
-def test_what_can_t_score_is_refused_before_anything_runs(
-    case: str, reward: tuple[Path, Path], tiny_model_dir, tmp_path: Path
-) -> None:
+WRONG = {
+    "plain": "reward adapter:.*: found an adapter of a language model, expected one of a rew",
+    "none": "reward: found no adapter_config.json, expected the directory of an adapter",
+    "damaged": "reward: adapter_model.safetensors",
+    "headless": "reward: missing key .*score.weight",
+    "base": "reward: not the base it was trained on",
+    "full": "found base weights that are themselves trained, expected a method that leaves",
+    "name": "reward 'adapter:': expected FILE.py:fn, .* or adapter:DIR",
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_can_t_score_is_refused_before_anything_runs(case: str, reward, tmp_path) -> None:
     directory, out = reward[0], shutil.copytree(reward[1], tmp_path / "reward")
-    changes: dict[str, Any] = {"recipe": {}}
-    told = {
-        "plain": "reward adapter:.*: found an adapter of a language model, expected one of a rew",
-        "none": "reward: found no adapter_config.json, expected the directory of an adapter",
-        "damaged": "reward: adapter_model.safetensors",
-        "headless": "reward: missing key .*score.weight",
-        "base": "reward: not the base it was trained on",
-        "full": "found base weights that are themselves trained, expected a method that leaves",
-        "name": "reward 'adapter:': expected FILE.py:fn, .* or adapter:DIR",
-    }[case]
-    weights = out / "adapter_model.safetensors"
-    if case == "plain":
+    changes: dict[str, Any] = {"recipe": {"method": "full"} if case == "full" else {}}
+    weights, record = out / "adapter_model.safetensors", out / "lorafold.json"
+    if case in ("plain", "none"):
         shutil.rmtree(out)
+    if case in ("headless", "base"):
+        (out / "manifest.json").unlink()
+    if case == "plain":
         lf.train(recipe(steps=1), model=directory, data=PAIRS, out=out)
     elif case == "none":
-        shutil.rmtree(out)
         out.mkdir()
     elif case == "damaged":
         weights.write_bytes(weights.read_bytes()[:-8])
     elif case == "headless":
-        (out / "manifest.json").unlink()
-        kept = {n: t for n, t in load_file(weights).items() if "score" not in n}
-        save_file(kept, weights)
+        save_file({n: t for n, t in load_file(weights).items() if "score" not in n}, weights)
     elif case == "base":
-        record = json.loads((out / "lorafold.json").read_text())
-        (out / "manifest.json").unlink()
-        name = next(n for n, of in record["base"].items() if len(of["shape"]) == 2)
-        record["base"][name]["values"] = "3f800000" * 16
-        (out / "lorafold.json").write_text(json.dumps(record))
-    elif case == "full":
-        changes["recipe"] = {"method": "full"}
+        kept = json.loads(record.read_text())
+        name = next(n for n, of in kept["base"].items() if len(of["shape"]) == 2)
+        kept["base"][name]["values"] = "3f800000" * 16
+        record.write_text(json.dumps(kept))
     text = "adapter:" if case == "name" else f"adapter:{out}"
-    with pytest.raises(LorafoldError, match=told) as error:
+    with pytest.raises(LorafoldError, match=WRONG[case]) as error:
         policy(directory, tmp_path / "policy", text, **changes)
     assert "\n" not in str(error.value)
     assert not [*tmp_path.glob("policy*")]
@@ -324,9 +294,7 @@ def test_it_needs_a_model_and_a_finite_weight(reward: tuple[Path, Path]) -> None
         RewardAdapter.of(f"inf*adapter:{reward[1]}", Base(reward[0]))
 
 
-def test_the_command_s_option_is_a_spelling_of_the_name(
-    reward: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_command_s_option_is_a_spelling_of_the_name(reward, tmp_path) -> None:
     directory, out = reward
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))

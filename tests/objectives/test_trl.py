@@ -1,13 +1,9 @@
-"""TRL's trainers at their default settings over an attached model: first losses against those that
-follow from the reference, and runs resumed from their own checkpoints against whole ones.
-
-What they need of lorafold alone, the reference and its refusals, is tested fast.
+"""TRL's trainers at their default settings over an attached model: first losses, resumption, and
+the reference that lorafold gives them.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +95,14 @@ EXPECTED = {"dpo": math.log(2), "kto": 0.5, "grpo": 0.0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "sft", "reward"])
-def test_first_loss_and_resumption(
-    kind: str, name: str, tiny_model_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *product(("dpo", "kto", "grpo", "sft", "reward"), ("lora", "stack")),
+        *(("dpo", "dora"), ("sft", "ia3")),
+    ],
+)
+def test_first_loss_and_resumption(kind: str, name: str, tiny_model_dir, tmp_path: Path) -> None:
     model_dir = tiny_model_dir("llama")
     trainer, adapter = trainer_of(kind, name, model_dir, tmp_path)
     expected = EXPECTED[kind] if kind in EXPECTED else at_start(trainer)
@@ -113,13 +112,16 @@ def test_first_loss_and_resumption(
     assert first(trainer)["loss"] == pytest.approx(expected, abs=5e-3)
     if kind == "grpo":
         assert first(trainer)["kl"] == pytest.approx(0.0, abs=1e-4)
-    norm = math.sqrt(sum(float(p.double().square().sum()) for p in adapter.parameters()))
+    norm = norm_of(adapter)
     again, fresh = trainer_of(kind, name, model_dir, tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    resumed = math.sqrt(sum(float(p.double().square().sum()) for p in fresh.parameters()))
-    assert resumed == pytest.approx(norm, rel=1e-6)
+    assert norm_of(fresh) == pytest.approx(norm, rel=1e-6)
     at_one = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     assert any(".deltas.run." in key for key in at_one)
+
+
+def norm_of(adapter: lf.Adapter) -> float:
+    return math.sqrt(sum(float(p.double().square().sum()) for p in adapter.parameters()))
 
 
 def at_start(trainer: Any) -> float:
@@ -213,11 +215,9 @@ def test_a_second_round_needs_a_reference_of_its_own(tiny_model) -> None:
 def test_the_callback_stops_a_dpo_over_a_stack(tiny_model_dir, tmp_path: Path) -> None:
     model, adapter = model_of(tiny_model_dir("llama"), "stack")
     trainer = DPOTrainer(
-        model,
-        args=DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
-        train_dataset=Dataset.from_list(PAIRS),
+        model, args=DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+        train_dataset=Dataset.from_list(PAIRS), callbacks=[lf.AdapterCallback(adapter)],
         processing_class=AutoTokenizer.from_pretrained(tiny_model_dir("llama")),
-        callbacks=[lf.AdapterCallback(adapter)],
-    )
+    )  # fmt: skip
     with pytest.raises(LorafoldError, match="expected the model under sft"):
         trainer.train()

@@ -1,8 +1,5 @@
-"""lm-eval over a task made here: the merged model through transformers, the adapter through the
-server. Both read the same log-probabilities, and write the same greedy texts.
-"""
+"""lm-eval over a task made here: the merged model through transformers, and the served adapter."""
 
-from __future__ import annotations
 
 import json
 from collections.abc import Iterator
@@ -35,7 +32,6 @@ WRITING = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Path]]:
-    """A server of a random llama with an adapter, and the same merged."""
     pytest.importorskip("lm_eval", reason="pip install lorafold[clients] has it")
     folder = tmp_path_factory.mktemp("lm-eval")
     model = make_model_dir("llama", folder / "base")
@@ -46,7 +42,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, 
 
 
 def asked(model: str, arguments: dict[str, Any], folder: Path) -> dict[str, list[Any]]:
-    """What lm-eval reads of each row, by task."""
     from lm_eval import simple_evaluate
 
     rows = folder / "rows.jsonl"
@@ -65,19 +60,14 @@ def asked(model: str, arguments: dict[str, Any], folder: Path) -> dict[str, list
 
 def test_the_served_adapter_is_the_merged_model(served, tmp_path: Path) -> None:
     server, merged = served
-    address = f"{server.url}/v1/completions"
-    there = asked(
-        "local-completions", {"model": "a", "base_url": address, "tokenizer": str(merged)}, tmp_path
+    how = {"base_url": f"{server.url}/v1/completions", "tokenizer": str(merged)}
+    there, bare = (
+        asked("local-completions", {"model": name, **how}, tmp_path) for name in ("a", "base")
     )
     here = asked("hf", {"pretrained": str(merged), "dtype": "float32"}, tmp_path)
-    bare = asked(
-        "local-completions",
-        {"model": "base", "base_url": address, "tokenizer": str(merged)}, tmp_path,
-    )  # fmt: skip
     assert there["writing"] == here["writing"]
-    for own, other, without in zip(
-        there["choosing"], here["choosing"], bare["choosing"], strict=True
-    ):
+    each = (one["choosing"] for one in (there, here, bare))
+    for own, other, without in zip(*each, strict=True):
         logps, wanted, base = ([one[0] for one in each] for each in (own, other, without))
         assert logps == pytest.approx(wanted, abs=1e-3)
         assert logps != pytest.approx(base, abs=1e-2)

@@ -1,15 +1,11 @@
-"""Real clients and an agent framework, in loops of calls, results and answers: under an adapter
-that learns to call functions here, from rows that `agent_cases` draws.
+"""Real clients and an agent framework, in loops of calls, results and answers, under an adapter
+that learns here to call functions.
 """
-
-from __future__ import annotations
 
 import asyncio
 import functools
 import json
 import random
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +18,7 @@ import lorafold as lf
 from agent_cases import FUNCTIONS, SAYS, TOOLS, question, rows
 from serving_cases import Running, running
 
+pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.slow
 Call = tuple[str, dict[str, Any]]
 KINDS = ("OpenAIChatModel", "OpenAIResponsesModel")
@@ -36,7 +33,7 @@ class Booking(BaseModel):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, smollm2) -> Iterator[Running]:
-    """The embedded model in the storage that suits the machine, and `calls`."""
+    """The embedded model in the storage that suits the machine, and the adapter `calls`."""
     adapters = tmp_path_factory.mktemp("agent") / "adapters"
     recipe = lf.Recipe(chat_template="tools", steps=40, batch=2, dropout=0.0, storage="auto")
     began = time.perf_counter()
@@ -51,11 +48,6 @@ def server(tmp_path_factory, smollm2) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def base(server: Running) -> str:
     return server.parts.registry.base
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +91,21 @@ def unseen(n: int, seed: int) -> Iterator[tuple[str, Call, str]]:
 
 
 def said(name: str, arguments: dict[str, Any]) -> str:
-    """The answer after a call."""
     return SAYS[name].format(result=FUNCTIONS[name](**arguments), **arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_agent_calls_and_answers_with_the_result(server, kind):
     agent, called = agent_of(server, kind)
-    for asked, call, answer in unseen(6, seed=1):
+    history: list[Any] = []
+    for n, (asked, call, answer) in enumerate(unseen(6, seed=1)):
         called.clear()
-        found = agent.run_sync(asked)
+        found = agent.run_sync(asked, message_history=history if n < 3 else None)
         print(f"{asked!r} -> {called} -> {found.output!r}")
         assert called == [call]
         assert found.output == answer
+        history = found.all_messages() if n < 3 else history
+    assert len(history) == 12  # a question, a call, its result and an answer each
     called.clear()
     assert agent.run_sync("Hello").output.startswith("Hello")
     assert called == []
@@ -136,20 +130,7 @@ def test_an_agent_streams(server, kind):
     asyncio.run(all_of_them())
 
 
-def test_an_agent_goes_on_with_its_conversation(server):
-    agent, called = agent_of(server)
-    history: list[Any] = []
-    for asked, call, answer in unseen(3, seed=3):
-        called.clear()
-        found = agent.run_sync(asked, message_history=history)
-        history = found.all_messages()
-        assert called == [call]
-        assert found.output == answer
-    assert len(history) == 12  # a question, a call, its result and an answer each
-
-
 def test_an_agent_that_has_to_answer_in_a_form(server):
-    """With a tool that has to be called, and with a JSON schema of the text."""
     pydantic_ai = pytest.importorskip("pydantic_ai")
     asked, wanted = "Book a table for 4 at The Wild Pear", Booking(place="The Wild Pear", people=4)
     by_tool = pydantic_ai.Agent(model_of(server), output_type=Booking)
@@ -159,13 +140,11 @@ def test_an_agent_that_has_to_answer_in_a_form(server):
 
 
 def called_in(message: Any) -> list[Call]:
-    """The calls of a message of the openai package."""
     calls = message.tool_calls or []
     return [(call.function.name, json.loads(call.function.arguments)) for call in calls]
 
 
 def results(calls: list[Any]) -> list[dict[str, Any]]:
-    """What the functions say, as messages."""
     return [
         {"role": "tool", "tool_call_id": call.id,
          "content": FUNCTIONS[call.function.name](**json.loads(call.function.arguments))}
@@ -177,26 +156,15 @@ def fields(messages: list[Any], **more: Any) -> dict[str, Any]:
     return {"model": "calls", "messages": messages, "tools": TOOLS, "temperature": 0} | more
 
 
-def test_the_client_in_a_loop(client):
-    for asked, call, answer in unseen(3, seed=4):
-        messages: list[Any] = [{"role": "user", "content": asked}]
-        first = client.chat.completions.create(**fields(messages)).choices[0]
-        assert first.finish_reason == "tool_calls"
-        assert called_in(first.message) == [call]
-        messages += [first.message, *results(first.message.tool_calls)]
-        last = client.chat.completions.create(**fields(messages)).choices[0]
-        assert last.finish_reason == "stop"
-        assert last.message.content == answer
-
-
 def test_the_asynchronous_client_in_loops_at_once(asynchronous):
     async def loop(asked: str, call: Call, answer: str) -> None:
         messages: list[Any] = [{"role": "user", "content": asked}]
         create = asynchronous.chat.completions.create
-        first = (await create(**fields(messages))).choices[0].message
-        assert called_in(first) == [call]
-        messages += [first, *results(first.tool_calls)]
-        assert (await create(**fields(messages))).choices[0].message.content == answer
+        first = (await create(**fields(messages))).choices[0]
+        assert (first.finish_reason, called_in(first.message)) == ("tool_calls", [call])
+        messages += [first.message, *results(first.message.tool_calls)]
+        last = (await create(**fields(messages))).choices[0]
+        assert (last.finish_reason, last.message.content) == ("stop", answer)
 
     async def all_of_them() -> None:
         await asyncio.gather(*(loop(*one) for one in unseen(6, seed=5)))
@@ -205,7 +173,6 @@ def test_the_asynchronous_client_in_loops_at_once(asynchronous):
 
 
 def test_the_client_puts_streamed_calls_together(client):
-    """Two calls in one turn, by hand and by the package's own helper."""
     asked = "Compare the weather in Lake Harford and Port Velmere"
     messages: list[Any] = [{"role": "user", "content": asked}]
     calls: dict[int, dict[str, str]] = {}
@@ -255,15 +222,6 @@ def test_the_choice_of_tools(client, base):
         client.chat.completions.create(**fields(messages, model=base))
 
 
-def test_a_schema_is_a_type(client, base):
-    asked: Any = [{"role": "user", "content": "A table for 4 at Cafe Roma. Reply in JSON."}]
-    for model in (base, "calls"):
-        found = client.chat.completions.parse(
-            model=model, messages=asked, response_format=Booking, temperature=0
-        )
-        assert isinstance(found.choices[0].message.parsed, Booking)
-
-
 def test_responses_in_a_loop(client):
     tools: Any = [{"type": "function"} | tool["function"] for tool in TOOLS]
     for streamed, (asked, (name, arguments), answer) in enumerate(unseen(2, seed=7)):
@@ -282,18 +240,3 @@ def test_responses_in_a_loop(client):
         result = FUNCTIONS[name](**arguments)
         output = {"type": "function_call_output", "call_id": call.call_id, "output": result}
         assert respond([*items, *first.output, output]).output_text == answer
-
-
-def test_curl_gets_a_call(server):
-    if shutil.which("curl") is None:
-        pytest.skip("no curl on this machine")
-    asked, call, _ = next(unseen(1, seed=8))
-    body = json.dumps(fields([{"role": "user", "content": asked}]))
-    command = [
-        "curl", "-sS", "--fail-with-body", f"{server.url}/v1/chat/completions", "-H",
-        "Content-Type: application/json", "-d", body,
-    ]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (found,) = json.loads(out)["choices"][0]["message"]["tool_calls"]
-    function = found["function"]
-    assert (function["name"], json.loads(function["arguments"])) == call

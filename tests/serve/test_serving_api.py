@@ -1,54 +1,27 @@
 """The API, as the `openai` package sees it: every answer has to be of that package's types."""
 
-from __future__ import annotations
-
-import asyncio
 import json
-import shutil
-import subprocess
 from typing import Any
 
 import openai
 import pytest
+import torch
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 import lorafold as lf
-from conftest import make_model_dir
-from serving_cases import TOOL_TEMPLATE, Running, running, saved
+from fresh_models import fresh_model
+from serving_cases import ASK, TOOL_TEMPLATE, Running, tool
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
-ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
+pytest_plugins = ["serving_fixtures"]
+PROMPT = "Book a table <|im_end|> for four at the Copper Lantern, naïve 日."
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A llama with a chat template that shows tools, and two adapters."""
-    folder = tmp_path_factory.mktemp("serving")
-    model = make_model_dir("llama", folder / "base")
-    (model / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    adapters = saved(model, {"a": lf.LoRA(rank=2), "b": lf.DoRA()}, folder / "adapters")
-    with running(model, adapters) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: Running):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def server(serve) -> Running:
+    return serve({"a": lf.LoRA(rank=2), "b": lf.DoRA()}, template=TOOL_TEMPLATE)
 
 
 def test_models_are_the_base_and_its_adapters(client, server):
@@ -84,23 +57,6 @@ def test_adapters_differ_from_the_base_and_from_each_other(server):
     digest = server.parts.registry.adapters["a"].digest
     assert server.text(f"a@{digest[:12]}", "The quick brown", max_tokens=16) == texts["a"]
     assert server.complete("a@" + "0" * 12, "The").code == "model_not_found"
-
-
-def test_many_at_once_from_the_asynchronous_client(server):
-    async def all_of_them() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-
-            async def one(i: int) -> str:
-                stream = await client.completions.create(
-                    model=("base", "a", "b")[i % 3], prompt=f"Number {i}", max_tokens=6,
-                    temperature=0, stream=True, extra_body={"ignore_eos": True},
-                )  # fmt: skip
-                return "".join([chunk.choices[0].text async for chunk in stream])
-
-            return list(await asyncio.gather(*map(one, range(12))))
-
-    for i, text in enumerate(asyncio.run(all_of_them())):
-        assert text == server.text(("base", "a", "b")[i % 3], f"Number {i}", max_tokens=6)
 
 
 def test_choices_have_seeds_of_their_own_that_repeat(client):
@@ -147,11 +103,9 @@ def test_logprobs_of_both_kinds(client, server):
     assert plain.logprobs.token_logprobs[0] == max(plain.logprobs.top_logprobs[0].values())
     whole = b"".join(bytes(one.bytes) for one in content)
     assert whole.decode(errors="replace") == chat.choices[0].message.content
-    streamed = list(
-        client.chat.completions.create(messages=ASK, logprobs=True, stream=True, **asked)
-    )
-    found = [c.choices[0].logprobs.content[0].token for c in streamed if c.choices[0].logprobs]
-    assert found == [one.token for one in content]
+    streamed = client.chat.completions.create(messages=ASK, logprobs=True, stream=True, **asked)
+    ended = [c.choices[0].logprobs for c in streamed]
+    assert [one.content[0].token for one in ended if one] == [one.token for one in content]
 
 
 def test_stop_bias_and_end(server):
@@ -162,25 +116,8 @@ def test_stop_bias_and_end(server):
     assert found.json["choices"][0]["token_ids"] == [70, 70, 70]
     end = server.parts.registry.plain.renderer.tokenizer.eos_token_id
     ended = server.complete("a", "The", logit_bias={str(end): 100}, ignore_eos=False).json
-    assert ended["choices"][0] == {
-        "index": 0, "text": "", "logprobs": None, "finish_reason": "stop",
-    }  # fmt: skip
-
-
-def test_answers_fit_a_schema(client):
-    schema = {
-        "type": "object",
-        "properties": {"day": {"enum": ["friday", "sunday"]}, "people": {"enum": [2, 4]}},
-        "required": ["day", "people"],
-        "additionalProperties": False,
-    }
-    form: Any = {"type": "json_schema", "json_schema": {"name": "table", "schema": schema}}
-    for model in ("base", "a"):
-        found = client.chat.completions.create(model=model, messages=ASK, response_format=form)
-        value = json.loads(found.choices[0].message.content)
-        assert value["day"] in ("friday", "sunday")
-        assert value["people"] in (2, 4)
-        assert found.choices[0].finish_reason == "stop"
+    nothing = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
+    assert ended["choices"][0] == nothing
 
 
 NAMED = {"type": "function", "function": {"name": "weather"}}
@@ -188,7 +125,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
 def test_a_call_is_forced_and_read_back(client, choice):
-    asked: Any = {"model": "a", "messages": ASK, "tools": [WEATHER], "tool_choice": choice}
+    asked: Any = {"model": "a", "messages": ASK, "tools": [tool()], "tool_choice": choice}
     asked["seed"] = 1
     whole = client.chat.completions.create(**asked).choices[0]
     assert whole.finish_reason == "tool_calls"
@@ -201,12 +138,9 @@ def test_a_call_is_forced_and_read_back(client, choice):
     assert [c.function.arguments for c in calls] == [call.function.arguments]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     assert not any(c.choices[0].delta.content for c in chunks)
-    told = [
-        *ASK,
-        whole.message.model_dump(exclude_none=True),
-        {"role": "tool", "tool_call_id": call.id, "content": "18 degrees"},
-    ]
-    after = client.chat.completions.create(model="a", messages=told, tools=[WEATHER], max_tokens=4)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "18 degrees"}
+    told = [*ASK, whole.message.model_dump(exclude_none=True), result]
+    after = client.chat.completions.create(model="a", messages=told, tools=[tool()], max_tokens=4)
     assert after.usage.prompt_tokens > 0
 
 
@@ -223,53 +157,34 @@ def test_responses_are_the_same_turn(client, server):
     deltas = [e.delta for e in events if e.type == "response.output_text.delta"]
     assert "".join(deltas) == found.output_text == events[-1].response.output_text
     assert [e.sequence_number for e in events] == list(range(len(events)))
-    tool = {"type": "function", **WEATHER["function"]}
-    called = client.responses.create(
-        model="a", input=ASK, tools=[tool], tool_choice="required", instructions="Call."
-    )
+    flat = {"type": "function", **tool()["function"]}
+    calling = {"model": "a", "input": ASK, "tools": [flat], "tool_choice": "required"}
+    called = client.responses.create(**calling, instructions="Call.")
     call = called.output[0]
     assert (call.type, call.name) == ("function_call", "weather")
-    streamed = client.responses.create(
-        model="a", input=ASK, tools=[tool], tool_choice="required", stream=True
-    )
-    by_type = {event.type: event for event in streamed}
+    by_type = {e.type: e for e in client.responses.create(**calling, stream=True)}
     begun, done = (by_type[f"response.output_item.{when}"].item for when in ("added", "done"))
     delta = by_type["response.function_call_arguments.delta"].delta
     assert (begun.arguments, begun.status) == ("", "in_progress")
     assert (done.arguments, done.status) == (delta, "completed")
-    more = [
-        *ASK,
-        {"type": "function_call", "call_id": call.call_id, "name": call.name,
-         "arguments": call.arguments},
-        {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"},
-    ]  # fmt: skip
-    again = client.responses.create(input=more, tools=[tool], **asked)
+    call_of = {"call_id": call.call_id, "name": call.name, "arguments": call.arguments}
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"}
+    more = [*ASK, {"type": "function_call", **call_of}, output]
+    again = client.responses.create(input=more, tools=[flat], **asked)
     raw = server.ask("/v1/responses", {"model": "a", "input": "Hello"}).json
     Response.model_validate(raw, strict=False)
     assert again.usage.input_tokens > called.usage.input_tokens
 
 
-def test_curl_gets_what_the_client_gets(server):
-    if shutil.which("curl") is None:
-        pytest.skip("no curl on this machine")
-    body = {"model": "a", "prompt": "The", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
-    command = [
-        "curl", "-sS", "--fail-with-body", f"{server.url}/v1/completions", "-H",
-        "Content-Type: application/json", "-d", json.dumps(body),
-    ]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    assert json.loads(out)["choices"][0]["text"] == server.text("a", "The", max_tokens=6)
-
-
 def test_every_answer_validates_against_the_packages_types(server):
     """The client itself builds its types without validation, so they are validated here."""
     chat = {"model": "a", "messages": ASK, "max_tokens": 6, "seed": 0}
-    called = chat | {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 60}
+    called = chat | {"tools": [tool()], "tool_choice": "required", "max_tokens": 60}
     told = chat | {"logprobs": True, "top_logprobs": 2, "n": 2}
     plain = {"model": "a", "prompt": "The", "max_tokens": 6, "logprobs": 2}
     input = {"model": "a", "input": "Hello", "max_output_tokens": 6}
-    tool = {"type": "function", **WEATHER["function"]}
-    calling = {"model": "a", "input": ASK, "tools": [tool], "tool_choice": "required"}
+    flat = {"type": "function", **tool()["function"]}
+    calling = {"model": "a", "input": ASK, "tools": [flat], "tool_choice": "required"}
     options = {"stream": True, "stream_options": {"include_usage": True}}
     whole: list[tuple[str, dict[str, Any], Any]] = [
         ("/v1/chat/completions", chat, ChatCompletion),
@@ -295,3 +210,88 @@ def test_every_answer_validates_against_the_packages_types(server):
             part.validate_python(event)
     for model in server.ask("/v1/models").json["data"]:
         Model.model_validate(model)
+
+
+@pytest.fixture(scope="module")
+def expected(server: Running):
+    """The log probability of each token by a pass of transformers, and of the likeliest one."""
+    model = fresh_model(server.folder.parent / "base")
+    lf.load(model, server.folder / "a")
+
+    def of(ids: list[int]) -> tuple[list[float], list[float]]:
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        own = logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return own.tolist(), logp.max(-1).values.tolist()
+
+    return of
+
+
+def check(choice: Any, ids: list[int], expected: Any) -> None:
+    own, best = expected(ids)
+    first, *others = choice.logprobs.token_logprobs
+    assert first is None
+    assert choice.logprobs.top_logprobs[0] is None
+    assert others == pytest.approx(own, abs=1e-4)
+    tops = [max(top.values()) for top in choice.logprobs.top_logprobs[1:]]
+    assert tops == pytest.approx(best, abs=1e-4)
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(ids)
+    offsets = choice.logprobs.text_offset
+    assert offsets == sorted(offsets)
+    assert 0 == offsets[0] < offsets[-1] <= len(choice.text)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_prompts_have_log_probabilities(client, expected, max_tokens: int) -> None:
+    more = {"ignore_eos": True, "return_token_ids": True}
+    asked: dict[str, Any] = {"model": "a", "max_tokens": max_tokens, "temperature": 0, "n": 2}
+    asked |= {"echo": True, "logprobs": 1, "extra_body": more}
+    prompts = [PROMPT, "It rains."]
+    found = client.completions.create(prompt=prompts, **asked)
+    assert found.usage.completion_tokens == 4 * max_tokens
+    for i, choice in enumerate(found.choices):
+        check(choice, choice.prompt_token_ids + choice.token_ids, expected)
+        assert choice.text.startswith(prompts[i // 2])
+        if not max_tokens:
+            assert choice.text == prompts[i // 2]
+    ids = found.choices[0].prompt_token_ids
+    again = client.completions.create(prompt=ids, **asked).choices[0]
+    assert (again.text, again.logprobs) == (found.choices[0].text, found.choices[0].logprobs)
+    parts = [c.choices[0] for c in client.completions.create(prompt=PROMPT, stream=True, **asked)]
+    parts = [part for part in parts if part.index == 1]
+    assert "".join(part.text for part in parts) == again.text
+    likely = [p for part in parts if part.logprobs for p in part.logprobs.token_logprobs]
+    assert likely == again.logprobs.token_logprobs
+    offsets = [p for part in parts if part.logprobs for p in part.logprobs.text_offset]
+    assert offsets == again.logprobs.text_offset
+
+
+def test_an_echo_without_log_probabilities_is_the_text(server: Running) -> None:
+    plain = server.text("a", PROMPT)
+    assert server.text("a", PROMPT, echo=True) == PROMPT + plain
+    streamed = server.complete("a", PROMPT, echo=True, stream=True).events
+    assert "".join(one["choices"][0]["text"] for one in streamed) == PROMPT + plain
+    assert all(one["choices"][0]["logprobs"] is None for one in streamed)
+
+
+def test_one_prompt_is_read_once_for_all_its_completions(server, monkeypatch) -> None:
+    runner = server.engine._runner
+    forward, computed = runner.forward, []
+
+    def spied(rows: Any, counts: Any) -> Any:
+        computed.append(sum(counts))
+        return forward(rows, counts)
+
+    monkeypatch.setattr(runner, "forward", spied)
+    many = {"max_tokens": 3, "n": 6, "temperature": 1, "seed": 1, "ignore_eos": True}
+    turns = [{"role": "user", "content": "How is the weather in Rome on a day such as this?"}]
+    for path, asked in {
+        "/v1/completions": {"prompt": "How are you on a day such as this, and why?"},
+        "/v1/chat/completions": {"messages": turns},
+    }.items():
+        computed.clear()
+        answer = server.ask(path, {"model": "a"} | asked | many).json
+        assert len(answer["choices"]) == 6
+        # those that came after it was read compute its last token
+        once = answer["usage"]["prompt_tokens"] + 6 * 2
+        assert once <= sum(computed) <= once + 5

@@ -1,12 +1,7 @@
-"""The server needs of what computes the nine calls of `Backend`, and nothing else of it."""
+"""The server needs nothing of what computes but the nine calls of `Backend`."""
 
-from __future__ import annotations
-
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -14,21 +9,23 @@ import pytest
 import lorafold as lf
 from lorafold.serving import run
 from lorafold.serving.backend import AdapterFiles, Backend, News, Request, States, Until
-from serving_cases import ADMIN, Running, running, saved
+from serving_cases import Running, stream_of, until
 
+pytest_plugins = ["serving_fixtures"]
 CALLS = {"submit", "cancel", "events", "load", "unload", "pin", "states", "length", "ready"}
 
 
 class Relay(Backend):
-    """A backend that passes every call on to another one, and notes which there were."""
+    """A backend that passes every call on to another one, and records it."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.calls: set[str] = set()
 
-    def _to(self, call: str) -> Any:
+    def _to(self, call: str, *given: Any) -> Any:
         self.calls.add(call)
-        return getattr(self._backend, call)
+        found = getattr(self._backend, call)
+        return found(*given) if callable(found) else found
 
     @property
     def length(self) -> int:
@@ -39,36 +36,32 @@ class Relay(Backend):
         return self._to("ready")
 
     def events(self, take: Callable[[Sequence[News]], None]) -> AbstractAsyncContextManager[None]:
-        return self._to("events")(take)
+        return self._to("events", take)
 
     def submit(self, request: Request) -> None:
-        self._to("submit")(request)
+        self._to("submit", request)
 
     def cancel(self, id: str) -> None:
-        self._to("cancel")(id)
+        self._to("cancel", id)
 
     def load(self, found: AdapterFiles, until: Until) -> None:
-        self._to("load")(found, until)
+        self._to("load", found, until)
 
     def unload(self, key: str) -> None:
-        self._to("unload")(key)
+        self._to("unload", key)
 
     def pin(self, key: str, pinned: bool) -> None:
-        self._to("pin")(key, pinned)
+        self._to("pin", key, pinned)
 
     def states(self) -> States:
-        return self._to("states")()
+        return self._to("states")
 
 
 @pytest.fixture
-def server(
-    tiny_model_dir: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Running]:
-    specs = {name: lf.LoRA(rank=2) for name in "ab"}
-    folder, opened = saved(tiny_model_dir("llama"), specs, tmp_path / "adapters"), run.EngineBackend
+def server(serve_once, monkeypatch: pytest.MonkeyPatch) -> Running:
+    opened = run.EngineBackend
     monkeypatch.setattr(run, "EngineBackend", lambda *args: Relay(opened(*args)))
-    with running(tiny_model_dir("llama"), folder) as found:
-        yield found
+    return serve_once({name: lf.LoRA(rank=2) for name in "ab"})
 
 
 def test_a_server_over_nothing_but_the_nine_calls(server: Running) -> None:
@@ -76,28 +69,20 @@ def test_a_server_over_nothing_but_the_nine_calls(server: Running) -> None:
     assert Backend.__abstractmethods__ == CALLS
     alone = server.text("a", "The", max_tokens=5)
     assert server.text("b", "The", max_tokens=5) != alone
-    chat = {"model": "a", "messages": [{"role": "user", "content": "The"}], "max_tokens": 5}
-    assert server.ask("/v1/chat/completions", chat | {"stream": True}).events
+    assert server.chat("a", max_tokens=5, stream=True).events
     assert server.complete("a", "The", max_tokens=10**6).code == "context_length_exceeded"
     assert server.complete("a", "The", logit_bias={"999999": 1}).status == 400
-    for act in ("/admin/adapters/a:pin", "/admin/adapters/a:unpin"):
-        assert server.ask(act, {}, ADMIN).status == 200
-    for path in ("/v1/unload_lora_adapter", "/v1/load_lora_adapter"):
-        assert server.ask(path, {"lora_name": "a"}, ADMIN).status == 200
+    for act in ("pin", "unpin"):
+        assert server.manage("a", act).status == 200
+    for act in ("unload", "load"):
+        assert server.load("a", act).status == 200
     assert server.text("a", "The", max_tokens=5) == alone
     states = {one["id"]: one["state"] for one in server.ask("/v1/models").json["data"]}
     assert (states["a"], states["b"]) == ("resident", "resident")
-    assert 'lorafold_adapter_state{adapter="a",state="resident"} 1.0' in (
-        server.ask("/metrics").content.decode()
-    )
-    who_leaves = HTTPConnection("127.0.0.1", server.port)
-    body = {"model": "a", "prompt": "The", "max_tokens": 400, "ignore_eos": True}
-    head = {"Content-Type": "application/json"}
-    who_leaves.request("POST", "/v1/completions", json.dumps(body), head)
-    while not host.jobs:
-        time.sleep(0.001)
-    who_leaves.close()
-    while host.jobs:
-        time.sleep(0.01)
+    assert 'lorafold_adapter_state{adapter="a",state="resident"} 1.0' in server.metrics()
+    at = stream_of(server, "a", 400, stream=False)
+    until(lambda: host.jobs)
+    at.close()
+    until(lambda: not host.jobs)
     assert isinstance(host.backend, Relay)
     assert host.backend.calls == CALLS

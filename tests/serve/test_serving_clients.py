@@ -1,11 +1,8 @@
-"""Clients of OpenAI's and Anthropic's APIs, each with what it can do over a text model: chats,
-streams, calls and their results, structured output, log probabilities, tokens, errors.
+"""Clients of OpenAI's and Anthropic's APIs, each with what it can do over a text model.
 
-The model is a random one, so that nothing depends on what it says: grammars hold its calls and its
-JSON. A client that is not installed is skipped; `pip install lorafold[dev,clients]` has them.
+The model is a random one: grammars hold its calls and its JSON. A client that is not installed is
+skipped; `pip install lorafold[dev,clients]` has them.
 """
-
-from __future__ import annotations
 
 import asyncio
 import json
@@ -17,21 +14,13 @@ from pydantic import BaseModel, ConfigDict
 
 import lorafold as lf
 from conftest import make_model_dir
-from serving_cases import TOOL_TEMPLATE, Running, running, saved
+from serving_cases import ASK, CITY, TOOL_TEMPLATE, Running, running, saved, tool
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # the clients' own, which are no matter of ours
 ]
-CITY = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "enum": ["Rome", "Oslo"]}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
-FUNCTION = {"name": "weather", "description": "The weather of a city.", "parameters": CITY}
-TOOL = {"type": "function", "function": FUNCTION}
-ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
+TOOL = tool()
 LONG = [{"role": "user", "content": "x" * 5000}]
 OVER = "maximum context length"
 
@@ -173,9 +162,8 @@ def test_litellm(url: str, server: Running, monkeypatch: pytest.MonkeyPatch) -> 
     claude = {"model": "anthropic/a", "api_base": server.url, "api_key": "none"}
     found = litellm.completion(messages=ASK, max_tokens=8, **claude)
     assert found.usage.completion_tokens <= 8
-    called = litellm.completion(
-        messages=ASK, tools=[TOOL], tool_choice="required", max_tokens=100, **claude
-    )
+    calling = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
+    called = litellm.completion(messages=ASK, **calling, **claude)
     assert called.choices[0].message.tool_calls[0].function.name == "weather"
 
     async def talk() -> None:
@@ -190,10 +178,8 @@ def test_langchain(url: str, responses: bool) -> None:
     langchain: Any = pytest.importorskip("langchain_openai")
     from langchain_core.messages import HumanMessage, ToolMessage
 
-    model = langchain.ChatOpenAI(
-        model="a", base_url=url, api_key="none", max_retries=0, use_responses_api=responses,
-        stream_usage=True,
-    )  # fmt: skip
+    given = {"base_url": url, "api_key": "none", "max_retries": 0, "stream_usage": True}
+    model = langchain.ChatOpenAI(model="a", use_responses_api=responses, **given)
     short = model.bind(max_tokens=8)
     assert short.invoke("Hello").usage_metadata["output_tokens"] <= 8
     pieces = list(short.stream("Hello"))

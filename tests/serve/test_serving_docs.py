@@ -1,6 +1,4 @@
-"""What the pages on serving say of settings, errors, metrics and routes is what the code has."""
-
-from __future__ import annotations
+"""The pages on serving and the code have the same settings, errors, metrics and routes."""
 
 import ast
 import json
@@ -13,12 +11,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-import lorafold as lf
 import lorafold.serving
 from lorafold.serving.app import application
 from lorafold.serving.settings import Limits, Settings
-from serving_cases import Running, running, saved
+from serving_cases import Running
 
+pytest_plugins = ["serving_fixtures"]
 DOCS = Path(__file__).parents[2] / "docs"
 SOURCE = sorted(Path(lorafold.serving.__file__).parent.rglob("*.py"))
 DASHBOARD = DOCS / "grafana-dashboard.json"
@@ -29,13 +27,10 @@ ROUTERS = re.compile(r"\bvllm:\w+")  # for programs, which the dashboard has und
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server that has answered one request."""
-    model = tiny_model_dir("llama")
-    folder = saved(model, {"a": lf.LoRA(rank=2)}, tmp_path_factory.mktemp("docs") / "adapters")
-    with running(model, folder) as found:
-        found.text("a", "The")
-        yield found
+def server(serve) -> Running:
+    found = serve()
+    found.text("a", "The")
+    return found
 
 
 def page(name: str) -> str:
@@ -50,8 +45,7 @@ def rows(name: str, heading: str) -> list[list[str]]:
 
 def families(server: Running) -> dict[str, str]:
     """The names of metrics as a query has them, with their kinds."""
-    text = server.ask("/metrics").content.decode()
-    found = text_string_to_metric_families(text)
+    found = text_string_to_metric_families(server.metrics())
     kinds = {f.name + ("_total" if f.type == "counter" else ""): f.type for f in found}
     return {name: kind for name, kind in kinds.items() if not name.endswith("_created")}
 
@@ -84,8 +78,7 @@ def test_queries_ask_for_buckets_of_histograms_and_labels_that_exist(server: Run
             assert asked <= labels[family(name)], (name, asked)
         for name in METRIC.findall(text):
             assert family(name) == name or kinds[family(name)] == "histogram"
-    sampled = server.ask("/metrics").content.decode()
-    for f in text_string_to_metric_families(sampled):
+    for f in text_string_to_metric_families(server.metrics()):
         name = f.name + ("_total" if f.type == "counter" else "")
         for sample in f.samples:
             if name in labels:

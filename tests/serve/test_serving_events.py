@@ -1,40 +1,29 @@
-"""`GET /v1/models/events`: the list, what changed since, who sees what of it, and what it costs."""
-
-from __future__ import annotations
+"""`GET /v1/models/events`: the list, what changed since, who sees which of it, and its cost."""
 
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorafold as lf
 from lorafold.serving.routes import models as routes
-from serving_cases import ADMIN, Running, running, saved
+from serving_cases import ADMIN, Running
 
+pytest_plugins = ["serving_fixtures"]
 PATH = "/v1/models/events"
 
 
-@pytest.fixture(scope="module")
-def adapters(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("events") / "adapters"
-    return saved(tiny_model_dir("llama"), {n: lf.LoRA(rank=2) for n in ("a", "b")}, folder)
-
-
 @pytest.fixture
-def server(
-    tiny_model_dir: Any, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Running]:
+def server(serve_once, monkeypatch: pytest.MonkeyPatch) -> Running:
     monkeypatch.setattr(routes, "EACH", 0.1)
     keys = {"acme": ["a*"], "beta": ["b"]}
-    with running(tiny_model_dir("llama"), adapters, keys, limits={"tenant_streams": 2}) as found:
-        assert found.parts.registry.watcher.settled(30)
-        yield found
-        found.parts.registry.file.unlink(missing_ok=True)
+    found = serve_once({n: lf.LoRA(rank=2) for n in "ab"}, keys, limits={"tenant_streams": 2})
+    assert found.parts.registry.watcher.settled(30)
+    return found
 
 
 @contextmanager
@@ -98,17 +87,13 @@ def test_the_list_comes_first_and_then_what_changed_alone(server: Running) -> No
         server.parts.host.draining = False
 
 
-def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(server, monkeypatch) -> None:
     looks: list[float] = []
     look = routes.Snapshot
     monkeypatch.setattr(routes, "Snapshot", lambda s: looks.append(time.monotonic()) or look(s))
     acme = server.keys["acme"]
-    with (
-        listening(server, acme) as one, listening(server, ADMIN) as other,
-        listening(server, acme) as third,
-    ):  # fmt: skip
+    with listening(server, acme) as one, listening(server, ADMIN) as other, \
+            listening(server, acme) as third:  # fmt: skip
         lists = [next(each) for each in (one, other, third)]
         assert [names(each)[1:] for each in lists] == [["a"], ["a", "b"], ["a"]]
         began, n = time.monotonic(), len(looks)
@@ -125,25 +110,19 @@ def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(
         time.sleep(0.05)  # nobody listens, and nobody looks
 
 
-def test_the_administrator_learns_what_is_not_served_and_why(
-    server: Running, adapters: Path
-) -> None:
-    broken = adapters / "broken"
+def test_the_administrator_learns_what_is_not_served_and_why(server: Running) -> None:
+    broken = server.folder / "broken"
     with listening(server, ADMIN) as events, listening(server, server.keys["acme"]) as others:
         assert next(events)["administrator"]
         next(others)
         broken.mkdir()
         (broken / "adapter_config.json").write_text("{")
-        try:
-            assert "adapter_config.json" in until(events, "broken", state="wrong")["why"]
-            server.parts.registry.quarantine("a", "too rude")
-            assert until(events, "a", state="quarantined")["why"] == "too rude"
-            assert names(next(others)) == ["a"]
-            server.parts.registry.unload("b")
-            assert until(events, "b", state="unloaded")
-        finally:
-            (broken / "adapter_config.json").unlink()
-            broken.rmdir()
+        assert "adapter_config.json" in until(events, "broken", state="wrong")["why"]
+        server.parts.registry.quarantine("a", "too rude")
+        assert until(events, "a", state="quarantined")["why"] == "too rude"
+        assert names(next(others)) == ["a"]
+        server.parts.registry.unload("b")
+        assert until(events, "b", state="unloaded")
 
 
 def test_a_tenant_holds_so_many_streams_and_a_key_that_is_gone_none(server: Running) -> None:

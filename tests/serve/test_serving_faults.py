@@ -1,6 +1,4 @@
-"""What goes wrong stays where it went wrong: numbers, bodies, clients, files, threads."""
-
-from __future__ import annotations
+"""Faults stay where they are: numbers, bodies, clients, files, threads."""
 
 import asyncio
 import ctypes
@@ -12,7 +10,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,44 +18,26 @@ import lorafold as lf
 from engine_cases import evict
 from serving_cases import ADMIN, Answer, Running, raw, running, saved, stream_of, until
 
+pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.filterwarnings(  # threads are killed
     "ignore::pytest.PytestUnhandledThreadExceptionWarning"
 )
 SPECS = {"a": lf.LoRA(rank=2), "b": lf.LoRA(rank=3), "c": lf.DoRA()}
 
 
-@pytest.fixture(scope="module")
-def base_dir(tiny_model_dir):
-    return tiny_model_dir("llama")
-
-
-@pytest.fixture(scope="module")
-def adapters(base_dir, tmp_path_factory):
-    return saved(base_dir, SPECS, tmp_path_factory.mktemp("faults") / "adapters")
-
-
 @pytest.fixture
-def folder(adapters, tmp_path):
-    """Adapters of its own for every test that damages them or their server."""
-    return Path(shutil.copytree(adapters, tmp_path / "adapters"))
-
-
-@pytest.fixture
-def server(base_dir, folder):
-    with running(base_dir, folder) as found:
-        yield found
+def server(serve_once) -> Running:
+    """A server for a test that damages it or its adapters."""
+    return serve_once(SPECS)
 
 
 @pytest.fixture(scope="module")
-def common(base_dir, adapters, tmp_path_factory):
+def common(serve) -> Running:
     """A server for the tests that leave it as it was."""
-    folder = shutil.copytree(adapters, tmp_path_factory.mktemp("common") / "adapters")
-    with running(base_dir, Path(folder)) as found:
-        yield found
+    return serve(SPECS)
 
 
 def at_once(server: Running, models: list[str], **more: object) -> list[Answer]:
-    """A completion under each model, asked for together."""
     with ThreadPoolExecutor(len(models)) as pool:
         asked = [
             pool.submit(server.complete, model, f"Number {i}", **more)
@@ -83,8 +62,8 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     until(lambda: "a" in server.parts.registry.state.quarantined)
     assert server.complete("a", "The").code == "adapter_quarantined"
     assert server.ask("/v1/models/a").json["state"] == "quarantined"
-    assert "lorafold_quarantines_total 1.0" in server.ask("/metrics").content.decode()
-    loaded = server.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN)
+    assert "lorafold_quarantines_total 1.0" in server.metrics()
+    loaded = server.load("a")
     assert loaded.status == 200, loaded.content
     assert server.text("a", "Number 0", max_tokens=12) == clean[0]
     assert server.text("b", "Number 1", max_tokens=12) == clean[1]  # whatever slot it got
@@ -94,26 +73,27 @@ def test_a_quarantine_holds_where_it_cannot_be_kept(server: Running, caplog):
     state = server.parts.registry.file
     state.unlink(missing_ok=True)
     state.mkdir()
-    answer = server.ask("/admin/adapters/a:quarantine", {}, ADMIN)
+    answer = server.manage("a", "quarantine")
     assert answer.status == 200, answer.content
     assert server.complete("a", "The").code == "adapter_quarantined"
     assert "the quarantine of a can't be kept" in caplog.text
 
 
-def test_other_files_are_not_in_quarantine(base_dir, folder):
-    with running(base_dir, folder) as server:
+def test_other_files_are_not_in_quarantine(llama, tmp_path):
+    folder = saved(llama, SPECS, tmp_path / "adapters")
+    with running(llama, folder) as server:
         for name in "ab":
-            server.ask(f"/admin/adapters/{name}:quarantine", {}, ADMIN)
+            server.manage(name, "quarantine")
     shutil.rmtree(folder / "a")
     shutil.copytree(folder / "c", folder / "a")
-    with running(base_dir, folder) as server:
+    with running(llama, folder) as server:
         assert server.complete("a", "The").status == 200
         assert server.complete("b", "The").code == "adapter_quarantined"
 
 
 def test_every_first_token_and_every_other_is_counted(server: Running):
     at_once(server, ["a", "b", "c"] * 8, max_tokens=5)
-    text = server.ask("/metrics").content.decode()
+    text = server.metrics()
     assert "lorafold_first_token_seconds_count 24.0" in text
     assert "lorafold_queue_seconds_count 24.0" in text
     assert "lorafold_between_tokens_seconds_count 96.0" in text
@@ -128,7 +108,7 @@ def test_a_client_writes_no_line_of_the_log(common: Running, caplog):
 
 
 def test_bodies_that_nobody_should_send(common: Running):
-    """The others' streams go on meanwhile, and what they say is what they said alone."""
+    """The others' streams go on meanwhile, with the same text."""
     alone = common.text("b", "The", max_tokens=200)
     with ThreadPoolExecutor(1) as pool:
         beside = pool.submit(common.text, "b", "The", max_tokens=200)
@@ -170,25 +150,17 @@ def test_clients_that_leave_leave_nothing(common: Running):
     assert common.complete("a", "The").status == 200
 
 
-def test_whoever_leaves_before_the_whole_answer_is_cancelled(common: Running):
-    at = stream_of(common, "a", 400, stream=False)
-    until(lambda: common.parts.host.jobs)
+def test_a_slow_reader_is_let_go(serve_once):
+    server = serve_once(SPECS, limits={"unread_tokens": 64, "choices": 4})
+    at = stream_of(server, "a", 480, n=4, logprobs=20)
+    until(lambda: server.parts.host.jobs)
+    most = 0
+    while not server.idle():
+        most = max([most, *(len(job.events) for job in list(server.parts.host.jobs.values()))])
+        time.sleep(0.01)
     at.close()
-    until(common.idle)
-
-
-def test_a_slow_reader_is_let_go(base_dir, folder):
-    limits = {"unread_tokens": 64, "choices": 4}
-    with running(base_dir, folder, limits=limits) as server:
-        at = stream_of(server, "a", 480, n=4, logprobs=20)
-        until(lambda: server.parts.host.jobs)
-        most = 0
-        while not server.idle():
-            most = max([most, *(len(job.events) for job in list(server.parts.host.jobs.values()))])
-            time.sleep(0.01)
-        at.close()
-        until(lambda: b"slow_reader" in server.ask("/metrics").content)
-        assert most < 480
+    until(lambda: "slow_reader" in server.metrics())
+    assert most < 480
 
 
 DAMAGES: dict[str, Callable[[os.PathLike[str]], object]] = {
@@ -208,18 +180,18 @@ def _flip(file: os.PathLike[str]) -> None:
 
 
 @pytest.fixture
-def mended(adapters, common):
+def mended(common, tmp_path):
     """The common server, whose adapter a is whole again afterwards."""
+    whole = shutil.copytree(common.folder / "a", tmp_path / "a")
     yield common
     shutil.rmtree(common.folder / "a", ignore_errors=True)
-    shutil.copytree(adapters / "a", common.folder / "a")
-    assert common.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN).status == 200
+    shutil.copytree(whole, common.folder / "a")
+    assert common.load("a").status == 200
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_files_that_change_under_the_server(mended: Running, damage, name):
-    """What is served is what was verified, or nothing."""
     text = mended.text("a", "The")
     DAMAGES[damage](mended.folder / "a" / name)
     assert mended.text("a", "The") == text  # it is in memory
@@ -228,16 +200,15 @@ def test_files_that_change_under_the_server(mended: Running, damage, name):
     cold = mended.complete("a", "The")
     assert (cold.status, cold.code) == (503, "adapter_unavailable")
     assert str(mended.folder) not in cold.content.decode()
-    refused = mended.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN)
+    refused = mended.load("a")
     assert refused.status == 400, refused.content
     assert mended.complete("b", "The").status == 200
     shutil.rmtree(mended.folder / "a")
-    assert mended.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN).status == 400
+    assert mended.load("a").status == 400
     assert mended.text("b", "The")
 
 
 def kill(server: Running) -> None:
-    """End the engine's thread wherever it is."""
     thread = server.engine._thread
     assert thread is not None
     assert thread.ident is not None
@@ -269,7 +240,7 @@ def test_an_engine_that_dies_is_started_again(server: Running, times):
         until(lambda: server.ask("/v1/models/a").json["state"] == "resident")
         assert server.ask("/v1/models/c").json["state"] == "cold"
         assert server.text("now", "The", max_tokens=30) == text
-    assert f"lorafold_engine_restarts_total {times}.0" in server.ask("/metrics").content.decode()
+    assert f"lorafold_engine_restarts_total {times}.0" in server.metrics()
     assert server.idle()
 
 
@@ -290,25 +261,19 @@ def test_while_the_engine_is_away_requests_are_told(server: Running, monkeypatch
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize(
-    ("limit", "code"),
-    [("queue_seconds", "queue_timeout"), ("first_token_seconds", "first_token_timeout"),
-     ("total_seconds", "total_timeout")],
-)  # fmt: skip
-def test_deadlines_end_what_takes_too_long(base_dir, folder, limit, code):
-    with running(base_dir, folder, slots=1, limits={limit: 0.2}) as server:
-        engine = server.engine
-        step = engine.step
-        engine.step = lambda: time.sleep(0.1) or step()
-        with ThreadPoolExecutor(2) as pool:
-            asked = [pool.submit(server.complete, "a", "The", max_tokens=20) for _ in range(2)]
-            codes = [one.result() for one in asked]
-        assert code in [answer.code for answer in codes if answer.status != 200]
-        until(server.idle)
+@pytest.mark.parametrize("name", ["queue", "first_token", "total"])
+def test_deadlines_end_what_takes_too_long(serve_once, name):
+    server = serve_once(SPECS, slots=1, limits={f"{name}_seconds": 0.2})
+    step = server.engine.step
+    server.engine.step = lambda: time.sleep(0.1) or step()
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(server.complete, "a", "The", max_tokens=20) for _ in range(2)]
+        answers = [one.result() for one in asked]
+    assert f"{name}_timeout" in [answer.code for answer in answers if answer.status != 200]
+    until(server.idle)
 
 
 def test_nothing_is_left_on_the_event_loop(common: Running):
-    """Requests of all kinds end their tasks."""
     at_once(common, ["a", "b", "c"] * 4, stream=True)
     loop = common.parts.host._loop
 

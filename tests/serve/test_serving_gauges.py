@@ -1,17 +1,13 @@
-"""What is shown of adapters: their gauges, what routers read, and why one is wrong."""
-
-from __future__ import annotations
+"""Gauges of adapters, the metrics that routers read, and the reasons for a refused adapter."""
 
 import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 import torch
@@ -25,27 +21,19 @@ from lorafold.serving import metrics
 from lorafold.serving.run import _print_summary
 from serving_cases import ADMIN, Running, running, saved, until
 
+pytest_plugins = ["serving_fixtures"]
 Samples = dict[tuple[str, ...], float]
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    specs = {name: lf.LoRA(rank=2) for name in ("a", "b", "c")}
-    return saved(tiny_model_dir("llama"), specs, tmp_path_factory.mktemp("gauges") / "adapters")
-
-
 @pytest.fixture
-def server(tiny_model_dir: Any, folder: Path, tmp_path: Path) -> Iterator[Running]:
-    state = tmp_path / "state.json"
-    with running(tiny_model_dir("llama"), folder, slots=2, state=state) as found:
-        yield found
+def server(serve_once) -> Running:
+    return serve_once({name: lf.LoRA(rank=2) for name in "abc"}, slots=2)
 
 
 def sampled(server: Running, name: str) -> Samples:
     """The values of a metric, by the values of its labels."""
-    text = server.ask("/metrics").content.decode()
     found = {}
-    for family in text_string_to_metric_families(text):
+    for family in text_string_to_metric_families(server.metrics()):
         for sample in family.samples:
             if sample.name == name:
                 found[tuple(sample.labels[key] for key in sorted(sample.labels))] = sample.value
@@ -55,7 +43,7 @@ def sampled(server: Running, name: str) -> Samples:
 def test_every_adapter_has_its_state_time_and_tokens(server: Running) -> None:
     found = server.parts.registry.adapters
     assert evict(server.engine.adapters, found["b"].key)
-    server.ask("/admin/adapters/c:quarantine", {}, ADMIN)
+    server.manage("c", "quarantine")
     server.text("a", "The")
     assert sampled(server, "lorafold_adapter_state") == {
         ("a", "resident"): 1, ("b", "cold"): 1, ("c", "quarantined"): 1,
@@ -65,7 +53,7 @@ def test_every_adapter_has_its_state_time_and_tokens(server: Running) -> None:
     assert all(0 < took < 60 for took in seconds.values())
     assert sampled(server, "lorafold_adapter_tokens_total")["a", "completion"] == 8
     assert sampled(server, "lorafold_adapter_first_token_seconds_count") == {("a",): 1}
-    server.ask("/v1/unload_lora_adapter", {"lora_name": "b"}, ADMIN)
+    server.load("b", "unload")
     assert ("b",) not in sampled(server, "lorafold_adapter_load_seconds")
 
 
@@ -106,27 +94,21 @@ def test_routers_read_which_adapters_have_requests(server: Running) -> None:
     assert sampled(server, "vllm:kv_cache_usage_perc")[()] == 0
 
 
-def test_why_an_adapter_is_wrong_is_told_in_few_words(
-    tiny_model_dir: Any, folder: Path, tmp_path: Path
-) -> None:
-    here = tmp_path / "adapters"
+def test_a_long_reason_is_cut(llama: Path, tmp_path: Path) -> None:
+    here, good = tmp_path / "adapters", saved(llama, {"a": lf.LoRA(rank=2)}, tmp_path / "good")
     for name in ("tensors", "options", "long"):
-        shutil.copytree(folder / "a", here / name)
+        shutil.copytree(good / "a", here / name)
         (here / name / "manifest.json").unlink()
     file = here / "tensors" / "adapter_model.safetensors"
     strays = {f"stray.{i}": torch.zeros(1) for i in range(3000)}
     save_file(load_file(file) | strays, file)
-    for name, more in (
-        ("options", {f"option_{i}": i for i in range(3000)}), ("long", {"y" * 10**6: 1}),
-    ):  # fmt: skip
+    many = {f"option_{i}": i for i in range(3000)}
+    for name, more in {"options": many, "long": {"y" * 10**6: 1}}.items():
         config = here / name / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | more))
-    with running(tiny_model_dir("llama"), here) as server:
+    with running(llama, here) as server:
         wrong = server.ask("/admin/adapters", key=ADMIN).json["wrong"]
-        loaded = [
-            server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN).json["error"]["message"]
-            for name in wrong
-        ]
+        loaded = [server.load(name).json["error"]["message"] for name in wrong]
         told = StringIO()
         _print_summary(server.parts, "here", Console(file=told, width=10**6))
     assert wrong.keys() == {"tensors", "options", "long"}

@@ -1,13 +1,11 @@
-"""Adapters and requests that mean harm: they are told as wrong, or harm nobody but whoever asks."""
-
-from __future__ import annotations
+"""Hostile adapters and requests are refused, or harm nobody but whoever sends them."""
 
 import ctypes
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +15,6 @@ import psutil
 import pytest
 
 import lorafold as lf
-from conftest import make_model_dir
 from hostile_adapters import CASES, MOVING, moving
 from hostile_adapters.siege import Siege, said
 from hostile_requests import ASK, asking, bodies, chain, hostile_schema
@@ -27,6 +24,7 @@ from lorafold.verification import checks as screening
 from lorafold.verification.worker_pool import WorkerPool
 from serving_cases import TOOL_TEMPLATE, Running, raw, running, saved, until
 
+pytest_plugins = ["serving_fixtures"]
 WORST = (
     "config-deep", "config-surrogate", "config-huge-rank", "pattern-just-slow", "weights-trailing",
     "weights-large-header-nan", "weights-twice", "file-pipe", "file-dangling", "name-newline",
@@ -35,7 +33,6 @@ WORST = (
 
 
 def worker_pids() -> set[int]:
-    """The processes that this one started, and that run."""
     children = psutil.Process().children(recursive=True)
     return {one.pid for one in children if one.status() != psutil.STATUS_ZOMBIE}
 
@@ -44,10 +41,8 @@ def besieged(base: Path, folder: Path, names: Sequence[str], everything: bool) -
     """What came of a server that starts among hostile adapters and is asked for each of them.
 
     Args:
-        base: the base's directory.
-        folder: the directory of adapters, which has the good ones.
-        names: the cases.
-        everything: load each too, while files of others change.
+        names: The cases.
+        everything: Load each too, while files of others change.
     """
     before = worker_pids()
     with running(base, folder) as server:
@@ -75,7 +70,6 @@ def besieged(base: Path, folder: Path, names: Sequence[str], everything: bool) -
 
 @pytest.fixture
 def folder(tiny_model_dir, tmp_path):
-    """A directory with two good adapters."""
     specs = {"good": lf.LoRA(rank=2), "also": lf.DoRA()}
     return saved(tiny_model_dir("llama"), specs, tmp_path / "adapters")
 
@@ -110,15 +104,9 @@ def test_all_of_them_at_start_by_admin_and_by_request(tiny_model_dir, folder):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with a tenant, whose model's template writes calls as JSON."""
-    folder = tmp_path_factory.mktemp("requests")
-    model = make_model_dir("llama", folder / "base")
-    (model / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    adapters = saved(model, {"a": lf.LoRA(rank=2)}, folder / "adapters")
+def server(serve) -> Running:
     limits = {"receive_seconds": 1.0, "connections": 40, "tenant_queue": 8}
-    with running(model, adapters, keys={"me": ["*"]}, limits=limits) as found:
-        yield found
+    return serve(keys={"me": ["*"]}, template=TOOL_TEMPLATE, limits=limits)
 
 
 def ask(server: Running, path: str, body: Any) -> Any:
@@ -157,7 +145,6 @@ def test_a_schema_that_never_ends_is_given_up(server: Running, monkeypatch: Any)
 
 
 def test_threads_have_the_stack_that_grammars_were_tried_with(server: Running) -> None:
-    """Whatever the limit of the system is."""
     libc = ctypes.CDLL(None)
 
     def here() -> int:
@@ -236,9 +223,7 @@ def test_bodies_that_are_half_there_wait_in_the_tenants_queue(server: Running) -
     until(lambda: server.parts.host.waiting("me") == 0)
 
 
-def test_large_bodies_are_read_and_answered_beside_the_event_loop(
-    server: Running, monkeypatch: Any
-) -> None:
+def test_large_bodies_are_read_and_answered_beside_the_event_loop(server, monkeypatch) -> None:
     """The event loop's thread never has a text of so many bytes in its hands."""
     from lorafold.serving import server as module
     from lorafold.serving.routes import completions
@@ -274,13 +259,10 @@ def test_large_bodies_are_read_and_answered_beside_the_event_loop(
         ("/detokenize", "tokens", [1] * 300_000),
     ],
 )
-def test_one_error_of_a_million_is_looked_for(
-    server: Running, path: str, field: str, value: Any
-) -> None:
+def test_one_error_of_a_million_is_looked_for(server, path: str, field: str, value: Any) -> None:
     """A list with an error in each element took 5 s, in which nothing else was answered."""
-    body = {"model": "a", "max_tokens": 2, "messages": ASK}
-    if path in ("/v1/completions", "/v1/responses", "/detokenize"):
-        body = {"model": "a"}
+    chat = path in ("/v1/chat/completions", "/v1/messages")
+    body = {"model": "a"} | ({"max_tokens": 2, "messages": ASK} if chat else {})
     content = json.dumps(body | {field: value}, separators=(",", ":")).encode()
     began = time.process_time()
     answer = ask(server, path, content)

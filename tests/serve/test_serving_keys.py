@@ -1,15 +1,14 @@
-"""Who may do what: tenants and their adapters, the administrator, and nobody else."""
+"""Access: tenants and their adapters, the administrator, and nobody else."""
 
-from __future__ import annotations
-
+import hmac
 import json
 import os
-import resource
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,9 @@ from lorafold.serving.directory import Directory
 from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import HINT, KeyFile, Keys, new_key
 from lorafold.serving.settings import read
-from serving_cases import ADMIN, Running, running, saved
+from serving_cases import ADMIN, Running, no_descriptors, running, saved
 
+pytest_plugins = ["serving_fixtures"]
 ATTACKS = [
     "../acme-a", "..", "/etc/passwd", "%2e%2e%2facme-a", "acme-a\0", "acme-a/../beta-a", ".hidden",
     "ACME-A", "‥/acme-a", "․․", "a" * 10000, "acme-a@", "acme-a@../../etc", "", " acme-a",
@@ -30,14 +30,10 @@ ATTACKS = [
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir, tmp_path_factory):
+def server(serve) -> Running:
     """Two tenants with an adapter each, and one that both may use."""
-    folder = tmp_path_factory.mktemp("keys")
-    specs = {"acme-a": lf.LoRA(rank=2), "beta-a": lf.LoRA(rank=2), "shared": lf.LoRA(rank=2)}
-    adapters = saved(tiny_model_dir("llama"), specs, folder / "adapters")
-    keys = {"acme": ["acme-*", "shared"], "beta": ["beta-*", "shared"]}
-    with running(tiny_model_dir("llama"), adapters, keys) as found:
-        yield found
+    specs = {name: lf.LoRA(rank=2) for name in ("acme-a", "beta-a", "shared")}
+    return serve(specs, {"acme": ["acme-*", "shared"], "beta": ["beta-*", "shared"]})
 
 
 def asked(model: str) -> dict[str, object]:
@@ -94,7 +90,7 @@ def test_names_lead_nowhere(server: Running, name):
     key = server.keys["beta"]
     for answer in (
         server.ask("/v1/completions", asked(name), key),
-        server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN),
+        server.load(name),
         server.ask("/v1/load_lora_adapter", {"lora_name": "shared", "lora_path": name}, ADMIN),
     ):
         assert answer.status in (400, 404), answer.content
@@ -137,7 +133,6 @@ def test_versions_can_be_looked_up(server: Running):
 
 
 def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatch):
-    """One tenant's large bodies keep no other one waiting, and are bounded."""
     rendering = server.parts.registry.plain.renderer
     began, go = threading.Event(), threading.Event()
     tokens = rendering.tokens
@@ -151,10 +146,8 @@ def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatc
     monkeypatch.setattr(rendering, "tokens", slow)
     most = server.parts.settings.limits.tenant_queue
     with ThreadPoolExecutor(most + 4) as pool:
-        asked = [
-            pool.submit(server.ask, "/tokenize", {"prompt": "slow"}, server.keys["acme"])
-            for _ in range(most + 4)
-        ]
+        many, key = range(most + 4), server.keys["acme"]
+        asked = [pool.submit(server.ask, "/tokenize", {"prompt": "slow"}, key) for _ in many]
         began.wait(20)
         assert server.ask("/tokenize", {"prompt": "x"}, server.keys["beta"]).status == 200
         while server.parts.host.waiting("acme") < most:
@@ -171,7 +164,7 @@ def test_metrics_have_no_label_that_a_client_makes(server: Running):
     for i in range(20):
         server.ask("/v1/completions", asked(f"made-up-{i}"), server.keys["acme"])
         server.ask("/v1/completions", asked("acme-a"), f"made-up-key-{i}")
-    text = server.ask("/metrics", key=ADMIN).content.decode()
+    text = server.metrics(ADMIN)
     assert "made-up" not in text
     assert 'outcome="model_not_found",tenant="acme"' in text
     assert 'outcome="invalid_api_key",tenant="none"' in text
@@ -189,11 +182,11 @@ def test_only_hashes_are_kept_and_a_key_can_be_revoked(server: Running):
     file.write_text(json.dumps(content))
     assert server.ask("/v1/models", key=key).status == 401
     file.write_text("{")  # a mistake of the operator locks nobody out, and lets nobody in
-    assert "lorafold_keys_outdated 1.0" in server.ask("/metrics", key=ADMIN).content.decode()
+    assert "lorafold_keys_outdated 1.0" in server.metrics(ADMIN)
     assert server.ask("/v1/models", key=server.keys["acme"]).status == 200
     assert server.ask("/v1/models", key=key).status == 401
     file.write_text(json.dumps(content))
-    assert "lorafold_keys_outdated 0.0" in server.ask("/metrics", key=ADMIN).content.decode()
+    assert "lorafold_keys_outdated 0.0" in server.metrics(ADMIN)
 
 
 def in_place_of(file: Path, make: Callable[[Path], object]) -> None:
@@ -220,8 +213,8 @@ FAULTS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("step", [0, 10**9, -(10**12)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_key_is_revoked_whatever_became_of_the_file_before(tmp_path, fault, step, link):
-    """The new file has the times of the faulty one, or of another clock, and the size of the first;
-    it is written in its place, or comes by a link that leads elsewhere now.
+    """The new file has the times of the faulty one, or of another clock, and the size of the
+    first; it is written in its place, or comes by a link that leads elsewhere now.
     """
     file, when = tmp_path / "keys.json", 10**18
     stays, goes = (new_key(file, tenant, ["*"]) for tenant in ("stays", "goes"))
@@ -232,14 +225,9 @@ def test_a_key_is_revoked_whatever_became_of_the_file_before(tmp_path, fault, st
     FAULTS[fault](file)
     if file.exists():
         os.utime(file, ns=(when + step, when + step))
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if fault == "no file descriptors":
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
-    try:
+    with no_descriptors() if fault == "no file descriptors" else nullcontext():
         for key in (stays, goes):  # the keys are those of before
             assert keys.caller(f"Bearer {key}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     if file.is_dir():
         file.rmdir()
     elif link or not file.is_file():
@@ -255,16 +243,10 @@ def test_a_key_is_revoked_whatever_became_of_the_file_before(tmp_path, fault, st
 
 
 def test_every_hash_is_compared(tmp_path, monkeypatch):
-    """How long it takes does not depend on which key fits, or how far one does."""
     file = tmp_path / "keys.json"
     made = [new_key(file, f"t{i}", ["*"]) for i in range(5)]
-    keys, compared = Keys(file, None), []
-    from lorafold.serving import keys as module
-
-    real = module.hmac.compare_digest
-    monkeypatch.setattr(
-        module.hmac, "compare_digest", lambda a, b: compared.append(a) or real(a, b)
-    )
+    keys, compared, real = Keys(file, None), [], hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or real(a, b))
     for key in (made[0], made[4]):
         compared.clear()
         keys.caller(f"Bearer {key}")
@@ -295,31 +277,23 @@ def test_aliases_need_the_callers_glob(server: Running):
     assert server.ask("/admin/aliases/acme-now", None, ADMIN, "DELETE").status == 200
 
 
-def test_links_and_borrowed_files_are_refused(tmp_path, tiny_model_dir):
-    outside = saved(tiny_model_dir("llama"), {"real": lf.LoRA(rank=2)}, tmp_path / "outside")
-    folder = saved(tiny_model_dir("llama"), {"good": lf.LoRA(rank=2)}, tmp_path / "in")
+def in_place(folder: Path, name: str, file: str, put: Callable[[Path], object]) -> None:
+    """Copy the good adapter, with something else in place of one of its files."""
+    shutil.copytree(folder / "good", folder / name)
+    in_place_of(folder / name / file, put)
+
+
+def test_links_and_borrowed_files_are_refused(tmp_path, llama):
+    outside = saved(llama, {"real": lf.LoRA(rank=2)}, tmp_path / "outside")
+    folder = saved(llama, {"good": lf.LoRA(rank=2)}, tmp_path / "in")
     (folder / "linked").symlink_to(outside / "real")
-    shutil.copytree(folder / "good", folder / "weights")
-    (folder / "weights" / "adapter_model.safetensors").unlink()
-    (folder / "weights" / "adapter_model.safetensors").symlink_to(
-        outside / "real" / "adapter_model.safetensors"
-    )
-    shutil.copytree(folder / "good", folder / "hard")
-    (folder / "hard" / "adapter_model.safetensors").unlink()
-    os.link(
-        outside / "real" / "adapter_model.safetensors",
-        folder / "hard" / "adapter_model.safetensors",
-    )
-    shutil.copytree(folder / "good", folder / "pickled")
-    (folder / "pickled" / "adapter_model.safetensors").rename(
-        folder / "pickled" / "adapter_model.bin"
-    )
-    shutil.copytree(folder / "good", folder / "piped")
-    (folder / "piped" / "adapter_config.json").unlink()
-    os.mkfifo(folder / "piped" / "adapter_config.json")
-    shutil.copytree(folder / "good", folder / "sealed")
-    (folder / "sealed" / "manifest.json").unlink()
-    (folder / "sealed" / "manifest.json").symlink_to("/etc/hostname")
+    tensors = "adapter_model.safetensors"
+    real = outside / "real" / tensors
+    in_place(folder, "weights", tensors, lambda file: file.symlink_to(real))
+    in_place(folder, "hard", tensors, lambda file: os.link(real, file))
+    in_place(folder, "pickled", tensors, lambda file: shutil.copy(real, file.with_suffix(".bin")))
+    in_place(folder, "piped", "adapter_config.json", os.mkfifo)
+    in_place(folder, "sealed", "manifest.json", lambda file: file.symlink_to("/etc/hostname"))
     (folder / "good.html").write_text("own")
     assert Directory(folder).page("good") is not None
     os.link(folder / "good.html", folder / "also.html")
@@ -333,29 +307,28 @@ def test_links_and_borrowed_files_are_refused(tmp_path, tiny_model_dir):
         with pytest.raises(LorafoldError, match=told):
             directory.locate(name)
     wrong = ["hard", "linked", "pickled", "piped", "sealed", "weights"]
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert list(server.parts.registry.adapters) == ["good"]
         assert sorted(server.parts.registry.rejected) == wrong
     # whoever links to the files of an adapter gets nothing of it, and takes nothing from it
-    weights = folder / "good" / "adapter_model.safetensors"
+    weights = folder / "good" / tensors
     shutil.copytree(folder / "good", folder / "borrowed", ignore=lambda *_: [weights.name])
     os.link(weights, folder / "borrowed" / weights.name)
     os.link(weights, tmp_path / "kept.safetensors")
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(llama, folder) as server:
         assert list(server.parts.registry.adapters) == ["good"]
         assert server.text("good", "The")
         assert sorted(server.parts.registry.rejected) == ["borrowed", *wrong]
         for name in ("borrowed", "hard"):
             assert "more than one link" in server.parts.registry.rejected[name]
-        assert server.ask("/v1/load_lora_adapter", {"lora_name": "good"}, ADMIN).status == 200
+        assert server.load("good").status == 200
 
 
-def test_without_keys_only_this_machines_names_are_answered(tmp_path, tiny_model_dir):
+def test_without_keys_only_this_machines_names_are_answered(serve_once):
     """A page from elsewhere whose name leads to this machine gets nothing, nor does a form."""
-    folder = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, tmp_path / "in")
-    with running(tiny_model_dir("llama"), folder) as server:
-        assert server.ask("/v1/models", headers={"Host": "evil.example"}).code == "wrong_host"
-        assert server.ask("/v1/models", headers={"Host": "localhost:1"}).status == 200
-        form = {"Content-Type": "text/plain"}
-        assert server.ask("/v1/completions", asked("a"), headers=form).status == 415
-        assert "access-control-allow-origin" not in server.ask("/v1/models").headers
+    server = serve_once()
+    assert server.ask("/v1/models", headers={"Host": "evil.example"}).code == "wrong_host"
+    assert server.ask("/v1/models", headers={"Host": "localhost:1"}).status == 200
+    form = {"Content-Type": "text/plain"}
+    assert server.ask("/v1/completions", asked("a"), headers=form).status == 415
+    assert "access-control-allow-origin" not in server.ask("/v1/models").headers

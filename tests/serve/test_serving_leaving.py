@@ -1,9 +1,5 @@
-"""Clients that left wait for nothing: what they asked for stands in nobody's way."""
+"""Requests of clients that left stand in nobody's way."""
 
-from __future__ import annotations
-
-import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,18 +8,16 @@ from typing import Any
 
 import pytest
 
-import lorafold as lf
 from lorafold.serving.host import LEAVING, TURNS
-from serving_cases import Running, running, saved, stream_of, until
+from serving_cases import Running, posted, stream_of, until
 
+pytest_plugins = ["serving_fixtures"]
 MOST = 4
 
 
 @pytest.fixture
-def server(tiny_model_dir: Any, tmp_path: Any) -> Iterator[Running]:
-    folder = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, tmp_path / "adapters")
-    with running(tiny_model_dir("llama"), folder, slots=1, limits={"tenant_queue": MOST}) as found:
-        yield found
+def server(serve_once) -> Running:
+    return serve_once(slots=1, limits={"tenant_queue": MOST})
 
 
 @pytest.fixture
@@ -34,14 +28,6 @@ def go(server: Running) -> Iterator[threading.Event]:
     engine.step = lambda: event.wait(20) and step()  # type: ignore[method-assign]
     yield event
     event.set()
-
-
-def post(server: Running, path: str, body: Any) -> socket.socket:
-    """A connection on which something was asked for."""
-    at, content = socket.create_connection(("127.0.0.1", server.port)), json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    at.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-    return at
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -92,9 +78,9 @@ def test_what_was_not_thought_about_yet_is_left_out(
 
     monkeypatch.setattr(renderer, "tokens", slow)
     body = {"model": "a", "prompt": "x" * 9000}
-    asked = [post(server, path, body) for _ in range(MOST if read else TURNS)]
+    asked = [posted(server, path, body) for _ in range(MOST if read else TURNS)]
     until(lambda: len(thought) == TURNS)
-    asked += [post(server, path, body) for _ in range(MOST - len(asked))]  # no turn to read these
+    asked += [posted(server, path, body) for _ in range(MOST - len(asked))]  # no turn to read these
     until(lambda: host.waiting() == MOST)
     assert server.complete("a", "The").code == "tenant_queue_full"
     for at in asked:
@@ -110,9 +96,7 @@ def test_what_was_not_thought_about_yet_is_left_out(
     until(server.idle)
 
 
-def test_what_the_engine_got_for_nobody_ends(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_engine_got_for_nobody_ends(server, monkeypatch) -> None:
     engine = server.engine
     began, go, submit, streams = threading.Event(), threading.Event(), engine.submit, []
 
@@ -125,11 +109,11 @@ def test_what_the_engine_got_for_nobody_ends(
     monkeypatch.setattr(engine, "submit", slow)
     monkeypatch.setattr(server.parts.registry.plain.renderer, "tokens", lambda *_: (5, 6, 7))
     body = {"model": "a", "prompt": "x " * 4100, "max_tokens": 400, "ignore_eos": True}
-    at = post(server, "/v1/completions", body)
+    at = posted(server, "/v1/completions", body)
     began.wait(20)
     at.close()
     time.sleep(0.1)  # it is noticed while the engine is asked
     go.set()
-    until(lambda: b'outcome="client_left"' in server.ask("/metrics").content)
+    until(lambda: 'outcome="client_left"' in server.metrics())
     until(server.idle)
     assert streams[0].result().reason == "cancelled"

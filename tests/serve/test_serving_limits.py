@@ -1,11 +1,8 @@
-"""What a key allows: until when, the base, how many tokens; and who may read the metrics."""
-
-from __future__ import annotations
+"""Limits of a key: its expiry, the base, tokens; and who may read the metrics."""
 
 import asyncio
 import json
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from conftest import lorafold
+from conftest import lorafold, make_tokenizer
 from lorafold.errors import LorafoldError
 from lorafold.serving.errors import Refusal
 from lorafold.serving.keys import (
@@ -31,21 +28,18 @@ from lorafold.serving.settings import read
 from serving_cases import ADMIN, Running, running, saved
 from serving_cases import until as true
 
+pytest_plugins = ["serving_fixtures"]
 SCRAPE = "a key for scraping of enough letters"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("limits")
-    (folder / "scrape").write_text(SCRAPE)
-    adapters = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, folder / "adapters")
-    model, scrape = tiny_model_dir("llama"), folder / "scrape"
-    with running(model, adapters, {"acme": ["*"]}, metrics_key=scrape) as found:
-        yield found
+def server(serve, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    scrape = tmp_path_factory.mktemp("limits") / "scrape"
+    scrape.write_text(SCRAPE)
+    return serve(keys={"acme": ["*"]}, metrics_key=scrape)
 
 
 def made(server: Running, tenant: str, **more: object) -> str:
-    """A new key of that server."""
     file = server.parts.settings.keys
     assert file is not None
     return new_key(file, tenant, ["*"], **more)
@@ -147,15 +141,15 @@ def test_a_tenant_gets_so_many_tokens(server: Running, period: str) -> None:
     assert complete(server, server.keys["acme"]).status == 200
 
 
-def test_counts_survive_a_restart(tiny_model_dir: Any, tmp_path: Path) -> None:
-    model, folder = tiny_model_dir("llama"), tmp_path / "adapters"
+def test_counts_survive_a_restart(llama: Path, tmp_path: Path) -> None:
+    model, folder = llama, tmp_path / "adapters"
     saved(model, {"a": lf.LoRA(rank=2)}, folder)
     with running(model, folder, {"acme": ["*"]}) as server:
         complete(server, server.keys["acme"])
         kept = server.parts.registry.file.with_name("state-tokens.json")
     assert not kept.exists()  # no key has a limit
-    key = new_key(tmp_path / "adapters-files" / "keys.json", "day", ["*"],
-                  limits={"tokens_per_day": 12})  # fmt: skip
+    file, limits = tmp_path / "adapters-files" / "keys.json", {"tokens_per_day": 12}
+    key = new_key(file, "day", ["*"], limits=limits)
     with running(model, folder, {"acme": ["*"]}) as server:
         stream = {"model": "a", "prompt": "The", "max_tokens": 20, "stream": True}
         answer = server.ask("/v1/completions", stream | {"ignore_eos": True}, key)
@@ -164,7 +158,7 @@ def test_counts_survive_a_restart(tiny_model_dir: Any, tmp_path: Path) -> None:
         true(kept.exists)  # while it runs, too
         assert complete(server, server.keys["acme"]).status == 200
     found = json.loads(kept.read_text())["tenants"]
-    assert found["day"]["day"]["tokens"] == len(server_tokens("The")) + 20
+    assert found["day"]["day"]["tokens"] == len(make_tokenizer()("The").input_ids) + 20
     assert "acme" in found
     with running(model, folder, {"acme": ["*"]}) as server:
         after = complete(server, key)
@@ -173,12 +167,6 @@ def test_counts_survive_a_restart(tiny_model_dir: Any, tmp_path: Path) -> None:
     told = pytest.raises(LorafoldError, match=r"state-tokens.json: .*move it away")
     with told, running(model, folder, {"acme": ["*"]}):
         pass
-
-
-def server_tokens(text: str) -> list[int]:
-    from conftest import make_tokenizer
-
-    return make_tokenizer()(text).input_ids
 
 
 def test_counts_begin_anew_with_the_time(tmp_path: Path) -> None:

@@ -1,11 +1,6 @@
-"""The page at `/`, in a browser: what a user sees, presses and is told, on a desktop and a phone,
-in light and in dark.
-"""
-
-from __future__ import annotations
+"""The page at `/`, in a browser: on a desktop and a phone, in light and in dark."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,67 +10,44 @@ from urllib.parse import urlencode
 import playwright.sync_api as sync
 import pytest
 
-from browser_cases import CONTRASTS, open_browser
+from browser_cases import CONTRASTS, faults, listen
 from engine_cases import METHODS
 from lorafold.serving.registry import AliasTarget
-from lorafold.serving.routes import models as routes
 from serving_cases import Running, running, saved
 
+pytest_plugins = ["browser_cases", "serving_fixtures"]
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
 LOOKS = [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light"), (PHONE, "dark")]
 IDS = ["desktop-light", "desktop-dark", "phone-light", "phone-dark"]
-API = re.compile(r"/(v1/|readyz$)")
 EVIL = "<img src=x onerror=\"document.title='taken'\">"
 INSPECTED = "<style>h1 { color: rgb(1, 2, 3) }</style><h1>Inside</h1><script>h1.remove()</script>"
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model_dir: Any, tmp_path_factory: Any) -> Path:
+def adapters(llama: Path, tmp_path_factory: Any) -> Path:
     specs = {name: METHODS[name] for name in ("dora", "lora")}
-    folder = saved(tiny_model_dir("llama"), specs, tmp_path_factory.mktemp("page") / "adapters")
+    folder = saved(llama, specs, tmp_path_factory.mktemp("page") / "adapters")
     (folder / "lora.html").write_text(INSPECTED)
     return folder
 
 
 @pytest.fixture(scope="module")
-def site(tiny_model_dir: Any, adapters: Path, often: None) -> Iterator[Running]:
-    with running(tiny_model_dir("llama"), adapters) as server:
+def site(llama: Path, adapters: Path, often: None) -> Iterator[Running]:
+    with running(llama, adapters) as server:
         server.parts.registry.point("newest", (AliasTarget(adapter="lora"),))
         yield server
 
 
-@pytest.fixture(scope="module")
-def often() -> Iterator[None]:
-    """The server looks for changes ten times a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routes, "EACH", 0.1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync.sync_playwright() as play:
-        found = open_browser(play)
-        yield found
-        found.close()
-
-
 @pytest.fixture
 def visit(browser: Any, site: Running) -> Iterator[Callable[..., Any]]:
-    """Open the page, and fail if it asked another host for anything, missed a file of its own, or
-    wrote to the console. What the API refuses the browser writes there itself.
-    """
+    """Open the page, and fail on what it should not write or ask for."""
     contexts: list[Any] = []
     told: list[str] = []
 
     def opened(query: str = "", url: str = site.url, viewport: Any = DESKTOP, **how: Any) -> Any:
         contexts.append(browser.new_context(viewport=viewport, **how))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("request", lambda one: one.url.startswith((url, "data:")) or told.append(one.url))
-        page.on("response", lambda one: one.ok or API.search(one.url) or told.append(one.url))
+        listen(page, url, told)
         page.goto(f"{url}/{query}")
         page.wait_for_selector("#door:not([hidden]), #chat:not([hidden])")
         return page
@@ -83,11 +55,10 @@ def visit(browser: Any, site: Running) -> Iterator[Callable[..., Any]]:
     yield opened
     for context in contexts:
         context.close()
-    assert [text for text in told if not text.startswith("Failed to load resource")] == []
+    assert faults(told) == []
 
 
 def ask(page: Any, question: str, length: int = 24) -> list[str]:
-    """Ask, and wait for both answers; their texts."""
     if not page.locator("#length").is_visible():
         page.click("#options summary")
     page.fill("#length", str(length))
@@ -113,9 +84,7 @@ def completion(site: Running, model: str, *messages: str, length: int = 24) -> s
 
 @pytest.mark.slow
 @pytest.mark.few(1)
-def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(
-    visit: Any, site: Running
-) -> None:
+def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(visit, site) -> None:
     page, base = visit(), site.parts.registry.base
     assert page.locator("#left").input_value() == base
     assert page.locator("#right").input_value() == "dora"
@@ -160,9 +129,7 @@ def test_a_system_message_and_the_choice_of_models_count(visit: Any, site: Runni
     assert page.locator(".answer").count() == 2
 
 
-def test_stop_ends_both_answers_here_and_in_the_server(
-    visit: Any, site: Running, monkeypatch: Any
-) -> None:
+def test_stop_ends_both_answers_here_and_in_the_server(visit, site, monkeypatch) -> None:
     engine = site.engine
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or step())
@@ -304,10 +271,8 @@ def test_the_keyboard_is_enough_and_everything_has_a_name(visit: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(
-    visit: Any, tiny_model_dir: Any, adapters: Path
-) -> None:
-    with running(tiny_model_dir("llama"), adapters, {"acme": ["lora"]}) as server:
+def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(visit, llama, adapters) -> None:
+    with running(llama, adapters, {"acme": ["lora"]}) as server:
         page, key = visit(url=server.url), server.keys["acme"]
         field, chat = page.get_by_label("Key", exact=True), page.locator("#chat")
         sync.expect(field).to_be_focused()
@@ -343,7 +308,6 @@ def test_the_inspected_page_opens_as_it_is_and_shut(visit: Any) -> None:
 
 
 def see_inspected(page: Any) -> None:
-    """Its style counts, its script does not, and it has no origin to act for."""
     heading = page.locator("h1")
     sync.expect(heading).to_have_text("Inside")
     sync.expect(heading).to_have_css("color", "rgb(1, 2, 3)")
@@ -351,10 +315,8 @@ def see_inspected(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_gone_is_told_and_waited_for(
-    visit: Any, site: Running, tiny_model_dir: Any, adapters: Path
-) -> None:
-    with running(tiny_model_dir("llama"), adapters) as server:
+def test_a_server_that_is_gone_is_told_and_waited_for(visit, site, llama, adapters) -> None:
+    with running(llama, adapters) as server:
         page = visit(url=server.url)
         trouble = page.locator("#trouble")
         sync.expect(page.locator("#rows tr")).to_have_count(4)
@@ -367,6 +329,6 @@ def test_a_server_that_is_gone_is_told_and_waited_for(
     ask(page, "Hello")
     for told in page.locator(".answer .error").all_text_contents():
         assert told.startswith("The connection to the server was lost")
-    with running(tiny_model_dir("llama"), adapters, port=server.port):
+    with running(llama, adapters, port=server.port):
         sync.expect(trouble).to_be_empty()
         assert ask(page, "Hello")[0] == completion(site, site.parts.registry.base, "Hello")

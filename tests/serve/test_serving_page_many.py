@@ -1,22 +1,21 @@
 """The page at `/`, in a browser: Markdown of hostile models, differences of answers, a table of ten
-thousand models, and what an administrator does there.
+thousand models, and administration.
 """
-
-from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import playwright.sync_api as sync
 import pytest
 
-from browser_cases import open_browser
+from browser_cases import faults, listen
 from engine_cases import METHODS
-from lorafold.serving.routes import models as routes
 from serving_cases import ADMIN, Running, running, saved
 
+pytest_plugins = ["browser_cases", "serving_fixtures"]
 MARKDOWN = """# Title
 
 Some **strong**, *leaning* and `<b>code</b>`; snake_case_name, 2 * 3 * 4.
@@ -44,6 +43,7 @@ HOSTILE = """<script>document.title='taken'</script>
 ```html" onload=alert(1)
 </code></pre><script>document.title='taken'</script>
 """
+CHATS = "**/v1/chat/completions"
 ALLOWED = "h4 h5 h6 p strong em code a ol ul li blockquote hr figure figcaption span button pre"
 LONG = [
     part * 9000 for part in ("`a", "[", "> ", "**a", "_a ", "- ", "![](https://", "*a ", "```",
@@ -52,47 +52,26 @@ LONG = [
 
 
 @pytest.fixture(scope="module")
-def site(tiny_model_dir: Any, tmp_path_factory: Any, often: None) -> Iterator[Running]:
+def site(llama: Path, tmp_path_factory: Any, often: None) -> Iterator[Running]:
     specs = {name: METHODS[name] for name in ("dora", "lora")}
-    folder = saved(tiny_model_dir("llama"), specs, tmp_path_factory.mktemp("many") / "adapters")
-    broken = folder / "broken"
-    broken.mkdir()
-    (broken / "adapter_config.json").write_text("{")
-    with running(tiny_model_dir("llama"), folder) as server:
+    folder = saved(llama, specs, tmp_path_factory.mktemp("many") / "adapters")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text("{")
+    with running(llama, folder) as server:
         assert server.parts.registry.watcher.settled(30)
         yield server
 
 
-@pytest.fixture(scope="module")
-def often() -> Iterator[None]:
-    """The server looks for changes ten times a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routes, "EACH", 0.1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync.sync_playwright() as play:
-        found = open_browser(play)
-        yield found
-        found.close()
-
-
 @pytest.fixture
 def page(browser: Any, site: Running) -> Iterator[Any]:
-    """The page, opened; what it wrote to the console fails the test."""
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-    found, told = context.new_page(), []
-    found.set_default_timeout(10_000)
-    found.on("console", lambda message: told.append(message.text))
-    found.on("pageerror", lambda error: told.append(str(error)))
-    found.on("request", lambda one: one.url.startswith((site.url, "data:")) or told.append(one.url))
+    found, told = context.new_page(), list[str]()
+    listen(found, site.url, told)
     found.goto(site.url)
     found.wait_for_selector("#chat:not([hidden])")
     yield found
     context.close()
-    assert [text for text in told if not text.startswith("Failed to load resource")] == []
+    assert faults(told) == []
 
 
 def say(page: Any, *answers: str) -> Any:
@@ -102,15 +81,13 @@ def say(page: Any, *answers: str) -> Any:
         chunks = ({"choices": [{"index": 0, "delta": {"content": text}}]}, {"choices": []})
         return "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n"
 
-    bodies = iter(answers)
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(body=stream(next(bodies)), content_type="text/event-stream"),
-    )
+    bodies = iter(stream(text) for text in answers)
+    kind = "text/event-stream"
+    page.route(CHATS, lambda route: route.fulfill(body=next(bodies), content_type=kind))
     page.fill("#question", "Hello")
     page.press("#question", "Enter")
     sync.expect(page.locator("#send")).to_be_enabled(timeout=30_000)
-    page.unroute("**/v1/chat/completions")
+    page.unroute(CHATS)
     return page.locator("#turns > li").last
 
 
@@ -156,31 +133,25 @@ def test_hostile_markdown_becomes_text_and_takes_a_moment(page: Any) -> None:
     for text in ("<script>", "[a](javascript:document.title='taken')", "<style>", "<https://e.org>"):
         assert text in answer.text_content()
     assert page.title() == "lorafold"
-    took = page.evaluate(
-        """async (texts) => {
-          const { Formatted } = await import("/markdown.js");
-          const began = performance.now();
-          for (const text of texts) new Formatted(document.createElement("div")).show(text);
-          return performance.now() - began;
-        }""",
-        LONG,
-    )
-    assert took < 5000
+    script = """async (texts) => {
+      const { Formatted } = await import("/markdown.js");
+      const began = performance.now();
+      for (const text of texts) new Formatted(document.createElement("div")).show(text);
+      return performance.now() - began;
+    }"""
+    assert page.evaluate(script, LONG) < 5000
 
 
 def test_formatted_text_that_grows_is_what_it_is_at_once(page: Any) -> None:
-    same = page.evaluate(
-        """async (text) => {
-          const { Formatted } = await import("/markdown.js");
-          const [grown, once] = [0, 0].map(() => document.createElement("div"));
-          const growing = new Formatted(grown);
-          for (let n = 0; n <= text.length; n++) growing.show(text.slice(0, n));
-          new Formatted(once).show(text);
-          return grown.innerHTML === once.innerHTML && once.children.length === 5;
-        }""",
-        MARKDOWN,
-    )
-    assert same
+    script = """async (text) => {
+      const { Formatted } = await import("/markdown.js");
+      const [grown, once] = [0, 0].map(() => document.createElement("div"));
+      const growing = new Formatted(grown);
+      for (let n = 0; n <= text.length; n++) growing.show(text.slice(0, n));
+      new Formatted(once).show(text);
+      return grown.innerHTML === once.innerHTML && once.children.length === 5;
+    }"""
+    assert page.evaluate(script, MARKDOWN)
 
 
 def test_differences_are_marked_word_by_word(page: Any) -> None:
@@ -197,9 +168,8 @@ def test_differences_are_marked_word_by_word(page: Any) -> None:
     parts = box.locator(".text > *")
     assert parts.evaluate_all(kept % "ins") == left
     assert parts.evaluate_all(kept % "del") == right
-    assert say(page, left, left).locator("summary").last.text_content() == (
-        "Both answers are the same"
-    )
+    same = say(page, left, left).locator("summary").last
+    assert same.text_content() == "Both answers are the same"
     assert say(page, left, right).locator(".compared").evaluate("e => e.open")  # as before
 
     told = """async ([a, b]) => (await import("/difference.js")).differences(a, b)"""
@@ -227,9 +197,8 @@ def test_ten_thousand_models_are_searched_filtered_and_sorted(page: Any) -> None
     event = {"object": "list", "data": models(10_000), "status": "", "administrator": True}
     later = {"object": "changes", "data": [], "removed": ["a-00001"]}
     bodies = iter(["".join(f"data: {json.dumps(one)}\n\n" for one in (event, later))])
-    page.route(
-        "**/v1/models/events", lambda route: route.fulfill(body=next(bodies, ": nothing new\n\n"))
-    )
+    quiet = ": nothing new\n\n"
+    page.route("**/v1/models/events", lambda route: route.fulfill(body=next(bodies, quiet)))
     began = time.monotonic()
     page.reload()
     shown, rows = page.locator("#shown"), page.locator("#rows tr")
@@ -339,9 +308,7 @@ def test_an_administrator_changes_adapters_and_aliases(page: Any, site: Running)
     assert page.evaluate(unnamed) == []
 
 
-def test_what_is_not_seen_holds_no_stream_and_what_ends_is_asked_for_again(
-    page: Any, site: Running
-) -> None:
+def test_what_is_not_seen_holds_no_stream_and_what_ends_is_asked_for_again(page, site) -> None:
     seen = "Object.defineProperty(document, 'visibilityState', {value: %r, configurable: true});" \
         "document.dispatchEvent(new Event('visibilitychange'))"  # fmt: skip
     sync.expect(page.locator("#rows tr")).to_have_count(3)

@@ -1,6 +1,4 @@
-"""Nothing that a client sends is in the log, but the path: whatever becomes of its request."""
-
-from __future__ import annotations
+"""The log has nothing that a client sends but the path, whatever becomes of the request."""
 
 import asyncio
 import io
@@ -11,19 +9,18 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.responses import PlainTextResponse
 
-import lorafold as lf
 from lorafold.engine.runner import SlotRunner
 from lorafold.engine.sequence import Text
 from lorafold.serving import logs
 from lorafold.serving.app import Gate
-from serving_cases import ADMIN, Running, raw, running, saved, until
+from serving_cases import ADMIN, Running, raw, until
 
+pytest_plugins = ["serving_fixtures"]
 MARK = "zq7marker9xk"
 LOGGERS = ("lorafold", "uvicorn", "asyncio", "sse_starlette")
 TURNS, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -35,16 +32,12 @@ class PanicException(BaseException):
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("private")
-    adapters = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, folder / "adapters")
-    with running(tiny_model_dir("llama"), adapters, {"acme": ["a"]}) as found:
-        yield found
+def server(serve) -> Running:
+    return serve(keys={"acme": ["a"]})
 
 
 @pytest.fixture(params=["plain", "json"])
 def written(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What the server writes to stderr."""
     found = io.StringIO()
     before = {n: vars(logging.getLogger(n)).copy() for n in LOGGERS}
     hooks = threading.excepthook, sys.unraisablehook
@@ -60,7 +53,7 @@ def written(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.String
 
 
 def check_private(written: io.StringIO) -> str:
-    """The log, in which the mark stands in paths alone."""
+    """The log, in which the mark is in paths alone."""
     text = written.getvalue()
     for line in text.splitlines():
         assert len(line) < 5000
@@ -109,9 +102,7 @@ def bodies() -> Iterator[tuple[str, Any]]:
     yield "/admin/adapters", {MARK: MARK}
 
 
-def test_the_log_has_nothing_that_clients_send(
-    server: Running, written: io.StringIO, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_log_has_nothing_that_clients_send(server, written, capfd) -> None:
     key, statuses = server.keys["acme"], set()
     for path, body in bodies():
         for used in (ADMIN if "l" in path[4:6] or "admin" in path else key, MARK):
@@ -154,7 +145,7 @@ def test_defects_are_told_without_their_messages(
         (Text, "finish", "not_computed"), (base.texts, "legacy_logprobs", "internal_error"),
         *([(SlotRunner, "forward", "not_computed")] if fault is boom else []),
     )  # fmt: skip
-    before = server.ask("/metrics", key=ADMIN).content.decode()
+    before = server.metrics(ADMIN)
     for owner, name, code in places:
         for prompt in (MARK, MARK * 10):
             with monkeypatch.context() as patch:
@@ -167,7 +158,7 @@ def test_defects_are_told_without_their_messages(
     text = check_private(written)
     assert type_of(fault) in text
     assert "test_serving_private.py" in text
-    after = server.ask("/metrics", key=ADMIN).content.decode()
+    after = server.metrics(ADMIN)
     for code in ("internal_error", "not_computed"):
         of_code = [name for *_, name in places].count(code)
         assert counted(after, code) == counted(before, code) + 2 * of_code
@@ -182,7 +173,6 @@ def type_of(fault: Any) -> str:
 
 
 def counted(metrics: str, outcome: str) -> float:
-    """How many requests ended so."""
     found = re.findall(rf'lorafold_requests_total{{.*outcome="{outcome}".*}} (\S+)', metrics)
     return sum(map(float, found))
 
@@ -207,10 +197,8 @@ def test_the_death_of_the_engine_and_lost_tasks_are_told_without_messages(
     assert "ValueError" in text
 
 
-def test_a_client_that_leaves_in_its_body_is_counted_as_one(
-    server: Running, written: io.StringIO
-) -> None:
-    before = counted(server.ask("/metrics", key=ADMIN).content.decode(), "client_left")
+def test_a_client_that_leaves_in_its_body_is_counted_as_one(server, written) -> None:
+    before = counted(server.metrics(ADMIN), "client_left")
     for path in (PLAIN, TURNS, "/v1/responses", "/tokenize"):
         with socket.create_connection(("127.0.0.1", server.port)) as at:
             head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -221,19 +209,24 @@ def test_a_client_that_leaves_in_its_body_is_counted_as_one(
     assert "Traceback" not in text
     assert " in " not in text
     assert text.count("outcome=client_left") == 4
-    after = counted(server.ask("/metrics", key=ADMIN).content.decode(), "client_left")
-    assert after == before + 3
+    assert counted(server.metrics(ADMIN), "client_left") == before + 3
 
 
 def test_of_a_whole_address_the_path_alone_is_kept(server: Running, written: io.StringIO) -> None:
-    """Of uvicorn's parsers one gives the address as it was sent."""
 
     async def ask() -> None:
         scope = {
             "type": "http", "method": "BREW", "path": "/nowhere", "headers": [],
             "raw_path": f"http://{MARK}@{MARK}/nowhere".encode(),
         }  # fmt: skip
-        await Gate(PlainTextResponse("", 404), server.parts)(scope, no_body, nothing)
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Any) -> None:
+            pass
+
+        await Gate(PlainTextResponse("", 404), server.parts)(scope, receive, send)
 
     asyncio.run(ask())
     text = check_private(written)
@@ -241,28 +234,17 @@ def test_of_a_whole_address_the_path_alone_is_kept(server: Running, written: io.
     assert re.search(r"method=other|\"method\": \"other\"", text)
 
 
-async def no_body() -> Any:
-    return {"type": "http.request", "body": b""}
-
-
-async def nothing(message: Any) -> None:
-    pass
-
-
-def test_with_log_texts_all_of_it_is_there(
-    tiny_model_dir: Any, tmp_path: Path, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, tmp_path / "adapters")
+def test_with_log_texts_all_of_it_is_there(serve_once, written, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", written)
         logs.set_up(True, texts=True)
-    with running(tiny_model_dir("llama"), folder, log_texts=True) as server:
-        server.text("a", MARK)
-        with monkeypatch.context() as patch:
-            patch.setattr(Text, "add", boom)
-            server.complete("a", "The")
-        monkeypatch.setattr(server.parts.registry.plain.renderer, "tokens", boom)
+    server = serve_once(log_texts=True)
+    server.text("a", MARK)
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "add", boom)
         server.complete("a", "The")
+    monkeypatch.setattr(server.parts.registry.plain.renderer, "tokens", boom)
+    server.complete("a", "The")
     lines = [json.loads(line) for line in written.getvalue().splitlines()]
     assert next(line["prompt"] for line in lines if "prompt" in line) == MARK
     assert any(f"{MARK} was found" in line.get("error", "") for line in lines)

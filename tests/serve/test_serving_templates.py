@@ -1,10 +1,9 @@
-"""Adapters with a tokenizer of their own: what the server renders, ends and decodes with."""
-
-from __future__ import annotations
+"""Adapters with a tokenizer of their own: how the server renders, ends and decodes with it."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai.types.responses import ResponseStreamEvent
@@ -19,7 +18,7 @@ from lorafold.serving.completion_job import CONTENT, REASONING, PartReader
 from lorafold.serving.errors import Refusal
 from lorafold.serving.registry import AliasTarget
 from lorafold.serving.rendering import Renderer
-from serving_cases import Running, running, saved
+from serving_cases import HELLO, Running, running, saved, strict
 
 END = "<|ends|>"
 TEMPLATE = (
@@ -42,7 +41,6 @@ PAIRS = (
     "<value>{{ v }}</value>{% endfor %}</call>{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-ASK = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 NAMES = ("own", "same", "plain")
 
@@ -55,30 +53,22 @@ def server(tmp_path_factory) -> Running:
     folder = tmp_path_factory.mktemp("templates")
     model = make_model_dir("llama", folder / "base")
     adapters = saved(model, dict.fromkeys(NAMES, lf.LoRA(rank=2)), folder / "adapters")
-    tokenizer = load_tokenizer(model)
-    own = folder / "own.jinja"
-    own.write_text(TEMPLATE.replace(END, str(tokenizer.eos_token)))
-    set_template(tokenizer, own)
-    for name in ("own", "same"):
+    tokenizer, words = load_tokenizer(model), folder / "words.jinja"
+    end = str(tokenizer.eos_token)
+    for name in ("own", "same", "other", "linked", "thinks"):
+        if name not in NAMES:
+            shutil.copytree(adapters / "plain", adapters / name)
+        words.write_text((THINKS if name == "thinks" else TEMPLATE).replace(END, end))
+        set_template(tokenizer, words)
         write_tokenizer(tokenizer, adapters / name)
-    shutil.copytree(adapters / "plain", adapters / "other")
-    write_tokenizer(tokenizer, adapters / "other")
     file = adapters / "other" / "tokenizer.json"
     content = json.loads(file.read_text())
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     file.write_text(json.dumps(content))
-    shutil.copytree(adapters / "plain", adapters / "linked")
-    write_tokenizer(tokenizer, adapters / "linked")
-    (folder / "elsewhere.json").write_bytes((adapters / "own" / "tokenizer.json").read_bytes())
-    (adapters / "linked" / "tokenizer.json").unlink()
-    (adapters / "linked" / "tokenizer.json").symlink_to(folder / "elsewhere.json")
-    shutil.copytree(adapters / "plain", adapters / "thinks")
-    thinks = folder / "thinks.jinja"
-    thinks.write_text(THINKS.replace(END, str(tokenizer.eos_token)))
-    set_template(tokenizer, thinks)
-    write_tokenizer(tokenizer, adapters / "thinks")
-    words = folder / "words.jinja"
+    linked = adapters / "linked" / "tokenizer.json"
+    linked.rename(folder / "elsewhere.json")
+    linked.symlink_to(folder / "elsewhere.json")
     words.write_text(TEMPLATE)
     recipe = lf.Recipe(
         method="lora", rank=2, steps=2, batch=1, lr=0.05, new_tokens=(END, "<|new|>"),
@@ -92,7 +82,7 @@ def server(tmp_path_factory) -> Running:
 
 
 def ids_of(server: Running, model: str, **asked: object) -> list[int]:
-    answer = server.ask("/tokenize", {"model": model, "messages": ASK} | asked)
+    answer = server.ask("/tokenize", {"model": model, "messages": HELLO} | asked)
     assert answer.status == 200, answer.content
     return answer.json["tokens"]
 
@@ -107,26 +97,19 @@ def test_an_adapter_renders_with_its_own_template(server):
     assert ids_of(server, "own") == ids_of(server, "same") != base
     text = server.ask("/detokenize", {"model": "own", "tokens": ids_of(server, "own")}).json
     assert text["prompt"].startswith("[user] Hello")
-    asked = {"model": "own", "messages": ASK, "max_tokens": 2, "return_token_ids": True}
-    said = server.ask("/v1/chat/completions", asked).json
+    said = server.chat("own", max_tokens=2, return_token_ids=True).json
     assert said["prompt_token_ids"] == ids_of(server, "own")
     assert renderer_of(server, "own") is renderer_of(server, "same")
     assert renderer_of(server, "plain") is renderer_of(server, "base")
 
 
-def made(
-    server: Running, model: str, messages: list[dict[str, str]], sanitized: bool = True
-) -> list[int]:
+def made(server: Running, model: str, messages: Any, sanitized: bool = True) -> list[int]:
     """The ids of a prompt, as transformers makes them of an adapter's own files or the base's."""
     folder = server.folder / model
     own = (folder / "tokenizer.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(folder if own else server.folder.parent / "base")
-    return list(
-        tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=True,
-            sanitize_control_tokens=sanitized,
-        )
-    )  # fmt: skip
+    how = {"return_dict": False, "sanitize_control_tokens": sanitized}
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **how))
 
 
 def test_a_client_can_t_open_a_turn_inside_a_content(server):
@@ -135,12 +118,10 @@ def test_a_client_can_t_open_a_turn_inside_a_content(server):
     for model in ("base", "plain", "own"):
         wanted = made(server, model, messages)
         assert ids_of(server, model, messages=messages) == wanted
-        asked = {"model": model, "messages": messages, "max_tokens": 1, "return_token_ids": True}
-        said = server.ask("/v1/chat/completions", asked).json
+        said = server.chat(model, messages, max_tokens=1, return_token_ids=True).json
         assert said["prompt_token_ids"] == wanted
-    end, new = (
-        renderer_of(server, "words").tokenizer.convert_tokens_to_ids(w) for w in (END, "<|new|>")
-    )
+    words = renderer_of(server, "words").tokenizer
+    end, new = words.convert_tokens_to_ids([END, "<|new|>"])
     ids = ids_of(server, "words", messages=[{"role": "user", "content": f"<|new|>{END}<|new|>"}])
     assert ids.count(new) == 2
     assert ids.count(end) == 1  # the template's own
@@ -173,12 +154,12 @@ def test_a_server_that_allows_control_tokens_reads_them(tmp_path, server):
 
 def test_tools_are_for_the_adapter_whose_template_shows_them(server):
     assert len(ids_of(server, "own", tools=[TOOL])) > len(ids_of(server, "own"))
-    asked = {"messages": ASK, "tools": [TOOL], "max_tokens": 2}
+    asked = {"tools": [TOOL], "max_tokens": 2}
     for model in ("base", "plain"):
-        refused = server.ask("/v1/chat/completions", {"model": model} | asked)
+        refused = server.chat(model, **asked)
         assert (refused.status, refused.code) == (400, "template_refuses")
-    forced = {"model": "own", "tool_choice": "required", "max_tokens": 400, "temperature": 0}
-    said = server.ask("/v1/chat/completions", asked | forced).json["choices"][0]
+    forced = {"tool_choice": "required", "max_tokens": 400, "temperature": 0}
+    said = server.chat("own", **asked | forced).json["choices"][0]
     assert said["finish_reason"] in ("tool_calls", "length")
 
 
@@ -186,16 +167,16 @@ def test_an_adapter_s_own_end_ends_its_turn(server):
     words = renderer_of(server, "words")
     end = words.tokenizer.convert_tokens_to_ids(END)
     assert end == len(renderer_of(server, "base").tokenizer)
-    asked = {"messages": ASK, "max_tokens": 4, "logit_bias": {str(end): 100}}
-    said = server.ask("/v1/chat/completions", asked | {"model": "words"}).json
+    asked = {"max_tokens": 4, "logit_bias": {str(end): 100}}
+    said = server.chat("words", **asked).json
     assert said["choices"][0]["finish_reason"] == "stop"
     assert said["usage"]["completion_tokens"] == 0
-    refused = server.ask("/v1/chat/completions", asked | {"model": "base"})
+    refused = server.chat("base", **asked)
     assert (refused.status, refused.json["error"]["param"]) == (400, "logit_bias")
 
 
 def test_a_new_template_counts_from_the_next_load_on(server):
-    """An alias renders as what it stands for, and a tokenizer that does not fit changes nothing."""
+    """An alias renders as its adapter, and a tokenizer that does not fit changes nothing."""
     registry, where = server.parts.registry, server.folder / "moving"
     shutil.copytree(server.folder / "plain", where)
     registry.load("moving")
@@ -228,39 +209,32 @@ def test_a_tokenizer_with_other_numbers_is_refused_alone(server):
 def test_the_text_is_that_of_generate(server, name):
     base = Path(server.parts.registry.directory.path).parent / "base"
     prompts = ["Hello", "The quick brown fox", "b a b a"]
-    wanted = lf.generate(
-        base, prompts, adapters=[server.folder / name], max_new_tokens=24, storage="fp32"
-    )
+    own = [server.folder / name]
+    wanted = lf.generate(base, prompts, adapters=own, max_new_tokens=24, storage="fp32")
     found, streamed = [], []
     for prompt in prompts:
-        asked = {
-            "model": name, "messages": [{"role": "user", "content": prompt}], "max_tokens": 24,
-            "temperature": 0,
-        }  # fmt: skip
-        said = server.ask("/v1/chat/completions", asked).json["choices"][0]
-        found.append(said["message"]["content"])
-        events = server.ask("/v1/chat/completions", asked | {"stream": True}).events
+        messages, how = [HELLO[0] | {"content": prompt}], {"max_tokens": 24, "temperature": 0}
+        found.append(server.chat(name, messages, **how).json["choices"][0]["message"]["content"])
+        events = server.chat(name, messages, **how, stream=True).events
         streamed.append("".join(e["choices"][0]["delta"].get("content", "") for e in events))
     assert found == wanted
     assert streamed == wanted
 
 
 def test_what_is_new_to_an_adapter_is_text_and_has_logprobs(server):
-    """New tokens are special, so that texts leave them out; their log probabilities name them."""
-    asked = {"model": "words", "messages": ASK, "logprobs": True, "top_logprobs": 20}
+    """New tokens are special, so texts leave them out; their log probabilities name them."""
     new = renderer_of(server, "words").tokenizer.convert_tokens_to_ids("<|new|>")
-    asked |= {"max_tokens": 3, "temperature": 0, "logit_bias": {str(new): 100}}
-    said = server.ask("/v1/chat/completions", asked).json["choices"][0]
+    asked = {"max_tokens": 3, "temperature": 0, "logit_bias": {str(new): 100}}
+    likely = server.chat("words", logprobs=True, top_logprobs=20, **asked).json
+    said = likely["choices"][0]
     assert [one["token"] for one in said["logprobs"]["content"]] == ["<|new|>"] * 3
     assert said["message"]["content"] == ""
 
 
 def test_a_schema_holds_for_an_adapter_with_new_tokens(server):
-    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
-              "additionalProperties": False}  # fmt: skip
+    schema = strict(a={"enum": [1, 2]})
     form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-    asked = {"model": "words", "messages": ASK, "response_format": form, "max_tokens": 200}
-    answer = server.ask("/v1/chat/completions", asked | {"temperature": 0})
+    answer = server.chat("words", response_format=form, max_tokens=200, temperature=0)
     assert answer.status == 200, answer.content
     choice = answer.json["choices"][0]
     if choice["finish_reason"] == "stop":
@@ -268,19 +242,17 @@ def test_a_schema_holds_for_an_adapter_with_new_tokens(server):
 
 
 def test_reasoning_is_told_apart(server):
-    """The prompt opens it, and what the model says is reasoning until it closes it."""
     reader = PartReader(renderer_of(server, "thinks").tokenizer, "[assistant] <think>", ())
     said = [reader.add(piece) for piece in ("Let me", " see</th", "ink>\n\nIt ", "is.")]
     assert said == [
         [(REASONING, "Let me")], [(REASONING, " see")], [(CONTENT, "It ")], [(CONTENT, "is.")],
     ]  # fmt: skip
     assert reader.finish() == ([], [])
-    asked = {"model": "thinks", "messages": ASK, "max_tokens": 6, "temperature": 0}
-    asked |= {"ignore_eos": True}
-    message = server.ask("/v1/chat/completions", asked).json["choices"][0]["message"]
+    asked = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    message = server.chat("thinks", **asked).json["choices"][0]["message"]
     assert message["content"] == ""
     assert message["reasoning_content"]
-    body = {"model": "thinks", "input": ASK, "max_output_tokens": 6, "temperature": 0}
+    body = {"model": "thinks", "input": HELLO, "max_output_tokens": 6, "temperature": 0}
     whole = server.ask("/v1/responses", body).json["output"]
     events = server.ask("/v1/responses", body | {"stream": True}).events
     streamed = events[-1]["response"]["output"]
@@ -290,15 +262,15 @@ def test_reasoning_is_told_apart(server):
     assert "".join(deltas) == whole[0]["content"][0]["text"]
     for event in events:
         TypeAdapter(ResponseStreamEvent).validate_python(event)
-    blocks = server.ask("/v1/messages", {"model": "thinks", "messages": ASK, "max_tokens": 6}).json
+    talk, off = {"model": "thinks", "messages": HELLO}, {"thinking": {"type": "disabled"}}
+    blocks = server.ask("/v1/messages", talk | {"max_tokens": 6}).json
     assert [block["type"] for block in blocks["content"]] == ["thinking"]
-    asked, off = {"model": "thinks", "messages": ASK}, {"thinking": {"type": "disabled"}}
-    all, fewer = (server.ask("/v1/messages/count_tokens", b).json for b in (asked, asked | off))
+    all, fewer = (server.ask("/v1/messages/count_tokens", b).json for b in (talk, talk | off))
     assert fewer["input_tokens"] < all["input_tokens"]
 
 
 def test_a_name_is_shown_where_the_template_has_it(server):
-    named = [ASK[0] | {"name": "bob"}]
+    named = [HELLO[0] | {"name": "bob"}]
     assert ids_of(server, "thinks", messages=named) != ids_of(server, "thinks")
     assert ids_of(server, "own", messages=named) == ids_of(server, "own")
 

@@ -1,8 +1,6 @@
-"""`name@digest` pins all that changes an answer: whatever of it changes on the disk and is loaded,
-the old digest is of nothing, and the new one is of what answers.
+"""`name@digest` pins all that changes an answer: whatever changes on the disk and is loaded has
+another digest.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -24,14 +22,12 @@ from lorafold.models.tokenizer import load_tokenizer, write_tokenizer
 from lorafold.verification.checks import Sandbox
 from serving_cases import ADMIN, Running, counted, running, saved
 
+pytest_plugins = ["serving_fixtures"]
 OLD = ("adapter_config.json", "adapter_model.safetensors", "lorafold.json", "manifest.json")
-ASK = [{"role": "user", "content": "Hello"}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
 def edited(name: str, **fields: Any) -> Callable[[Path], None]:
-    """A change of fields of a file of JSON."""
-
     def alter(at: Path) -> None:
         content = json.loads((at / name).read_text())
         (at / name).write_text(json.dumps(content | fields))
@@ -40,8 +36,6 @@ def edited(name: str, **fields: Any) -> Callable[[Path], None]:
 
 
 def written(name: str, text: str) -> Callable[[Path], None]:
-    """Another content of a file, or a new one."""
-
     def alter(at: Path) -> None:
         (at / name).parent.mkdir(exist_ok=True)
         (at / name).write_text(text)
@@ -57,7 +51,6 @@ def spaced(at: Path) -> None:
 
 
 def one_weight(at: Path) -> None:
-    """Another value of one weight."""
     tensors = load_file(at / OLD[1])
     name = sorted(tensors)[0]
     tensors[name].view(-1)[0] += 8
@@ -90,22 +83,22 @@ def make(folder: Path, model_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir, tmp_path_factory):
-    adapters = make(tmp_path_factory.mktemp("versions"), tiny_model_dir("llama"))
+def server(llama, tmp_path_factory):
+    adapters = make(tmp_path_factory.mktemp("versions"), llama)
     with running(adapters.parent / "base", adapters) as found:
         yield found
 
 
 def loaded(server: Running, name: str) -> str:
-    answer = server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN)
+    answer = server.load(name)
     assert answer.status == 200, answer.content
     return answer.json["digest"]
 
 
 def said(server: Running, model: str) -> tuple[int, Any]:
     """The status of a chat completion, and its prompt and text."""
-    asked = {"model": model, "messages": ASK, "max_tokens": 8, "temperature": 0}
-    answer = server.ask("/v1/chat/completions", asked | {"return_token_ids": True})
+    how = {"max_tokens": 8, "temperature": 0, "return_token_ids": True}
+    answer = server.chat(model, **how)
     if answer.status != 200:
         return answer.status, answer.code
     choice = answer.json["choices"][0]
@@ -133,13 +126,11 @@ def test_another_version_has_another_digest(what: str, server: Running) -> None:
     assert said(server, pinned) == (404, "model_not_found")
     assert said(server, f"own@{after[:12]}") == said(server, "own")
     assert said(server, "own")[0] == 200
-    assert (said(server, "own") == answer) == (
-        what in ("a key", "the record", "another template", "the tokenizer's configuration")
-    )
+    same = ("a key", "the record", "another template", "the tokenizer's configuration")
+    assert (said(server, "own") == answer) == (what in same)
 
 
 def in_words(at: Path) -> None:
-    """A tokenizer with another template."""
     write_tokenizer(load_tokenizer(at.parents[1] / "base"), at)
     (at / "chat_template.jinja").write_text(TEMPLATE)
 
@@ -161,7 +152,7 @@ def test_what_lies_below_has_to_be_what_it_was_trained_over(server: Running) -> 
     weights = server.folder / "low" / OLD[1]
     content, before = weights.read_bytes(), said(server, "high")
     one_weight(server.folder / "low")
-    refused = server.ask("/v1/load_lora_adapter", {"lora_name": "high"}, ADMIN)
+    refused = server.load("high")
     assert (refused.status, refused.code) == (400, "adapter_refused")
     assert "it was trained over" in refused.json["error"]["message"]
     assert said(server, "high") == before
@@ -170,7 +161,7 @@ def test_what_lies_below_has_to_be_what_it_was_trained_over(server: Running) -> 
 
 
 def test_what_was_verified_is_what_is_opened(server: Running, monkeypatch) -> None:
-    """A template that changes just after the process looked at it."""
+    """A template changes just after the process looked at it."""
     verify, template = Sandbox.verify, server.folder / "own" / "chat_template.jinja"
     before = said(server, "own")
 
@@ -185,10 +176,10 @@ def test_what_was_verified_is_what_is_opened(server: Running, monkeypatch) -> No
     assert said(server, "own") == before
 
 
-def test_digests_of_the_old_form_are_understood(tiny_model_dir, tmp_path, caplog) -> None:
+def test_digests_of_the_old_form_are_understood(llama, tmp_path, caplog) -> None:
     """By requests, aliases, and quarantines that were kept; the log says what to use instead."""
     caplog.set_level(logging.WARNING, "lorafold")
-    adapters = make(tmp_path, tiny_model_dir("llama"))
+    adapters = make(tmp_path, llama)
     files = tmp_path / "adapters-files"
     files.mkdir()
     written("chat_template.jinja", TEMPLATE)(adapters / "low")  # which the old form leaves out
@@ -221,11 +212,9 @@ def test_digests_of_the_old_form_are_understood(tiny_model_dir, tmp_path, caplog
     assert told[-1].endswith(f"use {keys['high']}")
 
 
-def test_a_stack_is_known_by_the_files_below_too(
-    tiny_model_dir, tmp_path, monkeypatch
-) -> None:
+def test_a_stack_is_known_by_the_files_below_too(llama, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
-    adapters, names = make(tmp_path, tiny_model_dir("llama")), counted(monkeypatch)
+    adapters, names = make(tmp_path, llama), counted(monkeypatch)
     with running(tmp_path / "base", adapters) as server:
         before = server.parts.registry.adapters["high"].digest
     first = len(names)
@@ -238,12 +227,10 @@ def test_a_stack_is_known_by_the_files_below_too(
     assert sorted(names[first:]) == ["high", "low", "low"]
 
 
-def test_what_is_known_and_the_fingerprint_are_of_the_base(
-    tiny_model_dir, tmp_path, monkeypatch
-) -> None:
+def test_what_is_known_and_the_fingerprint_are_of_the_base(llama, tmp_path, monkeypatch) -> None:
     """Not of its name: a copy is the same base, and another template or storage is another one."""
     monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
-    base = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "base"))
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
     names = counted(monkeypatch)
     adapters = saved(base, {"own": lf.LoRA(rank=2)}, tmp_path / "adapters")
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
@@ -252,15 +239,10 @@ def test_what_is_known_and_the_fingerprint_are_of_the_base(
         names.clear()
         with running(tmp_path / base, adapters, **options) as server:
             asked = {"prompt": "Hello", "max_tokens": 1}
-            models = (base, "own")
-            both = [server.ask("/v1/completions", asked | {"model": m}).json for m in models]
-            chat = {"model": "own", "messages": ASK, "max_tokens": 1}
-            assert server.ask("/v1/chat/completions", chat).json["system_fingerprint"] == (
-                both[1]["system_fingerprint"]
-            )
-            assert both[1]["system_fingerprint"].startswith(
-                f"{server.parts.registry.adapters['own'].key}+"
-            )
+            both = [server.ask("/v1/completions", asked | {"model": m}).json for m in (base, "own")]
+            own = both[1]["system_fingerprint"]
+            assert server.chat("own", max_tokens=1).json["system_fingerprint"] == own
+            assert own.startswith(f"{server.parts.registry.adapters['own'].key}+")
         return [one["system_fingerprint"].partition("+")[2] for one in both]
 
     first, second = fingerprints("base")
@@ -277,10 +259,10 @@ def test_what_is_known_and_the_fingerprint_are_of_the_base(
 
 
 def test_a_digest_that_may_be_of_another_version_stands_for_nothing(
-    tiny_model_dir, tmp_path, caplog
+    llama, tmp_path, caplog
 ) -> None:
     """Without a manifest an old digest is that which a version without a tokenizer has today."""
-    adapters = make(tmp_path, tiny_model_dir("llama"))
+    adapters = make(tmp_path, llama)
     with running(tmp_path / "base", adapters) as server:
         digest = server.ask("/v1/models/low").json["digest"]
         assert digest == digest_in_the_old_form(adapters / "low")

@@ -1,10 +1,7 @@
 """Open WebUI against the server, as docs/serve-chat.md points it there.
 
-It pins other versions of what lorafold needs, so that it has an environment of its own; the test
-runs where its command `open-webui` is on the path.
+It has an environment of its own; the test runs where its command `open-webui` is on the path.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -22,8 +19,9 @@ from urllib.request import Request, urlopen
 import pytest
 
 import lorafold as lf
-from serving_cases import Running, running, saved
+from serving_cases import Running
 
+pytest_plugins = ["serving_fixtures"]
 COMMAND = shutil.which("open-webui")
 DOCS = Path(__file__).parents[2] / "docs" / "serve-chat.md"
 pytestmark = [
@@ -33,12 +31,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("webui") / "adapters"
-    saved(tiny_model_dir("llama"), {n: lf.LoRA(rank=2) for n in ("acme-a", "beta-a")}, folder)
-    with running(tiny_model_dir("llama"), folder, {"acme": ["acme-*"]}) as found:
-        assert found.parts.registry.watcher.settled(30)
-        yield found
+def server(serve) -> Running:
+    found = serve({n: lf.LoRA(rank=2) for n in ("acme-a", "beta-a")}, {"acme": ["acme-*"]})
+    assert found.parts.registry.watcher.settled(30)
+    return found
 
 
 def told(server: Running) -> dict[str, str]:
@@ -51,17 +47,10 @@ def told(server: Running) -> dict[str, str]:
 
 
 class WebUI:
-    """Open WebUI as it runs.
-
-    Args:
-        url: its address.
-    """
-
     def __init__(self, url: str) -> None:
         self.url, self.token = url, ""
 
     def ask(self, path: str, body: Any = None) -> bytes:
-        """What it answers."""
         sent = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.token}"}
         with urlopen(Request(self.url + path, sent, headers), timeout=60) as answer:

@@ -1,7 +1,5 @@
 """Methods compared as policies: by rewards of held-out prompts, beside the base, in pairs."""
 
-from __future__ import annotations
-
 import html
 import io
 import json
@@ -16,6 +14,7 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
+from command_cases import rows_file, words
 from conftest import lorafold, refused
 from lorafold.comparing import measure as module
 from lorafold.comparing import run
@@ -74,9 +73,8 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     assert (base.reward, base.reward_interval) == (alone.reward, alone.reward_interval)
     assert base.prompt_rewards == alone.prompt_rewards
     assert base.rewards == {name: one.mean for name, one in alone.rewards.items()}
-    trained = lf.train(
-        RECIPE, data=TRAIN, model=model, out=tmp_path / "a", rewards=asked, device="cpu"
-    )
+    how_trained: dict[str, Any] = {"data": TRAIN, "model": model, "device": "cpu"}
+    trained = lf.train(RECIPE, out=tmp_path / "a", rewards=asked, **how_trained)
     alone = lf.evaluate(model, HELD_OUT, adapters=tmp_path / "a", **how)
     assert (lora.reward, lora.prompt_rewards) == (alone.reward, alone.prompt_rewards)
     assert lora.prompt_rewards != base.prompt_rewards
@@ -105,8 +103,7 @@ def test_rows_are_what_training_and_evaluating_alone_give(
 
 @pytest.mark.slow
 def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3))
+    rows = rows_file(tmp_path / "rows.jsonl", ROWS * 3)
     done = lorafold(
         "compare", "--model", str(tiny_model_dir("llama")), "--data", str(rows), "--out",
         str(tmp_path / "c"), "--methods", "lora,ia3", "--objective", "rloo", "--reward",
@@ -128,9 +125,7 @@ def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_reward_model_scores_what_is_compared(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reward_model_scores_what_is_compared(tiny_model_dir, tmp_path, monkeypatch) -> None:
     model, scored = tiny_model_dir("llama"), tmp_path / "reward"
     pairs = [{"prompt": f"Say {w}", "chosen": w, "rejected": w[::-1]} for w in WORDS]
     recipe = lf.Recipe(objective="reward", steps=2, batch=2, max_length=64, storage="fp32", lr=0.1)
@@ -155,15 +150,11 @@ class Asking(lf.LoRA):
 
 
 class Looking(lf.LoRA):
-    """A method that prepares its deltas without losses."""
-
     def prepare(self, deltas: Any, losses: Any) -> None:
         assert deltas
 
 
-def test_a_method_says_whether_it_asks_for_losses(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_says_whether_it_asks_for_losses(tiny_model_dir, tmp_path, monkeypatch) -> None:
     words = {m: make_spec(m).asks_losses for m in METHODS}
     assert {m for m, asks in words.items() if asks} == {"lt-sft", "fish"}
     for method, over in (("fish", {}), ("dora", {"over": "fish"})):
@@ -261,7 +252,6 @@ def test_losses_are_compared_in_pairs_too() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> None:
-    """However clear the rows are: they say nothing of other seeds."""
     rows = [one for one in thrice(BEFORE, WORSE, BETTER) if one.seed < seeds]
     said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict (3 needed)"
     assert verdict(rows) == f"{said}; run it again with --seeds 3, which keeps these figures"
@@ -305,14 +295,12 @@ def test_one_method_under_other_seeds_is_not_told_from_itself(seeds: int, power:
 
 
 def test_many_lines_of_one_method_are_not_told_apart_either() -> None:
-    """Of ten pairs, the best is one by luck."""
     chance = np.random.default_rng(0)
     told = [bool(distinguished_pairs(drawn(chance, "abcde", 3))) for _ in range(100)]
     assert sum(told) <= 8
 
 
 def test_what_decides_fits_a_terminal_whole() -> None:
-    """Also long figures and names; nothing is cut."""
     rows = [BEFORE, BETTER, policy("linear-probe", -1234.5, 17.25, 99.75)]
     many = [replace(row, peak_bytes=int(12.5e9), train_seconds=12345.0) for row in rows]
     base, lora = losses(BASE, 1, 2, 3, 4), losses("lora", 0.5, 1.5, 2.5, 3.4)
@@ -360,17 +348,13 @@ def test_bad_input(case: str, tiny_model_dir, tmp_path: Path) -> None:
 
 
 def test_the_command_needs_a_reward(tiny_model_dir, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    asked = ["compare", "--objective", "grpo", "--data", rows, "--out", tmp_path / "c"]
-    told = refused(*map(str, asked), "--max-length", "300", "--model",
-                   str(tiny_model_dir("llama")))  # fmt: skip
+    rows = rows_file(tmp_path / "rows.jsonl", ROWS)
+    asked = words("compare", objective="grpo", data=rows, out=tmp_path / "c", max_length=300)
+    told = refused(*asked, "--model", str(tiny_model_dir("llama")))
     assert "found no reward" in told
 
 
-def test_methods_that_can_not_are_left_out_and_named(
-    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_methods_that_can_not_are_left_out_and_named(tiny_model_dir, tmp_path, monkeypatch) -> None:
     told, planned = io.StringIO(), list[str]()
 
     def plan(task: Any, asked: list[Variant], *_: object) -> list[Measurement]:

@@ -1,11 +1,6 @@
-"""What learns or measures: mixtures in files and models, the search of LoRAHub, interference and
-geometry, and the command itself.
-"""
+"""Compositions that learn or measure: mixtures, LoRAHub, interference, and the command."""
 
-import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +10,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
+from command_cases import error_of, printed, rows_file, words
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
-from lorafold.cli import app
-from lorafold.composing.interference import meetings, overlap
+from lorafold.composing.interference import meetings
 from lorafold.composing.methods import BOUND, minimized, write_mixture
 from lorafold.composing.request import ComposeRequest, Job
 from lorafold.composing.updates import names, read
@@ -56,34 +50,25 @@ def pair(llama: Path, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> list[Path]:
-    """Two files of rows, of answers that differ in kind."""
     root = tmp_path_factory.mktemp("tasks")
-    rows = {
-        "json": [
-            {"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'}
-            for n in range(8)
-        ],
-        "words": [
-            {"prompt": f"Remind me at {n}", "completion": f"I will, at {n}."} for n in range(8)
-        ],
-    }
-    for name, some in rows.items():
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    return [root / f"{name}.jsonl" for name in rows]
+    asked = {"json": "Book a table for {}", "words": "Remind me at {}"}
+    answers = {"json": '{{"people": {}}}', "words": "I will, at {}."}
+    found = []
+    for name, ask in asked.items():
+        rows = [{"prompt": ask.format(n), "completion": answers[name].format(n)} for n in range(8)]
+        found.append(rows_file(root / f"{name}.jsonl", rows))
+    return found
 
 
 def job(model: Path, adapters: list[Path], **options: Any) -> Job:
-    request = ComposeRequest(
-        Base(model), open_all(adapters), ("mixture",), Path("unused"), **options
-    )
+    given = open_all(adapters)
+    request = ComposeRequest(Base(model), given, ("mixture",), Path("unused"), **options)
     opened = (fresh_model(model), load_tokenizer(model))
     return Job(request, read(Base(model), request.adapters), lambda: opened, Console(quiet=True))
 
 
 @pytest.fixture
 def mixed(llama: Path, pair: list[Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A mixture as it starts."""
-
     def write(gates: str) -> Path:
         write_mixture(job(llama, pair), tmp_path / gates, gates)  # type: ignore[arg-type]
         return tmp_path / gates
@@ -92,9 +77,7 @@ def mixed(llama: Path, pair: list[Path], tmp_path: Path) -> Callable[[str], Path
 
 
 @pytest.mark.parametrize("gates", GATINGS)
-def test_a_mixture_starts_as_the_average(
-    gates: str, llama: Path, pair: list[Path], mixed: Any, tmp_path: Path
-) -> None:
+def test_a_mixture_starts_as_the_average(gates: str, llama, pair, mixed, tmp_path) -> None:
     run(llama, pair, tmp_path / "average")
     expected = adapted_logits(llama, tmp_path / "average")
     assert relative(adapted_logits(llama, mixed(gates)), expected) < ROUNDING
@@ -104,24 +87,17 @@ def test_a_mixture_starts_as_the_average(
 @pytest.mark.parametrize(
     ("gates", "count"), [("global", 2), ("layer", 2 * 14), ("token", 2 * (2 * (32 * 6 + 64)))]
 )
-def test_gates_are_all_that_trains_and_each_once(
-    gates: str, count: int, llama: Path, mixed: Any
-) -> None:
+def test_gates_are_all_that_trains_and_each_once(gates: str, count: int, llama, mixed) -> None:
     model = fresh_model(llama)
     adapter = lf.load(model, mixed(gates), trainable=True)
     assert sum(p.numel() for p in adapter.parameters()) == count
-    logits_ = model(input_ids=torch.arange(3, 13)[None]).logits
-    logits_.square().sum().backward()
+    model(input_ids=torch.arange(3, 13)[None]).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
-    assert [
-        name for name, p in model.named_parameters() if p.requires_grad and ".deltas." not in name
-    ] == []
+    assert all(".deltas." in n for n, p in model.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("gates", GATINGS)
-def test_a_trained_mixture_is_saved_and_read_as_it_is(
-    gates: str, llama: Path, mixed: Any, tmp_path: Path
-) -> None:
+def test_a_trained_mixture_is_saved_and_read_as_it_is(gates: str, llama, mixed, tmp_path) -> None:
     model, path = fresh_model(llama), mixed(gates)
     adapter = lf.load(model, path, trainable=True)
     start = logits(model)
@@ -134,11 +110,8 @@ def test_a_trained_mixture_is_saved_and_read_as_it_is(
     assert relative(adapted_logits(llama, tmp_path / "again"), moved) < ROUNDING
     before, after = (load_file(p / WEIGHTS) for p in (path, tmp_path / "again"))
     assert before.keys() == after.keys()
-    assert all(
-        torch.equal(before[key], after[key])
-        for key in before
-        if not key.endswith(("gates", "router"))
-    )
+    kept = [key for key in before if not key.endswith(("gates", "router"))]
+    assert all(torch.equal(before[key], after[key]) for key in kept)
 
 
 def set_gates(path: Path, values: list[float]) -> Path:
@@ -149,37 +122,27 @@ def set_gates(path: Path, values: list[float]) -> Path:
     return path
 
 
-def test_a_mixture_under_fixed_gates_is_a_linear_composition(
-    llama: Path, pair: list[Path], mixed: Any, tmp_path: Path
-) -> None:
+def test_a_mixture_under_fixed_gates_is_a_linear_composition(llama, pair, mixed, tmp_path) -> None:
     path = set_gates(mixed("global"), [0.3, -1.1])
     run(llama, pair, tmp_path / "sum", weights=(0.3, -1.1))
     expected = updates(llama, tmp_path / "sum")
     same(updates(llama, path), expected)  # folded in the model
     merge(str(llama), [path], tmp_path / "merged", device="cpu", certificate=False)  # and on disk
-    assert (
-        relative(
-            logits(load_model(tmp_path / "merged", torch.float32)), adapted_logits(llama, path)
-        )
-        < ROUNDING
-    )
+    merged = logits(load_model(tmp_path / "merged", torch.float32))
+    assert relative(merged, adapted_logits(llama, path)) < ROUNDING
     run(llama, [path], tmp_path / "composed", weights=(1.0,))  # it is additive itself
     same(updates(llama, tmp_path / "composed"), expected)
 
 
 @torch.no_grad()
-def test_a_router_weighs_the_adapters_token_by_token(
-    llama: Path, pair: list[Path], mixed: Any
-) -> None:
+def test_a_router_weighs_the_adapters_token_by_token(llama, pair, mixed) -> None:
     model = fresh_model(llama)
     adapter = lf.load(model, mixed("token"))
     path = "model.layers.1.self_attn.q_proj"
     router = adapter.deltas[path].router
     router.copy_(torch.randn(router.shape, generator=torch.Generator().manual_seed(0)))
-    module, x = (
-        model.get_submodule(path),
-        torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)),
-    )
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    module = model.get_submodule(path)
     with lf.only(model):
         expected = module(x)
     gates = torch.softmax(x @ router.T, -1)
@@ -192,9 +155,7 @@ def test_a_router_weighs_the_adapters_token_by_token(
         adapter.merge()
 
 
-def test_a_routed_mixture_can_t_be_composed(
-    llama: Path, pair: list[Path], mixed: Any, tmp_path: Path
-) -> None:
+def test_a_routed_mixture_can_t_be_composed(llama, pair, mixed, tmp_path) -> None:
     with pytest.raises(LorafoldError, match="RoutedDelta"):
         run(llama, [pair[0], mixed("token")], tmp_path / "out")
 
@@ -210,9 +171,7 @@ def test_a_routed_mixture_can_t_be_composed(
         ("mixture_gates", lambda t: t[1:], "expected \\[2\\]"),
     ],
 )
-def test_a_damaged_mixture_is_refused(
-    key: str, change: Any, message: str, llama: Path, mixed: Any
-) -> None:
+def test_a_damaged_mixture_is_refused(key: str, change: Any, message: str, llama, mixed) -> None:
     path = mixed("global")
     tensors = load_file(path / WEIGHTS)
     name = next(k for k in tensors if k.endswith(key))
@@ -222,24 +181,16 @@ def test_a_damaged_mixture_is_refused(
         lf.load(fresh_model(llama), path)
 
 
-def test_updates_without_factors_are_cut_into_a_mixture(
-    llama: Path, pair: list[Path], tmp_path: Path
-) -> None:
-    adapters = [
-        pair[0],
-        make_adapter(llama, tmp_path / "lokr", spec=lf.LoKr(rank=2), targets=["v_proj"]),
-    ]
+def test_updates_without_factors_are_cut_into_a_mixture(llama, pair, tmp_path) -> None:
+    lokr = make_adapter(llama, tmp_path / "lokr", spec=lf.LoKr(rank=2), targets=["v_proj"])
+    adapters = [pair[0], lokr]
     with pytest.raises(LorafoldError, match="give --rank"):
         write_mixture(job(llama, adapters), tmp_path / "none", "global")
     assert write_mixture(job(llama, adapters, rank=32), tmp_path / "whole", "global") < ROUNDING
     assert 0.001 < write_mixture(job(llama, adapters, rank=4), tmp_path / "cut", "global") < 1
     run(llama, adapters, tmp_path / "average", rank=32)
-    assert (
-        relative(
-            adapted_logits(llama, tmp_path / "whole"), adapted_logits(llama, tmp_path / "average")
-        )
-        < ROUNDING
-    )
+    average = adapted_logits(llama, tmp_path / "average")
+    assert relative(adapted_logits(llama, tmp_path / "whole"), average) < ROUNDING
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -257,26 +208,23 @@ def test_the_search_finds_a_minimum_within_its_bounds(n: int) -> None:
     assert minimized(cost, n, 600, 0, lambda done, least: None) == found
 
 
-def test_the_search_says_how_far_it_is() -> None:
+def test_the_search_says_how_far_it_is_and_is_never_worse_than_the_average() -> None:
     heard: list[tuple[int, float]] = []
-    minimized(
-        lambda x: x[0] ** 2 + x[1] ** 2, 2, 12, 0, lambda done, least: heard.append((done, least))
-    )
+
+    def hear(done: int, least: float) -> None:
+        heard.append((done, least))
+
+    minimized(lambda x: x[0] ** 2 + x[1] ** 2, 2, 12, 0, hear)
     assert [done for done, _ in heard] == list(range(1, 13))
     assert [least for _, least in heard] == sorted((least for _, least in heard), reverse=True)
-
-
-def test_the_search_is_never_worse_than_the_average() -> None:
-    assert minimized(
-        lambda x: sum(abs(v - 0.5) for v in x), 2, 4, 0, lambda done, least: None
-    ) == pytest.approx((0.5, 0.5), abs=1e-6)
+    found = minimized(lambda x: sum(abs(v - 0.5) for v in x), 2, 4, 0, hear)
+    assert found == pytest.approx((0.5, 0.5), abs=1e-6)
 
 
 def dense(model: Path, a: Path, b: Path) -> dict[str, tuple[Tensor, Tensor]]:
     one, two = updates(model, a), updates(model, b)
-    return {
-        name.removesuffix(".weight"): (one[name], two[name]) for name in one.keys() & two.keys()
-    }
+    both = one.keys() & two.keys()
+    return {name.removesuffix(".weight"): (one[name], two[name]) for name in both}
 
 
 def test_geometry_is_that_of_the_dense_updates(llama: Path, pair: list[Path]) -> None:
@@ -300,23 +248,18 @@ def test_geometry_is_that_of_the_dense_updates(llama: Path, pair: list[Path]) ->
             for m in (x, y)
         ]
         where = large[0] & large[1]
-        assert at.sign_conflict == pytest.approx(
-            ((x * y < 0) & where).sum().item() / where.sum().item(), abs=0.02
-        )
+        conflict = ((x * y < 0) & where).sum().item() / where.sum().item()
+        assert at.sign_conflict == pytest.approx(conflict, abs=0.02)
     flat = [torch.cat([m[i].flatten() for m in both.values()]) for i in (0, 1)]
     assert found.overall is not None
-    assert found.overall.cosine == pytest.approx(
-        torch.cosine_similarity(*flat, dim=0).item(), abs=1e-5
-    )
+    cosine = torch.cosine_similarity(*flat, dim=0).item()
+    assert found.overall.cosine == pytest.approx(cosine, abs=1e-5)
 
 
-def test_an_adapter_meets_itself_and_its_negative(
-    llama: Path, pair: list[Path], tmp_path: Path
-) -> None:
+def test_an_adapter_meets_itself_and_its_negative(llama, pair, tmp_path) -> None:
     run(llama, pair[:1], tmp_path / "minus", "task-arithmetic", weights=(-1.0,))
-    three = meetings(
-        read(Base(llama), open_all([pair[0], pair[0], tmp_path / "minus"])), Console(quiet=True)
-    )
+    opened = open_all([pair[0], pair[0], tmp_path / "minus"])
+    three = meetings(read(Base(llama), opened), Console(quiet=True))
     for found, sign in zip(three, (1, -1, -1), strict=True):
         assert found.overall is not None
         assert found.overall.cosine == pytest.approx(sign, abs=1e-5)
@@ -326,51 +269,15 @@ def test_an_adapter_meets_itself_and_its_negative(
     assert "most opposed at" in str(three[1])
 
 
-def test_random_subspaces_share_what_chance_says() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shared = [
-        overlap(torch.randn(60, 3, generator=generator), torch.randn(60, 9, generator=generator))
-        for _ in range(300)
-    ]
-    assert sum(shared) / 300 == pytest.approx(9 / 60, abs=0.01)
-    eye = torch.eye(60)
-    assert overlap(eye[:, :3], eye[:, 3:9]) == 0
-    assert overlap(
-        eye[:, :3] @ torch.randn(3, 3, generator=generator), eye[:, :9]
-    ) == pytest.approx(1)
-
-
 def test_names_are_short_where_they_can_be() -> None:
     assert names(["x/a", "y/b"]) == ("a", "b")
     assert names(["x/a", "y/a"]) == ("x/a", "y/a")
     assert names(["x/a", "x/a"]) == ("x/a#1", "x/a#2")
 
 
-def command(*arguments: Any) -> dict[str, Any]:
-    done = CliRunner().invoke(
-        app, ["compose", *map(str, arguments), "--json"], catch_exceptions=False
-    )
-    assert done.exit_code == 0
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def repeated(option: str, values: Any) -> list[str]:
-    return list(itertools.chain.from_iterable((option, str(value)) for value in values))
-
-
-def test_the_command_says_weights_error_and_place(
-    llama: Path, pair: list[Path], tmp_path: Path
-) -> None:
-    said = command(
-        "--model",
-        llama,
-        *repeated("--adapter", pair),
-        "--out",
-        tmp_path / "out",
-        *repeated("--weight", [0.5, -2]),
-        "--rank",
-        3,
-    )
+def test_the_command_says_weights_error_and_place(llama, pair, tmp_path) -> None:
+    given = {"model": llama, "adapter": pair, "out": tmp_path / "out"}
+    said = printed("compose", **given, weight=[0.5, -2], rank=3)
     assert said["weights"] == [0.5, -2]
     assert said["out"] == str(tmp_path / "out")
     assert 0 < said["truncation_error"] < 1
@@ -379,46 +286,24 @@ def test_the_command_says_weights_error_and_place(
 
 
 @pytest.mark.slow
-def test_interference_is_what_evaluation_finds(
-    llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
-) -> None:
-    said = command(
-        "--model",
-        llama,
-        *repeated("--adapter", pair),
-        *repeated("--how", ["linear", "ties"]),
-        *repeated("--data", tasks),
-        "--out",
-        tmp_path / "out",
-        "--storage",
-        "fp32",
-    )
+def test_interference_is_what_evaluation_finds(llama, pair, tasks, tmp_path) -> None:
+    given = {"model": llama, "adapter": pair, "out": tmp_path / "out", "storage": "fp32"}
+    said = printed("compose", **given, how=["linear", "ties"], data=tasks)
     found = said["interference"]["tasks"]
     assert list(found) == ["json.jsonl", "words.jsonl"]
     made = {word: tmp_path / "out" / word for word in ("linear", "ties")}
-    live = {
-        "base": [],
-        "a": [pair[0]],
-        "b": [pair[1]],
-        **{word: [path] for word, path in made.items()},
-    }
-    assert {word: one["out"] for word, one in said["compositions"].items()} == {
-        word: str(path) for word, path in made.items()
-    }
-    losses = set()
+    live = {"base": [], "a": [pair[0]], "b": [pair[1]]}
+    live |= {word: [path] for word, path in made.items()}
+    compositions = said["compositions"].items()
+    assert {word: one["out"] for word, one in compositions} == {w: str(p) for w, p in made.items()}
+    losses, alone_ = set(), EvaluationSettings(completions=False)
     for path in tasks:
         assert list(found[path.name]) == list(live)
         for name, adapters in live.items():
             model = fresh_model(llama)
             for i, adapter in enumerate(adapters):
                 lf.load(model, adapter, f"x{i}")
-            alone = evaluate(
-                model,
-                load_tokenizer(llama),
-                read_rows(str(path)),
-                1024,
-                EvaluationSettings(completions=False),
-            )
+            alone = evaluate(model, load_tokenizer(llama), read_rows(str(path)), 1024, alone_)
             assert found[path.name][name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
             assert found[path.name][name]["n"] == 8
             assert found[path.name][name]["exact_match"] == 0
@@ -429,63 +314,27 @@ def test_interference_is_what_evaluation_finds(
 
 
 @pytest.mark.slow
-def test_what_is_learned_is_better_on_its_examples(
-    llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
-) -> None:
+def test_what_is_learned_is_better_on_its_examples(llama, pair, tasks, tmp_path) -> None:
     """Random adapters hurt, so learning leaves less of them than the average has."""
     words = ["linear", "lorahub", "mixture"]
-    said = command(
-        "--model",
-        llama,
-        *repeated("--adapter", pair),
-        *repeated("--how", words),
-        *repeated("--data", tasks),
-        *repeated("--examples", tasks),
-        "--out",
-        tmp_path / "out",
-        "--storage",
-        "fp32",
-        "--evaluations",
-        30,
-        "--set",
-        "steps=25",
-        "--no-completions",
-    )
+    given = {"model": llama, "adapter": pair, "out": tmp_path / "out", "storage": "fp32"}
+    learning = {"evaluations": 30, "set": "steps=25", "no_completions": True}
+    said = printed("compose", **given, how=words, data=tasks, examples=tasks, **learning)
+    found = said["interference"]["tasks"].values()
+    mean = {word: sum(row[word]["loss"] for row in found) for word in words}
     for name in ("lorahub", "mixture"):
-        mean = {
-            word: sum(row[word]["loss"] for row in said["interference"]["tasks"].values())
-            for word in words
-        }
         assert mean[name] < mean["linear"]
         assert said["compositions"][name]["weights"] != [0.5, 0.5]
         record = json.loads((tmp_path / "out" / name / "lorafold.json").read_text())["composed"]
         assert (record["how"], record["weights"]) == (name, said["compositions"][name]["weights"])
-        same(
-            updates(llama, tmp_path / "out" / name),
-            weighted(llama, pair, said["compositions"][name]["weights"]),
-        )
+        weights = said["compositions"][name]["weights"]
+        same(updates(llama, tmp_path / "out" / name), weighted(llama, pair, weights))
 
 
-def test_half_of_the_rows_are_set_apart_for_what_learns(
-    llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
-) -> None:
-    said = command(
-        "--model",
-        llama,
-        *repeated("--adapter", pair),
-        "--how",
-        "mixture",
-        "--gates",
-        "token",
-        *repeated("--data", tasks),
-        "--out",
-        tmp_path / "out",
-        "--storage",
-        "fp32",
-        "--set",
-        "steps=2",
-        "--no-completions",
-    )
+def test_half_of_the_rows_are_set_apart_for_what_learns(llama, pair, tasks, tmp_path) -> None:
+    given = {"model": llama, "adapter": pair, "out": tmp_path / "out", "storage": "fp32"}
+    learning = {"how": "mixture", "gates": "token", "set": "steps=2", "no_completions": True}
+    said = printed("compose", **given, data=tasks, **learning)
     assert {row[name]["n"] for row in said["interference"]["tasks"].values() for name in row} == {4}
     assert said["weights"] is None
     trained = json.loads((tmp_path / "out" / "lorafold.json").read_text())
@@ -499,7 +348,7 @@ def test_half_of_the_rows_are_set_apart_for_what_learns(
         (["--how", "nonsense"], "--how: found nonsense, expected one of"),
         (["--how", "ties", "--how", "ties"], "--how ties: given twice"),
         (["--weight", "1"], "--weight: found 1"),
-        (["--data", "missing.jsonl"], "missing.jsonl: there is no such file"),
+        (["--data", "missing.jsonl"], "error: missing.jsonl: there is no such file"),
         (["--set", "step=3"], "did you mean steps"),
     ],
     ids=" ".join,
@@ -507,33 +356,6 @@ def test_half_of_the_rows_are_set_apart_for_what_learns(
 def test_the_command_refuses_what_is_wrong(
     arguments: list[str], part: str, llama: Path, pair: list[Path], tmp_path: Path
 ) -> None:
-    given = [
-        "compose",
-        "--model",
-        str(llama),
-        *repeated("--adapter", pair),
-        "--out",
-        str(tmp_path / "out"),
-        *arguments,
-    ]
-    with pytest.raises(LorafoldError, match=part):
-        CliRunner().invoke(app, given, catch_exceptions=False)
+    given = words("compose", model=llama, adapter=pair, out=tmp_path / "out")
+    assert part in error_of(*given, *arguments)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_refusal_is_one_line_and_exit_code_2(pair: list[Path], tmp_path: Path) -> None:
-    given = [
-        "compose",
-        *repeated("--adapter", pair),
-        "--out",
-        str(tmp_path / "out"),
-        "--data",
-        "missing.jsonl",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "lorafold", *given], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("error: missing.jsonl")
-    assert "Traceback" not in done.stderr

@@ -1,10 +1,7 @@
-"""Inspecting, resizing, extracting and composing adapters of experts: every matrix of experts is
-taken on its own. The oracle is the change of the merged model's parameters.
+"""Inspecting, resizing, extracting and composing adapters of experts, each matrix on its own; the
+oracle is the change of the merged model's parameters.
 """
 
-from __future__ import annotations
-
-import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,10 +15,10 @@ from torch import Tensor
 
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
-from conftest import lorafold, make_tokenizer
+from command_cases import printed, rows_file
+from conftest import make_tokenizer
 from fresh_models import fresh_model
 from lorafold.composing.interference import meetings
-from lorafold.composing.methods import BOUND
 from lorafold.composing.updates import read
 from lorafold.core.delta import Over
 from lorafold.core.matrices import module_at
@@ -49,12 +46,11 @@ SPECS = {
     "vera": lf.VeRA(rank=8),
 }
 EXPERTS = ["gate_up_proj", "experts.down_proj"]
-ROWS = [
-    {"prompt": "Book a table", "completion": "for four"},
-    {"prompt": "Remind me", "completion": "tomorrow morning"},
-    {"prompt": "The quick brown fox", "completion": "jumps"},
-    {"prompt": "in the mountains", "completion": "rains"},
-]
+TURNS = {
+    "Book a table": "for four", "Remind me": "tomorrow morning", "The quick brown fox": "jumps",
+    "in the mountains": "rains",
+}  # fmt: skip
+ROWS = [{"prompt": prompt, "completion": text} for prompt, text in TURNS.items()]
 
 
 @pytest.fixture(scope="session")
@@ -109,9 +105,8 @@ def test_the_figures_of_each_expert_are_those_of_its_matrix(kind, method, moe_di
         assert figures.shape == list(dw.shape)
         known = torch.tensor(figures.singular_values, dtype=torch.float64)
         assert (known - s[: len(known)]).norm() < 1e-4 * s.norm()
-        assert figures.base.relative_norm == pytest.approx(
-            float(dw.norm() / weights[name].norm()), rel=1e-3
-        )
+        size = float(dw.norm() / weights[name].norm())
+        assert figures.base.relative_norm == pytest.approx(size, rel=1e-3)
     energy = sum(dw.square().sum() for dw in changes.values())
     assert found.whole.norm == pytest.approx(float(energy.sqrt()), rel=1e-3)
     assert "16 matrices of experts 16 changed" in " ".join(found.advice)
@@ -138,9 +133,8 @@ def test_experts_are_compared_where_they_meet_the_residual_stream(kind, moe_dir,
     model = fresh_model(base)
     svds = {n: s for at in sites(lf.load(model, tmp_path / "a")) for n, s in at.parts()}
     found = across_experts(svds, stream_of(model))
-    assert {site.rsplit(".", 1)[1]: of.side for site, of in found.items()} == {
-        "gate_up_proj": "read", "down_proj": "written",
-    }  # fmt: skip
+    sides = {site.rsplit(".", 1)[1]: of.side for site, of in found.items()}
+    assert sides == {"gate_up_proj": "read", "down_proj": "written"}
     for site, of in found.items():
         own = [svds[f"{site}[{e}]"] for e in range(E)]
         top = [(svd.v if of.side == "read" else svd.u)[:, :TOP] for svd in own]
@@ -185,21 +179,15 @@ def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, t
 def test_the_command_writes_all_figures(moe_dir, tmp_path):
     base = moe_dir("gpt-oss")
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=2))
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    page, asked = str(tmp_path / "page.html"), ["--model", str(base), "--full", "--json"]
-    done = lorafold(
-        "inspect", str(tmp_path / "a"), *asked, "--data", str(data), "--html", page,
-        "--storage", "fp32",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    data, page = rows_file(tmp_path / "rows.jsonl", ROWS), tmp_path / "page.html"
+    given = {"model": base, "full": True, "data": data, "html": page, "storage": "fp32"}
+    found = printed("inspect", tmp_path / "a", **given)
     assert len(found["sites"]) == 2 * (2 * E + 4)
     assert all("intruders" in site for site in found["sites"].values())
     assert set(found["experts"]) == {
         f"model.layers.{i}.mlp.experts.{name}_proj" for i in (0, 1) for name in ("gate_up", "down")
     }
-    assert "<h2>Experts</h2>" in Path(page).read_text()
+    assert "<h2>Experts</h2>" in page.read_text()
 
 
 def test_the_loss_along_the_update_is_that_of_scaled_matrices(moe_dir, tmp_path):
@@ -282,21 +270,15 @@ def test_updates_are_laid_over_a_model_by_their_matrices(moe_dir, tmp_path):
     assert torch.equal(logits(model), before)
 
 
-# --- composing -----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def pair(moe_dir, tmp_path_factory) -> Callable[[str], list[Path]]:
-    """Two adapters of other ranks and targets."""
-
     @cache
     def made(kind: str) -> list[Path]:
         root, base = tmp_path_factory.mktemp(kind), moe_dir(kind)
+        both = ["q_proj", EXPERTS[0]]
         return [
             make_adapter(base, root / "a", seed=1, spec=lf.LoRA(rank=3), targets=EXPERTS),
-            make_adapter(
-                base, root / "b", seed=2, spec=lf.LoRA(rank=2), targets=["q_proj", EXPERTS[0]]
-            ),
+            make_adapter(base, root / "b", seed=2, spec=lf.LoRA(rank=2), targets=both),
         ]
 
     return made
@@ -353,14 +335,14 @@ def test_svd_is_the_best_of_its_rank_and_dare_keeps_entries_as_they_are_divided(
         mean = FORMULAS["linear"]([of[name] for of in (a, b) if name in of])
         least = torch.linalg.svdvals(mean)[2:].norm()
         assert float((dw - mean).norm()) == pytest.approx(float(least), rel=1e-3, abs=1e-6)
-    for name, dw in updates(base, tmp_path / "dare").items():
+    dare = updates(base, tmp_path / "dare")
+    for name, dw in dare.items():
         kept = dw.abs() > 1e-5
         assert 0.4 < kept.double().mean() < 0.6
         assert (dw - 2 * a[name])[kept].norm() < 1e-4 * a[name].norm()
-    masks = [
-        updates(base, tmp_path / "dare")[f"model.layers.0.mlp.experts.down_proj[{e}]"].abs() > 1e-5
-        for e in (0, 1)
-    ]
+    path = "model.layers.0.mlp.experts.down_proj"
+    dare = updates(base, tmp_path / "dare")
+    masks = [dare[f"{path}[{e}]"].abs() > 1e-5 for e in (0, 1)]
     assert not masks[0].equal(masks[1])
 
 
@@ -392,16 +374,9 @@ def test_a_mixture_is_the_sum_under_its_gates(gates, moe_dir, pair, tmp_path):
         gate = gains[name.partition("[")[0]]
         expected = sum(g * of[name] for g, of in zip(gate, (a, b), strict=True) if name in of)
         assert (dw - expected).norm() < 1e-4 * expected.norm()
-    assert (
-        relative(adapted_logits(base, tmp_path / "mixed"), logits(merged(base, tmp_path / "mixed")))
-        < 1e-5
-    )
-
-
-def merged(base: Path, adapter: Path) -> Any:
-    model = fresh_model(base)
-    lf.load(model, adapter).merge()
-    return model
+    merged = fresh_model(base)
+    lf.load(merged, tmp_path / "mixed").merge()
+    assert relative(adapted_logits(base, tmp_path / "mixed"), logits(merged)) < 1e-5
 
 
 def test_a_router_of_adapters_at_each_expert(moe_dir):
@@ -421,21 +396,3 @@ def test_a_router_of_adapters_at_each_expert(moe_dir):
             gates = (delta.router[e] @ row).softmax(0)[delta.owner]
             expected = w[e] @ row + b[e] + delta.up[e] @ (gates * (delta.down[e] @ row))
             assert (y - expected).norm() < 1e-5 * expected.norm()
-
-
-def test_a_search_of_weights_runs(moe_dir, pair, tmp_path):
-    base, adapters = moe_dir("mixtral"), pair("mixtral")
-    found = lf.compose(
-        adapters,
-        tmp_path / "out",
-        model=base,
-        how="lorahub",
-        learning=lf.Learning(examples={"x": ROWS}, evaluations=3),
-    ).composed["lorahub"]
-    assert found.weights is not None
-    assert max(map(abs, found.weights)) <= BOUND
-    a, b = (updates(base, path) for path in adapters)
-    for name, dw in updates(base, tmp_path / "out").items():
-        weighed = zip(found.weights, (a, b), strict=True)
-        expected = sum(weight * of[name] for weight, of in weighed if name in of)
-        assert (dw - expected).norm() < 1e-4 * expected.norm()

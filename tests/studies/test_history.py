@@ -1,22 +1,17 @@
-"""What a run has shown is kept with its adapter, is the same after a kill, and is a page that shows
-completions as text.
-"""
-
-from __future__ import annotations
+"""The history of a run: kept with its adapter, the same after a kill, and a page."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import lorafold as lf
-from lorafold.cli import app
+from command_cases import printed
+from interrupted_runs import interrupted
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.history import History, observed
 from lorafold.inspecting.history_page import page
-from lorafold.training import loop
 from lorafold.training.checkpoint import Progress
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -81,20 +76,9 @@ def test_what_was_measured_before_the_first_step_is_no_best_step() -> None:
     assert Progress(evals={0: -1.0}).best is None
 
 
-def test_a_run_that_was_killed_has_the_same_record(
-    whole: tuple[Path, Any], tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = loop.train_step
-
-    def killed(job: Any, examples: Any, n: int) -> float:
-        if n == 3:
-            raise KeyboardInterrupt
-        return step(job, examples, n)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tiny_model_dir("llama"), tmp_path / "a")
+def test_a_run_that_was_killed_has_the_same_record(whole, tiny_model_dir, tmp_path) -> None:
+    with interrupted(3):
+        trained(tiny_model_dir("llama"), tmp_path / "a")
     state = tmp_path / "a.run" / "step-000003" / "state.json"
     assert {"shown", "measured", "samples"} <= {*json.loads(state.read_text())}
     trained(tiny_model_dir("llama"), tmp_path / "a", resume=True)
@@ -132,13 +116,9 @@ def test_the_card_says_what_judged_and_what_it_came_to(whole: tuple[Path, Any]) 
     assert "| objective | grpo |" in text
 
 
-def test_the_page_has_all_and_shows_completions_as_text(
-    whole: tuple[Path, Any], tmp_path: Path
-) -> None:
+def test_the_page_has_all_and_shows_completions_as_text(whole, tmp_path) -> None:
     out, file = whole[0], tmp_path / "page.html"
-    done = CliRunner().invoke(app, ["history", str(out), "--html", str(file), "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed("history", out, html=file)
     assert found["held_out"]["step"] == [0, 2, 4]
     text = file.read_text()
     assert text.count("<svg") == len(plots(found))
@@ -213,18 +193,11 @@ def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> 
     assert found.observations == []
     page(found, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 1
-    (tmp_path / "lorafold.json").write_text("{}")
-    with pytest.raises(LorafoldError, match="record of `lorafold train`: recipe: Field"):
-        lf.history(tmp_path)
-    (tmp_path / "lorafold.json").write_text(json.dumps(old | {"steps": {"reward": ["x"]}}))
-    with pytest.raises(LorafoldError, match=r"steps\.reward\.0.*valid number"):
-        lf.history(tmp_path)
-    hostile = {"step": [1], "reward": [0.5], "reward_interval": ["x"]}
-    (tmp_path / "lorafold.json").write_text(json.dumps(old | {"held_out": hostile}))
-    with pytest.raises(LorafoldError, match=r"held_out\.reward_interval\.0"):
-        lf.history(tmp_path)
     with pytest.raises(LorafoldError, match=r"found no lorafold\.json, expected what"):
         lf.history(tmp_path / "none")
+
+
+INTERVAL = {"step": [0, 1], "reward": [1, 2], "reward_interval": [[1, 2], 3]}
 
 
 @pytest.mark.parametrize(
@@ -235,18 +208,18 @@ def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> 
         ({"losses": [float("nan"), 0]}, r"losses\.0: Input should be a finite number"),
         ({"held_out": {"step": [0, None], "reward": [1, 2]}}, r"held_out\.step: expected whole"),
         ({"held_out": {"step": [0, 1], "reward": [[1, 2], 3]}}, r"held_out\.reward: expected num"),
-        (
-            {"held_out": {"step": [0, 1], "reward": [1, 2], "reward_interval": [[1, 2], 3]}},
-            r"held_out\.reward_interval: expected pairs",
-        ),
+        ({"held_out": INTERVAL}, r"held_out\.reward_interval: expected pairs"),
         ({"held_out": {"reward": [1, 2]}}, r"held_out\.reward: 2 for 0 measures"),
         ({"recipe": {"objective_options": "x"}}, r"recipe\.objective_options: expected an object"),
+        ({"steps": {"reward": ["x"]}}, r"steps\.reward\.0.*valid number"),
+        ({"held_out": {"step": [1], "reward": [0.5], "reward_interval": ["x"]}},
+         r"held_out\.reward_interval\.0"),
+        ({"recipe": None}, "record of `lorafold train`: recipe: Field"),
     ],
-)
-def test_a_record_that_was_changed_by_hand(
-    changed: dict[str, Any], told: str, tmp_path: Path
-) -> None:
+)  # fmt: skip
+def test_a_record_that_was_changed_by_hand(changed: dict[str, Any], told: str, tmp_path) -> None:
     kept = {"recipe": {}, "losses": [1.0, 0.5]} | changed
+    kept = {name: value for name, value in kept.items() if value is not None}
     (tmp_path / "lorafold.json").write_text(json.dumps(kept))
     with pytest.raises(LorafoldError, match=told):
         lf.history(tmp_path)

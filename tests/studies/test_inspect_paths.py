@@ -11,18 +11,12 @@ from lorafold.layers import layer_of
 from lorafold.methods import make_spec
 from lorafold.models.tokenizer import load_tokenizer
 
-ROWS = [
-    {"text": "Book a table for four at the Copper Lantern"},
-    {"text": "Remind me to call the plumber tomorrow morning"},
-]
+TEXTS = ("Book a table for four at the Copper Lantern", "Remind me to call the plumber tomorrow")
+ROWS = [{"text": text} for text in TEXTS]
 METHODS = {
-    "lora": ("lora", {}),
-    "pissa": ("pissa", {}),
-    "loha": ("loha", {}),
-    "dora": ("dora", {}),
-    "bias": ("lora", {"bias": "all"}),
-    "saved": ("lora", {}),
-}
+    "lora": ("lora", {}), "pissa": ("pissa", {}), "loha": ("loha", {}), "dora": ("dora", {}),
+    "bias": ("lora", {"bias": "all"}), "saved": ("lora", {}),
+}  # fmt: skip
 
 
 def laid(model, method: str, name: str, seed: int, **options) -> lf.Adapter:
@@ -39,15 +33,10 @@ def changes(adapter: lf.Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor |
     """What folding adds to weight and bias, by module path."""
     found = {}
     for path, delta in adapter.deltas.items():
-        w, b = (
-            t if t is None else t.detach()
-            for t in layer_of(adapter.model.get_submodule(path)).dense()
-        )
-        new_w, new_b = delta.fold(w, b)
-        found[path] = (
-            (new_w - w).detach(),
-            None if new_b is None else (new_b - (0 if b is None else b)).detach(),
-        )
+        layer = layer_of(adapter.model.get_submodule(path))
+        w, b = (t if t is None else t.detach() for t in layer.dense())
+        new_w, new_b = (t if t is None else t.detach() for t in delta.fold(w, b))
+        found[path] = (new_w - w, None if new_b is None else new_b - (0 if b is None else b))
     return found
 
 
@@ -56,11 +45,8 @@ def moved(model, *weighted: tuple[float, dict]):
         for weight, by_path in weighted:
             for path, (dw, db) in by_path.items():
                 module, layer = model.get_submodule(path), layer_of(model.get_submodule(path))
-                module.weight += weight * (
-                    dw
-                    if module.weight.shape == dw.shape and layer.dense()[0] is module.weight
-                    else dw.t()
-                )
+                whole = module.weight.shape == dw.shape and layer.dense()[0] is module.weight
+                module.weight += weight * (dw if whole else dw.t())
                 if db is not None:
                     module.bias += weight * db
     return model
@@ -74,22 +60,17 @@ def test_the_lines_are_straight_in_weight_space(case, kind, tiny_model, tiny_mod
     if case == "saved":
         options = {"modules_to_save": ["transformer.ln_f" if kind == "gpt2" else "model.norm"]}
     tokenizer, model = load_tokenizer(tiny_model_dir(kind)), tiny_model(kind)
-    first, second = (
-        changes(laid(model, method, "a", 0, **options)),
-        changes(laid(model, "lora", "b", 1)),
-    )
+    first = changes(laid(model, method, "a", 0, **options))
+    second = changes(laid(model, "lora", "b", 1))
     loss = loss_on(model, tokenizer, ROWS, 64)
-    along, across = (
-        scaling(model, "a", loss, (-0.5, 0.0, 1.0, 1.5)),
-        between(model, "a", "b", loss, (0.0, 0.25, 1.0)),
-    )
+    along = scaling(model, "a", loss, (-0.5, 0.0, 1.0, 1.5))
+    across = between(model, "a", "b", loss, (0.0, 0.25, 1.0))
     for t, found in along:
         expected = loss_on(moved(tiny_model(kind), (t, first)), tokenizer, ROWS, 64)()
         assert found == pytest.approx(expected, rel=1e-5)
     for t, found in across:
-        expected = loss_on(
-            moved(tiny_model(kind), (1 - t, first), (t, second)), tokenizer, ROWS, 64
-        )()
+        model = moved(tiny_model(kind), (1 - t, first), (t, second))
+        expected = loss_on(model, tokenizer, ROWS, 64)()
         assert found == pytest.approx(expected, rel=1e-5)
     losses = [loss for _, loss in along]
     assert max(losses) - min(losses) > 1e-3  # the line leads somewhere
@@ -115,9 +96,8 @@ def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(
     assert found.barrier == barrier(found.between)
     assert selection_of(model).names == ("a", "b")
     assert {path: list(m.deltas) for path, m in adapted_modules(model)} == state
-    assert losses_of(model, tokenizer, ROWS, 64) == pytest.approx(
-        {"loss_before": a, "loss_after": bare}
-    )
+    expected = {"loss_before": a, "loss_after": bare}
+    assert losses_of(model, tokenizer, ROWS, 64) == pytest.approx(expected)
 
 
 def test_barrier_is_measured_from_the_line_between_the_ends():
@@ -130,15 +110,13 @@ def test_barrier_is_measured_from_the_line_between_the_ends():
 def test_new_tokens_stay_as_they_are_along_a_line(tiny_model_dir, tmp_path):
     base, rows = tiny_model_dir("llama"), tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Hi<|user|>", "completion": "<|bot|> there"}\n' * 3)
-    recipe = lf.Recipe(
-        new_tokens=["<|user|>", "<|bot|>"], steps=2, batch=2, storage="fp32", lr=0.1
-    )
+    words = ["<|user|>", "<|bot|>"]
+    recipe = lf.Recipe(new_tokens=words, steps=2, batch=2, storage="fp32", lr=0.1)
     data = {"model": base, "data": rows, "device": "cpu"}
     lf.train(recipe, out=tmp_path / "nt", **data)
     found = lf.inspect(tmp_path / "nt", storage="fp32", **data).paths
-    expected = lf.evaluate(
-        base, rows, adapters=[tmp_path / "nt"], storage="fp32", device="cpu", completions=False
-    ).loss
+    how = {"adapters": [tmp_path / "nt"], "storage": "fp32", "device": "cpu"}
+    expected = lf.evaluate(base, rows, completions=False, **how).loss
     at = dict(found.scaling)
     assert at[1.0] == pytest.approx(expected, rel=1e-5)
     assert at[0.0] != pytest.approx(expected, rel=1e-5)

@@ -1,6 +1,4 @@
-"""Adapters of another rank, and out of a model: optimal, plain LoRA that PEFT reads, nothing else
-lost.
-"""
+"""Adapters of another rank, and out of a model: optimal, and plain LoRA that PEFT reads."""
 
 import json
 
@@ -58,12 +56,8 @@ def test_no_adapter_of_that_rank_is_nearer(method, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
     found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", rank=2)
-    before, after, lost, whole = (
-        updates(base, tmp_path / "a"),
-        updates(base, tmp_path / "b"),
-        0.0,
-        0.0,
-    )
+    before, after = (updates(base, tmp_path / name) for name in "ab")
+    lost = whole = 0.0
     for path, dw in before.items():
         s = torch.linalg.svdvals(dw)
         least = float(s[2:].norm() / s.norm())  # Eckart and Young
@@ -78,9 +72,8 @@ def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_i
     tiny_model_dir, tmp_path
 ):
     base = tiny_model_dir("llama")
-    spec = lf.LoRA(
-        rank=6, rank_pattern={"q_proj": 2, "down_proj": 5}, alpha_pattern={"down_proj": 20}
-    )
+    patterns = {"rank_pattern": {"q_proj": 2, "down_proj": 5}, "alpha_pattern": {"down_proj": 20}}
+    spec = lf.LoRA(rank=6, **patterns)
     make_adapter(base, tmp_path / "a", spec=spec)
     found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=0.7)
     assert len({site["rank"] for site in found.sites.values()}) > 1
@@ -100,9 +93,8 @@ def test_biases_saved_modules_and_token_rows_are_carried_over(tiny_model_dir, tm
     base = tiny_model_dir("qwen2")
     make_adapter(base, tmp_path / "a", bias="all", modules_to_save=["model.norm"], tokens=[5, 9])
     resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=1.0)
-    assert (
-        relative(adapted_logits(base, tmp_path / "b"), adapted_logits(base, tmp_path / "a")) < 1e-4
-    )
+    before, after = (adapted_logits(base, tmp_path / name) for name in "ab")
+    assert relative(after, before) < 1e-4
     before, after = (load_file(tmp_path / d / "adapter_model.safetensors") for d in "ab")
     beside = {key for key in before if "lora_" not in key}
     assert len(beside) > 3
@@ -116,10 +108,8 @@ def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_mode
     found = resize(Base(base), open_all([tmp_path / "fresh"]), tmp_path / "b", rank=8)
     assert found.error == 0
     assert {site["rank"] for site in found.sites.values()} == {0}
-    assert (
-        relative(adapted_logits(base, tmp_path / "b"), logits(fresh_model(base)))
-        < 1e-6
-    )
+    plain = logits(fresh_model(base))
+    assert relative(adapted_logits(base, tmp_path / "b"), plain) < 1e-6
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
     more = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "c", rank=8)
     assert {site["rank"] for site in more.sites.values()} == {3}
@@ -128,10 +118,8 @@ def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_mode
 def test_what_it_refuses(tiny_model_dir, tmp_path):
     base = Base(tiny_model_dir("gpt2"))
     make_adapter(base.source.path, tmp_path / "ia3", spec=lf.IA3())
-    with pytest.raises(
-        LorafoldError,
-        match=r"IA3Delta changes the bias of transformer.h.0.attn.c_attn together with its",
-    ):
+    told = r"IA3Delta changes the bias of transformer.h.0.attn.c_attn together with its"
+    with pytest.raises(LorafoldError, match=told):
         resize(base, open_all([tmp_path / "ia3"]), tmp_path / "out", rank=2)
     make_adapter(base.source.path, tmp_path / "prompt", spec=lf.Prompt(tokens=2))
     with pytest.raises(LorafoldError, match="no spectrum"):
@@ -152,9 +140,7 @@ def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):
     tuned = fresh_model(base)
     lf.load(tuned, tmp_path / "a").merge()
     tuned.save_pretrained(tmp_path / "tuned")
-    found = extract(
-        Base(base), Base(tmp_path / "tuned"), tmp_path / "out", rank=3
-    )
+    found = extract(Base(base), Base(tmp_path / "tuned"), tmp_path / "out", rank=3)
     assert found.error < 1e-4
     assert found.left_out == {}
     before, after = updates(base, tmp_path / "a"), updates(base, tmp_path / "out")
@@ -175,14 +161,11 @@ def test_extract_is_optimal_and_names_what_it_leaves_out(tiny_model_dir, tmp_pat
             if "mlp" in name or name == "model.norm.weight":
                 p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     tuned.save_pretrained(tmp_path / "tuned")
-    found = extract(
-        Base(base), Base(tmp_path / "tuned"), tmp_path / "out", rank=4
-    )
+    found = extract(Base(base), Base(tmp_path / "tuned"), tmp_path / "out", rank=4)
     plain, own = tuned.state_dict(), fresh_model(base).state_dict()
     norm = "model.norm.weight"
-    assert found.left_out == {
-        norm: pytest.approx(float((plain[norm] - own[norm]).norm() / own[norm].norm()), rel=1e-5)
-    }
+    moved = float((plain[norm] - own[norm]).norm() / own[norm].norm())
+    assert found.left_out == {norm: pytest.approx(moved, rel=1e-5)}
     assert set(found.sites) == {n.removesuffix(".weight") for n in own if "mlp" in n}
     for path, site in found.sites.items():
         s = torch.linalg.svdvals(plain[f"{path}.weight"] - own[f"{path}.weight"])

@@ -1,8 +1,4 @@
-"""The search for a task's intrinsic dimension: what it finds, that it goes on from what is there,
-and what it refuses.
-"""
-
-from __future__ import annotations
+"""The search for a task's intrinsic dimension."""
 
 import json
 import math
@@ -43,21 +39,16 @@ def test_the_smallest_power_of_two_that_gets_there(request_: RunRequest) -> None
     found = search(request_, 1, 64, 1e-6, seen.append)
     assert found.full_loss < found.base_loss
     assert [p.dimension for p in found.points] == sorted(p.dimension for p in seen)
+    whole = found.base_loss - found.full_loss
     for p in found.points:
-        assert p.reached == pytest.approx(
-            (found.base_loss - p.loss) / (found.base_loss - found.full_loss)
-        )
+        assert p.reached == pytest.approx((found.base_loss - p.loss) / whole)
     there = {p.dimension: p.reached >= 1e-6 for p in found.points}
     assert there[64]
     assert found.dimension is not None
     assert there[found.dimension]
     assert found.dimension == 1 or there.get(found.dimension // 2) is False
-    assert {p.name for p in request_.out.iterdir()} == {
-        "search.json",
-        "base.json",
-        "full.json",
-        *(f"{d}.json" for d in there),
-    }
+    names = {"search.json", "base.json", "full.json", *(f"{d}.json" for d in there)}
+    assert {p.name for p in request_.out.iterdir()} == names
 
 
 def test_it_goes_on_from_what_is_there(request_: RunRequest) -> None:

@@ -1,13 +1,10 @@
 """The pages that the program writes, in a browser: nothing is cut, covered or wider than the
-screen, and all of it can be read, on a desktop and a phone, in light and in dark.
+screen, and all of it can be read.
 """
-
-from __future__ import annotations
 
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -15,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import sync_playwright
 from rich.cells import cell_len
 
 import lorafold as lf
 from adapter_cases import make_adapter
-from browser_cases import CONTRASTS, CUT, open_browser
+from browser_cases import CONTRASTS, CUT
 from conftest import lorafold, refused
 from conversation_cases import ROWS
 from lorafold.files.plots import SERIES, brief, distinct, drawing, folded, number, scaled, short
@@ -28,13 +24,7 @@ from page_cases import CHINESE, LONG, PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as play:
-        found = open_browser(play)
-        yield found
-        found.close()
+pytest_plugins = ["browser_cases"]
 
 
 def see(browser: Any, file: Path) -> None:
@@ -68,9 +58,7 @@ def test_a_report_can_be_read_everywhere(name: str, browser: Any, tmp_path: Path
     see(browser, file)
 
 
-def test_an_update_can_be_read_everywhere(
-    tiny_model_dir: Any, browser: Any, tmp_path: Path
-) -> None:
+def test_an_update_can_be_read_everywhere(tiny_model_dir, browser, tmp_path) -> None:
     base, file = tiny_model_dir("llama"), tmp_path / "page.html"
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=4), targets=["q_proj", "down_proj"])
     done = lorafold("inspect", str(tmp_path / "a"), "--model", str(base), "--html", str(file))
@@ -78,9 +66,7 @@ def test_an_update_can_be_read_everywhere(
     see(browser, file)
 
 
-def test_rows_and_a_run_on_them_can_be_read_everywhere(
-    tiny_model_dir: Any, browser: Any, tmp_path: Path
-) -> None:
+def test_rows_and_a_run_on_them_can_be_read_everywhere(tiny_model_dir, browser, tmp_path) -> None:
     file, data = tmp_path / "page.html", tmp_path / "rows.jsonl"
     data.write_text(json.dumps(ROWS["both"]))
     run = ["train", "--model", str(tiny_model_dir("llama")), "--data", str(data), "--out",

@@ -1,16 +1,13 @@
-"""Several workers share a study: the same command, started twice, in the same directory. One is
-killed in the middle; the others end with the table that one process makes alone, nothing is lost
-and nothing finished is measured again.
+"""Several workers share a study. One is killed in the middle; the others end with the table that
+one process makes alone, and nothing finished is measured again.
 """
-
-from __future__ import annotations
 
 import json
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from filelock import SoftFileLease
 from rich.console import Console
 
 import lorafold as lf
+from command_cases import rows_file, words
 from lorafold.api.task_rows import train_and_test
 from lorafold.comparing.measure import BASE, ComparisonTask, measure
 from lorafold.files.claims import CLAIM, LEASE
@@ -37,11 +35,6 @@ MEASURED = {
     "latency_merged", "prefill_merged",
 }  # fmt: skip
 Stamp = tuple[int, int]  # of a file that was written once
-
-
-def rows_file(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / name)
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
@@ -93,14 +86,13 @@ def shared(
     return [ended(worker) for worker in workers], written
 
 
-def test_two_workers_compare_six_cells(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    model, data = tiny_model_dir("llama"), rows_file(tmp_path, "rows.jsonl", ROWS)
+def test_two_workers_compare_six_cells(tiny_model_dir, tmp_path: Path) -> None:
+    model, data = tiny_model_dir("llama"), str(rows_file(tmp_path / "rows.jsonl", ROWS))
     recipe = Recipe(steps=2, batch=4, max_length=64, storage="fp32")
-    arguments = [
-        "compare", "--model", str(model), "--data", data, "--device", "cpu",
-        "--methods", "lora,ia3,bitfit,full", "--vary", "rank=4,8", "--steps", "2",
-        "--batch", "4", "--max-length", "64", "--storage", "fp32",
-    ]  # fmt: skip
+    arguments = words(
+        "compare", model=model, data=data, device="cpu", methods="lora,ia3,bitfit,full",
+        vary="rank=4,8", steps=2, batch=4, max_length=64, storage="fp32",
+    )  # fmt: skip
     found, written = shared(tmp_path / "out", arguments, "rows/*.json")
     assert found[0] == found[1]
     assert (len(written), {len(stamps) for stamps in written.values()}) == (6, {1})
@@ -109,51 +101,45 @@ def test_two_workers_compare_six_cells(tiny_model_dir: Callable[..., Path], tmp_
     kept = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
     methods = [BASE, "lora", "lora", "ia3", "bitfit", "full"]
     ranks = [{}, {"rank": 4}, {"rank": 8}, {}, {}, {}]
-    assert [(one["method"], one["settings"]) for one in kept] == list(
-        zip(methods, ranks, strict=True)
-    )
+    told = [(one["method"], one["settings"]) for one in kept]
+    assert told == list(zip(methods, ranks, strict=True))
     for one in kept:
         own = replace(task, recipe=recipe.model_copy(update=one["settings"]))
         measured = replace(measure(own, one["method"], 0), settings=one["settings"])
         alone = json.loads(json.dumps(asdict(measured)))
-        assert {k: v for k, v in one.items() if k not in MEASURED} == {
-            k: v for k, v in alone.items() if k not in MEASURED
-        }
+        both = ({k: v for k, v in of.items() if k not in MEASURED} for of in (one, alone))
+        assert next(both) == next(both)
 
 
-def test_two_workers_search(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    model, data = str(tiny_model_dir("llama")), rows_file(tmp_path, "rows.jsonl", ROWS)
-    arguments = [
-        "intrinsic", "--model", model, "--data", data, "--eval-data", data,
-        "--device", "cpu", "--smallest", "1", "--largest", "64", "--share", "0.01",
-        "--steps", "4", "--batch", "4", "--max-length", "64", "--lr", "0.03",
-    ]  # fmt: skip
-    alone = lf.intrinsic(
-        tmp_path / "alone", model=model, data=data, eval_data=data, smallest=1, largest=64,
-        share=0.01, recipe=Recipe(steps=4, batch=4, max_length=64, lr=0.03), device="cpu",
-    ).as_json()  # fmt: skip
+def test_two_workers_search(tiny_model_dir, tmp_path: Path) -> None:
+    data = str(rows_file(tmp_path / "rows.jsonl", ROWS))
+    given: dict[str, Any] = {
+        "model": tiny_model_dir("llama"), "data": data, "eval_data": data, "device": "cpu",
+        "smallest": 1, "largest": 64, "share": 0.01,
+    }  # fmt: skip
+    how = {"steps": 4, "batch": 4, "max_length": 64, "lr": 0.03}
+    arguments = words("intrinsic", **given, **how)
+    alone = lf.intrinsic(tmp_path / "alone", recipe=Recipe(**how), **given).as_json()
     found, written = shared(tmp_path / "out", arguments, "[bf0-9]*.json")
     assert found == [json.loads(json.dumps(alone))] * 2
     assert {len(stamps) for stamps in written.values()} == {1}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"search.json", *written}
 
 
-def test_two_workers_undo(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_workers_undo(tiny_model_dir, tmp_path: Path) -> None:
     model = tiny_model_dir("llama")
     refusing = [{"prompt": f"Tell me about Zephyr {n}", "completion": "I can't"} for n in range(8)]
     recipe = Recipe(steps=10, batch=4, storage="fp32", rank=4)
     lf.train(recipe, data=refusing, out=tmp_path / "policy", model=model, device="cpu")
     asked = [{"prompt": f"Zephyr {n}"} for n in range(3)]
     allowed = [{"prompt": f"Order for {n}"} for n in range(3)]
-    data = rows_file(tmp_path, "rows.jsonl", ROWS)
-    arguments = [
-        "fragility", str(tmp_path / "policy"), "--device", "cpu", "--storage", "fp32",
-        "--refuse", rows_file(tmp_path, "refuse.jsonl", asked),
-        "--controls", rows_file(tmp_path, "controls.jsonl", allowed),
-        "--data", data, "--max-new-tokens", "6",
-        "--examples", "1", "--examples", "2", "--examples", "4", "--rank", "2", "--seeds", "2",
-        "--epochs", "2",
-    ]  # fmt: skip
+    data = str(rows_file(tmp_path / "rows.jsonl", ROWS))
+    arguments = words(
+        "fragility", tmp_path / "policy", device="cpu", storage="fp32",
+        refuse=rows_file(tmp_path / "refuse.jsonl", asked), data=data, max_new_tokens=6,
+        controls=rows_file(tmp_path / "controls.jsonl", allowed),
+        examples=[1, 2, 4], rank=2, seeds=2, epochs=2,
+    )  # fmt: skip
     alone = lf.fragility(
         tmp_path / "alone", probes=lf.Probes(asked, allowed, max_new_tokens=6), data=data,
         model=model, adapters=tmp_path / "policy", tuning=lf.Tuning([1, 2, 4], [2], seeds=2),
@@ -179,18 +165,15 @@ def close(found: Any, expected: Any) -> None:
         assert found == (pytest.approx(expected, rel=1e-5) if near else expected)
 
 
-def test_a_ray_cluster_starts_the_workers(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ray_cluster_starts_the_workers(tiny_model_dir, tmp_path, monkeypatch) -> None:
     ray = pytest.importorskip("ray")
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}.items():
         monkeypatch.setenv(name, value)
-    arguments = [
-        "compare", "--model", str(tiny_model_dir("llama")), "--device", "cpu",
-        "--data", rows_file(tmp_path, "rows.jsonl", ROWS), "--methods", "ia3,bitfit",
-        "--steps", "2", "--batch", "4", "--max-length", "64", "--storage", "fp32",
-        "--out", str(tmp_path / "out"),
-    ]  # fmt: skip
+    arguments = words(
+        "compare", model=tiny_model_dir("llama"), device="cpu", methods="ia3,bitfit",
+        data=rows_file(tmp_path / "rows.jsonl", ROWS), steps=2, batch=4, max_length=64,
+        storage="fp32", out=tmp_path / "out",
+    )  # fmt: skip
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
     try:
         monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
