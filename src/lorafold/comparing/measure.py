@@ -250,14 +250,24 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        """What it is told by: the method with its settings, as in `lora rank=8 lr=0.0001`."""
+        """The method with its settings, as in `lora rank=8 lr=0.0001`."""
         return str(Variant(self.method, self.settings))
 
+    @property
+    def adapter_megabytes(self) -> float | None:
+        """The size of the adapter's files."""
+        return self.adapter_bytes and self.adapter_bytes / 1e6
+
+    @property
+    def peak_gigabytes(self) -> float | None:
+        """The most memory that training took."""
+        return self.peak_bytes and self.peak_bytes / 1e9
+
     def __str__(self) -> str:
-        what, value = ("reward", self.reward) if self.loss is None else ("loss", self.loss)
+        figure, value = ("reward", self.reward) if self.loss is None else ("loss", self.loss)
         trained = self.train_seconds
         seconds = "" if trained is None else f", {trained:.0f} s of training"
-        return f"{self.name}: {what} {value:.4f}{seconds}"
+        return f"{self.name}: {figure} {value:.4f}{seconds}"
 
 
 Measurements = Sequence[Measurement]
@@ -265,13 +275,10 @@ Measurements = Sequence[Measurement]
 
 def quality(evaluation: Evaluation | RewardEvaluation) -> dict[str, Any]:
     """The figures of an evaluation that a measurement has."""
+    names = Measurement.__dataclass_fields__
+    figures = {name: value for name, value in vars(evaluation).items() if name in names}
     if isinstance(evaluation, Evaluation):
-        names: tuple[str, ...] = ("loss", "loss_interval", "exact_match", "exact_match_interval")
-        return {name: getattr(evaluation, name) for name in names} | {
-            "row_losses": evaluation.losses
-        }
-    names = ("reward", "reward_interval", "prompt_rewards", "tokens_a_completion", "cut_off")
-    figures = {name: getattr(evaluation, name) for name in (*names, "entropy")}
+        return figures | {"row_losses": evaluation.losses}
     return figures | {"rewards": {name: one.mean for name, one in evaluation.rewards.items()}}
 
 

@@ -82,14 +82,9 @@ def within(interval: Interval, form: str) -> str:
     return f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
-def by_method(measurements: Measurements) -> list[list[Measurement]]:
-    """The figures of each method, over its seeds."""
-    return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.name)]
-
-
 def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:
-    """The same by the name of each method, the base's among them."""
-    return {seeds[0].name: seeds for seeds in by_method(measurements)}
+    """The figures of the base and each method over its seeds, by the method's name."""
+    return {name: list(seeds) for name, seeds in groupby(measurements, lambda one: one.name)}
 
 
 def units(one: Measurement) -> Units:

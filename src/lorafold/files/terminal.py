@@ -5,9 +5,10 @@ or figure is cut: a heading or a name that is too long continues in the next lin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from statistics import fmean
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,6 +75,15 @@ def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
 def shown(value: float | None, form: str) -> str:
     """The formatted value, or a dash for None."""
     return NOTHING if value is None else f"{value:{form}}"
+
+
+def values_of(items: Iterable[Any], path: str) -> list[Any]:
+    """The value of each item at a dotted path of attributes; None where a part of it is None."""
+
+    def inner(value: Any, name: str) -> Any:
+        return None if value is None else getattr(value, name)
+
+    return [reduce(inner, path.split("."), item) for item in items]
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:

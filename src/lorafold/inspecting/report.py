@@ -5,14 +5,14 @@ the figures behind it. Both show only figures that the JSON has too.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lorafold.files.html_page import rendered, write_page
 from lorafold.files.plots import mixed
-from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table
+from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table, values_of
 from lorafold.inspecting import plots
 from lorafold.inspecting.result import (
     ExpertOverlap,
@@ -20,24 +20,22 @@ from lorafold.inspecting.result import (
     Inspection,
     KindOverlap,
     LossPaths,
-    MatrixFigures,
     NearestNeighbours,
     Sites,
 )
 from lorafold.inspecting.subspaces import by_kind, kind_of
 from lorafold.inspecting.updates import largest, of_experts, site_of
 
-Value = Callable[[MatrixFigures], float | None]
-MAPS: dict[str, tuple[Value, str]] = {  # heading: figure, format
-    "Effective rank: directions for 95%": (lambda m: m.effective_rank_95, ".0f"),
-    "Size: |dW| over |W0|": (lambda m: m.base.relative_norm, ".1%"),
-    "Amplification: |dW| over |Uᵀ W0 V|": (lambda m: m.base.amplification, ".2f"),
-    "Intruder dimensions in the top 10": (lambda m: m.intruders, ".0f"),
+MAPS = {  # heading: figure of a matrix, format
+    "Effective rank: directions for 95%": ("effective_rank_95", ".0f"),
+    "Size: |dW| over |W0|": ("base.relative_norm", ".1%"),
+    "Amplification: |dW| over |Uᵀ W0 V|": ("base.amplification", ".2f"),
+    "Intruder dimensions in the top 10": ("intruders", ".0f"),
 }
-RANGED: dict[str, tuple[Value, str]] = {  # heading: figure, format; of experts with their range
-    "stable": (lambda m: m.stable_rank, ".2f"),
-    "|dW|/|W0|": (lambda m: m.base.relative_norm, ".2%"),
-    "amplified": (lambda m: m.base.amplification, ".2f"),
+RANGED = {  # heading: figure of a matrix, format; of experts with their range
+    "stable": ("stable_rank", ".2f"),
+    "|dW|/|W0|": ("base.relative_norm", ".2%"),
+    "amplified": ("base.amplification", ".2f"),
 }
 
 
@@ -46,10 +44,10 @@ def table(inspection: Inspection) -> str:
     lines = list[list[str]]()
     for kind, paths in by_kind(inspection.sites).items():
         sites = [inspection.sites[path] for path in paths]
-        ranks = [(m.effective_rank_90, m.effective_rank_95, m.effective_rank_99) for m in sites]
-        shares = ", ".join(f"{fmean(share):.1f}" for share in zip(*ranks, strict=True))
+        ranks = (fmean(values_of(sites, f"effective_rank_{share}")) for share in (90, 95, 99))
         ranged = site_of(paths[0]) != paths[0]
-        means = (spread(map(value, sites), form, ranged) for value, form in RANGED.values())
+        means = (spread(values_of(sites, name), form, ranged) for name, form in RANGED.values())
+        shares = ", ".join(f"{rank:.1f}" for rank in ranks)
         lines.append([kind, f"{fmean(m.rank for m in sites):.3g}", shares, *means])
     return text_table(("module", "rank", "for 90, 95, 99%", *RANGED), lines)
 
@@ -77,9 +75,9 @@ def sections(inspection: Inspection) -> str:
             "median amplification": shown(whole.amplification, ".2f"),
         },
         maps=[
-            layer_map(sites, heading, value, form)
-            for heading, (value, form) in MAPS.items()
-            if any(value(site) is not None for site in sites.values())
+            layer_map(sites, heading, name, form)
+            for heading, (name, form) in MAPS.items()
+            if {*values_of(sites.values(), name)} != {None}
         ],
         spectra=spectra(sites),
         paths=() if inspection.paths is None else paths(inspection.paths),
@@ -101,12 +99,12 @@ def sections(inspection: Inspection) -> str:
     )
 
 
-def layer_map(sites: Sites, heading: str, value: Value, form: str) -> dict[str, Any]:
+def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any]:
     """One figure as a heat map of blocks and kinds of module; of experts the mean."""
     kinds = by_kind(sites)
     by_place = defaultdict[tuple[str, int | None], list[float | None]](list)
-    for path, site in sites.items():
-        by_place[kind_of(path)].append(value(site))
+    for path, value in zip(sites, values_of(sites.values(), name), strict=True):
+        by_place[kind_of(path)].append(value)
     values = {at: mean_of(of) for at, of in by_place.items()}
     most = max((value for value in values.values() if value is not None), default=0) or 1
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
@@ -198,9 +196,9 @@ def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tup
         yield (
             path,
             f"{sum(site.numerical_rank > 0 for site in of)} of {len(of)}",
-            spread((site.base.relative_norm for site in of), ".2%", True),
-            spread((site.effective_rank_95 for site in of), ".1f", True),
-            spread((site.stable_rank for site in of), ".2f", True),
+            spread(values_of(of, "base.relative_norm"), ".2%", True),
+            spread(values_of(of, "effective_rank_95"), ".1f", True),
+            spread(values_of(of, "stable_rank"), ".2f", True),
             f"{phi.phi:.2f} ({phi.phi_lowest:.2f} to {phi.phi_highest:.2f})" if phi else NOTHING,
         )
 
