@@ -28,6 +28,7 @@ import numpy as np
 from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.evaluation import Interval
 from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
+from lorafold.files.model_card import within
 
 SEEDS = 3  # from which on there is a verdict
 ROWS = 20  # held-out rows, from which on some choose the best setting and others are reported
@@ -73,13 +74,7 @@ class Difference:
         return self.interval is not None and self.interval[1] < 0
 
     def __str__(self) -> str:
-        low_high = "" if self.interval is None else f" (95%: {within(self.interval, '+.4g')})"
-        return f"{self.mean:+.4g}{low_high}"
-
-
-def within(interval: Interval, form: str) -> str:
-    """An interval as people read it."""
-    return f"{interval[0]:{form}} to {interval[1]:{form}}"
+        return f"{self.mean:+.4g}{within(self.interval, '+.4g')}"
 
 
 def by_name(measurements: Measurements) -> dict[str, list[Measurement]]:

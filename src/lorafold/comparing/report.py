@@ -19,7 +19,6 @@ from lorafold.comparing.paired_tests import (
     lower_is_better,
     over_base,
     verdict,
-    within,
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
@@ -228,7 +227,7 @@ def figures(measurements: Measurements) -> Table:
         return [spread(values_of(seeds, figure), form) for seeds in methods.values()]
 
     def intervals(each: Iterable[Interval | None], form: str) -> list[str]:
-        return [within(one, form) if one else NOTHING for one in each]
+        return [f"{one[0]:{form}} to {one[1]:{form}}" if one else NOTHING for one in each]
 
     for heading, (figure, form) in COLUMNS.items():
         columns[heading] = column(figure, form)

@@ -29,7 +29,7 @@ from lorafold.evaluation.held_out import Progress, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import within
+from lorafold.files.model_card import with_interval, within
 from lorafold.files.terminal import print_lines
 from lorafold.generation import table_left
 from lorafold.ops.dropout import key_of
@@ -57,10 +57,6 @@ class PolicySample:
     ended: bool
     each: Mapping[str, float] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """The sample in one object."""
-        return asdict(self)
-
     def shortened(self) -> dict[str, Any]:
         """The same with a prompt and a completion of bounded length, as text."""
         prompt = self.prompt
@@ -73,7 +69,7 @@ class PolicySample:
                 lines.append(f"{turn.get('role')}: {content}")
             prompt = "\n".join(lines)
         texts = {"prompt": prompt, "completion": self.completion}
-        return self.as_json() | {name: cut(text, KEPT) for name, text in texts.items()}
+        return asdict(self) | {name: cut(text, KEPT) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)
@@ -282,21 +278,21 @@ class RewardEvaluation(ShownInNotebooks):
     prompt_rewards: tuple[float | None, ...]
     samples: tuple[PolicySample, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """All figures and samples."""
-        return asdict(self)
-
     def __str__(self) -> str:
         each = f"{self.group} completion{'s' * (self.group > 1)} each"
         lines = [
-            f"{self.n} prompts, {each}: reward {MeanReward(self.reward, self.reward_interval)}",
+            f"{self.n} prompts, {each}: reward {with_interval(self, 'reward')}",
             *(f"reward {name} {x}" for name, x in self.rewards.items() if len(self.rewards) > 1),
             f"{self.tokens_a_completion:.1f} tokens a completion, {self.cut_off:.1%} cut off at"
             f" {self.max_new_tokens}, entropy {self.entropy:.3f} nats a token",
         ]
         if self.groups_without_signal is not None:
             lines[-1] += f", groups without signal {self.groups_without_signal:.1%}"
-        shown = [_sample_line(one) for one in self.samples]
+        shown = []
+        for one in self.samples:
+            prompt = f" {_short(one.prompt)} ->" if isinstance(one.prompt, str) else ""
+            end = "" if one.ended else ", cut off"
+            shown.append(f"{one.reward:8.4g}  {one.where}:{prompt} {_short(one.completion)}{end}")
         if self.n * self.group > len(shown):
             shown.insert(READ, "...")
         return "\n".join([*lines, "completions, from the best to the worst:", *shown])
@@ -349,11 +345,6 @@ def evaluate_rewards(
         samples=tuple(judged.samples(READ, READ)),
     )
 
-
-def _sample_line(one: PolicySample) -> str:
-    prompt = f" {_short(one.prompt)} ->" if isinstance(one.prompt, str) else ""
-    end = "" if one.ended else ", cut off"
-    return f"{one.reward:8.4g}  {one.where}:{prompt} {_short(one.completion)}{end}"
 
 
 def _short(text: str) -> str:

@@ -27,7 +27,7 @@ from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
 from lorafold.evaluation.held_out import Progress, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.files.model_card import within
+from lorafold.files.model_card import with_interval
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
 
@@ -65,14 +65,14 @@ class PreferenceFigures:
 
     def __str__(self) -> str:
         figures = {
-            "preference": (self.preference_accuracy, self.preference_accuracy_interval, ".1%"),
-            "reward accuracy": (self.reward_accuracy, self.reward_accuracy_interval, ".1%"),
-            "reward margin": (self.reward_margin, self.reward_margin_interval, ".3f"),
+            "preference": ("preference_accuracy", ".1%"),
+            "reward accuracy": ("reward_accuracy", ".1%"),
+            "reward margin": ("reward_margin", ".3f"),
         }
         parts = [
-            f"{name} {value:{form}}{within(interval, form)}"
-            for name, (value, interval, form) in figures.items()
-            if value is not None
+            f"{heading} {with_interval(self, name, form)}"
+            for heading, (name, form) in figures.items()
+            if getattr(self, name) is not None
         ]
         if self.chosen_change is not None and self.rejected_change is not None:
             parts.append(

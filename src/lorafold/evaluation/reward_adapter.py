@@ -1,6 +1,6 @@
 """A reward model that is an adapter of the policy's own base, as a reward: no second base.
 
-    chosen = RewardAdapter.of("0.5*adapter:reward", base)       read and verified
+    chosen = RewardAdapter.of(RewardName.parse("0.5*adapter:reward"), base)     read and verified
     with chosen.over(model, packing=True, console=console) as reward:
         reward(judged)                      r(x, y) of each completion y of its prompt x
 
@@ -37,8 +37,8 @@ from lorafold.models.positions import positions_of
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import REWARD_MODEL, kind_of
-from lorafold.rewards import Judged, Reward, Rewards
-from lorafold.rewards.reward import adapter_in, failure, parted
+from lorafold.rewards import Judged, Reward, RewardName, Rewards
+from lorafold.rewards.reward import failure
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import Branching, branching
 
@@ -62,15 +62,16 @@ class RewardAdapter:
     identity: str
 
     @classmethod
-    def of(cls, text: str, base: Base) -> Self:
-        """Open the reward adapter with a name such as `adapter:DIR`, with or without a weight."""
-        weight, name = parted(text)
-        saved = Saved.open(Path(adapter_in(name)).expanduser())
+    def of(cls, reward: RewardName, base: Base) -> Self:
+        """Open the adapter that a reward's name stands for."""
+        saved = Saved.open(Path(reward.text).expanduser())
         if (kind := kind_of(base, [saved])) != REWARD_MODEL:
-            raise failure(name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}")
+            found = f"found an adapter of {kind}, expected one of {REWARD_MODEL}"
+            raise failure(reward.name, found)
         below = [Saved.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
         stack = [*below, saved]
-        return cls(name, weight, base, stack, joined([of_adapter(one) for one in stack]))
+        identity = joined([of_adapter(one) for one in stack])
+        return cls(reward.name, reward.weight, base, stack, identity)
 
     @contextmanager
     def over(

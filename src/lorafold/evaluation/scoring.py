@@ -41,7 +41,7 @@ from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, sile
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import within
+from lorafold.files.model_card import with_interval
 from lorafold.files.terminal import print_lines
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
@@ -71,9 +71,7 @@ class Share:
         return cls(n, hits / n if n else None, wilson(hits, n) if n else None)
 
     def __str__(self) -> str:
-        if self.accuracy is None:
-            return "none"
-        return f"{self.accuracy:.1%}{within(self.accuracy_interval, '.1%')}"
+        return "none" if self.accuracy is None else with_interval(self, "accuracy", ".1%")
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,7 @@ class RewardFigures:
     @property
     def told(self) -> str:
         """Accuracy and margin, in one line."""
-        interval = within(self.margin_interval, ".3f")
-        return f"accuracy {self.right}, margin {self.margin:.3f}{interval}"
+        return f"accuracy {self.right}, margin {with_interval(self, 'margin', '.3f')}"
 
     def __str__(self) -> str:
         correlation = self.length_correlation
@@ -259,7 +256,7 @@ class ScoredRows(ShownInNotebooks):
     def __str__(self) -> str:
         if self.figures is not None:
             return str(self.figures)
-        return f"{self.n} rows: score {self.score:.4f}{within(self.score_interval, '.4f')}"
+        return f"{self.n} rows: score {with_interval(self, 'score', '.4f')}"
 
 
 def score_rows(

@@ -7,7 +7,7 @@ notes, cards, grids) are the macros of `parts.html`; templates have them as glob
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -76,14 +76,17 @@ def write_page(title: str, body: str, path: str | Path) -> None:
 
 
 class ShownInNotebooks:
-    """A dataclass that notebooks show as tables: the figures of its `as_json`, or its fields."""
+    """A dataclass that notebooks show as tables, of its JSON."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, in one object."""
+        return asdict(self)  # type: ignore[call-overload]
 
     def _repr_html_(self) -> str:
-        own = getattr(self, "as_json", None)
-        found = own() if own else {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        lines = [*_lines(found)]
+        content = self.as_json()
+        lines = [*_lines(content)]
         tables = [_table(["figure", "value"], lines)] if lines else []
-        return "".join([*tables, *(_by_row(rows) for rows in found.values() if _are_rows(rows))])
+        return "".join([*tables, *(_by_row(rows) for rows in content.values() if _are_rows(rows))])
 
 
 def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:

@@ -65,11 +65,9 @@ def training_card(
     }
     if on_hub:
         front["base_model"] = base
-    below = [entry["adapter"] for entry in record.get(OVER, ())]
-    data = {
-        k: Path(v).name if k == "source" and Path(v).suffix else v
-        for k, v in record.get("data", {}).items()
-    }
+    data = dict(record.get("data", {}))
+    if Path(source := data.get("source", "")).suffix:
+        data["source"] = Path(source).name
     tables = {
         "Rewards": _rewards(record) if record.get(JUDGED_BY) else {},
         "Figures": {
@@ -80,29 +78,27 @@ def training_card(
         "Recipe": record.get("recipe", {}),
         "Data": data,
     }
-    loader = PackageLoader("lorafold", "files")
-    template = Environment(
-        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    ).get_template("model_card.jinja")
-    return template.render(
+    environment = Environment(
+        loader=PackageLoader("lorafold", "files"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["text"] = as_text
+    return environment.get_template("model_card.jinja").render(
         front=yaml.safe_dump(front, sort_keys=True),
         name=name,
         whole=whole,
         in_peft=in_peft,
         tables={
-            title: {
-                key.replace("_", " "): as_text(value).replace("|", "\\|").replace("\n", " ")
-                for key, value in rows.items()
-                if value not in (None, "", [], {})
-            }
+            title: {k: v for k, v in rows.items() if v not in (None, "", [], {})}
             for title, rows in tables.items()
         },
         auto="AutoModelForSequenceClassification" if outputs else opened_by,
         base=f"path/to/{name}" if local and not embedded else base,
         embedded=embedded,
-        head=f", num_labels={outputs}" if outputs else "",
-        below=below,
-        names=[*(f"below{n}" for n in range(1, len(below) + 1)), "default"],
+        outputs=outputs,
+        below=[entry["adapter"] for entry in record.get(OVER, ())],
         vocabulary=record.get(VOCABULARY),
     )
 
@@ -127,6 +123,12 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
 def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
     """A 95% interval in parentheses; nothing for None."""
     return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
+
+
+def with_interval(figures: Any, name: str, form: str = ".4g") -> str:
+    """The figure with this name, and its interval."""
+    interval = getattr(figures, f"{name}_interval")
+    return f"{getattr(figures, name):{form}}{within(interval, form)}"
 
 
 def as_text(value: Any) -> str:

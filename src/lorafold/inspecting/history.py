@@ -11,7 +11,7 @@ least, against noise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, variance
@@ -246,9 +246,6 @@ class History(ShownInNotebooks):
         text = f"{first:.4g}{within(low)} {before}"
         return text if start == end else f"{text}, {last:.4g}{within(high)} after step {end}"
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it under the keys of `lorafold history --json`."""
-        return asdict(self)
 
     def __str__(self) -> str:
         lines = [f"{self.adapter}: {self.objective}, {len(self.losses)} steps"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,6 @@ class Intrinsic(ShownInNotebooks):
     base_loss: float
     full_loss: float
     points: list[SubspaceRun]
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
     def __str__(self) -> str:
         most = f"more than {self.points[-1].dimension}"

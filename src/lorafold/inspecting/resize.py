@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,7 @@ class Resized(ShownInNotebooks):
     losses: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        content = asdict(self)
+        content = super().as_json()
         losses = content.pop("losses")
         return content | losses
 
