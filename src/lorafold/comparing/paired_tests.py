@@ -28,7 +28,7 @@ import numpy as np
 from lorafold.comparing.measure import BASE, Measurement, Measurements
 from lorafold.evaluation import Interval
 from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
-from lorafold.files.model_card import within
+from lorafold.files.templates import within
 
 SEEDS = 3  # from which on there is a verdict
 ROWS = 20  # held-out rows, from which on some choose the best setting and others are reported

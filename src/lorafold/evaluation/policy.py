@@ -29,7 +29,7 @@ from lorafold.evaluation.held_out import Progress, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import with_interval, within
+from lorafold.files.templates import in_words, within
 from lorafold.files.terminal import print_lines
 from lorafold.generation import table_left
 from lorafold.ops.dropout import key_of
@@ -279,23 +279,7 @@ class RewardEvaluation(ShownInNotebooks):
     samples: tuple[PolicySample, ...]
 
     def __str__(self) -> str:
-        each = f"{self.group} completion{'s' * (self.group > 1)} each"
-        lines = [
-            f"{self.n} prompts, {each}: reward {with_interval(self, 'reward')}",
-            *(f"reward {name} {x}" for name, x in self.rewards.items() if len(self.rewards) > 1),
-            f"{self.tokens_a_completion:.1f} tokens a completion, {self.cut_off:.1%} cut off at"
-            f" {self.max_new_tokens}, entropy {self.entropy:.3f} nats a token",
-        ]
-        if self.groups_without_signal is not None:
-            lines[-1] += f", groups without signal {self.groups_without_signal:.1%}"
-        shown = []
-        for one in self.samples:
-            prompt = f" {_short(one.prompt)} ->" if isinstance(one.prompt, str) else ""
-            end = "" if one.ended else ", cut off"
-            shown.append(f"{one.reward:8.4g}  {one.where}:{prompt} {_short(one.completion)}{end}")
-        if self.n * self.group > len(shown):
-            shown.insert(READ, "...")
-        return "\n".join([*lines, "completions, from the best to the worst:", *shown])
+        return in_words("evaluation/rewards.jinja", found=self, short=_short, read=READ)
 
 
 def evaluate_rewards(

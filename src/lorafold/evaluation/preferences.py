@@ -27,7 +27,7 @@ from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
 from lorafold.evaluation.held_out import Progress, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.files.model_card import with_interval
+from lorafold.files.templates import with_interval
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
 

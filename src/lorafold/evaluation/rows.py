@@ -33,7 +33,7 @@ from lorafold.evaluation.held_out import by_row, pad_id_of, progress_bar, row_lo
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import with_interval
+from lorafold.files.templates import with_interval
 from lorafold.files.terminal import print_lines
 from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification

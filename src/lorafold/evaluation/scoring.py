@@ -41,7 +41,7 @@ from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, sile
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import with_interval
+from lorafold.files.templates import with_interval
 from lorafold.files.terminal import print_lines
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences

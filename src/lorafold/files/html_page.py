@@ -15,7 +15,7 @@ from typing import Any
 
 from lorafold.errors import cut
 from lorafold.files.atomic import write_text
-from lorafold.files.model_card import as_text, within
+from lorafold.files.templates import as_text, environment, within
 
 STYLES = ("look.css", "page.css")
 PARTS = ("table", "section", "notes", "cards", "grid")
@@ -33,12 +33,7 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 @cache
 def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    made = Environment(
-        loader=PackageLoader("lorafold", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    made = environment(True)
     parts = made.get_template("files/parts.html").module
     made.globals.update({name: getattr(parts, name) for name in PARTS})
     return made

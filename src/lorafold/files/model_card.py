@@ -5,12 +5,14 @@ figures, recipe, data, and how to load it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lorafold.files.templates import in_words, within
 
 CARD = "README.md"
 CLASSES = "classes"  # in an adapter's record: a classifier's classes, in the order of its logits
@@ -50,8 +52,6 @@ def training_card(
     """The model card, as Markdown with YAML front matter. `whole` is for a plain model, `opened_by`
     the auto class that loads the base, and `in_peft` whether PEFT can read the adapter.
     """
-    from jinja2 import Environment, PackageLoader
-
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
     outputs = 1 if record.get(REWARD) else len(record.get(CLASSES, ()))
@@ -78,14 +78,8 @@ def training_card(
         "Recipe": record.get("recipe", {}),
         "Data": data,
     }
-    environment = Environment(
-        loader=PackageLoader("lorafold", "files"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["text"] = as_text
-    return environment.get_template("model_card.jinja").render(
+    text = in_words(
+        "files/model_card.jinja",
         front=yaml.safe_dump(front, sort_keys=True),
         name=name,
         whole=whole,
@@ -101,6 +95,7 @@ def training_card(
         below=[entry["adapter"] for entry in record.get(OVER, ())],
         vocabulary=record.get(VOCABULARY),
     )
+    return f"{text}\n"
 
 
 def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
@@ -118,21 +113,3 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
             if step in when and reward is not None
         },
     }
-
-
-def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
-    """A 95% interval in parentheses; nothing for None."""
-    return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
-
-
-def with_interval(figures: Any, name: str, form: str = ".4g") -> str:
-    """The figure with this name, and its interval."""
-    interval = getattr(figures, f"{name}_interval")
-    return f"{getattr(figures, name):{form}}{within(interval, form)}"
-
-
-def as_text(value: Any) -> str:
-    """A value as text; numbers have separators, and floats six digits."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"

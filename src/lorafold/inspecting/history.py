@@ -22,8 +22,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from lorafold.errors import LorafoldError, printable
 from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.model_card import within
 from lorafold.files.record import RECORD
+from lorafold.files.templates import within
 
 Values = Sequence[float | None]
 FEWEST = 3  # steps at an end

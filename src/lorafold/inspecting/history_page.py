@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from lorafold.files.html_page import rendered, write_page
-from lorafold.files.model_card import within
 from lorafold.files.plots import brief, number
+from lorafold.files.templates import within
 from lorafold.inspecting.history import SHARED, History, ends
 from lorafold.inspecting.plots import curves
 

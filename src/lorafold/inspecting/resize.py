@@ -29,6 +29,7 @@ from lorafold.files.atomic import check_out
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
+from lorafold.files.templates import in_words
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
@@ -71,24 +72,8 @@ class Resized(ShownInNotebooks):
         return content | losses
 
     def __str__(self) -> str:
-        ranks = [site["rank"] for site in self.sites.values()]
         worst = max(self.sites, key=lambda path: self.sites[path]["error"])
-        lines = [
-            f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; the error is"
-            f" {self.error:.2%} of the update's norm, and the largest at a site is"
-            f" {self.sites[worst]['error']:.2%} ({worst})"
-        ]
-        if self.left_out:
-            largest = sorted(self.left_out, key=lambda name: -self.left_out[name])[:3]
-            shown = ", ".join(f"{name} by {self.left_out[name]:.2%}" for name in largest)
-            lines.append(
-                f"  {len(self.left_out)} other tensors differ between the models and are not in the"
-                f" adapter; the largest differences: {shown}"
-            )
-        if self.losses:
-            before, after = self.losses["loss_before"], self.losses["loss_after"]
-            lines.append(f"  loss {before:.4f} before, {after:.4f} after")
-        return "\n".join(lines)
+        return in_words("inspecting/resized.jinja", resized=self, worst=worst)
 
 
 def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resized:

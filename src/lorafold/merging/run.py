@@ -30,10 +30,11 @@ from transformers import PreTrainedModel
 
 from lorafold.adapter import load
 from lorafold.data.examples import probe_ids
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
+from lorafold.files.templates import in_words
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
 from lorafold.merging.merged_tensors import MergeResult, execute, write_shards
@@ -194,37 +195,7 @@ class Merged(ShownInNotebooks):
 
     def summary(self) -> str:
         """A few lines to read."""
-        ways = {
-            "exact": "kept as computed",
-            "nearest": "rounded to nearest",
-            "stochastic": f"rounded stochastically, seed {self.seed}",
-        }
-        how = ", ".join(
-            f"{count} {'tensor' if count == 1 else 'tensors'} {ways[way]}"
-            for way, count in self.folded.rounded.items()
-        )
-        sums = self.folded.sums
-        lines = [
-            f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})",
-            f"  {sums.survival:.2%} of the update survives; the noise that rounding added is"
-            f" {sums.noise:.2%} of its norm{', before quantization' * bool(self.into.quantized)}",
-        ]
-        if untied := self.folded.untied:
-            were = "was" if len(untied) == 1 else "were"
-            lines.append(f"  weights are no longer shared: {listed(untied)} {were} added")
-        if n := len(self.folded.biases):
-            added = "1 bias was" if n == 1 else f"{n} biases were"
-            lines.append(f"  {added} added and enabled in config.json")
-        if self.folded.vocabulary:
-            lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
-        here = None if self.gap is None else self.gap.distance
-        lines.append(f"  {self.into.compared(self.model, 'this file', here, self.from_original)}")
-        if self.gap:
-            lines.append(
-                f"  compared at {self.gap.positions:,} positions in fp32; logits differ by at most"
-                f" {self.gap.max_logit_gap:.3g}"
-            )
-        return "\n".join(lines)
+        return in_words("merging/merged.jinja", merged=self)
 
 
 def merge(

@@ -36,7 +36,8 @@ from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, eval
 from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
-from lorafold.files.model_card import JUDGED_BY, within
+from lorafold.files.model_card import JUDGED_BY
+from lorafold.files.templates import within
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import Declared
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
