@@ -41,7 +41,7 @@ from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, sile
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.templates import with_interval
+from lorafold.files.templates import in_words, with_interval
 from lorafold.files.terminal import print_lines
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
@@ -121,23 +121,7 @@ class RewardFigures:
         return f"accuracy {self.right}, margin {with_interval(self, 'margin', '.3f')}"
 
     def __str__(self) -> str:
-        correlation = self.length_correlation
-        shorter, longer = self.chosen_shorter, self.chosen_longer
-        lines = [
-            f"{self.right.n} pairs: {self.told}",
-            f"log loss {self.log_loss:.4f}, Brier score {self.brier:.4f}, calibration error"
-            f" {self.calibration_error:.4f}; sure of it, and right:",
-            *(
-                f"  {one.low:.2f} to {one.high:.2f}: {one.observed.n:5d} pairs, sure to"
-                f" {one.confidence:.1%}, right in {one.observed}"
-                for one in self.calibration
-            ),
-            "length: correlation with the score "
-            + ("none" if correlation is None else f"{correlation:+.3f}")
-            + f"; accuracy where the chosen completion is longer {longer} of {longer.n},"
-            f" shorter {shorter} of {shorter.n}",
-        ]
-        return "\n".join(lines)
+        return in_words("evaluation/pairs.jinja", figures=self)
 
 
 def scores_of(
