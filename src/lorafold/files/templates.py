@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from lorafold.errors import listed
+from lorafold.files.terminal import shown
 
 
 @cache
@@ -18,7 +19,7 @@ def environment(escape: bool) -> Any:
         loader=PackageLoader("lorafold", "."), autoescape=escape, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    filters = {"text": as_text, "form": format, "listed": listed, "with_interval": with_interval}
+    filters = {"text": as_text, "form": shown, "listed": listed, "with_interval": with_interval}
     made.filters.update(filters)
     return made
 

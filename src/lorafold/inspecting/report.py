@@ -12,7 +12,7 @@ from typing import Any
 
 from lorafold.files.html_page import rendered, write_page
 from lorafold.files.plots import mixed
-from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table, values_of
+from lorafold.files.terminal import NOTHING, mean_of, spread, text_table, values_of
 from lorafold.inspecting import plots
 from lorafold.inspecting.result import (
     ExpertOverlap,
@@ -59,21 +59,10 @@ def page(inspection: Inspection, path: str | Path) -> None:
 
 def sections(inspection: Inspection) -> str:
     """The content of the page, as HTML: plots, and what its template shows of the figures."""
-    whole, sites = inspection.whole, inspection.sites
+    sites = inspection.sites
     return rendered(
         "inspecting/inspect.html",
         found=inspection,
-        figures={
-            "sites": f"{whole.sites}",
-            "nominal rank": shown(whole.rank, ""),
-            "mean rank for 90%": f"{whole.effective_rank_90:.1f}",
-            "for 95%": f"{whole.effective_rank_95:.1f}",
-            "for 99%": f"{whole.effective_rank_99:.1f}",
-            "mean stable rank": f"{whole.stable_rank:.2f}",
-            "mean entropy rank": f"{whole.entropy_rank:.1f}",
-            "|dW| over |W0|": shown(whole.relative_norm, ".2%"),
-            "median amplification": shown(whole.amplification, ".2f"),
-        },
         maps=[
             layer_map(sites, heading, name, form)
             for heading, (name, form) in MAPS.items()
@@ -90,12 +79,6 @@ def sections(inspection: Inspection) -> str:
         heads=[*heads(sites)],
         experts=() if inspection.experts is None else experts(sites, inspection.experts),
         tokens=tokens(sites),
-        shares=[
-            (path, verb, ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-            for path, site in sites.items()
-            for verb, shares in (("reads", site.reads_shares), ("writes", site.writes_shares))
-            if shares
-        ],
     )
 
 
@@ -219,13 +202,9 @@ def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
 
 def line(
     path: str, i: int, s: Sequence[float], ends: NearestNeighbours
-) -> tuple[str, str, list[Any]]:
+) -> tuple[str, str, NearestNeighbours]:
     """One direction as a line: block and expert, which direction, neighbours at both ends."""
     block, expert = kind_of(path)[1], path.removeprefix(site_of(path)).strip("[]")
     place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
     share = s[i] ** 2 / sum(value**2 for value in s)
-    both = [
-        [(repr(one.name)[1:-1], f"{one.cosine:+.2f}") for one in end]
-        for end in (ends.positive, ends.negative)
-    ]
-    return place, f"{i + 1}: {share:.0%} of the energy", both
+    return place, f"{i + 1}: {share:.0%} of the energy", ends

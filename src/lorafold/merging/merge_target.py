@@ -19,6 +19,7 @@ from torch import nn
 
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
+from lorafold.files.templates import in_words
 from lorafold.models.quantizations import MADE, PLAIN
 from lorafold.models.quantize_on_load import packable
 from lorafold.peft.adapter_directory import Saved, trained_on
@@ -26,7 +27,7 @@ from lorafold.peft.provenance import TrainedOn
 
 TARGETS = ("trained", "original", *MADE)
 ALIAS = {"dequantized": "trained"}
-NOT_MEASURED = "not measured"
+
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,9 @@ class Into:
 
     def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
         """A sentence: the base in training, and the distances of files and original weights."""
-        if self.base is None:
-            reason = "no record says how it was stored in training (--storage names it)"
-            over = f"the adapters over the original weights -> {here}: {file or NOT_MEASURED}"
-            return f"base {name}: {reason}; {over}"
-        if self.unmade:
-            reason = f"{self.base.storage} weights can't be made from these files"
-            return (
-                f"trained on {name} in {self.base}; {reason}, so no distance is measured to {here}"
-            )
-        text, model = f"trained on {name} in {self.base}", "the model you trained"
-        if self.recorded:
-            reason = " and ".join(self.recorded)
-            text = f"the record says trained on {reason}; asked for {self.base}"
-            model = f"the adapters over {name} in {self.base}"
-        over = f"; -> the adapters over the original weights: {other or NOT_MEASURED}"
-        if self.in_files or not self.trained_on:  # there are no others
-            text, over = text + ", the weights of its files", ""
-        return f"{text}; {model} -> {here}: {file or NOT_MEASURED}{over}"
+        return in_words(
+            "merging/distances.jinja", into=self, name=name, here=here, file=file, other=other
+        )
 
     def __str__(self) -> str:
         text, quantized = "the original weights", self.trained_on or self.unmade
