@@ -28,6 +28,7 @@ from lorafold.composing.request import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
+from lorafold.files.templates import in_words
 from lorafold.files.terminal import text_table
 
 LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
@@ -62,20 +63,9 @@ class Pair:
 
     def __str__(self) -> str:
         """A line or two: the figures, and the sites where the updates oppose each other most."""
-        if (all_ := self.overall) is None:
-            return f"{self.a} and {self.b} change no site in common"
-        text = (
-            f"{self.a} and {self.b}: cosine {all_.cosine:+.3f}, signs differ in"
-            f" {all_.sign_conflict:.1%} of the largest entries"
-        )
-        if all_.shared_output is not None:
-            text += (
-                f", shared output {all_.shared_output:.3f} (at random {all_.chance_output:.3f}), "
-                f"input {all_.shared_input:.3f} ({all_.chance_input:.3f})"
-            )
         worst = sorted(self.sites.items(), key=lambda one: one[1].cosine * one[1].weight)[:3]
-        opposed = [f"{path} ({one.cosine:+.3f})" for path, one in worst if one.cosine < 0]
-        return text + ("\n  most opposed at " + ", ".join(opposed) if opposed else "")
+        opposed = {path: one.cosine for path, one in worst if one.cosine < 0}
+        return in_words("composing/pair.jinja", pair=self, all=self.overall, opposed=opposed)
 
 
 def meetings(updates: Updates, console: Console) -> list[Pair]:

@@ -26,7 +26,7 @@ def environment(escape: bool) -> Any:
 
 def in_words(template: str, **values: Any) -> str:
     """A report as plain text."""
-    return str(environment(False).get_template(template).render(values)).rstrip("\n")
+    return str(environment(False).get_template(template).render(values)).removesuffix("\n")
 
 
 def within(interval: Sequence[float] | None, form: str = ".4g") -> str:

@@ -23,7 +23,7 @@ from lorafold.errors import LorafoldError, printable
 from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import RECORD
-from lorafold.files.templates import within
+from lorafold.files.templates import in_words, within
 
 Values = Sequence[float | None]
 FEWEST = 3  # steps at an end
@@ -61,28 +61,25 @@ def observed(
 
 
 def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterator[str]:
-    def at_ends(name: str) -> tuple[float, float, str]:
-        first, last = ends(steps.get(name, ())) or ([0.0], [0.0])
-        return fmean(first), fmean(last), f"of the last {len(last)} steps"
-
-    first, last, _ = at_ends("entropy")
+    names = ("entropy", "cut off", "groups without signal")
+    each = [ends(steps.get(name, ())) or ([0.0], [0.0]) for name in names]
+    (first, last), (_, cut_off), (_, silent) = ((fmean(a), fmean(b)) for a, b in each)
+    _, when, also_when = (f"of the last {len(end)} steps" for _, end in each)
     if last < COLLAPSED * first:
         yield (
             f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
             " what it was: the policy hardly explores any more."
         )
-    _, share, when = at_ends("cut off")
-    if share > CUT_OFF:
+    if cut_off > CUT_OFF:
         most = options.get("max_new_tokens")
         yield (
-            f"{share:.0%} of the completions {when} were cut off at max_new_tokens"
+            f"{cut_off:.0%} of the completions {when} were cut off at max_new_tokens"
             f"{'' if most is None else f'={most}'}: the reward judged beginnings."
         )
-    _, share, when = at_ends("groups without signal")
-    if share > SILENT:
+    if silent > SILENT:
         yield (
-            f"{share:.0%} of the groups {when} had one reward for all their completions: prompts"
-            " are too hard, too easy, or learned."
+            f"{silent:.0%} of the groups {also_when} had one reward for all their completions:"
+            " prompts are too hard, too easy, or learned."
         )
     first, last = moved(steps.get("reward", ())) or (0.0, 0.0)
     if first >= last:
@@ -248,21 +245,10 @@ class History(ShownInNotebooks):
 
 
     def __str__(self) -> str:
-        lines = [f"{self.adapter}: {self.objective}, {len(self.losses)} steps"]
-        if self.judged_by:
-            by = ", ".join(f"{weight:g} x {name}" for name, weight in self.judged_by.items())
-            lines.append(f"judged by {by}")
-        key = "reward" if self.judged_by else "loss"
-        if held_out := self.in_words(key):
-            lines.append(f"held-out {key}: {held_out}")
-        for name, values in self.by_step.items():
-            if (both := ends(values)) is not None:
-                first, last = both
-                lines.append(
-                    f"{name}: {fmean(first):.4g} in the first {len(first)} steps,"
-                    f" {fmean(last):.4g} in the last {len(last)}"
-                )
-        return "\n".join(map(printable, [*lines, *self.observations]))
+        figures = {name: both for name, v in self.by_step.items() if (both := ends(v))}
+        return in_words(
+            "inspecting/history.jinja", found=self, figures=figures, mean=fmean, line=printable
+        )
 
 
 def read_history(path: str | Path) -> History:
