@@ -139,7 +139,6 @@ def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) ->
     return Adapter(model, name, built.chosen, built.over, built.other_base)
 
 
-log = logging.getLogger(__name__)
 ROOM = 1 << 26  # numbers that every adapter may have
 
 

@@ -63,16 +63,6 @@ class Difference:
         half = student(df + 1) * error
         return cls(mean, (mean - half, mean + half), two_sided(abs(mean) / error, df))
 
-    @property
-    def above(self) -> bool:
-        """Whether the interval lies above 0."""
-        return self.interval is not None and self.interval[0] > 0
-
-    @property
-    def below(self) -> bool:
-        """Whether the interval lies below 0."""
-        return self.interval is not None and self.interval[1] < 0
-
     def __str__(self) -> str:
         return f"{self.mean:+.4g}{within(self.interval, '+.4g')}"
 

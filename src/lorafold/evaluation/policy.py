@@ -130,9 +130,14 @@ class Rewarded:
         return Rewarded(judged, groups, rewards, each)
 
     @property
+    def completions(self) -> list[Completion]:
+        """The completions of all groups, as in `judged`."""
+        return [one for group in self.groups for one in group]
+
+    @property
     def tokens(self) -> int:
         """The number of sampled tokens."""
-        return sum(len(one.tokens) for group in self.groups for one in group)
+        return sum(len(one.tokens) for one in self.completions)
 
     @property
     def interval(self) -> Interval | None:
@@ -151,8 +156,8 @@ class Rewarded:
         to which it applies; lengths and entropy, and the share of groups whose rewards are all
         equal.
         """
-        completions = [one for group in self.groups for one in group]
-        n, tokens = len(completions), self.tokens
+        completions, tokens = self.completions, self.tokens
+        n = len(completions)
         each = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
         without = float(self.rewards.isnan().double().mean())
         return {
@@ -177,10 +182,9 @@ class Rewarded:
         each = {name: x.flatten().tolist() for name, x in several.items()}
         order = [at for at, reward in enumerate(rewards) if not math.isnan(reward)]
         order.sort(key=lambda at: -rewards[at])
-        samples = []
+        completions, samples = self.completions, []
         for at in order[:best] + order[max(best, len(order) - worst) :]:
-            one, (group, n) = self.judged[at], divmod(at, self.rewards.shape[1])
-            ended = self.groups[group][n].ended
+            one, ended = self.judged[at], completions[at].ended
             own = {name: x[at] for name, x in each.items() if not math.isnan(x[at])}
             samples.append(
                 PolicySample(one.where, one.prompt, one.completion, rewards[at], ended, own)

@@ -144,7 +144,15 @@ class AdapterReward:
 
     def _texts(self, judged: Sequence[Judged]) -> list[Branched]:
         """The tokens of prompt and completion, the completion as the only branch."""
-        table = self._encoder.encode([_answered(one) for one in judged], 0).to_pylist()
+        answered = []
+        for one in judged:
+            prompt = one.conversation
+            if prompt is None:
+                prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
+            answer = normalized([{"role": "assistant", "content": one.completion}])
+            turns = [*prompt.messages, *answer]
+            answered.append(Conversation(turns, len(prompt.messages), prompt.tools))
+        table = self._encoder.encode(answered, 0).to_pylist()
         # where earlier turns are rewritten, the last text of a row is the one with its last turn
         entries = {entry["row"]: entry for entry in table}
         problems = {entry["row"]: problem for entry in table if (problem := entry["problem"])}
@@ -159,14 +167,6 @@ class AdapterReward:
             texts.append(continued(example_of(ids, entries[number]["spans"])))
         return texts
 
-
-def _answered(one: Judged) -> Conversation:
-    """A completion as the assistant's turn after its prompt."""
-    prompt = one.conversation
-    if prompt is None:
-        prompt = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
-    answer = normalized([{"role": "assistant", "content": one.completion}])
-    return Conversation([*prompt.messages, *answer], len(prompt.messages), prompt.tools)
 
 
 def _quantized(model: PreTrainedModel) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
@@ -24,13 +23,13 @@ from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.adapter import load
 from lorafold.data.examples import probe_ids
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.held_out import Progress, progress_bar, silent
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
@@ -46,8 +45,6 @@ from lorafold.models.tokenizer import write_tokenizer
 from lorafold.peft.adapter_directory import Saved
 from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
-
-ReportProgress = Callable[[int, int], None]  # done, in all
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def compare(
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
-    progress: ReportProgress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[Gap]:
     """The gaps between a model and others, which are loaded one after the other."""
     done, total = count(1), (1 + len(others)) * len(texts)
@@ -210,7 +207,7 @@ def merge(
     storage, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.loaded_as  # a wrong name or device is told before any work
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
-    with atomic_directory(out, options.overwrite) as tmp, bars(console) as bar:
+    with atomic_directory(out, options.overwrite) as tmp:
         target = choose_into(options.into, adapters, storage, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked or target.unmade):
             console.print(f"merging into {target}", highlight=False)
@@ -223,7 +220,8 @@ def merge(
         changes = plan(base, adapters, round_trip=target.round_trip)
         if target.quantized is not None:
             check_saved(changes.model, target.quantized)
-        folded, others = execute(changes, shards, *rounding, bar("folding")), changes.other_base
+        with progress_bar(console, "folding") as step:
+            folded = execute(changes, shards, *rounding, step)
         if has_tokenizer and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)
@@ -236,9 +234,10 @@ def merge(
             if target.trained_on and not target.in_files:
                 after.append(partial(adapted, base, adapters, "fp32"))
             before = partial(adapted, base, adapters, target.stored)
-            gap, *rest = compare(before, after, texts, tmp, bar("comparing"))
+            with progress_bar(console, "comparing") as step:
+                gap, *rest = compare(before, after, texts, tmp, step)
             from_original = rest[0].distance if rest else None
-        names = tuple(map(str, adapters))
+        names, others = tuple(map(str, adapters)), changes.other_base
         result = Merged(
             gap, folded, target, *rounding, base.name, names, str(out), others, from_original
         )
@@ -265,14 +264,4 @@ def quantize(plain: Base, quantization: str) -> None:
         model.save_pretrained(directory)
 
 
-@contextmanager
-def bars(console: Console | None) -> Iterator[Callable[[str], ReportProgress]]:
-    """A function that makes the progress bar of a stage; bars are shown on terminals only."""
-    quiet = console is None or not console.is_terminal
-    with Progress(console=console, disable=quiet, transient=True) as bars:
 
-        def bar(stage: str) -> ReportProgress:
-            task = bars.add_task(stage, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield bar

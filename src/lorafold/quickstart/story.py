@@ -22,6 +22,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, evaluate
 from lorafold.exporting import run as exporting
 from lorafold.files.atomic import check_out
+from lorafold.files.terminal import print_lines
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.report import page
 from lorafold.kernels.registry import TRAINING, use
@@ -131,11 +132,7 @@ def quickstart(
     storage = fastest(where)
     base = "bf16" if storage.dtype is torch.bfloat16 else "fp32"
 
-    def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    for sentence in computing(where, storage):
-        tell(sentence)
+    print_lines(console, *computing(where, storage))
     train_rows = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
     test_rows = rows("test", UNSEEN, seed=0)
     asked = [{"prompt": row["prompt"]} for row in test_rows[:ABROAD]]
@@ -169,7 +166,7 @@ def quickstart(
     console.rule("6  export: the adapter for llama.cpp, proved there")
     wanted = exporting.ExportOptions("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
     exported = exporting.export(Base(MODEL), adapters, exported_to, wanted, console)
-    tell(exported.summary())
+    print_lines(console, exported.summary())
 
     adapter_bytes, model_bytes = (
         sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (adapter, merged_to)
