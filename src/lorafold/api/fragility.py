@@ -172,8 +172,8 @@ def fragility(
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     used = [one for stack in stacks for one in stack.adapters]
     finished = None if tuned is None else as_path(tuned, "tuned")
-    owners = [*used, *([OwnBase.read(finished)] if finished else [])]
-    base = base_for(model, owners, console, **opening)
+    owners = [OwnBase.read(finished)] if finished else []
+    base = base_for(model, [*used, *owners], console, **opening)
     asked = as_recipe(recipe, RECIPE, trains=True)
     # the quantization as asked, else from the recipe, else from the adapters' training
     if base.storage == "auto" and "storage" in asked.model_fields_set:

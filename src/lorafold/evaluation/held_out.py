@@ -113,11 +113,22 @@ def silent(done: int, total: int) -> None:
 
 
 @contextmanager
-def progress_bar(console: Console | None, name: str) -> Iterator[Progress]:
-    """A progress bar."""
+def progress_bars(console: Console | None) -> Iterator[Callable[[str], Progress]]:
+    """A function that makes a progress bar by its name; they are shown on terminals alone."""
     from rich import progress
 
     quiet = console is None or not console.is_terminal
     with progress.Progress(console=console, transient=True, disable=quiet) as bars:
-        task = bars.add_task(name)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+        def bar(name: str) -> Progress:
+            task = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield bar
+
+
+@contextmanager
+def progress_bar(console: Console | None, name: str) -> Iterator[Progress]:
+    """A progress bar."""
+    with progress_bars(console) as bar:
+        yield bar(name)

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from lorafold.adapter import load
 from lorafold.data.examples import probe_ids
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import Progress, progress_bar, silent
+from lorafold.evaluation.held_out import Progress, progress_bars, silent
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
@@ -207,7 +207,7 @@ def merge(
     storage, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.loaded_as  # a wrong name or device is told before any work
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
-    with atomic_directory(out, options.overwrite) as tmp:
+    with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         target = choose_into(options.into, adapters, storage, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked or target.unmade):
             console.print(f"merging into {target}", highlight=False)
@@ -220,8 +220,7 @@ def merge(
         changes = plan(base, adapters, round_trip=target.round_trip)
         if target.quantized is not None:
             check_saved(changes.model, target.quantized)
-        with progress_bar(console, "folding") as step:
-            folded = execute(changes, shards, *rounding, step)
+        folded = execute(changes, shards, *rounding, bar("folding"))
         if has_tokenizer and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)
@@ -234,8 +233,7 @@ def merge(
             if target.trained_on and not target.in_files:
                 after.append(partial(adapted, base, adapters, "fp32"))
             before = partial(adapted, base, adapters, target.stored)
-            with progress_bar(console, "comparing") as step:
-                gap, *rest = compare(before, after, texts, tmp, step)
+            gap, *rest = compare(before, after, texts, tmp, bar("comparing"))
             from_original = rest[0].distance if rest else None
         names, others = tuple(map(str, adapters)), changes.other_base
         result = Merged(
