@@ -209,7 +209,7 @@ def checked(function: Verb) -> Verb:
 def verb(function: Verb) -> Verb:
     """The function, whose signature and docstring contain the parameters of its groups too."""
     of: Any = function
-    signature, entries, lines = inspect.signature(of), Docs.of(of).args, list[str]()
+    signature, entries, lines = inspect.signature(of), Docs.of(of).args, []
     own = signature.parameters.values()
     parameters = {p.name: p for p in own if p.kind is not Parameter.VAR_KEYWORD}
     for one in declared(of):

@@ -183,7 +183,7 @@ def main() -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
     except LorafoldError as error:
         sys.exit(_fail(str(error)))
-    notices, printed = logging.StreamHandler(), set[str]()
+    notices, printed = logging.StreamHandler(), set()
 
     def is_new(line: logging.LogRecord) -> bool:  # a command may load an adapter more than once
         known = line.getMessage() in printed

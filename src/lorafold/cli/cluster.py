@@ -27,7 +27,7 @@ def table(on: str, workers: int, out: Path | None) -> str:
 
 def without_cluster_options(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command without --on and --workers."""
-    others, rest = list[str](), iter(arguments)
+    others, rest = [], iter(arguments)
     for argument in rest:
         name, equals, _ = argument.partition("=")
         if name not in ("--on", "--workers"):

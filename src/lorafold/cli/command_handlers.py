@@ -98,7 +98,7 @@ def generate(run: Run, *, json: Json = False) -> None:
     [text] = ready.texts
     if is_marked(text):
         print_lines(console, IN_PROMPT)
-    pieces: list[str] = []
+    pieces = []
     start = perf_counter()
     completion = stream(ready.model, ready.tokenizer, text, most, choice)
     while True:

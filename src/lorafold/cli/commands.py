@@ -67,7 +67,7 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
     recipe_last = sorted(declarations, key=lambda one: isinstance(one.option, RecipeOptions))
     arguments = [_argument(one) for one in recipe_last]
     of_runner = [_argument(one) for one in declared(runner) if one.default is not Parameter.empty]
-    flags, options = dict[str, str](), list[Parameter]()
+    flags, options = {}, []
     for one in (*arguments, *of_runner):
         for number, p in enumerate(one.options):
             names = p.annotation.__metadata__[0].param_decls or [f"--{p.name.replace('_', '-')}"]

@@ -113,7 +113,7 @@ def _of_training_tools(
     from lorafold.config_import.run import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
-    problems, trains = list[str](), "--lr" in options
+    problems, trains = [], "--lr" in options
     for value in dict.fromkeys([known[key], *SAMPLES]):
         try:
             found = counterpart(key, {**known, key: value})

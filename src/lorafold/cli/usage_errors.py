@@ -57,7 +57,7 @@ def repeated(line: Line) -> LorafoldError | None:
     for word in line.words:
         if word.option is not None:
             given.setdefault(str(word.option.name), []).append(word)
-    problems = list[str]()
+    problems = []
     for same in given.values():
         others = [w.name for w in same if w.name in OTHER_NAMES and w.name not in line.options]
         if now := [w.name for w in same if w.name not in others] if others else []:
@@ -106,7 +106,7 @@ def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
     """
     given = {word.option.name for word in line.words if word.option is not None}
     only_options = all(one.param_type_name == "option" for one in params)
-    wanted, stray = list[str](), line.stray if only_options else []
+    wanted, stray = [], line.stray if only_options else []
     found = shortened(" ".join(stray), 100)
     for one in params:
         if not one.required or one.name in given:

@@ -149,7 +149,7 @@ def verify(
     already, and `read` the (bytes, SHA-256 in hexadecimal) of files that were. Unless it is
     `required`, there may be none, or that of another program, which has no "files".
     """
-    root, problems = Path(path), list[str]()
+    root, problems = Path(path), []
     try:
         content = json.loads((root / MANIFEST).read_bytes() if manifest is None else manifest)
         if not required and isinstance(content, dict) and "files" not in content:

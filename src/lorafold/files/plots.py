@@ -211,7 +211,7 @@ def rows(axes: Any, names: Sequence[str], marks: Sequence[Series], most: int = W
     figures stand beside the points of the first row that has them; the sentence returned says how
     many do not fit.
     """
-    first = list[tuple[float, float]]()
+    first = []
     for n, one in enumerate(marks):
         known = [(y, v, i) for y, (v, i) in enumerate(zip(*one[1:], strict=True)) if v is not None]
         at, values, intervals = zip(*known, strict=True)

@@ -87,7 +87,7 @@ def inspect(
             other = load(model, against, "against", allow_other_base=allowed)
     stream = stream_of(model)
     heads, fused = heads_of(model, stream)
-    changed, figures, svds = list(sites(adapter, below)), dict[str, MatrixFigures](), {}
+    changed, figures, svds = list(sites(adapter, below)), {}, {}
     for done, site in enumerate(changed, 1):
         weights = site.weights()
         for name, svd in site.parts():

@@ -41,7 +41,7 @@ RANGED = {  # heading: figure of a matrix, format; of experts with their range
 
 def table(inspection: Inspection) -> str:
     """The means of each kind of module for the terminal; of experts with their range."""
-    lines = list[list[str]]()
+    lines = []
     for kind, paths in by_kind(inspection.sites).items():
         sites = [inspection.sites[path] for path in paths]
         ranks = (fmean(values_of(sites, f"effective_rank_{share}")) for share in (90, 95, 99))
@@ -85,7 +85,7 @@ def sections(inspection: Inspection) -> str:
 def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any]:
     """One figure as a heat map of blocks and kinds of module; of experts the mean."""
     kinds = by_kind(sites)
-    by_place = defaultdict[tuple[str, int | None], list[float | None]](list)
+    by_place = defaultdict(list)
     for path, value in zip(sites, values_of(sites.values(), name), strict=True):
         by_place[kind_of(path)].append(value)
     values = {at: mean_of(of) for at, of in by_place.items()}

@@ -141,7 +141,7 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
-    heads, fused = dict[str, Heads](), list[str]()
+    heads, fused = {}, []
     for path, module in Anatomy.of(model).modules:
         parent = model.get_submodule(path.rpartition(".")[0])
         size = getattr(parent, "head_dim", None)

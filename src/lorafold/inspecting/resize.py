@@ -113,7 +113,7 @@ def resize(
     model, allowed = base.mapped().model, base.allow_other_base
     below = load_below(model, base, stack)
     adapter = load(model, saved, NAME, allow_other_base=allowed)
-    factors, cuts = dict[str, Factors](), Cuts()
+    factors, cuts = {}, Cuts()
     for site in sites(adapter, below):
         if site.changes_bias:
             raise LorafoldError(
@@ -161,7 +161,7 @@ def extract(
             f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
             f" {as_one(problems)}"
         )
-    factors, cuts = dict[str, Factors](), Cuts()
+    factors, cuts = {}, Cuts()
     for path in paths:
         layers = [layer_of(module_at(model, path)) for model in models]
         names = matrix_names(path, layers[0].matrices)

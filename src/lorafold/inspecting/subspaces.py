@@ -44,7 +44,7 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
 
 def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
     """Two adapters at the matrices that both change; `name` is that of the second."""
-    sites, by_kind = {}, defaultdict[str, list[tuple[Tensor, Tensor]]](list)
+    sites, by_kind = {}, defaultdict(list)
     for path, x in a.items():
         if path not in b or not (len(x.s) and len((y := b[path]).s)):
             continue

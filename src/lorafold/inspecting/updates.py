@@ -76,7 +76,7 @@ def site_of(name: str) -> str:
 
 def by_site(names: Iterable[str]) -> dict[str, list[str]]:
     """The names of the matrices of each site."""
-    sites = defaultdict[str, list[str]](list)
+    sites = defaultdict(list)
     for name in names:
         sites[site_of(name)].append(name)
     return dict(sites)

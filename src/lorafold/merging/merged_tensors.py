@@ -124,7 +124,7 @@ class MergedValues:
     @torch.no_grad()
     def _all(self, conversion: Conversion) -> dict[str, Rounded]:
         """The tensors that the parameters of a conversion are made of, by name."""
-        targets, originals = dict[str, Tensor](), dict[str, Tensor]()
+        targets, originals = {}, {}
         with conversion.made() as values:
             for parameter, value in values.items():
                 targets[parameter], originals[parameter] = (

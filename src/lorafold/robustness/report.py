@@ -165,7 +165,7 @@ def plot(
     levels: dict[str, float],
 ) -> str:
     """One figure of a `State` over the number of examples."""
-    means, bands = dict[str, list[float]](), dict[str, list[Interval]]()
+    means, bands = {}, {}
     for curve in curves:
         after = [[p.measured for p in points] for points in curve.by_examples.values()]
         states = [[curve.stack.before], *after]
