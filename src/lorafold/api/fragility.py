@@ -151,9 +151,8 @@ def fragility(
     )
     from lorafold.api.loaded_model import load_with_adapters
     from lorafold.data.row_store import Rows
-    from lorafold.evaluation.held_out import progress_bar
     from lorafold.files.atomic import write_json, write_text
-    from lorafold.files.terminal import print_lines
+    from lorafold.files.terminal import print_lines, progress_bar
     from lorafold.peft.adapter_directory import open_all
     from lorafold.peft.provenance import OwnBase
     from lorafold.recipe.fitting import settled_length

@@ -25,12 +25,11 @@ from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenized
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, cut
-from lorafold.evaluation.held_out import Progress, progress_bar, silent
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import in_words, within
-from lorafold.files.terminal import print_lines
+from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
 from lorafold.generation import table_left
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Judged, Rewards

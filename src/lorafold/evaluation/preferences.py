@@ -25,9 +25,9 @@ from torch import Tensor
 from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
-from lorafold.evaluation.held_out import Progress, silent
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.templates import with_interval
+from lorafold.files.terminal import Progress, silent
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
 

@@ -22,7 +22,7 @@ from lorafold.core.shared_tensors import twin
 from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import Progress, silent
+from lorafold.files.terminal import Progress, silent
 from lorafold.generation import end_tokens, text_of
 from lorafold.ops.dropout import key_of
 from lorafold.runtime.memory import free_bytes

@@ -29,12 +29,12 @@ from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
-from lorafold.evaluation.held_out import by_row, pad_id_of, progress_bar, row_losses
+from lorafold.evaluation.held_out import by_row, pad_id_of, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import with_interval
-from lorafold.files.terminal import print_lines
+from lorafold.files.terminal import print_lines, progress_bar
 from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.preference_algorithms import Dpo, Law

@@ -37,12 +37,12 @@ from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import Progress, pad_id_of, progress_bar, silent
+from lorafold.evaluation.held_out import pad_id_of
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import in_words, with_interval
-from lorafold.files.terminal import print_lines
+from lorafold.files.terminal import Progress, print_lines, progress_bar, silent
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import branching

@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
-from lorafold.evaluation.held_out import progress_bars
 from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.plain_lora import Cut, cut_to, rank_enough
 from lorafold.exporting.proof import Proof, ReferenceAnswers, answers_over, distance, proof
@@ -27,6 +26,7 @@ from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
+from lorafold.files.terminal import progress_bars
 from lorafold.merging.merge_target import ALIAS, Distance, Into, choose_into
 from lorafold.models.loading import stored_in_files
 from lorafold.peft.adapter_directory import Saved

@@ -19,7 +19,7 @@ import torch
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
-from lorafold.evaluation.held_out import Progress, silent
+from lorafold.files.terminal import Progress, silent
 from lorafold.inspecting.residual_stream import ResidualStream, gain, heads_of, stream_of
 from lorafold.inspecting.result import AdapterFigures, Inspection, MatrixFigures, Sites
 from lorafold.inspecting.spectra import (

@@ -26,8 +26,8 @@ from lorafold.core.attach import Adapted
 from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import Progress, silent
 from lorafold.files.atomic import write_json
+from lorafold.files.terminal import Progress, silent
 from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from lorafold.adapter import load
 from lorafold.data.examples import probe_ids
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import Progress, progress_bars, silent
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.templates import in_words
+from lorafold.files.terminal import Progress, progress_bars, silent
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.merge_target import Distance, Into, check_saved, choose_into
 from lorafold.merging.merged_tensors import MergeResult, execute, write_shards
