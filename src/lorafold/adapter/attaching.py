@@ -200,8 +200,7 @@ def build(
                     " as --modules-to-save (modules_to_save); the experts themselves are targets"
                     f" such as {owner.rpartition('.')[2]}.{parameter}"
                 )
-            name = type(spec).__name__
-            raise LorafoldError(f"{path}: {name} can't adapt it: {reason}") from None
+            raise LorafoldError(f"{path}: {type(spec).__name__} can't adapt it: {reason}") from None
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}

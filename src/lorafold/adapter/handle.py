@@ -108,8 +108,7 @@ class Adapter:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every parameter and buffer of the adapter, each in its own shape."""
-        deltas = self.deltas.values()
-        return chain.from_iterable(chain(d.parameters(), d.buffers()) for d in deltas)
+        return chain.from_iterable(chain(d.parameters(), d.buffers()) for d in self.deltas.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints

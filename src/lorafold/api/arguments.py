@@ -49,7 +49,7 @@ def as_rows(
         rows = check_rows(numbered, source, wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source}: found a weight, which only training rows may have")
-    messages = [*_dropped(columns), *rows.remarks]
+    messages = [*(_dropped(columns) if columns else ()), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if declared is not None:
         messages += declared.told(rows.shapes)
@@ -95,8 +95,7 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
     from lorafold.data.prompts import read_prompts  # and with it transformers
 
     if (sources := sources_in(data)) is None:
-        given = enumerate(cast(Sequence[Row], data), 1)
-        return read_prompts(given, columns or {}, source_of(data))
+        return read_prompts(enumerate(cast(Sequence[Row], data), 1), columns or {}, source_of(data))
     files = [file for source in map(source_from, sources) for file in source.files]
     return [r for f in files for r in read_prompts(f.numbered(), columns or {}, f.name)]
 

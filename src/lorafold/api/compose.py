@@ -114,7 +114,6 @@ def compose(
     console = or_quiet(console)
     base, saved = base_with(model, adapters, console, **opening)
     virtual = sum(one.spec.positions for one in saved)
-    recipe = settled_length(as_recipe(learning.recipe, RECIPE), base, virtual, console)
     request = ComposeRequest(
         base,
         saved,
@@ -126,7 +125,7 @@ def compose(
         seed=seed,
         tasks=by_name(data, console),
         examples=by_name(learning.examples, console),
-        recipe=recipe,
+        recipe=settled_length(as_recipe(learning.recipe, RECIPE), base, virtual, console),
         gates=learning.gates,
         evaluations=learning.evaluations,
         completions=completions,

@@ -119,8 +119,7 @@ def evaluate(
             loaded, tokenizer = load_with_adapters(base, saved, tokenizer, console=console)
             return evaluation.evaluate_rewards(loaded, tokenizer, rows, judging, settings, console)
     loaded, tokenizer = load_with_adapters(base, saved, tokenizer, classify=labels, console=console)
-    law = law_of_adapters(saved)
-    measured = evaluation.EvaluationSettings(completions, max_new_tokens, law)
+    measured = evaluation.EvaluationSettings(completions, max_new_tokens, law_of_adapters(saved))
     return evaluation.evaluate(loaded, tokenizer, rows, length, measured, console)
 
 

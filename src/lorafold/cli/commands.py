@@ -85,8 +85,7 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
         Parameter(HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
     )
     if above:
-        context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        options.insert(0, context)
+        options.insert(0, Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     def command(**typed: Any) -> None:
         if above and typed["context"].invoked_subcommand is not None:

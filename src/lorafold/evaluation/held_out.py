@@ -69,8 +69,7 @@ def by_row(
     def run(loss: L, groups: Iterable[Sequence[int]]) -> None:
         with evaluating(loss):
             for group in groups:
-                values = measure(loss, [examples[i] for i in group])
-                results.update(zip(group, values, strict=True))
+                results.update(zip(group, measure(loss, [examples[i] for i in group]), strict=True))
                 step(len(results), len(examples))
 
     with fused(model):

@@ -278,8 +278,7 @@ def score_rows(
     if console and truncated:
         print_lines(console, data.report)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:
-        loss = Preferences(model, BRADLEY_TERRY, how, pad_id)
-        scores, tokens = scores_of(loss, examples, step)
+        scores, tokens = scores_of(Preferences(model, BRADLEY_TERRY, how, pad_id), examples, step)
     if bad := np.flatnonzero(~np.isfinite(scores).all(1)).tolist():
         raise LorafoldError(
             f"row {bad[0] + 1}: found the score {scores[bad[0]].tolist()}, expected a finite"

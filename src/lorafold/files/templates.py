@@ -19,8 +19,9 @@ def environment(escape: bool) -> Any:
         loader=PackageLoader("lorafold", "."), autoescape=escape, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    filters = {"text": as_text, "form": shown, "listed": listed, "with_interval": with_interval}
-    made.filters.update(filters)
+    made.filters.update(
+        form=format, listed=listed, shown=shown, text=as_text, with_interval=with_interval
+    )
     return made
 
 

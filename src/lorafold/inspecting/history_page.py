@@ -36,8 +36,7 @@ SOUGHT = (
 
 def page(history: History, path: str | Path) -> None:
     """Write it all as one HTML file that needs no other."""
-    title = f"How {Path(history.adapter).resolve().name} was trained"
-    write_page(title, sections(history), path)
+    write_page(f"How {Path(history.adapter).resolve().name} was trained", sections(history), path)
 
 
 def sections(history: History) -> str:

@@ -99,8 +99,7 @@ def inspect(
     vocabulary = vocabulary_of(model, stream)
     vectors = None if directions is None else read_vectors(directions, stream.size)
     shown = {name: svds[name] for name in largest(figures)}
-    sides = sides_of(model, stream, shown)
-    named = named_directions(sides, shown, vocabulary, tokenizer, vectors)
+    named = named_directions(sides_of(model, stream, shown), shown, vocabulary, tokenizer, vectors)
     measured = {name: replace(of, **named[name]) for name, of in figures.items()}
     experts, whole = across_experts(svds, stream), adapter_figures(measured)
     overlap = None

@@ -105,8 +105,7 @@ def curves(
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 
-    lines = len(steps) + len(measured)
-    size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.2 * lines))
+    size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.2 * (len(steps) + len(measured))))
     return plots.drawing(draw, title, caption, size)
 
 
@@ -117,8 +116,7 @@ def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
     for start in range(0, len(values), size):
         some = [v for v in values[start : start + size] if v is not None]
         if some:
-            last = min(start + size, len(values))
-            points.append(((start + 1 + last) / 2, sum(some) / len(some)))
+            points.append(((start + 1 + min(start + size, len(values))) / 2, sum(some) / len(some)))
     return points
 
 

@@ -95,8 +95,7 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
     def cell(value: float | None) -> tuple[str, str]:
         if value is None:
             return "", ""
-        share = min(max(value / most, 0.0), 1.0)
-        return f"{value:{form}}", mixed("raised", "heat", 100 * share)
+        return f"{value:{form}}", mixed("raised", "heat", 100 * min(max(value / most, 0.0), 1.0))
 
     lines = [(layer, [cell(values.get((kind, layer))) for kind in kinds]) for layer in layers]
     return {"heading": heading, "kinds": kinds, "lines": lines}

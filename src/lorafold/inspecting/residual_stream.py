@@ -143,8 +143,7 @@ def heads_of(model: PreTrainedModel, stream: ResidualStream) -> tuple[dict[str, 
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
     heads, fused = {}, []
     for path, module in Anatomy.of(model).modules:
-        parent = model.get_submodule(path.rpartition(".")[0])
-        size = getattr(parent, "head_dim", None)
+        size = getattr(model.get_submodule(path.rpartition(".")[0]), "head_dim", None)
         if not isinstance(size, int) or len(shape := _shape(module)) != 2:
             continue
         if path not in stream.readers and path not in stream.writers:

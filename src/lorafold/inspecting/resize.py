@@ -68,8 +68,7 @@ class Resized(ShownInNotebooks):
 
     def as_json(self) -> dict[str, Any]:
         content = super().as_json()
-        losses = content.pop("losses")
-        return content | losses
+        return content | content.pop("losses")
 
     def __str__(self) -> str:
         worst = max(self.sites, key=lambda path: self.sites[path]["error"])
@@ -135,8 +134,7 @@ def resize(
         added = all(isinstance(delta, Additive) for delta in adapter.own_deltas.values())
         other = {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
         record |= {BASE: saved.own_base.fingerprint} if added else other
-    about = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
-    record["resized"] = about
+    record["resized"] = {"from": str(saved), "rank": rank, "energy": energy, "error": result.error}
     tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
@@ -183,8 +181,7 @@ def extract(
     }
     result = resized(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
-    adapter = lora_of(models[0], factors, NAME)
-    adapter.save(out, overwrite=overwrite, record={"extracted": about})
+    lora_of(models[0], factors, NAME).save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
 
@@ -209,8 +206,7 @@ def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
         put_factors(delta, (b, a))
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
-    chosen = replace(adapter.chosen, spec=spec)
-    return Adapter(adapter.model, adapter.name, chosen, adapter.over)
+    return Adapter(adapter.model, adapter.name, replace(adapter.chosen, spec=spec), adapter.over)
 
 
 def _squares(x: Tensor) -> float:

@@ -58,8 +58,7 @@ class Into:
     @property
     def round_trip(self) -> str | None:
         """The quantization whose round trip W makes before adapters are folded into it."""
-        made = self.target == "trained" and not self.in_files
-        return self.trained_on if made else None
+        return self.trained_on if (self.target == "trained" and not self.in_files) else None
 
     @property
     def stored(self) -> str:

@@ -208,8 +208,7 @@ def refusals(
 ) -> list[bool]:
     """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
     longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
-    prompts = [*probe.refuse, *probe.answer]
-    texts = complete(model, tokenizer, prompts, longest + LEADING)
+    texts = complete(model, tokenizer, [*probe.refuse, *probe.answer], longest + LEADING)
     return [begins(text, probe.refusal) for text in texts]
 
 

@@ -92,8 +92,7 @@ def deciding(study: Fragility) -> str:
     seeds = max(map(len, every))
     about = f"Means over {seeds} seeds. {LEGEND}" if seeds > 1 else LEGEND
     above = paragraph(f"{', '.join(common)}:") if common else []
-    made = text_table(("tuning", "log-odds", *SHORT), cells)
-    return "\n".join([*above, made, *paragraph(about)])
+    return "\n".join([*above, text_table(("tuning", "log-odds", *SHORT), cells), *paragraph(about)])
 
 
 def _parts(one: Point) -> tuple[str, ...]:
@@ -152,8 +151,7 @@ def drawings(curves: Sequence[Curve]) -> Iterator[str]:
             title, "log-odds of refusal", chosen, "+.2f", "log_odds",
             {"before": before.log_odds, "halfway": halfway, "without": reference},
         )  # fmt: skip
-        levels = {"before": before.refusals}
-        yield plot(title, "refusals", chosen, ".0%", "refusals", levels)
+        yield plot(title, "refusals", chosen, ".0%", "refusals", {"before": before.refusals})
 
 
 def plot(
