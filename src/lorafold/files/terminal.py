@@ -1,5 +1,5 @@
-"""Messages, progress bars, and tables and paragraphs as plain text for 80 columns. Nothing is cut: a
-heading or a name that is too long continues in the next line.
+"""Messages, progress bars, and tables and paragraphs of plain text for 80 columns. Nothing is cut:
+a heading or a name that is too long continues in the next line.
 """
 
 from __future__ import annotations
