@@ -35,7 +35,7 @@ class Learning:
 
     gates: Literal["global", "layer", "token"] = "global"
     examples: Annotated[opt.Tasks, opt.Option(kind=list[str])] = ()
-    evaluations: Annotated[int, opt.Option(min=1)] = 40
+    evaluations: opt.Count = 40
     recipe: Annotated[
         "Recipe | None",
         opt.RecipeOptions(
@@ -55,7 +55,7 @@ def compose(
     model: opt.Model = None,
     how: str | Sequence[str] = "linear",
     weights: Annotated[Sequence[float], opt.Option(flag="--weight")] = (),
-    rank: Annotated[int | None, opt.Option(min=1)] = None,
+    rank: opt.OptionalCount = None,
     density: float | None = None,
     learning: Learning = Learning(),
     data: Annotated[opt.Tasks, opt.Option(kind=list[str])] = (),

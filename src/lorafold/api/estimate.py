@@ -29,13 +29,13 @@ def estimate(
     data: Annotated[opt.Data | None, opt.Option(kind=list[str])] = None,
     rewards: opt.Rewards = (),
     columns: opt.Columns = None,
-    batch: Annotated[int | None, opt.Option(min=1)] = None,
-    max_length: Annotated[int | None, opt.Option(min=2)] = None,
+    batch: opt.OptionalCount = None,
+    max_length: opt.OptionalLength = None,
     labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
     recipe: Annotated[
         "Recipe | None", opt.RecipeOptions((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
     ] = None,
-    gpus: Annotated[int, opt.Option(min=1)] = 1,
+    gpus: opt.Count = 1,
     strategy: str = "fsdp",
     tflops: Annotated[float, opt.Option(rare=True, min=1)] = 400,
     device_memory: Annotated[int | None, opt.Option(kind=str, metavar="SIZE")] = None,

@@ -241,6 +241,10 @@ ColumnNames = Mapping[str, str]  # the names of your columns, by lorafold's name
 RewardSources = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
 
+Count = Annotated[int, Option(min=1)]
+OptionalCount = Annotated[int | None, Option(min=1)]
+OptionalLength = Annotated[int | None, Option(min=2)]
+OptionalRows = Annotated[Data | None, Option(kind=str)]
 KINDS = "smollm2 (embedded), a directory, a .gguf file or a Hub ID (owner/name)"
 _MODEL = Option(
     f"The base model: {KINDS}. Default: the adapter's own base model, from its record; smollm2 if"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lorafold.inspecting.result import (
     UpdateOverlap,
 )
 from lorafold.inspecting.spectra import phi
-from lorafold.inspecting.updates import Svd, Svds, of_experts, site_of
+from lorafold.inspecting.updates import Svds, of_experts, site_of
 
 SHOWN = 64  # the most directions of each adapter in a heat map
 TOP = 4  # directions of each block, or expert, that are compared with those of the others
@@ -67,13 +67,8 @@ def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
     return AdapterOverlap(name, sites, kinds, *only)
 
 
-Side = tuple[str, Collection[str], Callable[[Svd], Tensor]]
-
-
-def _sides(stream: ResidualStream) -> Iterator[Side]:
-    """Yield the sides in the residual stream: name, sites, and the top directions of an update."""
-    yield "read", stream.readers, lambda svd: svd.v[:, :TOP]
-    yield "written", stream.writers, lambda svd: svd.u[:, :TOP]
+# sides in the residual stream: their modules in `ResidualStream`, and an update's vectors
+SIDES = {"read": ("readers", "v"), "written": ("writers", "u")}
 
 
 def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]:
@@ -81,9 +76,9 @@ def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]
     overlaps = {}
     single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
     for kind, paths in by_kind(single).items():
-        for side, inside, directions in _sides(stream):
-            if len(paths) > 1 and all(path in inside for path in paths):
-                top = [directions(svds[path]) for path in paths]
+        for side, (modules, vectors) in SIDES.items():
+            if len(paths) > 1 and {*paths} <= {*getattr(stream, modules)}:
+                top = [getattr(svds[path], vectors)[:, :TOP] for path in paths]
                 grid = [[round(float(phi(a, b)[-1, -1]), 4) for b in top] for a in top]
                 overlaps[kind] = LayerOverlap(side, paths, grid)
     return overlaps
@@ -94,9 +89,9 @@ def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverla
     overlaps = {}
     changed = {name: svd for name, svd in svds.items() if len(svd.s)}
     for site, experts in of_experts(changed).items():
-        for side, inside, directions in _sides(stream):
-            if len(experts) > 1 and site in inside:
-                phis = _pairs([*map(directions, experts)])
+        for side, (modules, vectors) in SIDES.items():
+            if len(experts) > 1 and site in getattr(stream, modules):
+                phis = _pairs([getattr(svd, vectors)[:, :TOP] for svd in experts])
                 low, high = (float(phi) for phi in phis.aminmax())
                 overlaps[site] = ExpertOverlap(side, len(experts), float(phis.mean()), low, high)
     return overlaps
