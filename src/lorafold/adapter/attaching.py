@@ -121,6 +121,21 @@ def load(
     return _place(model, built, name, trainable).requires_grad_(trainable)
 
 
+def load_all(
+    model: nn.Module,
+    adapters: Sequence[Saved],
+    name: str,
+    *,
+    allow_other_base: bool = False,
+    base: Weights | None = None,
+) -> list[Adapter]:
+    """Attach saved adapters, the lowest first, as `name` with a number from 1 on."""
+    return [
+        load(model, saved, f"{name}{number}", allow_other_base=allow_other_base, base=base)
+        for number, saved in enumerate(adapters, 1)
+    ]
+
+
 def _place(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
     if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
         raise LorafoldError(

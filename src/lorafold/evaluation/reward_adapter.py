@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from lorafold.adapter import load
+from lorafold.adapter import load_all
 from lorafold.core.attach import Adapted
 from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import CompletionEncoder, example_of
@@ -85,8 +85,7 @@ class RewardAdapter:
         shell, weights = scoring_shell(model, pad), None
         if _quantized(model) and stored_in_files(self.base.source) is None:
             weights = original_weights(self.base.source)
-        for number, one in enumerate(self.stack, 1):
-            load(shell, one, f"reward{number}", allow_other_base=other, base=weights)
+        load_all(shell, self.stack, "reward", allow_other_base=other, base=weights)
         self.stack.clear()
         heads = head_paths(shell)
         if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:

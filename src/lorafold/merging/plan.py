@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.adapter import load
+from lorafold.adapter import load_all
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
@@ -164,11 +164,9 @@ def plan(
     remember_source(mapped.model, base.source)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
-    names = tuple(f"merged{i}" for i in range(len(adapters)))
-    loaded = [
-        load(mapped.model, saved, name, allow_other_base=base.allow_other_base)
-        for name, saved in zip(names, adapters, strict=True)
-    ]
+    other = base.allow_other_base
+    loaded = load_all(mapped.model, adapters, "merged", allow_other_base=other)
+    names = tuple(adapter.name for adapter in loaded)
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
     problems = defaultdict(list)
     for path, reason in planned.problems:

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorafold.adapter import load
+from lorafold.adapter import load_all
 from lorafold.data.examples import probe_ids
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out, write_json
@@ -246,9 +246,8 @@ def merge(
 def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedModel:
     """The base in a storage, computed in fp32, with the adapters."""
     base = replace(base.stored(storage), dtype="fp32")
-    model, weights, other = base.load(), base.weights(), base.allow_other_base
-    for i, saved in enumerate(adapters):
-        load(model, saved, f"adapter{i}", allow_other_base=other, base=weights)
+    model, other = base.load(), base.allow_other_base
+    load_all(model, adapters, "adapter", allow_other_base=other, base=base.weights())
     return model
 
 

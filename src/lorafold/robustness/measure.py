@@ -170,18 +170,15 @@ def measure(
             f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
             " its adapters"
         )
-    refused_each = refusals(model, tokenizer, probe)
-    refused, control_refused = (
-        sum(refused_each[: len(probe.refuse)]),
-        sum(refused_each[len(probe.refuse) :]),
-    )
+    refused, n = refusals(model, tokenizer, probe), len(probe.refuse)
+    shares: dict[str, Any] = {}
+    for name, each in {"refusals": refused[:n], "control_refusals": refused[n:]}.items():
+        shares[name] = sum(each) / len(each)
+        shares[f"{name}_interval"] = wilson(sum(each), len(each))
     return State(
         log_odds=mean,
         log_odds_interval=mean_interval(odds.tolist()),
-        refusals=refused / len(probe.refuse),
-        refusals_interval=wilson(refused, len(probe.refuse)),
-        control_refusals=control_refused / len(probe.answer),
-        control_refusals_interval=wilson(control_refused, len(probe.answer)),
+        **shares,
         kl=divergence(before, distributions(model, probe.controls)),
         loss=held_out_loss(loss, probe.benign) if len(probe.benign) else None,
     )
