@@ -61,7 +61,7 @@ class Variant:
 
     def __str__(self) -> str:
         settings = self.settings.items()
-        named = (f"{name.removeprefix('options.')}={in_short(v)}" for name, v in settings)
+        named = (f"{name.removeprefix('options.')}={short_value(v)}" for name, v in settings)
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
@@ -83,7 +83,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
         raise LorafoldError(
             "vary: found epochs beside steps, which are how long a run is; expected one of the two"
         )
-    variants_ = []
+    distinct = []
     for method in methods:
         fitted = []
         for values in product(*vary.values()):
@@ -94,23 +94,23 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
             has = {
                 name: value
                 for name, value in settings.items()
-                if name.partition(".")[0] not in absent and entry(one, name) == entry(changed, name)
+                if name.partition(".")[0] not in absent and field_value(one, name) == field_value(changed, name)
             }
             variant = Variant(method, has)
             if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
                 fitted.append(dumped)
-                variants_.append(variant)
-    if unknown := [name for name in vary if not any(name in one.settings for one in variants_)]:
+                distinct.append(variant)
+    if unknown := [name for name in vary if not any(name in one.settings for one in distinct)]:
         raise LorafoldError(
             f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
         )
-    names = [str(one) for one in variants_]
+    names = [str(one) for one in distinct]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LorafoldError(
             f"found {listed(twice)} twice (methods, vary); expected different methods, and settings"
             " whose names differ"
         )
-    return variants_
+    return distinct
 
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
@@ -130,17 +130,17 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
     return values_by_field
 
 
-def entry(recipe: Recipe, name: str) -> Any:
+def field_value(recipe: Recipe, name: str) -> Any:
     """What a recipe has under the name of a field, or of an entry of one."""
     whole, _, inner = name.partition(".")
     value = getattr(recipe, whole)
     return value.get(inner) if inner else value
 
 
-def in_short(value: Any) -> str:
+def short_value(value: Any) -> str:
     """A value of a recipe as it stands in a name."""
     if isinstance(value, list | tuple):
-        return ",".join(map(in_short, value))
+        return ",".join(map(short_value, value))
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(float(value))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafold.files import plots
-from lorafold.inspecting.subspaces import kind_of
+from lorafold.inspecting.subspaces import kind_and_block
 
 POINTS = 300  # of a curve
 SCALE = "viridis"  # its lightness rises with the value
@@ -17,7 +17,7 @@ Grid = Sequence[Sequence[float]]
 def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
     """The singular values of one kind of module over the largest, a coloured line a block."""
     spectra = spectra_by_path.items()
-    lines = sorted((kind_of(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
+    lines = sorted((kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
     lowest, falling = min(lines, key=lambda line: line[1][-1])
     least = f"{falling[-1]:.2g} of the strongest"
     caption = f"Block {lowest} falls most: the last of its {len(falling)} has {least}."

@@ -23,7 +23,7 @@ from lorafold.inspecting.result import (
     NearestNeighbours,
     Sites,
 )
-from lorafold.inspecting.subspaces import by_kind, kind_of
+from lorafold.inspecting.subspaces import by_kind, kind_and_block
 from lorafold.inspecting.updates import largest, of_experts, site_of
 
 MAPS = {  # heading: figure of a matrix, format
@@ -87,7 +87,7 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
     kinds = by_kind(sites)
     by_place = defaultdict(list)
     for path, value in zip(sites, values_of(sites.values(), name), strict=True):
-        by_place[kind_of(path)].append(value)
+        by_place[kind_and_block(path)].append(value)
     values = {at: mean_of(of) for at, of in by_place.items()}
     most = max((value for value in values.values() if value is not None), default=0) or 1
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
@@ -103,7 +103,7 @@ def layer_map(sites: Sites, heading: str, name: str, form: str) -> dict[str, Any
 
 def spectra(sites: Sites) -> Iterator[str]:
     """A plot of singular values for each kind of module; of experts those of the largest update."""
-    depth = max((kind_of(path)[1] or 0 for path in sites), default=0)
+    depth = max((kind_and_block(path)[1] or 0 for path in sites), default=0)
     for kind, paths in by_kind(largest(sites)).items():
         if lines := {path: s for path in paths if (s := sites[path].singular_values)}:
             yield plots.spectra(kind, lines, depth)
@@ -165,7 +165,7 @@ def heads(sites: Sites) -> Iterator[str]:
         )
         even = 1 / len(known[paths[0]])
         caption = (
-            f"Head {head} of block {kind_of(paths[block])[1] or 0} has the largest share,"
+            f"Head {head} of block {kind_and_block(paths[block])[1] or 0} has the largest share,"
             f" {most:.0%}; evenly it would be {even:.0%}."
         )
         yield plots.heat(kind, caption, shares, "block", "head", 0)
@@ -203,7 +203,7 @@ def line(
     path: str, i: int, s: Sequence[float], ends: NearestNeighbours
 ) -> tuple[str, str, NearestNeighbours]:
     """One direction as a line: block and expert, which direction, neighbours at both ends."""
-    block, expert = kind_of(path)[1], path.removeprefix(site_of(path)).strip("[]")
+    block, expert = kind_and_block(path)[1], path.removeprefix(site_of(path)).strip("[]")
     place = ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
     share = s[i] ** 2 / sum(value**2 for value in s)
     return place, f"{i + 1}: {share:.0%} of the energy", ends

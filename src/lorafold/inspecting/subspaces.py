@@ -27,7 +27,7 @@ SHOWN = 64  # the most directions of each adapter in a heat map
 TOP = 4  # directions of each block, or expert, that are compared with those of the others
 
 
-def kind_of(path: str) -> tuple[str, int | None]:
+def kind_and_block(path: str) -> tuple[str, int | None]:
     """A module's path within its block and the block's number, or the whole path and None."""
     path = site_of(path)
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
@@ -38,7 +38,7 @@ def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
     """The module paths of each kind (the name within the block), in the order of the blocks."""
     kinds = defaultdict(list)
     for path in paths:
-        kinds[kind_of(path)[0]].append(path)
+        kinds[kind_and_block(path)[0]].append(path)
     return dict(kinds)
 
 
@@ -59,7 +59,7 @@ def compared(name: str, a: Svds, b: Svds) -> AdapterOverlap:
             max(reads.shape) / len(x.v),
             max(writes.shape) / len(x.u),
         )
-        by_kind[kind_of(path)[0]].append((reads[:SHOWN, :SHOWN], writes[:SHOWN, :SHOWN]))
+        by_kind[kind_and_block(path)[0]].append((reads[:SHOWN, :SHOWN], writes[:SHOWN, :SHOWN]))
     kinds = {
         kind: KindOverlap(*map(_mean, zip(*pairs, strict=True))) for kind, pairs in by_kind.items()
     }

@@ -174,16 +174,16 @@ def plan(
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     biases: dict[str, TensorEntry] = {}
-    with _among(problems, "added biases"):
+    with _refusals_in(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
     untied: list[str] = []
     if planned.untied:
-        with _among(problems, "tied weights"):
+        with _refusals_in(problems, "tied weights"):
             config, untied = untied_config(config, mapped, planned.untied, base.trust_remote_code)
     changed, converted = _tensors(mapped, planned, untied, problems)
     added = {entry.name: entry for entry in biases.values()}
     for name in untied:
-        with _among(problems, name):
+        with _refusals_in(problems, name):
             added[name] = _entry(mapped, name)[1]
     if planned.vocabulary is not None:
         config = declared(config, planned.vocabulary)
@@ -226,7 +226,7 @@ def _tensors(
             continue  # the files have this shared weight under the name of another parameter
         if parameter not in known:
             continue  # a bias that the architecture can't have, which is among the problems
-        with _among(problems, module_of(parameter) or WHOLE):
+        with _refusals_in(problems, module_of(parameter) or WHOLE):
             if (conversion := mapped.converted.get(parameter)) is not None:
                 _check_dtypes(conversion.entries)
                 if shape != (before := tuple(conversion.like[parameter].shape)):
@@ -239,13 +239,13 @@ def _tensors(
             changed[_entry(mapped, parameter)[0]] = parameter
     # of the parameters that are converted alike, the first shows whether that can be reversed
     for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
-        with _among(problems, conversion.name):
+        with _refusals_in(problems, conversion.name):
             conversion.check_reversible()
     return changed, converted
 
 
 @contextmanager
-def _among(problems: Problems, path: str) -> Iterator[None]:
+def _refusals_in(problems: Problems, path: str) -> Iterator[None]:
     """Add a refusal of what is inside the `with` block to the problems, as one of this path."""
     try:
         yield
