@@ -94,7 +94,8 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
             has = {
                 name: value
                 for name, value in settings.items()
-                if name.partition(".")[0] not in absent and field_value(one, name) == field_value(changed, name)
+                if name.partition(".")[0] not in absent
+                and field_value(one, name) == field_value(changed, name)
             }
             variant = Variant(method, has)
             if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
