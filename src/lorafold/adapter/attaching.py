@@ -223,8 +223,9 @@ def build(
     if rows.ids or any(adapted_modules(model)):
         add_token_rows(model, spec, rows, selection.names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
-    chosen = AdapterConfig(spec, matches, bias, tuple(saved.by_pattern))
-    return BuiltAdapter(chosen, deltas, selection.active)
+    return BuiltAdapter(
+        AdapterConfig(spec, matches, bias, tuple(saved.by_pattern)), deltas, selection.active
+    )
 
 
 def read(

@@ -83,8 +83,9 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     one = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
     given: list[Any] = [rewards] if one else [*cast(Iterable[Any], rewards)]
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
-        found = cut(repr(wrong[0]), 80)
-        raise LorafoldError(f"rewards: found {found}, expected functions or names")
+        raise LorafoldError(
+            f"rewards: found {cut(repr(wrong[0]), 80)}, expected functions or names"
+        )
     if names := [each for each in given if isinstance(each, str)]:
         check_there(names)
     return given
@@ -215,6 +216,7 @@ def or_quiet(console: Console | None) -> Console:
     from rich.console import Console
 
     if console is not None and not isinstance(console, Console):
-        found = cut(repr(console), 80)
-        raise LorafoldError(f"console: found {found}, expected a rich Console or None")
+        raise LorafoldError(
+            f"console: found {cut(repr(console), 80)}, expected a rich Console or None"
+        )
     return console or Console(quiet=True)

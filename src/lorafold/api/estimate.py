@@ -202,8 +202,9 @@ def estimate(
     forecast = Forecast(total, setting, advice, measured, of_this_cpu, tflops * 1e12)
     if chart is not None:
         rows = f"{setting.batch} x {setting.length} tokens" if data is None else "on its rows"
-        title = f"{mode} of {params or model}, {rows}"
-        page(total, title, chart, forecast.remarks(), device_memory)
+        page(
+            total, f"{mode} of {params or model}, {rows}", chart, forecast.remarks(), device_memory
+        )
     return forecast
 
 
@@ -231,8 +232,9 @@ def setting_on_rows(
 
     with TemporaryDirectory() as folder:
         out = Path(folder) / "adapter"
-        request = RunRequest(base, out, recipe, rows, source_of(data), rewards=functions)
-        found = largest_setting(set_up(request, console))
+        found = largest_setting(
+            set_up(RunRequest(base, out, recipe, rows, source_of(data), rewards=functions), console)
+        )
     return replace(found, checkpointing=recipe.gradient_checkpointing is True)
 
 

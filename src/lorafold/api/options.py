@@ -192,8 +192,9 @@ def checked(function: Verb) -> Verb:
             value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             if choices and value is not None and value not in choices:
-                listed = ", ".join(choices)
-                raise LorafoldError(f"{name}: found {value!r}, expected one of {listed}")
+                raise LorafoldError(
+                    f"{name}: found {value!r}, expected one of {', '.join(choices)}"
+                )
             if isinstance(option, Option) and isinstance(value, int | float):
                 low, high = option.min, option.max
                 if (low is not None and value < low) or (high is not None and value > high):

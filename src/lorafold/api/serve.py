@@ -94,8 +94,9 @@ def serve(
         with suppress(LorafoldError):  # as many were trained on one as on another
             base = base.stored_as_trained(own)
     first = own[0] if own and model is None else None
-    load = partial(load_with_adapters, console=console)
-    run.serve(base, load, folder, read, console, open_page, first)
+    run.serve(
+        base, partial(load_with_adapters, console=console), folder, read, console, open_page, first
+    )
 
 
 def own_bases(

@@ -53,8 +53,9 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     out.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
     write_text(out / TOKEN, token)
-    resources = worker_resources(ray.nodes(), workers)
-    start = ray.remote(worker).options(scheduling_strategy="SPREAD", **resources)
+    start = ray.remote(worker).options(
+        scheduling_strategy="SPREAD", **worker_resources(ray.nodes(), workers)
+    )
     started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
     ended = []
     for one in started:
@@ -87,6 +88,7 @@ def worker(
 ) -> tuple[int, str]:
     """(exit code, output) of the command in a folder of a machine of the cluster."""
     command = [sys.executable, "-m", "lorafold", *arguments]
-    variables = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+    )
     return done.returncode, done.stdout

@@ -60,8 +60,9 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        settings = self.settings.items()
-        named = (f"{name.removeprefix('options.')}={short_value(v)}" for name, v in settings)
+        named = (
+            f"{name.removeprefix('options.')}={short_value(v)}" for name, v in self.settings.items()
+        )
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
@@ -381,8 +382,9 @@ class Models:
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
         """The base."""
-        base = replace(self.bare, dtype="fp32" if in_fp32 else None)
-        return self.objective.load(base, self.tokenizer, self.seed)
+        return self.objective.load(
+            replace(self.bare, dtype="fp32" if in_fp32 else None), self.tokenizer, self.seed
+        )
 
     def tuned(self, in_fp32: bool = False) -> tuple[PreTrainedModel, Adapter | None]:
         """The base with its adapter, or the whole model and None where the run trained that."""

@@ -82,8 +82,9 @@ def mixture(job: Job, out: Path) -> Composed:
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"
         error = write_mixture(job, start, request.gates)
-        source = ", ".join(job.examples)
-        training = run.RunRequest(base, trained, recipe, rows, source, init_adapter=start)
+        training = run.RunRequest(
+            base, trained, recipe, rows, ", ".join(job.examples), init_adapter=start
+        )
         try:
             run.train(training, job.console)
         except Interrupted as stop:

@@ -302,8 +302,9 @@ def evaluate_rewards(
             " language model for rewards"
         )
     length = min(table_left(model) or settings.max_length, settings.max_length)
-    table = tokenized(rows, PromptEncoder(tokenizer), console)
-    data = prompt_data(table, rows, length - settings.max_new_tokens)
+    data = prompt_data(
+        tokenized(rows, PromptEncoder(tokenizer), console), rows, length - settings.max_new_tokens
+    )
     if console:
         print_lines(console, data.report)
     prompts, k = data.examples, settings.group

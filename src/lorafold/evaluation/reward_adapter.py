@@ -66,8 +66,9 @@ class RewardAdapter:
         """Open the adapter that a reward's name stands for."""
         saved = Saved.open(Path(reward.text).expanduser())
         if (kind := kind_of(base, [saved])) != REWARD_MODEL:
-            found = f"found an adapter of {kind}, expected one of {REWARD_MODEL}"
-            raise failure(reward.name, found)
+            raise failure(
+                reward.name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}"
+            )
         below = [Saved.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
         stack = [*below, saved]
         identity = joined([of_adapter(one) for one in stack])

@@ -152,5 +152,6 @@ class Rollouts:
             raise LorafoldError(f"a completion can't be computed: {end.message}")
         tokens = [event for event in stream.so_far() if isinstance(event, Token)]
         logprobs = tuple(float(token.drawn_logprob or 0.0) for token in tokens)
-        text = text_of(self.tokenizer, end.tokens)
-        return Completion(end.tokens, logprobs, text, end.reason == "end")
+        return Completion(
+            end.tokens, logprobs, text_of(self.tokenizer, end.tokens), end.reason == "end"
+        )

@@ -154,8 +154,9 @@ def verify(
         content = json.loads((root / MANIFEST).read_bytes() if manifest is None else manifest)
         if not required and isinstance(content, dict) and "files" not in content:
             return []
-        files = content["files"].items()
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files}
+        expected = {
+            name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()
+        }
     except FileNotFoundError:
         return [f"{MANIFEST}: missing"] * required
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -179,15 +179,17 @@ def switch_on(model: Any, switches: Switches) -> None:
         for path, shape in shapes.items():
             module = model.get_submodule(path)
             like = next(module.parameters(recurse=False))
-            dtype = layer_of(module).dense_like()[0].dtype
-            zeros = torch.zeros(shape, dtype=dtype, device=like.device)
+            zeros = torch.zeros(
+                shape, dtype=layer_of(module).dense_like()[0].dtype, device=like.device
+            )
             module.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
 
 
 def grown(model: Any, rows: Mapping[str, int]) -> int | None:
     """The size of the vocabulary with this many rows by module; None if it stays or is unknown."""
-    paths = Anatomy.of(model).vocabulary_ends
-    embeddings: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
+    embeddings: dict[str, Any] = {
+        path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends
+    }
     before = {path: len(end.weight) for path, end in embeddings.items()}
     after = {path: rows.get(path, n) for path, n in before.items()}
     if after == before:

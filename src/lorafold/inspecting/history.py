@@ -269,5 +269,6 @@ def read_history(path: str | Path) -> History:
         ) from None
     options = record.recipe.get("objective_options") or {}
     observations = observed(record.steps, record.held_out, options, record.step)
-    fields = record.model_dump(exclude={"step"})
-    return History(adapter=str(path), **fields, observations=observations)
+    return History(
+        adapter=str(path), **record.model_dump(exclude={"step"}), observations=observations
+    )

@@ -16,8 +16,9 @@ Grid = Sequence[Sequence[float]]
 
 def spectra(kind: str, spectra_by_path: Mapping[str, Sequence[float]], depth: int) -> str:
     """The singular values of one kind of module over the largest, a coloured line a block."""
-    spectra = spectra_by_path.items()
-    lines = sorted((kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
+    lines = sorted(
+        (kind_and_block(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra_by_path.items()
+    )
     lowest, falling = min(lines, key=lambda line: line[1][-1])
     least = f"{falling[-1]:.2g} of the strongest"
     caption = f"Block {lowest} falls most: the last of its {len(falling)} has {least}."

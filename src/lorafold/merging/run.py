@@ -232,8 +232,9 @@ def merge(
             after = [merged.load]
             if target.trained_on and not target.in_files:
                 after.append(partial(adapted, base, adapters, "fp32"))
-            before = partial(adapted, base, adapters, target.stored)
-            gap, *rest = compare(before, after, texts, tmp, bar("comparing"))
+            gap, *rest = compare(
+                partial(adapted, base, adapters, target.stored), after, texts, tmp, bar("comparing")
+            )
             from_original = rest[0].distance if rest else None
         names, others = tuple(map(str, adapters)), changes.other_base
         result = Merged(

@@ -109,8 +109,9 @@ def fastest(device: torch.device) -> Storage:
     best = choose_storage("auto", device)
     if not widens(best.dtype, device):
         return best
-    why = f"fp32: {best.why.partition(': ')[2]}, and is faster in fp32"
-    return Storage(torch.float32, None, why)
+    return Storage(
+        torch.float32, None, f"fp32: {best.why.partition(': ')[2]}, and is faster in fp32"
+    )
 
 
 def quickstart(

@@ -156,8 +156,9 @@ class SeparateReward:
         try:
             return pickle.dumps((one.prompt, one.completion, dict(one.row)))
         except Exception as error:  # whatever a field's own way of being pickled raises
-            message = f"its row can't be sent to another process: {error}"
-            raise failure(self.name, message, [one]) from None
+            raise failure(
+                self.name, f"its row can't be sent to another process: {error}", [one]
+            ) from None
 
 
 def _end(code: int) -> str:
