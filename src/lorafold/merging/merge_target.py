@@ -84,17 +84,7 @@ class Into:
         )
 
     def __str__(self) -> str:
-        text, quantized = "the original weights", self.trained_on or self.unmade
-        if self.target == "trained":
-            text = f"the {self.trained_on} weights that the adapter was trained on, dequantized"
-        elif quantized:
-            text += f" (the adapter was trained on {quantized})"
-        if self.quantized:
-            text += f", quantized to {self.quantized}"
-        if self.recorded:
-            text += f"; storage {self.asked} as asked, although the adapter's record says"
-            text += f" {' and '.join(self.recorded)}"
-        return text
+        return in_words("merging/target.jinja", into=self)
 
 
 def choose_into(
