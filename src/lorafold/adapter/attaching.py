@@ -92,22 +92,8 @@ def load(
     model: nn.Module, path: str | Path | Saved, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
-    """Attach a saved adapter to a model. Every key must be used and every shape right.
-
-    Otherwise LorafoldError is raised and the model is left as it is. The error lists everything
-    that is wrong: unknown or missing keys, shapes, values that are not finite, options that are not
-    supported, a base with another fingerprint. An adapter that was trained over others is loaded
-    over exactly these, which must be the active ones, in their order.
-
-    Args:
-        path: the adapter's directory, or what was read of it already.
-        name: the adapter's name on this model.
-        allow_other_base: accept a base with another fingerprint, and other adapters below; the log
-            says so.
-        trainable: make the adapter's parameters trainable; one that lay over nothing lies over the
-            active adapters from then on.
-        base: the base's own weights, if the model does not have them, because it is quantized or on
-            the meta device.
+    """Attach a saved adapter to a model, as `lf.load` does on a loaded one. LorafoldError lists
+    everything that is wrong, and the model is left as it is.
     """
     built = read(model, path, allow_other_base=allow_other_base, base=base)
     source = None if allow_other_base else source_of(model)

@@ -35,12 +35,8 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Unreached:
-    """The numbers of parameters that carry no delta.
-
-    blocks: those in the blocks, by kind.
-    of_blocks: the number of all parameters in the blocks.
-    beside: those of towers and connectors, by what they are.
-    of_model: the number of all parameters of the model.
+    """The numbers of parameters that carry no delta, by kind: of `of_blocks` in the blocks, and of
+    the `of_model` of the whole model in encoders and connectors (`beside`).
     """
 
     blocks: dict[str, int]

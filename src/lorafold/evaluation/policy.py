@@ -203,14 +203,8 @@ def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What is drawn of held-out prompts. Raises LorafoldError for what can't be drawn.
-
-    Args:
-        max_length: The most tokens of a prompt and its completion.
-        max_new_tokens: The most tokens of a completion.
-        group: How many completions a prompt has.
-        temperature: 1 draws as training does; 0 takes the most likely tokens.
-        seed: What the draws follow from, as those of a run do from its seed.
+    """How completions of held-out prompts are sampled: at most `max_length` tokens with the prompt,
+    `group` completions each; temperature 1 samples as training does, 0 takes the likeliest tokens.
     """
 
     max_length: int

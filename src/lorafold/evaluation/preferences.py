@@ -26,7 +26,7 @@ from lorafold.core.contexts import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.formats import PAIRS
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
-from lorafold.files.templates import with_interval
+from lorafold.files.templates import in_words
 from lorafold.files.terminal import Progress, silent
 from lorafold.training_step.preference_algorithms import Scored, ratio_sums
 from lorafold.training_step.preference_loss import Preferences
@@ -64,28 +64,12 @@ class PreferenceFigures:
         return interval is not None and interval[1] < 0
 
     def __str__(self) -> str:
-        figures = {
-            "preference": ("preference_accuracy", ".1%"),
-            "reward accuracy": ("reward_accuracy", ".1%"),
-            "reward margin": ("reward_margin", ".3f"),
-        }
-        parts = [
-            f"{heading} {with_interval(self, name, form)}"
-            for heading, (name, form) in figures.items()
-            if getattr(self, name) is not None
-        ]
-        if self.chosen_change is not None and self.rejected_change is not None:
-            parts.append(
-                f"log-probability minus the reference's: chosen {self.chosen_change:+.2f},"
-                f" rejected {self.rejected_change:+.2f} nats"
-            )
-        if self.kl is not None:
-            parts.append(f"KL {self.kl:.4f} nats a token")
+        clauses = in_words("evaluation/preferences.jinja", figures=self).splitlines()
         warning = (
             "\nthe chosen completions are less likely than under the reference: a supervised term"
             " (--objective-options sft_weight=1) or a larger beta keeps them"
         )
-        return ", ".join(parts) + warning * self.falling
+        return ", ".join(clauses) + warning * self.falling
 
 
 def preference_figures(
