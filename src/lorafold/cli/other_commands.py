@@ -168,23 +168,19 @@ def cache(
     from lorafold.files.cache import clear as remove
     from lorafold.files.cache import entries
     from lorafold.files.paths import cache_directory
+    from lorafold.files.templates import in_words
 
     if unknown := [name for name in kind if name not in KINDS]:
         raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
     found = [entry for entry in entries() if entry.kind in (kind or KINDS)]
     busy = remove(found) if clear else []
     total = sum(entry.bytes for entry in found if entry not in busy)
-    lines = [
-        f"{entry.kind:<8}{entry.bytes / 1e6:>10,.1f} MB"
-        f"  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.path.name}"
-        f"{'  kept: another process is making it' if entry in busy else ''}"
-        for entry in found
-    ]
-    state = "removed from" if clear else "kept in"
-    lines.append(f"{total / 1e6:,.1f} MB {state} {cache_directory()}")
-    listed = [asdict(entry) | {"path": str(entry.path)} for entry in found]
     result = {"directory": str(cache_directory()), "bytes": total, "cleared": clear}
-    return Result({**result, "entries": listed}, "\n".join(lines))
+    text = in_words(
+        "cli/cache.jinja", entries=found, busy=busy, time=datetime.fromtimestamp, **result
+    )
+    listed = [asdict(entry) | {"path": str(entry.path)} for entry in found]
+    return Result({**result, "entries": listed}, text)
 
 
 @verb
