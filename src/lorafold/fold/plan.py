@@ -79,7 +79,12 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
         except NotMergeable as e:
             problems.append((path or WHOLE, str(e)))
     shared = {name: others for name, others in tied_parameters(model).items() if name in shapes}
-    tied = {name: o for name, o in shared.items() if _all_alike(model, (name, *o), names)}
+    tied = {}
+    for name, others in shared.items():  # it stays tied if all its modules change alike
+        modules = (model.get_submodule(module_of(n)) for n in (name, *others))
+        first, *rest = (list(deltas_of(module, names)) for module in modules)
+        if all(len(o) == len(first) and all(map(alike, first, o)) for o in rest):
+            tied[name] = others
     untied = {name: others for name, others in shared.items() if name not in tied}
     switches, vocabulary = {}, None
     try:
@@ -127,13 +132,6 @@ def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
     changed = [n for n, old, new in zip(NAMES, before, (w, b), strict=True) if new is not old]
     return {name: tuple(stored[name].shape) for name in changed}
 
-
-def _all_alike(model: nn.Module, shared: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether the named deltas make the same change in all modules of a tied parameter."""
-    first, *others = (
-        list(deltas_of(model.get_submodule(module_of(name)), names)) for name in shared
-    )
-    return all(len(o) == len(first) and all(map(alike, first, o)) for o in others)
 
 
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:

@@ -163,7 +163,11 @@ def measure(
 ) -> State:
     """Measure the model with its active adapters; `before` are (n, vocabulary) each."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
-    odds = log_odds(log_probabilities(loss, probe.odds), probe)
+    scores = torch.zeros(len(probe.odds), dtype=torch.float64)  # of the labelled tokens
+    with evaluating(loss):
+        for group in batches(probe.odds):
+            scores[group] = -loss.by_row([probe.odds[i] for i in group]).cpu().double()
+    odds = log_odds(scores, probe)
     mean = odds.mean().item()
     if not math.isfinite(mean):
         raise LorafoldError(
@@ -183,14 +187,6 @@ def measure(
         loss=held_out_loss(loss, probe.benign) if len(probe.benign) else None,
     )
 
-
-def log_probabilities(loss: CompletionLoss, examples: Sequence[Example]) -> Tensor:  # (n,)
-    """The log-probability of the labelled tokens of each example, in fp64."""
-    scores = torch.zeros(len(examples), dtype=torch.float64)
-    with evaluating(loss):
-        for group in batches(examples):
-            scores[group] = -loss.by_row([examples[i] for i in group]).cpu().double()
-    return scores
 
 
 def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,) -> (prompts,)
