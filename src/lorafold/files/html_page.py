@@ -39,11 +39,13 @@ def _environment() -> Any:
     return made
 
 
-def html_table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:
+def html_table(
+    head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", most: int | None = None
+) -> str:
     """A table in HTML, which scrolls if it is wider than the page. Cells are text unless they are
-    Markup; `kind` is a class of the style, such as `texts`.
+    Markup; `kind` is a class of the style, such as `texts`; after `most` lines it counts the rest.
     """
-    return str(_environment().globals["table"](head, lines, kind))
+    return str(_environment().globals["table"](head, lines, kind, most))
 
 
 def section(title: str, about: str = "") -> str:
@@ -80,7 +82,7 @@ class ShownInNotebooks:
     def _repr_html_(self) -> str:
         content = self.as_json()
         lines = [*_lines(content)]
-        tables = [_table(["figure", "value"], lines)] if lines else []
+        tables = [html_table(["figure", "value"], lines, most=LINES)] if lines else []
         return "".join([*tables, *(_by_row(rows) for rows in content.values() if _are_rows(rows))])
 
 
@@ -129,10 +131,5 @@ def _by_row(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [_text(row.get(key)) + within(row.get(f"{key}{INTERVAL}")) for key in shown] for row in rows
     ]
-    return _table([key.replace("_", " ") for key in shown], lines) if shown else ""
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table of at most LINES lines, and how many more there are."""
-    more = len(lines) - LINES
-    return html_table(head, [*lines[:LINES], *[[f"... and {more:,} more"]] * (more > 0)])
+    head = [key.replace("_", " ") for key in shown]
+    return html_table(head, lines, most=LINES) if shown else ""
