@@ -35,8 +35,7 @@ class Probes:
 
     refuse: Annotated[opt.Data, opt.Option(f"Prompts to be refused.{FORMS}", kind=Path)]
     controls: Annotated[
-        opt.Data,
-        opt.Option(f"Prompts to be answered.{FORMS} Completions are used.", kind=Path),
+        opt.Data, opt.Option(f"Prompts to be answered.{FORMS} Completions are used.", kind=Path)
     ]
     refusal_prefix: Annotated[Sequence[str], opt.Option(rare=True)] = ("I can't",)
     compliance_prefix: Annotated[Sequence[str], opt.Option(rare=True)] = ("Sure",)
@@ -246,4 +245,3 @@ def problems_of(
         given = {"out": out is not None, "against-adapter": against}
         if unused := [f"--{name}" for name, there in given.items() if there]:
             yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave it out"
-

@@ -162,9 +162,7 @@ def declared(verb: Any) -> Iterator[DeclaredOption]:
             yield _declaration(name, hint, default, entries)
 
 
-def _declaration(
-    name: str, hint: Any, default: Any, entries: Mapping[str, str]
-) -> DeclaredOption:
+def _declaration(name: str, hint: Any, default: Any, entries: Mapping[str, str]) -> DeclaredOption:
     option = _option(hint)
     text = getattr(option, "help", "") or entries.get(name, "")
     return DeclaredOption(name, hint, default, option, text)
@@ -368,12 +366,7 @@ Completions = Annotated[
     bool, Option("Generate completions to measure exact match; otherwise, measure only the loss.")
 ]
 Seed = Annotated[
-    int,
-    Option(
-        "The random seed. The same seed gives the same result.",
-        min=0,
-        max=2**32 - 1,
-    ),
+    int, Option("The random seed. The same seed gives the same result.", min=0, max=2**32 - 1)
 ]
 System = Annotated[str | None, Option("The system message. Default: the chat template's.")]
 NewTokens = Annotated[int, Option("The maximum number of tokens to generate.", min=1)]

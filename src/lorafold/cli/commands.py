@@ -81,9 +81,7 @@ def built(verb: Any, runner: Any = plain, above: bool = False) -> BuiltCommand:
     for option in options:
         info = option.annotation.__metadata__[0]
         info.help = with_flags(info.help)
-    options.append(
-        Parameter(HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
-    )
+    options.append(Parameter(HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll))
     if above:
         options.insert(0, Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context))
 

@@ -66,7 +66,6 @@ class Panels:
             )
 
 
-
 def placeholder(kind: Any) -> str:
     """The placeholder of a value; `kind` is the type as Typer describes it."""
     if kind.choices:

@@ -101,7 +101,6 @@ def after_training(
         yield f"talk to it: {this_command()} chat {adapters}"
 
 
-
 @verb
 def recipe(
     source: Annotated[str | Path, Option(flag="--from")],

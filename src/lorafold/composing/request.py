@@ -81,7 +81,6 @@ class Job:
             )
         return self.request.examples
 
-
     def save(
         self,
         adapter: Adapter,

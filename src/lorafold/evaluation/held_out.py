@@ -41,9 +41,7 @@ def batches(examples: Sequence[Any]) -> list[list[int]]:
     return similar_lengths(range(len(examples)), lengths_of(examples).__getitem__, TOKENS)
 
 
-def row_losses(
-    model: PreTrainedModel, examples: Sequence[Example], step: Progress
-) -> list[float]:
+def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progress) -> list[float]:
     """The loss of each example in nats, summed over its labelled positions, in evaluation mode."""
     return by_row(
         model,

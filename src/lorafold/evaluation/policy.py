@@ -328,7 +328,6 @@ def evaluate_rewards(
     )
 
 
-
 def _short(text: str) -> str:
     """A text on one line, by its beginning."""
     more = len(text) - SHOWN

@@ -73,10 +73,7 @@ class PreferenceFigures:
 
 
 def preference_figures(
-    loss: Preferences,
-    examples: Sequence[Branched],
-    reference: bool,
-    progress: Progress = silent,
+    loss: Preferences, examples: Sequence[Branched], reference: bool, progress: Progress = silent
 ) -> PreferenceFigures:
     """Measure a model with the adapters that are active on it. If `reference` is set, the model
     without its highest adapter is the reference, and unknown log-probabilities of it are computed.

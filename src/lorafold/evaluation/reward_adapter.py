@@ -168,6 +168,5 @@ class AdapterReward:
         return texts
 
 
-
 def _quantized(model: PreTrainedModel) -> bool:
     return getattr(model.config, "quantization_config", None) is not None

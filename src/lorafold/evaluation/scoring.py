@@ -125,9 +125,7 @@ class RewardFigures:
 
 
 def scores_of(
-    loss: Preferences,
-    examples: Sequence[Branched],
-    progress: Progress = silent,
+    loss: Preferences, examples: Sequence[Branched], progress: Progress = silent
 ) -> tuple[Array, Array]:
     """The scores of the examples' documents, in fp32, and the tokens of their completions, both
     (n, k).

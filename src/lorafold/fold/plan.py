@@ -133,7 +133,6 @@ def changes(module: Adapted, names: Sequence[str]) -> dict[str, TensorShape]:
     return {name: tuple(stored[name].shape) for name in changed}
 
 
-
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
     """The config's switches that give these modules a bias, each with all modules that get one.
     Models that aren't from transformers need none.

@@ -243,7 +243,6 @@ class History(ShownInNotebooks):
         text = f"{first:.4g}{within(low)} {before}"
         return text if start == end else f"{text}, {last:.4g}{within(high)} after step {end}"
 
-
     def __str__(self) -> str:
         figures = {name: both for name, v in self.by_step.items() if (both := ends(v))}
         return in_words(

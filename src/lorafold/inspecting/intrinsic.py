@@ -160,9 +160,7 @@ def check(out: Path, identity: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
     if others and not file.exists():
-        raise LorafoldError(
-            f"{out}: found files that are not from a search; choose another --out"
-        )
+        raise LorafoldError(f"{out}: found files that are not from a search; choose another --out")
     shared({file: lambda: write_json(file, identity)})
     recorded = read_object(file)
     if FILES not in recorded:

@@ -90,9 +90,7 @@ def curves(
             style = plots.series(n)
             if line := means(steps.get(name, ())):
                 mark = style["marker"] if len(line) == 1 else ""
-                axes.plot(
-                    *zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1}
-                )
+                axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
                 ends.append(plots.End(line[-1][1], name, style["color"]))
             if points := measured.get(name):
                 at, values, intervals = zip(*points, strict=True)

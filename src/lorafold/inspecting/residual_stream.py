@@ -83,9 +83,7 @@ def stream_of(model: PreTrainedModel) -> ResidualStream:
         def entered(module: nn.Module, args: Any) -> None:
             outputs[args[0].untyped_storage()._cdata] = "", args[0]
 
-        def read(
-            reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any
-        ) -> None:
+        def read(reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any) -> None:
             seen.update(writes)
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
                 readers.update(dict.fromkeys(reads, norm[0]))

@@ -29,7 +29,6 @@ TARGETS = ("trained", "original", *MADE)
 ALIAS = {"dequantized": "trained"}
 
 
-
 @dataclass(frozen=True)
 class Distance:
     """KL in nats a token between two models, and the share of equal top-1 tokens."""
@@ -88,10 +87,7 @@ class Into:
 
 
 def choose_into(
-    asked: str | None,
-    adapters: Sequence[Saved],
-    base: str = "auto",
-    in_files: str | None = None,
+    asked: str | None, adapters: Sequence[Saved], base: str = "auto", in_files: str | None = None
 ) -> Into:
     """The target that was asked for, else trained for a quantized base, else original."""
     known = trained_on(adapters) if base == "auto" else TrainedOn(base)

@@ -120,7 +120,6 @@ class MergedValues:
         except LorafoldError as e:
             raise LorafoldError(f"{name}: {e}") from None
 
-
     @torch.no_grad()
     def _all(self, conversion: Conversion) -> dict[str, Rounded]:
         """The tensors that the parameters of a conversion are made of, by name."""

@@ -260,6 +260,3 @@ def quantize(plain: Base, quantization: str) -> None:
         file.unlink()
     with loading(f"the model quantized to {quantization}"):
         model.save_pretrained(directory)
-
-
-

@@ -188,7 +188,6 @@ def measure(
     )
 
 
-
 def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,) -> (prompts,)
     """The log-odds of each prompt, from the log-probabilities of the beginnings after it."""
     n = len(probe.refusal)
@@ -268,9 +267,7 @@ class Bench:
         )
         with only(self.model, *self.names):  # whatever lies over the stack meanwhile
             asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
-        return probe_of(
-            refuse, asked, task.refusal, task.compliance, self.tokenizer, benign
-        )
+        return probe_of(refuse, asked, task.refusal, task.compliance, self.tokenizer, benign)
 
     @cached_property
     def alignment(self) -> Svds | None:

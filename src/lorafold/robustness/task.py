@@ -267,5 +267,3 @@ def _asked_and_trained(task: FragilityTask) -> Iterator[str]:
                 f"{name}: {listed(repeated, '; ')}; expected none that is asked"
                 " too, because the figures would be of what was trained; leave them out"
             )
-
-
