@@ -58,9 +58,9 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
     )
     started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
     ended = []
-    for one in started:
+    for task in started:
         try:
-            ended.append(ray.get(one))
+            ended.append(ray.get(task))
         except ray.exceptions.RayError as error:
             ended.append((1, ""))
             print(f"--on ray: a worker ended: {type(error).__name__}", file=sys.stderr)
@@ -77,9 +77,9 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
 def worker_resources(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
     """The resources of a worker: a GPU if there are some, and as many cores as every node has."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
-    cores = int(min((one.get("CPU", 0) for one in resources), default=0))
+    cores = int(min((node.get("CPU", 0) for node in resources), default=0))
     each = -(-workers // max(1, len(resources)))
-    gpu = any(one.get("GPU", 0) >= 1 for one in resources)
+    gpu = any(node.get("GPU", 0) >= 1 for node in resources)
     return {"num_cpus": max(1, cores // each), "num_gpus": 1 if gpu else 0}
 
 

@@ -97,7 +97,7 @@ def after_training(
             " command with --epochs auto"
         )
     if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
-        adapters = " ".join(quote(str(one)) for one in (*over, result.adapter))
+        adapters = " ".join(quote(str(path)) for path in (*over, result.adapter))
         yield f"talk to it: {this_command()} chat {adapters}"
 
 
