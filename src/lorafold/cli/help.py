@@ -50,20 +50,23 @@ class Panels:
         write_examples(formatter, self.examples)
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHERS: []}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if parameter.name in self.rare or record is None:
-                continue
-            panel = getattr(parameter, "rich_help_panel", None) or OTHERS
-            if parameter.param_type_name == "argument":  # without Typer's type after the name
-                name = parameter.metavar or parameter.name.upper()
-                panel, record = "Arguments", (name, record[1])
-            panels.setdefault(panel, []).append(record)
+            if parameter.name not in self.rare and (entry := help_entry(parameter, ctx)):
+                panels.setdefault(entry[0], []).append(entry[1])
         write_lists(formatter, panels)
         if self.rare:
             formatter.write_paragraph()
             formatter.write_text(
                 f"{ctx.command_path} --help-all lists {len(self.rare)} more options."
             )
+
+
+def help_entry(parameter: Any, ctx: Any) -> tuple[str, tuple[str, str]] | None:
+    """The panel of an argument or an option, and its name and meaning; None if it is hidden."""
+    if (record := parameter.get_help_record(ctx)) is None:
+        return None
+    if parameter.param_type_name == "argument":  # without Typer's type after the name
+        return "Arguments", (parameter.metavar or parameter.name.upper(), record[1])
+    return getattr(parameter, "rich_help_panel", None) or OTHERS, record
 
 
 def placeholder(kind: Any) -> str:
